@@ -1,0 +1,25 @@
+# Every target makes its environment first, so each is a fresh machine's only command.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+help:  ## print this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+$(BIN)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+setup: $(BIN)/.installed  ## make .venv with the package and its tools
+
+demo: setup  ## train a drafter for a real LLM and show what it gains (ARGS=--quick for a short one)
+	$(BIN)/dpace demo $(ARGS)
+
+test: setup  ## run the tests (ARGS='-m slow' for the ones on the real model)
+	$(BIN)/pytest -q $(ARGS)
+
+check: setup  ## lint, format check and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+.PHONY: help setup demo test check

@@ -1,0 +1,167 @@
+"""Tokens of a conversation in; anchors, blocks, labels, scored slots, positions and the one visibility rule out."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[int]:
+    """Spread the features' layers evenly from layer 1 to the third from the last.
+
+    Args:
+        num_target_layers: decoder layers of the target.
+        num_features: layers to choose.
+
+    Returns:
+        Ascending 0-based layer ids; `[num_target_layers // 2]` for one.
+
+    Raises:
+        ValueError: the target has too few layers for that many distinct ids.
+
+    Source: DFlash (arXiv 2602.06036), `build_target_layer_ids` of its code.
+    """
+    if num_features == 1:
+        return [num_target_layers // 2]
+    span = num_target_layers - 4
+    ids = [round(1 + i * span / (num_features - 1)) for i in range(num_features)]
+    if sorted(set(ids)) != ids:
+        raise ValueError(
+            f"a target of {num_target_layers} layers gives layer ids {ids} for {num_features} features; ask for at most "
+            f"{max(1, num_target_layers - 3)} or name them with --drafter.target-layer-ids"
+        )
+    return ids
+
+
+def sample_anchors(
+    is_response: Bool[Tensor, " seq"] | Sequence[bool], *, num_anchors: int | None = None, seed: object = 0
+) -> Int[Tensor, " anchor"]:
+    """Choose anchors among response positions whose next token also belongs to a response.
+
+    Args:
+        is_response: tokens that the target wrote.
+        num_anchors: how many at most; all by default.
+        seed: anything with a fixed `repr`, such as `(seed, epoch, sample)`; the same seed gives the same anchors on every
+            machine, so that a resumed run sees the ones it would have seen.
+
+    Returns:
+        Ascending positions, without repetition; empty if there is none.
+    """
+    is_response = torch.as_tensor(is_response)
+    positions = (is_response[:-1] & is_response[1:]).nonzero().flatten().tolist()
+    if num_anchors is not None and num_anchors < len(positions):
+        positions = sorted(random.Random(repr(seed)).sample(positions, num_anchors))
+    return torch.tensor(positions, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a batch. Shorter rows are padded with blocks at position 0 in which nothing is scored."""
+
+    anchors: Int[Tensor, "batch block"]
+    """Positions of the anchors."""
+    labels: Int[Tensor, "batch block slot"]
+    """The text's token at each slot's own position; 0 past the end."""
+    is_scored: Bool[Tensor, "batch block slot"]
+    """Slots 1 and up that lie in a response."""
+    is_block: Bool[Tensor, "batch block"]
+    """False for padding."""
+
+    @property
+    def block_size(self) -> int:
+        """Slots, the anchor included."""
+        return self.labels.shape[-1]
+
+    @property
+    def position_ids(self) -> Int[Tensor, "batch block slot"]:
+        """Absolute position of each slot."""
+        return self.anchors[..., None] + torch.arange(self.block_size, device=self.anchors.device)
+
+    def input_ids(self, mask_token_id: int) -> Int[Tensor, "batch block slot"]:
+        """What the drafter reads: the anchor's token, then mask tokens."""
+        ids = torch.full_like(self.labels, mask_token_id)
+        ids[..., 0] = self.labels[..., 0]
+        return ids
+
+
+def build_blocks(
+    token_ids: Int[Tensor, "batch seq"],
+    is_response: Bool[Tensor, "batch seq"],
+    anchors: Sequence[Int[Tensor, " anchor"]],
+    block_size: int,
+) -> Blocks:
+    """Cut the blocks that start at the given anchors.
+
+    A block may run past the end of the text or out of the response: those slots are not scored.
+
+    Args:
+        token_ids: padded on the right.
+        is_response: False on padding.
+        anchors: positions, one tensor a row; may be empty, and of different lengths.
+        block_size: slots, the anchor included; at least 2.
+
+    Raises:
+        ValueError: `block_size` below 2.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}; a block is an anchor and at least one draft slot, so 2 or more")
+    padded = torch.nn.utils.rnn.pad_sequence(list(anchors), batch_first=True, padding_value=-1).to(token_ids.device)
+    is_block = padded >= 0
+    positions = padded.clamp_min(0)[..., None] + torch.arange(block_size, device=token_ids.device)
+    is_inside = positions < token_ids.shape[1]
+    flat = positions.clamp_max(token_ids.shape[1] - 1).flatten(1)
+    labels = token_ids.gather(1, flat).view(positions.shape).where(is_inside, 0)
+    is_scored = is_response.gather(1, flat).view(positions.shape) & is_inside & is_block[..., None]
+    is_scored[..., 0] = False
+    return Blocks(padded.clamp_min(0), labels, is_scored, is_block)
+
+
+def visibility(blocks: Blocks, num_context: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The rule of who sees whom, in the form that `torch.nn.attention.flex_attention` takes.
+
+    Queries are the slots of all blocks, flattened. Keys are the `num_context` tokens of the text, then the same slots. A slot
+    sees the context strictly before its block's anchor and its whole own block, nothing else; the hidden state of the anchor
+    itself does not exist yet when the block is drafted. Padding blocks see only themselves, so that no row is empty.
+
+    Returns:
+        `mask(batch, head, query, key) -> bool`, elementwise over broadcast index tensors.
+    """
+    anchors, is_block, block_size = blocks.anchors, blocks.is_block, blocks.block_size
+
+    def is_visible(batch, head, query, key):
+        block = query // block_size
+        is_before_anchor = (key < anchors[batch, block]) & is_block[batch, block]
+        is_own_block = (key - num_context) // block_size == block
+        return torch.where(key < num_context, is_before_anchor, is_own_block)
+
+    return is_visible
+
+
+def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query key"]:
+    """Write `visibility` out for every query and key. Memory: O(batch x query x key) bytes."""
+    batch, num_queries = len(blocks.anchors), blocks.labels[0].numel()
+    device = blocks.anchors.device
+    return visibility(blocks, num_context)(
+        torch.arange(batch, device=device)[:, None, None, None],
+        0,
+        torch.arange(num_queries, device=device)[:, None],
+        torch.arange(num_context + num_queries, device=device),
+    )
+
+
+def flex_mask(blocks: Blocks, num_context: int):
+    """Turn `visibility` into a block mask for `flex_attention`: never dense, one for all heads."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    num_queries = blocks.labels[0].numel()
+    return create_block_mask(
+        visibility(blocks, num_context),
+        B=len(blocks.anchors),
+        H=None,
+        Q_LEN=num_queries,
+        KV_LEN=num_context + num_queries,
+        device=str(blocks.anchors.device),
+    )

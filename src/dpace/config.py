@@ -1,0 +1,189 @@
+"""Every knob, with its default and where that comes from. Imports no torch, so that `--help` answers at once."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Objective = Literal["dpace", "dpace-confidence-only", "dpace-continuation-only", "dflash", "uniform", "head"]
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where prompts come from."""
+
+    path: str = "demo"
+    """JSONL file with `messages`, `turns` or `prompt` a line; `demo` is the set that comes with dpace."""
+    limit: int | None = None
+    """Use only the first so many."""
+
+
+@dataclass(frozen=True)
+class RespondConfig:
+    """How the target answers prompts."""
+
+    max_new_tokens: int = 2048
+    """Longest response in tokens (DFlash's benchmark uses 2048)."""
+    temperature: float = 0.0
+    """0 is greedy: the text that speculative decoding is to reproduce."""
+    batch_size: int = 32
+    """Prompts answered at once."""
+    seed: int = 0
+    """Of the draws at temperature above 0."""
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """The drafter's size. The rest of its shape is the target's."""
+
+    num_layers: int = 3
+    """Decoder layers (the paper has 3 and 5)."""
+    block_size: int = 16
+    """The anchor and block_size - 1 draft slots (the paper: 16, and 10 for Llama)."""
+    num_features: int | None = None
+    """Target layers that give features; as many as num_layers by default."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Those layers by number (0-based, their output) instead of the published rule."""
+    mask_token_id: int | None = None
+    """Reserved token for what is not drafted yet; chosen from the tokenizer by default."""
+    norm_scale: float = 1.0
+    """Initial value of the final norm's weights; see docs/training.md for small budgets."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimized."""
+
+    objective: Objective = "dpace"
+    """How much each slot counts: D-PACE, one of its two ablations, DFlash's decay, all the same, or Medusa's schedule."""
+    alpha: float = 0.5
+    """D-PACE's smoothing (paper: 0.5; 0.3 to 0.7 work)."""
+    gamma: float | None = None
+    """DFlash's decay length in slots; 7, 5, 4 for blocks of 16, 10, 8 by default."""
+    base: float = 0.8
+    """Medusa's base."""
+    reduction: Literal["anchors", "batch", "slots"] = "anchors"
+    """What the sum is divided by, see dpace.loss.block_loss."""
+    vocabulary: Literal["all", "seen"] = "all"
+    """Softmax over all tokens, or only over those of the training text: much cheaper on a CPU with a narrow job."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimizer and its schedule; defaults are the paper's."""
+
+    learning_rate: float = 6e-4
+    """AdamW's peak (paper: 6e-4)."""
+    num_epochs: float = 6.0
+    """Passes over the data (paper: 6)."""
+    max_steps: int = -1
+    """Optimizer steps; overrides num_epochs where above 0."""
+    warmup_ratio: float = 0.04
+    """Share of the steps with a rising learning rate; cosine to 0 after (paper: 0.04)."""
+    batch_size: int = 2
+    """Conversations a device and micro-batch (paper: 2 a step)."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a step."""
+    num_anchors: int = 512
+    """Blocks a conversation and visit, at most (paper: 512)."""
+    max_length: int = 3072
+    """Longer conversations are cut, in tokens (paper: 3072)."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping (paper: 1.0)."""
+    weight_decay: float = 0.0
+    """AdamW's (paper: 0)."""
+    seed: int = 42
+    """Of initial weights, order and anchors (paper: 42)."""
+    logging_steps: int = 10
+    """Steps between log lines."""
+    eval_steps: int = 500
+    """Steps between measurements of tau on held-out responses, each with a checkpoint."""
+    heldout: int = 64
+    """Conversations kept out of training for that, where no separate file is given."""
+    feature_cache_gib: float = 4.0
+    """Keep all target features in memory where they need no more than this; otherwise recompute them every visit."""
+    gradient_checkpointing: bool = False
+    """Recompute the drafter's activations in the backward pass to save memory."""
+    report_to: tuple[str, ...] = ()
+    """Trackers of transformers' Trainer, such as tensorboard or wandb."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured."""
+
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Temperatures (paper: 0 and 1)."""
+    max_new_tokens: int = 2048
+    """Longest response in tokens."""
+    num_prompts: int | None = None
+    """Prompts a set, at most."""
+    seed: int = 0
+    """Of the draws at temperature above 0."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """From prompts to a measured drafter. A recipe file holds these values; flags override them."""
+
+    target: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Folder or Hub id of the model whose text is kept."""
+    output: str = "dpace-out"
+    """Folder for everything that is written."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """Training prompts."""
+    heldout_prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """Prompts for measuring; never trained on."""
+    respond: RespondConfig = field(default_factory=RespondConfig)
+    """How the target answers."""
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    """The drafter's size."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimized."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimizer and schedule."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """What is measured."""
+
+
+def recipe_flags(path: str | Path) -> list[str]:
+    """Turn a YAML recipe into the flags that it writes down, `--group.name value`.
+
+    Raises:
+        ValueError: the file cannot be read or is not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the recipe {path} holds {values!r}; expected `name: value` lines")
+    return list(_flags(values, ""))
+
+
+def _flags(values: dict, prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        flag = f"{prefix}{name}".replace("_", "-")
+        if isinstance(value, dict):
+            yield from _flags(value, f"{flag}.")
+        else:
+            yield f"--{flag}"
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe; an unknown name or wrong value ends the program with the reason, as a wrong flag does."""
+    import tyro
+
+    return tyro.cli(Recipe, args=recipe_flags(path))
+
+
+def write_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write every value, defaults too, so that the file alone repeats the run."""
+    import json
+
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))

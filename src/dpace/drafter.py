@@ -1,0 +1,331 @@
+"""The DFlash drafter: features and an anchor in, the hidden states of a whole block out; reads and writes the published weights."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, Qwen3Config
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3PreTrainedModel,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    rotate_half,
+)
+
+from dpace.blocks import build_target_layer_ids
+from dpace.target import Target
+
+
+class _Attention(nn.Module):
+    """Block tokens attend to the target's features and to each other; keys and values of both use the same projections."""
+
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, hidden, context, rope, mask, cache: Cache | None):
+        keys_from = torch.cat([context, hidden], dim=1)
+        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        k = self.k_norm(self.k_proj(keys_from).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        v = self.v_proj(keys_from).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        cos, sin = (x[:, None] for x in rope)
+        k = k * cos + rotate_half(k) * sin
+        cos, sin = cos[..., -q.shape[2] :, :], sin[..., -q.shape[2] :, :]
+        q = q * cos + rotate_half(q) * sin
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        if mask is None or isinstance(mask, Tensor):
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        else:
+            out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class _Layer(GradientCheckpointingLayer):
+    """A pre-norm decoder layer; the features enter its attention as they are, without the input norm."""
+
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.self_attn = _Attention(config, layer)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden, context, rope, mask, cache):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), context, rope, mask, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Drafter(Qwen3PreTrainedModel):
+    """Drafts a block in one pass: Qwen3 layers over `[anchor, mask, ...]` that attend to the target's features.
+
+    Owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. What `save_pretrained`
+    writes is the published layout, which z-lab's `DFlashDraftModel` and the engines load as it is. The names of the arguments
+    of `forward` are those of transformers' own DFlash generation, which takes a `Drafter` as `assistant_model`.
+
+    Source: DFlash (arXiv 2602.06036), section 4; checkpoint layout of z-lab/dflash.
+    """
+
+    config_class = Qwen3Config
+    _no_split_modules = ["_Layer"]
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        published = getattr(config, "dflash_config", None) or {}
+        for key in ("block_size", "mask_token_id", "target_layer_ids"):
+            value = published.get(key, getattr(config, key, None))
+            if value is None:
+                raise ValueError(f"the drafter's config has no {key}, neither in dflash_config nor at the top level")
+            setattr(config, key, value)
+        self.layers = nn.ModuleList(_Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.post_init()
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block, the anchor included."""
+        return self.config.block_size
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token that stands for what is not drafted yet."""
+        return self.config.mask_token_id
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        """0-based target layers whose outputs are the features."""
+        return self.config.target_layer_ids
+
+    def forward(
+        self,
+        noise_embeds: Float[Tensor, "batch query hidden"],
+        context_hidden_states: Float[Tensor, "batch context feature"],
+        position_ids: Int[Tensor, "batch new"],
+        attention_mask=None,
+        cache: Cache | None = None,
+        **_,
+    ) -> BaseModelOutput:
+        """Compute the hidden states of blocks.
+
+        Args:
+            noise_embeds: target embeddings of the slots of one or more blocks.
+            context_hidden_states: features of the tokens that are not in the cache yet.
+            position_ids: absolute positions of the context, then of the slots (`new = context + query`).
+            attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or None where every
+                slot sees everything, as when one block is drafted. A 2-D padding mask is also taken.
+            cache: receives keys and values of the context and the slots; the caller removes those of the slots.
+
+        Returns:
+            `last_hidden_state`, "batch query hidden": the LM head's input.
+        """
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, None, None].bool()
+        context = self.hidden_norm(self.fc(context_hidden_states.to(self.dtype)))
+        hidden = noise_embeds.to(self.dtype)
+        rope = self.rotary_emb(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, context, rope, attention_mask, cache)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden))
+
+    @classmethod
+    def from_target(
+        cls,
+        target: Target,
+        *,
+        num_layers: int = 3,
+        block_size: int = 16,
+        num_features: int | None = None,
+        target_layer_ids: Sequence[int] | None = None,
+        mask_token_id: int | None = None,
+        norm_scale: float = 1.0,
+        seed: int = 0,
+    ) -> "Drafter":
+        """Make an untrained drafter that fits a target: same width, heads, feed-forward and rotary embedding.
+
+        Args:
+            target: the model to draft for.
+            num_layers: decoder layers of the drafter.
+            block_size: slots of a block, the anchor included.
+            num_features: layers that give features, by the published rule; as many as `num_layers` by default.
+            target_layer_ids: those layers by name instead.
+            mask_token_id: by default `choose_mask_token`.
+            norm_scale: the final norm starts at this multiple of 1; small values start near the uniform distribution.
+            seed: of the initial weights.
+
+        Raises:
+            ValueError: a layer id, block size or mask token that cannot work with this target.
+        """
+        config, theirs = Qwen3Config(), target.config
+        layer_ids = (
+            list(target_layer_ids)
+            if target_layer_ids
+            else build_target_layer_ids(target.num_layers, num_features or num_layers)
+        )
+        mask_token_id = choose_mask_token(target) if mask_token_id is None else mask_token_id
+        heads = theirs.num_attention_heads
+        config = Qwen3Config(
+            vocab_size=len(target.head.weight),
+            hidden_size=theirs.hidden_size,
+            intermediate_size=theirs.intermediate_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(theirs, "num_key_value_heads", None) or heads,
+            head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
+            max_position_embeddings=theirs.max_position_embeddings,
+            rms_norm_eps=getattr(theirs, "rms_norm_eps", 1e-6),
+            rope_parameters=_rope_of(theirs),
+            layer_types=["full_attention"] * num_layers,
+            tie_word_embeddings=False,
+            bos_token_id=theirs.bos_token_id,
+            eos_token_id=theirs.eos_token_id,
+            pad_token_id=theirs.pad_token_id,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            target_layer_ids=layer_ids,
+            num_target_layers=target.num_layers,
+            dflash_config={"mask_token_id": mask_token_id, "target_layer_ids": layer_ids},
+            is_causal=False,
+        )
+        if target.embed_scale != 1:
+            config.input_embedding_scale = target.embed_scale
+        if target.head.multiplier != 1:
+            config.output_multiplier = target.head.multiplier
+        if target.head.softcap is not None:
+            config.final_logit_softcapping = target.head.softcap
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drafter = cls(config)
+        nn.init.constant_(drafter.norm.weight, norm_scale)
+        drafter.check_target(target)
+        return drafter.to(target.device)
+
+    def check_target(self, target: Target) -> None:
+        """Refuse a target that this drafter cannot draft for.
+
+        Raises:
+            ValueError: naming the value found, the one expected and the way out.
+        """
+        config, ids = self.config, self.target_layer_ids
+        facts = [
+            ("hidden_size", config.hidden_size, target.hidden_size),
+            ("vocab_size", config.vocab_size, len(target.head.weight)),
+            ("num_target_layers", config.num_target_layers, target.num_layers),
+        ]
+        for name, found, expected in facts:
+            if found != expected:
+                raise ValueError(
+                    f"the drafter's {name} is {found} and the target {target.name} has {expected}: it was trained for "
+                    "another target; train one for this target with `dpace train`"
+                )
+        if list(ids) != sorted(set(ids)) or min(ids) < 0 or max(ids) > target.num_layers - 2:
+            raise ValueError(
+                f"target_layer_ids is {list(ids)}; they must ascend and lie in 0 .. {target.num_layers - 2} (the last "
+                "layer's output is normalized in some engines and must not be used)"
+            )
+        if self.block_size < 2:
+            raise ValueError(f"block_size is {self.block_size}; it must be 2 or more (the anchor and a draft slot)")
+        check_mask_token(self.mask_token_id, target)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write `config.json` and `model.safetensors` in the published layout."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "config.json"
+        config = json.loads(path.read_text())
+        rope = config["rope_parameters"]
+        config.update(
+            architectures=["DFlashDraftModel"],
+            rope_theta=rope["rope_theta"],
+            rope_scaling=None if rope["rope_type"] == "default" else rope,
+            head_dim=self.config.head_dim,
+            attention_bias=False,
+            is_causal=False,
+            tie_word_embeddings=False,
+            use_sliding_window=False,
+        )
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _rope_of(config) -> dict:
+    """The rotary embedding of the target's full-attention layers."""
+    rope = dict(config.rope_parameters)
+    rope = dict(rope.get("full_attention", rope))
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("the target rotates only a part of each head; the published drafter layout rotates all of it")
+    return rope
+
+
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    global _flex
+    _flex = _flex or torch.compile(flex_attention, dynamic=True)
+    return _flex
+
+
+_flex = None
+
+
+def choose_mask_token(target: Target) -> int:
+    """Pick a token that no text contains: an unused row of the embedding, else a reserved special token.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    tokenizer, num_rows = target.tokenizer, len(target.head.weight)
+    if tokenizer is None:
+        return num_rows - 1
+    if len(tokenizer) < num_rows:
+        return len(tokenizer)
+    names = tokenizer.added_tokens_decoder
+    reserved = sorted(names, key=lambda i: (not any(w in names[i].content.lower() for w in ("mask", "reserved", "unused")), i))
+    for token_id in reserved:
+        try:
+            check_mask_token(token_id, target)
+        except ValueError:
+            continue
+        return token_id
+    raise ValueError(
+        f"no token of {target.name} is free to be the mask token: all {num_rows} rows of the embedding stand for text; "
+        "name a reserved one with --drafter.mask-token-id"
+    )
+
+
+def check_mask_token(token_id: int, target: Target) -> None:
+    """Refuse a mask token that the target reads or writes.
+
+    Raises:
+        ValueError: outside the embedding, padding, a stop or special token in use, in the chat template, or ordinary text.
+    """
+    tokenizer, num_rows = target.tokenizer, len(target.head.weight)
+    reason = None
+    if not 0 <= token_id < num_rows:
+        reason = f"lies outside the embedding's {num_rows} rows"
+    elif token_id in target.stop_token_ids:
+        reason = "ends the target's responses"
+    elif tokenizer is not None and token_id < len(tokenizer):
+        special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        if token_id in special:
+            reason = "is padding, or begins or ends text"
+        elif token_id not in tokenizer.added_tokens_decoder or not tokenizer.added_tokens_decoder[token_id].special:
+            reason = f"is ordinary text ({tokenizer.convert_ids_to_tokens(token_id)!r})"
+        elif tokenizer.chat_template and tokenizer.convert_ids_to_tokens(token_id) in str(tokenizer.chat_template):
+            reason = "is used by the chat template"
+    if reason:
+        raise ValueError(
+            f"mask token {token_id} {reason}; it must be a reserved token that no text contains (leave it out to have one chosen)"
+        )

@@ -1,0 +1,123 @@
+"""Accepted lengths of verifications in; tau, rates and intervals out. One definition for training, decoding and servers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Accepted lengths of many verifications, from which every statistic follows.
+
+    `accepted_length` counts the draft tokens accepted in one verification, 0 to `block_size - 1`, without the bonus token.
+    """
+
+    histogram: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+    """Verifications by accepted length, `block_size` counts; or one such row a prompt, which `interval` resamples."""
+    block_size: int
+    """The anchor and `block_size - 1` draft slots."""
+    num_without_bonus: int | Sequence[int] = 0
+    """Verifications whose last accepted token ended the text, so that no bonus token follows (a number, or one a prompt)."""
+
+    def __post_init__(self):
+        """Check the shape."""
+        if self._rows.shape[-1] != self.block_size:
+            raise ValueError(
+                f"the histogram has {self._rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 to "
+                f"{self.block_size - 1}, so {self.block_size}"
+            )
+
+    @classmethod
+    def from_lengths(cls, accepted_lengths: Iterable[int], block_size: int, num_without_bonus: int = 0) -> "Acceptance":
+        """Count the accepted lengths of one response."""
+        histogram = np.bincount(np.fromiter(accepted_lengths, dtype=np.int64), minlength=block_size)
+        return cls(histogram, block_size, num_without_bonus)
+
+    @classmethod
+    def of_prompts(cls, responses: Sequence["Acceptance"]) -> "Acceptance":
+        """Put responses together, one row each."""
+        if not responses:
+            raise ValueError("no response to pool")
+        return cls(
+            np.concatenate([response._rows for response in responses]),
+            responses[0].block_size,
+            np.concatenate([response._missing for response in responses]),
+        )
+
+    @property
+    def _rows(self) -> np.ndarray:
+        return np.atleast_2d(np.asarray(self.histogram, dtype=np.int64))
+
+    @property
+    def _missing(self) -> np.ndarray:
+        return np.atleast_1d(np.asarray(self.num_without_bonus, dtype=np.int64))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Verifications by accepted length, all prompts together."""
+        return self._rows.sum(0)
+
+    @property
+    def num_verifications(self) -> int:
+        """How many times the target verified a block."""
+        return int(self.counts.sum())
+
+    @property
+    def num_emitted_tokens(self) -> int:
+        """Accepted draft tokens and bonus tokens."""
+        return int(self._emitted(self._rows).sum() - self._missing.sum())
+
+    @staticmethod
+    def _emitted(rows: np.ndarray) -> np.ndarray:
+        return (rows * (np.arange(rows.shape[-1]) + 1)).sum(-1)
+
+    @property
+    def tau(self) -> float:
+        """Mean emitted tokens a verification, 1 to `block_size`; pooled over verifications, nan without any."""
+        return self.num_emitted_tokens / self.num_verifications if self.num_verifications else float("nan")
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over proposed draft tokens, 0 to 1."""
+        proposed = self.num_verifications * (self.block_size - 1)
+        return float((self.counts * np.arange(self.block_size)).sum() / proposed) if proposed else float("nan")
+
+    @property
+    def reach_rate(self) -> np.ndarray:
+        """Share of verifications whose slots 1..k were all accepted, for k = 1 .. block_size - 1 (unconditional)."""
+        reached = self.counts[::-1].cumsum()[::-1]
+        return reached[1:] / max(1, reached[0])
+
+    @property
+    def slot_acceptance_rate(self) -> np.ndarray:
+        """How often slot k was accepted given that 1..k-1 were, for k = 1 .. block_size - 1; nan where never reached."""
+        reached = self.counts[::-1].cumsum()[::-1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return reached[1:] / reached[:-1]
+
+    def interval(self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """Bootstrap interval of tau: resamples prompts, or single verifications where the histogram has one row.
+
+        Args:
+            confidence: share of resamples inside, in (0, 1).
+            num_resamples: bootstrap samples.
+            seed: of the resampling.
+
+        Returns:
+            Lower and upper end, in tokens; (nan, nan) without a verification.
+        """
+        if not self.num_verifications:
+            return float("nan"), float("nan")
+        generator = np.random.default_rng(seed)
+        if len(self._rows) > 1:
+            picks = generator.integers(len(self._rows), size=(num_resamples, len(self._rows)))
+            emitted = (self._emitted(self._rows) - self._missing)[picks].sum(-1)
+            verifications = self._rows.sum(-1)[picks].sum(-1)
+        else:
+            total = self.num_verifications
+            rows = generator.multinomial(total, self.counts / total, size=num_resamples)
+            emitted, verifications = self._emitted(rows) - self._missing.sum(), rows.sum(-1)
+        taus = emitted / np.maximum(verifications, 1)
+        low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return float(low), float(high)

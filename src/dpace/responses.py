@@ -1,0 +1,222 @@
+"""Prompts in; the target's own answers out, as token ids with the spans that it wrote."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dpace.config import RespondConfig
+from dpace.prompts import Prompt, read_jsonl
+from dpace.target import Target
+
+
+@dataclass(frozen=True)
+class Response:
+    """One conversation with the target's answers; a line of `responses.jsonl`."""
+
+    id: str
+    set: str
+    messages: list[dict[str, str]]
+    token_ids: list[int]
+    """The whole conversation as the target read and wrote it."""
+    response_spans: list[list[int]]
+    """[start, end) of what the target wrote, stop token included."""
+
+    @property
+    def is_response(self) -> list[bool]:
+        """One flag a token: the target wrote it."""
+        flags = [False] * len(self.token_ids)
+        for start, end in self.response_spans:
+            flags[start:end] = [True] * (end - start)
+        return flags
+
+
+def progress_bar() -> Progress:
+    """A bar with count, elapsed time and ETA, on stderr."""
+    from rich.console import Console
+
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+        console=Console(stderr=True),
+    )
+
+
+def encode_chat(target: Target, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Tokens of a conversation up to where the target is to answer, through its chat template.
+
+    A tokenizer without a template gets the contents, one a line. Thinking is off where the template knows the switch.
+
+    Raises:
+        ValueError: the template refuses the messages, or they give no token.
+    """
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise ValueError("the target has no tokenizer; pass one to Target to work with text")
+    if tokenizer.chat_template is None:
+        token_ids = tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
+    else:
+        try:
+            token_ids = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, enable_thinking=False, return_dict=False
+            )
+        except Exception as error:  # jinja errors of a template share no narrower class
+            raise ValueError(f"the chat template of {target.name} refuses the messages: {error}") from error
+    if not token_ids:
+        raise ValueError("the prompt has no token")
+    return list(token_ids)
+
+
+def write_responses(target: Target, prompts: Sequence[Prompt], path: str | Path, config: RespondConfig) -> list[Response]:
+    """Let the target answer prompts in batches, appending to a file after each one.
+
+    A prompt whose id is in the file already is not answered again, so an interrupted call goes on where it was. Beside the
+    file, `.meta.json` tells what made it.
+
+    Memory: O(batch_size x tokens) for the target's cache.
+
+    Args:
+        target: the model.
+        prompts: what to answer; one that passes the target's context is refused before work starts.
+        path: `responses.jsonl`.
+        config: length, temperature, batch size, seed.
+
+    Returns:
+        The responses of all given prompts, in their order.
+
+    Raises:
+        ValueError: an over-long prompt, or the file was made by another target or with other settings.
+    """
+    path = Path(path)
+    _check_meta(path, _meta(target, config))
+    done = {response.id: response for response in read_responses(path)} if path.exists() else {}
+    waiting = [(prompt, encode_chat(target, prompt.turns[0])) for prompt in prompts if prompt.id not in done]
+    limit = getattr(target.config, "max_position_embeddings", None)
+    for prompt, token_ids in waiting:
+        if limit and len(token_ids) + config.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.id} has {len(token_ids)} tokens; with max_new_tokens {config.max_new_tokens} it passes the "
+                f"target's limit of {limit}: shorten it or lower --respond.max-new-tokens"
+            )
+    waiting.sort(key=lambda item: len(item[1]))
+    torch.manual_seed(config.seed)
+    with progress_bar() as bar, path.open("a", encoding="utf-8") as file:
+        task = bar.add_task("answering prompts", total=len(prompts), completed=len(prompts) - len(waiting), info="")
+        num_tokens = 0
+        for start in range(0, len(waiting), config.batch_size):
+            batch = [prompt for prompt, _ in waiting[start : start + config.batch_size]]
+            for response in _answer(target, batch, config):
+                file.write(json.dumps(asdict(response), ensure_ascii=False) + "\n")
+                done[response.id] = response
+                num_tokens += sum(end - start for start, end in response.response_spans)
+            file.flush()
+            speed = num_tokens / max(1e-9, bar.tasks[task].elapsed or 1e-9)
+            bar.update(task, advance=len(batch), info=f"{speed:.0f} tokens/s")
+    return [done[prompt.id] for prompt in prompts]
+
+
+def read_responses(path: str | Path) -> list[Response]:
+    """Read `responses.jsonl`. A last line that a killed process left unfinished is cut off the file.
+
+    Raises:
+        ValueError: a line in the middle that cannot be read, or one without tokens.
+    """
+    path = Path(path)
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+    responses = []
+    for number, row in read_jsonl(path):
+        try:
+            responses.append(Response(**{key: row[key] for key in Response.__dataclass_fields__}))
+        except KeyError as error:
+            raise ValueError(f"{path}:{number}: no {error}; write it with `dpace respond`") from error
+    return responses
+
+
+def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> list[Response]:
+    """Answer a batch turn by turn."""
+    messages = [[] for _ in prompts]
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    spans: list[list[list[int]]] = [[] for _ in prompts]
+    for turn in range(max(len(prompt.turns) for prompt in prompts)):
+        active = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
+        for i in active:
+            messages[i] += prompts[i].turns[turn]
+        encoded = [encode_chat(target, messages[i]) for i in active]
+        for i, prompt_ids, answer in zip(active, encoded, _generate_batch(target, encoded, config), strict=True):
+            if prompt_ids[: len(token_ids[i])] != token_ids[i]:
+                spans[i] = []  # the template rewrote what came before, so earlier answers are not the target's tokens
+            token_ids[i] = prompt_ids + answer
+            spans[i].append([len(prompt_ids), len(token_ids[i])])
+            text = target.tokenizer.decode(answer, skip_special_tokens=True)
+            messages[i].append({"role": "assistant", "content": text})
+    return [Response(p.id, p.set, *rest) for p, *rest in zip(prompts, messages, token_ids, spans, strict=True)]
+
+
+@torch.inference_mode()
+def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: RespondConfig) -> list[list[int]]:
+    """Continue prompts of different lengths together, padded on the left."""
+    width = max(map(len, encoded))
+    stops = target.stop_token_ids
+    pad = stops[0] if stops else 0
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in encoded], device=target.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=target.device)
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
+    out = target.model.generate(
+        input_ids,
+        attention_mask=mask,
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=stops or None,
+        **sampling,
+    )
+    answers = []
+    for row in out[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        answers.append(row[:end])
+    return answers
+
+
+def _meta(target: Target, config: RespondConfig) -> dict:
+    """What made a file of responses."""
+    tokenizer = target.tokenizer
+    assert tokenizer is not None
+    vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "target": target.name,
+        "revision": getattr(target.model.config, "_commit_hash", None),
+        "tokenizer_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "dtype": str(target.model.dtype),
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _check_meta(path: Path, meta: dict) -> None:
+    """Write the meta file, or refuse to mix with what is there."""
+    meta_path = path.with_suffix(".meta.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and meta_path.exists():
+        old = json.loads(meta_path.read_text())
+        for key in sorted(set(meta) - {"versions", "target"}):
+            if old.get(key) != meta[key]:
+                raise ValueError(
+                    f"{path} was made with {key} {old.get(key)!r}, not {meta[key]!r}; name another --output or delete the file"
+                )
+    meta_path.write_text(json.dumps(meta, indent=2) + "\n")

@@ -1,0 +1,186 @@
+"""The frozen target: the features of chosen layers, the embedding and the LM head of any decoder-only Hugging Face model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpace.loss import Head
+
+
+class _LastLayerReached(Exception):
+    """Ends a forward pass that runs for its features only."""
+
+
+class Target:
+    """A causal LM whose text is kept. It is never trained and only read through this class.
+
+    Args:
+        model: decoder layers, a norm and an LM head; put in eval mode, its parameters frozen.
+        tokenizer: its tokenizer; only needed for text.
+
+    Raises:
+        ValueError: the model has no list of decoder layers, or its embedding or head is more than a scaled table.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config(decoder=True)
+        self.layers = self._find_layers()
+        self.embed_scale, self.head = self._probe()
+
+    @classmethod
+    def load(cls, name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> "Target":
+        """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
+
+        Args:
+            name: folder or Hub id.
+            dtype: of the weights; by default bf16 on a GPU and fp32 on CPU, where it is faster for blocks of tokens.
+            device: by default `cuda` where there is one, else `cpu`.
+
+        Raises:
+            OSError: nothing of that name can be read.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+        return cls(model, AutoTokenizer.from_pretrained(name))
+
+    @property
+    def name(self) -> str:
+        """Where the model came from: a Hub id, or the full path of a folder."""
+        name = self.model.config._name_or_path
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.model.device
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of one layer's output."""
+        return self.config.hidden_size
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end a response, from the generation config."""
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else self.config.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
+        """Input embeddings as the first layer sees them."""
+        weight = self.model.get_input_embeddings().weight
+        return nn.functional.embedding(token_ids, weight) * self.embed_scale
+
+    @contextmanager
+    def capture(self, target_layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
+        """Collect the outputs of chosen layers while the model runs inside the `with` block.
+
+        The yielded list holds, after each forward pass, the last outputs in the order of `target_layer_ids`; nothing else is
+        kept. Layer `i` is the 0-based decoder layer, its output `hidden_states[i + 1]` of transformers.
+        """
+        captured: list[Tensor] = [torch.empty(0)] * len(target_layer_ids)
+
+        def keep(index):
+            def hook(_module, _args, output):
+                captured[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        hooks = [self.layers[layer].register_forward_hook(keep(i)) for i, layer in enumerate(target_layer_ids)]
+        try:
+            yield captured
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def features(
+        self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int]
+    ) -> Float[Tensor, "batch seq feature"]:
+        """Concatenate the outputs of the chosen layers; layers above the last one and the LM head do not run.
+
+        Rows may be padded on the right: the model is causal, so real tokens do not see the padding.
+
+        Memory: O(tokens x feature) for the result, and one layer's activations.
+
+        Args:
+            token_ids: any text.
+            target_layer_ids: 0-based decoder layers whose output is used.
+
+        Returns:
+            `feature = len(target_layer_ids) * hidden`, in the dtype of the target, detached.
+        """
+
+        def stop(_module, _args, _output):
+            raise _LastLayerReached
+
+        with self.capture(target_layer_ids) as captured:
+            handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
+            try:
+                self.model(token_ids, use_cache=False)
+            except _LastLayerReached:
+                pass
+            finally:
+                handle.remove()
+            return torch.cat(captured, dim=-1)
+
+    def _find_layers(self) -> nn.ModuleList:
+        decoder = self.model.get_decoder()
+        found = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+        layers = [child for child in found if len(child) == self.config.num_hidden_layers]
+        if len(layers) != 1:
+            raise ValueError(
+                f"{type(self.model).__name__} has {len(layers)} lists of {self.config.num_hidden_layers} decoder layers; "
+                "dpace needs a model built as embedding, one list of decoder layers, norm and LM head"
+            )
+        return layers[0]
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[float, Head]:
+        """Run one token to learn the scale of the embedding and of the logits, and that nothing else is applied."""
+        seen = {}
+        head_module = self.model.get_output_embeddings()
+        hooks = [
+            self.layers[0].register_forward_pre_hook(
+                lambda _module, args, kwargs: seen.update(first=args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            ),
+            head_module.register_forward_pre_hook(lambda _module, args: seen.update(last=args[0])),
+        ]
+        try:
+            token = torch.tensor([[self.config.vocab_size // 2]], device=self.model.device)
+            logits = self.model(token, use_cache=False).logits.float().flatten()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        row = self.model.get_input_embeddings().weight[token[0, 0]].float()
+        first = seen["first"].float().flatten()
+        scale = self._ratio(first, row, "input embedding")
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        raw = head_module.weight.float() @ seen["last"].float().flatten()
+        uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
+        return scale, Head(head_module.weight, self._ratio(uncapped, raw, "LM head"), softcap)
+
+    def _ratio(self, found: Tensor, table: Tensor, what: str) -> float:
+        """The factor between what the model computed and the plain table, 1 where they agree up to rounding."""
+        ratio = float(found @ table / (table @ table))
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 3e-2
+        error = float((found - ratio * table).norm() / found.norm())
+        if not error <= tolerance:
+            raise ValueError(
+                f"the {what} of {type(self.model).__name__} is more than a scaled table (relative difference {error:.2g}): "
+                "dpace drafters share the target's embedding and head and cannot use it"
+            )
+        return 1.0 if abs(ratio - 1) < tolerance else ratio

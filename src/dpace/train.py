@@ -1,0 +1,369 @@
+"""A thin Hugging Face Trainer: responses -> features and blocks -> drafter -> loss, and what to log."""
+
+import json
+import platform
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import dpace
+from dpace import weights as W
+from dpace.blocks import Blocks, build_blocks, dense_mask, flex_mask, sample_anchors
+from dpace.config import LossConfig, Recipe, TrainConfig, write_recipe
+from dpace.drafter import Drafter
+from dpace.loss import Head, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.metrics import Acceptance
+from dpace.responses import Response, progress_bar
+from dpace.target import Target
+
+
+def make_weigh(config: LossConfig, block_size: int) -> Weigh:
+    """The weights function of an objective."""
+    schedules = {
+        "dflash": partial(W.dflash_weights, gamma=config.gamma or W.dflash_gamma(block_size)),
+        "uniform": W.uniform_weights,
+        "head": partial(W.head_weights, base=config.base),
+    }
+    if config.objective in schedules:
+        schedule = schedules[config.objective]
+        return lambda token_probs, is_scored: schedule(is_scored)
+    dynamic = {
+        "dpace": W.dpace_weights,
+        "dpace-confidence-only": W.dpace_confidence_only_weights,
+        "dpace-continuation-only": W.dpace_continuation_only_weights,
+    }
+    return partial(dynamic[config.objective], alpha=config.alpha)
+
+
+class ResponseDataset(torch.utils.data.Dataset):
+    """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
+
+    Memory: token ids, and the features where they are kept (tokens x feature x bytes of the target's dtype).
+    """
+
+    def __init__(self, responses: Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
+        self.epoch, self.num_anchors, self.seed = 0, num_anchors, seed
+        self.features: list[Tensor] | None = None
+        self.rows = []
+        for response in responses:
+            is_response = torch.tensor(response.is_response[:max_length])
+            if len(sample_anchors(is_response)):
+                self.rows.append((response.id, torch.tensor(response.token_ids[:max_length]), is_response))
+        self.num_skipped = len(responses) - len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all conversations, prompts included."""
+        return sum(len(token_ids) for _, token_ids, _ in self.rows)
+
+    def keep_features(self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float) -> bool:
+        """Compute the features of every conversation once, where they fit in memory; say whether they did."""
+        size = self.num_tokens * len(target_layer_ids) * target.hidden_size * target.head.weight.element_size()
+        if size > limit_bytes:
+            return False
+        self.features = []
+        with progress_bar() as bar:
+            task = bar.add_task("reading features", total=len(self.rows), info="")
+            for _, token_ids, _ in self.rows:
+                features = target.features(token_ids[None].to(target.device), target_layer_ids)
+                self.features.append(features[0].cpu())
+                bar.advance(task)
+        return True
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | None]:
+        """One conversation and its anchors of this epoch."""
+        response_id, token_ids, is_response = self.rows[index]
+        anchors = sample_anchors(is_response, num_anchors=self.num_anchors, seed=(self.seed, self.epoch, response_id))
+        features = None if self.features is None else self.features[index]
+        return {"token_ids": token_ids, "is_response": is_response, "anchors": anchors, "features": features}
+
+
+def collate(rows: Sequence[dict], block_size: int) -> dict[str, Tensor | None]:
+    """Pad conversations on the right and cut their blocks."""
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    token_ids = pad([row["token_ids"] for row in rows])
+    blocks = build_blocks(token_ids, pad([row["is_response"] for row in rows]), [row["anchors"] for row in rows], block_size)
+    features = None if rows[0]["features"] is None else pad([row["features"] for row in rows])
+    return {"token_ids": token_ids, "features": features, **vars(blocks)}
+
+
+def blocks_hidden(drafter, target: Target, inputs: dict, *, mask_token_id: int, target_layer_ids: Sequence[int]) -> tuple[Tensor, Blocks]:
+    """Run the drafter over all blocks of a batch at once.
+
+    Returns:
+        Final hidden states, "batch block slot hidden", and the blocks.
+    """
+    blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
+    token_ids, features = inputs["token_ids"], inputs["features"]
+    if features is None:
+        features = target.features(token_ids, target_layer_ids)
+    batch, num_context = token_ids.shape
+    make_mask = flex_mask if token_ids.device.type == "cuda" else dense_mask
+    context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
+    hidden = drafter(
+        noise_embeds=target.embed(blocks.input_ids(mask_token_id)).flatten(1, 2),
+        context_hidden_states=features,
+        position_ids=torch.cat([context_ids, blocks.position_ids.flatten(1)], dim=1),
+        attention_mask=make_mask(blocks, num_context),
+    ).last_hidden_state
+    return hidden.unflatten(1, blocks.labels.shape[1:]), blocks
+
+
+def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:
+    """Follow greedy decoding through a known response: each verification starts where the last one ended.
+
+    Args:
+        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that does not.
+        span: [start, end) of the response; its first token comes from the prefill.
+        block_size: slots of a block.
+
+    Returns:
+        The accepted lengths of `dpace.decode.generate` on this text.
+    """
+    start, end = span
+    accepted_lengths, missing, anchor = [], 0, start
+    while anchor < end - 1:
+        accepted = min(accepted_from[anchor], end - 1 - anchor)
+        missing += anchor + accepted == end - 1
+        accepted_lengths.append(accepted)
+        anchor += accepted + 1
+    return Acceptance.from_lengths(accepted_lengths, block_size, missing)
+
+
+@torch.no_grad()
+def heldout_acceptance(drafter: Drafter, target: Target, responses: Sequence[Response], *, max_length: int) -> Acceptance:
+    """Measure accepted lengths on responses that the target wrote greedily, without decoding.
+
+    Every response token is an anchor; one row a response. Equal to what `dpace.decode.generate` accepts at temperature 0.
+
+    Memory: one response at a time, O(response tokens x block_size x (context + response tokens x block_size)) for the mask.
+    """
+    was_training = drafter.training
+    drafter.eval()
+    results = []
+    for response in responses:
+        dataset = ResponseDataset([response], max_length=max_length, num_anchors=None, seed=0)
+        if not len(dataset):
+            continue
+        inputs = {k: v if v is None else v.to(target.device) for k, v in collate([dataset[0]], drafter.block_size).items()}
+        hidden, blocks = blocks_hidden(
+            drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
+        )
+        out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+        is_match = (out.top_tokens == blocks.labels) & blocks.is_scored
+        accepted = is_match[0, :, 1:].int().cumprod(-1).sum(-1).tolist()
+        accepted_from = dict(zip(blocks.anchors[0].tolist(), accepted, strict=True))
+        length = len(inputs["token_ids"][0])
+        for start, end in response.response_spans:
+            if min(end, length) - start > 1:
+                results.append(walk(accepted_from, (start, min(end, length)), drafter.block_size))
+    drafter.train(was_training)
+    return Acceptance.of_prompts(results)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the dataset which epoch's anchors to draw; on resume the state holds the epoch that was interrupted."""
+
+    def __init__(self, dataset: ResponseDataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.dataset.epoch = int(state.epoch)
+
+
+class DrafterTrainer(Trainer):
+    """Trains a drafter on blocks of a target's responses with a frozen-head loss.
+
+    A thin subclass of `transformers.Trainer`: optimizer, schedule, accumulation, distribution, checkpoints and resuming are
+    its own. Logs the loss, the drafter's accuracy and share of the weight by slot; `evaluate` gives `eval_tau`, the emitted
+    tokens a verification on held-out responses, which also selects the best checkpoint. The loss itself cannot be compared
+    between steps or objectives: D-PACE's grows as the drafter gets better.
+
+    The loss is divided by `count_items` over all ranks and micro-batches of a step, so a step is the same however it is split.
+
+    Source: D-PACE (arXiv 2605.18810), equation 9.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, drafter: Drafter, target: Target, dataset: ResponseDataset, heldout, args, loss: LossConfig, max_length: int):
+        super().__init__(
+            model=drafter,
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=heldout,
+            data_collator=partial(collate, block_size=drafter.block_size),
+            callbacks=[_SetEpoch(dataset)],
+        )
+        self.model_accepts_loss_kwargs = False
+        self.target, self.heldout, self.loss_config, self.max_length = target, heldout, loss, max_length
+        self.drafter = drafter
+        self.weigh = make_weigh(loss, drafter.block_size)
+        self.head, self.head_index = target.head, None
+        if loss.vocabulary == "seen":
+            self.head, self.head_index = _seen_head(target, dataset)
+        self._sums: dict[str, Tensor] = {}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        """Count the items of a whole optimizer step, over its micro-batches and all ranks."""
+        count = sum(count_items(batch["is_scored"], self.loss_config.reduction) for batch in batch_samples)
+        return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a micro-batch, in nats; what `Trainer` calls."""
+        drafter = self.drafter
+        hidden, blocks = blocks_hidden(
+            model, self.target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
+        )
+        labels = blocks.labels if self.head_index is None else self.head_index[blocks.labels]
+        out = frozen_head_nll(hidden, self.head, labels, blocks.is_scored, weigh=self.weigh)
+        self._add_to_log(out, labels, blocks.is_scored)
+        loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss_config.reduction, num_items=num_items_in_batch)
+        return loss * self.accelerator.num_processes  # DDP averages gradients over ranks
+
+    def _add_to_log(self, out, labels, is_scored):
+        """Add up what is logged as means."""
+        sums = {
+            "weights": out.weights.sum((0, 1)),
+            "matches": ((out.top_tokens == labels) & is_scored).float().sum((0, 1)),
+            "nll": out.nll.sum((0, 1)),
+            "slots": is_scored.float().sum((0, 1)),
+        }
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add accuracy and share of the weight by slot to the training log."""
+        if "loss" in logs and self._sums:
+            sums = {name: self.accelerator.reduce(value, reduction="sum")[1:] for name, value in self._sums.items()}
+            self._sums = {}
+            shares = sums["weights"] / sums["weights"].sum()
+            accuracy = sums["matches"] / sums["slots"].clamp_min(1)
+            logs["nll"] = float(sums["nll"].sum() / sums["slots"].sum().clamp_min(1))
+            for slot, (share, right) in enumerate(zip(shares.tolist(), accuracy.tolist(), strict=True), start=1):
+                logs[f"weight_share/{slot}"], logs[f"slot_accuracy/{slot}"] = share, right
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measure held-out tau with its 95 % interval and log it."""
+        acceptance = heldout_acceptance(self.drafter, self.target, self.heldout, max_length=self.max_length)
+        low, high = acceptance.interval()
+        metrics = {"tau": acceptance.tau, "tau_low": low, "tau_high": high}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _seen_head(target: Target, dataset: ResponseDataset) -> tuple[Head, Tensor]:
+    """The head's rows of the tokens that occur in the training text, and where each token's row is."""
+    tokens = torch.unique(torch.cat([token_ids for _, token_ids, _ in dataset.rows]))
+    index = torch.full((len(target.head.weight),), -1, dtype=torch.long)
+    index[tokens] = torch.arange(len(tokens))
+    device = target.device
+    return target.head._replace(weight=target.head.weight[tokens.to(device)].contiguous()), index.to(device)
+
+
+def training_arguments(config: TrainConfig, folder: Path, *, device: torch.device) -> TrainingArguments:
+    """The recipe in the words of transformers' Trainer: fp32 on CPU, bf16 with fp32 master weights on GPU."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.eval_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_tau",
+        greater_is_better=True,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=config.gradient_checkpointing,
+        remove_unused_columns=False,
+        report_to=list(config.report_to),
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def train(
+    target: Target, responses: Sequence[Response], recipe: Recipe, folder: str | Path, *, heldout: Sequence[Response] | None = None
+) -> Drafter:
+    """Train a drafter and write its folder; an interrupted run goes on from its last checkpoint.
+
+    Memory: drafter, its gradient and two AdamW moments in fp32; the target; features of a batch, or of all conversations
+    where they fit in `feature_cache_gib`; O(batch x blocks x block_size x (tokens + blocks x block_size)) bytes for the dense
+    mask on CPU; the loss as `frozen_head_nll` says. Disk: two checkpoints of three times the drafter's size.
+
+    Args:
+        target: the frozen target.
+        responses: what it wrote.
+        recipe: every setting.
+        folder: receives `config.json`, `model.safetensors`, `recipe.yaml`, `provenance.json`, `trainer_state.json`, and
+            `checkpoints/`.
+        heldout: responses for tau during training; by default the last `recipe.train.heldout` of `responses`.
+
+    Returns:
+        The best drafter by held-out tau.
+
+    Raises:
+        ValueError: nothing to train on, or the text contains the mask token.
+    """
+    folder, config = Path(folder), recipe.train
+    if heldout is None:
+        count = min(config.heldout, max(1, len(responses) // 10))
+        responses, heldout = responses[:-count], responses[-count:]
+    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
+    if not len(dataset):
+        raise ValueError(f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on")
+    args = training_arguments(config, folder / "checkpoints", device=target.device)
+    drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
+    if any((token_ids == drafter.mask_token_id).any() for _, token_ids, _ in dataset.rows):
+        raise ValueError(
+            f"the training text contains the mask token {drafter.mask_token_id}; name another with --drafter.mask-token-id"
+        )
+    dataset.keep_features(target, drafter.target_layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
+    trainer = DrafterTrainer(drafter, target, dataset, heldout, args, recipe.loss, config.max_length)
+    resume = transformers.trainer_utils.get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        drafter.save_pretrained(folder)
+        write_recipe(recipe, folder / "recipe.yaml")
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        (folder / "provenance.json").write_text(json.dumps(_provenance(target, trainer, dataset), indent=2) + "\n")
+    return drafter
+
+
+def _provenance(target: Target, trainer: Trainer, dataset: ResponseDataset) -> dict:
+    """Where a drafter comes from."""
+    return {
+        "dpace": dpace.__version__,
+        "target": target.name,
+        "target_revision": getattr(target.model.config, "_commit_hash", None),
+        "conversations": len(dataset),
+        "conversations_without_anchor": dataset.num_skipped,
+        "steps": trainer.state.global_step,
+        "best_eval_tau": trainer.state.best_metric,
+        "device": str(target.device),
+        "processor": platform.processor() or platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+    }

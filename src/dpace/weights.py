@@ -1,0 +1,139 @@
+"""How much each slot of a block counts in the loss: token probabilities or a schedule in, weights out.
+
+Every function is pure: tensors in, detached fp32 weights of the same shape out, 0 at slots that are not scored. Slot 0 of
+every `block slot` tensor is the anchor, which is never scored. `q[k]` below is the probability that the drafter gives to the
+target's own token at slot `k`.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+TokenProbs = Float[Tensor, "batch block slot"]
+IsScored = Bool[Tensor, "batch block slot"]
+Weights = Float[Tensor, "batch block slot"]
+
+
+def _smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
+    """`(1 - alpha) q + alpha` in fp32; slots that are not scored are a factor of 1 in every product."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (the paper uses 0.5, and 0.3 to 0.7 work)")
+    return torch.where(is_scored, (1 - alpha) * token_probs.float() + alpha, 1.0)
+
+
+@torch.no_grad()
+def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
+    """Weigh each slot by its share in the expected accepted length.
+
+    `w[j] = sum over m >= j of P[m]` with `P[m] = product over i <= m of ((1 - alpha) q[i] + alpha)`: the gradient of the
+    surrogate `S = sum over m of P[m]` with respect to `log q[j]` (exactly so at `alpha = 0`). A slot counts as far as the
+    block is likely to be accepted up to it (cumulative confidence) and as much as it opens the way for what follows
+    (continuation value). Weights do not grow along the block and sum to `sum over m of m P[m]`: at most
+    `slots * (slots + 1) / 2`, 2 where the drafter is always wrong and `alpha` is 0.5.
+
+    Args:
+        token_probs: `q`, in [0, 1]; any float dtype.
+        is_scored: slots that count. Others are a factor of 1 in the products and 0 in the sums.
+        alpha: smoothing in [0, 1]. 0 lets the products vanish at the start of training, 1 is a fixed linear decay.
+
+    Returns:
+        fp32 weights, detached, not normalized.
+
+    Raises:
+        ValueError: `alpha` outside [0, 1].
+
+    Source: D-PACE (arXiv 2605.18810), equations 7 and 8.
+    """
+    products = _smoothed(token_probs, is_scored, alpha).cumprod(-1)
+    return (products * is_scored).flip(-1).cumsum(-1).flip(-1) * is_scored
+
+
+@torch.no_grad()
+def dpace_confidence_only_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
+    """Weigh each slot by the probability that the block is accepted up to it.
+
+    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments, returns and errors as there.
+
+    Source: D-PACE (arXiv 2605.18810), ablation "cumulative confidence only".
+    """
+    return _smoothed(token_probs, is_scored, alpha).cumprod(-1) * is_scored
+
+
+@torch.no_grad()
+def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
+    """Weigh each slot by how much accepted text follows once it is accepted.
+
+    `w[j] = 1 + sum over m > j of (product over j < i <= m of q~[i])`, the factor `dpace_weights / P`, by the recursion
+    `w[j] = 1 + q~[j + 1] w[j + 1]` that needs no division. Arguments, returns and errors as in `dpace_weights`.
+
+    Source: D-PACE (arXiv 2605.18810), ablation "continuation value only".
+    """
+    smoothed = _smoothed(token_probs, is_scored, alpha)
+    value = torch.zeros_like(smoothed[..., 0])
+    values = []
+    for slot in reversed(range(smoothed.shape[-1])):
+        value = is_scored[..., slot] + value
+        values.append(value)
+        value = value * smoothed[..., slot]
+    return torch.stack(values[::-1], dim=-1) * is_scored
+
+
+def _slots(is_scored: IsScored) -> Float[Tensor, " slot"]:
+    """Slot numbers 0, 1, ... as fp32."""
+    return torch.arange(is_scored.shape[-1], device=is_scored.device, dtype=torch.float32)
+
+
+@torch.no_grad()
+def dflash_weights(is_scored: IsScored, gamma: float = 7.0) -> Weights:
+    """Weigh slots by a fixed exponential decay, `exp(-(slot - 1) / gamma)`.
+
+    Args:
+        is_scored: slots that count.
+        gamma: decay length in slots; the paper uses 7, 5 and 4 for blocks of 16, 10 and 8 (`dflash_gamma`).
+
+    Returns:
+        fp32 weights, 1 at slot 1.
+
+    Raises:
+        ValueError: `gamma` not above 0.
+
+    Source: DFlash (arXiv 2602.06036), equation 4.
+    """
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}; the decay length must be above 0")
+    return torch.exp(-(_slots(is_scored) - 1) / gamma) * is_scored
+
+
+def dflash_gamma(block_size: int) -> float:
+    """Decay length for a block size: 7, 5 and 4 for 16, 10 and 8, elsewhere the line through 8 and 16.
+
+    Source: DFlash (arXiv 2602.06036), appendix A.1; the other values are ours.
+    """
+    return {16: 7.0, 10: 5.0, 8: 4.0}.get(block_size, 1.0 + 0.375 * block_size)
+
+
+@torch.no_grad()
+def uniform_weights(is_scored: IsScored) -> Weights:
+    """Weigh every scored slot by 1."""
+    return is_scored.float()
+
+
+@torch.no_grad()
+def head_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
+    """Weigh slots by `base ** slot`, as Medusa does its heads.
+
+    Args:
+        is_scored: slots that count.
+        base: in (0, 1].
+
+    Returns:
+        fp32 weights, `base` at slot 1.
+
+    Raises:
+        ValueError: `base` outside (0, 1].
+
+    Source: Medusa (arXiv 2401.10774), section 2.2.1.
+    """
+    if not 0 < base <= 1:
+        raise ValueError(f"base is {base}; it must lie in (0, 1]")
+    return base ** _slots(is_scored) * is_scored
