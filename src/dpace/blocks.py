@@ -90,7 +90,7 @@ class Blocks:
 def build_blocks(
     token_ids: Int[Tensor, "batch seq"],
     is_response: Bool[Tensor, "batch seq"],
-    anchors: Sequence[Int[Tensor, " anchor"]],
+    anchors: Sequence[Int[Tensor, " _"]],
     block_size: int,
 ) -> Blocks:
     """Cut the blocks that start at the given anchors.
@@ -130,14 +130,12 @@ def visibility(blocks: Blocks, num_context: int) -> Callable[[Tensor, Tensor, Te
         `mask(batch, head, query, key) -> bool`, elementwise over broadcast index tensors.
     """
     anchors, is_block, block_size = blocks.anchors, blocks.is_block, blocks.block_size
-
-    def is_visible(batch, head, query, key):
-        block = query // block_size
-        is_before_anchor = (key < anchors[batch, block]) & is_block[batch, block]
-        is_own_block = (key - num_context) // block_size == block
-        return torch.where(key < num_context, is_before_anchor, is_own_block)
-
-    return is_visible
+    # A lambda, because flex_attention counts the arguments of what it gets, which a type-checking wrapper hides.
+    return lambda batch, head, query, key: torch.where(
+        key < num_context,
+        (key < anchors[batch, query // block_size]) & is_block[batch, query // block_size],
+        (key - num_context) // block_size == query // block_size,
+    )
 
 
 def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query key"]:

@@ -14,8 +14,12 @@ class PromptsConfig:
 
     path: str = "demo"
     """JSONL file with `messages`, `turns` or `prompt` a line; `demo` is the set that comes with dpace."""
+    heldout_path: str | None = None
+    """File of prompts to measure on; by default the demo's, or a share of the prompts that is then not trained on."""
+    num_heldout: int = 64
+    """Size of that share, at most a tenth of the prompts."""
     limit: int | None = None
-    """Use only the first so many."""
+    """Use only the first so many prompts for training."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,6 @@ class TrainConfig:
     """Steps between log lines."""
     eval_steps: int = 500
     """Steps between measurements of tau on held-out responses, each with a checkpoint."""
-    heldout: int = 64
-    """Conversations kept out of training for that, where no separate file is given."""
     feature_cache_gib: float = 4.0
     """Keep all target features in memory where they need no more than this; otherwise recompute them every visit."""
     gradient_checkpointing: bool = False
@@ -112,12 +114,14 @@ class TrainConfig:
 class BenchConfig:
     """What is measured."""
 
+    drafters: tuple[str, ...] = ()
+    """Folders of the drafters to compare; by default the one in the output folder."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """Temperatures (paper: 0 and 1)."""
     max_new_tokens: int = 2048
     """Longest response in tokens."""
     num_prompts: int | None = None
-    """Prompts a set, at most."""
+    """Held-out prompts of each set, at most."""
     seed: int = 0
     """Of the draws at temperature above 0."""
 
@@ -131,9 +135,7 @@ class Recipe:
     output: str = "dpace-out"
     """Folder for everything that is written."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    """Training prompts."""
-    heldout_prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    """Prompts for measuring; never trained on."""
+    """Prompts for training and for measuring."""
     respond: RespondConfig = field(default_factory=RespondConfig)
     """How the target answers."""
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
@@ -168,6 +170,8 @@ def _flags(values: dict, prefix: str) -> Iterator[str]:
         flag = f"{prefix}{name}".replace("_", "-")
         if isinstance(value, dict):
             yield from _flags(value, f"{flag}.")
+        elif isinstance(value, bool):
+            yield f"--{flag}" if value else f"--{prefix.replace('_', '-')}no-{name.replace('_', '-')}"
         else:
             yield f"--{flag}"
             yield from map(str, value if isinstance(value, list) else [value])

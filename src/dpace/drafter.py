@@ -250,13 +250,14 @@ class Drafter(Qwen3PreTrainedModel):
         config.update(
             architectures=["DFlashDraftModel"],
             rope_theta=rope["rope_theta"],
-            rope_scaling=None if rope["rope_type"] == "default" else rope,
             head_dim=self.config.head_dim,
             attention_bias=False,
             is_causal=False,
             tie_word_embeddings=False,
             use_sliding_window=False,
         )
+        if rope["rope_type"] != "default":
+            config["rope_scaling"] = rope
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -17,7 +17,7 @@ class Acceptance:
     """Verifications by accepted length, `block_size` counts; or one such row a prompt, which `interval` resamples."""
     block_size: int
     """The anchor and `block_size - 1` draft slots."""
-    num_without_bonus: int | Sequence[int] = 0
+    num_without_bonus: int | Sequence[int] | np.ndarray = 0
     """Verifications whose last accepted token ended the text, so that no bonus token follows (a number, or one a prompt)."""
 
     def __post_init__(self):
@@ -121,3 +121,63 @@ class Acceptance:
         taus = emitted / np.maximum(verifications, 1)
         low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
+
+
+def _resampled_ratio(tops: np.ndarray, bottoms: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """Ratios of totals of `tops` over totals of `bottoms`, each a row of quantities by prompt, resampling prompts."""
+    picks = np.random.default_rng(seed).integers(tops.shape[-1], size=(num_resamples, tops.shape[-1]))
+    sums = [np.stack([row[picks].sum(-1) for row in rows]) for rows in (tops, bottoms)]
+    return sums[0] / np.maximum(sums[1], 1e-12)
+
+
+def decode_speedup(
+    tokens: Sequence[float | int],
+    seconds: Sequence[float | int],
+    plain_tokens: Sequence[float | int],
+    plain_seconds: Sequence[float | int],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Decode tokens a second with the drafter over without: ratio of totals, prefill excluded.
+
+    Args:
+        tokens: with the drafter, one number a prompt.
+        seconds: decode time of those.
+        plain_tokens: without, for the same prompts in the same order.
+        plain_seconds: decode time of those.
+        num_resamples: bootstrap samples of prompts.
+        seed: of the resampling.
+
+    Returns:
+        The speedup and the ends of its 95 % interval.
+    """
+    tops, bottoms = np.array([tokens, plain_tokens], float), np.array([seconds, plain_seconds], float)
+    value = tops.sum(-1) / bottoms.sum(-1)
+    ratios = _resampled_ratio(tops, bottoms, num_resamples, seed)
+    low, high = np.quantile(ratios[0] / ratios[1], [0.025, 0.975])
+    return float(value[0] / value[1]), float(low), float(high)
+
+
+def tau_gain(ours: Acceptance, theirs: Acceptance, *, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """How much larger one tau is than another on the same prompts, as a ratio minus 1.
+
+    Args:
+        ours: one row a prompt.
+        theirs: one row for each of the same prompts, in the same order.
+        num_resamples: paired bootstrap samples of prompts.
+        seed: of the resampling.
+
+    Returns:
+        The gain and the ends of its 95 % interval.
+
+    Raises:
+        ValueError: different numbers of prompts.
+    """
+    if len(ours._rows) != len(theirs._rows):
+        raise ValueError(f"a paired gain needs the same prompts; found {len(ours._rows)} and {len(theirs._rows)}")
+    emitted = np.stack([a._emitted(a._rows) - a._missing for a in (ours, theirs)]).astype(float)
+    verifications = np.stack([a._rows.sum(-1) for a in (ours, theirs)]).astype(float)
+    ratios = _resampled_ratio(emitted, verifications, num_resamples, seed)
+    low, high = np.quantile(ratios[0] / ratios[1] - 1, [0.025, 0.975])
+    return ours.tau / theirs.tau - 1, float(low), float(high)

@@ -1,8 +1,9 @@
 """JSONL in, conversations out: the prompts that the target answers."""
 
 import json
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,24 +27,47 @@ def demo_path(part: str) -> Path:
     return Path(str(files("dpace") / "data" / f"demo_{part}.jsonl"))
 
 
-def read_prompts(config: PromptsConfig, *, part: str = "train") -> list[Prompt]:
-    """Read prompts.
+def split_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Read the prompts to train on and those to measure on, which are never trained on.
+
+    Without a file for the second, a fixed random tenth (at most `num_heldout`) is taken out of the first.
+
+    Raises:
+        ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to train on.
+    """
+    is_demo = config.path == "demo"
+    prompts = read_prompts(demo_path("train") if is_demo else config.path)
+    heldout_path = config.heldout_path or (demo_path("heldout") if is_demo else None)
+    if heldout_path:
+        heldout = read_prompts(heldout_path)
+        texts = {json.dumps(prompt.turns) for prompt in prompts}
+        shared = next((prompt.id for prompt in heldout if json.dumps(prompt.turns) in texts), None)
+        if shared:
+            raise ValueError(f"the held-out prompt {shared!r} is also a training prompt; remove it from one of the files")
+        ids = {prompt.id for prompt in prompts}
+        heldout = [replace(p, id=f"heldout/{p.id}") if p.id in ids else p for p in heldout]
+    else:
+        count = min(config.num_heldout, len(prompts) // 10)
+        if not count:
+            raise ValueError(f"{config.path} has {len(prompts)} prompts; give at least 10, or --prompts.heldout-path")
+        chosen = set(random.Random(0).sample(range(len(prompts)), count))
+        heldout = [prompt for i, prompt in enumerate(prompts) if i in chosen]
+        prompts = [prompt for i, prompt in enumerate(prompts) if i not in chosen]
+    return prompts[: config.limit], heldout
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Read a file of prompts.
 
     A line holds `messages` (roles and contents, the last from the user), or `turns` (user texts, answered one after the
     other), or `prompt` (one user text); and, if it likes, `id` and `set`.
 
-    Args:
-        config: where from and how many.
-        part: `train` or `heldout`, of the demo's own prompts.
-
     Raises:
         ValueError: file and line of what cannot be read, an empty prompt, an id that occurs twice, or an empty file.
     """
-    path = demo_path(part) if config.path == "demo" else Path(config.path)
+    path = Path(path)
     prompts, seen = [], set()
     for number, row in read_jsonl(path):
-        if config.limit is not None and len(prompts) == config.limit:
-            break
         prompt = _parse(row, f"{path}:{number}", default_set=path.stem)
         if prompt.id in seen:
             raise ValueError(f"{path}:{number}: the id {prompt.id!r} occurs twice; ids must be unique")

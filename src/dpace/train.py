@@ -306,7 +306,7 @@ def training_arguments(config: TrainConfig, folder: Path, *, device: torch.devic
 
 
 def train(
-    target: Target, responses: Sequence[Response], recipe: Recipe, folder: str | Path, *, heldout: Sequence[Response] | None = None
+    target: Target, responses: Sequence[Response], heldout: Sequence[Response], recipe: Recipe, folder: str | Path
 ) -> Drafter:
     """Train a drafter and write its folder; an interrupted run goes on from its last checkpoint.
 
@@ -317,10 +317,10 @@ def train(
     Args:
         target: the frozen target.
         responses: what it wrote.
+        heldout: responses for measuring tau during training, not trained on; best greedy ones.
         recipe: every setting.
         folder: receives `config.json`, `model.safetensors`, `recipe.yaml`, `provenance.json`, `trainer_state.json`, and
             `checkpoints/`.
-        heldout: responses for tau during training; by default the last `recipe.train.heldout` of `responses`.
 
     Returns:
         The best drafter by held-out tau.
@@ -329,9 +329,6 @@ def train(
         ValueError: nothing to train on, or the text contains the mask token.
     """
     folder, config = Path(folder), recipe.train
-    if heldout is None:
-        count = min(config.heldout, max(1, len(responses) // 10))
-        responses, heldout = responses[:-count], responses[-count:]
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     if not len(dataset):
         raise ValueError(f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on")

@@ -1,0 +1,233 @@
+"""Drafters x prompt sets x temperatures in; results.json out, measured against plain decoding of the same prompts."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import dpace
+from dpace.config import BenchConfig
+from dpace.decode import Generation, generate, generate_plain
+from dpace.drafter import Drafter
+from dpace.metrics import Acceptance, decode_speedup
+from dpace.prompts import Prompt, read_jsonl
+from dpace.responses import encode_chat, progress_bar
+from dpace.target import Target
+
+SCHEMA_VERSION = 1
+PLAIN = "plain"
+"""Name of decoding without a drafter."""
+
+
+def bench(
+    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig, folder: str | Path
+) -> dict:
+    """Decode every prompt plainly and with each drafter, in turn, and write `results.json`.
+
+    The order alternates from prompt to prompt, after a warm-up that is not counted, so that a drift of the machine's speed
+    does not favour one side. Each finished response is kept in `bench.jsonl`; an interrupted call goes on after it. The
+    answers to earlier turns are the plain ones, so all sides see the same prompts.
+
+    Args:
+        target: the model.
+        drafters: by name.
+        prompts: not trained on.
+        config: temperatures, lengths, how many prompts of each set.
+        folder: for the two files.
+
+    Returns:
+        What `results.json` holds: `rows`, one for each drafter, set and temperature, and where it was measured.
+
+    Raises:
+        ValueError: a drafter for another target, or an over-long prompt.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for drafter in drafters.values():
+        drafter.check_target(target)
+    prompts = _first_of_each_set(prompts, config.num_prompts)
+    provenance = _provenance(target, drafters, config)
+    records = _Records(folder / "bench.jsonl", {k: provenance[k] for k in ("target", "drafters", "max_new_tokens", "seed")})
+    engines = {PLAIN: None, **drafters}
+    jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
+    with progress_bar() as bar:
+        task = bar.add_task("decoding", total=len(jobs), info="")
+        for number, (temperature, prompt) in enumerate(jobs):
+            if not records.has(engines, temperature, prompt):
+                if not records.is_warm:
+                    _warm_up(target, engines, prompt, temperature)
+                    records.is_warm = True
+                for record in _measure(target, engines, prompt, temperature, config, rotation=number):
+                    records.add(record)
+            bar.advance(task)
+    results = {"schema_version": SCHEMA_VERSION, "rows": make_rows(records.rows, drafters), **provenance}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def make_rows(records: Sequence[dict], drafters: dict[str, Drafter]) -> list[dict]:
+    """Pool records of single responses into one row for each drafter, set and temperature."""
+    by_key = {(r["drafter"], r["temperature"], r["id"], r["turn"]): r for r in records}
+    rows = []
+    groups = dict.fromkeys((r["temperature"], r["set"]) for r in records)
+    for temperature, name in sorted(groups):
+        plain = [r for r in records if (r["drafter"], r["temperature"], r["set"]) == (PLAIN, temperature, name)]
+        for drafter, model in drafters.items():
+            ours = [by_key[drafter, temperature, r["id"], r["turn"]] for r in plain]
+            block_size = model.block_size
+            acceptance = Acceptance([r["histogram"] for r in ours], block_size, [r["num_without_bonus"] for r in ours])
+            sides = [[r[key] for r in side] for side in (ours, plain) for key in ("decode_tokens", "decode_seconds")]
+            speedup = decode_speedup(*sides)
+            rows.append(
+                {
+                    "drafter": drafter,
+                    "set": name,
+                    "temperature": temperature,
+                    "num_responses": len(ours),
+                    "block_size": block_size,
+                    "histogram": acceptance.counts.tolist(),
+                    "num_without_bonus": sum(r["num_without_bonus"] for r in ours),
+                    "tau": acceptance.tau,
+                    "tau_interval": acceptance.interval(),
+                    "acceptance_rate": acceptance.acceptance_rate,
+                    "reach_rate": acceptance.reach_rate.tolist(),
+                    "slot_acceptance_rate": [None if np.isnan(x) else x for x in acceptance.slot_acceptance_rate.tolist()],
+                    "tokens_per_second": sum(sides[0]) / sum(sides[1]),
+                    "plain_tokens_per_second": sum(sides[2]) / sum(sides[3]),
+                    "decode_speedup": speedup[0],
+                    "decode_speedup_interval": speedup[1:],
+                    "num_same_text": sum(r["same_text"] for r in ours) if temperature == 0 else None,
+                    "responses": ours,
+                    "plain_responses": plain,
+                }
+            )
+    return rows
+
+
+class _Records:
+    """Finished responses, kept in a file whose first line says what was measured."""
+
+    def __init__(self, path: Path, meta: dict):
+        self.path, self.is_warm, self.rows = path, False, []
+        if path.exists():
+            data = path.read_bytes()
+            path.write_bytes(data[: data.rfind(b"\n") + 1])
+            lines = [row for _, row in read_jsonl(path)]
+            if lines and lines[0] == meta:
+                self.rows = lines[1:]
+                return
+        path.write_text(json.dumps(meta) + "\n")
+
+    def add(self, record: dict) -> None:
+        self.rows.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def has(self, engines: dict, temperature: float, prompt: Prompt) -> bool:
+        found = [r for r in self.rows if r["temperature"] == temperature and r["id"] == prompt.id]
+        if len(found) == len(engines) * len(prompt.turns):
+            return True
+        self.rows = [r for r in self.rows if r not in found]
+        return False
+
+
+def _first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    counts: dict[str, int] = {}
+    chosen = []
+    for prompt in prompts:
+        counts[prompt.set] = counts.get(prompt.set, 0) + 1
+        if limit is None or counts[prompt.set] <= limit:
+            chosen.append(prompt)
+    return chosen
+
+
+def _decode(target: Target, drafter: Drafter | None, token_ids, **options) -> Generation:
+    return generate_plain(target, token_ids, **options) if drafter is None else generate(target, drafter, token_ids, **options)
+
+
+def _warm_up(target: Target, engines: dict, prompt: Prompt, temperature: float) -> None:
+    token_ids = encode_chat(target, prompt.turns[0])
+    for drafter in engines.values():
+        _decode(target, drafter, token_ids, max_new_tokens=16, temperature=temperature)
+
+
+def _measure(target: Target, engines: dict, prompt: Prompt, temperature: float, config: BenchConfig, *, rotation: int):
+    """Decode one prompt with every engine; yields a record for each turn and engine."""
+    messages = []
+    names = list(engines)
+    names = names[rotation % len(names) :] + names[: rotation % len(names)]
+    for turn, new_messages in enumerate(prompt.turns):
+        messages += new_messages
+        token_ids = encode_chat(target, messages)
+        done = {
+            name: _decode(
+                target,
+                engines[name],
+                token_ids,
+                max_new_tokens=config.max_new_tokens,
+                temperature=temperature,
+                seed=config.seed,
+            )
+            for name in names
+        }
+        for name, generation in done.items():
+            yield {
+                "drafter": name,
+                "set": prompt.set,
+                "id": prompt.id,
+                "turn": turn,
+                "temperature": temperature,
+                "prompt_tokens": len(token_ids),
+                "token_ids": generation.token_ids,
+                "accepted_lengths": generation.accepted_lengths,
+                "histogram": [] if name == PLAIN else generation.acceptance.counts.tolist(),
+                "num_without_bonus": 0 if name == PLAIN else int(generation.acceptance.num_without_bonus),
+                "decode_tokens": generation.num_decode_tokens,
+                "decode_seconds": generation.decode_seconds,
+                "prefill_seconds": generation.prefill_seconds,
+                "same_text": generation.token_ids == done[PLAIN].token_ids,
+            }
+        text = target.tokenizer.decode(done[PLAIN].token_ids, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over the weights, to know a drafter again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> dict:
+    device = torch.cuda.get_device_name() if target.device.type == "cuda" else _processor()
+    return {
+        "target": target.name,
+        "drafters": {name: fingerprint(drafter) for name, drafter in drafters.items()},
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "engine": "dpace.decode",
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "hardware": {"device": device, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "versions": {
+            "dpace": dpace.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,188 @@
+"""The command line: `dpace VERB [recipe.yaml] [--group.field value]`. Heavy imports stand inside each verb."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpace.config import Recipe, recipe_flags
+
+USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
+
+  demo      train a drafter for a real LLM on this machine and show what it gains
+  respond   let the target answer the prompts
+  train     train a drafter on the responses
+  bench     measure drafters against plain decoding on held-out prompts
+  generate  answer one prompt
+
+A recipe is flags written down; flags after it override it. `dpace VERB --help` lists them.
+"""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answer one prompt with a drafter."""
+
+    target: str
+    """Folder or Hub id."""
+    prompt: str
+    """What to ask."""
+    drafter: str | None = None
+    """The drafter's folder; plain decoding without it."""
+    max_new_tokens: int = 256
+    """Longest response in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int | None = None
+    """Of the draws at temperature above 0."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; returns 0 for success, 1 for a failure told in one line, 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    verbs = {"demo": _demo, "respond": _respond, "train": _train, "bench": _bench, "generate": _generate}
+    if not argv or argv[0] not in verbs:
+        is_help = bool(argv) and argv[0] in ("-h", "--help")
+        print(USAGE if is_help or not argv else f"unknown verb {argv[0]!r}\n\n{USAGE}", file=sys.stdout if is_help else sys.stderr)
+        return 0 if is_help else 2
+    try:
+        verbs[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"dpace {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished work is kept: the same `dpace {argv[0]}` command goes on from it", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(config_class, verb: str, args: list[str]):
+    import tyro
+
+    if args and args[0].endswith((".yaml", ".yml")):
+        args = recipe_flags(args[0]) + args[1:]
+    return tyro.cli(config_class, prog=f"dpace {verb}", args=args)
+
+
+def _demo(args: list[str]) -> None:
+    from dpace.demo import DemoConfig
+
+    config = _parse(DemoConfig, "demo", args)
+
+    from rich.console import Console
+
+    from dpace.demo import find_target, run_demo, summary
+    from dpace.report import results_table, slots_table
+
+    results = run_demo(config)
+    console = Console()
+    console.print(results_table(results))
+    console.print(slots_table(results))
+    for line in summary(results):
+        print(line)
+    output = Path(config.output)
+    print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, the drafter in {output}/dpace")
+    prompt = "We had a message from Rita Gomez on Friday. The elevator in the garage is stuck."
+    print("next:", _command("generate", target=find_target(results["target"]), drafter=output / "dpace", prompt=f'"{prompt}"'))
+
+
+def _respond(args: list[str]) -> None:
+    recipe = _parse(Recipe, "respond", args)
+    from dpace.prompts import split_prompts
+    from dpace.responses import write_responses
+
+    prompts, heldout = split_prompts(recipe.prompts)
+    path = Path(recipe.output) / "responses.jsonl"
+    responses = write_responses(_load_target(recipe.target), [*prompts, *heldout], path, recipe.respond)
+    print(f"{len(responses)} responses in {path}")
+    print("next: dpace train", *args)
+
+
+def _train(args: list[str]) -> None:
+    recipe = _parse(Recipe, "train", args)
+    from dpace.prompts import split_prompts
+    from dpace.responses import read_responses
+    from dpace.train import train
+
+    path = Path(recipe.output) / "responses.jsonl"
+    responses = {response.id: response for response in read_responses(path)} if path.exists() else {}
+    parts = [[responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts)]
+    if not all(parts):
+        raise ValueError(f"{path} has no answers to these prompts; run `dpace respond` with the same recipe first")
+    folder = Path(recipe.output) / "drafter"
+    train(_load_target(recipe.target), *parts, recipe, folder)
+    print(f"drafter in {folder}")
+    print("next: dpace bench", *args)
+
+
+def _bench(args: list[str]) -> None:
+    recipe = _parse(Recipe, "bench", args)
+    from rich.console import Console
+
+    from dpace.benchmark import bench
+    from dpace.drafter import Drafter
+    from dpace.prompts import split_prompts
+    from dpace.report import results_table, slots_table
+
+    _, heldout = split_prompts(recipe.prompts)
+    target = _load_target(recipe.target)
+    folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
+    drafters = {Path(folder).name: _load_drafter(folder, target) for folder in folders}
+    if len(drafters) < len(folders):
+        raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
+    results = bench(target, drafters, heldout, recipe.bench, recipe.output)
+    console = Console()
+    console.print(results_table(results))
+    console.print(slots_table(results))
+    print(f"written: {recipe.output}/results.json")
+    print("next:", _command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
+
+
+def _generate(args: list[str]) -> None:
+    config = _parse(GenerateConfig, "generate", args)
+    from dpace.decode import generate, generate_plain
+    from dpace.responses import encode_chat
+
+    target = _load_target(config.target)
+    token_ids = encode_chat(target, [{"role": "user", "content": config.prompt}])
+    options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
+    if config.drafter is None:
+        generation = generate_plain(target, token_ids, **options)
+    else:
+        generation = generate(target, _load_drafter(config.drafter, target), token_ids, **options)
+    print(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+    speed = generation.num_decode_tokens / max(generation.decode_seconds, 1e-9)
+    tau = f", tau {generation.acceptance.tau:.2f}" if generation.accepted_lengths else ""
+    print(f"{len(generation.token_ids)} tokens, {speed:.1f} tokens/s{tau}", file=sys.stderr)
+    if config.drafter is None:
+        print("next: dpace demo, to train a drafter", file=sys.stderr)
+
+
+def _load_target(name: str):
+    from dpace.demo import find_target
+    from dpace.target import Target
+
+    return Target.load(find_target(name))
+
+
+def _load_drafter(folder: str, target):
+    from safetensors import SafetensorError
+
+    from dpace.drafter import Drafter
+
+    if not (Path(folder) / "config.json").exists():
+        raise ValueError(f"{folder} is no drafter's folder (it has no config.json); `dpace train` writes one")
+    try:
+        drafter = Drafter.from_pretrained(folder, dtype=target.model.dtype)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({error}); train or copy them again") from error
+    drafter.check_target(target)
+    return drafter.to(target.device).eval()
+
+
+def _command(verb: str, **flags) -> str:
+    """A command to copy."""
+    return " ".join([f"dpace {verb}", *(f"--{name} {value}" for name, value in flags.items())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

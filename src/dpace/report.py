@@ -1,0 +1,117 @@
+"""results.json and training logs in; tables for the terminal and plots out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+Interval = Sequence[float]
+
+
+def results_table(results: dict) -> Table:
+    """One line for each drafter, set and temperature; every number with its 95 % interval or its count."""
+    table = Table(title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}")
+    table.add_column("set")
+    table.add_column("T", justify="right")
+    table.add_column("drafter")
+    for heading in ("tau [95 %]", "tokens/s", "plain", "decode_speedup [95 %]", "same text"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for row in results["rows"]:
+        same = "-" if row["num_same_text"] is None else f"{row['num_same_text']}/{row['num_responses']}"
+        table.add_row(
+            row["set"],
+            f"{row['temperature']:g}",
+            row["drafter"],
+            with_interval(row["tau"], row["tau_interval"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['plain_tokens_per_second']:.1f}",
+            with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
+            same,
+            verdict(row["decode_speedup_interval"]),
+        )
+    return table
+
+
+def slots_table(results: dict) -> Table:
+    """How often the drafts of a block are all accepted up to each slot."""
+    block_size = max(row["block_size"] for row in results["rows"])
+    table = Table(title="reach rate: share of verifications that accepted slots 1..k")
+    for heading in ("set", "T", "drafter", *map(str, range(1, block_size))):
+        table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right")
+    for row in results["rows"]:
+        table.add_row(row["set"], f"{row['temperature']:g}", row["drafter"], *(f"{x:.2f}" for x in row["reach_rate"]))
+    return table
+
+
+def with_interval(value: float, interval: Interval) -> str:
+    """Write `1.23 [1.20, 1.26]`."""
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def verdict(speedup_interval: Interval) -> str:
+    """Say whether a drafter pays, from the interval of its decode_speedup."""
+    low, high = speedup_interval
+    return "pays" if low > 1 else "does not pay: decode without it" if high < 1 else "no clear gain"
+
+
+def plot_acceptance(results: dict, path: str | Path) -> None:
+    """Draw the reach rate by slot, one panel a set, one line for each drafter and temperature."""
+    plt = _pyplot()
+    sets = list(dict.fromkeys(row["set"] for row in results["rows"]))
+    drafters = list(dict.fromkeys(row["drafter"] for row in results["rows"]))
+    figure, axes = plt.subplots(1, len(sets), figsize=(4.6 * len(sets), 3.8), sharey=True, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], sets, strict=True):
+        for row in (row for row in results["rows"] if row["set"] == name):
+            slots = range(1, len(row["reach_rate"]) + 1)
+            style = "-" if row["temperature"] == 0 else "--"
+            label = f"{row['drafter']}, T={row['temperature']:g}, tau {row['tau']:.2f}"
+            axis.plot(slots, row["reach_rate"], style, marker="o", ms=3, color=f"C{drafters.index(row['drafter'])}", label=label)
+        axis.set(title=name, xlabel="slot", ylim=(0, 1.02), xticks=list(slots))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("reach rate (slots 1..k all accepted)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_weights(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
+    """Draw each slot's share of the weight at a few moments of training, one panel an objective.
+
+    Args:
+        logs: the `log_history` of `trainer_state.json`, by drafter.
+        path: of the PNG.
+
+    Source: the weight-dynamics figure of D-PACE (arXiv 2605.18810).
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(logs), figsize=(4.6 * len(logs), 3.8), sharey=True, squeeze=False, layout="constrained")
+    for axis, (name, log) in zip(axes[0], logs.items(), strict=True):
+        entries = [entry for entry in log if "weight_share/1" in entry]
+        chosen = sorted({round(i * (len(entries) - 1) / 4) for i in range(5)}) if entries else []
+        for number, entry in enumerate(entries[i] for i in chosen):
+            shares = [entry[f"weight_share/{k}"] for k in range(1, 1 + sum(key.startswith("weight_share/") for key in entry))]
+            color = plt.get_cmap("viridis")(number / max(1, len(chosen) - 1) * 0.9)
+            axis.plot(range(1, len(shares) + 1), shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
+            axis.set_xticks(range(1, len(shares) + 1))
+        axis.set(title=name, xlabel="slot")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("share of the block's weight")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """The training log of a drafter's folder."""
+    return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

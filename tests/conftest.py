@@ -1,0 +1,182 @@
+"""Tiny models of real config classes, built in memory, and a tiny target trained on a synthetic language."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
+from dpace.drafter import Drafter
+from dpace.responses import Response
+from dpace.target import Target
+
+VOCAB = 64
+PAD, EOS, MASK = 0, 1, 3
+
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama3.1": lambda: LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**_SHAPE, tie_word_embeddings=False),
+    "smollm2": lambda: LlamaConfig(**{**_SHAPE, "num_attention_heads": 3, "num_key_value_heads": 1}, tie_word_embeddings=True),
+    "gemma2": lambda: Gemma2Config(**_SHAPE, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma3": lambda: Gemma3TextConfig(**_SHAPE, sliding_window=16, query_pre_attn_scalar=16),
+}
+
+
+def make_target(family: str, seed: int = 0, **changes) -> Target:
+    """A random target whose logits are far enough apart to be told from rounding."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    return Target(model)
+
+
+def make_drafter(target: Target, seed: int = 0, **options) -> Drafter:
+    options = {"num_layers": 2, "num_features": 2, "block_size": 4, "mask_token_id": MASK, "seed": seed, **options}
+    return Drafter.from_target(target, **options).eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def random_target(family) -> Target:
+    return make_target(family)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", "<|reserved_0|>", "ask", "answer"]
+    words += [f"w{i}" for i in range(VOCAB - len(words))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|reserved_0|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'ask ' if m.role == 'user' else 'answer ' }}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}{{ 'answer' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def language_text(rng: random.Random) -> tuple[str, str]:
+    """A question and its answer: counting in steps from a start, with a turn that only context can tell."""
+    start, step = rng.randrange(40), rng.choice([1, 2, 3])
+    words = [f"w{(start + step * i) % 50}" for i in range(24)]
+    return f"w{start} w{50 + step}", " ".join(words)
+
+
+@pytest.fixture(scope="session")
+def language_target() -> Target:
+    """A target that has learned the synthetic language, so that a drafter can."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"]())
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        rows = []
+        for _ in range(16):
+            question, answer = language_text(rng)
+            rows.append(tokenizer(f"ask {question} answer {answer} <eos>")["input_ids"])
+        token_ids = torch.tensor(rows)
+        loss = model(input_ids=token_ids, labels=token_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Target(model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def language_folder(language_target, tmp_path_factory) -> Path:
+    """The same target as files."""
+    folder = tmp_path_factory.mktemp("target")
+    language_target.model.save_pretrained(folder)
+    language_target.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_prompts() -> list[str]:
+    """Distinct questions; the last 10 are held out."""
+    rng = random.Random(1)
+    return list(dict.fromkeys(language_text(rng)[0] for _ in range(300)))[:60]
+
+
+@pytest.fixture(scope="session")
+def language_responses(language_target, language_prompts, tmp_path_factory) -> list[Response]:
+    from dpace.prompts import Prompt
+    from dpace.responses import write_responses
+
+    prompts = [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts)]
+    path = tmp_path_factory.mktemp("responses") / "responses.jsonl"
+    return write_responses(language_target, prompts, path, RespondConfig(max_new_tokens=32))
+
+
+LANGUAGE_RECIPE = Recipe(
+    respond=RespondConfig(max_new_tokens=32),
+    drafter=DrafterConfig(num_layers=2, num_features=2, block_size=6),
+    loss=LossConfig(),
+    train=TrainConfig(
+        learning_rate=5e-3, max_steps=80, batch_size=8, num_anchors=12, eval_steps=40, logging_steps=20, max_length=64
+    ),
+)
+
+
+@pytest.fixture(scope="session")
+def language_drafter(language_target, language_responses, tmp_path_factory) -> Drafter:
+    """A drafter that accepts well above chance."""
+    from dpace.train import train
+
+    folder = tmp_path_factory.mktemp("drafter")
+    recipe = replace(LANGUAGE_RECIPE, output=str(folder))
+    return train(language_target, language_responses[:50], language_responses[50:], recipe, folder / "drafter").eval()

@@ -1,0 +1,89 @@
+"""Recipe -> respond -> train -> bench -> generate, through the command line, on the tiny target."""
+
+import json
+
+import pytest
+import yaml
+
+from dpace.benchmark import bench
+from dpace.cli import main
+from dpace.config import BenchConfig
+from dpace.demo import summary
+from dpace.prompts import Prompt
+from dpace.report import plot_acceptance, plot_weights, read_log, verdict
+
+
+@pytest.fixture
+def recipe(language_folder, language_prompts, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    values = {
+        "target": str(language_folder),
+        "output": str(tmp_path / "out"),
+        "prompts": {"path": str(prompts)},
+        "respond": {"max_new_tokens": 32},
+        "drafter": {"num_layers": 2, "num_features": 2, "block_size": 6},
+        "train": {"learning_rate": 5e-3, "max_steps": 60, "batch_size": 8, "num_anchors": 12, "eval_steps": 30},
+        "bench": {"max_new_tokens": 32, "temperatures": [0.0, 1.0]},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts):
+    out = tmp_path / "out"
+    for verb in ("respond", "train", "bench"):
+        assert main([verb, str(recipe)]) == 0
+        assert "next: dpace" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    greedy, sampled = results["rows"]
+    assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)
+    assert greedy["num_same_text"] == greedy["num_responses"] == 6
+    assert greedy["tau"] > 1.5 and greedy["tau_interval"][0] <= greedy["tau"] <= greedy["tau_interval"][1]
+    assert sum(greedy["histogram"]) == sum(len(r["accepted_lengths"]) for r in greedy["responses"])
+    plot_acceptance(results, tmp_path / "a.png")
+    plot_weights({"drafter": read_log(out / "drafter")}, tmp_path / "w.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000 and (tmp_path / "w.png").stat().st_size > 1000
+    assert "6 of 6 greedy" in summary(results)[0]
+
+    flags = ["--target", str(language_folder), "--prompt", language_prompts[0], "--max-new-tokens", "20"]
+    texts = []
+    for extra in ([], ["--drafter", str(out / "drafter")]):
+        assert main(["generate", *flags, *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_order_of_commands_is_told(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe)]) == 1
+    assert "dpace respond" in capsys.readouterr().err
+    assert main(["bench", str(recipe)]) == 1
+    assert "no drafter's folder" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_told(recipe, tmp_path, capsys, language_drafter):
+    folder = tmp_path / "drafter"
+    language_drafter.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert main(["bench", str(recipe), "--bench.drafters", str(folder)]) == 1
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_an_interrupted_bench_goes_on(language_target, language_drafter, tmp_path, monkeypatch):
+    prompts = [Prompt(str(i), "language", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(4)]
+    config = BenchConfig(max_new_tokens=12, temperatures=(0.0,))
+    whole = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
+    lines = (tmp_path / "bench.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "bench.jsonl").write_text("".join(lines[:4]) + lines[4][:10])
+    again = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
+    assert again["rows"][0]["histogram"] == whole["rows"][0]["histogram"]
+    kept, fresh = (r["rows"][0]["responses"][0]["decode_seconds"] for r in (whole, again))
+    assert kept == fresh
+
+
+def test_verdict_is_honest():
+    assert verdict((1.1, 1.3)) == "pays"
+    assert verdict((0.7, 0.9)).startswith("does not pay")
+    assert verdict((0.9, 1.1)) == "no clear gain"

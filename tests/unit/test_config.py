@@ -1,0 +1,45 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpace.cli import main
+from dpace.config import Recipe, read_recipe, write_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipes_parse(path):
+    assert read_recipe(path) != Recipe()
+
+
+def test_a_written_recipe_reads_back(tmp_path):
+    recipe = read_recipe(RECIPES[0])
+    write_recipe(recipe, tmp_path / "r.yaml")
+    assert read_recipe(tmp_path / "r.yaml") == recipe
+
+
+def test_an_unknown_setting_is_named(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1e-3\n")
+    with pytest.raises(SystemExit):
+        read_recipe(tmp_path / "r.yaml")
+    assert "learning-rat" in capsys.readouterr().err
+
+
+def test_broken_recipe_is_one_line_and_exit_1(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("a: [1")
+    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert "cannot read the recipe" in capsys.readouterr().err
+
+
+def test_exit_codes_of_usage(capsys):
+    assert main(["--help"]) == 0 and "usage: dpace" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["fly"]) == 2 and "unknown verb 'fly'" in capsys.readouterr().err
+
+
+def test_config_and_help_import_no_torch():
+    code = "import sys, dpace.cli, dpace.config; dpace.cli.main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from dpace.blocks import build_blocks, dense_mask
+from dpace.drafter import Drafter, check_mask_token, choose_mask_token
+from tests.conftest import MASK, make_drafter, make_target, make_tokenizer
+
+
+def hidden_of_blocks(drafter, target, token_ids, features, anchors):
+    """The training view: all blocks at once."""
+    is_response = torch.ones_like(token_ids, dtype=torch.bool)
+    blocks = build_blocks(token_ids, is_response, [torch.tensor(anchors)], drafter.block_size)
+    num_context = token_ids.shape[1]
+    positions = torch.cat([torch.arange(num_context)[None], blocks.position_ids.flatten(1)], dim=1)
+    hidden = drafter(
+        noise_embeds=target.embed(blocks.input_ids(drafter.mask_token_id)).flatten(1, 2),
+        context_hidden_states=features,
+        position_ids=positions,
+        attention_mask=dense_mask(blocks, num_context),
+    ).last_hidden_state
+    return hidden.unflatten(1, blocks.labels.shape[1:])[0]
+
+
+@torch.no_grad()
+def test_training_view_equals_cached_view(random_target):
+    drafter = make_drafter(random_target)
+    token_ids = torch.randint(4, 64, (1, 24))
+    features = random_target.features(token_ids, drafter.target_layer_ids)
+    anchors = [5, 6, 9, 15, 23]
+    training = hidden_of_blocks(drafter, random_target, token_ids, features, anchors)
+    cache, seen = DynamicCache(config=drafter.config), 0
+    for expected, anchor in zip(training, anchors, strict=True):
+        block = torch.full((1, drafter.block_size), MASK)
+        block[0, 0] = token_ids[0, anchor]
+        cached = drafter(
+            noise_embeds=random_target.embed(block),
+            context_hidden_states=features[:, seen:anchor],
+            position_ids=torch.arange(seen, anchor + drafter.block_size)[None],
+            cache=cache,
+        ).last_hidden_state[0]
+        cache.crop(-drafter.block_size)
+        seen = anchor
+        torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_leak_from_the_anchor_on_or_from_other_blocks(random_target):
+    drafter = make_drafter(random_target)
+    token_ids = torch.randint(4, 64, (1, 24))
+    features = random_target.features(token_ids, drafter.target_layer_ids)
+    before = hidden_of_blocks(drafter, random_target, token_ids, features, [8, 10, 20])
+    changed = token_ids.clone()
+    changed[0, 9:] = torch.randint(4, 64, (15,))
+    changed_features = features.clone()
+    changed_features[0, 8:] += 1
+    after = hidden_of_blocks(drafter, random_target, changed, changed_features, [8, 10, 20])
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+    alone = hidden_of_blocks(drafter, random_target, token_ids, features, [10])
+    torch.testing.assert_close(alone[0], before[1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target, tmp_path):
+    drafter = make_drafter(random_target)
+    drafter.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"] and config["model_type"] == "qwen3"
+    assert config["dflash_config"] == {"mask_token_id": MASK, "target_layer_ids": drafter.target_layer_ids}
+    for key in ("block_size", "num_target_layers", "head_dim", "layer_types", "is_causal", "rope_parameters", "rope_theta"):
+        assert key in config, key
+    assert config["mask_token_id"] == MASK and config["target_layer_ids"] == drafter.target_layer_ids
+    names = set(drafter.state_dict())
+    layer = {f"self_attn.{n}_proj" for n in "qkvo"} | {f"self_attn.{n}_norm" for n in "qk"}
+    layer |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"}
+    expected = {"fc.weight", "hidden_norm.weight", "norm.weight"}
+    assert names == expected | {f"layers.{i}.{n}.weight" for i in range(2) for n in layer}
+    again = Drafter.from_pretrained(tmp_path).eval()
+    token_ids = torch.randint(4, 64, (1, 12))
+    features = random_target.features(token_ids, drafter.target_layer_ids)
+    views = [hidden_of_blocks(d, random_target, token_ids, features, [4, 7]) for d in (drafter, again)]
+    assert torch.equal(*views)
+
+
+def test_target_rope_and_heads_are_taken_over():
+    target = make_target("llama3.1")
+    drafter = make_drafter(target)
+    assert drafter.config.rope_parameters["rope_type"] == "llama3"
+    assert drafter.config.head_dim == 16 and drafter.config.num_key_value_heads == 2
+    assert make_drafter(make_target("gemma3")).config.rope_parameters["rope_theta"] == 1_000_000
+
+
+def test_a_drafter_for_another_target_is_refused():
+    drafter = make_drafter(make_target("qwen3"))
+    with pytest.raises(ValueError, match="num_target_layers is 6"):
+        drafter.check_target(make_target("qwen3", num_hidden_layers=8, layer_types=["full_attention"] * 8))
+
+
+@pytest.mark.parametrize("ids", [[1, 5], [3, 1], [1, 1], [-1, 2]])
+def test_layer_ids_that_engines_cannot_use_are_refused(ids):
+    with pytest.raises(ValueError, match="target_layer_ids"):
+        make_drafter(make_target("qwen3"), target_layer_ids=ids)
+
+
+def test_mask_token_is_a_reserved_one():
+    target = make_target("qwen3")
+    target.tokenizer = make_tokenizer()
+    assert choose_mask_token(target) == MASK
+    for token_id, reason in [(0, "padding"), (1, "ends"), (10, "ordinary text"), (64, "outside"), (2, "begins or ends")]:
+        with pytest.raises(ValueError, match=reason):
+            check_mask_token(token_id, target)
+
+
+def test_an_unused_row_is_preferred_and_none_free_is_said():
+    target = make_target("qwen3", vocab_size=70)
+    target.tokenizer = make_tokenizer()
+    assert choose_mask_token(target) == 64
+    target = make_target("qwen3")
+    target.tokenizer = make_tokenizer()
+    target.tokenizer.chat_template += "<|reserved_0|>"
+    with pytest.raises(ValueError, match="no token of"):
+        choose_mask_token(target)

@@ -1,0 +1,17 @@
+"""Imports go one way: later steps of the pipeline import earlier ones."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src" / "dpace"
+ORDER = """__init__ config weights metrics loss blocks target drafter decode prompts responses train benchmark report
+demo cli""".split()
+
+
+def test_imports_go_one_way():
+    assert sorted(ORDER) == sorted(path.stem for path in SOURCE.glob("*.py"))
+    for path in SOURCE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpace."):
+                imported = node.module.split(".")[1]
+                assert ORDER.index(imported) < ORDER.index(path.stem), f"{path.name} imports {imported}"

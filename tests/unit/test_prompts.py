@@ -1,0 +1,91 @@
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dpace.config import PromptsConfig
+from dpace.prompts import demo_path, read_prompts, split_prompts
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_three_forms_of_a_line(tmp_path):
+    messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "c"}]
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, "", {"turns": ["b", "b2"], "id": "x"}, {"messages": messages, "set": "s"})
+    first, second, third = read_prompts(path)
+    assert (first.id, first.set, first.turns) == ("1", "p", [[{"role": "user", "content": "a"}]])
+    assert second.id == "x" and [t[0]["content"] for t in second.turns] == ["b", "b2"]
+    assert third.set == "s" and third.turns == [messages]
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (["{broken"], r"p.jsonl:1: not JSON"),
+        ([{"prompt": "a"}, [1]], r"p.jsonl:2: expected a JSON object, found list"),
+        ([{"text": "a"}], r"p.jsonl:1: none of `messages`.*found text"),
+        ([{"prompt": " "}], r"not empty"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p.jsonl:2: the id '1' occurs twice"),
+        ([{"messages": [{"role": "user"}]}], r"text `content`"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], r"must end with a user message"),
+        ([{"turns": []}], r"`turns` is empty"),
+        ([], r"holds no prompt"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path, rows, match):
+    with pytest.raises(ValueError, match=match):
+        read_prompts(write(tmp_path / "p.jsonl", *rows))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing.jsonl"):
+        read_prompts(tmp_path / "nothing.jsonl")
+
+
+def test_a_fixed_share_is_held_out(tmp_path):
+    path = str(write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(40))))
+    train, heldout = split_prompts(PromptsConfig(path=path))
+    assert len(train) == 36 and len(heldout) == 4 and not {p.id for p in train} & {p.id for p in heldout}
+    assert split_prompts(PromptsConfig(path=path)) == (train, heldout)
+    with pytest.raises(ValueError, match="at least 10"):
+        split_prompts(PromptsConfig(path=str(write(tmp_path / "few.jsonl", {"prompt": "a"}))))
+
+
+def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(10)))
+    other = write(tmp_path / "h.jsonl", {"prompt": "q3"})
+    with pytest.raises(ValueError, match="also a training prompt"):
+        split_prompts(PromptsConfig(path=str(path), heldout_path=str(other)))
+
+
+def maker():
+    spec = importlib.util.spec_from_file_location("maker", Path(__file__).parents[2] / "examples" / "make_demo_prompts.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_parts_share_no_text_and_no_value():
+    module = maker()
+    for pools in (module.NOTES, module.PROBLEMS):
+        for name, values in pools["train"].items():
+            assert not set(values.split("|")) & set(pools["heldout"][name].split("|")), name
+    parts = [{p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))} for part in ("train", "heldout")]
+    assert not parts[0] & parts[1]
+    numbers = [{n for text in part for n in re.findall(r"\d+", text)} for part in parts]
+    assert not numbers[0] & numbers[1]
+
+
+def test_demo_files_are_what_the_script_writes(tmp_path, monkeypatch):
+    import runpy
+    import sys
+
+    monkeypatch.setattr(sys, "argv", ["make_demo_prompts.py", str(tmp_path)])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "make_demo_prompts.py"), run_name="__main__")
+    for part in ("train", "heldout"):
+        assert (tmp_path / f"demo_{part}.jsonl").read_text() == demo_path(part).read_text()

@@ -1,0 +1,68 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from dpace.config import RespondConfig
+from dpace.decode import generate_plain
+from dpace.prompts import Prompt
+from dpace.responses import encode_chat, read_responses, write_responses
+
+CONFIG = RespondConfig(max_new_tokens=12, batch_size=4)
+
+
+@pytest.fixture
+def prompts(language_prompts):
+    return [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts[:8])]
+
+
+def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tmp_path):
+    for response, prompt in zip(write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True):
+        token_ids = encode_chat(language_target, prompt.turns[0])
+        expected = generate_plain(language_target, token_ids, max_new_tokens=12).token_ids
+        (start, end), = response.response_spans
+        assert response.token_ids == token_ids + expected and (start, end) == (len(token_ids), len(response.token_ids))
+        assert sum(response.is_response) == len(expected)
+
+
+def test_an_interrupted_call_goes_on(language_target, prompts, tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    whole = write_responses(language_target, prompts, path, CONFIG)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:20])  # killed while writing
+    answered = []
+    generate = language_target.model.generate
+    monkeypatch.setattr(language_target.model, "generate", lambda ids, **k: answered.append(len(ids)) or generate(ids, **k))
+    assert write_responses(language_target, prompts, path, CONFIG) == whole
+    assert answered == [4]
+    assert read_responses(path) and len(path.read_text().splitlines()) == 8
+
+
+def test_other_settings_are_refused(language_target, prompts, tmp_path):
+    write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
+    with pytest.raises(ValueError, match="temperature 0.0, not 1.0"):
+        write_responses(language_target, prompts, tmp_path / "r.jsonl", replace(CONFIG, temperature=1.0))
+
+
+def test_two_turns_keep_both_spans(language_target, tmp_path):
+    turns = [[{"role": "user", "content": text}] for text in ("w3 w51", "w5 w52")]
+    (response,) = write_responses(language_target, [Prompt("a", "s", turns)], tmp_path / "r.jsonl", CONFIG)
+    assert [m["role"] for m in response.messages] == ["user", "assistant"] * 2
+    assert response.response_spans[-1][1] == len(response.token_ids)
+
+
+def test_over_long_prompt_is_refused_before_work(language_target, tmp_path):
+    prompt = Prompt("long", "s", [[{"role": "user", "content": "w1 " * 300}]])
+    with pytest.raises(ValueError, match="prompt long has .* tokens"):
+        write_responses(language_target, [prompt], tmp_path / "r.jsonl", CONFIG)
+
+
+def test_tokenizer_without_template(language_target, monkeypatch):
+    monkeypatch.setattr(language_target.tokenizer, "chat_template", None)
+    assert encode_chat(language_target, [{"role": "user", "content": "w1 w2"}]) == [7, 8]
+
+
+def test_rows_without_tokens_are_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "a", "messages": []}) + "\n")
+    with pytest.raises(ValueError, match="r.jsonl:1"):
+        read_responses(tmp_path / "r.jsonl")

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from dpace.target import Target
+from tests.conftest import make_target
+
+
+def test_features_are_the_hidden_states_above_each_layer(random_target):
+    token_ids = torch.randint(4, 64, (2, 40))
+    with torch.no_grad():
+        states = random_target.model(token_ids, output_hidden_states=True).hidden_states
+    features = random_target.features(token_ids, [1, 3])
+    torch.testing.assert_close(features, torch.cat([states[2], states[4]], dim=-1))
+
+
+def test_layers_above_and_the_head_do_not_run(random_target):
+    ran = []
+    for module in (random_target.layers[4], random_target.model.get_output_embeddings()):
+        module.register_forward_hook(lambda *_: ran.append(1))
+    random_target.features(torch.randint(4, 64, (1, 8)), [0, 3])
+    assert not ran
+    random_target.model(torch.randint(4, 64, (1, 8)))
+    assert len(ran) == 2
+
+
+def test_right_padding_does_not_change_features(random_target):
+    token_ids = torch.randint(4, 64, (1, 12))
+    padded = torch.cat([token_ids, torch.zeros(1, 20, dtype=torch.long)], dim=1)
+    torch.testing.assert_close(random_target.features(padded, [1, 3])[:, :12], random_target.features(token_ids, [1, 3]))
+
+
+def test_embedding_and_head_are_those_of_the_model(family, random_target):
+    seen = {}
+    random_target.layers[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.update(hidden=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    random_target.model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: seen.update(last=args[0]))
+    token_ids = torch.randint(4, 64, (1, 9))
+    with torch.no_grad():
+        logits = random_target.model(token_ids).logits
+    torch.testing.assert_close(random_target.embed(token_ids), seen["hidden"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(random_target.head.logits(seen["last"]), logits, rtol=1e-3, atol=1e-4)
+    assert (random_target.embed_scale != 1) == family.startswith("gemma")
+    assert (random_target.head.softcap is not None) == (family == "gemma2")
+
+
+def test_a_target_with_learned_positions_is_refused():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=2, n_positions=64)
+    with pytest.raises(ValueError, match="more than a scaled table"):
+        Target(AutoModelForCausalLM.from_config(config))
+
+
+def test_parameters_are_frozen():
+    assert not any(p.requires_grad for p in make_target("qwen3").model.parameters())

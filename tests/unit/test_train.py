@@ -1,0 +1,147 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpace.config import LossConfig
+from dpace.decode import generate
+from dpace.metrics import Acceptance
+from dpace.train import heldout_acceptance, train, walk
+from tests.conftest import LANGUAGE_RECIPE, make_drafter
+
+
+def short(**changes):
+    """A recipe of a few steps."""
+    config = replace(LANGUAGE_RECIPE.train, **{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes})
+    return replace(LANGUAGE_RECIPE, train=config)
+
+
+def weights_of(drafter):
+    return torch.cat([p.detach().flatten() for p in drafter.parameters()])
+
+
+def run(target, responses, folder, **changes):
+    return weights_of(train(target, responses[:21], responses[50:52], short(**changes), folder))
+
+
+def test_accumulation_gives_the_same_steps(language_target, language_responses, tmp_path):
+    """21 conversations: the last step of an epoch is uneven."""
+    whole = run(language_target, language_responses, tmp_path / "a", batch_size=8)
+    split = run(language_target, language_responses, tmp_path / "b", batch_size=1, gradient_accumulation_steps=8)
+    torch.testing.assert_close(split, whole, rtol=1e-3, atol=2e-5)
+
+
+def test_two_ranks_give_the_same_steps(language_folder, language_target, language_responses, tmp_path):
+    """Two processes with batches of 4 are one with batches of 8."""
+    recipe = short(batch_size=8, num_anchors=3, max_steps=2, eval_steps=2)
+    pickled = tmp_path / "job.pickle"
+    folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    pickled.write_bytes(pickle.dumps((str(language_folder), language_responses[:16], language_responses[50:52], recipe)))
+    code = """
+import pickle, sys
+from dataclasses import replace
+from dpace.target import Target
+from dpace.train import train
+folder, responses, heldout, recipe = pickle.loads(open(sys.argv[1], "rb").read())
+recipe = replace(recipe, train=replace(recipe.train, batch_size=4))
+train(Target.load(folder), responses, heldout, recipe, sys.argv[2])
+"""
+    script = tmp_path / "job.py"
+    script.write_text(code)
+    source = str(Path(__file__).parents[2])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    done = subprocess.run([*command, str(script), str(pickled), str(folders["two"])], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    from safetensors.torch import load_file
+
+    one = train(language_target, language_responses[:16], language_responses[50:52], recipe, folders["one"])
+    two = load_file(folders["two"] / "model.safetensors")
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(language_target, language_responses, tmp_path, monkeypatch):
+    changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4}
+    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+
+    from dpace.train import DrafterTrainer
+
+    compute_loss, calls = DrafterTrainer.compute_loss, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "resumed", **changes)
+    calls.clear()
+    monkeypatch.setattr(DrafterTrainer, "compute_loss", lambda s, *a, **k: calls.append(s.state.global_step) or compute_loss(s, *a, **k))
+    resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert calls[0] == 3
+    torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_features_kept_in_memory_change_nothing(language_target, language_responses, tmp_path):
+    runs = [run(language_target, language_responses, tmp_path / str(gib), feature_cache_gib=gib) for gib in (0.0, 1.0)]
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=2e-5)
+
+
+def test_training_learns(language_target, language_drafter, language_responses):
+    acceptance = heldout_acceptance(language_drafter, language_target, language_responses[50:], max_length=64)
+    assert acceptance.tau > 2.0
+    untrained = make_drafter(language_target, block_size=6, mask_token_id=3)
+    assert heldout_acceptance(untrained, language_target, language_responses[50:], max_length=64).tau < 1.5
+
+
+def test_heldout_acceptance_is_that_of_decoding(language_target, language_drafter, language_responses):
+    """What is measured in training is what decoding accepts, response by response."""
+    responses = language_responses[50:]
+    in_training = heldout_acceptance(language_drafter, language_target, responses, max_length=64)
+    decoded = []
+    for response in responses:
+        (start, end), = response.response_spans
+        generation = generate(language_target, language_drafter, response.token_ids[:start], max_new_tokens=end - start)
+        assert generation.token_ids == response.token_ids[start:end]
+        decoded.append(generation.acceptance)
+    together = Acceptance.of_prompts(decoded)
+    assert in_training._rows.tolist() == together._rows.tolist()
+    assert in_training.tau == together.tau
+
+
+def test_walk_by_hand():
+    accepted_from = {10: 2, 11: 0, 13: 0, 14: 3}
+    # 10 accepts 11, 12, bonus 13; 13 accepts none, bonus 14; 14 accepts 15, 16 and the text ends there
+    acceptance = walk(accepted_from, (10, 17), block_size=4)
+    assert acceptance.counts.tolist() == [1, 0, 2, 0] and acceptance.num_emitted_tokens == 6
+
+
+def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
+    recipe = replace(short(), loss=LossConfig(vocabulary="seen"))
+    train(language_target, language_responses[:20], language_responses[50:52], recipe, tmp_path)
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    shares = [log[0][f"weight_share/{k}"] for k in range(1, 6)]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert {"loss", "nll", "slot_accuracy/1"} <= set(log[0])
+    assert any("eval_tau" in entry for entry in log)
+    for name in ("config.json", "model.safetensors", "recipe.yaml", "provenance.json"):
+        assert (tmp_path / name).exists()
+
+
+def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, language_responses, tmp_path):
+    empty = [replace(language_responses[0], response_spans=[])]
+    with pytest.raises(ValueError, match="nothing to train on"):
+        train(language_target, empty, language_responses[50:52], short(), tmp_path)
+    spoilt = [replace(language_responses[0], token_ids=[3, *language_responses[0].token_ids[1:]])]
+    with pytest.raises(ValueError, match="contains the mask token 3"):
+        train(language_target, spoilt, language_responses[50:52], short(), tmp_path)

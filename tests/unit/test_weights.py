@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpace.weights import (
+    dflash_gamma,
+    dflash_weights,
+    dpace_confidence_only_weights,
+    dpace_continuation_only_weights,
+    dpace_weights,
+    head_weights,
+    uniform_weights,
+)
+
+Q = [0.9, 0.5, 0.2, 0.7]
+
+
+def block(values, dtype=torch.float64):
+    """One block with an anchor in front."""
+    return torch.tensor([[[0.0, *values]]], dtype=dtype)
+
+
+def scored(flags):
+    return torch.tensor([[[False, *map(bool, flags)]]])
+
+
+def straight_from_the_formula(q, mask, alpha):
+    """`w[j] = sum over m >= j of product over i <= m`, written as loops over the slots that count."""
+    slots = [k for k in range(len(q)) if mask[k]]
+    smoothed = {k: (1 - alpha) * q[k] + alpha for k in slots}
+    weights = [0.0] * len(q)
+    for j in slots:
+        for m in (m for m in slots if m >= j):
+            weights[j] += math.prod(smoothed[i] for i in slots if i <= m)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("alpha", "mask", "expected"),
+    [
+        (0.5, "1111", [2.453375, 1.503375, 0.790875, 0.363375]),
+        (0.5, "1101", [2.268125, 1.318125, 0.0, 0.605625]),
+        (0.0, "1111", [1.503, 0.603, 0.153, 0.063]),
+        (1.0, "1111", [4, 3, 2, 1]),
+    ],
+)
+def test_published_vectors(alpha, mask, expected):
+    flags = [int(c) for c in mask]
+    weights = dpace_weights(block(Q), scored(flags), alpha)[0, 0, 1:]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=weights.dtype), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mask", "alpha", "weigh", "expected"),
+    [
+        ("1111", 0.5, dpace_weights, 2.703020),
+        ("1111", 0.5, dpace_confidence_only_weights, 1.411601),
+        ("1111", 0.5, dpace_continuation_only_weights, 5.068769),
+        ("1101", 0.5, dpace_weights, 1.368637),
+        ("1101", 0.5, dpace_confidence_only_weights, 0.809971),
+        ("1101", 0.5, dpace_continuation_only_weights, 1.890545),
+        ("1111", 0.0, dpace_confidence_only_weights, 0.574061),
+        ("1111", 0.0, dpace_continuation_only_weights, 4.197489),
+        ("1111", 1.0, dpace_weights, 6.076434),
+    ],
+)
+def test_published_losses_and_ablations(mask, alpha, weigh, expected):
+    weights = weigh(block(Q), scored([int(c) for c in mask]), alpha)[0, 0, 1:]
+    assert float((weights * -torch.tensor(Q).log()).sum()) == pytest.approx(expected, abs=1e-5)
+
+
+probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=15)
+
+
+@given(probabilities, st.integers(0, 2**15 - 1), st.floats(0, 1))
+def test_equals_the_formula_for_any_mask(q, mask_bits, alpha):
+    mask = [mask_bits >> k & 1 for k in range(len(q))]
+    weights = dpace_weights(block(q), scored(mask), alpha)[0, 0, 1:].tolist()
+    assert weights == pytest.approx(straight_from_the_formula(q, mask, alpha), rel=1e-4, abs=1e-5)
+
+
+@given(probabilities, st.floats(0, 1))
+def test_monotone_telescoping_and_mass(q, alpha):
+    mask = [1] * len(q)
+    weights = dpace_weights(block(q), scored(mask), alpha)[0, 0, 1:].double()
+    products = dpace_confidence_only_weights(block(q), scored(mask), alpha)[0, 0, 1:].double()
+    differences = weights - torch.cat([weights[1:], weights.new_zeros(1)])
+    torch.testing.assert_close(differences, products, rtol=1e-4, atol=1e-5)
+    assert (differences >= -1e-5).all()
+    slots = torch.arange(1, len(q) + 1)
+    torch.testing.assert_close(weights.sum(), (slots * products).sum(), rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.floats(0.05, 1), min_size=1, max_size=15))
+def test_is_the_gradient_of_the_surrogate(q):
+    log_q = torch.tensor(q, dtype=torch.float64).log().requires_grad_()
+    log_q.exp().cumprod(0).sum().backward()
+    weights = dpace_weights(block(q), scored([1] * len(q)), alpha=0.0)[0, 0, 1:]
+    torch.testing.assert_close(weights.double(), log_q.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_ablations_factor_the_weights():
+    flags = scored([1, 1, 0, 1])
+    product = dpace_confidence_only_weights(block(Q), flags) * dpace_continuation_only_weights(block(Q), flags)
+    torch.testing.assert_close(product, dpace_weights(block(Q), flags))
+
+
+def test_fp32_and_detached_from_bf16_input():
+    probs = block(Q, torch.bfloat16).requires_grad_()
+    weights = dpace_weights(probs, scored([1, 1, 1, 1]))
+    assert weights.dtype == torch.float32 and not weights.requires_grad
+    torch.testing.assert_close(weights, dpace_weights(probs.float(), scored([1, 1, 1, 1])))
+
+
+def test_schedules():
+    flags = scored([1, 1, 0, 1])
+    torch.testing.assert_close(
+        dflash_weights(flags, gamma=4.0)[0, 0], torch.tensor([0, 1, math.exp(-1 / 4), 0, math.exp(-3 / 4)])
+    )
+    torch.testing.assert_close(head_weights(flags)[0, 0], torch.tensor([0, 0.8, 0.64, 0, 0.8**4]))
+    torch.testing.assert_close(uniform_weights(flags)[0, 0], torch.tensor([0.0, 1, 1, 0, 1]))
+    assert [dflash_gamma(size) for size in (16, 10, 8)] == [7, 5, 4]
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5])
+def test_alpha_outside_its_range_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        dpace_weights(block(Q), scored([1] * 4), alpha)
