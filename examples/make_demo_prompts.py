@@ -2,7 +2,7 @@
 
     python examples/make_demo_prompts.py src/dpace/data
 
-Training and held-out parts draw from disjoint pools of machines, places, faults, people, numbers, objects and
+Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and
 sentence patterns, so that no note and no value of a held-out prompt was seen in training.
 """
 
@@ -17,11 +17,23 @@ INSTRUCTION = "Turn each maintenance note into a JSON ticket.\n\n"
 EXAMPLES = (
     (
         "The glue gun in the studio does not heat up. Greta Holm told us on Tuesday.",
-        {"machine": "glue gun", "location": "studio", "problem": "does not heat up", "reported_by": "Greta Holm", "day": "Tuesday"},
+        {
+            "machine": "glue gun",
+            "location": "studio",
+            "problem": "does not heat up",
+            "reported_by": "Greta Holm",
+            "day": "Tuesday",
+        },
     ),
     (
         "Monday: treadmill in room 118 stops suddenly, reported by Bruno Kaya.",
-        {"machine": "treadmill", "location": "room 118", "problem": "stops suddenly", "reported_by": "Bruno Kaya", "day": "Monday"},
+        {
+            "machine": "treadmill",
+            "location": "room 118",
+            "problem": "stops suddenly",
+            "reported_by": "Bruno Kaya",
+            "day": "Monday",
+        },
     ),
 )
 """Shown in every prompt, before the note: a small model keeps to a form that it sees."""
@@ -31,16 +43,27 @@ NOTES = {
         "machine": "laser printer|coffee machine|dish washer|air conditioner|water pump|conveyor belt|label printer|floor scanner|"
         "ice maker|packing robot|ticket gate|lathe|drill press|steam iron|paper shredder|heat exchanger|bread oven|"
         "card reader|projector|forklift|band saw|water heater|vacuum cleaner|milling machine|bottle washer|hoist|"
-        "sewing machine|cash register|wall clock|smoke detector",
+        "sewing machine|cash register|wall clock|smoke detector|sliding door|street lamp|fuel tank|gas meter|hay baler|"
+        "leaf blower|wood chipper|snow plough|cement mixer|spray booth|pallet jack|tower crane|belt sander|microscope|"
+        "centrifuge|oscilloscope|dough mixer|meat slicer|rice cooker|milk frother|juice press|popcorn maker|hot plate|"
+        "fog machine|stage light|drum kit|loudspeaker|radio mast|satellite dish|parking meter|bus shelter|car wash|"
+        "tyre changer|battery charger|solar panel|wind turbine|diesel generator|fire alarm|window blind|revolving door",
         "location": "the kitchen|the workshop|the reception|the canteen|the loading dock|the first floor|the main hall|"
-        "the east wing|the laundry|the print shop|the server room|the cold store|the entrance|the paint shop|"
-        "the library|room 12|room 204|room 36|room 48|hall 2|hall 6|bay 8|line 4|office 60",
+        "the east corridor|the laundry|the print shop|the server room|the cold store|the entrance|the paint shop|the library|"
+        "the stable|the greenhouse|the harbour|the gym|the chapel|the theatre|the bakery|the museum|the archive|the courtyard|"
+        "the swimming pool|the boardroom|the cinema|the tunnel|the foundry|room {n}|hall {n}|bay {n}|line {n}|office {n}|dock {n}",
         "problem": "does not start|makes a loud noise|leaks oil|smells of smoke|stops after a few minutes|shows an error code|"
         "is too hot|jams all the time|lost its power|vibrates a lot|drips water|has a broken switch|does not close|"
-        "runs too slowly|has a loose cable|blinks red|needs a new filter|has a cracked cover|trips the fuse|will not turn off",
-        "person": "Nora Lind|Ivan Petrov|Maria Costa|Tom Baker|Aisha Khan|Peter Lund|Chen Wei|Laura Rossi|Omar Haddad|"
-        "Julia Novak|Sam Carter|Ingrid Olsen|David Cohen|Priya Nair|Lucas Martin|Hanna Virtanen|Jose Alvarez|"
-        "Emma Fischer|Kenji Sato|Olga Ivanova|Ben Wright|Fatima Zahra|Marco Bianchi|Sofia Lopez",
+        "runs too slowly|has a loose cable|blinks red|needs a new filter|has a cracked cover|trips the fuse|will not turn off|"
+        "is out of grease|hums at night|has a bent axle|needs new batteries|is covered in rust|cannot be locked|misses a screw|"
+        "burns the edges|has a flat tyre|spills coolant|reads the wrong value|has a worn brake|shakes at full speed|"
+        "is blocked by dust|lost its label|draws too much current|has a clogged nozzle|does not respond|makes black smoke|"
+        "has a scratched lens",
+        "first": "Nora|Ivan|Maria|Tom|Aisha|Peter|Chen|Laura|Omar|Julia|Sam|Ingrid|David|Priya|Lucas|Hanna|Jose|Emma|Kenji|Olga|"
+        "Ben|Fatima|Marco|Sofia|Erik|Leila|Simon|Tanya|Victor|Grace|Diego|Amina|Frank|Helena|Raj|Monica|Stefan|Linda|Carlos|Ruth",
+        "last": "Lind|Petrov|Costa|Baker|Khan|Lund|Wei|Rossi|Haddad|Novak|Carter|Olsen|Cohen|Nair|Martin|Virtanen|Alvarez|Fischer|"
+        "Sato|Ivanova|Wright|Zahra|Bianchi|Lopez|Hansen|Mendez|Foster|Keller|Moreau|Tanaka|Svensson|Okafor|Murphy|Silva|"
+        "Popescu|Walker|Nielsen|Garcia|Weber|Adams",
         "day": "Monday|Tuesday|Thursday|Saturday",
         "pattern": "The {machine} in {location} {problem}. {person} told us on {day}.|"
         "{person} called on {day}: the {machine} in {location} {problem}.|"
@@ -52,10 +75,13 @@ NOTES = {
         "The {machine} {problem} again. It is in {location}. Seen by {person} on {day}.",
     },
     "heldout": {
-        "machine": "elevator|barcode scanner|freezer|compressor|photocopier|grinder|boiler|welding robot|ventilation fan|hand dryer",
-        "location": "the basement|the warehouse|the garage|the second floor|the attic|room 315|room 71|hall 9|the pharmacy",
-        "problem": "rattles badly|does not cool|has a torn belt|keeps beeping|leaks gas|has a dead screen|is stuck|loses pressure",
-        "person": "Anna Berg|Paul Meyer|Rita Gomez|Yusuf Demir|Clara Jensen|Viktor Horvat|Mina Park|Alan Reed|Elsa Dubois",
+        "machine": "elevator|barcode scanner|freezer|compressor|photocopier|grinder|boiler|welding robot|ventilation fan|hand dryer|"
+        "garage door|metal detector|lawn mower|espresso maker",
+        "location": "the basement|the warehouse|the garage|the second floor|the attic|the pharmacy|the cafeteria|lab {n}|shed {n}",
+        "problem": "rattles badly|does not cool|has a torn belt|keeps beeping|leaks gas|has a dead screen|is stuck|loses pressure|"
+        "needs a new fan|will not open",
+        "first": "Anna|Paul|Rita|Yusuf|Clara|Viktor|Mina|Alan|Elsa|Hugo",
+        "last": "Berg|Meyer|Gomez|Demir|Jensen|Horvat|Park|Reed|Dubois|Stone",
         "day": "Wednesday|Friday|Sunday",
         "pattern": "{person} noticed on {day} that the {machine} in {location} {problem}.|"
         "Problem on {day}: the {machine} in {location} {problem}. Contact: {person}.|"
@@ -66,7 +92,7 @@ NOTES = {
 
 PROBLEMS = {
     "train": {
-        "name": "Nina|Oscar|Leah|Hugo|Tara|Felix|Zoe|Adam|Mila|Ravi|Ella|Noah",
+        "name": "Nina|Oscar|Leah|Hector|Tara|Felix|Zoe|Adam|Mila|Ravi|Ella|Noah",
         "thing": "pencils|apples|stamps|marbles|buttons|tickets|cookies|stickers|shells|candles",
         "pattern": "{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?|"
         "{name} packs {a} boxes with {b} {thing} in each. How many {thing} are there in all?|"
@@ -84,7 +110,7 @@ PROBLEMS = {
     },
 }
 
-COUNTS = {("notes", "train"): 320, ("notes", "heldout"): 24, ("problems", "train"): 80, ("problems", "heldout"): 12}
+COUNTS = {("notes", "train"): 260, ("notes", "heldout"): 24, ("problems", "train"): 60, ("problems", "heldout"): 12}
 
 
 def pick(pools, rng):
@@ -98,6 +124,20 @@ def numbers(part, rng):
     small = [2 * n + shift for n in range(2, 12)]
     a, b, d = rng.sample(small, 3)
     return {"a": a, "b": b, "d": d, "c": 2 * rng.randrange(40, 90) + shift}
+
+
+def note(pools, part, rng):
+    """A maintenance note."""
+    values = pick(pools, rng)
+    place = values.pop("location").format(n=2 * rng.randrange(100, 250) + (part != "train"))
+    person = f"{values.pop('first')} {values.pop('last')}"
+    return values.pop("pattern").format(**values, location=place, person=person)
+
+
+def problem(pools, part, rng):
+    """A word problem."""
+    values = pick(pools, rng)
+    return values.pop("pattern").format(**values, **numbers(part, rng))
 
 
 def note_messages(note):
@@ -118,8 +158,7 @@ def make(kind, part):
     for count in itertools.count():
         if len(seen) == COUNTS[kind, part]:
             return
-        values = pick(pools, rng)
-        text = values.pop("pattern").format(**values, **numbers(part, rng))
+        text = (note if kind == "notes" else problem)(pools, part, rng)
         text = text[0].upper() + text[1:]
         if text not in seen:
             seen.add(text)

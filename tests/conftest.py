@@ -49,7 +49,9 @@ _LLAMA3_ROPE = {
 FAMILIES = {
     "llama3.1": lambda: LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False),
     "qwen3": lambda: Qwen3Config(**_SHAPE, tie_word_embeddings=False),
-    "smollm2": lambda: LlamaConfig(**{**_SHAPE, "num_attention_heads": 3, "num_key_value_heads": 1}, tie_word_embeddings=True),
+    "smollm2": lambda: LlamaConfig(
+        **{**_SHAPE, "num_attention_heads": 3, "num_key_value_heads": 1}, tie_word_embeddings=True
+    ),
     "gemma2": lambda: Gemma2Config(**_SHAPE, sliding_window=16, query_pre_attn_scalar=16),
     "gemma3": lambda: Gemma3TextConfig(**_SHAPE, sliding_window=16, query_pre_attn_scalar=16),
 }

@@ -53,7 +53,9 @@ def bench(
         drafter.check_target(target)
     prompts = _first_of_each_set(prompts, config.num_prompts)
     provenance = _provenance(target, drafters, config)
-    records = _Records(folder / "bench.jsonl", {k: provenance[k] for k in ("target", "drafters", "max_new_tokens", "seed")})
+    records = _Records(
+        folder / "bench.jsonl", {k: provenance[k] for k in ("target", "drafters", "max_new_tokens", "seed")}
+    )
     engines = {PLAIN: None, **drafters}
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
     with progress_bar() as bar:
@@ -97,7 +99,9 @@ def make_rows(records: Sequence[dict], drafters: dict[str, Drafter]) -> list[dic
                     "tau_interval": acceptance.interval(),
                     "acceptance_rate": acceptance.acceptance_rate,
                     "reach_rate": acceptance.reach_rate.tolist(),
-                    "slot_acceptance_rate": [None if np.isnan(x) else x for x in acceptance.slot_acceptance_rate.tolist()],
+                    "slot_acceptance_rate": [
+                        None if np.isnan(x) else x for x in acceptance.slot_acceptance_rate.tolist()
+                    ],
                     "tokens_per_second": sum(sides[0]) / sum(sides[1]),
                     "plain_tokens_per_second": sum(sides[2]) / sum(sides[3]),
                     "decode_speedup": speedup[0],
@@ -148,7 +152,11 @@ def _first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Pro
 
 
 def _decode(target: Target, drafter: Drafter | None, token_ids, **options) -> Generation:
-    return generate_plain(target, token_ids, **options) if drafter is None else generate(target, drafter, token_ids, **options)
+    return (
+        generate_plain(target, token_ids, **options)
+        if drafter is None
+        else generate(target, drafter, token_ids, **options)
+    )
 
 
 def _warm_up(target: Target, engines: dict, prompt: Prompt, temperature: float) -> None:
@@ -187,7 +195,7 @@ def _measure(target: Target, engines: dict, prompt: Prompt, temperature: float, 
                 "token_ids": generation.token_ids,
                 "accepted_lengths": generation.accepted_lengths,
                 "histogram": [] if name == PLAIN else generation.acceptance.counts.tolist(),
-                "num_without_bonus": 0 if name == PLAIN else int(generation.acceptance.num_without_bonus),
+                "num_without_bonus": 0 if name == PLAIN else generation.acceptance.num_missing,
                 "decode_tokens": generation.num_decode_tokens,
                 "decode_seconds": generation.decode_seconds,
                 "prefill_seconds": generation.prefill_seconds,

@@ -144,7 +144,7 @@ def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query 
     device = blocks.anchors.device
     return visibility(blocks, num_context)(
         torch.arange(batch, device=device)[:, None, None, None],
-        0,
+        torch.zeros((), dtype=torch.long, device=device),
         torch.arange(num_queries, device=device)[:, None],
         torch.arange(num_context + num_queries, device=device),
     )

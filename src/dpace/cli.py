@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     verbs = {"demo": _demo, "respond": _respond, "train": _train, "bench": _bench, "generate": _generate}
     if not argv or argv[0] not in verbs:
         is_help = bool(argv) and argv[0] in ("-h", "--help")
-        print(USAGE if is_help or not argv else f"unknown verb {argv[0]!r}\n\n{USAGE}", file=sys.stdout if is_help else sys.stderr)
+        print(
+            USAGE if is_help or not argv else f"unknown verb {argv[0]!r}\n\n{USAGE}",
+            file=sys.stdout if is_help else sys.stderr,
+        )
         return 0 if is_help else 2
     try:
         verbs[argv[0]](argv[1:])
@@ -50,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dpace {argv[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; finished work is kept: the same `dpace {argv[0]}` command goes on from it", file=sys.stderr)
+        print(
+            f"\ninterrupted; finished work is kept: the same `dpace {argv[0]}` command goes on from it", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -82,7 +87,10 @@ def _demo(args: list[str]) -> None:
     output = Path(config.output)
     print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, the drafter in {output}/dpace")
     prompt = "We had a message from Rita Gomez on Friday. The elevator in the garage is stuck."
-    print("next:", _command("generate", target=find_target(results["target"]), drafter=output / "dpace", prompt=f'"{prompt}"'))
+    print(
+        "next:",
+        _command("generate", target=find_target(results["target"]), drafter=output / "dpace", prompt=f'"{prompt}"'),
+    )
 
 
 def _respond(args: list[str]) -> None:
@@ -105,11 +113,11 @@ def _train(args: list[str]) -> None:
 
     path = Path(recipe.output) / "responses.jsonl"
     responses = {response.id: response for response in read_responses(path)} if path.exists() else {}
-    parts = [[responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts)]
-    if not all(parts):
+    answered, heldout = ([responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts))
+    if not answered or not heldout:
         raise ValueError(f"{path} has no answers to these prompts; run `dpace respond` with the same recipe first")
     folder = Path(recipe.output) / "drafter"
-    train(_load_target(recipe.target), *parts, recipe, folder)
+    train(_load_target(recipe.target), answered, heldout, recipe, folder)
     print(f"drafter in {folder}")
     print("next: dpace bench", *args)
 
@@ -119,14 +127,14 @@ def _bench(args: list[str]) -> None:
     from rich.console import Console
 
     from dpace.benchmark import bench
-    from dpace.drafter import Drafter
+    from dpace.drafter import load_drafter
     from dpace.prompts import split_prompts
     from dpace.report import results_table, slots_table
 
     _, heldout = split_prompts(recipe.prompts)
     target = _load_target(recipe.target)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
-    drafters = {Path(folder).name: _load_drafter(folder, target) for folder in folders}
+    drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
     if len(drafters) < len(folders):
         raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
     results = bench(target, drafters, heldout, recipe.bench, recipe.output)
@@ -140,6 +148,7 @@ def _bench(args: list[str]) -> None:
 def _generate(args: list[str]) -> None:
     config = _parse(GenerateConfig, "generate", args)
     from dpace.decode import generate, generate_plain
+    from dpace.drafter import load_drafter
     from dpace.responses import encode_chat
 
     target = _load_target(config.target)
@@ -148,7 +157,7 @@ def _generate(args: list[str]) -> None:
     if config.drafter is None:
         generation = generate_plain(target, token_ids, **options)
     else:
-        generation = generate(target, _load_drafter(config.drafter, target), token_ids, **options)
+        generation = generate(target, load_drafter(config.drafter, target), token_ids, **options)
     print(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     speed = generation.num_decode_tokens / max(generation.decode_seconds, 1e-9)
     tau = f", tau {generation.acceptance.tau:.2f}" if generation.accepted_lengths else ""
@@ -162,21 +171,6 @@ def _load_target(name: str):
     from dpace.target import Target
 
     return Target.load(find_target(name))
-
-
-def _load_drafter(folder: str, target):
-    from safetensors import SafetensorError
-
-    from dpace.drafter import Drafter
-
-    if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} is no drafter's folder (it has no config.json); `dpace train` writes one")
-    try:
-        drafter = Drafter.from_pretrained(folder, dtype=target.model.dtype)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}); train or copy them again") from error
-    drafter.check_target(target)
-    return drafter.to(target.device).eval()
 
 
 def _command(verb: str, **flags) -> str:

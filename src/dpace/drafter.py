@@ -3,9 +3,11 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Cache, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,7 +27,7 @@ from dpace.target import Target
 class _Attention(nn.Module):
     """Block tokens attend to the target's features and to each other; keys and values of both use the same projections."""
 
-    def __init__(self, config: Qwen3Config, layer: int):
+    def __init__(self, config: Any, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
@@ -194,12 +196,14 @@ class Drafter(Qwen3PreTrainedModel):
             bos_token_id=theirs.bos_token_id,
             eos_token_id=theirs.eos_token_id,
             pad_token_id=theirs.pad_token_id,
-            block_size=block_size,
-            mask_token_id=mask_token_id,
-            target_layer_ids=layer_ids,
-            num_target_layers=target.num_layers,
-            dflash_config={"mask_token_id": mask_token_id, "target_layer_ids": layer_ids},
-            is_causal=False,
+            **{
+                "block_size": block_size,
+                "mask_token_id": mask_token_id,
+                "target_layer_ids": layer_ids,
+                "num_target_layers": target.num_layers,
+                "dflash_config": {"mask_token_id": mask_token_id, "target_layer_ids": layer_ids},
+                "is_causal": False,
+            },
         )
         if target.embed_scale != 1:
             config.input_embedding_scale = target.embed_scale
@@ -209,7 +213,7 @@ class Drafter(Qwen3PreTrainedModel):
             config.final_logit_softcapping = target.head.softcap
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            drafter = cls(config)
+            drafter: Any = cls(config)
         nn.init.constant_(drafter.norm.weight, norm_scale)
         drafter.check_target(target)
         return drafter.to(target.device)
@@ -261,6 +265,22 @@ class Drafter(Qwen3PreTrainedModel):
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def load_drafter(folder: str | Path, target: Target) -> Drafter:
+    """Read a drafter's folder for decoding with a target: its dtype and device, in eval mode.
+
+    Raises:
+        ValueError: no such folder, damaged weights, or a drafter for another target.
+    """
+    if not (Path(folder) / "config.json").exists():
+        raise ValueError(f"{folder} is no drafter's folder (it has no config.json); `dpace train` writes one")
+    try:
+        drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({error}); train or copy them again") from error
+    drafter.check_target(target)
+    return drafter.to(target.device)
+
+
 def _rope_of(config) -> dict:
     """The rotary embedding of the target's full-attention layers."""
     rope = dict(config.rope_parameters)
@@ -293,7 +313,9 @@ def choose_mask_token(target: Target) -> int:
     if len(tokenizer) < num_rows:
         return len(tokenizer)
     names = tokenizer.added_tokens_decoder
-    reserved = sorted(names, key=lambda i: (not any(w in names[i].content.lower() for w in ("mask", "reserved", "unused")), i))
+    reserved = sorted(
+        names, key=lambda i: (not any(w in names[i].content.lower() for w in ("mask", "reserved", "unused")), i)
+    )
     for token_id in reserved:
         try:
             check_mask_token(token_id, target)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dpace.weights import uniform_weights
 
-Weigh = Callable[[Float[Tensor, "batch block slot"], Bool[Tensor, "batch block slot"]], Float[Tensor, "batch block slot"]]
+Weigh = Callable[
+    [Float[Tensor, "batch block slot"], Bool[Tensor, "batch block slot"]], Float[Tensor, "batch block slot"]
+]
 
 REDUCTIONS = ("anchors", "batch", "slots")
 
@@ -77,7 +79,9 @@ class _FrozenHeadNll(torch.autograd.Function):
             logits.sub_(log_sum).exp_().mul_(row_weights).scatter_add_(-1, row_labels, -row_weights)
             if cap_slope is not None:
                 logits.mul_(cap_slope)
-            grad[chunk] = grad[chunk].masked_scatter(scored[..., None], (logits.to(weight.dtype) @ weight).to(grad.dtype))
+            grad[chunk] = grad[chunk].masked_scatter(
+                scored[..., None], (logits.to(weight.dtype) @ weight).to(grad.dtype)
+            )
         ctx.save_for_backward(grad)
         shape = (batch, num_blocks, num_slots)
         ctx.grad_shape = (*shape, hidden.shape[-1])

@@ -64,6 +64,11 @@ class Acceptance:
         return int(self.counts.sum())
 
     @property
+    def num_missing(self) -> int:
+        """`num_without_bonus`, all prompts together."""
+        return int(self._missing.sum())
+
+    @property
     def num_emitted_tokens(self) -> int:
         """Accepted draft tokens and bonus tokens."""
         return int(self._emitted(self._rows).sum() - self._missing.sum())
@@ -159,7 +164,9 @@ def decode_speedup(
     return float(value[0] / value[1]), float(low), float(high)
 
 
-def tau_gain(ours: Acceptance, theirs: Acceptance, *, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def tau_gain(
+    ours: Acceptance, theirs: Acceptance, *, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
     """How much larger one tau is than another on the same prompts, as a ratio minus 1.
 
     Args:

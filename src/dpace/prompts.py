@@ -43,7 +43,9 @@ def split_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
         texts = {json.dumps(prompt.turns) for prompt in prompts}
         shared = next((prompt.id for prompt in heldout if json.dumps(prompt.turns) in texts), None)
         if shared:
-            raise ValueError(f"the held-out prompt {shared!r} is also a training prompt; remove it from one of the files")
+            raise ValueError(
+                f"the held-out prompt {shared!r} is also a training prompt; remove it from one of the files"
+            )
         ids = {prompt.id for prompt in prompts}
         heldout = [replace(p, id=f"heldout/{p.id}") if p.id in ids else p for p in heldout]
     else:
@@ -110,7 +112,9 @@ def _parse(row: dict, where: str, *, default_set: str) -> Prompt:
     else:
         raise ValueError(f"{where}: none of `messages`, `turns` and `prompt`; found {', '.join(row) or 'nothing'}")
     for turn in turns:
-        if not turn or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in turn):
+        if not turn or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in turn
+        ):
             raise ValueError(f"{where}: messages must be objects with `role` and a text `content`")
         if turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
             raise ValueError(f"{where}: a turn must end with a user message that is not empty")

@@ -61,13 +61,23 @@ def plot_acceptance(results: dict, path: str | Path) -> None:
     plt = _pyplot()
     sets = list(dict.fromkeys(row["set"] for row in results["rows"]))
     drafters = list(dict.fromkeys(row["drafter"] for row in results["rows"]))
-    figure, axes = plt.subplots(1, len(sets), figsize=(4.6 * len(sets), 3.8), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(sets), figsize=(4.6 * len(sets), 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, name in zip(axes[0], sets, strict=True):
         for row in (row for row in results["rows"] if row["set"] == name):
             slots = range(1, len(row["reach_rate"]) + 1)
             style = "-" if row["temperature"] == 0 else "--"
             label = f"{row['drafter']}, T={row['temperature']:g}, tau {row['tau']:.2f}"
-            axis.plot(slots, row["reach_rate"], style, marker="o", ms=3, color=f"C{drafters.index(row['drafter'])}", label=label)
+            axis.plot(
+                slots,
+                row["reach_rate"],
+                style,
+                marker="o",
+                ms=3,
+                color=f"C{drafters.index(row['drafter'])}",
+                label=label,
+            )
         axis.set(title=name, xlabel="slot", ylim=(0, 1.02), xticks=list(slots))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -86,12 +96,16 @@ def plot_weights(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
     Source: the weight-dynamics figure of D-PACE (arXiv 2605.18810).
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(logs), figsize=(4.6 * len(logs), 3.8), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(logs), figsize=(4.6 * len(logs), 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, (name, log) in zip(axes[0], logs.items(), strict=True):
         entries = [entry for entry in log if "weight_share/1" in entry]
         chosen = sorted({round(i * (len(entries) - 1) / 4) for i in range(5)}) if entries else []
         for number, entry in enumerate(entries[i] for i in chosen):
-            shares = [entry[f"weight_share/{k}"] for k in range(1, 1 + sum(key.startswith("weight_share/") for key in entry))]
+            shares = [
+                entry[f"weight_share/{k}"] for k in range(1, 1 + sum(key.startswith("weight_share/") for key in entry))
+            ]
             color = plt.get_cmap("viridis")(number / max(1, len(chosen) - 1) * 0.9)
             axis.plot(range(1, len(shares) + 1), shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
             axis.set_xticks(range(1, len(shares) + 1))

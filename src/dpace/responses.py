@@ -77,7 +77,9 @@ def encode_chat(target: Target, messages: Sequence[dict[str, str]]) -> list[int]
     return list(token_ids)
 
 
-def write_responses(target: Target, prompts: Sequence[Prompt], path: str | Path, config: RespondConfig) -> list[Response]:
+def write_responses(
+    target: Target, prompts: Sequence[Prompt], path: str | Path, config: RespondConfig
+) -> list[Response]:
     """Let the target answer prompts in batches, appending to a file after each one.
 
     A prompt whose id is in the file already is not answered again, so an interrupted call goes on where it was. Beside the
@@ -161,7 +163,8 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
             spans[i].append([len(prompt_ids), len(token_ids[i])])
             text = target.tokenizer.decode(answer, skip_special_tokens=True)
             messages[i].append({"role": "assistant", "content": text})
-    return [Response(p.id, p.set, *rest) for p, *rest in zip(prompts, messages, token_ids, spans, strict=True)]
+    rows = zip(prompts, messages, token_ids, spans, strict=True)
+    return [Response(prompt.id, prompt.set, said, ids, where) for prompt, said, ids, where in rows]
 
 
 @torch.inference_mode()
@@ -181,6 +184,8 @@ def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: Re
         max_new_tokens=config.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=stops or None,
+        cache_implementation="static",  # written in place: twice as fast on a CPU as concatenating a long cache each token
+        disable_compile=True,
         **sampling,
     )
     answers = []
@@ -193,7 +198,6 @@ def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: Re
 def _meta(target: Target, config: RespondConfig) -> dict:
     """What made a file of responses."""
     tokenizer = target.tokenizer
-    assert tokenizer is not None
     vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "target": target.name,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,8 +29,8 @@ class Target:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.model: Any = model.eval().requires_grad_(False)  # transformers types its models too narrowly
+        self.tokenizer: Any = tokenizer
         self.config = model.config.get_text_config(decoder=True)
         self.layers = self._find_layers()
         self.embed_scale, self.head = self._probe()
@@ -48,8 +49,8 @@ class Target:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-        return cls(model, AutoTokenizer.from_pretrained(name))
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return cls(model.to(device), AutoTokenizer.from_pretrained(name))
 
     @property
     def name(self) -> str:

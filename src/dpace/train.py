@@ -5,6 +5,7 @@ import platform
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ def make_weigh(config: LossConfig, block_size: int) -> Weigh:
     return partial(dynamic[config.objective], alpha=config.alpha)
 
 
+FEATURE_BATCH = 16
+"""Conversations whose features are computed at once, where all are kept."""
+
+
 class ResponseDataset(torch.utils.data.Dataset):
     """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
 
@@ -67,19 +72,23 @@ class ResponseDataset(torch.utils.data.Dataset):
         size = self.num_tokens * len(target_layer_ids) * target.hidden_size * target.head.weight.element_size()
         if size > limit_bytes:
             return False
-        self.features = []
+        order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i][1]))
+        kept: dict[int, Tensor] = {}
         with progress_bar() as bar:
             task = bar.add_task("reading features", total=len(self.rows), info="")
-            for _, token_ids, _ in self.rows:
-                features = target.features(token_ids[None].to(target.device), target_layer_ids)
-                self.features.append(features[0].cpu())
-                bar.advance(task)
+            for start in range(0, len(order), FEATURE_BATCH):
+                batch = order[start : start + FEATURE_BATCH]
+                token_ids = _pad([self.rows[i][1] for i in batch]).to(target.device)
+                features = target.features(token_ids, target_layer_ids).cpu()
+                kept |= {i: row[: len(self.rows[i][1])].clone() for i, row in zip(batch, features, strict=True)}
+                bar.advance(task, len(batch))
+        self.features = [kept[i] for i in range(len(self.rows))]
         return True
 
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | None]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """One conversation and its anchors of this epoch."""
         response_id, token_ids, is_response = self.rows[index]
         anchors = sample_anchors(is_response, num_anchors=self.num_anchors, seed=(self.seed, self.epoch, response_id))
@@ -87,16 +96,24 @@ class ResponseDataset(torch.utils.data.Dataset):
         return {"token_ids": token_ids, "is_response": is_response, "anchors": anchors, "features": features}
 
 
-def collate(rows: Sequence[dict], block_size: int) -> dict[str, Tensor | None]:
+def _pad(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows of different lengths, padded with 0 on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
     """Pad conversations on the right and cut their blocks."""
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    token_ids = pad([row["token_ids"] for row in rows])
-    blocks = build_blocks(token_ids, pad([row["is_response"] for row in rows]), [row["anchors"] for row in rows], block_size)
-    features = None if rows[0]["features"] is None else pad([row["features"] for row in rows])
+    token_ids = _pad([row["token_ids"] for row in rows])
+    blocks = build_blocks(
+        token_ids, _pad([row["is_response"] for row in rows]), [row["anchors"] for row in rows], block_size
+    )
+    features = None if rows[0]["features"] is None else _pad([row["features"] for row in rows])
     return {"token_ids": token_ids, "features": features, **vars(blocks)}
 
 
-def blocks_hidden(drafter, target: Target, inputs: dict, *, mask_token_id: int, target_layer_ids: Sequence[int]) -> tuple[Tensor, Blocks]:
+def blocks_hidden(
+    drafter, target: Target, inputs: dict[str, Any], *, mask_token_id: int, target_layer_ids: Sequence[int]
+) -> tuple[Tensor, Blocks]:
     """Run the drafter over all blocks of a batch at once.
 
     Returns:
@@ -140,21 +157,28 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
 
 
 @torch.no_grad()
-def heldout_acceptance(drafter: Drafter, target: Target, responses: Sequence[Response], *, max_length: int) -> Acceptance:
+def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDataset) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
-    Every response token is an anchor; one row a response. Equal to what `dpace.decode.generate` accepts at temperature 0.
+    Equal to what `dpace.decode.generate` accepts at temperature 0. One row a response.
 
-    Memory: one response at a time, O(response tokens x block_size x (context + response tokens x block_size)) for the mask.
+    Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block tokens
+    are response tokens x block_size.
+
+    Args:
+        drafter: what is measured.
+        target: its target.
+        dataset: made with `num_anchors=None`, so that every response token is an anchor.
+
+    Raises:
+        ValueError: no response of two tokens or more.
     """
     was_training = drafter.training
     drafter.eval()
     results = []
-    for response in responses:
-        dataset = ResponseDataset([response], max_length=max_length, num_anchors=None, seed=0)
-        if not len(dataset):
-            continue
-        inputs = {k: v if v is None else v.to(target.device) for k, v in collate([dataset[0]], drafter.block_size).items()}
+    for i in range(len(dataset)):
+        inputs: dict[str, Any] = collate([dataset[i]], drafter.block_size)
+        inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
         hidden, blocks = blocks_hidden(
             drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
         )
@@ -162,12 +186,15 @@ def heldout_acceptance(drafter: Drafter, target: Target, responses: Sequence[Res
         is_match = (out.top_tokens == blocks.labels) & blocks.is_scored
         accepted = is_match[0, :, 1:].int().cumprod(-1).sum(-1).tolist()
         accepted_from = dict(zip(blocks.anchors[0].tolist(), accepted, strict=True))
-        length = len(inputs["token_ids"][0])
-        for start, end in response.response_spans:
-            if min(end, length) - start > 1:
-                results.append(walk(accepted_from, (start, min(end, length)), drafter.block_size))
+        results += [walk(accepted_from, span, drafter.block_size) for span in _spans(dataset.rows[i][2].tolist())]
     drafter.train(was_training)
     return Acceptance.of_prompts(results)
+
+
+def _spans(is_response: Sequence[bool]) -> list[tuple[int, int]]:
+    """[start, end) of each run of response tokens that is long enough to be drafted for."""
+    edges = [i for i, (a, b) in enumerate(zip([False, *is_response], [*is_response, False], strict=True)) if a != b]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if end - start > 1]
 
 
 class _SetEpoch(TrainerCallback):
@@ -195,7 +222,15 @@ class DrafterTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, drafter: Drafter, target: Target, dataset: ResponseDataset, heldout, args, loss: LossConfig, max_length: int):
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Target,
+        dataset: ResponseDataset,
+        heldout: ResponseDataset,
+        args: TrainingArguments,
+        loss: LossConfig,
+    ):
         super().__init__(
             model=drafter,
             args=args,
@@ -205,7 +240,7 @@ class DrafterTrainer(Trainer):
             callbacks=[_SetEpoch(dataset)],
         )
         self.model_accepts_loss_kwargs = False
-        self.target, self.heldout, self.loss_config, self.max_length = target, heldout, loss, max_length
+        self.target, self.heldout, self.loss_config = target, heldout, loss
         self.drafter = drafter
         self.weigh = make_weigh(loss, drafter.block_size)
         self.head, self.head_index = target.head, None
@@ -227,7 +262,9 @@ class DrafterTrainer(Trainer):
         labels = blocks.labels if self.head_index is None else self.head_index[blocks.labels]
         out = frozen_head_nll(hidden, self.head, labels, blocks.is_scored, weigh=self.weigh)
         self._add_to_log(out, labels, blocks.is_scored)
-        loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss_config.reduction, num_items=num_items_in_batch)
+        loss = block_loss(
+            out.losses, blocks.is_scored, reduction=self.loss_config.reduction, num_items=num_items_in_batch
+        )
         return loss * self.accelerator.num_processes  # DDP averages gradients over ranks
 
     def _add_to_log(self, out, labels, is_scored):
@@ -255,7 +292,7 @@ class DrafterTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure held-out tau with its 95 % interval and log it."""
-        acceptance = heldout_acceptance(self.drafter, self.target, self.heldout, max_length=self.max_length)
+        acceptance = heldout_acceptance(self.drafter, self.target, self.heldout)
         low, high = acceptance.interval()
         metrics = {"tau": acceptance.tau, "tau_low": low, "tau_high": high}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -331,16 +368,21 @@ def train(
     folder, config = Path(folder), recipe.train
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     if not len(dataset):
-        raise ValueError(f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on")
+        raise ValueError(
+            f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on"
+        )
     args = training_arguments(config, folder / "checkpoints", device=target.device)
     drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
     if any((token_ids == drafter.mask_token_id).any() for _, token_ids, _ in dataset.rows):
         raise ValueError(
             f"the training text contains the mask token {drafter.mask_token_id}; name another with --drafter.mask-token-id"
         )
-    dataset.keep_features(target, drafter.target_layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
-    trainer = DrafterTrainer(drafter, target, dataset, heldout, args, recipe.loss, config.max_length)
-    resume = transformers.trainer_utils.get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    measured = ResponseDataset(heldout, max_length=config.max_length, num_anchors=None, seed=config.seed)
+    for part in (dataset, measured):
+        part.keep_features(target, drafter.target_layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
+    trainer = DrafterTrainer(drafter, target, dataset, measured, args, recipe.loss)
+    checkpoints = folder / "checkpoints"
+    resume = transformers.trainer_utils.get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         drafter.save_pretrained(folder)

@@ -7,7 +7,13 @@ from dpace.blocks import build_blocks, build_target_layer_ids, dense_mask, flex_
 
 @pytest.mark.parametrize(
     ("num_layers", "num_features", "expected"),
-    [(36, 5, [1, 9, 17, 25, 33]), (36, 3, [1, 17, 33]), (32, 5, [1, 8, 15, 22, 29]), (32, 3, [1, 15, 29]), (30, 1, [15])],
+    [
+        (36, 5, [1, 9, 17, 25, 33]),
+        (36, 3, [1, 17, 33]),
+        (32, 5, [1, 8, 15, 22, 29]),
+        (32, 3, [1, 15, 29]),
+        (30, 1, [15]),
+    ],
 )
 def test_published_layer_ids(num_layers, num_features, expected):
     assert build_target_layer_ids(num_layers, num_features) == expected

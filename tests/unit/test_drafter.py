@@ -70,7 +70,15 @@ def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"] and config["model_type"] == "qwen3"
     assert config["dflash_config"] == {"mask_token_id": MASK, "target_layer_ids": drafter.target_layer_ids}
-    for key in ("block_size", "num_target_layers", "head_dim", "layer_types", "is_causal", "rope_parameters", "rope_theta"):
+    for key in (
+        "block_size",
+        "num_target_layers",
+        "head_dim",
+        "layer_types",
+        "is_causal",
+        "rope_parameters",
+        "rope_theta",
+    ):
         assert key in config, key
     assert config["mask_token_id"] == MASK and config["target_layer_ids"] == drafter.target_layer_ids
     names = set(drafter.state_dict())
@@ -109,7 +117,13 @@ def test_mask_token_is_a_reserved_one():
     target = make_target("qwen3")
     target.tokenizer = make_tokenizer()
     assert choose_mask_token(target) == MASK
-    for token_id, reason in [(0, "padding"), (1, "ends"), (10, "ordinary text"), (64, "outside"), (2, "begins or ends")]:
+    for token_id, reason in [
+        (0, "padding"),
+        (1, "ends"),
+        (10, "ordinary text"),
+        (64, "outside"),
+        (2, "begins or ends"),
+    ]:
         with pytest.raises(ValueError, match=reason):
             check_mask_token(token_id, target)
 

@@ -44,7 +44,14 @@ def test_equals_the_plain_reference(objective, head, chunk_rows):
 def test_bf16_is_no_worse_than_naive_bf16():
     states, head, labels, is_scored = problem(torch.bfloat16, batch=8, blocks=16, hidden=64, vocab=1000)
     weigh = make_weigh(LossConfig(), block_size=6)
-    exact = run(frozen_head_nll_reference, states.float(), head._replace(weight=head.weight.float()), labels, is_scored, weigh=weigh)
+    exact = run(
+        frozen_head_nll_reference,
+        states.float(),
+        head._replace(weight=head.weight.float()),
+        labels,
+        is_scored,
+        weigh=weigh,
+    )
     naive = run(frozen_head_nll_reference, states, head, labels, is_scored, weigh=weigh)
     ours = run(frozen_head_nll, states, head, labels, is_scored, weigh=weigh)
     assert ours[0].weights.dtype == ours[0].nll.dtype == torch.float32

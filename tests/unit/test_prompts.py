@@ -16,7 +16,9 @@ def write(path, *rows):
 
 def test_three_forms_of_a_line(tmp_path):
     messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "c"}]
-    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, "", {"turns": ["b", "b2"], "id": "x"}, {"messages": messages, "set": "s"})
+    path = write(
+        tmp_path / "p.jsonl", {"prompt": "a"}, "", {"turns": ["b", "b2"], "id": "x"}, {"messages": messages, "set": "s"}
+    )
     first, second, third = read_prompts(path)
     assert (first.id, first.set, first.turns) == ("1", "p", [[{"role": "user", "content": "a"}]])
     assert second.id == "x" and [t[0]["content"] for t in second.turns] == ["b", "b2"]
@@ -64,7 +66,9 @@ def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
 
 
 def maker():
-    spec = importlib.util.spec_from_file_location("maker", Path(__file__).parents[2] / "examples" / "make_demo_prompts.py")
+    spec = importlib.util.spec_from_file_location(
+        "maker", Path(__file__).parents[2] / "examples" / "make_demo_prompts.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -17,10 +17,12 @@ def prompts(language_prompts):
 
 
 def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tmp_path):
-    for response, prompt in zip(write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True):
+    for response, prompt in zip(
+        write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True
+    ):
         token_ids = encode_chat(language_target, prompt.turns[0])
         expected = generate_plain(language_target, token_ids, max_new_tokens=12).token_ids
-        (start, end), = response.response_spans
+        ((start, end),) = response.response_spans
         assert response.token_ids == token_ids + expected and (start, end) == (len(token_ids), len(response.token_ids))
         assert sum(response.is_response) == len(expected)
 
@@ -32,7 +34,9 @@ def test_an_interrupted_call_goes_on(language_target, prompts, tmp_path, monkeyp
     path.write_text("".join(lines[:4]) + lines[4][:20])  # killed while writing
     answered = []
     generate = language_target.model.generate
-    monkeypatch.setattr(language_target.model, "generate", lambda ids, **k: answered.append(len(ids)) or generate(ids, **k))
+    monkeypatch.setattr(
+        language_target.model, "generate", lambda ids, **k: answered.append(len(ids)) or generate(ids, **k)
+    )
     assert write_responses(language_target, prompts, path, CONFIG) == whole
     assert answered == [4]
     assert read_responses(path) and len(path.read_text().splitlines()) == 8

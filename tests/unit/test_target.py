@@ -27,7 +27,9 @@ def test_layers_above_and_the_head_do_not_run(random_target):
 def test_right_padding_does_not_change_features(random_target):
     token_ids = torch.randint(4, 64, (1, 12))
     padded = torch.cat([token_ids, torch.zeros(1, 20, dtype=torch.long)], dim=1)
-    torch.testing.assert_close(random_target.features(padded, [1, 3])[:, :12], random_target.features(token_ids, [1, 3]))
+    torch.testing.assert_close(
+        random_target.features(padded, [1, 3])[:, :12], random_target.features(token_ids, [1, 3])
+    )
 
 
 def test_embedding_and_head_are_those_of_the_model(family, random_target):

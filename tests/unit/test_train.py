@@ -12,18 +12,24 @@ import torch
 from dpace.config import LossConfig
 from dpace.decode import generate
 from dpace.metrics import Acceptance
-from dpace.train import heldout_acceptance, train, walk
+from dpace.train import ResponseDataset, heldout_acceptance, train, walk
 from tests.conftest import LANGUAGE_RECIPE, make_drafter
 
 
 def short(**changes):
     """A recipe of a few steps."""
-    config = replace(LANGUAGE_RECIPE.train, **{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes})
+    config = replace(
+        LANGUAGE_RECIPE.train, **{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes}
+    )
     return replace(LANGUAGE_RECIPE, train=config)
 
 
 def weights_of(drafter):
     return torch.cat([p.detach().flatten() for p in drafter.parameters()])
+
+
+def measured(responses):
+    return ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
 
 
 def run(target, responses, folder, **changes):
@@ -42,7 +48,9 @@ def test_two_ranks_give_the_same_steps(language_folder, language_target, languag
     recipe = short(batch_size=8, num_anchors=3, max_steps=2, eval_steps=2)
     pickled = tmp_path / "job.pickle"
     folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
-    pickled.write_bytes(pickle.dumps((str(language_folder), language_responses[:16], language_responses[50:52], recipe)))
+    pickled.write_bytes(
+        pickle.dumps((str(language_folder), language_responses[:16], language_responses[50:52], recipe))
+    )
     code = """
 import pickle, sys
 from dataclasses import replace
@@ -57,7 +65,9 @@ train(Target.load(folder), responses, heldout, recipe, sys.argv[2])
     source = str(Path(__file__).parents[2])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
-    done = subprocess.run([*command, str(script), str(pickled), str(folders["two"])], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(script), str(pickled), str(folders["two"])], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     from safetensors.torch import load_file
 
@@ -86,7 +96,9 @@ def test_a_resumed_run_ends_with_the_same_weights(language_target, language_resp
         with pytest.raises(KeyboardInterrupt):
             run(language_target, language_responses, tmp_path / "resumed", **changes)
     calls.clear()
-    monkeypatch.setattr(DrafterTrainer, "compute_loss", lambda s, *a, **k: calls.append(s.state.global_step) or compute_loss(s, *a, **k))
+    monkeypatch.setattr(
+        DrafterTrainer, "compute_loss", lambda s, *a, **k: calls.append(s.state.global_step) or compute_loss(s, *a, **k)
+    )
     resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
     assert calls[0] == 3
     torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-6)
@@ -98,19 +110,19 @@ def test_features_kept_in_memory_change_nothing(language_target, language_respon
 
 
 def test_training_learns(language_target, language_drafter, language_responses):
-    acceptance = heldout_acceptance(language_drafter, language_target, language_responses[50:], max_length=64)
+    acceptance = heldout_acceptance(language_drafter, language_target, measured(language_responses[50:]))
     assert acceptance.tau > 2.0
     untrained = make_drafter(language_target, block_size=6, mask_token_id=3)
-    assert heldout_acceptance(untrained, language_target, language_responses[50:], max_length=64).tau < 1.5
+    assert heldout_acceptance(untrained, language_target, measured(language_responses[50:])).tau < 1.5
 
 
 def test_heldout_acceptance_is_that_of_decoding(language_target, language_drafter, language_responses):
     """What is measured in training is what decoding accepts, response by response."""
     responses = language_responses[50:]
-    in_training = heldout_acceptance(language_drafter, language_target, responses, max_length=64)
+    in_training = heldout_acceptance(language_drafter, language_target, measured(responses))
     decoded = []
     for response in responses:
-        (start, end), = response.response_spans
+        ((start, end),) = response.response_spans
         generation = generate(language_target, language_drafter, response.token_ids[:start], max_new_tokens=end - start)
         assert generation.token_ids == response.token_ids[start:end]
         decoded.append(generation.acceptance)
