@@ -76,8 +76,10 @@ class LossConfig:
 class TrainConfig:
     """The optimizer and its schedule; defaults are the paper's."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW (the paper's), or Muon for the matrices: better for short runs, dearer a step, not for sharded weights."""
     learning_rate: float = 6e-4
-    """AdamW's peak (paper: 6e-4)."""
+    """Peak (paper: 6e-4)."""
     num_epochs: float = 6.0
     """Passes over the data (paper: 6)."""
     max_steps: int = -1
@@ -95,7 +97,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradient clipping (paper: 1.0)."""
     weight_decay: float = 0.0
-    """AdamW's (paper: 0)."""
+    """Decoupled weight decay (paper: 0)."""
     seed: int = 42
     """Of initial weights, order and anchors (paper: 42)."""
     logging_steps: int = 10

@@ -15,12 +15,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dpace
 from dpace import weights as W
-from dpace.blocks import Blocks, build_blocks, dense_mask, flex_mask, sample_anchors
+from dpace.blocks import Blocks, dense_mask, flex_mask
 from dpace.config import LossConfig, Recipe, TrainConfig, write_recipe
+from dpace.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
 from dpace.loss import Head, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.metrics import Acceptance
-from dpace.responses import Response, progress_bar
+from dpace.optimizer import MuonAdamW
+from dpace.responses import Response
 from dpace.target import Target
 
 
@@ -40,75 +42,6 @@ def make_weigh(config: LossConfig, block_size: int) -> Weigh:
         "dpace-continuation-only": W.dpace_continuation_only_weights,
     }
     return partial(dynamic[config.objective], alpha=config.alpha)
-
-
-FEATURE_BATCH = 16
-"""Conversations whose features are computed at once, where all are kept."""
-
-
-class ResponseDataset(torch.utils.data.Dataset):
-    """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
-
-    Memory: token ids, and the features where they are kept (tokens x feature x bytes of the target's dtype).
-    """
-
-    def __init__(self, responses: Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
-        self.epoch, self.num_anchors, self.seed = 0, num_anchors, seed
-        self.features: list[Tensor] | None = None
-        self.rows = []
-        for response in responses:
-            is_response = torch.tensor(response.is_response[:max_length])
-            if len(sample_anchors(is_response)):
-                self.rows.append((response.id, torch.tensor(response.token_ids[:max_length]), is_response))
-        self.num_skipped = len(responses) - len(self.rows)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all conversations, prompts included."""
-        return sum(len(token_ids) for _, token_ids, _ in self.rows)
-
-    def keep_features(self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float) -> bool:
-        """Compute the features of every conversation once, where they fit in memory; say whether they did."""
-        size = self.num_tokens * len(target_layer_ids) * target.hidden_size * target.head.weight.element_size()
-        if size > limit_bytes:
-            return False
-        order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i][1]))
-        kept: dict[int, Tensor] = {}
-        with progress_bar() as bar:
-            task = bar.add_task("reading features", total=len(self.rows), info="")
-            for start in range(0, len(order), FEATURE_BATCH):
-                batch = order[start : start + FEATURE_BATCH]
-                token_ids = _pad([self.rows[i][1] for i in batch]).to(target.device)
-                features = target.features(token_ids, target_layer_ids).cpu()
-                kept |= {i: row[: len(self.rows[i][1])].clone() for i, row in zip(batch, features, strict=True)}
-                bar.advance(task, len(batch))
-        self.features = [kept[i] for i in range(len(self.rows))]
-        return True
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One conversation and its anchors of this epoch."""
-        response_id, token_ids, is_response = self.rows[index]
-        anchors = sample_anchors(is_response, num_anchors=self.num_anchors, seed=(self.seed, self.epoch, response_id))
-        features = None if self.features is None else self.features[index]
-        return {"token_ids": token_ids, "is_response": is_response, "anchors": anchors, "features": features}
-
-
-def _pad(rows: Sequence[Tensor]) -> Tensor:
-    """Stack rows of different lengths, padded with 0 on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
-def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
-    """Pad conversations on the right and cut their blocks."""
-    token_ids = _pad([row["token_ids"] for row in rows])
-    blocks = build_blocks(
-        token_ids, _pad([row["is_response"] for row in rows]), [row["anchors"] for row in rows], block_size
-    )
-    features = None if rows[0]["features"] is None else _pad([row["features"] for row in rows])
-    return {"token_ids": token_ids, "features": features, **vars(blocks)}
 
 
 def blocks_hidden(
@@ -230,6 +163,7 @@ class DrafterTrainer(Trainer):
         heldout: ResponseDataset,
         args: TrainingArguments,
         loss: LossConfig,
+        use_muon: bool = False,
     ):
         super().__init__(
             model=drafter,
@@ -240,6 +174,7 @@ class DrafterTrainer(Trainer):
             callbacks=[_SetEpoch(dataset)],
         )
         self.model_accepts_loss_kwargs = False
+        self.use_muon = use_muon
         self.target, self.heldout, self.loss_config = target, heldout, loss
         self.drafter = drafter
         self.weigh = make_weigh(loss, drafter.block_size)
@@ -247,6 +182,14 @@ class DrafterTrainer(Trainer):
         if loss.vocabulary == "seen":
             self.head, self.head_index = _seen_head(target, dataset)
         self._sums: dict[str, Tensor] = {}
+
+    def create_optimizer(self, model=None):
+        """AdamW as transformers makes it, or Muon."""
+        if self.optimizer is None and self.use_muon:
+            args = self.args
+            named = self.drafter.named_parameters()
+            self.optimizer = MuonAdamW(named, lr=args.learning_rate, weight_decay=args.weight_decay)
+        return super().create_optimizer(model)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         """Count the items of a whole optimizer step, over its micro-batches and all ranks."""
@@ -380,7 +323,7 @@ def train(
     measured = ResponseDataset(heldout, max_length=config.max_length, num_anchors=None, seed=config.seed)
     for part in (dataset, measured):
         part.keep_features(target, drafter.target_layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
-    trainer = DrafterTrainer(drafter, target, dataset, measured, args, recipe.loss)
+    trainer = DrafterTrainer(drafter, target, dataset, measured, args, recipe.loss, config.optimizer == "muon")
     checkpoints = folder / "checkpoints"
     resume = transformers.trainer_utils.get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=resume)

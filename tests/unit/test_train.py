@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dpace.config import LossConfig
+from dpace.dataset import ResponseDataset
 from dpace.decode import generate
 from dpace.metrics import Acceptance
-from dpace.train import ResponseDataset, heldout_acceptance, train, walk
+from dpace.train import heldout_acceptance, train, walk
 from tests.conftest import LANGUAGE_RECIPE, make_drafter
 
 
@@ -77,8 +78,11 @@ train(Target.load(folder), responses, heldout, recipe, sys.argv[2])
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_a_resumed_run_ends_with_the_same_weights(language_target, language_responses, tmp_path, monkeypatch):
-    changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_with_the_same_weights(
+    optimizer, language_target, language_responses, tmp_path, monkeypatch
+):
+    changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "optimizer": optimizer}
     whole = run(language_target, language_responses, tmp_path / "whole", **changes)
 
     from dpace.train import DrafterTrainer

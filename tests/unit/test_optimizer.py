@@ -1,0 +1,60 @@
+import copy
+
+import torch
+from torch import nn
+
+from dpace.optimizer import MuonAdamW, orthogonalize
+
+
+def test_singular_values_are_near_one():
+    for shape in ((8, 8), (6, 20), (20, 6)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(*shape)))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_steps_are_those_of_torch_optimizers():
+    """Matrices against torch.optim.Muon (bf16, hence the tolerance), vectors against AdamW."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8))
+    theirs = copy.deepcopy(ours)
+    optimizer = MuonAdamW(ours.named_parameters(), lr=0.02)
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    vectors = [p for p in theirs.parameters() if p.ndim != 2]
+    references = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(vectors, lr=0.02, weight_decay=0.0),
+    ]
+    start = copy.deepcopy(ours)
+    inputs = torch.randn(5, 64, 16)
+    for model, optimizers in ((ours, [optimizer]), (theirs, references)):
+        for batch in inputs:
+            model(batch).square().sum().backward()
+            for each in optimizers:
+                each.step()
+                each.zero_grad()
+    for mine, reference, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
+        moved = (reference - before).norm()
+        assert moved > 0 and (mine - reference).norm() / moved < 0.05
+
+
+def test_state_survives_saving():
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        return model, MuonAdamW(model.named_parameters(), lr=0.1)
+
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first, first_optimizer = make()
+    step(first, first_optimizer, 1)
+    second, second_optimizer = make()
+    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(copy.deepcopy(first_optimizer.state_dict()))
+    for model, optimizer in ((first, first_optimizer), (second, second_optimizer)):
+        step(model, optimizer, 2)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
