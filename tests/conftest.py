@@ -177,8 +177,9 @@ LANGUAGE_RECIPE = Recipe(
 @pytest.fixture(scope="session")
 def language_drafter(language_target, language_responses, tmp_path_factory) -> Drafter:
     """A drafter that accepts well above chance."""
-    from dpace.train import train
+    from dpace.train import make_datasets, train
 
     folder = tmp_path_factory.mktemp("drafter")
     recipe = replace(LANGUAGE_RECIPE, output=str(folder))
-    return train(language_target, language_responses[:50], language_responses[50:], recipe, folder / "drafter").eval()
+    datasets = make_datasets(language_target, language_responses[:50], language_responses[50:], recipe)
+    return train(language_target, *datasets, recipe, folder / "drafter").eval()

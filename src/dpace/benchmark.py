@@ -68,7 +68,11 @@ def bench(
                 for record in _measure(target, engines, prompt, temperature, config, rotation=number):
                     records.add(record)
             bar.advance(task)
-    results = {"schema_version": SCHEMA_VERSION, "rows": make_rows(records.rows, drafters), **provenance}
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "rows": make_rows(records.of(config.temperatures, prompts), drafters),
+        **provenance,
+    }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
@@ -127,6 +131,10 @@ class _Records:
                 self.rows = lines[1:]
                 return
         path.write_text(json.dumps(meta) + "\n")
+
+    def of(self, temperatures: Sequence[float], prompts: Sequence[Prompt]) -> list[dict]:
+        ids = {prompt.id for prompt in prompts}
+        return [row for row in self.rows if row["temperature"] in temperatures and row["id"] in ids]
 
     def add(self, record: dict) -> None:
         self.rows.append(record)

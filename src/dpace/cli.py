@@ -1,5 +1,6 @@
 """The command line: `dpace VERB [recipe.yaml] [--group.field value]`. Heavy imports stand inside each verb."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stdout if is_help else sys.stderr,
         )
         return 0 if is_help else 2
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         verbs[argv[0]](argv[1:])
     except (ValueError, OSError) as error:
@@ -73,15 +75,11 @@ def _demo(args: list[str]) -> None:
 
     config = _parse(DemoConfig, "demo", args)
 
-    from rich.console import Console
-
     from dpace.demo import find_target, run_demo, summary
-    from dpace.report import results_table, slots_table
+    from dpace.report import console, results_table, slots_table
 
     results = run_demo(config)
-    console = Console()
-    console.print(results_table(results))
-    console.print(slots_table(results))
+    console().print(results_table(results), slots_table(results))
     for line in summary(results):
         print(line)
     output = Path(config.output)
@@ -109,7 +107,7 @@ def _train(args: list[str]) -> None:
     recipe = _parse(Recipe, "train", args)
     from dpace.prompts import split_prompts
     from dpace.responses import read_responses
-    from dpace.train import train
+    from dpace.train import make_datasets, train
 
     path = Path(recipe.output) / "responses.jsonl"
     responses = {response.id: response for response in read_responses(path)} if path.exists() else {}
@@ -117,19 +115,18 @@ def _train(args: list[str]) -> None:
     if not answered or not heldout:
         raise ValueError(f"{path} has no answers to these prompts; run `dpace respond` with the same recipe first")
     folder = Path(recipe.output) / "drafter"
-    train(_load_target(recipe.target), answered, heldout, recipe, folder)
+    target = _load_target(recipe.target)
+    train(target, *make_datasets(target, answered, heldout, recipe), recipe, folder)
     print(f"drafter in {folder}")
     print("next: dpace bench", *args)
 
 
 def _bench(args: list[str]) -> None:
     recipe = _parse(Recipe, "bench", args)
-    from rich.console import Console
-
     from dpace.benchmark import bench
     from dpace.drafter import load_drafter
     from dpace.prompts import split_prompts
-    from dpace.report import results_table, slots_table
+    from dpace.report import console, results_table, slots_table
 
     _, heldout = split_prompts(recipe.prompts)
     target = _load_target(recipe.target)
@@ -138,9 +135,7 @@ def _bench(args: list[str]) -> None:
     if len(drafters) < len(folders):
         raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
     results = bench(target, drafters, heldout, recipe.bench, recipe.output)
-    console = Console()
-    console.print(results_table(results))
-    console.print(slots_table(results))
+    console().print(results_table(results), slots_table(results))
     print(f"written: {recipe.output}/results.json")
     print("next:", _command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
 

@@ -141,7 +141,7 @@ def run_demo(config: DemoConfig) -> dict:
     from dpace.report import plot_acceptance, plot_weights, read_log
     from dpace.responses import write_responses
     from dpace.target import Target
-    from dpace.train import train
+    from dpace.train import make_datasets, train
 
     recipe = demo_recipe(config)
     folder = Path(recipe.output)
@@ -149,14 +149,12 @@ def run_demo(config: DemoConfig) -> dict:
     target = Target.load(find_target(recipe.target))
     responses = write_responses(target, [*prompts, *heldout], folder / "responses.jsonl", recipe.respond)
     objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
-    drafters = {}
-    for objective in objectives:
-        ours = replace(recipe, loss=replace(recipe.loss, objective=objective))
-        path = folder / objective
-        if not (path / "provenance.json").exists():
-            print(f"training with {objective}", file=sys.stderr)
-            train(target, responses[: len(prompts)], responses[len(prompts) :], ours, path)
-        drafters[objective] = load_drafter(path, target)
+    missing = [name for name in objectives if not (folder / name / "provenance.json").exists()]
+    if missing:
+        datasets = make_datasets(target, responses[: len(prompts)], responses[len(prompts) :], recipe)
+    for name in missing:
+        train(target, *datasets, replace(recipe, loss=replace(recipe.loss, objective=name)), folder / name)
+    drafters = {name: load_drafter(folder / name, target) for name in objectives}
     results = bench(target, drafters, heldout, recipe.bench, folder)
     plot_acceptance(results, folder / "acceptance.png")
     plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
@@ -164,26 +162,20 @@ def run_demo(config: DemoConfig) -> dict:
 
 
 def summary(results: dict) -> list[str]:
-    """What the demo found, in sentences: the text, the gain of D-PACE, and whether drafters pay."""
-    from dpace.metrics import Acceptance, tau_gain
+    """What the demo found, in sentences: the text, the gain of D-PACE, and whether the drafter pays."""
+    from dpace.metrics import tau_gain
+    from dpace.report import acceptance_of, verdict
 
-    lines = []
     greedy = [row for row in results["rows"] if row["temperature"] == 0]
     same, total = (sum(row[key] for row in greedy) for key in ("num_same_text", "num_responses"))
-    lines.append(f"lossless: {same} of {total} greedy responses are the target's own text, token for token")
-    for row in greedy:
-        for other in greedy:
-            if (row["drafter"], other["drafter"]) == ("dpace", "dflash") and row["set"] == other["set"]:
-                pair = [
-                    Acceptance(
-                        [r["histogram"] for r in x["responses"]],
-                        x["block_size"],
-                        [r["num_without_bonus"] for r in x["responses"]],
-                    )
-                    for x in (row, other)
-                ]
-                gain, low, high = (100 * x for x in tau_gain(*pair))
-                lines.append(
-                    f"{row['set']}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0"
-                )
+    lines = [f"lossless: {same} of {total} greedy responses are the target's own text, token for token"]
+    by_name = {(row["set"], row["drafter"]): row for row in greedy}
+    for (name, drafter), row in by_name.items():
+        if drafter == "dpace":
+            words = {"pays": "makes decoding faster", "slower": "does not pay; decode without it"}
+            found = words.get(verdict(row["decode_speedup_interval"]), "has no clear effect")
+            lines.append(f"{name}: the D-PACE drafter {found} (decode_speedup {row['decode_speedup']:.2f}, T=0)")
+        if drafter == "dpace" and (name, "dflash") in by_name:
+            gain, low, high = (100 * x for x in tau_gain(*map(acceptance_of, (row, by_name[name, "dflash"]))))
+            lines.append(f"{name}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0")
     return lines

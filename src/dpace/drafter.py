@@ -173,10 +173,8 @@ class Drafter(Qwen3PreTrainedModel):
             ValueError: a layer id, block size or mask token that cannot work with this target.
         """
         config, theirs = Qwen3Config(), target.config
-        layer_ids = (
-            list(target_layer_ids)
-            if target_layer_ids
-            else build_target_layer_ids(target.num_layers, num_features or num_layers)
+        layer_ids = cls.layer_ids(
+            target, num_layers=num_layers, num_features=num_features, target_layer_ids=target_layer_ids
         )
         mask_token_id = choose_mask_token(target) if mask_token_id is None else mask_token_id
         heads = theirs.num_attention_heads
@@ -217,6 +215,18 @@ class Drafter(Qwen3PreTrainedModel):
         nn.init.constant_(drafter.norm.weight, norm_scale)
         drafter.check_target(target)
         return drafter.to(target.device)
+
+    @staticmethod
+    def layer_ids(
+        target: Target,
+        *,
+        num_layers: int,
+        num_features: int | None = None,
+        target_layer_ids: Sequence[int] | None = None,
+        **_,
+    ) -> list[int]:
+        """The layers whose outputs `from_target` makes the features of, given the same arguments."""
+        return list(target_layer_ids or build_target_layer_ids(target.num_layers, num_features or num_layers))
 
     def check_target(self, target: Target) -> None:
         """Refuse a target that this drafter cannot draft for.

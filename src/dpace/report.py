@@ -4,20 +4,27 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+
+from dpace.metrics import Acceptance
 
 Interval = Sequence[float]
 
 
+def console() -> Console:
+    """Where tables go: at least 100 columns wide, so that numbers are not broken when stdout is a file."""
+    return Console(width=max(100, Console().width))
+
+
 def results_table(results: dict) -> Table:
     """One line for each drafter, set and temperature; every number with its 95 % interval or its count."""
-    table = Table(title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}")
-    table.add_column("set")
-    table.add_column("T", justify="right")
-    table.add_column("drafter")
-    for heading in ("tau [95 %]", "tokens/s", "plain", "decode_speedup [95 %]", "same text"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table = Table(
+        title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}", box=SIMPLE_HEAD
+    )
+    for heading in ("set", "T", "drafter", "tau [95 %]", "tok/s", "plain", "decode_speedup [95 %]", "same text", ""):
+        table.add_column(heading, justify="left" if heading in ("set", "drafter", "") else "right", no_wrap=True)
     for row in results["rows"]:
         same = "-" if row["num_same_text"] is None else f"{row['num_same_text']}/{row['num_responses']}"
         table.add_row(
@@ -37,12 +44,20 @@ def results_table(results: dict) -> Table:
 def slots_table(results: dict) -> Table:
     """How often the drafts of a block are all accepted up to each slot."""
     block_size = max(row["block_size"] for row in results["rows"])
-    table = Table(title="reach rate: share of verifications that accepted slots 1..k")
+    table = Table(title="reach rate: share of verifications that accepted slots 1..k", box=SIMPLE_HEAD)
     for heading in ("set", "T", "drafter", *map(str, range(1, block_size))):
-        table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right")
+        table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right", no_wrap=True)
     for row in results["rows"]:
         table.add_row(row["set"], f"{row['temperature']:g}", row["drafter"], *(f"{x:.2f}" for x in row["reach_rate"]))
     return table
+
+
+def acceptance_of(row: dict) -> Acceptance:
+    """The statistics of a row of results.json, one histogram a response."""
+    responses = row["responses"]
+    return Acceptance(
+        [r["histogram"] for r in responses], row["block_size"], [r["num_without_bonus"] for r in responses]
+    )
 
 
 def with_interval(value: float, interval: Interval) -> str:
@@ -53,7 +68,7 @@ def with_interval(value: float, interval: Interval) -> str:
 def verdict(speedup_interval: Interval) -> str:
     """Say whether a drafter pays, from the interval of its decode_speedup."""
     low, high = speedup_interval
-    return "pays" if low > 1 else "does not pay: decode without it" if high < 1 else "no clear gain"
+    return "pays" if low > 1 else "slower" if high < 1 else "no clear gain"
 
 
 def plot_acceptance(results: dict, path: str | Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 import dpace
 from dpace import weights as W
@@ -140,6 +140,30 @@ class _SetEpoch(TrainerCallback):
         self.dataset.epoch = int(state.epoch)
 
 
+class _Bar(ProgressCallback):
+    """Trainer's progress bar with the latest numbers beside the ETA, instead of a line for every log."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.numbers = name, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        transformers.utils.logging.disable_progress_bar()  # one bar for each checkpoint's file would break up ours
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control, **kwargs)
+        transformers.utils.logging.enable_progress_bar()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        names = {"loss": "loss", "slot_accuracy/1": "slot 1 right", "eval_tau": "held-out tau"}
+        self.numbers |= {names[key]: f"{value:.3g}" for key, value in (logs or {}).items() if key in names}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.numbers)
+
+
 class DrafterTrainer(Trainer):
     """Trains a drafter on blocks of a target's responses with a frozen-head loss.
 
@@ -171,8 +195,10 @@ class DrafterTrainer(Trainer):
             train_dataset=dataset,
             eval_dataset=heldout,
             data_collator=partial(collate, block_size=drafter.block_size),
-            callbacks=[_SetEpoch(dataset)],
+            callbacks=[_SetEpoch(dataset), _Bar(f"training, {loss.objective}")],
         )
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
         self.model_accepts_loss_kwargs = False
         self.use_muon = use_muon
         self.target, self.heldout, self.loss_config = target, heldout, loss
@@ -285,19 +311,42 @@ def training_arguments(config: TrainConfig, folder: Path, *, device: torch.devic
     )
 
 
+def make_datasets(
+    target: Target, responses: Sequence[Response], heldout: Sequence[Response], recipe: Recipe
+) -> tuple[ResponseDataset, ResponseDataset]:
+    """Make what `train` takes: conversations to train on, and held-out ones with every response token as an anchor.
+
+    Their features are computed here where they fit in `feature_cache_gib`, so that several drafters can share them.
+
+    Raises:
+        ValueError: nothing to train on.
+    """
+    config = recipe.train
+    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
+    if not len(dataset):
+        raise ValueError(
+            f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on"
+        )
+    measured = ResponseDataset(heldout, max_length=config.max_length, num_anchors=None, seed=config.seed)
+    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    for part in (dataset, measured):
+        part.keep_features(target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
+    return dataset, measured
+
+
 def train(
-    target: Target, responses: Sequence[Response], heldout: Sequence[Response], recipe: Recipe, folder: str | Path
+    target: Target, dataset: ResponseDataset, heldout: ResponseDataset, recipe: Recipe, folder: str | Path
 ) -> Drafter:
     """Train a drafter and write its folder; an interrupted run goes on from its last checkpoint.
 
-    Memory: drafter, its gradient and two AdamW moments in fp32; the target; features of a batch, or of all conversations
-    where they fit in `feature_cache_gib`; O(batch x blocks x block_size x (tokens + blocks x block_size)) bytes for the dense
-    mask on CPU; the loss as `frozen_head_nll` says. Disk: two checkpoints of three times the drafter's size.
+    Memory: drafter, its gradient and the optimizer's moments in fp32; the target; features of a batch, or of all
+    conversations where they are kept; O(batch x block tokens x (tokens + block tokens)) bytes for the dense mask on CPU; the
+    loss as `frozen_head_nll` says. Disk: two checkpoints of three times the drafter's size.
 
     Args:
         target: the frozen target.
-        responses: what it wrote.
-        heldout: responses for measuring tau during training, not trained on; best greedy ones.
+        dataset: what it wrote, from `make_datasets`.
+        heldout: for measuring tau during training; best greedy responses.
         recipe: every setting.
         folder: receives `config.json`, `model.safetensors`, `recipe.yaml`, `provenance.json`, `trainer_state.json`, and
             `checkpoints/`.
@@ -306,26 +355,19 @@ def train(
         The best drafter by held-out tau.
 
     Raises:
-        ValueError: nothing to train on, or the text contains the mask token.
+        ValueError: the text contains the mask token.
     """
     folder, config = Path(folder), recipe.train
-    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
-    if not len(dataset):
-        raise ValueError(
-            f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on"
-        )
-    args = training_arguments(config, folder / "checkpoints", device=target.device)
     drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
     if any((token_ids == drafter.mask_token_id).any() for _, token_ids, _ in dataset.rows):
         raise ValueError(
-            f"the training text contains the mask token {drafter.mask_token_id}; name another with --drafter.mask-token-id"
+            f"the training text contains the mask token {drafter.mask_token_id}; "
+            "name another with --drafter.mask-token-id"
         )
-    measured = ResponseDataset(heldout, max_length=config.max_length, num_anchors=None, seed=config.seed)
-    for part in (dataset, measured):
-        part.keep_features(target, drafter.target_layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
-    trainer = DrafterTrainer(drafter, target, dataset, measured, args, recipe.loss, config.optimizer == "muon")
-    checkpoints = folder / "checkpoints"
-    resume = transformers.trainer_utils.get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    args = training_arguments(config, folder / "checkpoints", device=target.device)
+    trainer = DrafterTrainer(drafter, target, dataset, heldout, args, recipe.loss, config.optimizer == "muon")
+    is_begun = Path(folder / "checkpoints").is_dir()
+    resume = transformers.trainer_utils.get_last_checkpoint(str(folder / "checkpoints")) if is_begun else None
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         drafter.save_pretrained(folder)

@@ -13,7 +13,7 @@ from dpace.config import LossConfig
 from dpace.dataset import ResponseDataset
 from dpace.decode import generate
 from dpace.metrics import Acceptance
-from dpace.train import heldout_acceptance, train, walk
+from dpace.train import heldout_acceptance, make_datasets, train, walk
 from tests.conftest import LANGUAGE_RECIPE, make_drafter
 
 
@@ -29,12 +29,16 @@ def weights_of(drafter):
     return torch.cat([p.detach().flatten() for p in drafter.parameters()])
 
 
+def run_recipe(target, responses, heldout, recipe, folder):
+    return train(target, *make_datasets(target, responses, heldout, recipe), recipe, folder)
+
+
 def measured(responses):
     return ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
 
 
 def run(target, responses, folder, **changes):
-    return weights_of(train(target, responses[:21], responses[50:52], short(**changes), folder))
+    return weights_of(run_recipe(target, responses[:21], responses[50:52], short(**changes), folder))
 
 
 def test_accumulation_gives_the_same_steps(language_target, language_responses, tmp_path):
@@ -56,10 +60,11 @@ def test_two_ranks_give_the_same_steps(language_folder, language_target, languag
 import pickle, sys
 from dataclasses import replace
 from dpace.target import Target
-from dpace.train import train
+from dpace.train import make_datasets, train
 folder, responses, heldout, recipe = pickle.loads(open(sys.argv[1], "rb").read())
 recipe = replace(recipe, train=replace(recipe.train, batch_size=4))
-train(Target.load(folder), responses, heldout, recipe, sys.argv[2])
+target = Target.load(folder)
+train(target, *make_datasets(target, responses, heldout, recipe), recipe, sys.argv[2])
 """
     script = tmp_path / "job.py"
     script.write_text(code)
@@ -72,7 +77,7 @@ train(Target.load(folder), responses, heldout, recipe, sys.argv[2])
     assert done.returncode == 0, done.stderr[-3000:]
     from safetensors.torch import load_file
 
-    one = train(language_target, language_responses[:16], language_responses[50:52], recipe, folders["one"])
+    one = run_recipe(language_target, language_responses[:16], language_responses[50:52], recipe, folders["one"])
     two = load_file(folders["two"] / "model.safetensors")
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5, msg=name)
@@ -144,7 +149,7 @@ def test_walk_by_hand():
 
 def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
     recipe = replace(short(), loss=LossConfig(vocabulary="seen"))
-    train(language_target, language_responses[:20], language_responses[50:52], recipe, tmp_path)
+    run_recipe(language_target, language_responses[:20], language_responses[50:52], recipe, tmp_path)
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     shares = [log[0][f"weight_share/{k}"] for k in range(1, 6)]
     assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
@@ -157,7 +162,7 @@ def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
 def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, language_responses, tmp_path):
     empty = [replace(language_responses[0], response_spans=[])]
     with pytest.raises(ValueError, match="nothing to train on"):
-        train(language_target, empty, language_responses[50:52], short(), tmp_path)
+        run_recipe(language_target, empty, language_responses[50:52], short(), tmp_path)
     spoilt = [replace(language_responses[0], token_ids=[3, *language_responses[0].token_ids[1:]])]
     with pytest.raises(ValueError, match="contains the mask token 3"):
-        train(language_target, spoilt, language_responses[50:52], short(), tmp_path)
+        run_recipe(language_target, spoilt, language_responses[50:52], short(), tmp_path)
