@@ -110,7 +110,7 @@ PROBLEMS = {
     },
 }
 
-COUNTS = {("notes", "train"): 180, ("notes", "heldout"): 24, ("problems", "train"): 60, ("problems", "heldout"): 12}
+COUNTS = {("notes", "train"): 180, ("notes", "heldout"): 24, ("problems", "train"): 40, ("problems", "heldout"): 8}
 
 
 def pick(pools, rng):

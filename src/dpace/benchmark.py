@@ -16,7 +16,7 @@ from dpace.config import BenchConfig
 from dpace.decode import Generation, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup
-from dpace.prompts import Prompt, read_jsonl
+from dpace.prompts import Prompt, first_of_each_set, read_jsonl
 from dpace.responses import encode_chat, progress_bar
 from dpace.target import Target
 
@@ -51,7 +51,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     for drafter in drafters.values():
         drafter.check_target(target)
-    prompts = _first_of_each_set(prompts, config.num_prompts)
+    prompts = first_of_each_set(prompts, config.num_prompts)
     provenance = _provenance(target, drafters, config)
     records = _Records(
         folder / "bench.jsonl", {k: provenance[k] for k in ("target", "drafters", "max_new_tokens", "seed")}
@@ -147,16 +147,6 @@ class _Records:
             return True
         self.rows = [r for r in self.rows if r not in found]
         return False
-
-
-def _first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    counts: dict[str, int] = {}
-    chosen = []
-    for prompt in prompts:
-        counts[prompt.set] = counts.get(prompt.set, 0) + 1
-        if limit is None or counts[prompt.set] <= limit:
-            chosen.append(prompt)
-    return chosen
 
 
 def _decode(target: Target, drafter: Drafter | None, token_ids, **options) -> Generation:

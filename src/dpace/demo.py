@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from dpace.config import Recipe, read_recipe
 
@@ -101,14 +102,14 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    source, name = str(gguf_path.parent), gguf_path.name
+    quantized: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     config = quantized.config
-    delattr(config, "quantization_config")  # a model with this entry refuses to be saved
+    del config.quantization_config  # a model with this entry refuses to be saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
 
 
 def demo_recipe(config: DemoConfig) -> Recipe:
@@ -120,9 +121,9 @@ def demo_recipe(config: DemoConfig) -> Recipe:
     if config.quick:
         recipe = replace(
             recipe,
-            prompts=replace(recipe.prompts, limit=110),
-            train=replace(recipe.train, max_steps=100, eval_steps=100),
-            bench=replace(recipe.bench, num_prompts=5),
+            prompts=replace(recipe.prompts, limit=72),
+            train=replace(recipe.train, max_steps=50, eval_steps=50),
+            bench=replace(recipe.bench, num_prompts=3),
         )
     return recipe
 
@@ -137,7 +138,7 @@ def run_demo(config: DemoConfig) -> dict:
     """
     from dpace.benchmark import bench
     from dpace.drafter import load_drafter
-    from dpace.prompts import split_prompts
+    from dpace.prompts import first_of_each_set, split_prompts
     from dpace.report import plot_acceptance, plot_weights, read_log
     from dpace.responses import write_responses
     from dpace.target import Target
@@ -146,14 +147,17 @@ def run_demo(config: DemoConfig) -> dict:
     recipe = demo_recipe(config)
     folder = Path(recipe.output)
     prompts, heldout = split_prompts(recipe.prompts)
+    if config.quick:
+        heldout = first_of_each_set(heldout, recipe.bench.num_prompts)
     target = Target.load(find_target(recipe.target))
     responses = write_responses(target, [*prompts, *heldout], folder / "responses.jsonl", recipe.respond)
     objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
     missing = [name for name in objectives if not (folder / name / "provenance.json").exists()]
     if missing:
-        datasets = make_datasets(target, responses[: len(prompts)], responses[len(prompts) :], recipe)
-    for name in missing:
-        train(target, *datasets, replace(recipe, loss=replace(recipe.loss, objective=name)), folder / name)
+        dataset, measured = make_datasets(target, responses[: len(prompts)], responses[len(prompts) :], recipe)
+        for name in missing:
+            ours = replace(recipe, loss=replace(recipe.loss, objective=name))
+            train(target, dataset, measured, ours, folder / name)
     drafters = {name: load_drafter(folder / name, target) for name in objectives}
     results = bench(target, drafters, heldout, recipe.bench, folder)
     plot_acceptance(results, folder / "acceptance.png")

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -56,6 +56,17 @@ def split_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
         heldout = [prompt for i, prompt in enumerate(prompts) if i in chosen]
         prompts = [prompt for i, prompt in enumerate(prompts) if i not in chosen]
     return prompts[: config.limit], heldout
+
+
+def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts of each set, all of them for None, in their order."""
+    counts: dict[str, int] = {}
+    chosen = []
+    for prompt in prompts:
+        counts[prompt.set] = counts.get(prompt.set, 0) + 1
+        if limit is None or counts[prompt.set] <= limit:
+            chosen.append(prompt)
+    return chosen
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

