@@ -2,7 +2,11 @@
 
 import json
 import platform
+import signal
+import sys
+import threading
 from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +142,37 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **_):
         self.dataset.epoch = int(state.epoch)
+
+
+class _SaveOnInterrupt(TrainerCallback):
+    """Makes the first Ctrl-C end training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self):
+        self.is_asked = False
+
+    @contextmanager
+    def watching(self):
+        """Watch SIGINT inside the `with` block; raise `KeyboardInterrupt` at its end if it came."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may
+            return
+        previous = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self.is_asked:
+            raise KeyboardInterrupt
+
+    def _ask(self, *_):
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        print("\nfinishing this step and saving; Ctrl-C again to stop at once", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **_):
+        if self.is_asked:
+            control.should_save = control.should_training_stop = True
 
 
 class _Bar(ProgressCallback):
@@ -356,6 +391,7 @@ def train(
 
     Raises:
         ValueError: the text contains the mask token.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last step.
     """
     folder, config = Path(folder), recipe.train
     drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
@@ -368,7 +404,10 @@ def train(
     trainer = DrafterTrainer(drafter, target, dataset, heldout, args, recipe.loss, config.optimizer == "muon")
     is_begun = Path(folder / "checkpoints").is_dir()
     resume = transformers.trainer_utils.get_last_checkpoint(str(folder / "checkpoints")) if is_begun else None
-    trainer.train(resume_from_checkpoint=resume)
+    interrupt = _SaveOnInterrupt()
+    trainer.add_callback(interrupt)
+    with interrupt.watching():
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         drafter.save_pretrained(folder)
         write_recipe(recipe, folder / "recipe.yaml")

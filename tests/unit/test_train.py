@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -110,6 +111,28 @@ def test_a_resumed_run_ends_with_the_same_weights(
     )
     resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
     assert calls[0] == 3
+    torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_ctrl_c_saves_the_step(language_target, language_responses, tmp_path, monkeypatch):
+    from dpace.train import DrafterTrainer
+
+    changes = {"max_steps": 6, "eval_steps": 6, "batch_size": 4}
+    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+    compute_loss = DrafterTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert (tmp_path / "resumed" / "checkpoints" / "checkpoint-4").is_dir()
+    assert not (tmp_path / "resumed" / "provenance.json").exists()
+    resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
     torch.testing.assert_close(resumed, whole, rtol=1e-5, atol=1e-6)
 
 
