@@ -46,6 +46,7 @@ class _Attention(nn.Module):
         k = k * cos + rotate_half(k) * sin
         cos, sin = cos[..., -q.shape[2] :, :], sin[..., -q.shape[2] :, :]
         q = q * cos + rotate_half(q) * sin
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms give fp32 and the projections bf16
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         if mask is None or isinstance(mask, Tensor):

@@ -1,5 +1,6 @@
 """The frozen target: the features of chosen layers, the embedding and the LM head of any decoder-only Hugging Face model."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,12 +43,12 @@ class Target:
         Args:
             name: folder or Hub id.
             dtype: of the weights; by default bf16 on a GPU and fp32 on CPU, where it is faster for blocks of tokens.
-            device: by default `cuda` where there is one, else `cpu`.
+            device: by default this process's GPU (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
 
         Raises:
             OSError: nothing of that name can be read.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return cls(model.to(device), AutoTokenizer.from_pretrained(name))

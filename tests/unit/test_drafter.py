@@ -46,6 +46,21 @@ def test_training_view_equals_cached_view(random_target):
         torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_bf16_autocast_trains_fp32_weights():
+    """What a GPU run does, on the CPU."""
+    target = make_target("qwen3")
+    target.model.bfloat16()
+    drafter = make_drafter(target).train()
+    token_ids = torch.randint(4, 64, (1, 24))
+    features = target.features(token_ids, drafter.target_layer_ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = hidden_of_blocks(drafter, target, token_ids, features, [5, 9])
+    exact = hidden_of_blocks(drafter, target, token_ids, features, [5, 9])
+    assert (hidden - exact).norm() / exact.norm() < 0.03
+    hidden.float().square().sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in drafter.parameters())
+
+
 @torch.no_grad()
 def test_no_leak_from_the_anchor_on_or_from_other_blocks(random_target):
     drafter = make_drafter(random_target)

@@ -13,8 +13,9 @@ import torch
 from dpace.config import LossConfig
 from dpace.dataset import ResponseDataset
 from dpace.decode import generate
+from dpace.heldout import heldout_acceptance, walk
 from dpace.metrics import Acceptance
-from dpace.train import heldout_acceptance, make_datasets, train, walk
+from dpace.train import make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE, make_drafter
 
 
