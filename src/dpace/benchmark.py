@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,11 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     for drafter in drafters.values():
         drafter.check_target(target)
-    prompts = first_of_each_set(prompts, config.num_prompts)
     provenance = _provenance(target, drafters, config)
-    records = _Records(
-        folder / "bench.jsonl", {k: provenance[k] for k in ("target", "drafters", "max_new_tokens", "seed")}
-    )
+    meta = {key: provenance[key] for key in ("target", "drafters", "max_new_tokens", "seed")}
+    meta["prompts_sha256"] = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+    records = _Records(folder / "bench.jsonl", meta)
+    prompts = first_of_each_set(prompts, config.num_prompts)
     engines = {PLAIN: None, **drafters}
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
     with progress_bar() as bar:

@@ -75,14 +75,14 @@ def _demo(args: list[str]) -> None:
 
     config = _parse(DemoConfig, "demo", args)
 
-    from dpace.demo import find_target, run_demo, summary
+    from dpace.demo import demo_recipe, find_target, run_demo, summary
     from dpace.report import console, results_table, slots_table
 
     results = run_demo(config)
     console().print(results_table(results), slots_table(results))
     for line in summary(results):
         print(line)
-    output = Path(config.output)
+    output = Path(demo_recipe(config).output)
     print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, the drafter in {output}/dpace")
     prompt = "We had a message from Rita Gomez on Friday. The elevator in the garage is stuck."
     print(

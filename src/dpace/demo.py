@@ -29,8 +29,8 @@ class DemoConfig:
     """Your own prompts, a JSONL file, instead of the demo's."""
     target: str | None = None
     """Another target, a folder or Hub id, instead of SmolLM2-135M-Instruct."""
-    output: str = "dpace-demo"
-    """Folder for everything that is written; call again with the same one to go on after an interruption."""
+    output: str | None = None
+    """Folder for everything that is written, dpace-demo or dpace-demo-quick by default; the same command goes on in it."""
 
 
 def cache_folder() -> Path:
@@ -115,7 +115,8 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
 def demo_recipe(config: DemoConfig) -> Recipe:
     """The recipe that the demo runs: `recipes/demo-cpu.yaml`, shortened for `quick`."""
     recipe = read_recipe(Path(str(files("dpace") / "data" / "demo-cpu.yaml")))
-    recipe = replace(recipe, output=config.output, target=config.target or recipe.target)
+    output = config.output or ("dpace-demo-quick" if config.quick else recipe.output)
+    recipe = replace(recipe, output=output, target=config.target or recipe.target)
     if config.prompts:
         recipe = replace(recipe, prompts=replace(recipe.prompts, path=config.prompts))
     if config.quick:
@@ -142,7 +143,7 @@ def run_demo(config: DemoConfig) -> dict:
     from dpace.report import plot_acceptance, plot_weights, read_log
     from dpace.responses import write_responses
     from dpace.target import Target
-    from dpace.train import make_datasets, train
+    from dpace.train import is_trained, make_datasets, train
 
     recipe = demo_recipe(config)
     folder = Path(recipe.output)
@@ -152,12 +153,12 @@ def run_demo(config: DemoConfig) -> dict:
     target = Target.load(find_target(recipe.target))
     responses = write_responses(target, [*prompts, *heldout], folder / "responses.jsonl", recipe.respond)
     objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
-    missing = [name for name in objectives if not (folder / name / "provenance.json").exists()]
+    recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
+    missing = [name for name in objectives if not is_trained(folder / name, recipes[name])]
     if missing:
         dataset, measured = make_datasets(target, responses[: len(prompts)], responses[len(prompts) :], recipe)
         for name in missing:
-            ours = replace(recipe, loss=replace(recipe.loss, objective=name))
-            train(target, dataset, measured, ours, folder / name)
+            train(target, dataset, measured, recipes[name], folder / name)
     drafters = {name: load_drafter(folder / name, target) for name in objectives}
     results = bench(target, drafters, heldout, recipe.bench, folder)
     plot_acceptance(results, folder / "acceptance.png")

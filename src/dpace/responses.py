@@ -97,11 +97,16 @@ def write_responses(
         The responses of all given prompts, in their order.
 
     Raises:
-        ValueError: an over-long prompt, or the file was made by another target or with other settings.
+        ValueError: an over-long prompt, or the file was made by another target, with other settings or from other prompts.
     """
     path = Path(path)
     _check_meta(path, _meta(target, config))
     done = {response.id: response for response in read_responses(path)} if path.exists() else {}
+    for prompt in prompts:
+        if prompt.id in done and not _is_answer(done[prompt.id], prompt):
+            raise ValueError(
+                f"{path} has an answer with the id {prompt.id!r}, but to another text; name another --output or delete the file"
+            )
     waiting = [(prompt, encode_chat(target, prompt.turns[0])) for prompt in prompts if prompt.id not in done]
     limit = getattr(target.config, "max_position_embeddings", None)
     for prompt, token_ids in waiting:
@@ -144,6 +149,16 @@ def read_responses(path: str | Path) -> list[Response]:
         except KeyError as error:
             raise ValueError(f"{path}:{number}: no {error}; write it with `dpace respond`") from error
     return responses
+
+
+def _is_answer(response: Response, prompt: Prompt) -> bool:
+    """The response is to this very prompt."""
+    start = 0
+    for turn in prompt.turns:
+        if response.messages[start : start + len(turn)] != turn:
+            return False
+        start += len(turn) + 1
+    return True
 
 
 def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> list[Response]:

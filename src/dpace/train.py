@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 import dpace
 from dpace import weights as W
-from dpace.config import LossConfig, Recipe, TrainConfig, write_recipe
+from dpace.config import LossConfig, Recipe, TrainConfig, read_recipe, write_recipe
 from dpace.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
 from dpace.heldout import blocks_hidden, heldout_acceptance
@@ -261,6 +261,25 @@ def training_arguments(config: TrainConfig, folder: Path, *, device: torch.devic
     return arguments
 
 
+def is_trained(folder: str | Path, recipe: Recipe) -> bool:
+    """Say whether a folder holds a finished drafter of this recipe.
+
+    Raises:
+        ValueError: it holds a run, finished or not, of another recipe.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").exists():
+        return False
+    old = read_recipe(folder / "recipe.yaml")
+    for name in ("target", "prompts", "drafter", "loss", "train"):
+        if getattr(old, name) != getattr(recipe, name):
+            raise ValueError(
+                f"{folder} holds a run with another setting of `{name}`: {getattr(old, name)}, now {getattr(recipe, name)}; "
+                "name another --output or delete that folder"
+            )
+    return (folder / "provenance.json").exists()
+
+
 def make_datasets(
     target: Target, responses: Sequence[Response], heldout: Sequence[Response], recipe: Recipe
 ) -> tuple[ResponseDataset, ResponseDataset]:
@@ -305,10 +324,11 @@ def train(
         The best drafter by held-out tau.
 
     Raises:
-        ValueError: the text contains the mask token.
+        ValueError: the text contains the mask token, or the folder holds a run of another recipe.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last step.
     """
     folder, config = Path(folder), recipe.train
+    is_trained(folder, recipe)
     drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
     if any((token_ids == drafter.mask_token_id).any() for _, token_ids, _ in dataset.rows):
         raise ValueError(
@@ -319,13 +339,15 @@ def train(
     trainer = DrafterTrainer(drafter, target, dataset, heldout, args, recipe.loss, config.optimizer == "muon")
     is_begun = Path(folder / "checkpoints").is_dir()
     resume = transformers.trainer_utils.get_last_checkpoint(str(folder / "checkpoints")) if is_begun else None
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, folder / "recipe.yaml")
     interrupt = _SaveOnInterrupt()
     trainer.add_callback(interrupt)
     with interrupt.watching():
         trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         drafter.save_pretrained(folder)
-        write_recipe(recipe, folder / "recipe.yaml")
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         (folder / "provenance.json").write_text(json.dumps(_provenance(target, trainer, dataset), indent=2) + "\n")
     return drafter

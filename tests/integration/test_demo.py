@@ -15,6 +15,7 @@ def test_the_demo_runs_its_recipe():
     assert recipe.train.optimizer == "muon" and recipe.prompts.path == "demo"
     quick = demo_recipe(DemoConfig(quick=True, output="x"))
     assert quick.train.max_steps < recipe.train.max_steps and quick.output == "x"
+    assert demo_recipe(DemoConfig(quick=True)).output != recipe.output
 
 
 def test_a_target_on_disk_needs_no_network(tmp_path):

@@ -48,6 +48,13 @@ def test_other_settings_are_refused(language_target, prompts, tmp_path):
         write_responses(language_target, prompts, tmp_path / "r.jsonl", replace(CONFIG, temperature=1.0))
 
 
+def test_answers_to_other_texts_are_refused(language_target, prompts, tmp_path):
+    write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
+    changed = [replace(prompts[0], turns=[[{"role": "user", "content": "w9 w52"}]]), *prompts[1:]]
+    with pytest.raises(ValueError, match="id '0', but to another text"):
+        write_responses(language_target, changed, tmp_path / "r.jsonl", CONFIG)
+
+
 def test_two_turns_keep_both_spans(language_target, tmp_path):
     turns = [[{"role": "user", "content": text}] for text in ("w3 w51", "w5 w52")]
     (response,) = write_responses(language_target, [Prompt("a", "s", turns)], tmp_path / "r.jsonl", CONFIG)

@@ -183,6 +183,12 @@ def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
         assert (tmp_path / name).exists()
 
 
+def test_another_recipe_in_the_same_folder_is_refused(language_target, language_responses, tmp_path):
+    run(language_target, language_responses, tmp_path)
+    with pytest.raises(ValueError, match="another setting of `train`"):
+        run(language_target, language_responses, tmp_path, max_steps=4)
+
+
 def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, language_responses, tmp_path):
     empty = [replace(language_responses[0], response_spans=[])]
     with pytest.raises(ValueError, match="nothing to train on"):
