@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import DynamicCache, StaticCache
 
 from dpace.config import RespondConfig
 from dpace.prompts import Prompt, read_jsonl
-from dpace.target import Target
+from dpace.target import MIN_SHARED, Target, shared_prefix
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,16 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
 
 @torch.inference_mode()
 def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: RespondConfig) -> list[list[int]]:
-    """Continue prompts of different lengths together, padded on the left."""
+    """Continue prompts of different lengths together, padded on the left, or after the beginning that all share."""
     width = max(map(len, encoded))
     stops = target.stop_token_ids
     pad = stops[0] if stops else 0
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in encoded], device=target.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=target.device)
+    # Written in place: twice as fast on a CPU as concatenating a long cache each token.
+    cache = StaticCache(config=target.config, max_cache_len=width + config.max_new_tokens)
+    num_shared = _read_shared(target, encoded, cache)
+    rows = [list(ids[:num_shared]) + [pad] * (width - len(ids)) + list(ids[num_shared:]) for ids in encoded]
+    is_token = [[1] * num_shared + [0] * (width - len(ids)) + [1] * (len(ids) - num_shared) for ids in encoded]
+    input_ids, mask = (torch.tensor(x, device=target.device) for x in (rows, is_token))
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
@@ -199,7 +204,7 @@ def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: Re
         max_new_tokens=config.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=stops or None,
-        cache_implementation="static",  # written in place: twice as fast on a CPU as concatenating a long cache each token
+        cache=cache,
         disable_compile=True,
         **sampling,
     )
@@ -208,6 +213,21 @@ def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: Re
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         answers.append(row[:end])
     return answers
+
+
+def _read_shared(target: Target, encoded: Sequence[Sequence[int]], cache: StaticCache) -> int:
+    """Read the beginning that all prompts share once, into every row of the cache; returns its length, 0 if not worth it."""
+    num_shared = min(shared_prefix(encoded), min(map(len, encoded)) - 1)
+    if len(encoded) == 1 or num_shared < MIN_SHARED:
+        return 0
+    shared = DynamicCache(config=target.config)
+    target.model(torch.tensor([encoded[0][:num_shared]], device=target.device), cache=shared, logits_to_keep=1)
+    if any(layer.keys.shape[2] != num_shared for layer in shared.layers):
+        return 0  # a sliding window has dropped some of it
+    for number, layer in enumerate(shared.layers):
+        expand = (len(encoded), -1, -1, -1)
+        cache.update(layer.keys.expand(expand), layer.values.expand(expand), number)
+    return num_shared
 
 
 def _meta(target: Target, config: RespondConfig) -> dict:

@@ -9,9 +9,25 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpace.loss import Head
+
+MIN_SHARED = 16
+"""Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
+
+
+def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Length of the beginning that all rows share."""
+    first, last = min(rows), max(rows)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 class _LastLayerReached(Exception):
@@ -113,7 +129,8 @@ class Target:
     ) -> Float[Tensor, "batch seq feature"]:
         """Concatenate the outputs of the chosen layers; layers above the last one and the LM head do not run.
 
-        Rows may be padded on the right: the model is causal, so real tokens do not see the padding.
+        Rows may be padded on the right: the model is causal, so real tokens do not see the padding. A beginning that all rows
+        share, such as a system prompt with examples, is read once.
 
         Memory: O(tokens x feature) for the result, and one layer's activations.
 
@@ -124,14 +141,24 @@ class Target:
         Returns:
             `feature = len(target_layer_ids) * hidden`, in the dtype of the target, detached.
         """
+        num_shared = shared_prefix(token_ids.tolist())
+        if len(token_ids) == 1 or not MIN_SHARED <= num_shared < token_ids.shape[1]:
+            return self._run_to_last_layer(token_ids, target_layer_ids, cache=None)
+        cache = DynamicCache(config=self.config)
+        shared = self._run_to_last_layer(token_ids[:1, :num_shared], target_layer_ids, cache=cache)
+        for layer in cache.layers[: max(target_layer_ids) + 1]:
+            layer.batch_repeat_interleave(len(token_ids))
+        rest = self._run_to_last_layer(token_ids[:, num_shared:], target_layer_ids, cache=cache)
+        return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 
+    def _run_to_last_layer(self, token_ids, target_layer_ids: Sequence[int], *, cache: Cache | None) -> Tensor:
         def stop(_module, _args, _output):
             raise _LastLayerReached
 
         with self.capture(target_layer_ids) as captured:
             handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
             try:
-                self.model(token_ids, use_cache=False)
+                self.model(token_ids, cache=cache, use_cache=cache is not None)
             except _LastLayerReached:
                 pass
             finally:

@@ -7,6 +7,7 @@ from dpace.config import RespondConfig
 from dpace.decode import generate_plain
 from dpace.prompts import Prompt
 from dpace.responses import encode_chat, read_responses, write_responses
+from tests.conftest import make_tokenizer
 
 CONFIG = RespondConfig(max_new_tokens=12, batch_size=4)
 
@@ -25,6 +26,19 @@ def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tm
         ((start, end),) = response.response_spans
         assert response.token_ids == token_ids + expected and (start, end) == (len(token_ids), len(response.token_ids))
         assert sum(response.is_response) == len(expected)
+
+
+def test_prompts_with_a_shared_beginning(random_target, tmp_path):
+    """Read once for the batch; every family, of which some have sliding windows."""
+    random_target.tokenizer = make_tokenizer()
+    example = [{"role": "user", "content": "w1 w2 w3 " * 6}, {"role": "assistant", "content": "w4"}]
+    texts = ["w5 w6", "w9", "w7 w8 w9 w10 w11"]
+    prompts = [Prompt(str(i), "s", [[*example, {"role": "user", "content": text}]]) for i, text in enumerate(texts)]
+    for response, prompt in zip(
+        write_responses(random_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True
+    ):
+        token_ids = encode_chat(random_target, prompt.turns[0])
+        assert response.token_ids == token_ids + generate_plain(random_target, token_ids, max_new_tokens=12).token_ids
 
 
 def test_an_interrupted_call_goes_on(language_target, prompts, tmp_path, monkeypatch):

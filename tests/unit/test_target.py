@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from dpace.target import Target
+from dpace.target import Target, shared_prefix
 from tests.conftest import make_target
 
 
@@ -30,6 +30,20 @@ def test_right_padding_does_not_change_features(random_target):
     torch.testing.assert_close(
         random_target.features(padded, [1, 3])[:, :12], random_target.features(token_ids, [1, 3])
     )
+
+
+def test_a_shared_beginning_changes_nothing(random_target):
+    token_ids = torch.randint(4, 64, (3, 40))
+    token_ids[:, :30] = token_ids[0, :30]
+    token_ids[:, 30] = torch.tensor([4, 5, 6])
+    together = random_target.features(token_ids, [1, 3])
+    alone = torch.cat([random_target.features(row[None], [1, 3]) for row in token_ids])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_prefix():
+    assert shared_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2]]) == 2
+    assert shared_prefix([[1, 2], [1, 2]]) == 2 and shared_prefix([[1], [2]]) == 0
 
 
 def test_embedding_and_head_are_those_of_the_model(family, random_target):
