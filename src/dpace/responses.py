@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -220,7 +221,7 @@ def _read_shared(target: Target, encoded: Sequence[Sequence[int]], cache: Static
     num_shared = min(shared_prefix(encoded), min(map(len, encoded)) - 1)
     if len(encoded) == 1 or num_shared < MIN_SHARED:
         return 0
-    shared = DynamicCache(config=target.config)
+    shared: Any = DynamicCache(config=target.config)
     target.model(torch.tensor([encoded[0][:num_shared]], device=target.device), cache=shared, logits_to_keep=1)
     if any(layer.keys.shape[2] != num_shared for layer in shared.layers):
         return 0  # a sliding window has dropped some of it

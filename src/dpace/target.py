@@ -144,7 +144,7 @@ class Target:
         num_shared = shared_prefix(token_ids.tolist())
         if len(token_ids) == 1 or not MIN_SHARED <= num_shared < token_ids.shape[1]:
             return self._run_to_last_layer(token_ids, target_layer_ids, cache=None)
-        cache = DynamicCache(config=self.config)
+        cache: Any = DynamicCache(config=self.config)
         shared = self._run_to_last_layer(token_ids[:1, :num_shared], target_layer_ids, cache=cache)
         for layer in cache.layers[: max(target_layer_ids) + 1]:
             layer.batch_repeat_interleave(len(token_ids))
