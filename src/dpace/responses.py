@@ -185,7 +185,7 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
 
 
 @torch.inference_mode()
-def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: RespondConfig) -> list[list[int]]:
+def _generate_batch(target: Target, encoded: list[list[int]], config: RespondConfig) -> list[list[int]]:
     """Continue prompts of different lengths together, padded on the left, or after the beginning that all share."""
     width = max(map(len, encoded))
     stops = target.stop_token_ids
@@ -216,7 +216,7 @@ def _generate_batch(target: Target, encoded: Sequence[Sequence[int]], config: Re
     return answers
 
 
-def _read_shared(target: Target, encoded: Sequence[Sequence[int]], cache: StaticCache) -> int:
+def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -> int:
     """Read the beginning that all prompts share once, into every row of the cache; returns its length, 0 if not worth it."""
     num_shared = min(shared_prefix(encoded), min(map(len, encoded)) - 1)
     if len(encoded) == 1 or num_shared < MIN_SHARED:

@@ -24,7 +24,7 @@ MIN_SHARED = 16
 """Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
 
 
-def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
+def shared_prefix(rows: list[list[int]]) -> int:
     """Length of the beginning that all rows share."""
     first, last = min(rows), max(rows)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
