@@ -205,6 +205,7 @@ def _generate_batch(target: Target, encoded: list[list[int]], config: RespondCon
         max_new_tokens=config.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=stops or None,
+        repetition_penalty=1.0,  # whatever the target's generation config says: drafts are verified against plain text
         cache=cache,
         disable_compile=True,
         **sampling,
@@ -254,7 +255,7 @@ def _check_meta(path: Path, meta: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and meta_path.exists():
         old = json.loads(meta_path.read_text())
-        for key in sorted(set(meta) - {"versions", "target"}):
+        for key in sorted(set(meta) - {"versions"}):
             if old.get(key) != meta[key]:
                 raise ValueError(
                     f"{path} was made with {key} {old.get(key)!r}, not {meta[key]!r}; name another --output or delete the file"
