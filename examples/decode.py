@@ -1,16 +1,17 @@
-"""Train on nothing, decode with what `dpace demo` trained: python examples/decode.py dpace-demo/dpace "your note"."""
+"""Decode with what `dpace demo` trained: python examples/decode.py dpace-demo/dpace demo#notes/heldout/1."""
 
 import sys
 
 from dpace.decode import generate, generate_plain
 from dpace.demo import TARGET_ID, find_target
 from dpace.drafter import load_drafter
+from dpace.prompts import find_prompt
 from dpace.responses import encode_chat
 from dpace.target import Target
 
 target = Target.load(find_target(TARGET_ID))
 drafter = load_drafter(sys.argv[1], target)
-token_ids = encode_chat(target, [{"role": "user", "content": sys.argv[2]}])
+token_ids = encode_chat(target, find_prompt(sys.argv[2]))
 plain = generate_plain(target, token_ids, max_new_tokens=100)
 ours = generate(target, drafter, token_ids, max_new_tokens=100)
 print(target.tokenizer.decode(ours.token_ids, skip_special_tokens=True))

@@ -26,7 +26,7 @@ class GenerateConfig:
     target: str
     """Folder or Hub id."""
     prompt: str
-    """What to ask."""
+    """What to ask, or FILE.jsonl#ID for one of a file's prompts (demo#ID: of the demo's)."""
     drafter: str | None = None
     """The drafter's folder; plain decoding without it."""
     max_new_tokens: int = 256
@@ -84,7 +84,7 @@ def _demo(args: list[str]) -> None:
         print(line)
     output = Path(demo_recipe(config).output)
     print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, the drafter in {output}/dpace")
-    prompt = "We had a message from Rita Gomez on Friday. The elevator in the garage is stuck."
+    prompt = f"{config.prompts or 'demo'}#{results['rows'][0]['responses'][0]['id']}"
     print(
         "next:",
         _command("generate", target=find_target(results["target"]), drafter=output / "dpace", prompt=f'"{prompt}"'),
@@ -144,10 +144,11 @@ def _generate(args: list[str]) -> None:
     config = _parse(GenerateConfig, "generate", args)
     from dpace.decode import generate, generate_plain
     from dpace.drafter import load_drafter
+    from dpace.prompts import find_prompt
     from dpace.responses import encode_chat
 
     target = _load_target(config.target)
-    token_ids = encode_chat(target, [{"role": "user", "content": config.prompt}])
+    token_ids = encode_chat(target, find_prompt(config.prompt))
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
     if config.drafter is None:
         generation = generate_plain(target, token_ids, **options)

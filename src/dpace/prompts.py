@@ -69,6 +69,22 @@ def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prom
     return chosen
 
 
+def find_prompt(text: str) -> list[dict[str, str]]:
+    """The messages of `FILE#ID`, one of a file's prompts (`demo#ID`: of the demo's held-out ones), or of a plain text.
+
+    Raises:
+        ValueError: the file has no prompt of that id; the message names one that it has.
+    """
+    name, _, prompt_id = text.partition("#")
+    if name != "demo" and not name.endswith(".jsonl"):
+        return [{"role": "user", "content": text}]
+    prompts = read_prompts(demo_path("heldout") if name == "demo" else name)
+    for prompt in prompts:
+        if prompt.id == prompt_id:
+            return prompt.turns[0]
+    raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; one that it has is {prompts[0].id!r}")
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read a file of prompts.
 

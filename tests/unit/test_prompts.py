@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpace.config import PromptsConfig
-from dpace.prompts import demo_path, read_prompts, split_prompts
+from dpace.prompts import demo_path, find_prompt, read_prompts, split_prompts
 
 
 def write(path, *rows):
@@ -42,6 +42,15 @@ def test_three_forms_of_a_line(tmp_path):
 def test_bad_files_name_the_line(tmp_path, rows, match):
     with pytest.raises(ValueError, match=match):
         read_prompts(write(tmp_path / "p.jsonl", *rows))
+
+
+def test_one_prompt_of_a_file(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"})
+    assert find_prompt(f"{path}#y") == [{"role": "user", "content": "b"}]
+    assert find_prompt("what is 3 # 4?") == [{"role": "user", "content": "what is 3 # 4?"}]
+    assert len(find_prompt("demo#notes/heldout/1")) == 5
+    with pytest.raises(ValueError, match="id 'z'; one that it has is 'x'"):
+        find_prompt(f"{path}#z")
 
 
 def test_a_missing_file_is_named(tmp_path):
