@@ -123,8 +123,8 @@ def demo_recipe(config: DemoConfig) -> Recipe:
         recipe = replace(
             recipe,
             prompts=replace(recipe.prompts, limit=72),
-            train=replace(recipe.train, max_steps=50, eval_steps=50),
-            bench=replace(recipe.bench, num_prompts=3),
+            train=replace(recipe.train, max_steps=60, eval_steps=60),
+            bench=replace(recipe.bench, num_prompts=3, max_new_tokens=64),
         )
     return recipe
 
