@@ -269,6 +269,7 @@ class Drafter(Qwen3PreTrainedModel):
             attention_bias=False,
             is_causal=False,
             tie_word_embeddings=False,
+            use_cache=True,
             use_sliding_window=False,
         )
         if rope["rope_type"] != "default":
