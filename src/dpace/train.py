@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 import dpace
 from dpace import weights as W
@@ -142,10 +142,10 @@ class DrafterTrainer(Trainer):
             train_dataset=dataset,
             eval_dataset=heldout,
             data_collator=partial(collate, block_size=drafter.block_size),
-            callbacks=[_SetEpoch(dataset), _Bar(f"training, {loss.objective}")],
+            callbacks=[_SetEpoch(dataset)],
         )
-        for callback in (ProgressCallback, PrinterCallback):
-            self.remove_callback(callback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_Bar(f"training, {loss.objective}"))
         self.model_accepts_loss_kwargs = False
         self.use_muon = use_muon
         self.target, self.heldout, self.loss_config = target, heldout, loss
@@ -253,6 +253,7 @@ def training_arguments(config: TrainConfig, folder: Path, *, device: torch.devic
         use_cpu=device.type == "cpu",
         activation_checkpointing=config.gradient_checkpointing,
         remove_unused_columns=False,
+        disable_tqdm=False,
         report_to=list(config.report_to),
         dataloader_pin_memory=device.type == "cuda",
     )

@@ -33,9 +33,10 @@ def recipe(language_folder, language_prompts, tmp_path):
 
 def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts):
     out = tmp_path / "out"
-    for verb in ("respond", "train", "bench"):
+    for verb, bar in (("respond", "answering prompts"), ("train", "training, dpace"), ("bench", "decoding")):
         assert main([verb, str(recipe)]) == 0
-        assert "next: dpace" in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert "next: dpace" in printed.out and bar in printed.err and "{'loss'" not in printed.out
     results = json.loads((out / "results.json").read_text())
     greedy, sampled = results["rows"]
     assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)

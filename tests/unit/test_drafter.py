@@ -95,7 +95,11 @@ def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target
         "rope_theta",
     ):
         assert key in config, key
-    assert config["use_cache"] and config["mask_token_id"] == MASK and config["target_layer_ids"] == drafter.target_layer_ids
+    assert (
+        config["use_cache"]
+        and config["mask_token_id"] == MASK
+        and config["target_layer_ids"] == drafter.target_layer_ids
+    )
     names = set(drafter.state_dict())
     layer = {f"self_attn.{n}_proj" for n in "qkvo"} | {f"self_attn.{n}_norm" for n in "qk"}
     layer |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"}
