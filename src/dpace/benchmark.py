@@ -17,8 +17,9 @@ from dpace.config import BenchConfig
 from dpace.decode import Generation, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup
+from dpace.progress import progress_bar
 from dpace.prompts import Prompt, first_of_each_set, read_jsonl
-from dpace.responses import encode_chat, progress_bar
+from dpace.responses import encode_chat
 from dpace.target import Target
 
 SCHEMA_VERSION = 1

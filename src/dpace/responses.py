@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import transformers
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import DynamicCache, StaticCache
 
 from dpace.config import RespondConfig
+from dpace.progress import progress_bar
 from dpace.prompts import Prompt, read_jsonl
 from dpace.target import MIN_SHARED, Target, shared_prefix
 
@@ -36,22 +36,6 @@ class Response:
         for start, end in self.response_spans:
             flags[start:end] = [True] * (end - start)
         return flags
-
-
-def progress_bar() -> Progress:
-    """A bar with count, elapsed time and ETA, on stderr."""
-    from rich.console import Console
-
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[info]}"),
-        console=Console(stderr=True),
-    )
 
 
 def encode_chat(target: Target, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -2,11 +2,7 @@
 
 import json
 import platform
-import signal
-import sys
-import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from dpace.drafter import Drafter
 from dpace.heldout import blocks_hidden, heldout_acceptance
 from dpace.loss import Head, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.optimizer import MuonAdamW
+from dpace.progress import SaveOnInterrupt, TrainingBar
 from dpace.responses import Response
 from dpace.target import Target
 
@@ -54,61 +51,6 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **_):
         self.dataset.epoch = int(state.epoch)
-
-
-class _SaveOnInterrupt(TrainerCallback):
-    """Makes the first Ctrl-C end training after the current step, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self):
-        self.is_asked = False
-
-    @contextmanager
-    def watching(self):
-        """Watch SIGINT inside the `with` block; raise `KeyboardInterrupt` at its end if it came."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may
-            return
-        previous = signal.signal(signal.SIGINT, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.is_asked:
-            raise KeyboardInterrupt
-
-    def _ask(self, *_):
-        if self.is_asked:
-            raise KeyboardInterrupt
-        self.is_asked = True
-        print("\nfinishing this step and saving; Ctrl-C again to stop at once", file=sys.stderr)
-
-    def on_step_end(self, args, state, control, **_):
-        if self.is_asked:
-            control.should_save = control.should_training_stop = True
-
-
-class _Bar(ProgressCallback):
-    """Trainer's progress bar with the latest numbers beside the ETA, instead of a line for every log."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name, self.numbers = name, {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        transformers.utils.logging.disable_progress_bar()  # one bar for each checkpoint's file would break up ours
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        super().on_train_end(args, state, control, **kwargs)
-        transformers.utils.logging.enable_progress_bar()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        names = {"loss": "loss", "slot_accuracy/1": "slot 1 right", "eval_tau": "held-out tau"}
-        self.numbers |= {names[key]: f"{value:.3g}" for key, value in (logs or {}).items() if key in names}
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(self.numbers)
 
 
 class DrafterTrainer(Trainer):
@@ -145,7 +87,7 @@ class DrafterTrainer(Trainer):
             callbacks=[_SetEpoch(dataset)],
         )
         self.remove_callback(ProgressCallback)
-        self.add_callback(_Bar(f"training, {loss.objective}"))
+        self.add_callback(TrainingBar(f"training, {loss.objective}"))
         self.model_accepts_loss_kwargs = False
         self.use_muon = use_muon
         self.target, self.heldout, self.loss_config = target, heldout, loss
@@ -343,7 +285,7 @@ def train(
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, folder / "recipe.yaml")
-    interrupt = _SaveOnInterrupt()
+    interrupt = SaveOnInterrupt()
     trainer.add_callback(interrupt)
     with interrupt.watching():
         trainer.train(resume_from_checkpoint=resume)

@@ -1,0 +1,84 @@
+"""What people see of long work, and what Ctrl-C does to it."""
+
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import ProgressCallback, TrainerCallback
+
+
+def progress_bar() -> Progress:
+    """A bar with count, elapsed time and ETA, on stderr."""
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+        console=Console(stderr=True),
+    )
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Makes the first Ctrl-C end training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self):
+        self.is_asked = False
+
+    @contextmanager
+    def watching(self):
+        """Watch SIGINT inside the `with` block; raise `KeyboardInterrupt` at its end if it came."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may
+            return
+        previous = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self.is_asked:
+            raise KeyboardInterrupt
+
+    def _ask(self, *_):
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        print("\nfinishing this step and saving; Ctrl-C again to stop at once", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **_):
+        """Save and stop where it was asked for."""
+        if self.is_asked:
+            control.should_save = control.should_training_stop = True
+
+
+class TrainingBar(ProgressCallback):
+    """Trainer's progress bar with the latest numbers beside the ETA, instead of a line for every log."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.numbers = name, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Name the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        transformers.utils.logging.disable_progress_bar()  # one bar for each checkpoint's file would break up ours
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the bar."""
+        super().on_train_end(args, state, control, **kwargs)
+        transformers.utils.logging.enable_progress_bar()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Show the latest numbers."""
+        names = {"loss": "loss", "slot_accuracy/1": "slot 1 right", "eval_tau": "held-out tau"}
+        self.numbers |= {names[key]: f"{value:.3g}" for key, value in (logs or {}).items() if key in names}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.numbers)
