@@ -45,7 +45,12 @@ def find_target(name: str) -> str:
 
     Returns:
         What `Target.load` takes.
+
+    Raises:
+        ValueError: a path that is no folder, or a download that fails or is not what it should be.
     """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ValueError(f"there is no folder {name}; name the target's folder or a Hub id such as {TARGET_ID}")
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

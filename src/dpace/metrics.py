@@ -143,7 +143,7 @@ def decode_speedup(
     *,
     num_resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """Decode tokens a second with the drafter over without: ratio of totals, prefill excluded.
 
     Args:
@@ -155,10 +155,12 @@ def decode_speedup(
         seed: of the resampling.
 
     Returns:
-        The speedup and the ends of its 95 % interval.
+        The speedup and the ends of its 95 % interval, None for a single prompt, which tells nothing about others.
     """
     tops, bottoms = np.array([tokens, plain_tokens], float), np.array([seconds, plain_seconds], float)
     value = tops.sum(-1) / bottoms.sum(-1)
+    if len(tokens) < 2:
+        return float(value[0] / value[1]), None, None
     ratios = _resampled_ratio(tops, bottoms, num_resamples, seed)
     low, high = np.quantile(ratios[0] / ratios[1], [0.025, 0.975])
     return float(value[0] / value[1]), float(low), float(high)

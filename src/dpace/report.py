@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dpace.metrics import Acceptance
 
-Interval = Sequence[float]
+Interval = Sequence[float | None]
 
 
 def console() -> Console:
@@ -65,13 +65,17 @@ def acceptance_of(row: dict) -> Acceptance:
 
 
 def with_interval(value: float, interval: Interval) -> str:
-    """Write `1.23 [1.20, 1.26]`."""
+    """Write `1.23 [1.20, 1.26]`, or the number alone where there is no interval."""
+    if interval[0] is None:
+        return f"{value:.2f}"
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def verdict(speedup_interval: Interval) -> str:
     """Say whether a drafter pays, from the interval of its decode_speedup."""
     low, high = speedup_interval
+    if low is None or high is None:
+        return "too few prompts"
     return "pays" if low > 1 else "slower" if high < 1 else "no clear gain"
 
 

@@ -21,6 +21,8 @@ def test_the_demo_runs_its_recipe():
 def test_a_target_on_disk_needs_no_network(tmp_path):
     assert dpace.demo.find_target(str(tmp_path)) == str(tmp_path)
     assert dpace.demo.find_target("some/other-model") == "some/other-model"
+    with pytest.raises(ValueError, match="there is no folder"):
+        dpace.demo.find_target(str(tmp_path / "nothing"))
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):

@@ -88,3 +88,4 @@ def test_verdict_is_honest():
     assert verdict((1.1, 1.3)) == "pays"
     assert verdict((0.7, 0.9)) == "slower"
     assert verdict((0.9, 1.1)) == "no clear gain"
+    assert verdict((None, None)) == "too few prompts"

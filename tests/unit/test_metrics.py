@@ -63,6 +63,7 @@ def test_decode_speedup_is_a_ratio_of_totals():
     value, low, high = decode_speedup([10, 30], [1, 1], [10, 30], [2, 4])
     assert value == 3.0
     assert low == 2.0 and high == 4.0
+    assert decode_speedup([10], [1], [10], [2]) == (2.0, None, None)
 
 
 def test_tau_gain_is_paired():
