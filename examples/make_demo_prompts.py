@@ -1,9 +1,11 @@
 """Write the demo's prompts: maintenance notes to turn into a JSON ticket, and word problems as the hard contrast.
 
-    python examples/make_demo_prompts.py src/dpace/data
+    python examples/make_demo_prompts.py src/dpace/data train heldout
+    python examples/make_demo_prompts.py /tmp/prompts test
 
 Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and
-sentence patterns, so that no note and no value of a held-out prompt was seen in training.
+sentence patterns, so that no note and no value of a held-out prompt was seen in training. The test part has other prompts from
+the held-out pools: the demo is tuned on the held-out part, so a claim is measured on this one.
 """
 
 import itertools
@@ -110,7 +112,14 @@ PROBLEMS = {
     },
 }
 
-COUNTS = {("notes", "train"): 180, ("notes", "heldout"): 24, ("problems", "train"): 40, ("problems", "heldout"): 8}
+COUNTS = {
+    ("notes", "train"): 180,
+    ("notes", "heldout"): 24,
+    ("notes", "test"): 60,
+    ("problems", "train"): 40,
+    ("problems", "heldout"): 8,
+    ("problems", "test"): 40,
+}
 
 
 def pick(pools, rng):
@@ -153,14 +162,15 @@ def note_messages(note):
 def make(kind, part):
     """Distinct prompts of one kind and part."""
     rng = random.Random(f"{kind}/{part}")
+    pools = (NOTES if kind == "notes" else PROBLEMS)["train" if part == "train" else "heldout"]
+    tuned_on = {row["messages"][-1]["content"] for row in make(kind, "heldout")} if part == "test" else set()
     seen = set()
-    pools = (NOTES if kind == "notes" else PROBLEMS)[part]
     for count in itertools.count():
         if len(seen) == COUNTS[kind, part]:
             return
         text = (note if kind == "notes" else problem)(pools, part, rng)
         text = text[0].upper() + text[1:]
-        if text not in seen:
+        if text not in seen | tuned_on:
             seen.add(text)
             messages = note_messages(text) if kind == "notes" else [{"role": "user", "content": text}]
             yield {"id": f"{kind}/{part}/{len(seen)}", "set": kind, "messages": messages}
@@ -170,7 +180,8 @@ def make(kind, part):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for part in ("train", "heldout"):
+    folder.mkdir(exist_ok=True)
+    for part in sys.argv[2:]:
         rows = [row for kind in ("notes", "problems") for row in make(kind, part)]
         random.Random(part).shuffle(rows)
         (folder / f"demo_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

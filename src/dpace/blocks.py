@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[int]:
@@ -108,7 +108,9 @@ def build_blocks(
     """
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; a block is an anchor and at least one draft slot, so 2 or more")
-    padded = torch.nn.utils.rnn.pad_sequence(list(anchors), batch_first=True, padding_value=-1).to(token_ids.device)
+    padded = nn.utils.rnn.pad_sequence(list(anchors), batch_first=True, padding_value=-1).to(token_ids.device)
+    if not padded.shape[1]:  # no row has an anchor: one padding block each, so that there is something to compute
+        padded = nn.functional.pad(padded, (0, 1), value=-1)
     is_block = padded >= 0
     positions = padded.clamp_min(0)[..., None] + torch.arange(block_size, device=token_ids.device)
     is_inside = positions < token_ids.shape[1]

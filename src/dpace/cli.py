@@ -5,13 +5,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpace.config import Recipe, recipe_flags
+from dpace.config import CompareConfig, Recipe, recipe_flags
 
 USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
 
   demo      train a drafter for a real LLM on this machine and show what it gains
   respond   let the target answer the prompts
   train     train a drafter on the responses
+  compare   train several objectives with several seeds, and say which is best
   bench     measure drafters against plain decoding on held-out prompts
   generate  answer one prompt
 
@@ -40,7 +41,14 @@ class GenerateConfig:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; returns 0 for success, 1 for a failure told in one line, 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
-    verbs = {"demo": _demo, "respond": _respond, "train": _train, "bench": _bench, "generate": _generate}
+    verbs = {
+        "demo": _demo,
+        "respond": _respond,
+        "train": _train,
+        "compare": _compare,
+        "bench": _bench,
+        "generate": _generate,
+    }
     if not argv or argv[0] not in verbs:
         is_help = bool(argv) and argv[0] in ("-h", "--help")
         print(
@@ -96,9 +104,11 @@ def _respond(args: list[str]) -> None:
     from dpace.prompts import split_prompts
     from dpace.responses import write_responses
 
-    prompts, heldout = split_prompts(recipe.prompts)
+    parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
-    responses = write_responses(_load_target(recipe.target), [*prompts, *heldout], path, recipe.respond)
+    responses = write_responses(
+        _load_target(recipe.target), [*parts.train, *parts.validation, *parts.heldout], path, recipe.respond
+    )
     print(f"{len(responses)} responses in {path}")
     print("next: dpace train", *args)
 
@@ -111,14 +121,31 @@ def _train(args: list[str]) -> None:
 
     path = Path(recipe.output) / "responses.jsonl"
     responses = {response.id: response for response in read_responses(path)} if path.exists() else {}
-    answered, heldout = ([responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts))
-    if not answered or not heldout:
+    answered, validation, _ = (
+        [responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts)
+    )
+    if not answered:
         raise ValueError(f"{path} has no answers to these prompts; run `dpace respond` with the same recipe first")
     folder = Path(recipe.output) / "drafter"
     target = _load_target(recipe.target)
-    train(target, *make_datasets(target, answered, heldout, recipe), recipe, folder)
+    train(target, *make_datasets(target, answered, validation, recipe), recipe, folder)
     print(f"drafter in {folder}")
     print("next: dpace bench", *args)
+
+
+def _compare(args: list[str]) -> None:
+    config = _parse(CompareConfig, "compare", args)
+    from dpace.compare import compare
+    from dpace.report import compare_table, console
+
+    results = compare(_load_target(config.target), config)
+    console().print(compare_table(results))
+    output = Path(config.output)
+    print(
+        f"written: {output}/results.json, tau.png, acceptance.png, weights.png, a drafter for each objective and seed"
+    )
+    best = output / results["rows"][0]["drafter"] / f"seed-{config.seeds[0]}"
+    print("next:", _command("generate", target=config.target, drafter=best, prompt='"..."'))
 
 
 def _bench(args: list[str]) -> None:
@@ -128,7 +155,7 @@ def _bench(args: list[str]) -> None:
     from dpace.prompts import split_prompts
     from dpace.report import console, results_table, slots_table
 
-    _, heldout = split_prompts(recipe.prompts)
+    heldout = split_prompts(recipe.prompts).heldout
     target = _load_target(recipe.target)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}

@@ -5,7 +5,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Objective = Literal["dpace", "dpace-confidence-only", "dpace-continuation-only", "dflash", "uniform", "head"]
+Objective = Literal[
+    "dpace",
+    "dpace-confidence-only",
+    "dpace-continuation-only",
+    "dpace-exact",
+    "chain-reward",
+    "vat",
+    "spec-auf",
+    "dflash",
+    "uniform",
+    "head",
+]
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,8 @@ class PromptsConfig:
     """File of prompts to measure on; by default the demo's, or a share of the prompts that is then not trained on."""
     num_heldout: int = 64
     """Size of that share, at most a tenth of the prompts."""
+    num_validation: int = 32
+    """Size of another share, at most a tenth, that is not trained on either and chooses the checkpoint."""
     limit: int | None = None
     """Use only the first so many prompts for training."""
 
@@ -59,17 +72,26 @@ class LossConfig:
     """What is minimized."""
 
     objective: Objective = "dpace"
-    """How much each slot counts: D-PACE, one of its two ablations, DFlash's decay, all the same, or Medusa's schedule."""
+    """How much each slot counts; docs/objectives.md says when to use which."""
+    token_loss: Literal["nll", "kl", "lk"] = "nll"
+    """Of a slot: -log of the target's token (the paper's), KL to the target's distribution, or -log of the overlap."""
+    confidence: Literal["token", "overlap"] = "token"
+    """What D-PACE's weights take for a slot's acceptance: the probability of the target's token, or the overlap."""
     alpha: float = 0.5
     """D-PACE's smoothing (paper: 0.5; 0.3 to 0.7 work)."""
     gamma: float | None = None
-    """DFlash's decay length in slots; 7, 5, 4 for blocks of 16, 10, 8 by default."""
+    """Decay length in slots of dflash and vat; 7, 5, 4 for blocks of 16, 10, 8 by default."""
     base: float = 0.8
     """Medusa's base."""
-    reduction: Literal["anchors", "batch", "slots"] = "anchors"
+    reduction: Literal["anchors", "batch", "slots", "weights"] = "anchors"
     """What the sum is divided by, see dpace.loss.block_loss."""
     vocabulary: Literal["all", "seen"] = "all"
     """Softmax over all tokens, or only over those of the training text: much cheaper on a CPU with a narrow job."""
+
+    @property
+    def needs_target_probs(self) -> bool:
+        """The target's distribution is compared with, so that its last hidden states are needed too."""
+        return self.token_loss != "nll" or self.confidence == "overlap"
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,7 @@ class TrainConfig:
     logging_steps: int = 10
     """Steps between log lines."""
     eval_steps: int = 500
-    """Steps between measurements of tau on held-out responses, each with a checkpoint."""
+    """Steps between measurements of tau on the validation share, each with a checkpoint."""
     feature_cache_gib: float = 4.0
     """Keep all target features in memory where they need no more than this; otherwise recompute them every visit."""
     gradient_checkpointing: bool = False
@@ -148,6 +170,20 @@ class Recipe:
     """Optimizer and schedule."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     """What is measured."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(Recipe):
+    """One recipe, trained with several objectives and seeds."""
+
+    output: str = "dpace-compare"
+    """Folder for everything that is written; the same command goes on in it."""
+    objectives: tuple[str, ...] = ("dpace", "dflash", "uniform")
+    """Values of loss.objective, each with +kl or +lk for that token loss, and +overlap for that confidence: dpace+kl+overlap."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each gives the same initial weights, order and anchors to every objective."""
+    baseline: str = "dflash"
+    """The objective that the others are compared with; added where it is missing."""
 
 
 def recipe_flags(path: str | Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Responses in; batches of conversations with this epoch's blocks, and their features where they fit in memory, out."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,14 +32,28 @@ class ResponseDataset(torch.utils.data.Dataset):
                 self.rows.append((response.id, torch.tensor(response.token_ids[:max_length]), is_response))
         self.num_skipped = len(responses) - len(self.rows)
 
+    def with_seed(self, seed: int) -> "ResponseDataset":
+        """The same conversations and features with other anchors."""
+        other = copy.copy(self)
+        other.seed, other.epoch = seed, 0
+        return other
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the conversations."""
+        return [response_id for response_id, _, _ in self.rows]
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all conversations, prompts included."""
         return sum(len(token_ids) for _, token_ids, _ in self.rows)
 
-    def keep_features(self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float) -> bool:
-        """Compute the features of every conversation once, where they fit in memory; say whether they did."""
-        size = self.num_tokens * len(target_layer_ids) * target.hidden_size * target.head.weight.element_size()
+    def keep_features(
+        self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_last: bool = False
+    ) -> bool:
+        """Compute `Target.features` of every conversation once, where they fit in memory; say whether they did."""
+        num_layers = len(target_layer_ids) + with_last
+        size = self.num_tokens * num_layers * target.hidden_size * target.head.weight.element_size()
         if size > limit_bytes:
             return False
         order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i][1]))
@@ -48,7 +63,7 @@ class ResponseDataset(torch.utils.data.Dataset):
             for start in range(0, len(order), FEATURE_BATCH):
                 batch = order[start : start + FEATURE_BATCH]
                 token_ids = _pad([self.rows[i][1] for i in batch]).to(target.device)
-                features = target.features(token_ids, target_layer_ids).cpu()
+                features = target.features(token_ids, target_layer_ids, with_last=with_last).cpu()
                 kept |= {i: row[: len(self.rows[i][1])].clone() for i, row in zip(batch, features, strict=True)}
                 bar.advance(task, len(batch))
         self.features = [kept[i] for i in range(len(self.rows))]

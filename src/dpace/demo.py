@@ -144,7 +144,7 @@ def run_demo(config: DemoConfig) -> dict:
     """
     from dpace.benchmark import bench
     from dpace.drafter import load_drafter
-    from dpace.prompts import first_of_each_set, split_prompts
+    from dpace.prompts import split_prompts
     from dpace.report import plot_acceptance, plot_weights, read_log
     from dpace.responses import write_responses
     from dpace.target import Target
@@ -152,20 +152,20 @@ def run_demo(config: DemoConfig) -> dict:
 
     recipe = demo_recipe(config)
     folder = Path(recipe.output)
-    prompts, heldout = split_prompts(recipe.prompts)
-    if config.quick:
-        heldout = first_of_each_set(heldout, recipe.bench.num_prompts)
+    parts = split_prompts(recipe.prompts)
     target = Target.load(find_target(recipe.target))
-    responses = write_responses(target, [*prompts, *heldout], folder / "responses.jsonl", recipe.respond)
+    prompts = [*parts.train, *parts.validation]
+    responses = write_responses(target, prompts, folder / "responses.jsonl", recipe.respond)
     objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
     recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
     missing = [name for name in objectives if not is_trained(folder / name, recipes[name])]
     if missing:
-        dataset, measured = make_datasets(target, responses[: len(prompts)], responses[len(prompts) :], recipe)
+        count = len(parts.train)
+        dataset, validation = make_datasets(target, responses[:count], responses[count:], recipe)
         for name in missing:
-            train(target, dataset, measured, recipes[name], folder / name)
+            train(target, dataset, validation, recipes[name], folder / name)
     drafters = {name: load_drafter(folder / name, target) for name in objectives}
-    results = bench(target, drafters, heldout, recipe.bench, folder)
+    results = bench(target, drafters, parts.heldout, recipe.bench, folder)
     plot_acceptance(results, folder / "acceptance.png")
     plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
     return results
@@ -186,6 +186,8 @@ def summary(results: dict) -> list[str]:
             found = words.get(verdict(row["decode_speedup_interval"]), "has no clear effect")
             lines.append(f"{name}: the D-PACE drafter {found} (decode_speedup {row['decode_speedup']:.2f}, T=0)")
         if drafter == "dpace" and (name, "dflash") in by_name:
-            gain, low, high = (100 * x for x in tau_gain(*map(acceptance_of, (row, by_name[name, "dflash"]))))
+            gain, low, high = (
+                100 * x for x in tau_gain([acceptance_of(row)], [acceptance_of(by_name[name, "dflash"])])
+            )
             lines.append(f"{name}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0")
     return lines

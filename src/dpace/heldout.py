@@ -15,27 +15,39 @@ from dpace.target import Target
 
 
 def blocks_hidden(
-    drafter, target: Target, inputs: dict[str, Any], *, mask_token_id: int, target_layer_ids: Sequence[int]
-) -> tuple[Tensor, Blocks]:
+    drafter,
+    target: Target,
+    inputs: dict[str, Any],
+    *,
+    mask_token_id: int,
+    target_layer_ids: Sequence[int],
+    with_target_hidden: bool = False,
+) -> tuple[Tensor, Blocks, Tensor | None]:
     """Run the drafter over all blocks of a batch at once.
 
     Returns:
-        Final hidden states, "batch block slot hidden", and the blocks.
+        Final hidden states, "batch block slot hidden"; the blocks; and, where asked for, what the target's head reads where it
+        predicts each slot, of the same shape.
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
     token_ids, features = inputs["token_ids"], inputs["features"]
     if features is None:
-        features = target.features(token_ids, target_layer_ids)
+        features = target.features(token_ids, target_layer_ids, with_last=with_target_hidden)
+    last = features[..., len(target_layer_ids) * target.hidden_size :]
     batch, num_context = token_ids.shape
     make_mask = flex_mask if token_ids.device.type == "cuda" else dense_mask
     context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
     hidden = drafter(
         noise_embeds=target.embed(blocks.input_ids(mask_token_id)).flatten(1, 2),
-        context_hidden_states=features,
+        context_hidden_states=features[..., : len(target_layer_ids) * target.hidden_size],
         position_ids=torch.cat([context_ids, blocks.position_ids.flatten(1)], dim=1),
         attention_mask=make_mask(blocks, num_context),
-    ).last_hidden_state
-    return hidden.unflatten(1, blocks.labels.shape[1:]), blocks
+    ).last_hidden_state.unflatten(1, blocks.labels.shape[1:])
+    if not with_target_hidden:
+        return hidden, blocks, None
+    before = (blocks.position_ids - 1).clamp(0, num_context - 1)
+    rows = torch.arange(batch, device=token_ids.device)[:, None, None]
+    return hidden, blocks, last[rows, before]
 
 
 def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:
@@ -63,7 +75,7 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
 def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDataset) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
-    Equal to what `dpace.decode.generate` accepts at temperature 0. One row a response.
+    Equal to what `dpace.decode.generate` accepts at temperature 0. One row a conversation.
 
     Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block tokens
     are response tokens x block_size.
@@ -82,14 +94,13 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
     for i in range(len(dataset)):
         inputs: dict[str, Any] = collate([dataset[i]], drafter.block_size)
         inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
-        hidden, blocks = blocks_hidden(
+        hidden, blocks, _ = blocks_hidden(
             drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
         )
         out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
-        is_match = (out.top_tokens == blocks.labels) & blocks.is_scored
-        accepted = is_match[0, :, 1:].int().cumprod(-1).sum(-1).tolist()
-        accepted_from = dict(zip(blocks.anchors[0].tolist(), accepted, strict=True))
-        results += [walk(accepted_from, span, drafter.block_size) for span in _spans(dataset.rows[i][2].tolist())]
+        accepted_from = dict(zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True))
+        spans = _spans(dataset.rows[i][2].tolist())
+        results.append(Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans]))
     drafter.train(was_training)
     return Acceptance.of_prompts(results)
 

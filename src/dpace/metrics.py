@@ -22,9 +22,9 @@ class Acceptance:
 
     def __post_init__(self):
         """Check the shape."""
-        if self._rows.shape[-1] != self.block_size:
+        if self.rows.shape[-1] != self.block_size:
             raise ValueError(
-                f"the histogram has {self._rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 to "
+                f"the histogram has {self.rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 to "
                 f"{self.block_size - 1}, so {self.block_size}"
             )
 
@@ -40,23 +40,31 @@ class Acceptance:
         if not responses:
             raise ValueError("no response to pool")
         return cls(
-            np.concatenate([response._rows for response in responses]),
+            np.concatenate([response.rows for response in responses]),
             responses[0].block_size,
-            np.concatenate([response._missing for response in responses]),
+            np.concatenate([response.missing for response in responses]),
         )
 
+    @classmethod
+    def pooled(cls, parts: Sequence["Acceptance"]) -> "Acceptance":
+        """Add up verifications of the same prompts, row by row: several turns, or several seeds."""
+        rows, missing = np.sum([part.rows for part in parts], 0), np.sum([part.missing for part in parts], 0)
+        return cls(rows, parts[0].block_size, missing)
+
     @property
-    def _rows(self) -> np.ndarray:
+    def rows(self) -> np.ndarray:
+        """The histograms, "prompt length"."""
         return np.atleast_2d(np.asarray(self.histogram, dtype=np.int64))
 
     @property
-    def _missing(self) -> np.ndarray:
+    def missing(self) -> np.ndarray:
+        """`num_without_bonus`, one a prompt."""
         return np.atleast_1d(np.asarray(self.num_without_bonus, dtype=np.int64))
 
     @property
     def counts(self) -> np.ndarray:
         """Verifications by accepted length, all prompts together."""
-        return self._rows.sum(0)
+        return self.rows.sum(0)
 
     @property
     def num_verifications(self) -> int:
@@ -66,12 +74,12 @@ class Acceptance:
     @property
     def num_missing(self) -> int:
         """`num_without_bonus`, all prompts together."""
-        return int(self._missing.sum())
+        return int(self.missing.sum())
 
     @property
     def num_emitted_tokens(self) -> int:
         """Accepted draft tokens and bonus tokens."""
-        return int(self._emitted(self._rows).sum() - self._missing.sum())
+        return int(self._emitted(self.rows).sum() - self.missing.sum())
 
     @staticmethod
     def _emitted(rows: np.ndarray) -> np.ndarray:
@@ -115,14 +123,14 @@ class Acceptance:
         if not self.num_verifications:
             return float("nan"), float("nan")
         generator = np.random.default_rng(seed)
-        if len(self._rows) > 1:
-            picks = generator.integers(len(self._rows), size=(num_resamples, len(self._rows)))
-            emitted = (self._emitted(self._rows) - self._missing)[picks].sum(-1)
-            verifications = self._rows.sum(-1)[picks].sum(-1)
+        if len(self.rows) > 1:
+            picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
+            emitted = (self._emitted(self.rows) - self.missing)[picks].sum(-1)
+            verifications = self.rows.sum(-1)[picks].sum(-1)
         else:
             total = self.num_verifications
             rows = generator.multinomial(total, self.counts / total, size=num_resamples)
-            emitted, verifications = self._emitted(rows) - self._missing.sum(), rows.sum(-1)
+            emitted, verifications = self._emitted(rows) - self.missing.sum(), rows.sum(-1)
         taus = emitted / np.maximum(verifications, 1)
         low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
@@ -167,26 +175,38 @@ def decode_speedup(
 
 
 def tau_gain(
-    ours: Acceptance, theirs: Acceptance, *, num_resamples: int = 2000, seed: int = 0
+    ours: Sequence[Acceptance], theirs: Sequence[Acceptance], *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """How much larger one tau is than another on the same prompts, as a ratio minus 1.
 
     Args:
-        ours: one row a prompt.
-        theirs: one row for each of the same prompts, in the same order.
-        num_resamples: paired bootstrap samples of prompts.
+        ours: one for each training seed, each with one row a prompt.
+        theirs: of the same seeds and prompts, in the same order.
+        num_resamples: paired bootstrap samples of prompts, and of seeds where there are several: a resample takes the same
+            prompts and seeds for both sides. Few seeds say little about others, and the interval is then too narrow.
         seed: of the resampling.
 
     Returns:
-        The gain and the ends of its 95 % interval.
+        The gain of the pooled taus and the ends of its 95 % interval.
 
     Raises:
-        ValueError: different numbers of prompts.
+        ValueError: different numbers of prompts or seeds.
     """
-    if len(ours._rows) != len(theirs._rows):
-        raise ValueError(f"a paired gain needs the same prompts; found {len(ours._rows)} and {len(theirs._rows)}")
-    emitted = np.stack([a._emitted(a._rows) - a._missing for a in (ours, theirs)]).astype(float)
-    verifications = np.stack([a._rows.sum(-1) for a in (ours, theirs)]).astype(float)
-    ratios = _resampled_ratio(emitted, verifications, num_resamples, seed)
-    low, high = np.quantile(ratios[0] / ratios[1] - 1, [0.025, 0.975])
-    return ours.tau / theirs.tau - 1, float(low), float(high)
+    shapes = [[len(a.rows) for a in side] for side in (ours, theirs)]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise ValueError(
+            f"a paired gain needs the same seeds and prompts; found prompts by seed {shapes[0]} and {shapes[1]}"
+        )
+    # axes: side, emitted tokens or verifications, seed, prompt
+    totals = np.array(
+        [[[a._emitted(a.rows) - a.missing for a in side], [a.rows.sum(-1) for a in side]] for side in (ours, theirs)],
+        dtype=float,
+    )
+    generator = np.random.default_rng(seed)
+    prompts = generator.integers(totals.shape[3], size=(num_resamples, totals.shape[3]))
+    seeds = generator.integers(totals.shape[2], size=(num_resamples, totals.shape[2]))
+    by_seed = np.stack([totals[:, :, i][..., prompts].sum(-1) for i in range(totals.shape[2])], axis=-1)
+    picked = np.take_along_axis(by_seed, np.broadcast_to(seeds, (*by_seed.shape[:2], *seeds.shape)), axis=-1).sum(-1)
+    taus, tau = picked[:, 0] / np.maximum(picked[:, 1], 1e-12), totals.sum((-2, -1))
+    low, high = np.quantile(taus[0] / taus[1] - 1, [0.025, 0.975])
+    return float(tau[0, 0] / tau[0, 1] / (tau[1, 0] / tau[1, 1]) - 1), float(low), float(high)

@@ -3,8 +3,11 @@
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -55,6 +58,44 @@ class SaveOnInterrupt(TrainerCallback):
         """Save and stop where it was asked for."""
         if self.is_asked:
             control.should_save = control.should_training_stop = True
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimizer step, without data loading, evaluation and logging; waits for the GPU at its end."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **_):
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_):
+        """Stop it."""
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+class PeakMemory:
+    """The most memory that was in use since it was made: allocated on the GPU, else resident in the process (Linux)."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")
+
+    @property
+    def bytes(self) -> int | None:
+        """None where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if sys.platform != "linux":
+            return None
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 class TrainingBar(ProgressCallback):

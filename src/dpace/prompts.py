@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from dpace.config import PromptsConfig
 
@@ -27,10 +28,21 @@ def demo_path(part: str) -> Path:
     return Path(str(files("dpace") / "data" / f"demo_{part}.jsonl"))
 
 
-def split_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Read the prompts to train on and those to measure on, which are never trained on.
+class PromptParts(NamedTuple):
+    """Prompts by what they are for; no prompt is in two parts."""
 
-    Without a file for the second, a fixed random tenth (at most `num_heldout`) is taken out of the first.
+    train: list[Prompt]
+    validation: list[Prompt]
+    """Chooses the checkpoint; may be empty."""
+    heldout: list[Prompt]
+    """What is reported is measured on these, and nothing is chosen by them."""
+
+
+def split_prompts(config: PromptsConfig) -> PromptParts:
+    """Read the prompts and split them in three parts.
+
+    Without a file of held-out prompts, a fixed random tenth (at most `num_heldout`) is taken out of the training prompts; then a
+    tenth of what is left (at most `num_validation`) for validation.
 
     Raises:
         ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to train on.
@@ -49,13 +61,17 @@ def split_prompts(config: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
         ids = {prompt.id for prompt in prompts}
         heldout = [replace(p, id=f"heldout/{p.id}") if p.id in ids else p for p in heldout]
     else:
-        count = min(config.num_heldout, len(prompts) // 10)
-        if not count:
+        heldout, prompts = _take_out(prompts, config.num_heldout, seed=0)
+        if not heldout:
             raise ValueError(f"{config.path} has {len(prompts)} prompts; give at least 10, or --prompts.heldout-path")
-        chosen = set(random.Random(0).sample(range(len(prompts)), count))
-        heldout = [prompt for i, prompt in enumerate(prompts) if i in chosen]
-        prompts = [prompt for i, prompt in enumerate(prompts) if i not in chosen]
-    return prompts[: config.limit], heldout
+    validation, prompts = _take_out(prompts, config.num_validation, seed=1)
+    return PromptParts(prompts[: config.limit], validation, heldout)
+
+
+def _take_out(prompts: list[Prompt], limit: int, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """A random tenth, at most `limit`, and the rest."""
+    chosen = set(random.Random(seed).sample(range(len(prompts)), min(limit, len(prompts) // 10)))
+    return [p for i, p in enumerate(prompts) if i in chosen], [p for i, p in enumerate(prompts) if i not in chosen]
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

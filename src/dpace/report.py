@@ -1,7 +1,7 @@
 """results.json and training logs in; tables for the terminal and plots out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -14,8 +14,8 @@ Interval = Sequence[float | None]
 
 
 def console() -> Console:
-    """Where tables go: at least 110 columns wide, so that numbers are not broken when stdout is a file."""
-    return Console(width=max(110, Console().width))
+    """Where tables go: at least 140 columns wide, so that numbers are not broken when stdout is a file."""
+    return Console(width=max(140, Console().width))
 
 
 def results_table(results: dict) -> Table:
@@ -53,6 +53,35 @@ def slots_table(results: dict) -> Table:
         table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right", no_wrap=True)
     for row in results["rows"]:
         table.add_row(row["set"], f"{row['temperature']:g}", row["drafter"], *(f"{x:.2f}" for x in row["reach_rate"]))
+    return table
+
+
+def compare_table(results: dict) -> Table:
+    """One line for each set and objective: tau, its gain over the baseline, and what training and decoding took."""
+    seeds, decode = results["seeds"], results["decode"] or {"rows": []}
+    speeds = {(r["set"], r["drafter"]): r for r in decode["rows"] if r["temperature"] == 0}
+    table = Table(
+        title=f"{Path(results['target']).name}, reduction {results['reduction']}, seeds {', '.join(map(str, seeds))}, T=0",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    gain = f"over {results['baseline']}, % [95 %]"
+    for heading in ("set", "objective", "tau [95 %]", gain, "by seed", "decode_speedup [95 %]", "ms/step", "peak GiB"):
+        table.add_column(heading, justify="left" if heading in ("set", "objective") else "right", no_wrap=True)
+    for row in results["rows"]:
+        value, low, high = (100 * x for x in row["gain"])
+        is_baseline = row["drafter"] == results["baseline"]
+        speed, peak = speeds.get((row["set"], row["drafter"])), row["peak_memory_bytes"]
+        table.add_row(
+            row["set"],
+            row["drafter"],
+            with_interval(row["tau"], row["tau_interval"]),
+            "-" if is_baseline else f"{value:+.1f} [{low:+.1f}, {high:+.1f}]",
+            "-" if is_baseline else " ".join(f"{100 * x:+.1f}" for x in row["gain_by_seed"]),
+            with_interval(speed["decode_speedup"], speed["decode_speedup_interval"]) if speed else "-",
+            f"{1000 * row['step_seconds']:.0f}",
+            "-" if peak is None else f"{peak / 2**30:.2f}",
+        )
     return table
 
 
@@ -136,6 +165,29 @@ def plot_weights(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("share of the block's weight")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_tau(logs: Mapping[str, Sequence[Sequence[dict]]], path: str | Path) -> None:
+    """Draw tau of the validation responses against steps, one line an objective (mean over seeds) and a thin one a seed.
+
+    Args:
+        logs: by objective, the `log_history` of each seed.
+        path: of the PNG.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for number, (name, runs) in enumerate(logs.items()):
+        curves = [{e["step"]: e["eval_tau"] for e in run if "eval_tau" in e} for run in runs]
+        for curve in curves:
+            axis.plot(list(curve), list(curve.values()), color=f"C{number}", alpha=0.25, lw=1)
+        steps = sorted(set.intersection(*map(set, curves)))
+        means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+        axis.plot(steps, means, color=f"C{number}", marker="o", ms=3, label=name)
+    axis.set(xlabel="optimizer step", ylabel="tau, validation responses")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

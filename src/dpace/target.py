@@ -30,7 +30,7 @@ def shared_prefix(rows: list[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-class _LastLayerReached(Exception):
+class _Reached(Exception):
     """Ends a forward pass that runs for its features only."""
 
 
@@ -125,7 +125,7 @@ class Target:
 
     @torch.no_grad()
     def features(
-        self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int]
+        self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int], *, with_last: bool = False
     ) -> Float[Tensor, "batch seq feature"]:
         """Concatenate the outputs of the chosen layers; layers above the last one and the LM head do not run.
 
@@ -137,33 +137,41 @@ class Target:
         Args:
             token_ids: any text.
             target_layer_ids: 0-based decoder layers whose output is used.
+            with_last: run all layers and append what the LM head reads.
 
         Returns:
-            `feature = len(target_layer_ids) * hidden`, in the dtype of the target, detached.
+            `feature = len(target_layer_ids) * hidden`, and `hidden` more `with_last`, in the dtype of the target, detached.
         """
         num_shared = shared_prefix(token_ids.tolist())
         if len(token_ids) == 1 or not MIN_SHARED <= num_shared < token_ids.shape[1]:
-            return self._run_to_last_layer(token_ids, target_layer_ids, cache=None)
+            return self._run(token_ids, target_layer_ids, with_last=with_last, cache=None)
         cache: Any = DynamicCache(config=self.config)
-        shared = self._run_to_last_layer(token_ids[:1, :num_shared], target_layer_ids, cache=cache)
-        for layer in cache.layers[: max(target_layer_ids) + 1]:
+        shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_last=with_last, cache=cache)
+        for layer in cache.layers if with_last else cache.layers[: max(target_layer_ids) + 1]:
             layer.batch_repeat_interleave(len(token_ids))
-        rest = self._run_to_last_layer(token_ids[:, num_shared:], target_layer_ids, cache=cache)
+        rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_last=with_last, cache=cache)
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 
-    def _run_to_last_layer(self, token_ids, target_layer_ids: Sequence[int], *, cache: Cache | None) -> Tensor:
-        def stop(_module, _args, _output):
-            raise _LastLayerReached
+    def _run(self, token_ids, target_layer_ids: Sequence[int], *, with_last: bool, cache: Cache | None) -> Tensor:
+        """Run as far as is needed: to the last of the layers, or to the head's input."""
+        head_input = []
+
+        def stop(_module, args, _output=None):
+            head_input.extend(args if with_last else ())
+            raise _Reached
 
         with self.capture(target_layer_ids) as captured:
-            handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
+            if with_last:
+                handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
+            else:
+                handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
             try:
                 self.model(token_ids, cache=cache, use_cache=cache is not None)
-            except _LastLayerReached:
+            except _Reached:
                 pass
             finally:
                 handle.remove()
-            return torch.cat(captured, dim=-1)
+            return torch.cat([*captured, *head_input], dim=-1)
 
     def _find_layers(self) -> nn.ModuleList:
         decoder = self.model.get_decoder()

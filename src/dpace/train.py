@@ -2,9 +2,11 @@
 
 import json
 import platform
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,55 +15,43 @@ from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 import dpace
-from dpace import weights as W
 from dpace.config import LossConfig, Recipe, TrainConfig, read_recipe, write_recipe
 from dpace.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
 from dpace.heldout import blocks_hidden, heldout_acceptance
-from dpace.loss import Head, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.loss import Head, block_loss, count_items, frozen_head_nll
+from dpace.objective import make_weigh
 from dpace.optimizer import MuonAdamW
-from dpace.progress import SaveOnInterrupt, TrainingBar
+from dpace.progress import PeakMemory, SaveOnInterrupt, StepTimer, TrainingBar
 from dpace.responses import Response
 from dpace.target import Target
 
 
-def make_weigh(config: LossConfig, block_size: int) -> Weigh:
-    """The weights function of an objective."""
-    schedules = {
-        "dflash": partial(W.dflash_weights, gamma=config.gamma or W.dflash_gamma(block_size)),
-        "uniform": W.uniform_weights,
-        "head": partial(W.head_weights, base=config.base),
-    }
-    if config.objective in schedules:
-        schedule = schedules[config.objective]
-        return lambda token_probs, is_scored: schedule(is_scored)
-    dynamic = {
-        "dpace": W.dpace_weights,
-        "dpace-confidence-only": W.dpace_confidence_only_weights,
-        "dpace-continuation-only": W.dpace_continuation_only_weights,
-    }
-    return partial(dynamic[config.objective], alpha=config.alpha)
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the dataset which epoch's anchors to draw; on resume the state holds the epoch that was interrupted."""
+class _Schedule(TrainerCallback):
+    """Tells the dataset which epoch's anchors to draw, and measures and saves at the last step too."""
 
     def __init__(self, dataset: ResponseDataset):
         self.dataset = dataset
 
     def on_epoch_begin(self, args, state, control, **_):
-        self.dataset.epoch = int(state.epoch)
+        self.dataset.epoch = int(state.epoch)  # on resume, the epoch that was interrupted
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == state.max_steps:
+            control.should_evaluate, control.should_save = args.eval_strategy != "no", True
 
 
 class DrafterTrainer(Trainer):
     """Trains a drafter on blocks of a target's responses with a frozen-head loss.
 
     A thin subclass of `transformers.Trainer`: optimizer, schedule, accumulation, distribution, checkpoints and resuming are
-    its own. Logs the loss, the drafter's accuracy and share of the weight by slot; `evaluate` gives `eval_tau`, the emitted
-    tokens a verification on held-out responses, which also selects the best checkpoint. The loss itself cannot be compared
+    its own. Logs the loss, seconds a step, the drafter's accuracy and share of the weight by slot; `evaluate` gives `eval_tau`, the emitted
+    tokens a verification on responses that are not trained on, which also selects the best checkpoint. The loss itself cannot be compared
     between steps or objectives: D-PACE's grows as the drafter gets better.
 
     The loss is divided by `count_items` over all ranks and micro-batches of a step, so a step is the same however it is split.
+    The sum of the weights is known only after a step's last forward pass; with the reduction `weights` it is the accumulated
+    gradient that is divided, before it is clipped.
 
     Source: D-PACE (arXiv 2605.18810), equation 9.
     """
@@ -73,7 +63,7 @@ class DrafterTrainer(Trainer):
         drafter: Drafter,
         target: Target,
         dataset: ResponseDataset,
-        heldout: ResponseDataset,
+        validation: ResponseDataset,
         args: TrainingArguments,
         loss: LossConfig,
         use_muon: bool = False,
@@ -82,21 +72,24 @@ class DrafterTrainer(Trainer):
             model=drafter,
             args=args,
             train_dataset=dataset,
-            eval_dataset=heldout,
+            eval_dataset=validation,
             data_collator=partial(collate, block_size=drafter.block_size),
-            callbacks=[_SetEpoch(dataset)],
+            callbacks=[_Schedule(dataset)],
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(TrainingBar(f"training, {loss.objective}"))
+        self.step_timer = StepTimer()
+        self.add_callback(self.step_timer)
         self.model_accepts_loss_kwargs = False
         self.use_muon = use_muon
-        self.target, self.heldout, self.loss_config = target, heldout, loss
+        self.target, self.validation, self.loss_config = target, validation, loss
         self.drafter = drafter
         self.weigh = make_weigh(loss, drafter.block_size)
         self.head, self.head_index = target.head, None
         if loss.vocabulary == "seen":
             self.head, self.head_index = _seen_head(target, dataset)
         self._sums: dict[str, Tensor] = {}
+        self._step_weight = torch.zeros((), device=target.device)
 
     def create_optimizer(self, model=None):
         """AdamW as transformers makes it, or Muon."""
@@ -108,28 +101,59 @@ class DrafterTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         """Count the items of a whole optimizer step, over its micro-batches and all ranks."""
+        if self.loss_config.reduction == "weights":
+            return torch.ones((), device=device)  # training_step divides
         count = sum(count_items(batch["is_scored"], self.loss_config.reduction) for batch in batch_samples)
-        return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
+        return self._over_ranks(torch.as_tensor(count, device=device))
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        total: Any = self.accelerator.reduce(value, reduction="sum")
+        return total
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a micro-batch; after a step's last one, divide the gradient by the sum of the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.loss_config.reduction == "weights" and self.accelerator.sync_gradients:
+            total = float(self._over_ranks(self._step_weight).clamp_min(torch.finfo(torch.float32).tiny))
+            for parameter in self.drafter.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(total)
+            self._step_weight = torch.zeros_like(self._step_weight)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch, in nats; what `Trainer` calls."""
-        drafter = self.drafter
-        hidden, blocks = blocks_hidden(
-            model, self.target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
+        drafter, config = self.drafter, self.loss_config
+        hidden, blocks, target_hidden = blocks_hidden(
+            model,
+            self.target,
+            inputs,
+            mask_token_id=drafter.mask_token_id,
+            target_layer_ids=drafter.target_layer_ids,
+            with_target_hidden=config.needs_target_probs,
         )
         labels = blocks.labels if self.head_index is None else self.head_index[blocks.labels]
-        out = frozen_head_nll(hidden, self.head, labels, blocks.is_scored, weigh=self.weigh)
-        self._add_to_log(out, labels, blocks.is_scored)
-        loss = block_loss(
-            out.losses, blocks.is_scored, reduction=self.loss_config.reduction, num_items=num_items_in_batch
+        out = frozen_head_nll(
+            hidden,
+            self.head,
+            labels,
+            blocks.is_scored,
+            weigh=self.weigh,
+            token_loss=config.token_loss,
+            target_hidden=target_hidden,
         )
+        self._add_to_log(out, blocks.is_scored)
+        loss = block_loss(out.losses, blocks.is_scored, reduction=config.reduction, num_items=num_items_in_batch)
         return loss * self.accelerator.num_processes  # DDP averages gradients over ranks
 
-    def _add_to_log(self, out, labels, is_scored):
+    def _add_to_log(self, out, is_scored):
         """Add up what is logged as means."""
+        self._step_weight += out.weights.sum()
         sums = {
+            "losses": out.losses.detach().sum()[None],
             "weights": out.weights.sum((0, 1)),
-            "matches": ((out.top_tokens == labels) & is_scored).float().sum((0, 1)),
+            "matches": out.is_match.float().sum((0, 1)),
             "nll": out.nll.sum((0, 1)),
             "slots": is_scored.float().sum((0, 1)),
         }
@@ -139,18 +163,24 @@ class DrafterTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add accuracy and share of the weight by slot to the training log."""
         if "loss" in logs and self._sums:
-            sums = {name: self.accelerator.reduce(value, reduction="sum")[1:] for name, value in self._sums.items()}
+            sums = {name: self._over_ranks(value) for name, value in self._sums.items()}
             self._sums = {}
+            if self.loss_config.reduction == "weights":
+                logs["loss"] = float(sums["losses"] / sums["weights"].sum())
+            logs["step_seconds"] = statistics.median(self.step_timer.seconds)
+            self.step_timer.seconds.clear()
             shares = sums["weights"] / sums["weights"].sum()
             accuracy = sums["matches"] / sums["slots"].clamp_min(1)
             logs["nll"] = float(sums["nll"].sum() / sums["slots"].sum().clamp_min(1))
-            for slot, (share, right) in enumerate(zip(shares.tolist(), accuracy.tolist(), strict=True), start=1):
+            for slot, (share, right) in enumerate(
+                list(zip(shares.tolist(), accuracy.tolist(), strict=True))[1:], start=1
+            ):
                 logs[f"weight_share/{slot}"], logs[f"slot_accuracy/{slot}"] = share, right
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measure held-out tau with its 95 % interval and log it."""
-        acceptance = heldout_acceptance(self.drafter, self.target, self.heldout)
+        """Measure tau of the validation responses with its 95 % interval and log it."""
+        acceptance = heldout_acceptance(self.drafter, self.target, self.validation)
         low, high = acceptance.interval()
         metrics = {"tau": acceptance.tau, "tau_low": low, "tau_high": high}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -168,7 +198,9 @@ def _seen_head(target: Target, dataset: ResponseDataset) -> tuple[Head, Tensor]:
     return target.head._replace(weight=target.head.weight[tokens.to(device)].contiguous()), index.to(device)
 
 
-def training_arguments(config: TrainConfig, folder: Path, *, device: torch.device) -> TrainingArguments:
+def training_arguments(
+    config: TrainConfig, folder: Path, *, device: torch.device, has_validation: bool
+) -> TrainingArguments:
     """The recipe in the words of transformers' Trainer: fp32 on CPU, bf16 with fp32 master weights on GPU."""
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -183,13 +215,13 @@ def training_arguments(config: TrainConfig, folder: Path, *, device: torch.devic
         weight_decay=config.weight_decay,
         seed=config.seed,
         logging_steps=config.logging_steps,
-        eval_strategy="steps",
+        eval_strategy="steps" if has_validation else "no",
         eval_steps=config.eval_steps,
         save_strategy="steps",
         save_steps=config.eval_steps,
         save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_tau",
+        load_best_model_at_end=has_validation,
+        metric_for_best_model="eval_tau" if has_validation else None,
         greater_is_better=True,
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
@@ -224,9 +256,9 @@ def is_trained(folder: str | Path, recipe: Recipe) -> bool:
 
 
 def make_datasets(
-    target: Target, responses: Sequence[Response], heldout: Sequence[Response], recipe: Recipe
+    target: Target, responses: Sequence[Response], validation: Sequence[Response], recipe: Recipe
 ) -> tuple[ResponseDataset, ResponseDataset]:
-    """Make what `train` takes: conversations to train on, and held-out ones with every response token as an anchor.
+    """Make what `train` takes: conversations to train on, and others with every response token as an anchor.
 
     Their features are computed here where they fit in `feature_cache_gib`, so that several drafters can share them.
 
@@ -239,15 +271,15 @@ def make_datasets(
         raise ValueError(
             f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on"
         )
-    measured = ResponseDataset(heldout, max_length=config.max_length, num_anchors=None, seed=config.seed)
+    measured = ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
     layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
-    for part in (dataset, measured):
-        part.keep_features(target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
+    for part, with_last in ((dataset, recipe.loss.needs_target_probs), (measured, False)):
+        part.keep_features(target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30, with_last=with_last)
     return dataset, measured
 
 
 def train(
-    target: Target, dataset: ResponseDataset, heldout: ResponseDataset, recipe: Recipe, folder: str | Path
+    target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe, folder: str | Path
 ) -> Drafter:
     """Train a drafter and write its folder; an interrupted run goes on from its last checkpoint.
 
@@ -258,13 +290,13 @@ def train(
     Args:
         target: the frozen target.
         dataset: what it wrote, from `make_datasets`.
-        heldout: for measuring tau during training; best greedy responses.
+        validation: for measuring tau during training; best greedy responses. May be empty.
         recipe: every setting.
         folder: receives `config.json`, `model.safetensors`, `recipe.yaml`, `provenance.json`, `trainer_state.json`, and
             `checkpoints/`.
 
     Returns:
-        The best drafter by held-out tau.
+        The best drafter by tau of the validation responses; the last one where there are none.
 
     Raises:
         ValueError: the text contains the mask token, or the folder holds a run of another recipe.
@@ -278,8 +310,10 @@ def train(
             f"the training text contains the mask token {drafter.mask_token_id}; "
             "name another with --drafter.mask-token-id"
         )
-    args = training_arguments(config, folder / "checkpoints", device=target.device)
-    trainer = DrafterTrainer(drafter, target, dataset, heldout, args, recipe.loss, config.optimizer == "muon")
+    args = training_arguments(
+        config, folder / "checkpoints", device=target.device, has_validation=bool(len(validation))
+    )
+    trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, config.optimizer == "muon")
     is_begun = Path(folder / "checkpoints").is_dir()
     resume = transformers.trainer_utils.get_last_checkpoint(str(folder / "checkpoints")) if is_begun else None
     if trainer.is_world_process_zero():
@@ -287,12 +321,14 @@ def train(
         write_recipe(recipe, folder / "recipe.yaml")
     interrupt = SaveOnInterrupt()
     trainer.add_callback(interrupt)
+    memory = PeakMemory(target.device)
     with interrupt.watching():
         trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         drafter.save_pretrained(folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / "provenance.json").write_text(json.dumps(_provenance(target, trainer, dataset), indent=2) + "\n")
+        provenance = {**_provenance(target, trainer, dataset), "peak_memory_bytes": memory.bytes}
+        (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
     return drafter
 
 

@@ -2,16 +2,20 @@
 
 Every function is pure: tensors in, detached fp32 weights of the same shape out, 0 at slots that are not scored. Slot 0 of
 every `block slot` tensor is the anchor, which is never scored. `q[k]` below is the probability that the drafter gives to the
-target's own token at slot `k`.
+target's own token at slot `k`; the functions of the D-PACE family take any other estimate of how likely slot `k` is accepted as
+well, such as the overlap of the two distributions.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TokenProbs = Float[Tensor, "batch block slot"]
 IsScored = Bool[Tensor, "batch block slot"]
+IsMatch = Bool[Tensor, "batch block slot"]
 Weights = Float[Tensor, "batch block slot"]
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def _smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
@@ -78,6 +82,100 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
     return torch.stack(values[::-1], dim=-1) * is_scored
 
 
+@torch.no_grad()
+def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
+    """Weigh each slot by the exact gradient of the smoothed surrogate.
+
+    `w[j] = dpace_weights[j] * (1 - alpha) q[j] / q~[j]`: the gradient of `sum over m of product over i <= m of q~[i]` with
+    respect to `log q[j]`. D-PACE leaves the last factor out, and so pushes hardest where a slot is still wrong; with it,
+    training fades where `q` is small. The two agree at `alpha = 0`. Arguments, returns and errors as in `dpace_weights`.
+
+    Source: D-PACE (arXiv 2605.18810), the derivative of equation 7 written out.
+    """
+    share = (1 - alpha) * token_probs.float() / _smoothed(token_probs, is_scored, alpha).clamp_min(_TINY)
+    return dpace_weights(token_probs, is_scored, alpha) * share
+
+
+@torch.no_grad()
+def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored, scale: float = 1.0) -> Weights:
+    """Weigh each slot by 1 plus its share in the undetached chain reward.
+
+    The loss `sum over k of -log q[k] - scale / slots * sum over m of product over i <= m of q[i]`, whose reward is not smoothed
+    and not detached, has the gradient of cross-entropy weighed by `1 + scale / slots * dpace_weights(q, alpha=0)`, with `slots`
+    the scored slots of the block.
+
+    Args:
+        token_probs: `q`, in [0, 1].
+        is_scored: slots that count.
+        scale: of the reward, at least 0.
+
+    Returns:
+        fp32 weights, detached.
+
+    Raises:
+        ValueError: negative `scale`.
+
+    Source: Teaching Diffusion to Speculate Left-to-Right (arXiv 2606.11552), the chain reward as an additive term.
+    """
+    if scale < 0:
+        raise ValueError(f"scale is {scale}; a reward's scale must be at least 0")
+    num_slots = is_scored.sum(-1, keepdim=True).clamp_min(1)
+    return is_scored + scale / num_slots * dpace_weights(token_probs, is_scored, alpha=0.0)
+
+
+def _num_accepted_before(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block 1"]:
+    """Scored slots before the first whose greedy draft is wrong."""
+    is_accepted = (is_match | ~is_scored).int().cumprod(-1)
+    return (is_accepted * is_scored).sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> Weights:
+    """Weigh the slots up to the first rejection by 1, and let a decay start there.
+
+    `w[k] = 1` for `k < k*` and `exp(-(k - k*) / gamma)` from the first rejection `k*` on, counted in scored slots: DFlash's
+    decay, which fades from slot 1 on however much of the block is already right, moved to where the drafter first fails.
+
+    Args:
+        is_match: the drafter's greedy choice is the target's token.
+        is_scored: slots that count.
+        gamma: decay length in slots, as in `dflash_weights`.
+
+    Returns:
+        fp32 weights in (0, 1].
+
+    Raises:
+        ValueError: `gamma` not above 0.
+
+    Source: verification-aware training, VAT (arXiv 2608.30135), its weights with greedy verification; its verification head and
+    mixed labels are not part of this.
+    """
+    _check_gamma(gamma)
+    number = is_scored.cumsum(-1) - 1
+    since = (number - _num_accepted_before(is_match, is_scored)).clamp_min(0)
+    return torch.exp(-since / gamma) * is_scored
+
+
+@torch.no_grad()
+def spec_auf_weights(is_match: IsMatch, is_scored: IsScored) -> Weights:
+    """Weigh the slots up to and with the first rejection by 1, and what follows by 0.
+
+    Slots behind the first wrong draft are never looked at when decoding. The reduction `weights` makes it the published mean
+    over the support.
+
+    Args:
+        is_match: the drafter's greedy choice is the target's token.
+        is_scored: slots that count.
+
+    Returns:
+        fp32 weights, 0 or 1.
+
+    Source: Spec-AUF (arXiv 2607.01893), cross-entropy up to the first mismatch.
+    """
+    number = is_scored.cumsum(-1) - 1
+    return (is_scored & (number <= _num_accepted_before(is_match, is_scored))).float()
+
+
 def _slots(is_scored: IsScored) -> Float[Tensor, " slot"]:
     """Slot numbers 0, 1, ... as fp32."""
     return torch.arange(is_scored.shape[-1], device=is_scored.device, dtype=torch.float32)
@@ -99,9 +197,13 @@ def dflash_weights(is_scored: IsScored, gamma: float = 7.0) -> Weights:
 
     Source: DFlash (arXiv 2602.06036), equation 4.
     """
+    _check_gamma(gamma)
+    return torch.exp(-(_slots(is_scored) - 1) / gamma) * is_scored
+
+
+def _check_gamma(gamma: float) -> None:
     if gamma <= 0:
         raise ValueError(f"gamma is {gamma}; the decay length must be above 0")
-    return torch.exp(-(_slots(is_scored) - 1) / gamma) * is_scored
 
 
 def dflash_gamma(block_size: int) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dpace"
 ORDER = "__init__ config progress weights metrics optimizer loss blocks target drafter decode prompts responses dataset heldout".split()
-ORDER += "train benchmark report demo cli".split()
+ORDER += "objective train benchmark report compare demo cli".split()
 
 
 def test_imports_go_one_way():

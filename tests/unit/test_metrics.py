@@ -69,8 +69,8 @@ def test_decode_speedup_is_a_ratio_of_totals():
 def test_tau_gain_is_paired():
     theirs = Acceptance([[8, 2], [2, 8]] * 5, 2)
     ours = Acceptance([[6, 4], [0, 10]] * 5, 2)
-    gain, low, high = tau_gain(ours, theirs)
+    gain, low, high = tau_gain([ours], [theirs])
     assert gain == pytest.approx(1.7 / 1.5 - 1)
     assert 0 < low <= gain <= high
-    with pytest.raises(ValueError, match="same prompts"):
-        tau_gain(ours, Acceptance([1, 1], 2))
+    with pytest.raises(ValueError, match="same seeds and prompts"):
+        tau_gain([ours], [Acceptance([1, 1], 2)])

@@ -60,9 +60,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_fixed_share_is_held_out(tmp_path):
     path = str(write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(40))))
-    train, heldout = split_prompts(PromptsConfig(path=path))
-    assert len(train) == 36 and len(heldout) == 4 and not {p.id for p in train} & {p.id for p in heldout}
-    assert split_prompts(PromptsConfig(path=path)) == (train, heldout)
+    parts = split_prompts(PromptsConfig(path=path))
+    assert [len(part) for part in parts] == [33, 3, 4]
+    assert len({prompt.id for part in parts for prompt in part}) == 40
+    assert split_prompts(PromptsConfig(path=path)) == parts
+    assert [len(part) for part in split_prompts(PromptsConfig(path=path, num_validation=0))] == [36, 0, 4]
     with pytest.raises(ValueError, match="at least 10"):
         split_prompts(PromptsConfig(path=str(write(tmp_path / "few.jsonl", {"prompt": "a"}))))
 
@@ -98,7 +100,11 @@ def test_demo_files_are_what_the_script_writes(tmp_path, monkeypatch):
     import runpy
     import sys
 
-    monkeypatch.setattr(sys, "argv", ["make_demo_prompts.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["make_demo_prompts.py", str(tmp_path), "train", "heldout", "test"])
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "make_demo_prompts.py"), run_name="__main__")
     for part in ("train", "heldout"):
         assert (tmp_path / f"demo_{part}.jsonl").read_text() == demo_path(part).read_text()
+    test = {p.turns[-1][-1]["content"] for p in read_prompts(tmp_path / "demo_test.jsonl")}
+    assert len(test) == 100
+    for part in ("train", "heldout"):
+        assert not test & {p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))}

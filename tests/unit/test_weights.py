@@ -6,13 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpace.weights import (
+    chain_reward_weights,
     dflash_gamma,
     dflash_weights,
     dpace_confidence_only_weights,
     dpace_continuation_only_weights,
+    dpace_exact_weights,
     dpace_weights,
     head_weights,
+    spec_auf_weights,
     uniform_weights,
+    vat_weights,
 )
 
 Q = [0.9, 0.5, 0.2, 0.7]
@@ -129,3 +133,49 @@ def test_schedules():
 def test_alpha_outside_its_range_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha"):
         dpace_weights(block(Q), scored([1] * 4), alpha)
+
+
+@given(probabilities, st.integers(0, 2**15 - 1), st.floats(0, 0.99))
+def test_exact_weights_are_the_gradient_of_the_smoothed_surrogate(q, mask_bits, alpha):
+    """By autograd, with respect to log q, for any mask."""
+    q = [0.01 + 0.99 * x for x in q]
+    mask = scored([mask_bits >> k & 1 for k in range(len(q))])[0, 0, 1:]
+    log_q = torch.tensor(q, dtype=torch.float64).log().requires_grad_()
+    products = torch.where(mask, (1 - alpha) * log_q.exp() + alpha, 1.0).cumprod(0)
+    (products * mask).sum().backward()
+    weights = dpace_exact_weights(block(q), scored(mask.tolist()), alpha)[0, 0, 1:]
+    torch.testing.assert_close(weights.double(), log_q.grad * mask, rtol=1e-4, atol=1e-5)
+
+
+def test_exact_weights_of_impossible_tokens_are_zero():
+    """Also at alpha 0, where the smoothed probability is 0 too."""
+    for alpha in (0.0, 0.5):
+        assert not dpace_exact_weights(block([0.0, 0.0]), scored([1, 1]), alpha).any()
+
+
+def test_chain_reward_by_hand():
+    # prefix products 0.5, 0.1; suffix sums 0.6, 0.1; over two scored slots
+    weights = chain_reward_weights(block([0.5, 0.9, 0.2]), torch.tensor([[[False, True, False, True]]]), scale=2.0)
+    torch.testing.assert_close(weights[0, 0], torch.tensor([0.0, 1 + 0.6, 0.0, 1 + 0.1]))
+    with pytest.raises(ValueError, match="scale is -1"):
+        chain_reward_weights(block([0.5]), scored([1]), scale=-1.0)
+
+
+# scored: slots 1 2 4 5 6; slot 3 is a gap; the first scored miss is slot 4
+_SCORED = torch.tensor([[[False, True, True, False, True, True, True]]])
+_MATCH = torch.tensor([[[False, True, True, False, False, True, False]]])
+
+
+def test_vat_and_spec_auf_by_hand():
+    e = math.exp
+    assert vat_weights(_MATCH, _SCORED, gamma=2.0)[0, 0].tolist() == pytest.approx([0, 1, 1, 0, 1, e(-0.5), e(-1)])
+    assert spec_auf_weights(_MATCH, _SCORED)[0, 0].tolist() == [0, 1, 1, 0, 1, 0, 0]
+
+
+def test_vat_and_spec_auf_where_all_or_none_match():
+    everywhere = scored([1] * 4)
+    none = torch.zeros_like(everywhere)
+    assert torch.equal(vat_weights(everywhere, everywhere), uniform_weights(everywhere))
+    assert torch.equal(spec_auf_weights(everywhere, everywhere), uniform_weights(everywhere))
+    assert torch.equal(vat_weights(none, everywhere, gamma=3.0), dflash_weights(everywhere, gamma=3.0))
+    assert spec_auf_weights(none, everywhere)[0, 0].tolist() == [0, 1, 0, 0, 0]

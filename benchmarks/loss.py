@@ -1,0 +1,132 @@
+"""The frozen-head loss against materialized logits and against checkpointed chunks: time and peak memory, forward and backward.
+
+    python benchmarks/loss.py [--quick]
+
+All three see the same scored rows only, give the same gradient (checked) and use D-PACE's weights. `materialized` is plain
+PyTorch, logits kept for the backward pass; `checkpointed` cuts the rows into the same chunks as ours and recomputes each
+chunk's logits in the backward pass (`torch.utils.checkpoint`). Time is the median of runs that alternate between the three;
+memory is what a run adds at its peak, from the operating system (Linux) or the GPU.
+"""
+
+import ctypes
+import os
+import statistics
+import sys
+import time
+
+import psutil
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from dpace.loss import Head, Slots, block_loss, default_chunk_rows, frozen_head_nll
+from dpace.progress import PeakMemory
+from dpace.weights import dpace_weights
+
+BLOCK_SIZE = 8
+SHAPES = {(49152, 576): (64, 256, 1024), (151936, 2560): (64, 256)}
+"""Blocks by vocabulary and hidden size: SmolLM2's, and Qwen3-4B's."""
+
+
+def weigh(slots: Slots) -> torch.Tensor:
+    return dpace_weights(slots.token_probs, slots.is_scored)
+
+
+def spread(nll, is_scored):
+    return torch.zeros(is_scored.shape, device=nll.device).masked_scatter(is_scored, nll)
+
+
+def frozen(hidden, head, labels, is_scored):
+    return frozen_head_nll(hidden, head, labels, is_scored, weigh=weigh).losses
+
+
+def losses(nll, is_scored):
+    """Weighted losses of blocks from the scored rows' nll."""
+    nll = spread(nll, is_scored)
+    with torch.no_grad():
+        weights = dpace_weights(torch.exp(-nll), is_scored)
+    return (weights * nll).sum(-1)
+
+
+def materialized(hidden, head, labels, is_scored):
+    logits = head.logits(hidden[is_scored]).float()
+    return losses(cross_entropy(logits, labels[is_scored], reduction="none"), is_scored)
+
+
+def checkpointed(hidden, head, labels, is_scored):
+    def chunk_nll(rows, row_labels):
+        return cross_entropy(head.logits(rows).float(), row_labels, reduction="none")
+
+    size = default_chunk_rows(head.weight)
+    pairs = zip(hidden[is_scored].split(size), labels[is_scored].split(size), strict=True)
+    return losses(torch.cat([checkpoint(chunk_nll, *pair, use_reentrant=False) for pair in pairs]), is_scored)
+
+
+def run(method, hidden, head, labels, is_scored):
+    hidden.grad = None
+    block_loss(method(hidden, head, labels, is_scored), is_scored).backward()
+
+
+def measure(vocab: int, width: int, num_blocks: int, repeats: int, device: str) -> dict[str, tuple[float, float]]:
+    """Median seconds and peak bytes of each method."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device)
+    hidden = torch.randn(1, num_blocks, BLOCK_SIZE, width, generator=generator).to(device).requires_grad_()
+    labels = torch.randint(vocab, (1, num_blocks, BLOCK_SIZE), generator=generator).to(device)
+    is_scored = torch.ones_like(labels, dtype=torch.bool)
+    is_scored[..., 0] = False
+    data = (hidden, Head(weight), labels, is_scored)
+    methods = {"frozen-head": frozen, "materialized": materialized, "checkpointed": checkpointed}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    grads = {}
+    for repeat in range(repeats + 1):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            run(method, *data)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first is a warm-up
+                seconds[name].append(time.perf_counter() - start)
+            grads[name] = hidden.grad
+    for name in methods:
+        torch.testing.assert_close(grads[name], grads["materialized"], rtol=1e-4, atol=1e-7)
+    grads.clear()
+    hidden.grad = None
+    return {name: (statistics.median(seconds[name]), peak(method, data)) for name, method in methods.items()}
+
+
+def peak(method, data) -> float:
+    """Bytes that a run adds at its peak."""
+    device = data[0].device
+    data[0].grad = None
+    is_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if is_gpu else psutil.Process().memory_info().rss
+    memory = PeakMemory(device)
+    run(method, *data)
+    return (memory.bytes or float("nan")) - before
+
+
+def main(quick: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32, blocks of {BLOCK_SIZE}"
+    )
+    if device == "cpu":  # freed tensors go back to the system at once, so that a peak is a run's own
+        ctypes.CDLL(None).mallopt(-3, 2**20)
+    print(f"{'vocab':>7}{'hidden':>7}{'blocks':>7}   {'method':<14}{'ms':>8}{'x':>7}{'MiB':>8}{'x':>7}")
+    for (vocab, width), counts in SHAPES.items():
+        for num_blocks in counts[:1] if quick else counts:
+            found = measure(vocab, width, num_blocks, 1 if quick else 5, device)
+            base_seconds, base_bytes = found["materialized"]
+            for name, (seconds, size) in found.items():
+                ratios = (
+                    f"{1000 * seconds:8.0f}{seconds / base_seconds:7.2f}{size / 2**20:8.0f}{size / base_bytes:7.2f}"
+                )
+                print(f"{vocab:>7}{width:>7}{num_blocks:>7}   {name:<14}{ratios}", flush=True)
+            print(
+                f"{'':24}frozen-head over checkpointed: time {found['frozen-head'][0] / found['checkpointed'][0]:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main("--quick" in sys.argv)

@@ -1,0 +1,50 @@
+"""An objective's name and settings in; the weights function that they mean, out."""
+
+from dataclasses import replace
+from typing import get_args
+
+from torch import Tensor
+
+from dpace import weights as W
+from dpace.config import LossConfig, Objective
+from dpace.loss import Slots, Weigh
+
+
+def with_objective(loss: LossConfig, name: str) -> LossConfig:
+    """Set the objective that a name such as `dpace`, `dpace+kl` or `dpace+kl+overlap` means; all else stays.
+
+    Raises:
+        ValueError: unknown name; the message has those that exist.
+    """
+    objective, *parts = name.split("+")
+    changes = {"token_loss": "nll", "confidence": "token"}
+    for part in parts:
+        changes |= {"confidence": part} if part == "overlap" else {"token_loss": part}
+    if objective not in get_args(Objective) or changes["token_loss"] not in ("nll", "kl", "lk"):
+        raise ValueError(
+            f"there is no objective {name!r}; choose from {', '.join(get_args(Objective))}, each with +kl or +lk for that "
+            "token loss and +overlap for that confidence"
+        )
+    return replace(loss, objective=objective, **changes)
+
+
+def make_weigh(config: LossConfig, block_size: int) -> Weigh:
+    """The weights function of an objective, for `frozen_head_nll`."""
+    alpha, gamma = config.alpha, config.gamma or W.dflash_gamma(block_size)
+
+    def confidence(slots: Slots) -> Tensor:
+        return slots.overlap if config.confidence == "overlap" and slots.overlap is not None else slots.token_probs
+
+    functions: dict[str, Weigh] = {
+        "dpace": lambda s: W.dpace_weights(confidence(s), s.is_scored, alpha),
+        "dpace-confidence-only": lambda s: W.dpace_confidence_only_weights(confidence(s), s.is_scored, alpha),
+        "dpace-continuation-only": lambda s: W.dpace_continuation_only_weights(confidence(s), s.is_scored, alpha),
+        "dpace-exact": lambda s: W.dpace_exact_weights(confidence(s), s.is_scored, alpha),
+        "chain-reward": lambda s: W.chain_reward_weights(confidence(s), s.is_scored),
+        "vat": lambda s: W.vat_weights(s.is_match, s.is_scored, gamma),
+        "spec-auf": lambda s: W.spec_auf_weights(s.is_match, s.is_scored),
+        "dflash": lambda s: W.dflash_weights(s.is_scored, gamma),
+        "uniform": lambda s: W.uniform_weights(s.is_scored),
+        "head": lambda s: W.head_weights(s.is_scored, config.base),
+    }
+    return functions[config.objective]

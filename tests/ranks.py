@@ -1,0 +1,79 @@
+"""Training on several ranks, for test_ranks.py: `torchrun tests/ranks.py JOB FOLDER`, and the same functions on one."""
+
+import copy
+import os
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dpace.config import LossConfig, Recipe
+from dpace.dataset import ResponseDataset, collate
+from dpace.drafter import Drafter
+from dpace.heldout import blocks_hidden
+from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll
+from dpace.responses import Response
+from dpace.target import Target
+from dpace.train import train
+
+
+def make_dataset(responses: list[Response], recipe: Recipe) -> ResponseDataset:
+    """Conversations of which some have no anchor, which a dataset would otherwise leave out."""
+    config = recipe.train
+    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=0)
+    for response in responses[:6]:
+        token_ids = torch.tensor(response.token_ids)
+        dataset.rows.append((f"empty/{response.id}", token_ids, torch.zeros(len(token_ids), dtype=torch.bool)))
+    return dataset
+
+
+def train_all(target: Target, responses: list[Response], recipe: Recipe, folder: Path, num_ranks: int) -> None:
+    """A few steps with every reduction; the batch of a step is the same on any number of ranks."""
+    no_validation = ResponseDataset([], max_length=8, num_anchors=None, seed=0)
+    for reduction in REDUCTIONS:
+        config = replace(recipe.train, batch_size=recipe.train.batch_size // num_ranks)
+        job = replace(recipe, train=config, loss=LossConfig(reduction=reduction))
+        train(target, make_dataset(responses, recipe), no_validation, job, folder / reduction)
+
+
+def sharded_gradient(target: Target, responses: list[Response], recipe: Recipe) -> None:
+    """Under FSDP2 with an uneven split, the gradient of the whole batch; the last rank has no anchor."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
+    dataset = make_dataset(responses, recipe)
+    rows = [dataset[i] for i in range(5)]
+    batches = [rows[:3], rows[3:], *([[dataset[len(dataset) - 1]]] * (num_ranks - 2))]
+    whole = collate(rows, drafter.block_size)
+    num_items = count_items(whole["is_scored"], "anchors")
+
+    def run(model, batch):
+        ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+        hidden, blocks, _ = blocks_hidden(model, target, batch, **ids)
+        out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+        block_loss(out.losses, blocks.is_scored, num_items=num_items).backward()
+
+    plain = copy.deepcopy(drafter)
+    run(plain, whole)
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    for layer in drafter.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(drafter, mesh=mesh)
+    run(drafter, collate(batches[rank], drafter.block_size))
+    for (name, parameter), expected in zip(drafter.named_parameters(), plain.parameters(), strict=True):
+        assert isinstance(parameter.grad, DTensor) and expected.grad is not None
+        found = parameter.grad.full_tensor() * num_ranks  # FSDP averages over ranks
+        torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+if __name__ == "__main__":
+    target_folder, responses, recipe = pickle.loads(Path(sys.argv[1]).read_bytes())
+    target = Target.load(target_folder)
+    train_all(target, responses, recipe, Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
+    sharded_gradient(target, responses, recipe)
+    dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""One recipe, several objectives and seeds, on the tiny target."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from dpace.compare import compare
+from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
+from dpace.report import compare_table, console
+from tests.conftest import LANGUAGE_RECIPE
+
+
+@pytest.fixture
+def config(language_prompts, tmp_path) -> CompareConfig:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    recipe = {field.name: getattr(LANGUAGE_RECIPE, field.name) for field in fields(Recipe)}
+    return CompareConfig(
+        **{
+            **recipe,
+            "output": str(tmp_path / "out"),
+            "prompts": PromptsConfig(path=str(path)),
+            "train": replace(LANGUAGE_RECIPE.train, max_steps=6, eval_steps=3, logging_steps=3, num_anchors=4),
+            "bench": BenchConfig(temperatures=(0.0,), max_new_tokens=12, num_prompts=2),
+            "objectives": ("dpace", "dpace+kl+overlap", "uniform"),
+            "seeds": (0, 1),
+        }
+    )
+
+
+def test_compare(config, language_target, tmp_path, capsys):
+    results = compare(language_target, config)
+    names = {"dpace", "dpace+kl+overlap", "uniform", "dflash"}
+    assert {row["drafter"] for row in results["rows"]} == names
+    assert [row["tau"] for row in results["rows"]] == sorted((row["tau"] for row in results["rows"]), reverse=True)
+    for row in results["rows"]:
+        assert len(row["tau_by_seed"]) == 2 and row["num_prompts"] == 6 and row["step_seconds"] > 0
+        if row["drafter"] == "dflash":
+            assert row["gain"] == (0, 0, 0)
+    console().print(compare_table(results))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and "over dflash" in printed
+    for name in ("tau.png", "acceptance.png", "weights.png", "results.json", "decode/results.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+
+    greedy = {row["drafter"]: row for row in results["decode"]["rows"]}
+    assert set(greedy) == names and all(row["num_same_text"] == 2 for row in greedy.values())

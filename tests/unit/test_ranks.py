@@ -1,0 +1,82 @@
+"""A step is the same on any number of ranks and however it is accumulated."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpace.config import LossConfig
+from dpace.loss import REDUCTIONS
+from tests import ranks
+from tests.conftest import LANGUAGE_RECIPE
+
+RECIPE = replace(
+    LANGUAGE_RECIPE,
+    train=replace(
+        LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=1, num_anchors=5, feature_cache_gib=0.0
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def responses(language_responses):
+    """Conversations with 5 anchors, and every third with a single one."""
+    rows = language_responses[:14]
+    return [
+        replace(r, response_spans=[[start, start + 2] for start, _ in r.response_spans]) if i % 3 == 0 else r
+        for i, r in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(language_target, responses, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    ranks.train_all(language_target, responses, RECIPE, folder, 1)
+    return folder
+
+
+def assert_same(one, other):
+    """Loss, gradient norm and the weights after two steps."""
+    first, second = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other))
+    for mine, reference in zip(second, first, strict=True):
+        for key in {"loss", "grad_norm", "nll"} & set(reference):
+            assert mine[key] == pytest.approx(reference[key], rel=1e-4), key
+    expected = load_file(one / "model.safetensors")
+    for name, value in load_file(other / "model.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
+    """Uneven anchors, ranks and micro-batches without any, every reduction; and FSDP2 the same gradient."""
+    job = tmp_path / "job.pickle"
+    job.write_bytes(pickle.dumps((str(language_folder), responses, RECIPE)))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    done = subprocess.run(
+        [*command, str(root / "tests" / "ranks.py"), str(job), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for reduction in REDUCTIONS:
+        assert_same(on_one_rank / reduction, tmp_path / reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulation_gives_the_same_steps(reduction, size, on_one_rank, language_target, responses, tmp_path):
+    """Micro-batches of 1, some without an anchor, and of 2."""
+    config = replace(RECIPE.train, batch_size=size, gradient_accumulation_steps=8 // size)
+    recipe = replace(RECIPE, train=config, loss=LossConfig(reduction=reduction))
+    empty = ranks.ResponseDataset([], max_length=8, num_anchors=None, seed=0)
+    ranks.train(language_target, ranks.make_dataset(responses, RECIPE), empty, recipe, tmp_path)
+    assert_same(on_one_rank / reduction, tmp_path)
