@@ -29,11 +29,15 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
 
 
 def make_weigh(config: LossConfig, block_size: int) -> Weigh:
-    """The weights function of an objective, for `frozen_head_nll`."""
+    """The weights function of an objective, for `frozen_head_nll`, which must be given `target_hidden` for `overlap`."""
     alpha, gamma = config.alpha, config.gamma or W.dflash_gamma(block_size)
 
     def confidence(slots: Slots) -> Tensor:
-        return slots.overlap if config.confidence == "overlap" and slots.overlap is not None else slots.token_probs
+        if config.confidence == "token":
+            return slots.token_probs
+        if slots.overlap is None:
+            raise ValueError("confidence 'overlap' compares with the target's distribution and needs target_hidden")
+        return slots.overlap
 
     functions: dict[str, Weigh] = {
         "dpace": lambda s: W.dpace_weights(confidence(s), s.is_scored, alpha),

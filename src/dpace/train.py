@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import dpace
 from dpace.config import LossConfig, Recipe, TrainConfig, read_recipe, write_recipe
@@ -322,14 +323,24 @@ def train(
     interrupt = SaveOnInterrupt()
     trainer.add_callback(interrupt)
     memory = PeakMemory(target.device)
-    with interrupt.watching():
-        trainer.train(resume_from_checkpoint=resume)
+    if resume and _is_last(Path(resume)):  # all that is missing is the folder's own files; Trainer would take another step
+        trainer.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+        drafter.load_state_dict(load_file(Path(trainer.state.best_model_checkpoint or resume) / "model.safetensors"))
+    else:
+        with interrupt.watching():
+            trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         drafter.save_pretrained(folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         provenance = {**_provenance(target, trainer, dataset), "peak_memory_bytes": memory.bytes}
         (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
     return drafter
+
+
+def _is_last(checkpoint: Path) -> bool:
+    """The checkpoint is that of the last step."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= state.max_steps
 
 
 def _provenance(target: Target, trainer: Trainer, dataset: ResponseDataset) -> dict:

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
 from dpace.compare import compare
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
@@ -46,3 +47,37 @@ def test_compare(config, language_target, tmp_path, capsys):
 
     greedy = {row["drafter"]: row for row in results["decode"]["rows"]}
     assert set(greedy) == names and all(row["num_same_text"] == 2 for row in greedy.values())
+
+
+def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
+    """All objectives see the same blocks from the same weights; a cell that was cut off goes on alone."""
+    from dpace.train import DrafterTrainer
+
+    config = replace(config, objectives=("uniform",), bench=replace(config.bench, num_prompts=0))
+    compute_loss, seen = DrafterTrainer.compute_loss, []
+
+    def watched(self, model, inputs, *args, **kwargs):
+        first = next(self.drafter.parameters()).detach().clone() if not self.state.global_step else None
+        seen.append((inputs["anchors"], inputs["labels"], first))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DrafterTrainer, "compute_loss", watched)
+    whole = compare(language_target, config)
+    steps = config.train.max_steps
+    assert len(seen) == 4 * steps  # 2 objectives, 2 seeds
+    for seed in range(2):
+        ours, theirs = (seen[start : start + steps] for start in (2 * seed * steps, (2 * seed + 1) * steps))
+        for (anchors, labels, first), (other_anchors, other_labels, other_first) in zip(ours, theirs, strict=True):
+            assert torch.equal(anchors, other_anchors) and torch.equal(labels, other_labels)
+            assert first is None or torch.equal(first, other_first)
+    assert not torch.equal(seen[0][1], seen[2 * steps][1])
+
+    cell = tmp_path / "out" / "uniform" / "seed-1"
+    for name in ("provenance.json", "heldout.json"):
+        (cell / name).unlink()
+    seen.clear()
+    again = compare(language_target, config)
+    assert len(seen) == 0  # its checkpoint of the last step was there
+    assert [row["histogram"] for row in again["rows"]] == [row["histogram"] for row in whole["rows"]]
+    with pytest.raises(ValueError, match="another setting of `train`"):
+        compare(language_target, replace(config, train=replace(config.train, learning_rate=1e-4)))

@@ -147,6 +147,9 @@ def test_settings_that_do_not_fit_are_refused():
     states, head, labels, is_scored = problem()
     with pytest.raises(ValueError, match="needs target_hidden"):
         frozen_head_nll(states, head, labels, is_scored, token_loss="kl")
+    with pytest.raises(ValueError, match="'overlap' compares"):
+        weigh = make_weigh(LossConfig(confidence="overlap"), block_size=6)
+        frozen_head_nll(states, head, labels, is_scored, weigh=weigh)
     with pytest.raises(ValueError, match="no objective 'dpace.tv'"):
         with_objective(LossConfig(), "dpace+tv")
     assert with_objective(LossConfig(alpha=0.3), "dpace+kl+overlap") == LossConfig(

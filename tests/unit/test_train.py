@@ -144,6 +144,16 @@ def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
         assert (tmp_path / name).exists()
 
 
+def test_the_last_step_is_measured_and_can_be_kept(language_target, language_responses, tmp_path):
+    """Also where it is no multiple of eval_steps; without validation responses the last drafter is kept."""
+    run(language_target, language_responses, tmp_path / "a", max_steps=3, eval_steps=2)
+    state = json.loads((tmp_path / "a" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_tau" in entry] == [2, 3]
+    run_recipe(language_target, language_responses[:8], [], short(max_steps=3), tmp_path / "b")
+    state = json.loads((tmp_path / "b" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and not any("eval_tau" in entry for entry in state["log_history"])
+
+
 def test_another_recipe_in_the_same_folder_is_refused(language_target, language_responses, tmp_path):
     run(language_target, language_responses, tmp_path)
     with pytest.raises(ValueError, match="another setting of `train`"):
