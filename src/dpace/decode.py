@@ -1,17 +1,33 @@
 """Draft, verify, accept, emit: speculative decoding that keeps the target's text, and plain decoding beside it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache
 
+from dpace.cache import make_cache
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance
+from dpace.pace import Pace, measure_costs
+from dpace.sampling import Sampler, verify_draft, verify_sampled
 from dpace.target import Target
+
+VerifyRule = Literal["equality", "speculative"]
+
+
+class Step(NamedTuple):
+    """What one forward pass of the target gave."""
+
+    token_ids: list[int]
+    """Emitted, in order."""
+    accepted: int
+    """Draft tokens among them."""
+    width: int
+    """Tokens that the target read: 1 and the draft tokens that it verified; 0 for the prompt."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,8 @@ class Generation:
     """Accepted draft tokens of each verification, in order; empty for plain decoding."""
     emitted_lengths: list[int]
     """Tokens emitted by each verification: one more, but not where an accepted token ended the text."""
+    widths: list[int]
+    """Tokens that the target read in each: 1 where nothing was drafted."""
     block_size: int
     prefill_seconds: float
     """Up to and including the first token."""
@@ -42,37 +60,13 @@ class Generation:
         return Acceptance.from_lengths(self.accepted_lengths, self.block_size, missing)
 
 
-def sample_tokens(
-    logits: Float[Tensor, "slot vocab"], temperature: float, generator: torch.Generator | None = None
-) -> Int[Tensor, " slot"]:
-    """Draw one token a row from `softmax(logits / temperature)`; the most likely one at temperature 0."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
-
-
-def verify_draft(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> int:
-    """Count the draft tokens that equal the target's own choice, up to the first that differs.
-
-    `target_tokens[k]` is a draw from the target's distribution after the first `k` draft tokens, so every emitted token is
-    one, whatever the drafter proposes: the output has the target's distribution, at temperature 0 its very text.
-
-    Source: `dflash_generate` of z-lab/dflash.
-    """
-    accepted = 0
-    while accepted < len(draft_tokens) and draft_tokens[accepted] == target_tokens[accepted]:
-        accepted += 1
-    return accepted
-
-
 def _first_stop(token_ids: Sequence[int], stop_token_ids: set[int]) -> int | None:
     """Index of the first stop token."""
     return next((i for i, token in enumerate(token_ids) if token in stop_token_ids), None)
 
 
-def _prepare(target: Target, token_ids, max_new_tokens: int, temperature: float, stop_token_ids, seed):
-    """Check the request; the prompt as a row, the stop tokens and a generator."""
+def _prepare(target: Target, token_ids, max_new_tokens: int, stop_token_ids) -> tuple[Tensor, set[int]]:
+    """Check the request; the prompt as a row, and the stop tokens."""
     prompt = torch.as_tensor(token_ids, device=target.device).reshape(1, -1)
     if not prompt.numel():
         raise ValueError("the prompt is empty; give at least one token")
@@ -82,13 +76,9 @@ def _prepare(target: Target, token_ids, max_new_tokens: int, temperature: float,
             f"the prompt has {prompt.shape[1]} tokens and max_new_tokens is {max_new_tokens}; together they pass the target's "
             f"limit of {limit}: shorten the prompt or ask for at most {limit - prompt.shape[1]}"
         )
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be >= 1 and >= 0"
-        )
-    stops = set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
-    generator = None if seed is None else torch.Generator(target.device).manual_seed(seed)
-    return prompt, stops, generator
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    return prompt, set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
 
 
 def _clock(device: torch.device) -> float:
@@ -97,35 +87,133 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _collect(steps: Iterator[Step], block_size: int, device: torch.device) -> Generation:
+    """Run all steps and take the time."""
+    started = _clock(device)
+    response = list(next(steps).token_ids)
+    first_seconds = _clock(device) - started
+    done = list(steps)
+    decode_seconds = _clock(device) - started - first_seconds
+    for step in done:
+        response += step.token_ids
+    drafted = done if block_size > 1 else []
+    return Generation(
+        response,
+        [step.accepted for step in drafted],
+        [len(step.token_ids) for step in drafted],
+        [step.width for step in drafted],
+        block_size,
+        first_seconds,
+        decode_seconds,
+    )
+
+
 @torch.inference_mode()
+def _plain_steps(target: Target, prompt: Tensor, sampler: Sampler, max_new_tokens: int, stops: set[int]):
+    """One token a step."""
+    cache = make_cache(target.config, prompt.shape[1] + max_new_tokens)
+    text, inputs = prompt[0].tolist(), prompt
+    for count in range(1, max_new_tokens + 1):
+        logits = target.logits(target.hidden(inputs, cache=cache)[0, -1:])
+        inputs = sampler.draw(sampler.scores(logits, text))[None]
+        text.append(int(inputs))
+        yield Step(text[-1:], 0, int(count > 1))
+        if text[-1] in stops:
+            return
+
+
 def generate_plain(
     target: Target,
     token_ids: Sequence[int] | Int[Tensor, " seq"],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
 ) -> Generation:
     """Decode one token at a time with the target alone: the baseline. Arguments as in `generate`."""
-    prompt, stops, generator = _prepare(target, token_ids, max_new_tokens, temperature, stop_token_ids, seed)
-    started = _clock(target.device)
-    cache = DynamicCache(config=target.config)
-    inputs, response, first_seconds = prompt, [], 0.0
-    while True:
-        logits = target.model(inputs, cache=cache, logits_to_keep=1).logits[0]
-        token = sample_tokens(logits, temperature, generator)
-        response.append(int(token))
-        if len(response) == 1:
-            first_seconds = _clock(target.device) - started
-        if len(response) == max_new_tokens or response[-1] in stops:
-            break
-        inputs = token[None]
-    total = _clock(target.device) - started
-    return Generation(response, [], [], 1, first_seconds, total - first_seconds)
+    prompt, stops = _prepare(target, token_ids, max_new_tokens, stop_token_ids)
+    sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
+    return _collect(_plain_steps(target, prompt, sampler, max_new_tokens, stops), 1, target.device)
 
 
 @torch.inference_mode()
+def speculative_steps(
+    target: Target,
+    drafter: Drafter,
+    prompt: Int[Tensor, "1 seq"],
+    sampler: Sampler,
+    *,
+    max_new_tokens: int,
+    stops: set[int],
+    pace: Pace | None,
+    verify_rule: VerifyRule = "equality",
+) -> Iterator[Step]:
+    """Yield what each forward pass of the target emits; the loop behind `generate` and `stream`.
+
+    A step drafts a block after the last token, has the target read the last token and as much of the draft as `pace` wants (all
+    of it for None), accepts a beginning of the draft, and emits it with the target's next token. Both caches then hold exactly
+    the tokens before the last one.
+    """
+    device, block_size = target.device, drafter.block_size
+    capacity = prompt.shape[1] + max_new_tokens + block_size
+    cache, drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
+    masks = torch.full((1, block_size), drafter.mask_token_id, device=device)
+    text, num_prompt = prompt[0].tolist(), prompt.shape[1]
+    samples_draft = verify_rule == "speculative" and sampler.temperature > 0
+    with target.capture(drafter.target_layer_ids) as captured:
+        hidden = target.hidden(prompt, cache=cache)
+        unread = [torch.cat(captured, dim=-1)]  # features of the tokens that the drafter has not read
+        text.append(int(sampler.draw(sampler.scores(target.logits(hidden[0, -1:]), text))))
+        yield Step(text[-1:], 0, 0)
+        while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
+            remaining = max_new_tokens - (len(text) - num_prompt)
+            draft, draft_probs = [], None
+            block = masks.clone()
+            block[0, 0] = text[-1]
+            if pace is None or pace.wants_draft():
+                features, start = torch.cat(unread, dim=1), len(text) - 1
+                unread.clear()
+                hidden = drafter(
+                    noise_embeds=target.embed(block),
+                    context_hidden_states=features,
+                    position_ids=torch.arange(start - features.shape[1], start + block_size, device=device)[None],
+                    cache=drafter_cache,
+                ).last_hidden_state
+                drafter_cache.crop(-block_size)
+                logits = target.logits(hidden[0, 1 : remaining + 1])
+                tokens, width = logits.argmax(-1), len(logits) + 1
+                if pace is not None:
+                    width = pace.width(drafter.confidences(logits))
+                if samples_draft:
+                    draft_probs = sampler.probs(sampler.scores(logits[: width - 1], text + tokens.tolist()))
+                    tokens = torch.multinomial(draft_probs, 1, generator=sampler.generator)[:, 0]
+                block[0, 1:width] = tokens[: width - 1]
+                draft = block[0, 1:width].tolist()
+            width = len(draft) + 1
+            hidden = target.hidden(block[:, :width], cache=cache)
+            scores = sampler.scores(target.logits(hidden[0]), text + draft)
+            if draft_probs is not None:
+                accepted, next_token = verify_sampled(draft, draft_probs, sampler.probs(scores), sampler)
+                emitted = [*draft[:accepted], next_token][:remaining]
+            else:
+                drawn = sampler.draw(scores).tolist()
+                accepted = verify_draft(draft, drawn)
+                emitted = drawn[: min(accepted + 1, remaining)]
+            stop = _first_stop(emitted, stops)
+            if stop is not None:
+                emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
+            if pace is not None and draft:
+                pace.record(width, accepted)
+            unread.append(torch.cat([layer[:, : len(emitted)] for layer in captured], dim=-1))
+            cache.crop(len(emitted) - width)
+            text += emitted
+            yield Step(emitted, accepted, width)
+
+
 def generate(
     target: Target,
     drafter: Drafter,
@@ -133,16 +221,18 @@ def generate(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
+    width: Literal["auto", "full"] = "full",
+    verify_rule: VerifyRule = "equality",
 ) -> Generation:
     """Decode with a drafter: the target's text, in fewer of its forward passes.
 
-    A step drafts a block after the last token, has the target read the whole block at once, accepts the draft tokens that
-    equal the target's own draws, and emits them with the target's next token. The drafter always proposes its most likely
-    tokens. Both caches then hold exactly the tokens before the last one.
-
-    Memory: the target's cache, one drafter key and value a token and drafter layer, logits of one block.
+    See `speculative_steps`. Memory: keys and values of prompt, response and block in target and drafter; logits of one block;
+    on a CPU in fp32 a second copy of the LM head.
 
     Args:
         target: the model whose text is kept.
@@ -150,8 +240,15 @@ def generate(
         token_ids: the prompt, one row.
         max_new_tokens: upper limit; reached exactly unless a stop token comes first.
         temperature: of the target's distribution; 0 is greedy.
+        top_k: see `Sampler`, as `top_p` and `min_p`.
+        top_p: see `Sampler`.
+        min_p: see `Sampler`.
         stop_token_ids: end the response, and are its last token; by default the target's own.
         seed: of the draws; by default torch's global generator.
+        width: `full` verifies the whole block, `auto` what `Pace` finds worth it, which measures the machine for about a second
+            before the first response.
+        verify_rule: `equality` drafts greedily and accepts what equals the target's own draw; `speculative` draws the draft
+            and accepts by speculative sampling. The same thing at temperature 0.
 
     Returns:
         See `Generation`.
@@ -162,48 +259,17 @@ def generate(
     Source: DFlash (arXiv 2602.06036), `dflash_generate` of z-lab/dflash.
     """
     drafter.check_target(target)
-    prompt, stops, generator = _prepare(target, token_ids, max_new_tokens, temperature, stop_token_ids, seed)
-    device, num_prompt = target.device, prompt.shape[1]
-    masks = torch.full((1, drafter.block_size), drafter.mask_token_id, device=device)
-    started = _clock(device)
-    cache, drafter_cache = DynamicCache(config=target.config), DynamicCache(config=drafter.config)
-    cache.activate_past_recording()
-    accepted_lengths, emitted_lengths = [], []
-    with target.capture(drafter.target_layer_ids) as captured:
-        logits = target.model(prompt, cache=cache, logits_to_keep=1).logits[0]
-        response = sample_tokens(logits, temperature, generator).tolist()
-        first_seconds = _clock(device) - started
-        num_new = num_prompt
-        while len(response) < max_new_tokens and response[-1] not in stops:
-            features = torch.cat([layer[:, :num_new] for layer in captured], dim=-1)
-            start = num_prompt + len(response) - 1
-            block = masks.clone()
-            block[0, 0] = response[-1]
-            hidden = drafter(
-                noise_embeds=target.embed(block),
-                context_hidden_states=features,
-                position_ids=torch.arange(start - num_new, start + drafter.block_size, device=device)[None],
-                cache=drafter_cache,
-            ).last_hidden_state
-            drafter_cache.crop(-drafter.block_size)
-            remaining = max_new_tokens - len(response)
-            width = min(drafter.block_size, remaining + 1)
-            block[0, 1:width] = target.head.logits(hidden[0, 1:width]).argmax(-1)
-            logits = target.model(block[:, :width], cache=cache).logits[0]
-            draft = block[0, 1:width].tolist()
-            drawn = sample_tokens(logits, temperature, generator).tolist()
-            accepted = verify_draft(draft, drawn)
-            emitted = drawn[: min(accepted + 1, remaining)]
-            stop = _first_stop(emitted, stops)
-            if stop is not None:
-                emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
-            response += emitted
-            accepted_lengths.append(accepted)
-            emitted_lengths.append(len(emitted))
-            num_new = len(emitted)
-            if width > num_new:
-                cache.crop(num_new - width)
-    total = _clock(device) - started
-    return Generation(
-        response, accepted_lengths, emitted_lengths, drafter.block_size, first_seconds, total - first_seconds
+    prompt, stops = _prepare(target, token_ids, max_new_tokens, stop_token_ids)
+    sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
+    pace = Pace(measure_costs(target, drafter)) if width == "auto" else None
+    steps = speculative_steps(
+        target,
+        drafter,
+        prompt,
+        sampler,
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        pace=pace,
+        verify_rule=verify_rule,
     )
+    return _collect(steps, drafter.block_size, target.device)

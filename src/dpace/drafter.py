@@ -145,6 +145,11 @@ class Drafter(Qwen3PreTrainedModel):
             hidden = layer(hidden, context, rope, attention_mask, cache)
         return BaseModelOutput(last_hidden_state=self.norm(hidden))
 
+    def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
+        """Calibrated probability of each slot's most likely token: how likely it is accepted once those before it are."""
+        scaled = logits.float() / getattr(self.config, "confidence_temperature", 1.0)
+        return torch.exp(scaled.amax(-1) - scaled.logsumexp(-1)).tolist()
+
     @classmethod
     def from_target(
         cls,

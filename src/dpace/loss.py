@@ -51,7 +51,10 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Logits of the given rows, in the dtype of the weight."""
-        logits = hidden.to(self.weight.dtype) @ self.weight.T
+        return self.finish(hidden.to(self.weight.dtype) @ self.weight.T)
+
+    def finish(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+        """Multiplier and cap of plain products with the weight."""
         if self.multiplier != 1:
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

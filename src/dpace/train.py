@@ -323,7 +323,9 @@ def train(
     interrupt = SaveOnInterrupt()
     trainer.add_callback(interrupt)
     memory = PeakMemory(target.device)
-    if resume and _is_last(Path(resume)):  # all that is missing is the folder's own files; Trainer would take another step
+    if resume and _is_last(
+        Path(resume)
+    ):  # all that is missing is the folder's own files; Trainer would take another step
         trainer.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
         drafter.load_state_dict(load_file(Path(trainer.state.best_model_checkpoint or resume) / "model.safetensors"))
     else:

@@ -2,7 +2,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from dpace.decode import generate, generate_plain, verify_draft
+from dpace.decode import generate, generate_plain
+from dpace.pace import StepCosts
+from dpace.sampling import Sampler, verify_draft, verify_sampled
 from tests.conftest import EOS, MASK, make_drafter, make_target
 
 
@@ -38,29 +40,30 @@ def test_transformers_own_dflash_generation_takes_the_drafter():
 
 
 class Oracle:
-    """Stands in for a drafter: drafts the text it was given, wrong wherever `is_wrong` says so."""
+    """Stands in for a drafter: drafts the text it was given, wrong wherever `is_wrong` says so, with the given confidence."""
 
-    def __init__(self, monkeypatch, drafter, target, text, is_wrong):
-        head = type(target.head)
+    def __init__(self, monkeypatch, drafter, target, text, is_wrong, confidence=0.99):
         number = iter(range(10**6))
+        scale = torch.tensor(confidence * 63 / (1 - confidence)).log()
 
-        def logits(_head, hidden):
-            start = self.position
+        def logits(hidden):
+            if not hidden.isnan().any():
+                return target.head.logits(hidden)
             rows = torch.zeros(len(hidden), 64)
             for slot in range(len(hidden)):
-                token = text[start + slot + 1] if start + slot + 1 < len(text) else 0
-                if is_wrong(next(number)):
-                    token = (token + 1) % 64
-                rows[slot, token] = 1
+                place = self.position + slot + 1
+                token = text[place] if place < len(text) else 0
+                rows[slot, (token + is_wrong(next(number))) % 64] = scale
             return rows
 
-        def forward(*, position_ids, noise_embeds, **_):
+        def forward(*, position_ids, **rest):
             self.position = int(position_ids[0, -1]) - drafter.block_size + 1
-            return drafter_forward(position_ids=position_ids, noise_embeds=noise_embeds, **_)
+            out = drafter_forward(position_ids=position_ids, **rest)
+            return type(out)(last_hidden_state=torch.full_like(out.last_hidden_state, float("nan")))
 
         drafter_forward = drafter.forward
         monkeypatch.setattr(drafter, "forward", forward)
-        monkeypatch.setattr(head, "logits", logits)
+        monkeypatch.setattr(target, "logits", logits)
 
 
 @pytest.mark.parametrize(
@@ -108,33 +111,115 @@ def test_length_limits_inside_a_block(monkeypatch, limit):
     assert sum(ours.emitted_lengths) == limit - 1 == ours.acceptance.num_emitted_tokens
 
 
-def test_output_distribution_at_temperature_one():
+def chi_square(counts, probs):
+    """p-value of counts against probabilities, rare cells together."""
+    expected = probs.flatten().double() * counts.sum()
+    common = expected >= 5
+    found = torch.cat([counts.flatten()[common], counts.flatten()[~common].sum()[None]]).double()
+    wanted = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-9)])
+    return chisquare(found, wanted * found.sum() / wanted.sum()).pvalue
+
+
+@pytest.mark.parametrize(
+    ("rule", "width", "filters"),
+    [
+        ("equality", "full", {}),
+        ("equality", "auto", {"temperature": 1.4, "top_p": 0.8}),
+        ("speculative", "full", {}),
+        ("speculative", "auto", {"top_k": 3}),
+    ],
+)
+def test_output_distribution_when_sampling(rule, width, filters, monkeypatch):
     """Chi-square of the joint distribution of the 2nd and 3rd token against the target's, on a tiny vocabulary."""
-    target = make_target("qwen3", vocab_size=8, eos_token_id=None)
+    monkeypatch.setattr("dpace.decode.measure_costs", lambda *_: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
+    target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)
-    drafter = make_drafter(target, block_size=4)
-    start, samples = [4, 5, 6], 1500
+    drafter = make_drafter(target, block_size=4, num_layers=1, num_features=1)
+    start, samples, temperature = [4, 5, 6], 600, filters.get("temperature", 1.0)
+    sampler = Sampler(**{"temperature": 1.0, **filters})
 
     def probs(tokens):
         with torch.no_grad():
-            return torch.softmax(target.model(torch.tensor([tokens])).logits[0, -1], -1)
+            return sampler.probs(sampler.scores(target.model(torch.tensor([tokens])).logits[0, -1:], tokens))[0]
 
-    first, second = probs(start), {t: None for t in range(8)}
-    joint = torch.stack([first[t] * probs([*start, t]) for t in second])
+    first = probs(start)
+    joint = torch.stack([first[t] * probs([*start, t]) for t in range(8)])
     third = torch.stack([torch.stack([joint[a, b] * probs([*start, a, b]) for b in range(8)]) for a in range(8)]).sum(0)
     counts, accepted = torch.zeros(8, 8), 0
     torch.manual_seed(0)
+    options = {"max_new_tokens": 3, "stop_token_ids": [], "verify_rule": rule, "width": width}
     for _ in range(samples):
-        out = generate(target, drafter, start, max_new_tokens=3, temperature=1.0, stop_token_ids=[])
+        out = generate(target, drafter, start, **options, **{"temperature": temperature, **filters})
         counts[out.token_ids[1], out.token_ids[2]] += 1
         accepted += sum(out.accepted_lengths)
     assert accepted > samples / 20  # else nothing is tested
-    expected = third * samples
-    common = expected.flatten() >= 5
-    found = torch.cat([counts.flatten()[common], counts.flatten()[~common].sum()[None]])
-    wanted = torch.cat([expected.flatten()[common], expected.flatten()[~common].sum()[None]])
-    assert chisquare(found.double(), wanted.double() * found.double().sum() / wanted.double().sum()).pvalue > 0.01
+    assert not counts[third == 0].any()
+    assert chi_square(counts, third) > 0.01
+
+
+def test_speculative_sampling_accepts_the_overlap():
+    """By Monte Carlo on one slot: acceptance is `sum of min(p, q)`, and what is emitted is distributed as `p`."""
+    torch.manual_seed(0)
+    p, q = (torch.softmax(2 * torch.randn(6), -1) for _ in range(2))
+    sampler = Sampler(1.0, seed=1)
+    counts, accepted, samples = torch.zeros(6), 0, 4000
+    for _ in range(samples):
+        draft = int(torch.multinomial(q, 1, generator=sampler.generator))
+        number, token = verify_sampled([draft], q[None], torch.stack([p, p]), sampler)
+        counts[draft if number else token] += 1
+        accepted += number
+    overlap = float(torch.minimum(p, q).sum())
+    assert abs(accepted / samples - overlap) < 4 * (overlap * (1 - overlap) / samples) ** 0.5
+    assert chi_square(counts, p) > 0.01
+
+
+@pytest.mark.parametrize(
+    "filters", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9}]
+)
+def test_filters_are_those_of_transformers(filters):
+    """The distribution of the first token is the one that `model.generate` draws from."""
+    target = make_target("qwen3")
+    ids = torch.tensor([prompt()])
+    settings = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, **filters}
+    out = target.model.generate(
+        ids,
+        do_sample=True,
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        output_scores=True,
+        eos_token_id=None,
+        **settings,
+    )
+    sampler = Sampler(**{"temperature": 1.0, **filters})
+    scores = sampler.scores(target.model(ids).logits[0, -1:].detach(), prompt())
+    torch.testing.assert_close(sampler.probs(scores), out.scores[0].softmax(-1))
+
+
+def test_settings_outside_their_range_are_refused():
+    for settings in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 2.0}):
+        with pytest.raises(ValueError, match="must be >= 0"):
+            Sampler(**settings)
+
+
+@pytest.mark.parametrize("confidence", [0.2, 0.6, 0.99])
+@pytest.mark.parametrize("wrong", [0, 2, 3, 1])
+def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
+    """Whatever the drafter is and says, and whatever the costs, the text is the target's and the caches stay right."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target, block_size=6)
+    plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[])
+    costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
+    monkeypatch.setattr("dpace.decode.measure_costs", lambda *_: costs)
+    is_wrong = {0: lambda n: False, 1: lambda n: True}.get(wrong, lambda n: n % wrong == 0)
+    Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong, confidence)
+    ours = generate(target, drafter, prompt(), max_new_tokens=50, stop_token_ids=[], width="auto")
+    assert ours.token_ids == plain.token_ids[:50]
+    assert all(a < w for a, w in zip(ours.accepted_lengths, ours.widths, strict=True))
+    if wrong == 1:  # nothing is ever accepted: soon hardly anything is drafted
+        assert sum(width > 1 for width in ours.widths) < 10
+    if wrong == 0 and confidence == 0.99:
+        assert sum(ours.accepted_lengths) > 35
 
 
 def test_a_seed_repeats_the_text():

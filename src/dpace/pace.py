@@ -1,0 +1,161 @@
+"""Confidences and step times in; how many slots are worth verifying, and whether drafting is worth it at all, out."""
+
+import itertools
+import operator
+import statistics
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dpace.cache import make_cache
+from dpace.drafter import Drafter
+from dpace.target import Target
+
+FILLER_TOKENS = 128
+"""Context that step times are measured with."""
+MIN_PAUSE, MAX_PAUSE = 2, 64
+"""Steps from a draft that did not pay to the next; doubled each time in a row."""
+DECAY = 0.9
+"""Weight of the past in the running sums, a drafted step."""
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of the parts of a step on this machine."""
+
+    verify_seconds: Sequence[float]
+    """Of the target reading 1, 2, ... tokens."""
+    draft_seconds: float
+    """Of the drafter with the head."""
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens a second without drafting."""
+        return 1 / self.verify_seconds[0]
+
+    def best_width(self, reach: Sequence[float]) -> tuple[int, float]:
+        """The tokens to verify that give the most expected tokens a second.
+
+        Args:
+            reach: for each draft slot, the probability that it and all before it are accepted; as many as may be verified.
+
+        Returns:
+            The width, 1 (none of the draft) to `len(reach) + 1`, and the expected tokens emitted.
+        """
+        best, best_rate, emitted = (1, 1.0), 1 / (self.draft_seconds + self.verify_seconds[0]), 1.0
+        for width, probability in enumerate(reach, start=2):
+            emitted += probability
+            rate = emitted / (self.draft_seconds + self.verify_seconds[width - 1])
+            if rate > best_rate:
+                best, best_rate = (width, emitted), rate
+        return best
+
+
+class Pace:
+    """Decides, step by step, whether to draft and how wide to verify, so as to emit the most tokens a second.
+
+    The width maximizes `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])` with `c` the drafter's
+    calibrated confidences: the surrogate that D-PACE trains for, over the time that it takes here. Confidences that promise
+    more than is accepted are scaled down by what was found so far in this response. Where drafting has emitted less than plain
+    decoding would have in the same time, it pauses, longer each time, so that a bad drafter costs little.
+    """
+
+    def __init__(self, costs: StepCosts):
+        self.costs = costs
+        self.pause, self.next_pause = 0, MIN_PAUSE
+        self._forget()
+
+    def _forget(self) -> None:
+        """Trust the drafter until it is found wanting."""
+        self.promised = self.kept = self.emitted = 1.0
+        self.seconds = 1.0 / self.costs.plain_rate
+
+    def wants_draft(self) -> bool:
+        """Whether this step should draft; called once a step."""
+        self.pause = max(0, self.pause - 1)
+        return self.pause == 0
+
+    def width(self, confidences: Sequence[float]) -> int:
+        """Tokens to verify after a draft with these confidences, the last token included."""
+        trust = min(1.0, self.kept / self.promised)
+        self._reach = list(itertools.accumulate(confidences, operator.mul))
+        width, _ = self.costs.best_width([trust * reach for reach in self._reach])
+        return max(width, 2 if self._is_trial else 1)
+
+    @property
+    def _is_trial(self) -> bool:
+        """Drafting had been given up, and is tried again."""
+        return self.next_pause > MIN_PAUSE
+
+    def record(self, width: int, accepted: int) -> None:
+        """Learn from a verification."""
+        if self._is_trial and accepted == width - 1:
+            self._forget()
+            self.next_pause = max(MIN_PAUSE, self.next_pause // 2)
+        self.promised = DECAY * self.promised + sum(self._reach[: width - 1])
+        self.kept = DECAY * self.kept + accepted
+        self.emitted = DECAY * self.emitted + accepted + 1
+        self.seconds = DECAY * self.seconds + self.costs.draft_seconds + self.costs.verify_seconds[width - 1]
+        if self.emitted / self.seconds < self.costs.plain_rate:
+            self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, MAX_PAUSE)
+        elif not self._is_trial:
+            self.next_pause = MIN_PAUSE
+
+
+_costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def measure_costs(target: Target, drafter: Drafter) -> StepCosts:
+    """Measure what steps take on this machine, once for each drafter in a process; about a second.
+
+    Each width is run three times and the median kept; widths between the measured ones are interpolated.
+    """
+    if drafter in _costs:
+        return _costs[drafter]
+    device = target.device
+
+    def seconds(run) -> float:
+        times = []
+        for _ in range(4):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    filler = torch.full((1, FILLER_TOKENS), drafter.mask_token_id, device=device)
+    cache = make_cache(target.config, FILLER_TOKENS + drafter.block_size)
+    target.hidden(filler, cache=cache)
+
+    def verify(width: int) -> None:
+        target.logits(target.hidden(filler[:, :width], cache=cache)[0])
+        cache.crop(-width)
+
+    def draft() -> None:
+        size = drafter.block_size
+        hidden = drafter(
+            noise_embeds=target.embed(filler[:, :size]),
+            context_hidden_states=features,
+            position_ids=torch.arange(4 + size, device=device)[None],
+        ).last_hidden_state
+        target.logits(hidden[0, 1:]).max(-1)
+
+    features = torch.zeros(
+        1, 4, len(drafter.target_layer_ids) * target.hidden_size, device=device, dtype=target.model.dtype
+    )
+    widths = sorted({1, 2, 3, 4, 6, 8, 12, 16, drafter.block_size})
+    measured = {width: seconds(lambda width=width: verify(width)) for width in widths if width <= drafter.block_size}
+    verify_seconds = []
+    for width in range(1, drafter.block_size + 1):
+        below, above = max(w for w in measured if w <= width), min(w for w in measured if w >= width)
+        share = (width - below) / max(1, above - below)
+        verify_seconds.append((1 - share) * measured[below] + share * measured[above])
+    _costs[drafter] = StepCosts(verify_seconds, seconds(draft))
+    return _costs[drafter]

@@ -1,0 +1,130 @@
+"""Logits in; the distribution that plain generation would draw from, draws, and the two rules of verification, out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+class Sampler:
+    """How a token is chosen from logits; the same filters in the same order as `model.generate`.
+
+    Args:
+        temperature: 0 is greedy, and the filters then change nothing.
+        top_k: keep so many most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens up to this probability.
+        min_p: keep tokens with at least this share of the highest probability.
+        processors: further transformers processors, which see the tokens before the one that is drawn.
+        seed: of the draws; by default torch's global generator.
+        device: of the logits.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        processors: LogitsProcessorList | None = None,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+            raise ValueError(
+                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}; they must be >= 0, >= 0, in (0, 1] "
+                "and in [0, 1]"
+            )
+        self.temperature, self.processors = temperature, processors or LogitsProcessorList()
+        self.warpers = LogitsProcessorList()
+        if temperature not in (0, 1):
+            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if temperature and top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if temperature and top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        if temperature and min_p:
+            self.warpers.append(MinPLogitsWarper(min_p))
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
+        """Logits after all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`."""
+        if self.processors:
+            rows, first = [], len(prefix) - len(logits) + 1
+            for k, row in enumerate(logits):
+                ids: Any = torch.tensor([prefix[: first + k]], device=logits.device)
+                rows.append(self.processors(ids, row[None].float()))
+            logits = torch.cat(rows)
+        unused: Any = None
+        return self.warpers(unused, logits.float()) if self.warpers else logits
+
+    def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
+        """The distribution of each row."""
+        return torch.softmax(scores.float(), dim=-1)
+
+    def draw(self, scores: Float[Tensor, "slot vocab"]) -> Int[Tensor, " slot"]:
+        """One token a row from `scores`; the most likely one at temperature 0."""
+        if self.temperature == 0:
+            return scores.argmax(-1)
+        return torch.multinomial(self.probs(scores), 1, generator=self.generator)[:, 0]
+
+    def uniform(self, count: int, device: torch.device) -> list[float]:
+        """Numbers in [0, 1)."""
+        return torch.rand(count, generator=self.generator, device=device).tolist()
+
+
+def verify_draft(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> int:
+    """Count the draft tokens that equal the target's own choice, up to the first that differs.
+
+    `target_tokens[k]` is a draw from the target's distribution after the first `k` draft tokens, so every emitted token is
+    one, whatever the drafter proposes: the output has the target's distribution, at temperature 0 its very text.
+
+    Source: `dflash_generate` of z-lab/dflash.
+    """
+    accepted = 0
+    while accepted < len(draft_tokens) and draft_tokens[accepted] == target_tokens[accepted]:
+        accepted += 1
+    return accepted
+
+
+def verify_sampled(
+    draft_tokens: Sequence[int],
+    draft_probs: Float[Tensor, "draft vocab"],
+    target_probs: Float[Tensor, "slot vocab"],
+    sampler: Sampler,
+) -> tuple[int, int]:
+    """Speculative sampling: accept draft token `x` with probability `min(1, p(x) / q(x))`, and mend the first that is not.
+
+    The draft tokens must be draws from `draft_probs`, and how many are verified must not depend on which tokens were drawn. Then
+    what is emitted has the target's distribution: the token that takes the place of the first rejected one is drawn from
+    `max(p - q, 0)`, normalized, and the one after a draft that is accepted whole from `p`. A slot is accepted with probability
+    `sum of min(p, q)`.
+
+    Returns:
+        Accepted draft tokens, and the next token.
+
+    Source: Leviathan et al., arXiv 2211.17192, algorithm 1.
+    """
+    rows = torch.arange(len(draft_tokens), device=target_probs.device)
+    tokens = torch.tensor(draft_tokens, device=target_probs.device, dtype=torch.long)
+    ratios = (target_probs[rows, tokens] / draft_probs[rows, tokens]).tolist()
+    draws = sampler.uniform(len(draft_tokens), target_probs.device)
+    accepted = 0
+    while accepted < len(draft_tokens) and draws[accepted] < ratios[accepted]:
+        accepted += 1
+    rest = target_probs[accepted]
+    if accepted < len(draft_tokens):
+        rest = (rest - draft_probs[accepted]).clamp_min(0)
+    return accepted, int(torch.multinomial(rest, 1, generator=sampler.generator))
