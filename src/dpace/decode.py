@@ -65,7 +65,7 @@ def _first_stop(token_ids: Sequence[int], stop_token_ids: set[int]) -> int | Non
     return next((i for i, token in enumerate(token_ids) if token in stop_token_ids), None)
 
 
-def _prepare(target: Target, token_ids, max_new_tokens: int, stop_token_ids) -> tuple[Tensor, set[int]]:
+def prepare(target: Target, token_ids, max_new_tokens: int, stop_token_ids) -> tuple[Tensor, set[int]]:
     """Check the request; the prompt as a row, and the stop tokens."""
     prompt = torch.as_tensor(token_ids, device=target.device).reshape(1, -1)
     if not prompt.numel():
@@ -135,7 +135,7 @@ def generate_plain(
     seed: int | None = None,
 ) -> Generation:
     """Decode one token at a time with the target alone: the baseline. Arguments as in `generate`."""
-    prompt, stops = _prepare(target, token_ids, max_new_tokens, stop_token_ids)
+    prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
     sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
     return _collect(_plain_steps(target, prompt, sampler, max_new_tokens, stops), 1, target.device)
 
@@ -259,7 +259,7 @@ def generate(
     Source: DFlash (arXiv 2602.06036), `dflash_generate` of z-lab/dflash.
     """
     drafter.check_target(target)
-    prompt, stops = _prepare(target, token_ids, max_new_tokens, stop_token_ids)
+    prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
     sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
     pace = Pace(measure_costs(target, drafter)) if width == "auto" else None
     steps = speculative_steps(

@@ -114,6 +114,11 @@ class Drafter(Qwen3PreTrainedModel):
         """0-based target layers whose outputs are the features."""
         return self.config.target_layer_ids
 
+    @property
+    def confidence_temperature(self) -> float:
+        """What logits are divided by to get confidences, fitted on responses; 1 where it was not. Other engines ignore it."""
+        return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
+
     def forward(
         self,
         noise_embeds: Float[Tensor, "batch query hidden"],
@@ -147,7 +152,7 @@ class Drafter(Qwen3PreTrainedModel):
 
     def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
         """Calibrated probability of each slot's most likely token: how likely it is accepted once those before it are."""
-        scaled = logits.float() / getattr(self.config, "confidence_temperature", 1.0)
+        scaled = logits.float() / self.confidence_temperature
         return torch.exp(scaled.amax(-1) - scaled.logsumexp(-1)).tolist()
 
     @classmethod

@@ -19,7 +19,7 @@ import dpace
 from dpace.config import LossConfig, Recipe, TrainConfig, read_recipe, write_recipe
 from dpace.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
-from dpace.heldout import blocks_hidden, heldout_acceptance
+from dpace.heldout import blocks_hidden, fit_confidence_temperature, heldout_acceptance
 from dpace.loss import Head, block_loss, count_items, frozen_head_nll
 from dpace.objective import make_weigh
 from dpace.optimizer import MuonAdamW
@@ -332,6 +332,8 @@ def train(
         with interrupt.watching():
             trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
+        temperature = fit_confidence_temperature(drafter, target, validation)
+        drafter.config.dpace = {"confidence_temperature": temperature}
         drafter.save_pretrained(folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         provenance = {**_provenance(target, trainer, dataset), "peak_memory_bytes": memory.bytes}

@@ -1,0 +1,148 @@
+"""Decoding in the forms that people know: pieces of text as they come, and transformers' own `generate`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from dpace.decode import Step, VerifyRule, prepare, speculative_steps
+from dpace.drafter import Drafter
+from dpace.pace import Pace, measure_costs
+from dpace.sampling import Sampler
+from dpace.target import Target
+
+
+def stream(
+    target: Target,
+    drafter: Drafter,
+    token_ids: Sequence[int] | Tensor,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_token_ids: Sequence[int] | None = None,
+    seed: int | None = None,
+    width: Literal["auto", "full"] = "auto",
+    verify_rule: VerifyRule = "equality",
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Iterator[str]:
+    """Yield the response's text as it is emitted, a piece for each pass of the target.
+
+    Joined, the pieces are the text of `generate` with the same arguments. A character whose bytes are spread over tokens is
+    held back until it is whole. Arguments as in `generate`; and `on_step` is called with each `Step` before its text is yielded.
+    """
+    drafter.check_target(target)
+    prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
+    steps = speculative_steps(
+        target,
+        drafter,
+        prompt,
+        Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device),
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        pace=Pace(measure_costs(target, drafter)) if width == "auto" else None,
+        verify_rule=verify_rule,
+    )
+    pieces = TextPieces(target.tokenizer)
+    for step in steps:
+        on_step(step)
+        piece = pieces.add(step.token_ids)
+        if piece:
+            yield piece
+    if rest := pieces.flush():
+        yield rest
+
+
+class TextPieces:
+    """Turns tokens into text piece by piece; a tokenizer may write a token differently after others, so some are read again."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.token_ids: list[int] = []
+        self._read_from = self._shown = 0
+
+    def _text(self, start: int, end: int) -> str:
+        return self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=True)
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens add; empty while a character is not whole."""
+        self.token_ids += token_ids
+        text = self._text(self._read_from, len(self.token_ids))
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def flush(self) -> str:
+        """What was held back."""
+        return self._show(self._text(self._read_from, len(self.token_ids)))
+
+    def _show(self, text: str) -> str:
+        piece = text[len(self._text(self._read_from, self._shown)) :]
+        self._read_from, self._shown = self._shown, len(self.token_ids)
+        return piece
+
+
+def custom_generate(
+    target: Target,
+    drafter: Drafter,
+    *,
+    width: Literal["auto", "full"] = "auto",
+    verify_rule: VerifyRule = "equality",
+    streamer: BaseStreamer | None = None,
+) -> Callable[..., Tensor]:
+    """Make the argument of transformers' `generate` that lets it decode with a drafter.
+
+        model.generate(**inputs, custom_generate=custom_generate(target, drafter), max_new_tokens=200)
+
+    All of transformers' processors, filters and stopping criteria apply as without it; `model` is `target.model`. Criteria are
+    asked after every token, in the order of the text. One prompt at a time; no beams, no output but the tokens.
+
+    Args:
+        target: made of the model whose `generate` is called.
+        drafter: trained for it.
+        width: as in `generate`.
+        verify_rule: as in `generate`.
+        streamer: gets prompt and tokens; `generate` does not pass on its own to what is given as `custom_generate`.
+    """
+    drafter.check_target(target)
+
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, attention_mask=None, **_):
+        if model is not target.model:
+            raise ValueError("custom_generate was made for another model; make it with Target(model)")
+        if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
+            raise ValueError(
+                f"{len(input_ids)} prompts, {generation_config.num_beams} beams, return_dict_in_generate "
+                f"{generation_config.return_dict_in_generate}: a drafter decodes one prompt without beams and returns tokens; "
+                "for several prompts see dpace.batch.generate_batch"
+            )
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("the attention_mask hides tokens of the prompt; a drafter needs a prompt without padding")
+        num_prompt = input_ids.shape[1]
+        eos = generation_config.eos_token_id
+        stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        steps = speculative_steps(
+            target,
+            drafter,
+            input_ids,
+            Sampler(float(generation_config.do_sample), processors=logits_processor),
+            max_new_tokens=generation_config.max_length - num_prompt,
+            stops=stops,
+            pace=Pace(measure_costs(target, drafter)) if width == "auto" else None,
+            verify_rule=verify_rule,
+        )
+        text = input_ids[0].tolist()
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        for token in (token for step in steps for token in step.token_ids):
+            text.append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+            if bool(stopping_criteria(torch.tensor([text], device=input_ids.device), None).all()):
+                break
+        if streamer is not None:
+            streamer.end()
+        return torch.tensor([text], device=input_ids.device)
+
+    return decode

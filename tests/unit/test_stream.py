@@ -1,0 +1,129 @@
+import io
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from dpace.cli import main
+from dpace.decode import generate, generate_plain
+from dpace.stream import TextPieces, custom_generate, stream
+from tests.conftest import make_drafter, make_target
+
+
+@pytest.fixture
+def question(language_target) -> list[int]:
+    return language_target.tokenizer("ask w3 w51 answer")["input_ids"]
+
+
+@pytest.mark.parametrize("width", ["auto", "full"])
+def test_pieces_are_the_text(width, language_target, language_drafter, question):
+    steps = []
+    options = {"max_new_tokens": 20, "width": width}
+    pieces = list(stream(language_target, language_drafter, question, **options, on_step=steps.append))
+    whole = generate(language_target, language_drafter, question, **options)
+    assert "".join(pieces) == language_target.tokenizer.decode(whole.token_ids, skip_special_tokens=True)
+    assert len(pieces) > 3 and [t for step in steps for t in step.token_ids] == whole.token_ids
+
+
+def test_the_target_may_be_used_between_pieces(language_target, language_drafter, question):
+    """What the consumer runs does not change the features that the next step reads."""
+    found = []
+    for piece in stream(language_target, language_drafter, question, max_new_tokens=20):
+        generate_plain(language_target, question, max_new_tokens=2)
+        found.append(piece)
+    assert "".join(found) == "".join(stream(language_target, language_drafter, question, max_new_tokens=20))
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, token_ids, skip_special_tokens):
+        return bytes(token_ids).decode("utf-8", errors="replace")
+
+
+def test_characters_are_whole():
+    pieces, text = TextPieces(Bytes()), "a\u00e9\u4e2d\U0001f600!"
+    shown = [pieces.add([byte]) for byte in text.encode()]
+    assert "".join(shown) == text and all("\ufffd" not in piece for piece in shown)
+    cut = TextPieces(Bytes())
+    assert [cut.add([byte]) for byte in "\u4e2d".encode()[:2]] == ["", ""] and cut.flush() == "\ufffd"
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 12},
+        {"bad_words_ids": [[9], [12]]},
+    ],
+)
+def test_custom_generate_is_generate(settings):
+    """Processors that look at the text too."""
+    target = make_target("qwen3")
+    ids = torch.tensor([[4, 9, 12, 7]])
+    options = {"max_new_tokens": 24, "do_sample": False, **settings}
+    expected = target.model.generate(ids, **options)
+    for width in ("auto", "full"):
+        found = target.model.generate(
+            ids, custom_generate=custom_generate(target, make_drafter(target), width=width), **options
+        )
+        assert found.tolist() == expected.tolist()
+
+
+class StopAt(StoppingCriteria):
+    """After so many tokens."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((1,), input_ids.shape[1] >= self.count, dtype=torch.bool)
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+def test_custom_generate_stops_and_streams(language_target, language_drafter, question, capsys):
+    model, tokenizer = language_target.model, language_target.tokenizer
+    options = {
+        "custom_generate": custom_generate(language_target, language_drafter, width="full"),
+        "do_sample": False,
+        "max_new_tokens": 20,
+    }
+    whole = model.generate(torch.tensor([question]), **options)
+    for count in range(len(question) + 1, len(question) + 9):
+        criteria = StoppingCriteriaList([StopAt(count)])
+        cut = model.generate(torch.tensor([question]), stopping_criteria=criteria, **options)
+        assert cut[0].tolist() == whole[0, :count].tolist()
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    options["custom_generate"] = custom_generate(language_target, language_drafter, streamer=streamer)
+    model.generate(torch.tensor([question]), **options)
+    assert capsys.readouterr().out.split() == tokenizer.decode(whole[0, len(question) :]).split()
+    for wrong in ({"inputs": torch.tensor([question, question])}, {"inputs": torch.tensor([question]), "num_beams": 2}):
+        with pytest.raises(ValueError, match="one prompt without beams"):
+            model.generate(**wrong, **options)
+    with pytest.raises(ValueError, match="another model"):
+        make_target("qwen3").model.generate(torch.tensor([question]), **options)
+
+
+def test_chat(language_folder, language_drafter, tmp_path, capsys, monkeypatch):
+    """Two turns from standard input; the second prompt has the first answer."""
+    language_drafter.save_pretrained(tmp_path / "drafter")
+    monkeypatch.setattr("sys.stdin", io.StringIO("w3 w51\n\nw5 w51\n"))
+    flags = [
+        "--target",
+        str(language_folder),
+        "--drafter",
+        str(tmp_path / "drafter"),
+        "--stream",
+        "--max-new-tokens",
+        "20",
+    ]
+    assert main(["generate", *flags]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("> ") == 4 and "w4 w5 w6" in printed.out
+    assert printed.err.count("tokens/s; accepted:") == 2
+    assert main(["generate", *flags, "--prompt", "w3 w51"]) == 0
+    assert "w4 w5 w6" in capsys.readouterr().out
+    assert main(["generate", "--target", str(language_folder)]) == 1
+    assert main(["generate", "--target", str(language_folder), "--stream"]) == 1
