@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -45,3 +48,58 @@ def make_cache(config, capacity: int) -> DynamicCache:
     cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     cache.activate_past_recording()
     return cache
+
+
+class RaggedLayer(DynamicLayer):
+    """A `DynamicLayer` whose rows hold different numbers of tokens: each new token goes to the column that it is given.
+
+    What a row has no use for any more is written over. Columns not written yet are zero, so that a mask is enough to hide them.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.columns, self.end = torch.empty(0), 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write new keys and values to their columns; returns views of the columns before `end`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            shapes = [(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
+            self._buffers = [key_states.new_zeros(shape) for shape in shapes]
+        rows = torch.arange(len(key_states), device=self.device)[:, None]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[rows, :, self.columns] = new.transpose(1, 2)
+        self.keys, self.values = (buffer[..., : self.end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keep some rows."""
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self.keys, self.values = (buffer[..., : self.end, :] for buffer in self._buffers)
+
+
+class RaggedCache(DynamicCache):
+    """A cache for rows of different lengths; `place` says before each forward pass where its tokens go.
+
+    Memory: keys and values of `capacity` tokens a row, allocated at once.
+
+    Raises:
+        ValueError: a model with other than full-attention layers.
+    """
+
+    def __init__(self, config, capacity: int):
+        layers = make_cache(config, capacity).layers
+        other = {type(layer).__name__ for layer in layers if type(layer) is not PreallocatedLayer}
+        if other:
+            raise ValueError(
+                f"{config.model_type} has layers that are not full attention ({', '.join(sorted(other))}); a batch "
+                "needs full attention in all layers: decode one prompt at a time with `generate`"
+            )
+        super().__init__(config=config)
+        self.layers: Any = [RaggedLayer(capacity) for _ in layers]
+
+    def place(self, columns: Int[Tensor, "batch new"], end: int) -> None:
+        """Let the next forward pass write its tokens to `columns` and read the columns before `end`."""
+        for layer in self.layers:
+            layer.columns, layer.end = columns, end

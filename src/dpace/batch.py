@@ -1,0 +1,227 @@
+"""Several prompts in; the responses that decoding them one at a time gives, out, from forward passes that all rows share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dpace.cache import RaggedCache
+from dpace.decode import Generation, _clock, _first_stop, generate, prepare
+from dpace.drafter import Drafter
+from dpace.sampling import Sampler, verify_draft
+from dpace.target import Target
+
+
+@dataclass
+class _Row:
+    """One prompt and what was emitted after it."""
+
+    text: list[int]
+    num_prompt: int
+    max_new_tokens: int
+    stops: set[int]
+    accepted_lengths: list[int] = field(default_factory=list)
+    emitted_lengths: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.num_prompt + self.max_new_tokens - len(self.text)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.remaining or self.text[-1] in self.stops
+
+    def emit(self, draft: list[int], drawn: list[int]) -> None:
+        """Take what the target's own draws leave of a draft, and its next token."""
+        draft, remaining = draft[: self.remaining], self.remaining
+        accepted = verify_draft(draft, drawn)
+        emitted = drawn[: min(accepted + 1, remaining)]
+        stop = _first_stop(emitted, self.stops)
+        if stop is not None:
+            emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
+        self.text += emitted
+        self.accepted_lengths.append(accepted)
+        self.emitted_lengths.append(len(emitted))
+        self.widths.append(len(draft) + 1)
+
+
+class _Batch:
+    """The rows that are not done, and the caches of target and drafter.
+
+    A token's column in the target's cache is its position, so the caches have no holes: a query sees the columns up to its own
+    position, and a rejected token lies above until the next block, which begins there and is no shorter, is written over it.
+    The drafter's cache is the same behind `block_size` columns for the slots, which are never kept. The features of all tokens that the
+    target read go into it; those of rejected tokens are hidden and written over in the same way.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, rows: list[_Row], sampler: Sampler):
+        self.target, self.drafter, self.rows, self.sampler = target, drafter, rows, sampler
+        capacity = max(row.num_prompt + row.max_new_tokens for row in rows)
+        self.cache = RaggedCache(target.config, capacity)
+        self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + capacity)
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.target.device)
+
+    def prefill(self, captured: list[Tensor]) -> None:
+        """Read the prompts and emit the first tokens; padding stands on the right, where no prompt token sees it."""
+        longest = max(row.num_prompt for row in self.rows)
+        padded = self._tensor([row.text + row.text[-1:] * (longest - row.num_prompt) for row in self.rows])
+        self.positions = torch.arange(longest, device=padded.device).expand(len(padded), -1)
+        self.cache.place(self.positions, longest)
+        hidden = self.target.hidden(padded, cache=self.cache, position_ids=self.positions)
+        self.features = torch.cat(captured, dim=-1)
+        last = self._tensor([row.num_prompt - 1 for row in self.rows])
+        logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
+        for row, token in zip(self.rows, self.sampler.draw(self.sampler.scores(logits, [])).tolist(), strict=True):
+            row.text.append(token)
+
+    def draft(self) -> Int[Tensor, "batch slot"]:
+        """One block a row: its last token and the most likely tokens after it."""
+        size = self.drafter.block_size
+        starts = self._tensor([[len(row.text) - 1] for row in self.rows])
+        slots = torch.arange(size, device=starts.device).expand(len(starts), -1)
+        blocks = torch.full_like(slots, self.drafter.mask_token_id)
+        blocks[:, :1] = self._tensor([row.text[-1:] for row in self.rows])
+        end = size + max(len(row.text) for row in self.rows) - 1
+        self.drafter_cache.place(torch.cat([size + self.positions, slots], dim=1), end)
+        hidden = self.drafter(
+            noise_embeds=self.target.embed(blocks),
+            context_hidden_states=self.features,
+            position_ids=torch.cat([self.positions, starts + slots], dim=1),
+            attention_mask=torch.arange(end, device=starts.device) < size + starts,
+            cache=self.drafter_cache,
+        ).last_hidden_state
+        width = min(size, 1 + max(row.remaining for row in self.rows))
+        logits = self.target.logits(hidden[:, 1:width].flatten(0, 1))
+        blocks[:, 1:width] = logits.argmax(-1).unflatten(0, (len(blocks), -1))
+        return blocks[:, :width]
+
+    def verify(self, blocks: Int[Tensor, "batch slot"], captured: list[Tensor]) -> None:
+        """Have the target read the blocks, and emit. Slots past a row's last token all share its position: nothing comes of them."""
+        width = blocks.shape[1]
+        limits = self._tensor([[row.num_prompt + row.max_new_tokens - 1] for row in self.rows])
+        starts = self._tensor([[len(row.text) - 1] for row in self.rows])
+        self.positions = torch.minimum(starts + torch.arange(width, device=starts.device), limits)
+        end = int(self.positions.max()) + 1
+        is_visible = torch.arange(end, device=starts.device) <= self.positions[..., None]
+        self.cache.place(self.positions, end)
+        hidden = self.target.hidden(
+            blocks,
+            cache=self.cache,
+            position_ids=self.positions,
+            attention_mask=_additive(is_visible, self.target.model.dtype),
+        )
+        self.features = torch.cat(captured, dim=-1)
+        scores = self.sampler.scores(self.target.logits(hidden.flatten(0, 1)), [])
+        drawn = self.sampler.draw(scores).unflatten(0, blocks.shape).tolist()
+        for row, block, choice in zip(self.rows, blocks.tolist(), drawn, strict=True):
+            row.emit(block[1:], choice)
+
+    def drop_done(self) -> None:
+        """Keep what is not done, here and in the caches."""
+        kept = [index for index, row in enumerate(self.rows) if not row.is_done]
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[index] for index in kept]
+        if self.rows:
+            indices = self._tensor(kept)
+            self.positions, self.features = self.positions[indices], self.features[indices]
+            for cache in (self.cache, self.drafter_cache):
+                cache.batch_select_indices(indices)
+
+
+def _additive(
+    is_visible: Bool[Tensor, "batch query column"], dtype: torch.dtype
+) -> Float[Tensor, "batch 1 query column"]:
+    """The mask as both `sdpa` and `eager` attention take it: added to the scores."""
+    mask = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
+    return mask.masked_fill(~is_visible, torch.finfo(dtype).min)[:, None]
+
+
+@torch.inference_mode()
+def generate_batch(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_token_ids: Sequence[int] | None = None,
+    seed: int | None = None,
+) -> list[Generation]:
+    """Decode several prompts at once with a drafter: each text is the one that its prompt alone gets.
+
+    Each step drafts a block for every row and verifies all of them whole (`width="full"`, `verify_rule="equality"` of `generate`); rows
+    accept different numbers of tokens, and leave the batch when they are done. At temperature 0 in fp32 a row's text and accepted
+    lengths are those of `generate`; in low precision, batches of another size round differently. Above 0 all rows draw from one
+    generator, so a seed repeats the whole batch and not a row of it.
+
+    Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits of one
+    block a row.
+
+    Args:
+        target: the model whose text is kept; with full attention in all layers where there is more than one prompt.
+        drafter: trained for it.
+        prompts: decoded all at once; as many as memory allows.
+        max_new_tokens: upper limit of each response.
+        temperature: as in `generate`, like `top_k`, `top_p` and `min_p`.
+        top_k: see `Sampler`.
+        top_p: see `Sampler`.
+        min_p: see `Sampler`.
+        stop_token_ids: end a response, and are its last token; by default the target's own.
+        seed: of the draws; by default torch's global generator.
+
+    Returns:
+        One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
+
+    Raises:
+        ValueError: as `generate`; and, for more than one prompt, layers with a sliding window or the like, or an attention
+            implementation that takes no 4-D mask.
+    """
+    settings: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    if len(prompts) == 1:
+        settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "temperature": temperature}
+        return [generate(target, drafter, prompts[0], **settings)]
+    drafter.check_target(target)
+    sampler, rows = Sampler(temperature, device=target.device, **settings), []
+    for token_ids in prompts:
+        prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
+        rows.append(_Row(prompt[0].tolist(), prompt.shape[1], max_new_tokens, stops))
+    if not rows:
+        return []
+    implementation = target.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"the target's attention is {implementation}, which takes no 4-D mask; load it with attn_implementation='sdpa', or "
+            "decode one prompt at a time with `generate`"
+        )
+    started = _clock(target.device)
+    batch = _Batch(target, drafter, rows, sampler)
+    with target.capture(drafter.target_layer_ids) as captured:
+        batch.prefill(captured)
+        first = _clock(target.device)
+        batch.drop_done()
+        while batch.rows:
+            batch.verify(batch.draft(), captured)
+            batch.drop_done()
+    seconds = (first - started, _clock(target.device) - first)
+    return [
+        Generation(
+            row.text[row.num_prompt :],
+            row.accepted_lengths,
+            row.emitted_lengths,
+            row.widths,
+            drafter.block_size,
+            *seconds,
+        )
+        for row in rows
+    ]

@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from dpace.batch import generate_batch
+from dpace.cache import RaggedLayer
+from dpace.decode import generate, generate_plain
+from tests.conftest import make_drafter, make_target
+
+LENGTHS = [7, 1, 12, 3, 7]
+
+
+def prompts(lengths=LENGTHS):
+    return [
+        torch.randint(4, 64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed, length in enumerate(lengths)
+    ]
+
+
+def alone(target, drafter, rows, **options):
+    return [generate(target, drafter, row, **options) for row in rows]
+
+
+def facts(generation):
+    return generation.token_ids, generation.accepted_lengths, generation.emitted_lengths, generation.widths
+
+
+@pytest.mark.parametrize("block_size", [2, 5])
+@pytest.mark.parametrize("family", ["llama3.1", "qwen3", "smollm2"], indirect=True)
+def test_texts_are_those_of_one_at_a_time(random_target, block_size):
+    drafter = make_drafter(random_target, block_size=block_size)
+    options = {"max_new_tokens": 25, "stop_token_ids": []}
+    ours = generate_batch(random_target, drafter, prompts(), **options)
+    plain = [generate_plain(random_target, row, **options).token_ids for row in prompts()]
+    assert [out.token_ids for out in ours] == plain
+    assert [facts(out) for out in ours] == [facts(out) for out in alone(random_target, drafter, prompts(), **options)]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_eager_attention_and_positions_up_to_the_limit():
+    """The limit of positions is reached by one row, while another still needs whole blocks."""
+    target = make_target("qwen3", max_position_embeddings=32, _attn_implementation="eager")
+    drafter = make_drafter(target, block_size=8)
+    options = {"max_new_tokens": 12, "stop_token_ids": []}
+    ours = generate_batch(target, drafter, prompts([20, 4]), **options)
+    assert [out.token_ids for out in ours] == [
+        generate_plain(target, row, **options).token_ids for row in prompts([20, 4])
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 9, 20])
+def test_a_trained_drafter_is_accepted_as_alone(language_target, language_drafter, language_prompts, limit):
+    """Rows accept different numbers of tokens, and end by a stop token or by the limit, inside blocks."""
+    encode = language_target.tokenizer
+    rows = [encode(f"ask {question} answer")["input_ids"] for question in language_prompts[50:56]]
+    rows[1] = encode("w7 w9")["input_ids"] + rows[1]
+    texts = [generate_plain(language_target, row, max_new_tokens=20, stop_token_ids=[]).token_ids for row in rows]
+    for stops in ([], [texts[0][3], texts[1][6], texts[2][11]]):
+        options = {"max_new_tokens": limit, "stop_token_ids": stops}
+        ours = generate_batch(language_target, language_drafter, rows, **options)
+        assert [facts(out) for out in ours] == [
+            facts(out) for out in alone(language_target, language_drafter, rows, **options)
+        ]
+        ends = [min([limit, *(text.index(stop) + 1 for stop in stops if stop in text)]) for text in texts]
+        assert [out.token_ids for out in ours] == [text[:end] for text, end in zip(texts, ends, strict=True)]
+    if limit == 20:
+        assert len(set(ends)) > 2
+        accepted = [length for out in ours for length in out.accepted_lengths]
+        assert sum(accepted) > 20 and len(set(accepted)) > 2  # else nothing is tested
+
+
+def test_what_a_row_has_not_written_is_never_seen(monkeypatch):
+    """Large numbers in the unwritten columns change nothing, also after rows have left the batch."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target)
+    first = generate_plain(target, prompts()[0], max_new_tokens=5, stop_token_ids=[]).token_ids
+    options = {"max_new_tokens": 12, "stop_token_ids": first[-1:]}
+    expected = [facts(out) for out in generate_batch(target, drafter, prompts(), **options)]
+    update, num_rows = RaggedLayer.update, set()
+
+    def spoil_first(self, key_states, value_states, *rest, **kwargs):
+        num_rows.add(len(key_states))
+        if not self.is_initialized:
+            update(self, key_states, value_states)
+            for buffer in self._buffers:
+                buffer.fill_(1e3)
+        return update(self, key_states, value_states, *rest, **kwargs)
+
+    monkeypatch.setattr(RaggedLayer, "update", spoil_first)
+    assert [facts(out) for out in generate_batch(target, drafter, prompts(), **options)] == expected
+    assert len(num_rows) > 1
+
+
+def test_one_prompt_and_none():
+    target = make_target("gemma3")
+    drafter = make_drafter(target)
+    (ours,) = generate_batch(target, drafter, prompts([30]), max_new_tokens=10, stop_token_ids=[])
+    assert facts(ours) == facts(generate(target, drafter, prompts([30])[0], max_new_tokens=10, stop_token_ids=[]))
+    assert generate_batch(target, drafter, [], max_new_tokens=10) == []
+
+
+def test_a_seed_repeats_the_batch_and_draws_differ():
+    target = make_target("qwen3")
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight.mul_(0.05)
+    drafter = make_drafter(target)
+    same = prompts([5]) * 3
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "stop_token_ids": []}
+    runs = [generate_batch(target, drafter, same, seed=seed, **options) for seed in (5, 5, 6)]
+    texts = [[out.token_ids for out in run] for run in runs]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0][0] != texts[0][1]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"], indirect=True)
+def test_sliding_windows_are_refused(random_target):
+    with pytest.raises(ValueError, match="one prompt at a time with `generate`"):
+        generate_batch(random_target, make_drafter(random_target), prompts(), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "match"),
+    [
+        ([[5], []], {}, "empty"),
+        ([[5], [5] * 250], {}, "limit of 256"),
+        ([[5], [6]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[5], [6]], {"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_bad_requests(rows, options, match):
+    target = make_target("qwen3")
+    with pytest.raises(ValueError, match=match):
+        generate_batch(target, make_drafter(target), rows, **{"max_new_tokens": 10, **options})
+
+
+def test_an_attention_without_4d_masks_is_refused():
+    target = make_target("qwen3")
+    target.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        generate_batch(target, make_drafter(target), prompts(), max_new_tokens=4)
