@@ -37,7 +37,7 @@ def main(target_name: str, drafter_folder: str) -> int:
     tokens = 0
     for prompt in prompts:
         token_ids = encode_chat(target, prompt.turns[0])
-        mine = generate(target, ours, token_ids, max_new_tokens=MAX_NEW_TOKENS)
+        mine = generate(target, ours, token_ids, max_new_tokens=MAX_NEW_TOKENS, width="full")
         inputs = torch.tensor([token_ids], device=target.device)
         other = zlab.dflash_generate(
             theirs, target.model, inputs, MAX_NEW_TOKENS, target.stop_token_ids, 0.0, return_stats=True

@@ -23,6 +23,7 @@ class _Row:
     num_prompt: int
     max_new_tokens: int
     stops: set[int]
+    sampler: Sampler
     accepted_lengths: list[int] = field(default_factory=list)
     emitted_lengths: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
@@ -35,6 +36,11 @@ class _Row:
     @property
     def is_done(self) -> bool:
         return not self.remaining or self.text[-1] in self.stops
+
+    def draw(self, logits: Tensor) -> list[int]:
+        """The target's own next tokens."""
+        scores = self.sampler.scores(logits, [])
+        return self.sampler.draw(scores, len(self.text) - self.num_prompt).tolist()
 
     def emit(self, draft: list[int], drawn: list[int]) -> None:
         """Take what the target's own draws leave of a draft, and its next token."""
@@ -59,8 +65,8 @@ class _Batch:
     target read go into it; those of rejected tokens are hidden and written over in the same way.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, rows: list[_Row], sampler: Sampler):
-        self.target, self.drafter, self.rows, self.sampler = target, drafter, rows, sampler
+    def __init__(self, target: Target, drafter: Drafter, rows: list[_Row]):
+        self.target, self.drafter, self.rows = target, drafter, rows
         capacity = max(row.num_prompt + row.max_new_tokens for row in rows)
         self.cache = RaggedCache(target.config, capacity)
         self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + capacity)
@@ -78,8 +84,8 @@ class _Batch:
         self.features = torch.cat(captured, dim=-1)
         last = self._tensor([row.num_prompt - 1 for row in self.rows])
         logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
-        for row, token in zip(self.rows, self.sampler.draw(self.sampler.scores(logits, [])).tolist(), strict=True):
-            row.text.append(token)
+        for row, of_row in zip(self.rows, logits, strict=True):
+            row.text += row.draw(of_row[None])
 
     def draft(self) -> Int[Tensor, "batch slot"]:
         """One block a row: its last token and the most likely tokens after it."""
@@ -118,10 +124,9 @@ class _Batch:
             attention_mask=_additive(is_visible, self.target.model.dtype),
         )
         self.features = torch.cat(captured, dim=-1)
-        scores = self.sampler.scores(self.target.logits(hidden.flatten(0, 1)), [])
-        drawn = self.sampler.draw(scores).unflatten(0, blocks.shape).tolist()
-        for row, block, choice in zip(self.rows, blocks.tolist(), drawn, strict=True):
-            row.emit(block[1:], choice)
+        logits = self.target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
+        for row, block, of_row in zip(self.rows, blocks.tolist(), logits, strict=True):
+            row.emit(block[1:], row.draw(of_row))
 
     def drop_done(self) -> None:
         """Keep what is not done, here and in the caches."""
@@ -161,9 +166,8 @@ def generate_batch(
     """Decode several prompts at once with a drafter: each text is the one that its prompt alone gets.
 
     Each step drafts a block for every row and verifies all of them whole (`width="full"`, `verify_rule="equality"` of `generate`); rows
-    accept different numbers of tokens, and leave the batch when they are done. At temperature 0 in fp32 a row's text and accepted
-    lengths are those of `generate`; in low precision, batches of another size round differently. Above 0 all rows draw from one
-    generator, so a seed repeats the whole batch and not a row of it.
+    accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text and accepted lengths are those of
+    `generate`, above temperature 0 with the row's own seed; in low precision, batches of another size round differently.
 
     Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits of one
     block a row.
@@ -178,7 +182,7 @@ def generate_batch(
         top_p: see `Sampler`.
         min_p: see `Sampler`.
         stop_token_ids: end a response, and are its last token; by default the target's own.
-        seed: of the draws; by default torch's global generator.
+        seed: prompt `i` draws with `seed + i`; by default torch's global generator.
 
     Returns:
         One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
@@ -187,15 +191,16 @@ def generate_batch(
         ValueError: as `generate`; and, for more than one prompt, layers with a sliding window or the like, or an attention
             implementation that takes no 4-D mask.
     """
-    settings: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     if len(prompts) == 1:
-        settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "temperature": temperature}
+        settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "seed": seed, "width": "full"}
         return [generate(target, drafter, prompts[0], **settings)]
     drafter.check_target(target)
-    sampler, rows = Sampler(temperature, device=target.device, **settings), []
-    for token_ids in prompts:
+    rows = []
+    for number, token_ids in enumerate(prompts):
         prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
-        rows.append(_Row(prompt[0].tolist(), prompt.shape[1], max_new_tokens, stops))
+        sampler = Sampler(seed=None if seed is None else seed + number, device=target.device, **settings)
+        rows.append(_Row(prompt[0].tolist(), prompt.shape[1], max_new_tokens, stops, sampler))
     if not rows:
         return []
     implementation = target.config._attn_implementation
@@ -205,7 +210,7 @@ def generate_batch(
             "decode one prompt at a time with `generate`"
         )
     started = _clock(target.device)
-    batch = _Batch(target, drafter, rows, sampler)
+    batch = _Batch(target, drafter, rows)
     with target.capture(drafter.target_layer_ids) as captured:
         batch.prefill(captured)
         first = _clock(target.device)

@@ -14,7 +14,7 @@ import transformers
 
 import dpace
 from dpace.config import BenchConfig
-from dpace.decode import Generation, generate, generate_plain
+from dpace.decode import Generation, Width, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
@@ -26,15 +26,19 @@ SCHEMA_VERSION = 1
 PLAIN = "plain"
 """Name of decoding without a drafter."""
 
+Engines = dict[tuple[str, Width | None], Drafter | None]
+"""Ways to decode, by the drafter's name and the width."""
+
 
 def bench(
     target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig, folder: str | Path
 ) -> dict:
-    """Decode every prompt plainly and with each drafter, in turn, and write `results.json`.
+    """Decode every prompt plainly and with each drafter and width, in turn, and write `results.json`.
 
     The order alternates from prompt to prompt, after a warm-up that is not counted, so that a drift of the machine's speed
     does not favour one side. Each finished response is kept in `bench.jsonl`; an interrupted call goes on after it. The
-    answers to earlier turns are the plain ones, so all sides see the same prompts.
+    answers to earlier turns are the plain ones, so all sides see the same prompts; above temperature 0 all sides draw with the
+    same seed, which gives the same text.
 
     Args:
         target: the model.
@@ -44,7 +48,7 @@ def bench(
         folder: for the two files.
 
     Returns:
-        What `results.json` holds: `rows`, one for each drafter, set and temperature, and where it was measured.
+        What `results.json` holds: `rows`, one for each drafter, width, set and temperature, and where it was measured.
 
     Raises:
         ValueError: a drafter for another target, or an over-long prompt.
@@ -58,7 +62,8 @@ def bench(
     meta["prompts_sha256"] = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
     records = _Records(folder / "bench.jsonl", meta)
     prompts = first_of_each_set(prompts, config.num_prompts)
-    engines = {PLAIN: None, **drafters}
+    engines: Engines = {(PLAIN, None): None}
+    engines |= {(name, width): drafter for name, drafter in drafters.items() for width in config.widths}
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
     with progress_bar() as bar:
         task = bar.add_task("decoding", total=len(jobs), info="")
@@ -72,22 +77,24 @@ def bench(
             bar.advance(task)
     results = {
         "schema_version": SCHEMA_VERSION,
-        "rows": make_rows(records.of(config.temperatures, prompts), drafters),
+        "rows": make_rows(records.of(config.temperatures, prompts), engines),
         **provenance,
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
-def make_rows(records: Sequence[dict], drafters: dict[str, Drafter]) -> list[dict]:
-    """Pool records of single responses into one row for each drafter, set and temperature."""
-    by_key = {(r["drafter"], r["temperature"], r["id"], r["turn"]): r for r in records}
+def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:
+    """Pool records of single responses into one row for each drafter, width, set and temperature."""
+    by_key = {(r["drafter"], r["width"], r["temperature"], r["id"], r["turn"]): r for r in records}
     rows = []
     groups = dict.fromkeys((r["temperature"], r["set"]) for r in records)
     for temperature, name in sorted(groups):
         plain = [r for r in records if (r["drafter"], r["temperature"], r["set"]) == (PLAIN, temperature, name)]
-        for drafter, model in drafters.items():
-            ours = [by_key[drafter, temperature, r["id"], r["turn"]] for r in plain]
+        for (drafter, width), model in engines.items():
+            if model is None:
+                continue
+            ours = [by_key[drafter, width, temperature, r["id"], r["turn"]] for r in plain]
             block_size = model.block_size
             acceptance = Acceptance([r["histogram"] for r in ours], block_size, [r["num_without_bonus"] for r in ours])
             sides = [[r[key] for r in side] for side in (ours, plain) for key in ("decode_tokens", "decode_seconds")]
@@ -95,6 +102,7 @@ def make_rows(records: Sequence[dict], drafters: dict[str, Drafter]) -> list[dic
             rows.append(
                 {
                     "drafter": drafter,
+                    "width": width,
                     "set": name,
                     "temperature": temperature,
                     "num_responses": len(ours),
@@ -112,7 +120,7 @@ def make_rows(records: Sequence[dict], drafters: dict[str, Drafter]) -> list[dic
                     "plain_tokens_per_second": sum(sides[2]) / sum(sides[3]),
                     "decode_speedup": speedup[0],
                     "decode_speedup_interval": speedup[1:],
-                    "num_same_text": sum(r["same_text"] for r in ours) if temperature == 0 else None,
+                    "num_same_text": sum(r["same_text"] for r in ours),
                     "responses": ours,
                     "plain_responses": plain,
                 }
@@ -143,7 +151,7 @@ class _Records:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def has(self, engines: dict, temperature: float, prompt: Prompt) -> bool:
+    def has(self, engines: Engines, temperature: float, prompt: Prompt) -> bool:
         found = [r for r in self.rows if r["temperature"] == temperature and r["id"] == prompt.id]
         if len(found) == len(engines) * len(prompt.turns):
             return True
@@ -151,21 +159,19 @@ class _Records:
         return False
 
 
-def _decode(target: Target, drafter: Drafter | None, token_ids, **options) -> Generation:
-    return (
-        generate_plain(target, token_ids, **options)
-        if drafter is None
-        else generate(target, drafter, token_ids, **options)
-    )
+def _decode(target: Target, drafter: Drafter | None, width: Width | None, token_ids, **options) -> Generation:
+    if drafter is None or width is None:
+        return generate_plain(target, token_ids, **options)
+    return generate(target, drafter, token_ids, width=width, **options)
 
 
-def _warm_up(target: Target, engines: dict, prompt: Prompt, temperature: float) -> None:
+def _warm_up(target: Target, engines: Engines, prompt: Prompt, temperature: float) -> None:
     token_ids = encode_chat(target, prompt.turns[0])
-    for drafter in engines.values():
-        _decode(target, drafter, token_ids, max_new_tokens=16, temperature=temperature)
+    for (_, width), drafter in engines.items():
+        _decode(target, drafter, width, token_ids, max_new_tokens=16, temperature=temperature)
 
 
-def _measure(target: Target, engines: dict, prompt: Prompt, temperature: float, config: BenchConfig, *, rotation: int):
+def _measure(target: Target, engines: Engines, prompt: Prompt, temperature: float, config: BenchConfig, *, rotation: int):
     """Decode one prompt with every engine; yields a record for each turn and engine."""
     messages = []
     names = list(engines)
@@ -177,6 +183,7 @@ def _measure(target: Target, engines: dict, prompt: Prompt, temperature: float, 
             name: _decode(
                 target,
                 engines[name],
+                name[1],
                 token_ids,
                 max_new_tokens=config.max_new_tokens,
                 temperature=temperature,
@@ -184,9 +191,11 @@ def _measure(target: Target, engines: dict, prompt: Prompt, temperature: float, 
             )
             for name in names
         }
-        for name, generation in done.items():
+        plain = done[PLAIN, None]
+        for (name, width), generation in done.items():
             yield {
                 "drafter": name,
+                "width": width,
                 "set": prompt.set,
                 "id": prompt.id,
                 "turn": turn,
@@ -194,14 +203,15 @@ def _measure(target: Target, engines: dict, prompt: Prompt, temperature: float, 
                 "prompt_tokens": len(token_ids),
                 "token_ids": generation.token_ids,
                 "accepted_lengths": generation.accepted_lengths,
+                "widths": generation.widths,
                 "histogram": [] if name == PLAIN else generation.acceptance.counts.tolist(),
                 "num_without_bonus": 0 if name == PLAIN else generation.acceptance.num_missing,
                 "decode_tokens": generation.num_decode_tokens,
                 "decode_seconds": generation.decode_seconds,
                 "prefill_seconds": generation.prefill_seconds,
-                "same_text": generation.token_ids == done[PLAIN].token_ids,
+                "same_text": generation.token_ids == plain.token_ids,
             }
-        text = target.tokenizer.decode(done[PLAIN].token_ids, skip_special_tokens=True)
+        text = target.tokenizer.decode(plain.token_ids, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})
 
 

@@ -146,6 +146,8 @@ class BenchConfig:
     """Longest response in tokens."""
     num_prompts: int | None = None
     """Held-out prompts of each set, at most."""
+    widths: tuple[Literal["full", "auto"], ...] = ("full", "auto")
+    """Verify all of a draft, as tau is defined; and as much as pays on this machine, as `dpace generate` does."""
     seed: int = 0
     """Of the draws at temperature above 0."""
 

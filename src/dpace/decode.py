@@ -17,6 +17,7 @@ from dpace.sampling import Sampler, verify_draft, verify_sampled
 from dpace.target import Target
 
 VerifyRule = Literal["equality", "speculative"]
+Width = Literal["auto", "full"]
 
 
 class Step(NamedTuple):
@@ -115,7 +116,7 @@ def _plain_steps(target: Target, prompt: Tensor, sampler: Sampler, max_new_token
     text, inputs = prompt[0].tolist(), prompt
     for count in range(1, max_new_tokens + 1):
         logits = target.logits(target.hidden(inputs, cache=cache)[0, -1:])
-        inputs = sampler.draw(sampler.scores(logits, text))[None]
+        inputs = sampler.draw(sampler.scores(logits, text), count - 1)[None]
         text.append(int(inputs))
         yield Step(text[-1:], 0, int(count > 1))
         if text[-1] in stops:
@@ -150,6 +151,7 @@ def speculative_steps(
     max_new_tokens: int,
     stops: set[int],
     pace: Pace | None,
+    block_size: int,
     verify_rule: VerifyRule = "equality",
 ) -> Iterator[Step]:
     """Yield what each forward pass of the target emits; the loop behind `generate` and `stream`.
@@ -158,7 +160,7 @@ def speculative_steps(
     of it for None), accepts a beginning of the draft, and emits it with the target's next token. Both caches then hold exactly
     the tokens before the last one.
     """
-    device, block_size = target.device, drafter.block_size
+    device = target.device
     capacity = prompt.shape[1] + max_new_tokens + block_size
     cache, drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
     masks = torch.full((1, block_size), drafter.mask_token_id, device=device)
@@ -167,7 +169,7 @@ def speculative_steps(
     with target.capture(drafter.target_layer_ids) as captured:
         hidden = target.hidden(prompt, cache=cache)
         unread = [torch.cat(captured, dim=-1)]  # features of the tokens that the drafter has not read
-        text.append(int(sampler.draw(sampler.scores(target.logits(hidden[0, -1:]), text))))
+        text.append(int(sampler.draw(sampler.scores(target.logits(hidden[0, -1:]), text), 0)))
         yield Step(text[-1:], 0, 0)
         while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
             remaining = max_new_tokens - (len(text) - num_prompt)
@@ -200,7 +202,7 @@ def speculative_steps(
                 accepted, next_token = verify_sampled(draft, draft_probs, sampler.probs(scores), sampler)
                 emitted = [*draft[:accepted], next_token][:remaining]
             else:
-                drawn = sampler.draw(scores).tolist()
+                drawn = sampler.draw(scores, len(text) - num_prompt).tolist()
                 accepted = verify_draft(draft, drawn)
                 emitted = drawn[: min(accepted + 1, remaining)]
             stop = _first_stop(emitted, stops)
@@ -226,7 +228,8 @@ def generate(
     min_p: float = 0.0,
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
-    width: Literal["auto", "full"] = "full",
+    width: Width = "auto",
+    block_size: int | None = None,
     verify_rule: VerifyRule = "equality",
 ) -> Generation:
     """Decode with a drafter: the target's text, in fewer of its forward passes.
@@ -244,9 +247,11 @@ def generate(
         top_p: see `Sampler`.
         min_p: see `Sampler`.
         stop_token_ids: end the response, and are its last token; by default the target's own.
-        seed: of the draws; by default torch's global generator.
+        seed: of the draws; by default torch's global generator. With the rule `equality` a seed gives the text that it gives
+            `generate_plain`, up to rounding.
         width: `full` verifies the whole block, `auto` what `Pace` finds worth it, which measures the machine for about a second
             before the first response.
+        block_size: slots to draft, the anchor included; by default, and at most, what the drafter was trained with.
         verify_rule: `equality` drafts greedily and accepts what equals the target's own draw; `speculative` draws the draft
             and accepts by speculative sampling. The same thing at temperature 0.
 
@@ -262,6 +267,9 @@ def generate(
     prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
     sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
     pace = Pace(measure_costs(target, drafter)) if width == "auto" else None
+    block_size = block_size or drafter.block_size
+    if not 2 <= block_size <= drafter.block_size:
+        raise ValueError(f"block_size is {block_size}; this drafter drafts blocks of 2 to {drafter.block_size}")
     steps = speculative_steps(
         target,
         drafter,
@@ -270,6 +278,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stops=stops,
         pace=pace,
+        block_size=block_size,
         verify_rule=verify_rule,
     )
-    return _collect(steps, drafter.block_size, target.device)
+    return _collect(steps, block_size, target.device)

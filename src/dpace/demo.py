@@ -174,17 +174,17 @@ def run_demo(config: DemoConfig) -> dict:
 def summary(results: dict) -> list[str]:
     """What the demo found, in sentences: the text, the gain of D-PACE, and whether the drafter pays."""
     from dpace.metrics import tau_gain
-    from dpace.report import acceptance_of, verdict
+    from dpace.report import acceptance_of, verdict, whole_blocks
 
-    greedy = [row for row in results["rows"] if row["temperature"] == 0]
-    same, total = (sum(row[key] for row in greedy) for key in ("num_same_text", "num_responses"))
-    lines = [f"lossless: {same} of {total} greedy responses are the target's own text, token for token"]
-    by_name = {(row["set"], row["drafter"]): row for row in greedy}
-    for (name, drafter), row in by_name.items():
-        if drafter == "dpace":
+    same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
+    lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
+    for row in results["rows"]:
+        if row["drafter"] == "dpace" and row["width"] == "auto" and row["temperature"] == 0:
             words = {"pays": "makes decoding faster", "slower": "does not pay; decode without it"}
             found = words.get(verdict(row["decode_speedup_interval"]), "has no clear effect")
-            lines.append(f"{name}: the D-PACE drafter {found} (decode_speedup {row['decode_speedup']:.2f}, T=0)")
+            lines.append(f"{row['set']}: the D-PACE drafter {found} (decode_speedup {row['decode_speedup']:.2f}, T=0)")
+    by_name = {(row["set"], row["drafter"]): row for row in whole_blocks(results) if row["temperature"] == 0}
+    for (name, drafter), row in by_name.items():
         if drafter == "dpace" and (name, "dflash") in by_name:
             gain, low, high = (
                 100 * x for x in tau_gain([acceptance_of(row)], [acceptance_of(by_name[name, "dflash"])])

@@ -19,39 +19,50 @@ def console() -> Console:
 
 
 def results_table(results: dict) -> Table:
-    """One line for each drafter, set and temperature; every number with its 95 % interval or its count."""
+    """One line for each drafter, width, set and temperature; every number with its 95 % interval or its count.
+
+    With width `auto`, tau counts tokens a pass of the target, passes without a draft included.
+    """
     table = Table(
         title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for heading in ("set", "T", "drafter", "tau [95 %]", "tok/s", "plain", "decode_speedup [95 %]", "same text", ""):
-        table.add_column(heading, justify="left" if heading in ("set", "drafter", "") else "right", no_wrap=True)
+    headings = ("set", "T", "drafter", "width", "tau [95 %]", "tok/s", "plain", "decode_speedup [95 %]", "same text", "")
+    for heading in headings:
+        is_text = heading in ("set", "drafter", "width", "")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     for row in results["rows"]:
-        same = "-" if row["num_same_text"] is None else f"{row['num_same_text']}/{row['num_responses']}"
         table.add_row(
             row["set"],
             f"{row['temperature']:g}",
             row["drafter"],
+            row["width"],
             with_interval(row["tau"], row["tau_interval"]),
             f"{row['tokens_per_second']:.1f}",
             f"{row['plain_tokens_per_second']:.1f}",
             with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
-            same,
+            f"{row['num_same_text']}/{row['num_responses']}",
             verdict(row["decode_speedup_interval"]),
         )
     return table
 
 
+def whole_blocks(results: dict) -> list[dict]:
+    """The rows where whole drafts were verified, which say what the drafter can do; all where there is none."""
+    return [row for row in results["rows"] if row.get("width", "full") == "full"] or results["rows"]
+
+
 def slots_table(results: dict) -> Table:
     """How often the drafts of a block are all accepted up to each slot."""
-    block_size = max(row["block_size"] for row in results["rows"])
+    rows = whole_blocks(results)
+    block_size = max(row["block_size"] for row in rows)
     table = Table(
         title="reach rate: share of verifications that accepted slots 1..k", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for heading in ("set", "T", "drafter", *map(str, range(1, block_size))):
         table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right", no_wrap=True)
-    for row in results["rows"]:
+    for row in rows:
         table.add_row(row["set"], f"{row['temperature']:g}", row["drafter"], *(f"{x:.2f}" for x in row["reach_rate"]))
     return table
 
@@ -111,13 +122,13 @@ def verdict(speedup_interval: Interval) -> str:
 def plot_acceptance(results: dict, path: str | Path) -> None:
     """Draw the reach rate by slot, one panel a set, one line for each drafter and temperature."""
     plt = _pyplot()
-    sets = list(dict.fromkeys(row["set"] for row in results["rows"]))
-    drafters = list(dict.fromkeys(row["drafter"] for row in results["rows"]))
+    rows = whole_blocks(results)
+    sets, drafters = (list(dict.fromkeys(row[key] for row in rows)) for key in ("set", "drafter"))
     figure, axes = plt.subplots(
         1, len(sets), figsize=(4.6 * len(sets), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, name in zip(axes[0], sets, strict=True):
-        for row in (row for row in results["rows"] if row["set"] == name):
+        for row in (row for row in rows if row["set"] == name):
             slots = range(1, len(row["reach_rate"]) + 1)
             style = "-" if row["temperature"] == 0 else "--"
             label = f"{row['drafter']}, T={row['temperature']:g}, tau {row['tau']:.2f}"

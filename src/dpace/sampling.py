@@ -18,6 +18,11 @@ from transformers import (
 class Sampler:
     """How a token is chosen from logits; the same filters in the same order as `model.generate`.
 
+    Each position of the response has random numbers of its own. So a seed gives the same text with a drafter as without, however
+    many tokens are verified at once, up to rounding.
+
+    Memory: random numbers of the positions in one verification, "slot vocab" in fp32.
+
     Args:
         temperature: 0 is greedy, and the filters then change nothing.
         top_k: keep so many most likely tokens; 0 keeps all.
@@ -58,6 +63,8 @@ class Sampler:
         if temperature and min_p:
             self.warpers.append(MinPLogitsWarper(min_p))
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self._noise: list[Tensor] = []
+        self._first = 0
 
     def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
         """Logits after all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`."""
@@ -74,11 +81,19 @@ class Sampler:
         """The distribution of each row."""
         return torch.softmax(scores.float(), dim=-1)
 
-    def draw(self, scores: Float[Tensor, "slot vocab"]) -> Int[Tensor, " slot"]:
-        """One token a row from `scores`; the most likely one at temperature 0."""
+    def draw(self, scores: Float[Tensor, "slot vocab"], position: int) -> Int[Tensor, " slot"]:
+        """One token a row from `scores`; the most likely one at temperature 0.
+
+        Row `k` is for the response's token `position + k`; positions before that one are not asked for again. The token with the
+        largest `p / e` is drawn, where `e` are standard exponential numbers: it is token `x` with probability `p[x]`.
+        """
         if self.temperature == 0:
             return scores.argmax(-1)
-        return torch.multinomial(self.probs(scores), 1, generator=self.generator)[:, 0]
+        self._noise, self._first = self._noise[position - self._first :], position
+        while len(self._noise) < len(scores):  # a row at a time, so that the numbers do not depend on how many are asked for
+            row = torch.empty(scores.shape[1], device=scores.device)
+            self._noise.append(row.exponential_(generator=self.generator))
+        return (self.probs(scores) / torch.stack(self._noise[: len(scores)])).argmax(-1)
 
     def uniform(self, count: int, device: torch.device) -> list[float]:
         """Numbers in [0, 1)."""

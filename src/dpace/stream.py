@@ -1,13 +1,12 @@
 """Decoding in the forms that people know: pieces of text as they come, and transformers' own `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from dpace.decode import Step, VerifyRule, prepare, speculative_steps
+from dpace.decode import Step, VerifyRule, Width, prepare, speculative_steps
 from dpace.drafter import Drafter
 from dpace.pace import Pace, measure_costs
 from dpace.sampling import Sampler
@@ -26,7 +25,7 @@ def stream(
     min_p: float = 0.0,
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
-    width: Literal["auto", "full"] = "auto",
+    width: Width = "auto",
     verify_rule: VerifyRule = "equality",
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Iterator[str]:
@@ -45,6 +44,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         stops=stops,
         pace=Pace(measure_costs(target, drafter)) if width == "auto" else None,
+        block_size=drafter.block_size,
         verify_rule=verify_rule,
     )
     pieces = TextPieces(target.tokenizer)
@@ -88,7 +88,7 @@ def custom_generate(
     target: Target,
     drafter: Drafter,
     *,
-    width: Literal["auto", "full"] = "auto",
+    width: Width = "auto",
     verify_rule: VerifyRule = "equality",
     streamer: BaseStreamer | None = None,
 ) -> Callable[..., Tensor]:
@@ -130,6 +130,7 @@ def custom_generate(
             max_new_tokens=generation_config.max_length - num_prompt,
             stops=stops,
             pace=Pace(measure_costs(target, drafter)) if width == "auto" else None,
+            block_size=drafter.block_size,
             verify_rule=verify_rule,
         )
         text = input_ids[0].tolist()

@@ -38,15 +38,16 @@ def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts)
         printed = capsys.readouterr()
         assert "next: dpace" in printed.out and bar in printed.err and "{'loss'" not in printed.out
     results = json.loads((out / "results.json").read_text())
-    greedy, sampled = results["rows"]
+    greedy, paced, sampled, _ = results["rows"]
     assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)
-    assert greedy["num_same_text"] == greedy["num_responses"] == 6
+    assert (greedy["width"], paced["width"]) == ("full", "auto")
+    assert all(row["num_same_text"] == row["num_responses"] == 6 for row in results["rows"])
     assert greedy["tau"] > 1.5 and greedy["tau_interval"][0] <= greedy["tau"] <= greedy["tau_interval"][1]
     assert sum(greedy["histogram"]) == sum(len(r["accepted_lengths"]) for r in greedy["responses"])
     plot_acceptance(results, tmp_path / "a.png")
     plot_weights({"drafter": read_log(out / "drafter")}, tmp_path / "w.png")
     assert (tmp_path / "a.png").stat().st_size > 1000 and (tmp_path / "w.png").stat().st_size > 1000
-    assert "6 of 6 greedy" in summary(results)[0]
+    assert "24 of 24 responses" in summary(results)[0]
 
     flags = ["--target", str(language_folder), "--prompt", language_prompts[0], "--max-new-tokens", "20"]
     texts = []

@@ -17,7 +17,7 @@ def prompts(lengths=LENGTHS):
 
 
 def alone(target, drafter, rows, **options):
-    return [generate(target, drafter, row, **options) for row in rows]
+    return [generate(target, drafter, row, width="full", **options) for row in rows]
 
 
 def facts(generation):
@@ -94,21 +94,21 @@ def test_one_prompt_and_none():
     target = make_target("gemma3")
     drafter = make_drafter(target)
     (ours,) = generate_batch(target, drafter, prompts([30]), max_new_tokens=10, stop_token_ids=[])
-    assert facts(ours) == facts(generate(target, drafter, prompts([30])[0], max_new_tokens=10, stop_token_ids=[]))
+    assert facts(ours) == facts(alone(target, drafter, prompts([30]), max_new_tokens=10, stop_token_ids=[])[0])
     assert generate_batch(target, drafter, [], max_new_tokens=10) == []
 
 
-def test_a_seed_repeats_the_batch_and_draws_differ():
+def test_seeds_give_the_texts_of_one_at_a_time():
     target = make_target("qwen3")
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.05)
     drafter = make_drafter(target)
-    same = prompts([5]) * 3
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "stop_token_ids": []}
-    runs = [generate_batch(target, drafter, same, seed=seed, **options) for seed in (5, 5, 6)]
-    texts = [[out.token_ids for out in run] for run in runs]
-    assert texts[0] == texts[1] != texts[2]
-    assert texts[0][0] != texts[0][1]
+    ours = generate_batch(target, drafter, prompts(), seed=5, **options)
+    one_by_one = [alone(target, drafter, [row], seed=5 + i, **options)[0] for i, row in enumerate(prompts())]
+    assert [facts(out) for out in ours] == [facts(out) for out in one_by_one]
+    same = generate_batch(target, drafter, prompts([5]) * 2, seed=5, **options)
+    assert same[0].token_ids != same[1].token_ids
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"], indirect=True)

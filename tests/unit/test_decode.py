@@ -17,8 +17,11 @@ def test_greedy_text_is_the_targets(random_target, block_size):
     drafter = make_drafter(random_target, block_size=block_size)
     for seed in range(3):
         plain = generate_plain(random_target, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[])
-        ours = generate(random_target, drafter, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[])
-        assert ours.token_ids == plain.token_ids
+        for options in ({"width": "full"}, {"width": "full", "block_size": 2}, {"width": "auto"}):
+            ours = generate(
+                random_target, drafter, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[], **options
+            )
+            assert ours.token_ids == plain.token_ids
 
 
 def test_plain_decoding_is_transformers_own(random_target):
@@ -80,7 +83,7 @@ def test_fake_drafters(monkeypatch, is_wrong, expected):
     drafter = make_drafter(target)
     plain = generate_plain(target, prompt(), max_new_tokens=40, stop_token_ids=[])
     Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong)
-    ours = generate(target, drafter, prompt(), max_new_tokens=21, stop_token_ids=[])
+    ours = generate(target, drafter, prompt(), max_new_tokens=21, stop_token_ids=[], width="full")
     assert ours.token_ids == plain.token_ids[:21]
     assert ours.accepted_lengths[: len(expected) - 1] == expected[:-1]
     assert sum(ours.emitted_lengths) == 20
@@ -94,7 +97,7 @@ def test_stop_tokens_inside_a_block(monkeypatch, stop_at):
     stop = plain.token_ids[stop_at]
     end = plain.token_ids.index(stop) + 1
     Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, lambda n: False)
-    ours = generate(target, drafter, prompt(), max_new_tokens=20, stop_token_ids=[stop])
+    ours = generate(target, drafter, prompt(), max_new_tokens=20, stop_token_ids=[stop], width="full")
     assert ours.token_ids == plain.token_ids[:end]
     assert sum(ours.emitted_lengths) == end - 1 == ours.acceptance.num_emitted_tokens
     assert generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[stop]).token_ids == ours.token_ids
@@ -106,7 +109,7 @@ def test_length_limits_inside_a_block(monkeypatch, limit):
     drafter = make_drafter(target)
     plain = generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[])
     Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, lambda n: False)
-    ours = generate(target, drafter, prompt(), max_new_tokens=limit, stop_token_ids=[])
+    ours = generate(target, drafter, prompt(), max_new_tokens=limit, stop_token_ids=[], width="full")
     assert ours.token_ids == plain.token_ids[:limit]
     assert sum(ours.emitted_lengths) == limit - 1 == ours.acceptance.num_emitted_tokens
 
@@ -222,10 +225,27 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
         assert sum(ours.accepted_lengths) > 35
 
 
-def test_a_seed_repeats_the_text():
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "min_p": 0.01}, {"temperature": 0.6, "top_p": 0.9}])
+def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, language_drafter, language_prompts):
+    """Also above temperature 0, with any width: the position's random numbers are the same."""
+    options = {"temperature": 1.0, **filters, "max_new_tokens": 24, "stop_token_ids": []}
+    accepted, texts = 0, set()
+    for seed, question in enumerate(language_prompts[50:54]):
+        ids = language_target.tokenizer(f"ask {question} answer")["input_ids"]
+        plain = generate_plain(language_target, ids, seed=seed, **options).token_ids
+        for how in ({"width": "full"}, {"width": "full", "block_size": 3}, {"width": "auto"}):
+            ours = generate(language_target, language_drafter, ids, seed=seed, **options, **how)
+            assert ours.token_ids == plain
+            accepted += sum(ours.accepted_lengths)
+        texts |= {tuple(generate_plain(language_target, ids, seed=s, **options).token_ids) for s in (seed, seed + 9)}
+    assert accepted > 20 and len(texts) > 4  # else nothing is tested
+
+
+def test_a_seed_repeats_speculative_sampling():
     target = make_target("qwen3")
     drafter = make_drafter(target)
-    runs = [generate(target, drafter, prompt(), max_new_tokens=20, temperature=1.0, seed=5).token_ids for _ in range(2)]
+    options = {"temperature": 1.0, "seed": 5, "width": "full", "verify_rule": "speculative"}
+    runs = [generate(target, drafter, prompt(), max_new_tokens=20, **options).token_ids for _ in range(2)]
     assert runs[0] == runs[1]
 
 
@@ -242,6 +262,7 @@ def test_verify_counts_the_prefix():
         ([5] * 250, {"max_new_tokens": 10}, "limit of 256"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens"),
         ([5], {"max_new_tokens": 5, "temperature": -1.0}, "temperature"),
+        ([5], {"max_new_tokens": 5, "block_size": 99}, "blocks of 2 to"),
     ],
 )
 def test_bad_requests(token_ids, options, match):

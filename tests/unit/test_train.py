@@ -117,7 +117,9 @@ def test_heldout_acceptance_is_that_of_decoding(language_target, language_drafte
     decoded = []
     for response in responses:
         ((start, end),) = response.response_spans
-        generation = generate(language_target, language_drafter, response.token_ids[:start], max_new_tokens=end - start)
+        generation = generate(
+            language_target, language_drafter, response.token_ids[:start], max_new_tokens=end - start, width="full"
+        )
         assert generation.token_ids == response.token_ids[start:end]
         decoded.append(generation.acceptance)
     together = Acceptance.of_prompts(decoded)
