@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dpace.config import CompareConfig, Recipe, recipe_flags
+from dpace.config import CheckConfig, CompareConfig, Recipe, recipe_flags
 
 USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
 
@@ -15,7 +15,8 @@ USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
   train     train a drafter on the responses
   compare   train several objectives with several seeds, and say which is best
   bench     measure drafters against plain decoding on held-out prompts
-  generate  answer one prompt
+  check     prove that a drafter does not change the text
+  generate  answer one prompt, or chat
 
 A recipe is flags written down; flags after it override it. `dpace VERB --help` lists them.
 """
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": _train,
         "compare": _compare,
         "bench": _bench,
+        "check": _check,
         "generate": _generate,
     }
     if not argv or argv[0] not in verbs:
@@ -180,6 +182,27 @@ def _bench(args: list[str]) -> None:
     print("next:", _command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
 
 
+def _check(args: list[str]) -> None:
+    config = _parse(CheckConfig, "check", args)
+    import torch
+
+    from dpace.check import check
+    from dpace.drafter import load_drafter
+    from dpace.prompts import demo_path, read_prompts
+    from dpace.report import check_table, console
+
+    prompts = read_prompts(demo_path("heldout") if config.prompts == "demo" else config.prompts)
+    failed = []
+    for dtype in config.dtypes:
+        target = _load_target(config.target, dtype=getattr(torch, dtype))
+        findings = check(target, load_drafter(config.drafter, target), prompts, config)
+        console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
+        failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}; do not serve this pair before the cause is found")
+    print("passed")
+
+
 def _generate(args: list[str]) -> None:
     config = _parse(GenerateConfig, "generate", args)
     if config.stream and config.drafter is None:
@@ -244,11 +267,11 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
         messages.append({"role": "assistant", "content": text})
 
 
-def _load_target(name: str):
+def _load_target(name: str, **options):
     from dpace.demo import find_target
     from dpace.target import Target
 
-    return Target.load(find_target(name))
+    return Target.load(find_target(name), **options)
 
 
 def _command(verb: str, **flags) -> str:

@@ -188,6 +188,32 @@ class CompareConfig(Recipe):
     """The objective that the others are compared with; added where it is missing."""
 
 
+@dataclass(frozen=True)
+class CheckConfig:
+    """Check that a drafter never changes the text. Fails (exit code 1) if it does.
+
+    In fp32: text equal to plain decoding, token for token, over block sizes, widths, verify rules and batches, greedy and sampled
+    with the same seed; chi-square of sampled tokens and pairs against the target; no block sees its future; a block in training is
+    the block when serving, and accepted lengths are the same. In bf16: every difference in the text, with the target's margin,
+    which tells a tie from a bug.
+    """
+
+    target: str
+    """Folder or Hub id."""
+    drafter: str
+    """The drafter's folder."""
+    prompts: str = "demo"
+    """JSONL file of prompts; `demo` is the held-out set that comes with dpace."""
+    num_prompts: int = 4
+    """Prompts of each set."""
+    max_new_tokens: int = 64
+    """Longest response in tokens."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Each is checked."""
+    seed: int = 0
+    """Of the sampled texts."""
+
+
 def recipe_flags(path: str | Path) -> list[str]:
     """Turn a YAML recipe into the flags that it writes down, `--group.name value`.
 

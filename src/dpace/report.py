@@ -96,6 +96,14 @@ def compare_table(results: dict) -> Table:
     return table
 
 
+def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
+    """One line for each check: name, cases, whether it passed, detail."""
+    table = Table("check", "cases", "", "found", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, cases, is_passed, detail in findings:
+        table.add_row(name, cases, "pass" if is_passed else "FAIL", detail)
+    return table
+
+
 def acceptance_of(row: dict) -> Acceptance:
     """The statistics of a row of results.json, one histogram a response."""
     responses = row["responses"]

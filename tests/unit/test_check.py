@@ -1,0 +1,112 @@
+"""The checks pass where they should, and fail for each kind of bug that they are for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dpace.batch
+import dpace.check
+import dpace.decode
+import dpace.heldout
+from dpace.blocks import dense_mask
+from dpace.check import SIGNIFICANCE, Divergence, check, uniformity
+from dpace.cli import main
+from dpace.config import CheckConfig
+from dpace.prompts import Prompt
+from dpace.sampling import verify_draft
+from tests.conftest import make_drafter, make_target
+
+CONFIG = CheckConfig("target", "drafter", num_prompts=4, max_new_tokens=24)
+
+
+@pytest.fixture
+def prompts(language_prompts) -> list[Prompt]:
+    return [
+        Prompt(str(i), "language", [[{"role": "user", "content": text}]]) for i, text in enumerate(language_prompts[50:])
+    ]
+
+
+def failed(findings) -> list[str]:
+    return [finding.name for finding in findings if not finding.is_passed]
+
+
+def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts):
+    findings = check(language_target, language_drafter, prompts, CONFIG)
+    assert not failed(findings) and len(findings) == 7
+    assert findings[0].detail == "24 of 24 texts equal" and findings[1].detail == "20 of 20 texts equal"
+    assert not failed(check(language_target, make_drafter(language_target), prompts, CONFIG))
+
+
+def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):
+    monkeypatch.setattr(dpace.decode, "verify_draft", lambda draft, own: min(len(draft), verify_draft(draft, own) + 1))
+    found = failed(check(language_target, language_drafter, prompts, CONFIG))
+    assert {"accepted lengths in training are those of decoding"} <= set(found)
+    monkeypatch.setattr(dpace.decode, "verify_draft", verify_draft)
+
+    def keep_all(draft, draft_probs, target_probs, sampler):
+        return len(draft), int(target_probs[len(draft)].argmax())
+
+    monkeypatch.setattr(dpace.decode, "verify_sampled", keep_all)
+    config = replace(CONFIG, num_prompts=12)
+    assert failed(check(language_target, language_drafter, prompts, config)) == ["distribution, rule speculative"]
+
+
+def test_a_cache_that_keeps_a_rejected_token_is_found(language_target, language_drafter, prompts, monkeypatch):
+    crop = dpace.cache.PreallocatedLayer.crop
+
+    def late(self, length):
+        return crop(self, length + 1 if length < -1 else length)
+
+    monkeypatch.setattr(dpace.cache.PreallocatedLayer, "crop", late)
+    found = check(language_target, make_drafter(language_target), prompts, CONFIG)
+    assert "text at temperature 0" in failed(found) and "NOT A TIE" in found[0].detail
+
+
+def test_a_leak_is_found(language_target, language_drafter, prompts, monkeypatch):
+    def leaky(blocks, num_context):
+        mask = dense_mask(blocks, num_context).clone()
+        mask[..., :num_context] = True
+        return mask
+
+    monkeypatch.setattr(dpace.heldout, "dense_mask", leaky)
+    assert "no leak from the future" in failed(check(language_target, language_drafter, prompts, CONFIG))
+
+
+def test_only_the_text_is_checked_in_bf16(language_drafter, prompts, language_target):
+    target = make_target("smollm2")
+    target.model.to(torch.bfloat16)
+    target = dpace.check.Target(target.model, language_target.tokenizer)
+    drafter = make_drafter(target).to(torch.bfloat16)
+    findings = check(target, drafter, prompts, CONFIG)
+    assert [finding.name for finding in findings] == ["text at temperature 0", "text at temperature 1, same seed"]
+    assert not failed(findings), findings
+
+
+def test_ties_are_told_from_bugs():
+    assert Divergence("a", "b", 0, (1, 2), margin=0.03, noise=0.02).is_tie
+    assert not Divergence("a", "b", 0, (1, 2), margin=0.5, noise=0.02).is_tie
+
+
+def test_p_values_are_uniform_where_nothing_is_wrong():
+    generator = torch.Generator().manual_seed(0)
+    p_values = torch.tensor([uniformity(torch.rand(400, 2, generator=generator), 4) for _ in range(400)])
+    assert abs(float((p_values < 0.1).float().mean()) - 0.1) < 0.05
+    skewed = torch.rand(400, 1, generator=generator) ** 1.5
+    assert uniformity(skewed, 10) < SIGNIFICANCE
+
+
+def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path, capsys, monkeypatch):
+    language_drafter.save_pretrained(tmp_path / "drafter")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[50:52]))
+    flags = ["--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", str(path)]
+    flags += ["--max-new-tokens", "12"]
+    assert main(["check", *flags]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("pass") == 8 and "checking" in printed.err
+    monkeypatch.setattr(dpace.batch, "verify_draft", lambda draft, own: len(draft))
+    assert main(["check", *flags]) == 1
+    printed = capsys.readouterr()
+    assert ", batch, token" in printed.out and "failed: text at temperature 0 (float32)" in printed.err
