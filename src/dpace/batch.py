@@ -14,6 +14,9 @@ from dpace.drafter import Drafter
 from dpace.sampling import Sampler, verify_draft
 from dpace.target import Target
 
+COMPILED_COLUMNS = 256
+"""Compiled steps have a multiple of so many columns in their caches."""
+
 
 @dataclass
 class _Row:
@@ -63,25 +66,34 @@ class _Batch:
     position, and a rejected token lies above until the next block, which begins there and is no shorter, is written over it.
     The drafter's cache is the same behind `block_size` columns for the slots, which are never kept. The features of all tokens that the
     target read go into it; those of rejected tokens are hidden and written over in the same way.
+
+    With `compile`, all steps have the same shapes: whole blocks, all columns, and done rows stay until the end.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, rows: list[_Row]):
-        self.target, self.drafter, self.rows = target, drafter, rows
+    def __init__(self, target: Target, drafter: Drafter, rows: list[_Row], captured: list[Tensor], *, compile: bool):
+        self.target, self.drafter, self.rows, self.captured = target, drafter, rows, captured
+        self.is_fixed = compile
         capacity = max(row.num_prompt + row.max_new_tokens for row in rows)
+        if compile:
+            capacity = -(-capacity // COMPILED_COLUMNS) * COMPILED_COLUMNS  # so that other prompts have these shapes too
+        self.capacity = capacity
         self.cache = RaggedCache(target.config, capacity)
         self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + capacity)
+        self.read, self.run_drafter = _read, _run_drafter
+        if compile:
+            options: Any = {"mode": "reduce-overhead", "dynamic": False}
+            self.read, self.run_drafter = (torch.compile(step, **options) for step in (_read, _run_drafter))
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)
 
-    def prefill(self, captured: list[Tensor]) -> None:
+    def prefill(self) -> None:
         """Read the prompts and emit the first tokens; padding stands on the right, where no prompt token sees it."""
         longest = max(row.num_prompt for row in self.rows)
         padded = self._tensor([row.text + row.text[-1:] * (longest - row.num_prompt) for row in self.rows])
         self.positions = torch.arange(longest, device=padded.device).expand(len(padded), -1)
         self.cache.place(self.positions, longest)
-        hidden = self.target.hidden(padded, cache=self.cache, position_ids=self.positions)
-        self.features = torch.cat(captured, dim=-1)
+        hidden, self.features = _read(self.target, self.captured, padded, self.cache, self.positions, None)
         last = self._tensor([row.num_prompt - 1 for row in self.rows])
         logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
         for row, of_row in zip(self.rows, logits, strict=True):
@@ -94,44 +106,46 @@ class _Batch:
         slots = torch.arange(size, device=starts.device).expand(len(starts), -1)
         blocks = torch.full_like(slots, self.drafter.mask_token_id)
         blocks[:, :1] = self._tensor([row.text[-1:] for row in self.rows])
-        end = size + max(len(row.text) for row in self.rows) - 1
+        end = size + (self.capacity if self.is_fixed else max(len(row.text) for row in self.rows) - 1)
         self.drafter_cache.place(torch.cat([size + self.positions, slots], dim=1), end)
-        hidden = self.drafter(
-            noise_embeds=self.target.embed(blocks),
-            context_hidden_states=self.features,
-            position_ids=torch.cat([self.positions, starts + slots], dim=1),
-            attention_mask=torch.arange(end, device=starts.device) < size + starts,
-            cache=self.drafter_cache,
-        ).last_hidden_state
-        width = min(size, 1 + max(row.remaining for row in self.rows))
+        # The first time the features are those of the whole prompts: another shape.
+        run_drafter = self.run_drafter if self.features.shape[1] == size else _run_drafter
+        hidden = run_drafter(
+            self.drafter,
+            self.target.embed(blocks),
+            self.features,
+            torch.cat([self.positions, starts + slots], dim=1),
+            torch.arange(end, device=starts.device) < size + starts,
+            self.drafter_cache,
+        )
+        width = size if self.is_fixed else min(size, 1 + max(row.remaining for row in self.rows))
         logits = self.target.logits(hidden[:, 1:width].flatten(0, 1))
         blocks[:, 1:width] = logits.argmax(-1).unflatten(0, (len(blocks), -1))
         return blocks[:, :width]
 
-    def verify(self, blocks: Int[Tensor, "batch slot"], captured: list[Tensor]) -> None:
+    def verify(self, blocks: Int[Tensor, "batch slot"]) -> None:
         """Have the target read the blocks, and emit. Slots past a row's last token all share its position: nothing comes of them."""
         width = blocks.shape[1]
-        limits = self._tensor([[row.num_prompt + row.max_new_tokens - 1] for row in self.rows])
-        starts = self._tensor([[len(row.text) - 1] for row in self.rows])
-        self.positions = torch.minimum(starts + torch.arange(width, device=starts.device), limits)
-        end = int(self.positions.max()) + 1
-        is_visible = torch.arange(end, device=starts.device) <= self.positions[..., None]
+        limits = [row.num_prompt + row.max_new_tokens - 1 for row in self.rows]
+        starts = [len(row.text) - 1 for row in self.rows]
+        slots = torch.arange(width, device=blocks.device)
+        self.positions = torch.minimum(self._tensor(starts)[:, None] + slots, self._tensor(limits)[:, None])
+        end = 1 + max(min(start + width - 1, limit) for start, limit in zip(starts, limits, strict=True))
+        end = self.capacity if self.is_fixed else end
+        is_visible = torch.arange(end, device=blocks.device) <= self.positions[..., None]
+        mask = _additive(is_visible, self.target.model.dtype)
         self.cache.place(self.positions, end)
-        hidden = self.target.hidden(
-            blocks,
-            cache=self.cache,
-            position_ids=self.positions,
-            attention_mask=_additive(is_visible, self.target.model.dtype),
-        )
-        self.features = torch.cat(captured, dim=-1)
+        hidden, features = self.read(self.target, self.captured, blocks, self.cache, self.positions, mask)
+        self.features = features.clone()  # a CUDA graph writes its results to the same place each time
         logits = self.target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
         for row, block, of_row in zip(self.rows, blocks.tolist(), logits, strict=True):
-            row.emit(block[1:], row.draw(of_row))
+            if not row.is_done:
+                row.emit(block[1:], row.draw(of_row))
 
     def drop_done(self) -> None:
         """Keep what is not done, here and in the caches."""
         kept = [index for index, row in enumerate(self.rows) if not row.is_done]
-        if len(kept) == len(self.rows):
+        if len(kept) == len(self.rows) or (kept and self.is_fixed):
             return
         self.rows = [self.rows[index] for index in kept]
         if self.rows:
@@ -139,6 +153,23 @@ class _Batch:
             self.positions, self.features = self.positions[indices], self.features[indices]
             for cache in (self.cache, self.drafter_cache):
                 cache.batch_select_indices(indices)
+
+
+def _read(target: Target, captured: list[Tensor], token_ids, cache, positions, mask) -> tuple[Tensor, Tensor]:
+    """A pass of the target's layers: what the head reads, and the features."""
+    hidden = target.hidden(token_ids, cache=cache, position_ids=positions, attention_mask=mask)
+    return hidden, torch.cat(captured, dim=-1)
+
+
+def _run_drafter(drafter: Drafter, noise_embeds, features, position_ids, mask, cache) -> Tensor:
+    """A pass of the drafter's layers."""
+    return drafter(
+        noise_embeds=noise_embeds,
+        context_hidden_states=features,
+        position_ids=position_ids,
+        attention_mask=mask,
+        cache=cache,
+    ).last_hidden_state
 
 
 def _additive(
@@ -162,6 +193,7 @@ def generate_batch(
     min_p: float = 0.0,
     stop_token_ids: Sequence[int] | None = None,
     seed: int | None = None,
+    compile: bool = False,
 ) -> list[Generation]:
     """Decode several prompts at once with a drafter: each text is the one that its prompt alone gets.
 
@@ -183,6 +215,8 @@ def generate_batch(
         min_p: see `Sampler`.
         stop_token_ids: end a response, and are its last token; by default the target's own.
         seed: prompt `i` draws with `seed + i`; by default torch's global generator.
+        compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call takes a
+            minute or more; later ones with as many prompts reuse it.
 
     Returns:
         One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
@@ -192,7 +226,7 @@ def generate_batch(
             implementation that takes no 4-D mask.
     """
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if len(prompts) == 1:
+    if len(prompts) == 1 and not compile:
         settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "seed": seed, "width": "full"}
         return [generate(target, drafter, prompts[0], **settings)]
     drafter.check_target(target)
@@ -210,13 +244,13 @@ def generate_batch(
             "decode one prompt at a time with `generate`"
         )
     started = _clock(target.device)
-    batch = _Batch(target, drafter, rows)
     with target.capture(drafter.target_layer_ids) as captured:
-        batch.prefill(captured)
+        batch = _Batch(target, drafter, rows, captured, compile=compile)
+        batch.prefill()
         first = _clock(target.device)
         batch.drop_done()
         while batch.rows:
-            batch.verify(batch.draft(), captured)
+            batch.verify(batch.draft())
             batch.drop_done()
     seconds = (first - started, _clock(target.device) - first)
     return [

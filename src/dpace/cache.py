@@ -67,6 +67,8 @@ class RaggedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             shapes = [(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
             self._buffers = [key_states.new_zeros(shape) for shape in shapes]
+            for buffer in self._buffers:
+                torch._dynamo.mark_static_address(buffer)  # else CUDA graphs would copy it at each replay
         rows = torch.arange(len(key_states), device=self.device)[:, None]
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[rows, :, self.columns] = new.transpose(1, 2)

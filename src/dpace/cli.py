@@ -50,6 +50,8 @@ class GenerateConfig:
     """Verify as much of a draft as pays on this machine, or all of it."""
     verify_rule: Literal["equality", "speculative"] = "equality"
     """Above temperature 0: accept what equals the target's own draw, or by speculative sampling."""
+    compile: bool = False
+    """Compile steps of fixed shapes, as CUDA graphs on a GPU: whole drafts, rule equality, not with --stream."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,8 +209,11 @@ def _generate(args: list[str]) -> None:
     config = _parse(GenerateConfig, "generate", args)
     if config.stream and config.drafter is None:
         raise ValueError("--stream shows what a drafter does; name one with --drafter")
+    if config.compile and (config.stream or config.drafter is None or config.verify_rule != "equality"):
+        raise ValueError("--compile needs --drafter, and goes with neither --stream nor --verify-rule speculative")
     if config.prompt is None and not config.stream:
         raise ValueError("nothing to answer; give --prompt, or --stream for a chat")
+    from dpace.batch import generate_batch
     from dpace.decode import generate, generate_plain
     from dpace.drafter import load_drafter
     from dpace.prompts import find_prompt
@@ -225,6 +230,8 @@ def _generate(args: list[str]) -> None:
     token_ids = encode_chat(target, find_prompt(config.prompt or ""))
     if config.drafter is None:
         generation = generate_plain(target, token_ids, **options)
+    elif config.compile:
+        (generation,) = generate_batch(target, load_drafter(config.drafter, target), [token_ids], **options, compile=True)
     else:
         generation = generate(target, load_drafter(config.drafter, target), token_ids, **options, **speculative)
     print(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))

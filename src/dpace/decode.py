@@ -173,7 +173,7 @@ def speculative_steps(
         yield Step(text[-1:], 0, 0)
         while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
             remaining = max_new_tokens - (len(text) - num_prompt)
-            draft, draft_probs = [], None
+            width, draft, draft_probs = 1, [], None
             block = masks.clone()
             block[0, 0] = text[-1]
             if pace is None or pace.wants_draft():
@@ -194,21 +194,23 @@ def speculative_steps(
                     draft_probs = sampler.probs(sampler.scores(logits[: width - 1], text + tokens.tolist()))
                     tokens = torch.multinomial(draft_probs, 1, generator=sampler.generator)[:, 0]
                 block[0, 1:width] = tokens[: width - 1]
-                draft = block[0, 1:width].tolist()
-            width = len(draft) + 1
             hidden = target.hidden(block[:, :width], cache=cache)
+            if draft_probs is not None or sampler.processors:
+                draft = block[0, 1:width].tolist()
             scores = sampler.scores(target.logits(hidden[0]), text + draft)
             if draft_probs is not None:
                 accepted, next_token = verify_sampled(draft, draft_probs, sampler.probs(scores), sampler)
                 emitted = [*draft[:accepted], next_token][:remaining]
             else:
-                drawn = sampler.draw(scores, len(text) - num_prompt).tolist()
+                drawn = sampler.draw(scores, len(text) - num_prompt)
+                both = torch.cat([block[0, 1:width], drawn]).tolist()  # what waits for the device, apart from `pace`
+                draft, drawn = both[: width - 1], both[width - 1 :]
                 accepted = verify_draft(draft, drawn)
                 emitted = drawn[: min(accepted + 1, remaining)]
             stop = _first_stop(emitted, stops)
             if stop is not None:
                 emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
-            if pace is not None and draft:
+            if pace is not None and width > 1:
                 pace.record(width, accepted)
             unread.append(torch.cat([layer[:, : len(emitted)] for layer in captured], dim=-1))
             cache.crop(len(emitted) - width)

@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 import torch
 
@@ -88,6 +89,38 @@ def test_what_a_row_has_not_written_is_never_seen(monkeypatch):
     monkeypatch.setattr(RaggedLayer, "update", spoil_first)
     assert [facts(out) for out in generate_batch(target, drafter, prompts(), **options)] == expected
     assert len(num_rows) > 1
+
+
+@pytest.fixture
+def unchecked_types():
+    """The type checks of these tests cannot be traced by torch.compile."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_compiled_steps_of_fixed_shapes(unchecked_types, monkeypatch, language_target, language_drafter, language_prompts):
+    """Traced, with the shapes that CUDA graphs need; rows that are done wait for the others."""
+    compiled, graphs = torch.compile, []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiled(step, backend=backend, dynamic=False))
+    rows = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:54]]
+    rows[1] = rows[1][1:]
+    plain = [generate_plain(language_target, row, max_new_tokens=30, stop_token_ids=[]).token_ids for row in rows]
+    options = {"max_new_tokens": 30, "stop_token_ids": [plain[0][6]], "temperature": 1.0, "seed": 3}
+    expected = [facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows, **options)]
+    found = generate_batch(language_target, language_drafter, rows, **options, compile=True)
+    assert [facts(out)[:2] for out in found] == expected
+    num_graphs = len(graphs)
+    generate_batch(language_target, language_drafter, rows[::-1], **options, compile=True)
+    assert len(graphs) == num_graphs == 2, "one for each model, whatever the prompts"
+    (alone_too,) = generate_batch(language_target, language_drafter, rows[:1], **options, compile=True)
+    assert facts(alone_too)[:2] == expected[0]
 
 
 def test_one_prompt_and_none():

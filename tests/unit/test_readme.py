@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpace.cli import USAGE, GenerateConfig, _parse
-from dpace.config import Recipe
+from dpace.config import CheckConfig, CompareConfig, Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,8 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text("train:\n  max_steps: 5\n")
     _, verb, *args = shlex.split(command)
     assert f"  {verb} " in USAGE
-    config = _parse(GenerateConfig if verb == "generate" else Recipe, verb, args)
+    classes = {"generate": GenerateConfig, "check": CheckConfig, "compare": CompareConfig}
+    config = _parse(classes.get(verb, Recipe), verb, args)
     assert config.target == "Qwen/Qwen3-4B"
 
 

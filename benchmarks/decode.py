@@ -1,0 +1,260 @@
+"""Tokens a second of this decoding loop and of others with the same weights on the same prompts, and where a step's time goes.
+
+    pip install --no-deps --target /tmp/dflash dflash==0.1.0 && pip install xllamacpp gguf   # both may be missing
+    PYTHONPATH=/tmp/dflash python benchmarks/decode.py TARGET DRAFTER [--gguf TARGET.gguf] [--rounds 3]
+
+All ways decode every prompt in every round, in rotating order. Seconds are those of a call less those of the same call for one
+token, so that reading the prompt is not counted. Printed are medians over rounds, and ratios of them.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dpace.decode import generate, generate_plain, speculative_steps
+from dpace.drafter import Drafter, load_drafter
+from dpace.pace import Pace, measure_costs
+from dpace.progress import progress_bar
+from dpace.prompts import demo_path, first_of_each_set, read_prompts
+from dpace.report import console
+from dpace.responses import encode_chat
+from dpace.sampling import Sampler
+from dpace.target import Target
+
+Way = Callable[[list[int], int], list[int]]
+"""A prompt and a number of tokens in, the response out."""
+
+
+def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
+    """This project's loop in all forms."""
+    torch.manual_seed(0)
+    random_drafter = Drafter(drafter.config).eval().requires_grad_(False)
+
+    def ours(model, **options) -> Way:
+        return lambda ids, count: generate(target, model, ids, max_new_tokens=count, **options).token_ids
+
+    ways: dict[str, Way] = {
+        "plain": lambda ids, count: generate_plain(target, ids, max_new_tokens=count).token_ids,
+        "dpace, auto": ours(drafter, width="auto"),
+    }
+    for size in sorted({2, 3, 4, 6, drafter.block_size}):
+        ways[f"dpace, blocks of {size}"] = ours(drafter, width="full", block_size=size)
+    ways["random drafter, auto"] = ours(random_drafter, width="auto")
+    ways[f"random drafter, blocks of {drafter.block_size}"] = ours(random_drafter, width="full")
+    sampled = {"temperature": 1.0, "seed": 0}
+    ways["T=1: plain"] = lambda ids, count: generate_plain(target, ids, max_new_tokens=count, **sampled).token_ids
+    for rule in ("equality", "speculative"):
+        ways[f"T=1: dpace, auto, {rule}"] = ours(drafter, width="auto", verify_rule=rule, **sampled)
+    return ways
+
+
+def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
+    """transformers' and z-lab's loops."""
+
+    def transformers_way(**options) -> Way:
+        def run(ids, count):
+            inputs = torch.tensor([ids], device=target.device)
+            mask = torch.ones_like(inputs)
+            settings = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0, **options}
+            return target.model.generate(inputs, attention_mask=mask, **settings)[0, len(ids) :].tolist()
+
+        return run
+
+    ways = {
+        "transformers, plain": transformers_way(),
+        "transformers, prompt lookup": transformers_way(prompt_lookup_num_tokens=drafter.block_size),
+        "transformers, DFlash": transformers_way(assistant_model=drafter, speculation_type="dflash"),
+    }
+    try:
+        import dflash.model as zlab  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        print("without z-lab's loop: no package `dflash`", file=sys.stderr)
+        return ways
+    theirs = zlab.DFlashDraftModel.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
+
+    def zlab_way(ids, count):
+        inputs = torch.tensor([ids], device=target.device)
+        return zlab.dflash_generate(theirs, target.model, inputs, count, target.stop_token_ids, 0.0)[
+            0, len(ids) :
+        ].tolist()
+
+    return {**ways, "z-lab, DFlash": zlab_way}
+
+
+def write_f16(source: str, path: Path) -> None:
+    """Write a GGUF file's weights as f16, vectors as f32: quantized ones round a block and a token differently."""
+    import gguf  # pyright: ignore[reportMissingImports]
+    import numpy as np
+
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llamacpp_way(path: Path) -> Way:
+    """llama.cpp's plain decoding in this process, f16, as many threads as torch has."""
+    import xllamacpp  # pyright: ignore[reportMissingImports]
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 2048, 1, 0, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+
+    def run(ids, count):
+        request = {"prompt": ids, "temperature": 0, "max_tokens": count, "cache_prompt": False}
+        answer = server.handle_completions({**request, "return_tokens": True, "verbose": True})
+        return answer["__verbose"]["tokens"]
+
+    return run
+
+
+def measure(ways: dict[str, Way], prompts: list[tuple[str, list[int]]], rounds: int, count: int) -> dict:
+    """Seconds and texts by way, set and round."""
+    found: dict = {name: {} for name in ways}
+    names = list(ways)
+    with progress_bar() as bar:
+        task = bar.add_task("decoding", total=(rounds + 1) * len(prompts) * len(ways), info="")
+        for number in range(rounds + 1):  # the first is a warm-up
+            for index, (set_name, ids) in enumerate(prompts):
+                start = (number + index) % len(names)
+                for name in names[start:] + names[:start]:
+                    seconds = []
+                    for tokens in (1, count):
+                        begin = time.perf_counter()
+                        response = ways[name](ids, tokens)
+                        seconds.append(time.perf_counter() - begin)
+                    bar.update(task, advance=1, info=name)
+                    if number:
+                        key = found[name].setdefault(set_name, {"seconds": Counter(), "tokens": Counter(), "texts": {}})
+                        key["seconds"][number] += seconds[1] - seconds[0]
+                        key["tokens"][number] += len(response) - 1
+                        key["texts"][index] = response
+    return found
+
+
+def table_of(found: dict, set_name: str) -> Table:
+    """Tokens a second, their ratio to plain decoding and of `dpace, auto` to them, and equal texts."""
+
+    def speed(name: str) -> float:
+        of_set = found[name][set_name]
+        return statistics.median(of_set["tokens"][i] / of_set["seconds"][i] for i in of_set["seconds"])
+
+    table = Table(
+        "way", "tokens/s", "over plain", "dpace, auto over it", "same text", title=set_name, box=SIMPLE_HEAD
+    )
+    for name in found:
+        is_sampled = name.startswith("T=1")
+        plain = "T=1: plain" if is_sampled else "plain"
+        texts, expected = (found[way][set_name]["texts"] for way in (name, plain))
+        same = sum(texts[i] == expected[i] for i in texts)
+        ours = "" if is_sampled else f"{speed('dpace, auto') / speed(name):.2f}"
+        table.add_row(
+            name, f"{speed(name):.1f}", f"{speed(name) / speed(plain):.2f}", ours, f"{same}/{len(texts)}"
+        )
+    return table
+
+
+def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: int) -> Table:
+    """Where the time of a step goes; two forward passes with the head, and the rest."""
+    seconds: Counter = Counter()
+    calls: Counter = Counter()
+
+    def timed(owner: Any, name: str, label: str):
+        inner = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            result = inner(*args, **kwargs)
+            seconds[label] += time.perf_counter() - start
+            calls[label] += 1
+            return result
+
+        setattr(owner, name, run)
+
+    pace = Pace(measure_costs(target, drafter))
+    timed(target, "hidden", "target's layers")
+    timed(target, "logits", "LM head, drafts and verification")
+    timed(drafter, "forward", "drafter's layers")
+    total, parts, num_calls = 0.0, Counter(), Counter()
+    for ids in prompts:
+        steps = speculative_steps(
+            target,
+            drafter,
+            torch.tensor([ids], device=target.device),
+            Sampler(),
+            max_new_tokens=count,
+            stops=set(),
+            pace=pace,
+            block_size=drafter.block_size,
+        )
+        next(steps)  # reads the prompt
+        seconds.clear()
+        calls.clear()
+        start = time.perf_counter()
+        for _ in steps:
+            pass
+        total += time.perf_counter() - start
+        parts.update(seconds)
+        num_calls.update(calls)
+    for owner, name in ((target, "hidden"), (target, "logits"), (drafter, "forward")):
+        delattr(owner, name)
+    parts["everything else"] = total - sum(parts.values())
+    table = Table("part", "share", "calls", "ms a call", title="time of decoding, width auto", box=SIMPLE_HEAD)
+    for label, value in parts.items():
+        each = f"{1000 * value / num_calls[label]:.1f}" if num_calls[label] else ""
+        table.add_row(label, f"{value / total:.1%}", str(num_calls[label] or ""), each)
+    return table
+
+
+def main() -> None:
+    """Run everything and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("drafter")
+    parser.add_argument("--gguf", help="a GGUF file of the target, in any precision, for llama.cpp")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=3, help="of each set")
+    parser.add_argument("--tokens", type=int, default=96)
+    options = parser.parse_args()
+    target = Target.load(options.target)
+    drafter = load_drafter(options.drafter, target)
+    chosen = first_of_each_set(read_prompts(demo_path("heldout")), options.prompts)
+    prompts = [(prompt.set, encode_chat(target, prompt.turns[0])) for prompt in chosen]
+    console().print(profile(target, drafter, [ids for _, ids in prompts], options.tokens))
+    ways = {**our_ways(target, drafter), **other_ways(target, drafter, options.drafter)}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.gguf:
+            write_f16(options.gguf, Path(folder) / "f16.gguf")
+            ways["llama.cpp f16, plain"] = llamacpp_way(Path(folder) / "f16.gguf")
+        found = measure(ways, prompts, options.rounds, options.tokens)
+    for set_name in dict.fromkeys(name for name, _ in prompts):
+        console().print(table_of(found, set_name))
+
+
+if __name__ == "__main__":
+    main()
