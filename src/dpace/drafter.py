@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from dpace.blocks import build_target_layer_ids
+from dpace.packing import pack_linears
 from dpace.target import Target
 
 
@@ -300,7 +301,9 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged ({error}); train or copy them again") from error
     drafter.check_target(target)
-    return drafter.to(target.device)
+    drafter = drafter.to(target.device)
+    pack_linears(drafter)
+    return drafter
 
 
 def _rope_of(config) -> dict:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dpace.loss import Head
+from dpace.packing import multiply, pack, pack_linears
 
 MIN_SHARED = 16
 """Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
@@ -58,6 +59,8 @@ class Target:
     def load(cls, name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> "Target":
         """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
 
+        Memory: the weights; on a CPU in fp32 twice, where there is room (see `dpace.packing`).
+
         Args:
             name: folder or Hub id.
             dtype: of the weights; by default bf16 on a GPU and fp32 on CPU, where it is faster for blocks of tokens.
@@ -69,7 +72,9 @@ class Target:
         device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(name))
+        model = model.to(device)
+        pack_linears(model.get_decoder())
+        return cls(model, AutoTokenizer.from_pretrained(name))
 
     @property
     def name(self) -> str:
@@ -105,21 +110,16 @@ class Target:
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
         """Logits of a few rows, as decoding computes them: `head.logits` up to rounding.
 
-        On a CPU in fp32, products with 2 to 16 rows take two to three times as long as they need; oneDNN's own layout of the
-        weights is faster. Memory: then a second copy of the head.
+        Memory: on a CPU in fp32 a second copy of the head, see `dpace.packing`.
         """
-        if len(hidden) == 1 or self._packed_weight is None:
+        if self._packed_head is None:
             return self.head.logits(hidden)
-        logits = torch.ops.mkldnn._linear_pointwise(hidden, self._packed_weight, None, "none", [], "")
-        return self.head.finish(logits)
+        return self.head.finish(multiply(hidden, self._packed_head))
 
     @functools.cached_property
-    def _packed_weight(self) -> Tensor | None:
+    def _packed_head(self) -> Tensor | None:
         """The head's weight in oneDNN's layout, where there is one."""
-        weight = self.head.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return None
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+        return pack(self.head.weight)
 
     def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
         """Input embeddings as the first layer sees them."""

@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dpace.packing import PackedLinear, multiply, pack, pack_linears
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_products_are_those_of_linear(num_rows, bias):
+    layer = nn.Linear(48, 33, bias=bias).requires_grad_(False)
+    x = torch.randn(2, num_rows, 48)
+    expected = layer(x)
+    assert pack_linears(layer) and type(layer) is PackedLinear
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(multiply(x[0], pack(layer.weight), layer.bias), expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_new_weights_are_not_missed():
+    """Trained on, loaded into, copied, or in another dtype: never the old product."""
+    layer = nn.Linear(8, 4)
+    pack_linears(layer)
+    x = torch.randn(3, 8)
+    for change in (
+        lambda: torch.no_grad()(layer.weight.mul_)(2),
+        lambda: layer.load_state_dict({"weight": torch.randn(4, 8), "bias": torch.randn(4)}),
+    ):
+        change()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.zero_()
+        torch.testing.assert_close(other(x), other.bias.expand(3, -1))
+        other = other.double()
+        assert other(x.double()).dtype == torch.float64
+
+
+def test_gradients_pass():
+    layer = nn.Linear(8, 4)
+    pack_linears(layer)
+    layer(torch.randn(3, 8)).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+    layer.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1))
+
+
+def test_nothing_is_packed_without_room_or_in_bf16(monkeypatch):
+    monkeypatch.setattr("dpace.packing.psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
+    assert not pack_linears(nn.Linear(48, 33))
+    monkeypatch.undo()
+    layer = nn.Linear(8, 4).to(torch.bfloat16)
+    assert not pack_linears(layer) and type(layer) is nn.Linear
