@@ -59,7 +59,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
 
 
 def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
-    """transformers' and z-lab's loops."""
+    """The loops of transformers and z-lab."""
 
     def transformers_way(**options) -> Way:
         def run(ids, count):
@@ -164,18 +164,14 @@ def table_of(found: dict, set_name: str) -> Table:
         of_set = found[name][set_name]
         return statistics.median(of_set["tokens"][i] / of_set["seconds"][i] for i in of_set["seconds"])
 
-    table = Table(
-        "way", "tokens/s", "over plain", "dpace, auto over it", "same text", title=set_name, box=SIMPLE_HEAD
-    )
+    table = Table("way", "tokens/s", "over plain", "dpace, auto over it", "same text", title=set_name, box=SIMPLE_HEAD)
     for name in found:
         is_sampled = name.startswith("T=1")
         plain = "T=1: plain" if is_sampled else "plain"
         texts, expected = (found[way][set_name]["texts"] for way in (name, plain))
         same = sum(texts[i] == expected[i] for i in texts)
         ours = "" if is_sampled else f"{speed('dpace, auto') / speed(name):.2f}"
-        table.add_row(
-            name, f"{speed(name):.1f}", f"{speed(name) / speed(plain):.2f}", ours, f"{same}/{len(texts)}"
-        )
+        table.add_row(name, f"{speed(name):.1f}", f"{speed(name) / speed(plain):.2f}", ours, f"{same}/{len(texts)}")
     return table
 
 

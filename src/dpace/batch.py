@@ -75,14 +75,15 @@ class _Batch:
         self.is_fixed = compile
         capacity = max(row.num_prompt + row.max_new_tokens for row in rows)
         if compile:
-            capacity = -(-capacity // COMPILED_COLUMNS) * COMPILED_COLUMNS  # so that other prompts have these shapes too
+            capacity = (
+                -(-capacity // COMPILED_COLUMNS) * COMPILED_COLUMNS
+            )  # so that other prompts have these shapes too
         self.capacity = capacity
         self.cache = RaggedCache(target.config, capacity)
         self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + capacity)
-        self.read, self.run_drafter = _read, _run_drafter
-        if compile:
-            options: Any = {"mode": "reduce-overhead", "dynamic": False}
-            self.read, self.run_drafter = (torch.compile(step, **options) for step in (_read, _run_drafter))
+        options: Any = {"mode": "reduce-overhead", "dynamic": False, "disable": not compile}
+        self.read: Any = torch.compile(_read, **options)
+        self.run_drafter: Any = torch.compile(_run_drafter, **options)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)

@@ -171,7 +171,9 @@ def _warm_up(target: Target, engines: Engines, prompt: Prompt, temperature: floa
         _decode(target, drafter, width, token_ids, max_new_tokens=16, temperature=temperature)
 
 
-def _measure(target: Target, engines: Engines, prompt: Prompt, temperature: float, config: BenchConfig, *, rotation: int):
+def _measure(
+    target: Target, engines: Engines, prompt: Prompt, temperature: float, config: BenchConfig, *, rotation: int
+):
     """Decode one prompt with every engine; yields a record for each turn and engine."""
     messages = []
     names = list(engines)

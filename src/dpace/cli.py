@@ -231,7 +231,9 @@ def _generate(args: list[str]) -> None:
     if config.drafter is None:
         generation = generate_plain(target, token_ids, **options)
     elif config.compile:
-        (generation,) = generate_batch(target, load_drafter(config.drafter, target), [token_ids], **options, compile=True)
+        (generation,) = generate_batch(
+            target, load_drafter(config.drafter, target), [token_ids], **options, compile=True
+        )
     else:
         generation = generate(target, load_drafter(config.drafter, target), token_ids, **options, **speculative)
     print(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))

@@ -30,14 +30,20 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`; it also stays that under a gradient, in another dtype, and where it is compiled."""
         needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if not needs_grad and not torch.compiler.is_compiling():
-            state, packed = _packed.get(self, (None, None))
-            if packed is not None and state == _state(self.weight) and input.dtype == torch.float32:
+        if not needs_grad and not torch.compiler.is_compiling() and input.dtype == torch.float32:
+            packed = packed_weight(self)
+            if packed is not None:
                 return multiply(input, packed, self.bias)
         return super().forward(input)
 
 
-def _state(weight: Tensor) -> tuple[int, int]:
+def packed_weight(layer: nn.Module) -> Tensor | None:
+    """The copy that `pack_linears` made, while it is one of the layer's weight."""
+    state, packed = _packed.get(layer, (None, None))
+    return packed if packed is not None and state == _state(layer.weight) else None
+
+
+def _state(weight) -> tuple[int, int]:
     """Changes with the values."""
     return weight.data_ptr(), weight._version
 

@@ -28,7 +28,18 @@ def results_table(results: dict) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    headings = ("set", "T", "drafter", "width", "tau [95 %]", "tok/s", "plain", "decode_speedup [95 %]", "same text", "")
+    headings = (
+        "set",
+        "T",
+        "drafter",
+        "width",
+        "tau [95 %]",
+        "tok/s",
+        "plain",
+        "decode_speedup [95 %]",
+        "same text",
+        "",
+    )
     for heading in headings:
         is_text = heading in ("set", "drafter", "width", "")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)

@@ -90,7 +90,9 @@ class Sampler:
         if self.temperature == 0:
             return scores.argmax(-1)
         self._noise, self._first = self._noise[position - self._first :], position
-        while len(self._noise) < len(scores):  # a row at a time, so that the numbers do not depend on how many are asked for
+        while len(self._noise) < len(
+            scores
+        ):  # a row at a time, so that the numbers do not depend on how many are asked for
             row = torch.empty(scores.shape[1], device=scores.device)
             self._noise.append(row.exponential_(generator=self.generator))
         return (self.probs(scores) / torch.stack(self._noise[: len(scores)])).argmax(-1)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dpace.loss import Head
-from dpace.packing import multiply, pack, pack_linears
+from dpace.packing import multiply, pack, pack_linears, packed_weight
 
 MIN_SHARED = 16
 """Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
@@ -73,7 +73,7 @@ class Target:
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to(device)
-        pack_linears(model.get_decoder())
+        pack_linears(model)
         return cls(model, AutoTokenizer.from_pretrained(name))
 
     @property
@@ -119,7 +119,8 @@ class Target:
     @functools.cached_property
     def _packed_head(self) -> Tensor | None:
         """The head's weight in oneDNN's layout, where there is one."""
-        return pack(self.head.weight)
+        packed = packed_weight(self.model.get_output_embeddings())
+        return pack(self.head.weight) if packed is None else packed
 
     def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
         """Input embeddings as the first layer sees them."""

@@ -100,7 +100,9 @@ def unchecked_types():
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-def test_compiled_steps_of_fixed_shapes(unchecked_types, monkeypatch, language_target, language_drafter, language_prompts):
+def test_compiled_steps_of_fixed_shapes(
+    unchecked_types, monkeypatch, language_target, language_drafter, language_prompts
+):
     """Traced, with the shapes that CUDA graphs need; rows that are done wait for the others."""
     compiled, graphs = torch.compile, []
 
@@ -108,7 +110,9 @@ def test_compiled_steps_of_fixed_shapes(unchecked_types, monkeypatch, language_t
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda step, **options: compiled(step, backend=backend, dynamic=False))
+    monkeypatch.setattr(
+        torch, "compile", lambda step, disable, **_: compiled(step, backend=backend, dynamic=False, disable=disable)
+    )
     rows = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:54]]
     rows[1] = rows[1][1:]
     plain = [generate_plain(language_target, row, max_new_tokens=30, stop_token_ids=[]).token_ids for row in rows]

@@ -24,7 +24,8 @@ CONFIG = CheckConfig("target", "drafter", num_prompts=4, max_new_tokens=24)
 @pytest.fixture
 def prompts(language_prompts) -> list[Prompt]:
     return [
-        Prompt(str(i), "language", [[{"role": "user", "content": text}]]) for i, text in enumerate(language_prompts[50:])
+        Prompt(str(i), "language", [[{"role": "user", "content": text}]])
+        for i, text in enumerate(language_prompts[50:])
     ]
 
 

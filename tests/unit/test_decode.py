@@ -18,9 +18,7 @@ def test_greedy_text_is_the_targets(random_target, block_size):
     for seed in range(3):
         plain = generate_plain(random_target, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[])
         for options in ({"width": "full"}, {"width": "full", "block_size": 2}, {"width": "auto"}):
-            ours = generate(
-                random_target, drafter, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[], **options
-            )
+            ours = generate(random_target, drafter, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[], **options)
             assert ours.token_ids == plain.token_ids
 
 
@@ -126,7 +124,6 @@ def chi_square(counts, probs):
 @pytest.mark.parametrize(
     ("rule", "width", "filters"),
     [
-        ("equality", "full", {}),
         ("equality", "auto", {"temperature": 1.4, "top_p": 0.8}),
         ("speculative", "full", {}),
         ("speculative", "auto", {"top_k": 3}),
