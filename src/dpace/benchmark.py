@@ -16,7 +16,7 @@ import dpace
 from dpace.config import BenchConfig
 from dpace.decode import Generation, Width, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.metrics import Acceptance, decode_speedup
+from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau
 from dpace.progress import progress_bar
 from dpace.prompts import Prompt, first_of_each_set, read_jsonl
 from dpace.responses import encode_chat
@@ -120,6 +120,10 @@ def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:
                     "plain_tokens_per_second": sum(sides[2]) / sum(sides[3]),
                     "decode_speedup": speedup[0],
                     "decode_speedup_interval": speedup[1:],
+                    "published": {
+                        "tau": published_tau([r["accepted_lengths"] for r in ours]),
+                        "decode_speedup": published_speedup(*sides),
+                    },
                     "num_same_text": sum(r["same_text"] for r in ours),
                     "responses": ours,
                     "plain_responses": plain,

@@ -46,6 +46,8 @@ class GenerateConfig:
     """Sample from tokens with at least this share of the highest probability."""
     seed: int | None = None
     """Of the draws at temperature above 0."""
+    thinking: bool = False
+    """Switch thinking on, in chat templates that have the switch."""
     width: Literal["auto", "full"] = "auto"
     """Verify as much of a draft as pays on this machine, or all of it."""
     verify_rule: Literal["equality", "speculative"] = "equality"
@@ -124,7 +126,10 @@ def _respond(args: list[str]) -> None:
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
     responses = write_responses(
-        _load_target(recipe.target), [*parts.train, *parts.validation, *parts.heldout], path, recipe.respond
+        _load_target(recipe.target, thinking=recipe.thinking),
+        [*parts.train, *parts.validation, *parts.heldout],
+        path,
+        recipe.respond,
     )
     print(f"{len(responses)} responses in {path}")
     print("next: dpace train", *args)
@@ -155,7 +160,7 @@ def _compare(args: list[str]) -> None:
     from dpace.compare import compare
     from dpace.report import compare_table, console
 
-    results = compare(_load_target(config.target), config)
+    results = compare(_load_target(config.target, thinking=config.thinking), config)
     console().print(compare_table(results))
     output = Path(config.output)
     print(
@@ -171,14 +176,18 @@ def _bench(args: list[str]) -> None:
     from dpace.drafter import load_drafter
     from dpace.prompts import split_prompts
     from dpace.report import console, results_table, slots_table
+    from dpace.sets import read_sets
 
-    heldout = split_prompts(recipe.prompts).heldout
-    target = _load_target(recipe.target)
+    if recipe.bench.sets:
+        prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
+    else:
+        prompts = split_prompts(recipe.prompts).heldout
+    target = _load_target(recipe.target, thinking=recipe.thinking)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
     if len(drafters) < len(folders):
         raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
-    results = bench(target, drafters, heldout, recipe.bench, recipe.output)
+    results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     console().print(results_table(results), slots_table(results))
     print(f"written: {recipe.output}/results.json")
     print("next:", _command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
@@ -219,7 +228,7 @@ def _generate(args: list[str]) -> None:
     from dpace.prompts import find_prompt
     from dpace.responses import encode_chat
 
-    target = _load_target(config.target)
+    target = _load_target(config.target, thinking=config.thinking)
     options = {
         name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     }

@@ -140,12 +140,16 @@ class BenchConfig:
 
     drafters: tuple[str, ...] = ()
     """Folders of the drafters to compare; by default the one in the output folder."""
+    sets: tuple[str, ...] = ()
+    """Public benchmarks instead of the held-out prompts: gsm8k, math500, humaneval, mbpp, mt_bench, alpaca (the paper's six)."""
+    sets_dir: str | None = None
+    """Read them from NAME.jsonl in this folder, which may have others; from the Hugging Face Hub by default."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """Temperatures (paper: 0 and 1)."""
     max_new_tokens: int = 2048
     """Longest response in tokens."""
     num_prompts: int | None = None
-    """Held-out prompts of each set, at most."""
+    """Prompts of each set, at most."""
     widths: tuple[Literal["full", "auto"], ...] = ("full", "auto")
     """Verify all of a draft, as tau is defined; and as much as pays on this machine, as `dpace generate` does."""
     seed: int = 0
@@ -160,6 +164,8 @@ class Recipe:
     """Folder or Hub id of the model whose text is kept."""
     output: str = "dpace-out"
     """Folder for everything that is written."""
+    thinking: bool = False
+    """Switch thinking on, in chat templates that have the switch; the paper's numbers are without."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompts for training and for measuring."""
     respond: RespondConfig = field(default_factory=RespondConfig)

@@ -174,6 +174,35 @@ def decode_speedup(
     return float(value[0] / value[1]), float(low), float(high)
 
 
+def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
+    """Tau as published tables have it: the mean over responses of each one's mean of `accepted_length + 1`.
+
+    Not what `Acceptance.tau` is: short responses count as much as long ones, and a last verification counts a bonus token that was
+    not emitted.
+
+    Args:
+        accepted_lengths: of each response; one without a verification is left out.
+
+    Source: `dflash/benchmark.py` of z-lab/dflash.
+    """
+    means = [np.mean(lengths) + 1 for lengths in accepted_lengths if len(lengths)]
+    return float(np.mean(means)) if means else float("nan")
+
+
+def published_speedup(
+    tokens: Sequence[int], seconds: Sequence[float], plain_tokens: Sequence[int], plain_seconds: Sequence[float]
+) -> float:
+    """Speedup as published tables have it: the ratio of mean seconds a token over responses, plain over with the drafter.
+
+    Source: `dflash/benchmark.py` of z-lab/dflash.
+    """
+    means = []
+    for counts, times in ((tokens, seconds), (plain_tokens, plain_seconds)):
+        each = [time / count for count, time in zip(counts, times, strict=True) if count]
+        means.append(np.mean(each) if each else np.nan)
+    return float(means[1] / means[0])
+
+
 def tau_gain(
     ours: Sequence[Acceptance], theirs: Sequence[Acceptance], *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ from dpace.target import Target
 
 FILLER_TOKENS = 128
 """Context that step times are measured with."""
-MIN_PAUSE, MAX_PAUSE = 2, 64
+MIN_PAUSE, MAX_PAUSE = 4, 64
 """Steps from a draft that did not pay to the next; doubled each time in a row."""
 DECAY = 0.9
 """Weight of the past in the running sums, a drafted step."""

@@ -21,10 +21,12 @@ def console() -> Console:
 def results_table(results: dict) -> Table:
     """One line for each drafter, width, set and temperature; every number with its 95 % interval or its count.
 
-    With width `auto`, tau counts tokens a pass of the target, passes without a draft included.
+    With width `auto`, tau counts tokens a pass of the target, passes without a draft included. The columns with a star are what
+    published tables have, see `dpace.metrics.published_tau`.
     """
     table = Table(
         title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}",
+        caption="*: as in published tables, the mean over responses of their means, and the ratio of mean seconds a token",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -53,6 +55,8 @@ def results_table(results: dict) -> Table:
             f"{row['tokens_per_second']:.1f}",
             f"{row['plain_tokens_per_second']:.1f}",
             with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
+            f"{row['published']['tau']:.2f}",
+            f"{row['published']['decode_speedup']:.2f}",
             f"{row['num_same_text']}/{row['num_responses']}",
             verdict(row["decode_speedup_interval"]),
         )

@@ -41,7 +41,7 @@ class Response:
 def encode_chat(target: Target, messages: Sequence[dict[str, str]]) -> list[int]:
     """Tokens of a conversation up to where the target is to answer, through its chat template.
 
-    A tokenizer without a template gets the contents, one a line. Thinking is off where the template knows the switch.
+    A tokenizer without a template gets the contents, one a line. A template that knows thinking gets `target.thinking`.
 
     Raises:
         ValueError: the template refuses the messages, or they give no token.
@@ -54,7 +54,7 @@ def encode_chat(target: Target, messages: Sequence[dict[str, str]]) -> list[int]
     else:
         try:
             token_ids = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, enable_thinking=False, return_dict=False
+                list(messages), add_generation_prompt=True, enable_thinking=target.thinking, return_dict=False
             )
         except Exception as error:  # jinja errors of a template share no narrower class
             raise ValueError(f"the chat template of {target.name} refuses the messages: {error}") from error
@@ -228,6 +228,7 @@ def _meta(target: Target, config: RespondConfig) -> dict:
         "dtype": str(target.model.dtype),
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
+        "thinking": target.thinking,
         "seed": config.seed,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -50,13 +50,16 @@ class Target:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
         self.model: Any = model.eval().requires_grad_(False)  # transformers types its models too narrowly
         self.tokenizer: Any = tokenizer
+        self.thinking = False  # what chat templates that have this switch are given
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
         self.layers = self._find_layers()
         self.embed_scale, self.head = self._probe()
 
     @classmethod
-    def load(cls, name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> "Target":
+    def load(
+        cls, name: str, *, dtype: torch.dtype | None = None, device: str | None = None, thinking: bool = False
+    ) -> "Target":
         """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
 
         Memory: the weights; on a CPU in fp32 twice, where there is room (see `dpace.packing`).
@@ -64,6 +67,7 @@ class Target:
         Args:
             name: folder or Hub id.
             dtype: of the weights; by default bf16 on a GPU and fp32 on CPU, where it is faster for blocks of tokens.
+            thinking: let chat templates that have this switch turn thinking on.
             device: by default this process's GPU (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
 
         Raises:
@@ -74,7 +78,9 @@ class Target:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to(device)
         pack_linears(model)
-        return cls(model, AutoTokenizer.from_pretrained(name))
+        target = cls(model, AutoTokenizer.from_pretrained(name))
+        target.thinking = thinking
+        return target
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dpace.metrics import Acceptance, decode_speedup, tau_gain
+from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
 
 # accepted lengths 0, 0, 1, 3 in blocks of 4: emitted 1 + 1 + 2 + 4
 HAND = Acceptance([2, 1, 0, 1], block_size=4)
@@ -74,3 +74,9 @@ def test_tau_gain_is_paired():
     assert 0 < low <= gain <= high
     with pytest.raises(ValueError, match="same seeds and prompts"):
         tau_gain([ours], [Acceptance([1, 1], 2)])
+
+
+def test_published_definitions():
+    """By hand: means of means, which the pooled numbers are not."""
+    assert published_tau([[0, 0], [3], []]) == pytest.approx((1 + 4) / 2)
+    assert published_speedup([10, 2], [1.0, 1.0], [10, 2], [2.0, 1.0]) == pytest.approx((0.2 + 0.5) / (0.1 + 0.5))

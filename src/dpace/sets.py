@@ -1,0 +1,91 @@
+"""Names of public benchmarks in; their prompts, in the formats that published tables use, out."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpace.prompts import Prompt, read_prompts
+
+MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """Where a set is on the Hub, how a row becomes the user's turns, and how many prompts published tables use."""
+
+    path: str
+    name: str | None
+    split: str
+    turns: Callable[[dict[str, Any]], list[str]]
+    num_prompts: int
+
+
+SETS = {
+    "gsm8k": PublicSet("openai/gsm8k", "main", "test", lambda row: [row["question"] + MATH_SUFFIX], 128),
+    "math500": PublicSet("HuggingFaceH4/MATH-500", None, "test", lambda row: [row["problem"] + MATH_SUFFIX], 128),
+    "humaneval": PublicSet(
+        "openai/openai_humaneval",
+        None,
+        "test",
+        lambda row: [
+            "Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{row['prompt']}\n```"
+        ],
+        164,
+    ),
+    "mbpp": PublicSet("google-research-datasets/mbpp", "sanitized", "test", lambda row: [row["prompt"]], 128),
+    "mt_bench": PublicSet("HuggingFaceH4/mt_bench_prompts", None, "train", lambda row: list(row["prompt"]), 80),
+    "alpaca": PublicSet(
+        "tatsu-lab/alpaca",
+        None,
+        "train",
+        lambda row: [row["instruction"] + (f"\n\nInput:\n{row['input']}" if row["input"] else "")],
+        128,
+    ),
+}
+"""The paper's six. Source: `dflash/benchmark.py` of z-lab/dflash; alpaca: its `model/utils.py` before commit 6e61414."""
+
+
+def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Prompt]:
+    """Read public benchmarks, shuffled with a fixed seed and cut to the published number of prompts.
+
+    Args:
+        names: keys of `SETS`, or with a folder the names of its files.
+        folder: has `NAME.jsonl` with prompts as `read_prompts` takes them; the Hugging Face Hub by default.
+
+    Raises:
+        ValueError: an unknown name, a file that cannot be read, or no answer from the Hub.
+    """
+    prompts = []
+    for name in names:
+        known = SETS.get(name)
+        if folder is not None:
+            rows = [replace(prompt, set=name) for prompt in read_prompts(Path(folder) / f"{name}.jsonl")]
+        elif known is None:
+            raise ValueError(
+                f"there is no public set {name!r}; known are {', '.join(SETS)}, others with --bench.sets-dir"
+            )
+        else:
+            rows = [
+                Prompt(f"{name}/{i}", name, [[{"role": "user", "content": text}] for text in known.turns(row)])
+                for i, row in enumerate(_download(known))
+            ]
+        random.Random(SHUFFLE_SEED).shuffle(rows)
+        prompts += rows[: known.num_prompts if known else None]
+    return prompts
+
+
+def _download(source: PublicSet):
+    """The rows of a set on the Hub."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # the Hub's errors share no narrower class
+        raise ValueError(
+            f"the Hub does not give {source.path} ({type(error).__name__}: {error}); name a folder of JSONL files with "
+            "--bench.sets-dir"
+        ) from error
