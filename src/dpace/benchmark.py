@@ -17,9 +17,11 @@ from dpace.config import BenchConfig
 from dpace.decode import Generation, Width, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau
+from dpace.pace import measure_costs
 from dpace.progress import progress_bar
 from dpace.prompts import Prompt, first_of_each_set, read_jsonl
 from dpace.responses import encode_chat
+from dpace.stream import TextPieces
 from dpace.target import Target
 
 SCHEMA_VERSION = 1
@@ -75,11 +77,11 @@ def bench(
                 for record in _measure(target, engines, prompt, temperature, config, rotation=number):
                     records.add(record)
             bar.advance(task)
-    results = {
-        "schema_version": SCHEMA_VERSION,
-        "rows": make_rows(records.of(config.temperatures, prompts), engines),
-        **provenance,
-    }
+    rows = make_rows(records.of(config.temperatures, prompts), engines)
+    for row in rows:
+        row["examples"] = make_examples(target, row)
+    costs = {name: asdict(measure_costs(target, drafter)) for name, drafter in drafters.items()}
+    results = {"schema_version": SCHEMA_VERSION, "rows": rows, "costs": costs, **provenance}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
@@ -130,6 +132,31 @@ def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:
                 }
             )
     return rows
+
+
+def make_examples(target: Target, row: dict) -> list[dict]:
+    """The fastest and the slowest response of a row, as pieces of text and whether they came from the drafter."""
+
+    def speedup(i: int) -> float:
+        ours, plain = row["responses"][i], row["plain_responses"][i]
+        return ours["decode_tokens"] * plain["decode_seconds"] / (ours["decode_seconds"] * plain["decode_tokens"])
+
+    order = sorted((i for i, r in enumerate(row["responses"]) if r["accepted_lengths"]), key=speedup)
+    chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
+    examples = []
+    for what, i in chosen.items():
+        response, text = row["responses"][i], TextPieces(target.tokenizer)
+        tokens, position = response["token_ids"], 1
+        pieces = [(text.add(tokens[:1]), False)]
+        for accepted in response["accepted_lengths"]:
+            for length, is_draft in ((accepted, True), (1, False)):
+                pieces.append((text.add(tokens[position : position + length]), is_draft and length > 0))
+                position += length
+        pieces.append((text.flush(), False))
+        tau = float(np.mean(response["accepted_lengths"])) + 1
+        shown = [[piece, is_draft] for piece, is_draft in pieces if piece]
+        examples.append({"id": response["id"], "what": what, "tau": tau, "speedup": speedup(i), "pieces": shown})
+    return examples
 
 
 class _Records:

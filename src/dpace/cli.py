@@ -15,6 +15,7 @@ USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
   train     train a drafter on the responses
   compare   train several objectives with several seeds, and say which is best
   bench     measure drafters against plain decoding on held-out prompts
+  report    one HTML page from the folders that the others wrote
   check     prove that a drafter does not change the text
   generate  answer one prompt, or chat
 
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": _train,
         "compare": _compare,
         "bench": _bench,
+        "report": _report,
         "check": _check,
         "generate": _generate,
     }
@@ -191,6 +193,27 @@ def _bench(args: list[str]) -> None:
     console().print(results_table(results), slots_table(results))
     print(f"written: {recipe.output}/results.json")
     print("next:", _command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html, one page without network, and the same as Markdown: dpace report FOLDER [FOLDER ...]."""
+
+    folders: tuple[str, ...]
+    """Of demo, bench or compare; given first, or with this flag."""
+    output: str | None = None
+    """The HTML file; report.html in the first folder by default."""
+
+
+def _report(args: list[str]) -> None:
+    first_flag = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    if first_flag:
+        args = ["--folders", *args]
+    config = _parse(ReportConfig, "report", args)
+    from dpace.page import write_report
+
+    written = write_report(config.folders, config.output or Path(config.folders[0]) / "report.html")
+    print("written:", ", ".join(map(str, written)))
 
 
 def _check(args: list[str]) -> None:

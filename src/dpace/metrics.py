@@ -135,6 +135,17 @@ class Acceptance:
         low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
 
+    def reach_interval(
+        self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bootstrap interval of `reach_rate`, resampling prompts: lower and upper end for each slot."""
+        generator = np.random.default_rng(seed)
+        picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
+        reached = self.rows[picks].sum(1)[:, ::-1].cumsum(-1)[:, ::-1]
+        rates = reached[:, 1:] / np.maximum(reached[:, :1], 1)
+        low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+        return low, high
+
 
 def _resampled_ratio(tops: np.ndarray, bottoms: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     """Ratios of totals of `tops` over totals of `bottoms`, each a row of quantities by prompt, resampling prompts."""

@@ -144,7 +144,7 @@ def verdict(speedup_interval: Interval) -> str:
 
 def plot_acceptance(results: dict, path: str | Path) -> None:
     """Draw the reach rate by slot, one panel a set, one line for each drafter and temperature."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = whole_blocks(results)
     sets, drafters = (list(dict.fromkeys(row[key] for row in rows)) for key in ("set", "drafter"))
     figure, axes = plt.subplots(
@@ -181,26 +181,30 @@ def plot_weights(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
 
     Source: the weight-dynamics figure of D-PACE (arXiv 2605.18810).
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(
         1, len(logs), figsize=(4.6 * len(logs), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (name, log) in zip(axes[0], logs.items(), strict=True):
-        entries = [entry for entry in log if "weight_share/1" in entry]
-        chosen = sorted({round(i * (len(entries) - 1) / 4) for i in range(5)}) if entries else []
-        for number, entry in enumerate(entries[i] for i in chosen):
-            shares = [
-                entry[f"weight_share/{k}"] for k in range(1, 1 + sum(key.startswith("weight_share/") for key in entry))
-            ]
-            color = plt.get_cmap("viridis")(number / max(1, len(chosen) - 1) * 0.9)
-            axis.plot(range(1, len(shares) + 1), shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
-            axis.set_xticks(range(1, len(shares) + 1))
+        weight_moments(axis, log)
         axis.set(title=name, xlabel="slot")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
     axes[0][0].set_ylabel("share of the block's weight")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def weight_moments(axis, log: Sequence[dict]) -> None:
+    """Draw each slot's share of the weight at five moments of a training log."""
+    entries = [entry for entry in log if "weight_share/1" in entry]
+    chosen = sorted({round(i * (len(entries) - 1) / 4) for i in range(5)}) if entries else []
+    for number, entry in enumerate(entries[i] for i in chosen):
+        slots = range(1, 1 + sum(key.startswith("weight_share/") for key in entry))
+        color = pyplot().get_cmap("viridis")(number / max(1, len(chosen) - 1) * 0.9)
+        shares = [entry[f"weight_share/{slot}"] for slot in slots]
+        axis.plot(slots, shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
+        axis.set_xticks(slots)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
 
 
 def plot_tau(logs: Mapping[str, Sequence[Sequence[dict]]], path: str | Path) -> None:
@@ -210,7 +214,7 @@ def plot_tau(logs: Mapping[str, Sequence[Sequence[dict]]], path: str | Path) -> 
         logs: by objective, the `log_history` of each seed.
         path: of the PNG.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for number, (name, runs) in enumerate(logs.items()):
         curves = [{e["step"]: e["eval_tau"] for e in run if "eval_tau" in e} for run in runs]
@@ -231,7 +235,8 @@ def read_log(folder: str | Path) -> list[dict]:
     return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")

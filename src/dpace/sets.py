@@ -78,7 +78,7 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Pr
     return prompts
 
 
-def _download(source: PublicSet):
+def _download(source: PublicSet) -> Any:
     """The rows of a set on the Hub."""
     import datasets
 

@@ -72,7 +72,7 @@ class TextPieces:
         """The text that these tokens add; empty while a character is not whole."""
         self.token_ids += token_ids
         text = self._text(self._read_from, len(self.token_ids))
-        return "" if text.endswith("\ufffd") else self._show(text)
+        return "" if not token_ids or text.endswith("\ufffd") else self._show(text)
 
     def flush(self) -> str:
         """What was held back."""

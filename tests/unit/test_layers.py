@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dpace"
 ORDER = "__init__ config progress weights metrics optimizer packing loss blocks cache target drafter pace sampling decode batch stream prompts sets responses dataset heldout".split()
-ORDER += "objective train benchmark report compare check demo cli".split()
+ORDER += "objective train benchmark report page compare check demo cli".split()
 
 
 def test_imports_go_one_way():

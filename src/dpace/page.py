@@ -1,0 +1,412 @@
+"""results.json files and training logs in; one HTML page without network, and the same as Markdown, out."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpace.pace import StepCosts
+from dpace.report import acceptance_of, pyplot, verdict, weight_moments, whole_blocks, with_interval
+
+MAX_SCATTER = 400
+"""Prompts of a set that are drawn."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what to read from it, and a table or a figure."""
+
+    title: str
+    text: str
+    rows: Sequence[Sequence[str]] = ()
+    """The first row holds the headings; the first column is text."""
+    figure: str = ""
+    """SVG."""
+    examples: Sequence[dict] = ()
+    """Responses as `dpace.benchmark` keeps them, `pieces` of text and whether they were drafted."""
+
+
+def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
+    """Write the page and, beside it with the suffix `.md`, the same as Markdown.
+
+    Args:
+        folders: of `dpace demo`, `bench` or `compare`; each has a results.json, and may have drafters with their training logs.
+        path: of the HTML file.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: a folder without results.json, or one that cannot be read.
+    """
+    sections = [section for folder in folders for section in read_folder(Path(folder))]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = _template().render(sections=sections, title=sections[0].text)
+    path.write_text(page, encoding="utf-8")
+    markdown = path.with_suffix(".md")
+    markdown.write_text(to_markdown(sections), encoding="utf-8")
+    return [path, markdown]
+
+
+def read_folder(folder: Path) -> list[Section]:
+    """All that a folder has to show."""
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"cannot read {folder}/results.json ({error}); `dpace demo`, `bench` and `compare` write one"
+        ) from error
+    logs = {
+        str(found.parent.relative_to(folder)): json.loads(found.read_text())["log_history"]
+        for found in sorted(folder.glob("*/trainer_state.json")) + sorted(folder.glob("*/seed-*/trainer_state.json"))
+    }
+    is_comparison = "baseline" in results
+    benchmark = results.get("decode") if is_comparison else results
+    sections = [comparison(results)] if is_comparison else []
+    if benchmark:
+        sections += [
+            headline(benchmark),
+            speeds(benchmark),
+            slots(benchmark),
+            lengths(benchmark),
+            widths(benchmark),
+            scatter(benchmark),
+            *examples(benchmark),
+        ]
+    if logs:
+        sections += [tau_curves(logs), weights(logs)]
+    sections.append(provenance(benchmark or results, folder))
+    return sections
+
+
+def headline(results: dict) -> Section:
+    """One sentence a set: what a user gets."""
+    target = Path(results["target"]).name
+    lines = []
+    for name in dict.fromkeys(row["set"] for row in results["rows"]):
+        of_set = [row for row in results["rows"] if row["set"] == name and row["temperature"] == 0]
+        if not of_set:
+            continue
+        best = max(of_set, key=lambda row: row["decode_speedup"])
+        found = {"pays": "faster", "slower": "not faster"}.get(
+            verdict(best["decode_speedup_interval"]), "no clear gain"
+        )
+        speed = with_interval(best["decode_speedup"], best["decode_speedup_interval"])
+        lines.append(
+            f"{name}: {found}, decode_speedup {speed} with {best['drafter']}, width {best['width']}, at temperature 0"
+        )
+    same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
+    lines.append(f"{same} of {total} responses are the target's own text, token for token")
+    return Section(f"Decoding {target}", ". ".join(lines) + ".")
+
+
+def speeds(results: dict) -> Section:
+    """The table by set and temperature."""
+    rows = [
+        [
+            "set",
+            "T",
+            "drafter",
+            "width",
+            "tau",
+            "tokens/s",
+            "plain",
+            "decode_speedup",
+            "tau*",
+            "speedup*",
+            "same text",
+            "",
+        ]
+    ]
+    for row in results["rows"]:
+        published = row.get("published", {})
+        rows.append(
+            [
+                row["set"],
+                f"{row['temperature']:g}",
+                row["drafter"],
+                row["width"],
+                with_interval(row["tau"], row["tau_interval"]),
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['plain_tokens_per_second']:.1f}",
+                with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
+                _number(published.get("tau")),
+                _number(published.get("decode_speedup")),
+                f"{row['num_same_text']}/{row['num_responses']}",
+                verdict(row["decode_speedup_interval"]),
+            ]
+        )
+    return Section(
+        "Speed",
+        "tau: tokens emitted by a pass of the target, pooled over verifications; with width auto also passes without a draft. "
+        "decode_speedup: ratio of total tokens a second with and without the drafter, prefill excluded. In brackets 95 % intervals, "
+        "bootstrap over prompts. Starred columns are the definitions of published tables: mean over responses of their means, ratio of "
+        "mean seconds a token.",
+        rows,
+    )
+
+
+def slots(results: dict) -> Section:
+    """Acceptance by slot with intervals."""
+
+    def draw(axes, rows):
+        for number, row in enumerate(rows):
+            acceptance = acceptance_of(row)
+            slot = np.arange(1, acceptance.block_size)
+            low, high = acceptance.reach_interval()
+            label = f"{row['drafter']}, T={row['temperature']:g}"
+            axes.plot(slot, acceptance.reach_rate, marker="o", ms=3, color=f"C{number}", label=label)
+            axes.fill_between(slot, low, high, color=f"C{number}", alpha=0.15, lw=0)
+        axes.set(xlabel="slot", ylim=(0, 1.02))
+        axes.legend(fontsize=8)
+
+    text = "Share of verifications of whole drafts that accepted slots 1 to k, with 95 % intervals over prompts."
+    return Section("Acceptance by slot", text, figure=_panels(whole_blocks(results), draw, "reach rate"))
+
+
+def lengths(results: dict) -> Section:
+    """Histogram of accepted lengths."""
+
+    def draw(axes, rows):
+        for number, row in enumerate(rows):
+            counts = np.array(row["histogram"], float)
+            place = np.arange(len(counts)) + (number - (len(rows) - 1) / 2) * 0.8 / len(rows)
+            label = f"{row['drafter']}, T={row['temperature']:g}"
+            axes.bar(place, counts / counts.sum(), 0.8 / len(rows), color=f"C{number}", label=label)
+        axes.set(xlabel="accepted draft tokens", xticks=range(len(rows[0]["histogram"])))
+        axes.legend(fontsize=8)
+
+    text = "How many draft tokens a verification of a whole draft accepted."
+    return Section("Accepted lengths", text, figure=_panels(whole_blocks(results), draw, "share of verifications"))
+
+
+def widths(results: dict) -> Section:
+    """Speed against verify width: predicted from the costs of steps and the histogram, and what was measured."""
+    costs = results.get("costs", {})
+
+    def draw(axes, rows):
+        for number, row in enumerate(rows):
+            if row["drafter"] in costs:
+                predicted = predict_speedups(row, costs[row["drafter"]])
+                label = f"{row['drafter']}, T={row['temperature']:g}, predicted"
+                axes.plot(range(2, len(predicted) + 2), predicted, color=f"C{number}", label=label)
+            low, high = row["decode_speedup_interval"]
+            value = row["decode_speedup"]
+            error = None if low is None else [[max(0, value - low)], [max(0, high - value)]]
+            axes.errorbar(
+                [row["block_size"]], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label="measured"
+            )
+        axes.axhline(1, color="0.5", lw=1)
+        axes.set(xlabel="tokens verified at once")
+        axes.legend(fontsize=8)
+
+    text = (
+        "decode_speedup if only the first tokens of a draft were verified, predicted from the time of steps on this machine and the "
+        "accepted lengths; and what was measured with whole drafts."
+    )
+    return Section("Speed against verify width", text, figure=_panels(whole_blocks(results), draw, "decode_speedup"))
+
+
+def predict_speedups(row: dict, costs: dict) -> list[float]:
+    """decode_speedup over verify widths 2 to `block_size`, from one histogram and the seconds of steps.
+
+    A draft that is verified up to `width` accepts `min(accepted_length, width - 1)`; what is lost to text that a block ends in is
+    the same share as measured.
+
+    Args:
+        row: of results.json, measured with whole drafts.
+        costs: `verify_seconds` for 1, 2, ... tokens and `draft_seconds`.
+    """
+    steps = StepCosts(**costs)
+    acceptance = acceptance_of(row)
+    accepted = np.arange(acceptance.block_size)
+    missing = acceptance.num_missing / max(1, acceptance.num_verifications)
+    speedups = []
+    for width in range(2, acceptance.block_size + 1):
+        kept = np.minimum(accepted, width - 1) @ acceptance.counts / max(1, acceptance.num_verifications)
+        rate = (kept + 1 - missing) / (steps.draft_seconds + steps.verify_seconds[width - 1])
+        speedups.append(float(rate / steps.plain_rate))
+    return speedups
+
+
+def scatter(results: dict) -> Section:
+    """One point a prompt."""
+
+    def draw(axes, rows):
+        for number, row in enumerate(rows):
+            points = [
+                (np.mean(ours["accepted_lengths"]) + 1, _speedup(ours, plain))
+                for ours, plain in zip(row["responses"], row["plain_responses"], strict=True)
+                if ours["accepted_lengths"] and plain["decode_tokens"]
+            ][:MAX_SCATTER]
+            label = f"{row['drafter']}, T={row['temperature']:g}"
+            axes.scatter(*zip(*points, strict=True), s=14, alpha=0.7, color=f"C{number}", label=label)
+        axes.axhline(1, color="0.5", lw=1)
+        axes.set(xlabel="tau of the response")
+        axes.legend(fontsize=8)
+
+    text = "Each point is a response, whole drafts verified."
+    return Section("Prompt by prompt", text, figure=_panels(whole_blocks(results), draw, "decode_speedup"))
+
+
+def examples(results: dict) -> list[Section]:
+    """The fastest and the slowest response of each set, with what came from the drafter."""
+    chosen = []
+    for row in whole_blocks(results):
+        if row["temperature"] == 0 and row["drafter"] == results["rows"][0]["drafter"]:
+            chosen += [{**example, "set": row["set"]} for example in row.get("examples", ())]
+    if not chosen:
+        return []
+    text = "Marked text came from the drafter and was accepted, one mark a verification; the rest is the target's own next token."
+    return [Section("Best and slowest responses", text, examples=chosen)]
+
+
+def comparison(results: dict) -> Section:
+    """The table of `dpace compare`."""
+    rows = [["set", "objective", "tau", f"over {results['baseline']}", "by seed"]]
+    for row in results["rows"]:
+        value, low, high = (100 * x for x in row["gain"])
+        is_baseline = row["drafter"] == results["baseline"]
+        rows.append(
+            [
+                row["set"],
+                row["drafter"],
+                with_interval(row["tau"], row["tau_interval"]),
+                "" if is_baseline else f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]",
+                "" if is_baseline else " ".join(f"{100 * x:+.1f}" for x in row["gain_by_seed"]),
+            ]
+        )
+    seeds = ", ".join(map(str, results["seeds"]))
+    return Section(
+        f"Objectives, {Path(results['target']).name}",
+        f"tau on held-out prompts at temperature 0, reduction {results['reduction']}, seeds {seeds}; intervals by paired bootstrap "
+        "over prompts and seeds.",
+        rows,
+    )
+
+
+def tau_curves(logs: dict[str, list[dict]]) -> Section:
+    """Tau of the validation responses against steps and against wall time."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for number, (name, log) in enumerate(logs.items()):
+        seconds, clock, last = 0.0, {0: 0.0}, 0
+        for entry in log:
+            if "step_seconds" in entry:
+                seconds += entry["step_seconds"] * (entry["step"] - last)
+                last = entry["step"]
+                clock[last] = seconds
+        points = [(entry["step"], entry["eval_tau"]) for entry in log if "eval_tau" in entry]
+        if not points:
+            continue
+        steps, taus = zip(*points, strict=True)
+        minutes = np.interp(steps, list(clock), list(clock.values())) / 60
+        for axis, x in zip(axes, (steps, minutes), strict=True):
+            axis.plot(x, taus, marker="o", ms=3, color=f"C{number % 10}", label=name)
+    for axis, label in zip(axes, ("optimizer step", "minutes of training steps"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("tau, validation")
+    axes[0].legend(fontsize=8)
+    text = "Measured on the validation share of the training prompts, which chooses the checkpoint."
+    return Section("Training", text, figure=_svg(figure))
+
+
+def weights(logs: dict[str, list[dict]]) -> Section:
+    """Each slot's share of the weight at a few moments, one panel a drafter, the first four."""
+    plt = pyplot()
+    chosen = list(logs.items())[:4]
+    figure, axes = plt.subplots(
+        1, len(chosen), figsize=(4.5 * len(chosen), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (name, log) in zip(axes[0], chosen, strict=True):
+        weight_moments(axis, log)
+        axis.set(title=name, xlabel="slot")
+    axes[0][0].set_ylabel("share of the block's weight")
+    text = "D-PACE moves weight to later slots as the drafter gets better at the first ones; fixed schedules do not."
+    return Section("Weights over training", text, figure=_svg(figure))
+
+
+def provenance(results: dict, folder: Path) -> Section:
+    """What made the numbers."""
+    kept = {
+        key: results[key]
+        for key in ("dtype", "engine", "seed", "max_new_tokens", "hardware", "versions")
+        if key in results
+    }
+    rows = [["", ""], ["folder", str(folder)], ["target", results["target"]]]
+    for key, value in kept.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        rows.append([key, text])
+    drafters = results.get("drafters", {})
+    rows += [[f"sha256 of {name}", value[:16]] for name, value in (drafters.items() if drafters else ())]
+    return Section("Provenance", "", rows)
+
+
+def to_markdown(sections: Sequence[Section]) -> str:
+    """Headings, texts and tables; figures are only in the page."""
+    lines = []
+    for section in sections:
+        lines += [f"## {section.title}", "", section.text, ""]
+        if section.rows:
+            head, *body = section.rows
+            lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+            lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
+        for example in section.examples:
+            text = "".join(f"[{piece}]" if is_draft else piece for piece, is_draft in example["pieces"])
+            lines += [f"{example['set']}, {example['what']}: {example['id']}, tau {example['tau']:.2f}", ""]
+            lines += ["    " + line for line in text.splitlines()] + [""]
+    return "\n".join(lines)
+
+
+def _template():
+    import jinja2
+
+    source = (files("dpace") / "data" / "report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(source)
+
+
+def _panels(rows: Sequence[dict], draw: Callable[[Any, list[dict]], None], ylabel: str) -> str:
+    """A figure with one panel a set."""
+    plt = pyplot()
+    names = list(dict.fromkeys(row["set"] for row in rows))
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.5 * columns, 3.4 * lines), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        draw(axis, [row for row in rows if row["set"] == name])
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+    for line in axes:
+        line[0].set_ylabel(ylabel)
+    return _svg(figure)
+
+
+def _svg(figure) -> str:
+    """The figure as SVG that scales with the page."""
+    buffer = io.StringIO()
+    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpace"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    pyplot().close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _speedup(ours: dict, plain: dict) -> float:
+    return (ours["decode_tokens"] / ours["decode_seconds"]) / (plain["decode_tokens"] / plain["decode_seconds"])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
