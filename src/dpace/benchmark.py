@@ -16,10 +16,11 @@ import dpace
 from dpace.config import BenchConfig
 from dpace.decode import Generation, Width, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau
-from dpace.pace import measure_costs
+from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.predict import predict
 from dpace.progress import progress_bar
 from dpace.prompts import Prompt, first_of_each_set, read_jsonl
+from dpace.report import acceptance_of
 from dpace.responses import encode_chat
 from dpace.stream import TextPieces
 from dpace.target import Target
@@ -62,7 +63,7 @@ def bench(
     provenance = _provenance(target, drafters, config)
     meta = {key: provenance[key] for key in ("target", "drafters", "max_new_tokens", "seed")}
     meta["prompts_sha256"] = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
-    records = _Records(folder / "bench.jsonl", meta)
+    records = Records(folder / "bench.jsonl", meta)
     prompts = first_of_each_set(prompts, config.num_prompts)
     engines: Engines = {(PLAIN, None): None}
     engines |= {(name, width): drafter for name, drafter in drafters.items() for width in config.widths}
@@ -80,8 +81,9 @@ def bench(
     rows = make_rows(records.of(config.temperatures, prompts), engines)
     for row in rows:
         row["examples"] = make_examples(target, row)
-    costs = {name: asdict(measure_costs(target, drafter)) for name, drafter in drafters.items()}
-    results = {"schema_version": SCHEMA_VERSION, "rows": rows, "costs": costs, **provenance}
+    results = {"schema_version": SCHEMA_VERSION, "rows": rows, "comparisons": compare_drafters(rows), **provenance}
+    concurrencies = config.concurrencies if config.predict else (1,)
+    results["predictions"] = predict(results, target, drafters, concurrencies) if drafters else []
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
@@ -134,6 +136,28 @@ def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:
     return rows
 
 
+def compare_drafters(rows: Sequence[dict]) -> list[dict]:
+    """Every drafter against the first one, for the same prompts: gain of tau and ratio of tokens a second, with paired intervals."""
+    first = {(r["set"], r["temperature"], r["width"]): r for r in reversed(rows)}
+    comparisons = []
+    for row in rows:
+        key = {name: row[name] for name in ("set", "temperature", "width")}
+        base = first[tuple(key.values())]
+        if base is row:
+            continue
+        sides = [[r[k] for r in side["responses"]] for side in (row, base) for k in ("decode_tokens", "decode_seconds")]
+        comparisons.append(
+            {
+                **key,
+                "drafter": row["drafter"],
+                "baseline": base["drafter"],
+                "tau_gain": tau_gain([acceptance_of(row)], [acceptance_of(base)]),
+                "speed_ratio": decode_speedup(*sides),
+            }
+        )
+    return comparisons
+
+
 def make_examples(target: Target, row: dict) -> list[dict]:
     """The fastest and the slowest response of a row, as pieces of text and whether they came from the drafter."""
 
@@ -159,8 +183,8 @@ def make_examples(target: Target, row: dict) -> list[dict]:
     return examples
 
 
-class _Records:
-    """Finished responses, kept in a file whose first line says what was measured."""
+class Records:
+    """Finished responses or groups of them, kept in a file whose first line says what was measured."""
 
     def __init__(self, path: Path, meta: dict):
         self.path, self.is_warm, self.rows = path, False, []
@@ -174,15 +198,18 @@ class _Records:
         path.write_text(json.dumps(meta) + "\n")
 
     def of(self, temperatures: Sequence[float], prompts: Sequence[Prompt]) -> list[dict]:
+        """Those of these temperatures and prompts."""
         ids = {prompt.id for prompt in prompts}
         return [row for row in self.rows if row["temperature"] in temperatures and row["id"] in ids]
 
     def add(self, record: dict) -> None:
+        """Keep one, on disk at once."""
         self.rows.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def has(self, engines: Engines, temperature: float, prompt: Prompt) -> bool:
+        """Whether a prompt is done with all engines; what there is of one that is not is dropped."""
         found = [r for r in self.rows if r["temperature"] == temperature and r["id"] == prompt.id]
         if len(found) == len(engines) * len(prompt.turns):
             return True

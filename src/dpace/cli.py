@@ -2,9 +2,9 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dpace.config import CheckConfig, CompareConfig, Recipe, recipe_flags
 
@@ -94,9 +94,22 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(config_class, verb: str, args: list[str]):
     import tyro
 
+    recipe = []
     if args and args[0].endswith((".yaml", ".yml")):
-        args = recipe_flags(args[0]) + args[1:]
+        recipe, args = recipe_flags(args[0]), args[1:]
+    args = [*recipe, *(_with_group(config_class, verb, arg) for arg in args)]
     return tyro.cli(config_class, prog=f"dpace {verb}", args=args)
+
+
+def _with_group(config_class, verb: str, arg: str) -> str:
+    """A verb's own group may be left out: `dpace bench --sets` is `dpace bench --bench.sets`."""
+    groups: dict[str, Any] = {field.name: field.default_factory for field in fields(config_class)}
+    name = arg.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    if not arg.startswith("--") or name in groups or verb not in groups:
+        return arg
+    is_own = name in {field.name for field in fields(groups[verb])}
+    prefix = f"--{verb}.no-" if arg.startswith("--no-") else f"--{verb}."
+    return prefix + arg.removeprefix("--").removeprefix("no-") if is_own else arg
 
 
 def _demo(args: list[str]) -> None:
@@ -177,13 +190,17 @@ def _bench(args: list[str]) -> None:
     from dpace.benchmark import bench
     from dpace.drafter import load_drafter
     from dpace.prompts import split_prompts
-    from dpace.report import console, results_table, slots_table
+    from dpace.report import console, drafters_table, predictions_table, results_table, slots_table
     from dpace.sets import read_sets
 
     if recipe.bench.sets:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
     else:
         prompts = split_prompts(recipe.prompts).heldout
+    if recipe.bench.server:
+        return _bench_servers(recipe, prompts)
+    if recipe.bench.plain_server:
+        raise ValueError("--bench.plain-server is the baseline of a --bench.server; name that too")
     target = _load_target(recipe.target, thinking=recipe.thinking)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
@@ -191,8 +208,27 @@ def _bench(args: list[str]) -> None:
         raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
     results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     console().print(results_table(results), slots_table(results))
+    for make, key in ((drafters_table, "comparisons"), (predictions_table, "predictions")):
+        if results[key]:
+            console().print(make(results[key]))
     print(f"written: {recipe.output}/results.json")
     print("next:", _command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
+
+
+def _bench_servers(recipe: Recipe, prompts: list) -> None:
+    from transformers import AutoTokenizer
+
+    from dpace.demo import find_target
+    from dpace.report import console, servers_table
+    from dpace.responses import Chat
+    from dpace.servers import bench_servers
+
+    name, settings = find_target(recipe.target), recipe.bench
+    chat = Chat(name, AutoTokenizer.from_pretrained(name), recipe.thinking)
+    results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
+    console().print(servers_table(results))
+    print(f"written: {recipe.output}/servers.json")
+    print(f"next: dpace report {recipe.output}")
 
 
 @dataclass(frozen=True)

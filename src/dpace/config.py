@@ -150,8 +150,16 @@ class BenchConfig:
     """Longest response in tokens."""
     num_prompts: int | None = None
     """Prompts of each set, at most."""
-    widths: tuple[Literal["full", "auto"], ...] = ("full", "auto")
-    """Verify all of a draft, as tau is defined; and as much as pays on this machine, as `dpace generate` does."""
+    widths: tuple[Literal["full", "auto"] | int, ...] = ("full", "auto")
+    """Verify all of a draft, as tau is defined; as much as pays on this machine, as `dpace generate` does; or so many tokens."""
+    predict: bool = False
+    """Also predict the speedup at every width and at these concurrencies, and say where not to use the drafter."""
+    server: str | None = None
+    """Measure a running server with a drafter instead: vLLM, SGLang or llama.cpp at http://host:port."""
+    plain_server: str | None = None
+    """A server of the same model without one, to compare with."""
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8)
+    """Requests at once, for servers and predictions."""
     seed: int = 0
     """Of the draws at temperature above 0."""
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -17,7 +17,7 @@ from dpace.sampling import Sampler, verify_draft, verify_sampled
 from dpace.target import Target
 
 VerifyRule = Literal["equality", "speculative"]
-Width = Literal["auto", "full"]
+Width = Literal["auto", "full"] | int
 
 
 class Step(NamedTuple):
@@ -152,12 +152,13 @@ def speculative_steps(
     stops: set[int],
     pace: Pace | None,
     block_size: int,
+    max_width: int | None = None,
     verify_rule: VerifyRule = "equality",
 ) -> Iterator[Step]:
     """Yield what each forward pass of the target emits; the loop behind `generate` and `stream`.
 
-    A step drafts a block after the last token, has the target read the last token and as much of the draft as `pace` wants (all
-    of it for None), accepts a beginning of the draft, and emits it with the target's next token. Both caches then hold exactly
+    A step drafts a block after the last token, has the target read the last token and as much of the draft as `pace` wants
+    (for None all of it, up to `max_width` tokens), accepts a beginning of the draft, and emits it with the target's next token. Both caches then hold exactly
     the tokens before the last one.
     """
     device = target.device
@@ -186,7 +187,7 @@ def speculative_steps(
                     cache=drafter_cache,
                 ).last_hidden_state
                 drafter_cache.crop(-block_size)
-                logits = target.logits(hidden[0, 1 : remaining + 1])
+                logits = target.logits(hidden[0, 1 : min(remaining + 1, max_width or block_size)])
                 tokens, width = logits.argmax(-1), len(logits) + 1
                 if pace is not None:
                     width = pace.width(drafter.confidences(logits))
@@ -216,6 +217,22 @@ def speculative_steps(
             cache.crop(len(emitted) - width)
             text += emitted
             yield Step(emitted, accepted, width)
+
+
+def step_sizes(target: Target, drafter: Drafter, width: Width, block_size: int | None = None) -> dict[str, Any]:
+    """What `width` and `block_size` of `generate` are to `speculative_steps`.
+
+    Raises:
+        ValueError: more tokens than a block has, or fewer than 2.
+    """
+    block_size = block_size or drafter.block_size
+    if not 2 <= block_size <= drafter.block_size:
+        raise ValueError(f"block_size is {block_size}; this drafter drafts blocks of 2 to {drafter.block_size}")
+    max_width = width if isinstance(width, int) else block_size
+    if not 2 <= max_width <= block_size:
+        raise ValueError(f"width is {width}; a block of {block_size} has 2 to {block_size} tokens to verify")
+    pace = Pace(measure_costs(target, drafter)) if width == "auto" else None
+    return {"pace": pace, "block_size": block_size, "max_width": max_width}
 
 
 def generate(
@@ -251,8 +268,8 @@ def generate(
         stop_token_ids: end the response, and are its last token; by default the target's own.
         seed: of the draws; by default torch's global generator. With the rule `equality` a seed gives the text that it gives
             `generate_plain`, up to rounding.
-        width: `full` verifies the whole block, `auto` what `Pace` finds worth it, which measures the machine for about a second
-            before the first response.
+        width: `full` verifies the whole block, a number (2 to `block_size`) so many tokens with the last one, `auto` what `Pace`
+            finds worth it, which measures the machine for about a second before the first response.
         block_size: slots to draft, the anchor included; by default, and at most, what the drafter was trained with.
         verify_rule: `equality` drafts greedily and accepts what equals the target's own draw; `speculative` draws the draft
             and accepts by speculative sampling. The same thing at temperature 0.
@@ -268,10 +285,7 @@ def generate(
     drafter.check_target(target)
     prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
     sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
-    pace = Pace(measure_costs(target, drafter)) if width == "auto" else None
-    block_size = block_size or drafter.block_size
-    if not 2 <= block_size <= drafter.block_size:
-        raise ValueError(f"block_size is {block_size}; this drafter drafts blocks of 2 to {drafter.block_size}")
+    sizes = step_sizes(target, drafter, width, block_size)
     steps = speculative_steps(
         target,
         drafter,
@@ -279,8 +293,7 @@ def generate(
         sampler,
         max_new_tokens=max_new_tokens,
         stops=stops,
-        pace=pace,
-        block_size=block_size,
         verify_rule=verify_rule,
+        **sizes,
     )
-    return _collect(steps, block_size, target.device)
+    return _collect(steps, sizes["block_size"], target.device)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MIN_PROMPTS = 5
+"""Fewer have no 95 % interval: all of four lie on one side of the truth more often than one time in twenty."""
+
 
 @dataclass(frozen=True)
 class Acceptance:
@@ -174,11 +177,11 @@ def decode_speedup(
         seed: of the resampling.
 
     Returns:
-        The speedup and the ends of its 95 % interval, None for a single prompt, which tells nothing about others.
+        The speedup and the ends of its 95 % interval; None for fewer than `MIN_PROMPTS`.
     """
     tops, bottoms = np.array([tokens, plain_tokens], float), np.array([seconds, plain_seconds], float)
     value = tops.sum(-1) / bottoms.sum(-1)
-    if len(tokens) < 2:
+    if len(tokens) < MIN_PROMPTS:
         return float(value[0] / value[1]), None, None
     ratios = _resampled_ratio(tops, bottoms, num_resamples, seed)
     low, high = np.quantile(ratios[0] / ratios[1], [0.025, 0.975])

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dpace.cache import make_cache
@@ -16,6 +17,8 @@ from dpace.target import Target
 
 FILLER_TOKENS = 128
 """Context that step times are measured with."""
+NUM_TIMES = 5
+"""Runs of each step, of which the median counts."""
 MIN_PAUSE, MAX_PAUSE = 4, 64
 """Steps from a draft that did not pay to the next; doubled each time in a row."""
 DECAY = 0.9
@@ -105,22 +108,28 @@ class Pace:
             self.next_pause = MIN_PAUSE
 
 
-_costs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_costs: weakref.WeakKeyDictionary[Drafter, dict[int, StepCosts]] = weakref.WeakKeyDictionary()
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, drafter: Drafter) -> StepCosts:
-    """Measure what steps take on this machine, once for each drafter in a process; about a second.
+def measure_costs(target: Target, drafter: Drafter, batch: int = 1) -> StepCosts:
+    """Measure what steps take on this machine, once for each drafter and batch size in a process; about a second for one row.
 
-    Each width is run three times and the median kept; widths between the measured ones are interpolated.
+    Each width is run several times and the median kept; widths between the measured ones are interpolated.
+
+    Args:
+        target: reads 1 to `block_size` tokens a row.
+        drafter: drafts a block a row.
+        batch: rows.
     """
-    if drafter in _costs:
-        return _costs[drafter]
-    device = target.device
+    known = _costs.setdefault(drafter, {})
+    if batch in known:
+        return known[batch]
+    device, size = target.device, drafter.block_size
 
     def seconds(run) -> float:
         times = []
-        for _ in range(4):
+        for _ in range(NUM_TIMES + 1):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()
@@ -130,32 +139,26 @@ def measure_costs(target: Target, drafter: Drafter) -> StepCosts:
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
 
-    filler = torch.full((1, FILLER_TOKENS), drafter.mask_token_id, device=device)
-    cache = make_cache(target.config, FILLER_TOKENS + drafter.block_size)
+    filler = torch.full((batch, FILLER_TOKENS), drafter.mask_token_id, device=device)
+    cache = make_cache(target.config, FILLER_TOKENS + size)
     target.hidden(filler, cache=cache)
 
     def verify(width: int) -> None:
-        target.logits(target.hidden(filler[:, :width], cache=cache)[0])
+        target.logits(target.hidden(filler[:, :width], cache=cache).flatten(0, 1))
         cache.crop(-width)
 
     def draft() -> None:
-        size = drafter.block_size
         hidden = drafter(
             noise_embeds=target.embed(filler[:, :size]),
             context_hidden_states=features,
-            position_ids=torch.arange(4 + size, device=device)[None],
+            position_ids=torch.arange(4 + size, device=device).expand(batch, -1),
         ).last_hidden_state
-        target.logits(hidden[0, 1:]).max(-1)
+        target.logits(hidden[:, 1:].flatten(0, 1)).max(-1)
 
-    features = torch.zeros(
-        1, 4, len(drafter.target_layer_ids) * target.hidden_size, device=device, dtype=target.model.dtype
-    )
-    widths = sorted({1, 2, 3, 4, 6, 8, 12, 16, drafter.block_size})
-    measured = {width: seconds(lambda width=width: verify(width)) for width in widths if width <= drafter.block_size}
-    verify_seconds = []
-    for width in range(1, drafter.block_size + 1):
-        below, above = max(w for w in measured if w <= width), min(w for w in measured if w >= width)
-        share = (width - below) / max(1, above - below)
-        verify_seconds.append((1 - share) * measured[below] + share * measured[above])
-    _costs[drafter] = StepCosts(verify_seconds, seconds(draft))
-    return _costs[drafter]
+    num_features = len(drafter.target_layer_ids) * target.hidden_size
+    features = torch.zeros(batch, 4, num_features, device=device, dtype=target.model.dtype)
+    widths = [width for width in sorted({1, 2, 3, 4, 6, 8, 12, 16, size}) if width <= size]
+    measured = {width: seconds(lambda width=width: verify(width)) for width in widths}
+    verify_seconds = np.interp(range(1, size + 1), widths, list(measured.values())).tolist()
+    known[batch] = StepCosts(verify_seconds, seconds(draft))
+    return known[batch]

@@ -11,8 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from dpace.pace import StepCosts
-from dpace.report import acceptance_of, pyplot, verdict, weight_moments, whole_blocks, with_interval
+from dpace.report import (
+    SERVER_HEADINGS,
+    acceptance_of,
+    prediction_cells,
+    pyplot,
+    server_cells,
+    verdict,
+    weight_moments,
+    whole_blocks,
+    with_interval,
+)
 
 MAX_SCATTER = 400
 """Prompts of a set that are drawn."""
@@ -57,12 +66,20 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
 
 def read_folder(folder: Path) -> list[Section]:
     """All that a folder has to show."""
-    try:
-        results = json.loads((folder / "results.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"cannot read {folder}/results.json ({error}); `dpace demo`, `bench` and `compare` write one"
-        ) from error
+    found = [path for path in (folder / "results.json", folder / "servers.json") if path.exists()]
+    if not found:
+        raise ValueError(f"{folder} has no results.json or servers.json; `dpace demo`, `bench` and `compare` write one")
+    sections = []
+    for path in found:
+        try:
+            results = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"cannot read {path} ({error}); measure again") from error
+        sections += [servers(results)] if path.name == "servers.json" else _sections(results, folder)
+    return sections
+
+
+def _sections(results: dict, folder: Path) -> list[Section]:
     logs = {
         str(found.parent.relative_to(folder)): json.loads(found.read_text())["log_history"]
         for found in sorted(folder.glob("*/trainer_state.json")) + sorted(folder.glob("*/seed-*/trainer_state.json"))
@@ -74,9 +91,11 @@ def read_folder(folder: Path) -> list[Section]:
         sections += [
             headline(benchmark),
             speeds(benchmark),
+            *([paired(benchmark)] if benchmark["comparisons"] else []),
             slots(benchmark),
             lengths(benchmark),
             widths(benchmark),
+            *([concurrency(benchmark)] if len({p["concurrency"] for p in benchmark["predictions"]}) > 1 else []),
             scatter(benchmark),
             *examples(benchmark),
         ]
@@ -132,7 +151,7 @@ def speeds(results: dict) -> Section:
                 row["set"],
                 f"{row['temperature']:g}",
                 row["drafter"],
-                row["width"],
+                str(row["width"]),
                 with_interval(row["tau"], row["tau_interval"]),
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['plain_tokens_per_second']:.1f}",
@@ -188,52 +207,73 @@ def lengths(results: dict) -> Section:
 
 
 def widths(results: dict) -> Section:
-    """Speed against verify width: predicted from the costs of steps and the histogram, and what was measured."""
-    costs = results.get("costs", {})
+    """Speed against verify width, predicted for one prompt at a time, and what was measured."""
+    predictions = [p for p in results["predictions"] if p["concurrency"] == 1]
 
     def draw(axes, rows):
         for number, row in enumerate(rows):
-            if row["drafter"] in costs:
-                predicted = predict_speedups(row, costs[row["drafter"]])
+            key = (row["drafter"], row["set"], row["temperature"])
+            for p in (p for p in predictions if (p["drafter"], p["set"], p["temperature"]) == key):
                 label = f"{row['drafter']}, T={row['temperature']:g}, predicted"
-                axes.plot(range(2, len(predicted) + 2), predicted, color=f"C{number}", label=label)
-            low, high = row["decode_speedup_interval"]
-            value = row["decode_speedup"]
-            error = None if low is None else [[max(0, value - low)], [max(0, high - value)]]
-            axes.errorbar(
-                [row["block_size"]], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label="measured"
-            )
+                axes.plot(p["widths"], p["speedups"], color=f"C{number}", label=label)
+            for other in results["rows"]:
+                if (other["drafter"], other["set"], other["temperature"]) != key or other["width"] == "auto":
+                    continue
+                (low, high), value = other["decode_speedup_interval"], other["decode_speedup"]
+                error = None if low is None else [[max(0, value - low)], [max(0, high - value)]]
+                width = row["block_size"] if other["width"] == "full" else other["width"]
+                label = "measured" if other is row else None
+                axes.errorbar([width], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label=label)
         axes.axhline(1, color="0.5", lw=1)
         axes.set(xlabel="tokens verified at once")
         axes.legend(fontsize=8)
 
     text = (
-        "decode_speedup if only the first tokens of a draft were verified, predicted from the time of steps on this machine and the "
-        "accepted lengths; and what was measured with whole drafts."
+        "decode_speedup if only the first tokens of a draft are verified, predicted from the time of steps on this machine and the "
+        "accepted lengths of whole drafts; and what was measured."
     )
+    errors = [
+        abs(predicted / found - 1)
+        for p in predictions
+        for predicted, found in zip(p["speedups"], p["measured"], strict=True)
+        if found is not None
+    ]
+    if errors:
+        text += f" The {len(errors)} predictions that were measured are off by {np.mean(errors):.1%} on average, {max(errors):.1%} at most."
     return Section("Speed against verify width", text, figure=_panels(whole_blocks(results), draw, "decode_speedup"))
 
 
-def predict_speedups(row: dict, costs: dict) -> list[float]:
-    """decode_speedup over verify widths 2 to `block_size`, from one histogram and the seconds of steps.
+def concurrency(results: dict) -> Section:
+    """Predicted speed with several prompts at once."""
+    head = ["set", "T", "drafter", "at once", *map(str, results["predictions"][0]["widths"]), "best"]
+    return Section(
+        "Prompts at once",
+        "Predicted decode_speedup by tokens verified at once, over plain decoding of as many prompts; measured ones in parentheses.",
+        [head, *(prediction_cells(p) for p in results["predictions"])],
+    )
 
-    A draft that is verified up to `width` accepts `min(accepted_length, width - 1)`; what is lost to text that a block ends in is
-    the same share as measured.
 
-    Args:
-        row: of results.json, measured with whole drafts.
-        costs: `verify_seconds` for 1, 2, ... tokens and `draft_seconds`.
-    """
-    steps = StepCosts(**costs)
-    acceptance = acceptance_of(row)
-    accepted = np.arange(acceptance.block_size)
-    missing = acceptance.num_missing / max(1, acceptance.num_verifications)
-    speedups = []
-    for width in range(2, acceptance.block_size + 1):
-        kept = np.minimum(accepted, width - 1) @ acceptance.counts / max(1, acceptance.num_verifications)
-        rate = (kept + 1 - missing) / (steps.draft_seconds + steps.verify_seconds[width - 1])
-        speedups.append(float(rate / steps.plain_rate))
-    return speedups
+def paired(results: dict) -> Section:
+    """Drafters against the first one."""
+    rows = [["set", "T", "drafter", "width", "tau", "tokens a second"]]
+    for row in results["comparisons"]:
+        gain, low, high = (100 * x for x in row["tau_gain"])
+        ratio = with_interval(row["speed_ratio"][0], row["speed_ratio"][1:])
+        start = [row["set"], f"{row['temperature']:g}", row["drafter"], str(row["width"])]
+        rows.append([*start, f"{gain:+.1f} % [{low:+.1f}, {high:+.1f}]", ratio])
+    title = f"Against {results['comparisons'][0]['baseline']}"
+    return Section(title, "On the same prompts, 95 % intervals of the paired difference.", rows)
+
+
+def servers(results: dict) -> Section:
+    """The table of a benchmark of running servers."""
+    names = ", ".join(f"{side}: {server['engine']}" for side, server in results["servers"].items())
+    return Section(
+        f"Servers, {Path(results['target']).name}",
+        f"{names}. tau as the server reports it; tokens a second of a request after its first token; throughput with prompts read, all "
+        "requests together; seconds to the first token, median and 95th percentile.",
+        [list(SERVER_HEADINGS), *(server_cells(row) for row in results["rows"])],
+    )
 
 
 def scatter(results: dict) -> Section:

@@ -39,6 +39,8 @@ def results_table(results: dict) -> Table:
         "tok/s",
         "plain",
         "decode_speedup [95 %]",
+        "tau*",
+        "speedup*",
         "same text",
         "",
     )
@@ -50,7 +52,7 @@ def results_table(results: dict) -> Table:
             row["set"],
             f"{row['temperature']:g}",
             row["drafter"],
-            row["width"],
+            str(row["width"]),
             with_interval(row["tau"], row["tau_interval"]),
             f"{row['tokens_per_second']:.1f}",
             f"{row['plain_tokens_per_second']:.1f}",
@@ -80,6 +82,99 @@ def slots_table(results: dict) -> Table:
     for row in rows:
         table.add_row(row["set"], f"{row['temperature']:g}", row["drafter"], *(f"{x:.2f}" for x in row["reach_rate"]))
     return table
+
+
+def drafters_table(comparisons: Sequence[dict]) -> Table:
+    """One line for each drafter but the first: against it, on the same prompts."""
+    title = f"paired comparison with {comparisons[0]['baseline']}, the same prompts, 95 % intervals"
+    table = Table("set", "T", "drafter", "width", "tau, %", "tokens a second, ratio", title=title, box=SIMPLE_HEAD)
+    for row in comparisons:
+        gain, low, high = (100 * x for x in row["tau_gain"])
+        table.add_row(
+            row["set"],
+            f"{row['temperature']:g}",
+            row["drafter"],
+            str(row["width"]),
+            f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]",
+            with_interval(row["speed_ratio"][0], row["speed_ratio"][1:]),
+        )
+    return table
+
+
+def predictions_table(predictions: Sequence[dict]) -> Table:
+    """One line for each drafter, set, temperature and concurrency: predicted decode_speedup by width, with what was measured."""
+    widths = predictions[0]["widths"]
+    table = Table(
+        title="predicted decode_speedup by verify width (measured in parentheses)",
+        caption="with several prompts at once, plain decoding of as many is what it is compared with",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("set", "T", "drafter", "at once", *map(str, widths), "best"):
+        is_text = heading in ("set", "drafter", "best")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+    for row in predictions:
+        table.add_row(*prediction_cells(row))
+    return table
+
+
+def prediction_cells(prediction: dict) -> list[str]:
+    """A line of `predictions_table`."""
+    speedups, measured = prediction["speedups"], prediction["measured"]
+    numbers = [
+        f"{value:.2f}" + ("" if found is None else f" ({found:.2f})")
+        for value, found in zip(speedups, measured, strict=True)
+    ]
+    best = max(range(len(speedups)), key=speedups.__getitem__)
+    advice = f"width {prediction['widths'][best]}" if speedups[best] > 1 else "do not use"
+    start = [prediction["set"], f"{prediction['temperature']:g}", prediction["drafter"], str(prediction["concurrency"])]
+    return [*start, *numbers, advice]
+
+
+def servers_table(results: dict) -> Table:
+    """One line for each set, temperature and concurrency."""
+    servers = ", ".join(f"{side} {server['engine']} at {server['url']}" for side, server in results["servers"].items())
+    table = Table(title=f"{Path(results['target']).name}: {servers}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in SERVER_HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("set", "") else "right", no_wrap=True)
+    for row in results["rows"]:
+        table.add_row(*server_cells(row))
+    return table
+
+
+SERVER_HEADINGS = (
+    "set",
+    "T",
+    "at once",
+    "tau",
+    "tok/s",
+    "plain",
+    "throughput",
+    "plain",
+    "TTFT s (95 %)",
+    "decode_speedup",
+    "same text",
+    "",
+)
+
+
+def server_cells(row: dict) -> list[str]:
+    """A line of `servers_table`."""
+    has_plain = row["decode_speedup"] is not None
+    return [
+        row["set"],
+        f"{row['temperature']:g}",
+        str(row["concurrency"]),
+        "not told" if row["tau"] is None else with_interval(row["tau"], row["tau_interval"]),
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['plain_tokens_per_second']:.1f}" if has_plain else "-",
+        f"{row['throughput']:.1f}",
+        f"{row['plain_throughput']:.1f}" if has_plain else "-",
+        "{:.2f} ({:.2f})".format(*row["first_seconds"]),
+        with_interval(row["decode_speedup"], row["decode_speedup_interval"]) if has_plain else "-",
+        f"{row['num_same_text']}/{row['num_responses']}" if has_plain else "-",
+        verdict(row["decode_speedup_interval"]) if has_plain else "",
+    ]
 
 
 def compare_table(results: dict) -> Table:

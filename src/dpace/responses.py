@@ -38,7 +38,17 @@ class Response:
         return flags
 
 
-def encode_chat(target: Target, messages: Sequence[dict[str, str]]) -> list[int]:
+@dataclass(frozen=True)
+class Chat:
+    """What `encode_chat` needs of a target whose weights are elsewhere, as on a server."""
+
+    name: str
+    """Folder or Hub id."""
+    tokenizer: Any
+    thinking: bool = False
+
+
+def encode_chat(target: Target | Chat, messages: Sequence[dict[str, str]]) -> list[int]:
     """Tokens of a conversation up to where the target is to answer, through its chat template.
 
     A tokenizer without a template gets the contents, one a line. A template that knows thinking gets `target.thinking`.

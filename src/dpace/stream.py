@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from dpace.decode import Step, VerifyRule, Width, prepare, speculative_steps
+from dpace.decode import Step, VerifyRule, Width, prepare, speculative_steps, step_sizes
 from dpace.drafter import Drafter
-from dpace.pace import Pace, measure_costs
 from dpace.sampling import Sampler
 from dpace.target import Target
 
@@ -43,9 +42,8 @@ def stream(
         Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device),
         max_new_tokens=max_new_tokens,
         stops=stops,
-        pace=Pace(measure_costs(target, drafter)) if width == "auto" else None,
-        block_size=drafter.block_size,
         verify_rule=verify_rule,
+        **step_sizes(target, drafter, width),
     )
     pieces = TextPieces(target.tokenizer)
     for step in steps:
@@ -129,9 +127,8 @@ def custom_generate(
             Sampler(float(generation_config.do_sample), processors=logits_processor),
             max_new_tokens=generation_config.max_length - num_prompt,
             stops=stops,
-            pace=Pace(measure_costs(target, drafter)) if width == "auto" else None,
-            block_size=drafter.block_size,
             verify_rule=verify_rule,
+            **step_sizes(target, drafter, width),
         )
         text = input_ids[0].tolist()
         if streamer is not None:

@@ -4,6 +4,7 @@ from scipy.stats import chisquare
 
 from dpace.decode import generate, generate_plain
 from dpace.pace import StepCosts
+from dpace.responses import encode_chat
 from dpace.sampling import Sampler, verify_draft, verify_sampled
 from tests.conftest import EOS, MASK, make_drafter, make_target
 
@@ -267,3 +268,21 @@ def test_bad_requests(token_ids, options, match):
     with pytest.raises(ValueError, match=match):
         generate(target, make_drafter(target), token_ids, **options)
     assert EOS in target.stop_token_ids and MASK not in target.stop_token_ids
+
+
+def test_a_fixed_width_drafts_whole_blocks_and_verifies_their_beginning(
+    language_target, language_drafter, language_prompts
+):
+    """So the accepted lengths are those of whole blocks, cut; that is what `dpace bench --predict` counts on."""
+    ids = encode_chat(language_target, [{"role": "user", "content": language_prompts[51]}])
+    options = {"max_new_tokens": 40, "stop_token_ids": []}
+    plain = generate_plain(language_target, ids, **options)
+    for width in (2, 3, language_drafter.block_size):
+        ours = generate(language_target, language_drafter, ids, width=width, **options)
+        assert ours.token_ids == plain.token_ids
+        assert max(ours.widths) == width and max(ours.accepted_lengths) == width - 1
+    whole = generate(language_target, language_drafter, ids, width="full", **options)
+    assert whole.accepted_lengths == ours.accepted_lengths
+    for width in (1, language_drafter.block_size + 1):
+        with pytest.raises(ValueError, match="tokens to verify"):
+            generate(language_target, language_drafter, ids, width=width, **options)

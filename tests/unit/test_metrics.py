@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.metrics import MIN_PROMPTS, Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
 
 # accepted lengths 0, 0, 1, 3 in blocks of 4: emitted 1 + 1 + 2 + 4
 HAND = Acceptance([2, 1, 0, 1], block_size=4)
@@ -60,10 +60,11 @@ def test_wrong_length_is_refused():
 
 
 def test_decode_speedup_is_a_ratio_of_totals():
-    value, low, high = decode_speedup([10, 30], [1, 1], [10, 30], [2, 4])
+    value, low, high = decode_speedup([10, 30] * 4, [1, 1] * 4, [10, 30] * 4, [2, 4] * 4)
     assert value == 3.0
-    assert low == 2.0 and high == 4.0
-    assert decode_speedup([10], [1], [10], [2]) == (2.0, None, None)
+    assert 2.0 <= low < 3.0 < high <= 4.0
+    few = MIN_PROMPTS - 1
+    assert decode_speedup([10] * few, [1] * few, [10] * few, [2] * few) == (2.0, None, None)
 
 
 def test_tau_gain_is_paired():

@@ -7,7 +7,7 @@ import pytest
 from dpace.benchmark import bench
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.page import predict_speedups, read_folder, write_report
+from dpace.page import read_folder, write_report
 from dpace.prompts import Prompt
 
 CHROMIUM = shutil.which("chromium")
@@ -58,13 +58,6 @@ def test_examples_are_the_responses(folder, language_target):
         text = language_target.tokenizer.decode(response["token_ids"], skip_special_tokens=True)
         assert "".join(piece for piece, _ in example["pieces"]) == text
     assert any(is_draft for example in row["examples"] for _, is_draft in example["pieces"])
-
-
-def test_prediction_by_hand():
-    """Accepted lengths 0 and 2 in blocks of 3, a pass takes 1, 2, 3 and a draft 1: 1.5 and 2 tokens over 3 and 4."""
-    row = {"block_size": 3, "responses": [{"histogram": [1, 0, 1], "num_without_bonus": 0}]}
-    costs = {"verify_seconds": [1.0, 2.0, 3.0], "draft_seconds": 1.0}
-    assert predict_speedups(row, costs) == pytest.approx([1.5 / 3, 2 / 4])
 
 
 def test_the_verb(folder, tmp_path, capsys):

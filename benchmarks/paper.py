@@ -1,0 +1,190 @@
+"""The paper's matrix: two depths, two temperatures, six sets, D-PACE and DFlash's decay; printed beside the published averages.
+
+    python benchmarks/paper.py OUT --prompts prompts.jsonl                       # Qwen3-4B, at full size
+    python benchmarks/paper.py OUT --small --data-dir DIR                        # SmolLM2 on two CPU cores, within an hour
+
+Trains what recipes/qwen3-4b-3l.yaml and -5l.yaml say, with each objective, and measures every drafter on all sets. `--small` keeps
+everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of 128 tokens, and 8 prompts of
+each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A run that ended goes on where it was.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dpace.benchmark import bench
+from dpace.config import Recipe, read_recipe
+from dpace.demo import TARGET_ID, find_target
+from dpace.drafter import load_drafter
+from dpace.prompts import Prompt, read_prompts
+from dpace.report import console, results_table
+from dpace.responses import write_responses
+from dpace.sets import SETS, read_sets
+from dpace.target import Target
+from dpace.train import is_trained, make_datasets, train
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+DEPTHS = (3, 5)
+OBJECTIVES = ("dflash", "dpace")
+PUBLISHED = {
+    (3, 0.0): ((2.93, 3.20), (4.10, 4.52)),
+    (5, 0.0): ((2.98, 3.27), (4.38, 4.85)),
+    (3, 1.0): ((2.74, 2.96), (3.86, 4.19)),
+    (5, 1.0): ((2.77, 3.03), (4.10, 4.50)),
+}
+"""Averages over the six sets with Qwen3-4B, for depth and temperature: speedup and tau, each of DFlash and of D-PACE.
+
+Source: README of Lucas-TY/D-PACE, with T=1 at its commit a46ac89.
+"""
+NUM_RESAMPLES = 2000
+
+
+def small(recipe: Recipe) -> Recipe:
+    """The recipe at a size for two CPU cores, with the optimizer of the demo (docs/training.md)."""
+    return replace(
+        recipe,
+        target=TARGET_ID,
+        respond=replace(recipe.respond, max_new_tokens=128, batch_size=64),
+        drafter=replace(recipe.drafter, block_size=8, num_features=3, norm_scale=0.18),
+        loss=replace(recipe.loss, vocabulary="seen"),
+        train=replace(
+            recipe.train,
+            optimizer="muon",
+            learning_rate=3e-3,
+            max_steps=110,
+            batch_size=12,
+            num_anchors=16,
+            max_length=512,
+            eval_steps=55,
+        ),
+        bench=replace(recipe.bench, max_new_tokens=96, num_prompts=8),
+    )
+
+
+def mean_over_sets(
+    rows: Sequence[dict], values: Callable[[dict, np.ndarray], float], reference: Sequence[dict] = ()
+) -> tuple[float, float, float]:
+    """The average over sets of a statistic, or its ratio to that of reference rows, with the ends of its 95 % interval.
+
+    Args:
+        rows: of results.json, one a set.
+        values: the statistic of a row and chosen responses.
+        reference: rows of the same sets and responses; resamples take the same ones.
+    """
+    generator = np.random.default_rng(0)
+    picks = [
+        [
+            np.arange(len(row["responses"])),
+            *generator.integers(len(row["responses"]), size=(NUM_RESAMPLES, len(row["responses"]))),
+        ]
+        for row in rows
+    ]
+    found = np.array([[values(row, pick) for pick in of_row] for row, of_row in zip(rows, picks, strict=True)]).mean(0)
+    if reference:
+        found /= np.array([[values(r, p) for p in of_row] for r, of_row in zip(reference, picks, strict=True)]).mean(0)
+    return (float(found[0]), *np.quantile(found[1:], [0.025, 0.975]).tolist())
+
+
+def tau_of(row: dict, picks: np.ndarray) -> float:
+    """Tau of published tables."""
+    means = np.array([np.mean(r["accepted_lengths"] or [0]) + 1 for r in row["responses"]])
+    return float(means[picks].mean())
+
+
+def speedup_of(row: dict, picks: np.ndarray) -> float:
+    """Speedup of published tables: ratio of mean seconds a token."""
+    sides = [
+        np.array([r["decode_seconds"] / max(1, r["decode_tokens"]) for r in row[side]])[picks].mean()
+        for side in ("plain_responses", "responses")
+    ]
+    return float(sides[0] / sides[1])
+
+
+def matrix(results: dict[int, dict]) -> Table:
+    """One line for each depth, temperature and objective, beside the published averages."""
+    table = Table(title="averages over the sets, 95 % intervals over prompts; published: Qwen3-4B", box=SIMPLE_HEAD)
+    columns = ("layers", "T", "objective", "speedup*", "tau*", "tau* over dflash, %", "published speedup*, tau*, %")
+    for heading in columns:
+        table.add_column(heading, no_wrap=True)
+    for depth, of_depth in results.items():
+        for temperature in dict.fromkeys(row["temperature"] for row in of_depth["rows"]):
+            chosen = {
+                name: [
+                    row
+                    for row in of_depth["rows"]
+                    if (row["drafter"], row["temperature"], row["width"]) == (name, temperature, "full")
+                ]
+                for name in OBJECTIVES
+            }
+            for number, (name, rows) in enumerate(chosen.items()):
+                gain = mean_over_sets(rows, tau_of, chosen["dflash"])
+                speeds, taus = PUBLISHED.get((depth, temperature), ((np.nan,) * 2,) * 2)
+                known = f"{speeds[number]:.2f}, {taus[number]:.2f}, {100 * (taus[number] / taus[0] - 1):+.1f}"
+                table.add_row(
+                    str(depth),
+                    f"{temperature:g}",
+                    name,
+                    "{:.2f} [{:.2f}, {:.2f}]".format(*mean_over_sets(rows, speedup_of)),
+                    "{:.2f} [{:.2f}, {:.2f}]".format(*mean_over_sets(rows, tau_of)),
+                    "-" if name == "dflash" else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * (x - 1) for x in gain)),
+                    known,
+                )
+    return table
+
+
+def training_prompts(options: argparse.Namespace) -> list[Prompt]:
+    """The prompts to answer and train on; with `--data-dir` a mixture of its training files, as much of each."""
+    if options.prompts:
+        return read_prompts(options.prompts)
+    files = sorted(Path(options.data_dir).glob("*_train.jsonl"))
+    if not files:
+        raise SystemExit(f"{options.data_dir} has no *_train.jsonl; name training prompts with --prompts")
+    share = -(-options.num_prompts // len(files))
+    return [prompt for file in files for prompt in random.Random(0).sample(read_prompts(file), share)]
+
+
+def main() -> None:
+    """Run what is missing and print everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--prompts", help="JSONL file of training prompts")
+    parser.add_argument("--data-dir", help="folder with the six sets, and training prompts where --prompts is missing")
+    parser.add_argument("--num-prompts", type=int, default=270, help="of those, with --data-dir")
+    options = parser.parse_args()
+    if not options.prompts and not options.data_dir:
+        parser.error("name training prompts: --prompts FILE or --data-dir DIR")
+    recipes = {depth: read_recipe(RECIPES / f"qwen3-4b-{depth}l.yaml") for depth in DEPTHS}
+    if options.small:
+        recipes = {depth: small(recipe) for depth, recipe in recipes.items()}
+    first = recipes[DEPTHS[0]]
+    target = Target.load(find_target(first.target))
+    prompts = training_prompts(options)
+    random.Random(1).shuffle(prompts)
+    responses = write_responses(target, prompts, options.output / "responses.jsonl", first.respond)
+    num_validation = min(32, len(responses) // 10)
+    sets = read_sets(list(SETS), options.data_dir)
+    results = {}
+    for depth, recipe in recipes.items():
+        folders = {name: options.output / f"{depth}l" / name for name in OBJECTIVES}
+        runs = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in OBJECTIVES}
+        missing = [name for name in OBJECTIVES if not is_trained(folders[name], runs[name])]
+        if missing:
+            data = make_datasets(target, responses[num_validation:], responses[:num_validation], recipe)
+            for name in missing:
+                train(target, *data, runs[name], folders[name])
+        drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
+        settings = replace(recipe.bench, widths=("full",))
+        results[depth] = bench(target, drafters, sets, settings, options.output / f"{depth}l")
+        console().print(results_table(results[depth]))
+    console().print(matrix(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+import pytest
+
+from dpace.benchmark import bench
+from dpace.config import BenchConfig
+from dpace.metrics import Acceptance
+from dpace.pace import StepCosts
+from dpace.predict import predict_speedups
+from dpace.prompts import Prompt
+from dpace.report import console, drafters_table, predictions_table
+from tests.conftest import make_drafter
+
+
+def test_prediction_by_hand():
+    """Accepted lengths 0 and 2 in blocks of 3, a pass takes 1, 2, 3 and a draft 1: 1.5 and 2 tokens over 3 and 4."""
+    assert predict_speedups(Acceptance([1, 0, 1], 3), StepCosts([1.0, 2.0, 3.0], 1.0)) == pytest.approx(
+        [1.5 / 3, 2 / 4]
+    )
+    ended = Acceptance([1, 0, 1], 3, 1)  # one of the two verifications ended the text and has no bonus token
+    assert predict_speedups(ended, StepCosts([1.0, 2.0, 3.0], 1.0)) == pytest.approx([1.0 / 3, 1.5 / 4])
+
+
+@pytest.fixture(scope="module")
+def results(language_target, language_drafter, language_prompts, tmp_path_factory):
+    drafters = {"good": language_drafter, "bad": make_drafter(language_target, block_size=language_drafter.block_size)}
+    prompts = [
+        Prompt(str(i), "s", [[{"role": "user", "content": text}]]) for i, text in enumerate(language_prompts[50:54])
+    ]
+    config = BenchConfig(
+        max_new_tokens=24, temperatures=(0.0,), widths=("full", 2, 3), predict=True, concurrencies=(1, 2)
+    )
+    return bench(language_target, drafters, prompts, config, tmp_path_factory.mktemp("bench"))
+
+
+def test_accepted_lengths_of_a_width_are_those_of_whole_drafts_cut(results):
+    """So that emitted tokens a step can be predicted from the histogram of whole drafts, up to where blocks begin."""
+    rows = {row["width"]: row for row in results["rows"] if row["drafter"] == "good"}
+    for width in (2, 3):
+        assert rows[width]["num_same_text"] == rows[width]["num_responses"] == 4
+        assert sum(rows[width]["histogram"][width:]) == 0 < sum(rows[width]["histogram"][1:width])
+        assert rows[width]["tau"] <= rows["full"]["tau"]
+
+
+def test_predictions_stand_beside_what_was_measured(results):
+    for_good = [p for p in results["predictions"] if p["drafter"] == "good"]
+    assert [p["concurrency"] for p in for_good] == [1, 2]
+    one, two = for_good
+    size = len(one["widths"]) + 1
+    assert [found is not None for found in one["measured"]] == [width in (2, 3, size) for width in range(2, size + 1)]
+    assert one["measured"][-1] == results["rows"][0]["decode_speedup"]
+    assert two["measured"] == [None] * len(two["widths"])
+
+
+def test_a_drafter_that_loses_is_not_to_be_used(results):
+    from io import StringIO
+
+    def lines(table) -> list[str]:
+        out = console()
+        out.file = StringIO()
+        out.print(table)
+        return out.file.getvalue().splitlines()
+
+    predictions = [{**p, "speedups": [0.9] * len(p["speedups"])} for p in results["predictions"]]
+    predictions[0]["speedups"][1] = 1.3
+    text = lines(predictions_table(predictions))
+    assert sum("do not use" in line for line in text) == len(predictions) - 1 and any(
+        "width 3" in line for line in text
+    )
+    assert any("bad" in line for line in lines(drafters_table(results["comparisons"])))
+
+
+def test_drafters_are_compared_with_the_first(results):
+    assert {(c["drafter"], c["baseline"]) for c in results["comparisons"]} == {("bad", "good")}
+    assert all(c["tau_gain"][0] < 0 and c["tau_gain"][2] < 0 for c in results["comparisons"])
