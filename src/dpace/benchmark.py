@@ -77,7 +77,7 @@ def bench(
                     records.is_warm = True
                 for record in _measure(target, engines, prompt, temperature, config, rotation=number):
                     records.add(record)
-            bar.advance(task)
+            bar.update(task, advance=1, info=_so_far(records.rows))
     rows = make_rows(records.of(config.temperatures, prompts), engines)
     for row in rows:
         row["examples"] = make_examples(target, row)
@@ -86,6 +86,14 @@ def bench(
     results["predictions"] = predict(results, target, drafters, concurrencies) if drafters else []
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _so_far(records: Sequence[dict]) -> str:
+    """Tau and speed of all drafters together, for the progress bar."""
+    drafted = [r for r in records if r["drafter"] != PLAIN]
+    verifications = sum(len(r["accepted_lengths"]) for r in drafted)
+    tokens, seconds = (sum(r[key] for r in drafted) for key in ("decode_tokens", "decode_seconds"))
+    return f"tau {tokens / max(1, verifications):.2f}, {tokens / max(1e-9, seconds):.0f} tokens/s"
 
 
 def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:

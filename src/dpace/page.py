@@ -91,11 +91,15 @@ def _sections(results: dict, folder: Path) -> list[Section]:
         sections += [
             headline(benchmark),
             speeds(benchmark),
-            *([paired(benchmark)] if benchmark["comparisons"] else []),
+            *([paired(benchmark)] if benchmark.get("comparisons") else []),
             slots(benchmark),
             lengths(benchmark),
             widths(benchmark),
-            *([concurrency(benchmark)] if len({p["concurrency"] for p in benchmark["predictions"]}) > 1 else []),
+            *(
+                [concurrency(benchmark)]
+                if len({p["concurrency"] for p in benchmark.get("predictions", ())}) > 1
+                else []
+            ),
             scatter(benchmark),
             *examples(benchmark),
         ]
@@ -208,7 +212,7 @@ def lengths(results: dict) -> Section:
 
 def widths(results: dict) -> Section:
     """Speed against verify width, predicted for one prompt at a time, and what was measured."""
-    predictions = [p for p in results["predictions"] if p["concurrency"] == 1]
+    predictions = [p for p in results.get("predictions", ()) if p["concurrency"] == 1]
 
     def draw(axes, rows):
         for number, row in enumerate(rows):

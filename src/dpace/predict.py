@@ -10,6 +10,9 @@ from dpace.pace import StepCosts, measure_costs
 from dpace.report import acceptance_of, whole_blocks
 from dpace.target import Target
 
+NUM_ROUNDS = 15
+"""Times that each step is measured."""
+
 
 def predict_speedups(acceptance: Acceptance, costs: StepCosts) -> list[float]:
     """decode_speedup over verify widths 2 to `block_size`, for as many prompts at once as the costs were measured with.
@@ -47,7 +50,11 @@ def predict(results: dict, target: Target, drafters: dict[str, Drafter], concurr
         measured (or more than one prompt at once).
     """
     measured = {(r["drafter"], r["set"], r["temperature"], r["width"]): r["decode_speedup"] for r in results["rows"]}
-    costs = {(name, c): measure_costs(target, drafters[name], c) for name in drafters for c in concurrencies}
+    costs = {
+        (name, c): measure_costs(target, drafters[name], c, num_rounds=NUM_ROUNDS)
+        for name in drafters
+        for c in concurrencies
+    }
     predictions = []
     for row in whole_blocks(results):
         key = (row["drafter"], row["set"], row["temperature"])

@@ -169,6 +169,7 @@ class DrafterTrainer(Trainer):
             if self.loss_config.reduction == "weights":
                 logs["loss"] = float(sums["losses"] / sums["weights"].sum())
             logs["step_seconds"] = statistics.median(self.step_timer.seconds)
+            logs["tokens_per_second"] = float(sums["slots"].sum()) / sum(self.step_timer.seconds)  # scored ones
             self.step_timer.seconds.clear()
             shares = sums["weights"] / sums["weights"].sum()
             accuracy = sums["matches"] / sums["slots"].clamp_min(1)

@@ -70,3 +70,6 @@ def test_costs_are_measured_once():
     costs = measure_costs(target, drafter)
     assert len(costs.verify_seconds) == 6 and min(costs.verify_seconds) > 0 < costs.draft_seconds
     assert measure_costs(target, drafter) is costs
+    assert measure_costs(target, drafter, 2) is not costs
+    better = measure_costs(target, drafter, num_rounds=6)
+    assert better is not costs and measure_costs(target, drafter) is better
