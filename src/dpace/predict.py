@@ -1,11 +1,11 @@
 """Accepted lengths and the costs of steps in; decode_speedup at other verify widths and concurrencies out."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from dpace.drafter import Drafter
-from dpace.metrics import Acceptance
 from dpace.pace import StepCosts, measure_costs
 from dpace.report import acceptance_of, whole_blocks
 from dpace.target import Target
@@ -14,23 +14,31 @@ NUM_ROUNDS = 15
 """Times that each step is measured."""
 
 
-def predict_speedups(acceptance: Acceptance, costs: StepCosts) -> list[float]:
-    """decode_speedup over verify widths 2 to `block_size`, for as many prompts at once as the costs were measured with.
+def predict_speedups(row: dict, alone: StepCosts, together: StepCosts) -> list[float]:
+    """decode_speedup over verify widths 2 to `block_size`, for one or several prompts at once.
 
-    `((sum over a of min(a, width - 1) * share of verifications that accepted a) + 1 - m) / (draft + verify[width]) * verify[1]`, with
-    `m` the share of verifications without a bonus token: a draft that is verified up to `width` accepts what it would have
-    accepted whole, cut.
+    `emitted(width) * plain / step(width)`, where `emitted` is `E[min(accepted, width - 1)] + 1 - m` with `m` the share of
+    verifications without a bonus token: a draft that is verified up to `width` accepts what it would have accepted whole, cut. The
+    seconds `plain` of a token and `step` of a whole draft are those that the benchmark found; only the ratios to them, of other widths and
+    of several prompts, come from costs that were measured outside it. One prompt at once with whole drafts is thus what was measured.
 
     Args:
-        acceptance: of whole drafts.
-        costs: seconds of steps.
+        row: of results.json, measured with whole drafts.
+        alone: seconds of steps with one prompt.
+        together: with as many prompts as the prediction is for.
     """
+    acceptance = acceptance_of(row)
     total = max(1, acceptance.num_verifications)
+    plain, ours = (row[side] for side in ("plain_responses", "responses"))
+    plain_seconds = sum(r["decode_seconds"] for r in plain) / max(1, sum(r["decode_tokens"] for r in plain))
+    plain_seconds *= together.verify_seconds[0] / alone.verify_seconds[0]
+    step_seconds = sum(r["decode_seconds"] for r in ours) / total
+    step_seconds /= alone.draft_seconds + alone.verify_seconds[acceptance.block_size - 1]
     speedups = []
     for width in range(2, acceptance.block_size + 1):
         kept = np.minimum(np.arange(acceptance.block_size), width - 1) @ acceptance.counts / total
-        seconds = costs.draft_seconds + costs.verify_seconds[width - 1]
-        speedups.append(float((kept + 1 - acceptance.num_missing / total) / seconds / costs.plain_rate))
+        seconds = step_seconds * (together.draft_seconds + together.verify_seconds[width - 1])
+        speedups.append(float((kept + 1 - acceptance.num_missing / total) * plain_seconds / seconds))
     return speedups
 
 
@@ -46,8 +54,8 @@ def predict(results: dict, target: Target, drafters: dict[str, Drafter], concurr
         concurrencies: prompts that are decoded at once.
 
     Returns:
-        One entry a drafter, set, temperature and concurrency: `widths`, `speedups`, and `measured`, None where that width was not
-        measured (or more than one prompt at once).
+        One entry a drafter, set, temperature and concurrency: `widths`, `speedups`, `costs`, and `measured`, None where that width
+        was not measured (or more than one prompt at once).
     """
     measured = {(r["drafter"], r["set"], r["temperature"], r["width"]): r["decode_speedup"] for r in results["rows"]}
     costs = {
@@ -60,6 +68,7 @@ def predict(results: dict, target: Target, drafters: dict[str, Drafter], concurr
         key = (row["drafter"], row["set"], row["temperature"])
         widths = list(range(2, row["block_size"] + 1))
         names = [*widths[:-1], "full"]
+        alone = costs[row["drafter"], 1]
         for concurrency in concurrencies:
             predictions.append(
                 {
@@ -68,7 +77,8 @@ def predict(results: dict, target: Target, drafters: dict[str, Drafter], concurr
                     "temperature": row["temperature"],
                     "concurrency": concurrency,
                     "widths": widths,
-                    "speedups": predict_speedups(acceptance_of(row), costs[row["drafter"], concurrency]),
+                    "speedups": predict_speedups(row, alone, costs[row["drafter"], concurrency]),
+                    "costs": asdict(costs[row["drafter"], concurrency]),
                     "measured": [measured.get((*key, name)) if concurrency == 1 else None for name in names],
                 }
             )

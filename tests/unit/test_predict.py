@@ -2,7 +2,6 @@ import pytest
 
 from dpace.benchmark import bench
 from dpace.config import BenchConfig
-from dpace.metrics import Acceptance
 from dpace.pace import StepCosts
 from dpace.predict import predict_speedups
 from dpace.prompts import Prompt
@@ -11,12 +10,17 @@ from tests.conftest import make_drafter
 
 
 def test_prediction_by_hand():
-    """Accepted lengths 0 and 2 in blocks of 3, a pass takes 1, 2, 3 and a draft 1: 1.5 and 2 tokens over 3 and 4."""
-    assert predict_speedups(Acceptance([1, 0, 1], 3), StepCosts([1.0, 2.0, 3.0], 1.0)) == pytest.approx(
-        [1.5 / 3, 2 / 4]
-    )
-    ended = Acceptance([1, 0, 1], 3, 1)  # one of the two verifications ended the text and has no bonus token
-    assert predict_speedups(ended, StepCosts([1.0, 2.0, 3.0], 1.0)) == pytest.approx([1.0 / 3, 1.5 / 4])
+    """Accepted lengths 0 and 2 in blocks of 3: whole drafts emit 2 tokens in 4 s, plain decoding one in 1.5 s."""
+    ours = {"histogram": [1, 0, 1], "num_without_bonus": 0, "decode_seconds": 8.0, "decode_tokens": 4}
+    row = {"block_size": 3, "responses": [ours], "plain_responses": [{"decode_seconds": 6.0, "decode_tokens": 4}]}
+    alone = StepCosts([1.0, 2.0, 3.0], 1.0)
+    cut = 1.5 * 1.5 / (4.0 * 3 / 4)  # cut to one draft token: 1.5 tokens, in 3 of the 4 parts of the time
+    assert predict_speedups(row, alone, alone) == pytest.approx([cut, 2 * 1.5 / 4.0])
+    together = StepCosts([2.0, 6.0, 8.0], 1.0)
+    pair = [1.5 * 3.0 / (4.0 * 7 / 4), 2 * 3.0 / (4.0 * 9 / 4)]
+    assert predict_speedups(row, alone, together) == pytest.approx(pair)
+    ours["num_without_bonus"] = 1  # one of the two verifications ended the text and has no bonus token
+    assert predict_speedups(row, alone, alone) == pytest.approx([1.0 * 1.5 / 3, 1.5 * 1.5 / 4])
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,7 @@ def test_predictions_stand_beside_what_was_measured(results):
     size = len(one["widths"]) + 1
     assert [found is not None for found in one["measured"]] == [width in (2, 3, size) for width in range(2, size + 1)]
     assert one["measured"][-1] == results["rows"][0]["decode_speedup"]
+    assert one["speedups"][-1] == pytest.approx(one["measured"][-1])  # what the others are relative to
     assert two["measured"] == [None] * len(two["widths"])
 
 
