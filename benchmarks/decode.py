@@ -8,6 +8,8 @@ token, so that reading the prompt is not counted. Printed are medians over round
 """
 
 import argparse
+import copy
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -20,10 +22,12 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
 from dpace.decode import generate, generate_plain, speculative_steps
 from dpace.drafter import Drafter, load_drafter
 from dpace.pace import Pace, measure_costs
+from dpace.packing import pack_linears
 from dpace.progress import progress_bar
 from dpace.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report import console
@@ -38,7 +42,8 @@ Way = Callable[[list[int], int], list[int]]
 def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
     """This project's loop in all forms."""
     torch.manual_seed(0)
-    random_drafter = Drafter(drafter.config).eval().requires_grad_(False)
+    random_drafter: Any = Drafter(drafter.config).eval().requires_grad_(False)
+    pack_linears(random_drafter)
 
     def ours(model, **options) -> Way:
         return lambda ids, count: generate(target, model, ids, max_new_tokens=count, **options).token_ids
@@ -59,22 +64,26 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
 
 
 def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
-    """The loops of transformers and z-lab."""
+    """The loops of transformers and z-lab, on the layers as they come and, marked `packed`, on ours (`dpace.packing`)."""
+    model: Any = AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype).to(target.device)
+    unpacked: Any = Drafter.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
 
-    def transformers_way(**options) -> Way:
+    def transformers_way(model, **options) -> Way:
         def run(ids, count):
             inputs = torch.tensor([ids], device=target.device)
             mask = torch.ones_like(inputs)
             settings = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0, **options}
-            return target.model.generate(inputs, attention_mask=mask, **settings)[0, len(ids) :].tolist()
+            return model.generate(inputs, attention_mask=mask, **settings)[0, len(ids) :].tolist()
 
         return run
 
-    ways = {
-        "transformers, plain": transformers_way(),
-        "transformers, prompt lookup": transformers_way(prompt_lookup_num_tokens=drafter.block_size),
-        "transformers, DFlash": transformers_way(assistant_model=drafter, speculation_type="dflash"),
-    }
+    ways: dict[str, Way] = {}
+    for mark, owner, assistant in (("", model, unpacked), (", packed", target.model, drafter)):
+        lookup = {"prompt_lookup_num_tokens": drafter.block_size}
+        ways[f"transformers, plain{mark}"] = transformers_way(owner)
+        ways[f"transformers, prompt lookup{mark}"] = transformers_way(owner, **lookup)
+        options = {"assistant_model": assistant, "speculation_type": "dflash"}
+        ways[f"transformers, DFlash{mark}"] = transformers_way(owner, **options)
     try:
         import dflash.model as zlab  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -82,13 +91,17 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
         return ways
     theirs = zlab.DFlashDraftModel.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
 
-    def zlab_way(ids, count):
-        inputs = torch.tensor([ids], device=target.device)
-        return zlab.dflash_generate(theirs, target.model, inputs, count, target.stop_token_ids, 0.0)[
-            0, len(ids) :
-        ].tolist()
+    def zlab_way(owner, drafts) -> Way:
+        def run(ids, count):
+            inputs = torch.tensor([ids], device=target.device)
+            found = zlab.dflash_generate(drafts, owner, inputs, count, target.stop_token_ids, 0.0)
+            return found[0, len(ids) :].tolist()
 
-    return {**ways, "z-lab, DFlash": zlab_way}
+        return run
+
+    packed = copy.deepcopy(theirs)
+    pack_linears(packed)
+    return {**ways, "z-lab, DFlash": zlab_way(model, theirs), "z-lab, DFlash, packed": zlab_way(target.model, packed)}
 
 
 def write_f16(source: str, path: Path) -> None:
@@ -115,20 +128,32 @@ def write_f16(source: str, path: Path) -> None:
     writer.close()
 
 
-def llamacpp_way(path: Path) -> Way:
-    """llama.cpp's plain decoding in this process, f16, as many threads as torch has."""
+def _serve_llamacpp(path: str, num_threads: int, pipe) -> None:
+    """llama.cpp's plain decoding, f16, in a process of its own: its threads slow torch's down when they share one."""
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(path)
+    params.model.path = path
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 2048, 1, 0, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
     server = xllamacpp.Server(params)
-
-    def run(ids, count):
+    while True:
+        ids, count = pipe.recv()
         request = {"prompt": ids, "temperature": 0, "max_tokens": count, "cache_prompt": False}
         answer = server.handle_completions({**request, "return_tokens": True, "verbose": True})
-        return answer["__verbose"]["tokens"]
+        pipe.send(answer["__verbose"]["tokens"])
+
+
+def llamacpp_way(path: Path, num_threads: int) -> Way:
+    """Asks the process of `_serve_llamacpp`."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    arguments = (str(path), num_threads, theirs)
+    context.Process(target=_serve_llamacpp, args=arguments, daemon=True).start()
+
+    def run(ids, count):
+        pipe.send((ids, count))
+        return pipe.recv()
 
     return run
 
@@ -246,7 +271,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.gguf:
             write_f16(options.gguf, Path(folder) / "f16.gguf")
-            ways["llama.cpp f16, plain"] = llamacpp_way(Path(folder) / "f16.gguf")
+            for count in sorted({1, torch.get_num_threads()}):
+                ways[f"llama.cpp f16, plain, threads {count}"] = llamacpp_way(Path(folder) / "f16.gguf", count)
         found = measure(ways, prompts, options.rounds, options.tokens)
     for set_name in dict.fromkeys(name for name, _ in prompts):
         console().print(table_of(found, set_name))

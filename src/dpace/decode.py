@@ -174,10 +174,10 @@ def speculative_steps(
         yield Step(text[-1:], 0, 0)
         while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
             remaining = max_new_tokens - (len(text) - num_prompt)
-            width, draft, draft_probs = 1, [], None
+            width, draft, draft_probs, is_drafted = 1, [], None, pace is None or pace.wants_draft()
             block = masks.clone()
             block[0, 0] = text[-1]
-            if pace is None or pace.wants_draft():
+            if is_drafted:
                 features, start = torch.cat(unread, dim=1), len(text) - 1
                 unread.clear()
                 hidden = drafter(
@@ -211,7 +211,7 @@ def speculative_steps(
             stop = _first_stop(emitted, stops)
             if stop is not None:
                 emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
-            if pace is not None and width > 1:
+            if pace is not None and is_drafted:
                 pace.record(width, accepted)
             unread.append(torch.cat([layer[:, : len(emitted)] for layer in captured], dim=-1))
             cache.crop(len(emitted) - width)

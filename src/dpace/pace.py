@@ -17,7 +17,7 @@ from dpace.target import Target
 
 FILLER_TOKENS = 128
 """Context that step times are measured with."""
-MIN_PAUSE, MAX_PAUSE = 4, 64
+MIN_PAUSE, MAX_PAUSE = 8, 64
 """Steps from a draft that did not pay to the next; doubled each time in a row."""
 DECAY = 0.9
 """Weight of the past in the running sums, a drafted step."""
@@ -92,7 +92,7 @@ class Pace:
         return self.next_pause > MIN_PAUSE
 
     def record(self, width: int, accepted: int) -> None:
-        """Learn from a verification."""
+        """Learn from a step that drafted, also where nothing of the draft was verified (width 1)."""
         if self._is_trial and accepted == width - 1:
             self._forget()
             self.next_pause = max(MIN_PAUSE, self.next_pause // 2)

@@ -280,7 +280,7 @@ def test_a_fixed_width_drafts_whole_blocks_and_verifies_their_beginning(
     for width in (2, 3, language_drafter.block_size):
         ours = generate(language_target, language_drafter, ids, width=width, **options)
         assert ours.token_ids == plain.token_ids
-        assert max(ours.widths) == width and max(ours.accepted_lengths) == width - 1
+        assert max(ours.widths) == width and 0 < max(ours.accepted_lengths) < width
     whole = generate(language_target, language_drafter, ids, width="full", **options)
     assert whole.accepted_lengths == ours.accepted_lengths
     for width in (1, language_drafter.block_size + 1):

@@ -29,12 +29,12 @@ def test_a_draft_that_costs_nothing_to_verify_is_verified_whole():
     assert StepCosts([1.0 * w for w in range(1, 9)], 0.1).best_width([0.1] * 7)[0] == 1
 
 
-def run(pace: Pace, steps: int, accepted_of) -> tuple[float, int]:
-    """Tokens over the time that plain decoding would take for them, and drafts, for a drafter that is always sure."""
+def run(pace: Pace, steps: int, accepted_of, confidence=0.9) -> tuple[float, int]:
+    """Tokens over the time that plain decoding would take for them, and drafts."""
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
         if pace.wants_draft():
-            width = pace.width([0.9] * 7)
+            width = pace.width([confidence] * 7)
             accepted = accepted_of(width)
             pace.record(width, accepted)
             seconds += pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1]
@@ -49,6 +49,12 @@ COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
 
 def test_a_useless_drafter_costs_almost_nothing():
     speed, drafts = run(Pace(COSTS), 200, lambda width: 0)
+    assert speed > 0.97 and drafts < 12
+
+
+def test_a_drafter_that_knows_it_is_useless_costs_almost_nothing():
+    """It is asked seldom, though nothing is ever verified that could fail."""
+    speed, drafts = run(Pace(COSTS), 200, lambda width: 0, confidence=0.01)
     assert speed > 0.97 and drafts < 12
 
 
