@@ -201,7 +201,7 @@ def _rope_agreement(case: Case) -> Seen | None:
 
 def _rope_layout(case: Case) -> Seen:
     odd = {key: case.config.get(key, case.rope.get(key)) for key in ("rope_interleaved", "partial_rotary_factor")}
-    odd = {key: value for key, value in odd.items() if value not in (None, False, 1.0)}
+    odd = {key: value for key, value in odd.items() if value is True or value not in (None, False, 1.0)}
     return Seen(not odd, odd or "halves of whole heads", "halves of whole heads")
 
 
@@ -289,9 +289,9 @@ def _is_causal(case: Case) -> Seen:
 
 
 def _layer_types(case: Case) -> Seen:
-    found = case.config.get("layer_types", "absent")
-    expected = ["full_attention"] * (case.num_layers or case.config["num_hidden_layers"])
-    return Seen(found == expected, found, expected)
+    found, numbers = case.config.get("layer_types", "absent"), (case.config.get("num_hidden_layers"), case.num_layers)
+    is_right = isinstance(found, list) and set(found) == {"full_attention"} and len(found) in numbers
+    return Seen(is_right, found, f"{numbers[0]} full_attention")
 
 
 def _sliding_window(case: Case) -> Seen:
@@ -335,7 +335,9 @@ def _engine(case: Case) -> Seen | None:
     return _none_of([key for key in SCALES if key in case.config])
 
 
-def _dtype(case: Case) -> Seen:
+def _dtype(case: Case) -> Seen | None:
+    if not case.config:
+        return None
     found = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in case.tensors.values()})
     said = case.config.get("dtype", case.config.get("torch_dtype"))
     return Seen(found == [said], f"{' and '.join(found)}, config {said}", "one dtype, and the config's")
@@ -355,15 +357,15 @@ def _extra(case: Case) -> Seen:
 
 def _tensor_shapes(case: Case) -> Seen:
     config = case.config
-    head = case.size("head") or config.get("head_dim")
+    head = case.size("head") or config.get("head_dim", 0)
     by_config = {
         "hidden": case.target.hidden_size,
-        "query": config["num_attention_heads"] * head,
-        "key": config["num_key_value_heads"] * head,
+        "query": config.get("num_attention_heads", 0) * head,
+        "key": config.get("num_key_value_heads", 0) * head,
         "head": head,
-        "inner": config["intermediate_size"],
+        "inner": config.get("intermediate_size", 0),
     }
-    by_config["feature"] = len(case.value("target_layer_ids")) * by_config["hidden"]
+    by_config["feature"] = len(case.value("target_layer_ids") or ()) * by_config["hidden"]
     expected = {axis: case.size(axis) or length for axis, length in by_config.items()}
     wrong = [
         f"{name} {list(case.tensors[name].shape)}, not {[expected[axis] for axis in axes]}"
@@ -383,8 +385,8 @@ def _zero(case: Case) -> Seen:
 
 def _exploded(case: Case) -> Seen:
     limits = {1: MAX_NORM_RMS, 2: MAX_MATRIX_RMS}
-    sizes = {name: float(t.float().square().mean().sqrt()) for name, t in case.tensors.items() if name in case.axes}
-    return _none_of([f"{n} {x:.3g}" for n, x in sizes.items() if x > limits.get(case.tensors[n].dim(), MAX_NORM_RMS)])
+    sizes = {name: float(t.float().square().mean().sqrt()) for name, t in case.tensors.items() if t.dim() in limits}
+    return _none_of([f"{n} {x:.3g}" for n, x in sizes.items() if limits[case.tensors[n].dim()] < x < float("inf")])
 
 
 DAMAGED = "copy or export the drafter again"

@@ -139,7 +139,7 @@ FAULTS = [
     ("key heads as many as heads", keys(num_key_value_heads=4), "num_key_value_heads"),
     ("another feed-forward", keys(intermediate_size=128), "intermediate_size"),
     ("one layer more", keys(num_hidden_layers=3), "num_hidden_layers"),
-    ("one layer lost", drop("layers.1."), "num_hidden_layers layer_types"),
+    ("one layer lost", drop("layers.1."), "num_hidden_layers"),
     ("another width", keys(hidden_size=64), "hidden_size"),
     ("a reduced vocabulary", keys(vocab_size=32), "vocab_size"),
     ("another depth", keys(num_target_layers=8), "num_target_layers"),
@@ -227,9 +227,8 @@ def test_a_broken_file_is_named_and_the_rest_is_examined(fault, folder, language
     change, expected = FILE_FAULTS[fault]
     change(folder)
     assert named(folder, language_target) == {expected}
-    edits = {"config readable": lambda: None, "recipe readable": lambda: edit(folder, keys(is_causal=True))}
     (folder / "recipe.yaml").write_text("[]")
-    assert named(folder, language_target) == {expected, "recipe readable"}, edits
+    assert named(folder, language_target) == {expected, "recipe readable"}
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3.1", "smollm2", "gemma2", "gemma3"])
@@ -297,7 +296,6 @@ SILENT_FAULTS = {
     "gate and up swapped": swap(GATE, UP),
     "the two norms swapped": swap("hidden_norm.weight", "norm.weight"),
     "fc of an untrained drafter": tensor("fc.weight", lambda old: torch.randn_like(old) * 0.02),
-    "another reserved mask token": None,
 }
 
 
@@ -305,9 +303,9 @@ SILENT_FAULTS = {
 def test_what_no_file_shows_is_found_by_the_accepted_length(fault, folder, language_target, language_responses):
     write_responses(folder, language_responses)
     edit(folder, SILENT_FAULTS[fault])
-    diagnosis = next(d for d in diagnose(folder, language_target) if d.check == "accepted length")
-    print(diagnosis)
-    assert "accepted length" in named(folder, language_target) <= {"accepted length", "drafts anything"}
+    diagnoses = diagnose(folder, language_target)
+    wrong = {d.check for d in diagnoses if d.result in ("fails", "warns")}
+    assert wrong - {"drafts anything"} == {"accepted length"}, diagnoses[-1]
 
 
 def test_another_target_of_the_same_shape_is_found(folder, language_responses):
