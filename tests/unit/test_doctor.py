@@ -111,6 +111,11 @@ def prefixed(_, tensors):
         tensors[f"model.{name}"] = tensors.pop(name)
 
 
+def rounded(config, tensors):
+    config["dtype"] = "bfloat16"
+    tensors.update({name: old.bfloat16() for name, old in tensors.items()})
+
+
 def one_value(value):
     def make(old):
         old.view(-1)[3] = value
@@ -308,6 +313,16 @@ def test_what_no_file_shows_is_found_by_the_accepted_length(fault, folder, langu
     assert wrong - {"drafts anything"} == {"accepted length"}, diagnoses[-1]
 
 
+def test_on_other_responses_or_in_bf16_tau_must_reach_the_interval(folder, language_target, language_responses):
+    write_responses(folder, language_responses[:20])  # trained on, and not among the recorded ones
+    assert not named(folder, language_target)
+    write_responses(folder, language_responses)
+    edit(folder, rounded)
+    assert not named(folder, language_target)
+    edit(folder, SILENT_FAULTS["columns of fc permuted"])
+    assert "accepted length" in named(folder, language_target)
+
+
 def test_another_target_of_the_same_shape_is_found(folder, language_responses):
     write_responses(folder, language_responses)
     target = make_target("qwen3")
@@ -330,7 +345,8 @@ def test_the_verb(folder, language_folder, language_responses, capsys):
     for engine, drafts in (("vllm", '"num_speculative_tokens": 5'), ("llamacpp", "--spec-draft-n-max 5")):
         assert main(["doctor", *flags, "--engine", engine]) == 0
         printed = capsys.readouterr()
-        assert drafts in printed.out and "next: dpace check" in printed.out and "accepted length" in printed.out
+        assert drafts in printed.out and "next: dpace check" in printed.out and "those of the training" in printed.out
+        assert "examining" in printed.err and "fails" not in printed.out.lower()
     edit(folder, keys(is_causal=True))
     assert main(["doctor", *flags]) == 1
     printed = capsys.readouterr()
