@@ -175,11 +175,18 @@ LANGUAGE_RECIPE = Recipe(
 
 
 @pytest.fixture(scope="session")
-def language_drafter(language_target, language_responses, tmp_path_factory) -> Drafter:
-    """A drafter that accepts well above chance."""
+def language_drafter_folder(language_target, language_responses, tmp_path_factory) -> Path:
+    """A drafter that accepts well above chance, as training writes it."""
     from dpace.train import make_datasets, train
 
     folder = tmp_path_factory.mktemp("drafter")
     recipe = replace(LANGUAGE_RECIPE, output=str(folder))
     datasets = make_datasets(language_target, language_responses[:50], language_responses[50:], recipe)
-    return train(language_target, *datasets, recipe, folder / "drafter").eval()
+    train(language_target, *datasets, recipe, folder / "drafter")
+    return folder / "drafter"
+
+
+@pytest.fixture(scope="session")
+def language_drafter(language_drafter_folder) -> Drafter:
+    """The same drafter, loaded."""
+    return Drafter.from_pretrained(language_drafter_folder).eval()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dpace.config import CheckConfig, CompareConfig, Recipe, recipe_flags
+from dpace.config import CheckConfig, CompareConfig, DoctorConfig, Recipe, recipe_flags
 
 USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
 
@@ -17,6 +17,7 @@ USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
   bench     measure drafters against plain decoding on held-out prompts
   report    one HTML page from the folders that the others wrote
   check     prove that a drafter does not change the text
+  doctor    say what would go wrong when a drafter is served
   generate  answer one prompt, or chat
 
 A recipe is flags written down; flags after it override it. `dpace VERB --help` lists them.
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         "bench": _bench,
         "report": _report,
         "check": _check,
+        "doctor": _doctor,
         "generate": _generate,
     }
     if not argv or argv[0] not in verbs:
@@ -242,8 +244,7 @@ class ReportConfig:
 
 
 def _report(args: list[str]) -> None:
-    first_flag = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
-    if first_flag:
+    if args and not args[0].startswith("-"):
         args = ["--folders", *args]
     config = _parse(ReportConfig, "report", args)
     from dpace.page import write_report
@@ -271,6 +272,30 @@ def _check(args: list[str]) -> None:
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; do not serve this pair before the cause is found")
     print("passed")
+
+
+def _doctor(args: list[str]) -> None:
+    if args and not args[0].startswith("-"):
+        args = ["--drafter", *args]
+    config = _parse(DoctorConfig, "doctor", args)
+    from dpace.doctor import RUN, diagnose, serve_command
+    from dpace.report import console, doctor_table
+
+    target = _load_target(config.target, thinking=config.thinking)
+    diagnoses = diagnose(config.drafter, target, engine=config.engine, responses=config.responses)
+    measured = {check.name for check in RUN}
+    shown = [d for d in diagnoses if d.result != "passes" or d.check in measured]
+    console().print(doctor_table(shown, f"{config.drafter} for {target.short_name}"))
+    silent = [d.check for d in diagnoses if d not in shown]
+    console().print(f"{len(silent)} other checks pass:", ", ".join(silent), "\n", highlight=False)
+    failed = [d.check for d in diagnoses if d.result == "fails"]
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}; the table says what to do")
+    print("passed")
+    if config.engine:
+        size = next(int(d.found) for d in diagnoses if d.check == "block_size")
+        print("serve with:", serve_command(config.engine, config.drafter, config.target, size), sep="\n")
+    print("next:", _command("check", target=config.target, drafter=config.drafter))
 
 
 def _generate(args: list[str]) -> None:

@@ -17,6 +17,7 @@ Objective = Literal[
     "uniform",
     "head",
 ]
+Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,26 @@ class CheckConfig:
     """Each is checked."""
     seed: int = 0
     """Of the sampled texts."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what would go wrong when a drafter is served: dpace doctor DRAFTER --target TARGET. Fails (exit code 1) if a check does.
+
+    Reads config and weights as they are on disk, so that a broken folder is examined too, and runs the drafter where it loads.
+    docs/doctor.md has the checks and what breaks where one fails.
+    """
+
+    drafter: str
+    """The drafter's folder; given first, or with this flag."""
+    target: str
+    """Folder or Hub id."""
+    engine: Engine | None = None
+    """What will serve it: prints how to start it, with as many drafts as the drafter has."""
+    responses: str | None = None
+    """The responses.jsonl of the training, to measure tau on; by default one in the drafter's folder or above."""
+    thinking: bool = False
+    """Switch thinking on, in chat templates that have the switch, as it will be when serving."""
 
 
 def recipe_flags(path: str | Path) -> list[str]:

@@ -200,7 +200,7 @@ class Drafter(Qwen3PreTrainedModel):
             head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
             max_position_embeddings=theirs.max_position_embeddings,
             rms_norm_eps=getattr(theirs, "rms_norm_eps", 1e-6),
-            rope_parameters=_rope_of(theirs),
+            rope_parameters=rope_of(theirs),
             layer_types=["full_attention"] * num_layers,
             tie_word_embeddings=False,
             bos_token_id=theirs.bos_token_id,
@@ -306,7 +306,7 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     return drafter
 
 
-def _rope_of(config) -> dict:
+def rope_of(config) -> dict:
     """The rotary embedding of the target's full-attention layers."""
     rope = dict(config.rope_parameters)
     rope = dict(rope.get("full_attention", rope))

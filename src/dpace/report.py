@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpace.metrics import Acceptance
@@ -211,6 +212,17 @@ def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> T
     table = Table("check", "cases", "", "found", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, cases, is_passed, detail in findings:
         table.add_row(name, cases, "pass" if is_passed else "FAIL", detail)
+    return table
+
+
+def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str) -> Table:
+    """One line for each check: name, result, what was found, what was expected and, where it is not right, what to do."""
+    table = Table("check", "", "found", "expected", "to do", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, result, found, expected, fix in diagnoses:
+        is_wrong = result in ("fails", "warns")
+        style = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}.get(result, "")
+        words = result.upper() if result == "fails" else result
+        table.add_row(name, words, escape(found), escape(expected) if is_wrong else "", fix, style=style)
     return table
 
 

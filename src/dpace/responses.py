@@ -226,15 +226,24 @@ def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -
     return num_shared
 
 
+def tokenizer_hashes(target: Target) -> dict[str, str]:
+    """What tells one tokenizer and chat template from another; empty without a tokenizer."""
+    if target.tokenizer is None:
+        return {}
+    vocab = json.dumps(sorted(target.tokenizer.get_vocab().items()))
+    template = str(target.tokenizer.chat_template)
+    return {
+        "tokenizer_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+    }
+
+
 def _meta(target: Target, config: RespondConfig) -> dict:
     """What made a file of responses."""
-    tokenizer = target.tokenizer
-    vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "target": target.name,
         "revision": getattr(target.model.config, "_commit_hash", None),
-        "tokenizer_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
-        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        **tokenizer_hashes(target),
         "dtype": str(target.model.dtype),
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,

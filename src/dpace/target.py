@@ -84,9 +84,19 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Where the model came from: a Hub id, or the full path of a folder."""
+        """Where the model came from: a Hub id, or the full path of a folder; empty for one that was made in memory."""
         name = self.model.config._name_or_path
-        return str(Path(name).resolve()) if Path(name).is_dir() else name
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+    @property
+    def short_name(self) -> str:
+        """The model's own name, without owner, folder or revision; empty for one that was made in memory."""
+        parts = Path(self.name).parts
+        if (
+            len(parts) > 2 and parts[-2] == "snapshots"
+        ):  # models--owner--name/snapshots/revision of the Hugging Face cache
+            return parts[-3].split("--")[-1]
+        return Path(self.name).name
 
     @property
     def device(self) -> torch.device:

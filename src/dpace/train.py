@@ -24,7 +24,7 @@ from dpace.loss import Head, block_loss, count_items, frozen_head_nll
 from dpace.objective import make_weigh
 from dpace.optimizer import MuonAdamW
 from dpace.progress import PeakMemory, SaveOnInterrupt, StepTimer, TrainingBar
-from dpace.responses import Response
+from dpace.responses import Response, tokenizer_hashes
 from dpace.target import Target
 
 
@@ -334,7 +334,8 @@ def train(
             trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         temperature = fit_confidence_temperature(drafter, target, validation)
-        drafter.config.dpace = {"confidence_temperature": temperature}
+        record = _record(target, trainer, validation, recipe)
+        drafter.config.dpace = {"confidence_temperature": temperature, **record}
         drafter.save_pretrained(folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         provenance = {**_provenance(target, trainer, dataset), "peak_memory_bytes": memory.bytes}
@@ -346,6 +347,25 @@ def _is_last(checkpoint: Path) -> bool:
     """The checkpoint is that of the last step."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return state.global_step >= state.max_steps
+
+
+def _record(target: Target, trainer: Trainer, validation: ResponseDataset, recipe: Recipe) -> dict:
+    """What a drafter was trained for and how well it did, for its config; `dpace doctor` compares, engines ignore it."""
+    record = {
+        "target": target.short_name,
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "thinking": recipe.thinking,
+        **tokenizer_hashes(target),
+    }
+    measured = [entry for entry in trainer.state.log_history if "eval_tau" in entry]
+    if measured:
+        best = max(measured, key=lambda entry: entry["eval_tau"])
+        record |= {
+            "tau": best["eval_tau"],
+            "tau_interval": [best["eval_tau_low"], best["eval_tau_high"]],
+            "tau_responses": validation.ids,
+        }
+    return record
 
 
 def _provenance(target: Target, trainer: Trainer, dataset: ResponseDataset) -> dict:

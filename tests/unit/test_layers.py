@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dpace"
-ORDER = "__init__ config progress weights metrics optimizer packing loss blocks cache target drafter pace sampling decode batch stream prompts sets responses dataset heldout".split()
-ORDER += "objective train benchmark report page compare check demo cli".split()
+ORDER = "__init__ config progress weights metrics optimizer packing loss blocks cache target drafter folder pace sampling decode batch stream prompts sets responses dataset heldout".split()
+ORDER += "objective train benchmark report page compare check layout doctor demo cli".split()
 
 
 def test_imports_go_one_way():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpace.cli import USAGE, GenerateConfig, _parse
-from dpace.config import CheckConfig, CompareConfig, Recipe
+from dpace.config import CheckConfig, CompareConfig, DoctorConfig, Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,9 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     if verb == "report":  # takes folders only
         assert args == ["dpace-out"]
         return
-    classes = {"generate": GenerateConfig, "check": CheckConfig, "compare": CompareConfig}
+    if verb == "doctor":
+        args = ["--drafter", *args]
+    classes = {"doctor": DoctorConfig, "generate": GenerateConfig, "check": CheckConfig, "compare": CompareConfig}
     config = _parse(classes.get(verb, Recipe), verb, args)
     assert config.target == "Qwen/Qwen3-4B"
 

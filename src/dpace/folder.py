@@ -1,0 +1,140 @@
+"""A drafter's folder as it is on disk, read without any model class, so that a broken one can be looked at too."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+SHAPES = {"fc": ("hidden", "feature"), "hidden_norm": ("hidden",), "norm": ("hidden",)}
+LAYER_SHAPES = {
+    "self_attn.q_proj": ("query", "hidden"),
+    "self_attn.k_proj": ("key", "hidden"),
+    "self_attn.v_proj": ("key", "hidden"),
+    "self_attn.o_proj": ("hidden", "query"),
+    "self_attn.q_norm": ("head",),
+    "self_attn.k_norm": ("head",),
+    "mlp.gate_proj": ("inner", "hidden"),
+    "mlp.up_proj": ("inner", "hidden"),
+    "mlp.down_proj": ("hidden", "inner"),
+    "input_layernorm": ("hidden",),
+    "post_attention_layernorm": ("hidden",),
+}
+"""Of the published layout; `query` is heads times head_dim, `key` the same for key/value heads."""
+OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+"""In transformers' own container."""
+
+
+@dataclass
+class DrafterFolder:
+    """What the files say. A file that cannot be read is empty here and has its reason in `problems`."""
+
+    path: Path
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+    """Empty where there is none."""
+    stored: dict[str, Tensor]
+    """By the names in the file."""
+    problems: dict[str, str]
+    """By file name."""
+
+    @property
+    def nested(self) -> dict[str, Any]:
+        """The part of the config that most engines read."""
+        return mapping(self.config.get("dflash_config"))
+
+    def value(self, key: str) -> Any:
+        """A key of DFlash, nested before top level as engines read it; None where it is missing."""
+        return self.nested.get(key, self.config.get(key))
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The rotary embedding by `rope_parameters`, which wins, or by the older keys."""
+        old = {"rope_theta": self.config.get("rope_theta"), **mapping(self.config.get("rope_scaling"))}
+        return mapping(self.config.get("rope_parameters")) or old
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What training wrote down in the config."""
+        return mapping(self.config.get("dpace"))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """By their published names."""
+        return {published_name(name): tensor for name, tensor in self.stored.items()}
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Layers that have a tensor."""
+        return 1 + max((int(name.split(".")[1]) for name in self.tensors if name.startswith("layers.")), default=-1)
+
+    @cached_property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of every tensor that there should be."""
+        named = {f"{name}.weight": axes for name, axes in SHAPES.items()}
+        for layer in range(self.num_layers):
+            named |= {f"layers.{layer}.{name}.weight": axes for name, axes in LAYER_SHAPES.items()}
+        return named
+
+    def size(self, axis: str) -> int | None:
+        """The length of an axis, where all tensors that have it agree."""
+        found = {
+            length
+            for name, axes in self.axes.items()
+            if name in self.tensors and self.tensors[name].dim() == len(axes)
+            for length, one in zip(self.tensors[name].shape, axes, strict=True)
+            if one == axis
+        }
+        return found.pop() if len(found) == 1 else None
+
+
+def read_folder(path: str | Path) -> DrafterFolder:
+    """Read `config.json`, `model.safetensors` (also in shards) and, where there is one, `recipe.yaml`. Raises nothing."""
+    path, problems = Path(path), {}
+    config = _read(path / "config.json", lambda file: json.loads(file.read_text()), problems)
+    recipe = {}
+    if (path / "recipe.yaml").exists():
+        recipe = _read(path / "recipe.yaml", lambda file: yaml.safe_load(file.read_text()), problems)
+    stored = _read(path / "model.safetensors", _read_weights, problems)
+    return DrafterFolder(path, config, recipe, stored, problems)
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """The value where it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def published_name(name: str) -> str:
+    """The name that a tensor has in the published layout."""
+    name = name.removeprefix("model.")
+    return OTHER_NAMES.get(name, name)
+
+
+def _read(file: Path, read: Callable[[Path], object], problems: dict[str, str]) -> dict[str, Any]:
+    """Read a file, or note why that is not possible."""
+    try:
+        content = read(file)
+    except FileNotFoundError as error:
+        problems[file.name] = f"no file {error.filename or file}"
+    except (OSError, ValueError, KeyError, yaml.YAMLError, SafetensorError) as error:
+        problems[file.name] = f"{type(error).__name__}: {error}"
+    else:
+        if isinstance(content, dict):
+            return content
+        problems[file.name] = f"a {type(content).__name__}"
+    return {}
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """All tensors of one file, or of those that the index names."""
+    index = file.with_name("model.safetensors.index.json")
+    if not index.exists():
+        return load_file(file)
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return {name: tensor for shard in shards for name, tensor in load_file(file.with_name(shard)).items()}
