@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dpace"
-ORDER = "__init__ config progress weights metrics optimizer packing loss blocks cache target drafter pace sampling decode batch stream prompts sets responses dataset heldout".split()
+ORDER = "__init__ config progress weights metrics optimizer packing loss blocks cache target modeling_dflash drafter pace sampling decode batch stream prompts sets responses dataset heldout".split()
 ORDER += "objective train benchmark report page compare check demo cli".split()
 
 
