@@ -4,6 +4,7 @@
 therefore imports torch and transformers only.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,26 @@ class DFlashLayer(GradientCheckpointingLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+def refuse_variants(config: Mapping[str, Any]) -> None:
+    """Refuse the config of a drafter that this network would compute differently.
+
+    Raises:
+        ValueError: sliding or causal attention, biases, or another activation.
+    """
+    known = {"attention_bias": False, "is_causal": False, "hidden_act": "silu"}
+    found = {name: config.get(name) for name in known if config.get(name) not in (None, known[name])}
+    kinds = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    if kinds:
+        found["layer_types"] = config["layer_types"]
+    if (config.get("dflash_config") or {}).get("causal"):
+        found["dflash_config.causal"] = True
+    if found:
+        raise ValueError(
+            f"the drafter's config has {found}; only full attention in both directions, without biases and with silu, is "
+            "known here: serve this drafter with the project that trained it"
+        )
+
+
 class DFlashDraftModel(Qwen3PreTrainedModel):
     """Qwen3 layers over `[anchor, mask, ...]` that attend to the target's features.
 
@@ -92,12 +113,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             if value is None:
                 raise ValueError(f"the drafter's config has no {key}, neither in dflash_config nor at the top level")
             setattr(config, key, value)
-        sliding = [kind for kind in config.layer_types or () if kind != "full_attention"]
-        if sliding or config.attention_bias or getattr(config, "is_causal", None):
-            raise ValueError(
-                f"the drafter has layer_types {config.layer_types}, attention_bias {config.attention_bias} and is_causal "
-                f"{getattr(config, 'is_causal', None)}; only full attention in both directions without bias is known here"
-            )
+        refuse_variants(config.to_dict())
         self.layers = nn.ModuleList(DFlashLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
