@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpace.cli import USAGE, GenerateConfig, _parse
-from dpace.config import CheckConfig, CompareConfig, Recipe
+from dpace.cli import USAGE, GenerateConfig, _first_as, _parse
+from dpace.config import CheckConfig, CompareConfig, ExportConfig, ImportConfig, Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +24,10 @@ def test_commands_parse(command, tmp_path, monkeypatch):
         assert args == ["dpace-out"]
         return
     classes = {"generate": GenerateConfig, "check": CheckConfig, "compare": CompareConfig}
+    classes |= {"export": ExportConfig, "import": ImportConfig}
+    first = {"export": "drafter", "import": "source"}
+    if verb in first:
+        args = _first_as(first[verb], args)
     config = _parse(classes.get(verb, Recipe), verb, args)
     assert config.target == "Qwen/Qwen3-4B"
 
