@@ -15,11 +15,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+import dpace.demo
 import dpace.formats
 import dpace.modeling_dflash
 from dpace.benchmark import bench
 from dpace.cli import main
-from dpace.config import BenchConfig
+from dpace.config import BenchConfig, DrafterConfig, Recipe
 from dpace.decode import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.formats import export, import_drafter, read_drafter
@@ -379,9 +380,11 @@ def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, targe
         path = tmp_path / f"{offset}.gguf"
         dpace.gguf_file.write_gguf(path, shifted, weights, target_gguf=target_gguf)
         found = llamacpp_counts(target_gguf, path, prompts)
-        assert found == our_counts(language_target, dpace.layout.make_drafter(shifted, weights), prompts)
-        accepted.append([count for _, count in found])
-    assert accepted[1] != accepted[0] and accepted[1] != accepted[2]
+        ours = our_counts(language_target, dpace.layout.make_drafter(shifted, weights), prompts)
+        for (text, count), (expected_text, expected_count) in zip(found, ours, strict=True):
+            assert text == expected_text and abs(count - expected_count) <= 1  # a near tie may fall the other way
+        accepted.append(sum(count for _, count in found))
+    assert min(abs(accepted[1] - accepted[0]), abs(accepted[1] - accepted[2])) > len(prompts)
 
 
 def test_llamacpp_refuses_in_one_line(do_export, target_gguf, prompts, tmp_path):
@@ -486,3 +489,22 @@ def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_p
     assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
     assert main(["import", str(tmp_path / "nothing"), "--output", str(again)]) == 1
     assert "no drafter's folder" in capsys.readouterr().err
+
+
+def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):
+    asked = [Prompt(t, "language", [[{"role": "user", "content": t}]]) for t in language_prompts[50:54]]
+    bench_config = BenchConfig(num_prompts=2, max_new_tokens=20)
+    recipe = Recipe(target="tiny", drafter=DrafterConfig(block_size=6), bench=bench_config)
+    arguments = (language_target, folder, asked, recipe)
+    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
+    assert dpace.demo.serve_in_llamacpp(*arguments) is None  # this GGUF file is not this target's
+    monkeypatch.setattr(dpace.demo, "TARGET_ID", "tiny")
+    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: None)
+    assert dpace.demo.serve_in_llamacpp(*arguments) is None
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
+    served = dpace.demo.serve_in_llamacpp(*arguments)
+    assert served["num_same_text"] == served["num_responses"] == 2
+    assert served["tokens_per_second"] > 0 and served["plain_tokens_per_second"] > 0
+    (line,) = dpace.demo.summary({"rows": [], "llamacpp": served})[1:]
+    assert line.startswith("language: llama.cpp (f16") and line.endswith("2 of 2 texts equal")
