@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from dpace.decode import generate, generate_plain, speculative_steps
 from dpace.drafter import Drafter, load_drafter
+from dpace.gguf_file import write_f16
 from dpace.pace import Pace, measure_costs
 from dpace.packing import pack_linears
 from dpace.progress import progress_bar
@@ -102,30 +103,6 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
     packed = copy.deepcopy(theirs)
     pack_linears(packed)
     return {**ways, "z-lab, DFlash": zlab_way(model, theirs), "z-lab, DFlash, packed": zlab_way(target.model, packed)}
-
-
-def write_f16(source: str, path: Path) -> None:
-    """Write a GGUF file's weights as f16, vectors as f32: quantized ones round a block and a token differently."""
-    import gguf  # pyright: ignore[reportMissingImports]
-    import numpy as np
-
-    reader = gguf.GGUFReader(source)
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(path, architecture)
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
-            continue
-        kind = field.types[0]
-        sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _serve_llamacpp(path: str, num_threads: int, pipe) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dpace.config import CheckConfig, CompareConfig, DoctorConfig, Recipe, recipe_flags
+from dpace.config import CheckConfig, CompareConfig, DoctorConfig, ExportConfig, ImportConfig, Recipe, recipe_flags
 
 USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
 
@@ -19,6 +19,8 @@ USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
   check     prove that a drafter does not change the text
   doctor    say what would go wrong when a drafter is served
   generate  answer one prompt, or chat
+  export    write a drafter for vLLM, SGLang, llama.cpp, transformers or speculators
+  import    take over a drafter that another project trained
 
 A recipe is flags written down; flags after it override it. `dpace VERB --help` lists them.
 """
@@ -71,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         "check": _check,
         "doctor": _doctor,
         "generate": _generate,
+        "export": _export,
+        "import": _import,
     }
     if not argv or argv[0] not in verbs:
         is_help = bool(argv) and argv[0] in ("-h", "--help")
@@ -112,6 +116,11 @@ def _with_group(config_class, verb: str, arg: str) -> str:
     is_own = name in {field.name for field in fields(groups[verb])}
     prefix = f"--{verb}.no-" if arg.startswith("--no-") else f"--{verb}."
     return prefix + arg.removeprefix("--").removeprefix("no-") if is_own else arg
+
+
+def _first_as(name: str, args: list[str]) -> list[str]:
+    """Let values that stand first be those of a flag."""
+    return [f"--{name}", *args] if args and not args[0].startswith("-") else args
 
 
 def _demo(args: list[str]) -> None:
@@ -244,9 +253,7 @@ class ReportConfig:
 
 
 def _report(args: list[str]) -> None:
-    if args and not args[0].startswith("-"):
-        args = ["--folders", *args]
-    config = _parse(ReportConfig, "report", args)
+    config = _parse(ReportConfig, "report", _first_as("folders", args))
     from dpace.page import write_report
 
     written = write_report(config.folders, config.output or Path(config.folders[0]) / "report.html")
@@ -335,6 +342,59 @@ def _generate(args: list[str]) -> None:
     print(f"{len(generation.token_ids)} tokens, {speed:.1f} tokens/s{tau}", file=sys.stderr)
     if config.drafter is None:
         print("next: dpace demo, to train a drafter", file=sys.stderr)
+
+
+def _export(args: list[str]) -> None:
+    config = _parse(ExportConfig, "export", _first_as("drafter", args))
+    import torch
+
+    from dpace.formats import export, push
+    from dpace.prompts import demo_path, first_of_each_set, read_prompts
+    from dpace.responses import encode_chat
+
+    target = _load_target(config.target)
+    found = (
+        read_prompts(demo_path("heldout") if config.prompts == "demo" else config.prompts) if config.num_prompts else []
+    )
+    prompts = [encode_chat(target, prompt.turns[0]) for prompt in first_of_each_set(found, config.num_prompts)]
+    done = export(
+        config.drafter,
+        target,
+        to=config.to,
+        output=config.output,
+        name=config.push or config.output,
+        target_name=config.target,
+        target_gguf=config.target_gguf,
+        dtype=None if config.dtype == "keep" else getattr(torch, config.dtype),
+        license=config.license,
+        prompts=prompts,
+        max_new_tokens=config.max_new_tokens,
+    )
+    print(f"{done.num_tensors} of {done.num_tensors} tensors read back bit for bit", end="")
+    print(f"; rounded by at most {done.rounding:.1g} (relative)" if done.rounding else "")
+    if done.acceptance:
+        print(f"logits of a block differ by {done.logit_error:.1g} (relative)")
+        print(f"accepted lengths equal on {len(prompts)} of {len(prompts)} prompts, tau {done.acceptance.tau:.2f}")
+    print(f"written: {done.path}, {config.output}/README.md")
+    if config.push:
+        print("uploaded:", push(config.output, config.push))
+    print(f"next: the commands in {config.output}/README.md")
+
+
+def _import(args: list[str]) -> None:
+    config = _parse(ImportConfig, "import", _first_as("source", args))
+    from dpace.demo import find_target
+    from dpace.formats import import_drafter
+    from dpace.layout import verifier_name
+
+    target = config.target or verifier_name(config.source)
+    target = find_target(target) if target else None
+    drafter = import_drafter(config.source, config.output, target=target)
+    print(
+        f"blocks of {drafter.block_size}, features of layers {drafter.target_layer_ids}, mask token {drafter.mask_token_id}"
+    )
+    print(f"written: {config.output}")
+    print("next:", _command("check", target=config.target or "TARGET", drafter=config.output))
 
 
 def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> None:

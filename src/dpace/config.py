@@ -19,6 +19,8 @@ Objective = Literal[
 ]
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 
+Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
+
 
 @dataclass(frozen=True)
 class PromptsConfig:
@@ -247,6 +249,49 @@ class DoctorConfig:
     """The responses.jsonl of the training, to measure tau on; by default one in the drafter's folder or above."""
     thinking: bool = False
     """Switch thinking on, in chat templates that have the switch, as it will be when serving."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a drafter for an engine, with a model card: dpace export DRAFTER --target T --to ENGINE --output FOLDER.
+
+    What was written is read again: weights bit for bit, the logits of a block, and accepted lengths on prompts have to be the same.
+    """
+
+    drafter: str
+    """The drafter's folder; given first, or with this flag."""
+    target: str
+    """Folder or Hub id; the model card and speculators' config call it so."""
+    to: Format
+    """The engine. zlab, sglang and vllm are the same files, those that `dpace train` writes; gguf is for llama.cpp."""
+    output: str
+    """Folder for what is written."""
+    target_gguf: str | None = None
+    """A GGUF file of the target, of any precision, whose tokenizer a drafter's GGUF file repeats; needed with --to gguf."""
+    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
+    """Of the weights; vectors in GGUF files are always float32."""
+    license: str = "other"
+    """Of the weights, for the model card, as the Hub abbreviates it."""
+    prompts: str = "demo"
+    """JSONL file of prompts that accepted lengths are compared on; `demo` is the held-out set that comes with dpace."""
+    num_prompts: int = 2
+    """Prompts of each set; 0 compares weights only."""
+    max_new_tokens: int = 64
+    """Longest response in tokens."""
+    push: str | None = None
+    """Upload the folder to this repository of the Hugging Face Hub."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Take over a drafter that another project trained, weights bit for bit: dpace import SOURCE --output FOLDER."""
+
+    source: str
+    """A z-lab, SpecForge or speculators folder, or a GGUF file in f32, f16 or bf16; given first, or with this flag."""
+    output: str
+    """Folder for the drafter."""
+    target: str | None = None
+    """Folder or Hub id of its target; needed for GGUF files, and for speculators folders whose target has moved."""
 
 
 def recipe_flags(path: str | Path) -> list[str]:

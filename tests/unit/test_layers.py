@@ -4,8 +4,9 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dpace"
-ORDER = "__init__ config progress weights metrics optimizer packing loss blocks cache target drafter folder pace sampling decode batch stream prompts sets responses dataset heldout".split()
-ORDER += "objective train benchmark report page compare check layout doctor demo cli".split()
+ORDER = "__init__ config progress weights metrics optimizer packing loss blocks cache target modeling_dflash drafter layout gguf_file folder pace sampling decode batch stream prompts sets responses dataset heldout".split()
+ORDER += "objective train report predict benchmark servers page compare check folder_checks doctor".split()
+ORDER += "card formats llamacpp demo cli".split()
 
 
 def test_imports_go_one_way():

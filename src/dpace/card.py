@@ -1,0 +1,154 @@
+"""A drafter in, its model card out: what it is, what it gave, how it was trained, and the commands that serve it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dpace.benchmark import fingerprint
+from dpace.config import Format
+from dpace.drafter import Drafter
+from dpace.layout import Layout
+
+TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency", "d-pace"]
+_LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
+
+VLLM = """**vLLM**
+
+```bash
+vllm serve {target} --speculative-config '{{"method": "dflash", "model": "{drafter}", "num_speculative_tokens": {drafts}}}'
+```
+"""
+SGLANG = """**SGLang** (not run by us: it needs a GPU)
+
+```bash
+python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH \\
+    --speculative-draft-model-path {drafter} --speculative-dflash-block-size {slots}
+```
+"""
+TRANSFORMERS = """**transformers** (5.15 or newer, one prompt at a time)
+
+```python
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{target}")
+target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto").eval()
+drafter = AutoModel.from_pretrained("{drafter}", trust_remote_code=True, dtype=target.dtype).eval()
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = target.generate(**inputs, assistant_model=drafter, speculation_type="dflash", do_sample=False, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+LLAMACPP = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
+
+```bash
+llama-server -m TARGET.gguf -md {file} --spec-type draft-dflash --spec-draft-n-max {drafts}
+```
+
+`TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
+"""
+TO_GGUF = """For llama.cpp: `dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf`.
+"""
+
+
+def write_card(
+    path: Path,
+    layout: Layout,
+    *,
+    to: Format,
+    name: str,
+    target_name: str,
+    license: str,
+    dtype: torch.dtype,
+    source: Path,
+    drafter: Drafter,
+) -> None:
+    """Write `README.md` beside what was exported.
+
+    Args:
+        path: the folder, or the GGUF file in it.
+        layout: of the drafter.
+        to: what was written.
+        name: what the drafter is called: a Hub id or a folder's name.
+        target_name: what the target is called; left out of `base_model` where it is a folder of this machine.
+        license: of the weights.
+        dtype: of the matrices.
+        source: the drafter's own folder. Its `recipe.yaml` is told, and those rows of the `results.json` beside it or above
+            it that were measured with these weights.
+        drafter: as it was measured, in the target's dtype.
+    """
+    is_local = Path(target_name).is_dir()
+    shown = Path(target_name).name if is_local else target_name
+    front: dict[str, Any] = {
+        "library_name": _LIBRARIES.get(to, "transformers"),
+        "pipeline_tag": "text-generation",
+        "license": license,
+    }
+    if not is_local:
+        front["base_model"] = target_name
+    front["tags"] = [*TAGS, *({"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"]))]
+    facts = {
+        "target": f"`{shown}`",
+        "block size": f"{layout.block_size}: the anchor and {layout.num_draft_tokens} draft tokens",
+        "target_layer_ids": f"{list(layout.target_layer_ids)}: 0-based, their output",
+        "mask token": str(layout.mask_token_id),
+        "layers, hidden size": f"{layout.num_layers}, {layout.hidden_size}",
+        "weights": str(dtype).removeprefix("torch."),
+    }
+    names = {"target": shown, "drafter": name, "drafts": layout.num_draft_tokens, "slots": layout.block_size}
+    commands = {"speculators": [VLLM], "gguf": [LLAMACPP]}.get(to, [VLLM, SGLANG, TRANSFORMERS, TO_GGUF])
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {Path(name).name}",
+        f"A DFlash drafter for `{shown}`. It is not a model of its own: it proposes tokens, the target keeps those that it would "
+        "have written itself. Trained with [D-PACE](https://arxiv.org/abs/2605.18810) by dpace.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        *_results(source, drafter),
+        "## How to serve it",
+        *(text.format(**names, file=path.name).rstrip() for text in commands),
+        *_recipe(source),
+    ]
+    folder = path.parent if to == "gguf" else path
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _results(source: Path, drafter: Drafter) -> list[str]:
+    """Measured rows whose weights are this drafter's."""
+    path = source.parent / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    known = results.get("drafters", {})
+    weights = fingerprint(drafter) if known else ""
+    rows = [row for row in results.get("rows", []) if known and known.get(row["drafter"]) == weights]
+    if not rows:
+        return []
+    lines = [
+        f"| {row['set']} | {row['temperature']:g} | {row['width']} | {_interval(row, 'tau')} | "
+        f"{_interval(row, 'decode_speedup')} | {row['num_same_text']}/{row['num_responses']} |"
+        for row in rows
+    ]
+    hardware = results["hardware"]
+    measured = (
+        f"Measured with {results['engine']} in {results['dtype']} on {hardware['device']} ({hardware['cores']} cores), at most "
+        f"{results['max_new_tokens']} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a second "
+        "over plain decoding of the same prompts. In brackets: 95 % intervals over prompts."
+    )
+    head = "| set | T | width | tau | decode_speedup | same text |\n|---|---|---|---|---|---|"
+    return ["## Results", measured, "\n".join([head, *lines])]
+
+
+def _interval(row: dict, key: str) -> str:
+    low, high = row[f"{key}_interval"]
+    return f"{row[key]:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+
+
+def _recipe(source: Path) -> list[str]:
+    """What `dpace train` was told, without where files are."""
+    path = source / "recipe.yaml"
+    if not path.exists():
+        return []
+    recipe = yaml.safe_load(path.read_text())
+    kept = {name: recipe[name] for name in ("respond", "drafter", "loss", "train") if name in recipe}
+    return ["## Recipe", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]

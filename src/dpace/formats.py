@@ -1,0 +1,261 @@
+"""A drafter's folder in, the same drafter as an engine reads it out, and back; what was written is read again and compared."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from dpace.card import write_card
+from dpace.config import Format
+from dpace.decode import generate
+from dpace.drafter import Drafter, load_drafter
+from dpace.gguf_file import read_gguf, write_gguf
+from dpace.layout import Layout, make_drafter, read_folder, speculators_config, verifier_name
+from dpace.metrics import Acceptance
+from dpace.target import Target
+
+MAX_LOGIT_ERROR = 1e-5
+"""Relative; the same weights give the same logits up to the order of sums."""
+
+
+class Exported(NamedTuple):
+    """What was written, and what reading it again gave."""
+
+    path: Path
+    """What an engine is given: the folder, or the GGUF file in it."""
+    num_tensors: int
+    """All equal, bit for bit, to those that were to be written."""
+    rounding: float
+    """Largest relative change of a tensor by the change of dtype; 0 where it was kept."""
+    logit_error: float | None
+    """Relative difference of a block's logits between the drafter and what was read again; None without prompts."""
+    acceptance: Acceptance | None
+    """Accepted lengths, the same for both on every prompt; None without prompts."""
+
+
+def export(
+    folder: str | Path,
+    target: Target,
+    *,
+    to: Format,
+    output: str | Path,
+    name: str,
+    target_name: str,
+    target_gguf: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    license: str = "other",
+    prompts: Sequence[list[int]] = (),
+    max_new_tokens: int = 64,
+) -> Exported:
+    """Write a drafter for an engine with a model card, read it again, and compare.
+
+    z-lab's layout, which SGLang and vLLM read too, is what `dpace train` writes: `zlab`, `sglang` and `vllm` are the same files.
+
+    Args:
+        folder: of the drafter.
+        target: its target.
+        to: the engine.
+        output: folder for the files.
+        name: what the model card calls the drafter: a Hub id or a folder.
+        target_name: what the engine is to call the target: a Hub id, or a folder.
+        target_gguf: any GGUF file of the target; needed for `gguf`.
+        dtype: of the weights; by default as they are.
+        license: of the weights, for the model card.
+        prompts: token ids; accepted lengths are compared on them.
+        max_new_tokens: response tokens for each.
+
+    Raises:
+        ValueError: a drafter that cannot be served, a missing or wrong `target_gguf`, or files that do not read back as
+            they were written.
+    """
+    if to == "gguf" and target_gguf is None:
+        raise ValueError(
+            "a drafter's GGUF file repeats its target's tokenizer; name a GGUF file of the target with --target-gguf"
+        )
+    folder, output = Path(folder), Path(output)
+    _check_places(folder, output)
+    if verifier_name(folder):
+        raise ValueError(f"{folder} is in speculators' format; `dpace import` it first")
+    if Path(target_name).is_dir():
+        target_name = str(Path(target_name).resolve())
+    layout, weights = read_folder(folder)
+    layout.check()
+    original = load_drafter(folder, target)
+    tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
+    path = _write(output, layout, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
+    written = tensors["fc.weight"].dtype
+    about: Any = {"name": name, "target_name": target_name, "license": license, "dtype": written}
+    write_card(path, layout, to=to, source=folder, drafter=original, **about)
+    again = read_drafter(path, num_target_layers=target.num_layers)
+    _compare(path, layout, tensors, again)
+    if not prompts:
+        return Exported(path, len(tensors), rounding, None, None)
+    reference = original if dtype is None else _for_decoding(layout, tensors, target)
+    served = _for_decoding(Layout.of(again), again.state_dict(), target)
+    logit_error, acceptance = _compare_decoding(path, target, reference, served, prompts, max_new_tokens)
+    return Exported(path, len(tensors), rounding, logit_error, acceptance)
+
+
+def import_drafter(source: str | Path, output: str | Path, *, target: str | None = None) -> Drafter:
+    """Write another project's drafter in this project's layout, weights bit for bit.
+
+    Args:
+        source: a z-lab, SpecForge or speculators folder, or a GGUF file with f32, f16 or bf16 weights.
+        output: folder for `config.json`, `model.safetensors` and the network's code.
+        target: folder or Hub id, for formats that do not say how many layers it has.
+
+    Raises:
+        ValueError: a drafter that dpace does not know or that cannot be served, or a target that cannot be read.
+    """
+    num_target_layers = None
+    if target is not None:
+        try:
+            num_target_layers = AutoConfig.from_pretrained(target).get_text_config(decoder=True).num_hidden_layers
+        except OSError as error:
+            raise ValueError(f"cannot read the config of the target {target}; name its folder with --target") from error
+    _check_places(Path(source), Path(output))
+    drafter = read_drafter(source, num_target_layers=num_target_layers)
+    layout = Layout.of(drafter)
+    layout.check()
+    drafter.save_pretrained(output)
+    _compare(output, layout, drafter.state_dict(), read_drafter(output))
+    return drafter
+
+
+def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> Drafter:
+    """Read a folder of any known format, or a GGUF file, with the weights as they are.
+
+    Raises:
+        ValueError: see `read_folder`, `read_gguf` and `make_drafter`.
+    """
+    read: Any = read_gguf if Path(path).suffix == ".gguf" else read_folder
+    return make_drafter(*read(path, num_target_layers=num_target_layers))
+
+
+def push(folder: str | Path, repo: str) -> str:
+    """Upload a folder to the Hugging Face Hub, into a repository that is made where it is missing; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    address = api.create_repo(repo, exist_ok=True)
+    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter")
+    return str(address)
+
+
+def _check_places(source: Path, output: Path) -> None:
+    """Refuse to write over what is read."""
+    if output.resolve() == source.resolve():
+        raise ValueError(f"{output} is the drafter's own folder; name another --output")
+
+
+def _write(
+    output: Path,
+    layout: Layout,
+    tensors: dict[str, Tensor],
+    *,
+    to: Format,
+    target: Target,
+    target_name: str,
+    target_gguf: str | Path | None,
+) -> Path:
+    """Write a drafter's files; returns what an engine is given."""
+    output.mkdir(parents=True, exist_ok=True)
+    dtype = _name(tensors["fc.weight"].dtype)
+    if to == "gguf":
+        path = output / f"dflash-{Path(target_name).name}-{dtype}.gguf"
+        write_gguf(path, layout, tensors, target_gguf=str(target_gguf))
+        return path
+    if to == "speculators":
+        save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+        architectures = list(target.model.config.architectures or [])
+        config = speculators_config(layout, target_name=target_name, architectures=architectures, dtype=dtype)
+        (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return output
+    make_drafter(layout, tensors).save_pretrained(output)
+    return output
+
+
+def _cast(
+    tensors: dict[str, Tensor], dtype: torch.dtype | None, *, has_fp32_vectors: bool
+) -> tuple[dict[str, Tensor], float]:
+    """Weights in the dtype they are to be written in, and the largest relative change of one."""
+    cast, errors = {}, [0.0]
+    for name, tensor in tensors.items():
+        wanted = torch.float32 if has_fp32_vectors and tensor.dim() == 1 else dtype or tensor.dtype
+        cast[name] = tensor.to(wanted).contiguous()
+        errors.append(float((cast[name].double() - tensor.double()).norm() / tensor.double().norm().clamp_min(1e-30)))
+    return cast, max(errors)
+
+
+def _compare(path: str | Path, layout: Layout, tensors: dict[str, Tensor], again: Drafter) -> None:
+    """Refuse a file that does not say what was to be written."""
+    found = Layout.of(again)
+    expected = {name: value for name, value in vars(layout).items() if name in _COMPARED}
+    wrong = [
+        f"{name} {vars(found)[name]} for {value}" for name, value in expected.items() if vars(found)[name] != value
+    ]
+    wrong += [name for name, tensor in again.state_dict().items() if not _is_same(tensor, tensors[name])]
+    if wrong:
+        raise ValueError(f"{path} does not read back as it was written ({'; '.join(wrong[:3])}); do not serve it")
+
+
+def _compare_decoding(
+    path: Path, target: Target, reference: Drafter, again: Drafter, prompts: Sequence[list[int]], max_new_tokens: int
+) -> tuple[float, Acceptance]:
+    """Logits of a block after the first prompt, and accepted lengths on all."""
+    expected, found = (_block_logits(target, drafter, prompts[0]) for drafter in (reference, again))
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= MAX_LOGIT_ERROR:
+        raise ValueError(
+            f"{path} drafts differently: logits of a block differ by {error:.2g} (relative); do not serve it"
+        )
+    results = []
+    for number, token_ids in enumerate(prompts):
+        options = {"max_new_tokens": max_new_tokens, "width": "full"}
+        ours, theirs = (generate(target, drafter, token_ids, **options) for drafter in (reference, again))
+        if ours.accepted_lengths != theirs.accepted_lengths:
+            raise ValueError(
+                f"{path} drafts differently: prompt {number} accepts {theirs.accepted_lengths}, expected "
+                f"{ours.accepted_lengths}; do not serve it"
+            )
+        results.append(theirs.acceptance)
+    return error, Acceptance.pooled(results)
+
+
+@torch.inference_mode()
+def _block_logits(target: Target, drafter: Drafter, token_ids: list[int]) -> Tensor:
+    """Logits of the draft slots of the block whose anchor is the prompt's last token, "draft vocab"."""
+    prompt = torch.tensor([token_ids], device=target.device)
+    block = torch.full((1, drafter.block_size), drafter.mask_token_id, device=target.device)
+    block[0, 0] = prompt[0, -1]
+    hidden = drafter(
+        noise_embeds=target.embed(block),
+        context_hidden_states=target.features(prompt[:, :-1], drafter.target_layer_ids),
+        position_ids=torch.arange(prompt.shape[1] - 1 + drafter.block_size, device=target.device)[None],
+    ).last_hidden_state
+    return target.logits(hidden[0, 1:]).float()
+
+
+def _for_decoding(layout: Layout, tensors: dict[str, Tensor], target: Target) -> Drafter:
+    """A drafter in the target's dtype and place. Its rotary embedding stays in fp32, which `Drafter.to(dtype)` would not do."""
+    drafter: Any = make_drafter(layout, {name: tensor.to(target.model.dtype) for name, tensor in tensors.items()})
+    return drafter.to(target.device)
+
+
+def _is_same(found: Tensor, expected: Tensor) -> bool:
+    """Dtype, shape and every bit."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (found, expected)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_COMPARED = {name for name, field in Layout.__dataclass_fields__.items() if field.compare}

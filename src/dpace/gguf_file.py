@@ -1,0 +1,228 @@
+"""A drafter and its target's GGUF file in, the drafter as a GGUF file for llama.cpp out; and back."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpace.layout import Layout, as_float32
+
+ARCHITECTURE = "dflash"
+_TYPES = {
+    torch.float32: gguf.GGMLQuantizationType.F32,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+_FILE_TYPES = {
+    torch.float32: gguf.LlamaFileType.ALL_F32,
+    torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+    torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+}
+_NAMES = {"fc": "fc", "hidden_norm": "enc.output_norm", "norm": "output_norm"}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def tensor_names(num_layers: int) -> dict[str, str]:
+    """This project's names of all tensors, and llama.cpp's. Nothing is permuted: the drafter's rotary embedding is NeoX's."""
+    names = dict(_NAMES)
+    for layer in range(num_layers):
+        names |= {f"layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in _LAYER_NAMES.items()}
+    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
+
+
+def write_gguf(path: str | Path, layout: Layout, tensors: dict[str, Tensor], *, target_gguf: str | Path) -> None:
+    """Write a drafter for llama.cpp.
+
+    Tensors are written in the dtype that they have.
+
+    Args:
+        path: of the new file.
+        layout: of the drafter.
+        tensors: its weights; matrices float32, float16 or bfloat16, vectors float32, which llama.cpp's norms need.
+        target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
+
+    Raises:
+        ValueError: a file of another model, or a rotary embedding that was never run in llama.cpp.
+    """
+    if layout.rope["rope_type"] != "default":
+        raise ValueError(
+            f"the drafter's rope_type is {layout.rope['rope_type']!r}; how llama.cpp's drafters scale positions was not "
+            "tested: export --to zlab and use llama.cpp's convert_hf_to_gguf.py"
+        )
+    target = _open(target_gguf)
+    tokens = target.fields.get("tokenizer.ggml.tokens")
+    theirs = {
+        "hidden_size": _value(target, f"{_value(target, 'general.architecture')}.embedding_length"),
+        "num_target_layers": _value(target, f"{_value(target, 'general.architecture')}.block_count"),
+        "vocab_size": len(tokens.data) if tokens else None,
+    }
+    for name, found in theirs.items():
+        if found != getattr(layout, name):
+            raise ValueError(
+                f"{target_gguf} has {name} {found} and the drafter's target {getattr(layout, name)}; name a GGUF file of the "
+                "target with --target-gguf"
+            )
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    for name, field in target.fields.items():
+        if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
+            _copy(writer, field)
+    _write_fields(writer, layout)
+    writer.add_file_type(_FILE_TYPES[tensors["fc.weight"].dtype])
+    for ours, name in tensor_names(layout.num_layers).items():
+        tensor = tensors[ours].detach().cpu().contiguous()
+        if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
+            data = tensor.view(torch.uint8).numpy()
+            writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=_TYPES[torch.bfloat16])
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    _finish(writer)
+
+
+def write_f16(source: str | Path, path: str | Path) -> None:
+    """Write a target's GGUF file again with matrices in f16 and vectors in f32.
+
+    Quantized matrices round a block and a token differently, so that any drafter changes the text; f16 and f32 do not.
+    """
+    reader = _open(source)
+    writer = gguf.GGUFWriter(path, _value(reader, "general.architecture"))
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            _copy(writer, field)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+    _finish(writer)
+
+
+def _copy(writer: gguf.GGUFWriter, field: gguf.ReaderField) -> None:
+    """Repeat a metadata field."""
+    sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+    writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_fields(writer: gguf.GGUFWriter, layout: Layout) -> None:
+    """Metadata; the target's layers are numbered by their input, so one more than here."""
+    for name, number in {
+        "block_count": layout.num_layers,
+        "context_length": layout.max_position_embeddings,
+        "embedding_length": layout.hidden_size,
+        "feed_forward_length": layout.intermediate_size,
+        "attention.head_count": layout.num_heads,
+        "attention.head_count_kv": layout.num_key_value_heads,
+        "attention.key_length": layout.head_dim,
+        "attention.value_length": layout.head_dim,
+        "block_size": layout.block_size,
+    }.items():
+        writer.add_uint32(f"{ARCHITECTURE}.{name}", number)
+    scales: dict[str, float] = {
+        "attention.layer_norm_rms_epsilon": layout.rms_norm_eps,
+        "rope.freq_base": layout.rope["rope_theta"],
+    }
+    if layout.embed_scale != 1:
+        scales["embedding_scale"] = layout.embed_scale
+    if layout.logit_scale != 1:
+        scales["logit_scale"] = layout.logit_scale
+    if layout.softcap is not None:
+        scales["final_logit_softcapping"] = layout.softcap
+    for name, value in scales.items():
+        writer.add_float32(f"{ARCHITECTURE}.{name}", value)
+    int32 = gguf.GGUFValueType.INT32
+    name = f"{ARCHITECTURE}.target_layers"
+    writer.add_key_value(name, layout.hidden_state_ids, gguf.GGUFValueType.ARRAY, int32)
+    writer.add_bool(f"{ARCHITECTURE}.attention.causal", False)
+    writer.add_uint32("tokenizer.ggml.mask_token_id", layout.mask_token_id)
+
+
+def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[Layout, dict[str, Tensor]]:
+    """Read a drafter's GGUF file; as `dpace.layout.read_folder`.
+
+    Raises:
+        ValueError: not a drafter's file, quantized weights, or the number of the target's layers is not given.
+    """
+    reader = _open(path)
+    architecture = _value(reader, "general.architecture")
+    if architecture != ARCHITECTURE:
+        raise ValueError(
+            f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}: not a DFlash drafter's file"
+        )
+    if num_target_layers is None:
+        raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
+    if _value(reader, f"{ARCHITECTURE}.attention.sliding_window", 0) or _value(
+        reader, f"{ARCHITECTURE}.attention.causal", False
+    ):
+        raise ValueError(f"{path} is a drafter with sliding or causal attention; dpace knows full attention only")
+
+    def get(name: str, default: Any = None) -> Any:
+        return _value(reader, f"{ARCHITECTURE}.{name}", default)
+
+    layout = Layout(
+        block_size=get("block_size"),
+        mask_token_id=_value(reader, "tokenizer.ggml.mask_token_id"),
+        target_layer_ids=tuple(index - 1 for index in get("target_layers")),
+        num_target_layers=num_target_layers,
+        vocab_size=len(_value(reader, "tokenizer.ggml.tokens")),
+        hidden_size=get("embedding_length"),
+        intermediate_size=get("feed_forward_length"),
+        num_layers=get("block_count"),
+        num_heads=get("attention.head_count"),
+        num_key_value_heads=get("attention.head_count_kv"),
+        head_dim=get("attention.key_length"),
+        rms_norm_eps=as_float32(get("attention.layer_norm_rms_epsilon")),
+        rope={"rope_type": "default", "rope_theta": as_float32(get("rope.freq_base"))},
+        max_position_embeddings=get("context_length"),
+        embed_scale=get("embedding_scale", 1.0),
+        logit_scale=get("logit_scale", 1.0),
+        softcap=get("final_logit_softcapping", 0.0) or None,
+    )
+    names = {theirs: ours for ours, theirs in tensor_names(layout.num_layers).items()}
+    return layout, {names.get(tensor.name, tensor.name): _weights(tensor) for tensor in reader.tensors}
+
+
+def _weights(tensor: Any) -> Tensor:
+    """A tensor of the file, bit for bit."""
+    dtypes = {kind: dtype for dtype, kind in _TYPES.items()}
+    if tensor.tensor_type not in dtypes:
+        raise ValueError(
+            f"{tensor.name} is quantized ({tensor.tensor_type.name}); take the drafter's f32, f16 or bf16 file instead"
+        )
+    dtype = dtypes[tensor.tensor_type]
+    data = torch.from_numpy(np.array(tensor.data))
+    shape = [int(size) for size in reversed(tensor.shape)]
+    return data.view(dtype).reshape(shape)
+
+
+def _open(path: str | Path) -> gguf.GGUFReader:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}; name a GGUF file")
+    return gguf.GGUFReader(path)
+
+
+def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
+    """A metadata value; without a default it must be there."""
+    field = reader.fields.get(name)
+    if field is None and default is None:
+        raise ValueError(f"the GGUF file has no {name}; it is not complete: write it again")
+    return default if field is None else field.contents()

@@ -1,0 +1,109 @@
+"""GGUF files and prompts in; what llama.cpp writes, accepts and needs in seconds out. It runs in a process of its own.
+
+Needs `pip install xllamacpp`, which has llama.cpp's server as a library. ggml ends the process where it meets something that it
+does not know, hence the process.
+"""
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Answer(NamedTuple):
+    """A response."""
+
+    token_ids: list[int]
+    """Without the prompt; the stop token is the last one."""
+    num_drafted: int
+    num_accepted: int
+    decode_seconds: float
+    """All tokens after the first."""
+
+
+def has_llamacpp() -> bool:
+    """Whether the package `xllamacpp` is installed."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def run_llamacpp(
+    target_gguf: str | Path,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    drafter_gguf: str | Path | None = None,
+    num_draft_tokens: int = 0,
+    num_threads: int = 1,
+) -> list[Answer]:
+    """Answer prompts greedily, one after the other, after a first answer that is not counted.
+
+    Args:
+        target_gguf: the target; in f32 or f16 its text does not depend on the drafter.
+        prompts: token ids.
+        max_new_tokens: longest response in tokens.
+        drafter_gguf: the drafter; plain decoding without it.
+        num_draft_tokens: draft tokens of a block, `block_size - 1`.
+        num_threads: more than one is slow where other programs want the cores too.
+
+    Raises:
+        ValueError: llama.cpp ended without an answer; its last lines are told.
+    """
+    request = {
+        "target": str(target_gguf),
+        "drafter": None if drafter_gguf is None else str(drafter_gguf),
+        "prompts": list(prompts),
+        "max_new_tokens": max_new_tokens,
+        "num_draft_tokens": num_draft_tokens,
+        "num_threads": num_threads,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "dpace.llamacpp", str(asked), str(answered)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not answered.exists():
+            said = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+            raise ValueError(f"llama.cpp ended with code {done.returncode}: {said}")
+        return [Answer(*answer) for answer in json.loads(answered.read_text())]
+
+
+def _serve(request: dict) -> list[Answer]:
+    xllamacpp: Any = importlib.import_module("xllamacpp")
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["target"]
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
+    params.warmup = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["num_threads"]
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if request["drafter"]:
+        kinds = xllamacpp.common_speculative_type
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
+        params.speculative.draft.mparams.path = request["drafter"]
+        params.speculative.draft.n_max = request["num_draft_tokens"]
+    server = xllamacpp.Server(params)
+    answers = []
+    for ids in [request["prompts"][0], *request["prompts"]]:
+        found = server.handle_completions(
+            {
+                "prompt": ids,
+                "temperature": 0,
+                "max_tokens": request["max_new_tokens"],
+                "cache_prompt": False,
+                "return_tokens": True,
+                "verbose": True,
+            }
+        )["__verbose"]
+        times = found["timings"]
+        drafted, accepted = times.get("draft_n", 0), times.get("draft_n_accepted", 0)
+        answers.append(Answer(found["tokens"], drafted, accepted, times["predicted_ms"] / 1000))
+    return answers[1:]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(_serve(json.loads(Path(sys.argv[1]).read_text()))))

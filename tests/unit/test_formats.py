@@ -1,0 +1,510 @@
+"""What is exported is the drafter, for each engine that runs here; what others wrote is taken over as it is."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+import dpace.demo
+import dpace.formats
+import dpace.modeling_dflash
+from dpace.benchmark import bench
+from dpace.cli import main
+from dpace.config import BenchConfig, DrafterConfig, Recipe
+from dpace.decode import generate, generate_plain
+from dpace.drafter import Drafter, load_drafter
+from dpace.formats import export, import_drafter, read_drafter
+from dpace.gguf_file import read_gguf
+from dpace.layout import Layout, read_folder
+from dpace.llamacpp import run_llamacpp
+from dpace.prompts import Prompt
+from dpace.target import Target
+from tests.conftest import EOS, make_drafter, make_target
+
+TO_READ = ["zlab", "speculators", "gguf"]
+quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+
+
+def write_target_gguf(target: Target, path: Path) -> Path:
+    """A Qwen3 target in f32 with a tokenizer of bare words."""
+    config, weights = target.config, target.model.state_dict()
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"w{i}" for i in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i < 4 else gguf.TokenType.NORMAL for i in range(config.vocab_size)]
+    )
+    writer.add_eos_token_id(EOS)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(2)
+    writer.add_add_bos_token(False)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for ours, theirs in dpace.gguf_file._LAYER_NAMES.items():
+        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(config.num_hidden_layers)}
+    for ours, theirs in names.items():
+        writer.add_tensor(f"{theirs}.weight", weights[f"{ours}.weight"].float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def target_gguf(language_target, tmp_path_factory) -> Path:
+    return write_target_gguf(language_target, tmp_path_factory.mktemp("gguf") / "target.gguf")
+
+
+@pytest.fixture(scope="session")
+def folder(language_drafter, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "drafter"
+    language_drafter.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(language_target, language_prompts) -> list[list[int]]:
+    return [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:54]]
+
+
+@pytest.fixture
+def do_export(language_target, folder, target_gguf, prompts, tmp_path):
+    def run(to, **options):
+        settings = {"output": tmp_path / to, "name": "tiny-dflash", "target_name": "some/target"}
+        settings |= {"target_gguf": target_gguf, "prompts": prompts, "max_new_tokens": 20}
+        return export(folder, language_target, to=to, **{**settings, **options})
+
+    return run
+
+
+def edit(folder: Path, path: Path, **changes) -> Path:
+    """A copy with another config; None removes a key."""
+    shutil.copytree(folder, path)
+    config = json.loads((path / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("to", TO_READ)
+def test_out_and_in_again_is_the_same_drafter(to, dtype, do_export, folder, language_folder, tmp_path):
+    done = do_export(to, dtype=dtype)
+    weights = read_folder(folder)[1]
+    assert done.num_tensors == len(weights) == 25 and done.acceptance.tau > 1.5
+    assert (done.rounding == 0) == (dtype is None) and done.rounding < 0.01
+    again = import_drafter(done.path, tmp_path / "again", target=str(language_folder))
+    files = load_file(tmp_path / "again" / "model.safetensors")
+    for name, tensor in weights.items():
+        is_fp32 = dtype is None or (to == "gguf" and tensor.dim() == 1)
+        expected = tensor if is_fp32 else tensor.to(dtype)
+        assert files[name].dtype == expected.dtype and torch.equal(files[name], expected), name
+    assert Layout.of(again) == read_folder(folder)[0]
+
+
+def test_save_is_export(do_export, folder):
+    for to in ("zlab", "sglang", "vllm"):
+        path = do_export(to).path
+        for name in ("model.safetensors", "modeling_dflash.py"):
+            assert (path / name).read_bytes() == (folder / name).read_bytes()
+        configs = [json.loads((where / "config.json").read_text()) for where in (path, folder)]
+        assert configs[0] == configs[1]
+
+
+def test_each_engine_is_told_in_its_own_counting(do_export, language_drafter):
+    ids = language_drafter.target_layer_ids
+    config = json.loads((do_export("zlab").path / "config.json").read_text())
+    assert config["dflash_config"]["target_layer_ids"] == config["target_layer_ids"] == ids
+    assert config["block_size"] == 6 and config["auto_map"]["AutoModel"] == "modeling_dflash.DFlashDraftModel"
+    config = json.loads((do_export("speculators").path / "config.json").read_text())
+    assert config["aux_hidden_state_layer_ids"] == [i + 1 for i in ids]
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "some/target"
+    assert config["sliding_window_non_causal"] is True
+    assert config["transformer_layer_config"]["head_dim"] == 16
+    fields = gguf.GGUFReader(do_export("gguf").path).fields
+    assert fields["dflash.target_layers"].contents() == [i + 1 for i in ids]
+    assert fields["dflash.block_size"].contents() == 6 and fields["dflash.attention.causal"].contents() is False
+    assert fields["tokenizer.ggml.mask_token_id"].contents() == language_drafter.mask_token_id
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == EOS
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 64
+
+
+def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch):
+    right = dpace.formats.speculators_config
+
+    def shifted(layout, **options):
+        config = right(layout, **options)
+        return config | {"aux_hidden_state_layer_ids": list(layout.target_layer_ids)}
+
+    monkeypatch.setattr(dpace.formats, "speculators_config", shifted)
+    with pytest.raises(ValueError, match="does not read back as it was written .target_layer_ids"):
+        do_export("speculators")
+    monkeypatch.setattr(
+        dpace.formats,
+        "save_file",
+        lambda tensors, path, **_: save_file({**tensors, "norm.weight": tensors["norm.weight"] * 2}, path),
+    )
+    monkeypatch.setattr(dpace.formats, "speculators_config", right)
+    with pytest.raises(ValueError, match="norm.weight"):
+        do_export("speculators")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target_layer_ids": (1, 5)}, "output of layer 5 is normalized"),
+        ({"target_layer_ids": (3, 1)}, "vLLM sorts them"),
+        ({"target_layer_ids": (1, 1)}, "ascending ids, each once"),
+        ({"block_size": 1}, "nothing to draft"),
+        ({"mask_token_id": 64}, "outside the target's embedding"),
+    ],
+)
+def test_what_no_engine_can_serve_is_refused(changes, reason, folder):
+    layout = Layout(**{**vars(read_folder(folder)[0]), **changes})
+    with pytest.raises(ValueError, match=reason):
+        layout.check()
+
+
+def test_other_spellings_are_read(folder, tmp_path):
+    expected, weights = read_folder(folder)
+    ids, mask = list(expected.target_layer_ids), expected.mask_token_id
+    nested = {"block_size": 6, "target_layer_ids": ids, "mask_token_id": mask}
+    no_top = {"block_size": None, "target_layer_ids": None, "mask_token_id": None}
+    old_rope = {"rope_parameters": None, "rope_scaling": None, "rope_theta": expected.rope["rope_theta"]}
+    for number, changes in enumerate(
+        [
+            {"dflash_config": nested, **no_top},
+            {"dflash_config": None},
+            old_rope,
+            {"is_causal": None, "rope_theta": None},
+        ]
+    ):
+        assert read_folder(edit(folder, tmp_path / str(number), **changes))[0] == expected
+    for number, rename in enumerate(
+        [
+            lambda name: f"model.{name}",
+            lambda name: {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}.get(
+                name, name
+            ),
+        ]
+    ):
+        other = edit(folder, tmp_path / f"names{number}")
+        save_file({rename(name): tensor for name, tensor in weights.items()}, other / "model.safetensors")
+        again = import_drafter(other, tmp_path / f"again{number}")
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+
+
+def test_scaled_rope_and_scales_survive(tmp_path):
+    for family in ("llama3.1", "gemma2"):
+        drafter = make_drafter(make_target(family))
+        drafter.save_pretrained(tmp_path / family)
+        again = read_drafter(tmp_path / family)
+        assert Layout.of(again) == Layout.of(drafter)
+        ids = torch.arange(12)[None]
+        assert torch.equal(*(torch.stack(d.rotary_emb(torch.zeros(1), ids)) for d in (drafter, again)))
+    assert Layout.of(again).embed_scale > 1 and Layout.of(again).softcap
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dflash_config": {"block_size": 8}}, "block_size is 8 in dflash_config and 6 at the top level"),
+        ({"rope_theta": 1.0}, "rope_theta is .* make them equal"),
+        ({"rope_theta": None, "rope_parameters": None}, "no rope_theta; engines would silently take 10000"),
+        ({"head_dim": None}, "no head_dim"),
+        ({"architectures": ["DFlash2DraftModel"]}, "DFlash2"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "only full attention"),
+        ({"is_causal": True}, "only full attention"),
+        ({"dflash_config": {"causal": True}}, "dflash_config.causal"),
+        ({"num_hidden_layers": 3}, "missing .*layers.2"),
+        ({"intermediate_size": 32}, "shape"),
+    ],
+)
+def test_what_is_not_known_is_not_taken_over(changes, reason, folder, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        read_drafter(edit(folder, tmp_path / "x", **changes))
+
+
+def test_embeddings_of_its_own_and_missing_folders_are_refused(folder, tmp_path):
+    own = edit(folder, tmp_path / "own")
+    weights = load_file(own / "model.safetensors")
+    save_file({**weights, "embed_tokens.weight": torch.zeros(64, 48)}, own / "model.safetensors")
+    with pytest.raises(ValueError, match="unknown .'embed_tokens.weight'"):
+        import_drafter(own, tmp_path / "out")
+    with pytest.raises(ValueError, match="no drafter's folder"):
+        import_drafter(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="own folder"):
+        import_drafter(own, own)
+
+
+def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, target_gguf, tmp_path):
+    with pytest.raises(ValueError, match="--target-gguf"):
+        do_export("gguf", target_gguf=None)
+    with pytest.raises(ValueError, match="there is no file"):
+        do_export("gguf", target_gguf=tmp_path / "nothing.gguf")
+    other = write_target_gguf(
+        make_target("qwen3", num_hidden_layers=5, layer_types=["full_attention"] * 5), tmp_path / "other.gguf"
+    )
+    with pytest.raises(ValueError, match="num_target_layers 5 and the drafter's target 6"):
+        do_export("gguf", target_gguf=other)
+    with pytest.raises(ValueError, match="architecture 'qwen3'"):
+        import_drafter(target_gguf, tmp_path / "out", target=str(language_folder))
+    path = do_export("gguf").path
+    with pytest.raises(ValueError, match="--target"):
+        import_drafter(path, tmp_path / "out")
+    data = gguf.quants.quantize(np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    tensor = type("Tensor", (), {"name": "fc.weight", "tensor_type": gguf.GGMLQuantizationType.Q8_0, "data": data})
+    with pytest.raises(ValueError, match="quantized .Q8_0"):
+        dpace.gguf_file._weights(tensor)
+    rope = {**read_gguf(path, num_target_layers=6)[0].rope, "rope_type": "llama3"}
+    layout = Layout(**{**vars(read_gguf(path, num_target_layers=6)[0]), "rope": rope})
+    with pytest.raises(ValueError, match="rope_type is 'llama3'"):
+        dpace.gguf_file.write_gguf(tmp_path / "x.gguf", layout, {}, target_gguf=target_gguf)
+
+
+def transformers_steps(target: Target, assistant, token_ids: list[int]) -> tuple[list[int], int]:
+    """Text and verifications of transformers' own DFlash generation."""
+    calls = []
+    hook = target.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        inputs = torch.tensor([token_ids])
+        output = target.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            assistant_model=assistant,
+            speculation_type="dflash",
+            do_sample=False,
+            max_new_tokens=32,
+        )
+    finally:
+        hook.remove()
+    return output[0, len(token_ids) :].tolist(), len(calls) - 1
+
+
+@pytest.fixture
+def shifted_steps(language_target, folder, prompts, tmp_path):
+    """Verifications with the drafter told to read the neighbouring layers."""
+
+    def steps(offset: int) -> int:
+        ids = [i + offset for i in read_folder(folder)[0].target_layer_ids]
+        named = {"dflash_config": {"target_layer_ids": ids}, "target_layer_ids": ids}
+        path = edit(folder, tmp_path / f"shifted{offset}", **named)
+        drafter = load_drafter(path, language_target)
+        return sum(len(generate(language_target, drafter, p, max_new_tokens=32, width="full").widths) for p in prompts)
+
+    return steps
+
+
+@quiet
+def test_transformers_decodes_with_the_exported_folder_as_we_do(
+    do_export, language_target, language_drafter, prompts, shifted_steps, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assistant = AutoModel.from_pretrained(do_export("zlab").path, trust_remote_code=True).eval()
+    assert "dpace" not in type(assistant).__module__
+    num_steps = 0
+    for token_ids in prompts:
+        ours = generate(language_target, language_drafter, token_ids, max_new_tokens=32, width="full")
+        text, steps = transformers_steps(language_target, assistant, token_ids)
+        assert text == ours.token_ids and steps == len(ours.accepted_lengths)
+        num_steps += steps
+    assert num_steps not in (shifted_steps(-1), shifted_steps(1))
+
+
+def test_the_bundled_module_needs_torch_and_transformers_only():
+    source = Path(dpace.modeling_dflash.__file__).read_text()
+    imported = re.findall(r"^\s*(?:from|import) (\w+)", source, flags=re.MULTILINE)
+    assert set(imported) == {"collections", "typing", "torch", "transformers"}
+
+
+@quiet
+def test_zlabs_class_and_loop_take_the_folder(do_export, language_target, language_drafter, prompts):
+    zlab = pytest.importorskip("dflash.model")
+    theirs, info = zlab.DFlashDraftModel.from_pretrained(do_export("zlab").path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for token_ids in prompts:
+        ours = generate(language_target, language_drafter, token_ids, max_new_tokens=32, width="full")
+        found = zlab.dflash_generate(theirs.eval(), language_target.model, torch.tensor([token_ids]), 32, [EOS], 0.0)
+        assert found[0, len(token_ids) :].tolist() == ours.token_ids
+
+
+def llamacpp_counts(target_gguf: Path, path: Path, prompts) -> list[tuple[list[int], int]]:
+    options = {"drafter_gguf": path, "num_draft_tokens": 5}
+    answers = run_llamacpp(target_gguf, prompts, max_new_tokens=32, **options)
+    return [(answer.token_ids, answer.num_accepted) for answer in answers]
+
+
+def our_counts(target: Target, drafter: Drafter, prompts) -> list[tuple[list[int], int]]:
+    done = [generate(target, drafter, token_ids, max_new_tokens=32, width="full") for token_ids in prompts]
+    return [(out.token_ids, sum(out.accepted_lengths)) for out in done]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_llamacpp_accepts_as_we_do(dtype, do_export, language_target, target_gguf, prompts):
+    pytest.importorskip("xllamacpp")
+    path = do_export("gguf", dtype=dtype).path
+    drafter = load_drafter(do_export("zlab", dtype=dtype).path, language_target)
+    assert llamacpp_counts(target_gguf, path, prompts) == our_counts(language_target, drafter, prompts)
+
+
+def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
+    """Neighbouring layers change what is accepted, in llama.cpp as here: the numbering is the same one."""
+    pytest.importorskip("xllamacpp")
+    layout, weights = read_folder(folder)
+    accepted = []
+    for offset in (-1, 0, 1):
+        shifted = replace(layout, target_layer_ids=tuple(i + offset for i in layout.target_layer_ids))
+        path = tmp_path / f"{offset}.gguf"
+        dpace.gguf_file.write_gguf(path, shifted, weights, target_gguf=target_gguf)
+        found = llamacpp_counts(target_gguf, path, prompts)
+        ours = our_counts(language_target, dpace.layout.make_drafter(shifted, weights), prompts)
+        for (text, count), (expected_text, expected_count) in zip(found, ours, strict=True):
+            assert text == expected_text and abs(count - expected_count) <= 1  # a near tie may fall the other way
+        accepted.append(sum(count for _, count in found))
+    assert min(abs(accepted[1] - accepted[0]), abs(accepted[1] - accepted[2])) > len(prompts)
+
+
+def test_llamacpp_refuses_in_one_line(do_export, target_gguf, prompts, tmp_path):
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="llama.cpp ended with code"):
+        run_llamacpp(
+            target_gguf, prompts[:1], max_new_tokens=4, drafter_gguf=tmp_path / "broken.gguf", num_draft_tokens=5
+        )
+
+
+def test_the_card_has_measured_rows_of_these_weights_only(
+    do_export, language_target, language_drafter, folder, tmp_path
+):
+    source = tmp_path / "run" / "drafter"
+    shutil.copytree(folder, source)
+    (source / "recipe.yaml").write_text("target: some/target\nloss:\n  objective: dpace\n")
+    asked = [Prompt(str(i), "language", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(4)]
+    config = BenchConfig(max_new_tokens=12, temperatures=(0.0,), widths=("full",))
+    other = make_drafter(language_target, block_size=6)
+    results = bench(language_target, {"mine": language_drafter, "other": other}, asked, config, source.parent)
+    path = export(
+        source,
+        language_target,
+        to="zlab",
+        output=tmp_path / "card",
+        name="me/tiny-DFlash",
+        target_name="some/target",
+        license="mit",
+    ).path
+    card = (path / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert (
+        front["base_model"] == "some/target" and front["license"] == "mit" and front["library_name"] == "transformers"
+    )
+    assert "dflash" in front["tags"] and "vllm" in front["tags"]
+    rows = re.findall(r"^\| language .*$", text, flags=re.MULTILINE)
+    assert len(rows) == 1 and f"{results['rows'][0]['tau']:.2f} [" in rows[0]
+    assert "objective: dpace" in text and '"num_speculative_tokens": 5' in text and "not run by us" in text
+    assert str(tmp_path) not in card
+    path = export(
+        source,
+        language_target,
+        to="zlab",
+        output=tmp_path / "other",
+        name="x",
+        target_name="some/target",
+        dtype=torch.float16,
+    ).path
+    assert "float16" in (path / "README.md").read_text()
+
+
+@quiet
+def test_the_cards_transformers_commands_run(language_folder, folder, language_target, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = export(
+        folder,
+        language_target,
+        to="zlab",
+        output=tmp_path / "out",
+        name=str(tmp_path / "out"),
+        target_name="some/target",
+    ).path
+    (code,) = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(), flags=re.DOTALL)
+    code = code.replace("some/target", str(language_folder)).replace('"..."', '"w3 w51"').replace("=256", "=20")
+    exec(compile(code, "README.md", "exec"), {})
+    ids = language_target.tokenizer("ask w3 w51 answer")["input_ids"]
+    plain = generate_plain(language_target, ids, max_new_tokens=20).token_ids
+    expected = language_target.tokenizer.decode(plain, skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_path, capsys, monkeypatch):
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[50:52]))
+    out = tmp_path / "tiny-dflash-gguf"
+    flags = [str(folder), "--target", str(language_folder), "--prompts", str(asked), "--max-new-tokens", "12"]
+    flags += ["--to", "gguf", "--output", str(out), "--dtype", "float16"]
+    assert main(["export", *flags]) == 1
+    assert "--target-gguf" in capsys.readouterr().err
+    uploads = []
+
+    class Api:
+        def create_repo(self, repo, exist_ok):
+            uploads.append(repo)
+            return f"https://example.org/{repo}"
+
+        def upload_folder(self, folder_path, repo_id, commit_message):
+            uploads.append(sorted(path.name for path in Path(folder_path).iterdir()))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert main(["export", *flags, "--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]) == 0
+    printed = capsys.readouterr().out
+    assert "25 of 25 tensors read back bit for bit; rounded by at most" in printed
+    assert "equal on 2 of 2 prompts" in printed and "uploaded: https://example.org/me/tiny-dflash" in printed
+    (written,) = out.glob("dflash-*-float16.gguf")
+    assert uploads == ["me/tiny-dflash", ["README.md", written.name]]
+    assert f"-md {written.name} --spec-type draft-dflash --spec-draft-n-max 5" in (out / "README.md").read_text()
+    again = tmp_path / "again"
+    assert main(["import", str(written), "--output", str(again), "--target", str(language_folder)]) == 0
+    assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
+    assert main(["import", str(tmp_path / "nothing"), "--output", str(again)]) == 1
+    assert "no drafter's folder" in capsys.readouterr().err
+
+
+def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):
+    asked = [Prompt(t, "language", [[{"role": "user", "content": t}]]) for t in language_prompts[50:54]]
+    bench_config = BenchConfig(num_prompts=2, max_new_tokens=20)
+    recipe = Recipe(target="tiny", drafter=DrafterConfig(block_size=6), bench=bench_config)
+    arguments = (language_target, folder, asked, recipe)
+    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
+    assert dpace.demo.serve_in_llamacpp(*arguments) is None  # this GGUF file is not this target's
+    monkeypatch.setattr(dpace.demo, "TARGET_ID", "tiny")
+    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: None)
+    assert dpace.demo.serve_in_llamacpp(*arguments) is None
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
+    served = dpace.demo.serve_in_llamacpp(*arguments)
+    assert served["num_same_text"] == served["num_responses"] == 2
+    assert served["tokens_per_second"] > 0 and served["plain_tokens_per_second"] > 0
+    (line,) = dpace.demo.summary({"rows": [], "llamacpp": served})[1:]
+    assert line.startswith("language: llama.cpp (f16") and line.endswith("2 of 2 texts equal")
