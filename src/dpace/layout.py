@@ -49,8 +49,8 @@ class Layout:
     logit_scale: float = 1.0
     softcap: float | None = None
     """Logits x become softcap * tanh(x / softcap)."""
-    confidence_temperature: float = field(default=1.0, compare=False)
-    """Of this project alone, see `Drafter.confidence_temperature`."""
+    record: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The config's `dpace`, of this project alone: `Drafter.confidence_temperature` and what `dpace train` writes down."""
     special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
     """Begin, end and padding, where the config has them; no engine takes them from the drafter."""
 
@@ -102,7 +102,7 @@ class Layout:
             embed_scale=config.get("input_embedding_scale", 1.0),
             logit_scale=config.get("output_multiplier", 1.0),
             softcap=config.get("final_logit_softcapping"),
-            confidence_temperature=(config.get("dpace") or {}).get("confidence_temperature", 1.0),
+            record=dict(config.get("dpace") or {}),
             special_token_ids={name: config[name] for name in SPECIAL_TOKENS if name in config},
         )
 
@@ -113,8 +113,8 @@ class Layout:
         extra = {name: scale for name, scale in extra.items() if scale != 1}
         if self.softcap is not None:
             extra["final_logit_softcapping"] = self.softcap
-        if self.confidence_temperature != 1:
-            extra["dpace"] = {"confidence_temperature": self.confidence_temperature}
+        if self.record:
+            extra["dpace"] = self.record
         return Qwen3Config(
             **self.special_token_ids,
             vocab_size=self.vocab_size,
