@@ -23,7 +23,7 @@ from dpace.target import Target
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}
 SCALES = ("final_logit_softcapping", "input_embedding_scale", "output_multiplier")
 MAX_MATRIX_RMS = 1.0
-"""Root mean square of a matrix's entries; trained ones have 0.01 to 0.2."""
+"""Root mean square of a matrix's entries; 0.02 when training starts, and little more after a short one."""
 MAX_NORM_RMS = 1000.0
 """The same for the weights of a norm, which start near 1 and may grow much."""
 MAX_RESPONSES = 8
