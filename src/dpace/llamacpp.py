@@ -4,6 +4,7 @@ Needs `pip install xllamacpp`, which has llama.cpp's server as a library. ggml e
 does not know, hence the process.
 """
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
@@ -72,8 +73,7 @@ def run_llamacpp(
 
 
 def _serve(request: dict) -> list[Answer]:
-    import xllamacpp  # pyright: ignore[reportMissingImports]
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
     params.model.path = request["target"]
     params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
