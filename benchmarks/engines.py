@@ -7,13 +7,15 @@
     python benchmarks/engines.py TARGET DRAFTER --gguf TARGET.gguf --vllm-python /tmp/vllm/bin/python --speculators-python /tmp/spec/bin/python
 
 Everything is exported by `dpace.formats.export` first. tau is the number of tokens after the first over the number of verifications,
-pooled over prompts; ours verifies whole blocks, as the others do. Seconds are those of a call less those of a call for one token.
+pooled over prompts; ours verifies whole blocks, as the others do. Seconds are those of a call less those of a call for one token, the
+smallest of all rounds for each prompt, after a call that is not counted.
 llama.cpp has an f16 target and as many threads as torch; vLLM and the others are in fp32.
 """
 
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -49,7 +51,7 @@ class Run:
 
     texts: list[list[int]]
     seconds: list[float]
-    """Of decoding all tokens but the first."""
+    """Of decoding all tokens but the first; the smallest of all rounds."""
     steps: list[int]
     """Verifications; 0 for plain decoding."""
 
@@ -73,6 +75,7 @@ class Job:
     drafter: Drafter
     prompts: list[list[int]]
     max_new_tokens: int
+    rounds: int
     folders: dict[Format, Path]
     """What was exported."""
     f16: Path | None
@@ -83,23 +86,19 @@ Row = tuple[str, str, Run | None, Run | None]
 """Engine, version, plain, with the drafter; a text in place of the version where there is nothing to measure."""
 
 
-def run_ours(job: Job) -> Row:
+def run_ours(job: Job) -> list[Row]:
     def run(decode: Callable) -> Run:
-        done = [decode(ids) for ids in job.prompts]
-        steps = [len(out.accepted_lengths) for out in done]
-        return Run([out.token_ids for out in done], [out.decode_seconds for out in done], steps)
+        decode(job.prompts[0])
+        done = [[decode(ids) for _ in range(job.rounds)] for ids in job.prompts]
+        seconds = [min(out.decode_seconds for out in rounds) for rounds in done]
+        return Run([out[0].token_ids for out in done], seconds, [len(out[0].accepted_lengths) for out in done])
 
     options = {"max_new_tokens": job.max_new_tokens}
     plain = run(lambda ids: generate_plain(job.target, ids, **options))
-    ours = run(lambda ids: generate(job.target, job.drafter, ids, width="full", **options))
-    return "dpace, width full", dpace.__version__, plain, ours
-
-
-def run_auto(job: Job) -> Row:
-    done = [generate(job.target, job.drafter, ids, max_new_tokens=job.max_new_tokens) for ids in job.prompts]
-    steps = [len(out.accepted_lengths) for out in done]
-    run = Run([out.token_ids for out in done], [out.decode_seconds for out in done], steps)
-    return "dpace, width auto", dpace.__version__, None, run
+    full = run(lambda ids: generate(job.target, job.drafter, ids, width="full", **options))
+    auto = run(lambda ids: generate(job.target, job.drafter, ids, **options))
+    version = dpace.__version__
+    return [("dpace, width full", version, plain, full), ("dpace, width auto", version, plain, auto)]
 
 
 def timed(job: Job, decode: Callable[[list[int], int], list[int]], *, counts_steps: bool) -> Run:
@@ -110,12 +109,16 @@ def timed(job: Job, decode: Callable[[list[int], int], list[int]], *, counts_ste
     try:
         decode(job.prompts[0], job.max_new_tokens)
         for ids in job.prompts:
-            start = time.perf_counter()
-            decode(ids, 1)
-            middle = time.perf_counter()
-            calls.clear()
-            run.texts.append(decode(ids, job.max_new_tokens))
-            run.seconds.append(time.perf_counter() - middle - (middle - start))
+            seconds, text = [], []
+            for _ in range(job.rounds):
+                start = time.perf_counter()
+                decode(ids, 1)
+                middle = time.perf_counter()
+                calls.clear()
+                text = decode(ids, job.max_new_tokens)
+                seconds.append(time.perf_counter() - middle - (middle - start))
+            run.texts.append(text)
+            run.seconds.append(min(seconds))
             run.steps.append(len(calls) - 1 if counts_steps else 0)
     finally:
         hook.remove()
@@ -162,9 +165,11 @@ def run_gguf(job: Job, num_threads: int) -> Row:
     drafter = {"drafter_gguf": job.folders["gguf"], "num_draft_tokens": job.drafter.block_size - 1}
     runs = []
     for extra in ({}, drafter):
-        answers = run_llamacpp(job.f16, job.prompts, **options, **extra)
+        every = run_llamacpp(job.f16, job.prompts * job.rounds, **options, **extra)
+        answers = every[: len(job.prompts)]
+        seconds = [min(a.decode_seconds for a in every[i :: len(job.prompts)]) for i in range(len(job.prompts))]
         steps = [len(a.token_ids) - 1 - a.num_accepted if extra else 0 for a in answers]
-        runs.append(Run([a.token_ids for a in answers], [a.decode_seconds for a in answers], steps))
+        runs.append(Run([a.token_ids for a in answers], seconds, steps))
     return "llama.cpp, f16", f"xllamacpp {importlib.metadata.version('xllamacpp')}", runs[0], runs[1]
 
 
@@ -175,12 +180,15 @@ def call_child(python: str, engine: str, job: Job, drafter: Path | None) -> dict
         "drafter": str(drafter) if drafter else None,
         "prompts": job.prompts,
         "max_new_tokens": job.max_new_tokens,
+        "rounds": job.rounds,
         "num_draft_tokens": job.drafter.block_size - 1,
     }
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request))
-        done = subprocess.run([python, CHILD, engine, asked, answered], capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [python, CHILD, engine, asked, answered]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             return {"error": "failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1][:120]}
         return json.loads(answered.read_text())
@@ -254,6 +262,7 @@ def main() -> None:
     parser.add_argument("--speculators-python", help="of an environment with speculators")
     parser.add_argument("--prompts", type=int, default=2, help="of each set")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     target = Target.load(options.target)
     drafter = load_drafter(options.drafter, target)
@@ -269,8 +278,8 @@ def main() -> None:
         f16 = Path(folder) / "f16.gguf" if options.gguf else None
         if f16:
             write_f16(options.gguf, f16)
-        job = Job(target, target_name, drafter, prompts, options.tokens, folders, f16)
-        rows = [run_ours(job), run_auto(job), run_transformers(job), run_zlab(job)]
+        job = Job(target, target_name, drafter, prompts, options.tokens, options.rounds, folders, f16)
+        rows = [*run_ours(job), run_transformers(job), run_zlab(job)]
         rows.append(run_gguf(job, torch.get_num_threads()))
         rows += run_vllm(job, options.vllm_python)
         rows.append(run_speculators(job, options.speculators_python))

@@ -73,8 +73,7 @@ def run_llamacpp(
 
 
 def _serve(request: dict) -> list[Answer]:
-    xllamacpp: Any = importlib.import_module("xllamacpp")
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
     params.model.path = request["target"]
     params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
