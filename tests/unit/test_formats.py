@@ -429,7 +429,12 @@ def test_the_card_has_measured_rows_of_these_weights_only(
     assert "dflash" in front["tags"] and "vllm" in front["tags"]
     rows = re.findall(r"^\| language .*$", text, flags=re.MULTILINE)
     assert len(rows) == 1 and f"{results['rows'][0]['tau']:.2f} [" in rows[0]
-    assert "objective: dpace" in text and '"num_speculative_tokens": 5' in text and "not run by us" in text
+    assert (
+        "objective `dpace` ([D-PACE]" in text
+        and "rounded from" not in text
+        and '"num_speculative_tokens": 5' in text
+        and "not run by us" in text
+    )
     assert str(tmp_path) not in card
     path = export(
         source,
@@ -440,7 +445,7 @@ def test_the_card_has_measured_rows_of_these_weights_only(
         target_name="some/target",
         dtype=torch.float16,
     ).path
-    assert "float16" in (path / "README.md").read_text()
+    assert "float16, rounded from those that were measured" in (path / "README.md").read_text()
 
 
 @quiet
