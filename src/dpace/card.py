@@ -12,7 +12,7 @@ from dpace.config import Format
 from dpace.drafter import Drafter
 from dpace.layout import Layout
 
-TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency", "d-pace"]
+TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
 
 VLLM = """**vLLM**
@@ -104,9 +104,9 @@ def write_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {Path(name).name}",
         f"A DFlash drafter for `{shown}`. It is not a model of its own: it proposes tokens, the target keeps those that it would "
-        "have written itself. Trained with [D-PACE](https://arxiv.org/abs/2605.18810) by dpace.",
+        "have written itself.",
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        *_results(source, drafter),
+        *_results(source, drafter, facts["weights"]),
         "## How to serve it",
         *(text.format(**names, file=path.name).rstrip() for text in commands),
         *_recipe(source),
@@ -115,7 +115,7 @@ def write_card(
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _results(source: Path, drafter: Drafter) -> list[str]:
+def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
     """Measured rows whose weights are this drafter's."""
     path = source.parent / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -135,6 +135,8 @@ def _results(source: Path, drafter: Drafter) -> list[str]:
         f"{results['max_new_tokens']} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a second "
         "over plain decoding of the same prompts. In brackets: 95 % intervals over prompts."
     )
+    if dtype != results["dtype"]:
+        measured += f" The weights here are {dtype}, rounded from those that were measured."
     head = "| set | T | width | tau | decode_speedup | same text |\n|---|---|---|---|---|---|"
     return ["## Results", measured, "\n".join([head, *lines])]
 
@@ -151,4 +153,8 @@ def _recipe(source: Path) -> list[str]:
         return []
     recipe = yaml.safe_load(path.read_text())
     kept = {name: recipe[name] for name in ("respond", "drafter", "loss", "train") if name in recipe}
-    return ["## Recipe", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]
+    objective = recipe.get("loss", {}).get("objective")
+    said = f"Trained by dpace, objective `{objective}`"
+    if objective == "dpace":
+        said += " ([D-PACE](https://arxiv.org/abs/2605.18810))"
+    return ["## Recipe", f"{said}.", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]

@@ -429,7 +429,12 @@ def test_the_card_has_measured_rows_of_these_weights_only(
     assert "dflash" in front["tags"] and "vllm" in front["tags"]
     rows = re.findall(r"^\| language .*$", text, flags=re.MULTILINE)
     assert len(rows) == 1 and f"{results['rows'][0]['tau']:.2f} [" in rows[0]
-    assert "objective: dpace" in text and '"num_speculative_tokens": 5' in text and "not run by us" in text
+    assert (
+        "objective `dpace` ([D-PACE]" in text
+        and "rounded from" not in text
+        and '"num_speculative_tokens": 5' in text
+        and "not run by us" in text
+    )
     assert str(tmp_path) not in card
     path = export(
         source,
@@ -440,7 +445,7 @@ def test_the_card_has_measured_rows_of_these_weights_only(
         target_name="some/target",
         dtype=torch.float16,
     ).path
-    assert "float16" in (path / "README.md").read_text()
+    assert "float16, rounded from those that were measured" in (path / "README.md").read_text()
 
 
 @quiet
@@ -497,19 +502,18 @@ def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_p
 
 
 def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):
-    asked = [Prompt(t, "language", [[{"role": "user", "content": t}]]) for t in language_prompts[50:54]]
-    bench_config = BenchConfig(num_prompts=2, max_new_tokens=20)
-    recipe = Recipe(target="tiny", drafter=DrafterConfig(block_size=6), bench=bench_config)
+    asked = [Prompt(t, "language", [[{"role": "user", "content": t}]]) for t in language_prompts[50:56]]
+    recipe = Recipe(target="tiny", drafter=DrafterConfig(block_size=6), bench=BenchConfig(max_new_tokens=20))
     arguments = (language_target, folder, asked, recipe)
     monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
-    assert dpace.demo.serve_in_llamacpp(*arguments) is None  # this GGUF file is not this target's
+    assert dpace.demo.serve_in_llamacpp(*arguments) == []  # this GGUF file is not this target's
     monkeypatch.setattr(dpace.demo, "TARGET_ID", "tiny")
     monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: None)
-    assert dpace.demo.serve_in_llamacpp(*arguments) is None
+    assert dpace.demo.serve_in_llamacpp(*arguments) == []
     pytest.importorskip("xllamacpp")
     monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
-    served = dpace.demo.serve_in_llamacpp(*arguments)
-    assert served["num_same_text"] == served["num_responses"] == 2
+    (served,) = dpace.demo.serve_in_llamacpp(*arguments)
+    assert served["num_same_text"] == served["num_responses"] == 3
     assert served["tokens_per_second"] > 0 and served["plain_tokens_per_second"] > 0
-    (line,) = dpace.demo.summary({"rows": [], "llamacpp": served})[1:]
-    assert line.startswith("language: llama.cpp (f16") and line.endswith("2 of 2 texts equal")
+    (line,) = dpace.demo.summary({"rows": [], "llamacpp": [served]})[1:]
+    assert line.startswith("language: in llama.cpp (f16") and line.endswith("3 of 3 texts equal")
