@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from dpace.decode import generate, generate_plain, speculative_steps
 from dpace.drafter import Drafter, load_drafter
 from dpace.gguf_file import write_f16
+from dpace.llamacpp import answer, make_server
 from dpace.pace import Pace, measure_costs
 from dpace.packing import pack_linears
 from dpace.progress import progress_bar
@@ -107,18 +108,9 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
 
 def _serve_llamacpp(path: str, num_threads: int, pipe) -> None:
     """llama.cpp's plain decoding, f16, in a process of its own: its threads slow torch's down when they share one."""
-    import xllamacpp  # pyright: ignore[reportMissingImports]
-
-    params = xllamacpp.CommonParams()
-    params.model.path = path
-    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 2048, 1, 0, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
-    server = xllamacpp.Server(params)
+    server = make_server(path, num_threads=num_threads)
     while True:
-        ids, count = pipe.recv()
-        request = {"prompt": ids, "temperature": 0, "max_tokens": count, "cache_prompt": False}
-        answer = server.handle_completions({**request, "return_tokens": True, "verbose": True})
-        pipe.send(answer["__verbose"]["tokens"])
+        pipe.send(answer(server, *pipe.recv()).token_ids)
 
 
 def llamacpp_way(path: Path, num_threads: int) -> Way:

@@ -19,7 +19,7 @@ from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
 from dpace.predict import predict
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, first_of_each_set, read_jsonl
+from dpace.prompts import Prompt, cut_unfinished, first_of_each_set, read_jsonl
 from dpace.report import acceptance_of
 from dpace.responses import encode_chat
 from dpace.stream import TextPieces
@@ -197,8 +197,7 @@ class Records:
     def __init__(self, path: Path, meta: dict):
         self.path, self.is_warm, self.rows = path, False, []
         if path.exists():
-            data = path.read_bytes()
-            path.write_bytes(data[: data.rfind(b"\n") + 1])
+            cut_unfinished(path)
             lines = [row for _, row in read_jsonl(path)]
             if lines and lines[0] == meta:
                 self.rows = lines[1:]

@@ -8,9 +8,10 @@ import torch
 import yaml
 
 from dpace.benchmark import fingerprint
-from dpace.config import Format
+from dpace.config import Engine, Format
 from dpace.drafter import Drafter
-from dpace.layout import Layout
+from dpace.layout import Layout, serve_command
+from dpace.report import with_interval
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
@@ -18,14 +19,13 @@ _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
 VLLM = """**vLLM**
 
 ```bash
-vllm serve {target} --speculative-config '{{"method": "dflash", "model": "{drafter}", "num_speculative_tokens": {drafts}}}'
+{vllm}
 ```
 """
 SGLANG = """**SGLang** (not run by us: it needs a GPU)
 
 ```bash
-python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH \\
-    --speculative-draft-model-path {drafter} --speculative-dflash-block-size {slots}
+{sglang}
 ```
 """
 TRANSFORMERS = """**transformers** (5.15 or newer, one prompt at a time)
@@ -45,7 +45,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 LLAMACPP = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
 
 ```bash
-llama-server -m TARGET.gguf -md {file} --spec-type draft-dflash --spec-draft-n-max {drafts}
+{llamacpp}
 ```
 
 `TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
@@ -98,7 +98,10 @@ def write_card(
         "layers, hidden size": f"{layout.num_layers}, {layout.hidden_size}",
         "weights": str(dtype).removeprefix("torch."),
     }
-    names = {"target": shown, "drafter": name, "drafts": layout.num_draft_tokens, "slots": layout.block_size}
+    names = {"target": shown, "drafter": name}
+    given: dict[Engine, str] = {"vllm": name, "sglang": name, "llamacpp": path.name}
+    for engine, drafter_name in given.items():
+        names[engine] = serve_command(engine, drafter_name, shown, layout.block_size)
     commands = {"speculators": [VLLM], "gguf": [LLAMACPP]}.get(to, [VLLM, SGLANG, TRANSFORMERS, TO_GGUF])
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -108,7 +111,7 @@ def write_card(
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         *_results(source, drafter, facts["weights"]),
         "## How to serve it",
-        *(text.format(**names, file=path.name).rstrip() for text in commands),
+        *(text.format(**names).rstrip() for text in commands),
         *_recipe(source),
     ]
     folder = path.parent if to == "gguf" else path
@@ -142,8 +145,7 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
 
 
 def _interval(row: dict, key: str) -> str:
-    low, high = row[f"{key}_interval"]
-    return f"{row[key]:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    return with_interval(row[key], row[f"{key}_interval"])
 
 
 def _recipe(source: Path) -> list[str]:

@@ -266,10 +266,10 @@ def _check(args: list[str]) -> None:
 
     from dpace.check import check
     from dpace.drafter import load_drafter
-    from dpace.prompts import demo_path, read_prompts
+    from dpace.prompts import read_heldout
     from dpace.report import check_table, console
 
-    prompts = read_prompts(demo_path("heldout") if config.prompts == "demo" else config.prompts)
+    prompts = read_heldout(config.prompts)
     failed = []
     for dtype in config.dtypes:
         target = _load_target(config.target, dtype=getattr(torch, dtype))
@@ -282,10 +282,9 @@ def _check(args: list[str]) -> None:
 
 
 def _doctor(args: list[str]) -> None:
-    if args and not args[0].startswith("-"):
-        args = ["--drafter", *args]
-    config = _parse(DoctorConfig, "doctor", args)
-    from dpace.doctor import RUN, diagnose, serve_command
+    config = _parse(DoctorConfig, "doctor", _first_as("drafter", args))
+    from dpace.doctor import RUN, diagnose
+    from dpace.layout import serve_command
     from dpace.report import console, doctor_table
 
     target = _load_target(config.target, thinking=config.thinking)
@@ -349,14 +348,12 @@ def _export(args: list[str]) -> None:
     import torch
 
     from dpace.formats import export, push
-    from dpace.prompts import demo_path, first_of_each_set, read_prompts
+    from dpace.prompts import first_of_each_set, read_heldout
     from dpace.responses import encode_chat
 
     target = _load_target(config.target)
-    found = (
-        read_prompts(demo_path("heldout") if config.prompts == "demo" else config.prompts) if config.num_prompts else []
-    )
-    prompts = [encode_chat(target, prompt.turns[0]) for prompt in first_of_each_set(found, config.num_prompts)]
+    chosen = first_of_each_set(read_heldout(config.prompts), config.num_prompts)
+    prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
     done = export(
         config.drafter,
         target,

@@ -237,7 +237,7 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
 def summary(results: dict) -> list[str]:
     """What the demo found, in sentences: the text, the gain of D-PACE, and whether the drafter pays."""
     from dpace.metrics import tau_gain
-    from dpace.report import acceptance_of, verdict, whole_blocks
+    from dpace.report import acceptance_of, percent, verdict, whole_blocks
 
     same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
@@ -249,10 +249,8 @@ def summary(results: dict) -> list[str]:
     by_name = {(row["set"], row["drafter"]): row for row in whole_blocks(results) if row["temperature"] == 0}
     for (name, drafter), row in by_name.items():
         if drafter == "dpace" and (name, "dflash") in by_name:
-            gain, low, high = (
-                100 * x for x in tau_gain([acceptance_of(row)], [acceptance_of(by_name[name, "dflash"])])
-            )
-            lines.append(f"{name}: tau of D-PACE over DFlash's decay {gain:+.1f} % [{low:+.1f}, {high:+.1f}], T=0")
+            gain = tau_gain([acceptance_of(row)], [acceptance_of(by_name[name, "dflash"])])
+            lines.append(f"{name}: tau of D-PACE over DFlash's decay {percent(gain)}, T=0")
     for row in results.get("llamacpp", []):
         speeds = row["tokens_per_second"], row["plain_tokens_per_second"]
         found = "pays" if speeds[0] > speeds[1] else "does not pay"

@@ -1,6 +1,5 @@
 """A drafter's folder and its target in; what would go wrong when it is served, as named checks, out."""
 
-import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 
 from dpace.check import check_views
 from dpace.config import Engine
-from dpace.folder import read_folder
+from dpace.folder import read_files
 from dpace.folder_checks import CONFIG, FILES, WEIGHTS, Case, Check, Look, Seen, some
 from dpace.progress import progress_bar
 from dpace.responses import Response, encode_chat, read_responses
@@ -106,7 +105,7 @@ def diagnose(
     places = [Path(folder), *Path(folder).resolve().parents[:2]]
     path = responses or next((p / "responses.jsonl" for p in places if (p / "responses.jsonl").exists()), None)
     case = Case(
-        **vars(read_folder(folder)), target=target, engine=engine, responses=read_responses(path) if path else []
+        **vars(read_files(folder)), target=target, engine=engine, responses=read_responses(path) if path else []
     )
     static = [*FILES]
     static += CONFIG if "config.json" not in case.problems else ()
@@ -143,23 +142,3 @@ def _run(check: Check, case: Case) -> Diagnosis | None:
     result = "skipped" if seen.is_right is None else "passes" if seen.is_right else check.severity
     fix = "" if result in ("passes", "skipped") else check.fix
     return Diagnosis(check.name, result, str(seen.found), str(seen.expected), fix)
-
-
-def serve_command(engine: Engine, folder: str, target: str, block_size: int) -> str:
-    """What to type, or to write in Python, so that an engine drafts whole blocks: each counts the slots of a block in its own way.
-
-    Source: the engines' own documentation; docs/doctor.md says which were run.
-    """
-    drafts = block_size - 1
-    speculative = json.dumps({"method": "dflash", "model": folder, "num_speculative_tokens": drafts})
-    return {
-        "vllm": f"vllm serve {target} --speculative-config '{speculative}'",
-        "sglang": f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH "
-        f"--speculative-draft-model-path {folder} --speculative-dflash-block-size {block_size}",
-        "llamacpp": "llama-server -m TARGET.gguf -md DRAFTER.gguf --spec-type draft-dflash "
-        f"--spec-draft-n-max {drafts}",
-        "transformers": f"model.generate(**inputs, assistant_model=Drafter.from_pretrained({folder!r}), "
-        'speculation_type="dflash", do_sample=False)',
-        "zlab": f"dflash_generate(DFlashDraftModel.from_pretrained({folder!r}), model, token_ids, max_new_tokens, "
-        "stop_token_ids, 0.0)",
-    }[engine]

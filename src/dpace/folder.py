@@ -94,7 +94,7 @@ class DrafterFolder:
         return found.pop() if len(found) == 1 else None
 
 
-def read_folder(path: str | Path) -> DrafterFolder:
+def read_files(path: str | Path) -> DrafterFolder:
     """Read `config.json`, `model.safetensors` (also in shards) and, where there is one, `recipe.yaml`. Raises nothing."""
     path, problems = Path(path), {}
     config = _read(path / "config.json", lambda file: json.loads(file.read_text()), problems)

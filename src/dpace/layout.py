@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config
 
 from dpace.blocks import build_target_layer_ids
+from dpace.config import Engine
 from dpace.drafter import Drafter
+from dpace.folder import read_files
 from dpace.modeling_dflash import refuse_variants
-
-OLD_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
-"""Names of two tensors in other writers' folders, and ours."""
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -183,18 +180,14 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
         raise ValueError(f"{folder} is no drafter's folder (it has no config.json); name one, or a .gguf file")
     if (folder / "mask_embedding.pt").exists():
         raise ValueError(f"{folder} has a mask embedding of its own (mask_embedding.pt); dpace takes the target's row")
-    config = json.loads((folder / "config.json").read_text())
+    files = read_files(folder)
+    for file, problem in files.problems.items():
+        raise ValueError(f"{folder / file} is damaged ({problem}); copy it again")
+    config = files.config
     if "speculators_model_type" in config:
         config = _of_speculators(config, num_target_layers)
     layout = Layout.of_config(config)
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
-    names = {name: name.removeprefix("model.") for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    return layout, {OLD_NAMES.get(ours, ours): tensors[name] for name, ours in names.items()}
+    return layout, {name: t for name, t in files.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def make_drafter(layout: Layout, tensors: dict[str, Tensor]) -> Drafter:
@@ -259,6 +252,26 @@ def speculators_config(layout: Layout, *, target_name: str, architectures: list[
         "tie_word_embeddings": False,
         "transformer_layer_config": transformer,
     }
+
+
+def serve_command(engine: Engine, drafter: str, target: str, block_size: int) -> str:
+    """What to type, or to write in Python, so that an engine drafts whole blocks: each counts the slots of a block in its own way.
+
+    Source: the engines' own documentation; docs/engines.md says which were run.
+    """
+    drafts = block_size - 1
+    gguf = drafter if drafter.endswith(".gguf") else "DRAFTER.gguf"
+    speculative = json.dumps({"method": "dflash", "model": drafter, "num_speculative_tokens": drafts})
+    return {
+        "vllm": f"vllm serve {target} --speculative-config '{speculative}'",
+        "sglang": f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH "
+        f"--speculative-draft-model-path {drafter} --speculative-dflash-block-size {block_size}",
+        "llamacpp": f"llama-server -m TARGET.gguf -md {gguf} --spec-type draft-dflash --spec-draft-n-max {drafts}",
+        "transformers": f"model.generate(**inputs, assistant_model=Drafter.from_pretrained({drafter!r}), "
+        'speculation_type="dflash", do_sample=False)',
+        "zlab": f"dflash_generate(DFlashDraftModel.from_pretrained({drafter!r}), model, token_ids, max_new_tokens, "
+        "stop_token_ids, 0.0)",
+    }[engine]
 
 
 def verifier_name(folder: str | Path) -> str | None:

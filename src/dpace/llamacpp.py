@@ -72,36 +72,40 @@ def run_llamacpp(
         return [Answer(*answer) for answer in json.loads(answered.read_text())]
 
 
-def _serve(request: dict) -> list[Answer]:
+def make_server(target: str, drafter: str | None = None, *, num_draft_tokens: int = 0, num_threads: int = 1) -> Any:
+    """Xllamacpp's server in this process, where its threads slow those of torch down: call it in one of its own.
+
+    Arguments as in `run_llamacpp`.
+    """
     xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
-    params.model.path = request["target"]
+    params.model.path = target
     params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
     params.warmup = False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["num_threads"]
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if request["drafter"]:
+    if drafter:
         kinds = xllamacpp.common_speculative_type
         params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
-        params.speculative.draft.mparams.path = request["drafter"]
-        params.speculative.draft.n_max = request["num_draft_tokens"]
-    server = xllamacpp.Server(params)
-    answers = []
-    for ids in [request["prompts"][0], *request["prompts"]]:
-        found = server.handle_completions(
-            {
-                "prompt": ids,
-                "temperature": 0,
-                "max_tokens": request["max_new_tokens"],
-                "cache_prompt": False,
-                "return_tokens": True,
-                "verbose": True,
-            }
-        )["__verbose"]
-        times = found["timings"]
-        drafted, accepted = times.get("draft_n", 0), times.get("draft_n_accepted", 0)
-        answers.append(Answer(found["tokens"], drafted, accepted, times["predicted_ms"] / 1000))
-    return answers[1:]
+        params.speculative.draft.mparams.path = drafter
+        params.speculative.draft.n_max = num_draft_tokens
+    return xllamacpp.Server(params)
+
+
+def answer(server: Any, token_ids: Sequence[int], max_new_tokens: int) -> Answer:
+    """Answer one prompt greedily."""
+    request = {"prompt": list(token_ids), "temperature": 0, "max_tokens": max_new_tokens, "cache_prompt": False}
+    found = server.handle_completions({**request, "return_tokens": True, "verbose": True})["__verbose"]
+    times = found["timings"]
+    drafted, accepted = times.get("draft_n", 0), times.get("draft_n_accepted", 0)
+    return Answer(found["tokens"], drafted, accepted, times["predicted_ms"] / 1000)
+
+
+def _serve(request: dict) -> list[Answer]:
+    settings = {name: request[name] for name in ("num_draft_tokens", "num_threads")}
+    server = make_server(request["target"], request["drafter"], **settings)
+    length, prompts = request["max_new_tokens"], request["prompts"]
+    return [answer(server, ids, length) for ids in [prompts[0], *prompts]][1:]
 
 
 if __name__ == "__main__":

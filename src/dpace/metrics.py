@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_PROMPTS = 5
-"""Fewer have no 95 % interval: all of four lie on one side of the truth more often than one time in twenty."""
+MIN_PROMPTS = 6
+"""Fewer have no 95 % interval: all of five lie on one side of the median one time in sixteen."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 
 from dpace.report import (
+    PAIR_HEADINGS,
+    RESULT_HEADINGS,
     SERVER_HEADINGS,
     acceptance_of,
+    pair_cells,
+    percent,
     prediction_cells,
     pyplot,
+    result_cells,
     server_cells,
     verdict,
     weight_moments,
@@ -133,47 +138,13 @@ def headline(results: dict) -> Section:
 
 def speeds(results: dict) -> Section:
     """The table by set and temperature."""
-    rows = [
-        [
-            "set",
-            "T",
-            "drafter",
-            "width",
-            "tau",
-            "tokens/s",
-            "plain",
-            "decode_speedup",
-            "tau*",
-            "speedup*",
-            "same text",
-            "",
-        ]
-    ]
-    for row in results["rows"]:
-        published = row.get("published", {})
-        rows.append(
-            [
-                row["set"],
-                f"{row['temperature']:g}",
-                row["drafter"],
-                str(row["width"]),
-                with_interval(row["tau"], row["tau_interval"]),
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['plain_tokens_per_second']:.1f}",
-                with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
-                _number(published.get("tau")),
-                _number(published.get("decode_speedup")),
-                f"{row['num_same_text']}/{row['num_responses']}",
-                verdict(row["decode_speedup_interval"]),
-            ]
-        )
     return Section(
         "Speed",
         "tau: tokens emitted by a pass of the target, pooled over verifications; with width auto also passes without a draft. "
         "decode_speedup: ratio of total tokens a second with and without the drafter, prefill excluded. In brackets 95 % intervals, "
         "bootstrap over prompts. Starred columns are the definitions of published tables: mean over responses of their means, ratio of "
         "mean seconds a token.",
-        rows,
+        [list(RESULT_HEADINGS), *(result_cells(row) for row in results["rows"])],
     )
 
 
@@ -260,12 +231,7 @@ def concurrency(results: dict) -> Section:
 
 def paired(results: dict) -> Section:
     """Drafters against the first one."""
-    rows = [["set", "T", "drafter", "width", "tau", "tokens a second"]]
-    for row in results["comparisons"]:
-        gain, low, high = (100 * x for x in row["tau_gain"])
-        ratio = with_interval(row["speed_ratio"][0], row["speed_ratio"][1:])
-        start = [row["set"], f"{row['temperature']:g}", row["drafter"], str(row["width"])]
-        rows.append([*start, f"{gain:+.1f} % [{low:+.1f}, {high:+.1f}]", ratio])
+    rows = [list(PAIR_HEADINGS), *(pair_cells(row) for row in results["comparisons"])]
     title = f"Against {results['comparisons'][0]['baseline']}"
     return Section(title, "On the same prompts, 95 % intervals of the paired difference.", rows)
 
@@ -317,14 +283,13 @@ def comparison(results: dict) -> Section:
     """The table of `dpace compare`."""
     rows = [["set", "objective", "tau", f"over {results['baseline']}", "by seed"]]
     for row in results["rows"]:
-        value, low, high = (100 * x for x in row["gain"])
         is_baseline = row["drafter"] == results["baseline"]
         rows.append(
             [
                 row["set"],
                 row["drafter"],
                 with_interval(row["tau"], row["tau_interval"]),
-                "" if is_baseline else f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]",
+                "" if is_baseline else percent(row["gain"]),
                 "" if is_baseline else " ".join(f"{100 * x:+.1f}" for x in row["gain_by_seed"]),
             ]
         )
@@ -451,7 +416,3 @@ def _svg(figure) -> str:
 
 def _speedup(ours: dict, plain: dict) -> float:
     return (ours["decode_tokens"] / ours["decode_seconds"]) / (plain["decode_tokens"] / plain["decode_seconds"])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -94,11 +94,16 @@ def find_prompt(text: str) -> list[dict[str, str]]:
     name, _, prompt_id = text.partition("#")
     if name != "demo" and not name.endswith(".jsonl"):
         return [{"role": "user", "content": text}]
-    prompts = read_prompts(demo_path("heldout") if name == "demo" else name)
+    prompts = read_heldout(name)
     for prompt in prompts:
         if prompt.id == prompt_id:
             return prompt.turns[0]
     raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; one that it has is {prompts[0].id!r}")
+
+
+def read_heldout(name: str) -> list[Prompt]:
+    """Read a file of prompts, or for `demo` those that the demo measures on; see `read_prompts`."""
+    return read_prompts(demo_path("heldout") if name == "demo" else name)
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -143,6 +148,20 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         yield number, row
+
+
+def cut_unfinished(path: Path) -> None:
+    """Cut a last line that a killed process left unfinished off a file; one that is only without its line end gets it."""
+    data = path.read_bytes() if path.exists() else b""
+    if not data or data.endswith(b"\n"):
+        return
+    start = data.rfind(b"\n") + 1
+    try:
+        json.loads(data[start:])
+    except ValueError:
+        path.write_bytes(data[:start])
+    else:
+        path.write_bytes(data + b"\n")
 
 
 def _parse(row: dict, where: str, *, default_set: str) -> Prompt:

@@ -31,39 +31,46 @@ def results_table(results: dict) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    headings = (
-        "set",
-        "T",
-        "drafter",
-        "width",
-        "tau [95 %]",
-        "tok/s",
-        "plain",
-        "decode_speedup [95 %]",
-        "tau*",
-        "speedup*",
-        "same text",
-        "",
-    )
-    for heading in headings:
+    for heading in RESULT_HEADINGS:
         is_text = heading in ("set", "drafter", "width", "")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     for row in results["rows"]:
-        table.add_row(
-            row["set"],
-            f"{row['temperature']:g}",
-            row["drafter"],
-            str(row["width"]),
-            with_interval(row["tau"], row["tau_interval"]),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['plain_tokens_per_second']:.1f}",
-            with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
-            f"{row['published']['tau']:.2f}",
-            f"{row['published']['decode_speedup']:.2f}",
-            f"{row['num_same_text']}/{row['num_responses']}",
-            verdict(row["decode_speedup_interval"]),
-        )
+        table.add_row(*result_cells(row))
     return table
+
+
+RESULT_HEADINGS = (
+    "set",
+    "T",
+    "drafter",
+    "width",
+    "tau [95 %]",
+    "tok/s",
+    "plain",
+    "decode_speedup [95 %]",
+    "tau*",
+    "speedup*",
+    "same text",
+    "",
+)
+
+
+def result_cells(row: dict) -> list[str]:
+    """A line of `results_table`."""
+    return [
+        row["set"],
+        f"{row['temperature']:g}",
+        row["drafter"],
+        str(row["width"]),
+        with_interval(row["tau"], row["tau_interval"]),
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['plain_tokens_per_second']:.1f}",
+        with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
+        f"{row['published']['tau']:.2f}",
+        f"{row['published']['decode_speedup']:.2f}",
+        f"{row['num_same_text']}/{row['num_responses']}",
+        verdict(row["decode_speedup_interval"]),
+    ]
 
 
 def whole_blocks(results: dict) -> list[dict]:
@@ -88,18 +95,19 @@ def slots_table(results: dict) -> Table:
 def drafters_table(comparisons: Sequence[dict]) -> Table:
     """One line for each drafter but the first: against it, on the same prompts."""
     title = f"paired comparison with {comparisons[0]['baseline']}, the same prompts, 95 % intervals"
-    table = Table("set", "T", "drafter", "width", "tau, %", "tokens a second, ratio", title=title, box=SIMPLE_HEAD)
+    table = Table(*PAIR_HEADINGS, title=title, box=SIMPLE_HEAD)
     for row in comparisons:
-        gain, low, high = (100 * x for x in row["tau_gain"])
-        table.add_row(
-            row["set"],
-            f"{row['temperature']:g}",
-            row["drafter"],
-            str(row["width"]),
-            f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]",
-            with_interval(row["speed_ratio"][0], row["speed_ratio"][1:]),
-        )
+        table.add_row(*pair_cells(row))
     return table
+
+
+PAIR_HEADINGS = ("set", "T", "drafter", "width", "tau", "tokens a second, ratio")
+
+
+def pair_cells(row: dict) -> list[str]:
+    """A line of `drafters_table`."""
+    start = [row["set"], f"{row['temperature']:g}", row["drafter"], str(row["width"])]
+    return [*start, percent(row["tau_gain"]), with_interval(row["speed_ratio"][0], row["speed_ratio"][1:])]
 
 
 def predictions_table(predictions: Sequence[dict]) -> Table:
@@ -187,18 +195,17 @@ def compare_table(results: dict) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    gain = f"over {results['baseline']}, % [95 %]"
+    gain = f"over {results['baseline']} [95 %]"
     for heading in ("set", "objective", "tau [95 %]", gain, "by seed", "decode_speedup [95 %]", "ms/step", "peak GiB"):
         table.add_column(heading, justify="left" if heading in ("set", "objective") else "right", no_wrap=True)
     for row in results["rows"]:
-        value, low, high = (100 * x for x in row["gain"])
         is_baseline = row["drafter"] == results["baseline"]
         speed, peak = speeds.get((row["set"], row["drafter"])), row["peak_memory_bytes"]
         table.add_row(
             row["set"],
             row["drafter"],
             with_interval(row["tau"], row["tau_interval"]),
-            "-" if is_baseline else f"{value:+.1f} [{low:+.1f}, {high:+.1f}]",
+            "-" if is_baseline else percent(row["gain"]),
             "-" if is_baseline else " ".join(f"{100 * x:+.1f}" for x in row["gain_by_seed"]),
             with_interval(speed["decode_speedup"], speed["decode_speedup_interval"]) if speed else "-",
             f"{1000 * row['step_seconds']:.0f}",
@@ -239,6 +246,12 @@ def with_interval(value: float, interval: Interval) -> str:
     if interval[0] is None:
         return f"{value:.2f}"
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def percent(gain: Sequence[float]) -> str:
+    """Write a gain and the ends of its interval: `+5.6 % [+3.1, +8.3]`."""
+    value, low, high = (100 * x for x in gain)
+    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def verdict(speedup_interval: Interval) -> str:

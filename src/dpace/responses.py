@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from dpace.config import RespondConfig
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, read_jsonl
+from dpace.prompts import Prompt, cut_unfinished, read_jsonl
 from dpace.target import MIN_SHARED, Target, shared_prefix
 
 
@@ -135,9 +135,7 @@ def read_responses(path: str | Path) -> list[Response]:
         ValueError: a line in the middle that cannot be read, or one without tokens.
     """
     path = Path(path)
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        path.write_bytes(data[: data.rfind(b"\n") + 1])
+    cut_unfinished(path)
     responses = []
     for number, row in read_jsonl(path):
         try:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpace.cli import main
-from dpace.doctor import RUN, diagnose, serve_command
+from dpace.doctor import RUN, diagnose
 from dpace.folder_checks import CONFIG, FILES, WEIGHTS
+from dpace.layout import serve_command
 from tests.conftest import make_drafter, make_target, make_tokenizer
 
 Q, K, V = (f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")

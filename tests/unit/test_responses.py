@@ -56,6 +56,14 @@ def test_an_interrupted_call_goes_on(language_target, prompts, tmp_path, monkeyp
     assert read_responses(path) and len(path.read_text().splitlines()) == 8
 
 
+def test_a_last_line_without_its_end_is_kept(language_target, prompts, tmp_path):
+    """A file written by hand is not a killed process's."""
+    path = tmp_path / "r.jsonl"
+    whole = write_responses(language_target, prompts, path, CONFIG)
+    path.write_text(path.read_text().rstrip("\n"))
+    assert read_responses(path) == whole and path.read_text().endswith("\n")
+
+
 def test_other_settings_are_refused(language_target, prompts, tmp_path):
     write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
     with pytest.raises(ValueError, match="temperature 0.0, not 1.0"):

@@ -6,10 +6,11 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import BenchConfig
+from dpace.dialects import connect
 from dpace.page import read_folder
 from dpace.prompts import Prompt
 from dpace.responses import Chat, encode_chat
-from dpace.servers import GROUPS_PER_WORKER, bench_servers, connect
+from dpace.servers import GROUPS_PER_WORKER, bench_servers
 
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""
