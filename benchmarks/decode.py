@@ -8,6 +8,7 @@ token, so that reading the prompt is not counted. Printed are medians over round
 """
 
 import argparse
+import contextlib
 import copy
 import multiprocessing
 import statistics
@@ -109,8 +110,9 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
 def _serve_llamacpp(path: str, num_threads: int, pipe) -> None:
     """llama.cpp's plain decoding, f16, in a process of its own: its threads slow torch's down when they share one."""
     server = make_server(path, num_threads=num_threads)
-    while True:
-        pipe.send(answer(server, *pipe.recv()).token_ids)
+    with contextlib.suppress(EOFError):  # the asking process has ended
+        while True:
+            pipe.send(answer(server, *pipe.recv()).token_ids)
 
 
 def llamacpp_way(path: Path, num_threads: int) -> Way:
