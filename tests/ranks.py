@@ -1,6 +1,7 @@
 """Training on several ranks, for test_ranks.py: `torchrun tests/ranks.py JOB FOLDER`, and the same functions on one."""
 
 import copy
+import gc
 import os
 import pickle
 import sys
@@ -76,4 +77,5 @@ if __name__ == "__main__":
     target = Target.load(target_folder)
     train_all(target, responses, recipe, Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
     sharded_gradient(target, responses, recipe)
+    gc.collect()  # what still holds process groups: one that outlives Python's end aborts now and then
     dist.destroy_process_group()

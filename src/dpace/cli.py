@@ -163,6 +163,8 @@ def _respond(args: list[str]) -> None:
 
 def _train(args: list[str]) -> None:
     recipe = _parse(Recipe, "train", args)
+    from torch import distributed
+
     from dpace.prompts import split_prompts
     from dpace.responses import read_responses
     from dpace.train import make_datasets, train
@@ -177,8 +179,11 @@ def _train(args: list[str]) -> None:
     folder = Path(recipe.output) / "drafter"
     target = _load_target(recipe.target)
     train(target, *make_datasets(target, answered, validation, recipe), recipe, folder)
-    print(f"drafter in {folder}")
-    print("next: dpace bench", *args)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"drafter in {folder}")
+        print("next: dpace bench", *args)
 
 
 def _compare(args: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Losses of drafted blocks through the target's frozen LM head, without keeping logits, and the named reductions."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +15,12 @@ REDUCTIONS = ("anchors", "batch", "slots", "weights")
 
 TokenLoss = Literal["nll", "kl", "lk"]
 
-MIN_CHUNK_ROWS = 384
-CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 2**30
-"""A chunk of fp32 logits has this size, or those rows where that is more: fewer rows make the two products slower."""
-
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
+"""Of the fp32 logits that exist at once: what a core's cache holds, and what keeps a GPU busy."""
+MIN_SOFT_ROWS = 384
+"""Soft losses need whole rows of logits; fewer rows make their products slower."""
+SOFT_COPIES = 6
+"""fp32 tensors of the logits' size that soft losses need."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -59,6 +62,10 @@ class Head(NamedTuple):
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def slope(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"] | None:
+        """What the cap multiplies the gradient of these logits with; None without a cap."""
+        return None if self.softcap is None else 1 - (logits / self.softcap) ** 2
+
 
 class HeadOutput(NamedTuple):
     """What one pass through the head gives; all but `losses` detached, 0 (`top_tokens`: -1) where a slot is not scored."""
@@ -80,30 +87,61 @@ class HeadOutput(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """Of rows: all "rows 1", but `grad`, which times `grad_scale` is the gradient of `losses` with respect to the logits."""
+    """Of rows: all "rows 1", but `grad`, "rows hidden", the gradient of `losses`; None where none is needed."""
 
     losses: Tensor
     nll: Tensor
     overlap: Tensor | None
     top_tokens: Tensor
-    grad: Tensor
-    grad_scale: Tensor
+    grad: Tensor | None
 
 
-def _hard_scores(logits: Tensor, labels: Tensor) -> _Scores:
-    """Cross-entropy with the labels; `logits` is overwritten, exp is taken once, and no second tensor of its size is made."""
-    peak, top_tokens = logits.max(-1, keepdim=True)
-    label_logits = logits.gather(-1, labels)
-    grad = logits.sub_(peak).exp_()
-    total = grad.sum(-1, keepdim=True)
+def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, needs_grad: bool) -> _Scores:
+    """Cross-entropy with the labels, `num_columns` tokens of the vocabulary at a time.
+
+    The gradient, `softmax @ W - W[label]`, is attention of the rows over the vocabulary with the head as keys and values, and
+    computed as FlashAttention does (arXiv 2205.14135): sums relative to a running maximum, scaled again where it grows. The
+    label's own token is left out of the sums, so that the gradient of a sure row does not cancel.
+    """
+    weight, operands = head.weight, rows.to(head.weight.dtype)
+    peak = torch.full(labels.shape, -torch.inf, device=rows.device)
+    label_logits, others = torch.zeros_like(peak), torch.zeros_like(peak)
+    top_tokens = torch.zeros_like(labels)
+    grad = torch.zeros(rows.shape, device=rows.device) if needs_grad else None
+    for start in range(0, len(weight), num_columns):
+        part = weight[start : start + num_columns]
+        logits = head._replace(weight=part).logits(operands).float()
+        highest, index = logits.max(-1, keepdim=True)
+        top_tokens = torch.where(highest > peak, index + start, top_tokens)
+        new_peak = torch.maximum(peak, highest)
+        rescale, peak = (peak - new_peak).exp_(), new_peak
+        column = (labels - start).clamp(0, len(part) - 1)
+        is_here = labels - start == column
+        found = logits.gather(-1, column)
+        label_logits = torch.where(is_here, found, label_logits)
+        slope = head.slope(logits) if needs_grad else None
+        logits.scatter_(-1, column, found.masked_fill(is_here, -torch.inf))
+        exps = logits.sub_(peak).exp_()
+        others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
+        if grad is not None:
+            exps = exps if slope is None else exps.mul_(slope)
+            grad.mul_(rescale).add_(exps.to(weight.dtype) @ part)
+    total = others + (label_logits - peak).exp()
     nll = peak + total.log() - label_logits
-    grad.scatter_add_(-1, labels, -total)
-    return _Scores(nll, nll, None, top_tokens, grad, 1 / total)
+    if grad is not None:
+        slope = head.slope(label_logits)
+        short = others / total if slope is None else others / total * slope
+        grad = grad.div_(total).addcmul_(short, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
+    return _Scores(nll, nll, None, top_tokens, grad)
 
 
-def _soft_scores(logits: Tensor, target_logits: Tensor, labels: Tensor, token_loss: TokenLoss) -> _Scores:
-    """The token loss against the target's distribution, and the overlap of the two."""
-    log_probs, log_target = logits.log_softmax(-1), target_logits.log_softmax(-1)
+def _soft_scores(
+    rows: Tensor, target_rows: Tensor, head: Head, labels: Tensor, token_loss: TokenLoss, needs_grad: bool
+) -> _Scores:
+    """The token loss against the target's distribution, and the overlap of the two, which needs whole rows of both."""
+    logits = head.logits(rows).float()
+    slope = head.slope(logits) if needs_grad else None
+    log_probs, log_target = logits.log_softmax(-1), head.logits(target_rows).float().log_softmax(-1)
     probs, target_probs = log_probs.exp(), log_target.exp()
     overlap = torch.minimum(probs, target_probs).sum(-1, keepdim=True)
     nll, top_tokens = -log_probs.gather(-1, labels), logits.argmax(-1, keepdim=True)
@@ -117,89 +155,67 @@ def _soft_scores(logits: Tensor, target_logits: Tensor, labels: Tensor, token_lo
         falls_short = (probs < target_probs).float()
         share = (probs * falls_short).sum(-1, keepdim=True)
         grad = probs.mul_(share - falls_short).div_(overlap.clamp_min(_TINY))
-    return _Scores(losses, nll, overlap, top_tokens, grad, torch.ones_like(nll))
+    if not needs_grad:
+        return _Scores(losses, nll, overlap, top_tokens, None)
+    grad = grad if slope is None else grad.mul_(slope)
+    return _Scores(losses, nll, overlap, top_tokens, (grad.to(head.weight.dtype) @ head.weight) * head.multiplier)
 
 
-class _FrozenHeadNll(torch.autograd.Function):
-    """The gradient is formed in the forward pass, one chunk of blocks at a time."""
+class _TokenLosses(torch.autograd.Function):
+    """Token losses of all slots, their gradient formed in the forward pass, a chunk of the scored rows at a time."""
 
     @staticmethod
-    def forward(
-        ctx, hidden, weight, multiplier, softcap, labels, is_scored, weigh, token_loss, target_hidden, chunk_rows
-    ):
-        shape, head = hidden.shape[:3], Head(weight, multiplier, softcap)
-        hidden, labels, is_scored = (x.flatten(0, 1) for x in (hidden, labels, is_scored))
-        losses, nll, weights = (torch.zeros(is_scored.shape, device=hidden.device) for _ in range(3))
+    def forward(ctx, hidden, weight, multiplier, softcap, labels, is_scored, token_loss, target_hidden, chunk_bytes):
+        head, device, needs_grad = Head(weight, multiplier, softcap), hidden.device, ctx.needs_input_grad[0]
+        losses, nll, overlap = (torch.full(is_scored.shape, fill, device=device) for fill in (0.0, 0.0, 1.0))
         top_tokens = torch.full_like(labels, -1)
-        has_grad = ctx.needs_input_grad[0]
-        grad = torch.zeros_like(hidden) if has_grad else None
-        blocks_per_chunk = max(1, chunk_rows // max(1, shape[2] - 1))
-        for start in range(0, len(hidden), blocks_per_chunk):
-            chunk = slice(start, start + blocks_per_chunk)
-            scored = is_scored[chunk]
-            rows, row_labels = hidden[chunk][scored], labels[chunk][scored, None]
-            if not len(rows):
-                continue
-            logits = head.logits(rows).float()
-            cap_slope = None if softcap is None or not has_grad else 1 - (logits / softcap) ** 2
+        grad = torch.zeros_like(hidden) if needs_grad else None
+        num_logits = chunk_bytes // 4
+        num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(weight)
+        for chosen in is_scored.flatten().nonzero()[:, 0].split(max(1, num_rows)):
+
+            def of(x, count=3, chosen=chosen):
+                return x.flatten(0, count - 1)[chosen]
+
+            rows, row_labels = of(hidden), of(labels)[:, None]
             if target_hidden is None:
-                scores = _hard_scores(logits, row_labels)
+                scores = _hard_scores(rows, head, row_labels, max(1, num_logits // max(1, len(rows))), needs_grad)
             else:
-                target_logits = head.logits(target_hidden.flatten(0, 1)[chunk][scored]).float()
-                scores = _soft_scores(logits, target_logits, row_labels, token_loss)
-
-            def spread(values, empty, scored=scored):
-                return torch.full_like(scored, empty, dtype=values.dtype).masked_scatter(scored, values)
-
-            losses[chunk], nll[chunk] = spread(scores.losses, 0), spread(scores.nll, 0)
-            top_tokens[chunk] = spread(scores.top_tokens, -1)
-            seen = Slots(
-                scored[None],
-                torch.exp(-nll[chunk])[None],
-                (top_tokens[chunk] == labels[chunk])[None] & scored[None],
-                None if scores.overlap is None else spread(scores.overlap, 1)[None],
-            )
-            weights[chunk] = weigh(seen)[0].float()
-            if grad is not None:
-                scores.grad.mul_(multiplier * weights[chunk][scored, None] * scores.grad_scale)
-                if cap_slope is not None:
-                    scores.grad.mul_(cap_slope)
-                row_grad = (scores.grad.to(weight.dtype) @ weight).to(grad.dtype)
-                grad[chunk] = grad[chunk].masked_scatter(scored[..., None], row_grad)
-            del logits, scores, cap_slope  # before the next chunk's are made
+                scores = _soft_scores(rows, of(target_hidden), head, row_labels, token_loss, needs_grad)
+            for values, whole in zip(scores, (losses, nll, overlap, top_tokens, grad), strict=True):
+                if values is not None and whole is not None:
+                    whole.view(is_scored.numel(), -1)[chosen] = values.to(whole.dtype)
+            del scores  # before the next chunk's are made
         ctx.save_for_backward(grad)
-        ctx.grad_shape = (*shape, hidden.shape[-1])
-        is_match = (top_tokens == labels) & is_scored
-        rest = [x.view(shape) for x in (nll, weights, top_tokens, is_match)]
-        ctx.mark_non_differentiable(*rest)
-        return (weights * losses).sum(-1).view(shape[:2]), *rest
+        ctx.mark_non_differentiable(nll, overlap, top_tokens)
+        return losses, nll, overlap, top_tokens
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
         (grad,) = ctx.saved_tensors
-        grad = grad.view(ctx.grad_shape) * grad_losses[..., None, None].to(grad.dtype)
-        return grad, *[None] * 9
+        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8
 
 
 def _uniform(slots: Slots) -> Tensor:
     return uniform_weights(slots.is_scored)
 
 
-def default_chunk_rows(weight: Float[Tensor, "vocab hidden"], *, num_copies: int = 1) -> int:
-    """Rows whose logits exist at once: enough for fast products, in at most an eighth of the free memory.
+def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool) -> int:
+    """Bytes of the fp32 logits that exist at once: what makes products fast, at most an eighth of the free memory.
 
     Args:
         weight: of the head.
-        num_copies: fp32 tensors of the logits' size that a chunk needs.
+        is_soft: of a loss that looks at the target's distribution.
     """
     if weight.is_cuda:
         free = torch.cuda.mem_get_info(weight.device)[0]
         free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
     else:
         free = psutil.virtual_memory().available
-    row_bytes = 4 * num_copies * len(weight)
-    wanted = max(MIN_CHUNK_ROWS, (GPU_CHUNK_BYTES if weight.is_cuda else CPU_CHUNK_BYTES) // row_bytes)
-    return max(1, min(wanted, free // 8 // row_bytes))
+    wanted = GPU_CHUNK_BYTES if weight.is_cuda else CPU_CHUNK_BYTES
+    if is_soft:
+        wanted = max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight))
+    return min(wanted, free // 8)
 
 
 def _check_token_loss(token_loss: TokenLoss, target_hidden: Tensor | None) -> None:
@@ -218,15 +234,16 @@ def frozen_head_nll(
     weigh: Weigh = _uniform,
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
-    chunk_rows: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> HeadOutput:
     """Compute the `weigh`-ted loss per block; equals `frozen_head_nll_reference`.
 
     The head is frozen, so the gradient of a row's cross-entropy with respect to its hidden state is
-    `weight * (softmax - onehot) @ W`. Blocks pass through in chunks: logits, nll, weights, gradient, then the logits are
-    dropped. That makes two products with the head in all; no logits are kept and none recomputed, and rows that are not scored
-    are never multiplied. With `target_hidden`, the target's logits are recomputed chunk by chunk, a third product. Statistics
-    are fp32 whatever the dtype of the operands.
+    `(softmax - onehot) @ W`, and is formed together with its value: tile by tile of rows and vocabulary, logits, running sums,
+    gradient, then the logits are dropped. That makes two products with the head in all; no logits are kept and none recomputed,
+    and rows that are not scored are never multiplied. The weights come after: they scale the rows' gradients. With
+    `target_hidden`, the target's logits are computed too, a third product, and tiles are whole rows. Statistics are fp32
+    whatever the dtype of the operands.
 
     With `q` the drafter's and `p` the target's distribution at a slot, its token loss is
 
@@ -234,18 +251,18 @@ def frozen_head_nll(
     - `kl`: `sum of p log(p / q)`, soft labels;
     - `lk`: `-log sum of min(p, q)`, the negative log of what speculative sampling accepts (LK, arXiv 2602.23881).
 
-    Memory: O(chunk_rows x vocab) fp32 plus one gradient of the size of `hidden`.
+    Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
 
     Args:
         hidden: the drafter's final hidden states.
         head: the frozen head; no gradient reaches it.
         labels: the target's token at each slot; ignored where not scored.
         is_scored: slots that count.
-        weigh: what is known of the slots to weights, see `dpace.weights`; called for whole blocks, without gradient.
+        weigh: what is known of the slots to weights, see `dpace.weights`; called once, its result detached.
         token_loss: `nll`, `kl` or `lk`.
         target_hidden: what the target's own head reads where it predicts each slot; for `kl`, `lk` and `Slots.overlap`.
-        chunk_rows: rows whose logits exist at once; by default what fits in a fixed amount, or in an eighth of the free memory
-            where that is less. Results do not depend on it but for rounding.
+        chunk_bytes: of the logits that exist at once; by default `default_chunk_bytes`. Results do not depend on it but for
+            rounding.
 
     Returns:
         See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is not made.
@@ -254,11 +271,19 @@ def frozen_head_nll(
         ValueError: unknown `token_loss`, or one that needs `target_hidden`.
     """
     _check_token_loss(token_loss, target_hidden)
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(head.weight, num_copies=1 if target_hidden is None else 6)
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(head.weight, is_soft=target_hidden is not None)
     # Outside of torch.compile's graphs: rows are chosen by a mask, which would recompile for every new count of them.
-    apply: Any = torch.compiler.disable(_FrozenHeadNll.apply)
-    return HeadOutput(*apply(hidden, *head, labels, is_scored, weigh, token_loss, target_hidden, chunk_rows))
+    apply: Any = torch.compiler.disable(_TokenLosses.apply)
+    losses, nll, overlap, top_tokens = apply(hidden, *head, labels, is_scored, token_loss, target_hidden, chunk_bytes)
+    return _weighted(losses, nll, None if target_hidden is None else overlap, top_tokens, labels, is_scored, weigh)
+
+
+def _weighted(losses, nll, overlap, top_tokens, labels, is_scored, weigh: Weigh) -> HeadOutput:
+    """Weigh the slots' token losses."""
+    is_match = (top_tokens == labels) & is_scored
+    weights = weigh(Slots(is_scored, torch.exp(-nll), is_match, overlap)).detach().float()
+    return HeadOutput((weights * losses).sum(-1), nll, weights, top_tokens, is_match)
 
 
 def frozen_head_nll_reference(
@@ -285,9 +310,7 @@ def frozen_head_nll_reference(
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         losses = {"nll": nll, "kl": kl, "lk": -accepted.log()}[token_loss].where(is_scored, 0.0)
     top_tokens = logits.argmax(-1).where(is_scored, -1)
-    is_match = (top_tokens == labels) & is_scored
-    weights = weigh(Slots(is_scored, torch.exp(-nll.detach()), is_match, overlap)).float()
-    return HeadOutput((weights * losses).sum(-1), nll.detach(), weights, top_tokens, is_match)
+    return _weighted(losses, nll.detach(), overlap, top_tokens, labels, is_scored, weigh)
 
 
 def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> Int[Tensor, ""]:

@@ -53,6 +53,16 @@ def assert_same(one, other):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
+def test_the_reduction_weights_divides_the_gradient_as_it_divides_the_loss(on_one_rank):
+    """In the first step, where the sum of losses is the same: `slots` and `weights` differ by what they divide by."""
+    first = {
+        name: json.loads((on_one_rank / name / "trainer_state.json").read_text())["log_history"][0]
+        for name in ("slots", "weights")
+    }
+    by_loss, by_gradient = (first["weights"][key] / first["slots"][key] for key in ("loss", "grad_norm"))
+    assert by_gradient == pytest.approx(by_loss, rel=1e-3) and by_loss != pytest.approx(1, rel=0.05)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
     """Uneven anchors, ranks and micro-batches without any, every reduction; and FSDP2 the same gradient."""
