@@ -232,8 +232,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=3, help="of each set")
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--dtype", default="float32", help="bfloat16 for CPUs that multiply it, and GPUs")
     options = parser.parse_args()
-    target = Target.load(options.target)
+    target = Target.load(options.target, dtype=getattr(torch, options.dtype))
     drafter = load_drafter(options.drafter, target)
     chosen = first_of_each_set(read_prompts(demo_path("heldout")), options.prompts)
     prompts = [(prompt.set, encode_chat(target, prompt.turns[0])) for prompt in chosen]

@@ -6,7 +6,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dpace.config import CheckConfig, CompareConfig, DoctorConfig, ExportConfig, ImportConfig, Recipe, recipe_flags
+from dpace.config import (
+    CheckConfig,
+    CompareConfig,
+    DoctorConfig,
+    Dtype,
+    ExportConfig,
+    ImportConfig,
+    Recipe,
+    recipe_flags,
+)
 
 USAGE = """usage: dpace VERB [recipe.yaml] [--group.field value ...]
 
@@ -52,6 +61,8 @@ class GenerateConfig:
     """Of the draws at temperature above 0."""
     thinking: bool = False
     """Switch thinking on, in chat templates that have the switch."""
+    dtype: Dtype = "auto"
+    """Of the weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
     width: Literal["auto", "full"] = "auto"
     """Verify as much of a draft as pays on this machine, or all of it."""
     verify_rule: Literal["equality", "speculative"] = "equality"
@@ -152,7 +163,7 @@ def _respond(args: list[str]) -> None:
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
     responses = write_responses(
-        _load_target(recipe.target, thinking=recipe.thinking),
+        _load_target(recipe),
         [*parts.train, *parts.validation, *parts.heldout],
         path,
         recipe.respond,
@@ -177,7 +188,7 @@ def _train(args: list[str]) -> None:
     if not answered:
         raise ValueError(f"{path} has no answers to these prompts; run `dpace respond` with the same recipe first")
     folder = Path(recipe.output) / "drafter"
-    target = _load_target(recipe.target)
+    target = _load_target(recipe)
     train(target, *make_datasets(target, answered, validation, recipe), recipe, folder)
     if distributed.is_initialized():
         distributed.destroy_process_group()
@@ -191,7 +202,7 @@ def _compare(args: list[str]) -> None:
     from dpace.compare import compare
     from dpace.report import compare_table, console
 
-    results = compare(_load_target(config.target, thinking=config.thinking), config)
+    results = compare(_load_target(config), config)
     console().print(compare_table(results))
     output = Path(config.output)
     print(
@@ -217,7 +228,7 @@ def _bench(args: list[str]) -> None:
         return _bench_servers(recipe, prompts)
     if recipe.bench.plain_server:
         raise ValueError("--bench.plain-server is the baseline of a --bench.server; name that too")
-    target = _load_target(recipe.target, thinking=recipe.thinking)
+    target = _load_target(recipe)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
     if len(drafters) < len(folders):
@@ -267,8 +278,6 @@ def _report(args: list[str]) -> None:
 
 def _check(args: list[str]) -> None:
     config = _parse(CheckConfig, "check", args)
-    import torch
-
     from dpace.check import check
     from dpace.drafter import load_drafter
     from dpace.prompts import read_heldout
@@ -277,7 +286,7 @@ def _check(args: list[str]) -> None:
     prompts = read_heldout(config.prompts)
     failed = []
     for dtype in config.dtypes:
-        target = _load_target(config.target, dtype=getattr(torch, dtype))
+        target = _load_target(config, dtype)
         findings = check(target, load_drafter(config.drafter, target), prompts, config)
         console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
@@ -292,7 +301,7 @@ def _doctor(args: list[str]) -> None:
     from dpace.layout import serve_command
     from dpace.report import console, doctor_table
 
-    target = _load_target(config.target, thinking=config.thinking)
+    target = _load_target(config)
     diagnoses = diagnose(config.drafter, target, engine=config.engine, responses=config.responses)
     measured = {check.name for check in RUN}
     shown = [d for d in diagnoses if d.result != "passes" or d.check in measured]
@@ -323,7 +332,7 @@ def _generate(args: list[str]) -> None:
     from dpace.prompts import find_prompt
     from dpace.responses import encode_chat
 
-    target = _load_target(config.target, thinking=config.thinking)
+    target = _load_target(config)
     options = {
         name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     }
@@ -356,7 +365,7 @@ def _export(args: list[str]) -> None:
     from dpace.prompts import first_of_each_set, read_heldout
     from dpace.responses import encode_chat
 
-    target = _load_target(config.target)
+    target = _load_target(config, "auto")
     chosen = first_of_each_set(read_heldout(config.prompts), config.num_prompts)
     prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
     done = export(
@@ -431,11 +440,18 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
         messages.append({"role": "assistant", "content": text})
 
 
-def _load_target(name: str, **options):
+def _load_target(config, dtype: str | None = None):
+    import torch
+
     from dpace.demo import find_target
     from dpace.target import Target
 
-    return Target.load(find_target(name), **options)
+    name = dtype or getattr(config, "dtype", "auto")
+    options = {
+        "dtype": None if name == "auto" else getattr(torch, name),
+        "thinking": getattr(config, "thinking", False),
+    }
+    return Target.load(find_target(config.target), **options)
 
 
 def _command(verb: str, **flags) -> str:

@@ -17,6 +17,7 @@ Objective = Literal[
     "uniform",
     "head",
 ]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
@@ -177,6 +178,8 @@ class Recipe:
     """Folder for everything that is written."""
     thinking: bool = False
     """Switch thinking on, in chat templates that have the switch; the paper's numbers are without."""
+    dtype: Dtype = "auto"
+    """Of the target's weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompts for training and for measuring."""
     respond: RespondConfig = field(default_factory=RespondConfig)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpace.cache import make_cache
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance
-from dpace.pace import Pace, measure_costs
+from dpace.pace import Pace, make_pace
 from dpace.sampling import Sampler, verify_draft, verify_sampled
 from dpace.target import Target
 
@@ -187,7 +187,8 @@ def speculative_steps(
                     cache=drafter_cache,
                 ).last_hidden_state
                 drafter_cache.crop(-block_size)
-                logits = target.logits(hidden[0, 1 : min(remaining + 1, max_width or block_size)])
+                most = 2 if pace is not None and pace.is_trial else max_width or block_size
+                logits = target.logits(hidden[0, 1 : min(remaining + 1, most)])
                 tokens, width = logits.argmax(-1), len(logits) + 1
                 if pace is not None:
                     width = pace.width(drafter.confidences(logits))
@@ -231,7 +232,7 @@ def step_sizes(target: Target, drafter: Drafter, width: Width, block_size: int |
     max_width = width if isinstance(width, int) else block_size
     if not 2 <= max_width <= block_size:
         raise ValueError(f"width is {width}; a block of {block_size} has 2 to {block_size} tokens to verify")
-    pace = Pace(measure_costs(target, drafter)) if width == "auto" else None
+    pace = make_pace(target, drafter) if width == "auto" else None
     return {"pace": pace, "block_size": block_size, "max_width": max_width}
 
 
@@ -254,7 +255,7 @@ def generate(
     """Decode with a drafter: the target's text, in fewer of its forward passes.
 
     See `speculative_steps`. Memory: keys and values of prompt, response and block in target and drafter; logits of one block;
-    on a CPU in fp32 a second copy of the LM head.
+    on a CPU a second copy of the LM head.
 
     Args:
         target: the model whose text is kept.

@@ -61,12 +61,17 @@ class Pace:
     The width maximizes `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])` with `c` the drafter's
     calibrated confidences: the surrogate that D-PACE trains for, over the time that it takes here. Confidences that promise
     more than is accepted are scaled down by what was found so far in this response. Where drafting has emitted less than plain
-    decoding would have in the same time, it pauses, longer each time, so that a bad drafter costs little.
+    decoding would have in the same time, it pauses, longer each time, and then tries a single token, so that a bad drafter costs
+    little.
+
+    Args:
+        costs: of this machine.
+        previous: the pace of the drafter's last response; if drafting did not pay at its end, a single token is tried first.
     """
 
-    def __init__(self, costs: StepCosts):
+    def __init__(self, costs: StepCosts, previous: "Pace | None" = None):
         self.costs = costs
-        self.pause, self.next_pause = 0, MIN_PAUSE
+        self.pause, self.next_pause = 0, min(previous.next_pause, 2 * MIN_PAUSE) if previous else MIN_PAUSE
         self._forget()
 
     def _forget(self) -> None:
@@ -84,16 +89,16 @@ class Pace:
         trust = min(1.0, self.kept / self.promised)
         self._reach = list(itertools.accumulate(confidences, operator.mul))
         width, _ = self.costs.best_width([trust * reach for reach in self._reach])
-        return max(width, 2 if self._is_trial else 1)
+        return max(width, 2 if self.is_trial else 1)
 
     @property
-    def _is_trial(self) -> bool:
-        """Drafting had been given up, and is tried again."""
+    def is_trial(self) -> bool:
+        """Drafting had been given up, and is tried again, with one slot."""
         return self.next_pause > MIN_PAUSE
 
     def record(self, width: int, accepted: int) -> None:
         """Learn from a step that drafted, also where nothing of the draft was verified (width 1)."""
-        if self._is_trial and accepted == width - 1:
+        if self.is_trial and accepted == width - 1:
             self._forget()
             self.next_pause = max(MIN_PAUSE, self.next_pause // 2)
         self.promised = DECAY * self.promised + sum(self._reach[: width - 1])
@@ -102,8 +107,17 @@ class Pace:
         self.seconds = DECAY * self.seconds + self.costs.draft_seconds + self.costs.verify_seconds[width - 1]
         if self.emitted / self.seconds < self.costs.plain_rate:
             self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, MAX_PAUSE)
-        elif not self._is_trial:
+        elif not self.is_trial:
             self.next_pause = MIN_PAUSE
+
+
+_paces: weakref.WeakKeyDictionary[Drafter, Pace] = weakref.WeakKeyDictionary()
+
+
+def make_pace(target: Target, drafter: Drafter) -> Pace:
+    """A response's pace, which knows how the drafter's last one ended; measures the machine first, see `measure_costs`."""
+    _paces[drafter] = Pace(measure_costs(target, drafter), _paces.get(drafter))
+    return _paces[drafter]
 
 
 _costs: weakref.WeakKeyDictionary[Drafter, dict[int, tuple[int, StepCosts]]] = weakref.WeakKeyDictionary()

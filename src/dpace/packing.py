@@ -1,4 +1,4 @@
-"""Linear layers on a CPU in fp32, with their weights also in oneDNN's own layout: same products up to rounding, in half the time."""
+"""Linear layers on a CPU with their weights also in oneDNN's own layout: same products up to rounding, in half the time."""
 
 import weakref
 
@@ -13,10 +13,19 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = 
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """A copy in oneDNN's layout for `multiply`; None where there is no such layout: not on a CPU, not fp32, or built without."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    """A copy in oneDNN's layout for `multiply`; None where that is not faster.
+
+    It is on a CPU in fp32, and in bf16 where the CPU multiplies that (AVX-512 BF16, AMX).
+    """
+    is_multiplied = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _multiplies_bf16())
+    if weight.device.type != "cpu" or not is_multiplied or not torch.backends.mkldnn.is_available():
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def multiply(rows: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,7 +39,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`; it also stays that under a gradient, in another dtype, and where it is compiled."""
         needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if not needs_grad and not torch.compiler.is_compiling() and input.dtype == torch.float32:
+        if not needs_grad and not torch.compiler.is_compiling() and input.dtype == self.weight.dtype:
             packed = packed_weight(self)
             if packed is not None:
                 return multiply(input, packed, self.bias)
@@ -51,7 +60,7 @@ def _state(weight) -> tuple[int, int]:
 def pack_linears(module: nn.Module) -> bool:
     """Pack all linear layers inside a module, in place; say whether it was done.
 
-    Nothing is done on a GPU, in another dtype than fp32, and where the copies would take more than half of the free memory.
+    Nothing is done where `pack` gives nothing, and where the copies would take more than half of the free memory.
 
     Memory: a second copy of the weights.
     """

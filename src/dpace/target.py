@@ -62,11 +62,11 @@ class Target:
     ) -> "Target":
         """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
 
-        Memory: the weights; on a CPU in fp32 twice, where there is room (see `dpace.packing`).
+        Memory: the weights; on a CPU twice, where there is room (see `dpace.packing`).
 
         Args:
             name: folder or Hub id.
-            dtype: of the weights; by default bf16 on a GPU and fp32 on CPU, where it is faster for blocks of tokens.
+            dtype: of the weights; by default bf16 on a GPU, and fp32 on a CPU, where texts are then equal token for token.
             thinking: let chat templates that have this switch turn thinking on.
             device: by default this process's GPU (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
 
@@ -126,11 +126,11 @@ class Target:
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
         """Logits of a few rows, as decoding computes them: `head.logits` up to rounding.
 
-        Memory: on a CPU in fp32 a second copy of the head, see `dpace.packing`.
+        Memory: on a CPU a second copy of the head, see `dpace.packing`.
         """
         if self._packed_head is None:
             return self.head.logits(hidden)
-        return self.head.finish(multiply(hidden, self._packed_head))
+        return self.head.finish(multiply(hidden.to(self._packed_head.dtype), self._packed_head))
 
     @functools.cached_property
     def _packed_head(self) -> Tensor | None:

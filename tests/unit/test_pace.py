@@ -34,7 +34,7 @@ def run(pace: Pace, steps: int, accepted_of, confidence=0.9) -> tuple[float, int
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
         if pace.wants_draft():
-            width = pace.width([confidence] * 7)
+            width = pace.width([confidence] * (1 if pace.is_trial else 7))
             accepted = accepted_of(width)
             pace.record(width, accepted)
             seconds += pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1]
@@ -68,6 +68,15 @@ def test_a_drafter_that_gets_good_is_found_again():
     run(pace, 150, lambda width: 0)
     speed, _ = run(pace, 400, lambda width: width - 1)
     assert speed > 2.5 and pace.pause <= MAX_PAUSE
+
+
+def test_a_drafter_that_was_useless_costs_less_in_the_next_response():
+    first = Pace(COSTS)
+    speed, _ = run(first, 36, lambda width: 0)
+    again, drafts = run(Pace(COSTS, first), 36, lambda width: 0)
+    assert again > speed and again > 0.97 and drafts == 2
+    good, drafts = run(Pace(COSTS, first), 36, lambda width: width - 1)
+    assert good > 2.5 and drafts == 36
 
 
 def test_costs_are_measured_once():

@@ -4,18 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from dpace.packing import PackedLinear, multiply, pack, pack_linears
+from dpace.packing import PackedLinear, _multiplies_bf16, multiply, pack, pack_linears
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_products_are_those_of_linear(num_rows, bias):
-    layer = nn.Linear(48, 33, bias=bias).requires_grad_(False)
-    x = torch.randn(2, num_rows, 48)
-    expected = layer(x)
-    assert pack_linears(layer) and type(layer) is PackedLinear
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(multiply(x[0], pack(layer.weight), layer.bias), expected[0], rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_are_those_of_linear(num_rows, bias, dtype):
+    layer = nn.Linear(48, 33, bias=bias).requires_grad_(False).to(dtype)
+    x = torch.randn(2, num_rows, 48, dtype=dtype)
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    is_fast = pack_linears(layer)
+    assert is_fast == (type(layer) is PackedLinear) == (dtype == torch.float32 or _multiplies_bf16())
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(layer(x), exact.to(dtype), **close)
+    if is_fast:
+        torch.testing.assert_close(multiply(x[0], pack(layer.weight), layer.bias), exact[0].to(dtype), **close)
 
 
 def test_new_weights_are_not_missed():
@@ -49,9 +53,10 @@ def test_gradients_pass():
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1))
 
 
-def test_nothing_is_packed_without_room_or_in_bf16(monkeypatch):
+def test_nothing_is_packed_without_room_or_where_it_is_not_faster(monkeypatch):
     monkeypatch.setattr("dpace.packing.psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
     assert not pack_linears(nn.Linear(48, 33))
     monkeypatch.undo()
+    monkeypatch.setattr("dpace.packing._multiplies_bf16", lambda: False)
     layer = nn.Linear(8, 4).to(torch.bfloat16)
     assert not pack_linears(layer) and type(layer) is nn.Linear
