@@ -1,0 +1,48 @@
+"""The real target with a drafter that has seen a little of it, for the slow tests with engines."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
+from dpace.decode import Generation, generate
+from dpace.demo import TARGET_ID, find_target
+from dpace.drafter import Drafter, load_drafter
+from dpace.prompts import Prompt, demo_path, read_prompts
+from dpace.responses import encode_chat, write_responses
+from dpace.target import Target
+from dpace.train import make_datasets, train
+
+MAX_NEW_TOKENS = 48
+
+
+class RealPair(NamedTuple):
+    """A target and its drafter, and what our own decoding makes of some prompts."""
+
+    target: Target
+    drafter: Drafter
+    drafter_folder: Path
+    prompts: list[Prompt]
+    encoded: list[list[int]]
+    ours: list[Generation]
+
+
+@pytest.fixture(scope="session")
+def real_pair(tmp_path_factory) -> RealPair:
+    """Trained until it accepts more than nothing and less than everything: layers off by one would be seen."""
+    folder = tmp_path_factory.mktemp("real")
+    target = Target.load(find_target(TARGET_ID))
+    prompts = read_prompts(demo_path("train"))[:3]
+    settings = RespondConfig(max_new_tokens=MAX_NEW_TOKENS)
+    responses = write_responses(target, prompts, folder / "responses.jsonl", settings)
+    recipe = Recipe(
+        drafter=DrafterConfig(num_layers=2, num_features=3, block_size=8, norm_scale=0.18),
+        train=TrainConfig(learning_rate=2e-3, max_steps=40, batch_size=3, num_anchors=32, max_length=512),
+    )
+    train(target, *make_datasets(target, responses, [], recipe), recipe, folder / "drafter")
+    drafter = load_drafter(folder / "drafter", target)
+    encoded = [encode_chat(target, prompt.turns[0]) for prompt in prompts]
+    ours = [generate(target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for ids in encoded]
+    assert 1.2 < sum(len(out.token_ids) - 1 for out in ours) / sum(len(out.widths) for out in ours) < 6
+    return RealPair(target, drafter, folder / "drafter", prompts, encoded, ours)

@@ -1,0 +1,116 @@
+"""`dpace bench --server` against the engines' own servers: what they report over HTTP is what our decoding counts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpace.config import BenchConfig
+from dpace.decode import generate
+from dpace.formats import export
+from dpace.metrics import Acceptance
+from dpace.prompts import Prompt
+from dpace.responses import Chat, encode_chat
+from dpace.servers import bench_servers
+from dpace.target import Target
+from tests.integration.conftest import MAX_NEW_TOKENS
+from tests.unit.test_formats import write_target_gguf
+
+SERVE = """
+import sys
+from dpace.llamacpp import make_server
+server = make_server(sys.argv[1], sys.argv[2] or None, num_draft_tokens=int(sys.argv[3]))
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def llamacpp(target: Path, drafter: Path | str = "", num_draft_tokens: int = 0) -> Iterator[str]:
+    """The address of llama.cpp's server in a process of its own."""
+    command = [sys.executable, "-c", SERVE, str(target), str(drafter), str(num_draft_tokens)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            yield next(line.strip() for line in process.stdout or () if line.startswith("http"))
+        finally:
+            process.kill()
+
+
+@contextmanager
+def vllm(python: str, target: str, drafter: Path, num_draft_tokens: int) -> Iterator[str]:
+    """The address of vLLM's server, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    speculative = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": num_draft_tokens}
+    options = {"model": target, "dtype": "float32", "max-model-len": 1024, "max-num-seqs": 2, "port": port}
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command += ["--speculative-config", json.dumps(speculative)]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True) as process:
+        try:
+            for _ in range(300):
+                assert process.poll() is None, "vLLM ended; its log is above"
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                    break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def measure(target: Target, prompts: list[Prompt], address: str, plain: str | None, folder: Path, count: int) -> dict:
+    """The row of a server with a drafter; all prompts in one."""
+    prompts = [replace(prompt, set="all") for prompt in prompts]
+    config = BenchConfig(temperatures=(0.0,), concurrencies=(1,), max_new_tokens=count)
+    (row,) = bench_servers(Chat("target", target.tokenizer), address, plain, prompts, config, folder)["rows"]
+    return row
+
+
+def test_llamacpp_reports_what_we_count(
+    language_target, language_drafter_folder, language_drafter, language_prompts, tmp_path
+):
+    pytest.importorskip("xllamacpp")
+    target_gguf = write_target_gguf(language_target, tmp_path / "target.gguf")
+    names = {"name": "x", "target_name": "x", "target_gguf": target_gguf}
+    exported = export(language_drafter_folder, language_target, to="gguf", output=tmp_path / "gguf", **names)
+    prompts = [Prompt(text, "s", [[{"role": "user", "content": text}]]) for text in language_prompts[50:56]]
+    with llamacpp(target_gguf, exported.path, 5) as address, llamacpp(target_gguf) as plain:
+        row = measure(language_target, prompts, address, plain, tmp_path, 32)
+    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
+    ours = [generate(language_target, language_drafter, ids, max_new_tokens=32, width="full") for ids in encoded]
+    assert row["num_same_text"] == row["num_responses"] == 6
+    assert row["num_verifications"] == sum(len(out.widths) for out in ours)
+    assert row["tau"] == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_vllm_reports_what_we_count(real_pair, tmp_path):
+    python = os.environ.get("DPACE_VLLM_PYTHON")
+    if python is None:
+        pytest.skip("DPACE_VLLM_PYTHON does not name an environment with vllm-cpu")
+    with vllm(python, real_pair.target.name, real_pair.drafter_folder, 7) as address:
+        row = measure(real_pair.target, real_pair.prompts, address, None, tmp_path, MAX_NEW_TOKENS)
+    records = [json.loads(line) for line in (tmp_path / "servers.jsonl").read_text().splitlines()[1:]]
+    texts = [record["turns"][0]["drafter"]["token_ids"][0] for record in records]
+    assert texts == [out.token_ids for out in real_pair.ours]
+    assert row["num_verifications"] == pytest.approx(sum(len(out.widths) for out in real_pair.ours), abs=3)
+    tau = Acceptance.pooled([out.acceptance for out in real_pair.ours]).tau
+    assert row["tau"] == pytest.approx(tau, rel=0.05) and sum(row["histogram"]) == row["num_verifications"]
