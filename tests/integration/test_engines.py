@@ -45,39 +45,57 @@ def ask(engine: str, folder: Path, **request) -> dict:
     return json.loads(files[1].read_text())
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory) -> tuple[Target, Path, list[list[int]]]:
-    """The real target, a drafter that has seen a little, so that layers off by one would be seen, and prompts."""
-    folder = tmp_path_factory.mktemp("served")
-    target = Target.load(find_target(TARGET_ID))
+@pytest.mark.slow
+@pytest.mark.network
+def test_vllm_accepts_as_we_do(tmp_path):
+    """With a drafter that has seen a little, so that layers off by one would be seen."""
+    python_of("vllm")
+    target_folder = find_target(TARGET_ID)
+    target = Target.load(target_folder)
     prompts = read_prompts(demo_path("train"))[:3]
-    responses = write_responses(target, prompts, folder / "responses.jsonl", RespondConfig(max_new_tokens=48))
+    responses = write_responses(target, prompts, tmp_path / "responses.jsonl", RespondConfig(max_new_tokens=48))
     recipe = Recipe(
         drafter=DrafterConfig(num_layers=2, num_features=3, block_size=8, norm_scale=0.18),
         train=TrainConfig(learning_rate=2e-3, max_steps=40, batch_size=3, num_anchors=32, max_length=512),
     )
-    train(target, *make_datasets(target, responses, [], recipe), recipe, folder / "drafter")
-    return target, folder / "drafter", [encode_chat(target, prompt.turns[0]) for prompt in prompts]
+    drafter = train(target, *make_datasets(target, responses, [], recipe), recipe, tmp_path / "drafter")
+    drafter = load_drafter(tmp_path / "drafter", target)
+    encoded = [encode_chat(target, prompt.turns[0]) for prompt in prompts]
+    ours = [generate(target, drafter, ids, max_new_tokens=48, width="full") for ids in encoded]
+    assert 1.2 < sum(len(out.token_ids) - 1 for out in ours) / sum(len(out.widths) for out in ours) < 6
+    for to in ("vllm", "speculators"):
+        out = tmp_path / f"dflash-{to}"
+        export(tmp_path / "drafter", target, to=to, output=out, name="x", target_name=target_folder)
+        request = {"target": target_folder, "drafter": str(out), "prompts": encoded, "max_new_tokens": 48, "rounds": 1}
+        found = ask("vllm", tmp_path, **request, num_draft_tokens=7)
+        assert found["texts"] == [out.token_ids for out in ours]
+        for steps, mine in zip(found["steps"], ours, strict=True):
+            assert abs(steps - len(mine.widths)) <= 1
 
 
 @pytest.mark.slow
-@pytest.mark.network
-@pytest.mark.parametrize(
-    ("engine", "to", "length"), [("vllm", "vllm", 48), ("vllm", "speculators", 48), ("mlx", "zlab", 16)]
-)
-def test_an_engine_verifies_as_often_as_we_do(engine, to, length, request, tmp_path):
-    python_of(engine)
-    target, folder, prompts = request.getfixturevalue("served")
-    drafter = load_drafter(folder, target)
-    ours = [generate(target, drafter, ids, max_new_tokens=length, width="full") for ids in prompts]
-    assert 1.2 < sum(len(out.token_ids) - 1 for out in ours) / sum(len(out.widths) for out in ours) < 6
-    out = tmp_path / "dflash"
-    export(folder, target, to=to, output=out, name="x", target_name=target.name)
-    asked = {"target": target.name, "drafter": str(out), "prompts": prompts, "max_new_tokens": length, "rounds": 1}
-    found = ask(engine, tmp_path, **asked, num_draft_tokens=7)
-    assert found["texts"] == [out.token_ids for out in ours]
-    for steps, mine in zip(found["steps"], ours, strict=True):
-        assert abs(steps - len(mine.widths)) <= 1
+def test_mlx_verifies_as_often_as_we_do(
+    language_target, language_folder, language_drafter_folder, language_prompts, tmp_path
+):
+    """With neighbouring layers as controls: the text stays, the number of verifications does not."""
+    python_of("mlx")
+    prompts = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:56]]
+    request = {"target": str(language_folder), "prompts": prompts, "max_new_tokens": 40, "rounds": 1}
+    steps = {}
+    for offset in (-1, 0, 1):
+        out = tmp_path / f"dflash{offset}"
+        export(language_drafter_folder, language_target, to="zlab", output=out, name="x", target_name="x")
+        config = json.loads((out / "config.json").read_text())
+        config["target_layer_ids"] = [i + offset for i in config["target_layer_ids"]]
+        config["dflash_config"]["target_layer_ids"] = config["target_layer_ids"]
+        (out / "config.json").write_text(json.dumps(config))
+        drafter = load_drafter(out, language_target)
+        ours = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in prompts]
+        found = ask("mlx", tmp_path, **request, drafter=str(out))
+        assert found["texts"] == [mine.token_ids for mine in ours]
+        steps[offset] = found["steps"], [len(mine.widths) for mine in ours]
+    assert steps[0][0] == steps[0][1]
+    assert steps[0][0] not in (steps[-1][0], steps[1][0])
 
 
 @pytest.mark.slow
