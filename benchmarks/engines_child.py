@@ -4,7 +4,26 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+
+def measured(request: dict, decode: Callable[[list[int], int], tuple[list[int], int]]) -> dict:
+    """Time a function from a prompt and a number of tokens to text and verifications, after a call that is not counted."""
+    decode(request["prompts"][0], request["max_new_tokens"])
+    answer = {"texts": [], "seconds": [], "steps": []}
+    for ids in request["prompts"]:
+        text, seconds, steps = [], [], 0
+        for _ in range(request["rounds"]):
+            start = time.perf_counter()
+            decode(ids, 1)
+            middle = time.perf_counter()
+            text, steps = decode(ids, request["max_new_tokens"])
+            seconds.append(time.perf_counter() - middle - (middle - start))
+        answer["texts"].append(text)
+        answer["seconds"].append(min(seconds))
+        answer["steps"].append(steps)
+    return answer
 
 
 def run_vllm(request: dict) -> dict:
@@ -31,47 +50,65 @@ def run_vllm(request: dict) -> dict:
         speculative_config=speculative,
     )
 
-    def decode(ids: list[int], count: int) -> tuple[list[int], float]:
-        start = time.perf_counter()
-        settings = vllm.SamplingParams(temperature=0, max_tokens=count)
-        (output,) = llm.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)
-        return list(output.outputs[0].token_ids), time.perf_counter() - start
-
     def num_drafts() -> int:
         found = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_drafts"]
         return int(sum(found))
 
-    decode(request["prompts"][0], request["max_new_tokens"])
-    answer = {"version": vllm.__version__, "texts": [], "seconds": [], "steps": []}
-    for ids in request["prompts"]:
-        text, seconds, steps = [], [], 0
-        for _ in range(request["rounds"]):
-            first = decode(ids, 1)[1]
-            before = num_drafts()
-            text, whole = decode(ids, request["max_new_tokens"])
-            steps = num_drafts() - before
-            seconds.append(whole - first)
-        answer["texts"].append(text)
-        answer["seconds"].append(min(seconds))
-        answer["steps"].append(steps)
-    return answer
+    def decode(ids: list[int], count: int) -> tuple[list[int], int]:
+        before = num_drafts()
+        settings = vllm.SamplingParams(temperature=0, max_tokens=count)
+        (output,) = llm.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)
+        return list(output.outputs[0].token_ids), num_drafts() - before
+
+    return {"version": vllm.__version__, **measured(request, decode)}
+
+
+def run_mlx(request: dict) -> dict:
+    """Decode greedily in fp32, with z-lab's loop where there is a drafter."""
+    import importlib.metadata
+
+    import mlx.core
+    import mlx_lm
+    from dflash import model_mlx as zlab
+
+    zlab.snapshot_download = lambda folder, **_: folder  # z-lab's loader knows Hub ids only
+    config = json.loads((Path(request["target"]) / "config.json").read_text())
+    rope = config.get("rope_parameters", config)  # mlx-lm takes 10000 where rope_theta is not at the top level
+    model, tokenizer = mlx_lm.load(request["target"], model_config={"rope_theta": rope["rope_theta"]})
+    model.set_dtype(mlx.core.float32)
+    drafter = zlab.load_draft(request["drafter"]) if request["drafter"] else None
+
+    def decode(ids: list[int], count: int) -> tuple[list[int], int]:
+        if drafter is None:
+            return [part.token for part in mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=count)], 0
+        parts = list(zlab.stream_generate(model, drafter, tokenizer, ids, max_tokens=count))
+        return [token for part in parts for token in part.tokens], sum(part.accepted is not None for part in parts)
+
+    version = f"{importlib.metadata.version('dflash')}, mlx {importlib.metadata.version('mlx')}"
+    return {"version": version, **measured(request, decode)}
 
 
 def run_speculators(request: dict) -> dict:
-    """Load the folder and compare the weights with those of the file."""
+    """Load the folder, and convert the published one to `output`; count the tensors that are those of the file."""
     import importlib.metadata
 
     import torch
     from safetensors.torch import load_file
     from speculators import SpeculatorModel
+    from speculators.convert.dflash import DFlashConverter
 
-    model = SpeculatorModel.from_pretrained(request["drafter"])
-    found, weights = model.state_dict(), load_file(Path(request["drafter"]) / "model.safetensors")
-    equal = sum(name in found and torch.equal(found[name].cpu(), tensor) for name, tensor in weights.items())
+    weights = load_file(Path(request["drafter"]) / "model.safetensors")
+    loaded = SpeculatorModel.from_pretrained(request["drafter"]).state_dict()
+    DFlashConverter().convert(request["published"], request["output"], base_model=request["target"])
+    converted = load_file(Path(request["output"]) / "model.safetensors")
+    equal = [
+        sum(name in found and torch.equal(found[name], tensor) for name, tensor in weights.items())
+        for found in (loaded, converted)
+    ]
     return {"version": importlib.metadata.version("speculators"), "equal": equal, "tensors": len(weights)}
 
 
 if __name__ == "__main__":
     _, engine, asked, answered = sys.argv
-    run = {"vllm": run_vllm, "speculators": run_speculators}[engine]
+    run = {"vllm": run_vllm, "mlx": run_mlx, "speculators": run_speculators}[engine]
     Path(answered).write_text(json.dumps(run(json.loads(Path(asked).read_text()))))

