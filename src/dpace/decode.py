@@ -187,8 +187,7 @@ def speculative_steps(
                     cache=drafter_cache,
                 ).last_hidden_state
                 drafter_cache.crop(-block_size)
-                most = 2 if pace is not None and pace.is_trial else max_width or block_size
-                logits = target.logits(hidden[0, 1 : min(remaining + 1, most)])
+                logits = target.logits(hidden[0, 1 : min(remaining + 1, max_width or block_size)])
                 tokens, width = logits.argmax(-1), len(logits) + 1
                 if pace is not None:
                     width = pace.width(drafter.confidences(logits))

@@ -1,6 +1,7 @@
 """Confidences and step times in; how many slots are worth verifying, and whether drafting is worth it at all, out."""
 
 import itertools
+import math
 import operator
 import statistics
 import time
@@ -17,10 +18,12 @@ from dpace.target import Target
 
 FILLER_TOKENS = 128
 """Context that step times are measured with."""
-MIN_PAUSE, MAX_PAUSE = 8, 64
-"""Steps from a draft that did not pay to the next; doubled each time in a row."""
-DECAY = 0.9
-"""Weight of the past in the running sums, a drafted step."""
+EXPLORATION = 0.01
+"""Share of the time that may be lost to finding out whether a drafter that does not pay has begun to."""
+DECAY = 0.95
+"""Weight of the past in the running sums, a draft."""
+PRIOR_TOKENS = 1.0
+"""Promised and kept ones before the first draft."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class StepCosts:
     def plain_rate(self) -> float:
         """Tokens a second without drafting."""
         return 1 / self.verify_seconds[0]
+
+    @property
+    def whole_seconds(self) -> float:
+        """Of a step that verifies the whole block."""
+        return self.draft_seconds + self.verify_seconds[-1]
 
     def best_width(self, reach: Sequence[float]) -> tuple[int, float]:
         """The tokens to verify that give the most expected tokens a second.
@@ -60,63 +68,51 @@ class Pace:
 
     The width maximizes `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])` with `c` the drafter's
     calibrated confidences: the surrogate that D-PACE trains for, over the time that it takes here. Confidences that promise
-    more than is accepted are scaled down by what was found so far in this response. Where drafting has emitted less than plain
-    decoding would have in the same time, it pauses, longer each time, and then tries a single token, so that a bad drafter costs
-    little.
-
-    Args:
-        costs: of this machine.
-        previous: the pace of the drafter's last response; if drafting did not pay at its end, a single token is tried first.
+    more than is accepted are scaled down by what was found so far. Where drafts promise fewer tokens than plain decoding emits in
+    the same time, they pause for as many steps as make their loss `EXPLORATION` of the time: a bad drafter costs little,
+    and one that gets good is found again. What was learned is kept from one response to the next (`make_pace`).
     """
 
-    def __init__(self, costs: StepCosts, previous: "Pace | None" = None):
+    def __init__(self, costs: StepCosts):
         self.costs = costs
-        self.pause, self.next_pause = 0, min(previous.next_pause, 2 * MIN_PAUSE) if previous else MIN_PAUSE
-        self._forget()
-
-    def _forget(self) -> None:
-        """Trust the drafter until it is found wanting."""
-        self.promised = self.kept = self.emitted = 1.0
-        self.seconds = 1.0 / self.costs.plain_rate
+        self.pause, self.is_losing = 0, False
+        self.promised = self.kept = PRIOR_TOKENS
+        self.drafts, self.emitted, self.seconds = 1.0, 1.1 * costs.plain_rate * costs.whole_seconds, costs.whole_seconds
 
     def wants_draft(self) -> bool:
         """Whether this step should draft; called once a step."""
-        self.pause = max(0, self.pause - 1)
-        return self.pause == 0
+        self.pause -= 1
+        return self.pause < 0
 
     def width(self, confidences: Sequence[float]) -> int:
         """Tokens to verify after a draft with these confidences, the last token included."""
         trust = min(1.0, self.kept / self.promised)
         self._reach = list(itertools.accumulate(confidences, operator.mul))
-        width, _ = self.costs.best_width([trust * reach for reach in self._reach])
-        return max(width, 2 if self.is_trial else 1)
-
-    @property
-    def is_trial(self) -> bool:
-        """Drafting had been given up, and is tried again, with one slot."""
-        return self.next_pause > MIN_PAUSE
+        width, self._expected = self.costs.best_width([trust * reach for reach in self._reach])
+        if width == 1 and self.is_losing:  # nothing is learned of a draft that is not verified
+            return 2
+        return width
 
     def record(self, width: int, accepted: int) -> None:
         """Learn from a step that drafted, also where nothing of the draft was verified (width 1)."""
-        if self.is_trial and accepted == width - 1:
-            self._forget()
-            self.next_pause = max(MIN_PAUSE, self.next_pause // 2)
         self.promised = DECAY * self.promised + sum(self._reach[: width - 1])
         self.kept = DECAY * self.kept + accepted
-        self.emitted = DECAY * self.emitted + accepted + 1
+        self.drafts = DECAY * self.drafts + 1
+        self.emitted = DECAY * self.emitted + self._expected
         self.seconds = DECAY * self.seconds + self.costs.draft_seconds + self.costs.verify_seconds[width - 1]
-        if self.emitted / self.seconds < self.costs.plain_rate:
-            self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, MAX_PAUSE)
-        elif not self.is_trial:
-            self.next_pause = MIN_PAUSE
+        loss = (self.seconds * self.costs.plain_rate - self.emitted) / self.drafts  # tokens that a draft costs
+        self.is_losing = loss > 0
+        self.pause = max(0, math.ceil(loss / EXPLORATION))
 
 
 _paces: weakref.WeakKeyDictionary[Drafter, Pace] = weakref.WeakKeyDictionary()
 
 
 def make_pace(target: Target, drafter: Drafter) -> Pace:
-    """A response's pace, which knows how the drafter's last one ended; measures the machine first, see `measure_costs`."""
-    _paces[drafter] = Pace(measure_costs(target, drafter), _paces.get(drafter))
+    """The drafter's pace, the same one for all its responses; measures the machine first, see `measure_costs`."""
+    costs = measure_costs(target, drafter)
+    if drafter not in _paces or _paces[drafter].costs is not costs:
+        _paces[drafter] = Pace(costs)
     return _paces[drafter]
 
 
