@@ -219,8 +219,10 @@ def speculative_steps(
             yield Step(emitted, accepted, width)
 
 
-def step_sizes(target: Target, drafter: Drafter, width: Width, block_size: int | None = None) -> dict[str, Any]:
-    """What `width` and `block_size` of `generate` are to `speculative_steps`.
+def step_sizes(
+    target: Target, drafter: Drafter, width: Width, temperature: float, block_size: int | None = None
+) -> dict[str, Any]:
+    """What `width`, `temperature` and `block_size` of `generate` are to `speculative_steps`.
 
     Raises:
         ValueError: more tokens than a block has, or fewer than 2.
@@ -231,7 +233,7 @@ def step_sizes(target: Target, drafter: Drafter, width: Width, block_size: int |
     max_width = width if isinstance(width, int) else block_size
     if not 2 <= max_width <= block_size:
         raise ValueError(f"width is {width}; a block of {block_size} has 2 to {block_size} tokens to verify")
-    pace = make_pace(target, drafter) if width == "auto" else None
+    pace = make_pace(target, drafter, temperature) if width == "auto" else None
     return {"pace": pace, "block_size": block_size, "max_width": max_width}
 
 
@@ -285,7 +287,7 @@ def generate(
     drafter.check_target(target)
     prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
     sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
-    sizes = step_sizes(target, drafter, width, block_size)
+    sizes = step_sizes(target, drafter, width, temperature, block_size)
     steps = speculative_steps(
         target,
         drafter,

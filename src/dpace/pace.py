@@ -105,15 +105,15 @@ class Pace:
         self.pause = max(0, math.ceil(loss / EXPLORATION))
 
 
-_paces: weakref.WeakKeyDictionary[Drafter, Pace] = weakref.WeakKeyDictionary()
+_paces: weakref.WeakKeyDictionary[Drafter, dict[float, Pace]] = weakref.WeakKeyDictionary()
 
 
-def make_pace(target: Target, drafter: Drafter) -> Pace:
-    """The drafter's pace, the same one for all its responses; measures the machine first, see `measure_costs`."""
-    costs = measure_costs(target, drafter)
-    if drafter not in _paces or _paces[drafter].costs is not costs:
-        _paces[drafter] = Pace(costs)
-    return _paces[drafter]
+def make_pace(target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
+    """The drafter's pace, the same one for all its responses at a temperature; measures the machine first, see `measure_costs`."""
+    costs, known = measure_costs(target, drafter), _paces.setdefault(drafter, {})
+    if temperature not in known or known[temperature].costs is not costs:
+        known[temperature] = Pace(costs)
+    return known[temperature]
 
 
 _costs: weakref.WeakKeyDictionary[Drafter, dict[int, tuple[int, StepCosts]]] = weakref.WeakKeyDictionary()

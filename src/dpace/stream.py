@@ -35,15 +35,16 @@ def stream(
     """
     drafter.check_target(target)
     prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
+    sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
     steps = speculative_steps(
         target,
         drafter,
         prompt,
-        Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device),
+        sampler,
         max_new_tokens=max_new_tokens,
         stops=stops,
         verify_rule=verify_rule,
-        **step_sizes(target, drafter, width),
+        **step_sizes(target, drafter, width, temperature),
     )
     pieces = TextPieces(target.tokenizer)
     for step in steps:
@@ -120,15 +121,16 @@ def custom_generate(
         num_prompt = input_ids.shape[1]
         eos = generation_config.eos_token_id
         stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         steps = speculative_steps(
             target,
             drafter,
             input_ids,
-            Sampler(float(generation_config.do_sample), processors=logits_processor),
+            sampler,
             max_new_tokens=generation_config.max_length - num_prompt,
             stops=stops,
             verify_rule=verify_rule,
-            **step_sizes(target, drafter, width),
+            **step_sizes(target, drafter, width, sampler.temperature),
         )
         text = input_ids[0].tolist()
         if streamer is not None:

@@ -97,11 +97,12 @@ def test_a_drafter_that_gets_good_is_found_again():
 
 
 def test_a_drafter_keeps_its_pace():
-    """From one response to the next, until the machine is measured better."""
+    """From one response to the next at a temperature, until the machine is measured better."""
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
     pace = make_pace(target, drafter)
-    assert make_pace(target, drafter) is pace and make_pace(target, make_drafter(target, block_size=6)) is not pace
+    assert make_pace(target, drafter) is pace and make_pace(target, drafter, 1.0) is not pace
+    assert make_pace(target, make_drafter(target, block_size=6)) is not pace
     measure_costs(target, drafter, num_rounds=6)
     assert make_pace(target, drafter) is not pace
 
