@@ -14,6 +14,7 @@ import torch
 
 from dpace.cache import make_cache
 from dpace.drafter import Drafter
+from dpace.sampling import Sampler
 from dpace.target import Target
 
 FILLER_TOKENS = 128
@@ -110,17 +111,20 @@ _paces: weakref.WeakKeyDictionary[Drafter, dict[float, Pace]] = weakref.WeakKeyD
 
 def make_pace(target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
     """The drafter's pace, the same one for all its responses at a temperature; measures the machine first, see `measure_costs`."""
-    costs, known = measure_costs(target, drafter), _paces.setdefault(drafter, {})
+    costs = measure_costs(target, drafter, temperature=temperature)
+    known = _paces.setdefault(drafter, {})
     if temperature not in known or known[temperature].costs is not costs:
         known[temperature] = Pace(costs)
     return known[temperature]
 
 
-_costs: weakref.WeakKeyDictionary[Drafter, dict[int, tuple[int, StepCosts]]] = weakref.WeakKeyDictionary()
+_costs: weakref.WeakKeyDictionary[Drafter, dict[tuple[int, bool], tuple[int, StepCosts]]] = weakref.WeakKeyDictionary()
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, drafter: Drafter, batch: int = 1, *, num_rounds: int = 5) -> StepCosts:
+def measure_costs(
+    target: Target, drafter: Drafter, batch: int = 1, *, num_rounds: int = 5, temperature: float = 0.0
+) -> StepCosts:
     """Measure what steps take on this machine, once for each drafter and batch size in a process; about a second for one row.
 
     All widths are run in turn, round by round, and the median of each is kept; widths between the measured ones are interpolated.
@@ -130,10 +134,12 @@ def measure_costs(target: Target, drafter: Drafter, batch: int = 1, *, num_round
         drafter: drafts a block a row.
         batch: rows.
         num_rounds: after one that is not counted; measured again where there were fewer.
+        temperature: drawing tokens takes longer than choosing the most likely ones.
     """
-    known = _costs.setdefault(drafter, {})
-    if batch in known and known[batch][0] >= num_rounds:
-        return known[batch][1]
+    known, key = _costs.setdefault(drafter, {}), (batch, temperature > 0)
+    if key in known and known[key][0] >= num_rounds:
+        return known[key][1]
+    sampler = Sampler(temperature, seed=0, device=target.device)
     device, size = target.device, drafter.block_size
     filler = torch.full((batch, FILLER_TOKENS), drafter.mask_token_id, device=device)
     cache = make_cache(target.config, FILLER_TOKENS + size)
@@ -142,7 +148,8 @@ def measure_costs(target: Target, drafter: Drafter, batch: int = 1, *, num_round
     features = torch.zeros(batch, 4, num_features, device=device, dtype=target.model.dtype)
 
     def verify(width: int) -> None:
-        target.logits(target.hidden(filler[:, :width], cache=cache).flatten(0, 1)).argmax(-1).tolist()
+        logits = target.logits(target.hidden(filler[:, :width], cache=cache).flatten(0, 1))
+        sampler.draw(sampler.scores(logits, []), 0).tolist()
         cache.crop(-width)
 
     def draft(_) -> None:
@@ -162,5 +169,5 @@ def measure_costs(target: Target, drafter: Drafter, batch: int = 1, *, num_round
             of_width.append(time.perf_counter() - start)
     medians = {width: statistics.median(of_width[1:]) for width, of_width in times.items()}
     verify_seconds = np.interp(range(1, size + 1), widths, [medians[width] for width in widths]).tolist()
-    known[batch] = num_rounds, StepCosts(verify_seconds, medians[0])
-    return known[batch][1]
+    known[key] = num_rounds, StepCosts(verify_seconds, medians[0])
+    return known[key][1]

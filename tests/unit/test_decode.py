@@ -132,7 +132,7 @@ def chi_square(counts, probs):
 )
 def test_output_distribution_when_sampling(rule, width, filters, monkeypatch):
     """Chi-square of the joint distribution of the 2nd and 3rd token against the target's, on a tiny vocabulary."""
-    monkeypatch.setattr("dpace.pace.measure_costs", lambda *_: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
+    monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)
@@ -211,7 +211,7 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
     drafter = make_drafter(target, block_size=6)
     plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[])
     costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
-    monkeypatch.setattr("dpace.pace.measure_costs", lambda *_: costs)
+    monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: costs)
     is_wrong = {0: lambda n: False, 1: lambda n: True}.get(wrong, lambda n: n % wrong == 0)
     Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong, confidence)
     ours = generate(target, drafter, prompt(), max_new_tokens=50, stop_token_ids=[], width="auto")
