@@ -135,7 +135,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute the drafter's activations in the backward pass to save memory."""
     report_to: tuple[str, ...] = ()
-    """Trackers of transformers' Trainer, such as tensorboard or wandb."""
+    """Trackers of transformers' Trainer: tensorboard, wandb, trackio and others, where they are installed."""
 
 
 @dataclass(frozen=True)

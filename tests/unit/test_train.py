@@ -169,3 +169,12 @@ def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, 
     spoilt = [replace(language_responses[0], token_ids=[3, *language_responses[0].token_ids[1:]])]
     with pytest.raises(ValueError, match="contains the mask token 3"):
         run_recipe(language_target, spoilt, language_responses[50:52], short(), tmp_path)
+
+
+def test_a_tracker_gets_the_log(language_target, language_responses, tmp_path, monkeypatch):
+    """Through transformers' Trainer."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    run(language_target, language_responses, tmp_path / "drafter", report_to=("tensorboard",))
+    (written,) = tmp_path.glob("**/events.out.tfevents.*")
+    assert b"tau" in written.read_bytes()
