@@ -174,8 +174,8 @@ class _TokenLosses(torch.autograd.Function):
         num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(weight)
         for chosen in is_scored.flatten().nonzero()[:, 0].split(max(1, num_rows)):
 
-            def of(x, count=3, chosen=chosen):
-                return x.flatten(0, count - 1)[chosen]
+            def of(x, chosen=chosen):
+                return x.flatten(0, 2)[chosen]
 
             rows, row_labels = of(hidden), of(labels)[:, None]
             if target_hidden is None:

@@ -25,6 +25,8 @@ DECAY = 0.95
 """Weight of the past in the running sums, a draft."""
 PRIOR_TOKENS = 1.0
 """Promised and kept ones before the first draft."""
+PRIOR_GAIN = 1.1
+"""Of the whole draft that a drafter begins with, over plain decoding: it is trusted until it is found wanting."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,6 @@ class StepCosts:
     def plain_rate(self) -> float:
         """Tokens a second without drafting."""
         return 1 / self.verify_seconds[0]
-
-    @property
-    def whole_seconds(self) -> float:
-        """Of a step that verifies the whole block."""
-        return self.draft_seconds + self.verify_seconds[-1]
 
     def best_width(self, reach: Sequence[float]) -> tuple[int, float]:
         """The tokens to verify that give the most expected tokens a second.
@@ -78,7 +75,8 @@ class Pace:
         self.costs = costs
         self.pause, self.is_losing = 0, False
         self.promised = self.kept = PRIOR_TOKENS
-        self.drafts, self.emitted, self.seconds = 1.0, 1.1 * costs.plain_rate * costs.whole_seconds, costs.whole_seconds
+        self.drafts, self.seconds = 1.0, costs.draft_seconds + costs.verify_seconds[-1]
+        self.emitted = PRIOR_GAIN * costs.plain_rate * self.seconds
 
     def wants_draft(self) -> bool:
         """Whether this step should draft; called once a step."""

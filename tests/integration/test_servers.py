@@ -71,6 +71,8 @@ def vllm(python: str, target: str, drafter: Path, num_draft_tokens: int) -> Iter
                     break
                 except (urllib.error.URLError, OSError):
                     time.sleep(1)
+            else:
+                raise TimeoutError("vLLM does not answer after 300 attempts; its log is above")
             yield f"http://127.0.0.1:{port}"
         finally:
             os.killpg(process.pid, signal.SIGKILL)
