@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from dpace.attention import group_heads
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.responses import Response
@@ -64,6 +65,7 @@ def make_target(family: str, seed: int = 0, **changes) -> Target:
     for name, value in changes.items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config)
+    group_heads(model)  # as `Target.load` does on a CPU
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)

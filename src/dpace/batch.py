@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dpace import attention
 from dpace.cache import RaggedCache
 from dpace.decode import Generation, _clock, _first_stop, generate, prepare
 from dpace.drafter import Drafter
@@ -239,7 +240,7 @@ def generate_batch(
     if not rows:
         return []
     implementation = target.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", "eager", attention.NAME):
         raise ValueError(
             f"the target's attention is {implementation}, which takes no 4-D mask; load it with attn_implementation='sdpa', or "
             "decode one prompt at a time with `generate`"

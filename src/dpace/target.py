@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dpace.attention import group_heads
 from dpace.loss import Head
 from dpace.packing import multiply, pack, pack_linears, packed_weight
 
@@ -78,6 +79,7 @@ class Target:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to(device)
         pack_linears(model)
+        group_heads(model)
         target = cls(model, AutoTokenizer.from_pretrained(name))
         target.thinking = thinking
         return target
