@@ -43,7 +43,7 @@ def run_vllm(request: dict) -> dict:
     llm = vllm.LLM(
         request["target"],
         dtype="float32",
-        max_model_len=1024,
+        max_model_len=request.get("max_model_len", 1024),
         max_num_seqs=1,
         enforce_eager=True,
         disable_log_stats=False,

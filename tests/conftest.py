@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import dpace.gguf_file
 from dpace.attention import group_heads
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
@@ -33,7 +35,7 @@ _SHAPE = {
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,  # the smallest that vLLM takes on a CPU
     "max_position_embeddings": 256,
     "pad_token_id": PAD,
     "bos_token_id": None,
@@ -149,6 +151,48 @@ def language_folder(language_target, tmp_path_factory) -> Path:
     return folder
 
 
+def write_target_gguf(target: Target, path: Path) -> Path:
+    """A Qwen3 target in f32 with a tokenizer of bare words."""
+    config, weights = target.config, target.model.state_dict()
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"w{i}" for i in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i < 4 else gguf.TokenType.NORMAL for i in range(config.vocab_size)]
+    )
+    writer.add_eos_token_id(EOS)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(2)
+    writer.add_add_bos_token(False)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for ours, theirs in dpace.gguf_file._LAYER_NAMES.items():
+        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(config.num_hidden_layers)}
+    for ours, theirs in names.items():
+        writer.add_tensor(f"{theirs}.weight", weights[f"{ours}.weight"].float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def target_gguf(language_target, tmp_path_factory) -> Path:
+    return write_target_gguf(language_target, tmp_path_factory.mktemp("gguf") / "target.gguf")
+
+
 @pytest.fixture(scope="session")
 def language_prompts() -> list[str]:
     """Distinct questions; the last 10 are held out."""
@@ -171,7 +215,7 @@ LANGUAGE_RECIPE = Recipe(
     drafter=DrafterConfig(num_layers=2, num_features=2, block_size=6),
     loss=LossConfig(),
     train=TrainConfig(
-        learning_rate=5e-3, max_steps=80, batch_size=8, num_anchors=12, eval_steps=40, logging_steps=20, max_length=64
+        learning_rate=5e-3, max_steps=120, batch_size=8, num_anchors=12, eval_steps=40, logging_steps=20, max_length=64
     ),
 )
 

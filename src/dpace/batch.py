@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpace import attention
 from dpace.cache import RaggedCache
-from dpace.decode import Generation, _clock, _first_stop, generate, prepare
+from dpace.decode import Generation, _clock, _first_stop, generate, generate_plain, prepare
 from dpace.drafter import Drafter
 from dpace.sampling import Sampler, verify_draft
 from dpace.target import Target
@@ -59,6 +59,11 @@ class _Row:
         self.emitted_lengths.append(len(emitted))
         self.widths.append(len(draft) + 1)
 
+    def generation(self, block_size: int, seconds: tuple[float, float]) -> Generation:
+        """What there is to say of the row; nothing was verified where blocks are single tokens."""
+        lengths = (self.accepted_lengths, self.emitted_lengths, self.widths) if block_size > 1 else ([], [], [])
+        return Generation(self.text[self.num_prompt :], *lengths, block_size, *seconds)
+
 
 class _Batch:
     """The rows that are not done, and the caches of target and drafter.
@@ -68,10 +73,13 @@ class _Batch:
     The drafter's cache is the same behind `block_size` columns for the slots, which are never kept. The features of all tokens that the
     target read go into it; those of rejected tokens are hidden and written over in the same way.
 
-    With `compile`, all steps have the same shapes: whole blocks, all columns, and done rows stay until the end.
+    With `compile`, all steps have the same shapes: whole blocks, all columns, and done rows stay until the end. Without a drafter
+    a block is a row's last token.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, rows: list[_Row], captured: list[Tensor], *, compile: bool):
+    def __init__(
+        self, target: Target, drafter: Drafter | None, rows: list[_Row], captured: list[Tensor], *, compile: bool
+    ):
         self.target, self.drafter, self.rows, self.captured = target, drafter, rows, captured
         self.is_fixed = compile
         capacity = max(row.num_prompt + row.max_new_tokens for row in rows)
@@ -81,7 +89,10 @@ class _Batch:
             )  # so that other prompts have these shapes too
         self.capacity = capacity
         self.cache = RaggedCache(target.config, capacity)
-        self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + capacity)
+        self.caches = [self.cache]
+        if drafter is not None:
+            self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + capacity)
+            self.caches.append(self.drafter_cache)
         options: Any = {"mode": "reduce-overhead", "dynamic": False, "disable": not compile}
         self.read: Any = torch.compile(_read, **options)
         self.run_drafter: Any = torch.compile(_run_drafter, **options)
@@ -103,6 +114,8 @@ class _Batch:
 
     def draft(self) -> Int[Tensor, "batch slot"]:
         """One block a row: its last token and the most likely tokens after it."""
+        if self.drafter is None:
+            return self._tensor([row.text[-1:] for row in self.rows])
         size = self.drafter.block_size
         starts = self._tensor([[len(row.text) - 1] for row in self.rows])
         slots = torch.arange(size, device=starts.device).expand(len(starts), -1)
@@ -153,14 +166,14 @@ class _Batch:
         if self.rows:
             indices = self._tensor(kept)
             self.positions, self.features = self.positions[indices], self.features[indices]
-            for cache in (self.cache, self.drafter_cache):
+            for cache in self.caches:
                 cache.batch_select_indices(indices)
 
 
 def _read(target: Target, captured: list[Tensor], token_ids, cache, positions, mask) -> tuple[Tensor, Tensor]:
     """A pass of the target's layers: what the head reads, and the features."""
     hidden = target.hidden(token_ids, cache=cache, position_ids=positions, attention_mask=mask)
-    return hidden, torch.cat(captured, dim=-1)
+    return hidden, torch.cat(captured, dim=-1) if captured else hidden[..., :0]
 
 
 def _run_drafter(drafter: Drafter, noise_embeds, features, position_ids, mask, cache) -> Tensor:
@@ -185,7 +198,7 @@ def _additive(
 @torch.inference_mode()
 def generate_batch(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 256,
@@ -208,7 +221,7 @@ def generate_batch(
 
     Args:
         target: the model whose text is kept; with full attention in all layers where there is more than one prompt.
-        drafter: trained for it.
+        drafter: trained for it; None decodes plainly, a token a step, which is what a drafter's speed is compared with.
         prompts: decoded all at once; as many as memory allows.
         max_new_tokens: upper limit of each response.
         temperature: as in `generate`, like `top_k`, `top_p` and `min_p`.
@@ -229,9 +242,12 @@ def generate_batch(
     """
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     if len(prompts) == 1 and not compile:
-        settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "seed": seed, "width": "full"}
-        return [generate(target, drafter, prompts[0], **settings)]
-    drafter.check_target(target)
+        settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "seed": seed}
+        if drafter is None:
+            return [generate_plain(target, prompts[0], **settings)]
+        return [generate(target, drafter, prompts[0], width="full", **settings)]
+    if drafter is not None:
+        drafter.check_target(target)
     rows = []
     for number, token_ids in enumerate(prompts):
         prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
@@ -246,7 +262,7 @@ def generate_batch(
             "decode one prompt at a time with `generate`"
         )
     started = _clock(target.device)
-    with target.capture(drafter.target_layer_ids) as captured:
+    with target.capture(drafter.target_layer_ids if drafter is not None else ()) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=compile)
         batch.prefill()
         first = _clock(target.device)
@@ -255,14 +271,4 @@ def generate_batch(
             batch.verify(batch.draft())
             batch.drop_done()
     seconds = (first - started, _clock(target.device) - first)
-    return [
-        Generation(
-            row.text[row.num_prompt :],
-            row.accepted_lengths,
-            row.emitted_lengths,
-            row.widths,
-            drafter.block_size,
-            *seconds,
-        )
-        for row in rows
-    ]
+    return [row.generation(drafter.block_size if drafter is not None else 1, seconds) for row in rows]

@@ -82,8 +82,7 @@ def bench(
     for row in rows:
         row["examples"] = make_examples(target, row)
     results = {"schema_version": SCHEMA_VERSION, "rows": rows, "comparisons": compare_drafters(rows), **provenance}
-    concurrencies = config.concurrencies if config.predict else (1,)
-    results["predictions"] = predict(results, target, drafters, concurrencies) if drafters else []
+    results["predictions"] = predict(results, target, drafters, prompts, config) if drafters else []
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 

@@ -236,10 +236,12 @@ class LlamacppServer(Server):
         timings = event.get("timings") or {}
         if not event.get("stop") or "draft_n" not in timings:
             return None
-        accepted = timings["draft_n_accepted"]
-        return Counts(
-            max(1, timings["predicted_n"] - 1 - accepted), accepted
-        )  # a step emits what it accepts and one more
+        emitted = timings["predicted_n"] - 1  # the first token is the prompt's
+        verifications = max(1, emitted - timings["draft_n_accepted"])  # each emits what it accepts and one more
+        if event.get("stop_type") == "eos" and timings["draft_n"] % verifications:
+            # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
+            verifications += timings["draft_n"] % (verifications + 1) == 0
+        return Counts(verifications, max(0, emitted - verifications))
 
 
 def connect(url: str) -> Server:

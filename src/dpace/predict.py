@@ -1,17 +1,25 @@
 """Accepted lengths and the costs of steps in; decode_speedup at other verify widths and concurrencies out."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 
+from dpace.batch import generate_batch
+from dpace.config import BenchConfig
 from dpace.drafter import Drafter
 from dpace.pace import StepCosts, measure_costs
+from dpace.progress import progress_bar
+from dpace.prompts import Prompt
 from dpace.report import acceptance_of, whole_blocks
+from dpace.responses import encode_chat
 from dpace.target import Target
 
 NUM_ROUNDS = 15
 """Times that each step is measured."""
+NUM_TOGETHER = 16
+"""Prompts of a set, at most, that are decoded several at once."""
 
 
 def predict_speedups(row: dict, alone: StepCosts, together: StepCosts) -> list[float]:
@@ -42,34 +50,97 @@ def predict_speedups(row: dict, alone: StepCosts, together: StepCosts) -> list[f
     return speedups
 
 
-def predict(results: dict, target: Target, drafters: dict[str, Drafter], concurrencies: Sequence[int]) -> list[dict]:
-    """Predict every row of a benchmark that was measured with whole drafts.
+def measure_together(
+    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig
+) -> dict[tuple[str, str, float, int], float]:
+    """Decode the first prompts of each set in groups, plainly and with each drafter's whole drafts, to check predictions.
 
-    Memory: keys and values of some 150 tokens for each prompt of the largest concurrency.
+    Args:
+        target: decodes batches.
+        drafters: by name.
+        prompts: those of the benchmark; of each, the first turn.
+        config: its temperatures, lengths and concurrencies.
+
+    Returns:
+        decode_speedup by drafter, set, temperature and concurrency: the ratio of all tokens over all seconds, in an order that is
+        reversed from group to group. Nothing for a concurrency that a set has too few prompts for, or where the target cannot
+        decode batches.
+    """
+    encoded: dict[str, list[list[int]]] = {}
+    for prompt in prompts:
+        encoded.setdefault(prompt.set, []).append(encode_chat(target, prompt.turns[0]))
+    jobs = {
+        (set_name, temperature, concurrency): [
+            rows[start : start + concurrency]
+            for start in range(0, min(len(rows), max(NUM_TOGETHER, concurrency)) - concurrency + 1, concurrency)
+        ]
+        for set_name, rows in encoded.items()
+        for temperature in config.temperatures
+        for concurrency in config.concurrencies
+        if 1 < concurrency <= len(rows)
+    }
+    sides: dict[str | None, Drafter | None] = {None: None, **drafters}
+    found = {}
+    with progress_bar() as bar:
+        task = bar.add_task("decoding several at once", total=sum(map(len, jobs.values())), info="")
+        for (set_name, temperature, concurrency), groups in jobs.items():
+            options = {"temperature": temperature, "seed": config.seed}
+            totals = {name: np.zeros(2) for name in sides}
+            for number, rows in enumerate(groups):
+                for name in list(sides) if number % 2 else reversed(sides):
+                    try:
+                        if not number:
+                            generate_batch(target, sides[name], rows, max_new_tokens=8, **options)
+                        done = generate_batch(
+                            target, sides[name], rows, max_new_tokens=config.max_new_tokens, **options
+                        )
+                    except ValueError as error:
+                        print(f"several prompts at once were not measured: {error}", file=sys.stderr)
+                        return {}
+                    totals[name] += sum(out.num_decode_tokens for out in done), done[0].decode_seconds
+                bar.update(task, advance=1, info=f"{set_name}, {concurrency}")
+            rates = {name: tokens / seconds for name, (tokens, seconds) in totals.items()}
+            for name in drafters:
+                found[name, set_name, temperature, concurrency] = float(rates[name] / rates[None])
+    return found
+
+
+def predict(
+    results: dict, target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig
+) -> list[dict]:
+    """Predict every row of a benchmark that was measured with whole drafts, and with `config.predict` check it for several prompts.
+
+    Memory: keys and values of as many prompts as the largest concurrency.
 
     Args:
         results: of `dpace.benchmark.bench`.
         target: measured here with batches.
         drafters: by name.
-        concurrencies: prompts that are decoded at once.
+        prompts: of the benchmark.
+        config: without `predict`, predictions are for one prompt at a time only.
 
     Returns:
         One entry a drafter, set, temperature and concurrency: `widths`, `speedups`, `costs`, and `measured`, None where that width
-        was not measured (or more than one prompt at once).
+        was not measured.
     """
     measured = {(r["drafter"], r["set"], r["temperature"], r["width"]): r["decode_speedup"] for r in results["rows"]}
+    together = measure_together(target, drafters, prompts, config) if config.predict else {}
+    concurrencies = config.concurrencies if config.predict else (1,)
     costs = {
         (name, c): measure_costs(target, drafters[name], c, num_rounds=NUM_ROUNDS)
         for name in drafters
-        for c in concurrencies
+        for c in {1, *concurrencies}
     }
     predictions = []
     for row in whole_blocks(results):
         key = (row["drafter"], row["set"], row["temperature"])
         widths = list(range(2, row["block_size"] + 1))
-        names = [*widths[:-1], "full"]
         alone = costs[row["drafter"], 1]
         for concurrency in concurrencies:
+            if concurrency == 1:
+                checked = [measured.get((*key, width)) for width in [*widths[:-1], "full"]]
+            else:
+                checked = [None] * (len(widths) - 1) + [together.get((*key, concurrency))]
             predictions.append(
                 {
                     "drafter": row["drafter"],
@@ -79,7 +150,7 @@ def predict(results: dict, target: Target, drafters: dict[str, Drafter], concurr
                     "widths": widths,
                     "speedups": predict_speedups(row, alone, costs[row["drafter"], concurrency]),
                     "costs": asdict(costs[row["drafter"], concurrency]),
-                    "measured": [measured.get((*key, name)) if concurrency == 1 else None for name in names],
+                    "measured": checked,
                 }
             )
     return predictions

@@ -26,7 +26,6 @@ from dpace.servers import bench_servers
 from dpace.target import Target
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
-from tests.unit.test_formats import write_target_gguf
 
 SERVE = """
 import sys
@@ -87,17 +86,16 @@ def measure(target: Target, prompts: list[Prompt], address: str, plain: str | No
 
 
 def test_llamacpp_reports_what_we_count(
-    language_target, language_drafter_folder, language_drafter, language_prompts, tmp_path
+    language_target, language_drafter_folder, language_drafter, language_prompts, target_gguf, tmp_path
 ):
     pytest.importorskip("xllamacpp")
-    target_gguf = write_target_gguf(language_target, tmp_path / "target.gguf")
     names = {"name": "x", "target_name": "x", "target_gguf": target_gguf}
     exported = export(language_drafter_folder, language_target, to="gguf", output=tmp_path / "gguf", **names)
     prompts = [Prompt(text, "s", [[{"role": "user", "content": text}]]) for text in language_prompts[50:56]]
     with llamacpp(target_gguf, exported.path, 5) as address, llamacpp(target_gguf) as plain:
-        row = measure(language_target, prompts, address, plain, tmp_path, 32)
+        row = measure(language_target, prompts, address, plain, tmp_path, 40)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
-    ours = [generate(language_target, language_drafter, ids, max_new_tokens=32, width="full") for ids in encoded]
+    ours = [generate(language_target, language_drafter, ids, max_new_tokens=40, width="full") for ids in encoded]
     assert row["num_same_text"] == row["num_responses"] == 6
     assert row["num_verifications"] == sum(len(out.widths) for out in ours)
     assert row["tau"] == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau)

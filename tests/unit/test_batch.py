@@ -34,6 +34,10 @@ def test_texts_are_those_of_one_at_a_time(random_target, block_size):
     plain = [generate_plain(random_target, row, **options).token_ids for row in prompts()]
     assert [out.token_ids for out in ours] == plain
     assert [facts(out) for out in ours] == [facts(out) for out in alone(random_target, drafter, prompts(), **options)]
+    plainly = generate_batch(random_target, None, prompts(), **options)
+    assert [facts(out) for out in plainly] == [(text, [], [], []) for text in plain]
+    one = generate_batch(random_target, None, prompts()[:1], **options)
+    assert [facts(out) for out in one] == [(plain[0], [], [], [])]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -116,7 +116,7 @@ def test_target_rope_and_heads_are_taken_over():
     target = make_target("llama3.1")
     drafter = make_drafter(target)
     assert drafter.config.rope_parameters["rope_type"] == "llama3"
-    assert drafter.config.head_dim == 16 and drafter.config.num_key_value_heads == 2
+    assert drafter.config.head_dim == 32 and drafter.config.num_key_value_heads == 2
     assert make_drafter(make_target("gemma3")).config.rope_parameters["rope_theta"] == 1_000_000
 
 

@@ -30,7 +30,7 @@ from dpace.llamacpp import run_llamacpp
 from dpace.prompts import Prompt
 from dpace.target import Target
 from dpace.train import make_datasets, train
-from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target
+from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target, write_target_gguf
 
 TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
@@ -38,48 +38,6 @@ MAX_NEW_TOKENS = 40
 KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.0)}
 """Drafters of blocks of 6, by tau: the first shows exactness only, the second also wrong features, the third long runs."""
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
-
-
-def write_target_gguf(target: Target, path: Path) -> Path:
-    """A Qwen3 target in f32 with a tokenizer of bare words."""
-    config, weights = target.config, target.model.state_dict()
-    writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"w{i}" for i in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if i < 4 else gguf.TokenType.NORMAL for i in range(config.vocab_size)]
-    )
-    writer.add_eos_token_id(EOS)
-    writer.add_bos_token_id(2)
-    writer.add_unk_token_id(2)
-    writer.add_add_bos_token(False)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for ours, theirs in dpace.gguf_file._LAYER_NAMES.items():
-        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(config.num_hidden_layers)}
-    for ours, theirs in names.items():
-        writer.add_tensor(f"{theirs}.weight", weights[f"{ours}.weight"].float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture(scope="session")
-def target_gguf(language_target, tmp_path_factory) -> Path:
-    return write_target_gguf(language_target, tmp_path_factory.mktemp("gguf") / "target.gguf")
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +117,7 @@ def test_each_engine_is_told_in_its_own_counting(do_export, language_drafter):
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
     assert config["speculators_config"]["verifier"]["name_or_path"] == "some/target"
     assert config["sliding_window_non_causal"] is True
-    assert config["transformer_layer_config"]["head_dim"] == 16
+    assert config["transformer_layer_config"]["head_dim"] == 32
     fields = gguf.GGUFReader(do_export("gguf").path).fields
     assert fields["dflash.target_layers"].contents() == [i + 1 for i in ids]
     assert fields["dflash.block_size"].contents() == 6 and fields["dflash.attention.causal"].contents() is False
@@ -333,7 +291,7 @@ def test_kinds_of_drafters_are_what_their_names_say(expected, language_target, p
     for kind, (low, high) in KINDS.items():
         texts, steps = zip(*expected[kind], strict=True)
         assert list(texts) == plain
-        assert low <= sum(len(text) - 1 for text in texts) / sum(steps) < high, kind
+        assert low <= sum(len(text) - 1 for text in texts) / sum(steps) <= high, kind
 
 
 @quiet

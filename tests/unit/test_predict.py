@@ -52,7 +52,8 @@ def test_predictions_stand_beside_what_was_measured(results):
     assert [found is not None for found in one["measured"]] == [width in (2, 3, size) for width in range(2, size + 1)]
     assert one["measured"][-1] == results["rows"][0]["decode_speedup"]
     assert one["speedups"][-1] == pytest.approx(one["measured"][-1])  # what the others are relative to
-    assert two["measured"] == [None] * len(two["widths"])
+    assert two["measured"][:-1] == [None] * (size - 2)  # whole drafts are what batches verify
+    assert 0 < two["measured"][-1] < 10
 
 
 def test_a_drafter_that_loses_is_not_to_be_used(results):
