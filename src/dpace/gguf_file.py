@@ -57,12 +57,12 @@ def write_gguf(path: str | Path, layout: Layout, tensors: dict[str, Tensor], *, 
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
 
     Raises:
-        ValueError: a file of another model, or a rotary embedding that was never run in llama.cpp.
+        ValueError: a file of another model, or a scaled rotary embedding, which llama.cpp's network does not compute or was not tested with.
     """
     if layout.rope["rope_type"] != "default":
         raise ValueError(
-            f"the drafter's rope_type is {layout.rope['rope_type']!r}; how llama.cpp's drafters scale positions was not "
-            "tested: export --to zlab and use llama.cpp's convert_hf_to_gguf.py"
+            f"the drafter's rope_type is {layout.rope['rope_type']!r}; llama.cpp's DFlash network takes no frequency factors, "
+            "which Llama 3.1's scaling needs, and others were not tested: serve this drafter with vLLM, SGLang or transformers"
         )
     target = _open(target_gguf)
     tokens = target.fields.get("tokenizer.ggml.tokens")
