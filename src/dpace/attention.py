@@ -33,8 +33,8 @@ def grouped_attention(
     batch, heads, queries, dim = query.shape
     groups = heads // key.shape[1]
     is_shared = queries == 1 if attention_mask is None else attention_mask.dim() == 4 and attention_mask.shape[1] == 1
-    others = ("dropout", "softcap", "position_bias", "output_attentions")
-    if groups == 1 or not is_shared or any(kwargs.get(name) for name in others):
+    is_more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
+    if groups == 1 or not is_shared or is_more:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mask = None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1)
     rows = query.reshape(batch, -1, groups * queries, dim)

@@ -43,7 +43,8 @@ def test_other_cases_are_left_to_sdpa(monkeypatch):
     grouped_attention(Layer(), *draw(1, torch.float32, key_heads=6), None)
     grouped_attention(Layer(), *draw(1, torch.float32), heads)
     grouped_attention(Layer(), *draw(1, torch.float32), heads[:, :1], softcap=1.0)
-    assert len(calls) == 4
+    grouped_attention(Layer(), *draw(1, torch.float32), None, position_bias=torch.zeros(1, 6, 1, 40))
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
