@@ -67,7 +67,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
 
 
 def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
-    """The loops of transformers and z-lab, on the layers as they come and, marked `packed`, on ours (`dpace.packing`)."""
+    """The loops of transformers and z-lab, on the model as it comes and, marked `packed`, on ours (`dpace.packing`, `dpace.attention`)."""
     model: Any = AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype).to(target.device)
     unpacked: Any = Drafter.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
 

@@ -1,5 +1,7 @@
 """The target's attention on a CPU, for few queries over many keys: query heads that share keys and values are rows of one product."""
 
+import inspect
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,17 +9,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "grouped_sdpa"
+NAME = "grouped_heads"
 """Of the implementation, in transformers' registries."""
+MAX_QUERIES = 64
+"""With more of them there is nothing to gain, and the mask of all heads takes memory."""
 
 
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """Do what `sdpa` of transformers does, without its copy of keys and values for each query head where there is a mask.
+    """Do what `sdpa` of transformers does, without the copy of keys and values that it makes for each query head of several queries.
 
     With one query a head, torch's kernel is also several times slower in bf16 than with a few, which the heads of a group are.
-    Whatever is not that case is left to `sdpa`: a prompt without a cache, heads with keys of their own, a mask for each head.
+    Left to `sdpa` are prompts: many queries, or queries without a mask; heads with keys of their own; and masks that differ by head.
+
+    Memory: the mask once for each head of a group.
 
     Args:
         module: the attention layer.
@@ -32,9 +38,9 @@ def grouped_attention(
     """
     batch, heads, queries, dim = query.shape
     groups = heads // key.shape[1]
-    is_shared = queries == 1 if attention_mask is None else attention_mask.dim() == 4 and attention_mask.shape[1] == 1
+    is_shared = queries == 1 if attention_mask is None else attention_mask.shape[1:3] == (1, queries)
     is_more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
-    if groups == 1 or not is_shared or is_more:
+    if groups == 1 or queries > MAX_QUERIES or not is_shared or is_more:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     mask = None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1)
     rows = query.reshape(batch, -1, groups * queries, dim)
@@ -47,7 +53,14 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def group_heads(model: PreTrainedModel) -> None:
-    """Let a model on a CPU that uses `sdpa` use `grouped_attention`; others stay as they are."""
-    config: Any = model.config.get_text_config(decoder=True)
-    if model.device.type == "cpu" and config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
+    """Let the decoder of a model on a CPU use `grouped_attention` where it uses `sdpa`.
+
+    Left as they are: other implementations, and models whose code asks for `sdpa` by its name, as sparse attention does.
+    """
+    decoder: Any = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or decoder.device.type != "cpu":
+        return
+    if decoder.config._attn_implementation != "sdpa" or not decoder._can_set_attn_implementation():
+        return
+    if '"sdpa"' not in inspect.getsource(sys.modules[type(decoder).__module__]):
+        decoder.set_attn_implementation(NAME)

@@ -60,7 +60,7 @@ class _Row:
         self.widths.append(len(draft) + 1)
 
     def generation(self, block_size: int, seconds: tuple[float, float]) -> Generation:
-        """What there is to say of the row; nothing was verified where blocks are single tokens."""
+        """The finished row; without lengths where nothing was drafted."""
         lengths = (self.accepted_lengths, self.emitted_lengths, self.widths) if block_size > 1 else ([], [], [])
         return Generation(self.text[self.num_prompt :], *lengths, block_size, *seconds)
 

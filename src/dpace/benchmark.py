@@ -82,9 +82,16 @@ def bench(
     for row in rows:
         row["examples"] = make_examples(target, row)
     results = {"schema_version": SCHEMA_VERSION, "rows": rows, "comparisons": compare_drafters(rows), **provenance}
-    results["predictions"] = predict(results, target, drafters, prompts, config) if drafters else []
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    results["predictions"] = []
+    _write(results, folder)  # so that nothing that happens while predicting loses it
+    if drafters:
+        results["predictions"] = predict(results, target, drafters, prompts, config)
+        _write(results, folder)
     return results
+
+
+def _write(results: dict, folder: Path) -> None:
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _so_far(records: Sequence[dict]) -> str:

@@ -157,7 +157,7 @@ class BenchConfig:
     widths: tuple[Literal["full", "auto"] | int, ...] = ("full", "auto")
     """Verify all of a draft, as tau is defined; as much as pays on this machine, as `dpace generate` does; or so many tokens."""
     predict: bool = False
-    """Also predict the speedup at every width and at these concurrencies, and say where not to use the drafter."""
+    """Also predict the speedup at every width and at these concurrencies, say where not to use the drafter, and check it on a few prompts."""
     server: str | None = None
     """Measure a running server with a drafter instead: vLLM, SGLang or llama.cpp at http://host:port."""
     plain_server: str | None = None

@@ -173,6 +173,7 @@ def speculative_steps(
         text.append(int(sampler.draw(sampler.scores(target.logits(hidden[0, -1:]), text), 0)))
         yield Step(text[-1:], 0, 0)
         while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
+            started = time.perf_counter()
             remaining = max_new_tokens - (len(text) - num_prompt)
             width, draft, draft_probs, is_drafted = 1, [], None, pace is None or pace.wants_draft()
             block = masks.clone()
@@ -211,8 +212,12 @@ def speculative_steps(
             stop = _first_stop(emitted, stops)
             if stop is not None:
                 emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
-            if pace is not None and is_drafted:
-                pace.record(width, accepted)
+            if pace is not None:
+                seconds = time.perf_counter() - started  # of all of it: the tokens had to wait for the device
+                if is_drafted:
+                    pace.record(width, accepted, seconds if features.shape[1] < num_prompt else None)
+                else:
+                    pace.record_plain(seconds)
             unread.append(torch.cat([layer[:, : len(emitted)] for layer in captured], dim=-1))
             cache.crop(len(emitted) - width)
             text += emitted

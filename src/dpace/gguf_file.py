@@ -57,7 +57,8 @@ def write_gguf(path: str | Path, layout: Layout, tensors: dict[str, Tensor], *, 
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
 
     Raises:
-        ValueError: a file of another model, or a scaled rotary embedding, which llama.cpp's network does not compute or was not tested with.
+        ValueError: a file of another model, or a scaled rotary embedding: llama.cpp's network takes no frequency factors, and other
+            scalings were not tested.
     """
     if layout.rope["rope_type"] != "default":
         raise ValueError(

@@ -66,14 +66,19 @@ class Pace:
 
     The width maximizes `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])` with `c` the drafter's
     calibrated confidences: the surrogate that D-PACE trains for, over the time that it takes here. Confidences that promise
-    more than is accepted are scaled down by what was found so far. Where drafts promise fewer tokens than plain decoding emits in
-    the same time, they pause for as many steps as make their loss `EXPLORATION` of the time: a bad drafter costs little,
-    and one that gets good is found again. What was learned is kept from one response to the next (`make_pace`).
+    more than is accepted are scaled down by what was found so far, and costs are corrected by what steps took: those were measured in
+    a loop, without all that surrounds a step, and in one second of the machine. Where drafts promise fewer tokens than plain
+    decoding emits in the same time, they pause for as many steps as make their loss `EXPLORATION` of the time: a bad drafter costs
+    little, and one that gets good is found again. What was learned is kept from one response to the next (`make_pace`).
     """
 
     def __init__(self, costs: StepCosts):
         self.costs = costs
         self.pause, self.is_losing = 0, False
+        self.slowness = {
+            "plain": 1.0,
+            "drafted": 1.0,
+        }  # of steps of a kind: seconds over those of `costs`, a running mean
         self.promised = self.kept = PRIOR_TOKENS
         self.drafts, self.seconds = 1.0, costs.draft_seconds + costs.verify_seconds[-1]
         self.emitted = PRIOR_GAIN * costs.plain_rate * self.seconds
@@ -92,16 +97,31 @@ class Pace:
             return 2
         return width
 
-    def record(self, width: int, accepted: int) -> None:
-        """Learn from a step that drafted, also where nothing of the draft was verified (width 1)."""
+    def record_plain(self, seconds: float) -> None:
+        """Learn from a step that did not draft."""
+        self._learn_slowness("plain", seconds / self.costs.verify_seconds[0])
+
+    def record(self, width: int, accepted: int, seconds: float | None) -> None:
+        """Learn from a step that drafted, also where nothing of the draft was verified (width 1).
+
+        `seconds` is None where the drafter also read the prompt, which is not what a draft takes.
+        """
+        cost = self.costs.draft_seconds + self.costs.verify_seconds[width - 1]
+        if seconds is not None:
+            self._learn_slowness("drafted", seconds / cost)
         self.promised = DECAY * self.promised + sum(self._reach[: width - 1])
         self.kept = DECAY * self.kept + accepted
         self.drafts = DECAY * self.drafts + 1
         self.emitted = DECAY * self.emitted + self._expected
-        self.seconds = DECAY * self.seconds + self.costs.draft_seconds + self.costs.verify_seconds[width - 1]
-        loss = (self.seconds * self.costs.plain_rate - self.emitted) / self.drafts  # tokens that a draft costs
+        self.seconds = DECAY * self.seconds + cost
+        plain = self.seconds * self.costs.plain_rate * self.slowness["drafted"] / self.slowness["plain"]
+        loss = (plain - self.emitted) / self.drafts  # tokens that a draft costs
         self.is_losing = loss > 0
         self.pause = max(0, math.ceil(loss / EXPLORATION))
+
+    def _learn_slowness(self, kind: str, ratio: float) -> None:
+        """One step's share; a step that was disturbed counts as twice as slow at most."""
+        self.slowness[kind] += (1 - DECAY) * (min(2.0, ratio) - self.slowness[kind])
 
 
 _paces: weakref.WeakKeyDictionary[Drafter, dict[float, Pace]] = weakref.WeakKeyDictionary()
@@ -156,7 +176,9 @@ def measure_costs(
             context_hidden_states=features,
             position_ids=torch.arange(4 + size, device=device).expand(batch, -1),
         ).last_hidden_state
-        target.logits(hidden[:, 1:].flatten(0, 1)).argmax(-1).tolist()
+        logits = target.logits(hidden[:, 1:].flatten(0, 1))
+        logits.argmax(-1)
+        drafter.confidences(logits)
 
     widths = [width for width in sorted({1, 2, 3, 4, 6, 8, 12, 16, size}) if width <= size]
     times: dict[int, list[float]] = {width: [] for width in (0, *widths)}

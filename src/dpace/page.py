@@ -212,7 +212,7 @@ def widths(results: dict) -> Section:
     return Section("Speed against verify width", text, figure=_panels(whole_blocks(results), draw, "decode_speedup"))
 
 
-def _errors(predictions: Sequence[dict]) -> str:
+def _errors(predictions: Sequence[dict], what: str = "predictions") -> str:
     """How far off they were; whole drafts of one prompt are what the others are derived from, and do not count."""
     errors = [
         abs(predicted / found - 1)
@@ -223,7 +223,7 @@ def _errors(predictions: Sequence[dict]) -> str:
     if not errors:
         return ""
     return (
-        f" The {len(errors)} predictions that were measured too are off by {np.mean(errors):.1%} on average, "
+        f" The {len(errors)} {what} that were measured too are off by {np.mean(errors):.1%} on average, "
         f"{max(errors):.1%} at most."
     )
 
@@ -234,7 +234,7 @@ def concurrency(results: dict) -> Section:
     text = "Predicted decode_speedup by tokens verified at once, over plain decoding of as many prompts; measured ones in parentheses."
     return Section(
         "Prompts at once",
-        text + _errors([p for p in results["predictions"] if p["concurrency"] > 1]),
+        text + _errors([p for p in results["predictions"] if p["concurrency"] > 1], "predictions for several prompts"),
         [head, *(prediction_cells(p) for p in results["predictions"])],
     )
 

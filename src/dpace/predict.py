@@ -1,10 +1,13 @@
 """Accepted lengths and the costs of steps in; decode_speedup at other verify widths and concurrencies out."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
+import torch
 
 from dpace.batch import generate_batch
 from dpace.config import BenchConfig
@@ -53,56 +56,60 @@ def predict_speedups(row: dict, alone: StepCosts, together: StepCosts) -> list[f
 def measure_together(
     target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig
 ) -> dict[tuple[str, str, float, int], float]:
-    """Decode the first prompts of each set in groups, plainly and with each drafter's whole drafts, to check predictions.
+    """Decode the first turns of the first prompts of each set in groups, plainly and with each drafter's whole drafts.
+
+    It checks predictions, which are for as many rows all the time: here rows that are done leave their group, and those that are left
+    go on. What cannot be measured, for memory or because the target cannot decode batches, is said and left out.
 
     Args:
         target: decodes batches.
         drafters: by name.
-        prompts: those of the benchmark; of each, the first turn.
+        prompts: those of the benchmark.
         config: its temperatures, lengths and concurrencies.
 
     Returns:
         decode_speedup by drafter, set, temperature and concurrency: the ratio of all tokens over all seconds, in an order that is
-        reversed from group to group. Nothing for a concurrency that a set has too few prompts for, or where the target cannot
-        decode batches.
+        reversed from group to group. Nothing for a concurrency that a set has too few prompts for.
     """
     encoded: dict[str, list[list[int]]] = {}
     for prompt in prompts:
         encoded.setdefault(prompt.set, []).append(encode_chat(target, prompt.turns[0]))
-    jobs = {
-        (set_name, temperature, concurrency): [
-            rows[start : start + concurrency]
-            for start in range(0, min(len(rows), max(NUM_TOGETHER, concurrency)) - concurrency + 1, concurrency)
-        ]
-        for set_name, rows in encoded.items()
-        for temperature in config.temperatures
-        for concurrency in config.concurrencies
-        if 1 < concurrency <= len(rows)
-    }
-    sides: dict[str | None, Drafter | None] = {None: None, **drafters}
+    jobs = {}
+    for set_name, temperature, size in itertools.product(encoded, config.temperatures, config.concurrencies):
+        rows = encoded[set_name][: max(NUM_TOGETHER, size)]
+        groups = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+        if size > 1 and groups:
+            jobs[set_name, temperature, size] = groups
     found = {}
     with progress_bar() as bar:
         task = bar.add_task("decoding several at once", total=sum(map(len, jobs.values())), info="")
-        for (set_name, temperature, concurrency), groups in jobs.items():
-            options = {"temperature": temperature, "seed": config.seed}
-            totals = {name: np.zeros(2) for name in sides}
-            for number, rows in enumerate(groups):
-                for name in list(sides) if number % 2 else reversed(sides):
-                    try:
-                        if not number:
-                            generate_batch(target, sides[name], rows, max_new_tokens=8, **options)
-                        done = generate_batch(
-                            target, sides[name], rows, max_new_tokens=config.max_new_tokens, **options
-                        )
-                    except ValueError as error:
-                        print(f"several prompts at once were not measured: {error}", file=sys.stderr)
-                        return {}
-                    totals[name] += sum(out.num_decode_tokens for out in done), done[0].decode_seconds
-                bar.update(task, advance=1, info=f"{set_name}, {concurrency}")
-            rates = {name: tokens / seconds for name, (tokens, seconds) in totals.items()}
-            for name in drafters:
-                found[name, set_name, temperature, concurrency] = float(rates[name] / rates[None])
+        for (set_name, temperature, size), groups in jobs.items():
+            bar.update(task, info=f"{set_name}, {size}")
+            try:
+                rates = _rates(target, drafters, groups, temperature, config, lambda: bar.advance(task))
+            except (ValueError, torch.OutOfMemoryError) as error:
+                print(f"{size} prompts of {set_name} at once were not measured: {error}", file=sys.stderr)
+                continue
+            if rates[None]:
+                found |= {(name, set_name, temperature, size): rates[name] / rates[None] for name in drafters}
     return found
+
+
+def _rates(
+    target: Target, drafters: dict[str, Drafter], groups: list, temperature: float, config: BenchConfig, advance
+) -> dict[str | None, float]:
+    """Tokens a second of all groups, without a drafter (None) and with each; the first call of a side is not counted."""
+    sides: dict[str | None, Drafter | None] = {None: None, **drafters}
+    totals = {name: np.zeros(2) for name in sides}
+    options: dict[str, Any] = {"temperature": temperature, "seed": config.seed}
+    for number, rows in enumerate(groups):
+        for name in list(sides) if number % 2 else reversed(sides):
+            if not number:
+                generate_batch(target, sides[name], rows, max_new_tokens=min(8, config.max_new_tokens), **options)
+            done = generate_batch(target, sides[name], rows, max_new_tokens=config.max_new_tokens, **options)
+            totals[name] += sum(out.num_decode_tokens for out in done), done[0].decode_seconds
+        advance()
+    return {name: float(tokens / seconds) if tokens else 0.0 for name, (tokens, seconds) in totals.items()}
 
 
 def predict(

@@ -96,6 +96,7 @@ def test_llamacpp_reports_what_we_count(
         row = measure(language_target, prompts, address, plain, tmp_path, 40)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
     ours = [generate(language_target, language_drafter, ids, max_new_tokens=40, width="full") for ids in encoded]
+    assert any(out.accepted_lengths[-1] == out.emitted_lengths[-1] for out in ours)  # the text ends inside a draft
     assert row["num_same_text"] == row["num_responses"] == 6
     assert row["num_verifications"] == sum(len(out.widths) for out in ours)
     assert row["tau"] == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau)

@@ -1,54 +1,84 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from dpace.attention import NAME, group_heads, grouped_attention
-from tests.conftest import make_target
+import dpace.attention
+from dpace.attention import MAX_QUERIES, NAME, group_heads, grouped_attention
+from dpace.target import Target
+from tests.conftest import FAMILIES
 
 
 class Layer(torch.nn.Module):
     num_key_value_groups, is_causal = 3, True
 
 
-def draw(queries: int, dtype: torch.dtype, key_heads: int = 2):
+def draw(queries: int, dtype: torch.dtype = torch.float32, key_heads: int = 2):
     query = torch.randn(2, 6, queries, 16, dtype=dtype)
-    return query, *(torch.randn(2, key_heads, 40, 16, dtype=dtype) for _ in range(2))
+    return query, *(torch.randn(2, key_heads, 80, 16, dtype=dtype) for _ in range(2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("queries", [1, 2, 5])
-@pytest.mark.parametrize("mask", ["none", "visible", "added"])
-def test_grouped_attention_is_sdpa(queries, dtype, mask):
-    tensors = draw(queries, dtype)
-    visible = torch.arange(40) <= torch.randint(5, 40, (2, 1, queries, 1))
+def make_mask(queries: int, kind: str, dtype: torch.dtype = torch.float32):
+    visible = torch.arange(80) <= torch.randint(5, 80, (2, 1, queries, 1))
     added = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-    given = {"none": None, "visible": visible, "added": added}[mask]
-    found, _ = grouped_attention(Layer(), *tensors, given, scaling=0.3)
-    expected, _ = sdpa_attention_forward(Layer(), *tensors, given, scaling=0.3)
-    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(found, expected, **close)
-    assert found.is_contiguous()
+    return {"none": None, "visible": visible, "added": added}[kind]
 
 
-def test_other_cases_are_left_to_sdpa(monkeypatch):
+@pytest.fixture
+def left_to_sdpa(monkeypatch) -> list:
+    """The calls that `sdpa` gets."""
     calls = []
 
     def sdpa(_module, query, *args, **kwargs):
         calls.append(args)
         return query, None
 
-    monkeypatch.setattr("dpace.attention.sdpa_attention_forward", sdpa)
-    heads = torch.ones(2, 6, 1, 40, dtype=torch.bool)
-    grouped_attention(Layer(), *draw(5, torch.float32), None)  # causal, without a cache
-    grouped_attention(Layer(), *draw(1, torch.float32, key_heads=6), None)
-    grouped_attention(Layer(), *draw(1, torch.float32), heads)
-    grouped_attention(Layer(), *draw(1, torch.float32), heads[:, :1], softcap=1.0)
-    grouped_attention(Layer(), *draw(1, torch.float32), None, position_bias=torch.zeros(1, 6, 1, 40))
-    assert len(calls) == 5
+    monkeypatch.setattr(dpace.attention, "sdpa_attention_forward", sdpa)
+    return calls
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_only_sdpa_is_replaced(implementation):
-    target = make_target("qwen3", _attn_implementation=implementation)
-    group_heads(target.model)
-    assert target.config._attn_implementation == (NAME if implementation == "sdpa" else implementation)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "kind"), [(1, "none"), *((q, k) for q in (1, 2, 5) for k in ("visible", "added"))])
+def test_grouped_attention_is_sdpa(queries, kind, dtype, left_to_sdpa):
+    tensors, mask = draw(queries, dtype), make_mask(queries, kind, dtype)
+    found, _ = grouped_attention(Layer(), *tensors, mask, scaling=0.3)
+    assert not left_to_sdpa
+    expected, _ = sdpa_attention_forward(Layer(), *tensors, mask, scaling=0.3)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, expected, **close)
+    assert found.is_contiguous()
+
+
+def test_other_cases_are_left_to_sdpa(left_to_sdpa):
+    one, by_head = make_mask(1, "visible"), torch.ones(2, 6, 1, 80, dtype=torch.bool)
+    grouped_attention(Layer(), *draw(5), None)  # a prompt
+    grouped_attention(Layer(), *draw(MAX_QUERIES + 1), make_mask(MAX_QUERIES + 1, "visible"))
+    grouped_attention(Layer(), *draw(5), one)  # the same row for all queries
+    grouped_attention(Layer(), *draw(1, key_heads=6), None)
+    grouped_attention(Layer(), *draw(1), by_head)
+    grouped_attention(Layer(), *draw(1), one, softcap=1.0)
+    grouped_attention(Layer(), *draw(1), None, position_bias=torch.zeros(1, 6, 1, 80))
+    assert len(left_to_sdpa) == 7
+
+
+def test_a_loaded_target_uses_it(language_folder):
+    target = Target.load(str(language_folder))
+    assert target.config._attn_implementation == NAME
+    target.model.save_pretrained(language_folder.parent / "saved")
+    assert NAME not in (language_folder.parent / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kept", ["eager", "sdpa"])
+def test_other_implementations_and_models_that_ask_for_sdpa_stay(kept, monkeypatch):
+    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"](), attn_implementation=kept)
+    if kept == "sdpa":
+        monkeypatch.setattr(
+            dpace.attention, "inspect", SimpleNamespace(getsource=lambda _: 'if kind in ("eager", "sdpa"):')
+        )
+    group_heads(model)
+    assert model.config._attn_implementation == kept
+    monkeypatch.undo()
+    group_heads(model)
+    assert model.config._attn_implementation == (NAME if kept == "sdpa" else kept)

@@ -35,7 +35,7 @@ from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target, writ
 TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
 """More than any response here has, so that no engine drafts less at the end."""
-KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.0)}
+KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.1)}
 """Drafters of blocks of 6, by tau: the first shows exactness only, the second also wrong features, the third long runs."""
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
@@ -291,7 +291,7 @@ def test_kinds_of_drafters_are_what_their_names_say(expected, language_target, p
     for kind, (low, high) in KINDS.items():
         texts, steps = zip(*expected[kind], strict=True)
         assert list(texts) == plain
-        assert low <= sum(len(text) - 1 for text in texts) / sum(steps) <= high, kind
+        assert low <= sum(len(text) - 1 for text in texts) / sum(steps) < high, kind
 
 
 @quiet

@@ -30,17 +30,18 @@ def test_a_draft_that_costs_nothing_to_verify_is_verified_whole():
     assert StepCosts([1.0 * w for w in range(1, 9)], 0.1).best_width([0.1] * 7)[0] == 1
 
 
-def run(pace: Pace, steps: int, accepted_of, confidence=0.9) -> tuple[float, int]:
-    """Tokens over the time that plain decoding would take for them, and drafts."""
+def run(pace: Pace, steps: int, accepted_of, confidence=0.9, slowness=1.0) -> tuple[float, int]:
+    """Tokens over the time that plain decoding would take for them, and drafts; drafted steps take `slowness` of their costs."""
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
         if pace.wants_draft():
             width = pace.width([confidence] * 7)
             accepted = accepted_of(width)
-            pace.record(width, accepted)
-            seconds += pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1]
-            tokens, drafts = tokens + accepted + 1, drafts + 1
+            cost = slowness * (pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1])
+            pace.record(width, accepted, cost)
+            seconds, tokens, drafts = seconds + cost, tokens + accepted + 1, drafts + 1
         else:
+            pace.record_plain(pace.costs.verify_seconds[0])
             seconds, tokens = seconds + pace.costs.verify_seconds[0], tokens + 1
     return tokens * pace.costs.verify_seconds[0] / seconds, drafts
 
@@ -80,13 +81,35 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
             if drafts:
                 width = width_of or pace.width(confidences)
             accepted = min(right, width - 1)
+            cost = pace.costs.verify_seconds[width - 1] + drafts * pace.costs.draft_seconds
             if drafts and width_of is None:
-                pace.record(width, accepted)
-            seconds += pace.costs.verify_seconds[width - 1] + drafts * pace.costs.draft_seconds
+                pace.record(width, accepted, cost)
+            seconds += cost
             tokens += accepted + 1
         return tokens * pace.costs.verify_seconds[0] / seconds
 
     assert speed(None) > max(1.0, *(speed(width) for width in range(2, 9)))
+
+
+def test_costs_that_were_measured_wrong_are_corrected():
+    """Drafts that would pay by the costs, and do not by what steps take; the same where all steps take longer."""
+    costs = StepCosts([20.0, 20.5, 21.0, 21.5, 22.0, 22.5, 23.0, 24.0], 5.0)
+
+    def accepted(rng):
+        return lambda width: min(
+            width - 1, rng.choice([0, 0, 0, 1])
+        )  # 1.25 tokens in 1.03 to 1.05 of the plain time, and 5 ms
+
+    speed, drafts = run(Pace(costs), 1000, accepted(random.Random(0)), confidence=0.25, slowness=1.5)
+    assert speed > 0.97
+    trusting = Pace(costs)
+    trusting._learn_slowness = lambda kind, ratio: None
+    slower, more_drafts = run(trusting, 1000, accepted(random.Random(0)), confidence=0.25, slowness=1.5)
+    assert slower < 0.95 and more_drafts > drafts
+    slow = Pace(costs)
+    for _ in range(100):
+        slow.record_plain(2 * costs.verify_seconds[0])
+    assert run(slow, 200, lambda width: width - 1, slowness=2.0)[1] > 190
 
 
 def test_a_drafter_that_gets_good_is_found_again():

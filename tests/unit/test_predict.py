@@ -2,8 +2,10 @@ import pytest
 
 from dpace.benchmark import bench
 from dpace.config import BenchConfig
+from dpace.decode import Generation
 from dpace.pace import StepCosts
-from dpace.predict import predict_speedups
+from dpace.page import _errors
+from dpace.predict import measure_together, predict_speedups
 from dpace.prompts import Prompt
 from dpace.report import console, drafters_table, predictions_table
 from tests.conftest import make_drafter
@@ -53,7 +55,37 @@ def test_predictions_stand_beside_what_was_measured(results):
     assert one["measured"][-1] == results["rows"][0]["decode_speedup"]
     assert one["speedups"][-1] == pytest.approx(one["measured"][-1])  # what the others are relative to
     assert two["measured"][:-1] == [None] * (size - 2)  # whole drafts are what batches verify
-    assert 0 < two["measured"][-1] < 10
+    assert two["measured"][-1] > 0
+
+
+def test_several_at_once_are_measured_in_groups(language_target, language_drafter, monkeypatch, capsys):
+    """Tokens over seconds of a side over those of plain decoding; a group that does not fit, and what a set is too small for, left out."""
+    calls = []
+
+    def fake(target, drafter, rows, *, max_new_tokens, **_):
+        if len(rows) == 3:
+            raise ValueError("no room")
+        calls.append((drafter is not None, len(rows), max_new_tokens))
+        seconds = 1.0 if drafter else 2.5
+        return [Generation([0] * (max_new_tokens + 1), [], [], [], 1, 0.0, seconds) for _ in rows]
+
+    monkeypatch.setattr("dpace.predict.generate_batch", fake)
+    prompts = [Prompt(str(i), "s", [[{"role": "user", "content": "w1 w50"}]]) for i in range(5)]
+    config = BenchConfig(max_new_tokens=20, temperatures=(0.0,), concurrencies=(1, 2, 3, 8))
+    found = measure_together(language_target, {"d": language_drafter}, prompts, config)
+    assert found == {("d", "s", 0.0, 2): 2.5}
+    assert calls == [(True, 2, 8), (True, 2, 20), (False, 2, 8), (False, 2, 20), (False, 2, 20), (True, 2, 20)]
+    assert "3 prompts of s at once were not measured: no room" in capsys.readouterr().err
+
+
+def test_the_page_says_how_far_off(results):
+    def prediction(concurrency, speedups, measured):
+        return {"concurrency": concurrency, "widths": [2, 3], "speedups": speedups, "measured": measured}
+
+    ones = [prediction(1, [1.1, 9.0], [1.0, 1.0])]  # whole drafts of one prompt are no prediction
+    assert "The 1 predictions that were measured too are off by 10.0% on average" in _errors(ones)
+    assert "2 predictions" in _errors([*ones, prediction(2, [1.0, 0.8], [None, 1.0])])
+    assert not _errors([prediction(2, [1.0, 1.0], [None, None])])
 
 
 def test_a_drafter_that_loses_is_not_to_be_used(results):

@@ -6,7 +6,7 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.dialects import connect
+from dpace.dialects import LlamacppServer, connect
 from dpace.page import read_folder
 from dpace.prompts import Prompt
 from dpace.responses import Chat, encode_chat
@@ -222,3 +222,18 @@ def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
 def test_the_verb_wants_the_server_for_a_baseline(capsys):
     assert main(["bench", "--plain-server", "http://127.0.0.1:9"]) == 1
     assert "--bench.server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "predicted", "drafted", "accepted", "expected"),
+    [
+        ("eos", 25, 30, 18, (6, 18)),  # the last draft went on after the end
+        ("eos", 25, 35, 18, (7, 17)),  # its last token was the end: no bonus token
+        ("limit", 25, 35, 18, (6, 18)),
+        ("eos", 25, 33, 18, (6, 18)),  # drafts of different lengths tell nothing
+    ],
+)
+def test_llamacpp_verifications_without_a_bonus_token_are_counted(stop, predicted, drafted, accepted, expected):
+    timings = {"predicted_n": predicted, "draft_n": drafted, "draft_n_accepted": accepted}
+    counts = LlamacppServer("http://x").read({"stop": True, "stop_type": stop, "timings": timings}, [])
+    assert counts is not None and (counts.num_verifications, counts.num_accepted) == expected
