@@ -3,7 +3,6 @@
 import itertools
 import math
 import operator
-import statistics
 import time
 import weakref
 from collections.abc import Sequence
@@ -145,7 +144,8 @@ def measure_costs(
 ) -> StepCosts:
     """Measure what steps take on this machine, once for each drafter and batch size in a process; about a second for one row.
 
-    All widths are run in turn, round by round, and the median of each is kept; widths between the measured ones are interpolated.
+    All widths are run in turn, round by round, and the fastest run of each is kept, since whatever disturbs one makes it slower;
+    for the same reason a width counts as no slower than a wider one. Widths between the measured ones are interpolated.
 
     Args:
         target: reads 1 to `block_size` tokens a row.
@@ -187,7 +187,8 @@ def measure_costs(
             start = time.perf_counter()
             (verify if width else draft)(width)  # both end by waiting for the device
             of_width.append(time.perf_counter() - start)
-    medians = {width: statistics.median(of_width[1:]) for width, of_width in times.items()}
-    verify_seconds = np.interp(range(1, size + 1), widths, [medians[width] for width in widths]).tolist()
-    known[key] = num_rounds, StepCosts(verify_seconds, medians[0])
+    fastest = {width: min(of_width[1:]) for width, of_width in times.items()}
+    verify_seconds = np.interp(range(1, size + 1), widths, [fastest[width] for width in widths])
+    verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
+    known[key] = num_rounds, StepCosts(verify_seconds.tolist(), fastest[0])
     return known[key][1]

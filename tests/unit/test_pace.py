@@ -135,6 +135,7 @@ def test_costs_are_measured_once():
     drafter = make_drafter(target, block_size=6)
     costs = measure_costs(target, drafter)
     assert len(costs.verify_seconds) == 6 and min(costs.verify_seconds) > 0 < costs.draft_seconds
+    assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one
     assert measure_costs(target, drafter) is costs
     assert measure_costs(target, drafter, 2) is not costs
     better = measure_costs(target, drafter, num_rounds=6)
