@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from dpace.benchmark import bench
@@ -5,7 +7,7 @@ from dpace.config import BenchConfig
 from dpace.decode import Generation
 from dpace.pace import StepCosts
 from dpace.page import _errors
-from dpace.predict import measure_together, predict_speedups
+from dpace.predict import measure_together, predict_speedups, tokens_at
 from dpace.prompts import Prompt
 from dpace.report import console, drafters_table, predictions_table
 from tests.conftest import make_drafter
@@ -22,7 +24,23 @@ def test_prediction_by_hand():
     pair = [1.5 * 3.0 / (4.0 * 7 / 4), 2 * 3.0 / (4.0 * 9 / 4)]
     assert predict_speedups(row, alone, together) == pytest.approx(pair)
     ours["num_without_bonus"] = 1  # one of the two verifications ended the text and has no bonus token
-    assert predict_speedups(row, alone, alone) == pytest.approx([1.0 * 1.5 / 3, 1.5 * 1.5 / 4])
+    assert predict_speedups(row, alone, alone) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
+
+
+@pytest.mark.parametrize("counts", [[5, 3, 2, 1, 4], [1, 0, 0, 0, 9], [7, 1, 0, 0, 0], [0, 0, 0, 0, 3]])
+def test_tokens_of_narrow_verifications_are_those_of_the_process(counts):
+    """Against running it: a block is right up to where the run it begins in ended, and goes on where that run ended with its block."""
+    rng, size = random.Random(0), len(counts)
+    for width in range(2, size + 1):
+        tokens, at_least, end = 0, 0, None
+        for _ in range(20_000):
+            right = end if end is not None else rng.choices(range(at_least, size), counts[at_least:])[0]
+            tokens += min(right, width - 1) + 1
+            is_inside = right >= width
+            at_least = right - width if is_inside else 0
+            end = at_least if is_inside and (end is not None or right < size - 1) else None
+        assert tokens_at(width, counts) == pytest.approx(tokens / 20_000, rel=0.02), width
+    assert tokens_at(size, counts) == pytest.approx(sum((k + 1) * n for k, n in enumerate(counts)) / sum(counts))
 
 
 @pytest.fixture(scope="module")
