@@ -9,6 +9,7 @@ help:  ## print this list
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -e '.[dev]'
+	-$(BIN)/pip install -q --no-deps dflash==0.1.0 xllamacpp  # engines of the tests, which are skipped without them
 	touch $@
 
 setup: $(BIN)/.installed  ## make .venv with the package and its tools
