@@ -19,7 +19,7 @@ from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
 from dpace.predict import predict
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, cut_unfinished, first_of_each_set, read_jsonl
+from dpace.prompts import Prompt, cut_unfinished, first_of_each_set, read_jsonl, write_json
 from dpace.report import acceptance_of
 from dpace.responses import encode_chat
 from dpace.stream import TextPieces
@@ -83,15 +83,11 @@ def bench(
         row["examples"] = make_examples(target, row)
     results = {"schema_version": SCHEMA_VERSION, "rows": rows, "comparisons": compare_drafters(rows), **provenance}
     results["predictions"] = []
-    _write(results, folder)  # so that nothing that happens while predicting loses it
+    write_json(folder / "results.json", results)  # so that nothing that happens while predicting loses it
     if drafters:
         results["predictions"] = predict(results, target, drafters, prompts, config)
-        _write(results, folder)
+        write_json(folder / "results.json", results)
     return results
-
-
-def _write(results: dict, folder: Path) -> None:
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _so_far(records: Sequence[dict]) -> str:

@@ -14,7 +14,7 @@ from dpace.drafter import Drafter, load_drafter
 from dpace.heldout import heldout_acceptance
 from dpace.metrics import Acceptance, tau_gain
 from dpace.objective import with_objective
-from dpace.prompts import Prompt, split_prompts
+from dpace.prompts import Prompt, split_prompts, write_json
 from dpace.report import plot_acceptance, plot_tau, plot_weights, read_log
 from dpace.responses import write_responses
 from dpace.target import Target
@@ -77,7 +77,7 @@ def compare(target: Target, config: CompareConfig) -> dict:
     for path in unmeasured:
         acceptance = heldout_acceptance(load_drafter(path, target), target, test_set)
         rows = {"histogram": acceptance.rows.tolist(), "num_without_bonus": acceptance.missing.tolist()}
-        _write(path / "heldout.json", {"ids": test_set.ids, "block_size": acceptance.block_size, **rows})
+        write_json(path / "heldout.json", {"ids": test_set.ids, "block_size": acceptance.block_size, **rows})
 
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -91,16 +91,12 @@ def compare(target: Target, config: CompareConfig) -> dict:
     if config.bench.num_prompts != 0:
         drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
         results["decode"] = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
-    _write(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     logs = {name: [read_log(cells[name, seed]) for seed in config.seeds] for name in names}
     plot_tau(logs, folder / "tau.png")
     plot_weights({name: log[0] for name, log in logs.items()}, folder / "weights.png")
     plot_acceptance(results, folder / "acceptance.png")
     return results
-
-
-def _write(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def make_rows(cells: dict[tuple[str, int], Path], heldout: Sequence[Prompt], baseline: str) -> list[dict]:

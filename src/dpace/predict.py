@@ -41,7 +41,7 @@ def tokens_at(width: int, counts: Sequence[int]) -> float:
     emitted = np.arange(1, last + 2)
     runs = np.stack(
         [emitted, np.ceil(emitted / width)]
-    )  # tokens and verifications of a run that ends before its block does
+    )  # tokens and verifications, for runs that end before their blocks
 
     def until_wrong(at_least: int) -> np.ndarray:
         """Expected tokens and verifications of a block whose first draft tokens are right, and of the blocks in its run."""

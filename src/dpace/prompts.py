@@ -150,6 +150,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
+def write_json(path: Path, value: dict) -> None:
+    """Write results, all or nothing: what a full disk or a killed process leaves is the file that was there."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.replace(path)
+
+
 def cut_unfinished(path: Path) -> None:
     """Cut a last line that a killed process left unfinished off a file; one that is only without its line end gets it."""
     data = path.read_bytes() if path.exists() else b""

@@ -16,7 +16,7 @@ from dpace.config import BenchConfig
 from dpace.dialects import Answer, Counts, Server, connect
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, first_of_each_set
+from dpace.prompts import Prompt, first_of_each_set, write_json
 from dpace.responses import Chat, encode_chat
 
 SCHEMA_VERSION = 1
@@ -82,7 +82,7 @@ def bench_servers(
                 records.add(_ask(chat, sides, group, temperature, concurrency, config, rotation=number))
             bar.update(task, advance=len(group), info=f"concurrency {concurrency}")
     results = {"schema_version": SCHEMA_VERSION, "rows": make_rows(records.rows, config), **meta}
-    (folder / "servers.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(folder / "servers.json", results)
     return results
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpace.config import PromptsConfig
-from dpace.prompts import demo_path, find_prompt, read_prompts, split_prompts
+from dpace.prompts import demo_path, find_prompt, read_prompts, split_prompts, write_json
 
 
 def write(path, *rows):
@@ -108,3 +108,19 @@ def test_demo_files_are_what_the_script_writes(tmp_path, monkeypatch):
     assert len(test) == 100
     for part in ("train", "heldout"):
         assert not test & {p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))}
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A disk that fills up half way leaves what was there."""
+    path = tmp_path / "results.json"
+    write_json(path, {"rows": [1]})
+    assert list(tmp_path.iterdir()) == [path]
+
+    def write_half(self, text):
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"rows": [2]})
+    assert json.loads(path.read_text()) == {"rows": [1]}
