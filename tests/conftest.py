@@ -22,6 +22,8 @@ import dpace.gguf_file
 from dpace.attention import group_heads
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
+from dpace.fusion import fuse_layers
+from dpace.packing import pack_linears
 from dpace.responses import Response
 from dpace.target import Target
 
@@ -67,9 +69,11 @@ def make_target(family: str, seed: int = 0, **changes) -> Target:
     for name, value in changes.items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config)
-    group_heads(model)  # as `Target.load` does on a CPU
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
+    pack_linears(model)  # as `Target.load` does on a CPU
+    group_heads(model)
+    fuse_layers(model)
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
     return Target(model)
 

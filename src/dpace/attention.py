@@ -36,16 +36,23 @@ def grouped_attention(
     Returns:
         "batch query head dim", and no attention weights.
     """
-    batch, heads, queries, dim = query.shape
+    heads, queries = query.shape[1:3]
     groups = heads // key.shape[1]
     is_shared = queries == 1 if attention_mask is None else attention_mask.shape[1:3] == (1, queries)
     is_more = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
     if groups == 1 or queries > MAX_QUERIES or not is_shared or is_more:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    mask = None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1)
-    rows = query.reshape(batch, -1, groups * queries, dim)
-    out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=kwargs.get("scaling"))
-    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
+    return attend_in_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
+
+
+def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """The product that `grouped_attention` is; shapes as there, the mask's `query` being 1 where all of them see the same keys."""
+    batch, heads, queries, _ = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, heads // key.shape[1], 1)
+    out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, grouped_attention)

@@ -31,9 +31,10 @@ class PreallocatedLayer(DynamicLayer):
             for buffer, kept in zip(self._buffers, old, strict=True):
                 if start:
                     buffer[..., :start, :] = kept
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., start:end, :] = new
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        keys, values = self._buffers
+        keys.narrow(-2, start, end - start).copy_(key_states)
+        values.narrow(-2, start, end - start).copy_(value_states)
+        self.keys, self.values = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
         return self.keys, self.values
 
 
@@ -48,6 +49,12 @@ def make_cache(config, capacity: int) -> DynamicCache:
     cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     cache.activate_past_recording()
     return cache
+
+
+def go_back(cache: DynamicCache, num_tokens: int) -> None:
+    """Drop the last tokens of a cache that `make_cache` made. For none of them, only layers with a window have something to do."""
+    if num_tokens or any(type(layer) is not PreallocatedLayer for layer in cache.layers):
+        cache.crop(-num_tokens)
 
 
 class RaggedLayer(DynamicLayer):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dpace.cache import make_cache
+from dpace.cache import go_back, make_cache
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance
 from dpace.pace import Pace, make_pace
@@ -164,22 +164,22 @@ def speculative_steps(
     device = target.device
     capacity = prompt.shape[1] + max_new_tokens + block_size
     cache, drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
-    masks = torch.full((1, block_size), drafter.mask_token_id, device=device)
+    masks = torch.full((1, block_size - 1), drafter.mask_token_id, device=device)
     text, num_prompt = prompt[0].tolist(), prompt.shape[1]
     samples_draft = verify_rule == "speculative" and sampler.temperature > 0
     with target.capture(drafter.target_layer_ids) as captured:
         hidden = target.hidden(prompt, cache=cache)
-        unread = [torch.cat(captured, dim=-1)]  # features of the tokens that the drafter has not read
+        unread = [captured[:]]  # features, by layer, of the tokens that the drafter has not read
         text.append(int(sampler.draw(sampler.scores(target.logits(hidden[0, -1:]), text), 0)))
         yield Step(text[-1:], 0, 0)
         while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
             started = time.perf_counter()
             remaining = max_new_tokens - (len(text) - num_prompt)
             width, draft, draft_probs, is_drafted = 1, [], None, pace is None or pace.wants_draft()
-            block = masks.clone()
-            block[0, 0] = text[-1]
+            block = torch.tensor([text[-1:]], device=device)
             if is_drafted:
-                features, start = torch.cat(unread, dim=1), len(text) - 1
+                block, start = torch.cat([block, masks], dim=1), len(text) - 1
+                features = torch.cat([torch.cat(of_layer, dim=1) for of_layer in zip(*unread, strict=True)], dim=-1)
                 unread.clear()
                 hidden = drafter(
                     noise_embeds=target.embed(block),
@@ -205,7 +205,8 @@ def speculative_steps(
                 emitted = [*draft[:accepted], next_token][:remaining]
             else:
                 drawn = sampler.draw(scores, len(text) - num_prompt)
-                both = torch.cat([block[0, 1:width], drawn]).tolist()  # what waits for the device, apart from `pace`
+                both = torch.cat([block[0, 1:width], drawn]) if width > 1 else drawn
+                both = both.tolist()  # what waits for the device, apart from `pace`
                 draft, drawn = both[: width - 1], both[width - 1 :]
                 accepted = verify_draft(draft, drawn)
                 emitted = drawn[: min(accepted + 1, remaining)]
@@ -218,8 +219,8 @@ def speculative_steps(
                     pace.record(width, accepted, seconds if features.shape[1] < num_prompt else None)
                 else:
                     pace.record_plain(seconds)
-            unread.append(torch.cat([layer[:, : len(emitted)] for layer in captured], dim=-1))
-            cache.crop(len(emitted) - width)
+            unread.append([layer[:, : len(emitted)] for layer in captured])
+            go_back(cache, width - len(emitted))
             text += emitted
             yield Step(emitted, accepted, width)
 

@@ -14,6 +14,7 @@ from transformers import Qwen3Config
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
+from dpace.fusion import fuse_layers
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.packing import pack_linears
 from dpace.target import Target
@@ -199,6 +200,7 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     drafter.check_target(target)
     drafter = drafter.to(target.device)
     pack_linears(drafter)
+    fuse_layers(drafter)
     return drafter
 
 

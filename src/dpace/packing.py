@@ -75,3 +75,9 @@ def pack_linears(module: nn.Module) -> bool:
         _packed[layer] = (_state(layer.weight), packed)
         layer.__class__ = PackedLinear
     return True
+
+
+def unpack(layer: nn.Module) -> None:
+    """Make a packed layer an `nn.Linear` again, without the copy of its weight."""
+    _packed.pop(layer, None)
+    layer.__class__ = nn.Linear

@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -57,32 +57,63 @@ def tokens_at(width: int, counts: Sequence[int]) -> float:
     return float(tokens / max(1e-9, verifications))
 
 
-def predict_speedups(row: dict, alone: StepCosts, together: StepCosts) -> list[float]:
+def predict_speedups(row: dict, costs: Mapping[int, StepCosts], concurrency: int = 1) -> list[float]:
     """decode_speedup over verify widths 2 to `block_size`, for one or several prompts at once.
 
-    `emitted(width) * plain / step(width)`, where `emitted` is `tokens_at(width)` less the share of tokens that are missing where a text
-    ends with its draft. The seconds `plain` of a token and `step` of a whole draft are those that the benchmark found; only the
-    ratios to them, of other widths and of several prompts, come from costs that were measured outside it. One prompt at once with
+    The responses of the benchmark are put in groups as `measure_together` does, each with its own number of tokens and of verifications;
+    at other widths these are as many times more as `tokens_at` is smaller. Rows that are done leave their group, and a step costs what
+    it costs for those that are left. The seconds of a token and of a step with a whole draft are those that the benchmark found; only
+    the ratios to them, of other widths and of several prompts, come from costs that were measured outside it. One prompt at once with
     whole drafts is thus what was measured.
 
     Args:
         row: of results.json, measured with whole drafts.
-        alone: seconds of steps with one prompt.
-        together: with as many prompts as the prediction is for.
+        costs: seconds of steps by the number of rows, 1 among them; in between they are interpolated.
+        concurrency: prompts at once. Where there are fewer responses, they are taken again.
     """
-    acceptance = acceptance_of(row)
-    counts, size, total = acceptance.counts.tolist(), acceptance.block_size, max(1, acceptance.num_verifications)
-    plain, ours = (row[side] for side in ("plain_responses", "responses"))
-    plain_seconds = sum(r["decode_seconds"] for r in plain) / max(1, sum(r["decode_tokens"] for r in plain))
-    plain_seconds *= together.verify_seconds[0] / alone.verify_seconds[0]
-    step_seconds = sum(r["decode_seconds"] for r in ours) / total
-    step_seconds /= alone.draft_seconds + alone.verify_seconds[size - 1]
-    kept = 1 - acceptance.num_missing / max(1e-9, total * tokens_at(size, counts))
-    speedups = []
-    for width in range(2, size + 1):
-        seconds = step_seconds * (together.draft_seconds + together.verify_seconds[width - 1])
-        speedups.append(kept * tokens_at(width, counts) * plain_seconds / seconds)
+    alone, plain, ours = costs[1], row["plain_responses"], row["responses"]
+    if concurrency == 1:
+        groups = [[i] for i in range(len(ours))]
+    else:
+        first_turns = [i for i, r in enumerate(ours) if r["turn"] == 0]
+        groups = groups_of(first_turns * -(-concurrency // len(first_turns)), concurrency)
+    tokens, our_tokens = ([r["decode_tokens"] for r in side] for side in (plain, ours))
+    verifications = [sum(r["histogram"]) for r in ours]
+    plain_costs = {rows: cost.verify_seconds[0] for rows, cost in costs.items()}
+    plain_slowness = _seconds(plain) / max(1e-9, sum(tokens) * plain_costs[1])
+    plain_rate = _rate(tokens, tokens, groups, plain_costs) / plain_slowness
+    slowness = _seconds(ours) / max(1e-9, sum(verifications) * (alone.draft_seconds + alone.verify_seconds[-1]))
+    counts, speedups = acceptance_of(row).counts.tolist(), []
+    for width in range(2, len(counts) + 1):
+        stretch = tokens_at(len(counts), counts) / max(1e-9, tokens_at(width, counts))
+        steps = [stretch * count for count in verifications]
+        step_costs = {rows: cost.draft_seconds + cost.verify_seconds[width - 1] for rows, cost in costs.items()}
+        rate = _rate(our_tokens, steps, groups, step_costs) / max(1e-9, slowness)
+        speedups.append(rate / max(1e-9, plain_rate))
     return speedups
+
+
+def _seconds(responses: Sequence[dict]) -> float:
+    return sum(r["decode_seconds"] for r in responses)
+
+
+def _rate(
+    tokens: Sequence[int], steps: Sequence[float | int], groups: Sequence[Sequence[int]], costs: Mapping[int, float]
+) -> float:
+    """Tokens a second of groups of responses that take so many steps each, of seconds by the number of rows that are left."""
+    sizes, seconds = sorted(costs), 0.0
+    for group in groups:
+        done = 0.0
+        for left, count in zip(range(len(group), 0, -1), sorted(steps[i] for i in group), strict=True):
+            seconds += (count - done) * float(np.interp(left, sizes, [costs[size] for size in sizes]))
+            done = count
+    return sum(tokens[i] for group in groups for i in group) / max(1e-9, seconds)
+
+
+def groups_of(items: list, size: int) -> list[list]:
+    """The first `NUM_TOGETHER` items in groups of a size, or one larger group; items that fill no group are left out."""
+    items = items[: max(NUM_TOGETHER, size)]
+    return [items[start : start + size] for start in range(0, len(items) - size + 1, size)]
 
 
 def measure_together(
@@ -90,8 +121,7 @@ def measure_together(
 ) -> dict[tuple[str, str, float, int], float]:
     """Decode the first turns of the first prompts of each set in groups, plainly and with each drafter's whole drafts.
 
-    It checks predictions, which are for as many rows all the time: here rows that are done leave their group, and those that are left
-    go on. What cannot be measured, for memory or because the target cannot decode batches, is said and left out.
+    It checks predictions. What cannot be measured, for memory or because the target cannot decode batches, is said and left out.
 
     Args:
         target: decodes batches.
@@ -108,8 +138,7 @@ def measure_together(
         encoded.setdefault(prompt.set, []).append(encode_chat(target, prompt.turns[0]))
     jobs = {}
     for set_name, temperature, size in itertools.product(encoded, config.temperatures, config.concurrencies):
-        rows = encoded[set_name][: max(NUM_TOGETHER, size)]
-        groups = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+        groups = groups_of(encoded[set_name], size)
         if size > 1 and groups:
             jobs[set_name, temperature, size] = groups
     found = {}
@@ -165,16 +194,16 @@ def predict(
     measured = {(r["drafter"], r["set"], r["temperature"], r["width"]): r["decode_speedup"] for r in results["rows"]}
     together = measure_together(target, drafters, prompts, config) if config.predict else {}
     concurrencies = config.concurrencies if config.predict else (1,)
+    sizes = {2**i for i in range(max(concurrencies).bit_length())} | set(concurrencies)
     costs = {
-        (name, c): measure_costs(target, drafters[name], c, num_rounds=NUM_ROUNDS)
-        for name in drafters
-        for c in {1, *concurrencies}
+        name: {rows: measure_costs(target, drafter, rows, num_rounds=NUM_ROUNDS) for rows in sorted(sizes)}
+        for name, drafter in drafters.items()
     }
     predictions = []
     for row in whole_blocks(results):
         key = (row["drafter"], row["set"], row["temperature"])
         widths = list(range(2, row["block_size"] + 1))
-        alone = costs[row["drafter"], 1]
+        of_drafter = costs[row["drafter"]]
         for concurrency in concurrencies:
             if concurrency == 1:
                 checked = [measured.get((*key, width)) for width in [*widths[:-1], "full"]]
@@ -187,8 +216,8 @@ def predict(
                     "temperature": row["temperature"],
                     "concurrency": concurrency,
                     "widths": widths,
-                    "speedups": predict_speedups(row, alone, costs[row["drafter"], concurrency]),
-                    "costs": asdict(costs[row["drafter"], concurrency]),
+                    "speedups": predict_speedups(row, of_drafter, concurrency),
+                    "costs": asdict(of_drafter[concurrency]),
                     "measured": checked,
                 }
             )

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dpace.attention import group_heads
+from dpace.fusion import fuse_layers
 from dpace.loss import Head
 from dpace.packing import multiply, pack, pack_linears, packed_weight
 
@@ -80,6 +81,7 @@ class Target:
         model = model.to(device)
         pack_linears(model)
         group_heads(model)
+        fuse_layers(model)
         target = cls(model, AutoTokenizer.from_pretrained(name))
         target.thinking = thinking
         return target

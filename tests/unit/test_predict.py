@@ -15,16 +15,28 @@ from tests.conftest import make_drafter
 
 def test_prediction_by_hand():
     """Accepted lengths 0 and 2 in blocks of 3: whole drafts emit 2 tokens in 4 s, plain decoding one in 1.5 s."""
-    ours = {"histogram": [1, 0, 1], "num_without_bonus": 0, "decode_seconds": 8.0, "decode_tokens": 4}
+    ours = {"histogram": [1, 0, 1], "num_without_bonus": 0, "decode_seconds": 8.0, "decode_tokens": 4, "turn": 0}
     row = {"block_size": 3, "responses": [ours], "plain_responses": [{"decode_seconds": 6.0, "decode_tokens": 4}]}
-    alone = StepCosts([1.0, 2.0, 3.0], 1.0)
+    costs = {1: StepCosts([1.0, 2.0, 3.0], 1.0), 2: StepCosts([2.0, 6.0, 8.0], 1.0)}
     cut = 1.5 * 1.5 / (4.0 * 3 / 4)  # cut to one draft token: 1.5 tokens, in 3 of the 4 parts of the time
-    assert predict_speedups(row, alone, alone) == pytest.approx([cut, 2 * 1.5 / 4.0])
-    together = StepCosts([2.0, 6.0, 8.0], 1.0)
+    assert predict_speedups(row, costs) == pytest.approx([cut, 2 * 1.5 / 4.0])
     pair = [1.5 * 3.0 / (4.0 * 7 / 4), 2 * 3.0 / (4.0 * 9 / 4)]
-    assert predict_speedups(row, alone, together) == pytest.approx(pair)
-    ours["num_without_bonus"] = 1  # one of the two verifications ended the text and has no bonus token
-    assert predict_speedups(row, alone, alone) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
+    assert predict_speedups(row, costs, 2) == pytest.approx(pair)  # the response beside itself
+    ours |= {"num_without_bonus": 1, "decode_tokens": 3}  # one verification ended the text and has no bonus token
+    assert predict_speedups(row, costs) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
+
+
+def test_rows_that_are_done_leave_their_group():
+    """8 and 4 tokens together: four plain steps of both rows and four of one; with the drafter one step of both and one of one."""
+    ours = [
+        {"histogram": [0, 0, 0, n], "num_without_bonus": 0, "decode_seconds": 3.0 * n, "decode_tokens": 4 * n, "turn": 0}
+        for n in (2, 1)
+    ]
+    plain = [{"decode_seconds": 1.0 * r["decode_tokens"], "decode_tokens": r["decode_tokens"]} for r in ours]
+    row = {"block_size": 4, "responses": ours, "plain_responses": plain}
+    costs = {1: StepCosts([1.0, 1.0, 1.0, 2.0], 1.0), 2: StepCosts([1.5, 2.0, 3.0, 4.0], 1.0)}
+    expected = (12 / (5.0 + 3.0)) / (12 / (4 * 1.5 + 4 * 1.0))
+    assert predict_speedups(row, costs, 2)[-1] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 2, 1, 4], [1, 0, 0, 0, 9], [7, 1, 0, 0, 0], [0, 0, 0, 0, 3]])

@@ -1,0 +1,151 @@
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+import dpace.packing
+from dpace.attention import group_heads
+from dpace.cache import make_cache
+from dpace.drafter import load_drafter
+from dpace.fusion import FusedDraftLayer, FusedLayer, fuse_layers
+from dpace.packing import PackedLinear, pack_linears
+from dpace.target import Target
+from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_drafter, make_target
+
+KNOWN = {
+    **{name: FAMILIES[name] for name in ("llama3.1", "smollm2", "qwen3")},
+    "llama with biases": lambda: LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**{**_SHAPE, "sliding_window": 8}),
+    "qwen2": lambda: Qwen2Config(**{name: value for name, value in _SHAPE.items() if name != "head_dim"}),
+}
+
+
+def make_model(kind: str, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(KNOWN[kind](), dtype=dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # biases and norms, which begin as 0 and 1
+            nn.init.normal_(parameter, mean="norm" in name, std=0.2)
+    pack_linears(model)
+    group_heads(model)
+    return model
+
+
+@torch.no_grad()
+def run(model) -> list[torch.Tensor]:
+    """What the layers give for a prompt, a verification and a token of two rows."""
+    target, found = Target(model), []
+    cache = make_cache(target.config, 32)
+    with target.capture(range(target.num_layers)) as captured:
+        for tokens in torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(1)).split([14, 5, 1], 1):
+            target.hidden(tokens, cache=cache)
+            found += captured
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_fused_layers_give_what_those_of_transformers_give(kind, dtype):
+    model = make_model(kind, dtype)
+    if not any(type(module) is PackedLinear for module in model.modules()):
+        pytest.skip("this CPU does not multiply bf16")
+    expected, parameters = run(model), dict(model.named_parameters())
+    assert fuse_layers(model)
+    assert all(isinstance(layer, FusedLayer) and layer.fused for layer in Target(model).layers)
+    torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-6)  # in bf16 too: it rounds where they do
+    assert dict(model.named_parameters()) == parameters
+    assert not any(type(m) is PackedLinear for layer in Target(model).layers for m in layer.modules())
+
+
+def test_the_drafters_layers(tmp_path, language_target):
+    make_drafter(language_target).save_pretrained(tmp_path)
+    drafter = load_drafter(tmp_path, language_target)
+    assert {type(layer) for layer in drafter.layers} == {FusedDraftLayer}
+    plain = copy.deepcopy(drafter)  # copies are not fused
+    assert not any(layer.fused for layer in plain.layers)
+    width = language_target.hidden_size
+    for batch, masked in [(1, False), (2, False), (2, True)]:
+        inputs = torch.randn(batch, 4, width), torch.randn(batch, 3, 2 * width), torch.arange(7)[None]
+        mask = (torch.rand(batch, 7) > 0.3) | (torch.arange(7) > 2) if masked else None
+        caches = [make_cache(drafter.config, 7) for _ in range(2)]
+        with torch.no_grad():
+            found, expected = (
+                model(*inputs, attention_mask=mask, cache=cache).last_hidden_state
+                for model, cache in zip((drafter, plain), caches, strict=True)
+            )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(caches[0].layers[1].keys, caches[1].layers[1].keys, rtol=1e-5, atol=1e-6)
+    by_slot = torch.ones(1, 1, 4, 7, dtype=torch.bool).tril(3)
+    with torch.no_grad():
+        inputs = inputs[0][:1], inputs[1][:1], inputs[2]
+        found, expected = (m(*inputs, attention_mask=by_slot).last_hidden_state for m in (drafter, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def exchange_weight(layer):
+    layer.mlp.up_proj.weight = nn.Parameter(torch.randn_like(layer.mlp.up_proj.weight))
+
+
+def exchange_module(layer):
+    """As adapters do."""
+    inner = layer.self_attn.q_proj
+    layer.self_attn.q_proj = nn.Sequential(inner, nn.Linear(inner.out_features, inner.out_features))
+
+
+CHANGES = {
+    "in place": lambda layer: layer.self_attn.k_proj.weight.mul_(2),
+    "loaded": lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
+    "exchanged": exchange_weight,
+    "adapter": exchange_module,
+    "data": lambda layer: setattr(layer.self_attn.o_proj.weight, "data", 2 * layer.self_attn.o_proj.weight.data),
+    "norm": lambda layer: layer.input_layernorm.weight.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_new_weights_are_not_missed(change):
+    model = make_target("qwen3").model
+    before = run(model)
+    CHANGES[change](model.get_decoder().layers[0])
+    found = run(model)
+    plain = copy.deepcopy(model)
+    assert not torch.allclose(found[-1], before[-1])
+    torch.testing.assert_close(found, run(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_compiling_and_other_attention_run_the_models_own_code():
+    model = make_target("llama3.1").model
+    tokens = torch.randint(VOCAB, (1, 9))
+    expected = model(tokens).logits
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None and embedded.grad.abs().sum() > 0
+    model.get_decoder().set_attn_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(model.get_decoder().layers[0], backend="eager")
+        rope = tuple(torch.randn(2, 1, 3, 32))
+        rows = torch.randn(1, 3, 48)
+        torch.testing.assert_close(
+            compiled(rows, position_embeddings=rope), model.get_decoder().layers[0](rows, position_embeddings=rope)
+        )
+
+
+def test_other_models_are_left_as_they_are(monkeypatch):
+    assert not fuse_layers(make_target("gemma2").model)
+    unpacked = AutoModelForCausalLM.from_config(KNOWN["qwen3"]())
+    assert not fuse_layers(unpacked)
+    changed = make_model("qwen3")
+    first = changed.get_decoder().layers[0]
+    kind = types.new_class("Qwen3DecoderLayer", (type(first),))  # by its name only
+    kind.forward = lambda self, *args, **kwargs: 2 * super(kind, self).forward(*args, **kwargs)
+    for layer in changed.get_decoder().layers:
+        layer.__class__ = kind
+    expected = run(changed)
+    assert not fuse_layers(changed)
+    torch.testing.assert_close(run(changed), expected)
+    assert type(first.mlp.up_proj) is PackedLinear and dpace.packing.packed_weight(first.mlp.up_proj) is not None
