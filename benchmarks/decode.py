@@ -232,6 +232,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=3, help="of each set")
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument(
+        "--ways", nargs="+", default=[""], help="only ways whose names contain one of these, and `plain`"
+    )
     parser.add_argument("--dtype", default="float32", help="bfloat16 for CPUs that multiply it, and GPUs")
     options = parser.parse_args()
     target = Target.load(options.target, dtype=getattr(torch, options.dtype))
@@ -245,7 +248,12 @@ def main() -> None:
             write_f16(options.gguf, Path(folder) / "f16.gguf")
             for count in sorted({1, torch.get_num_threads()}):
                 ways[f"llama.cpp f16, plain, threads {count}"] = llamacpp_way(Path(folder) / "f16.gguf", count)
-        found = measure(ways, prompts, options.rounds, options.tokens)
+        chosen_ways = {
+            name: way
+            for name, way in ways.items()
+            if name in ("plain", "T=1: plain", "dpace, auto") or any(part in name for part in options.ways)
+        }
+        found = measure(chosen_ways, prompts, options.rounds, options.tokens)
     for set_name in dict.fromkeys(name for name, _ in prompts):
         console().print(table_of(found, set_name))
 

@@ -45,7 +45,9 @@ def grouped_attention(
     return attend_in_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
 
 
-def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def attend_in_groups(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """The product that `grouped_attention` is; shapes as there, the mask's `query` being 1 where all of them see the same keys."""
     batch, heads, queries, _ = query.shape
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])

@@ -130,6 +130,7 @@ def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:
                     "slot_acceptance_rate": [
                         None if np.isnan(x) else x for x in acceptance.slot_acceptance_rate.tolist()
                     ],
+                    "share_copied": sum(r.get("num_copied", 0) for r in ours) / max(1, sum(sides[0])),
                     "tokens_per_second": sum(sides[0]) / sum(sides[1]),
                     "plain_tokens_per_second": sum(sides[2]) / sum(sides[3]),
                     "decode_speedup": speedup[0],
@@ -273,6 +274,7 @@ def _measure(
                 "token_ids": generation.token_ids,
                 "accepted_lengths": generation.accepted_lengths,
                 "widths": generation.widths,
+                "num_copied": generation.num_copied,
                 "histogram": [] if name == PLAIN else generation.acceptance.counts.tolist(),
                 "num_without_bonus": 0 if name == PLAIN else generation.acceptance.num_missing,
                 "decode_tokens": generation.num_decode_tokens,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpace.cache import go_back, make_cache
 from dpace.drafter import Drafter
+from dpace.lookup import PromptLookup
 from dpace.metrics import Acceptance
 from dpace.pace import Pace, make_pace
 from dpace.sampling import Sampler, verify_draft, verify_sampled
@@ -29,6 +30,8 @@ class Step(NamedTuple):
     """Draft tokens among them."""
     width: int
     """Tokens that the target read: 1 and the draft tokens that it verified; 0 for the prompt."""
+    copied: int = 0
+    """Accepted tokens that a prompt lookup proposed, not the drafter."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Generation:
     """Up to and including the first token."""
     decode_seconds: float
     """All further tokens."""
+    num_copied: int = 0
+    """Accepted tokens that a prompt lookup proposed, not the drafter."""
 
     @property
     def num_decode_tokens(self) -> int:
@@ -106,6 +111,7 @@ def _collect(steps: Iterator[Step], block_size: int, device: torch.device) -> Ge
         block_size,
         first_seconds,
         decode_seconds,
+        sum(step.copied for step in drafted),
     )
 
 
@@ -157,8 +163,8 @@ def speculative_steps(
 ) -> Iterator[Step]:
     """Yield what each forward pass of the target emits; the loop behind `generate` and `stream`.
 
-    A step drafts a block after the last token, has the target read the last token and as much of the draft as `pace` wants
-    (for None all of it, up to `max_width` tokens), accepts a beginning of the draft, and emits it with the target's next token. Both caches then hold exactly
+    A step drafts a block after the last token, or with `pace` sometimes takes what followed these tokens before (`PromptLookup`), has
+    the target read the last token and as much of the draft as `pace` wants (for None all of it, up to `max_width` tokens), accepts a beginning of the draft, and emits it with the target's next token. Both caches then hold exactly
     the tokens before the last one.
     """
     device = target.device
@@ -166,6 +172,7 @@ def speculative_steps(
     cache, drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
     masks = torch.full((1, block_size - 1), drafter.mask_token_id, device=device)
     text, num_prompt = prompt[0].tolist(), prompt.shape[1]
+    lookup = PromptLookup(text)
     samples_draft = verify_rule == "speculative" and sampler.temperature > 0
     with target.capture(drafter.target_layer_ids) as captured:
         hidden = target.hidden(prompt, cache=cache)
@@ -175,8 +182,12 @@ def speculative_steps(
         while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
             started = time.perf_counter()
             remaining = max_new_tokens - (len(text) - num_prompt)
-            width, draft, draft_probs, is_drafted = 1, [], None, pace is None or pace.wants_draft()
-            block = torch.tensor([text[-1:]], device=device)
+            width, match, copied, draft, draft_probs = 1, 0, [], [], None
+            if pace is not None:
+                match, copied = lookup.propose(min(block_size, remaining) - 1)
+                width = pace.copy_width(match, len(copied)) if copied else 1
+            is_drafted = pace is None or (width == 1 and pace.wants_draft())
+            block = torch.tensor([text[-1:] + copied[: width - 1]], device=device)
             if is_drafted:
                 block, start = torch.cat([block, masks], dim=1), len(text) - 1
                 features = torch.cat([torch.cat(of_layer, dim=1) for of_layer in zip(*unread, strict=True)], dim=-1)
@@ -218,11 +229,12 @@ def speculative_steps(
                 if is_drafted:
                     pace.record(width, accepted, seconds if features.shape[1] < num_prompt else None)
                 else:
-                    pace.record_plain(seconds)
+                    pace.record_plain(seconds, width)
+                pace.learn_copying(match, copied, emitted)
             unread.append([layer[:, : len(emitted)] for layer in captured])
             go_back(cache, width - len(emitted))
             text += emitted
-            yield Step(emitted, accepted, width)
+            yield Step(emitted, accepted, width, accepted if copied and not is_drafted else 0)
 
 
 def step_sizes(

@@ -22,8 +22,8 @@ PRODUCTS = (
     ("mlp", ("down_proj",)),
 )
 """Linear layers that read the same rows."""
-CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
-"""Differences that are rounding."""
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Relative and absolute differences that are rounding."""
 
 _version = operator.attrgetter("_version")
 
@@ -181,7 +181,8 @@ def fuse_layers(model: PreTrainedModel) -> bool:
             return False
         expected = _try_out(layer) if number == 0 else None
         layer.fused, layer.__class__ = fused, _fused_class(type(layer))
-        if expected is not None and not torch.allclose(_try_out(layer), expected, **CLOSE[fused.dtype]):
+        tolerance = ROUNDING[fused.dtype]
+        if expected is not None and not torch.allclose(_try_out(layer), expected, tolerance, tolerance):
             layer.fused = None
             return False
         for linears in fused.linears:

@@ -6,13 +6,14 @@ import operator
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from dpace.cache import make_cache
 from dpace.drafter import Drafter
+from dpace.lookup import MAX_MATCH
 from dpace.sampling import Sampler
 from dpace.target import Target
 
@@ -24,6 +25,8 @@ DECAY = 0.95
 """Weight of the past in the running sums, a draft."""
 PRIOR_TOKENS = 1.0
 """Promised and kept ones before the first draft."""
+COPY_PRIOR = (0.2, 0.5)
+"""How often the first and a further token of a prompt lookup is right, before the first one; it counts as two of them."""
 PRIOR_GAIN = 1.1
 """Of the whole draft that a drafter begins with, over plain decoding: it is trusted until it is found wanting."""
 
@@ -69,10 +72,14 @@ class Pace:
     a loop, without all that surrounds a step, and in one second of the machine. Where drafts promise fewer tokens than plain
     decoding emits in the same time, they pause for as many steps as make their loss `EXPLORATION` of the time: a bad drafter costs
     little, and one that gets good is found again. What was learned is kept from one response to the next (`make_pace`).
+
+    Where a prompt lookup promises more tokens a second than drafts have given of late, it is verified and nothing is drafted. How often
+    lookups are right is seen at every step, also where they are not used.
     """
 
     def __init__(self, costs: StepCosts):
-        self.costs = costs
+        self.costs, self.copy_costs = costs, replace(costs, draft_seconds=0.0)
+        self.copied = {length: [[2 * p, 2.0] for p in COPY_PRIOR] for length in range(1, MAX_MATCH + 1)}
         self.pause, self.is_losing = 0, False
         self.slowness = {"plain": 1.0, "drafted": 1.0}  # a running mean of seconds over those of `costs`
         self.promised = self.kept = PRIOR_TOKENS
@@ -93,9 +100,29 @@ class Pace:
             return 2
         return width
 
-    def record_plain(self, seconds: float) -> None:
-        """Learn from a step that did not draft."""
-        self._learn_slowness("plain", seconds / self.costs.verify_seconds[0])
+    def copy_width(self, match: int, count: int) -> int:
+        """Tokens to verify of a prompt lookup after a match of so many tokens, the last token included; 1 where something else pays more."""
+        first, further = (right / total for right, total in self.copied[match])
+        width, emitted = self.copy_costs.best_width([first * further**k for k in range(count)])
+        is_better = self.pause > 0 or emitted / self.costs.verify_seconds[width - 1] > self._drafted_rate()
+        return width if is_better else 1
+
+    def learn_copying(self, match: int, proposal: Sequence[int], emitted: Sequence[int]) -> None:
+        """See how much of a prompt lookup was right."""
+        for k, (proposed, token) in enumerate(zip(proposal, emitted, strict=False)):
+            rate = self.copied[match][min(k, 1)]
+            rate[0] = DECAY * rate[0] + (proposed == token)
+            rate[1] = DECAY * rate[1] + 1
+            if proposed != token:
+                break
+
+    def record_plain(self, seconds: float, width: int = 1) -> None:
+        """Learn from a step that did not draft, of so many tokens."""
+        self._learn_slowness("plain", seconds / self.costs.verify_seconds[width - 1])
+
+    def _drafted_rate(self) -> float:
+        """Tokens a second of drafts of late, in seconds as `costs` has them."""
+        return self.emitted / self.seconds * self.slowness["plain"] / self.slowness["drafted"]
 
     def record(self, width: int, accepted: int, seconds: float | None) -> None:
         """Learn from a step that drafted, also where nothing of the draft was verified (width 1).
@@ -110,8 +137,8 @@ class Pace:
         self.drafts = DECAY * self.drafts + 1
         self.emitted = DECAY * self.emitted + self._expected
         self.seconds = DECAY * self.seconds + cost
-        plain = self.seconds * self.costs.plain_rate * self.slowness["drafted"] / self.slowness["plain"]
-        loss = (plain - self.emitted) / self.drafts  # tokens that a draft costs
+        gain = self._drafted_rate() / self.costs.plain_rate
+        loss = (self.emitted / gain - self.emitted) / self.drafts  # tokens that a draft costs
         self.is_losing = loss > 0
         self.pause = max(0, math.ceil(loss / EXPLORATION))
 

@@ -16,6 +16,7 @@ from dpace.report import (
     RESULT_HEADINGS,
     SERVER_HEADINGS,
     acceptance_of,
+    copied_note,
     pair_cells,
     percent,
     prediction_cells,
@@ -140,7 +141,9 @@ def speeds(results: dict) -> Section:
     """The table by set and temperature."""
     return Section(
         "Speed",
-        "tau: tokens emitted by a pass of the target, pooled over verifications; with width auto also passes without a draft. "
+        "tau: tokens emitted by a pass of the target, pooled over verifications; with width auto also passes without a draft"
+        + copied_note(results["rows"], start="; ")
+        + ". "
         "decode_speedup: ratio of total tokens a second with and without the drafter, prefill excluded. In brackets 95 % intervals, "
         "bootstrap over prompts. Starred columns are the definitions of published tables: mean over responses of their means, ratio of "
         "mean seconds a token.",

@@ -22,12 +22,14 @@ def console() -> Console:
 def results_table(results: dict) -> Table:
     """One line for each drafter, width, set and temperature; every number with its 95 % interval or its count.
 
-    With width `auto`, tau counts tokens a pass of the target, passes without a draft included. The columns with a star are what
+    With width `auto`, tau counts tokens a pass of the target, passes without a draft included, and those that were copied from the text
+    instead of drafted; the caption says how many. The columns with a star are what
     published tables have, see `dpace.metrics.published_tau`.
     """
     table = Table(
         title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}",
-        caption="*: as in published tables, the mean over responses of their means, and the ratio of mean seconds a token",
+        caption="*: as in published tables, the mean over responses of their means, and the ratio of mean seconds a token"
+        + copied_note(results["rows"], start="\n"),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -37,6 +39,15 @@ def results_table(results: dict) -> Table:
     for row in results["rows"]:
         table.add_row(*result_cells(row))
     return table
+
+
+def copied_note(rows: Sequence[dict], start: str) -> str:
+    """How many tokens of each set came from the text before them, by prompt lookup, with width `auto`; empty where none did."""
+    shares = {(row["set"], row["temperature"]): row.get("share_copied", 0) for row in rows if row["width"] == "auto"}
+    if not any(shares.values()):
+        return ""
+    listed = ", ".join(f"{name} {share:.0%} at T={temperature:g}" for (name, temperature), share in shares.items())
+    return f"{start}with width auto, tokens copied from the text before them (prompt lookup): {listed}"
 
 
 RESULT_HEADINGS = (

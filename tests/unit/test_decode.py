@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -212,6 +214,7 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
     plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[])
     costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
     monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: costs)
+    monkeypatch.setattr("dpace.pace.Pace.copy_width", lambda *_: 1)
     is_wrong = {0: lambda n: False, 1: lambda n: True}.get(wrong, lambda n: n % wrong == 0)
     Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong, confidence)
     ours = generate(target, drafter, prompt(), max_new_tokens=50, stop_token_ids=[], width="auto")
@@ -221,6 +224,37 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
         assert sum(width > 1 for width in ours.widths) < 10
     if wrong == 0 and confidence == 0.99:
         assert sum(ours.accepted_lengths) > 35
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("rule", ["equality", "speculative"])
+@pytest.mark.parametrize("is_copied", [lambda k: True, lambda k: k % 3 > 0], ids=["always", "in between"])
+def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
+    """Whether it is all that is verified or stands between drafts: the text stays, and the drafter's later features are right."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target, block_size=6)
+    monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.1, 1.2, 1.3, 1.4, 1.5], 0.1))
+    monkeypatch.setattr("dpace.pace.Pace.wants_draft", lambda _: True)
+    steps = itertools.count()
+    monkeypatch.setattr(
+        "dpace.pace.Pace.copy_width", lambda _, match, count: count + 1 if is_copied(next(steps)) else 1
+    )
+    seen = []
+    forward = drafter.forward
+    monkeypatch.setattr(drafter, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
+    options = {"max_new_tokens": 60, "stop_token_ids": [], "temperature": temperature, "seed": 3}
+    ours = generate(target, drafter, prompt() * 4, width="auto", verify_rule=rule, **options)
+    if rule == "equality" or temperature == 0:
+        assert ours.token_ids == generate_plain(target, prompt() * 4, **options).token_ids
+    assert 0 < ours.num_copied <= sum(ours.accepted_lengths)
+    text = prompt() * 4 + ours.token_ids
+    assert len(seen) > 2
+    for inputs in seen:  # positions follow each other without gaps, and features are those of the text
+        end = int(inputs["position_ids"][0, -6])
+        features = inputs["context_hidden_states"]
+        expected = target.features(torch.tensor([text[:end]]), drafter.target_layer_ids)[:, -features.shape[1] :]
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert sum(inputs["context_hidden_states"].shape[1] for inputs in seen) == end
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 9, "min_p": 0.01}, {"temperature": 0.6, "top_p": 0.9}])

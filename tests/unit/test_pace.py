@@ -117,6 +117,30 @@ def test_a_drafter_that_gets_good_is_found_again():
     assert speed > 2.5
 
 
+def test_what_is_copied_is_verified_as_far_as_it_was_right():
+    pace = Pace(COSTS)
+    run(pace, 50, lambda width: 0)  # a useless drafter
+    proposal = [1] * 7
+    for _ in range(40):
+        pace.learn_copying(1, proposal, [2, 1, 1])
+        pace.learn_copying(2, proposal, [1, 1, 2])
+        pace.learn_copying(3, proposal, [1] * 8)
+    assert pace.copied[1][0][0] / pace.copied[1][0][1] < 0.03
+    assert pace.copied[2][1][0] / pace.copied[2][1][1] == pytest.approx(0.5, abs=0.05)
+    assert [pace.copy_width(match, 7) for match in (1, 2, 3)] == [1, 5, 8]
+    assert pace.copy_width(3, 2) == 3 and pace.copy_width(3, 0) == 1
+
+
+def test_a_good_drafter_is_preferred_to_doubtful_copies():
+    pace = Pace(COSTS)
+    run(pace, 50, lambda width: width - 1, confidence=0.99)
+    for _ in range(40):
+        pace.learn_copying(2, [1] * 7, [1, 1, 2])
+        pace.learn_copying(3, [1] * 7, [1] * 8)
+    assert pace.copy_width(2, 7) == 1
+    assert pace.copy_width(3, 7) == 8  # as many tokens, and no time to draft them
+
+
 def test_a_drafter_keeps_its_pace():
     """From one response to the next at a temperature, until the machine is measured better."""
     target = make_target("qwen3")

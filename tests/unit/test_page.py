@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.page import read_folder, write_report
 from dpace.prompts import Prompt
+from dpace.report import copied_note
 
 CHROMIUM = shutil.which("chromium")
 
@@ -58,6 +60,18 @@ def test_examples_are_the_responses(folder, language_target):
         text = language_target.tokenizer.decode(response["token_ids"], skip_special_tokens=True)
         assert "".join(piece for piece, _ in example["pieces"]) == text
     assert any(is_draft for example in row["examples"] for _, is_draft in example["pieces"])
+
+
+def test_it_says_how_much_was_copied(folder, tmp_path):
+    """With width auto, by set and temperature; and nothing where nothing was."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = [{**row, "share_copied": 0.25 if row["width"] == "auto" else 0.0} for row in results["rows"]]
+    assert "set1 25% at T=0," in copied_note(rows, start="; ")
+    assert not copied_note([row for row in rows if row["width"] == "full"], start="; ")
+    (tmp_path / "results.json").write_text(json.dumps({**results, "rows": rows}))
+    page, _ = write_report([tmp_path], tmp_path / "report.html")
+    assert "prompt lookup): set0 25% at T=0" in page.read_text()
+    assert all("num_copied" in response for row in results["rows"] for response in row["responses"])
 
 
 def test_the_verb(folder, tmp_path, capsys):

@@ -29,7 +29,13 @@ def test_prediction_by_hand():
 def test_rows_that_are_done_leave_their_group():
     """8 and 4 tokens together: four plain steps of both rows and four of one; with the drafter one step of both and one of one."""
     ours = [
-        {"histogram": [0, 0, 0, n], "num_without_bonus": 0, "decode_seconds": 3.0 * n, "decode_tokens": 4 * n, "turn": 0}
+        {
+            "histogram": [0, 0, 0, n],
+            "num_without_bonus": 0,
+            "decode_seconds": 3.0 * n,
+            "decode_tokens": 4 * n,
+            "turn": 0,
+        }
         for n in (2, 1)
     ]
     plain = [{"decode_seconds": 1.0 * r["decode_tokens"], "decode_tokens": r["decode_tokens"]} for r in ours]
