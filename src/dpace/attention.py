@@ -4,6 +4,7 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -52,9 +53,20 @@ def attend_in_groups(
     batch, heads, queries, _ = query.shape
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
     if mask is not None and mask.shape[2] > 1:
-        mask = mask.repeat(1, 1, heads // key.shape[1], 1)
+        mask = _of_groups(mask, heads // key.shape[1], query.dtype)
     out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+
+
+def _of_groups(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """A mask for the query heads of a group, as what is added to scores; kept at the mask, which all layers of a pass are given."""
+    made = vars(mask).get("of_groups")
+    if made is None:
+        made = mask.repeat(1, 1, num_groups, 1)
+        if made.dtype == torch.bool:
+            made = torch.zeros(made.shape, dtype=dtype, device=made.device).masked_fill(~made, -torch.inf)
+        mask.of_groups = made  # pyright: ignore[reportAttributeAccessIssue]
+    return made
 
 
 AttentionInterface.register(NAME, grouped_attention)

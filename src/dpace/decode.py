@@ -182,11 +182,10 @@ def speculative_steps(
         while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
             started = time.perf_counter()
             remaining = max_new_tokens - (len(text) - num_prompt)
-            width, match, copied, draft, draft_probs = 1, 0, [], [], None
+            width, is_drafted, match, copied, draft, draft_probs = 1, True, 0, [], [], None
             if pace is not None:
                 match, copied = lookup.propose(min(block_size, remaining) - 1)
-                width = pace.copy_width(match, len(copied)) if copied else 1
-            is_drafted = pace is None or (width == 1 and pace.wants_draft())
+                width, is_drafted = pace.plan(match, len(copied))
             block = torch.tensor([text[-1:] + copied[: width - 1]], device=device)
             if is_drafted:
                 block, start = torch.cat([block, masks], dim=1), len(text) - 1

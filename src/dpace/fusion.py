@@ -116,6 +116,12 @@ class FusedLayer(nn.Module):
 
     fused: _Fused | None
 
+    def __call__(self, *args, **kwargs):
+        """Straight to `forward` where nothing hangs on the layer."""
+        if self._forward_hooks or self._forward_pre_hooks or self.training:
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
     def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings=None, **kwargs):
         """As the class behind it."""
         fused, modules = self.fused, self._modules  # past nn.Module's own way to them, which is slow

@@ -1,7 +1,6 @@
 """Confidences and step times in; how many slots are worth verifying, and whether drafting is worth it at all, out."""
 
 import itertools
-import math
 import operator
 import time
 import weakref
@@ -20,9 +19,11 @@ from dpace.target import Target
 FILLER_TOKENS = 128
 """Context that step times are measured with."""
 EXPLORATION = 0.01
-"""Share of the time that may be lost to finding out whether a drafter that does not pay has begun to."""
+"""Share of the tokens that may be lost to finding out whether a drafter that does not pay has begun to."""
 DECAY = 0.95
 """Weight of the past in the running sums, a draft."""
+GAIN_DECAY = 0.98
+"""The same of what drafts gave, which differs much from one to the next: with less, bad luck would end drafting."""
 PRIOR_TOKENS = 1.0
 """Promised and kept ones before the first draft."""
 COPY_PRIOR = (0.2, 0.5)
@@ -69,60 +70,58 @@ class Pace:
     The width maximizes `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])` with `c` the drafter's
     calibrated confidences: the surrogate that D-PACE trains for, over the time that it takes here. Confidences that promise
     more than is accepted are scaled down by what was found so far, and costs are corrected by what steps took: those were measured in
-    a loop, without all that surrounds a step, and in one second of the machine. Where drafts promise fewer tokens than plain
-    decoding emits in the same time, they pause for as many steps as make their loss `EXPLORATION` of the time: a bad drafter costs
-    little, and one that gets good is found again. What was learned is kept from one response to the next (`make_pace`).
+    a loop, without all that surrounds a step, and in one second of the machine.
 
-    Where a prompt lookup promises more tokens a second than drafts have given of late, it is verified and nothing is drafted. How often
-    lookups are right is seen at every step, also where they are not used.
+    Instead of a draft, what a prompt lookup proposes may be verified, or nothing. How often lookups are right is seen at every step,
+    by the length of the match and apart for the first token and further ones; what drafts give, when there are some, by the same
+    length. The one that promises most is taken. Drafts that promise less are made for `EXPLORATION` of the tokens: a bad drafter costs
+    little, and one that gets good is found again. What was learned is kept from one response to the next (`make_pace`).
     """
 
     def __init__(self, costs: StepCosts):
         self.costs, self.copy_costs = costs, replace(costs, draft_seconds=0.0)
         self.copied = {length: [[2 * p, 2.0] for p in COPY_PRIOR] for length in range(1, MAX_MATCH + 1)}
-        self.pause, self.is_losing = 0, False
+        seconds = costs.draft_seconds + costs.verify_seconds[-1]
+        # Tokens, seconds and drafts, of all and by length of the match.
+        self.all_drafted: tuple[float, ...] = PRIOR_GAIN * costs.plain_rate * seconds, seconds, 1.0
+        self.drafted: dict[int, tuple[float, ...]] = dict.fromkeys(range(MAX_MATCH + 1), (0.0, 0.0, 0.0))
         self.slowness = {"plain": 1.0, "drafted": 1.0}  # a running mean of seconds over those of `costs`
         self.promised = self.kept = PRIOR_TOKENS
-        self.drafts, self.seconds = 1.0, costs.draft_seconds + costs.verify_seconds[-1]
-        self.emitted = PRIOR_GAIN * costs.plain_rate * self.seconds
+        self.credit, self._match, self._loss = 0.0, 0, 0.0
 
-    def wants_draft(self) -> bool:
-        """Whether this step should draft; called once a step."""
-        self.pause -= 1
-        return self.pause < 0
+    def plan(self, match: int, count: int) -> tuple[int, bool]:
+        """What the next step is to do; called once a step.
+
+        Args:
+            match: tokens that the prompt lookup found again; 0 for none.
+            count: tokens that it proposes.
+
+        Returns:
+            Tokens of the proposal to verify, the last token included (1: none of it), and whether to draft.
+        """
+        width, promised = 1, 1.0
+        if count:
+            first, further = (right / total for right, total in self.copied[match])
+            width, promised = self.copy_costs.best_width([first * further**k for k in range(count)])
+        average = (x / self.all_drafted[2] for x in self.all_drafted)  # counts as one more draft
+        tokens, seconds, drafts = map(operator.add, self.drafted[match], average)
+        rate = promised / self.costs.verify_seconds[width - 1] * self.slowness["drafted"] / self.slowness["plain"]
+        self._match, self._loss = match, (rate * seconds - tokens) / drafts  # tokens that a draft costs
+        if self._loss > 0:
+            self.credit = min(1.0, self.credit + EXPLORATION * promised)
+            if self.credit < self._loss:
+                return width, False
+            self.credit -= self._loss
+        return 1, True
 
     def width(self, confidences: Sequence[float]) -> int:
         """Tokens to verify after a draft with these confidences, the last token included."""
         trust = min(1.0, self.kept / self.promised)
         self._reach = list(itertools.accumulate(confidences, operator.mul))
-        width, self._expected = self.costs.best_width([trust * reach for reach in self._reach])
-        if width == 1 and self.is_losing:  # nothing is learned of a draft that is not verified
+        width, _ = self.costs.best_width([trust * reach for reach in self._reach])
+        if width == 1 and self._loss > 0:  # nothing is learned of a draft that is not verified
             return 2
         return width
-
-    def copy_width(self, match: int, count: int) -> int:
-        """Tokens to verify of a prompt lookup after a match of so many tokens, the last token included; 1 where something else pays more."""
-        first, further = (right / total for right, total in self.copied[match])
-        width, emitted = self.copy_costs.best_width([first * further**k for k in range(count)])
-        is_better = self.pause > 0 or emitted / self.costs.verify_seconds[width - 1] > self._drafted_rate()
-        return width if is_better else 1
-
-    def learn_copying(self, match: int, proposal: Sequence[int], emitted: Sequence[int]) -> None:
-        """See how much of a prompt lookup was right."""
-        for k, (proposed, token) in enumerate(zip(proposal, emitted, strict=False)):
-            rate = self.copied[match][min(k, 1)]
-            rate[0] = DECAY * rate[0] + (proposed == token)
-            rate[1] = DECAY * rate[1] + 1
-            if proposed != token:
-                break
-
-    def record_plain(self, seconds: float, width: int = 1) -> None:
-        """Learn from a step that did not draft, of so many tokens."""
-        self._learn_slowness("plain", seconds / self.costs.verify_seconds[width - 1])
-
-    def _drafted_rate(self) -> float:
-        """Tokens a second of drafts of late, in seconds as `costs` has them."""
-        return self.emitted / self.seconds * self.slowness["plain"] / self.slowness["drafted"]
 
     def record(self, width: int, accepted: int, seconds: float | None) -> None:
         """Learn from a step that drafted, also where nothing of the draft was verified (width 1).
@@ -134,13 +133,24 @@ class Pace:
             self._learn_slowness("drafted", seconds / cost)
         self.promised = DECAY * self.promised + sum(self._reach[: width - 1])
         self.kept = DECAY * self.kept + accepted
-        self.drafts = DECAY * self.drafts + 1
-        self.emitted = DECAY * self.emitted + self._expected
-        self.seconds = DECAY * self.seconds + cost
-        gain = self._drafted_rate() / self.costs.plain_rate
-        loss = (self.emitted / gain - self.emitted) / self.drafts  # tokens that a draft costs
-        self.is_losing = loss > 0
-        self.pause = max(0, math.ceil(loss / EXPLORATION))
+        new = accepted + 1.0, cost, 1.0
+        self.all_drafted, self.drafted[self._match] = (
+            tuple(GAIN_DECAY * x + y for x, y in zip(past, new, strict=True))
+            for past in (self.all_drafted, self.drafted[self._match])
+        )
+
+    def record_plain(self, seconds: float, width: int = 1) -> None:
+        """Learn from a step that did not draft, of so many tokens."""
+        self._learn_slowness("plain", seconds / self.costs.verify_seconds[width - 1])
+
+    def learn_copying(self, match: int, proposal: Sequence[int], emitted: Sequence[int]) -> None:
+        """See how much of what a prompt lookup proposed was right."""
+        for k, (proposed, token) in enumerate(zip(proposal, emitted, strict=False)):
+            rate = self.copied[match][min(k, 1)]
+            rate[0] = DECAY * rate[0] + (proposed == token)
+            rate[1] = DECAY * rate[1] + 1
+            if proposed != token:
+                break
 
     def _learn_slowness(self, kind: str, ratio: float) -> None:
         """One step's share; a step that was disturbed counts as twice as slow at most."""

@@ -214,7 +214,7 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
     plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[])
     costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
     monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: costs)
-    monkeypatch.setattr("dpace.pace.Pace.copy_width", lambda *_: 1)
+    monkeypatch.setattr("dpace.lookup.PromptLookup.propose", lambda *_: (0, []))
     is_wrong = {0: lambda n: False, 1: lambda n: True}.get(wrong, lambda n: n % wrong == 0)
     Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong, confidence)
     ours = generate(target, drafter, prompt(), max_new_tokens=50, stop_token_ids=[], width="auto")
@@ -234,11 +234,12 @@ def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
     monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.1, 1.2, 1.3, 1.4, 1.5], 0.1))
-    monkeypatch.setattr("dpace.pace.Pace.wants_draft", lambda _: True)
     steps = itertools.count()
-    monkeypatch.setattr(
-        "dpace.pace.Pace.copy_width", lambda _, match, count: count + 1 if is_copied(next(steps)) else 1
-    )
+
+    def plan(_, match, count):
+        return (count + 1, False) if count and is_copied(next(steps)) else (1, True)
+
+    monkeypatch.setattr("dpace.pace.Pace.plan", plan)
     seen = []
     forward = drafter.forward
     monkeypatch.setattr(drafter, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))

@@ -34,7 +34,7 @@ def run(pace: Pace, steps: int, accepted_of, confidence=0.9, slowness=1.0) -> tu
     """Tokens over the time that plain decoding would take for them, and drafts; drafted steps take `slowness` of their costs."""
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
-        if pace.wants_draft():
+        if pace.plan(0, 0)[1]:
             width = pace.width([confidence] * 7)
             accepted = accepted_of(width)
             cost = slowness * (pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1])
@@ -77,7 +77,7 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
         seconds = tokens = 0.0
         for _ in range(steps):
             width, (confidences, right) = 1, draft()
-            drafts = width_of is not None or pace.wants_draft()
+            drafts = width_of is not None or pace.plan(0, 0)[1]
             if drafts:
                 width = width_of or pace.width(confidences)
             accepted = min(right, width - 1)
@@ -127,18 +127,32 @@ def test_what_is_copied_is_verified_as_far_as_it_was_right():
         pace.learn_copying(3, proposal, [1] * 8)
     assert pace.copied[1][0][0] / pace.copied[1][0][1] < 0.03
     assert pace.copied[2][1][0] / pace.copied[2][1][1] == pytest.approx(0.5, abs=0.05)
-    assert [pace.copy_width(match, 7) for match in (1, 2, 3)] == [1, 5, 8]
-    assert pace.copy_width(3, 2) == 3 and pace.copy_width(3, 0) == 1
+    pace.credit = 0.0
+    assert [pace.plan(match, 7)[0] for match in (1, 2, 3)] == [1, 5, 8]
+    assert pace.plan(3, 2) == (3, False) and pace.plan(0, 0) == (1, False)
 
 
 def test_a_good_drafter_is_preferred_to_doubtful_copies():
+    """And is tried where it was not yet, with what it gave elsewhere."""
     pace = Pace(COSTS)
     run(pace, 50, lambda width: width - 1, confidence=0.99)
     for _ in range(40):
         pace.learn_copying(2, [1] * 7, [1, 1, 2])
         pace.learn_copying(3, [1] * 7, [1] * 8)
-    assert pace.copy_width(2, 7) == 1
-    assert pace.copy_width(3, 7) == 8  # as many tokens, and no time to draft them
+    assert pace.plan(2, 7) == (1, True)
+    assert pace.plan(3, 7) == (8, False)  # as many tokens, and no time to draft them
+
+
+def test_drafts_are_told_apart_by_the_match_before_them():
+    """A drafter that is right only where nothing is found in the text is used there, and hardly elsewhere."""
+    pace = Pace(COSTS)
+    for _ in range(150):
+        for match, accepted in ((0, 7), (1, 0)):
+            if pace.plan(match, 0)[1]:
+                pace.width([0.9] * 7)
+                pace.record(8, accepted, None)
+    assert pace.plan(0, 0)[1]
+    assert sum(pace.plan(1, 0)[1] for _ in range(100)) < 4
 
 
 def test_a_drafter_keeps_its_pace():
