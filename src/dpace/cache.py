@@ -37,6 +37,13 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
         return self.keys, self.values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Shorten the views by `-tokens_to_remove` tokens."""
+        if tokens_to_remove >= 0 or not self.is_initialized:
+            return super().crop(tokens_to_remove)
+        views: Any = self.keys, self.values
+        self.keys, self.values = (view.narrow(-2, 0, view.shape[-2] + tokens_to_remove) for view in views)
+
 
 def make_cache(config, capacity: int) -> DynamicCache:
     """A cache for `capacity` tokens; layers with a sliding window keep transformers' own, which can also go back.

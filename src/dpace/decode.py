@@ -199,7 +199,7 @@ def speculative_steps(
                 ).last_hidden_state
                 drafter_cache.crop(-block_size)
                 logits = target.logits(hidden[0, 1 : min(remaining + 1, max_width or block_size)])
-                tokens, width = logits.argmax(-1), len(logits) + 1
+                tokens, width = logits.float().argmax(-1), len(logits) + 1
                 if pace is not None:
                     width = pace.width(drafter.confidences(logits))
                 if samples_draft:

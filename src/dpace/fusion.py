@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.attention import attend_in_groups
@@ -49,16 +50,24 @@ class _Fused:
     def __init__(self, layer: Any, shared: dict[str, _Pass]):
         self.shared = shared
         self.linears = [[getattr(getattr(layer, owner), name) for name in names] for owner, names in PRODUCTS]
-        self.weights = [linear.weight for linears in self.linears for linear in linears]
         modules = layer._modules
         places = [(modules[owner]._modules, name) for owner, names in PRODUCTS for name in names]
-        places += [(linear._parameters, "weight") for linears in self.linears for linear in linears]
+        places += [
+            (linear._parameters, name)
+            for linears in self.linears
+            for linear in linears
+            for name in ("weight", "bias")
+            if linear._parameters[name] is not None
+        ]
         self.owners, self.names = zip(*places, strict=True)
         self.owned = [owner[name] for owner, name in places]
+        self.weights = [owned for owned in self.owned if isinstance(owned, nn.Parameter)]
         self.state = self._state()
         self.packed = [self._pack(linears) for linears in self.linears]
         self.dtype, self.head_dim = self.weights[0].dtype, layer.self_attn.head_dim
         self.num_queries, self.num_keys = (linear.out_features // self.head_dim for linear in self.linears[0][:2])
+        activation = layer.mlp.act_fn
+        self.activation = nn.functional.silu if type(activation) in (SiLUActivation, nn.SiLU) else activation
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __deepcopy__(self, _memo) -> None:
@@ -102,7 +111,7 @@ class _Fused:
         """Add attention and feed-forward to `hidden`."""
         hidden = hidden + self.product(1, attended.flatten(2))
         gate, up = self.product(2, _norm(modules["post_attention_layernorm"], hidden)).chunk(2, dim=-1)
-        return hidden + self.product(3, modules["mlp"].act_fn(gate) * up)
+        return hidden + self.product(3, self.activation(gate) * up)
 
 
 def _norm(norm: Any, rows: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Sampler:
         largest `p / e` is drawn, where `e` are standard exponential numbers: it is token `x` with probability `p[x]`.
         """
         if self.temperature == 0:
-            return scores.argmax(-1)
+            return scores.float().argmax(-1)  # several times faster than in bf16
         self._noise, self._first = self._noise[position - self._first :], position
         while len(self._noise) < len(
             scores

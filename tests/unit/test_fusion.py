@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import dpace.packing
 from dpace.attention import group_heads
@@ -18,6 +18,7 @@ from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_drafter, make_target
 KNOWN = {
     **{name: FAMILIES[name] for name in ("llama3.1", "smollm2", "qwen3")},
     "llama with biases": lambda: LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True),
+    "qwen3 with biases": lambda: Qwen3Config(**_SHAPE, attention_bias=True),
     "mistral": lambda: MistralConfig(**{**_SHAPE, "sliding_window": 8}),
     "qwen2": lambda: Qwen2Config(**{name: value for name, value in _SHAPE.items() if name != "head_dim"}),
 }
@@ -99,6 +100,7 @@ CHANGES = {
     "in place": lambda layer: layer.self_attn.k_proj.weight.mul_(2),
     "loaded": lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
     "exchanged": exchange_weight,
+    "bias": lambda layer: layer.self_attn.v_proj.bias.add_(1),
     "adapter": exchange_module,
     "data": lambda layer: setattr(layer.self_attn.o_proj.weight, "data", 2 * layer.self_attn.o_proj.weight.data),
     "norm": lambda layer: layer.input_layernorm.weight.mul_(2),
@@ -108,7 +110,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_new_weights_are_not_missed(change):
-    model = make_target("qwen3").model
+    model = make_model("qwen3 with biases")
+    assert fuse_layers(model)
     before = run(model)
     CHANGES[change](model.get_decoder().layers[0])
     found = run(model)
