@@ -1,10 +1,14 @@
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 
-from dpace.sets import SETS, read_sets
+from dpace.sets import MATH_SUFFIX, SETS, read_sets
+from tests.hub import FakeHub
 
 ROWS = {
     "gsm8k": {"question": "1 + 1?"},
@@ -34,6 +38,75 @@ def test_the_papers_six_in_their_formats(monkeypatch):
     assert texts["humaneval"][0].endswith("passes the tests:\n```python\ndef f():\n```")
     assert texts["mt_bench"] == ["One.", "Two."] and texts["alpaca"] == ["Sort.\n\nInput:\n2, 1"]
     assert len({prompt.id for prompt in prompts}) == len(prompts)
+
+
+REPOSITORIES = {
+    "openai/gsm8k": (
+        "main/test-00000-of-00001.parquet",
+        [{"question": f"{i} + 1?", "answer": "#### 2"} for i in range(150)],
+    ),
+    "HuggingFaceH4/MATH-500": ("test.jsonl", [{"problem": f"${i}^2$?", "answer": "1", "level": 1} for i in range(150)]),
+    "openai/openai_humaneval": (
+        "openai_humaneval/test-00000-of-00001.parquet",
+        [{"task_id": f"HumanEval/{i}", "prompt": f"def f{i}():"} for i in range(164)],
+    ),
+    "google-research-datasets/mbpp": (
+        "sanitized/test-00000-of-00001.parquet",
+        [{"task_id": i, "prompt": f"Write f{i}.", "test_list": ["assert f"]} for i in range(257)],
+    ),
+    "HuggingFaceH4/mt_bench_prompts": (
+        "data/train-00000-of-00001-8e06c55ea47f7aec.parquet",
+        [{"category": "x", "prompt": [f"One {i}.", "Two."], "prompt_id": i} for i in range(80)],
+    ),
+    "tatsu-lab/alpaca": (
+        "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
+        [{"instruction": f"Sort {i}.", "input": "2, 1" if i % 2 else "", "output": "1, 2"} for i in range(300)],
+    ),
+}
+"""Where the sets lie in their repositories on the Hub, and their columns."""
+CARDS = {
+    "openai/gsm8k": ("main", "socratic"),
+    "google-research-datasets/mbpp": ("full", "sanitized"),
+    "openai/openai_humaneval": ("openai_humaneval",),
+}
+"""Configurations that a repository's card names."""
+
+
+def test_the_hub_gives_the_same(tmp_path):
+    """Through the library `datasets` and HTTP: names, configurations, splits and columns as the repositories have them."""
+    for name, (file, rows) in REPOSITORIES.items():
+        path = tmp_path / "hub" / name / file
+        path.parent.mkdir(parents=True)
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            configs = CARDS.get(name, ())
+            for other in {path.parents[1] / config for config in configs} - {path.parent}:
+                other.mkdir()
+                wrong = pyarrow.Table.from_pylist([{"question": "wrong", "prompt": "wrong"}])
+                pyarrow.parquet.write_table(wrong, other / path.name)
+            if configs:
+                lines = [f"- config_name: {c}\n  data_files:\n  - split: test\n    path: {c}/test-*\n" for c in configs]
+                (path.parents[1] / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub = FakeHub(tmp_path / "hub")
+    script = (
+        "import dataclasses, json; from dpace.sets import SETS, read_sets\n"
+        "print(json.dumps([dataclasses.asdict(prompt) for prompt in read_sets(list(SETS))]))"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    hub.shutdown()
+    hub.server_close()
+    assert done.returncode == 0, done.stderr[-2000:]
+    prompts = json.loads(done.stdout)
+    counts = {name: sum(prompt["set"] == name for prompt in prompts) for name in SETS}
+    assert counts == {name: known.num_prompts for name, known in SETS.items()}
+    texts = {prompt["set"]: prompt["turns"][0][0]["content"] for prompt in prompts}
+    assert texts["gsm8k"].endswith("+ 1?" + MATH_SUFFIX) and texts["math500"].endswith("^2$?" + MATH_SUFFIX)
+    assert texts["mbpp"].startswith("Write f") and "def f" in texts["humaneval"] and texts["alpaca"].startswith("Sort")
+    assert all(len(prompt["turns"]) == 1 + (prompt["set"] == "mt_bench") for prompt in prompts)
+    assert len(set(map(json.dumps, prompts))) == len(prompts) == 756
 
 
 def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
