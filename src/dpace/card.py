@@ -11,7 +11,7 @@ from dpace.benchmark import fingerprint
 from dpace.config import Engine, Format
 from dpace.drafter import Drafter
 from dpace.layout import Layout, serve_command
-from dpace.report import with_interval
+from dpace.report import copied_note, with_interval
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
@@ -136,7 +136,9 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
     measured = (
         f"Measured with {results['engine']} in {results['dtype']} on {hardware['device']} ({hardware['cores']} cores), at most "
         f"{results['max_new_tokens']} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a second "
-        "over plain decoding of the same prompts. In brackets: 95 % intervals over prompts."
+        "over plain decoding of the same prompts. In brackets: 95 % intervals over prompts"
+        + copied_note(rows, start="; ")
+        + "."
     )
     if dtype != results["dtype"]:
         measured += f" The weights here are {dtype}, rounded from those that were measured."

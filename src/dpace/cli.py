@@ -64,7 +64,7 @@ class GenerateConfig:
     dtype: Dtype = "auto"
     """Of the weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
     width: Literal["auto", "full"] = "auto"
-    """Verify as much of a draft as pays on this machine, or all of it."""
+    """Verify as much of a draft, or of what followed the last words before, as pays on this machine; or whole drafts."""
     verify_rule: Literal["equality", "speculative"] = "equality"
     """Above temperature 0: accept what equals the target's own draw, or by speculative sampling."""
     compile: bool = False

@@ -155,7 +155,7 @@ class BenchConfig:
     num_prompts: int | None = None
     """Prompts of each set, at most."""
     widths: tuple[Literal["full", "auto"] | int, ...] = ("full", "auto")
-    """Verify all of a draft, as tau is defined; as much as pays on this machine, as `dpace generate` does; or so many tokens."""
+    """Verify all of a draft, as tau is defined; what pays on this machine, drafted or copied, as `dpace generate` does; or so many tokens."""
     predict: bool = False
     """Also predict the speedup at every width and at these concurrencies, say where not to use the drafter, and check it on a few prompts."""
     server: str | None = None

@@ -288,7 +288,8 @@ def generate(
         seed: of the draws; by default torch's global generator. With the rule `equality` a seed gives the text that it gives
             `generate_plain`, up to rounding.
         width: `full` verifies the whole block, a number (2 to `block_size`) so many tokens with the last one, `auto` what `Pace`
-            finds worth it, which measures the machine for about a second before the first response.
+            finds worth it, of a draft or of what followed the last tokens before (`PromptLookup`); it measures the machine for about a
+            second before the first response.
         block_size: slots to draft, the anchor included; by default, and at most, what the drafter was trained with.
         verify_rule: `equality` drafts greedily and accepts what equals the target's own draw; `speculative` draws the draft
             and accepts by speculative sampling. The same thing at temperature 0.

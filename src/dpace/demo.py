@@ -240,11 +240,13 @@ def summary(results: dict) -> list[str]:
 
     same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
+    ways = {"full": "the D-PACE drafter alone", "auto": "what `dpace generate` does, drafts and copies of the text,"}
     for row in results["rows"]:
-        if row["drafter"] == "dpace" and row["width"] == "auto" and row["temperature"] == 0:
-            words = {"pays": "makes decoding faster", "slower": "does not pay; decode without it"}
+        if row["drafter"] == "dpace" and row["width"] in ways and row["temperature"] == 0:
+            words = {"pays": "makes decoding faster", "slower": "does not pay"}
             found = words.get(verdict(row["decode_speedup_interval"]), "has no clear effect")
-            lines.append(f"{row['set']}: the D-PACE drafter {found} (decode_speedup {row['decode_speedup']:.2f}, T=0)")
+            speed = f"decode_speedup {row['decode_speedup']:.2f}, T=0"
+            lines.append(f"{row['set']}: {ways[row['width']]} {found} ({speed})")
     by_name = {(row["set"], row["drafter"]): row for row in whole_blocks(results) if row["temperature"] == 0}
     for (name, drafter), row in by_name.items():
         if drafter == "dpace" and (name, "dflash") in by_name:

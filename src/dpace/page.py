@@ -131,6 +131,7 @@ def headline(results: dict) -> Section:
         speed = with_interval(best["decode_speedup"], best["decode_speedup_interval"])
         lines.append(
             f"{name}: {found}, decode_speedup {speed} with {best['drafter']}, width {best['width']}, at temperature 0"
+            + (f" ({share:.0%} of the tokens copied from the text)" if (share := best.get("share_copied")) else "")
         )
     same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
     lines.append(f"{same} of {total} responses are the target's own text, token for token")
