@@ -169,12 +169,20 @@ def make_pace(target: Target, drafter: Drafter, temperature: float = 0.0) -> Pac
     return known[temperature]
 
 
-_costs: weakref.WeakKeyDictionary[Drafter, dict[tuple[int, bool], tuple[int, StepCosts]]] = weakref.WeakKeyDictionary()
+_costs: weakref.WeakKeyDictionary[Drafter, dict[tuple[int, bool, int], tuple[int, StepCosts]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @torch.inference_mode()
 def measure_costs(
-    target: Target, drafter: Drafter, batch: int = 1, *, num_rounds: int = 5, temperature: float = 0.0
+    target: Target,
+    drafter: Drafter,
+    batch: int = 1,
+    *,
+    num_rounds: int = 5,
+    temperature: float = 0.0,
+    context: int = FILLER_TOKENS,
 ) -> StepCosts:
     """Measure what steps take on this machine, once a process for each drafter, batch size, and greedy or not; about a second for one row.
 
@@ -187,14 +195,15 @@ def measure_costs(
         batch: rows.
         num_rounds: after one that is not counted; measured again where there were fewer.
         temperature: drawing tokens takes longer than choosing the most likely ones.
+        context: tokens of each row before the step.
     """
-    known, key = _costs.setdefault(drafter, {}), (batch, temperature > 0)
+    known, key = _costs.setdefault(drafter, {}), (batch, temperature > 0, context)
     if key in known and known[key][0] >= num_rounds:
         return known[key][1]
     sampler = Sampler(temperature, seed=0, device=target.device)
     device, size = target.device, drafter.block_size
-    filler = torch.full((batch, FILLER_TOKENS), drafter.mask_token_id, device=device)
-    cache = make_cache(target.config, FILLER_TOKENS + size)
+    filler = torch.full((batch, max(context, size)), drafter.mask_token_id, device=device)
+    cache = make_cache(target.config, filler.shape[1] + size)
     target.hidden(filler, cache=cache)
     num_features = len(drafter.target_layer_ids) * target.hidden_size
     features = torch.zeros(batch, 4, num_features, device=device, dtype=target.model.dtype)

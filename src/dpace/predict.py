@@ -21,6 +21,8 @@ from dpace.target import Target
 
 NUM_ROUNDS = 15
 """Times that each step is measured."""
+CONTEXT_STEP = 64
+"""Contexts, in tokens, that steps are measured with are multiples of it."""
 NUM_TOGETHER = 16
 """Prompts of a set, at most, that are decoded several at once."""
 
@@ -195,15 +197,14 @@ def predict(
     together = measure_together(target, drafters, prompts, config) if config.predict else {}
     concurrencies = config.concurrencies if config.predict else (1,)
     sizes = {2**i for i in range(max(concurrencies).bit_length())} | set(concurrencies)
-    costs = {
-        name: {rows: measure_costs(target, drafter, rows, num_rounds=NUM_ROUNDS) for rows in sorted(sizes)}
-        for name, drafter in drafters.items()
-    }
     predictions = []
     for row in whole_blocks(results):
         key = (row["drafter"], row["set"], row["temperature"])
         widths = list(range(2, row["block_size"] + 1))
-        of_drafter = costs[row["drafter"]]
+        lengths = [r["prompt_tokens"] + r["decode_tokens"] / 2 for r in row["responses"]]
+        context = CONTEXT_STEP * max(1, round(float(np.mean(lengths)) / CONTEXT_STEP))
+        drafter, options = drafters[row["drafter"]], {"num_rounds": NUM_ROUNDS, "context": context}
+        costs = {rows: measure_costs(target, drafter, rows, **options) for rows in sorted(sizes)}
         for concurrency in concurrencies:
             if concurrency == 1:
                 checked = [measured.get((*key, width)) for width in [*widths[:-1], "full"]]
@@ -216,8 +217,8 @@ def predict(
                     "temperature": row["temperature"],
                     "concurrency": concurrency,
                     "widths": widths,
-                    "speedups": predict_speedups(row, of_drafter, concurrency),
-                    "costs": asdict(of_drafter[concurrency]),
+                    "speedups": predict_speedups(row, costs, concurrency),
+                    "costs": asdict(costs[concurrency]),
                     "measured": checked,
                 }
             )
