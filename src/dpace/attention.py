@@ -61,7 +61,7 @@ def attend_in_groups(
 def _of_groups(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     """A mask for the query heads of a group, as what is added to scores; kept at the mask, which all layers of a pass are given."""
     made = vars(mask).get("of_groups")
-    if made is None:
+    if made is None or made.shape[2] != num_groups * mask.shape[2] or made.dtype not in (mask.dtype, dtype):
         made = mask.repeat(1, 1, num_groups, 1)
         if made.dtype == torch.bool:
             made = torch.zeros(made.shape, dtype=dtype, device=made.device).masked_fill(~made, -torch.inf)

@@ -51,6 +51,19 @@ def test_grouped_attention_is_sdpa(queries, kind, dtype, left_to_sdpa):
     assert found.is_contiguous()
 
 
+def test_a_mask_is_made_once_for_layers_that_are_alike():
+    mask = make_mask(5, "visible")
+    layers = [draw(5), draw(5), draw(5, key_heads=3), draw(5)]
+    for tensors in layers:
+        found, _ = grouped_attention(Layer(), *tensors, mask)
+        groups = [x.repeat_interleave(6 // tensors[1].shape[1], 1) for x in tensors[1:]]
+        expected = torch.nn.functional.scaled_dot_product_attention(tensors[0], *groups, attn_mask=mask).transpose(1, 2)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    made = mask.of_groups
+    grouped_attention(Layer(), *draw(5), mask)
+    assert mask.of_groups is made and made.shape[2] == 15
+
+
 def test_other_cases_are_left_to_sdpa(left_to_sdpa):
     one, by_head = make_mask(1, "visible"), torch.ones(2, 6, 1, 80, dtype=torch.bool)
     grouped_attention(Layer(), *draw(5), None)  # a prompt
