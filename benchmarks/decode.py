@@ -233,7 +233,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3, help="of each set")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument(
-        "--ways", nargs="+", default=[""], help="only ways whose names contain one of these, and `plain`"
+        "--ways",
+        nargs="+",
+        default=[""],
+        help="only ways whose names contain one of these, and those they are compared with",
     )
     parser.add_argument("--dtype", default="float32", help="bfloat16 for CPUs that multiply it, and GPUs")
     options = parser.parse_args()
