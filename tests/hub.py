@@ -15,7 +15,7 @@ class FakeHub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.asked = folder, []
+        self.folder = folder
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -44,7 +44,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self):
         url = urlsplit(self.path)
         parts = unquote(url.path).strip("/").split("/")
-        self.server.asked.append((self.command, "/".join(parts)))
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
         if parts[:2] == ["api", "datasets"]:

@@ -63,7 +63,7 @@ REPOSITORIES = {
         [{"instruction": f"Sort {i}.", "input": "2, 1" if i % 2 else "", "output": "1, 2"} for i in range(300)],
     ),
 }
-"""Where the sets lie in their repositories on the Hub, and their columns."""
+"""Where the sets lie in their repositories on the Hub, and their columns, as far as we know: it was not asked for this test."""
 CARDS = {
     "openai/gsm8k": ("main", "socratic"),
     "google-research-datasets/mbpp": ("full", "sanitized"),
@@ -73,7 +73,7 @@ CARDS = {
 
 
 def test_the_hub_gives_the_same(tmp_path):
-    """Through the library `datasets` and HTTP: names, configurations, splits and columns as the repositories have them."""
+    """Through the library `datasets` and HTTP: the library finds each file by the name, configuration and split that are asked for."""
     for name, (file, rows) in REPOSITORIES.items():
         path = tmp_path / "hub" / name / file
         path.parent.mkdir(parents=True)
