@@ -32,11 +32,11 @@ _version = operator.attrgetter("_version")
 class _Pass:
     """What all layers of a forward pass share. The first of them makes it; the same sines tell the others that it is theirs."""
 
-    def __init__(self, implementation: str, cos: Tensor, sin: Tensor):
+    def __init__(self, cos: Tensor, sin: Tensor, config: Any = None):
         self.sin, self.half = sin, sin.shape[-1] // 2
         signed = torch.cat([-sin[..., : self.half], sin[..., self.half :]], dim=-1)
         self.of_heads = cos.unsqueeze(2), signed.unsqueeze(2)
-        self.attend = ALL_ATTENTION_FUNCTIONS.get(implementation)
+        self.attend = config and ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate "batch seq head dim" as `apply_rotary_pos_emb` of transformers does."""
@@ -92,6 +92,13 @@ class _Fused:
             and all(map(operator.is_, map(operator.getitem, self.owners, self.names), self.owned))
         )
 
+    def of_pass(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Pass:
+        """The pass with these cosines and sines, which another layer may have made; `config` names the attention, where it is the target's."""
+        last = self.shared.get("pass")  # read once: another thread may be decoding
+        if last is None or last.sin is not rope[1]:
+            last = self.shared["pass"] = _Pass(*rope, config)
+        return last
+
     def product(self, index: int, rows: Tensor) -> Tensor:
         """What the linear layers of `PRODUCTS[index]` give, side by side."""
         return self.multiply(rows, *self.packed[index], "none", [], "")
@@ -136,9 +143,7 @@ class FusedLayer(nn.Module):
         fused, modules = self.fused, self._modules  # past nn.Module's own way to them, which is slow
         attention: Any = modules["self_attn"]
         if fused is not None and position_embeddings is not None and fused.is_usable(hidden_states):
-            of_pass = fused.shared.get("pass")
-            if of_pass is None or of_pass.sin is not position_embeddings[1]:
-                of_pass = fused.shared["pass"] = _Pass(attention.config._attn_implementation, *position_embeddings)
+            of_pass = fused.of_pass(position_embeddings, attention.config)
             if of_pass.attend is not None:
                 rows = _norm(modules["input_layernorm"], hidden_states)
                 query, key, value = fused.heads(attention, rows, of_pass)
@@ -163,9 +168,7 @@ class FusedDraftLayer(DFlashLayer):
         if fused is None or not is_shared or not fused.is_usable(hidden):
             return super().forward(hidden, context, rope, mask, cache)
         attention: Any = modules["self_attn"]
-        of_pass = fused.shared.get("pass")
-        if of_pass is None or of_pass.sin is not rope[1]:
-            of_pass = fused.shared["pass"] = _Pass("sdpa", *rope)
+        of_pass = fused.of_pass(rope)
         rows = torch.cat([context, _norm(modules["input_layernorm"], hidden)], dim=1)
         query, key, value = fused.heads(attention, rows, of_pass)
         if cache is not None:

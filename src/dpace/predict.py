@@ -197,14 +197,11 @@ def predict(
     together = measure_together(target, drafters, prompts, config) if config.predict else {}
     concurrencies = config.concurrencies if config.predict else (1,)
     sizes = {2**i for i in range(max(concurrencies).bit_length())} | set(concurrencies)
-    predictions = []
-    for row in whole_blocks(results):
+    rows, predictions = whole_blocks(results), []
+    costs_of = _measure_steps(target, drafters, rows, sorted(sizes))
+    for row, costs in zip(rows, costs_of, strict=True):
         key = (row["drafter"], row["set"], row["temperature"])
         widths = list(range(2, row["block_size"] + 1))
-        lengths = [r["prompt_tokens"] + r["decode_tokens"] / 2 for r in row["responses"]]
-        context = CONTEXT_STEP * max(1, round(float(np.mean(lengths)) / CONTEXT_STEP))
-        drafter, options = drafters[row["drafter"]], {"num_rounds": NUM_ROUNDS, "context": context}
-        costs = {rows: measure_costs(target, drafter, rows, **options) for rows in sorted(sizes)}
         for concurrency in concurrencies:
             if concurrency == 1:
                 checked = [measured.get((*key, width)) for width in [*widths[:-1], "full"]]
@@ -223,3 +220,21 @@ def predict(
                 }
             )
     return predictions
+
+
+def _measure_steps(
+    target: Target, drafters: dict[str, Drafter], rows: Sequence[dict], sizes: Sequence[int]
+) -> list[dict[int, StepCosts]]:
+    """For each row of results, what steps of so many prompts cost with a context as long as its responses have half way."""
+    found = []
+    with progress_bar() as bar:
+        task = bar.add_task("measuring steps", total=len(rows) * len(sizes), info="")
+        for row in rows:
+            lengths = [r["prompt_tokens"] + r["decode_tokens"] / 2 for r in row["responses"]]
+            context = CONTEXT_STEP * max(1, round(float(np.mean(lengths)) / CONTEXT_STEP))
+            found.append({})
+            for size in sizes:
+                drafter = drafters[row["drafter"]]
+                found[-1][size] = measure_costs(target, drafter, size, num_rounds=NUM_ROUNDS, context=context)
+                bar.update(task, advance=1, info=f"{row['set']}, {size} at once")
+    return found

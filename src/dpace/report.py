@@ -22,9 +22,8 @@ def console() -> Console:
 def results_table(results: dict) -> Table:
     """One line for each drafter, width, set and temperature; every number with its 95 % interval or its count.
 
-    With width `auto`, tau counts tokens a pass of the target, passes without a draft included, and those that were copied from the text
-    instead of drafted; the caption says how many. The columns with a star are what
-    published tables have, see `dpace.metrics.published_tau`.
+    With width `auto`, tau counts tokens a pass of the target, passes without a draft included, and tokens that were copied from the text
+    instead of drafted; the caption says how many. The columns with a star are what published tables have, see `dpace.metrics.published_tau`.
     """
     table = Table(
         title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}",
