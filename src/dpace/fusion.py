@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpace.attention import attend_in_groups
+from dpace.attention import MAX_QUERIES, NAME, attend_in_groups
+from dpace.cache import PreallocatedLayer, RaggedLayer
 from dpace.modeling_dflash import DFlashLayer
 from dpace.packing import PackedLinear, pack, unpack
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Classes of transformers that compute what `FusedLayer` does; `fuse_layers` tries that out, too."""
+DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+"""Classes of transformers that compute what `FusedStack` does."""
 PRODUCTS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
@@ -44,53 +48,62 @@ class _Pass:
         return heads * cos + heads.roll(self.half, -1) * sin
 
 
-class _Fused:
-    """The products of one layer, to be used while its weights are those that they were made of. Copies of the layer have none."""
+class _Source:
+    """What products were made of, and whether that is still the same.
 
-    def __init__(self, layer: Any, shared: dict[str, _Pass]):
-        self.shared = shared
-        self.linears = [[getattr(getattr(layer, owner), name) for name in names] for owner, names in PRODUCTS]
-        modules = layer._modules
-        places = [(modules[owner]._modules, name) for owner, names in PRODUCTS for name in names]
-        places += [
-            (linear._parameters, name)
-            for linears in self.linears
-            for linear in linears
-            for name in ("weight", "bias")
-            if linear._parameters[name] is not None
-        ]
-        self.owners, self.names = zip(*places, strict=True)
-        self.owned = [owner[name] for owner, name in places]
+    Args:
+        modules: where they stand, as owner and name; their weights count too.
+        parts: whose sources this one has as well, as they were.
+    """
+
+    def __init__(self, modules: list[tuple[Any, str]], parts: Sequence["_Source"] = ()):
+        self.places = [(owner._modules, name) for owner, name in modules]
+        for owner, name in modules:
+            parameters = owner._modules[name]._parameters
+            self.places += [(parameters, kind) for kind in ("weight", "bias") if parameters.get(kind) is not None]
+        self.owned = [owner[name] for owner, name in self.places]
         self.weights = [owned for owned in self.owned if isinstance(owned, nn.Parameter)]
-        self.state = self._state()
-        self.packed = [self._pack(linears) for linears in self.linears]
-        self.dtype, self.head_dim = self.weights[0].dtype, layer.self_attn.head_dim
-        self.num_queries, self.num_keys = (linear.out_features // self.head_dim for linear in self.linears[0][:2])
-        activation = layer.mlp.act_fn
-        self.activation = nn.functional.silu if type(activation) in (SiLUActivation, nn.SiLU) else activation
-        self.multiply = torch.ops.mkldnn._linear_pointwise.default
-
-    def __deepcopy__(self, _memo) -> None:
-        return None
-
-    @staticmethod
-    def _pack(linears: list[nn.Linear]) -> tuple[Tensor | None, Tensor | None]:
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        return pack(torch.cat([linear.weight for linear in linears])), torch.cat(biases) if biases else None
+        self.versions, self.pointers = self._state()
+        for part in parts:
+            for name in ("places", "owned", "weights", "versions", "pointers"):
+                getattr(self, name).extend(getattr(part, name))
+        self.owners, self.names = zip(*self.places, strict=True)
 
     def _state(self) -> tuple[list[int], list[int]]:
         """Changes with the values of the weights."""
         return list(map(_version, self.weights)), list(map(Tensor.data_ptr, self.weights))
 
+    def is_same(self) -> bool:
+        """False once a weight or a module was changed or exchanged."""
+        found = map(operator.getitem, self.owners, self.names)
+        return self._state() == (self.versions, self.pointers) and all(map(operator.is_, found, self.owned))
+
+
+class _Fused:
+    """The products of one layer, to be used while its weights are those that they were made of. Copies of the layer have none."""
+
+    def __init__(self, layer: Any, shared: dict[str, _Pass]):
+        self.shared, attention = shared, layer.self_attn
+        linears = [[(getattr(layer, owner), name) for name in names] for owner, names in PRODUCTS]
+        norms = [(layer, name) for name in ("input_layernorm", "post_attention_layernorm")]
+        norms += [(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
+        self.source = _Source([(layer, "self_attn"), (layer, "mlp"), *sum(linears, []), *norms])
+        self.linears = [[getattr(*place) for place in places] for places in linears]
+        self.qkv, self.out, self.gate_up, self.down = map(_pack, self.linears)
+        self.norms = [getattr(*place).weight for place in norms]
+        self.epsilon, self.head_dim = layer.input_layernorm.variance_epsilon, attention.head_dim
+        self.dtype, self.scaling = self.norms[0].dtype, getattr(attention, "scaling", None)
+        num_queries, num_keys = (linear.out_features // self.head_dim for linear in self.linears[0][:2])
+        self.sizes = num_queries, num_keys
+        activation = layer.mlp.act_fn
+        self.activation = nn.functional.silu if type(activation) in (SiLUActivation, nn.SiLU) else activation
+
+    def __deepcopy__(self, _memo) -> None:
+        return None
+
     def is_usable(self, hidden: Tensor) -> bool:
         """False under a gradient, where it is compiled, in another dtype, and after weights or modules were exchanged."""
-        return (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and hidden.dtype == self.dtype
-            and self.state == self._state()
-            and all(map(operator.is_, map(operator.getitem, self.owners, self.names), self.owned))
-        )
+        return _can_be_used(hidden, self.dtype) and self.source.is_same()
 
     def of_pass(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Pass:
         """The pass with these cosines and sines, which another layer may have made; `config` names the attention, where it is the target's."""
@@ -99,32 +112,121 @@ class _Fused:
             last = self.shared["pass"] = _Pass(*rope, config)
         return last
 
-    def product(self, index: int, rows: Tensor) -> Tensor:
-        """What the linear layers of `PRODUCTS[index]` give, side by side."""
-        return self.multiply(rows, *self.packed[index], "none", [], "")
+    def step(self, hidden: Tensor, of_pass: _Pass, mask: Tensor | None, cache: Any) -> Tensor:
+        """The layer, with its own part of the cache: `heads` and `finish` in one, as every further function costs a microsecond.
 
-    def heads(self, attention: Any, rows: Tensor, of_pass: _Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, "batch head seq dim"."""
-        num_queries, num_keys = self.num_queries, self.num_keys
-        heads = self.product(0, rows).unflatten(-1, (-1, self.head_dim))
-        turned, value = heads.narrow(2, 0, num_queries + num_keys), heads.narrow(2, num_queries + num_keys, num_keys)
-        if "q_norm" in attention._modules:
-            query, key = turned.narrow(2, 0, num_queries), turned.narrow(2, num_queries, num_keys)
-            turned = torch.cat([_norm(attention.q_norm, query), _norm(attention.k_norm, key)], dim=2)
-        turned = of_pass.rotate(turned).transpose(1, 2)
-        return turned.narrow(1, 0, num_queries), turned.narrow(1, num_queries, num_keys), value.transpose(1, 2)
+        Each layer's weights push its code out of the CPU's caches, so that calls take several times as long as in a loop of their own.
+        """
+        num_queries, num_keys = self.sizes
+        heads = self.qkv(self.norm(hidden, 0)).view(*hidden.shape[:2], -1, self.head_dim)
+        turned = heads.narrow(2, 0, num_queries + num_keys)
+        if len(self.norms) > 2:
+            turned = self.norm_heads(turned)
+        cos, sin = of_pass.of_heads
+        turned = turned * cos + turned.roll(of_pass.half, -1) * sin
+        key, value = cache.update(
+            turned.narrow(2, num_queries, num_keys).transpose(1, 2),
+            heads.narrow(2, num_queries + num_keys, num_keys).transpose(1, 2),
+        )
+        query = turned.narrow(2, 0, num_queries).transpose(1, 2)
+        hidden = hidden + self.out(attend_in_groups(query, key, value, mask, self.scaling).flatten(2))
+        gate, up = self.gate_up(self.norm(hidden, 1)).chunk(2, -1)
+        return hidden + self.down(self.activation(gate) * up)
 
-    def finish(self, modules: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    def heads(self, rows: Tensor, of_pass: _Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, "batch head seq dim", of what the input norm gave."""
+        num_queries, num_keys = self.sizes
+        heads = self.qkv(rows).view(*rows.shape[:2], -1, self.head_dim)
+        turned, value = heads.split((num_queries + num_keys, num_keys), 2)
+        if len(self.norms) > 2:
+            turned = self.norm_heads(turned)
+        query, key = of_pass.rotate(turned).transpose(1, 2).split(self.sizes, 1)
+        return query, key, value.transpose(1, 2)
+
+    def norm(self, rows: Tensor, index: int) -> Tensor:
+        """What one of transformers' RMSNorms gives; like them it rounds twice in low precision."""
+        weight = self.norms[index]
+        if rows.dtype == torch.float32:
+            return torch.rms_norm(rows, weight.shape, weight, self.epsilon)
+        return weight * torch.rms_norm(rows, weight.shape, None, self.epsilon)
+
+    def norm_heads(self, heads: Tensor) -> Tensor:
+        """Queries and keys have norms of their own in some families."""
+        query, key = heads.split(self.sizes, 2)
+        return torch.cat([self.norm(query, 2), self.norm(key, 3)], dim=2)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Add attention and feed-forward to `hidden`."""
-        hidden = hidden + self.product(1, attended.flatten(2))
-        gate, up = self.product(2, _norm(modules["post_attention_layernorm"], hidden)).chunk(2, dim=-1)
-        return hidden + self.product(3, self.activation(gate) * up)
+        hidden = hidden + self.out(attended.flatten(2))
+        gate, up = self.gate_up(self.norm(hidden, 1)).chunk(2, -1)
+        return hidden + self.down(self.activation(gate) * up)
 
 
-def _norm(norm: Any, rows: Tensor) -> Tensor:
-    """What transformers' RMSNorms give; like them it rounds twice in low precision."""
-    weight = norm._parameters["weight"]
-    return weight * torch.rms_norm(rows, weight.shape, None, norm.variance_epsilon)
+def _pack(linears: list[nn.Linear]) -> Any:
+    """What the linear layers give, side by side."""
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return pack(torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None)
+
+
+def _can_be_used(hidden: Tensor, dtype: torch.dtype) -> bool:
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and hidden.dtype == dtype
+
+
+class FusedStack:
+    """All layers of a decoder in one loop for a decoding step, with the bits of the decoder's own code.
+
+    Args:
+        decoder: one of `DECODERS`, whose layers are fused.
+    """
+
+    def __init__(self, decoder: Any):
+        self.decoder, self.layers = decoder, list(decoder.layers)
+        own = [(decoder.layers, name) for name in decoder.layers._modules]
+        self.source = _Source(own, [layer.fused.source for layer in self.layers])
+
+    def run(self, token_ids: Tensor, cache: Any, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+        """What the LM head reads, "batch new hidden"; None where the decoder's own code has to run, as for prompts.
+
+        Args:
+            token_ids: "batch new".
+            cache: made by `dpace.cache`, with full attention in all layers.
+            mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
+            position_ids: "batch new"; by default those behind the tokens in the cache.
+        """
+        decoder, num_new = self.decoder, token_ids.shape[1]
+        embedding = decoder.embed_tokens.weight
+        is_step = num_new <= MAX_QUERIES and decoder.config._attn_implementation == NAME and not decoder.training
+        is_step = is_step and _is_ours(cache) and _can_be_used(embedding, embedding.dtype) and self.source.is_same()
+        if not is_step or decoder._forward_hooks or decoder._forward_pre_hooks:
+            return None
+        hidden = nn.functional.embedding(token_ids, embedding)
+        if mask is None or position_ids is None:
+            num_before = cache.layers[0].get_seq_length()
+            if position_ids is None:
+                position_ids = torch.arange(num_before, num_before + num_new)[None]
+            if mask is None and num_new > 1:
+                mask = hidden.new_zeros(1, 1, num_new, num_before + num_new)
+                mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
+        rope = decoder.rotary_emb(hidden, position_ids)
+        of_pass = self.layers[0].fused.of_pass(rope, decoder.config)
+        for layer, of_layer in zip(self.layers, cache.layers, strict=True):
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                hidden = layer(hidden, mask, position_ids=position_ids, cache=cache, position_embeddings=rope)
+                continue
+            hidden = layer.fused.step(hidden, of_pass, mask, of_layer)
+        return decoder.norm(hidden)
+
+
+def stack_layers(decoder: nn.Module) -> FusedStack | None:
+    """The stack of a decoder, where it is known and all its layers are fused."""
+    layers: Any = getattr(decoder, "layers", ())
+    is_known = type(decoder).__name__ in DECODERS and all(getattr(layer, "fused", None) for layer in layers)
+    return FusedStack(decoder) if is_known else None
+
+
+def _is_ours(cache: Any) -> bool:
+    """Whether all layers of a cache hold all tokens, in buffers of `dpace.cache`."""
+    return cache is not None and all(type(layer) in (PreallocatedLayer, RaggedLayer) for layer in cache.layers)
 
 
 class FusedLayer(nn.Module):
@@ -145,13 +247,12 @@ class FusedLayer(nn.Module):
         if fused is not None and position_embeddings is not None and fused.is_usable(hidden_states):
             of_pass = fused.of_pass(position_embeddings, attention.config)
             if of_pass.attend is not None:
-                rows = _norm(modules["input_layernorm"], hidden_states)
-                query, key, value = fused.heads(attention, rows, of_pass)
+                query, key, value = fused.heads(fused.norm(hidden_states, 0), of_pass)
                 if cache is not None:
                     key, value = cache.update(key, value, attention.layer_idx, kwargs=kwargs)
                 scaling = attention.scaling
                 attended, _ = of_pass.attend(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)
-                return fused.finish(modules, hidden_states, attended)
+                return fused.finish(hidden_states, attended)
         kwargs |= {"cache": cache, "position_embeddings": position_embeddings}
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
@@ -169,11 +270,10 @@ class FusedDraftLayer(DFlashLayer):
             return super().forward(hidden, context, rope, mask, cache)
         attention: Any = modules["self_attn"]
         of_pass = fused.of_pass(rope)
-        rows = torch.cat([context, _norm(modules["input_layernorm"], hidden)], dim=1)
-        query, key, value = fused.heads(attention, rows, of_pass)
+        query, key, value = fused.heads(torch.cat([context, fused.norm(hidden, 0)], dim=1), of_pass)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer)
-        return fused.finish(modules, hidden, attend_in_groups(query[:, :, context.shape[1] :], key, value, mask))
+        return fused.finish(hidden, attend_in_groups(query[:, :, context.shape[1] :], key, value, mask))
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from dpace.attention import group_heads
-from dpace.fusion import fuse_layers
+from dpace.fusion import FusedStack, fuse_layers, stack_layers
 from dpace.loss import Head
-from dpace.packing import multiply, pack, pack_linears, packed_weight
+from dpace.packing import PackedLinear, Product, pack, pack_linears, packed_product
 
 MIN_SHARED = 16
 """Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
@@ -123,24 +123,47 @@ class Target:
         eos = self.model.generation_config.eos_token_id if self.model.generation_config else self.config.eos_token_id
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
-    def hidden(self, token_ids: Int[Tensor, "batch seq"], **kwargs) -> Float[Tensor, "batch seq hidden"]:
-        """Run the decoder and its final norm: what the LM head reads. Keyword arguments go to the model."""
+    def hidden(
+        self,
+        token_ids: Int[Tensor, "batch seq"],
+        *,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Run the decoder and its final norm: what the LM head reads. Arguments as the model's own.
+
+        Args:
+            token_ids: behind those in the cache.
+            cache: receives their keys and values.
+            attention_mask: "batch 1 seq key", added to the scores; by default each token sees those before it and itself.
+            position_ids: by default those behind the cached tokens.
+        """
+        found = self._stack and self._stack.run(token_ids, cache, attention_mask, position_ids)
+        if found is not None:
+            return found
+        kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
         return self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state
+
+    @functools.cached_property
+    def _stack(self) -> FusedStack | None:
+        """All layers in one loop, where they are fused."""
+        return stack_layers(self.decoder)
 
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
         """Logits of a few rows, as decoding computes them: `head.logits` up to rounding.
 
         Memory: on a CPU a second copy of the head, see `dpace.packing`.
         """
-        if self._packed_head is None:
+        if self._head_product is None:
             return self.head.logits(hidden)
-        return self.head.finish(multiply(hidden.to(self._packed_head.dtype), self._packed_head))
+        return self.head.finish(self._head_product(hidden.to(self.head.weight.dtype)))
 
     @functools.cached_property
-    def _packed_head(self) -> Tensor | None:
-        """The head's weight in oneDNN's layout, where there is one."""
-        packed = packed_weight(self.model.get_output_embeddings())
-        return pack(self.head.weight) if packed is None else packed
+    def _head_product(self) -> Product | None:
+        """With the packed copy of the head's weight, where there is one."""
+        layer = self.model.get_output_embeddings()
+        return packed_product(layer) if isinstance(layer, PackedLinear) else pack(self.head.weight)
 
     def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
         """Input embeddings as the first layer sees them."""

@@ -4,10 +4,10 @@ import types
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import dpace.packing
-from dpace.attention import group_heads
+from dpace.attention import MAX_QUERIES, group_heads
 from dpace.cache import make_cache
 from dpace.drafter import load_drafter
 from dpace.fusion import FusedDraftLayer, FusedLayer, fuse_layers
@@ -37,13 +37,12 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32):
 
 @torch.no_grad()
 def run(model) -> list[torch.Tensor]:
-    """What the layers give for a prompt, a verification and a token of two rows."""
+    """What some layers and the decoder give for a prompt, a verification and a token of two rows."""
     target, found = Target(model), []
     cache = make_cache(target.config, 32)
-    with target.capture(range(target.num_layers)) as captured:
+    with target.capture(range(1, target.num_layers)) as captured:
         for tokens in torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(1)).split([14, 5, 1], 1):
-            target.hidden(tokens, cache=cache)
-            found += captured
+            found += [target.hidden(tokens, cache=cache), *captured]
     return found
 
 
@@ -59,6 +58,28 @@ def test_fused_layers_give_what_those_of_transformers_give(kind, dtype):
     torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-6)  # in bf16 too: it rounds where they do
     assert dict(model.named_parameters()) == parameters
     assert not any(type(m) is PackedLinear for layer in Target(model).layers for m in layer.modules())
+
+
+@torch.no_grad()
+def test_a_step_passes_by_the_decoders_own_code(monkeypatch):
+    """For one row or several of different lengths, in buffers; not for prompts, other caches, and changed layers."""
+    target = Target(make_model("qwen3"))
+    assert target._stack is None and fuse_layers(target.model)
+    target = Target(target.model)
+    tokens = torch.randint(VOCAB, (1, MAX_QUERIES + 8))
+    cache = make_cache(target.config, tokens.shape[1])
+    target.hidden(tokens[:, : MAX_QUERIES + 1], cache=cache)
+    calls = []
+    forward = target.decoder.forward
+    monkeypatch.setattr(target.decoder, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    target.hidden(tokens[:, -7:-1], cache=cache)
+    target.hidden(tokens[:, -1:], cache=cache)
+    assert not calls
+    target.hidden(tokens, cache=make_cache(target.config, tokens.shape[1]))
+    target.hidden(tokens[:, :4], cache=DynamicCache(config=target.config))
+    target.decoder.layers[0].self_attn.k_proj.weight.mul_(2)
+    target.hidden(tokens[:, :4], cache=make_cache(target.config, 4))
+    assert len(calls) == 3
 
 
 def test_the_drafters_layers(tmp_path, language_target):
@@ -104,6 +125,8 @@ CHANGES = {
     "adapter": exchange_module,
     "data": lambda layer: setattr(layer.self_attn.o_proj.weight, "data", 2 * layer.self_attn.o_proj.weight.data),
     "norm": lambda layer: layer.input_layernorm.weight.mul_(2),
+    "exchanged norm": lambda layer: setattr(layer, "post_attention_layernorm", nn.Identity()),
+    "head norm": lambda layer: setattr(layer.self_attn.q_norm, "weight", nn.Parameter(torch.rand(32))),
 }
 
 
@@ -151,4 +174,4 @@ def test_other_models_are_left_as_they_are(monkeypatch):
     expected = run(changed)
     assert not fuse_layers(changed)
     torch.testing.assert_close(run(changed), expected)
-    assert type(first.mlp.up_proj) is PackedLinear and dpace.packing.packed_weight(first.mlp.up_proj) is not None
+    assert type(first.mlp.up_proj) is PackedLinear and dpace.packing.packed_product(first.mlp.up_proj) is not None

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dpace"
-ORDER = "__init__ config progress weights metrics optimizer packing attention modeling_dflash fusion loss blocks cache target drafter folder layout gguf_file sampling lookup pace decode batch stream prompts sets responses dataset heldout".split()
+ORDER = "__init__ config progress weights metrics optimizer packing attention modeling_dflash cache fusion loss blocks target drafter folder layout gguf_file sampling lookup pace decode batch stream prompts sets responses dataset heldout".split()
 ORDER += "objective train report predict benchmark dialects servers page compare check folder_checks doctor".split()
 ORDER += "card formats llamacpp demo cli".split()
 

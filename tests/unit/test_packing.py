@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpace.packing import PackedLinear, _multiplies_bf16, multiply, pack, pack_linears
+from dpace.packing import PackedLinear, _multiplies_bf16, _pack_in_16_bits, pack, pack_linears
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 40])
@@ -19,7 +19,38 @@ def test_packed_products_are_those_of_linear(num_rows, bias, dtype):
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
     torch.testing.assert_close(layer(x), exact.to(dtype), **close)
     if is_fast:
-        torch.testing.assert_close(multiply(x[0], pack(layer.weight), layer.bias), exact[0].to(dtype), **close)
+        torch.testing.assert_close(pack(layer.weight, layer.bias)(x[0]), exact[0].to(dtype), **close)
+
+
+has_fbgemm = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="a build without FBGEMM"
+)
+
+
+@has_fbgemm
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_numbers_of_16_bits_are_read_as_such_and_lose_nothing(kind):
+    """In fp32, from the largest to the smallest; and a row's product is the same whatever rows are beside it."""
+    weight = (torch.randn(96, 700) * 2.0 ** torch.randint(-12, 0, (96, 700))).to(kind).float()
+    weight[0, :3] = torch.tensor([3.0, 2.0**-24, 0.0])  # 2 ** -24 is the smallest number of fp16
+    bias, rows = torch.randn(96), torch.randn(1, 40, 700)
+    product = _pack_in_16_bits(weight, bias)
+    assert product is not None
+    exact = rows.double() @ weight.double().T + bias
+    torch.testing.assert_close(product(rows), exact.float(), rtol=1e-5, atol=1e-4)
+    one_hot = torch.eye(700)[None]
+    assert torch.equal(product(one_hot)[0], weight.T + bias)
+    for count in (1, 2, 7, 8, 13, 15):
+        assert torch.equal(product(rows[:, :count]), product(rows)[:, :count])
+    assert torch.equal(pack(weight, bias)(rows), product(rows))
+
+
+def test_numbers_of_more_bits_stay_what_they_are():
+    weight = torch.randn(8, 8)
+    assert _pack_in_16_bits(weight, None) is None and pack(weight) is not None
+    spread = torch.tensor([[1e9, 1e-9]]).bfloat16().float()
+    assert _pack_in_16_bits(spread, None) is None
+    assert _pack_in_16_bits(torch.tensor([[1.0, torch.nan]]), None) is None
 
 
 def test_new_weights_are_not_missed():
