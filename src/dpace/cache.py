@@ -10,45 +10,58 @@ from transformers.cache_utils import DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are views of one buffer; `crop` only shortens the views."""
+    """A `DynamicLayer` whose keys and values are the beginnings of two buffers: new tokens are copied in, going back sets a length."""
 
     def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self._buffers: list[Any] = [None, None]
         super().__init__()
-        self.capacity = capacity
-        self._buffers: Any = None
+
+    keys: Any = property(lambda self: self._view(0), lambda self, new: self._replace(0, new))
+    values: Any = property(lambda self: self._view(1), lambda self, new: self._replace(1, new))
+
+    def _view(self, index: int) -> Tensor | None:
+        buffer = self._buffers[index]
+        return None if buffer is None else buffer.narrow(2, 0, self.length)
+
+    def _replace(self, index: int, new: Tensor | None) -> None:
+        """What `DynamicLayer` does to change its rows, or to forget them."""
+        if new is None or not new.numel():
+            self._buffers[index], self.length = None, 0
+        else:
+            self._buffers[index] = new
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new keys and values behind the old ones; returns views of all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._allocate(key_states, value_states, 0)
-        held: Any = self.keys
-        start, count = held.shape[2], key_states.shape[2]
+        start, count = self.length, key_states.shape[2]
         keys, values = self._buffers
-        if start + count > keys.shape[2] or len(key_states) != len(keys):
-            self.capacity = max(self.capacity, 2 * (start + count))
-            keys, values = self._allocate(key_states, value_states, start)
+        if keys is None or start + count > keys.shape[2]:
+            keys, values = self._allocate(key_states, value_states)
         keys.narrow(2, start, count).copy_(key_states)
         values.narrow(2, start, count).copy_(value_states)
-        self.keys, self.values = keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
-        return self.keys, self.values
+        self.length = end = start + count
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
-    def _allocate(self, key_states: Tensor, value_states: Tensor, num_kept: int) -> list[Tensor]:
-        """Make buffers like new keys and values, with the tokens that the views show."""
-        both = key_states, value_states
-        self._buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in both]
-        if num_kept:
-            for buffer, kept in zip(self._buffers, (self.keys, self.values), strict=True):
-                buffer.narrow(2, 0, num_kept).copy_(kept)
-        self.keys, self.values = (buffer.narrow(2, 0, num_kept) for buffer in self._buffers)
+    def _allocate(self, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
+        """Make buffers with room for new keys and values behind those that are kept."""
+        old, start, end = (self.keys, self.values), self.length, self.length + key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.capacity = max(self.capacity, 2 * end if start else end)
+        self._buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
+        for buffer, kept in zip(self._buffers, old if start else (), strict=False):
+            buffer.narrow(2, 0, start).copy_(kept)
         return self._buffers
 
+    def get_seq_length(self) -> int:
+        """Tokens that are kept."""
+        return self.length
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Shorten the views by `-tokens_to_remove` tokens."""
-        if tokens_to_remove >= 0 or not self.is_initialized:
-            return super().crop(tokens_to_remove)
-        views: Any = self.keys, self.values
-        self.keys, self.values = (view.narrow(-2, 0, view.shape[-2] + tokens_to_remove) for view in views)
+        """Forget the last `-tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)  # which says what it wants
+        self.length = max(0, self.length + tokens_to_remove)
 
 
 def make_cache(config, capacity: int) -> DynamicCache:
