@@ -1,6 +1,6 @@
 """Several prompts in; the responses that decoding them one at a time gives, out, from forward passes that all rows share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from dpace import attention
 from dpace.cache import RaggedCache
 from dpace.decode import Generation, _clock, _first_stop, generate, generate_plain, prepare
 from dpace.drafter import Drafter
+from dpace.pace import DRAFT
 from dpace.sampling import Sampler, verify_draft
 from dpace.target import Target
 
@@ -168,6 +169,39 @@ class _Batch:
             self.positions, self.features = self.positions[indices], self.features[indices]
             for cache in self.caches:
                 cache.batch_select_indices(indices)
+
+
+def batch_steps(
+    target: Target, drafter: Drafter, num_rows: int, *, temperature: float = 0.0, context: int
+) -> Callable[[int], None]:
+    """As `dpace.pace.single_steps`, for a step of `generate_batch` with so many rows. One token is verified as without a drafter.
+
+    Memory: keys and values of the context in all rows, and its features.
+    """
+    size = drafter.block_size
+    rows = [_Row([drafter.mask_token_id] * context, context, 2 * size, set(), Sampler()) for _ in range(num_rows)]
+    with torch.inference_mode(), target.capture(drafter.target_layer_ids) as captured:
+        batch = _Batch(target, drafter, rows, captured, compile=False)
+        batch.prefill()
+        of_prompt = batch.positions, batch.features
+    blocks = torch.full((num_rows, size), drafter.mask_token_id, device=target.device)
+
+    @torch.inference_mode()
+    def step(width: int) -> None:
+        for row in rows:
+            row.text = row.text[: context + 1]
+            row.sampler = Sampler(temperature, seed=0, device=target.device)
+        if width == 1:
+            batch.captured = []
+            batch.verify(blocks[:, :1])
+        elif width > 1:
+            with target.capture(drafter.target_layer_ids) as batch.captured:
+                batch.verify(blocks[:, :width])
+        else:
+            batch.positions, batch.features = (x[:, :size] if width == DRAFT else x for x in of_prompt)
+            batch.draft().tolist()  # waits for the device, as drawing does
+
+    return step
 
 
 def _read(target: Target, captured: list[Tensor], token_ids, cache, positions, mask) -> tuple[Tensor, Tensor]:

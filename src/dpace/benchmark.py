@@ -17,7 +17,7 @@ from dpace.config import BenchConfig
 from dpace.decode import Generation, Width, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
-from dpace.predict import predict
+from dpace.predict import StepTimers, predict
 from dpace.progress import progress_bar
 from dpace.prompts import Prompt, cut_unfinished, first_of_each_set, read_jsonl, write_json
 from dpace.report import acceptance_of
@@ -68,6 +68,7 @@ def bench(
     engines: Engines = {(PLAIN, None): None}
     engines |= {(name, width): drafter for name, drafter in drafters.items() for width in config.widths}
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
+    timers = StepTimers(target, drafters, prompts, config)
     with progress_bar() as bar:
         task = bar.add_task("decoding", total=len(jobs), info="")
         for number, (temperature, prompt) in enumerate(jobs):
@@ -77,6 +78,7 @@ def bench(
                     records.is_warm = True
                 for record in _measure(target, engines, prompt, temperature, config, rotation=number):
                     records.add(record)
+                timers.run(prompt.set, temperature)
             bar.update(task, advance=1, info=_so_far(records.rows))
     rows = make_rows(records.of(config.temperatures, prompts), engines)
     for row in rows:
@@ -85,7 +87,7 @@ def bench(
     results["predictions"] = []
     write_json(folder / "results.json", results)  # so that nothing that happens while predicting loses it
     if drafters:
-        results["predictions"] = predict(results, target, drafters, prompts, config)
+        results["predictions"] = predict(results, prompts, config, timers)
         write_json(folder / "results.json", results)
     return results
 

@@ -49,7 +49,9 @@ class Drafter(DFlashDraftModel):
     def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
         """Calibrated probability of each slot's most likely token: how likely it is accepted once those before it are."""
         logits = logits.float()
-        odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()  # one copy: new memory is slow
+        odds = (
+            (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()
+        )  # one copy: new memory is slow
         return odds.sum(-1).reciprocal_().tolist()
 
     @classmethod

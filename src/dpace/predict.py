@@ -1,28 +1,30 @@
 """Accepted lengths and the costs of steps in; decode_speedup at other verify widths and concurrencies out."""
 
 import itertools
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dpace.batch import generate_batch
+from dpace.batch import batch_steps, generate_batch
 from dpace.config import BenchConfig
 from dpace.drafter import Drafter
-from dpace.pace import StepCosts, measure_costs
+from dpace.pace import StepCosts, StepTimer, single_steps
 from dpace.progress import progress_bar
 from dpace.prompts import Prompt
 from dpace.report import acceptance_of, whole_blocks
 from dpace.responses import encode_chat
 from dpace.target import Target
 
-NUM_ROUNDS = 15
-"""Times that each step is measured."""
+MIN_ROUNDS = 5
+"""Times, at least, that each step is timed."""
 CONTEXT_STEP = 64
 """Contexts, in tokens, that steps are measured with are multiples of it."""
+NUM_REPEATS = 3
+"""Times that each group is decoded."""
 NUM_TOGETHER = 16
 """Prompts of a set, at most, that are decoded several at once."""
 
@@ -59,37 +61,44 @@ def tokens_at(width: int, counts: Sequence[int]) -> float:
     return float(tokens / max(1e-9, verifications))
 
 
-def predict_speedups(row: dict, costs: Mapping[int, StepCosts], concurrency: int = 1) -> list[float]:
+def predict_speedups(
+    row: dict, alone: StepCosts, together: Mapping[int, StepCosts] | None = None, concurrency: int = 1
+) -> list[float]:
     """decode_speedup over verify widths 2 to `block_size`, for one or several prompts at once.
 
     The responses of the benchmark are put in groups as `measure_together` does, each with its own number of tokens and of verifications;
     at other widths these are as many times more as `tokens_at` is smaller. Rows that are done leave their group, and a step costs what
-    it costs for those that are left. The seconds of a token and of a step with a whole draft are those that the benchmark found; only
-    the ratios to them, of other widths and of several prompts, come from costs that were measured outside it. One prompt at once with
-    whole drafts is thus what was measured.
+    it costs for those that are left; the drafter reads the prompts once. The seconds of a token and of a step with a whole draft are
+    those that the benchmark found; only the ratios to them, of other widths and of several prompts, come from costs that were measured
+    outside it. One prompt at once with whole drafts is thus what was measured.
 
     Args:
         row: of results.json, measured with whole drafts.
-        costs: seconds of steps by the number of rows, 1 among them; in between they are interpolated.
+        alone: of steps of one prompt.
+        together: of steps of several by the number of rows, 1 among them; in between they are interpolated.
         concurrency: prompts at once. Where there are fewer responses, they are taken again.
     """
-    alone, plain, ours = costs[1], row["plain_responses"], row["responses"]
+    plain, ours, costs = row["plain_responses"], row["responses"], together or {}
     if concurrency == 1:
-        groups = [[i] for i in range(len(ours))]
+        groups, costs = [[i] for i in range(len(ours))], {1: alone}
     else:
         first_turns = [i for i, r in enumerate(ours) if r["turn"] == 0]
         groups = groups_of(first_turns * -(-concurrency // len(first_turns)), concurrency)
     tokens, our_tokens = ([r["decode_tokens"] for r in side] for side in (plain, ours))
     verifications = [sum(r["histogram"]) for r in ours]
-    plain_costs = {rows: cost.verify_seconds[0] for rows, cost in costs.items()}
-    plain_slowness = _seconds(plain) / max(1e-9, sum(tokens) * plain_costs[1])
+    plain_costs = {rows: (cost.verify_seconds[0], 0.0) for rows, cost in costs.items()}
+    plain_slowness = _seconds(plain) / max(1e-9, sum(tokens) * alone.verify_seconds[0])
     plain_rate = _rate(tokens, tokens, groups, plain_costs) / plain_slowness
-    slowness = _seconds(ours) / max(1e-9, sum(verifications) * (alone.draft_seconds + alone.verify_seconds[-1]))
+    whole = sum(verifications) * (alone.draft_seconds + alone.verify_seconds[-1]) + len(ours) * alone.reading_seconds
+    slowness = _seconds(ours) / max(1e-9, whole)
     counts, speedups = acceptance_of(row).counts.tolist(), []
     for width in range(2, len(counts) + 1):
         stretch = tokens_at(len(counts), counts) / max(1e-9, tokens_at(width, counts))
         steps = [stretch * count for count in verifications]
-        step_costs = {rows: cost.draft_seconds + cost.verify_seconds[width - 1] for rows, cost in costs.items()}
+        step_costs = {
+            rows: (cost.draft_seconds + cost.verify_seconds[width - 1], cost.reading_seconds)
+            for rows, cost in costs.items()
+        }
         rate = _rate(our_tokens, steps, groups, step_costs) / max(1e-9, slowness)
         speedups.append(rate / max(1e-9, plain_rate))
     return speedups
@@ -100,16 +109,22 @@ def _seconds(responses: Sequence[dict]) -> float:
 
 
 def _rate(
-    tokens: Sequence[int], steps: Sequence[float | int], groups: Sequence[Sequence[int]], costs: Mapping[int, float]
+    tokens: Sequence[int],
+    steps: Sequence[float | int],
+    groups: Sequence[Sequence[int]],
+    costs: Mapping[int, tuple[float, float]],
 ) -> float:
-    """Tokens a second of groups of responses that take so many steps each, of seconds by the number of rows that are left."""
+    """Tokens a second of groups of responses that take so many steps each; costs of a step and a group, by the number of rows that are left."""
     sizes, seconds = sorted(costs), 0.0
     for group in groups:
-        done = 0.0
+        of_step, of_group = (
+            np.interp(range(len(group) + 1), sizes, [costs[size][kind] for size in sizes]) for kind in (0, 1)
+        )
+        seconds, done = seconds + of_group[-1], 0.0
         for left, count in zip(range(len(group), 0, -1), sorted(steps[i] for i in group), strict=True):
-            seconds += (count - done) * float(np.interp(left, sizes, [costs[size] for size in sizes]))
+            seconds += (count - done) * of_step[left]
             done = count
-    return sum(tokens[i] for group in groups for i in group) / max(1e-9, seconds)
+    return sum(tokens[i] for group in groups for i in group) / max(1e-9, float(seconds))
 
 
 def groups_of(items: list, size: int) -> list[list]:
@@ -118,95 +133,180 @@ def groups_of(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items) - size + 1, size)]
 
 
+class StepTimers:
+    """Times steps of one prompt between those that a benchmark decodes, so that both see the same moods of the machine.
+
+    Their contexts are as long as those of the set half way.
+
+    Memory: for each drafter, set and temperature keys, values and features of one prompt.
+    """
+
+    def __init__(self, target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig):
+        self.target, self.drafters = target, drafters
+        lengths: dict[str, list[int]] = {}
+        for prompt in prompts:
+            lengths.setdefault(prompt.set, []).append(len(encode_chat(target, prompt.turns[0])))
+        half_way = {name: np.mean(found) + config.max_new_tokens / 2 for name, found in lengths.items()}
+        self.contexts = {name: CONTEXT_STEP * max(1, round(tokens / CONTEXT_STEP)) for name, tokens in half_way.items()}
+        self._timers: dict[tuple[str, str, float], StepTimer] = {}
+
+    def run(self, set_name: str, temperature: float) -> None:
+        """One round for each drafter."""
+        for name in self.drafters:
+            self._timer(name, set_name, temperature).run()
+
+    def costs(self, drafter: str, set_name: str, temperature: float) -> StepCosts:
+        """Medians of the rounds; of further ones where there were too few."""
+        timer = self._timer(drafter, set_name, temperature)
+        timer.run_at_least(MIN_ROUNDS)
+        return timer.costs(statistics.median)[0]
+
+    def _timer(self, name: str, set_name: str, temperature: float) -> StepTimer:
+        key, drafter = (name, set_name, temperature), self.drafters[name]
+        if key not in self._timers:
+            step = single_steps(self.target, drafter, temperature=temperature, context=self.contexts[set_name])
+            self._timers[key] = StepTimer([step], drafter.block_size)
+        return self._timers[key]
+
+
+class Together(NamedTuple):
+    """What decoding several prompts at once took, by drafter, set, temperature and concurrency."""
+
+    speedups: dict[tuple[str, str, float, int], float]
+    """Measured decode_speedup: the ratio of all tokens over all seconds."""
+    costs: dict[tuple[str, str, float, int], dict[int, StepCosts]]
+    """Of steps, by the number of rows; medians of what was timed between the groups."""
+
+
 def measure_together(
-    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig
-) -> dict[tuple[str, str, float, int], float]:
+    target: Target,
+    drafters: dict[str, Drafter],
+    prompts: Sequence[Prompt],
+    config: BenchConfig,
+    contexts: Mapping[str, int],
+) -> Together:
     """Decode the first turns of the first prompts of each set in groups, plainly and with each drafter's whole drafts.
 
-    It checks predictions. What cannot be measured, for memory or because the target cannot decode batches, is said and left out.
+    It checks predictions. What cannot be measured, for memory or because the target cannot decode batches, is said and left out, and
+    so is a concurrency that a set has too few prompts for.
 
     Args:
         target: decodes batches.
         drafters: by name.
         prompts: those of the benchmark.
         config: its temperatures, lengths and concurrencies.
-
-    Returns:
-        decode_speedup by drafter, set, temperature and concurrency: the ratio of all tokens over all seconds, in an order that is
-        reversed from group to group. Nothing for a concurrency that a set has too few prompts for.
+        contexts: tokens before the steps that are timed, by set.
     """
     encoded: dict[str, list[list[int]]] = {}
     for prompt in prompts:
         encoded.setdefault(prompt.set, []).append(encode_chat(target, prompt.turns[0]))
-    jobs = {}
-    for set_name, temperature, size in itertools.product(encoded, config.temperatures, config.concurrencies):
-        groups = groups_of(encoded[set_name], size)
-        if size > 1 and groups:
-            jobs[set_name, temperature, size] = groups
-    found = {}
+    sizes = [size for size in config.concurrencies if size > 1]
+    groups = {name: {size: groups_of(of_set, size) for size in sizes} for name, of_set in encoded.items()}
+    num_groups = sum(len(of_size) for of_set in groups.values() for of_size in of_set.values())
+    found = Together({}, {})
     with progress_bar() as bar:
-        task = bar.add_task("decoding several at once", total=sum(map(len, jobs.values())), info="")
-        for (set_name, temperature, size), groups in jobs.items():
-            bar.update(task, info=f"{set_name}, {size}")
-            try:
-                rates = _rates(target, drafters, groups, temperature, config, lambda: bar.advance(task))
-            except (ValueError, torch.OutOfMemoryError) as error:
-                print(f"{size} prompts of {set_name} at once were not measured: {error}", file=sys.stderr)
-                continue
-            if rates[None]:
-                found |= {(name, set_name, temperature, size): rates[name] / rates[None] for name in drafters}
+        total = num_groups * len(config.temperatures)
+        task = bar.add_task("decoding several at once", total=total, info="")
+        for set_name, temperature in itertools.product(encoded, config.temperatures):
+            options: dict[str, Any] = {"temperature": temperature, "context": contexts[set_name]}
+            steps = {name: _batch_steps(target, drafter, sizes, options) for name, drafter in drafters.items()}
+            for size, of_size in groups[set_name].items():
+                bar.update(task, info=f"{set_name}, {size}")
+                timers = {
+                    name: StepTimer(list(of_rows.values()), drafters[name].block_size)
+                    for name, of_rows in steps.items()
+                    if size in of_rows
+                }
+                rates: dict[str | None, float] = {}
+                try:
+                    rates = _rates(target, drafters, of_size, temperature, config, list(timers.values()))
+                except (ValueError, torch.OutOfMemoryError) as error:
+                    print(f"{size} prompts of {set_name} at once were not measured: {error}", file=sys.stderr)
+                bar.advance(task, len(of_size))
+                for name in drafters if rates.get(None) else ():
+                    found.speedups[name, set_name, temperature, size] = rates[name] / rates[None]
+                for name, timer in timers.items():
+                    timer.run_at_least(MIN_ROUNDS)
+                    costs = timer.costs(statistics.median)
+                    found.costs[name, set_name, temperature, size] = dict(zip(steps[name], costs, strict=True))
     return found
 
 
+def _batch_steps(
+    target: Target, drafter: Drafter, concurrencies: Sequence[int], options: dict
+) -> dict[int, Callable[[int], None]]:
+    """Steps of 1, 2, 4, ... rows and of each concurrency, as far as they can be had."""
+    steps: dict[int, Callable[[int], None]] = {}
+    powers = {2**i for i in range(max(concurrencies, default=0).bit_length())}
+    for size in sorted(powers | set(concurrencies)):
+        try:
+            steps[size] = batch_steps(target, drafter, size, **options)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            print(f"{size} prompts at once are not predicted: {error}", file=sys.stderr)
+            break
+    return steps
+
+
 def _rates(
-    target: Target, drafters: dict[str, Drafter], groups: list, temperature: float, config: BenchConfig, advance
+    target: Target,
+    drafters: dict[str, Drafter],
+    groups: list,
+    temperature: float,
+    config: BenchConfig,
+    timers: Sequence[StepTimer],
 ) -> dict[str | None, float]:
-    """Tokens a second of all groups, without a drafter (None) and with each; the first call of a side is not counted."""
+    """Tokens a second of all groups, without a drafter (None) and with each, from the median of `NUM_REPEATS` runs of each group."""
     sides: dict[str | None, Drafter | None] = {None: None, **drafters}
     totals = {name: np.zeros(2) for name in sides}
     options: dict[str, Any] = {"temperature": temperature, "seed": config.seed}
-    for number, rows in enumerate(groups):
-        for name in list(sides) if number % 2 else reversed(sides):
-            if not number:
-                generate_batch(target, sides[name], rows, max_new_tokens=min(8, config.max_new_tokens), **options)
-            done = generate_batch(target, sides[name], rows, max_new_tokens=config.max_new_tokens, **options)
-            totals[name] += sum(out.num_decode_tokens for out in done), done[0].decode_seconds
-        advance()
+    for name in sides if groups else ():  # a warm-up
+        generate_batch(target, sides[name], groups[0], max_new_tokens=min(8, config.max_new_tokens), **options)
+    for rows in groups:
+        runs: dict[str | None, list[tuple[float, int]]] = {name: [] for name in sides}
+        for number in range(NUM_REPEATS):
+            for name in list(sides) if number % 2 else reversed(sides):
+                done = generate_batch(target, sides[name], rows, max_new_tokens=config.max_new_tokens, **options)
+                runs[name].append((done[0].decode_seconds, sum(out.num_decode_tokens for out in done)))
+            for timer in timers:
+                timer.run()
+        for name, found in runs.items():
+            seconds, tokens = sorted(found)[NUM_REPEATS // 2]
+            totals[name] += tokens, seconds
     return {name: float(tokens / seconds) if tokens else 0.0 for name, (tokens, seconds) in totals.items()}
 
 
-def predict(
-    results: dict, target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig
-) -> list[dict]:
+def predict(results: dict, prompts: Sequence[Prompt], config: BenchConfig, timers: StepTimers) -> list[dict]:
     """Predict every row of a benchmark that was measured with whole drafts, and with `config.predict` check it for several prompts.
 
-    Memory: keys and values of as many prompts as the largest concurrency.
+    Memory: keys and values of as many prompts as twice the largest concurrency.
 
     Args:
         results: of `dpace.benchmark.bench`.
-        target: measured here with batches.
-        drafters: by name.
         prompts: of the benchmark.
         config: without `predict`, predictions are for one prompt at a time only.
+        timers: which ran during the benchmark.
 
     Returns:
-        One entry a drafter, set, temperature and concurrency: `widths`, `speedups`, `costs`, and `measured`, None where that width
-        was not measured.
+        One entry a drafter, set, temperature and concurrency: `widths`, `speedups`, and `measured`, None where that width was not
+        measured.
     """
     measured = {(r["drafter"], r["set"], r["temperature"], r["width"]): r["decode_speedup"] for r in results["rows"]}
-    together = measure_together(target, drafters, prompts, config) if config.predict else {}
-    concurrencies = config.concurrencies if config.predict else (1,)
-    sizes = {2**i for i in range(max(concurrencies).bit_length())} | set(concurrencies)
-    rows, predictions = whole_blocks(results), []
-    costs_of = _measure_steps(target, drafters, rows, sorted(sizes))
-    for row, costs in zip(rows, costs_of, strict=True):
-        key = (row["drafter"], row["set"], row["temperature"])
+    together = Together({}, {})
+    if config.predict:
+        together = measure_together(timers.target, timers.drafters, prompts, config, timers.contexts)
+    predictions = []
+    for row in whole_blocks(results):
+        key = row["drafter"], row["set"], row["temperature"]
+        alone = timers.costs(*key)
         widths = list(range(2, row["block_size"] + 1))
-        for concurrency in concurrencies:
+        for concurrency in config.concurrencies if config.predict else (1,):
+            costs = together.costs.get((*key, concurrency))
             if concurrency == 1:
                 checked = [measured.get((*key, width)) for width in [*widths[:-1], "full"]]
+            elif costs:
+                checked = [None] * (len(widths) - 1) + [together.speedups.get((*key, concurrency))]
             else:
-                checked = [None] * (len(widths) - 1) + [together.get((*key, concurrency))]
+                continue
             predictions.append(
                 {
                     "drafter": row["drafter"],
@@ -214,27 +314,8 @@ def predict(
                     "temperature": row["temperature"],
                     "concurrency": concurrency,
                     "widths": widths,
-                    "speedups": predict_speedups(row, costs, concurrency),
-                    "costs": asdict(costs[concurrency]),
+                    "speedups": predict_speedups(row, alone, costs, concurrency),
                     "measured": checked,
                 }
             )
     return predictions
-
-
-def _measure_steps(
-    target: Target, drafters: dict[str, Drafter], rows: Sequence[dict], sizes: Sequence[int]
-) -> list[dict[int, StepCosts]]:
-    """For each row of results, what steps of so many prompts cost with a context as long as its responses have half way."""
-    found = []
-    with progress_bar() as bar:
-        task = bar.add_task("measuring steps", total=len(rows) * len(sizes), info="")
-        for row in rows:
-            lengths = [r["prompt_tokens"] + r["decode_tokens"] / 2 for r in row["responses"]]
-            context = CONTEXT_STEP * max(1, round(float(np.mean(lengths)) / CONTEXT_STEP))
-            found.append({})
-            for size in sizes:
-                drafter = drafters[row["drafter"]]
-                found[-1][size] = measure_costs(target, drafter, size, num_rounds=NUM_ROUNDS, context=context)
-                bar.update(task, advance=1, info=f"{row['set']}, {size} at once")
-    return found

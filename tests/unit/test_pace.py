@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpace.pace import Pace, StepCosts, make_pace, measure_costs
+from dpace.batch import batch_steps
+from dpace.pace import DRAFT, FIRST_DRAFT, Pace, StepCosts, StepTimer, make_pace, measure_costs, single_steps
 from tests.conftest import make_drafter, make_target
 
 rates = st.lists(st.floats(0, 1), min_size=1, max_size=7)
@@ -156,14 +157,32 @@ def test_drafts_are_told_apart_by_the_match_before_them():
 
 
 def test_a_drafter_keeps_its_pace():
-    """From one response to the next at a temperature, until the machine is measured better."""
+    """From one response to the next at a temperature."""
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
     pace = make_pace(target, drafter)
     assert make_pace(target, drafter) is pace and make_pace(target, drafter, 1.0) is not pace
     assert make_pace(target, make_drafter(target, block_size=6)) is not pace
-    measure_costs(target, drafter, num_rounds=6)
-    assert make_pace(target, drafter) is not pace
+
+
+def test_steps_of_a_batch_are_those_of_generate_batch():
+    """They leave the rows as they were, and draft and verify what they are told."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target, block_size=6)
+    read, calls = target.hidden, []
+    target.hidden = lambda ids, **kwargs: calls.append(tuple(ids.shape)) or read(ids, **kwargs)
+    step = batch_steps(target, drafter, 3, context=40)
+    for width in (1, 6, DRAFT, FIRST_DRAFT, 2):
+        step(width)
+    assert calls == [(3, 40), (3, 1), (3, 6), (3, 2)]
+    timer = StepTimer([single_steps(target, drafter), step], 6)
+    timer.run()
+    timer.run()
+    assert [len(seconds) for seconds in timer.seconds[1].values()] == [1] * len(
+        timer.seconds[1]
+    )  # the first is not counted
+    single, three = timer.costs(min)
+    assert len(three.verify_seconds) == 6 and three.draft_seconds > 0 <= single.reading_seconds
 
 
 def test_costs_are_measured_once():
@@ -173,6 +192,4 @@ def test_costs_are_measured_once():
     assert len(costs.verify_seconds) == 6 and min(costs.verify_seconds) > 0 < costs.draft_seconds
     assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one
     assert measure_costs(target, drafter) is costs
-    assert measure_costs(target, drafter, 2) is not costs
-    better = measure_costs(target, drafter, num_rounds=6)
-    assert better is not costs and measure_costs(target, drafter) is better
+    assert measure_costs(target, drafter, temperature=1.0) is not costs

@@ -7,7 +7,7 @@ from dpace.config import BenchConfig
 from dpace.decode import Generation
 from dpace.pace import StepCosts
 from dpace.page import _errors
-from dpace.predict import measure_together, predict_speedups, tokens_at
+from dpace.predict import NUM_REPEATS, measure_together, predict_speedups, tokens_at
 from dpace.prompts import Prompt
 from dpace.report import console, drafters_table, predictions_table
 from tests.conftest import make_drafter
@@ -17,13 +17,18 @@ def test_prediction_by_hand():
     """Accepted lengths 0 and 2 in blocks of 3: whole drafts emit 2 tokens in 4 s, plain decoding one in 1.5 s."""
     ours = {"histogram": [1, 0, 1], "num_without_bonus": 0, "decode_seconds": 8.0, "decode_tokens": 4, "turn": 0}
     row = {"block_size": 3, "responses": [ours], "plain_responses": [{"decode_seconds": 6.0, "decode_tokens": 4}]}
-    costs = {1: StepCosts([1.0, 2.0, 3.0], 1.0), 2: StepCosts([2.0, 6.0, 8.0], 1.0)}
+    alone = StepCosts([1.0, 2.0, 3.0], 1.0)
+    costs = {1: alone, 2: StepCosts([2.0, 6.0, 8.0], 1.0)}
     cut = 1.5 * 1.5 / (4.0 * 3 / 4)  # cut to one draft token: 1.5 tokens, in 3 of the 4 parts of the time
-    assert predict_speedups(row, costs) == pytest.approx([cut, 2 * 1.5 / 4.0])
+    assert predict_speedups(row, alone) == pytest.approx([cut, 2 * 1.5 / 4.0])
     pair = [1.5 * 3.0 / (4.0 * 7 / 4), 2 * 3.0 / (4.0 * 9 / 4)]
-    assert predict_speedups(row, costs, 2) == pytest.approx(pair)  # the response beside itself
+    assert predict_speedups(row, alone, costs, 2) == pytest.approx(pair)  # the response beside itself
+    reading = StepCosts(
+        [1.0, 2.0, 3.0], 1.0, 2.0
+    )  # the prompt takes as long at any width: 0.8 * (2 + 8 / 3 * 3) s for 4 tokens
+    assert predict_speedups(row, reading) == pytest.approx([0.5 * 1.5, 0.5 * 1.5])
     ours |= {"num_without_bonus": 1, "decode_tokens": 3}  # one verification ended the text and has no bonus token
-    assert predict_speedups(row, costs) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
+    assert predict_speedups(row, alone) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
 
 
 def test_rows_that_are_done_leave_their_group():
@@ -42,7 +47,7 @@ def test_rows_that_are_done_leave_their_group():
     row = {"block_size": 4, "responses": ours, "plain_responses": plain}
     costs = {1: StepCosts([1.0, 1.0, 1.0, 2.0], 1.0), 2: StepCosts([1.5, 2.0, 3.0, 4.0], 1.0)}
     expected = (12 / (5.0 + 3.0)) / (12 / (4 * 1.5 + 4 * 1.0))
-    assert predict_speedups(row, costs, 2)[-1] == pytest.approx(expected)
+    assert predict_speedups(row, costs[1], costs, 2)[-1] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 2, 1, 4], [1, 0, 0, 0, 9], [7, 1, 0, 0, 0], [0, 0, 0, 0, 3]])
@@ -108,9 +113,11 @@ def test_several_at_once_are_measured_in_groups(language_target, language_drafte
     monkeypatch.setattr("dpace.predict.generate_batch", fake)
     prompts = [Prompt(str(i), "s", [[{"role": "user", "content": "w1 w50"}]]) for i in range(5)]
     config = BenchConfig(max_new_tokens=20, temperatures=(0.0,), concurrencies=(1, 2, 3, 8))
-    found = measure_together(language_target, {"d": language_drafter}, prompts, config)
-    assert found == {("d", "s", 0.0, 2): 2.5}
-    assert calls == [(True, 2, 8), (True, 2, 20), (False, 2, 8), (False, 2, 20), (False, 2, 20), (True, 2, 20)]
+    found = measure_together(language_target, {"d": language_drafter}, prompts, config, {"s": 64})
+    assert found.speedups == {("d", "s", 0.0, 2): 2.5}
+    assert list(found.costs["d", "s", 0.0, 8]) == [1, 2, 3, 4, 8]  # too few prompts to measure, but predicted
+    assert calls[:2] == [(False, 2, 8), (True, 2, 8)]  # a warm-up
+    assert sorted(calls[2:]) == [(side, 2, 20) for side in (False, True) for _ in range(2 * NUM_REPEATS)]
     assert "3 prompts of s at once were not measured: no room" in capsys.readouterr().err
 
 
