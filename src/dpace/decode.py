@@ -172,7 +172,7 @@ def speculative_steps(
     cache, drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
     masks = torch.full((1, block_size - 1), drafter.mask_token_id, device=device)
     text, num_prompt = prompt[0].tolist(), prompt.shape[1]
-    lookup = PromptLookup(text)
+    lookup, num_read = PromptLookup(text), 0
     samples_draft = verify_rule == "speculative" and sampler.temperature > 0
     with target.capture(drafter.target_layer_ids) as captured:
         hidden = target.hidden(prompt, cache=cache)
@@ -185,10 +185,11 @@ def speculative_steps(
             width, is_drafted, match, copied, draft, draft_probs = 1, True, 0, [], [], None
             if pace is not None:
                 match, copied = lookup.propose(min(block_size, remaining) - 1)
-                width, is_drafted = pace.plan(match, len(copied))
+                width, is_drafted = pace.plan(match, len(copied), len(text) - 1 - num_read)
             block = torch.tensor([text[-1:] + copied[: width - 1]], device=device)
             if is_drafted:
                 block, start = torch.cat([block, masks], dim=1), len(text) - 1
+                num_read = start
                 features = torch.cat([torch.cat(of_layer, dim=1) for of_layer in zip(*unread, strict=True)], dim=-1)
                 unread.clear()
                 hidden = drafter(
@@ -223,16 +224,17 @@ def speculative_steps(
             stop = _first_stop(emitted, stops)
             if stop is not None:
                 emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
+            text += emitted
             if pace is not None:
                 seconds = time.perf_counter() - started  # of all of it: the tokens had to wait for the device
                 if is_drafted:
-                    pace.record(width, accepted, seconds if features.shape[1] < num_prompt else None)
+                    is_usual = features.shape[1] < num_prompt  # else the drafter also read the prompt
+                    pace.record(width, accepted, seconds if is_usual else None, lookup.read())
                 else:
                     pace.record_plain(seconds, width)
                 pace.learn_copying(match, copied, emitted)
             unread.append([layer[:, : len(emitted)] for layer in captured])
             go_back(cache, width - len(emitted))
-            text += emitted
             yield Step(emitted, accepted, width, accepted if copied and not is_drafted else 0)
 
 

@@ -88,37 +88,51 @@ class Pace:
         self.costs, self.copy_costs = costs, replace(costs, draft_seconds=0.0)
         self.copied = {length: [[2 * p, 2.0] for p in COPY_PRIOR] for length in range(1, MAX_MATCH + 1)}
         seconds = costs.draft_seconds + costs.verify_seconds[-1]
-        # Tokens, seconds and drafts, of all and by length of the match.
-        self.all_drafted: tuple[float, ...] = PRIOR_GAIN * costs.plain_rate * seconds, seconds, 1.0
-        self.drafted: dict[int, tuple[float, ...]] = dict.fromkeys(range(MAX_MATCH + 1), (0.0, 0.0, 0.0))
+        # Tokens, seconds that these would have taken without drafts, seconds, and drafts: of all and by length of the match.
+        self.all_drafted: tuple[float, ...] = (
+            PRIOR_GAIN * costs.plain_rate * seconds,
+            PRIOR_GAIN * seconds,
+            seconds,
+            1.0,
+        )
+        self.drafted: dict[int, tuple[float, ...]] = dict.fromkeys(range(MAX_MATCH + 1), (0.0, 0.0, 0.0, 0.0))
         self.slowness = {"plain": 1.0, "drafted": 1.0}  # a running mean of seconds over those of `costs`
         self.promised = self.kept = PRIOR_TOKENS
         self.credit, self._match, self._loss = 0.0, 0, 0.0
+        self.reading = costs.reading_seconds / FILLER_TOKENS * costs.plain_rate  # tokens lost to reading one
 
-    def plan(self, match: int, count: int) -> tuple[int, bool]:
+    def plan(self, match: int, count: int, num_unread: int = 0) -> tuple[int, bool]:
         """What the next step is to do; called once a step.
 
         Args:
             match: tokens that the prompt lookup found again; 0 for none.
             count: tokens that it proposes.
+            num_unread: tokens that the drafter would read first.
 
         Returns:
             Tokens of the proposal to verify, the last token included (1: none of it), and whether to draft.
         """
-        width, promised = 1, 1.0
-        if count:
-            first, further = (right / total for right, total in self.copied[match])
-            width, promised = self.copy_costs.best_width([first * further**k for k in range(count)])
-        average = (x / self.all_drafted[2] for x in self.all_drafted)  # counts as one more draft
-        tokens, seconds, drafts = map(operator.add, self.drafted[match], average)
-        rate = promised / self.costs.verify_seconds[width - 1] * self.slowness["drafted"] / self.slowness["plain"]
-        self._match, self._loss = match, (rate * seconds - tokens) / drafts  # tokens that a draft costs
+        width, promised = self._copy(match, count)
+        average = (x / self.all_drafted[3] for x in self.all_drafted)  # counts as one more draft
+        tokens, seconds_without, seconds, drafts = map(operator.add, self.drafted[match], average)
+        seconds *= self.slowness["drafted"] / self.slowness["plain"]
+        here = promised / self.costs.verify_seconds[width - 1] * seconds - tokens
+        further_on = (seconds - seconds_without) * self.costs.plain_rate
+        self._match, self._loss = match, max(here, further_on) / drafts  # tokens that a draft costs
         if self._loss > 0:
-            self.credit = min(1.0, self.credit + EXPLORATION * promised)
-            if self.credit < self._loss:
+            price = self._loss + num_unread * self.reading
+            self.credit = min(max(1.0, price), self.credit + EXPLORATION * promised)
+            if self.credit < price:
                 return width, False
-            self.credit -= self._loss
+            self.credit -= price
         return 1, True
+
+    def _copy(self, match: int, count: int) -> tuple[int, float]:
+        """How many tokens of a proposal to verify, the last token included, and how many will be emitted."""
+        if not count:
+            return 1, 1.0
+        first, further = (right / total for right, total in self.copied[match])
+        return self.copy_costs.best_width([first * further**k for k in range(count)])
 
     def width(self, confidences: Sequence[float]) -> int:
         """Tokens to verify after a draft with these confidences, the last token included."""
@@ -129,21 +143,36 @@ class Pace:
             return 2
         return width
 
-    def record(self, width: int, accepted: int, seconds: float | None) -> None:
+    def record(
+        self, width: int, accepted: int, seconds: float | None, seen: Sequence[tuple[int, bool]] | None = None
+    ) -> None:
         """Learn from a step that drafted, also where nothing of the draft was verified (width 1).
 
-        `seconds` is None where the drafter also read the prompt, which is not what a draft takes.
+        Args:
+            width: tokens that were verified.
+            accepted: of the draft.
+            seconds: that the step took; None where the drafter also read the prompt, which is not what a draft takes.
+            seen: for each emitted token, as `PromptLookup.read` tells: it was worth little if it would have been copied.
         """
         cost = self.costs.draft_seconds + self.costs.verify_seconds[width - 1]
         if seconds is not None:
             self._learn_slowness("drafted", seconds / cost)
         self.promised = DECAY * self.promised + sum(self._reach[: width - 1])
         self.kept = DECAY * self.kept + accepted
-        new = accepted + 1.0, cost, 1.0
+        plain = self.costs.verify_seconds[0]
+        seconds_without = (accepted + 1) * plain
+        if seen is not None:
+            seconds_without = sum(self._copy_seconds(match) if is_right else plain for match, is_right in seen)
+        new = accepted + 1.0, seconds_without, cost, 1.0
         self.all_drafted, self.drafted[self._match] = (
             tuple(GAIN_DECAY * x + y for x, y in zip(past, new, strict=True))
             for past in (self.all_drafted, self.drafted[self._match])
         )
+
+    def _copy_seconds(self, match: int) -> float:
+        """Of a token that could be copied: a share of the step that copies it and others, or all of a plain step."""
+        width, promised = self._copy(match, len(self.costs.verify_seconds) - 1)
+        return self.costs.verify_seconds[width - 1] / promised
 
     def record_plain(self, seconds: float, width: int = 1) -> None:
         """Learn from a step that did not draft, of so many tokens."""

@@ -156,6 +156,26 @@ def test_drafts_are_told_apart_by_the_match_before_them():
     assert sum(pace.plan(1, 0)[1] for _ in range(100)) < 4
 
 
+def test_drafting_what_would_have_been_copied_is_worth_little():
+    """A drafter that is right about all there is to copy, and nothing else, loses to copying; one that is right elsewhere does not."""
+    for is_copyable, most in ((True, 4), (False, 100)):
+        pace = Pace(COSTS)
+        for _ in range(40):
+            pace.learn_copying(3, [1] * 7, [1] * 8)
+        for _ in range(60):
+            if pace.plan(0, 0)[1]:
+                pace.width([0.9] * 7)
+                pace.record(8, 2, None, [(0, False), (3, is_copyable), (3, is_copyable)])
+        assert sum(pace.plan(0, 0)[1] for _ in range(100)) in (range(1, most) if is_copyable else [100])
+
+
+def test_a_drafter_that_loses_is_not_tried_where_it_has_much_to_read():
+    pace = Pace(StepCosts(COSTS.verify_seconds, COSTS.draft_seconds, reading_seconds=200.0))
+    run(pace, 200, lambda width: 0)
+    tries = {num_unread: sum(pace.plan(0, 0, num_unread)[1] for _ in range(2000)) for num_unread in (0, 128)}
+    assert 0 < 5 * tries[128] < tries[0]
+
+
 def test_a_drafter_keeps_its_pace():
     """From one response to the next at a temperature."""
     target = make_target("qwen3")
