@@ -236,7 +236,7 @@ def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
     monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.1, 1.2, 1.3, 1.4, 1.5], 0.1))
     steps = itertools.count()
 
-    def plan(_, match, count):
+    def plan(_, match, count, num_unread):
         return (count + 1, False) if count and is_copied(next(steps)) else (1, True)
 
     monkeypatch.setattr("dpace.pace.Pace.plan", plan)
