@@ -135,6 +135,7 @@ def chi_square(counts, probs):
 def test_output_distribution_when_sampling(rule, width, filters, monkeypatch):
     """Chi-square of the joint distribution of the 2nd and 3rd token against the target's, on a tiny vocabulary."""
     monkeypatch.setattr("dpace.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
+    monkeypatch.setattr("dpace.pace.Pace._learn_slowness", lambda *_: None)  # steps do not take these seconds
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)
