@@ -1,8 +1,8 @@
-"""Seconds of a pass of the target's and the drafter's layers, as transformers runs them on packed weights and fused (`dpace.fusion`).
+"""Seconds of a pass of the layers as transformers runs them on packed weights, fused, and fused without weights in 16 bits.
 
     python benchmarks/layers.py TARGET DRAFTER [--dtype bfloat16]
 
-Medians of alternating rounds after a context of 128 tokens, and whether the results are equal bit by bit.
+Medians of alternating rounds after a context of 128 tokens, and whether fused results are those of transformers bit by bit.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import dpace.drafter
+import dpace.packing
 import dpace.target
 from dpace.cache import make_cache
 from dpace.drafter import load_drafter
@@ -24,7 +25,7 @@ CONTEXT = 128
 
 
 def main() -> None:
-    """Load both twice, run and print."""
+    """Load all three, run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("drafter")
@@ -32,17 +33,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    fused = Target.load(options.target, dtype=dtype)
-    fused_drafter = load_drafter(options.drafter, fused)
+
+    def load():
+        target = Target.load(options.target, dtype=dtype)
+        return target, load_drafter(options.drafter, target)
+
+    fused, in_16_bits = load(), dpace.packing._pack_in_16_bits
+    dpace.packing._pack_in_16_bits = lambda *_: None
+    wide = load()
+    dpace.packing._pack_in_16_bits = in_16_bits
     dpace.target.fuse_layers = dpace.drafter.fuse_layers = lambda _: False
-    plain = Target.load(options.target, dtype=dtype)
-    plain_drafter = load_drafter(options.drafter, plain)
-    table = Table("pass", "transformers, ms", "fused, ms", "ratio", "bits", box=SIMPLE_HEAD)
-    tokens = torch.randint(len(fused.head.weight), (1, CONTEXT + 200), generator=torch.Generator().manual_seed(0))
+    sides = {"transformers": load(), "fused": fused, "fused, not in 16 bits": wide}
+    table = Table("pass", *(f"{name}, ms" for name in sides), "bits", box=SIMPLE_HEAD)
+    vocab_size = len(fused[0].head.weight)
+    tokens = torch.randint(vocab_size, (1, CONTEXT + 200), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for width in (1, 4, 8, 200):
-            sides = []
-            for target in (plain, fused):
+            runs = []
+            for target, _ in sides.values():
                 cache = make_cache(target.config, CONTEXT + width)
                 target.hidden(tokens[:, :CONTEXT], cache=cache)
 
@@ -51,28 +59,34 @@ def main() -> None:
                     cache.crop(-width)
                     return found
 
-                sides.append(run)
-            table.add_row(f"target, {width} tokens", *_compare(sides, options.rounds if width < 200 else 5))
-        size, num_features = fused_drafter.block_size, len(fused_drafter.target_layer_ids) * fused.hidden_size
-        noise, features = torch.randn(1, size, fused.hidden_size).to(dtype), torch.randn(1, 3, num_features).to(dtype)
-        sides = [
+                runs.append(run)
+            table.add_row(f"target, {width} tokens", *_compare(runs, options.rounds if width < 200 else 5))
+        size, num_features = fused[1].block_size, len(fused[1].target_layer_ids) * fused[0].hidden_size
+        noise, features = (
+            torch.randn(1, size, fused[0].hidden_size).to(dtype),
+            torch.randn(1, 3, num_features).to(dtype),
+        )
+        runs = [
             lambda drafter=drafter: drafter(noise, features, torch.arange(3 + size)[None]).last_hidden_state
-            for drafter in (plain_drafter, fused_drafter)
+            for _, drafter in sides.values()
         ]
-        table.add_row(f"drafter, a block of {size}", *_compare(sides, options.rounds))
+        table.add_row(f"drafter, a block of {size}", *_compare(runs, options.rounds))
+        for width in (1, 8):
+            rows = torch.randn(width, fused[0].hidden_size).to(dtype)
+            runs = [lambda target=target, rows=rows: target.logits(rows) for target, _ in sides.values()]
+            table.add_row(f"LM head, {width} rows", *_compare(runs, options.rounds))
     console().print(table)
 
 
-def _compare(sides: list, rounds: int) -> list[str]:
-    seconds: list[list[float]] = [[], []]
+def _compare(runs: list, rounds: int) -> list[str]:
+    seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 1):
-        for run, of_side in zip(sides, seconds, strict=True):
+        for run, of_side in zip(runs, seconds, strict=True):
             start = time.perf_counter()
             run()
             of_side.append(time.perf_counter() - start)
-    old, new = (statistics.median(of_side[1:]) for of_side in seconds)
-    bits = "equal" if torch.equal(*(run() for run in sides)) else "differ"
-    return [f"{1000 * old:.1f}", f"{1000 * new:.1f}", f"{new / old:.2f}", bits]
+    bits = "equal" if torch.equal(runs[0](), runs[1]()) else "differ"
+    return [*(f"{1000 * statistics.median(of_side[1:]):.1f}" for of_side in seconds), bits]
 
 
 if __name__ == "__main__":

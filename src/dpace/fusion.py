@@ -113,25 +113,10 @@ class _Fused:
         return last
 
     def step(self, hidden: Tensor, of_pass: _Pass, mask: Tensor | None, cache: Any) -> Tensor:
-        """The layer, with its own part of the cache: `heads` and `finish` in one, as every further function costs a microsecond.
-
-        Each layer's weights push its code out of the CPU's caches, so that calls take several times as long as in a loop of their own.
-        """
-        num_queries, num_keys = self.sizes
-        heads = self.qkv(self.norm(hidden, 0)).view(*hidden.shape[:2], -1, self.head_dim)
-        turned = heads.narrow(2, 0, num_queries + num_keys)
-        if len(self.norms) > 2:
-            turned = self.norm_heads(turned)
-        cos, sin = of_pass.of_heads
-        turned = turned * cos + turned.roll(of_pass.half, -1) * sin
-        key, value = cache.update(
-            turned.narrow(2, num_queries, num_keys).transpose(1, 2),
-            heads.narrow(2, num_queries + num_keys, num_keys).transpose(1, 2),
-        )
-        query = turned.narrow(2, 0, num_queries).transpose(1, 2)
-        hidden = hidden + self.out(attend_in_groups(query, key, value, mask, self.scaling).flatten(2))
-        gate, up = self.gate_up(self.norm(hidden, 1)).chunk(2, -1)
-        return hidden + self.down(self.activation(gate) * up)
+        """The layer, with its own part of the cache."""
+        query, key, value = self.heads(self.norm(hidden, 0), of_pass)
+        key, value = cache.update(key, value)
+        return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling))
 
     def heads(self, rows: Tensor, of_pass: _Pass) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, "batch head seq dim", of what the input norm gave."""
