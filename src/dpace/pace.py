@@ -80,8 +80,10 @@ class Pace:
 
     Instead of a draft, what a prompt lookup proposes may be verified, or nothing. How often lookups are right is seen at every step,
     by the length of the match and apart for the first token and further ones; what drafts give, when there are some, by the same
-    length. The one that promises most is taken. Drafts that promise less are made for `EXPLORATION` of the tokens: a bad drafter costs
-    little, and one that gets good is found again. What was learned is kept from one response to the next (`make_pace`).
+    length. The one that promises most is taken; what a draft gives and copying would have given a step later counts only for its share
+    of that step. Drafts that promise less are made for `EXPLORATION` of the tokens, less where the drafter would have to read a prompt
+    first: a bad drafter costs little, and one that gets good is found again. What was learned is kept from one response to the next
+    (`make_pace`).
     """
 
     def __init__(self, costs: StepCosts):
