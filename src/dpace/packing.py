@@ -1,5 +1,6 @@
 """Linear layers on a CPU with a copy of their weights in a faster layout: same products up to rounding, in half the time or less."""
 
+import functools
 import math
 import weakref
 from collections.abc import Callable
@@ -48,16 +49,15 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     A power of two makes room for the small values of bf16, whose exponents reach further down; rows are divided by it. FBGEMM adds
     up in the same order for any number of rows, so that a token's products do not depend on what is read with it.
     """
+    if not _has_fp16_products():
+        return None
     exponent = 0
     if not (exact := torch.equal(weight.half().float(), weight)):
         exponent = 15 - math.frexp(float(weight.abs().max().nan_to_num()))[1]
         weight = weight * 2.0**exponent
         if not torch.equal(weight.half().float(), weight):
             return None
-    try:
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-    except RuntimeError:  # a build or a CPU without FBGEMM
-        return None
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     multiply, scale = torch.ops.quantized.linear_dynamic_fp16.default, 2.0**-exponent
     if exact and bias is None:
         return lambda rows: multiply(rows, packed)
@@ -67,6 +67,17 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
         return found if bias is None else found + bias
 
     return product
+
+
+@functools.cache
+def _has_fp16_products() -> bool:
+    """Whether FBGEMM is in this build, works on this CPU, and adds up in fp32."""
+    rows, weight = torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0)).half().float()
+    try:
+        found = torch.ops.quantized.linear_dynamic_fp16(rows, torch.ops.quantized.linear_prepack_fp16(weight, None))
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(found.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
 
 
 def _multiplies_bf16() -> bool:
