@@ -179,7 +179,8 @@ def batch_steps(
     Memory: keys and values of the context in all rows, and its features.
     """
     size = drafter.block_size
-    rows = [_Row([drafter.mask_token_id] * context, context, 2 * size, set(), Sampler()) for _ in range(num_rows)]
+    samplers = [Sampler(temperature, seed=0, device=target.device) for _ in range(num_rows)]
+    rows = [_Row([drafter.mask_token_id] * context, context, 2 * size, set(), sampler) for sampler in samplers]
     with torch.inference_mode(), target.capture(drafter.target_layer_ids) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=False)
         batch.prefill()
@@ -190,7 +191,6 @@ def batch_steps(
     def step(width: int) -> None:
         for row in rows:
             row.text = row.text[: context + 1]
-            row.sampler = Sampler(temperature, seed=0, device=target.device)
         if width == 1:
             batch.captured = []
             batch.verify(blocks[:, :1])

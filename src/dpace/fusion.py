@@ -272,7 +272,7 @@ def fuse_layers(model: PreTrainedModel) -> bool:
     Query, key and value are one product, so are gate and up, norms and rotations take fewer operations. It is done for `LAYERS`, where
     the first one gives what it gave before, and for `DFlashLayer`. Hooks on layers run as before, those on modules inside them do not.
 
-    Memory: as before. The packed copies of single weights go, one layer at a time.
+    Memory: that of the packed copies of single weights, which go, or are never made.
     """
     layers: list[Any] = [
         layer for layer in model.modules() if type(layer).__name__ in LAYERS or type(layer) is DFlashLayer

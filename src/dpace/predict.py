@@ -213,7 +213,7 @@ def measure_together(
             for size, of_size in groups[set_name].items():
                 bar.update(task, info=f"{set_name}, {size}")
                 timers = {
-                    name: StepTimer(list(of_rows.values()), drafters[name].block_size)
+                    name: StepTimer([of_rows[rows] for rows in of_rows if rows <= size], drafters[name].block_size)
                     for name, of_rows in steps.items()
                     if size in of_rows
                 }
@@ -228,7 +228,7 @@ def measure_together(
                 for name, timer in timers.items():
                     timer.run_at_least(MIN_ROUNDS)
                     costs = timer.costs(statistics.median)
-                    found.costs[name, set_name, temperature, size] = dict(zip(steps[name], costs, strict=True))
+                    found.costs[name, set_name, temperature, size] = dict(zip(steps[name], costs, strict=False))
     return found
 
 

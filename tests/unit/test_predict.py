@@ -23,9 +23,7 @@ def test_prediction_by_hand():
     assert predict_speedups(row, alone) == pytest.approx([cut, 2 * 1.5 / 4.0])
     pair = [1.5 * 3.0 / (4.0 * 7 / 4), 2 * 3.0 / (4.0 * 9 / 4)]
     assert predict_speedups(row, alone, costs, 2) == pytest.approx(pair)  # the response beside itself
-    reading = StepCosts(
-        [1.0, 2.0, 3.0], 1.0, 2.0
-    )  # the prompt takes as long at any width: 0.8 * (2 + 8 / 3 * 3) s for 4 tokens
+    reading = StepCosts([1.0, 2.0, 3.0], 1.0, 2.0)  # as long at any width: 0.8 * (2 + 8 / 3 * 3) s for 4 tokens
     assert predict_speedups(row, reading) == pytest.approx([0.5 * 1.5, 0.5 * 1.5])
     ours |= {"num_without_bonus": 1, "decode_tokens": 3}  # one verification ended the text and has no bonus token
     assert predict_speedups(row, alone) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
