@@ -1,4 +1,4 @@
-"""What `dpace.attention` saves on a CPU: the target's layers with it and with transformers' `sdpa`, alternating.
+"""What `dpace.fast.attention` saves on a CPU: the target's layers with it and with transformers' `sdpa`, alternating.
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py TARGET [ROUNDS]
 
@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from dpace import attention
-from dpace.cache import make_cache
+from dpace.fast import attention
+from dpace.fast.cache import make_cache
 from dpace.target import Target
 
 CONTEXTS, WIDTHS = (128, 512, 1500), (1, 4, 8)
@@ -24,7 +24,7 @@ def main(name: str, rounds: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         target = Target.load(name, dtype=dtype)
         if target.config._attn_implementation != attention.NAME:
-            raise SystemExit(f"{name} does not use dpace.attention here")
+            raise SystemExit(f"{name} does not use dpace.fast.attention here")
         for context in CONTEXTS:
             token_ids = torch.randint(1000, (1, context))
             cache = make_cache(target.config, context + max(WIDTHS))

@@ -25,17 +25,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from dpace.decode import generate, generate_plain, speculative_steps
+from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
+from dpace.data.responses import encode_chat
+from dpace.decode.loop import generate, generate_plain, speculative_steps
+from dpace.decode.pace import Pace, measure_costs
+from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter, load_drafter
-from dpace.gguf_file import write_f16
-from dpace.llamacpp import answer, make_server
-from dpace.pace import Pace, measure_costs
-from dpace.packing import pack_linears
+from dpace.engines.gguf import write_f16
+from dpace.engines.llamacpp import answer, make_server
+from dpace.fast.packing import pack_linears
 from dpace.progress import progress_bar
-from dpace.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.report import console
-from dpace.responses import encode_chat
-from dpace.sampling import Sampler
+from dpace.report.tables import console
 from dpace.target import Target
 
 Way = Callable[[list[int], int], list[int]]
@@ -67,7 +67,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
 
 
 def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
-    """The loops of transformers and z-lab, on the model as it comes and, marked `packed`, on ours (`dpace.packing`, `dpace.attention`)."""
+    """The loops of transformers and z-lab, on the model as it comes and, marked `packed`, on ours (`dpace.fast.packing`, `dpace.fast.attention`)."""
     model: Any = AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype).to(target.device)
     unpacked: Any = Drafter.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
 

@@ -8,7 +8,7 @@ r"""The same drafter in every engine that runs on a CPU: text, tau and tokens a 
     python benchmarks/engines.py TARGET DRAFTER --gguf TARGET.gguf --vllm-python /tmp/vllm/bin/python \
         --mlx-python /tmp/mlx/bin/python --speculators-python /tmp/spec/bin/python
 
-Everything is exported by `dpace.formats.export` first. tau is the number of tokens after the first over the number of verifications,
+Everything is exported by `dpace.engines.export.export` first. tau is the number of tokens after the first over the number of verifications,
 pooled over prompts; ours verifies whole blocks, as the others do. Seconds are those of a call less those of a call for one token, the
 smallest of all rounds for each prompt, after a call that is not counted.
 llama.cpp has an f16 target and as many threads as torch; vLLM and the others are in fp32.
@@ -34,14 +34,14 @@ from transformers import AutoModel
 
 import dpace
 from dpace.config import Format
-from dpace.decode import generate, generate_plain
+from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
+from dpace.data.responses import encode_chat
+from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
-from dpace.formats import export
-from dpace.gguf_file import write_f16
-from dpace.llamacpp import has_llamacpp, run_llamacpp
-from dpace.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.report import console
-from dpace.responses import encode_chat
+from dpace.engines.export import export
+from dpace.engines.gguf import write_f16
+from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
+from dpace.report.tables import console
 from dpace.target import Target
 
 CHILD = Path(__file__).with_name("engines_child.py")

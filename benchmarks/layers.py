@@ -14,11 +14,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import dpace.drafter
-import dpace.packing
+import dpace.fast.packing
 import dpace.target
-from dpace.cache import make_cache
 from dpace.drafter import load_drafter
-from dpace.report import console
+from dpace.fast.cache import make_cache
+from dpace.report.tables import console
 from dpace.target import Target
 
 CONTEXT = 128
@@ -38,10 +38,10 @@ def main() -> None:
         target = Target.load(options.target, dtype=dtype)
         return target, load_drafter(options.drafter, target)
 
-    fused, in_16_bits = load(), dpace.packing._pack_in_16_bits
-    dpace.packing._pack_in_16_bits = lambda *_: None
+    fused, in_16_bits = load(), dpace.fast.packing._pack_in_16_bits
+    dpace.fast.packing._pack_in_16_bits = lambda *_: None
     wide = load()
-    dpace.packing._pack_in_16_bits = in_16_bits
+    dpace.fast.packing._pack_in_16_bits = in_16_bits
     dpace.target.fuse_layers = dpace.drafter.fuse_layers = lambda _: False
     sides = {"transformers": load(), "fused": fused, "fused, not in 16 bits": wide}
     table = Table("pass", *(f"{name}, ms" for name in sides), "bits", box=SIMPLE_HEAD)

@@ -21,15 +21,15 @@ import torch
 from rich.progress import track
 
 from dpace.config import read_recipe
-from dpace.dataset import ResponseDataset, collate
-from dpace.demo import find_target
+from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.responses import Response
+from dpace.demo.run import find_target
 from dpace.drafter import Drafter
-from dpace.heldout import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
+from dpace.measure.heldout import blocks_hidden
 from dpace.objective import make_weigh
-from dpace.optimizer import MuonAdamW
-from dpace.responses import Response
 from dpace.target import Target
+from dpace.train.optimizer import MuonAdamW
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
 NUM_TOKENS, NUM_PROMPT_TOKENS = 260, 180
@@ -37,7 +37,7 @@ NUM_TOKENS, NUM_PROMPT_TOKENS = 260, 180
 
 def main(rounds: int) -> None:
     torch.manual_seed(0)
-    recipe = read_recipe(Path(str(files("dpace") / "data" / "demo-cpu.yaml")))
+    recipe = read_recipe(Path(str(files("dpace") / "demo" / "cpu.yaml")))
     target, config = Target.load(find_target(recipe.target)), recipe.train
     drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
     spans = [[NUM_PROMPT_TOKENS, NUM_TOKENS]]

@@ -18,16 +18,16 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dpace.benchmark import bench
 from dpace.config import Recipe, read_recipe
-from dpace.demo import TARGET_ID, find_target
+from dpace.data.prompts import Prompt, read_prompts
+from dpace.data.public_sets import SETS, read_sets
+from dpace.data.responses import write_responses
+from dpace.demo.run import TARGET_ID, find_target
 from dpace.drafter import load_drafter
-from dpace.prompts import Prompt, read_prompts
-from dpace.report import console, results_table
-from dpace.responses import write_responses
-from dpace.sets import SETS, read_sets
+from dpace.measure.benchmark import bench
+from dpace.report.tables import console, results_table
 from dpace.target import Target
-from dpace.train import is_trained, make_datasets, train
+from dpace.train.run import is_trained, make_datasets, train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEPTHS = (3, 5)

@@ -13,10 +13,10 @@ import time
 import dflash.model as zlab
 import torch
 
-from dpace.decode import generate, generate_plain
+from dpace.data.prompts import demo_path, read_prompts
+from dpace.data.responses import encode_chat
+from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
-from dpace.prompts import demo_path, read_prompts
-from dpace.responses import encode_chat
 from dpace.target import Target
 
 MAX_NEW_TOKENS = 128

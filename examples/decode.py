@@ -2,11 +2,11 @@
 
 import sys
 
-from dpace.decode import generate, generate_plain
-from dpace.demo import TARGET_ID, find_target
+from dpace.data.prompts import find_prompt
+from dpace.data.responses import encode_chat
+from dpace.decode.loop import generate, generate_plain
+from dpace.demo.run import TARGET_ID, find_target
 from dpace.drafter import load_drafter
-from dpace.prompts import find_prompt
-from dpace.responses import encode_chat
 from dpace.target import Target
 
 target = Target.load(find_target(TARGET_ID))

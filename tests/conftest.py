@@ -18,13 +18,13 @@ from transformers import (
     Qwen3Config,
 )
 
-import dpace.gguf_file
-from dpace.attention import group_heads
+import dpace.engines.gguf
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
+from dpace.data.responses import Response
 from dpace.drafter import Drafter
-from dpace.fusion import fuse_layers
-from dpace.packing import pack_linears
-from dpace.responses import Response
+from dpace.fast.attention import group_heads
+from dpace.fast.fusion import fuse_layers
+from dpace.fast.packing import pack_linears
 from dpace.target import Target
 
 VOCAB = 64
@@ -181,7 +181,7 @@ def write_target_gguf(target: Target, path: Path) -> Path:
     writer.add_unk_token_id(2)
     writer.add_add_bos_token(False)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for ours, theirs in dpace.gguf_file._LAYER_NAMES.items():
+    for ours, theirs in dpace.engines.gguf._LAYER_NAMES.items():
         names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(config.num_hidden_layers)}
     for ours, theirs in names.items():
         writer.add_tensor(f"{theirs}.weight", weights[f"{ours}.weight"].float().numpy())
@@ -206,8 +206,8 @@ def language_prompts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def language_responses(language_target, language_prompts, tmp_path_factory) -> list[Response]:
-    from dpace.prompts import Prompt
-    from dpace.responses import write_responses
+    from dpace.data.prompts import Prompt
+    from dpace.data.responses import write_responses
 
     prompts = [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts)]
     path = tmp_path_factory.mktemp("responses") / "responses.jsonl"
@@ -227,7 +227,7 @@ LANGUAGE_RECIPE = Recipe(
 @pytest.fixture(scope="session")
 def language_drafter_folder(language_target, language_responses, tmp_path_factory) -> Path:
     """A drafter that accepts well above chance, as training writes it."""
-    from dpace.train import make_datasets, train
+    from dpace.train.run import make_datasets, train
 
     folder = tmp_path_factory.mktemp("drafter")
     recipe = replace(LANGUAGE_RECIPE, output=str(folder))

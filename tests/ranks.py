@@ -15,13 +15,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dpace.config import LossConfig, Recipe
-from dpace.dataset import ResponseDataset, collate
+from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.responses import Response
 from dpace.drafter import Drafter
-from dpace.heldout import blocks_hidden
 from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll
-from dpace.responses import Response
+from dpace.measure.heldout import blocks_hidden
 from dpace.target import Target
-from dpace.train import train
+from dpace.train.run import train
 
 
 def make_dataset(responses: list[Response], recipe: Recipe) -> ResponseDataset:

@@ -135,12 +135,12 @@ def _first_as(name: str, args: list[str]) -> list[str]:
 
 
 def _demo(args: list[str]) -> None:
-    from dpace.demo import DemoConfig
+    from dpace.demo.run import DemoConfig
 
     config = _parse(DemoConfig, "demo", args)
 
-    from dpace.demo import demo_recipe, find_target, run_demo, summary
-    from dpace.report import console, results_table, slots_table
+    from dpace.demo.run import demo_recipe, find_target, run_demo, summary
+    from dpace.report.tables import console, results_table, slots_table
 
     results = run_demo(config)
     console().print(results_table(results), slots_table(results))
@@ -157,8 +157,8 @@ def _demo(args: list[str]) -> None:
 
 def _respond(args: list[str]) -> None:
     recipe = _parse(Recipe, "respond", args)
-    from dpace.prompts import split_prompts
-    from dpace.responses import write_responses
+    from dpace.data.prompts import split_prompts
+    from dpace.data.responses import write_responses
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
@@ -176,9 +176,9 @@ def _train(args: list[str]) -> None:
     recipe = _parse(Recipe, "train", args)
     from torch import distributed
 
-    from dpace.prompts import split_prompts
-    from dpace.responses import read_responses
-    from dpace.train import make_datasets, train
+    from dpace.data.prompts import split_prompts
+    from dpace.data.responses import read_responses
+    from dpace.train.run import make_datasets, train
 
     path = Path(recipe.output) / "responses.jsonl"
     responses = {response.id: response for response in read_responses(path)} if path.exists() else {}
@@ -200,7 +200,7 @@ def _train(args: list[str]) -> None:
 def _compare(args: list[str]) -> None:
     config = _parse(CompareConfig, "compare", args)
     from dpace.compare import compare
-    from dpace.report import compare_table, console
+    from dpace.report.tables import compare_table, console
 
     results = compare(_load_target(config), config)
     console().print(compare_table(results))
@@ -214,11 +214,11 @@ def _compare(args: list[str]) -> None:
 
 def _bench(args: list[str]) -> None:
     recipe = _parse(Recipe, "bench", args)
-    from dpace.benchmark import bench
+    from dpace.data.prompts import split_prompts
+    from dpace.data.public_sets import read_sets
     from dpace.drafter import load_drafter
-    from dpace.prompts import split_prompts
-    from dpace.report import console, drafters_table, predictions_table, results_table, slots_table
-    from dpace.sets import read_sets
+    from dpace.measure.benchmark import bench
+    from dpace.report.tables import console, drafters_table, predictions_table, results_table, slots_table
 
     if recipe.bench.sets:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
@@ -245,10 +245,10 @@ def _bench(args: list[str]) -> None:
 def _bench_servers(recipe: Recipe, prompts: list) -> None:
     from transformers import AutoTokenizer
 
-    from dpace.demo import find_target
-    from dpace.report import console, servers_table
-    from dpace.responses import Chat
-    from dpace.servers import bench_servers
+    from dpace.data.responses import Chat
+    from dpace.demo.run import find_target
+    from dpace.measure.servers import bench_servers
+    from dpace.report.tables import console, servers_table
 
     name, settings = find_target(recipe.target), recipe.bench
     chat = Chat(name, AutoTokenizer.from_pretrained(name), recipe.thinking)
@@ -270,7 +270,7 @@ class ReportConfig:
 
 def _report(args: list[str]) -> None:
     config = _parse(ReportConfig, "report", _first_as("folders", args))
-    from dpace.page import write_report
+    from dpace.report.page import write_report
 
     written = write_report(config.folders, config.output or Path(config.folders[0]) / "report.html")
     print("written:", ", ".join(map(str, written)))
@@ -278,10 +278,10 @@ def _report(args: list[str]) -> None:
 
 def _check(args: list[str]) -> None:
     config = _parse(CheckConfig, "check", args)
-    from dpace.check import check
+    from dpace.data.prompts import read_heldout
     from dpace.drafter import load_drafter
-    from dpace.prompts import read_heldout
-    from dpace.report import check_table, console
+    from dpace.measure.check import check
+    from dpace.report.tables import check_table, console
 
     prompts = read_heldout(config.prompts)
     failed = []
@@ -297,9 +297,9 @@ def _check(args: list[str]) -> None:
 
 def _doctor(args: list[str]) -> None:
     config = _parse(DoctorConfig, "doctor", _first_as("drafter", args))
-    from dpace.doctor import RUN, diagnose
-    from dpace.layout import serve_command
-    from dpace.report import console, doctor_table
+    from dpace.engines.doctor import RUN, diagnose
+    from dpace.engines.published import serve_command
+    from dpace.report.tables import console, doctor_table
 
     target = _load_target(config)
     diagnoses = diagnose(config.drafter, target, engine=config.engine, responses=config.responses)
@@ -326,11 +326,11 @@ def _generate(args: list[str]) -> None:
         raise ValueError("--compile needs --drafter, and goes with neither --stream nor --verify-rule speculative")
     if config.prompt is None and not config.stream:
         raise ValueError("nothing to answer; give --prompt, or --stream for a chat")
-    from dpace.batch import generate_batch
-    from dpace.decode import generate, generate_plain
+    from dpace.data.prompts import find_prompt
+    from dpace.data.responses import encode_chat
+    from dpace.decode.batch import generate_batch
+    from dpace.decode.loop import generate, generate_plain
     from dpace.drafter import load_drafter
-    from dpace.prompts import find_prompt
-    from dpace.responses import encode_chat
 
     target = _load_target(config)
     options = {
@@ -361,9 +361,9 @@ def _export(args: list[str]) -> None:
     config = _parse(ExportConfig, "export", _first_as("drafter", args))
     import torch
 
-    from dpace.formats import export, push
-    from dpace.prompts import first_of_each_set, read_heldout
-    from dpace.responses import encode_chat
+    from dpace.data.prompts import first_of_each_set, read_heldout
+    from dpace.data.responses import encode_chat
+    from dpace.engines.export import export, push
 
     target = _load_target(config, "auto")
     chosen = first_of_each_set(read_heldout(config.prompts), config.num_prompts)
@@ -394,9 +394,9 @@ def _export(args: list[str]) -> None:
 
 def _import(args: list[str]) -> None:
     config = _parse(ImportConfig, "import", _first_as("source", args))
-    from dpace.demo import find_target
-    from dpace.formats import import_drafter
-    from dpace.layout import verifier_name
+    from dpace.demo.run import find_target
+    from dpace.engines.export import import_drafter
+    from dpace.engines.published import verifier_name
 
     target = config.target or verifier_name(config.source)
     target = find_target(target) if target else None
@@ -412,8 +412,8 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
     """Answer the messages, or the user's lines until the end of input; show speed and accepted lengths after each answer."""
     import time
 
-    from dpace.responses import encode_chat
-    from dpace.stream import stream
+    from dpace.data.responses import encode_chat
+    from dpace.decode.streaming import stream
 
     is_one_answer = bool(messages)
     while True:
@@ -443,7 +443,7 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
 def _load_target(config, dtype: str | None = None):
     import torch
 
-    from dpace.demo import find_target
+    from dpace.demo.run import find_target
     from dpace.target import Target
 
     name = dtype or getattr(config, "dtype", "auto")

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from dpace.benchmark import bench
 from dpace.config import CompareConfig, Recipe
-from dpace.dataset import ResponseDataset
+from dpace.data.dataset import ResponseDataset
+from dpace.data.prompts import Prompt, split_prompts, write_json
+from dpace.data.responses import write_responses
 from dpace.drafter import Drafter, load_drafter
-from dpace.heldout import heldout_acceptance
+from dpace.measure.benchmark import bench
+from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance, tau_gain
 from dpace.objective import with_objective
-from dpace.prompts import Prompt, split_prompts, write_json
-from dpace.report import plot_acceptance, plot_tau, plot_weights, read_log
-from dpace.responses import write_responses
+from dpace.report.tables import plot_acceptance, plot_tau, plot_weights, read_log
 from dpace.target import Target
-from dpace.train import is_trained, make_datasets, train
+from dpace.train.run import is_trained, make_datasets, train
 
 SCHEMA_VERSION = 1
 

@@ -14,9 +14,9 @@ from transformers import Qwen3Config
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
-from dpace.fusion import fuse_layers
+from dpace.fast.fusion import fuse_layers
+from dpace.fast.packing import pack_linears
 from dpace.modeling_dflash import DFlashDraftModel
-from dpace.packing import pack_linears
 from dpace.target import Target
 
 

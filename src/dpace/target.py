@@ -19,10 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dpace.attention import group_heads
-from dpace.fusion import FusedStack, fuse_layers, stack_layers
+from dpace.fast.attention import group_heads
+from dpace.fast.fusion import FusedStack, fuse_layers, stack_layers
+from dpace.fast.packing import PackedLinear, Product, pack, pack_linears, packed_product
 from dpace.loss import Head
-from dpace.packing import PackedLinear, Product, pack, pack_linears, packed_product
 
 MIN_SHARED = 16
 """Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
@@ -64,7 +64,7 @@ class Target:
     ) -> "Target":
         """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
 
-        Memory: the weights; on a CPU twice, where there is room (see `dpace.packing`).
+        Memory: the weights; on a CPU twice, where there is room (see `dpace.fast.packing`).
 
         Args:
             name: folder or Hub id.
@@ -153,7 +153,7 @@ class Target:
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
         """Logits of a few rows, as decoding computes them: `head.logits` up to rounding.
 
-        Memory: on a CPU a second copy of the head, see `dpace.packing`.
+        Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
         if self._head_product is None:
             return self.head.logits(hidden)

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import pytest
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
-from dpace.decode import Generation, generate
-from dpace.demo import TARGET_ID, find_target
+from dpace.data.prompts import Prompt, demo_path, read_prompts
+from dpace.data.responses import encode_chat, write_responses
+from dpace.decode.loop import Generation, generate
+from dpace.demo.run import TARGET_ID, find_target
 from dpace.drafter import Drafter, load_drafter
 from dpace.metrics import Acceptance
-from dpace.prompts import Prompt, demo_path, read_prompts
-from dpace.responses import encode_chat, write_responses
 from dpace.target import Target
-from dpace.train import make_datasets, train
+from dpace.train.run import make_datasets, train
 
 MAX_NEW_TOKENS = 48
 

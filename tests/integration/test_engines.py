@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dpace.decode import generate
+from dpace.decode.loop import generate
 from dpace.drafter import load_drafter
-from dpace.formats import export, import_drafter
-from dpace.layout import Layout, read_folder
+from dpace.engines.export import export, import_drafter
+from dpace.engines.published import Layout, read_folder
 from dpace.target import Target
 
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"

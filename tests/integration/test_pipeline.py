@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 
-from dpace.benchmark import bench
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.demo import summary
-from dpace.prompts import Prompt
-from dpace.report import plot_acceptance, plot_weights, read_log, verdict
+from dpace.data.prompts import Prompt
+from dpace.demo.run import summary
+from dpace.measure.benchmark import bench
+from dpace.report.tables import plot_acceptance, plot_weights, read_log, verdict
 
 
 @pytest.fixture

@@ -17,19 +17,19 @@ from pathlib import Path
 import pytest
 
 from dpace.config import BenchConfig
-from dpace.decode import generate
-from dpace.formats import export
+from dpace.data.prompts import Prompt
+from dpace.data.responses import Chat, encode_chat
+from dpace.decode.loop import generate
+from dpace.engines.export import export
+from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance
-from dpace.prompts import Prompt
-from dpace.responses import Chat, encode_chat
-from dpace.servers import bench_servers
 from dpace.target import Target
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
 
 SERVE = """
 import sys
-from dpace.llamacpp import make_server
+from dpace.engines.llamacpp import make_server
 server = make_server(sys.argv[1], sys.argv[2] or None, num_draft_tokens=int(sys.argv[3]))
 print(server.listening_address, flush=True)
 sys.stdin.read()

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import dpace.attention
-from dpace.attention import MAX_QUERIES, NAME, group_heads, grouped_attention
+import dpace.fast.attention
+from dpace.fast.attention import MAX_QUERIES, NAME, group_heads, grouped_attention
 from dpace.target import Target
 from tests.conftest import FAMILIES
 
@@ -35,7 +35,7 @@ def left_to_sdpa(monkeypatch) -> list:
         calls.append(args)
         return query, None
 
-    monkeypatch.setattr(dpace.attention, "sdpa_attention_forward", sdpa)
+    monkeypatch.setattr(dpace.fast.attention, "sdpa_attention_forward", sdpa)
     return calls
 
 
@@ -88,7 +88,7 @@ def test_other_implementations_and_models_that_ask_for_sdpa_stay(kept, monkeypat
     model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"](), attn_implementation=kept)
     if kept == "sdpa":
         monkeypatch.setattr(
-            dpace.attention, "inspect", SimpleNamespace(getsource=lambda _: 'if kind in ("eager", "sdpa"):')
+            dpace.fast.attention, "inspect", SimpleNamespace(getsource=lambda _: 'if kind in ("eager", "sdpa"):')
         )
     group_heads(model)
     assert model.config._attn_implementation == kept

@@ -2,9 +2,9 @@ import jaxtyping
 import pytest
 import torch
 
-from dpace.batch import generate_batch
-from dpace.cache import RaggedLayer
-from dpace.decode import generate, generate_plain
+from dpace.decode.batch import generate_batch
+from dpace.decode.loop import generate, generate_plain
+from dpace.fast.cache import RaggedLayer
 from tests.conftest import make_drafter, make_target
 
 LENGTHS = [7, 1, 12, 3, 7]

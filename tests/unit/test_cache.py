@@ -1,7 +1,7 @@
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from dpace.cache import PreallocatedLayer
+from dpace.fast.cache import PreallocatedLayer
 
 
 def test_a_preallocated_layer_holds_what_a_dynamic_one_holds():

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import dpace.batch
-import dpace.check
-import dpace.decode
-import dpace.heldout
+import dpace.decode.batch
+import dpace.decode.loop
+import dpace.measure.check
+import dpace.measure.heldout
 from dpace.blocks import dense_mask
-from dpace.check import SIGNIFICANCE, Divergence, check, uniformity
 from dpace.cli import main
 from dpace.config import CheckConfig
-from dpace.prompts import Prompt
-from dpace.sampling import verify_draft
+from dpace.data.prompts import Prompt
+from dpace.decode.sampling import verify_draft
+from dpace.measure.check import SIGNIFICANCE, Divergence, check, uniformity
 from tests.conftest import make_drafter, make_target
 
 CONFIG = CheckConfig("target", "drafter", num_prompts=4, max_new_tokens=24)
@@ -41,26 +41,28 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
 
 
 def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):
-    monkeypatch.setattr(dpace.decode, "verify_draft", lambda draft, own: min(len(draft), verify_draft(draft, own) + 1))
+    monkeypatch.setattr(
+        dpace.decode.loop, "verify_draft", lambda draft, own: min(len(draft), verify_draft(draft, own) + 1)
+    )
     found = failed(check(language_target, language_drafter, prompts, CONFIG))
     assert {"accepted lengths in training are those of decoding"} <= set(found)
-    monkeypatch.setattr(dpace.decode, "verify_draft", verify_draft)
+    monkeypatch.setattr(dpace.decode.loop, "verify_draft", verify_draft)
 
     def keep_all(draft, draft_probs, target_probs, sampler):
         return len(draft), int(target_probs[len(draft)].argmax())
 
-    monkeypatch.setattr(dpace.decode, "verify_sampled", keep_all)
+    monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
     config = replace(CONFIG, num_prompts=12)
     assert failed(check(language_target, language_drafter, prompts, config)) == ["distribution, rule speculative"]
 
 
 def test_a_cache_that_keeps_a_rejected_token_is_found(language_target, language_drafter, prompts, monkeypatch):
-    crop = dpace.cache.PreallocatedLayer.crop
+    crop = dpace.fast.cache.PreallocatedLayer.crop
 
     def late(self, length):
         return crop(self, length + 1 if length < -1 else length)
 
-    monkeypatch.setattr(dpace.cache.PreallocatedLayer, "crop", late)
+    monkeypatch.setattr(dpace.fast.cache.PreallocatedLayer, "crop", late)
     found = check(language_target, make_drafter(language_target), prompts, CONFIG)
     assert "text at temperature 0" in failed(found) and "NOT A TIE" in found[0].detail
 
@@ -71,14 +73,14 @@ def test_a_leak_is_found(language_target, language_drafter, prompts, monkeypatch
         mask[..., :num_context] = True
         return mask
 
-    monkeypatch.setattr(dpace.heldout, "dense_mask", leaky)
+    monkeypatch.setattr(dpace.measure.heldout, "dense_mask", leaky)
     assert "no leak from the future" in failed(check(language_target, language_drafter, prompts, CONFIG))
 
 
 def test_only_the_text_is_checked_in_bf16(language_drafter, prompts, language_target):
     target = make_target("smollm2")
     target.model.to(torch.bfloat16)
-    target = dpace.check.Target(target.model, language_target.tokenizer)
+    target = dpace.measure.check.Target(target.model, language_target.tokenizer)
     drafter = make_drafter(target).to(torch.bfloat16)
     findings = check(target, drafter, prompts, CONFIG)
     assert [finding.name for finding in findings] == ["text at temperature 0", "text at temperature 1, same seed"]
@@ -107,7 +109,7 @@ def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path,
     assert main(["check", *flags]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("pass") == 8 and "checking" in printed.err
-    monkeypatch.setattr(dpace.batch, "verify_draft", lambda draft, own: len(draft))
+    monkeypatch.setattr(dpace.decode.batch, "verify_draft", lambda draft, own: len(draft))
     assert main(["check", *flags]) == 1
     printed = capsys.readouterr()
     assert ", batch, token" in printed.out and "failed: text at temperature 0 (float32)" in printed.err

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import dpace.blocks
 from dpace.blocks import Blocks
 from dpace.cli import main
-from dpace.doctor import RUN, diagnose
 from dpace.drafter import Drafter
-from dpace.folder_checks import CONFIG, FILES, WEIGHTS
-from dpace.layout import serve_command
+from dpace.engines.config_checks import CONFIG, FILES, WEIGHTS
+from dpace.engines.doctor import RUN, diagnose
+from dpace.engines.published import serve_command
 from dpace.target import Target
 from tests.conftest import make_drafter, make_target, make_tokenizer
 

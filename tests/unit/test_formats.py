@@ -15,21 +15,21 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-import dpace.demo
-import dpace.formats
+import dpace.demo.run
+import dpace.engines.export
 import dpace.modeling_dflash
-from dpace.benchmark import bench
 from dpace.cli import main
 from dpace.config import BenchConfig, DrafterConfig, Recipe
-from dpace.decode import generate, generate_plain
+from dpace.data.prompts import Prompt
+from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
-from dpace.formats import export, import_drafter, read_drafter
-from dpace.gguf_file import read_gguf
-from dpace.layout import Layout, read_folder
-from dpace.llamacpp import run_llamacpp
-from dpace.prompts import Prompt
+from dpace.engines.export import export, import_drafter, read_drafter
+from dpace.engines.gguf import read_gguf
+from dpace.engines.llamacpp import run_llamacpp
+from dpace.engines.published import Layout, read_folder
+from dpace.measure.benchmark import bench
 from dpace.target import Target
-from dpace.train import make_datasets, train
+from dpace.train.run import make_datasets, train
 from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target, write_target_gguf
 
 TO_READ = ["zlab", "speculators", "gguf"]
@@ -127,21 +127,21 @@ def test_each_engine_is_told_in_its_own_counting(do_export, language_drafter):
 
 
 def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch):
-    right = dpace.formats.speculators_config
+    right = dpace.engines.export.speculators_config
 
     def shifted(layout, **options):
         config = right(layout, **options)
         return config | {"aux_hidden_state_layer_ids": list(layout.target_layer_ids)}
 
-    monkeypatch.setattr(dpace.formats, "speculators_config", shifted)
+    monkeypatch.setattr(dpace.engines.export, "speculators_config", shifted)
     with pytest.raises(ValueError, match="does not read back as it was written .target_layer_ids"):
         do_export("speculators")
     monkeypatch.setattr(
-        dpace.formats,
+        dpace.engines.export,
         "save_file",
         lambda tensors, path, **_: save_file({**tensors, "norm.weight": tensors["norm.weight"] * 2}, path),
     )
-    monkeypatch.setattr(dpace.formats, "speculators_config", right)
+    monkeypatch.setattr(dpace.engines.export, "speculators_config", right)
     with pytest.raises(ValueError, match="norm.weight"):
         do_export("speculators")
 
@@ -252,11 +252,11 @@ def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, targ
     data = gguf.quants.quantize(np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
     tensor = type("Tensor", (), {"name": "fc.weight", "tensor_type": gguf.GGMLQuantizationType.Q8_0, "data": data})
     with pytest.raises(ValueError, match="quantized .Q8_0"):
-        dpace.gguf_file._weights(tensor)
+        dpace.engines.gguf._weights(tensor)
     rope = {**read_gguf(path, num_target_layers=6)[0].rope, "rope_type": "llama3"}
     layout = Layout(**{**vars(read_gguf(path, num_target_layers=6)[0]), "rope": rope})
     with pytest.raises(ValueError, match="rope_type is 'llama3'"):
-        dpace.gguf_file.write_gguf(tmp_path / "x.gguf", layout, {}, target_gguf=target_gguf)
+        dpace.engines.gguf.write_gguf(tmp_path / "x.gguf", layout, {}, target_gguf=target_gguf)
 
 
 def decode_and_count(target: Target, decode, token_ids: list[int]) -> tuple[list[int], int]:
@@ -371,9 +371,9 @@ def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, targe
     for offset in (-1, 0, 1):
         shifted = replace(layout, target_layer_ids=tuple(i + offset for i in layout.target_layer_ids))
         path = tmp_path / f"{offset}.gguf"
-        dpace.gguf_file.write_gguf(path, shifted, weights, target_gguf=target_gguf)
+        dpace.engines.gguf.write_gguf(path, shifted, weights, target_gguf=target_gguf)
         texts, found[offset] = zip(*llamacpp_steps(target_gguf, path, prompts), strict=True)
-        drafter = dpace.layout.make_drafter(shifted, weights)
+        drafter = dpace.engines.published.make_drafter(shifted, weights)
         our_texts, ours[offset] = zip(*our_steps(language_target, drafter, prompts), strict=True)
         assert texts == our_texts
 
@@ -498,15 +498,15 @@ def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, 
     asked = [Prompt(t, "language", [[{"role": "user", "content": t}]]) for t in language_prompts[50:56]]
     recipe = Recipe(target="tiny", drafter=DrafterConfig(block_size=6), bench=BenchConfig(max_new_tokens=20))
     arguments = (language_target, folder, asked, recipe)
-    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
-    assert dpace.demo.serve_in_llamacpp(*arguments) == []  # this GGUF file is not this target's
-    monkeypatch.setattr(dpace.demo, "TARGET_ID", "tiny")
-    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: None)
-    assert dpace.demo.serve_in_llamacpp(*arguments) == []
+    monkeypatch.setattr(dpace.demo.run, "find_target_gguf", lambda: target_gguf)
+    assert dpace.demo.run.serve_in_llamacpp(*arguments) == []  # this GGUF file is not this target's
+    monkeypatch.setattr(dpace.demo.run, "TARGET_ID", "tiny")
+    monkeypatch.setattr(dpace.demo.run, "find_target_gguf", lambda: None)
+    assert dpace.demo.run.serve_in_llamacpp(*arguments) == []
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr(dpace.demo, "find_target_gguf", lambda: target_gguf)
-    (served,) = dpace.demo.serve_in_llamacpp(*arguments)
+    monkeypatch.setattr(dpace.demo.run, "find_target_gguf", lambda: target_gguf)
+    (served,) = dpace.demo.run.serve_in_llamacpp(*arguments)
     assert served["num_same_text"] == served["num_responses"] == 3
     assert served["tokens_per_second"] > 0 and served["plain_tokens_per_second"] > 0
-    (line,) = dpace.demo.summary({"rows": [], "llamacpp": [served]})[1:]
+    (line,) = dpace.demo.run.summary({"rows": [], "llamacpp": [served]})[1:]
     assert line.startswith("language: in llama.cpp (f16") and line.endswith("3 of 3 texts equal")

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-import dpace.packing
-from dpace.attention import MAX_QUERIES, group_heads
-from dpace.cache import make_cache
+import dpace.fast.packing
 from dpace.drafter import load_drafter
-from dpace.fusion import FusedDraftLayer, FusedLayer, fuse_layers
-from dpace.packing import PackedLinear, pack_linears
+from dpace.fast.attention import MAX_QUERIES, group_heads
+from dpace.fast.cache import make_cache
+from dpace.fast.fusion import FusedDraftLayer, FusedLayer, fuse_layers
+from dpace.fast.packing import PackedLinear, pack_linears
 from dpace.target import Target
 from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_drafter, make_target
 
@@ -174,4 +174,4 @@ def test_other_models_are_left_as_they_are(monkeypatch):
     expected = run(changed)
     assert not fuse_layers(changed)
     torch.testing.assert_close(run(changed), expected)
-    assert type(first.mlp.up_proj) is PackedLinear and dpace.packing.packed_product(first.mlp.up_proj) is not None
+    assert type(first.mlp.up_proj) is PackedLinear and dpace.fast.packing.packed_product(first.mlp.up_proj) is not None

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from dpace.lookup import MAX_MATCH, PromptLookup
+from dpace.decode.lookup import MAX_MATCH, PromptLookup
 
 
 def search(text: list[int], count: int) -> tuple[int, list[int]]:

@@ -3,7 +3,7 @@ import copy
 import torch
 from torch import nn
 
-from dpace.optimizer import MuonAdamW, orthogonalize
+from dpace.train.optimizer import MuonAdamW, orthogonalize
 
 
 def test_singular_values_are_near_one():

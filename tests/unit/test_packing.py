@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpace.packing import PackedLinear, _has_fp16_products, _multiplies_bf16, _pack_in_16_bits, pack, pack_linears
+from dpace.fast.packing import PackedLinear, _has_fp16_products, _multiplies_bf16, _pack_in_16_bits, pack, pack_linears
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 40])
@@ -97,9 +97,9 @@ def test_gradients_pass():
 
 
 def test_nothing_is_packed_without_room_or_where_it_is_not_faster(monkeypatch):
-    monkeypatch.setattr("dpace.packing.psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
+    monkeypatch.setattr("dpace.fast.packing.psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
     assert not pack_linears(nn.Linear(48, 33))
     monkeypatch.undo()
-    monkeypatch.setattr("dpace.packing._multiplies_bf16", lambda: False)
+    monkeypatch.setattr("dpace.fast.packing._multiplies_bf16", lambda: False)
     layer = nn.Linear(8, 4).to(torch.bfloat16)
     assert not pack_linears(layer) and type(layer) is nn.Linear

@@ -5,12 +5,12 @@ import subprocess
 
 import pytest
 
-from dpace.benchmark import bench
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.page import read_folder, write_report
-from dpace.prompts import Prompt
-from dpace.report import copied_note
+from dpace.data.prompts import Prompt
+from dpace.measure.benchmark import bench
+from dpace.report.page import read_folder, write_report
+from dpace.report.tables import copied_note
 
 CHROMIUM = shutil.which("chromium")
 

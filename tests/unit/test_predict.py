@@ -2,14 +2,14 @@ import random
 
 import pytest
 
-from dpace.benchmark import bench
 from dpace.config import BenchConfig
-from dpace.decode import Generation
-from dpace.pace import StepCosts
-from dpace.page import _errors
-from dpace.predict import NUM_REPEATS, measure_together, predict_speedups, tokens_at
-from dpace.prompts import Prompt
-from dpace.report import console, drafters_table, predictions_table
+from dpace.data.prompts import Prompt
+from dpace.decode.loop import Generation
+from dpace.decode.pace import StepCosts
+from dpace.measure.benchmark import bench
+from dpace.measure.predict import NUM_REPEATS, measure_together, predict_speedups, tokens_at
+from dpace.report.page import _errors
+from dpace.report.tables import console, drafters_table, predictions_table
 from tests.conftest import make_drafter
 
 
@@ -108,7 +108,7 @@ def test_several_at_once_are_measured_in_groups(language_target, language_drafte
         seconds = 1.0 if drafter else 2.5
         return [Generation([0] * (max_new_tokens + 1), [], [], [], 1, 0.0, seconds) for _ in rows]
 
-    monkeypatch.setattr("dpace.predict.generate_batch", fake)
+    monkeypatch.setattr("dpace.measure.predict.generate_batch", fake)
     prompts = [Prompt(str(i), "s", [[{"role": "user", "content": "w1 w50"}]]) for i in range(5)]
     config = BenchConfig(max_new_tokens=20, temperatures=(0.0,), concurrencies=(1, 2, 3, 8))
     found = measure_together(language_target, {"d": language_drafter}, prompts, config, {"s": 64})

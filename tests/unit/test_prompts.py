@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpace.config import PromptsConfig
-from dpace.prompts import demo_path, find_prompt, read_prompts, split_prompts, write_json
+from dpace.data.prompts import demo_path, find_prompt, read_prompts, split_prompts, write_json
 
 
 def write(path, *rows):

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from dpace.config import RespondConfig
-from dpace.decode import generate_plain
-from dpace.prompts import Prompt
-from dpace.responses import encode_chat, read_responses, write_responses
+from dpace.data.prompts import Prompt
+from dpace.data.responses import encode_chat, read_responses, write_responses
+from dpace.decode.loop import generate_plain
 from tests.conftest import make_tokenizer
 
 CONFIG = RespondConfig(max_new_tokens=12, batch_size=4)

@@ -6,11 +6,11 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.dialects import LlamacppServer, connect
-from dpace.page import read_folder
-from dpace.prompts import Prompt
-from dpace.responses import Chat, encode_chat
-from dpace.servers import GROUPS_PER_WORKER, bench_servers
+from dpace.data.prompts import Prompt
+from dpace.data.responses import Chat, encode_chat
+from dpace.measure.server_apis import LlamacppServer, connect
+from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
+from dpace.report.page import read_folder
 
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""
@@ -150,7 +150,7 @@ def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, 
 
 
 def row_text(row):
-    from dpace.report import with_interval
+    from dpace.report.tables import with_interval
 
     return with_interval(row["tau"], row["tau_interval"])
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 
-from dpace.sets import MATH_SUFFIX, SETS, read_sets
+from dpace.data.public_sets import MATH_SUFFIX, SETS, read_sets
 from tests.hub import FakeHub
 
 ROWS = {
@@ -91,7 +91,7 @@ def test_the_hub_gives_the_same(tmp_path):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     hub = FakeHub(tmp_path / "hub")
     script = (
-        "import dataclasses, json; from dpace.sets import SETS, read_sets\n"
+        "import dataclasses, json; from dpace.data.public_sets import SETS, read_sets\n"
         "print(json.dumps([dataclasses.asdict(prompt) for prompt in read_sets(list(SETS))]))"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}

@@ -5,8 +5,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from dpace.cli import main
-from dpace.decode import generate, generate_plain
-from dpace.stream import TextPieces, custom_generate, stream
+from dpace.decode.loop import generate, generate_plain
+from dpace.decode.streaming import TextPieces, custom_generate, stream
 from tests.conftest import make_drafter, make_target
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dpace.config import LossConfig
-from dpace.dataset import ResponseDataset
-from dpace.decode import generate
-from dpace.heldout import heldout_acceptance, walk
+from dpace.data.dataset import ResponseDataset
+from dpace.decode.loop import generate
+from dpace.measure.heldout import heldout_acceptance, walk
 from dpace.metrics import Acceptance
-from dpace.train import make_datasets, train
+from dpace.train.run import make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE, make_drafter
 
 
@@ -53,7 +53,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "optimizer": optimizer}
     whole = run(language_target, language_responses, tmp_path / "whole", **changes)
 
-    from dpace.train import DrafterTrainer
+    from dpace.train.run import DrafterTrainer
 
     compute_loss, calls = DrafterTrainer.compute_loss, []
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 
 def test_ctrl_c_saves_the_step(language_target, language_responses, tmp_path, monkeypatch):
-    from dpace.train import DrafterTrainer
+    from dpace.train.run import DrafterTrainer
 
     changes = {"max_steps": 6, "eval_steps": 6, "batch_size": 4}
     whole = run(language_target, language_responses, tmp_path / "whole", **changes)

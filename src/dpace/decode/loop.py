@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dpace.cache import go_back, make_cache
+from dpace.decode.lookup import PromptLookup
+from dpace.decode.pace import Pace, make_pace
+from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
 from dpace.drafter import Drafter
-from dpace.lookup import PromptLookup
+from dpace.fast.cache import go_back, make_cache
 from dpace.metrics import Acceptance
-from dpace.pace import Pace, make_pace
-from dpace.sampling import Sampler, verify_draft, verify_sampled
 from dpace.target import Target
 
 VerifyRule = Literal["equality", "speculative"]

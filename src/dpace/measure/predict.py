@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dpace.batch import batch_steps, generate_batch
 from dpace.config import BenchConfig
+from dpace.data.prompts import Prompt
+from dpace.data.responses import encode_chat
+from dpace.decode.batch import batch_steps, generate_batch
+from dpace.decode.pace import StepCosts, StepTimer, single_steps
 from dpace.drafter import Drafter
-from dpace.pace import StepCosts, StepTimer, single_steps
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt
-from dpace.report import acceptance_of, whole_blocks
-from dpace.responses import encode_chat
+from dpace.report.tables import acceptance_of, whole_blocks
 from dpace.target import Target
 
 MIN_ROUNDS = 5
@@ -281,7 +281,7 @@ def predict(results: dict, prompts: Sequence[Prompt], config: BenchConfig, timer
     Memory: keys and values of as many prompts as twice the largest concurrency.
 
     Args:
-        results: of `dpace.benchmark.bench`.
+        results: of `dpace.measure.benchmark.bench`.
         prompts: of the benchmark.
         config: without `predict`, predictions are for one prompt at a time only.
         timers: which ran during the benchmark.

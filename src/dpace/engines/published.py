@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
 from dpace.drafter import Drafter
-from dpace.folder import read_files
+from dpace.engines.folder import read_files
 from dpace.modeling_dflash import refuse_variants
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

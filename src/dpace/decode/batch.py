@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dpace import attention
-from dpace.cache import RaggedCache
-from dpace.decode import Generation, _clock, _first_stop, generate, generate_plain, prepare
+from dpace.decode.loop import Generation, _clock, _first_stop, generate, generate_plain, prepare
+from dpace.decode.pace import DRAFT
+from dpace.decode.sampling import Sampler, verify_draft
 from dpace.drafter import Drafter
-from dpace.pace import DRAFT
-from dpace.sampling import Sampler, verify_draft
+from dpace.fast import attention
+from dpace.fast.cache import RaggedCache
 from dpace.target import Target
 
 COMPILED_COLUMNS = 256
@@ -174,7 +174,7 @@ class _Batch:
 def batch_steps(
     target: Target, drafter: Drafter, num_rows: int, *, temperature: float = 0.0, context: int
 ) -> Callable[[int], None]:
-    """As `dpace.pace.single_steps`, for a step of `generate_batch` with so many rows. One token is verified as without a drafter.
+    """As `dpace.decode.pace.single_steps`, for a step of `generate_batch` with so many rows. One token is verified as without a drafter.
 
     Memory: keys and values of the context in all rows, and its features.
     """

@@ -12,8 +12,8 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 from dpace.config import RespondConfig
+from dpace.data.prompts import Prompt, cut_unfinished, read_jsonl
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, cut_unfinished, read_jsonl
 from dpace.target import MIN_SHARED, Target, shared_prefix
 
 

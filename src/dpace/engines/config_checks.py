@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
-from dpace.dataset import ResponseDataset
+from dpace.data.dataset import ResponseDataset
+from dpace.data.responses import Response, tokenizer_hashes
 from dpace.drafter import Drafter, check_mask_token, load_drafter, rope_of
-from dpace.folder import DrafterFolder, mapping, published_name
-from dpace.heldout import heldout_acceptance
+from dpace.engines.folder import DrafterFolder, mapping, published_name
+from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
-from dpace.responses import Response, tokenizer_hashes
 from dpace.target import Target
 
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}

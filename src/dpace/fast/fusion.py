@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpace.attention import MAX_QUERIES, NAME, attend_in_groups
-from dpace.cache import PreallocatedLayer, RaggedLayer
+from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups
+from dpace.fast.cache import PreallocatedLayer, RaggedLayer
+from dpace.fast.packing import PackedLinear, pack, unpack
 from dpace.modeling_dflash import DFlashLayer
-from dpace.packing import PackedLinear, pack, unpack
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Classes of transformers that compute what `FusedLayer` does; `fuse_layers` tries that out, too."""
@@ -174,7 +174,7 @@ class FusedStack:
 
         Args:
             token_ids: "batch new".
-            cache: made by `dpace.cache`, with full attention in all layers.
+            cache: made by `dpace.fast.cache`, with full attention in all layers.
             mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
             position_ids: "batch new"; by default those behind the tokens in the cache.
         """
@@ -210,7 +210,7 @@ def stack_layers(decoder: nn.Module) -> FusedStack | None:
 
 
 def _is_ours(cache: Any) -> bool:
-    """Whether all layers of a cache hold all tokens, in buffers of `dpace.cache`."""
+    """Whether all layers of a cache hold all tokens, in buffers of `dpace.fast.cache`."""
     return cache is not None and all(type(layer) in (PreallocatedLayer, RaggedLayer) for layer in cache.layers)
 
 
@@ -267,7 +267,7 @@ def _fused_class(kind: type) -> type:
 
 
 def fuse_layers(model: PreTrainedModel) -> bool:
-    """Fuse the decoder layers of a model whose linear layers are packed (`dpace.packing`), in place; say whether it was done.
+    """Fuse the decoder layers of a model whose linear layers are packed (`dpace.fast.packing`), in place; say whether it was done.
 
     Query, key and value are one product, so are gate and up, norms and rotations take fewer operations. It is done for `LAYERS`, where
     the first one gives what it gave before, and for `DFlashLayer`. Hooks on layers run as before, those on modules inside them do not.

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dpace.cache import make_cache
+from dpace.decode.lookup import MAX_MATCH
+from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.lookup import MAX_MATCH
-from dpace.sampling import Sampler
+from dpace.fast.cache import make_cache
 from dpace.target import Target
 
 FILLER_TOKENS = 128

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpace.blocks import Blocks, dense_mask, flex_mask
-from dpace.dataset import ResponseDataset, collate
+from dpace.data.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
 from dpace.loss import frozen_head_nll
 from dpace.metrics import Acceptance

@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpace.batch import generate_batch
-from dpace.cache import make_cache
 from dpace.config import CheckConfig
-from dpace.dataset import ResponseDataset, collate
-from dpace.decode import Generation, generate, generate_plain
+from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.prompts import Prompt, first_of_each_set
+from dpace.data.responses import Response, encode_chat
+from dpace.decode.batch import generate_batch
+from dpace.decode.loop import Generation, generate, generate_plain
+from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.heldout import blocks_hidden, heldout_acceptance
+from dpace.fast.cache import make_cache
+from dpace.measure.heldout import blocks_hidden, heldout_acceptance
 from dpace.metrics import Acceptance
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, first_of_each_set
-from dpace.responses import Response, encode_chat
-from dpace.sampling import Sampler
 from dpace.target import Target
 
 SIGNIFICANCE = 0.01

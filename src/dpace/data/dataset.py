@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dpace.blocks import build_blocks, sample_anchors
+from dpace.data.responses import Response
 from dpace.progress import progress_bar
-from dpace.responses import Response
 from dpace.target import Target
 
 FEATURE_BATCH = 16

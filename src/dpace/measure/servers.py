@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from dpace.benchmark import Records
 from dpace.config import BenchConfig
-from dpace.dialects import Answer, Counts, Server, connect
+from dpace.data.prompts import Prompt, first_of_each_set, write_json
+from dpace.data.responses import Chat, encode_chat
+from dpace.measure.benchmark import Records
+from dpace.measure.server_apis import Answer, Counts, Server, connect
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
-from dpace.prompts import Prompt, first_of_each_set, write_json
-from dpace.responses import Chat, encode_chat
 
 SCHEMA_VERSION = 1
 GROUPS_PER_WORKER = 4

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import yaml
 
-from dpace.benchmark import fingerprint
 from dpace.config import Engine, Format
 from dpace.drafter import Drafter
-from dpace.layout import Layout, serve_command
-from dpace.report import copied_note, with_interval
+from dpace.engines.published import Layout, serve_command
+from dpace.measure.benchmark import fingerprint
+from dpace.report.tables import copied_note, with_interval
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}

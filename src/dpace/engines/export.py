@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from dpace.card import write_card
 from dpace.config import Format
-from dpace.decode import generate
+from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
-from dpace.gguf_file import read_gguf, write_gguf
-from dpace.layout import Layout, make_drafter, read_folder, speculators_config, verifier_name
+from dpace.engines.card import write_card
+from dpace.engines.gguf import read_gguf, write_gguf
+from dpace.engines.published import Layout, make_drafter, read_folder, speculators_config, verifier_name
 from dpace.metrics import Acceptance
 from dpace.target import Target
 

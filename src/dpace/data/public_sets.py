@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpace.prompts import Prompt, read_prompts
+from dpace.data.prompts import Prompt, read_prompts
 
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 SHUFFLE_SEED = 0

@@ -17,15 +17,15 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 
 import dpace
 from dpace.config import LossConfig, Recipe, TrainConfig, read_recipe, write_recipe
-from dpace.dataset import ResponseDataset, collate
+from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.responses import Response, tokenizer_hashes
 from dpace.drafter import Drafter
-from dpace.heldout import blocks_hidden, fit_confidence_temperature, heldout_acceptance
 from dpace.loss import Head, block_loss, count_items, frozen_head_nll
+from dpace.measure.heldout import blocks_hidden, fit_confidence_temperature, heldout_acceptance
 from dpace.objective import make_weigh
-from dpace.optimizer import MuonAdamW
 from dpace.progress import PeakMemory, SaveOnInterrupt, StepTimer, TrainingBar
-from dpace.responses import Response, tokenizer_hashes
 from dpace.target import Target
+from dpace.train.optimizer import MuonAdamW
 
 
 class _Schedule(TrainerCallback):

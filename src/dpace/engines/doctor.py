@@ -5,12 +5,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dpace.check import check_views
 from dpace.config import Engine
-from dpace.folder import read_files
-from dpace.folder_checks import CONFIG, FILES, WEIGHTS, Case, Check, Look, Seen, some
+from dpace.data.responses import Response, encode_chat, read_responses
+from dpace.engines.config_checks import CONFIG, FILES, WEIGHTS, Case, Check, Look, Seen, some
+from dpace.engines.folder import read_files
+from dpace.measure.check import check_views
 from dpace.progress import progress_bar
-from dpace.responses import Response, encode_chat, read_responses
 from dpace.target import Target
 
 MIN_TAU = 1.1

@@ -25,7 +25,7 @@ class Prompt:
 
 def demo_path(part: str) -> Path:
     """The demo's prompts, `train` or `heldout`."""
-    return Path(str(files("dpace") / "data" / f"demo_{part}.jsonl"))
+    return Path(str(files("dpace") / "demo" / f"{part}.jsonl"))
 
 
 class PromptParts(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpace.report import (
+from dpace.report.tables import (
     PAIR_HEADINGS,
     RESULT_HEADINGS,
     SERVER_HEADINGS,
@@ -44,7 +44,7 @@ class Section:
     figure: str = ""
     """SVG."""
     examples: Sequence[dict] = ()
-    """Responses as `dpace.benchmark` keeps them, `pieces` of text and whether they were drafted."""
+    """Responses as `dpace.measure.benchmark` keeps them, `pieces` of text and whether they were drafted."""
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
@@ -393,7 +393,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
 def _template():
     import jinja2
 
-    source = (files("dpace") / "data" / "report.html.jinja").read_text(encoding="utf-8")
+    source = (files("dpace") / "report" / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(source)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from dpace.decode import Step, VerifyRule, Width, prepare, speculative_steps, step_sizes
+from dpace.decode.loop import Step, VerifyRule, Width, prepare, speculative_steps, step_sizes
+from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.sampling import Sampler
 from dpace.target import Target
 
 
@@ -114,7 +114,7 @@ def custom_generate(
             raise ValueError(
                 f"{len(input_ids)} prompts, {generation_config.num_beams} beams, return_dict_in_generate "
                 f"{generation_config.return_dict_in_generate}: a drafter decodes one prompt without beams and returns tokens; "
-                "for several prompts see dpace.batch.generate_batch"
+                "for several prompts see dpace.decode.batch.generate_batch"
             )
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("the attention_mask hides tokens of the prompt; a drafter needs a prompt without padding")

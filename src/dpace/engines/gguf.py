@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.layout import Layout, as_float32
+from dpace.engines.published import Layout, as_float32
 
 ARCHITECTURE = "dflash"
 _TYPES = {
@@ -158,7 +158,7 @@ def _write_fields(writer: gguf.GGUFWriter, layout: Layout) -> None:
 
 
 def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[Layout, dict[str, Tensor]]:
-    """Read a drafter's GGUF file; as `dpace.layout.read_folder`.
+    """Read a drafter's GGUF file; as `dpace.engines.published.read_folder`.
 
     Raises:
         ValueError: not a drafter's file, quantized weights, or the number of the target's layers is not given.

@@ -1,0 +1,1 @@
+"""The demo: its prompts, its recipe and its run."""

@@ -1,0 +1,1 @@
+"""Drafters in the formats of vLLM, SGLang, llama.cpp, transformers and speculators."""

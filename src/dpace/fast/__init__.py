@@ -1,0 +1,1 @@
+"""Speed without a change of meaning: attention, caches, fused layers, packed weights."""

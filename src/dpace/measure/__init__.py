@@ -1,0 +1,1 @@
+"""Accepted lengths, speed and losslessness, measured."""

@@ -1,0 +1,5 @@
+"""Training of a drafter: responses to a checkpoint."""
+
+from dpace.train.run import train
+
+__all__ = ["train"]
