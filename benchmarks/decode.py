@@ -25,10 +25,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.data.responses import encode_chat
+from dpace.decode.costs import measure_costs
 from dpace.decode.loop import generate, generate_plain, speculative_steps
-from dpace.decode.pace import Pace, measure_costs
+from dpace.decode.pace import Pace
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.gguf import write_f16

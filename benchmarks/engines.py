@@ -34,8 +34,8 @@ from transformers import AutoModel
 
 import dpace
 from dpace.config import Format
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.data.responses import encode_chat
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.export import export

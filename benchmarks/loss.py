@@ -19,8 +19,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from dpace.loss import Head, Slots, block_loss, frozen_head_nll
-from dpace.progress import PeakMemory
+from dpace.head import Head
+from dpace.loss import Slots, block_loss, frozen_head_nll
+from dpace.train.callbacks import PeakMemory
 from dpace.weights import dpace_weights
 
 BLOCK_SIZE = 8

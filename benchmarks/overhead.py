@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from dpace.config import read_recipe
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.responses import Response
-from dpace.demo.run import find_target
 from dpace.drafter import Drafter
+from dpace.flags import read_recipe
+from dpace.locate import find_target
 from dpace.loss import block_loss, frozen_head_nll
-from dpace.measure.heldout import blocks_hidden
 from dpace.objective import make_weigh
 from dpace.target import Target
 from dpace.train.optimizer import MuonAdamW
+from dpace.views import blocks_hidden
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
 NUM_TOKENS, NUM_PROMPT_TOKENS = 260, 180

@@ -18,12 +18,13 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dpace.config import Recipe, read_recipe
+from dpace.config import Recipe
 from dpace.data.prompts import Prompt, read_prompts
 from dpace.data.public_sets import SETS, read_sets
 from dpace.data.responses import write_responses
-from dpace.demo.run import TARGET_ID, find_target
 from dpace.drafter import load_drafter
+from dpace.flags import read_recipe
+from dpace.locate import TARGET_ID, find_target
 from dpace.measure.benchmark import bench
 from dpace.report.tables import console, results_table
 from dpace.target import Target

@@ -13,8 +13,8 @@ import time
 import dflash.model as zlab
 import torch
 
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, read_prompts
-from dpace.data.responses import encode_chat
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
 from dpace.target import Target

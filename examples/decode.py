@@ -2,11 +2,11 @@
 
 import sys
 
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import find_prompt
-from dpace.data.responses import encode_chat
 from dpace.decode.loop import generate, generate_plain
-from dpace.demo.run import TARGET_ID, find_target
 from dpace.drafter import load_drafter
+from dpace.locate import TARGET_ID, find_target
 from dpace.target import Target
 
 target = Target.load(find_target(TARGET_ID))

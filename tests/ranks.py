@@ -19,9 +19,9 @@ from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll
-from dpace.measure.heldout import blocks_hidden
 from dpace.target import Target
 from dpace.train.run import train
+from dpace.views import blocks_hidden
 
 
 def make_dataset(responses: list[Response], recipe: Recipe) -> ResponseDataset:

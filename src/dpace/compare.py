@@ -9,14 +9,16 @@ from pathlib import Path
 
 from dpace.config import CompareConfig, Recipe
 from dpace.data.dataset import ResponseDataset
-from dpace.data.prompts import Prompt, split_prompts, write_json
+from dpace.data.ledger import write_json
+from dpace.data.prompts import Prompt, split_prompts
 from dpace.data.responses import write_responses
 from dpace.drafter import Drafter, load_drafter
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.results import read_log
 from dpace.metrics import Acceptance, tau_gain
 from dpace.objective import with_objective
-from dpace.report.tables import plot_acceptance, plot_tau, plot_weights, read_log
+from dpace.report.plots import plot_acceptance, plot_tau, plot_weights
 from dpace.target import Target
 from dpace.train.run import is_trained, make_datasets, train
 

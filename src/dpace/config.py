@@ -1,8 +1,6 @@
 """Every knob, with its default and where that comes from. Imports no torch, so that `--help` answers at once."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 Objective = Literal[
@@ -19,7 +17,6 @@ Objective = Literal[
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
-
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
 
@@ -232,111 +229,3 @@ class CheckConfig:
     """Each is checked."""
     seed: int = 0
     """Of the sampled texts."""
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Say what would go wrong when a drafter is served: dpace doctor DRAFTER --target TARGET. Fails (exit code 1) if a check does.
-
-    Reads config and weights as they are on disk, so that a broken folder is examined too, and runs the drafter where it loads.
-    docs/doctor.md has the checks and what breaks where one fails.
-    """
-
-    drafter: str
-    """The drafter's folder; given first, or with this flag."""
-    target: str
-    """Folder or Hub id."""
-    engine: Engine | None = None
-    """What will serve it: prints how to start it, with as many drafts as the drafter has."""
-    responses: str | None = None
-    """The responses.jsonl of the training, to measure tau on; by default one in the drafter's folder or above."""
-    thinking: bool = False
-    """Switch thinking on, in chat templates that have the switch, as it will be when serving."""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a drafter for an engine, with a model card: dpace export DRAFTER --target T --to ENGINE --output FOLDER.
-
-    What was written is read again: weights bit for bit, the logits of a block, and accepted lengths on prompts have to be the same.
-    """
-
-    drafter: str
-    """The drafter's folder; given first, or with this flag."""
-    target: str
-    """Folder or Hub id; the model card and speculators' config call it so."""
-    to: Format
-    """The engine. zlab, sglang and vllm are the same files, those that `dpace train` writes; gguf is for llama.cpp."""
-    output: str
-    """Folder for what is written."""
-    target_gguf: str | None = None
-    """A GGUF file of the target, of any precision, whose tokenizer a drafter's GGUF file repeats; needed with --to gguf."""
-    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
-    """Of the weights; vectors in GGUF files are always float32."""
-    license: str = "other"
-    """Of the weights, for the model card, as the Hub abbreviates it."""
-    prompts: str = "demo"
-    """JSONL file of prompts that accepted lengths are compared on; `demo` is the held-out set that comes with dpace."""
-    num_prompts: int = 2
-    """Prompts of each set; 0 compares weights only."""
-    max_new_tokens: int = 64
-    """Longest response in tokens."""
-    push: str | None = None
-    """Upload the folder to this repository of the Hugging Face Hub."""
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """Take over a drafter that another project trained, weights bit for bit: dpace import SOURCE --output FOLDER."""
-
-    source: str
-    """A z-lab, SpecForge or speculators folder, or a GGUF file in f32, f16 or bf16; given first, or with this flag."""
-    output: str
-    """Folder for the drafter."""
-    target: str | None = None
-    """Folder or Hub id of its target; needed for GGUF files, and for speculators folders whose target has moved."""
-
-
-def recipe_flags(path: str | Path) -> list[str]:
-    """Turn a YAML recipe into the flags that it writes down, `--group.name value`.
-
-    Raises:
-        ValueError: the file cannot be read or is not a mapping.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"the recipe {path} holds {values!r}; expected `name: value` lines")
-    return list(_flags(values, ""))
-
-
-def _flags(values: dict, prefix: str) -> Iterator[str]:
-    for name, value in values.items():
-        flag = f"{prefix}{name}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _flags(value, f"{flag}.")
-        elif isinstance(value, bool):
-            yield f"--{flag}" if value else f"--{prefix.replace('_', '-')}no-{name.replace('_', '-')}"
-        else:
-            yield f"--{flag}"
-            yield from map(str, value if isinstance(value, list) else [value])
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe; an unknown name or wrong value ends the program with the reason, as a wrong flag does."""
-    import tyro
-
-    return tyro.cli(Recipe, args=recipe_flags(path))
-
-
-def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every value, defaults too, so that the file alone repeats the run."""
-    import json
-
-    import yaml
-
-    Path(path).write_text(yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))

@@ -1,5 +1,6 @@
 """The DFlash drafter: features and an anchor in, the hidden states of a whole block out; reads and writes the published weights."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -267,3 +268,12 @@ def check_mask_token(token_id: int, target: Target) -> None:
         raise ValueError(
             f"mask token {token_id} {reason}; it must be a reserved token that no text contains (leave it out to have one chosen)"
         )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over the weights, to know a drafter again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

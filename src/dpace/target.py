@@ -22,7 +22,7 @@ from transformers import (
 from dpace.fast.attention import group_heads
 from dpace.fast.fusion import FusedStack, fuse_layers, stack_layers
 from dpace.fast.packing import PackedLinear, Product, pack, pack_linears, packed_product
-from dpace.loss import Head
+from dpace.head import Head
 
 MIN_SHARED = 16
 """Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
@@ -34,7 +34,7 @@ def shared_prefix(rows: list[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """Ends a forward pass that runs for its features only."""
 
 
@@ -194,7 +194,7 @@ class Target:
 
     @torch.no_grad()
     def features(
-        self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int], *, with_last: bool = False
+        self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int], *, with_head_input: bool = False
     ) -> Float[Tensor, "batch seq feature"]:
         """Concatenate the outputs of the chosen layers; layers above the last one and the LM head do not run.
 
@@ -206,37 +206,37 @@ class Target:
         Args:
             token_ids: any text.
             target_layer_ids: 0-based decoder layers whose output is used.
-            with_last: run all layers and append what the LM head reads.
+            with_head_input: run all layers and append what the LM head reads.
 
         Returns:
-            `feature = len(target_layer_ids) * hidden`, and `hidden` more `with_last`, in the dtype of the target, detached.
+            `feature = len(target_layer_ids) * hidden`, and `hidden` more `with_head_input`, in the dtype of the target, detached.
         """
         num_shared = shared_prefix(token_ids.tolist())
         if len(token_ids) == 1 or not MIN_SHARED <= num_shared < token_ids.shape[1]:
-            return self._run(token_ids, target_layer_ids, with_last=with_last, cache=None)
+            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input, cache=None)
         cache: Any = DynamicCache(config=self.config)
-        shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_last=with_last, cache=cache)
-        for layer in cache.layers if with_last else cache.layers[: max(target_layer_ids) + 1]:
+        shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_head_input=with_head_input, cache=cache)
+        for layer in cache.layers if with_head_input else cache.layers[: max(target_layer_ids) + 1]:
             layer.batch_repeat_interleave(len(token_ids))
-        rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_last=with_last, cache=cache)
+        rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_head_input=with_head_input, cache=cache)
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 
-    def _run(self, token_ids, target_layer_ids: Sequence[int], *, with_last: bool, cache: Cache | None) -> Tensor:
+    def _run(self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None) -> Tensor:
         """Run as far as is needed: to the last of the layers, or to the head's input."""
         head_input = []
 
         def stop(_module, args, _output=None):
-            head_input.extend(args if with_last else ())
-            raise _Reached
+            head_input.extend(args if with_head_input else ())
+            raise _StopForward
 
         with self.capture(target_layer_ids) as captured:
-            if with_last:
+            if with_head_input:
                 handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
             else:
                 handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
             try:
                 self.model(token_ids, cache=cache, use_cache=cache is not None)
-            except _Reached:
+            except _StopForward:
                 pass
             finally:
                 handle.remove()

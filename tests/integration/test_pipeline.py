@@ -10,7 +10,9 @@ from dpace.config import BenchConfig
 from dpace.data.prompts import Prompt
 from dpace.demo.run import summary
 from dpace.measure.benchmark import bench
-from dpace.report.tables import plot_acceptance, plot_weights, read_log, verdict
+from dpace.measure.results import read_log
+from dpace.report.plots import plot_acceptance, plot_weights
+from dpace.report.tables import verdict
 
 
 @pytest.fixture

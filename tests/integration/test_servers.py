@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from dpace.config import BenchConfig
+from dpace.data.chat import ChatTokenizer, encode_chat
 from dpace.data.prompts import Prompt
-from dpace.data.responses import Chat, encode_chat
 from dpace.decode.loop import generate
 from dpace.engines.export import export
 from dpace.measure.servers import bench_servers
@@ -81,7 +81,7 @@ def measure(target: Target, prompts: list[Prompt], address: str, plain: str | No
     """The row of a server with a drafter; all prompts in one."""
     prompts = [replace(prompt, set="all") for prompt in prompts]
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,), max_new_tokens=count)
-    (row,) = bench_servers(Chat("target", target.tokenizer), address, plain, prompts, config, folder)["rows"]
+    (row,) = bench_servers(ChatTokenizer("target", target.tokenizer), address, plain, prompts, config, folder)["rows"]
     return row
 
 

@@ -15,7 +15,8 @@ from dpace.cli import main
 from dpace.config import CheckConfig
 from dpace.data.prompts import Prompt
 from dpace.decode.sampling import verify_draft
-from dpace.measure.check import SIGNIFICANCE, Divergence, check, uniformity
+from dpace.measure.check import Divergence, check
+from dpace.measure.distribution import SIGNIFICANCE, uniformity
 from tests.conftest import make_drafter, make_target
 
 CONFIG = CheckConfig("target", "drafter", num_prompts=4, max_new_tokens=24)

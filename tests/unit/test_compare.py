@@ -51,7 +51,7 @@ def test_compare(config, language_target, tmp_path, capsys):
 
 def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
     """All objectives see the same blocks from the same weights; a cell that was cut off goes on alone."""
-    from dpace.train.run import DrafterTrainer
+    from dpace.train.trainer import DrafterTrainer
 
     config = replace(config, objectives=("uniform",), bench=replace(config.bench, num_prompts=0))
     compute_loss, seen = DrafterTrainer.compute_loss, []

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dpace.cli import main
-from dpace.config import Recipe, read_recipe, write_recipe
+from dpace.config import Recipe
+from dpace.flags import read_recipe, write_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

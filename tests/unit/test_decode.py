@@ -4,9 +4,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from dpace.data.responses import encode_chat
+from dpace.data.chat import encode_chat
+from dpace.decode.costs import StepCosts
 from dpace.decode.loop import generate, generate_plain
-from dpace.decode.pace import StepCosts
 from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
 from tests.conftest import EOS, MASK, make_drafter, make_target
 
@@ -261,10 +261,12 @@ def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
     assert sum(inputs["context_hidden_states"].shape[1] for inputs in seen) == end
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "min_p": 0.01}, {"temperature": 1.6, "top_p": 0.97}])
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 2.0, "top_k": 9, "min_p": 0.01}, {"temperature": 1.6, "top_p": 0.97}]
+)
 def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, language_drafter, language_prompts):
     """Also above temperature 0, with any width: the position's random numbers are the same."""
-    options = {"temperature": 2.0, **filters, "max_new_tokens": 24, "stop_token_ids": []}  # the target is sure of its text
+    options = {"temperature": 1.0, **filters, "max_new_tokens": 24, "stop_token_ids": []}
     accepted, texts = 0, set()
     for seed, question in enumerate(language_prompts[50:54]):
         ids = language_target.tokenizer(f"ask {question} answer")["input_ids"]

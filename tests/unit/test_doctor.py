@@ -15,9 +15,11 @@ import dpace.blocks
 from dpace.blocks import Blocks
 from dpace.cli import main
 from dpace.drafter import Drafter
-from dpace.engines.config_checks import CONFIG, FILES, WEIGHTS
-from dpace.engines.doctor import RUN, diagnose
-from dpace.engines.published import serve_command
+from dpace.engines.config_checks import CONFIG_CHECKS, FILE_CHECKS
+from dpace.engines.doctor import diagnose
+from dpace.engines.run_checks import RUN_CHECKS
+from dpace.engines.serving import serve_command
+from dpace.engines.weight_checks import WEIGHT_CHECKS
 from dpace.target import Target
 from tests.conftest import make_drafter, make_target, make_tokenizer
 
@@ -130,7 +132,7 @@ def one_value(value):
 
 
 FAULTS = [
-    ("speculators' layout", keys(speculators_model_type="dflash"), "architecture"),
+    ("speculators' spec", keys(speculators_model_type="dflash"), "architecture"),
     ("another class", keys(architectures=["DFlash2DraftModel"]), "architecture"),
     ("the target's family as model type", keys(model_type="llama"), "architecture"),
     ("another activation", keys(hidden_act="gelu"), "hidden_act"),
@@ -206,7 +208,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS])
+@pytest.mark.parametrize(
+    ("change", "expected"), [subject[1:] for subject in FAULTS], ids=[subject[0] for subject in FAULTS]
+)
 def test_a_fault_is_named_and_nothing_else(change, expected, folder, language_target):
     edit(folder, change)
     assert named(folder, language_target) == set(re.split(", ", expected))
@@ -426,7 +430,7 @@ def test_commands_count_slots_as_the_engine_does():
 def test_every_check_is_documented_and_has_a_fault():
     text = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
     documented = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
-    checks = [check.name for check in (*FILES, *CONFIG, *WEIGHTS, *RUN)]
+    checks = [check.name for check in (*FILE_CHECKS, *CONFIG_CHECKS, *WEIGHT_CHECKS, *RUN_CHECKS)]
     assert documented == checks
     provoked = {name for _, _, names in FAULTS for name in names.split(", ")} | {n for _, n in FILE_FAULTS.values()}
     provoked |= {name for _, names in VIEW_FAULTS.values() for name in names}

@@ -26,8 +26,9 @@ from dpace.drafter import Drafter, load_drafter
 from dpace.engines.export import export, import_drafter, read_drafter
 from dpace.engines.gguf import read_gguf
 from dpace.engines.llamacpp import run_llamacpp
-from dpace.engines.published import Layout, read_folder
+from dpace.engines.published import read_folder
 from dpace.measure.benchmark import bench
+from dpace.spec import DrafterSpec
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target, write_target_gguf
@@ -95,7 +96,7 @@ def test_out_and_in_again_is_the_same_drafter(to, dtype, do_export, folder, lang
         is_fp32 = dtype is None or (to == "gguf" and tensor.dim() == 1)
         expected = tensor if is_fp32 else tensor.to(dtype)
         assert files[name].dtype == expected.dtype and torch.equal(files[name], expected), name
-    assert Layout.of(again) == read_folder(folder)[0]
+    assert DrafterSpec.of(again) == read_folder(folder)[0]
 
 
 def test_save_is_export(do_export, folder):
@@ -129,9 +130,9 @@ def test_each_engine_is_told_in_its_own_counting(do_export, language_drafter):
 def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch):
     right = dpace.engines.export.speculators_config
 
-    def shifted(layout, **options):
-        config = right(layout, **options)
-        return config | {"aux_hidden_state_layer_ids": list(layout.target_layer_ids)}
+    def shifted(spec, **options):
+        config = right(spec, **options)
+        return config | {"aux_hidden_state_layer_ids": list(spec.target_layer_ids)}
 
     monkeypatch.setattr(dpace.engines.export, "speculators_config", shifted)
     with pytest.raises(ValueError, match="does not read back as it was written .target_layer_ids"):
@@ -157,9 +158,9 @@ def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch):
     ],
 )
 def test_what_no_engine_can_serve_is_refused(changes, reason, folder):
-    layout = Layout(**{**vars(read_folder(folder)[0]), **changes})
+    spec = DrafterSpec(**{**vars(read_folder(folder)[0]), **changes})
     with pytest.raises(ValueError, match=reason):
-        layout.check()
+        spec.check()
 
 
 def test_other_spellings_are_read(folder, tmp_path):
@@ -196,10 +197,10 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         drafter = make_drafter(make_target(family))
         drafter.save_pretrained(tmp_path / family)
         again = read_drafter(tmp_path / family)
-        assert Layout.of(again) == Layout.of(drafter)
+        assert DrafterSpec.of(again) == DrafterSpec.of(drafter)
         ids = torch.arange(12)[None]
         assert torch.equal(*(torch.stack(d.rotary_emb(torch.zeros(1), ids)) for d in (drafter, again)))
-    assert Layout.of(again).embed_scale > 1 and Layout.of(again).softcap
+    assert DrafterSpec.of(again).embed_scale > 1 and DrafterSpec.of(again).softcap
 
 
 @pytest.mark.parametrize(
@@ -254,9 +255,9 @@ def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, targ
     with pytest.raises(ValueError, match="quantized .Q8_0"):
         dpace.engines.gguf._weights(tensor)
     rope = {**read_gguf(path, num_target_layers=6)[0].rope, "rope_type": "llama3"}
-    layout = Layout(**{**vars(read_gguf(path, num_target_layers=6)[0]), "rope": rope})
+    spec = DrafterSpec(**{**vars(read_gguf(path, num_target_layers=6)[0]), "rope": rope})
     with pytest.raises(ValueError, match="rope_type is 'llama3'"):
-        dpace.engines.gguf.write_gguf(tmp_path / "x.gguf", layout, {}, target_gguf=target_gguf)
+        dpace.engines.gguf.write_gguf(tmp_path / "x.gguf", spec, {}, target_gguf=target_gguf)
 
 
 def decode_and_count(target: Target, decode, token_ids: list[int]) -> tuple[list[int], int]:
@@ -366,10 +367,10 @@ def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, l
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
     """Neighbouring layers change the number of verifications, in llama.cpp as here: the numbering is the same one."""
     pytest.importorskip("xllamacpp")
-    layout, weights = read_folder(folder)
+    spec, weights = read_folder(folder)
     found, ours = {}, {}
     for offset in (-1, 0, 1):
-        shifted = replace(layout, target_layer_ids=tuple(i + offset for i in layout.target_layer_ids))
+        shifted = replace(spec, target_layer_ids=tuple(i + offset for i in spec.target_layer_ids))
         path = tmp_path / f"{offset}.gguf"
         dpace.engines.gguf.write_gguf(path, shifted, weights, target_gguf=target_gguf)
         texts, found[offset] = zip(*llamacpp_steps(target_gguf, path, prompts), strict=True)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpace.config import LossConfig, Objective
-from dpace.loss import REDUCTIONS, Head, block_loss, count_items, frozen_head_nll, frozen_head_nll_reference
+from dpace.head import Head
+from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll, frozen_head_nll_reference
 from dpace.objective import make_weigh, with_objective
 
 OBJECTIVES = get_args(Objective)

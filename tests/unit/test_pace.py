@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpace.decode.batch import batch_steps
-from dpace.decode.pace import DRAFT, FIRST_DRAFT, Pace, StepCosts, StepTimer, make_pace, measure_costs, single_steps
+from dpace.decode.costs import DRAFT, FIRST_DRAFT, StepCosts, StepTimer, measure_costs, single_steps
+from dpace.decode.pace import Pace, make_pace
 from tests.conftest import make_drafter, make_target
 
 rates = st.lists(st.floats(0, 1), min_size=1, max_size=7)

@@ -4,11 +4,12 @@ import pytest
 
 from dpace.config import BenchConfig
 from dpace.data.prompts import Prompt
-from dpace.decode.loop import Generation
-from dpace.decode.pace import StepCosts
+from dpace.decode.costs import StepCosts
+from dpace.decode.generation import Generation
 from dpace.measure.benchmark import bench
-from dpace.measure.predict import NUM_REPEATS, measure_together, predict_speedups, tokens_at
-from dpace.report.page import _errors
+from dpace.measure.predict import predict_speedups, tokens_at
+from dpace.measure.timing import NUM_REPEATS, measure_together
+from dpace.report.plots import _errors
 from dpace.report.tables import console, drafters_table, predictions_table
 from tests.conftest import make_drafter
 
@@ -17,16 +18,16 @@ def test_prediction_by_hand():
     """Accepted lengths 0 and 2 in blocks of 3: whole drafts emit 2 tokens in 4 s, plain decoding one in 1.5 s."""
     ours = {"histogram": [1, 0, 1], "num_without_bonus": 0, "decode_seconds": 8.0, "decode_tokens": 4, "turn": 0}
     row = {"block_size": 3, "responses": [ours], "plain_responses": [{"decode_seconds": 6.0, "decode_tokens": 4}]}
-    alone = StepCosts([1.0, 2.0, 3.0], 1.0)
-    costs = {1: alone, 2: StepCosts([2.0, 6.0, 8.0], 1.0)}
+    single_costs = StepCosts([1.0, 2.0, 3.0], 1.0)
+    costs = {1: single_costs, 2: StepCosts([2.0, 6.0, 8.0], 1.0)}
     cut = 1.5 * 1.5 / (4.0 * 3 / 4)  # cut to one draft token: 1.5 tokens, in 3 of the 4 parts of the time
-    assert predict_speedups(row, alone) == pytest.approx([cut, 2 * 1.5 / 4.0])
+    assert predict_speedups(row, single_costs) == pytest.approx([cut, 2 * 1.5 / 4.0])
     pair = [1.5 * 3.0 / (4.0 * 7 / 4), 2 * 3.0 / (4.0 * 9 / 4)]
-    assert predict_speedups(row, alone, costs, 2) == pytest.approx(pair)  # the response beside itself
+    assert predict_speedups(row, single_costs, costs, 2) == pytest.approx(pair)  # the response beside itself
     reading = StepCosts([1.0, 2.0, 3.0], 1.0, 2.0)  # as long at any width: 0.8 * (2 + 8 / 3 * 3) s for 4 tokens
     assert predict_speedups(row, reading) == pytest.approx([0.5 * 1.5, 0.5 * 1.5])
     ours |= {"num_without_bonus": 1, "decode_tokens": 3}  # one verification ended the text and has no bonus token
-    assert predict_speedups(row, alone) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
+    assert predict_speedups(row, single_costs) == pytest.approx([0.75 * 1.5 * 1.5 / 3, 1.5 * 1.5 / 4])
 
 
 def test_rows_that_are_done_leave_their_group():

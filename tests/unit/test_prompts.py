@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dpace.config import PromptsConfig
-from dpace.data.prompts import demo_path, find_prompt, read_prompts, split_prompts, write_json
+from dpace.data.ledger import write_json
+from dpace.data.prompts import demo_path, find_prompt, read_prompts, split_prompts
 
 
 def write(path, *rows):

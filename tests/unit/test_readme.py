@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dpace.cli import USAGE, GenerateConfig, _first_as, _parse
-from dpace.config import CheckConfig, CompareConfig, DoctorConfig, ExportConfig, ImportConfig, Recipe
+from dpace.cli import USAGE
+from dpace.config import CheckConfig, CompareConfig, Recipe
+from dpace.flags import first_as, parse
+from dpace.verbs.doctor import DoctorConfig
+from dpace.verbs.export import ExportConfig
+from dpace.verbs.generate import GenerateConfig
+from dpace.verbs.import_ import ImportConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -27,8 +32,8 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     classes |= {"doctor": DoctorConfig, "export": ExportConfig, "import": ImportConfig}
     first = {"doctor": "drafter", "export": "drafter", "import": "source"}
     if verb in first:
-        args = _first_as(first[verb], args)
-    config = _parse(classes.get(verb, Recipe), verb, args)
+        args = first_as(first[verb], args)
+    config = parse(classes.get(verb, Recipe), verb, args)
     assert config.target == "Qwen/Qwen3-4B"
 
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from dpace.config import RespondConfig
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import Prompt
-from dpace.data.responses import encode_chat, read_responses, write_responses
+from dpace.data.responses import read_responses, write_responses
 from dpace.decode.loop import generate_plain
 from tests.conftest import make_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import BenchConfig
+from dpace.data.chat import ChatTokenizer, encode_chat
 from dpace.data.prompts import Prompt
-from dpace.data.responses import Chat, encode_chat
 from dpace.measure.server_apis import LlamacppServer, connect
 from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
 from dpace.report.page import read_folder
@@ -127,7 +127,7 @@ def prompts(count=3, turns=1):
 
 @pytest.fixture
 def chat(language_target):
-    return Chat("target", language_target.tokenizer)
+    return ChatTokenizer("target", language_target.tokenizer)
 
 
 @pytest.mark.parametrize("engine", DIALECTS)

@@ -53,7 +53,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "optimizer": optimizer}
     whole = run(language_target, language_responses, tmp_path / "whole", **changes)
 
-    from dpace.train.run import DrafterTrainer
+    from dpace.train.trainer import DrafterTrainer
 
     compute_loss, calls = DrafterTrainer.compute_loss, []
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 
 def test_ctrl_c_saves_the_step(language_target, language_responses, tmp_path, monkeypatch):
-    from dpace.train.run import DrafterTrainer
+    from dpace.train.trainer import DrafterTrainer
 
     changes = {"max_steps": 6, "eval_steps": 6, "batch_size": 4}
     whole = run(language_target, language_responses, tmp_path / "whole", **changes)

@@ -49,10 +49,10 @@ class ResponseDataset(torch.utils.data.Dataset):
         return sum(len(token_ids) for _, token_ids, _ in self.rows)
 
     def keep_features(
-        self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_last: bool = False
+        self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
     ) -> bool:
         """Compute `Target.features` of every conversation once, where they fit in memory; say whether they did."""
-        num_layers = len(target_layer_ids) + with_last
+        num_layers = len(target_layer_ids) + with_head_input
         size = self.num_tokens * num_layers * target.hidden_size * target.head.weight.element_size()
         if size > limit_bytes:
             return False
@@ -63,7 +63,7 @@ class ResponseDataset(torch.utils.data.Dataset):
             for start in range(0, len(order), FEATURE_BATCH):
                 batch = order[start : start + FEATURE_BATCH]
                 token_ids = _pad([self.rows[i][1] for i in batch]).to(target.device)
-                features = target.features(token_ids, target_layer_ids, with_last=with_last).cpu()
+                features = target.features(token_ids, target_layer_ids, with_head_input=with_head_input).cpu()
                 kept |= {i: row[: len(self.rows[i][1])].clone() for i, row in zip(batch, features, strict=True)}
                 bar.advance(task, len(batch))
         self.features = [kept[i] for i in range(len(self.rows))]

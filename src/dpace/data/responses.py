@@ -1,6 +1,5 @@
 """Prompts in; the target's own answers out, as token ids with the spans that it wrote."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,9 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 from dpace.config import RespondConfig
-from dpace.data.prompts import Prompt, cut_unfinished, read_jsonl
+from dpace.data.chat import encode_chat, tokenizer_hashes
+from dpace.data.ledger import cut_unfinished, read_jsonl
+from dpace.data.prompts import Prompt
 from dpace.progress import progress_bar
 from dpace.target import MIN_SHARED, Target, shared_prefix
 
@@ -36,41 +37,6 @@ class Response:
         for start, end in self.response_spans:
             flags[start:end] = [True] * (end - start)
         return flags
-
-
-@dataclass(frozen=True)
-class Chat:
-    """What `encode_chat` needs of a target whose weights are elsewhere, as on a server."""
-
-    name: str
-    """Folder or Hub id."""
-    tokenizer: Any
-    thinking: bool = False
-
-
-def encode_chat(target: Target | Chat, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Tokens of a conversation up to where the target is to answer, through its chat template.
-
-    A tokenizer without a template gets the contents, one a line. A template that knows thinking gets `target.thinking`.
-
-    Raises:
-        ValueError: the template refuses the messages, or they give no token.
-    """
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        raise ValueError("the target has no tokenizer; pass one to Target to work with text")
-    if tokenizer.chat_template is None:
-        token_ids = tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
-    else:
-        try:
-            token_ids = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, enable_thinking=target.thinking, return_dict=False
-            )
-        except Exception as error:  # jinja errors of a template share no narrower class
-            raise ValueError(f"the chat template of {target.name} refuses the messages: {error}") from error
-    if not token_ids:
-        raise ValueError("the prompt has no token")
-    return list(token_ids)
 
 
 def write_responses(
@@ -222,18 +188,6 @@ def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -
         expand = (len(encoded), -1, -1, -1)
         cache.update(layer.keys.expand(expand), layer.values.expand(expand), number)
     return num_shared
-
-
-def tokenizer_hashes(target: Target) -> dict[str, str]:
-    """What tells one tokenizer and chat template from another; empty without a tokenizer."""
-    if target.tokenizer is None:
-        return {}
-    vocab = json.dumps(sorted(target.tokenizer.get_vocab().items()))
-    template = str(target.tokenizer.chat_template)
-    return {
-        "tokenizer_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-    }
 
 
 def _meta(target: Target, config: RespondConfig) -> dict:

@@ -1,7 +1,8 @@
 """Speculative decoding that keeps the target's text: draft, verify, accept, emit."""
 
 from dpace.decode.batch import generate_batch
-from dpace.decode.loop import Generation, generate, generate_plain
+from dpace.decode.generation import Generation
+from dpace.decode.loop import generate, generate_plain
 from dpace.decode.streaming import custom_generate, stream
 
 __all__ = ["Generation", "custom_generate", "generate", "generate_batch", "generate_plain", "stream"]

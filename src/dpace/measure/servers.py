@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.data.prompts import Prompt, first_of_each_set, write_json
-from dpace.data.responses import Chat, encode_chat
-from dpace.measure.benchmark import Records
+from dpace.data.chat import ChatTokenizer, encode_chat
+from dpace.data.ledger import write_json
+from dpace.data.prompts import Prompt, first_of_each_set
+from dpace.measure.records import Records
 from dpace.measure.server_apis import Answer, Counts, Server, connect
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
@@ -25,7 +26,7 @@ GROUPS_PER_WORKER = 4
 
 
 def bench_servers(
-    chat: Chat,
+    chat: ChatTokenizer,
     drafter_url: str,
     plain_url: str | None,
     prompts: Sequence[Prompt],
@@ -95,7 +96,7 @@ def _groups(prompts: Sequence[Prompt], concurrency: int) -> Iterator[list[Prompt
 
 
 def _ask(
-    chat: Chat,
+    chat: ChatTokenizer,
     sides: dict[str, Server],
     group: Sequence[Prompt],
     temperature: float,

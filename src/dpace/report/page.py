@@ -1,50 +1,25 @@
 """results.json files and training logs in; one HTML page without network, and the same as Markdown, out."""
 
-import io
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from dpace.measure.results import whole_blocks
+from dpace.report.plots import Section, describe_errors, lengths, scatter, slots, tau_curves, weights, widths
 from dpace.report.tables import (
     PAIR_HEADINGS,
     RESULT_HEADINGS,
     SERVER_HEADINGS,
-    acceptance_of,
     copied_note,
     pair_cells,
     percent,
     prediction_cells,
-    pyplot,
     result_cells,
     server_cells,
     verdict,
-    weight_moments,
-    whole_blocks,
     with_interval,
 )
-
-MAX_SCATTER = 400
-"""Prompts of a set that are drawn."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, what to read from it, and a table or a figure."""
-
-    title: str
-    text: str
-    rows: Sequence[Sequence[str]] = ()
-    """The first row holds the headings; the first column is text."""
-    figure: str = ""
-    """SVG."""
-    examples: Sequence[dict] = ()
-    """Responses as `dpace.measure.benchmark` keeps them, `pieces` of text and whether they were drafted."""
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
@@ -152,93 +127,16 @@ def speeds(results: dict) -> Section:
     )
 
 
-def slots(results: dict) -> Section:
-    """Acceptance by slot with intervals."""
-
-    def draw(axes, rows):
-        for number, row in enumerate(rows):
-            acceptance = acceptance_of(row)
-            slot = np.arange(1, acceptance.block_size)
-            low, high = acceptance.reach_interval()
-            label = f"{row['drafter']}, T={row['temperature']:g}"
-            axes.plot(slot, acceptance.reach_rate, marker="o", ms=3, color=f"C{number}", label=label)
-            axes.fill_between(slot, low, high, color=f"C{number}", alpha=0.15, lw=0)
-        axes.set(xlabel="slot", ylim=(0, 1.02))
-        axes.legend(fontsize=8)
-
-    text = "Share of verifications of whole drafts that accepted slots 1 to k, with 95 % intervals over prompts."
-    return Section("Acceptance by slot", text, figure=_panels(whole_blocks(results), draw, "reach rate"))
-
-
-def lengths(results: dict) -> Section:
-    """Histogram of accepted lengths."""
-
-    def draw(axes, rows):
-        for number, row in enumerate(rows):
-            counts = np.array(row["histogram"], float)
-            place = np.arange(len(counts)) + (number - (len(rows) - 1) / 2) * 0.8 / len(rows)
-            label = f"{row['drafter']}, T={row['temperature']:g}"
-            axes.bar(place, counts / counts.sum(), 0.8 / len(rows), color=f"C{number}", label=label)
-        axes.set(xlabel="accepted draft tokens", xticks=range(len(rows[0]["histogram"])))
-        axes.legend(fontsize=8)
-
-    text = "How many draft tokens a verification of a whole draft accepted."
-    return Section("Accepted lengths", text, figure=_panels(whole_blocks(results), draw, "share of verifications"))
-
-
-def widths(results: dict) -> Section:
-    """Speed against verify width, predicted for one prompt at a time, and what was measured."""
-    predictions = [p for p in results.get("predictions", ()) if p["concurrency"] == 1]
-
-    def draw(axes, rows):
-        for number, row in enumerate(rows):
-            key = (row["drafter"], row["set"], row["temperature"])
-            for p in (p for p in predictions if (p["drafter"], p["set"], p["temperature"]) == key):
-                label = f"{row['drafter']}, T={row['temperature']:g}, predicted"
-                axes.plot(p["widths"], p["speedups"], color=f"C{number}", label=label)
-            for other in results["rows"]:
-                if (other["drafter"], other["set"], other["temperature"]) != key or other["width"] == "auto":
-                    continue
-                (low, high), value = other["decode_speedup_interval"], other["decode_speedup"]
-                error = None if low is None else [[max(0, value - low)], [max(0, high - value)]]
-                width = row["block_size"] if other["width"] == "full" else other["width"]
-                label = "measured" if other is row else None
-                axes.errorbar([width], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label=label)
-        axes.axhline(1, color="0.5", lw=1)
-        axes.set(xlabel="tokens verified at once")
-        axes.legend(fontsize=8)
-
-    text = (
-        "decode_speedup if only the first tokens of a draft are verified, predicted from the accepted lengths and seconds of whole drafts and "
-        "from how the time of a step on this machine grows with the width; and what was measured."
-    )
-    text += _errors(predictions)
-    return Section("Speed against verify width", text, figure=_panels(whole_blocks(results), draw, "decode_speedup"))
-
-
-def _errors(predictions: Sequence[dict], what: str = "predictions") -> str:
-    """How far off they were; whole drafts of one prompt are what the others are derived from, and do not count."""
-    errors = [
-        abs(predicted / found - 1)
-        for p in predictions
-        for width, predicted, found in zip(p["widths"], p["speedups"], p["measured"], strict=True)
-        if found is not None and (p["concurrency"] > 1 or width < p["widths"][-1])
-    ]
-    if not errors:
-        return ""
-    return (
-        f" The {len(errors)} {what} that were measured too are off by {np.mean(errors):.1%} on average, "
-        f"{max(errors):.1%} at most."
-    )
-
-
 def concurrency(results: dict) -> Section:
     """Predicted speed with several prompts at once."""
     head = ["set", "T", "drafter", "at once", *map(str, results["predictions"][0]["widths"]), "best"]
     text = "Predicted decode_speedup by tokens verified at once, over plain decoding of as many prompts; measured ones in parentheses."
     return Section(
         "Prompts at once",
-        text + _errors([p for p in results["predictions"] if p["concurrency"] > 1], "predictions for several prompts"),
+        text
+        + describe_errors(
+            [p for p in results["predictions"] if p["concurrency"] > 1], "predictions for several prompts"
+        ),
         [head, *(prediction_cells(p) for p in results["predictions"])],
     )
 
@@ -259,26 +157,6 @@ def servers(results: dict) -> Section:
         "requests together; seconds to the first token, median and 95th percentile.",
         [list(SERVER_HEADINGS), *(server_cells(row) for row in results["rows"])],
     )
-
-
-def scatter(results: dict) -> Section:
-    """One point a prompt."""
-
-    def draw(axes, rows):
-        for number, row in enumerate(rows):
-            points = [
-                (np.mean(ours["accepted_lengths"]) + 1, _speedup(ours, plain))
-                for ours, plain in zip(row["responses"], row["plain_responses"], strict=True)
-                if ours["accepted_lengths"] and plain["decode_tokens"]
-            ][:MAX_SCATTER]
-            label = f"{row['drafter']}, T={row['temperature']:g}"
-            axes.scatter(*zip(*points, strict=True), s=14, alpha=0.7, color=f"C{number}", label=label)
-        axes.axhline(1, color="0.5", lw=1)
-        axes.set(xlabel="tau of the response")
-        axes.legend(fontsize=8)
-
-    text = "Each point is a response, whole drafts verified."
-    return Section("Prompt by prompt", text, figure=_panels(whole_blocks(results), draw, "decode_speedup"))
 
 
 def examples(results: dict) -> list[Section]:
@@ -314,48 +192,6 @@ def comparison(results: dict) -> Section:
         "over prompts and seeds.",
         rows,
     )
-
-
-def tau_curves(logs: dict[str, list[dict]]) -> Section:
-    """Tau of the validation responses against steps and against wall time."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for number, (name, log) in enumerate(logs.items()):
-        seconds, clock, last = 0.0, {0: 0.0}, 0
-        for entry in log:
-            if "step_seconds" in entry:
-                seconds += entry["step_seconds"] * (entry["step"] - last)
-                last = entry["step"]
-                clock[last] = seconds
-        points = [(entry["step"], entry["eval_tau"]) for entry in log if "eval_tau" in entry]
-        if not points:
-            continue
-        steps, taus = zip(*points, strict=True)
-        minutes = np.interp(steps, list(clock), list(clock.values())) / 60
-        for axis, x in zip(axes, (steps, minutes), strict=True):
-            axis.plot(x, taus, marker="o", ms=3, color=f"C{number % 10}", label=name)
-    for axis, label in zip(axes, ("optimizer step", "minutes of training steps"), strict=True):
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("tau, validation")
-    axes[0].legend(fontsize=8)
-    text = "Measured on the validation share of the training prompts, which chooses the checkpoint."
-    return Section("Training", text, figure=_svg(figure))
-
-
-def weights(logs: dict[str, list[dict]]) -> Section:
-    """Each slot's share of the weight at a few moments, one panel a drafter, the first four."""
-    plt = pyplot()
-    chosen = list(logs.items())[:4]
-    figure, axes = plt.subplots(
-        1, len(chosen), figsize=(4.5 * len(chosen), 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (name, log) in zip(axes[0], chosen, strict=True):
-        weight_moments(axis, log)
-        axis.set(title=name, xlabel="slot")
-    axes[0][0].set_ylabel("share of the block's weight")
-    text = "D-PACE moves weight to later slots as the drafter gets better at the first ones; fixed schedules do not."
-    return Section("Weights over training", text, figure=_svg(figure))
 
 
 def provenance(results: dict, folder: Path) -> Section:
@@ -396,37 +232,3 @@ def _template():
     source = (files("dpace") / "report" / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(source)
-
-
-def _panels(rows: Sequence[dict], draw: Callable[[Any, list[dict]], None], ylabel: str) -> str:
-    """A figure with one panel a set."""
-    plt = pyplot()
-    names = list(dict.fromkeys(row["set"] for row in rows))
-    columns = min(3, len(names))
-    lines = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.5 * columns, 3.4 * lines), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    for axis, name in zip(axes.flat, names, strict=False):
-        draw(axis, [row for row in rows if row["set"] == name])
-        axis.set_title(name)
-        axis.grid(alpha=0.3)
-    for line in axes:
-        line[0].set_ylabel(ylabel)
-    return _svg(figure)
-
-
-def _svg(figure) -> str:
-    """The figure as SVG that scales with the page."""
-    buffer = io.StringIO()
-    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpace"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    pyplot().close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _speedup(ours: dict, plain: dict) -> float:
-    return (ours["decode_tokens"] / ours["decode_seconds"]) / (plain["decode_tokens"] / plain["decode_seconds"])

@@ -1,7 +1,6 @@
 """results.json and training logs in; tables for the terminal and plots out."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.metrics import Acceptance
+from dpace.measure.results import whole_blocks
 
 Interval = Sequence[float | None]
 
@@ -81,11 +80,6 @@ def result_cells(row: dict) -> list[str]:
         f"{row['num_same_text']}/{row['num_responses']}",
         verdict(row["decode_speedup_interval"]),
     ]
-
-
-def whole_blocks(results: dict) -> list[dict]:
-    """The rows where whole drafts were verified, which say what the drafter can do; all where there is none."""
-    return [row for row in results["rows"] if row.get("width", "full") == "full"] or results["rows"]
 
 
 def slots_table(results: dict) -> Table:
@@ -243,14 +237,6 @@ def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str
     return table
 
 
-def acceptance_of(row: dict) -> Acceptance:
-    """The statistics of a row of results.json, one histogram a response."""
-    responses = row["responses"]
-    return Acceptance(
-        [r["histogram"] for r in responses], row["block_size"], [r["num_without_bonus"] for r in responses]
-    )
-
-
 def with_interval(value: float, interval: Interval) -> str:
     """Write `1.23 [1.20, 1.26]`, or the number alone where there is no interval."""
     if interval[0] is None:
@@ -270,106 +256,3 @@ def verdict(speedup_interval: Interval) -> str:
     if low is None or high is None:
         return "too few prompts"
     return "pays" if low > 1 else "slower" if high < 1 else "no clear gain"
-
-
-def plot_acceptance(results: dict, path: str | Path) -> None:
-    """Draw the reach rate by slot, one panel a set, one line for each drafter and temperature."""
-    plt = pyplot()
-    rows = whole_blocks(results)
-    sets, drafters = (list(dict.fromkeys(row[key] for row in rows)) for key in ("set", "drafter"))
-    figure, axes = plt.subplots(
-        1, len(sets), figsize=(4.6 * len(sets), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, name in zip(axes[0], sets, strict=True):
-        for row in (row for row in rows if row["set"] == name):
-            slots = range(1, len(row["reach_rate"]) + 1)
-            style = "-" if row["temperature"] == 0 else "--"
-            label = f"{row['drafter']}, T={row['temperature']:g}, tau {row['tau']:.2f}"
-            axis.plot(
-                slots,
-                row["reach_rate"],
-                style,
-                marker="o",
-                ms=3,
-                color=f"C{drafters.index(row['drafter'])}",
-                label=label,
-            )
-        axis.set(title=name, xlabel="slot", ylim=(0, 1.02), xticks=list(slots))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("reach rate (slots 1..k all accepted)")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_weights(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
-    """Draw each slot's share of the weight at a few moments of training, one panel an objective.
-
-    Args:
-        logs: the `log_history` of `trainer_state.json`, by drafter.
-        path: of the PNG.
-
-    Source: the weight-dynamics figure of D-PACE (arXiv 2605.18810).
-    """
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(logs), figsize=(4.6 * len(logs), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (name, log) in zip(axes[0], logs.items(), strict=True):
-        weight_moments(axis, log)
-        axis.set(title=name, xlabel="slot")
-    axes[0][0].set_ylabel("share of the block's weight")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def weight_moments(axis, log: Sequence[dict]) -> None:
-    """Draw each slot's share of the weight at five moments of a training log."""
-    entries = [entry for entry in log if "weight_share/1" in entry]
-    chosen = sorted({round(i * (len(entries) - 1) / 4) for i in range(5)}) if entries else []
-    for number, entry in enumerate(entries[i] for i in chosen):
-        slots = range(1, 1 + sum(key.startswith("weight_share/") for key in entry))
-        color = pyplot().get_cmap("viridis")(number / max(1, len(chosen) - 1) * 0.9)
-        shares = [entry[f"weight_share/{slot}"] for slot in slots]
-        axis.plot(slots, shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
-        axis.set_xticks(slots)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-
-
-def plot_tau(logs: Mapping[str, Sequence[Sequence[dict]]], path: str | Path) -> None:
-    """Draw tau of the validation responses against steps, one line an objective (mean over seeds) and a thin one a seed.
-
-    Args:
-        logs: by objective, the `log_history` of each seed.
-        path: of the PNG.
-    """
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for number, (name, runs) in enumerate(logs.items()):
-        curves = [{e["step"]: e["eval_tau"] for e in run if "eval_tau" in e} for run in runs]
-        for curve in curves:
-            axis.plot(list(curve), list(curve.values()), color=f"C{number}", alpha=0.25, lw=1)
-        steps = sorted(set.intersection(*map(set, curves)))
-        means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
-        axis.plot(steps, means, color=f"C{number}", marker="o", ms=3, label=name)
-    axis.set(xlabel="optimizer step", ylabel="tau, validation responses")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def read_log(folder: str | Path) -> list[dict]:
-    """The training log of a drafter's folder."""
-    return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
-
-
-def pyplot():
-    """Matplotlib without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -1,0 +1,77 @@
+"""The `config.json` of speculators, written and read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpace.spec import DrafterSpec, need
+
+
+def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: list[str], dtype: str) -> dict[str, Any]:
+    """The `config.json` of speculators 0.9, which vLLM reads too.
+
+    `sliding_window_non_causal` is true because vLLM 0.32 otherwise makes every layer causal, full attention too.
+    """
+    transformer = spec.config().to_dict()
+    for key in ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace"):
+        transformer.pop(key, None)
+    transformer |= {"rope_theta": spec.rope["rope_theta"], "dtype": dtype, "use_sliding_window": False}
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "aux_hidden_state_layer_ids": spec.hidden_state_ids,
+        "block_size": spec.block_size,
+        "draft_vocab_size": spec.vocab_size,
+        "dtype": dtype,
+        "mask_token_id": spec.mask_token_id,
+        "sample_from_anchor": False,
+        "sliding_window_non_causal": True,
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": spec.num_draft_tokens,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {"name_or_path": target_name, "architectures": architectures},
+        },
+        "speculators_model_type": "dflash",
+        "speculators_version": "0.9.0",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": transformer,
+    }
+
+
+def verifier_name(folder: str | Path) -> str | None:
+    """The target that a speculators folder names; None in other formats."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    return config.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
+
+
+def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:
+    """Say in the published layout what a speculators config says."""
+    if config["speculators_model_type"] != "dflash" or config.get("sample_from_anchor"):
+        raise ValueError(
+            f"speculators_model_type is {config['speculators_model_type']!r} with sample_from_anchor "
+            f"{config.get('sample_from_anchor', False)}; dpace takes over `dflash` drafters whose anchor is given"
+        )
+    if num_target_layers is None:
+        raise ValueError("this format does not say how many layers the target has; name the target with --target")
+    inner = dict(need(config, "transformer_layer_config"))
+    vocab_size = inner.get("vocab_size")
+    if config.get("draft_vocab_size", vocab_size) != vocab_size:
+        raise ValueError(
+            f"draft_vocab_size is {config['draft_vocab_size']} and the target's {vocab_size}; dpace drafters share the "
+            "target's whole vocabulary"
+        )
+    return inner | {
+        "block_size": need(config, "block_size"),
+        "mask_token_id": need(config, "mask_token_id"),
+        "target_layer_ids": [index - 1 for index in need(config, "aux_hidden_state_layer_ids")],
+        "num_target_layers": num_target_layers,
+    }

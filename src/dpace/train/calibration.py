@@ -1,0 +1,56 @@
+"""Fit the temperature at which a drafter's confidence says how often it is right."""
+
+from typing import Any
+
+import torch
+
+from dpace.data.dataset import ResponseDataset, collate
+from dpace.drafter import Drafter
+from dpace.loss import frozen_head_nll
+from dpace.target import Target
+from dpace.views import blocks_hidden
+
+TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
+MAX_CALIBRATION_ROWS = 1500
+
+
+@torch.no_grad()
+def fit_confidence_temperature(drafter: Drafter, target: Target, dataset: ResponseDataset) -> float:
+    """Find the temperature at which the drafter's confidence best says whether a slot is accepted.
+
+    Looks at slots that decoding reaches, those with all slots before them right, and minimizes the cross-entropy between the
+    probability of the drafter's most likely token and whether it is the text's, over a grid of quarter octaves. At most
+    `MAX_CALIBRATION_ROWS` slots are used.
+
+    Args:
+        drafter: a trained drafter.
+        target: its target.
+        dataset: responses that were not trained on, every token an anchor.
+
+    Returns:
+        The temperature, above 1 for a drafter that is too sure; 1 without a response.
+    """
+    was_training = drafter.training
+    drafter.eval()
+    logits, matches, count = [], [], 0
+    for i in range(len(dataset)):
+        inputs: dict[str, Any] = collate([dataset[i]], drafter.block_size)
+        inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
+        hidden, blocks, _ = blocks_hidden(
+            drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
+        )
+        out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+        slots = torch.arange(drafter.block_size, device=target.device)
+        is_reached = blocks.is_scored & (slots <= out.accepted_lengths[..., None] + 1)
+        share = max(1, round(int(is_reached.sum()) * len(dataset) / MAX_CALIBRATION_ROWS))
+        rows = is_reached.nonzero()[::share].unbind(-1)
+        scaled = target.head.logits(hidden[rows]).float()
+        logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
+        matches.append(out.is_match[rows])
+        count += len(rows[0])
+    drafter.train(was_training)
+    if not count:
+        return 1.0
+    log_confidence, is_match = torch.cat(logits, dim=1).clamp_max(-1e-6), torch.cat(matches)
+    errors = -torch.where(is_match, log_confidence, torch.log(-torch.expm1(log_confidence))).mean(-1)
+    return TEMPERATURES[int(errors.argmin())]

@@ -1,0 +1,53 @@
+"""Measure drafters against plain decoding, or running servers."""
+
+from pathlib import Path
+
+from dpace.config import Recipe
+from dpace.flags import command, parse
+from dpace.locate import load_target
+
+
+def run(args: list[str]) -> None:
+    recipe = parse(Recipe, "bench", args)
+    from dpace.data.prompts import split_prompts
+    from dpace.data.public_sets import read_sets
+    from dpace.drafter import load_drafter
+    from dpace.measure.benchmark import bench
+    from dpace.report.tables import console, drafters_table, predictions_table, results_table, slots_table
+
+    if recipe.bench.sets:
+        prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
+    else:
+        prompts = split_prompts(recipe.prompts).heldout
+    if recipe.bench.server:
+        return _bench_servers(recipe, prompts)
+    if recipe.bench.plain_server:
+        raise ValueError("--bench.plain-server is the baseline of a --bench.server; name that too")
+    target = load_target(recipe)
+    folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
+    drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
+    if len(drafters) < len(folders):
+        raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
+    results = bench(target, drafters, prompts, recipe.bench, recipe.output)
+    console().print(results_table(results), slots_table(results))
+    for make, key in ((drafters_table, "comparisons"), (predictions_table, "predictions")):
+        if results[key]:
+            console().print(make(results[key]))
+    print(f"written: {recipe.output}/results.json")
+    print("next:", command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
+
+
+def _bench_servers(recipe: Recipe, prompts: list) -> None:
+    from transformers import AutoTokenizer
+
+    from dpace.data.chat import ChatTokenizer
+    from dpace.locate import find_target
+    from dpace.measure.servers import bench_servers
+    from dpace.report.tables import console, servers_table
+
+    name, settings = find_target(recipe.target), recipe.bench
+    chat = ChatTokenizer(name, AutoTokenizer.from_pretrained(name), recipe.thinking)
+    results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
+    console().print(servers_table(results))
+    print(f"written: {recipe.output}/servers.json")
+    print(f"next: dpace report {recipe.output}")

@@ -1,0 +1,22 @@
+"""Train several objectives with several seeds and compare them."""
+
+from pathlib import Path
+
+from dpace.config import CompareConfig
+from dpace.flags import command, parse
+from dpace.locate import load_target
+
+
+def run(args: list[str]) -> None:
+    config = parse(CompareConfig, "compare", args)
+    from dpace.compare import compare
+    from dpace.report.tables import compare_table, console
+
+    results = compare(load_target(config), config)
+    console().print(compare_table(results))
+    output = Path(config.output)
+    print(
+        f"written: {output}/results.json, tau.png, acceptance.png, weights.png, a drafter for each objective and seed"
+    )
+    best = output / results["rows"][0]["drafter"] / f"seed-{config.seeds[0]}"
+    print("next:", command("generate", target=config.target, drafter=best, prompt='"..."'))

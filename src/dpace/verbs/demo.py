@@ -1,0 +1,27 @@
+"""Train a drafter for a real LLM on this machine and show what it gains."""
+
+from pathlib import Path
+
+from dpace.flags import command, parse
+
+
+def run(args: list[str]) -> None:
+    from dpace.demo.run import DemoConfig
+
+    config = parse(DemoConfig, "demo", args)
+
+    from dpace.demo.run import demo_recipe, run_demo, summary
+    from dpace.locate import find_target
+    from dpace.report.tables import console, results_table, slots_table
+
+    results = run_demo(config)
+    console().print(results_table(results), slots_table(results))
+    for line in summary(results):
+        print(line)
+    output = Path(demo_recipe(config).output)
+    print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, the drafter in {output}/dpace")
+    prompt = f"{config.prompts or 'demo'}#{results['rows'][0]['responses'][0]['id']}"
+    print(
+        "next:",
+        command("generate", target=find_target(results["target"]), drafter=output / "dpace", prompt=f'"{prompt}"'),
+    )
