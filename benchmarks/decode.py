@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.decode.costs import measure_costs
-from dpace.decode.loop import generate, generate_plain, speculative_steps
-from dpace.decode.pace import Pace
-from dpace.decode.sampling import Sampler
+from dpace.decode import Paces, generate, generate_plain
+from dpace.decode.loop import make_drafting, speculative_steps
+from dpace.decode.request import make_continuation
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import answer, make_server
@@ -50,7 +49,8 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
     pack_linears(random_drafter)
 
     def ours(model, **options) -> Way:
-        return lambda ids, count: generate(target, model, ids, max_new_tokens=count, **options).token_ids
+        kept = {"paces": paces, **options}
+        return lambda ids, count: generate(target, model, ids, max_new_tokens=count, **kept).token_ids
 
     ways: dict[str, Way] = {
         "plain": lambda ids, count: generate_plain(target, ids, max_new_tokens=count).token_ids,
@@ -189,22 +189,15 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
 
         setattr(owner, name, run)
 
-    pace = Pace(measure_costs(target, drafter))
+    paces = Paces()
+    paces.get(target, drafter)  # measures the steps, which is not to be timed
     timed(target, "hidden", "target's layers")
     timed(target, "logits", "LM head, drafts and verification")
     timed(drafter, "forward", "drafter's layers")
     total, parts, num_calls = 0.0, Counter(), Counter()
     for ids in prompts:
-        steps = speculative_steps(
-            target,
-            drafter,
-            torch.tensor([ids], device=target.device),
-            Sampler(),
-            max_new_tokens=count,
-            stops=set(),
-            pace=pace,
-            block_size=drafter.block_size,
-        )
+        text = make_continuation(target, ids, max_new_tokens=count, stop_token_ids=[])
+        steps = speculative_steps(target, drafter, text, make_drafting(target, drafter, 0.0, paces=paces))
         next(steps)  # reads the prompt
         seconds.clear()
         calls.clear()

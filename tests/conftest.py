@@ -18,13 +18,13 @@ from transformers import (
     Qwen3Config,
 )
 
-import dpace.engines.gguf
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.fast.attention import group_heads
 from dpace.fast.fusion import fuse_layers
 from dpace.fast.packing import pack_linears
+from dpace.spec import LAYER_TENSORS
 from dpace.target import Target
 
 VOCAB = 64
@@ -181,7 +181,7 @@ def write_target_gguf(target: Target, path: Path) -> Path:
     writer.add_unk_token_id(2)
     writer.add_add_bos_token(False)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for ours, theirs in dpace.engines.gguf._LAYER_NAMES.items():
+    for ours, (_, theirs) in LAYER_TENSORS.items():
         names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(config.num_hidden_layers)}
     for ours, theirs in names.items():
         writer.add_tensor(f"{theirs}.weight", weights[f"{ours}.weight"].float().numpy())

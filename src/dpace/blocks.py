@@ -36,6 +36,16 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
     return ids
 
 
+def check_block_size(block_size: int) -> None:
+    """Refuse a block without a draft slot.
+
+    Raises:
+        ValueError: `block_size` below 2.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}; a block is an anchor and at least one draft slot, so 2 or more")
+
+
 def sample_anchors(
     is_response: Bool[Tensor, " seq"] | Sequence[bool], *, num_anchors: int | None = None, seed: object = 0
 ) -> Int[Tensor, " anchor"]:
@@ -106,8 +116,7 @@ def build_blocks(
     Raises:
         ValueError: `block_size` below 2.
     """
-    if block_size < 2:
-        raise ValueError(f"block_size is {block_size}; a block is an anchor and at least one draft slot, so 2 or more")
+    check_block_size(block_size)
     padded = nn.utils.rnn.pad_sequence(list(anchors), batch_first=True, padding_value=-1).to(token_ids.device)
     if not padded.shape[1]:  # no row has an anchor: one padding block each, so that there is something to compute
         padded = nn.functional.pad(padded, (0, 1), value=-1)

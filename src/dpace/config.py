@@ -13,11 +13,34 @@ Objective = Literal[
     "spec-auf",
     "dflash",
     "uniform",
-    "head",
+    "medusa",
 ]
+TokenLoss = Literal["nll", "kl", "lk"]
+Confidence = Literal["token", "overlap"]
+Reduction = Literal["anchors", "batch", "slots", "weights"]
+VerifyRule = Literal["equality", "speculative"]
+Width = Literal["auto", "full"] | int
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the tokens of a response are chosen, and how many."""
+
+    max_new_tokens: int = 256
+    """Longest response in tokens; reached exactly unless a stop token comes first."""
+    temperature: float = 0.0
+    """Temperature of the target's distribution; 0 is greedy."""
+    top_k: int = 0
+    """Sample from so many most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens up to this probability."""
+    min_p: float = 0.0
+    """Sample from tokens with at least this share of the highest probability."""
+    seed: int | None = None
+    """Seed of the draws at temperature above 0; by default torch's global generator."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +97,9 @@ class LossConfig:
 
     objective: Objective = "dpace"
     """How much each slot counts; docs/objectives.md says when to use which."""
-    token_loss: Literal["nll", "kl", "lk"] = "nll"
+    token_loss: TokenLoss = "nll"
     """Of a slot: -log of the target's token (the paper's), KL to the target's distribution, or -log of the overlap."""
-    confidence: Literal["token", "overlap"] = "token"
+    confidence: Confidence = "token"
     """What D-PACE's weights take for a slot's acceptance: the probability of the target's token, or the overlap."""
     alpha: float = 0.5
     """D-PACE's smoothing (paper: 0.5; 0.3 to 0.7 work)."""
@@ -84,7 +107,7 @@ class LossConfig:
     """Decay length in slots of dflash and vat; 7, 5, 4 for blocks of 16, 10, 8 by default."""
     base: float = 0.8
     """Medusa's base."""
-    reduction: Literal["anchors", "batch", "slots", "weights"] = "anchors"
+    reduction: Reduction = "anchors"
     """What the sum is divided by, see dpace.loss.block_loss."""
     vocabulary: Literal["all", "seen"] = "all"
     """Softmax over all tokens, or only over those of the training text: much cheaper on a CPU with a narrow job."""
@@ -151,7 +174,7 @@ class BenchConfig:
     """Longest response in tokens."""
     num_prompts: int | None = None
     """Prompts of each set, at most."""
-    widths: tuple[Literal["full", "auto"] | int, ...] = ("full", "auto")
+    widths: tuple[Width, ...] = ("full", "auto")
     """Verify all of a draft, as tau is defined; what pays on this machine, drafted or copied, as `dpace generate` does; or so many tokens."""
     predict: bool = False
     """Also predict the speedup at every width and at these concurrencies, say where not to use the drafter, and check it on a few prompts."""

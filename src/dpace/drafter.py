@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Qwen3Config
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
 from dpace.fast.fusion import fuse_layers
 from dpace.fast.packing import pack_linears
 from dpace.modeling_dflash import DFlashDraftModel
+from dpace.spec import SPECIAL_TOKENS, DrafterSpec
 from dpace.target import Target
 
 
@@ -26,6 +26,11 @@ class Drafter(DFlashDraftModel):
 
     What `save_pretrained` writes is the published layout, which z-lab's `DFlashDraftModel` and the engines load as it is.
     """
+
+    @property
+    def spec(self) -> DrafterSpec:
+        """What an engine must know about it, apart from its weights."""
+        return DrafterSpec.from_config(self.config.to_dict())
 
     @property
     def block_size(self) -> int:
@@ -83,46 +88,32 @@ class Drafter(DFlashDraftModel):
         Raises:
             ValueError: a layer id, block size or mask token that cannot work with this target.
         """
-        config, theirs = Qwen3Config(), target.config
-        layer_ids = cls.layer_ids(
-            target, num_layers=num_layers, num_features=num_features, target_layer_ids=target_layer_ids
-        )
-        mask_token_id = choose_mask_token(target) if mask_token_id is None else mask_token_id
-        heads = theirs.num_attention_heads
-        config = Qwen3Config(
+        theirs, heads = target.config, target.config.num_attention_heads
+        ids = {"num_features": num_features, "target_layer_ids": target_layer_ids}
+        spec = DrafterSpec(
+            block_size=block_size,
+            mask_token_id=choose_mask_token(target) if mask_token_id is None else mask_token_id,
+            target_layer_ids=tuple(cls.layer_ids(target, num_layers=num_layers, **ids)),
+            num_target_layers=target.num_layers,
             vocab_size=len(target.head.weight),
             hidden_size=theirs.hidden_size,
             intermediate_size=theirs.intermediate_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=heads,
+            num_layers=num_layers,
+            num_heads=heads,
             num_key_value_heads=getattr(theirs, "num_key_value_heads", None) or heads,
             head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
-            max_position_embeddings=theirs.max_position_embeddings,
             rms_norm_eps=getattr(theirs, "rms_norm_eps", 1e-6),
-            rope_parameters=rope_of(theirs),
-            layer_types=["full_attention"] * num_layers,
-            tie_word_embeddings=False,
-            bos_token_id=theirs.bos_token_id,
-            eos_token_id=theirs.eos_token_id,
-            pad_token_id=theirs.pad_token_id,
-            **{
-                "block_size": block_size,
-                "mask_token_id": mask_token_id,
-                "target_layer_ids": layer_ids,
-                "num_target_layers": target.num_layers,
-                "dflash_config": {"mask_token_id": mask_token_id, "target_layer_ids": layer_ids},
-                "is_causal": False,
-            },
+            rope=rope_of(theirs),
+            max_position_embeddings=theirs.max_position_embeddings,
+            embed_scale=target.embed_scale,
+            logit_scale=target.head.multiplier,
+            softcap=target.head.softcap,
+            special_token_ids={name: getattr(theirs, name, None) for name in SPECIAL_TOKENS},
         )
-        if target.embed_scale != 1:
-            config.input_embedding_scale = target.embed_scale
-        if target.head.multiplier != 1:
-            config.output_multiplier = target.head.multiplier
-        if target.head.softcap is not None:
-            config.final_logit_softcapping = target.head.softcap
+        spec.check()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            drafter: Any = cls(config)
+            drafter: Any = cls(spec.config())
         nn.init.constant_(drafter.norm.weight, norm_scale)
         drafter.check_target(target)
         return drafter.to(target.device)
@@ -145,11 +136,11 @@ class Drafter(DFlashDraftModel):
         Raises:
             ValueError: naming the value found, the one expected and the way out.
         """
-        config, ids = self.config, self.target_layer_ids
+        spec = self.spec
         facts = [
-            ("hidden_size", config.hidden_size, target.hidden_size),
-            ("vocab_size", config.vocab_size, len(target.head.weight)),
-            ("num_target_layers", config.num_target_layers, target.num_layers),
+            ("hidden_size", spec.hidden_size, target.hidden_size),
+            ("vocab_size", spec.vocab_size, len(target.head.weight)),
+            ("num_target_layers", spec.num_target_layers, target.num_layers),
         ]
         for name, found, expected in facts:
             if found != expected:
@@ -157,34 +148,14 @@ class Drafter(DFlashDraftModel):
                     f"the drafter's {name} is {found} and the target {target.name} has {expected}: it was trained for "
                     "another target; train one for this target with `dpace train`"
                 )
-        if list(ids) != sorted(set(ids)) or min(ids) < 0 or max(ids) > target.num_layers - 2:
-            raise ValueError(
-                f"target_layer_ids is {list(ids)}; they must ascend and lie in 0 .. {target.num_layers - 2} (the last "
-                "layer's output is normalized in some engines and must not be used)"
-            )
-        if self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size}; it must be 2 or more (the anchor and a draft slot)")
+        spec.check()
         check_mask_token(self.mask_token_id, target)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code for transformers."""
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / "config.json"
-        config = json.loads(path.read_text())
-        rope = config["rope_parameters"]
-        config.update(
-            architectures=["DFlashDraftModel"],
-            auto_map={"AutoModel": "modeling_dflash.DFlashDraftModel"},
-            rope_theta=rope["rope_theta"],
-            head_dim=self.config.head_dim,
-            attention_bias=False,
-            is_causal=False,
-            tie_word_embeddings=False,
-            use_cache=True,
-            use_sliding_window=False,
-        )
-        if rope["rope_type"] != "default":
-            config["rope_scaling"] = rope
+        config = self.spec.published(json.loads(path.read_text()))
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copy(dpace.modeling_dflash.__file__, save_directory)
 

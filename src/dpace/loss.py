@@ -1,17 +1,18 @@
 """Losses of drafted blocks through the target's frozen LM head, without keeping logits, and the named reductions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dpace.fast.head_scores import TokenLoss, TokenLosses, default_chunk_bytes
+from dpace.config import Reduction, TokenLoss
+from dpace.fast.head_scores import TokenLosses, default_chunk_bytes
 from dpace.head import TINY, Head
 from dpace.weights import uniform_weights
 
-REDUCTIONS = ("anchors", "batch", "slots", "weights")
+REDUCTIONS = get_args(Reduction)
 
 
 class Slots(NamedTuple):
@@ -55,8 +56,8 @@ def _uniform(slots: Slots) -> Tensor:
 
 
 def _check_token_loss(token_loss: TokenLoss, target_hidden: Tensor | None) -> None:
-    if token_loss not in ("nll", "kl", "lk"):
-        raise ValueError(f"token_loss is {token_loss!r}; choose one of nll, kl, lk")
+    if token_loss not in get_args(TokenLoss):
+        raise ValueError(f"token_loss is {token_loss!r}; choose one of {', '.join(get_args(TokenLoss))}")
     if token_loss != "nll" and target_hidden is None:
         raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
 
@@ -149,7 +150,7 @@ def frozen_head_nll_reference(
     return _weighted(losses, nll.detach(), overlap, top_tokens, labels, is_scored, weigh)
 
 
-def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> Int[Tensor, ""]:
+def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: Reduction) -> Int[Tensor, ""]:
     """Count what a reduction divides by: sequences for `batch`, sequences with an anchor for `anchors`, slots for `slots`.
 
     Raises:
@@ -170,7 +171,7 @@ def block_loss(
     losses: Float[Tensor, "batch block"],
     is_scored: Bool[Tensor, "batch block slot"],
     *,
-    reduction: str = "anchors",
+    reduction: Reduction = "anchors",
     num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
 ) -> Float[Tensor, ""]:
     """Reduce the losses of blocks to the scalar that is trained on.

@@ -4,6 +4,7 @@
 therefore imports torch and transformers only.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,12 +148,8 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.norm(hidden))
 
 
+@functools.cache
 def _compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    global _flex
-    _flex = _flex or torch.compile(flex_attention, dynamic=True)
-    return _flex
-
-
-_flex = None
+    return torch.compile(flex_attention, dynamic=True)

@@ -6,7 +6,7 @@ from typing import get_args
 from torch import Tensor
 
 from dpace import weights as W
-from dpace.config import LossConfig, Objective
+from dpace.config import LossConfig, Objective, TokenLoss
 from dpace.loss import Slots, Weigh
 
 
@@ -20,7 +20,7 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     changes = {"token_loss": "nll", "confidence": "token"}
     for part in parts:
         changes |= {"confidence": part} if part == "overlap" else {"token_loss": part}
-    if objective not in get_args(Objective) or changes["token_loss"] not in ("nll", "kl", "lk"):
+    if objective not in get_args(Objective) or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
             f"there is no objective {name!r}; choose from {', '.join(get_args(Objective))}, each with +kl or +lk for that "
             "token loss and +overlap for that confidence"
@@ -49,6 +49,6 @@ def make_weigh(config: LossConfig, block_size: int) -> Weigh:
         "spec-auf": lambda s: W.spec_auf_weights(s.is_match, s.is_scored),
         "dflash": lambda s: W.dflash_weights(s.is_scored, gamma),
         "uniform": lambda s: W.uniform_weights(s.is_scored),
-        "head": lambda s: W.head_weights(s.is_scored, config.base),
+        "medusa": lambda s: W.head_weights(s.is_scored, config.base),
     }
     return functions[config.objective]

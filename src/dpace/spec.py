@@ -1,17 +1,71 @@
-"""DrafterSpec: all that an engine must know about a drafter, apart from its weights."""
+"""DrafterSpec: what an engine must know about a drafter apart from its weights, and the one author of its config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import Qwen3Config
 
-from dpace.blocks import build_target_layer_ids
-from dpace.drafter import Drafter
+from dpace.blocks import build_target_layer_ids, check_block_size
 from dpace.modeling_dflash import refuse_variants
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TENSORS = {
+    "fc": (("hidden", "feature"), "fc"),
+    "hidden_norm": (("hidden",), "enc.output_norm"),
+    "norm": (("hidden",), "output_norm"),
+}
+LAYER_TENSORS = {
+    "input_layernorm": (("hidden",), "attn_norm"),
+    "self_attn.q_proj": (("query", "hidden"), "attn_q"),
+    "self_attn.k_proj": (("key", "hidden"), "attn_k"),
+    "self_attn.v_proj": (("key", "hidden"), "attn_v"),
+    "self_attn.o_proj": (("hidden", "query"), "attn_output"),
+    "self_attn.q_norm": (("head",), "attn_q_norm"),
+    "self_attn.k_norm": (("head",), "attn_k_norm"),
+    "post_attention_layernorm": (("hidden",), "ffn_norm"),
+    "mlp.gate_proj": (("inner", "hidden"), "ffn_gate"),
+    "mlp.up_proj": (("inner", "hidden"), "ffn_up"),
+    "mlp.down_proj": (("hidden", "inner"), "ffn_down"),
+}
+"""Published name of each weight, its axes, and llama.cpp's name. `query` is heads x head_dim, `key` the same for key heads."""
+
+LayerIdFault = Literal["order", "range", "last"]
+
+
+def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int) -> list[LayerIdFault]:
+    """Find what is wrong with the layers of the features: they must ascend, lie in the target, and leave out its last layer.
+
+    vLLM sorts the ids but not the columns of `fc`, so the order matters. The last layer's output is normalized in some engines
+    and missing in others.
+    """
+    ids, faults = list(target_layer_ids), []
+    if not ids or not all(type(i) is int for i in ids) or ids != sorted(set(ids)):
+        faults.append("order")
+    if not all(0 <= i < num_target_layers for i in ids):
+        faults.append("range")
+    if num_target_layers - 1 in ids:
+        faults.append("last")
+    return faults
+
+
+def tensor_axes(num_layers: int) -> dict[str, tuple[str, ...]]:
+    """Give the axes of every tensor of a drafter, by its published name."""
+    return {name: axes for name, (axes, _) in _all_tensors(num_layers).items()}
+
+
+def gguf_names(num_layers: int) -> dict[str, str]:
+    """Give llama.cpp's name of every tensor. Nothing is permuted: the drafter's rotary embedding is NeoX's."""
+    return {name: theirs for name, (_, theirs) in _all_tensors(num_layers).items()}
+
+
+def _all_tensors(num_layers: int) -> dict[str, tuple[tuple[str, ...], str]]:
+    found = {f"{name}.weight": (axes, f"{theirs}.weight") for name, (axes, theirs) in TENSORS.items()}
+    for layer in range(num_layers):
+        for name, (axes, theirs) in LAYER_TENSORS.items():
+            found[f"layers.{layer}.{name}.weight"] = axes, f"blk.{layer}.{theirs}.weight"
+    return found
 
 
 @dataclass(frozen=True)
@@ -56,16 +110,12 @@ class DrafterSpec:
         return [layer + 1 for layer in self.target_layer_ids]
 
     @classmethod
-    def of(cls, drafter: Drafter) -> "DrafterSpec":
-        """Describe a drafter."""
-        return cls.of_config(drafter.config.to_dict())
-
-    @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
-        """Read a `config.json` in the published spec; both spellings of the block size and of the rotary embedding.
+    def from_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
+        """Read a `config.json` in the published layout, with either spelling of the block size and the rotary embedding.
 
         Raises:
-            ValueError: something that no default is right for is missing, or said twice and differently, or a variant of the network.
+            ValueError: a value without a right default is missing, or is given twice and differently, or the network is a
+                variant that dpace does not know.
         """
         nested = config.get("dflash_config") or {}
         if (config.get("architectures") or [""])[0].startswith("DFlash2") or "selector_rank" in nested:
@@ -98,7 +148,7 @@ class DrafterSpec:
         )
 
     def config(self) -> Qwen3Config:
-        """Say the same as the config of a `Drafter`."""
+        """Make the config of a `Drafter`."""
         named = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
         extra: dict[str, Any] = {"input_embedding_scale": self.embed_scale, "output_multiplier": self.logit_scale}
         extra = {name: scale for name, scale in extra.items() if scale != 1}
@@ -130,25 +180,45 @@ class DrafterSpec:
             },
         )
 
+    def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the `config.json` that transformers wrote with what the engines read.
+
+        Args:
+            written: the config as `save_pretrained` of transformers wrote it.
+        """
+        config = {
+            **written,
+            "architectures": ["DFlashDraftModel"],
+            "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
+            "rope_theta": self.rope["rope_theta"],
+            "head_dim": self.head_dim,
+            "attention_bias": False,
+            "is_causal": False,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "use_sliding_window": False,
+        }
+        if self.rope["rope_type"] != "default":
+            config["rope_scaling"] = self.rope
+        return config
+
     def check(self) -> None:
         """Refuse what some engine cannot serve.
 
         Raises:
             ValueError: naming the value, why it cannot be served and the way out.
         """
-        ids, last = self.target_layer_ids, self.num_target_layers - 1
-        if list(ids) != sorted(set(ids)) or ids[0] < 0:
+        ids, last = list(self.target_layer_ids), self.num_target_layers - 1
+        for fault in find_layer_id_faults(ids, self.num_target_layers):
             raise ValueError(
-                f"target_layer_ids is {list(ids)}; vLLM sorts them, so that features and weights would no longer match: "
-                "train with ascending ids, each once"
+                f"target_layer_ids is {ids} for a target of {last + 1} layers; train with ascending ids in 0 .. {last - 1} "
+                + {
+                    "order": "(vLLM sorts them, and features and weights would no longer match)",
+                    "range": "(there are no such layers)",
+                    "last": f"(the output of layer {last} is normalized in some engines and missing in others)",
+                }[fault]
             )
-        if ids[-1] >= last:
-            raise ValueError(
-                f"target_layer_ids is {list(ids)} for a target of {last + 1} layers; the output of layer {last} is "
-                f"normalized in some engines and missing in others: train with ids up to {last - 1}"
-            )
-        if self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size}, which leaves nothing to draft; train with 2 or more")
+        check_block_size(self.block_size)
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id is {self.mask_token_id}, outside the target's embedding of {self.vocab_size} rows; "

@@ -17,7 +17,6 @@ from dpace.decode.loop import generate
 from dpace.drafter import load_drafter
 from dpace.engines.export import export, import_drafter
 from dpace.engines.published import read_folder
-from dpace.spec import DrafterSpec
 from dpace.target import Target
 
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
@@ -91,4 +90,4 @@ def test_speculators_loads_and_converts_to_the_same(
     same = ("speculators_model_type", "aux_hidden_state_layer_ids", "mask_token_id", "block_size", "draft_vocab_size")
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     again = import_drafter(tmp_path / "theirs", tmp_path / "again", target=str(language_folder))
-    assert DrafterSpec.of(again) == read_folder(language_drafter_folder)[0]
+    assert again.spec == read_folder(language_drafter_folder)[0]

@@ -5,8 +5,8 @@ import torch
 from scipy.stats import chisquare
 
 from dpace.data.chat import encode_chat
+from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.costs import StepCosts
-from dpace.decode.loop import generate, generate_plain
 from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
 from tests.conftest import EOS, MASK, make_drafter, make_target
 
@@ -152,7 +152,7 @@ def test_output_distribution_when_sampling(rule, width, filters, monkeypatch):
     third = torch.stack([torch.stack([joint[a, b] * probs([*start, a, b]) for b in range(8)]) for a in range(8)]).sum(0)
     counts, accepted = torch.zeros(8, 8), 0
     torch.manual_seed(0)
-    options = {"max_new_tokens": 3, "stop_token_ids": [], "verify_rule": rule, "width": width}
+    options = {"max_new_tokens": 3, "stop_token_ids": [], "verify_rule": rule, "width": width, "paces": Paces()}
     for _ in range(samples):
         out = generate(target, drafter, start, **options, **{"temperature": temperature, **filters})
         counts[out.token_ids[1], out.token_ids[2]] += 1

@@ -96,7 +96,7 @@ def test_out_and_in_again_is_the_same_drafter(to, dtype, do_export, folder, lang
         is_fp32 = dtype is None or (to == "gguf" and tensor.dim() == 1)
         expected = tensor if is_fp32 else tensor.to(dtype)
         assert files[name].dtype == expected.dtype and torch.equal(files[name], expected), name
-    assert DrafterSpec.of(again) == read_folder(folder)[0]
+    assert again.spec == read_folder(folder)[0]
 
 
 def test_save_is_export(do_export, folder):
@@ -152,8 +152,8 @@ def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch):
     [
         ({"target_layer_ids": (1, 5)}, "output of layer 5 is normalized"),
         ({"target_layer_ids": (3, 1)}, "vLLM sorts them"),
-        ({"target_layer_ids": (1, 1)}, "ascending ids, each once"),
-        ({"block_size": 1}, "nothing to draft"),
+        ({"target_layer_ids": (1, 1)}, "train with ascending ids"),
+        ({"block_size": 1}, "at least one draft slot"),
         ({"mask_token_id": 64}, "outside the target's embedding"),
     ],
 )
@@ -197,10 +197,10 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         drafter = make_drafter(make_target(family))
         drafter.save_pretrained(tmp_path / family)
         again = read_drafter(tmp_path / family)
-        assert DrafterSpec.of(again) == DrafterSpec.of(drafter)
+        assert again.spec == drafter.spec
         ids = torch.arange(12)[None]
         assert torch.equal(*(torch.stack(d.rotary_emb(torch.zeros(1), ids)) for d in (drafter, again)))
-    assert DrafterSpec.of(again).embed_scale > 1 and DrafterSpec.of(again).softcap
+    assert again.spec.embed_scale > 1 and again.spec.softcap
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from dpace.decode.batch import batch_steps
 from dpace.decode.costs import DRAFT, FIRST_DRAFT, StepCosts, StepTimer, measure_costs, single_steps
-from dpace.decode.pace import Pace, make_pace
+from dpace.decode.loop import generate
+from dpace.decode.pace import Pace, Paces
 from tests.conftest import make_drafter, make_target
 
 rates = st.lists(st.floats(0, 1), min_size=1, max_size=7)
@@ -177,13 +178,22 @@ def test_a_drafter_that_loses_is_not_tried_where_it_has_much_to_read():
     assert 0 < 5 * tries[128] < tries[0]
 
 
-def test_a_drafter_keeps_its_pace():
-    """From one response to the next at a temperature."""
+def test_what_was_learned_is_the_callers(monkeypatch):
+    """Paces that are passed on know a drafter and a temperature again; calls without them leave nothing behind."""
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
-    pace = make_pace(target, drafter)
-    assert make_pace(target, drafter) is pace and make_pace(target, drafter, 1.0) is not pace
-    assert make_pace(target, make_drafter(target, block_size=6)) is not pace
+    measured = []
+    monkeypatch.setattr(
+        "dpace.decode.pace.measure_costs", lambda *_, temperature: measured.append(temperature) or COSTS
+    )
+    paces = Paces()
+    pace = paces.get(target, drafter)
+    assert paces.get(target, drafter) is pace and paces.get(target, drafter, 1.0) is not pace
+    assert paces.get(target, drafter, 0.5) is not paces.get(target, drafter, 1.0) and measured == [0.0, 1.0]
+    assert paces.get(target, make_drafter(target, block_size=6)) is not pace and len(measured) == 3
+    for _ in range(2):
+        generate(target, drafter, [4, 5], max_new_tokens=3)
+    assert len(measured) == 5
 
 
 def test_steps_of_a_batch_are_those_of_generate_batch():
@@ -206,11 +216,9 @@ def test_steps_of_a_batch_are_those_of_generate_batch():
     assert len(three.verify_seconds) == 6 and three.draft_seconds > 0 <= single.reading_seconds
 
 
-def test_costs_are_measured_once():
+def test_costs_of_steps():
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
     costs = measure_costs(target, drafter)
     assert len(costs.verify_seconds) == 6 and min(costs.verify_seconds) > 0 < costs.draft_seconds
     assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one
-    assert measure_costs(target, drafter) is costs
-    assert measure_costs(target, drafter, temperature=1.0) is not costs

@@ -66,10 +66,11 @@ def test_custom_generate_is_generate(settings):
     options = {"max_new_tokens": 24, "do_sample": False, **settings}
     expected = target.model.generate(ids, **options)
     for width in ("auto", "full"):
-        found = target.model.generate(
-            ids, custom_generate=custom_generate(target, make_drafter(target), width=width), **options
-        )
+        decode = custom_generate(target, make_drafter(target), width=width)
+        found = target.model.generate(ids, custom_generate=decode, **options)
         assert found.tolist() == expected.tolist()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # what a tokenizer gives
+        assert target.model.generate(**inputs, custom_generate=decode, **options).tolist() == expected.tolist()
 
 
 class StopAt(StoppingCriteria):

@@ -3,6 +3,7 @@
 from dpace.decode.batch import generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.loop import generate, generate_plain
+from dpace.decode.pace import Paces
 from dpace.decode.streaming import custom_generate, stream
 
-__all__ = ["Generation", "custom_generate", "generate", "generate_batch", "generate_plain", "stream"]
+__all__ = ["Generation", "Paces", "custom_generate", "generate", "generate_batch", "generate_plain", "stream"]

@@ -1,22 +1,23 @@
-"""Several prompts in; the responses that decoding them one at a time gives, out, from forward passes that all rows share."""
+"""Decode several prompts at once: each text is the one that its prompt gets alone, from passes that all rows share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace.decode.costs import DRAFT
-from dpace.decode.generation import Generation, clock
+from dpace.decode.generation import Generation, read_clock
 from dpace.decode.loop import generate, generate_plain
-from dpace.decode.request import first_stop, prepare
+from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import Sampler, verify_draft
 from dpace.drafter import Drafter
-from dpace.fast import attention
+from dpace.fast.attention import NAME as GROUPED_ATTENTION
 from dpace.fast.cache import RaggedCache
 from dpace.target import Target
+from dpace.views import draft_block, mask_blocks
 
 COMPILED_COLUMNS = 256
 """Compiled steps have a multiple of so many columns in their caches."""
@@ -24,40 +25,27 @@ COMPILED_COLUMNS = 256
 
 @dataclass
 class _Row:
-    """One prompt and what was emitted after it."""
+    """One prompt, its response so far, and the verifications that gave it."""
 
-    text: list[int]
-    num_prompt: int
-    max_new_tokens: int
-    stops: set[int]
-    sampler: Sampler
+    text: Continuation
     accepted_lengths: list[int] = field(default_factory=list)
     emitted_lengths: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
 
     @property
-    def remaining(self) -> int:
-        """Tokens that may still be emitted."""
-        return self.num_prompt + self.max_new_tokens - len(self.text)
+    def start(self) -> int:
+        """Position of the last token, which is the next block's anchor."""
+        return len(self.text.text) - 1
 
     @property
-    def is_done(self) -> bool:
-        return not self.remaining or self.text[-1] in self.stops
-
-    def draw(self, logits: Tensor) -> list[int]:
-        """The target's own next tokens."""
-        scores = self.sampler.scores(logits, [])
-        return self.sampler.draw(scores, len(self.text) - self.num_prompt).tolist()
+    def limit(self) -> int:
+        """Position of the last token that may be emitted."""
+        return self.text.num_prompt + self.text.max_new_tokens - 1
 
     def emit(self, draft: list[int], drawn: list[int]) -> None:
         """Take what the target's own draws leave of a draft, and its next token."""
-        draft, remaining = draft[: self.remaining], self.remaining
-        accepted = verify_draft(draft, drawn)
-        emitted = drawn[: min(accepted + 1, remaining)]
-        stop = first_stop(emitted, self.stops)
-        if stop is not None:
-            emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
-        self.text += emitted
+        draft = draft[: self.text.remaining]
+        emitted, accepted = self.text.take(verify_draft(draft, drawn), drawn)
         self.accepted_lengths.append(accepted)
         self.emitted_lengths.append(len(emitted))
         self.widths.append(len(draft) + 1)
@@ -65,7 +53,7 @@ class _Row:
     def generation(self, block_size: int, seconds: tuple[float, float]) -> Generation:
         """The finished row; without lengths where nothing was drafted."""
         lengths = (self.accepted_lengths, self.emitted_lengths, self.widths) if block_size > 1 else ([], [], [])
-        return Generation(self.text[self.num_prompt :], *lengths, block_size, *seconds)
+        return Generation(self.text.text[self.text.num_prompt :], *lengths, block_size, *seconds)
 
 
 class _Batch:
@@ -85,11 +73,9 @@ class _Batch:
     ):
         self.target, self.drafter, self.rows, self.captured = target, drafter, rows, captured
         self.is_fixed = compile
-        capacity = max(row.num_prompt + row.max_new_tokens for row in rows)
-        if compile:
-            capacity = (
-                -(-capacity // COMPILED_COLUMNS) * COMPILED_COLUMNS
-            )  # so that other prompts have these shapes too
+        capacity = 1 + max(row.limit for row in rows)
+        if compile:  # round up, so that other prompts have these shapes too
+            capacity = -(-capacity // COMPILED_COLUMNS) * COMPILED_COLUMNS
         self.capacity = capacity
         self.cache = RaggedCache(target.config, capacity)
         self.caches = [self.cache]
@@ -98,54 +84,54 @@ class _Batch:
             self.caches.append(self.drafter_cache)
         options: Any = {"mode": "reduce-overhead", "dynamic": False, "disable": not compile}
         self.read: Any = torch.compile(_read, **options)
-        self.run_drafter: Any = torch.compile(_run_drafter, **options)
+        self.draft_block: Any = torch.compile(draft_block, **options)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)
 
     def prefill(self) -> None:
         """Read the prompts and emit the first tokens; padding stands on the right, where no prompt token sees it."""
-        longest = max(row.num_prompt for row in self.rows)
-        padded = self._tensor([row.text + row.text[-1:] * (longest - row.num_prompt) for row in self.rows])
+        prompts = [row.text.text for row in self.rows]
+        longest = max(map(len, prompts))
+        padded = self._tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])
         self.positions = torch.arange(longest, device=padded.device).expand(len(padded), -1)
         self.cache.place(self.positions, longest)
         hidden, self.features = _read(self.target, self.captured, padded, self.cache, self.positions, None)
-        last = self._tensor([row.num_prompt - 1 for row in self.rows])
+        last = self._tensor([row.start for row in self.rows])
         logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
         for row, of_row in zip(self.rows, logits, strict=True):
-            row.text += row.draw(of_row[None])
+            row.text.take(0, row.text.draw(of_row[None]).tolist())
 
     def draft(self) -> Int[Tensor, "batch slot"]:
-        """One block a row: its last token and the most likely tokens after it."""
+        """Draft one block a row: its last token and the most likely tokens after it."""
+        last_ids = [row.text.text[-1] for row in self.rows]
         if self.drafter is None:
-            return self._tensor([row.text[-1:] for row in self.rows])
-        size = self.drafter.block_size
-        starts = self._tensor([[len(row.text) - 1] for row in self.rows])
+            return self._tensor([[token] for token in last_ids])
+        blocks, size = mask_blocks(self.drafter, last_ids), self.drafter.block_size
+        starts = self._tensor([[row.start] for row in self.rows])
         slots = torch.arange(size, device=starts.device).expand(len(starts), -1)
-        blocks = torch.full_like(slots, self.drafter.mask_token_id)
-        blocks[:, :1] = self._tensor([row.text[-1:] for row in self.rows])
-        end = size + (self.capacity if self.is_fixed else max(len(row.text) for row in self.rows) - 1)
+        end = size + (self.capacity if self.is_fixed else max(row.start for row in self.rows))
         self.drafter_cache.place(torch.cat([size + self.positions, slots], dim=1), end)
         # The first time the features are those of the whole prompts: another shape.
-        run_drafter = self.run_drafter if self.features.shape[1] == size else _run_drafter
-        hidden = run_drafter(
+        draft = self.draft_block if self.features.shape[1] == size else draft_block
+        hidden = draft(
             self.drafter,
-            self.target.embed(blocks),
+            self.target,
+            blocks,
             self.features,
-            torch.cat([self.positions, starts + slots], dim=1),
-            torch.arange(end, device=starts.device) < size + starts,
-            self.drafter_cache,
+            position_ids=torch.cat([self.positions, starts + slots], dim=1),
+            attention_mask=torch.arange(end, device=starts.device) < size + starts,
+            cache=self.drafter_cache,
         )
-        width = size if self.is_fixed else min(size, 1 + max(row.remaining for row in self.rows))
+        width = size if self.is_fixed else min(size, 1 + max(row.text.remaining for row in self.rows))
         logits = self.target.logits(hidden[:, 1:width].flatten(0, 1))
         blocks[:, 1:width] = logits.argmax(-1).unflatten(0, (len(blocks), -1))
         return blocks[:, :width]
 
     def verify(self, blocks: Int[Tensor, "batch slot"]) -> None:
-        """Have the target read the blocks, and emit. Slots past a row's last token all share its position: nothing comes of them."""
+        """Let the target read the blocks, and emit. Slots past a row's last token share its position and give nothing."""
         width = blocks.shape[1]
-        limits = [row.num_prompt + row.max_new_tokens - 1 for row in self.rows]
-        starts = [len(row.text) - 1 for row in self.rows]
+        starts, limits = [row.start for row in self.rows], [row.limit for row in self.rows]
         slots = torch.arange(width, device=blocks.device)
         self.positions = torch.minimum(self._tensor(starts)[:, None] + slots, self._tensor(limits)[:, None])
         end = 1 + max(min(start + width - 1, limit) for start, limit in zip(starts, limits, strict=True))
@@ -157,12 +143,12 @@ class _Batch:
         self.features = features.clone()  # a CUDA graph writes its results to the same place each time
         logits = self.target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
         for row, block, of_row in zip(self.rows, blocks.tolist(), logits, strict=True):
-            if not row.is_done:
-                row.emit(block[1:], row.draw(of_row))
+            if not row.text.is_done:
+                row.emit(block[1:], row.text.draw(of_row).tolist())
 
     def drop_done(self) -> None:
         """Keep what is not done, here and in the caches."""
-        kept = [index for index, row in enumerate(self.rows) if not row.is_done]
+        kept = [index for index, row in enumerate(self.rows) if not row.text.is_done]
         if len(kept) == len(self.rows) or (kept and self.is_fixed):
             return
         self.rows = [self.rows[index] for index in kept]
@@ -176,13 +162,15 @@ class _Batch:
 def batch_steps(
     target: Target, drafter: Drafter, num_rows: int, *, temperature: float = 0.0, context: int
 ) -> Callable[[int], None]:
-    """As `dpace.decode.pace.single_steps`, for a step of `generate_batch` with so many rows. One token is verified as without a drafter.
+    """Make what `dpace.decode.costs.single_steps` makes, for a step of `generate_batch` with so many rows.
+
+    One token is verified as without a drafter.
 
     Memory: keys and values of the context in all rows, and its features.
     """
-    size = drafter.block_size
+    size, filler = drafter.block_size, [drafter.mask_token_id] * context
     samplers = [Sampler(temperature, seed=0, device=target.device) for _ in range(num_rows)]
-    rows = [_Row([drafter.mask_token_id] * context, context, 2 * size, set(), sampler) for sampler in samplers]
+    rows = [_Row(Continuation(filler[:], context, 2 * size, set(), sampler)) for sampler in samplers]
     with torch.inference_mode(), target.capture(drafter.target_layer_ids) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=False)
         batch.prefill()
@@ -192,7 +180,7 @@ def batch_steps(
     @torch.inference_mode()
     def step(width: int) -> None:
         for row in rows:
-            row.text = row.text[: context + 1]
+            del row.text.text[context + 1 :]
         if width == 1:
             batch.captured = []
             batch.verify(blocks[:, :1])
@@ -212,17 +200,6 @@ def _read(target: Target, captured: list[Tensor], token_ids, cache, positions, m
     return hidden, torch.cat(captured, dim=-1) if captured else hidden[..., :0]
 
 
-def _run_drafter(drafter: Drafter, noise_embeds, features, position_ids, mask, cache) -> Tensor:
-    """A pass of the drafter's layers."""
-    return drafter(
-        noise_embeds=noise_embeds,
-        context_hidden_states=features,
-        position_ids=position_ids,
-        attention_mask=mask,
-        cache=cache,
-    ).last_hidden_state
-
-
 def _additive(
     is_visible: Bool[Tensor, "batch query column"], dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 query column"]:
@@ -237,37 +214,26 @@ def generate_batch(
     drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop_token_ids: Sequence[int] | None = None,
-    seed: int | None = None,
     compile: bool = False,
+    **options: Unpack[SamplingOptions],
 ) -> list[Generation]:
-    """Decode several prompts at once with a drafter: each text is the one that its prompt alone gets.
+    """Decode several prompts at once with a drafter: each text is the one that its prompt gets alone.
 
-    Each step drafts a block for every row and verifies all of them whole (`width="full"`, `verify_rule="equality"` of `generate`); rows
-    accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text and accepted lengths are those of
-    `generate`, above temperature 0 with the row's own seed; in low precision, batches of another size round differently.
+    Each step drafts a block for every row and verifies all of them whole (`width="full"`, `verify_rule="equality"` of
+    `generate`). Rows accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text and
+    accepted lengths are those of `generate`, above temperature 0 with the row's own seed; in low precision, batches of another
+    size round differently.
 
     Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits of one
     block a row.
 
     Args:
         target: the model whose text is kept; with full attention in all layers where there is more than one prompt.
-        drafter: trained for it; None decodes plainly, a token a step, which is what a drafter's speed is compared with.
+        drafter: trained for it; None decodes plainly, a token a step: the baseline.
         prompts: decoded all at once; as many as memory allows.
-        max_new_tokens: upper limit of each response.
-        temperature: as in `generate`, like `top_k`, `top_p` and `min_p`.
-        top_k: see `Sampler`.
-        top_p: see `Sampler`.
-        min_p: see `Sampler`.
-        stop_token_ids: end a response, and are its last token; by default the target's own.
-        seed: prompt `i` draws with `seed + i`; by default torch's global generator.
         compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call takes a
             minute or more; later ones with as many prompts reuse it.
+        options: see `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
 
     Returns:
         One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
@@ -276,35 +242,37 @@ def generate_batch(
         ValueError: as `generate`; and, for more than one prompt, layers with a sliding window or the like, or an attention
             implementation that takes no 4-D mask.
     """
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     if len(prompts) == 1 and not compile:
-        settings |= {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "seed": seed}
         if drafter is None:
-            return [generate_plain(target, prompts[0], **settings)]
-        return [generate(target, drafter, prompts[0], width="full", **settings)]
+            return [generate_plain(target, prompts[0], **options)]
+        return [generate(target, drafter, prompts[0], width="full", **options)]
     if drafter is not None:
         drafter.check_target(target)
-    rows = []
+    rows, seed = [], options.pop("seed", None)
     for number, token_ids in enumerate(prompts):
-        prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
-        sampler = Sampler(seed=None if seed is None else seed + number, device=target.device, **settings)
-        rows.append(_Row(prompt[0].tolist(), prompt.shape[1], max_new_tokens, stops, sampler))
+        of_row: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
+        rows.append(_Row(make_continuation(target, token_ids, **of_row)))
     if not rows:
         return []
-    implementation = target.config._attn_implementation
-    if implementation not in ("sdpa", "eager", attention.NAME):
-        raise ValueError(
-            f"the target's attention is {implementation}, which takes no 4-D mask; load it with attn_implementation='sdpa', or "
-            "decode one prompt at a time with `generate`"
-        )
-    started = clock(target.device)
+    _check_attention(target)
+    started = read_clock(target.device)
     with target.capture(drafter.target_layer_ids if drafter is not None else ()) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=compile)
         batch.prefill()
-        first = clock(target.device)
+        first = read_clock(target.device)
         batch.drop_done()
         while batch.rows:
             batch.verify(batch.draft())
             batch.drop_done()
-    seconds = (first - started, clock(target.device) - first)
+    seconds = (first - started, read_clock(target.device) - first)
     return [row.generation(drafter.block_size if drafter is not None else 1, seconds) for row in rows]
+
+
+def _check_attention(target: Target) -> None:
+    """Refuse an attention implementation that takes no 4-D mask."""
+    implementation = target.config._attn_implementation
+    if implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
+        raise ValueError(
+            f"the target's attention is {implementation}, which takes no 4-D mask; load it with attn_implementation='sdpa', or "
+            "decode one prompt at a time with `generate`"
+        )

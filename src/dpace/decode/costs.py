@@ -1,7 +1,6 @@
 """Measure what the steps of decoding take on this machine."""
 
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.fast.cache import make_cache
 from dpace.target import Target
+from dpace.views import draft_block
 
 FILLER_TOKENS = 128
 """Context that step times are measured with."""
@@ -55,23 +55,17 @@ class StepCosts:
         return best
 
 
-_costs: weakref.WeakKeyDictionary[Drafter, dict[bool, StepCosts]] = weakref.WeakKeyDictionary()
-
-
 def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0) -> StepCosts:
-    """Measure what steps take on this machine, once a process for each drafter, and greedy or not; about a second.
+    """Measure what steps take on this machine; about a second for a small model.
 
     Args:
         target: reads 1 to `block_size` tokens.
         drafter: drafts a block.
         temperature: drawing tokens takes longer than choosing the most likely ones.
     """
-    known, is_sampled = _costs.setdefault(drafter, {}), temperature > 0
-    if is_sampled not in known:
-        timer = StepTimer([single_steps(target, drafter, temperature=temperature)], drafter.block_size)
-        timer.run_at_least(NUM_ROUNDS)
-        [known[is_sampled]] = timer.costs(min)  # whatever disturbs a step makes it slower
-    return known[is_sampled]
+    timer = StepTimer([single_steps(target, drafter, temperature=temperature)], drafter.block_size)
+    timer.run_at_least(NUM_ROUNDS)
+    return timer.costs(min)[0]  # whatever disturbs a step makes it slower
 
 
 def single_steps(
@@ -104,11 +98,7 @@ def single_steps(
             cache.crop(-width)
             return
         read = features if width == FIRST_DRAFT else features[:, :4]
-        hidden = drafter(
-            noise_embeds=target.embed(filler[:, :size]),
-            context_hidden_states=read,
-            position_ids=torch.arange(read.shape[1] + size, device=device)[None],
-        ).last_hidden_state
+        hidden = draft_block(drafter, target, filler[:, :size], read)
         logits = target.logits(hidden[0, 1:])
         logits.argmax(-1)
         drafter.confidences(logits)  # waits for the device, as drawing does

@@ -1,4 +1,4 @@
-"""What decoding gives: steps and whole responses."""
+"""What decoding gives: steps as they come, and the whole response with what it took."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class Step(NamedTuple):
     accepted: int
     """Draft tokens among them."""
     width: int
-    """Tokens that the target read: 1 and the draft tokens that it verified; 0 for the prompt."""
+    """Tokens that the target read: the last token and the draft tokens that it verified; 0 for the prompt."""
     copied: int = 0
     """Accepted tokens that a prompt lookup proposed, not the drafter."""
 
@@ -51,11 +51,12 @@ class Generation:
     @property
     def acceptance(self) -> Acceptance:
         """Statistics of the verifications."""
-        missing = sum(a == e for a, e in zip(self.accepted_lengths, self.emitted_lengths, strict=True))
-        return Acceptance.from_lengths(self.accepted_lengths, self.block_size, missing)
+        without_bonus = sum(a == e for a, e in zip(self.accepted_lengths, self.emitted_lengths, strict=True))
+        return Acceptance.from_lengths(self.accepted_lengths, self.block_size, without_bonus)
 
 
-def clock(device: torch.device) -> float:
+def read_clock(device: torch.device) -> float:
+    """Read a clock in seconds, after the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -63,11 +64,11 @@ def clock(device: torch.device) -> float:
 
 def collect(steps: Iterator[Step], block_size: int, device: torch.device) -> Generation:
     """Run all steps and take the time."""
-    started = clock(device)
+    started = read_clock(device)
     response = list(next(steps).token_ids)
-    first_seconds = clock(device) - started
+    first_seconds = read_clock(device) - started
     done = list(steps)
-    decode_seconds = clock(device) - started - first_seconds
+    decode_seconds = read_clock(device) - started - first_seconds
     for step in done:
         response += step.token_ids
     drafted = done if block_size > 1 else []

@@ -1,224 +1,275 @@
-"""Draft, verify, accept, emit: speculative decoding that keeps the target's text, and plain decoding beside it."""
+"""Speculative decoding of one prompt: plan, propose, verify, emit. Plain decoding stands beside it."""
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple, Unpack
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpace.config import VerifyRule, Width
 from dpace.decode.generation import Generation, Step, collect
 from dpace.decode.lookup import PromptLookup
-from dpace.decode.pace import Pace, make_pace
-from dpace.decode.request import VerifyRule, Width, first_stop, prepare
-from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
+from dpace.decode.pace import Pace, Paces
+from dpace.decode.request import Continuation, SamplingOptions, make_continuation
+from dpace.decode.sampling import verify_draft, verify_sampled
 from dpace.drafter import Drafter
 from dpace.fast.cache import go_back, make_cache
 from dpace.target import Target
+from dpace.views import draft_block, mask_blocks
 
 
-@torch.inference_mode()
-def _plain_steps(target: Target, prompt: Tensor, sampler: Sampler, max_new_tokens: int, stops: set[int]):
-    """One token a step."""
-    cache = make_cache(target.config, prompt.shape[1] + max_new_tokens)
-    text, inputs = prompt[0].tolist(), prompt
-    for count in range(1, max_new_tokens + 1):
-        logits = target.logits(target.hidden(inputs, cache=cache)[0, -1:])
-        inputs = sampler.draw(sampler.scores(logits, text), count - 1)[None]
-        text.append(int(inputs))
-        yield Step(text[-1:], 0, int(count > 1))
-        if text[-1] in stops:
-            return
+@dataclass(frozen=True)
+class Drafting:
+    """How drafts are made and verified: what the options of `generate` mean for one drafter."""
+
+    block_size: int
+    """Slots to draft, the anchor included."""
+    max_width: int
+    """Tokens, at most, that the target verifies at once, the last token included."""
+    verify_rule: VerifyRule
+    pace: Pace | None
+    """Chooses the width and between drafts and copies, step by step; None always verifies `max_width`."""
 
 
-def generate_plain(
-    target: Target,
-    token_ids: Sequence[int] | Int[Tensor, " seq"],
-    *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop_token_ids: Sequence[int] | None = None,
-    seed: int | None = None,
-) -> Generation:
-    """Decode one token at a time with the target alone: the baseline. Arguments as in `generate`."""
-    prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
-    sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
-    return collect(_plain_steps(target, prompt, sampler, max_new_tokens, stops), 1, target.device)
-
-
-@torch.inference_mode()
-def speculative_steps(
+def make_drafting(
     target: Target,
     drafter: Drafter,
-    prompt: Int[Tensor, "1 seq"],
-    sampler: Sampler,
+    temperature: float,
     *,
-    max_new_tokens: int,
-    stops: set[int],
-    pace: Pace | None,
-    block_size: int,
-    max_width: int | None = None,
+    width: Width = "auto",
+    block_size: int | None = None,
     verify_rule: VerifyRule = "equality",
-) -> Iterator[Step]:
-    """Yield what each forward pass of the target emits; the loop behind `generate` and `stream`.
-
-    A step drafts a block after the last token, or with `pace` sometimes takes what followed these tokens before (`PromptLookup`), has
-    the target read the last token and as much of the draft as `pace` wants (for None all of it, up to `max_width` tokens), accepts a beginning of the draft, and emits it with the target's next token. Both caches then hold exactly
-    the tokens before the last one.
-    """
-    device = target.device
-    capacity = prompt.shape[1] + max_new_tokens + block_size
-    cache, drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
-    masks = torch.full((1, block_size - 1), drafter.mask_token_id, device=device)
-    text, num_prompt = prompt[0].tolist(), prompt.shape[1]
-    lookup, num_read = PromptLookup(text), 0
-    samples_draft = verify_rule == "speculative" and sampler.temperature > 0
-    with target.capture(drafter.target_layer_ids) as captured:
-        hidden = target.hidden(prompt, cache=cache)
-        unread = [captured[:]]  # features, by layer, of the tokens that the drafter has not read
-        text.append(int(sampler.draw(sampler.scores(target.logits(hidden[0, -1:]), text), 0)))
-        yield Step(text[-1:], 0, 0)
-        while len(text) - num_prompt < max_new_tokens and text[-1] not in stops:
-            started = time.perf_counter()
-            remaining = max_new_tokens - (len(text) - num_prompt)
-            width, is_drafted, match, copied, draft, draft_probs = 1, True, 0, [], [], None
-            if pace is not None:
-                match, copied = lookup.propose(min(block_size, remaining) - 1)
-                width, is_drafted = pace.plan(match, len(copied), len(text) - 1 - num_read)
-            block = torch.tensor([text[-1:] + copied[: width - 1]], device=device)
-            if is_drafted:
-                block, start = torch.cat([block, masks], dim=1), len(text) - 1
-                num_read = start
-                features = torch.cat([torch.cat(of_layer, dim=1) for of_layer in zip(*unread, strict=True)], dim=-1)
-                unread.clear()
-                hidden = drafter(
-                    noise_embeds=target.embed(block),
-                    context_hidden_states=features,
-                    position_ids=torch.arange(start - features.shape[1], start + block_size, device=device)[None],
-                    cache=drafter_cache,
-                ).last_hidden_state
-                drafter_cache.crop(-block_size)
-                logits = target.logits(hidden[0, 1 : min(remaining + 1, max_width or block_size)])
-                tokens, width = logits.float().argmax(-1), len(logits) + 1
-                if pace is not None:
-                    width = pace.width(drafter.confidences(logits))
-                if samples_draft:
-                    draft_probs = sampler.probs(sampler.scores(logits[: width - 1], text + tokens.tolist()))
-                    tokens = torch.multinomial(draft_probs, 1, generator=sampler.generator)[:, 0]
-                block[0, 1:width] = tokens[: width - 1]
-            hidden = target.hidden(block[:, :width], cache=cache)
-            if draft_probs is not None or sampler.processors:
-                draft = block[0, 1:width].tolist()
-            scores = sampler.scores(target.logits(hidden[0]), text + draft)
-            if draft_probs is not None:
-                accepted, next_token = verify_sampled(draft, draft_probs, sampler.probs(scores), sampler)
-                emitted = [*draft[:accepted], next_token][:remaining]
-            else:
-                drawn = sampler.draw(scores, len(text) - num_prompt)
-                both = torch.cat([block[0, 1:width], drawn]) if width > 1 else drawn
-                both = both.tolist()  # what waits for the device, apart from `pace`
-                draft, drawn = both[: width - 1], both[width - 1 :]
-                accepted = verify_draft(draft, drawn)
-                emitted = drawn[: min(accepted + 1, remaining)]
-            stop = first_stop(emitted, stops)
-            if stop is not None:
-                emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
-            text += emitted
-            if pace is not None:
-                seconds = time.perf_counter() - started  # of all of it: the tokens had to wait for the device
-                if is_drafted:
-                    is_usual = features.shape[1] < num_prompt  # else the drafter also read the prompt
-                    pace.record(width, accepted, seconds if is_usual else None, lookup.read())
-                else:
-                    pace.record_plain(seconds, width)
-                pace.learn_copying(match, copied, emitted)
-            unread.append([layer[:, : len(emitted)] for layer in captured])
-            go_back(cache, width - len(emitted))
-            yield Step(emitted, accepted, width, accepted if copied and not is_drafted else 0)
-
-
-def step_sizes(
-    target: Target, drafter: Drafter, width: Width, temperature: float, block_size: int | None = None
-) -> dict[str, Any]:
-    """What `width`, `temperature` and `block_size` of `generate` are to `speculative_steps`.
+    paces: Paces | None = None,
+) -> Drafting:
+    """Check the options of `generate`, and find the pace for `auto`. Arguments as in `generate`.
 
     Raises:
-        ValueError: more tokens than a block has, or fewer than 2.
+        ValueError: a drafter for another target, or a block or width that it cannot have.
     """
+    drafter.check_target(target)
     block_size = block_size or drafter.block_size
     if not 2 <= block_size <= drafter.block_size:
         raise ValueError(f"block_size is {block_size}; this drafter drafts blocks of 2 to {drafter.block_size}")
     max_width = width if isinstance(width, int) else block_size
     if not 2 <= max_width <= block_size:
         raise ValueError(f"width is {width}; a block of {block_size} has 2 to {block_size} tokens to verify")
-    pace = make_pace(target, drafter, temperature) if width == "auto" else None
-    return {"pace": pace, "block_size": block_size, "max_width": max_width}
+    pace = (paces or Paces()).get(target, drafter, temperature) if width == "auto" else None
+    return Drafting(block_size, max_width, verify_rule, pace)
+
+
+class Plan(NamedTuple):
+    """What a step tries."""
+
+    is_drafted: bool
+    """The drafter drafts a block; otherwise the first tokens of `copied` are verified, or nothing."""
+    match: int = 0
+    """Tokens that the prompt lookup found again; 0 for none."""
+    copied: Sequence[int] = ()
+    """What followed them there."""
+    width: int = 1
+    """Tokens to verify of `copied`, the last token of the text included."""
+
+
+class Proposal(NamedTuple):
+    """What the target is to verify."""
+
+    block: Int[Tensor, "1 width"]
+    """The last token of the text, then the proposed ones."""
+    num_read: int = 0
+    """Tokens that the drafter read before it drafted."""
+    draft_probs: Float[Tensor, "draft vocab"] | None = None
+    """What the draft tokens were drawn from; None where they are not draws."""
+
+    @property
+    def width(self) -> int:
+        """Tokens that the target reads."""
+        return self.block.shape[1]
+
+
+class Speculation:
+    """Decoding of one response: the text, both caches, and the features that the drafter has not read.
+
+    Between steps both caches hold exactly the tokens before the last one. `steps` has the loop.
+    """
+
+    def __init__(
+        self, target: Target, drafter: Drafter, text: Continuation, drafting: Drafting, captured: list[Tensor]
+    ):
+        self.target, self.drafter, self.text, self.drafting, self.captured = target, drafter, text, drafting, captured
+        capacity = len(text.text) + text.max_new_tokens + drafting.block_size
+        self.cache, self.drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
+        self.unread: list[list[Tensor]] = []  # features by layer
+        self.num_read = 0
+        self.lookup = PromptLookup(text.text)
+        self.samples_draft = drafting.verify_rule == "speculative" and text.sampler.temperature > 0
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the first token, then what each verification emits."""
+        yield self.read_prompt()
+        while not self.text.is_done:
+            started = time.perf_counter()
+            plan = self.plan()
+            proposal = self.propose(plan)
+            accepted, token_ids = self.verify(proposal)
+            yield self.emit(plan, proposal, accepted, token_ids, started)
+
+    def read_prompt(self) -> Step:
+        """Read the prompt and emit the first token."""
+        prompt = torch.tensor([self.text.text], device=self.target.device)
+        logits = self.target.logits(self.target.hidden(prompt, cache=self.cache)[0, -1:])
+        self.unread.append(self.captured[:])
+        token_ids, _ = self.text.take(0, self.text.draw(logits).tolist())
+        return Step(token_ids, 0, 0)
+
+    def plan(self) -> Plan:
+        """Decide what to try: a draft, a copy of what followed these tokens before, or nothing."""
+        pace = self.drafting.pace
+        if pace is None:
+            return Plan(is_drafted=True)
+        match, copied = self.lookup.propose(min(self.drafting.block_size, self.text.remaining) - 1)
+        width, is_drafted = pace.plan(match, len(copied), len(self.text.text) - 1 - self.num_read)
+        return Plan(is_drafted, match, copied, width)
+
+    def propose(self, plan: Plan) -> Proposal:
+        """Make what the target is to verify."""
+        if not plan.is_drafted:
+            last_and_copied = [self.text.text[-1], *plan.copied[: plan.width - 1]]
+            return Proposal(torch.tensor([last_and_copied], device=self.target.device))
+        block = mask_blocks(self.drafter, self.text.text[-1:], self.drafting.block_size)
+        logits, num_read = self._draft(block)
+        tokens, width, draft_probs = logits.float().argmax(-1), len(logits) + 1, None
+        sampler, pace = self.text.sampler, self.drafting.pace
+        if pace is not None:
+            width = pace.width(self.drafter.confidences(logits))
+        if self.samples_draft:
+            scores = sampler.scores(logits[: width - 1], self.text.text + tokens.tolist())
+            draft_probs = sampler.probs(scores)
+            tokens = torch.multinomial(draft_probs, 1, generator=sampler.generator)[:, 0]
+        block[0, 1:width] = tokens[: width - 1]
+        return Proposal(block[:, :width], num_read, draft_probs)
+
+    def _draft(self, block: Int[Tensor, "1 slot"]) -> tuple[Float[Tensor, "draft vocab"], int]:
+        """Let the drafter read what it has not read and draft; logits of the slots that may be verified, and tokens read."""
+        start, size = len(self.text.text) - 1, block.shape[1]
+        features = torch.cat([torch.cat(layer, dim=1) for layer in zip(*self.unread, strict=True)], dim=-1)
+        self.unread.clear()
+        positions = torch.arange(start - features.shape[1], start + size, device=block.device)[None]
+        hidden = draft_block(
+            self.drafter, self.target, block, features, position_ids=positions, cache=self.drafter_cache
+        )
+        self.drafter_cache.crop(-size)
+        self.num_read = start
+        last = min(self.text.remaining + 1, self.drafting.max_width)
+        return self.target.logits(hidden[0, 1:last]), features.shape[1]
+
+    def verify(self, proposal: Proposal) -> tuple[int, list[int]]:
+        """Let the target read the proposal: the accepted draft tokens, and these with the target's next token."""
+        block, width, text = proposal.block, proposal.width, self.text
+        logits = self.target.logits(self.target.hidden(block, cache=self.cache)[0])
+        if proposal.draft_probs is not None:
+            draft = block[0, 1:].tolist()
+            target_probs = text.sampler.probs(text.sampler.scores(logits, text.text + draft))
+            accepted, next_token = verify_sampled(draft, proposal.draft_probs, target_probs, text.sampler)
+            return accepted, [*draft[:accepted], next_token]
+        drawn = text.draw(logits, block[0, 1:].tolist() if text.sampler.processors else ())
+        both = torch.cat([block[0, 1:], drawn]) if width > 1 else drawn
+        both = both.tolist()  # what waits for the device, apart from `pace`
+        draft, drawn = both[: width - 1], both[width - 1 :]
+        accepted = verify_draft(draft, drawn)
+        return accepted, drawn[: accepted + 1]
+
+    def emit(self, plan: Plan, proposal: Proposal, accepted: int, token_ids: Sequence[int], started: float) -> Step:
+        """Append what was accepted, let the pace learn from it, and take back what was not."""
+        emitted, accepted = self.text.take(accepted, token_ids)
+        if self.drafting.pace is not None:
+            seconds = time.perf_counter() - started  # of all of the step: the tokens had to wait for the device
+            self._learn(self.drafting.pace, plan, proposal, accepted, emitted, seconds)
+        self.unread.append([layer[:, : len(emitted)] for layer in self.captured])
+        go_back(self.cache, proposal.width - len(emitted))
+        return Step(emitted, accepted, proposal.width, accepted if plan.copied and not plan.is_drafted else 0)
+
+    def _learn(
+        self, pace: Pace, plan: Plan, proposal: Proposal, accepted: int, emitted: list[int], seconds: float
+    ) -> None:
+        """Tell the pace what the step gave and took."""
+        if plan.is_drafted:
+            is_usual = proposal.num_read < self.text.num_prompt  # else the drafter also read the prompt
+            pace.record(proposal.width, accepted, seconds if is_usual else None, self.lookup.read())
+        else:
+            pace.record_plain(seconds, proposal.width)
+        pace.learn_copying(plan.match, plan.copied, emitted)
+
+
+@torch.inference_mode()
+def speculative_steps(target: Target, drafter: Drafter, text: Continuation, drafting: Drafting) -> Iterator[Step]:
+    """Yield what each forward pass of the target emits; the loop behind `generate` and `stream`."""
+    with target.capture(drafter.target_layer_ids) as captured:
+        yield from Speculation(target, drafter, text, drafting, captured).steps()
+
+
+@torch.inference_mode()
+def plain_steps(target: Target, text: Continuation) -> Iterator[Step]:
+    """Yield one token a step, decoded by the target alone."""
+    cache = make_cache(target.config, len(text.text) + text.max_new_tokens)
+    inputs, width = torch.tensor([text.text], device=target.device), 0
+    while not text.is_done:
+        inputs = text.draw(target.logits(target.hidden(inputs, cache=cache)[0, -1:]))[None]
+        token_ids, _ = text.take(0, inputs[0].tolist())
+        yield Step(token_ids, 0, width)
+        width = 1
+
+
+def generate_plain(
+    target: Target, token_ids: Sequence[int] | Int[Tensor, "..."], **options: Unpack[SamplingOptions]
+) -> Generation:
+    """Decode one token at a time with the target alone: the baseline. Arguments as in `generate`."""
+    return collect(plain_steps(target, make_continuation(target, token_ids, **options)), 1, target.device)
 
 
 def generate(
     target: Target,
     drafter: Drafter,
-    token_ids: Sequence[int] | Int[Tensor, " seq"],
+    token_ids: Sequence[int] | Int[Tensor, "..."],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop_token_ids: Sequence[int] | None = None,
-    seed: int | None = None,
     width: Width = "auto",
     block_size: int | None = None,
     verify_rule: VerifyRule = "equality",
+    paces: Paces | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> Generation:
     """Decode with a drafter: the target's text, in fewer of its forward passes.
 
-    See `speculative_steps`. Memory: keys and values of prompt, response and block in target and drafter; logits of one block;
-    on a CPU a second copy of the LM head.
+    A step drafts a block after the last token, or with width `auto` sometimes copies what followed these tokens before
+    (`PromptLookup`). The target reads the last token and the proposed ones, accepts a beginning, and adds its own next token.
+
+    Memory: keys and values of prompt, response and block in target and drafter; logits of one block; on a CPU a second copy of
+    the LM head.
 
     Args:
         target: the model whose text is kept.
         drafter: trained for it.
         token_ids: the prompt, one row.
-        max_new_tokens: upper limit; reached exactly unless a stop token comes first.
-        temperature: of the target's distribution; 0 is greedy.
-        top_k: see `Sampler`, as `top_p` and `min_p`.
-        top_p: see `Sampler`.
-        min_p: see `Sampler`.
-        stop_token_ids: end the response, and are its last token; by default the target's own.
-        seed: of the draws; by default torch's global generator. With the rule `equality` a seed gives the text that it gives
-            `generate_plain`, up to rounding.
-        width: `full` verifies the whole block, a number (2 to `block_size`) so many tokens with the last one, `auto` what `Pace`
-            finds worth it, of a draft or of what followed the last tokens before (`PromptLookup`); it measures the machine for about a
-            second before the first response.
+        width: `full` verifies the whole block; a number (2 to `block_size`) so many tokens with the last one; `auto` what
+            makes decoding fastest on this machine, which it measures for about a second first.
         block_size: slots to draft, the anchor included; by default, and at most, what the drafter was trained with.
         verify_rule: `equality` drafts greedily and accepts what equals the target's own draw; `speculative` draws the draft
             and accepts by speculative sampling. The same thing at temperature 0.
+        paces: what earlier calls with width `auto` learned; without it each call measures the machine again.
+        options: see `SamplingOptions`. With the rule `equality` a `seed` gives the text that it gives `generate_plain`, up to
+            rounding.
 
     Returns:
         See `Generation`.
 
     Raises:
-        ValueError: empty or over-long prompt, bad limits, or a drafter for another target.
+        ValueError: an empty or over-long prompt, an option outside its range, or a drafter for another target.
 
     Source: DFlash (arXiv 2602.06036), `dflash_generate` of z-lab/dflash.
     """
-    drafter.check_target(target)
-    prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
-    sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
-    sizes = step_sizes(target, drafter, width, temperature, block_size)
-    steps = speculative_steps(
-        target,
-        drafter,
-        prompt,
-        sampler,
-        max_new_tokens=max_new_tokens,
-        stops=stops,
-        verify_rule=verify_rule,
-        **sizes,
-    )
-    return collect(steps, sizes["block_size"], target.device)
+    text = make_continuation(target, token_ids, **options)
+    chosen = {"width": width, "block_size": block_size, "verify_rule": verify_rule, "paces": paces}
+    drafting = make_drafting(target, drafter, text.sampler.temperature, **chosen)
+    return collect(speculative_steps(target, drafter, text, drafting), drafting.block_size, target.device)

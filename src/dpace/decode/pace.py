@@ -38,7 +38,7 @@ class Pace:
     length. The one that promises most is taken; what a draft gives and copying would have given a step later counts only for its share
     of that step. Drafts that promise less are made for `EXPLORATION` of the tokens, less where the drafter would have to read a prompt
     first: a bad drafter costs little, and one that gets good is found again. What was learned is kept from one response to the next
-    (`make_pace`).
+    (`Paces`).
     """
 
     def __init__(self, costs: StepCosts):
@@ -149,12 +149,23 @@ class Pace:
         self.slowness[kind] += (1 - DECAY) * (min(2.0, ratio) - self.slowness[kind])
 
 
-_paces: weakref.WeakKeyDictionary[Drafter, dict[float, Pace]] = weakref.WeakKeyDictionary()
+class Paces:
+    """Keep what decoding learned about drafters on this machine, from one call to the next.
 
+    Pass one object to several calls of `generate` or `stream`: the costs of steps are measured once for each drafter, greedy and
+    sampled, and each temperature has a pace of its own.
+    """
 
-def make_pace(target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
-    """The drafter's pace, the same one for all its responses at a temperature; measures the machine first, see `measure_costs`."""
-    known = _paces.setdefault(drafter, {})
-    if temperature not in known:
-        known[temperature] = Pace(measure_costs(target, drafter, temperature=temperature))
-    return known[temperature]
+    def __init__(self):
+        self._costs: weakref.WeakKeyDictionary[Drafter, dict[bool, StepCosts]] = weakref.WeakKeyDictionary()
+        self._paces: weakref.WeakKeyDictionary[Drafter, dict[float, Pace]] = weakref.WeakKeyDictionary()
+
+    def get(self, target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
+        """Give the drafter's pace at a temperature; measures the machine first where that is not done yet."""
+        known, costs = self._paces.setdefault(drafter, {}), self._costs.setdefault(drafter, {})
+        is_sampled = temperature > 0
+        if is_sampled not in costs:
+            costs[is_sampled] = measure_costs(target, drafter, temperature=temperature)
+        if temperature not in known:
+            known[temperature] = Pace(costs[is_sampled])
+        return known[temperature]

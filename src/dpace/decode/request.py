@@ -1,33 +1,113 @@
-"""Check a request, and decide where a text stops."""
+"""Check a request, hold the text that grows from it, and decide what each verification adds to it."""
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, Unpack
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpace.config import SamplingConfig
+from dpace.decode.sampling import Sampler
 from dpace.target import Target
 
-VerifyRule = Literal["equality", "speculative"]
-Width = Literal["auto", "full"] | int
+
+class SamplingOptions(TypedDict, total=False):
+    """What every way of decoding takes by keyword. `SamplingConfig` has the meanings and the defaults."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int | None
+    stop_token_ids: Sequence[int] | None
+    """Tokens that end a response, and are its last token; by default the target's own."""
 
 
-def first_stop(token_ids: Sequence[int], stop_token_ids: set[int]) -> int | None:
-    """Index of the first stop token."""
-    return next((i for i, token in enumerate(token_ids) if token in stop_token_ids), None)
+@dataclass
+class Continuation:
+    """A prompt and the response that is being written behind it."""
+
+    text: list[int]
+    """Token ids of the prompt and of the response so far."""
+    num_prompt: int
+    max_new_tokens: int
+    stops: set[int]
+    """Tokens that end the response."""
+    sampler: Sampler = field(repr=False)
+
+    @property
+    def position(self) -> int:
+        """Tokens of the response so far."""
+        return len(self.text) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.max_new_tokens - self.position
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing more is emitted: the budget is used, or the last token of the response ends it."""
+        return not self.remaining or (self.position > 0 and self.text[-1] in self.stops)
+
+    def draw(self, logits: Float[Tensor, "slot vocab"], draft: Sequence[int] = ()) -> Int[Tensor, " slot"]:
+        """Draw the target's own tokens: row `k` follows the text and the first `k` tokens of `draft`.
+
+        `draft` may be left out where the sampler has no processors, which alone look at the text.
+        """
+        return self.sampler.draw(self.sampler.scores(logits, [*self.text, *draft]), self.position)
+
+    def take(self, accepted: int, token_ids: Sequence[int]) -> tuple[list[int], int]:
+        """Append what a verification gave, cut at the budget and behind the first stop token.
+
+        Args:
+            accepted: draft tokens that were accepted.
+            token_ids: these tokens, then the target's next one.
+
+        Returns:
+            The tokens that were appended, and how many of them are accepted draft tokens.
+        """
+        emitted = list(token_ids[: min(accepted + 1, self.remaining)])
+        stop = next((i for i, token in enumerate(emitted) if token in self.stops), None)
+        if stop is not None:
+            emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
+        self.text += emitted
+        return emitted, accepted
 
 
-def prepare(target: Target, token_ids, max_new_tokens: int, stop_token_ids) -> tuple[Tensor, set[int]]:
-    """Check the request; the prompt as a row, and the stop tokens."""
-    prompt = torch.as_tensor(token_ids, device=target.device).reshape(1, -1)
-    if not prompt.numel():
+def make_continuation(
+    target: Target,
+    token_ids: Sequence[int] | Int[Tensor, "..."],
+    **options: Unpack[SamplingOptions],
+) -> Continuation:
+    """Check a request and start its text.
+
+    Args:
+        target: the model that continues the prompt.
+        token_ids: the prompt, one row.
+        options: see `SamplingOptions`.
+
+    Raises:
+        ValueError: an empty prompt, one that passes the target's context, or an option outside its range.
+    """
+    values: dict[str, Any] = {**options}
+    stop_token_ids = values.pop("stop_token_ids", None)
+    config = SamplingConfig(**values)
+    prompt = torch.as_tensor(token_ids).flatten().tolist()
+    if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
+    if config.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {config.max_new_tokens}; it must be 1 or more")
     limit = getattr(target.config, "max_position_embeddings", None)
-    if limit and prompt.shape[1] + max_new_tokens > limit:
+    if limit and len(prompt) + config.max_new_tokens > limit:
         raise ValueError(
-            f"the prompt has {prompt.shape[1]} tokens and max_new_tokens is {max_new_tokens}; together they pass the target's "
-            f"limit of {limit}: shorten the prompt or ask for at most {limit - prompt.shape[1]}"
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; together they pass the "
+            f"target's limit of {limit}: shorten the prompt or ask for at most {limit - len(prompt)}"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-    return prompt, set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
+    filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
+    sampler = Sampler(config.temperature, **filters, seed=config.seed, device=target.device)
+    stops = set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
+    return Continuation(prompt, len(prompt), config.max_new_tokens, stops, sampler)

@@ -1,4 +1,4 @@
-"""Logits in; the distribution that plain generation would draw from, draws, and the two rules of verification, out."""
+"""Turn logits into the distribution that plain generation draws from, draw, and verify drafts by one of two rules."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -82,23 +82,28 @@ class Sampler:
         return torch.softmax(scores.float(), dim=-1)
 
     def draw(self, scores: Float[Tensor, "slot vocab"], position: int) -> Int[Tensor, " slot"]:
-        """One token a row from `scores`; the most likely one at temperature 0.
+        """Draw one token a row from `scores`; the most likely one at temperature 0.
 
         Row `k` is for the response's token `position + k`; positions before that one are not asked for again. The token with the
         largest `p / e` is drawn, where `e` are standard exponential numbers: it is token `x` with probability `p[x]`.
         """
         if self.temperature == 0:
             return scores.float().argmax(-1)  # several times faster than in bf16
-        self._noise, self._first = self._noise[position - self._first :], position
-        while len(self._noise) < len(
-            scores
-        ):  # a row at a time, so that the numbers do not depend on how many are asked for
-            row = torch.empty(scores.shape[1], device=scores.device)
-            self._noise.append(row.exponential_(generator=self.generator))
         chances = self.probs(scores)
-        for row, noise in zip(chances, self._noise, strict=False):
+        for row, noise in zip(chances, self.noise(position, chances), strict=True):
             row.div_(noise)  # in place: new memory of several megabytes is slow
         return chances.argmax(-1)
+
+    def noise(self, position: int, rows: Float[Tensor, "slot vocab"]) -> list[Float[Tensor, " vocab"]]:
+        """Give the random numbers of the response's tokens from `position` on, one row for each of `rows`.
+
+        They are drawn a row at a time, so that they do not depend on how many are asked for.
+        """
+        self._noise, self._first = self._noise[position - self._first :], position
+        while len(self._noise) < len(rows):
+            row = torch.empty(rows.shape[1], device=rows.device)
+            self._noise.append(row.exponential_(generator=self.generator))
+        return self._noise[: len(rows)]
 
     def uniform(self, count: int, device: torch.device) -> list[float]:
         """Numbers in [0, 1)."""

@@ -1,14 +1,18 @@
-"""Decoding in the forms that people know: pieces of text as they come, and transformers' own `generate`."""
+"""Decode in the forms that people know: pieces of text as they come, and transformers' own `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Unpack
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from dpace.config import VerifyRule, Width
 from dpace.decode.generation import Step
-from dpace.decode.loop import speculative_steps, step_sizes
-from dpace.decode.request import VerifyRule, Width, prepare
+from dpace.decode.loop import make_drafting, speculative_steps
+from dpace.decode.pace import Paces
+from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.target import Target
@@ -17,39 +21,24 @@ from dpace.target import Target
 def stream(
     target: Target,
     drafter: Drafter,
-    token_ids: Sequence[int] | Tensor,
+    token_ids: Sequence[int] | Int[Tensor, "..."],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop_token_ids: Sequence[int] | None = None,
-    seed: int | None = None,
     width: Width = "auto",
     verify_rule: VerifyRule = "equality",
+    paces: Paces | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
+    **options: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Yield the response's text as it is emitted, a piece for each pass of the target.
 
     Joined, the pieces are the text of `generate` with the same arguments. A character whose bytes are spread over tokens is
     held back until it is whole. Arguments as in `generate`; and `on_step` is called with each `Step` before its text is yielded.
     """
-    drafter.check_target(target)
-    prompt, stops = prepare(target, token_ids, max_new_tokens, stop_token_ids)
-    sampler = Sampler(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=target.device)
-    steps = speculative_steps(
-        target,
-        drafter,
-        prompt,
-        sampler,
-        max_new_tokens=max_new_tokens,
-        stops=stops,
-        verify_rule=verify_rule,
-        **step_sizes(target, drafter, width, temperature),
-    )
+    text = make_continuation(target, token_ids, **options)
+    chosen = {"width": width, "verify_rule": verify_rule, "paces": paces}
+    drafting = make_drafting(target, drafter, text.sampler.temperature, **chosen)
     pieces = TextPieces(target.tokenizer)
-    for step in steps:
+    for step in speculative_steps(target, drafter, text, drafting):
         on_step(step)
         piece = pieces.add(step.token_ids)
         if piece:
@@ -108,43 +97,40 @@ def custom_generate(
         streamer: gets prompt and tokens; `generate` does not pass on its own to what is given as `custom_generate`.
     """
     drafter.check_target(target)
+    paces = Paces()
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, attention_mask=None, **_):
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_inputs):
+        # Not a named argument: transformers would pass the mask twice.
+        attention_mask = model_inputs.get("attention_mask")
         if model is not target.model:
             raise ValueError("custom_generate was made for another model; make it with Target(model)")
         if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
             raise ValueError(
                 f"{len(input_ids)} prompts, {generation_config.num_beams} beams, return_dict_in_generate "
                 f"{generation_config.return_dict_in_generate}: a drafter decodes one prompt without beams and returns tokens; "
-                "for several prompts see dpace.decode.batch.generate_batch"
+                "for several prompts see dpace.decode.generate_batch"
             )
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("the attention_mask hides tokens of the prompt; a drafter needs a prompt without padding")
-        num_prompt = input_ids.shape[1]
-        eos = generation_config.eos_token_id
+        num_prompt, eos = input_ids.shape[1], generation_config.eos_token_id
         stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
-        steps = speculative_steps(
-            target,
-            drafter,
-            input_ids,
-            sampler,
-            max_new_tokens=generation_config.max_length - num_prompt,
-            stops=stops,
-            verify_rule=verify_rule,
-            **step_sizes(target, drafter, width, sampler.temperature),
-        )
-        text = input_ids[0].tolist()
+        max_new_tokens = generation_config.max_length - num_prompt
+        text = Continuation(input_ids[0].tolist(), num_prompt, max_new_tokens, stops, sampler)
+        chosen = {"width": width, "verify_rule": verify_rule, "paces": paces}
+        drafting = make_drafting(target, drafter, sampler.temperature, **chosen)
+        steps = speculative_steps(target, drafter, text, drafting)
+        written = input_ids[0].tolist()
         if streamer is not None:
             streamer.put(input_ids.cpu())
         for token in (token for step in steps for token in step.token_ids):
-            text.append(token)
+            written.append(token)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-            if bool(stopping_criteria(torch.tensor([text], device=input_ids.device), None).all()):
+            if bool(stopping_criteria(torch.tensor([written], device=input_ids.device), None).all()):
                 break
         if streamer is not None:
             streamer.end()
-        return torch.tensor([text], device=input_ids.device)
+        return torch.tensor([written], device=input_ids.device)
 
     return decode

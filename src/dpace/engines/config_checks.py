@@ -8,6 +8,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.drafter import check_mask_token, rope_of
 from dpace.engines.folder import mapping
 from dpace.engines.subject import Check, Observation, Probe, Subject, none_of, some
+from dpace.spec import LayerIdFault, find_layer_id_faults
 from dpace.target import Target
 
 SCALES = ("final_logit_softcapping", "input_embedding_scale", "output_multiplier")
@@ -142,20 +143,15 @@ def _num_layers(subject: Subject) -> Observation | None:
     return Observation(found == subject.num_layers, found, subject.num_layers) if subject.tensors else None
 
 
-def _layer_order(subject: Subject) -> Observation:
-    ids = subject.value("target_layer_ids")
-    is_right = bool(ids) and all(type(i) is int for i in ids) and ids == sorted(set(ids))
-    return Observation(is_right, ids, "ascending whole numbers, each once")
+def _layer_ids(fault: LayerIdFault, expected: str) -> Probe:
+    """One of the rules of `find_layer_id_faults`; `{last}` in `expected` is the target's last layer."""
 
+    def probe(subject: Subject) -> Observation:
+        ids, number = subject.value("target_layer_ids"), subject.target.num_layers
+        faults = find_layer_id_faults(ids, number)
+        return Observation(fault not in faults, ids, expected.format(last=number - 1, before=number - 2))
 
-def _layer_range(subject: Subject) -> Observation:
-    ids, number = subject.value("target_layer_ids"), subject.target.num_layers
-    return Observation(all(0 <= i < number for i in ids), ids, f"in 0 .. {number - 2}")
-
-
-def _last_layer(subject: Subject) -> Observation:
-    ids, last = subject.value("target_layer_ids"), subject.target.num_layers - 1
-    return Observation(last not in ids, ids, f"without {last}")
+    return probe
 
 
 def _trained_ids(subject: Subject) -> list[int]:
@@ -286,9 +282,21 @@ CONFIG_CHECKS = (
     ),
     Check("dflash_config", "fails", _nested, "write them there: vLLM reads nothing else and takes other layers"),
     Check("layer ids agree", "fails", _agree("target_layer_ids"), FIX_MAKE_EQUAL),
-    Check("layer ids order", "fails", _layer_order, "sort them with the columns of fc: vLLM sorts the ids alone"),
-    Check("layer ids range", "fails", _layer_range, "name layers of the target, counted from 0"),
-    Check("last layer", "fails", _last_layer, "train without it: some engines normalize its output, others abort"),
+    Check(
+        "layer ids order",
+        "fails",
+        _layer_ids("order", "ascending whole numbers, each once"),
+        "sort them with the columns of fc: vLLM sorts the ids alone",
+    ),
+    Check(
+        "layer ids range", "fails", _layer_ids("range", "in 0 .. {before}"), "name layers of the target, counted from 0"
+    ),
+    Check(
+        "last layer",
+        "fails",
+        _layer_ids("last", "without {last}"),
+        "train without it: some engines normalize its output, others abort",
+    ),
     Check(
         "layer ids offset", "warns", _layer_offset, "undo the shift: speculators and GGUF write i + 1, this layout i"
     ),

@@ -20,6 +20,7 @@ from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
 from dpace.spec import DrafterSpec
 from dpace.target import Target
+from dpace.views import draft_block, mask_blocks
 
 MAX_LOGIT_ERROR = 1e-5
 """Relative; the same weights give the same logits up to the order of sums."""
@@ -98,7 +99,7 @@ def export(
     if not prompts:
         return Exported(path, len(tensors), rounding, None, None)
     reference = original if dtype is None else _for_decoding(spec, tensors, target)
-    served = _for_decoding(DrafterSpec.of(again), again.state_dict(), target)
+    served = _for_decoding(again.spec, again.state_dict(), target)
     logit_error, acceptance = _compare_decoding(path, target, reference, served, prompts, max_new_tokens)
     return Exported(path, len(tensors), rounding, logit_error, acceptance)
 
@@ -122,7 +123,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
             raise ValueError(f"cannot read the config of the target {target}; name its folder with --target") from error
     _check_places(Path(source), Path(output))
     drafter = read_drafter(source, num_target_layers=num_target_layers)
-    spec = DrafterSpec.of(drafter)
+    spec = drafter.spec
     spec.check()
     drafter.save_pretrained(output)
     _compare(output, spec, drafter.state_dict(), read_drafter(output))
@@ -196,7 +197,7 @@ def _cast(
 
 def _compare(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], again: Drafter) -> None:
     """Refuse a file that does not say what was to be written."""
-    found = DrafterSpec.of(again)
+    found = again.spec
     expected = {name: value for name, value in vars(spec).items() if name in _COMPARED}
     wrong = [
         f"{name} {vars(found)[name]} for {value}" for name, value in expected.items() if vars(found)[name] != value
@@ -233,13 +234,8 @@ def _compare_decoding(
 def _block_logits(target: Target, drafter: Drafter, token_ids: list[int]) -> Tensor:
     """Logits of the draft slots of the block whose anchor is the prompt's last token, "draft vocab"."""
     prompt = torch.tensor([token_ids], device=target.device)
-    block = torch.full((1, drafter.block_size), drafter.mask_token_id, device=target.device)
-    block[0, 0] = prompt[0, -1]
-    hidden = drafter(
-        noise_embeds=target.embed(block),
-        context_hidden_states=target.features(prompt[:, :-1], drafter.target_layer_ids),
-        position_ids=torch.arange(prompt.shape[1] - 1 + drafter.block_size, device=target.device)[None],
-    ).last_hidden_state
+    features = target.features(prompt[:, :-1], drafter.target_layer_ids)
+    hidden = draft_block(drafter, target, mask_blocks(drafter, token_ids[-1:]), features)
     return target.logits(hidden[0, 1:]).float()
 
 

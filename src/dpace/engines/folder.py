@@ -12,21 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-SHAPES = {"fc": ("hidden", "feature"), "hidden_norm": ("hidden",), "norm": ("hidden",)}
-LAYER_SHAPES = {
-    "self_attn.q_proj": ("query", "hidden"),
-    "self_attn.k_proj": ("key", "hidden"),
-    "self_attn.v_proj": ("key", "hidden"),
-    "self_attn.o_proj": ("hidden", "query"),
-    "self_attn.q_norm": ("head",),
-    "self_attn.k_norm": ("head",),
-    "mlp.gate_proj": ("inner", "hidden"),
-    "mlp.up_proj": ("inner", "hidden"),
-    "mlp.down_proj": ("hidden", "inner"),
-    "input_layernorm": ("hidden",),
-    "post_attention_layernorm": ("hidden",),
-}
-"""Of the published layout; `query` is heads times head_dim, `key` the same for key/value heads."""
+from dpace.spec import tensor_axes
+
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """In transformers' own container."""
 
@@ -77,10 +64,7 @@ class DrafterFolder:
     @cached_property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of every tensor that there should be."""
-        named = {f"{name}.weight": axes for name, axes in SHAPES.items()}
-        for layer in range(self.num_layers):
-            named |= {f"layers.{layer}.{name}.weight": axes for name, axes in LAYER_SHAPES.items()}
-        return named
+        return tensor_axes(self.num_layers)
 
     def size(self, axis: str) -> int | None:
         """The length of an axis, where all tensors that have it agree."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.spec import DrafterSpec, as_float32
+from dpace.spec import DrafterSpec, as_float32, gguf_names
 
 ARCHITECTURE = "dflash"
 _TYPES = {
@@ -21,28 +21,6 @@ _FILE_TYPES = {
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
     torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
 }
-_NAMES = {"fc": "fc", "hidden_norm": "enc.output_norm", "norm": "output_norm"}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def tensor_names(num_layers: int) -> dict[str, str]:
-    """This project's names of all tensors, and llama.cpp's. Nothing is permuted: the drafter's rotary embedding is NeoX's."""
-    names = dict(_NAMES)
-    for layer in range(num_layers):
-        names |= {f"layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in _LAYER_NAMES.items()}
-    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
 
 
 def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], *, target_gguf: str | Path) -> None:
@@ -84,7 +62,7 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
             _copy(writer, field)
     _write_fields(writer, spec)
     writer.add_file_type(_FILE_TYPES[tensors["fc.weight"].dtype])
-    for ours, name in tensor_names(spec.num_layers).items():
+    for ours, name in gguf_names(spec.num_layers).items():
         tensor = tensors[ours].detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
             data = tensor.view(torch.uint8).numpy()
@@ -198,7 +176,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         logit_scale=get("logit_scale", 1.0),
         softcap=get("final_logit_softcapping", 0.0) or None,
     )
-    names = {theirs: ours for ours, theirs in tensor_names(spec.num_layers).items()}
+    names = {theirs: ours for ours, theirs in gguf_names(spec.num_layers).items()}
     return spec, {names.get(tensor.name, tensor.name): _weights(tensor) for tensor in reader.tensors}
 
 

@@ -36,7 +36,7 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
     config = files.config
     if "speculators_model_type" in config:
         config = of_speculators(config, num_target_layers)
-    spec = DrafterSpec.of_config(config)
+    spec = DrafterSpec.from_config(config)
     return spec, {name: t for name, t in files.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 

@@ -1,16 +1,16 @@
 """Token losses and their gradients through the frozen head, tile by tile, without keeping logits."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dpace.config import TokenLoss
 from dpace.head import TINY, Head
 
-TokenLoss = Literal["nll", "kl", "lk"]
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
 """Of the fp32 logits that exist at once: what a core's cache holds, and what keeps a GPU busy."""
 MIN_SOFT_ROWS = 384

@@ -2,8 +2,8 @@
 
 import functools
 import math
-import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -13,8 +13,6 @@ ROWS = 8
 """Rows of input that oneDNN's layout is chosen for; it is faster from one row to some hundreds."""
 Product = Callable[[Tensor], Tensor]
 """Rows in, "* in"; their product with a packed weight out, "* out". Not differentiable."""
-
-_packed: weakref.WeakKeyDictionary[nn.Module, tuple[list, Product | None]] = weakref.WeakKeyDictionary()
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
@@ -85,18 +83,26 @@ def _multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+class _Packed(NamedTuple):
+    """A packed copy of a layer's weight, and the state that it was made of. Copies of the layer do not have it."""
+
+    state: list
+    product: Product | None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
 class PackedLinear(nn.Linear):
     """A linear layer that multiplies with the packed copy of its weight while that is the weight it was packed from."""
 
+    packed: _Packed | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`; it also stays that under a gradient, in another dtype, and where it is compiled."""
+        """Multiply as `nn.Linear`, which it stays under a gradient, in another dtype, and where it is compiled."""
         needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if (
-            not needs_grad
-            and not torch.compiler.is_compiling()
-            and input.dtype == self.weight.dtype
-            and input.dim() > 1
-        ):
+        is_compiling = torch.compiler.is_compiling()
+        if not needs_grad and not is_compiling and input.dtype == self.weight.dtype and input.dim() > 1:
             product = packed_product(self)
             if product is not None:
                 return product(input)
@@ -104,12 +110,11 @@ class PackedLinear(nn.Linear):
 
 
 def packed_product(layer: PackedLinear) -> Product | None:
-    """What the layer multiplies with, made when it is first asked for; None once the weight is another one."""
-    if layer not in _packed:
+    """Give what the layer multiplies with, made when it is first asked for; None once the weight is another one."""
+    if layer.packed is None:
         bias = None if layer.bias is None else layer.bias.detach()
-        _packed[layer] = _state(layer), pack(layer.weight, bias)
-    state, product = _packed[layer]
-    return product if state == _state(layer) else None
+        layer.packed = _Packed(_state(layer), pack(layer.weight, bias))
+    return layer.packed.product if layer.packed.state == _state(layer) else None
 
 
 def _state(layer) -> list:
@@ -136,5 +141,5 @@ def pack_linears(module: nn.Module) -> bool:
 
 def unpack(layer: nn.Module) -> None:
     """Make a layer an `nn.Linear` again, without the copy of its weight."""
-    _packed.pop(layer, None)
+    vars(layer).pop("packed", None)
     layer.__class__ = nn.Linear

@@ -12,13 +12,12 @@ import torch
 import transformers
 
 import dpace
-from dpace.config import BenchConfig
+from dpace.config import BenchConfig, Width
 from dpace.data.chat import encode_chat
 from dpace.data.ledger import write_json
 from dpace.data.prompts import Prompt, first_of_each_set
+from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.generation import Generation
-from dpace.decode.loop import generate, generate_plain
-from dpace.decode.request import Width
 from dpace.drafter import Drafter, fingerprint
 from dpace.measure.predict import predict
 from dpace.measure.records import Records
@@ -61,6 +60,7 @@ def bench(
     provenance = _provenance(target, drafters, config)
     meta = {key: provenance[key] for key in ("target", "drafters", "max_new_tokens", "seed")}
     meta["prompts_sha256"] = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+    paces = Paces()
     records = Records(folder / "bench.jsonl", meta)
     prompts = first_of_each_set(prompts, config.num_prompts)
     engines: Engines = {(PLAIN, None): None}
@@ -72,9 +72,9 @@ def bench(
         for number, (temperature, prompt) in enumerate(jobs):
             if not records.has(engines, temperature, prompt):
                 if not records.is_warm:
-                    _warm_up(target, engines, prompt, temperature)
+                    _warm_up(target, engines, prompt, temperature, paces)
                     records.is_warm = True
-                for record in _measure(target, engines, prompt, temperature, config, rotation=number):
+                for record in _measure(target, engines, prompt, temperature, config, paces, rotation=number):
                     records.add(record)
                 timers.run(prompt.set, temperature)
             bar.update(task, advance=1, info=_so_far(records.rows))
@@ -98,20 +98,29 @@ def _so_far(records: Sequence[dict]) -> str:
     return f"tau {tokens / max(1, verifications):.2f}, {tokens / max(1e-9, seconds):.0f} tokens/s"
 
 
-def _decode(target: Target, drafter: Drafter | None, width: Width | None, token_ids, **options) -> Generation:
+def _decode(
+    target: Target, drafter: Drafter | None, width: Width | None, token_ids, paces: Paces, **options
+) -> Generation:
     if drafter is None or width is None:
         return generate_plain(target, token_ids, **options)
-    return generate(target, drafter, token_ids, width=width, **options)
+    return generate(target, drafter, token_ids, width=width, paces=paces, **options)
 
 
-def _warm_up(target: Target, engines: Engines, prompt: Prompt, temperature: float) -> None:
+def _warm_up(target: Target, engines: Engines, prompt: Prompt, temperature: float, paces: Paces) -> None:
     token_ids = encode_chat(target, prompt.turns[0])
     for (_, width), drafter in engines.items():
-        _decode(target, drafter, width, token_ids, max_new_tokens=16, temperature=temperature)
+        _decode(target, drafter, width, token_ids, paces, max_new_tokens=16, temperature=temperature)
 
 
 def _measure(
-    target: Target, engines: Engines, prompt: Prompt, temperature: float, config: BenchConfig, *, rotation: int
+    target: Target,
+    engines: Engines,
+    prompt: Prompt,
+    temperature: float,
+    config: BenchConfig,
+    paces: Paces,
+    *,
+    rotation: int,
 ):
     """Decode one prompt with every engine; yields a record for each turn and engine."""
     messages = []
@@ -126,6 +135,7 @@ def _measure(
                 engines[name],
                 name[1],
                 token_ids,
+                paces,
                 max_new_tokens=config.max_new_tokens,
                 temperature=temperature,
                 seed=config.seed,

@@ -13,9 +13,9 @@ from dpace.data.chat import encode_chat
 from dpace.data.dataset import ResponseDataset
 from dpace.data.prompts import Prompt, first_of_each_set
 from dpace.data.responses import Response
+from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.batch import generate_batch
 from dpace.decode.generation import Generation
-from dpace.decode.loop import generate, generate_plain
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.fast.cache import make_cache
@@ -97,7 +97,10 @@ def _check_texts(
     """Every way of decoding against plain decoding; also the greedy generations that verified whole blocks."""
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
     ways: dict[str, dict[str, Any]] = {f"blocks of {size}": {"width": "full", "block_size": size} for size in sizes}
-    ways |= {"width auto": {"width": "auto"}, "rule speculative": {"width": "full", "verify_rule": "speculative"}}
+    ways |= {
+        "width auto": {"width": "auto", "paces": Paces()},
+        "rule speculative": {"width": "full", "verify_rule": "speculative"},
+    }
     whole, count, divergences = [], {0.0: 0, 1.0: 0}, {0.0: [], 1.0: []}
     for temperature in count:
         options = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
@@ -159,8 +162,7 @@ def _divergence(target: Target, sampler: Sampler, where: tuple[str, str], prompt
         return Divergence(*where, position, tokens, math.inf, noise)
     chances = at_once
     if sampler.temperature:
-        sampler.draw(at_once, 0)
-        chances = sampler.probs(at_once).log() - torch.stack(sampler._noise).log()
+        chances = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
     return Divergence(*where, position, tokens, float(chances[-1, tokens[1]] - chances[-1, tokens[0]]), noise)
 
 

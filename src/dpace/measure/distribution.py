@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpace.config import CheckConfig
-from dpace.decode.loop import generate
+from dpace.decode import Paces, generate
 from dpace.drafter import Drafter
 from dpace.measure.parity import Finding
 from dpace.target import Target
@@ -27,12 +27,17 @@ def check_distribution(
     whatever the prompts.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    results = {}
+    results, paces = {}, Paces()
     ways = {"equality": "auto", "speculative": "full"}
     for number, token_ids in enumerate(encoded):
         for rule, width in ways.items():
             seed = config.seed + number
-            options: Any = {"max_new_tokens": config.max_new_tokens, "width": width, "verify_rule": rule}
+            options: Any = {
+                "max_new_tokens": config.max_new_tokens,
+                "width": width,
+                "verify_rule": rule,
+                "paces": paces,
+            }
             out = generate(target, drafter, token_ids, temperature=1.0, seed=seed, **options)
             uniform = distribution_values(target, token_ids, out.token_ids, generator)[1:]  # 0 is from the prefill
             singles, pairs = results.setdefault(rule, ([], []))

@@ -10,7 +10,7 @@ from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.target import Target
-from dpace.views import blocks_hidden
+from dpace.views import blocks_hidden, draft_block, mask_blocks
 
 MAX_RELATIVE_ERROR = 1e-3
 """Of hidden states that two ways of computing the same thing may differ by in fp32."""
@@ -50,13 +50,9 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
         leaks.append(_relative(_block(drafter, target, _changed(inputs, is_future, target, anchor), number), hidden))
         is_past = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None] < anchor
         controls.append(_relative(_block(drafter, target, _changed(inputs, is_past, target, None), number), hidden))
-        block = torch.full((1, drafter.block_size), drafter.mask_token_id, device=target.device)
-        block[0, 0] = inputs["token_ids"][0, anchor]
-        served = drafter(
-            noise_embeds=target.embed(block),
-            context_hidden_states=target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids),
-            position_ids=torch.arange(anchor + drafter.block_size, device=target.device)[None],
-        ).last_hidden_state[0]
+        features = target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids)
+        blocks = mask_blocks(drafter, [int(inputs["token_ids"][0, anchor])])
+        served = draft_block(drafter, target, blocks, features)[0]
         errors.append(_relative(served, hidden))
     largest_leak, largest_error = max(leaks, default=0.0), max(errors, default=0.0)
     return [

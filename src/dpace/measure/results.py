@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpace.decode.request import Width
+from dpace.config import Width
 from dpace.decode.streaming import TextPieces
 from dpace.drafter import Drafter
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain

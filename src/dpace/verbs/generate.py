@@ -1,51 +1,40 @@
 """Answer one prompt, or chat."""
 
 import sys
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from dpace.config import Dtype
+from dpace.config import Dtype, SamplingConfig, VerifyRule
 from dpace.flags import parse
 from dpace.locate import load_target
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
     """Answer one prompt with a drafter."""
 
     target: str
     """Folder or Hub id."""
     prompt: str | None = None
-    """What to ask, or FILE.jsonl#ID for one of a file's prompts (demo#ID: of the demo's); with --stream a chat without it."""
+    """What to ask, or FILE.jsonl#ID for a prompt of a file (demo#ID for the demo's). With --stream: a chat without it."""
     drafter: str | None = None
     """The drafter's folder; plain decoding without it."""
     stream: bool = False
     """Show the text as it comes; needs a drafter."""
-    max_new_tokens: int = 256
-    """Longest response in tokens."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Sample from so many most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens up to this probability."""
-    min_p: float = 0.0
-    """Sample from tokens with at least this share of the highest probability."""
-    seed: int | None = None
-    """Of the draws at temperature above 0."""
     thinking: bool = False
     """Switch thinking on, in chat templates that have the switch."""
     dtype: Dtype = "auto"
-    """Of the weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
+    """Dtype of the weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
     width: Literal["auto", "full"] = "auto"
-    """Verify as much of a draft, or of what followed the last words before, as pays on this machine; or whole drafts."""
-    verify_rule: Literal["equality", "speculative"] = "equality"
+    """Tokens verified at once: auto chooses what is fastest on this machine, full verifies whole drafts."""
+    verify_rule: VerifyRule = "equality"
     """Above temperature 0: accept what equals the target's own draw, or by speculative sampling."""
     compile: bool = False
-    """Compile steps of fixed shapes, as CUDA graphs on a GPU: whole drafts, rule equality, not with --stream."""
+    """Compile steps of fixed shapes, as CUDA graphs on a GPU. Whole drafts, rule equality, not with --stream."""
 
 
 def run(args: list[str]) -> None:
+    """Run `dpace generate`."""
     config = parse(GenerateConfig, "generate", args)
     if config.stream and config.drafter is None:
         raise ValueError("--stream shows what a drafter does; name one with --drafter")
@@ -55,15 +44,12 @@ def run(args: list[str]) -> None:
         raise ValueError("nothing to answer; give --prompt, or --stream for a chat")
     from dpace.data.chat import encode_chat
     from dpace.data.prompts import find_prompt
-    from dpace.decode.batch import generate_batch
-    from dpace.decode.loop import generate, generate_plain
+    from dpace.decode import generate, generate_batch, generate_plain
     from dpace.drafter import load_drafter
 
     target = load_target(config)
-    options = {
-        name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-    }
-    speculative = {"width": config.width, "verify_rule": config.verify_rule}
+    options: Any = {field.name: getattr(config, field.name) for field in fields(SamplingConfig)}
+    speculative: Any = {"width": config.width, "verify_rule": config.verify_rule}
     if config.stream and config.drafter:
         messages = find_prompt(config.prompt) if config.prompt else []
         return _chat(target, load_drafter(config.drafter, target), messages, {**options, **speculative})
@@ -89,9 +75,9 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
     import time
 
     from dpace.data.chat import encode_chat
-    from dpace.decode.streaming import stream
+    from dpace.decode import Paces, stream
 
-    is_one_answer = bool(messages)
+    is_one_answer, paces = bool(messages), Paces()
     while True:
         if not messages or messages[-1]["role"] != "user":
             try:
@@ -102,7 +88,8 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
                 continue
             messages.append({"role": "user", "content": line})
         steps, text, started = [], "", 0.0
-        for piece in stream(target, drafter, encode_chat(target, messages), **options, on_step=steps.append):
+        token_ids = encode_chat(target, messages)
+        for piece in stream(target, drafter, token_ids, **options, paces=paces, on_step=steps.append):
             started = started or time.perf_counter()
             text += piece
             print(piece, end="", flush=True)
