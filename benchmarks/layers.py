@@ -13,9 +13,8 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-import dpace.drafter
 import dpace.fast.packing
-import dpace.target
+import dpace.fast.speed_up
 from dpace.drafter import load_drafter
 from dpace.fast.cache import make_cache
 from dpace.report.tables import console
@@ -42,7 +41,7 @@ def main() -> None:
     dpace.fast.packing._pack_in_16_bits = lambda *_: None
     wide = load()
     dpace.fast.packing._pack_in_16_bits = in_16_bits
-    dpace.target.fuse_layers = dpace.drafter.fuse_layers = lambda _: False
+    dpace.fast.speed_up.fuse_layers = lambda _: False
     sides = {"transformers": load(), "fused": fused, "fused, not in 16 bits": wide}
     table = Table("pass", *(f"{name}, ms" for name in sides), "bits", box=SIMPLE_HEAD)
     vocab_size = len(fused[0].head.weight)

@@ -21,9 +21,7 @@ from transformers import (
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
-from dpace.fast.attention import group_heads
-from dpace.fast.fusion import fuse_layers
-from dpace.fast.packing import pack_linears
+from dpace.fast.speed_up import speed_up
 from dpace.spec import LAYER_TENSORS
 from dpace.target import Target
 
@@ -71,9 +69,7 @@ def make_target(family: str, seed: int = 0, **changes) -> Target:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
-    pack_linears(model)  # as `Target.load` does on a CPU
-    group_heads(model)
-    fuse_layers(model)
+    speed_up(model)  # as `Target.load` does
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
     return Target(model)
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
-from dpace.fast.fusion import fuse_layers
-from dpace.fast.packing import pack_linears
+from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.spec import SPECIAL_TOKENS, DrafterSpec
 from dpace.target import Target
@@ -174,8 +173,7 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
         raise ValueError(f"the weights in {folder} are damaged ({error}); train or copy them again") from error
     drafter.check_target(target)
     drafter = drafter.to(target.device)
-    pack_linears(drafter)
-    fuse_layers(drafter)
+    speed_up(drafter)
     return drafter
 
 

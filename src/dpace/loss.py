@@ -150,7 +150,7 @@ def frozen_head_nll_reference(
     return _weighted(losses, nll.detach(), overlap, top_tokens, labels, is_scored, weigh)
 
 
-def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: Reduction) -> Int[Tensor, ""]:
+def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> Int[Tensor, ""]:
     """Count what a reduction divides by: sequences for `batch`, sequences with an anchor for `anchors`, slots for `slots`.
 
     Raises:
@@ -171,7 +171,7 @@ def block_loss(
     losses: Float[Tensor, "batch block"],
     is_scored: Bool[Tensor, "batch block slot"],
     *,
-    reduction: Reduction = "anchors",
+    reduction: str = "anchors",
     num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
 ) -> Float[Tensor, ""]:
     """Reduce the losses of blocks to the scalar that is trained on.

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dpace.fast.attention import group_heads
-from dpace.fast.fusion import FusedStack, fuse_layers, stack_layers
-from dpace.fast.packing import PackedLinear, Product, pack, pack_linears, packed_product
+from dpace.fast.fusion import FusedStack, stack_layers
+from dpace.fast.packing import PackedLinear, Product, pack, packed_product
+from dpace.fast.speed_up import speed_up
 from dpace.head import Head
 
 MIN_SHARED = 16
@@ -79,9 +79,7 @@ class Target:
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to(device)
-        pack_linears(model)
-        group_heads(model)
-        fuse_layers(model)
+        speed_up(model)
         target = cls(model, AutoTokenizer.from_pretrained(name))
         target.thinking = thinking
         return target

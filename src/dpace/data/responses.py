@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import DynamicCache, StaticCache
 
 from dpace.config import RespondConfig
@@ -15,6 +14,7 @@ from dpace.data.chat import encode_chat, tokenizer_hashes
 from dpace.data.ledger import cut_unfinished, read_jsonl
 from dpace.data.prompts import Prompt
 from dpace.progress import progress_bar
+from dpace.provenance import find_versions
 from dpace.target import MIN_SHARED, Target, shared_prefix
 
 
@@ -201,7 +201,7 @@ def _meta(target: Target, config: RespondConfig) -> dict:
         "temperature": config.temperature,
         "thinking": target.thinking,
         "seed": config.seed,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": find_versions(),
     }
 
 

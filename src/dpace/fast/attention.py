@@ -73,15 +73,18 @@ AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def group_heads(model: PreTrainedModel) -> None:
-    """Let the decoder of a model on a CPU use `grouped_attention` where it uses `sdpa`.
+def group_heads(model: PreTrainedModel) -> bool:
+    """Let the decoder of a model on a CPU use `grouped_attention` where it uses `sdpa`; say whether it does.
 
-    Left as they are: other implementations, and models whose code asks for `sdpa` by its name, as sparse attention does.
+    Left as they are: other implementations, models without a decoder of transformers, such as drafters, and models whose code
+    asks for `sdpa` by its name, as sparse attention does.
     """
     decoder: Any = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder.device.type != "cpu":
-        return
+        return False
     if decoder.config._attn_implementation != "sdpa" or not decoder._can_set_attn_implementation():
-        return
-    if '"sdpa"' not in inspect.getsource(sys.modules[type(decoder).__module__]):
-        decoder.set_attn_implementation(NAME)
+        return False
+    if '"sdpa"' in inspect.getsource(sys.modules[type(decoder).__module__]):
+        return False
+    decoder.set_attn_implementation(NAME)
+    return True

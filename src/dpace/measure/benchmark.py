@@ -1,17 +1,9 @@
 """Drafters x prompt sets x temperatures in; results.json out, measured against plain decoding of the same prompts."""
 
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
-
-import dpace
 from dpace.config import BenchConfig, Width
 from dpace.data.chat import encode_chat
 from dpace.data.ledger import write_json
@@ -24,7 +16,7 @@ from dpace.measure.records import Records
 from dpace.measure.results import PLAIN, Engines, compare_drafters, make_examples, make_rows
 from dpace.measure.timing import StepTimers
 from dpace.progress import progress_bar
-from dpace.provenance import processor
+from dpace.provenance import find_hardware, find_versions, hash_json
 from dpace.target import Target
 
 SCHEMA_VERSION = 1
@@ -59,7 +51,7 @@ def bench(
         drafter.check_target(target)
     provenance = _provenance(target, drafters, config)
     meta = {key: provenance[key] for key in ("target", "drafters", "max_new_tokens", "seed")}
-    meta["prompts_sha256"] = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+    meta["prompts_sha256"] = hash_json([asdict(prompt) for prompt in prompts])
     paces = Paces()
     records = Records(folder / "bench.jsonl", meta)
     prompts = first_of_each_set(prompts, config.num_prompts)
@@ -168,19 +160,13 @@ def _measure(
 
 
 def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> dict:
-    device = torch.cuda.get_device_name() if target.device.type == "cuda" else processor()
     return {
         "target": target.name,
         "drafters": {name: fingerprint(drafter) for name, drafter in drafters.items()},
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        "engine": "dpace.decode.loop",
+        "engine": "dpace.decode",
         "dtype": str(target.model.dtype).removeprefix("torch."),
-        "hardware": {"device": device, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
-        "versions": {
-            "dpace": dpace.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "hardware": find_hardware(target.device),
+        "versions": find_versions(),
     }

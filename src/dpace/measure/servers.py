@@ -1,7 +1,5 @@
 """Prompts and the addresses of running servers in; their text, speed and accepted lengths, as each of them reports these, out."""
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from dpace.measure.records import Records
 from dpace.measure.server_apis import Answer, Counts, Server, connect
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
+from dpace.provenance import hash_json
 
 SCHEMA_VERSION = 1
 GROUPS_PER_WORKER = 4
@@ -62,7 +61,7 @@ def bench_servers(
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
     }
-    digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+    digest = hash_json([asdict(prompt) for prompt in prompts])
     records = Records(folder / "servers.jsonl", {**meta, "prompts_sha256": digest})
     done = {(r["temperature"], r["concurrency"], tuple(r["ids"])) for r in records.rows}
     jobs = [

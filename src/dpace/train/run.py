@@ -1,23 +1,20 @@
 """A thin Hugging Face Trainer: responses -> features and blocks -> drafter -> loss, and what to log."""
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
-import dpace
 from dpace.config import Recipe
 from dpace.data.chat import tokenizer_hashes
 from dpace.data.dataset import ResponseDataset
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.flags import read_recipe, write_recipe
+from dpace.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.train.calibration import fit_confidence_temperature
 from dpace.train.callbacks import PeakMemory, SaveOnInterrupt
@@ -159,14 +156,12 @@ def _record(target: Target, trainer: Trainer, validation: ResponseDataset, recip
 def _provenance(target: Target, trainer: Trainer, dataset: ResponseDataset) -> dict:
     """Where a drafter comes from."""
     return {
-        "dpace": dpace.__version__,
         "target": target.name,
         "target_revision": getattr(target.model.config, "_commit_hash", None),
         "conversations": len(dataset),
         "conversations_without_anchor": dataset.num_skipped,
         "steps": trainer.state.global_step,
         "best_eval_tau": trainer.state.best_metric,
-        "device": str(target.device),
-        "processor": platform.processor() or platform.machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+        "hardware": find_hardware(target.device),
+        "versions": find_versions(),
     }

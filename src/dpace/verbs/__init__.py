@@ -1,1 +1,23 @@
-"""The verbs of the command line, one file each, with its options beside it."""
+"""The verbs of the command line, one file each with its options beside it: `run(args)` parses and runs one."""
+
+from typing import Any
+
+
+def load_target(config: Any, dtype: str | None = None):
+    """Find and load the target that a verb's options name.
+
+    Args:
+        config: has `target` and, where the verb has these options, `dtype` and `thinking`.
+        dtype: instead of the option.
+    """
+    import torch
+
+    from dpace.locate import find_target
+    from dpace.target import Target
+
+    name = dtype or getattr(config, "dtype", "auto")
+    return Target.load(
+        find_target(config.target),
+        dtype=None if name == "auto" else getattr(torch, name),
+        thinking=getattr(config, "thinking", False),
+    )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dpace.config import CompareConfig
 from dpace.flags import command, parse
-from dpace.locate import load_target
+from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dpace.config import Engine
 from dpace.flags import command, first_as, parse
-from dpace.locate import load_target
+from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from dpace.config import Format
 from dpace.flags import first_as, parse
-from dpace.locate import load_target
+from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:

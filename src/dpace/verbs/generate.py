@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dpace.config import Dtype, SamplingConfig, VerifyRule
 from dpace.flags import parse
-from dpace.locate import load_target
+from dpace.verbs import load_target
 
 
 @dataclass(frozen=True, kw_only=True)
