@@ -9,12 +9,17 @@ help:  ## print this list
 $(BIN)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -e '.[dev]'
-	-$(BIN)/pip install -q --no-deps dflash==0.1.0 xllamacpp  # engines of the tests, which are skipped without them
 	touch $@
 
-setup: $(BIN)/.installed  ## make .venv with the package and its tools
+# The engines that the default tests decode with: without them the tests fail, and so does this.
+$(BIN)/.engines: $(BIN)/.installed
+	$(BIN)/pip install -q --no-deps dflash==0.1.0 xllamacpp
+	touch $@
 
-demo: setup  ## train a drafter for a real LLM and show what it gains (ARGS=--quick for a short one)
+setup: $(BIN)/.engines  ## make .venv with the package, its tools and the engines of the tests
+
+demo: $(BIN)/.installed  ## train a drafter for a real LLM and show what it gains (ARGS=--quick for a short one)
+	-$(BIN)/pip install -q --no-deps xllamacpp  # optional: shows the drafter in llama.cpp too
 	$(BIN)/dpace demo $(ARGS)
 
 test: setup  ## run the tests (ARGS='-m slow' for the ones on the real model)

@@ -88,7 +88,6 @@ def measure(target: Target, prompts: list[Prompt], address: str, plain: str | No
 def test_llamacpp_reports_what_we_count(
     language_target, language_drafter_folder, language_drafter, language_prompts, target_gguf, tmp_path
 ):
-    pytest.importorskip("xllamacpp")
     names = {"name": "x", "target_name": "x", "target_gguf": target_gguf}
     exported = export(language_drafter_folder, language_target, to="gguf", output=tmp_path / "gguf", **names)
     prompts = [Prompt(text, "s", [[{"role": "user", "content": text}]]) for text in language_prompts[50:56]]

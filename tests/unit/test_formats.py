@@ -1,5 +1,6 @@
 """What is exported is the drafter, for each engine that runs here; what others wrote is taken over as it is."""
 
+import importlib
 import json
 import re
 import shutil
@@ -315,7 +316,7 @@ def test_transformers_decodes_with_the_exported_folder_as_we_do(
 @quiet
 @pytest.mark.parametrize("kind", KINDS)
 def test_zlabs_class_and_loop_take_the_folder(kind, expected, do_export, language_target, prompts):
-    zlab = pytest.importorskip("dflash.model")
+    zlab = importlib.import_module("dflash.model")
     theirs, info = zlab.DFlashDraftModel.from_pretrained(do_export("zlab", kind).path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
@@ -355,7 +356,6 @@ HALF_PRECISION = [("half-trained", torch.float16), ("half-trained", torch.bfloat
 
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, None) for kind in KINDS), *HALF_PRECISION])
 def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, language_target, target_gguf, prompts):
-    pytest.importorskip("xllamacpp")
     ours = expected[kind]
     if dtype:
         ours = our_steps(
@@ -366,7 +366,6 @@ def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, l
 
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
     """Neighbouring layers change the number of verifications, in llama.cpp as here: the numbering is the same one."""
-    pytest.importorskip("xllamacpp")
     spec, weights = read_folder(folder)
     found, ours = {}, {}
     for offset in (-1, 0, 1):
@@ -387,7 +386,6 @@ def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, targe
 
 
 def test_llamacpp_refuses_in_one_line(do_export, target_gguf, prompts, tmp_path):
-    pytest.importorskip("xllamacpp")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="llama.cpp ended with code"):
         run_llamacpp(
@@ -504,7 +502,6 @@ def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, 
     monkeypatch.setattr(dpace.demo.run, "TARGET_ID", "tiny")
     monkeypatch.setattr(dpace.demo.run, "find_target_gguf", lambda: None)
     assert dpace.demo.run.serve_in_llamacpp(*arguments) == []
-    pytest.importorskip("xllamacpp")
     monkeypatch.setattr(dpace.demo.run, "find_target_gguf", lambda: target_gguf)
     (served,) = dpace.demo.run.serve_in_llamacpp(*arguments)
     assert served["num_same_text"] == served["num_responses"] == 3

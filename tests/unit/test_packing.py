@@ -22,12 +22,6 @@ def test_packed_products_are_those_of_linear(num_rows, bias, dtype):
         torch.testing.assert_close(pack(layer.weight, layer.bias)(x[0]), exact[0].to(dtype), **close)
 
 
-has_fbgemm = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="a build without FBGEMM"
-)
-
-
-@has_fbgemm
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_numbers_of_16_bits_are_read_as_such_and_lose_nothing(kind):
     """In fp32, from the largest to the smallest; and a row's product is the same whatever rows are beside it."""

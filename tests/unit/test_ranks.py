@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,14 +44,31 @@ def on_one_rank(language_target, responses, tmp_path_factory):
 
 
 def assert_same(one, other):
-    """Loss, gradient norm and the weights after two steps."""
+    """Loss, gradient norm and the weights after two steps; nothing that one has may be missing in the other."""
     first, second = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other))
+    num_steps = 0
     for mine, reference in zip(second, first, strict=True):
-        for key in {"loss", "grad_norm", "nll"} & set(reference):
+        assert set(mine) == set(reference)
+        if "loss" not in reference:
+            continue
+        num_steps += 1
+        for key in ("loss", "grad_norm", "nll"):
             assert mine[key] == pytest.approx(reference[key], rel=1e-4), key
-    expected = load_file(one / "model.safetensors")
-    for name, value in load_file(other / "model.safetensors").items():
+    assert num_steps == 2
+    found, expected = (load_file(folder / "model.safetensors") for folder in (other, one))
+    assert set(found) == set(expected)
+    for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_missing_key_is_not_the_same(on_one_rank, tmp_path):
+    shutil.copytree(on_one_rank / "anchors", tmp_path / "cut")
+    state = json.loads((tmp_path / "cut" / "trainer_state.json").read_text())
+    assert_same(on_one_rank / "anchors", tmp_path / "cut")
+    del state["log_history"][0]["grad_norm"]
+    (tmp_path / "cut" / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(AssertionError):
+        assert_same(on_one_rank / "anchors", tmp_path / "cut")
 
 
 def test_the_reduction_weights_divides_the_gradient_as_it_divides_the_loss(on_one_rank):
