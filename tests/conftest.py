@@ -79,6 +79,33 @@ def make_drafter(target: Target, seed: int = 0, **options) -> Drafter:
     return Drafter.from_target(target, **options).eval()
 
 
+class Oracle:
+    """Stands in for a drafter: drafts the text it was given, wrong wherever `is_wrong` says so, with the given confidence."""
+
+    def __init__(self, monkeypatch, drafter, target, text, is_wrong, confidence=0.99):
+        number = iter(range(10**6))
+        scale = torch.tensor(confidence * 63 / (1 - confidence)).log()
+
+        def logits(hidden):
+            if not hidden.isnan().any():
+                return target.head.logits(hidden)
+            rows = torch.zeros(len(hidden), 64)
+            for slot in range(len(hidden)):
+                place = self.position + slot + 1
+                token = text[place] if place < len(text) else 0
+                rows[slot, (token + is_wrong(next(number))) % 64] = scale
+            return rows
+
+        def forward(*, position_ids, **rest):
+            self.position = int(position_ids[0, -1]) - drafter.block_size + 1
+            out = drafter_forward(position_ids=position_ids, **rest)
+            return type(out)(last_hidden_state=torch.full_like(out.last_hidden_state, float("nan")))
+
+        drafter_forward = drafter.forward
+        monkeypatch.setattr(drafter, "forward", forward)
+        monkeypatch.setattr(target, "logits", logits)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param

@@ -178,11 +178,16 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
 
 
 def rope_of(config) -> dict:
-    """The rotary embedding of the target's full-attention layers."""
-    rope = dict(config.rope_parameters)
+    """Give the drafter's rotary embedding: that of the target's full-attention layers.
+
+    The published layout rotates whole heads. For a target that rotates a part of each, or has no rotary embedding, that is the
+    default rotation with the target's base, as in the published drafters of Qwen3.5 and later.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0})
     rope = dict(rope.get("full_attention", rope))
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("the target rotates only a part of each head; the published drafter layout rotates all of it")
+    is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
+    if is_partial or any(name.startswith("mrope") for name in rope):
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
 
 

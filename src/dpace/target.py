@@ -19,8 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dpace.fast.cache import repeat_rows
 from dpace.fast.fusion import FusedStack, stack_layers
 from dpace.fast.packing import PackedLinear, Product, pack, packed_product
+from dpace.fast.rewind import CacheAbility, probe_cache
 from dpace.fast.speed_up import speed_up
 from dpace.head import Head
 
@@ -148,6 +150,11 @@ class Target:
         """All layers in one loop, where they are fused."""
         return stack_layers(self.decoder)
 
+    @functools.cached_property
+    def cache_ability(self) -> CacheAbility:
+        """What its caches can do after a rejected draft; tried out once, when it is first asked for."""
+        return probe_cache(self)
+
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
         """Logits of a few rows, as decoding computes them: `head.logits` up to rounding.
 
@@ -210,12 +217,13 @@ class Target:
             `feature = len(target_layer_ids) * hidden`, and `hidden` more `with_head_input`, in the dtype of the target, detached.
         """
         num_shared = shared_prefix(token_ids.tolist())
-        if len(token_ids) == 1 or not MIN_SHARED <= num_shared < token_ids.shape[1]:
+        is_shared = len(token_ids) > 1 and MIN_SHARED <= num_shared < token_ids.shape[1]
+        if not is_shared or self.cache_ability == "append":
             return self._run(token_ids, target_layer_ids, with_head_input=with_head_input, cache=None)
         cache: Any = DynamicCache(config=self.config)
         shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_head_input=with_head_input, cache=cache)
         for layer in cache.layers if with_head_input else cache.layers[: max(target_layer_ids) + 1]:
-            layer.batch_repeat_interleave(len(token_ids))
+            repeat_rows(layer, len(token_ids))
         rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_head_input=with_head_input, cache=cache)
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 
@@ -269,6 +277,11 @@ class Target:
         finally:
             for hook in hooks:
                 hook.remove()
+        bias = getattr(head_module, "bias", None)
+        if bias is not None and bool(bias.any()):
+            raise ValueError(
+                f"the LM head of {type(self.model).__name__} has a bias: dpace drafters share the target's head and cannot use it"
+            )
         if not torch.equal(seen["decoded"].flatten(), seen["last"].flatten()):
             raise ValueError(
                 f"{type(self.model).__name__} changes its hidden states between decoder and LM head: dpace drafters share "

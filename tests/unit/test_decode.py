@@ -8,7 +8,7 @@ from dpace.data.chat import encode_chat
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.costs import StepCosts
 from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
-from tests.conftest import EOS, MASK, make_drafter, make_target
+from tests.conftest import EOS, MASK, Oracle, make_drafter, make_target
 
 
 def prompt(length=7, seed=0):
@@ -41,33 +41,6 @@ def test_transformers_own_dflash_generation_takes_the_drafter():
         ids, assistant_model=drafter, speculation_type="dflash", max_new_tokens=20, do_sample=False, eos_token_id=None
     )
     assert out[0, 7:].tolist() == generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[]).token_ids
-
-
-class Oracle:
-    """Stands in for a drafter: drafts the text it was given, wrong wherever `is_wrong` says so, with the given confidence."""
-
-    def __init__(self, monkeypatch, drafter, target, text, is_wrong, confidence=0.99):
-        number = iter(range(10**6))
-        scale = torch.tensor(confidence * 63 / (1 - confidence)).log()
-
-        def logits(hidden):
-            if not hidden.isnan().any():
-                return target.head.logits(hidden)
-            rows = torch.zeros(len(hidden), 64)
-            for slot in range(len(hidden)):
-                place = self.position + slot + 1
-                token = text[place] if place < len(text) else 0
-                rows[slot, (token + is_wrong(next(number))) % 64] = scale
-            return rows
-
-        def forward(*, position_ids, **rest):
-            self.position = int(position_ids[0, -1]) - drafter.block_size + 1
-            out = drafter_forward(position_ids=position_ids, **rest)
-            return type(out)(last_hidden_state=torch.full_like(out.last_hidden_state, float("nan")))
-
-        drafter_forward = drafter.forward
-        monkeypatch.setattr(drafter, "forward", forward)
-        monkeypatch.setattr(target, "logits", logits)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dpace.config import RespondConfig
 from dpace.data.chat import encode_chat, tokenizer_hashes
 from dpace.data.ledger import cut_unfinished, read_jsonl
 from dpace.data.prompts import Prompt
+from dpace.fast.cache import is_full_attention
 from dpace.progress import progress_bar
 from dpace.provenance import find_versions
 from dpace.target import MIN_SHARED, Target, shared_prefix
@@ -131,7 +132,7 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
         for i in active:
             messages[i] += prompts[i].turns[turn]
         encoded = [encode_chat(target, messages[i]) for i in active]
-        for i, prompt_ids, answer in zip(active, encoded, _generate_batch(target, encoded, config), strict=True):
+        for i, prompt_ids, answer in zip(active, encoded, generate_responses(target, encoded, config), strict=True):
             if prompt_ids[: len(token_ids[i])] != token_ids[i]:
                 spans[i] = []  # the template rewrote what came before, so earlier answers are not the target's tokens
             token_ids[i] = prompt_ids + answer
@@ -143,7 +144,7 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
 
 
 @torch.inference_mode()
-def _generate_batch(target: Target, encoded: list[list[int]], config: RespondConfig) -> list[list[int]]:
+def generate_responses(target: Target, encoded: list[list[int]], config: RespondConfig) -> list[list[int]]:
     """Continue prompts of different lengths together, padded on the left, or after the beginning that all share."""
     width = max(map(len, encoded))
     stops = target.stop_token_ids
@@ -157,17 +158,21 @@ def _generate_batch(target: Target, encoded: list[list[int]], config: RespondCon
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
-    out = target.model.generate(
-        input_ids,
-        attention_mask=mask,
-        max_new_tokens=config.max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=stops or None,
-        repetition_penalty=1.0,  # whatever the target's generation config says: drafts are verified against plain text
-        cache=cache,
-        disable_compile=True,
-        **sampling,
-    )
+    # The target's own generation config may ask for penalties, beams or other things that decoding here does not do.
+    own, target.model.generation_config = target.model.generation_config, GenerationConfig()
+    try:
+        out = target.model.generate(
+            input_ids,
+            attention_mask=mask,
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=stops or None,
+            cache=cache,
+            disable_compile=True,
+            **sampling,
+        )
+    finally:
+        target.model.generation_config = own
     answers = []
     for row in out[:, width:].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
@@ -181,9 +186,9 @@ def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -
     if len(encoded) == 1 or num_shared < MIN_SHARED:
         return 0
     shared: Any = DynamicCache(config=target.config)
+    if not is_full_attention(shared):
+        return 0  # windows count the padding that would stand between the beginning and the rest
     target.model(torch.tensor([encoded[0][:num_shared]], device=target.device), cache=shared, logits_to_keep=1)
-    if any(layer.keys.shape[2] != num_shared for layer in shared.layers):
-        return 0  # a sliding window has dropped some of it
     for number, layer in enumerate(shared.layers):
         expand = (len(encoded), -1, -1, -1)
         cache.update(layer.keys.expand(expand), layer.values.expand(expand), number)

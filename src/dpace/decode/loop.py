@@ -17,6 +17,7 @@ from dpace.decode.request import Continuation, SamplingOptions, make_continuatio
 from dpace.decode.sampling import verify_draft, verify_sampled
 from dpace.drafter import Drafter
 from dpace.fast.cache import go_back, make_cache
+from dpace.fast.rewind import Mark, mark_states, rewind
 from dpace.target import Target
 from dpace.views import draft_block, mask_blocks
 
@@ -50,6 +51,11 @@ def make_drafting(
         ValueError: a drafter for another target, or a block or width that it cannot have.
     """
     drafter.check_target(target)
+    if target.cache_ability == "append":
+        raise ValueError(
+            f"{type(target.model).__name__} cannot read several tokens behind a text that it has read, as verifying a draft "
+            "does: its recurrent layers forget that text; decode it without a drafter"
+        )
     block_size = block_size or drafter.block_size
     if not 2 <= block_size <= drafter.block_size:
         raise ValueError(f"block_size is {block_size}; this drafter drafts blocks of 2 to {drafter.block_size}")
@@ -102,6 +108,7 @@ class Speculation:
         capacity = len(text.text) + text.max_new_tokens + drafting.block_size
         self.cache, self.drafter_cache = make_cache(target.config, capacity), make_cache(drafter.config, capacity)
         self.unread: list[list[Tensor]] = []  # features by layer
+        self.mark: Mark = []  # recurrent states before the last verification, where the target has any
         self.num_read = 0
         self.lookup = PromptLookup(text.text)
         self.samples_draft = drafting.verify_rule == "speculative" and text.sampler.temperature > 0
@@ -168,6 +175,8 @@ class Speculation:
     def verify(self, proposal: Proposal) -> tuple[int, list[int]]:
         """Let the target read the proposal: the accepted draft tokens, and these with the target's next token."""
         block, width, text = proposal.block, proposal.width, self.text
+        if self.target.cache_ability == "rewind":
+            self.mark = mark_states(self.cache)
         logits = self.target.logits(self.target.hidden(block, cache=self.cache)[0])
         if proposal.draft_probs is not None:
             draft = block[0, 1:].tolist()
@@ -188,8 +197,17 @@ class Speculation:
             seconds = time.perf_counter() - started  # of all of the step: the tokens had to wait for the device
             self._learn(self.drafting.pace, plan, proposal, accepted, emitted, seconds)
         self.unread.append([layer[:, : len(emitted)] for layer in self.captured])
-        go_back(self.cache, proposal.width - len(emitted))
+        self._take_back(proposal, len(emitted))
         return Step(emitted, accepted, proposal.width, accepted if plan.copied and not plan.is_drafted else 0)
+
+    def _take_back(self, proposal: Proposal, num_kept: int) -> None:
+        """Leave in the target's cache the first tokens of the proposal; recurrent layers must read these again."""
+        num_rejected = proposal.width - num_kept
+        if self.mark and num_rejected:
+            rewind(self.cache, self.mark, proposal.width)
+            self.target.hidden(proposal.block[:, :num_kept], cache=self.cache)
+            num_rejected = 0
+        go_back(self.cache, num_rejected)
 
     def _learn(
         self, pace: Pace, plan: Plan, proposal: Proposal, accepted: int, emitted: list[int], seconds: float

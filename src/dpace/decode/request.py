@@ -107,7 +107,26 @@ def make_continuation(
             f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; together they pass the "
             f"target's limit of {limit}: shorten the prompt or ask for at most {limit - len(prompt)}"
         )
+    boundary = find_longrope_boundary(target)
+    if boundary and len(prompt) <= boundary < len(prompt) + config.max_new_tokens:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; past {boundary} tokens this "
+            f"target (longrope) would have to read all again: ask for at most {boundary - len(prompt)} tokens"
+        )
     filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
     sampler = Sampler(config.temperature, **filters, seed=config.seed, device=target.device)
     stops = set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
     return Continuation(prompt, len(prompt), config.max_new_tokens, stops, sampler)
+
+
+def find_longrope_boundary(target: Target) -> int | None:
+    """Give the text length behind which a target with longrope rotates all positions anew; None for other targets.
+
+    Keys in the cache then no longer fit, and transformers drops its cache at this place.
+    """
+    rope = getattr(target.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(
+        target.config, "original_max_position_embeddings", None
+    )

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -81,6 +81,21 @@ def go_back(cache: DynamicCache, num_tokens: int) -> None:
     """Drop the last tokens of a cache that `make_cache` made. For none of them, only layers with a window have something to do."""
     if num_tokens or any(type(layer) is not PreallocatedLayer for layer in cache.layers):
         cache.crop(-num_tokens)
+
+
+def repeat_rows(layer: Any, count: int) -> None:
+    """Let a layer's only row be that of `count` texts that begin alike."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for states in (layer.conv_states, layer.recurrent_states):
+            for index, state in states.items():
+                states[index] = state if state is None else state.repeat_interleave(count, dim=0)
+    if isinstance(layer, DynamicLayer):
+        layer.batch_repeat_interleave(count)
+
+
+def is_full_attention(cache: DynamicCache) -> bool:
+    """Say whether every layer of a cache keeps keys and values of the whole text."""
+    return all(type(layer) in (DynamicLayer, PreallocatedLayer) for layer in cache.layers)
 
 
 class RaggedLayer(DynamicLayer):

@@ -1,0 +1,112 @@
+"""Greedy text equals `model.generate` on every family, with drafts that are sometimes right, or the family is refused."""
+
+import pytest
+import torch
+
+from dpace.config import RespondConfig
+from dpace.data.responses import generate_responses
+from dpace.decode import Paces, generate, generate_batch, generate_plain
+from dpace.target import Target
+from tests.conftest import Oracle, make_drafter
+from tests.families import CONFIGS, NOT_BATCHED, NOT_DRAFTED_FOR, VOCAB, make_sharp_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+LENGTH = 30
+SHARED = [(7 * i) % 59 + 4 for i in range(20)]
+"""A beginning of several prompts, longer than the windows."""
+
+
+@pytest.fixture(params=CONFIGS)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def target(family):
+    return make_sharp_target(family)
+
+
+def own_text(target, prompt: list[int]) -> list[int]:
+    out = target.model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+def test_plain_and_drafted_text_is_the_targets(family, target, monkeypatch):
+    """Drafts that are right, wrong, and wrong in between; prompts shorter and longer than the windows."""
+    accepted = 0
+    for prompt in ([5, 9, 12, 7, 30], SHARED):
+        text = own_text(target, prompt)
+        assert len(set(text)) > 3, "a text that repeats itself shows nothing"
+        assert generate_plain(target, prompt, max_new_tokens=LENGTH).token_ids == text
+        for every in (1, 2, 3, 100):
+            with monkeypatch.context() as patch:
+                drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
+                if family in NOT_DRAFTED_FOR:
+                    with pytest.raises(ValueError, match=NOT_DRAFTED_FOR[family]):
+                        generate(target, drafter, prompt, max_new_tokens=LENGTH)
+                    break
+                Oracle(patch, drafter, target, prompt + text, lambda n, every=every: n % every == every - 1)
+                out = generate(target, drafter, prompt, max_new_tokens=LENGTH, width="full")
+                assert out.token_ids == text
+                accepted += sum(out.accepted_lengths)
+    assert family in NOT_DRAFTED_FOR or accepted > 100
+
+
+def test_width_auto_and_streams_keep_the_text(family, target):
+    if family in NOT_DRAFTED_FOR:
+        pytest.skip(NOT_DRAFTED_FOR[family])
+    drafter, paces = make_drafter(target, block_size=4, target_layer_ids=[0, 2]), Paces()
+    prompt = SHARED + SHARED  # so that something is copied
+    text = own_text(target, prompt)
+    assert generate(target, drafter, prompt, max_new_tokens=LENGTH, paces=paces).token_ids == text
+
+
+def test_batches_keep_the_text_or_are_refused(family, target):
+    prompts = [SHARED, SHARED[:7], [5, 9, 12]]
+    drafter = make_drafter(target, block_size=4, target_layer_ids=[0, 2])
+    if family in NOT_BATCHED or family in NOT_DRAFTED_FOR:
+        with pytest.raises(ValueError, match="full attention|cannot read several"):
+            generate_batch(target, drafter, prompts, max_new_tokens=LENGTH)
+        return
+    found = generate_batch(target, drafter, prompts, max_new_tokens=LENGTH)
+    assert [out.token_ids for out in found] == [own_text(target, prompt) for prompt in prompts]
+
+
+def test_answers_are_the_targets_own(family, target):
+    """In one batch, of different lengths, with a beginning that all share and without."""
+    for prompts in ([[*SHARED, *rest] for rest in ([5], [9, 12, 7, 30], [40, 41])], [[5, 9], SHARED, [12] * 9]):
+        answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH))
+        assert answers == [own_text(target, prompt) for prompt in prompts]
+
+
+def test_features_do_not_depend_on_what_is_read_together(family, target):
+    prompts = torch.tensor([[*SHARED, 5, 9], [*SHARED, 12, 7], [*SHARED, 40, 41]])
+    together = target.features(prompts, [0, 2], with_head_input=True)
+    for row, prompt in zip(together, prompts, strict=True):
+        torch.testing.assert_close(
+            row, target.features(prompt[None], [0, 2], with_head_input=True)[0], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_longrope_is_followed_on_either_side_and_refused_across():
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    target = make_sharp_target("phi3", **changes)
+    drafter = make_drafter(target, block_size=4, target_layer_ids=[0, 2])
+    for prompt, length in ((SHARED[:5], 27), (SHARED + SHARED, LENGTH)):
+        text = own_text(target, prompt)[:length]
+        assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
+    with pytest.raises(ValueError, match="ask for at most 12 tokens"):
+        generate_plain(target, SHARED, max_new_tokens=13)
+
+
+def test_a_head_with_a_bias_is_refused():
+    target = make_sharp_target("llama")
+    head = target.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.full((VOCAB,), 1e-4))
+    with pytest.raises(ValueError, match="has a bias"):
+        Target(target.model)
+
+
+def test_vocabulary_of_the_oracle():
+    assert VOCAB == 64  # which `Oracle` knows
