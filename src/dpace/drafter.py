@@ -183,8 +183,9 @@ def rope_of(config) -> dict:
     The published layout rotates whole heads. For a target that rotates a part of each, or has no rotary embedding, that is the
     default rotation with the target's base, as in the published drafters of Qwen3.5 and later.
     """
-    rope = dict(getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0})
-    rope = dict(rope.get("full_attention", rope))
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}
+    rope = {**rope.get("full_attention", rope)}
     is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
     if is_partial or any(name.startswith("mrope") for name in rope):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
