@@ -1,11 +1,12 @@
 """Write the demo's prompts: maintenance notes to turn into a JSON ticket, and word problems as the hard contrast.
 
-    python examples/make_demo_prompts.py src/dpace/data train heldout
-    python examples/make_demo_prompts.py /tmp/prompts test
+    python -m dpace.demo.make_prompts FOLDER PART...
 
-Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and
-sentence patterns, so that no note and no value of a held-out prompt was seen in training. The test part has other prompts from
-the held-out pools: the demo is tuned on the held-out part, so a claim is measured on this one.
+writes `FOLDER/PART.jsonl` for each part: `train`, `heldout` (the two files beside this one) or `test`.
+
+Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and sentence
+patterns, so no note and no value of a held-out prompt is in the training part. The test part has other prompts from the
+held-out pools: the demo is tuned on the held-out part, so a claim is measured on the test part.
 """
 
 import itertools
@@ -178,10 +179,17 @@ def make(kind, part):
             raise RuntimeError(f"the pools of {kind}/{part} are too small for {COUNTS[kind, part]} prompts")
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(exist_ok=True)
-    for part in sys.argv[2:]:
+def main(arguments):
+    """Write the parts named after the folder."""
+    if len(arguments) < 2 or not set(arguments[1:]) <= {"train", "heldout", "test"}:
+        sys.exit("usage: python -m dpace.demo.make_prompts FOLDER PART...; a part is train, heldout or test")
+    folder, *parts = arguments
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for part in parts:
         rows = [row for kind in ("notes", "problems") for row in make(kind, part)]
         random.Random(part).shuffle(rows)
-        (folder / f"demo_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (Path(folder) / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
