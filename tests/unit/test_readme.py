@@ -126,8 +126,8 @@ def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path,
     if not hasattr(dpace.decode, "Paces"):  # TODO: remove when `dpace.decode.Paces` is merged
         names |= {"import Paces, ": "import ", "paces = Paces()": "paces = None", ", paces=paces": ""}
 
-    # TODO: remove when the function that `custom_generate` makes no longer names `attention_mask` (transformers then passes
-    # it twice).
+    # TODO: remove when the function that `custom_generate` makes no longer names `attention_mask`: transformers passes
+    # what it names, and then the mask again.
     names |= {"generate(**inputs": "generate(inputs.input_ids"}
 
     def renamed(text: str) -> str:
