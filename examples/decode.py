@@ -4,7 +4,7 @@ import sys
 
 from dpace.data.chat import encode_chat
 from dpace.data.prompts import find_prompt
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode import generate, generate_plain
 from dpace.drafter import load_drafter
 from dpace.locate import TARGET_ID, find_target
 from dpace.target import Target

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ import pytest
 from dpace.config import PromptsConfig
 from dpace.data.ledger import write_json
 from dpace.data.prompts import demo_path, find_prompt, read_prompts, split_prompts
+from dpace.demo import make_prompts
 
 
 def write(path, *rows):
@@ -77,18 +77,8 @@ def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
         split_prompts(PromptsConfig(path=str(path), heldout_path=str(other)))
 
 
-def maker():
-    spec = importlib.util.spec_from_file_location(
-        "maker", Path(__file__).parents[2] / "examples" / "make_demo_prompts.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_demo_parts_share_no_text_and_no_value():
-    module = maker()
-    for pools in (module.NOTES, module.PROBLEMS):
+    for pools in (make_prompts.NOTES, make_prompts.PROBLEMS):
         for name, values in pools["train"].items():
             assert not set(values.split("|")) & set(pools["heldout"][name].split("|")), name
     parts = [{p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))} for part in ("train", "heldout")]
@@ -97,18 +87,19 @@ def test_demo_parts_share_no_text_and_no_value():
     assert not numbers[0] & numbers[1]
 
 
-def test_demo_files_are_what_the_script_writes(tmp_path, monkeypatch):
-    import runpy
-    import sys
-
-    monkeypatch.setattr(sys, "argv", ["make_demo_prompts.py", str(tmp_path), "train", "heldout", "test"])
-    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "make_demo_prompts.py"), run_name="__main__")
+def test_demo_files_are_what_the_script_writes(tmp_path):
+    make_prompts.main([str(tmp_path), "train", "heldout", "test"])
     for part in ("train", "heldout"):
-        assert (tmp_path / f"demo_{part}.jsonl").read_text() == demo_path(part).read_text()
-    test = {p.turns[-1][-1]["content"] for p in read_prompts(tmp_path / "demo_test.jsonl")}
+        assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
+    test = {p.turns[-1][-1]["content"] for p in read_prompts(tmp_path / "test.jsonl")}
     assert len(test) == 100
     for part in ("train", "heldout"):
         assert not test & {p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))}
+
+
+def test_a_wrong_part_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="train, heldout or test"):
+        make_prompts.main([str(tmp_path), "all"])
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

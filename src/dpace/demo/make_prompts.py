@@ -1,11 +1,12 @@
 """Write the demo's prompts: maintenance notes to turn into a JSON ticket, and word problems as the hard contrast.
 
-    python examples/make_demo_prompts.py src/dpace/data train heldout
-    python examples/make_demo_prompts.py /tmp/prompts test
+    python -m dpace.demo.make_prompts FOLDER PART...
 
-Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and
-sentence patterns, so that no note and no value of a held-out prompt was seen in training. The test part has other prompts from
-the held-out pools: the demo is tuned on the held-out part, so a claim is measured on this one.
+writes `FOLDER/PART.jsonl` for each part: `train`, `heldout` (the two files beside this one) or `test`.
+
+Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and sentence
+patterns, so no note and no value of a held-out prompt is in the training part. The test part has other prompts from the
+held-out pools: the demo is tuned on the held-out part, so a claim is measured on the test part.
 """
 
 import itertools
@@ -42,7 +43,8 @@ EXAMPLES = (
 
 NOTES = {
     "train": {
-        "machine": "laser printer|coffee machine|dish washer|air conditioner|water pump|conveyor belt|label printer|floor scanner|"
+        "machine": "laser printer|coffee machine|dish washer|air conditioner|water pump|conveyor belt|"
+        "label printer|floor scanner|"
         "ice maker|packing robot|ticket gate|lathe|drill press|steam iron|paper shredder|heat exchanger|bread oven|"
         "card reader|projector|forklift|band saw|water heater|vacuum cleaner|milling machine|bottle washer|hoist|"
         "sewing machine|cash register|wall clock|smoke detector|sliding door|street lamp|fuel tank|gas meter|hay baler|"
@@ -51,20 +53,31 @@ NOTES = {
         "fog machine|stage light|drum kit|loudspeaker|radio mast|satellite dish|parking meter|bus shelter|car wash|"
         "tyre changer|battery charger|solar panel|wind turbine|diesel generator|fire alarm|window blind|revolving door",
         "location": "the kitchen|the workshop|the reception|the canteen|the loading dock|the first floor|the main hall|"
-        "the east corridor|the laundry|the print shop|the server room|the cold store|the entrance|the paint shop|the library|"
-        "the stable|the greenhouse|the harbour|the gym|the chapel|the theatre|the bakery|the museum|the archive|the courtyard|"
-        "the swimming pool|the boardroom|the cinema|the tunnel|the foundry|room {n}|hall {n}|bay {n}|line {n}|office {n}|dock {n}",
-        "problem": "does not start|makes a loud noise|leaks oil|smells of smoke|stops after a few minutes|shows an error code|"
+        "the east corridor|the laundry|the print shop|the server room|the cold store|the entrance|"
+        "the paint shop|the library|"
+        "the stable|the greenhouse|the harbour|the gym|the chapel|the theatre|the bakery|"
+        "the museum|the archive|the courtyard|"
+        "the swimming pool|the boardroom|the cinema|the tunnel|the foundry|room {n}|hall {n}|"
+        "bay {n}|line {n}|office {n}|dock {n}",
+        "problem": "does not start|makes a loud noise|leaks oil|smells of smoke|stops after a few minutes|"
+        "shows an error code|"
         "is too hot|jams all the time|lost its power|vibrates a lot|drips water|has a broken switch|does not close|"
-        "runs too slowly|has a loose cable|blinks red|needs a new filter|has a cracked cover|trips the fuse|will not turn off|"
-        "is out of grease|hums at night|has a bent axle|needs new batteries|is covered in rust|cannot be locked|misses a screw|"
+        "runs too slowly|has a loose cable|blinks red|needs a new filter|has a cracked cover|"
+        "trips the fuse|will not turn off|"
+        "is out of grease|hums at night|has a bent axle|needs new batteries|is covered in rust|"
+        "cannot be locked|misses a screw|"
         "burns the edges|has a flat tyre|spills coolant|reads the wrong value|has a worn brake|shakes at full speed|"
-        "is blocked by dust|lost its label|draws too much current|has a clogged nozzle|does not respond|makes black smoke|"
+        "is blocked by dust|lost its label|draws too much current|has a clogged nozzle|"
+        "does not respond|makes black smoke|"
         "has a scratched lens",
-        "first": "Nora|Ivan|Maria|Tom|Aisha|Peter|Chen|Laura|Omar|Julia|Sam|Ingrid|David|Priya|Lucas|Hanna|Jose|Emma|Kenji|Olga|"
-        "Ben|Fatima|Marco|Sofia|Erik|Leila|Simon|Tanya|Victor|Grace|Diego|Amina|Frank|Helena|Raj|Monica|Stefan|Linda|Carlos|Ruth",
-        "last": "Lind|Petrov|Costa|Baker|Khan|Lund|Wei|Rossi|Haddad|Novak|Carter|Olsen|Cohen|Nair|Martin|Virtanen|Alvarez|Fischer|"
-        "Sato|Ivanova|Wright|Zahra|Bianchi|Lopez|Hansen|Mendez|Foster|Keller|Moreau|Tanaka|Svensson|Okafor|Murphy|Silva|"
+        "first": "Nora|Ivan|Maria|Tom|Aisha|Peter|Chen|Laura|Omar|Julia|Sam|Ingrid|David|Priya|Lucas|Hanna|"
+        "Jose|Emma|Kenji|Olga|"
+        "Ben|Fatima|Marco|Sofia|Erik|Leila|Simon|Tanya|Victor|Grace|Diego|Amina|Frank|Helena|Raj|"
+        "Monica|Stefan|Linda|Carlos|Ruth",
+        "last": "Lind|Petrov|Costa|Baker|Khan|Lund|Wei|Rossi|Haddad|Novak|Carter|Olsen|Cohen|Nair|Martin|"
+        "Virtanen|Alvarez|Fischer|"
+        "Sato|Ivanova|Wright|Zahra|Bianchi|Lopez|Hansen|Mendez|Foster|Keller|Moreau|Tanaka|"
+        "Svensson|Okafor|Murphy|Silva|"
         "Popescu|Walker|Nielsen|Garcia|Weber|Adams",
         "day": "Monday|Tuesday|Thursday|Saturday",
         "pattern": "The {machine} in {location} {problem}. {person} told us on {day}.|"
@@ -77,10 +90,13 @@ NOTES = {
         "The {machine} {problem} again. It is in {location}. Seen by {person} on {day}.",
     },
     "heldout": {
-        "machine": "elevator|barcode scanner|freezer|compressor|photocopier|grinder|boiler|welding robot|ventilation fan|hand dryer|"
+        "machine": "elevator|barcode scanner|freezer|compressor|photocopier|grinder|boiler|welding robot|"
+        "ventilation fan|hand dryer|"
         "garage door|metal detector|lawn mower|espresso maker",
-        "location": "the basement|the warehouse|the garage|the second floor|the attic|the pharmacy|the cafeteria|lab {n}|shed {n}",
-        "problem": "rattles badly|does not cool|has a torn belt|keeps beeping|leaks gas|has a dead screen|is stuck|loses pressure|"
+        "location": "the basement|the warehouse|the garage|the second floor|the attic|the pharmacy|"
+        "the cafeteria|lab {n}|shed {n}",
+        "problem": "rattles badly|does not cool|has a torn belt|keeps beeping|leaks gas|has a dead screen|"
+        "is stuck|loses pressure|"
         "needs a new fan|will not open",
         "first": "Anna|Paul|Rita|Yusuf|Clara|Viktor|Mina|Alan|Elsa|Hugo",
         "last": "Berg|Meyer|Gomez|Demir|Jensen|Horvat|Park|Reed|Dubois|Stone",
@@ -108,7 +124,8 @@ PROBLEMS = {
         "thing": "postcards|lemons|feathers|magnets|ribbons",
         "pattern": "On {b} days {name} finds {a} {thing} a day. How many {thing} is that together?|"
         "{name} needs {c} {thing} but only owns {a}. How many are missing?|"
-        "{name} pays {d} dollars for each of {b} {thing} and then sells all of them for {c} dollars. What is the profit?",
+        "{name} pays {d} dollars for each of {b} {thing} and then sells all of them for {c} "
+        "dollars. What is the profit?",
     },
 }
 
@@ -178,10 +195,17 @@ def make(kind, part):
             raise RuntimeError(f"the pools of {kind}/{part} are too small for {COUNTS[kind, part]} prompts")
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(exist_ok=True)
-    for part in sys.argv[2:]:
+def main(arguments):
+    """Write the parts named after the folder."""
+    if len(arguments) < 2 or not set(arguments[1:]) <= {"train", "heldout", "test"}:
+        sys.exit("usage: python -m dpace.demo.make_prompts FOLDER PART...; a part is train, heldout or test")
+    folder, *parts = arguments
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for part in parts:
         rows = [row for kind in ("notes", "problems") for row in make(kind, part)]
         random.Random(part).shuffle(rows)
-        (folder / f"demo_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (Path(folder) / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
