@@ -19,8 +19,7 @@ SOURCE = ROOT / "src" / "dpace"
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 WORDS = sorted(set(re.findall(r"`([^`]+)`", PAGE)))
 MODULES = [".".join(path.relative_to(SOURCE.parent).with_suffix("").parts) for path in SOURCE.rglob("*.py")]
-DOCUMENTED = {"head": "medusa"}  # TODO: remove when the objective is renamed in the code
-WEIGHTS = {"head": "head_weights", "medusa": "head_weights"}
+WEIGHTS = {"medusa": "head_weights"}
 """Objectives whose function in `weights.py` has another name."""
 
 
@@ -42,7 +41,7 @@ def test_every_objective_is_computed_documented_and_tested(objective):
     slots = Slots(is_scored, torch.full((1, 1, 4), 0.5), is_scored, None)
     weights = make_weigh(LossConfig(objective=objective), 4)(slots)
     assert weights.shape == (1, 1, 4) and weights[0, 0, 0] == 0 and (weights[0, 0, 1:] > 0).all()
-    assert f"\n| `{DOCUMENTED.get(objective, objective)}` |" in (ROOT / "docs" / "objectives.md").read_text()
+    assert f"\n| `{objective}` |" in (ROOT / "docs" / "objectives.md").read_text()
     function = WEIGHTS.get(objective, objective.replace("-", "_") + "_weights")
     assert f"{function}(" in (ROOT / "tests" / "unit" / "test_weights.py").read_text()
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-import dpace.decode
 from dpace.cli import VERBS, main
 from dpace.data.prompts import read_prompts
 
@@ -123,12 +122,6 @@ def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path,
     write_recipe(tmp_path)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
     names = {"Qwen/Qwen3-4B": str(language_folder), "Qwen3-4B.gguf": str(target_gguf)}
-    if not hasattr(dpace.decode, "Paces"):  # TODO: remove when `dpace.decode.Paces` is merged
-        names |= {"import Paces, ": "import ", "paces = Paces()": "paces = None", ", paces=paces": ""}
-
-    # TODO: remove when the function that `custom_generate` makes no longer names `attention_mask`: transformers passes
-    # what it names, and then the mask again.
-    names |= {"generate(**inputs": "generate(inputs.input_ids"}
 
     def renamed(text: str) -> str:
         for name, tiny in names.items():
