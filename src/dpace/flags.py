@@ -9,6 +9,7 @@ from dpace.config import Recipe
 
 
 def parse(config_class, verb: str, args: list[str]):
+    """Read a verb's options from its recipe and flags."""
     import tyro
 
     recipe = []

@@ -11,6 +11,7 @@ from typing import Any
 
 
 def load_target(config, dtype: str | None = None):
+    """Load the target that a config names, in a dtype or in the config's."""
     import torch
 
     from dpace.locate import find_target

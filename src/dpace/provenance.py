@@ -5,6 +5,7 @@ from pathlib import Path
 
 
 def processor() -> str:
+    """Name this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

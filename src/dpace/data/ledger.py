@@ -30,7 +30,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
 def write_json(path: Path, value: dict) -> None:
     """Write results, all or nothing: what a full disk or a killed process leaves is the file that was there."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     unfinished.replace(path)
 
 

@@ -1,6 +1,6 @@
-"""A drafter in, its model card out: what it is, what it gave, how it was trained, and the commands that serve it."""
+"""Write a drafter's model card: what it is, what it gave, how it was trained, and the commands that serve it."""
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 from dpace.config import Engine, Format
 from dpace.drafter import Drafter, fingerprint
 from dpace.engines.serving import serve_command
+from dpace.measure.results import BenchResults, read_results
 from dpace.report.tables import copied_note, with_interval
 from dpace.spec import DrafterSpec
 
@@ -121,33 +122,36 @@ def write_card(
 def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
     """Measured rows whose weights are this drafter's."""
     path = source.parent / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    known = results.get("drafters", {})
-    weights = fingerprint(drafter) if known else ""
-    rows = [row for row in results.get("rows", []) if known and known.get(row["drafter"]) == weights]
+    if not path.exists():
+        return []
+    try:
+        results = read_results(path)
+    except (ValueError, OSError) as error:  # another program's file, or another version's
+        print(f"the model card has no measured numbers: {error}", file=sys.stderr)
+        return []
+    if not isinstance(results, BenchResults):
+        return []
+    weights = fingerprint(drafter)
+    rows = [row for row in results.rows if results.drafters.get(row.drafter) == weights]
     if not rows:
         return []
     lines = [
-        f"| {row['set']} | {row['temperature']:g} | {row['width']} | {_interval(row, 'tau')} | "
-        f"{_interval(row, 'decode_speedup')} | {row['num_same_text']}/{row['num_responses']} |"
+        f"| {row.set} | {row.temperature:g} | {row.width} | {with_interval(row.tau, row.tau_interval)} | "
+        f"{with_interval(row.decode_speedup, row.decode_speedup_interval)} | {row.num_same_text}/{row.num_responses} |"
         for row in rows
     ]
-    hardware = results["hardware"]
+    hardware = results.hardware
     measured = (
-        f"Measured with {results['engine']} in {results['dtype']} on {hardware['device']} ({hardware['cores']} cores), at most "
-        f"{results['max_new_tokens']} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a second "
-        "over plain decoding of the same prompts. In brackets: 95 % intervals over prompts"
+        f"Measured with {results.engine} in {results.dtype} on {hardware.device} ({hardware.cores} cores), at most "
+        f"{results.max_new_tokens} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a "
+        "second over plain decoding of the same prompts. In brackets: 95 % intervals over prompts"
         + copied_note(rows, start="; ")
         + "."
     )
-    if dtype != results["dtype"]:
+    if dtype != results.dtype:
         measured += f" The weights here are {dtype}, rounded from those that were measured."
     head = "| set | T | width | tau | decode_speedup | same text |\n|---|---|---|---|---|---|"
     return ["## Results", measured, "\n".join([head, *lines])]
-
-
-def _interval(row: dict, key: str) -> str:
-    return with_interval(row[key], row[f"{key}_interval"])
 
 
 def _recipe(source: Path) -> list[str]:

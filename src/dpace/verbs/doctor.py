@@ -8,6 +8,7 @@ from dpace.locate import load_target
 
 
 def run(args: list[str]) -> None:
+    """Look at a drafter, and print what would go wrong."""
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
     from dpace.engines.doctor import diagnose
     from dpace.engines.run_checks import RUN_CHECKS

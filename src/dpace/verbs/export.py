@@ -9,6 +9,7 @@ from dpace.locate import load_target
 
 
 def run(args: list[str]) -> None:
+    """Write the drafter, and print how to serve it."""
     config = parse(ExportConfig, "export", first_as("drafter", args))
     import torch
 

@@ -46,6 +46,7 @@ class GenerateConfig:
 
 
 def run(args: list[str]) -> None:
+    """Answer a prompt, or chat."""
     config = parse(GenerateConfig, "generate", args)
     if config.stream and config.drafter is None:
         raise ValueError("--stream shows what a drafter does; name one with --drafter")

@@ -6,6 +6,7 @@ from dpace.flags import command, first_as, parse
 
 
 def run(args: list[str]) -> None:
+    """Read another project's drafter, and write it as one of this project."""
     config = parse(ImportConfig, "import", first_as("source", args))
     from dpace.engines.export import import_drafter
     from dpace.engines.speculators import verifier_name

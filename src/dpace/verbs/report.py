@@ -17,6 +17,7 @@ class ReportConfig:
 
 
 def run(args: list[str]) -> None:
+    """Write the page, and print where it is."""
     config = parse(ReportConfig, "report", first_as("folders", args))
     from dpace.report.page import write_report
 
