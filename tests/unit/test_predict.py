@@ -35,7 +35,7 @@ def test_prediction_by_hand():
 
 
 def test_rows_that_are_done_leave_their_group():
-    """8 and 4 tokens together: plain, four steps of both rows and four of one; drafted, one step of both and one of one."""
+    """8 and 4 tokens together: plain, four steps of both rows, four of one; drafted, one step of both, one of one."""
     ours = [make_response(histogram=[0, 0, 0, n], decode_seconds=3.0 * n, decode_tokens=4 * n) for n in (2, 1)]
     plain = [make_plain(decode_seconds=1.0 * r.decode_tokens, decode_tokens=r.decode_tokens) for r in ours]
     row = make_row(block_size=4, responses=ours, plain_responses=plain)
@@ -46,7 +46,7 @@ def test_rows_that_are_done_leave_their_group():
 
 @pytest.mark.parametrize("counts", [[5, 3, 2, 1, 4], [1, 0, 0, 0, 9], [7, 1, 0, 0, 0], [0, 0, 0, 0, 3]])
 def test_tokens_of_narrow_verifications_are_those_of_the_process(counts):
-    """Against running it: a block is right up to where its run ended, and goes on where that run ended with its block."""
+    """Against running it: a block is right to where its run ended, and goes on where that run ended with its block."""
     rng, size = random.Random(0), len(counts)
     for width in range(2, size + 1):
         tokens, at_least, end = 0, 0, None
@@ -94,7 +94,7 @@ def test_predictions_stand_beside_what_was_measured(results):
 
 
 def test_several_at_once_are_measured_in_groups(language_target, language_drafter, monkeypatch, capsys):
-    """Tokens a second over those of plain decoding; without a group that does not fit, or that a set is too small for."""
+    """Tokens a second over those of plain decoding; no group that does not fit or that a set is too small for."""
     calls = []
 
     def fake(target, drafter, rows, *, max_new_tokens, **_):

@@ -19,7 +19,7 @@ class DemoConfig:
     target: str | None = None
     """Another target, a folder or Hub id, instead of SmolLM2-135M-Instruct."""
     output: str | None = None
-    """Folder for everything that is written, dpace-demo or dpace-demo-quick by default; the same command goes on in it."""
+    """Folder for everything that is written, dpace-demo or dpace-demo-quick by default; the same command goes on."""
 
 
 def demo_recipe(config: DemoConfig) -> Recipe:

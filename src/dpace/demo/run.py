@@ -107,7 +107,7 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
 
 
 def summary(results: BenchResults) -> list[str]:
-    """Say what the demo found: about the text, the gain of D-PACE, and whether the drafter makes decoding faster."""
+    """Say what the demo found: about the text, the gain of D-PACE, and the speed."""
     same, total = results.num_same_text, results.num_responses
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
     ways: dict[Any, str] = {

@@ -39,7 +39,8 @@ target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto").eval()
 drafter = AutoModel.from_pretrained("{drafter}", trust_remote_code=True, dtype=target.dtype).eval()
 messages = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = target.generate(**inputs, assistant_model=drafter, speculation_type="dflash", do_sample=False, max_new_tokens=256)
+options = {{"speculation_type": "dflash", "do_sample": False, "max_new_tokens": 256}}
+output = target.generate(**inputs, assistant_model=drafter, **options)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
@@ -51,7 +52,11 @@ LLAMACPP = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, wh
 
 `TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
 """
-TO_GGUF = """For llama.cpp: `dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf`.
+TO_GGUF = """For llama.cpp:
+
+```bash
+dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf
+```
 """
 
 
@@ -77,20 +82,11 @@ def write_card(
         target_name: what the target is called; left out of `base_model` where it is a folder of this machine.
         license: of the weights.
         dtype: of the matrices.
-        source: the drafter's own folder. Its `recipe.yaml` is told, and those rows of the `results.json` beside it or above
-            it that were measured with these weights.
+        source: the drafter's own folder. The card has its `recipe.yaml`, and those rows of the `results.json` beside
+            the folder that were measured with these weights.
         drafter: as it was measured, in the target's dtype.
     """
-    is_local = Path(target_name).is_dir()
-    shown = Path(target_name).name if is_local else target_name
-    front: dict[str, Any] = {
-        "library_name": _LIBRARIES.get(to, "transformers"),
-        "pipeline_tag": "text-generation",
-        "license": license,
-    }
-    if not is_local:
-        front["base_model"] = target_name
-    front["tags"] = [*TAGS, *({"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"]))]
+    shown = Path(target_name).name if Path(target_name).is_dir() else target_name
     facts = {
         "target": f"`{shown}`",
         "block size": f"{spec.block_size}: the anchor and {spec.num_draft_tokens} draft tokens",
@@ -105,10 +101,10 @@ def write_card(
         names[engine] = serve_command(engine, drafter_name, shown, spec.block_size)
     commands = {"speculators": [VLLM], "gguf": [LLAMACPP]}.get(to, [VLLM, SGLANG, TRANSFORMERS, TO_GGUF])
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        _front_matter(to, target_name, license),
         f"# {Path(name).name}",
-        f"A DFlash drafter for `{shown}`. It is not a model of its own: it proposes tokens, the target keeps those that it would "
-        "have written itself.",
+        f"A DFlash drafter for `{shown}`. It is not a model of its own: it proposes tokens, the target keeps those "
+        "that it would have written itself.",
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         *_results(source, drafter, facts["weights"]),
         "## How to serve it",
@@ -117,6 +113,19 @@ def write_card(
     ]
     folder = path.parent if to == "gguf" else path
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(to: Format, target_name: str, license: str) -> str:
+    """What the Hub reads."""
+    front: dict[str, Any] = {
+        "library_name": _LIBRARIES.get(to, "transformers"),
+        "pipeline_tag": "text-generation",
+        "license": license,
+    }
+    if not Path(target_name).is_dir():
+        front["base_model"] = target_name
+    front["tags"] = [*TAGS, *({"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"]))]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
 
 
 def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:

@@ -38,8 +38,8 @@ def bench(
 
     The order alternates from prompt to prompt, after a warm-up that is not counted, so that a drift of the machine's
     speed does not favour one side. Each finished response is kept in `bench.jsonl`; an interrupted call goes on after
-    it. The answers to earlier turns are the plain ones, so all sides see the same prompts; above temperature 0 all sides
-    draw with the same seed, which gives the same text.
+    it. The answers to earlier turns are the plain ones, so all sides see the same prompts; above temperature 0 all
+    sides draw with the same seed, which gives the same text.
 
     Args:
         target: the model.
@@ -84,9 +84,8 @@ def bench(
                 timers.run(prompt.set, temperature)
             bar.update(task, advance=1, info=_so_far(records.rows))
     block_sizes = {way: drafter.block_size for way, drafter in drafted.items()}
-    rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes)
-    provenance = _provenance(target, setup)
-    results = BenchResults(**vars(provenance), rows=rows, comparisons=compare_drafters(rows), predictions=[])
+    rows, about = make_rows(target, records.of(config.temperatures, prompts), block_sizes), _provenance(target, setup)
+    results = BenchResults(**vars(about), rows=rows, comparisons=compare_drafters(rows), predictions=[])
     write_results(folder / "results.json", results)  # so that nothing that happens while predicting loses it
     if drafters:
         results = replace(results, predictions=predict(results, prompts, config, timers))

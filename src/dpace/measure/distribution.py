@@ -20,11 +20,11 @@ SIGNIFICANCE = 0.01
 def check_distribution(
     target: Target, drafter: Drafter, encoded: Sequence[list[int]], config: CheckConfig, advance
 ) -> list[Finding]:
-    """Chi-square of sampled tokens and pairs of tokens, for each verify rule.
+    """Test sampled tokens and pairs of tokens by chi-square, for each verify rule.
 
-    Every token is put through the distribution function that it should be a draw from (tokens in order of probability, the jump at
-    the token filled evenly): the results are independent and uniform if and only if the text has the target's distribution,
-    whatever the prompts.
+    Every token is put through the distribution function that it should be a draw from (tokens in order of probability,
+    the jump at the token filled evenly): the results are independent and uniform if and only if the text has the
+    target's distribution, whatever the prompts.
     """
     generator = torch.Generator().manual_seed(config.seed)
     results = {}

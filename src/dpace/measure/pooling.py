@@ -81,7 +81,7 @@ def _tokens_and_seconds(responses: Sequence[ResponseRecord]) -> tuple[list[int],
 
 
 def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
-    """Compare every drafter with the first one on the same prompts: gain of tau, and ratio of tokens a second."""
+    """Compare every drafter with the first on the same prompts: gain of tau, ratio of tokens a second."""
     first = {(row.set, row.temperature, row.width): row for row in reversed(rows)}
     comparisons = []
     for row in rows:
@@ -104,7 +104,7 @@ def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
 
 
 def make_examples(target: Target, ours: Sequence[ResponseRecord], plain: Sequence[ResponseRecord]) -> list[Example]:
-    """Choose the fastest and the slowest response, and mark which pieces of their text came from the drafter."""
+    """Choose the fastest and the slowest response, and mark what came from the drafter."""
     speedups = [(a.speedup_over(b), a) for a, b in zip(ours, plain, strict=True) if a.accepted_lengths]
     order = sorted(((speedup, a) for speedup, a in speedups if speedup is not None), key=lambda pair: pair[0])
     chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}

@@ -13,11 +13,11 @@ from dpace.measure.timing import BatchTimings, StepTimers, groups_of, measure_to
 
 
 def tokens_at(width: int, counts: Sequence[int]) -> float:
-    """Predict the tokens that verifications of `width` tokens emit from the accepted lengths of whole drafts.
+    """Predict what verifications of `width` tokens emit, from the accepted lengths of whole drafts.
 
     A narrow verification often begins the next block inside a run of tokens that the whole draft had right. The new
-    draft is taken to be right up to where that run ended, and wrong there; where the run ended with its block, it may go
-    on as runs do that are as long. On the demo's drafter that was within 1.5 % of tau at widths 2, 4 and 6; cutting
+    draft is taken to be right up to where that run ended, and wrong there; where the run ended with its block, it may
+    go on as runs do that are as long. On the demo's drafter that was within 1.5 % of tau at widths 2, 4 and 6; cutting
     whole drafts (`E[min(accepted, width - 1)]`) was up to 7 % too low, as it forgets that long runs take several narrow
     verifications.
 
@@ -32,7 +32,7 @@ def tokens_at(width: int, counts: Sequence[int]) -> float:
     )  # tokens and verifications, for runs that end before their blocks
 
     def until_wrong(at_least: int) -> np.ndarray:
-        """Expected tokens and verifications of a block with its first draft tokens right, and of those in its run."""
+        """Expected tokens and verifications of a block with so many right draft tokens, and of its run."""
         shares = np.where(emitted > at_least, counts, 0) / max(1, sum(counts[at_least:]))
         ended = (runs * shares)[:, :last].sum(-1)
         if width == last + 1:
@@ -54,8 +54,8 @@ def predict_speedups(
     of verifications; at other widths these are as many times more as `tokens_at` is smaller. Rows that are done leave
     their group, and a step costs what it costs for those that are left; the drafter reads the prompts once. The seconds
     of a token and of a step with a whole draft are those that the benchmark found; only the ratios to them, of other
-    widths and of several prompts, come from costs that were measured outside it. One prompt at once with whole drafts is
-    thus what was measured.
+    widths and of several prompts, come from costs that were measured outside it. One prompt at once with whole drafts
+    is thus what was measured.
 
     Args:
         row: of results.json, measured with whole drafts.
@@ -128,8 +128,8 @@ def predict(
     Args:
         results: of `dpace.measure.benchmark.bench`.
         prompts: of the benchmark.
-        config: without `predict`, predictions are for one prompt at a time only; with it, several prompts are also decoded
-            at once.
+        config: without `predict`, predictions are for one prompt at a time only; with it, several prompts are also
+            decoded at once.
         timers: which ran during the benchmark.
 
     Returns:

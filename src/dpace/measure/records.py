@@ -60,7 +60,7 @@ class Records(Generic[Record]):
 
 
 class ResponseRecords(Records[ResponseRecord]):
-    """Responses of a benchmark; where one was measured twice, as part of an unfinished prompt, the last counts."""
+    """Responses of a benchmark; of one that was measured twice, after an interruption, the last counts."""
 
     def __init__(self, path: Path, setup: BenchSetup, prompts: Iterable[Prompt]):
         super().__init__(path, setup, prompts, ResponseRecord)

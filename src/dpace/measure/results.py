@@ -40,7 +40,7 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Versions:
-    """Of the packages that decide about speed and text."""
+    """Versions of the packages that decide about speed and text."""
 
     dpace: str
     torch: str
@@ -73,7 +73,7 @@ class BenchResults(Provenance):
 
     @property
     def whole_blocks(self) -> list[Row]:
-        """The rows where whole drafts were verified, which say what the drafter can do; all where there is none."""
+        """The rows where whole drafts were verified, which say what a drafter can do; else all."""
         return [row for row in self.rows if row.width == "full"] or self.rows
 
     @property
@@ -176,10 +176,10 @@ def find_results(folder: Path) -> list[Results]:
 
 @dataclass(frozen=True, kw_only=True)
 class Heldout:
-    """heldout.json of one drafter of `dpace compare`: accepted lengths on held-out responses, one row a prompt."""
+    """heldout.json of a drafter of `dpace compare`: accepted lengths on held-out responses, by prompt."""
 
     ids: list[str]
-    """Of the prompts."""
+    """The prompts'."""
     block_size: int
     histogram: list[list[int]]
     num_without_bonus: list[int]

@@ -42,9 +42,9 @@ class ResponseRecord:
     """None for plain decoding."""
     set: str
     id: str
-    """Of the prompt."""
+    """The prompt's."""
     turn: int
-    """Of the prompt, from 0."""
+    """Turn of the prompt, from 0."""
     temperature: float
     prompt_tokens: int
     token_ids: list[int]
@@ -98,7 +98,7 @@ class Example:
     """A response to show."""
 
     id: str
-    """Of the prompt."""
+    """The prompt's."""
     what: str
     """Why it is shown: `fastest` or `slowest`."""
     tau: float
@@ -129,7 +129,7 @@ class Row:
     slot_acceptance_rate: list[float | None]
     """None for slots that were never reached."""
     share_copied: float
-    """Of the tokens; prompt lookup proposed them."""
+    """Share of the tokens that prompt lookup proposed, 0 to 1."""
     tokens_per_second: float
     plain_tokens_per_second: float
     decode_speedup: float | None
@@ -139,7 +139,7 @@ class Row:
     num_same_text: int
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
-    """Of the same prompts, in the same order."""
+    """Plain decoding of the same prompts, in the same order."""
     examples: list[Example]
 
     @property
@@ -208,7 +208,7 @@ class ComparedRow:
     tau_by_seed: list[float | None]
     reach_rate: list[float]
     gain: Estimate
-    """Of tau over the baseline's, as a ratio minus 1."""
+    """Tau over the baseline's, as a ratio minus 1."""
     gain_by_seed: list[float | None]
     step_seconds: float | None
     """Median of the training steps; None where no step was logged."""
@@ -237,7 +237,7 @@ class GroupRecord:
 
     set: str
     ids: list[str]
-    """Of the prompts."""
+    """The prompts'."""
     temperature: float
     concurrency: int
     turns: list[dict[str, SideRecord]]
@@ -252,7 +252,7 @@ class ServerRow:
     temperature: float
     concurrency: int
     tokens_per_second: float
-    """Of a request, after its first token."""
+    """Rate of a request after its first token."""
     throughput: float
     """Tokens a second of all requests together, with prompts read."""
     first_seconds: tuple[float, float]

@@ -33,8 +33,8 @@ def bench_servers(
 ) -> ServerResults:
     """Send every prompt to a server with a drafter and to one without, and write `servers.json`.
 
-    Both get the same token ids. The sides alternate: prompt by prompt at concurrency 1, by groups of requests at others.
-    Each finished group is kept in `servers.jsonl`; an interrupted call goes on after it.
+    Both get the same token ids. The sides alternate: prompt by prompt at concurrency 1, by groups of requests at
+    others. Each finished group is kept in `servers.jsonl`; an interrupted call goes on after it.
 
     Args:
         chat: the target's tokenizer with what belongs to it.
@@ -164,8 +164,8 @@ def make_rows(records: Sequence[GroupRecord], config: BenchConfig) -> list[Serve
 def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:
     """Pool groups of one set, temperature and concurrency.
 
-    `tau` is tokens emitted a verification, from the accepted counts that the server reports; where it reports none, None.
-    Its interval resamples groups, which are prompts at concurrency 1.
+    `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports
+    none. Its interval resamples groups, which are prompts at concurrency 1.
     """
     turns = [turn for group in groups for turn in group.turns]
     ours, plain = _Pooled([turn[DRAFTER] for turn in turns]), None

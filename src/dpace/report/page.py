@@ -102,9 +102,9 @@ def speeds(results: BenchResults) -> Section:
         "tau is the mean acceptance length: the tokens that one pass of the target emits, averaged over verifications. "
         "With width auto, passes without a draft count too"
         + copied_note(results.rows, start="; ")
-        + ". decode_speedup divides the tokens a second with the drafter by those of plain decoding; reading the prompt "
-        "is not counted. Brackets hold 95 % intervals, by bootstrap over prompts. The starred columns follow the "
-        "definitions of published tables: the mean over responses of their means, and the ratio of mean seconds a token."
+        + ". decode_speedup divides the tokens a second with the drafter by those of plain decoding; reading the "
+        "prompt is not counted. Brackets hold 95 % intervals, by bootstrap over prompts. The starred columns follow "
+        "published tables: the mean over responses of their means, and the ratio of mean seconds a token."
     )
     return Section("Speed", text, [list(RESULT_HEADINGS), *(result_cells(row) for row in results.rows)])
 
@@ -133,8 +133,8 @@ def servers(results: ServerResults) -> Section:
     names = ", ".join(f"{side}: {server.engine}" for side, server in results.servers.items())
     text = (
         f"{names}. tau is the mean acceptance length that the server reports. tok/s counts the tokens of a request "
-        "after its first one. Throughput counts all requests together, with the time to read their prompts. TTFT is the "
-        "time to the first token, as median and 95th percentile."
+        "after its first one. Throughput counts all requests together, with the time to read their prompts. TTFT is "
+        "the time to the first token, as median and 95th percentile."
     )
     rows = [list(SERVER_HEADINGS), *(server_cells(row) for row in results.rows)]
     return Section(f"Servers, {Path(results.target).name}", text, rows)

@@ -16,7 +16,7 @@ Verdict = Literal["faster", "slower", "no clear difference", "too few prompts"]
 
 
 def console() -> Console:
-    """Make the console for tables: at least 140 columns, so that numbers are not broken when stdout is a file."""
+    """Make the console for tables, at least 140 columns wide, so that a file has unbroken numbers."""
     return Console(width=max(140, Console().width))
 
 
@@ -250,7 +250,7 @@ def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str
 
 
 def with_interval(value: float | None, interval: Interval = (None, None)) -> str:
-    """Write `1.23 [1.20, 1.26]`, the number alone where there is no interval, or `-` where there is no number."""
+    """Write `1.23 [1.20, 1.26]`, the number alone where it has no interval, or `-` for none."""
     low, high = interval
     if value is None:
         return "-"

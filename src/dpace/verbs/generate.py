@@ -16,7 +16,7 @@ class GenerateConfig:
     target: str
     """Folder or Hub id."""
     prompt: str | None = None
-    """What to ask, or FILE.jsonl#ID for one of a file's prompts (demo#ID: of the demo's); with --stream a chat without it."""
+    """What to ask, or FILE.jsonl#ID for a prompt of a file (demo#ID: of the demo); with --stream, a chat without it."""
     drafter: str | None = None
     """The drafter's folder; plain decoding without it."""
     stream: bool = False
@@ -32,13 +32,13 @@ class GenerateConfig:
     min_p: float = 0.0
     """Sample from tokens with at least this share of the highest probability."""
     seed: int | None = None
-    """Of the draws at temperature above 0."""
+    """Seed of the draws at temperature above 0."""
     thinking: bool = False
     """Switch thinking on, in chat templates that have the switch."""
     dtype: Dtype = "auto"
-    """Of the weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
+    """Type of the weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
     width: Literal["auto", "full"] = "auto"
-    """Verify as much of a draft, or of what followed the last words before, as pays on this machine; or whole drafts."""
+    """Verify as much as is fastest on this machine, of a draft or of copied text; or whole drafts."""
     verify_rule: Literal["equality", "speculative"] = "equality"
     """Above temperature 0: accept what equals the target's own draw, or by speculative sampling."""
     compile: bool = False
@@ -86,7 +86,7 @@ def run(args: list[str]) -> None:
 
 
 def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> None:
-    """Answer the messages, or the user's lines until the end of input; show speed and accepted lengths after each answer."""
+    """Answer the messages, or the user's lines until the end of input; show speed and accepted lengths."""
     import time
 
     from dpace.data.chat import encode_chat
