@@ -9,7 +9,7 @@ import torch
 import dpace.decode.batch
 import dpace.decode.loop
 import dpace.measure.check
-import dpace.measure.heldout
+import dpace.views
 from dpace.blocks import dense_mask
 from dpace.cli import main
 from dpace.config import CheckConfig
@@ -74,7 +74,7 @@ def test_a_leak_is_found(language_target, language_drafter, prompts, monkeypatch
         mask[..., :num_context] = True
         return mask
 
-    monkeypatch.setattr(dpace.measure.heldout, "dense_mask", leaky)
+    monkeypatch.setattr(dpace.views, "dense_mask", leaky)
     assert "no leak from the future" in failed(check(language_target, language_drafter, prompts, CONFIG))
 
 

@@ -32,6 +32,7 @@ from dpace.spec import DrafterSpec
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target, write_target_gguf
+from tests.rows import make_bench, make_row
 
 TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
@@ -509,5 +510,5 @@ def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, 
     (served,) = dpace.demo.run.serve_in_llamacpp(*arguments)
     assert served.num_same_text == served.num_responses == 3
     assert served.tokens_per_second > 0 and served.plain_tokens_per_second > 0
-    (line,) = dpace.demo.run.summary({"rows": [], "llamacpp": [served]})[1:]
-    assert line.startswith("language: in llama.cpp (f16") and line.endswith("3 of 3 texts equal")
+    (line,) = dpace.demo.run.summary(make_bench(make_row(drafter="x"), llamacpp=[served]))[1:]
+    assert line.startswith("language: llama.cpp (f16") and line.endswith("3 of 3 texts equal")

@@ -35,3 +35,9 @@ def test_every_form_of_import_is_seen():
 def test_imports_go_one_way():
     faces = {"dpace", "dpace.decode", "dpace.train"}  # hand names on; what needs them is counted where it is defined
     list(TopologicalSorter({m: found - faces for m, found in GRAPH.items() if m not in faces}).static_order())
+
+
+def test_measuring_knows_neither_rendering_nor_training_nor_engines():
+    above = ("dpace.report", "dpace.train", "dpace.engines")
+    found = {m: names for m, of_module in GRAPH.items() if (names := {n for n in of_module if n.startswith(above)})}
+    assert not [module for module in found if module.startswith("dpace.measure")]

@@ -39,8 +39,9 @@ target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto").eval()
 drafter = AutoModel.from_pretrained("{drafter}", trust_remote_code=True, dtype=target.dtype).eval()
 messages = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-options = {{"speculation_type": "dflash", "do_sample": False, "max_new_tokens": 256}}
-output = target.generate(**inputs, assistant_model=drafter, **options)
+output = target.generate(
+    **inputs, assistant_model=drafter, speculation_type="dflash", do_sample=False, max_new_tokens=256
+)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """

@@ -52,8 +52,9 @@ class Divergence:
 def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: CheckConfig) -> list[Finding]:
     """Run all checks that the dtype allows; see `dpace check --help`.
 
-    In fp32: the text over ways of decoding, the distribution of sampled text, leaks, and parity of training and serving.
-    In lower precision only the text, where each difference is told with the margin that the target had for its token.
+    In fp32: the text over ways of decoding, the distribution of sampled text, leaks, and parity of training and
+    serving. In lower precision only the text, where each difference is told with the margin that the target had for
+    its own token.
 
     Args:
         target: the model.
@@ -94,7 +95,7 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
 def _check_texts(
     target: Target, drafter: Drafter, prompts: Sequence[Prompt], encoded, config: CheckConfig, advance
 ) -> tuple[list[Finding], list[Generation]]:
-    """Every way of decoding against plain decoding; also the greedy generations that verified whole blocks."""
+    """Every way of decoding against plain decoding; also the greedy generations of whole blocks."""
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
     ways: dict[str, dict[str, Any]] = {f"blocks of {size}": {"width": "full", "block_size": size} for size in sizes}
     ways |= {"width auto": {"width": "auto"}, "rule speculative": {"width": "full", "verify_rule": "speculative"}}

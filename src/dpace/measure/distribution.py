@@ -53,7 +53,7 @@ def check_distribution(
 def distribution_values(
     target: Target, prompt: Sequence[int], response: Sequence[int], generator: torch.Generator
 ) -> Float[Tensor, " seq"]:
-    """Put each token of a response through its distribution function at temperature 1 (Rosenblatt's transform).
+    """Put each token of a response through its distribution function at temperature 1 (Rosenblatt).
 
     Memory: logits of the response, "seq vocab" in fp32.
 
@@ -73,7 +73,7 @@ def distribution_values(
 
 
 def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
-    """p-value of the chi-square test that points are uniform in the unit cube, with `num_bins` along each side."""
+    """Find the p-value of the chi-square test that points are uniform in the unit cube, by bins a side."""
     dim = values.shape[1]
     bins = (values * num_bins).long().clamp_max(num_bins - 1)
     index = (bins * num_bins ** torch.arange(dim)).sum(-1)

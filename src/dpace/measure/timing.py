@@ -35,7 +35,7 @@ def groups_of(items: list, size: int) -> list[list]:
 
 
 class StepTimers:
-    """Times steps of one prompt between those that a benchmark decodes, so that both see the same moods of the machine.
+    """Times steps of one prompt between those of a benchmark, so that both see the same machine.
 
     Their contexts are as long as those of the set half way.
 
@@ -156,7 +156,7 @@ def _rates(
     config: BenchConfig,
     timers: Sequence[StepTimer],
 ) -> dict[str | None, float]:
-    """Tokens a second of all groups, plainly (None) and by drafter, from medians of `NUM_REPEATS` runs of each group."""
+    """Tokens a second of all groups, plainly (None) and by drafter, from medians of runs of each group."""
     sides: dict[str | None, Drafter | None] = {None: None, **drafters}
     totals = {name: np.zeros(2) for name in sides}
     options: dict[str, Any] = {"temperature": temperature, "seed": config.seed}
