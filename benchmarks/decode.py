@@ -49,7 +49,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
     pack_linears(random_drafter)
 
     def ours(model, **options) -> Way:
-        kept = {"paces": paces, **options}
+        kept = {"paces": Paces(), **options}
         return lambda ids, count: generate(target, model, ids, max_new_tokens=count, **kept).token_ids
 
     ways: dict[str, Way] = {

@@ -1,11 +1,12 @@
-"""The paper's matrix: two depths, two temperatures, six sets, D-PACE and DFlash's decay; printed beside the published averages.
+"""Measure the paper's matrix: two depths, two temperatures, six sets, D-PACE and DFlash's decay, beside its averages.
 
-    python benchmarks/paper.py OUT --prompts prompts.jsonl                       # Qwen3-4B, at full size
-    python benchmarks/paper.py OUT --small --data-dir DIR                        # SmolLM2 on two CPU cores, within an hour
+    python benchmarks/paper.py OUT --prompts prompts.jsonl     # Qwen3-4B, at full size
+    python benchmarks/paper.py OUT --small --data-dir DIR      # SmolLM2 on two CPU cores, within an hour
 
-Trains what recipes/qwen3-4b-3l.yaml and -5l.yaml say, with each objective, and measures every drafter on all sets. `--small` keeps
-everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of 128 tokens, and 8 prompts of
-each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A run that ended goes on where it was.
+Trains what recipes/qwen3-4b-3l.yaml and -5l.yaml say, with each objective, and measures every drafter on all sets.
+`--small` keeps everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of
+128 tokens, and 8 prompts of each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A
+run that ended goes on where it was.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from dpace.drafter import load_drafter
 from dpace.flags import read_recipe
 from dpace.locate import TARGET_ID, find_target
 from dpace.measure.benchmark import bench
+from dpace.measure.results import BenchResults
+from dpace.measure.rows import Row
 from dpace.report.tables import console, results_table
 from dpace.target import Target
 from dpace.train.run import is_trained, make_datasets, train
@@ -69,9 +72,9 @@ def small(recipe: Recipe) -> Recipe:
 
 
 def mean_over_sets(
-    rows: Sequence[dict], values: Callable[[dict, np.ndarray], float], reference: Sequence[dict] = ()
+    rows: Sequence[Row], values: Callable[[Row, np.ndarray], float], reference: Sequence[Row] = ()
 ) -> tuple[float, float, float]:
-    """The average over sets of a statistic, or its ratio to that of reference rows, with the ends of its 95 % interval.
+    """Average a statistic, or its ratio to reference rows, over sets; with the ends of its 95 % interval.
 
     Args:
         rows: of results.json, one a set.
@@ -81,8 +84,8 @@ def mean_over_sets(
     generator = np.random.default_rng(0)
     picks = [
         [
-            np.arange(len(row["responses"])),
-            *generator.integers(len(row["responses"]), size=(NUM_RESAMPLES, len(row["responses"]))),
+            np.arange(len(row.responses)),
+            *generator.integers(len(row.responses), size=(NUM_RESAMPLES, len(row.responses))),
         ]
         for row in rows
     ]
@@ -92,34 +95,34 @@ def mean_over_sets(
     return (float(found[0]), *np.quantile(found[1:], [0.025, 0.975]).tolist())
 
 
-def tau_of(row: dict, picks: np.ndarray) -> float:
+def tau_of(row: Row, picks: np.ndarray) -> float:
     """Tau of published tables."""
-    means = np.array([np.mean(r["accepted_lengths"] or [0]) + 1 for r in row["responses"]])
+    means = np.array([np.mean(r.accepted_lengths or [0]) + 1 for r in row.responses])
     return float(means[picks].mean())
 
 
-def speedup_of(row: dict, picks: np.ndarray) -> float:
+def speedup_of(row: Row, picks: np.ndarray) -> float:
     """Speedup of published tables: ratio of mean seconds a token."""
     sides = [
-        np.array([r["decode_seconds"] / max(1, r["decode_tokens"]) for r in row[side]])[picks].mean()
-        for side in ("plain_responses", "responses")
+        np.array([r.decode_seconds / max(1, r.decode_tokens) for r in side])[picks].mean()
+        for side in (row.plain_responses, row.responses)
     ]
     return float(sides[0] / sides[1])
 
 
-def matrix(results: dict[int, dict]) -> Table:
-    """One line for each depth, temperature and objective, beside the published averages."""
+def matrix(results: dict[int, BenchResults]) -> Table:
+    """Make one line for each depth, temperature and objective, beside the published averages."""
     table = Table(title="averages over the sets, 95 % intervals over prompts; published: Qwen3-4B", box=SIMPLE_HEAD)
     columns = ("layers", "T", "objective", "speedup*", "tau*", "tau* over dflash, %", "published speedup*, tau*, %")
     for heading in columns:
         table.add_column(heading, no_wrap=True)
     for depth, of_depth in results.items():
-        for temperature in dict.fromkeys(row["temperature"] for row in of_depth["rows"]):
+        for temperature in dict.fromkeys(row.temperature for row in of_depth.rows):
             chosen = {
                 name: [
                     row
-                    for row in of_depth["rows"]
-                    if (row["drafter"], row["temperature"], row["width"]) == (name, temperature, "full")
+                    for row in of_depth.rows
+                    if (row.drafter, row.temperature, row.width) == (name, temperature, "full")
                 ]
                 for name in OBJECTIVES
             }
@@ -140,7 +143,7 @@ def matrix(results: dict[int, dict]) -> Table:
 
 
 def training_prompts(options: argparse.Namespace) -> list[Prompt]:
-    """The prompts to answer and train on; with `--data-dir` a mixture of its training files, as much of each."""
+    """Read the prompts to train on; with `--data-dir` a mixture of its training files, as much of each."""
     if options.prompts:
         return read_prompts(options.prompts)
     files = sorted(Path(options.data_dir).glob("*_train.jsonl"))

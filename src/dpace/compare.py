@@ -1,36 +1,47 @@
-"""One recipe, several objectives and seeds in; one table out: which drafts best on the same data, batches and anchors."""
+"""Train one recipe with several objectives and seeds, and say which drafts best on the same data and anchors."""
 
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from dpace.config import CompareConfig, Recipe
 from dpace.data.dataset import ResponseDataset
-from dpace.data.ledger import write_json
 from dpace.data.prompts import Prompt, split_prompts
-from dpace.data.responses import write_responses
+from dpace.data.responses import Response, write_responses
 from dpace.drafter import Drafter, load_drafter
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.results import read_log
+from dpace.measure.results import (
+    CompareResults,
+    Heldout,
+    has_heldout,
+    read_heldout,
+    read_log,
+    write_heldout,
+    write_results,
+)
+from dpace.measure.rows import ComparedRow, defined, estimate_of, interval_of
 from dpace.metrics import Acceptance, tau_gain
 from dpace.objective import with_objective
-from dpace.report.plots import plot_acceptance, plot_tau, plot_weights
+from dpace.report.plots import plot_acceptance
+from dpace.report.training_plots import plot_tau, plot_weights
 from dpace.target import Target
 from dpace.train.run import is_trained, make_datasets, train
 
-SCHEMA_VERSION = 1
+Cell = tuple[str, int]
+"""An objective and a seed."""
 
 
-def compare(target: Target, config: CompareConfig) -> dict:
-    """Train every objective with every seed, measure each on the same held-out prompts, and write what was found.
+def compare(target: Target, config: CompareConfig) -> CompareResults:
+    """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
-    For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over the held-out
-    responses, which are the target's greedy text and choose nothing. `decode_speedup` is measured by decoding with the drafters
-    of the first seed (`bench.num_prompts` of each set; 0 leaves it out). A finished cell is kept: the same call goes on after it.
+    For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
+    the held-out responses, which are the target's greedy text and choose nothing. `decode_speedup` is measured by
+    decoding with the drafters of the first seed (`bench.num_prompts` of each set; 0 leaves it out). A finished cell is
+    kept: the same call goes on after it.
 
     Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
     `decode/` with the results of decoding, `results.json`, and the plots `tau.png`, `acceptance.png` and `weights.png`.
@@ -42,105 +53,142 @@ def compare(target: Target, config: CompareConfig) -> dict:
         config: recipe, objectives, seeds and baseline.
 
     Returns:
-        What `results.json` holds: `rows`, one for each objective and set, and `decode`.
+        What `results.json` holds.
 
     Raises:
         ValueError: an unknown objective, or a cell's folder with another recipe.
     """
     folder = Path(config.output)
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
-    losses = {name: with_objective(config.loss, name) for name in names}
-    recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
-    recipes = {
-        (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))
-        for seed in config.seeds
-        for name, loss in losses.items()
-    }
+    recipes = _recipes(config, names)
     parts = split_prompts(config.prompts)
     prompts = [*parts.train, *parts.validation, *parts.heldout]
     responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
     by_id = {response.id: response for response in responses}
     answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
-
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
-    missing = [key for key in cells if not is_trained(cells[key], recipes[key])]
-    if missing:
-        # One set of features for all; the target's last hidden states are kept with them where any objective needs them.
-        widest = max((recipes[key] for key in missing), key=lambda r: r.loss.needs_target_probs)
-        dataset, measured = make_datasets(target, answered, validation, widest)
-    for number, key in enumerate(missing, start=1):
-        print(f"{number} of {len(missing)}: {key[0]}, seed {key[1]}", file=sys.stderr)
-        train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key])
-    unmeasured = [path for path in cells.values() if not (path / "heldout.json").exists()]
-    if unmeasured:
-        test_set = ResponseDataset(heldout, max_length=config.train.max_length, num_anchors=None, seed=0)
-        layer_ids = Drafter.layer_ids(target, **vars(config.drafter))
-        test_set.keep_features(target, layer_ids, limit_bytes=config.train.feature_cache_gib * 2**30)
-    for path in unmeasured:
-        acceptance = heldout_acceptance(load_drafter(path, target), target, test_set)
-        rows = {"histogram": acceptance.rows.tolist(), "num_without_bonus": acceptance.missing.tolist()}
-        write_json(path / "heldout.json", {"ids": test_set.ids, "block_size": acceptance.block_size, **rows})
-
-    results = {
-        "schema_version": SCHEMA_VERSION,
-        "target": target.name,
-        "baseline": config.baseline,
-        "seeds": list(config.seeds),
-        "reduction": config.loss.reduction,
-        "rows": make_rows(cells, parts.heldout, config.baseline),
-        "decode": None,
-    }
+    _train_cells(target, recipes, cells, answered, validation)
+    _measure_cells(target, config, cells.values(), heldout)
+    rows, decode = make_rows(cells, parts.heldout, config.baseline), None
     if config.bench.num_prompts != 0:
         drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
-        results["decode"] = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
-    write_json(folder / "results.json", results)
+        decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
+    results = CompareResults(
+        target=target.name,
+        baseline=config.baseline,
+        seeds=list(config.seeds),
+        reduction=config.loss.reduction,
+        rows=rows,
+        decode=decode,
+    )
+    write_results(folder / "results.json", results)
     logs = {name: [read_log(cells[name, seed]) for seed in config.seeds] for name in names}
     plot_tau(logs, folder / "tau.png")
     plot_weights({name: log[0] for name, log in logs.items()}, folder / "weights.png")
-    plot_acceptance(results, folder / "acceptance.png")
+    plot_acceptance(results.rows, folder / "acceptance.png")
     return results
 
 
-def make_rows(cells: dict[tuple[str, int], Path], heldout: Sequence[Prompt], baseline: str) -> list[dict]:
-    """One row for each set and objective, all seeds pooled, the best first."""
-    sets = {prompt.id: prompt.set for prompt in heldout}
+def _recipes(config: CompareConfig, names: Sequence[str]) -> dict[Cell, Recipe]:
+    """The recipe of each cell, in the order in which they are trained."""
+    losses = {name: with_objective(config.loss, name) for name in names}
+    recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
+    return {
+        (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))
+        for seed in config.seeds
+        for name, loss in losses.items()
+    }
+
+
+def _train_cells(
+    target: Target,
+    recipes: dict[Cell, Recipe],
+    cells: dict[Cell, Path],
+    answered: Sequence[Response],
+    validation: Sequence[Response],
+) -> None:
+    """Train the drafters that are not finished."""
+    untrained = [key for key in cells if not is_trained(cells[key], recipes[key])]
+    if not untrained:
+        return
+    # One set of features for all; the target's last hidden states are kept with them where any objective needs them.
+    widest = max((recipes[key] for key in untrained), key=lambda r: r.loss.needs_target_probs)
+    dataset, measured = make_datasets(target, answered, validation, widest)
+    for number, key in enumerate(untrained, start=1):
+        print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
+        train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key])
+
+
+def _measure_cells(target: Target, config: CompareConfig, folders: Iterable[Path], heldout: Sequence[Response]) -> None:
+    """Measure the drafters that have no heldout.json."""
+    unmeasured = [folder for folder in folders if not has_heldout(folder)]
+    if not unmeasured:
+        return
+    test_set = ResponseDataset(heldout, max_length=config.train.max_length, num_anchors=None, seed=0)
+    layer_ids = Drafter.layer_ids(target, **vars(config.drafter))
+    test_set.keep_features(target, layer_ids, limit_bytes=config.train.feature_cache_gib * 2**30)
+    for folder in unmeasured:
+        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set)
+        write_heldout(folder, Heldout.of(test_set.ids, acceptance))
+
+
+def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:
+    """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
     names = list(dict.fromkeys(name for name, _ in cells))
     seeds = list(dict.fromkeys(seed for _, seed in cells))
-    measured = {key: json.loads((path / "heldout.json").read_text()) for key, path in cells.items()}
+    measured = {key: read_heldout(folder) for key, folder in cells.items()}
+    costs = {name: _training_costs([cells[name, seed] for seed in seeds]) for name in names}
     rows = []
-    for set_name in dict.fromkeys(sets.values()):
-        by_seed = {name: [_of_set(measured[name, seed], sets, set_name) for seed in seeds] for name in names}
-        of_set = []
-        for name in names:
-            logs = [read_log(cells[name, seed]) for seed in seeds]
-            provenance = [json.loads((cells[name, seed] / "provenance.json").read_text()) for seed in seeds]
-            pooled = Acceptance.pooled(by_seed[name])
-            of_set.append(
-                {
-                    "set": set_name,
-                    "drafter": name,
-                    "temperature": 0,
-                    "num_prompts": sum(name == set_name for name in sets.values()),
-                    "block_size": pooled.block_size,
-                    "histogram": pooled.counts.tolist(),
-                    "tau": pooled.tau,
-                    "tau_interval": pooled.interval(),
-                    "tau_by_seed": [acceptance.tau for acceptance in by_seed[name]],
-                    "reach_rate": pooled.reach_rate.tolist(),
-                    "gain": tau_gain(by_seed[name], by_seed[baseline]),
-                    "gain_by_seed": [a.tau / b.tau - 1 for a, b in zip(by_seed[name], by_seed[baseline], strict=True)],
-                    "step_seconds": statistics.median(
-                        e["step_seconds"] for log in logs for e in log if "step_seconds" in e
-                    ),
-                    "peak_memory_bytes": max((p["peak_memory_bytes"] or 0 for p in provenance), default=0) or None,
-                }
+    for set_name in dict.fromkeys(prompt.set for prompt in heldout):
+        ids = [prompt.id for prompt in heldout if prompt.set == set_name]
+        found = {key: of_cell.acceptance(ids) for key, of_cell in measured.items()}
+        known = {key: acceptance for key, acceptance in found.items() if acceptance}
+        if not known:
+            continue
+        if len(known) < len(found):
+            raise ValueError(
+                f"some drafters were measured on {set_name} and others were not; remove every heldout.json in "
+                f"{cells[names[0], seeds[0]].parent.parent}, and the same command measures all again"
             )
-        rows += sorted(of_set, key=lambda row: -row["tau"])
+        by_seed = {name: [known[name, seed] for seed in seeds] for name in names}
+        of_set = [_make_row(set_name, name, len(ids), by_seed[name], by_seed[baseline], costs[name]) for name in names]
+        rows += sorted(of_set, key=lambda row: -(row.tau or 0))
     return rows
 
 
-def _of_set(measured: dict, sets: dict[str, str], set_name: str) -> Acceptance:
-    """The rows of a set's prompts."""
-    chosen = [i for i, prompt_id in enumerate(measured["ids"]) if sets[prompt_id] == set_name]
-    histogram, missing = ([measured[key][i] for i in chosen] for key in ("histogram", "num_without_bonus"))
-    return Acceptance(histogram, measured["block_size"], missing)
+def _make_row(
+    set_name: str,
+    name: str,
+    num_prompts: int,
+    ours: Sequence[Acceptance],
+    theirs: Sequence[Acceptance],
+    costs: tuple[float | None, int | None],
+) -> ComparedRow:
+    """Pool the seeds of one objective, beside those of the baseline."""
+    pooled, step_seconds, peak_memory_bytes = Acceptance.pooled(ours), *costs
+    taus = [(defined(a.tau), defined(b.tau)) for a, b in zip(ours, theirs, strict=True)]
+    return ComparedRow(
+        set=set_name,
+        drafter=name,
+        temperature=0.0,
+        num_prompts=num_prompts,
+        block_size=pooled.block_size,
+        histogram=pooled.counts.tolist(),
+        tau=defined(pooled.tau),
+        tau_interval=interval_of(pooled.interval()),
+        tau_by_seed=[tau for tau, _ in taus],
+        reach_rate=pooled.reach_rate.tolist(),
+        gain=estimate_of(tau_gain(ours, theirs)),
+        gain_by_seed=[tau / base - 1 if tau and base else None for tau, base in taus],
+        step_seconds=step_seconds,
+        peak_memory_bytes=peak_memory_bytes,
+    )
+
+
+def _training_costs(folders: Sequence[Path]) -> tuple[float | None, int | None]:
+    """Median seconds of a training step, and peak memory, of drafters."""
+    logs = [read_log(folder) for folder in folders]
+    provenance = [json.loads((folder / "provenance.json").read_text()) for folder in folders]
+    seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]
+    peak = max((of_cell["peak_memory_bytes"] or 0 for of_cell in provenance), default=0)
+    return statistics.median(seconds) if seconds else None, peak or None

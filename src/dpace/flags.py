@@ -9,6 +9,7 @@ from dpace.config import Recipe
 
 
 def parse(config_class, verb: str, args: list[str]):
+    """Read a verb's options from its recipe and flags."""
     import tyro
 
     recipe = []
@@ -69,7 +70,7 @@ def _flags(values: dict, prefix: str) -> Iterator[str]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe; an unknown name or wrong value ends the program with the reason, as a wrong flag does."""
+    """Read a YAML recipe; a wrong name or value ends the program with the reason, as a wrong flag does."""
     import tyro
 
     return tyro.cli(Recipe, args=recipe_flags(path))

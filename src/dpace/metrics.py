@@ -1,4 +1,4 @@
-"""Accepted lengths of verifications in; tau, rates and intervals out. One definition for training, decoding and servers."""
+"""Turn accepted lengths into tau, rates and intervals: one definition for training, decoding and servers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ MIN_PROMPTS = 6
 class Acceptance:
     """Accepted lengths of many verifications, from which every statistic follows.
 
-    `accepted_length` counts the draft tokens accepted in one verification, 0 to `block_size - 1`, without the bonus token.
+    `accepted_length` counts the draft tokens accepted in one verification, 0 to `block_size - 1`, without the bonus
+    token.
     """
 
     histogram: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
@@ -21,14 +22,15 @@ class Acceptance:
     block_size: int
     """The anchor and `block_size - 1` draft slots."""
     num_without_bonus: int | Sequence[int] | np.ndarray = 0
-    """Verifications whose last accepted token ended the text, so that no bonus token follows (a number, or one a prompt)."""
+    """Verifications whose last accepted token ended the text, so that no bonus token follows; a number, or one a
+    prompt."""
 
     def __post_init__(self):
         """Check the shape."""
         if self.rows.shape[-1] != self.block_size:
             raise ValueError(
-                f"the histogram has {self.rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 to "
-                f"{self.block_size - 1}, so {self.block_size}"
+                f"the histogram has {self.rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 "
+                f"to {self.block_size - 1}, so {self.block_size}"
             )
 
     @classmethod
@@ -45,14 +47,14 @@ class Acceptance:
         return cls(
             np.concatenate([response.rows for response in responses]),
             responses[0].block_size,
-            np.concatenate([response.missing for response in responses]),
+            np.concatenate([response.without_bonus for response in responses]),
         )
 
     @classmethod
     def pooled(cls, parts: Sequence["Acceptance"]) -> "Acceptance":
         """Add up verifications of the same prompts, row by row: several turns, or several seeds."""
-        rows, missing = np.sum([part.rows for part in parts], 0), np.sum([part.missing for part in parts], 0)
-        return cls(rows, parts[0].block_size, missing)
+        rows = np.sum([part.rows for part in parts], 0)
+        return cls(rows, parts[0].block_size, np.sum([part.without_bonus for part in parts], 0))
 
     @property
     def rows(self) -> np.ndarray:
@@ -60,7 +62,7 @@ class Acceptance:
         return np.atleast_2d(np.asarray(self.histogram, dtype=np.int64))
 
     @property
-    def missing(self) -> np.ndarray:
+    def without_bonus(self) -> np.ndarray:
         """`num_without_bonus`, one a prompt."""
         return np.atleast_1d(np.asarray(self.num_without_bonus, dtype=np.int64))
 
@@ -75,18 +77,19 @@ class Acceptance:
         return int(self.counts.sum())
 
     @property
-    def num_missing(self) -> int:
+    def total_without_bonus(self) -> int:
         """`num_without_bonus`, all prompts together."""
-        return int(self.missing.sum())
+        return int(self.without_bonus.sum())
 
     @property
     def num_emitted_tokens(self) -> int:
         """Accepted draft tokens and bonus tokens."""
-        return int(self._emitted(self.rows).sum() - self.missing.sum())
+        return int(self.emitted_tokens.sum())
 
-    @staticmethod
-    def _emitted(rows: np.ndarray) -> np.ndarray:
-        return (rows * (np.arange(rows.shape[-1]) + 1)).sum(-1)
+    @property
+    def emitted_tokens(self) -> np.ndarray:
+        """Accepted draft tokens and bonus tokens, one number a prompt."""
+        return self.rows @ (np.arange(self.block_size) + 1) - self.without_bonus
 
     @property
     def tau(self) -> float:
@@ -101,19 +104,19 @@ class Acceptance:
 
     @property
     def reach_rate(self) -> np.ndarray:
-        """Share of verifications whose slots 1..k were all accepted, for k = 1 .. block_size - 1 (unconditional)."""
+        """Share of verifications that accepted all slots 1..k, for k = 1 .. block_size - 1 (unconditional)."""
         reached = self.counts[::-1].cumsum()[::-1]
         return reached[1:] / max(1, reached[0])
 
     @property
     def slot_acceptance_rate(self) -> np.ndarray:
-        """How often slot k was accepted given that 1..k-1 were, for k = 1 .. block_size - 1; nan where never reached."""
+        """How often slot k was accepted given that 1..k-1 were, from k = 1; nan where never reached."""
         reached = self.counts[::-1].cumsum()[::-1]
         with np.errstate(invalid="ignore", divide="ignore"):
             return reached[1:] / reached[:-1]
 
     def interval(self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap interval of tau: resamples prompts, or single verifications where the histogram has one row.
+        """Bootstrap the interval of tau over prompts, or over verifications where the histogram has one row.
 
         Args:
             confidence: share of resamples inside, in (0, 1).
@@ -128,12 +131,12 @@ class Acceptance:
         generator = np.random.default_rng(seed)
         if len(self.rows) > 1:
             picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
-            emitted = (self._emitted(self.rows) - self.missing)[picks].sum(-1)
+            emitted = self.emitted_tokens[picks].sum(-1)
             verifications = self.rows.sum(-1)[picks].sum(-1)
         else:
             total = self.num_verifications
             rows = generator.multinomial(total, self.counts / total, size=num_resamples)
-            emitted, verifications = self._emitted(rows) - self.missing.sum(), rows.sum(-1)
+            emitted, verifications = rows @ (np.arange(self.block_size) + 1) - self.total_without_bonus, rows.sum(-1)
         taus = emitted / np.maximum(verifications, 1)
         low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
@@ -141,7 +144,7 @@ class Acceptance:
     def reach_interval(
         self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap interval of `reach_rate`, resampling prompts: lower and upper end for each slot."""
+        """Bootstrap the interval of `reach_rate` over prompts: lower and upper end for each slot."""
         generator = np.random.default_rng(seed)
         picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
         reached = self.rows[picks].sum(1)[:, ::-1].cumsum(-1)[:, ::-1]
@@ -151,7 +154,7 @@ class Acceptance:
 
 
 def _resampled_ratio(tops: np.ndarray, bottoms: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Ratios of totals of `tops` over totals of `bottoms`, each a row of quantities by prompt, resampling prompts."""
+    """Resample prompts, and divide totals of `tops` by those of `bottoms`, both quantities by prompt."""
     picks = np.random.default_rng(seed).integers(tops.shape[-1], size=(num_resamples, tops.shape[-1]))
     sums = [np.stack([row[picks].sum(-1) for row in rows]) for rows in (tops, bottoms)]
     return sums[0] / np.maximum(sums[1], 1e-12)
@@ -166,7 +169,7 @@ def decode_speedup(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float | None, float | None]:
-    """Decode tokens a second with the drafter over without: ratio of totals, prefill excluded.
+    """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
     Args:
         tokens: with the drafter, one number a prompt.
@@ -177,22 +180,25 @@ def decode_speedup(
         seed: of the resampling.
 
     Returns:
-        The speedup and the ends of its 95 % interval; None for fewer than `MIN_PROMPTS`.
+        The speedup and the ends of its 95 % interval, which are None for fewer than `MIN_PROMPTS`; nan and None where a
+        side decoded nothing.
     """
     tops, bottoms = np.array([tokens, plain_tokens], float), np.array([seconds, plain_seconds], float)
+    if not tops.sum(-1).all():
+        return float("nan"), None, None
     value = tops.sum(-1) / bottoms.sum(-1)
     if len(tokens) < MIN_PROMPTS:
         return float(value[0] / value[1]), None, None
     ratios = _resampled_ratio(tops, bottoms, num_resamples, seed)
-    low, high = np.quantile(ratios[0] / ratios[1], [0.025, 0.975])
+    low, high = np.quantile(ratios[0] / np.maximum(ratios[1], 1e-12), [0.025, 0.975])
     return float(value[0] / value[1]), float(low), float(high)
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
-    """Tau as published tables have it: the mean over responses of each one's mean of `accepted_length + 1`.
+    """Compute tau as published tables have it: the mean of responses' means of `accepted_length + 1`.
 
-    Not what `Acceptance.tau` is: short responses count as much as long ones, and a last verification counts a bonus token that was
-    not emitted.
+    Not what `Acceptance.tau` is: short responses count as much as long ones, and a last verification counts a bonus
+    token that was not emitted.
 
     Args:
         accepted_lengths: of each response; one without a verification is left out.
@@ -206,7 +212,7 @@ def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
 def published_speedup(
     tokens: Sequence[int], seconds: Sequence[float], plain_tokens: Sequence[int], plain_seconds: Sequence[float]
 ) -> float:
-    """Speedup as published tables have it: the ratio of mean seconds a token over responses, plain over with the drafter.
+    """Compute the speedup as published tables have it: plain over drafted mean seconds a token.
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
@@ -220,17 +226,18 @@ def published_speedup(
 def tau_gain(
     ours: Sequence[Acceptance], theirs: Sequence[Acceptance], *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """How much larger one tau is than another on the same prompts, as a ratio minus 1.
+    """Compute how much larger one tau is than another on the same prompts, as a ratio minus 1.
 
     Args:
         ours: one for each training seed, each with one row a prompt.
         theirs: of the same seeds and prompts, in the same order.
-        num_resamples: paired bootstrap samples of prompts, and of seeds where there are several: a resample takes the same
-            prompts and seeds for both sides. Few seeds say little about others, and the interval is then too narrow.
+        num_resamples: paired bootstrap samples of prompts, and of seeds where there are several: a resample takes the
+            same prompts and seeds for both sides. Few seeds say little about others, and the interval is then too
+            narrow.
         seed: of the resampling.
 
     Returns:
-        The gain of the pooled taus and the ends of its 95 % interval.
+        The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification.
 
     Raises:
         ValueError: different numbers of prompts or seeds.
@@ -242,7 +249,7 @@ def tau_gain(
         )
     # axes: side, emitted tokens or verifications, seed, prompt
     totals = np.array(
-        [[[a._emitted(a.rows) - a.missing for a in side], [a.rows.sum(-1) for a in side]] for side in (ours, theirs)],
+        [[[a.emitted_tokens for a in side], [a.rows.sum(-1) for a in side]] for side in (ours, theirs)],
         dtype=float,
     )
     generator = np.random.default_rng(seed)
@@ -251,5 +258,7 @@ def tau_gain(
     by_seed = np.stack([totals[:, :, i][..., prompts].sum(-1) for i in range(totals.shape[2])], axis=-1)
     picked = np.take_along_axis(by_seed, np.broadcast_to(seeds, (*by_seed.shape[:2], *seeds.shape)), axis=-1).sum(-1)
     taus, tau = picked[:, 0] / np.maximum(picked[:, 1], 1e-12), totals.sum((-2, -1))
-    low, high = np.quantile(taus[0] / taus[1] - 1, [0.025, 0.975])
+    if not tau.all():
+        return float("nan"), float("nan"), float("nan")
+    low, high = np.quantile(taus[0] / np.maximum(taus[1], 1e-12) - 1, [0.025, 0.975])
     return float(tau[0, 0] / tau[0, 1] / (tau[1, 0] / tau[1, 1]) - 1), float(low), float(high)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,40 @@ import torch
 import dpace
 
 
-def find_versions() -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The machine."""
+
+    device: str
+    cores: int | None
+    torch_threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versions:
+    """Versions of the packages that decide about speed and text."""
+
+    dpace: str
+    torch: str
+    transformers: str
+    python: str
+
+
+def find_versions() -> Versions:
     """Give the versions of what computes."""
-    packages = {name: version(name) for name in ("torch", "transformers")}
-    return {"dpace": dpace.__version__, **packages, "python": platform.python_version()}
+    return Versions(
+        dpace=dpace.__version__,
+        torch=version("torch"),
+        transformers=version("transformers"),
+        python=platform.python_version(),
+    )
 
 
-def find_hardware(device: torch.device) -> dict[str, Any]:
-    """Name the device and count cores and threads."""
-    is_cpu = device.type == "cpu"
+def find_hardware(device: torch.device) -> Hardware:
+    """Name the device, and count cores and threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else find_processor()
-    return {
-        "device": name if is_cpu or device.type == "cuda" else f"{device.type}, {name}",
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
+    name = name if device.type in ("cpu", "cuda") else f"{device.type}, {name}"
+    return Hardware(device=name, cores=os.cpu_count(), torch_threads=torch.get_num_threads())
 
 
 def find_processor() -> str:

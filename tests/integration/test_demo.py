@@ -1,7 +1,6 @@
 """The main job on the real model; minutes of work."""
 
 import hashlib
-import json
 import zipfile
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import pytest
 
 import dpace.locate
 from dpace.cli import main
-from dpace.demo.run import DemoConfig, demo_recipe
+from dpace.demo.recipe import DemoConfig, demo_recipe
+from dpace.measure.results import read_results
 
 
 def test_the_demo_runs_its_recipe():
@@ -62,9 +62,9 @@ def test_the_main_job_on_smollm2(tmp_path, capsys):
     assert main(["demo", "--quick", "--output", str(out)]) == 0
     text = capsys.readouterr().out
     assert "lossless" in text and "next: dpace generate" in text
-    results = json.loads((out / "results.json").read_text())
-    greedy = {row["set"]: row for row in results["rows"] if row["temperature"] == 0}
-    assert all(row["num_same_text"] == row["num_responses"] for row in greedy.values())
-    assert greedy["notes"]["tau"] > 1.5
+    results = read_results(out / "results.json")
+    greedy = {row.set: row for row in results.rows if row.temperature == 0}
+    assert all(row.num_same_text == row.num_responses for row in greedy.values())
+    assert greedy["notes"].tau > 1.5
     for name in ("acceptance.png", "weights.png", "dpace/model.safetensors"):
         assert (out / name).stat().st_size > 1000

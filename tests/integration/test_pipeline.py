@@ -10,9 +10,10 @@ from dpace.config import BenchConfig
 from dpace.data.prompts import Prompt
 from dpace.demo.run import summary
 from dpace.measure.benchmark import bench
-from dpace.measure.results import read_log
-from dpace.report.plots import plot_acceptance, plot_weights
+from dpace.measure.results import read_log, read_results
+from dpace.report.plots import plot_acceptance
 from dpace.report.tables import verdict
+from dpace.report.training_plots import plot_weights
 
 
 @pytest.fixture
@@ -39,14 +40,14 @@ def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts)
         assert main([verb, str(recipe)]) == 0
         printed = capsys.readouterr()
         assert "next: dpace" in printed.out and bar in printed.err and "{'loss'" not in printed.out
-    results = json.loads((out / "results.json").read_text())
-    greedy, paced, sampled, _ = results["rows"]
-    assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)
-    assert (greedy["width"], paced["width"]) == ("full", "auto")
-    assert all(row["num_same_text"] == row["num_responses"] == 6 for row in results["rows"])
-    assert greedy["tau"] > 1.5 and greedy["tau_interval"][0] <= greedy["tau"] <= greedy["tau_interval"][1]
-    assert sum(greedy["histogram"]) == sum(len(r["accepted_lengths"]) for r in greedy["responses"])
-    plot_acceptance(results, tmp_path / "a.png")
+    results = read_results(out / "results.json")
+    greedy, paced, sampled, _ = results.rows
+    assert (greedy.temperature, sampled.temperature) == (0.0, 1.0)
+    assert (greedy.width, paced.width) == ("full", "auto")
+    assert all(row.num_same_text == row.num_responses == 6 for row in results.rows)
+    assert greedy.tau > 1.5 and greedy.tau_interval[0] <= greedy.tau <= greedy.tau_interval[1]
+    assert sum(greedy.histogram) == sum(len(r.accepted_lengths) for r in greedy.responses)
+    plot_acceptance(results.whole_blocks, tmp_path / "a.png")
     plot_weights({"drafter": read_log(out / "drafter")}, tmp_path / "w.png")
     assert (tmp_path / "a.png").stat().st_size > 1000 and (tmp_path / "w.png").stat().st_size > 1000
     assert "24 of 24 responses" in summary(results)[0]
@@ -82,13 +83,13 @@ def test_an_interrupted_bench_goes_on(language_target, language_drafter, tmp_pat
     lines = (tmp_path / "bench.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "bench.jsonl").write_text("".join(lines[:4]) + lines[4][:10])
     again = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
-    assert again["rows"][0]["histogram"] == whole["rows"][0]["histogram"]
-    kept, fresh = (r["rows"][0]["responses"][0]["decode_seconds"] for r in (whole, again))
+    assert again.rows[0].histogram == whole.rows[0].histogram
+    kept, fresh = (r.rows[0].responses[0].decode_seconds for r in (whole, again))
     assert kept == fresh
 
 
 def test_verdict_is_honest():
-    assert verdict((1.1, 1.3)) == "pays"
+    assert verdict((1.1, 1.3)) == "faster"
     assert verdict((0.7, 0.9)) == "slower"
-    assert verdict((0.9, 1.1)) == "no clear gain"
+    assert verdict((0.9, 1.1)) == "no clear difference"
     assert verdict((None, None)) == "too few prompts"

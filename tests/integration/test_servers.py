@@ -21,6 +21,7 @@ from dpace.data.chat import ChatTokenizer, encode_chat
 from dpace.data.prompts import Prompt
 from dpace.decode.loop import generate
 from dpace.engines.export import export
+from dpace.measure.rows import ServerRow
 from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance
 from dpace.target import Target
@@ -77,11 +78,13 @@ def vllm(python: str, target: str, drafter: Path, num_draft_tokens: int) -> Iter
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def measure(target: Target, prompts: list[Prompt], address: str, plain: str | None, folder: Path, count: int) -> dict:
+def measure(
+    target: Target, prompts: list[Prompt], address: str, plain: str | None, folder: Path, count: int
+) -> ServerRow:
     """The row of a server with a drafter; all prompts in one."""
     prompts = [replace(prompt, set="all") for prompt in prompts]
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,), max_new_tokens=count)
-    (row,) = bench_servers(ChatTokenizer("target", target.tokenizer), address, plain, prompts, config, folder)["rows"]
+    (row,) = bench_servers(ChatTokenizer("target", target.tokenizer), address, plain, prompts, config, folder).rows
     return row
 
 
@@ -96,9 +99,9 @@ def test_llamacpp_reports_what_we_count(
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
     ours = [generate(language_target, language_drafter, ids, max_new_tokens=40, width="full") for ids in encoded]
     assert any(out.accepted_lengths[-1] == out.emitted_lengths[-1] for out in ours)  # the text ends inside a draft
-    assert row["num_same_text"] == row["num_responses"] == 6
-    assert row["num_verifications"] == sum(len(out.widths) for out in ours)
-    assert row["tau"] == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau)
+    assert row.num_same_text == row.num_responses == 6
+    assert row.num_verifications == sum(len(out.widths) for out in ours)
+    assert row.tau == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau)
 
 
 @pytest.mark.slow
@@ -109,6 +112,6 @@ def test_vllm_reports_what_we_count(real_pair, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "servers.jsonl").read_text().splitlines()[1:]]
     texts = [record["turns"][0]["drafter"]["token_ids"][0] for record in records]
     assert texts == [out.token_ids for out in real_pair.ours]
-    assert row["num_verifications"] == pytest.approx(sum(len(out.widths) for out in real_pair.ours), abs=3)
+    assert row.num_verifications == pytest.approx(sum(len(out.widths) for out in real_pair.ours), abs=3)
     tau = Acceptance.pooled([out.acceptance for out in real_pair.ours]).tau
-    assert row["tau"] == pytest.approx(tau, rel=0.05) and sum(row["histogram"]) == row["num_verifications"]
+    assert row.tau == pytest.approx(tau, rel=0.05) and sum(row.histogram) == row.num_verifications

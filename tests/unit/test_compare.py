@@ -8,6 +8,7 @@ import torch
 
 from dpace.compare import compare
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
+from dpace.measure.results import read_results
 from dpace.report.tables import compare_table, console
 from tests.conftest import LANGUAGE_RECIPE
 
@@ -33,20 +34,21 @@ def config(language_prompts, tmp_path) -> CompareConfig:
 def test_compare(config, language_target, tmp_path, capsys):
     results = compare(language_target, config)
     names = {"dpace", "dpace+kl+overlap", "uniform", "dflash"}
-    assert {row["drafter"] for row in results["rows"]} == names
-    assert [row["tau"] for row in results["rows"]] == sorted((row["tau"] for row in results["rows"]), reverse=True)
-    for row in results["rows"]:
-        assert len(row["tau_by_seed"]) == 2 and row["num_prompts"] == 6 and row["step_seconds"] > 0
-        if row["drafter"] == "dflash":
-            assert row["gain"] == (0, 0, 0)
+    assert read_results(tmp_path / "out" / "results.json") == results
+    assert {row.drafter for row in results.rows} == names
+    assert [row.tau for row in results.rows] == sorted((row.tau for row in results.rows), reverse=True)
+    for row in results.rows:
+        assert len(row.tau_by_seed) == 2 and row.num_prompts == 6 and row.step_seconds > 0
+        if row.drafter == "dflash":
+            assert row.gain == (0, 0, 0)
     console().print(compare_table(results))
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "over dflash" in printed
     for name in ("tau.png", "acceptance.png", "weights.png", "results.json", "decode/results.json"):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
-    greedy = {row["drafter"]: row for row in results["decode"]["rows"]}
-    assert set(greedy) == names and all(row["num_same_text"] == 2 for row in greedy.values())
+    greedy = {row.drafter: row for row in results.decode.rows}
+    assert set(greedy) == names and all(row.num_same_text == 2 for row in greedy.values())
 
 
 def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
@@ -78,6 +80,6 @@ def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_p
     seen.clear()
     again = compare(language_target, config)
     assert len(seen) == 0  # its checkpoint of the last step was there
-    assert [row["histogram"] for row in again["rows"]] == [row["histogram"] for row in whole["rows"]]
+    assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
     with pytest.raises(ValueError, match="another setting of `train`"):
         compare(language_target, replace(config, train=replace(config.train, learning_rate=1e-4)))

@@ -33,6 +33,7 @@ from dpace.spec import DrafterSpec
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target, write_target_gguf
+from tests.rows import make_bench, make_row
 
 TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
@@ -420,7 +421,7 @@ def test_the_card_has_measured_rows_of_these_weights_only(
     )
     assert "dflash" in front["tags"] and "vllm" in front["tags"]
     rows = re.findall(r"^\| language .*$", text, flags=re.MULTILINE)
-    assert len(rows) == 1 and f"{results['rows'][0]['tau']:.2f} [" in rows[0]
+    assert len(rows) == 1 and f"{results.rows[0].tau:.2f} [" in rows[0]
     assert (
         "objective `dpace` ([D-PACE]" in text
         and "rounded from" not in text
@@ -504,7 +505,7 @@ def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, 
     assert dpace.demo.run.serve_in_llamacpp(*arguments) == []
     monkeypatch.setattr(dpace.demo.run, "find_target_gguf", lambda: target_gguf)
     (served,) = dpace.demo.run.serve_in_llamacpp(*arguments)
-    assert served["num_same_text"] == served["num_responses"] == 3
-    assert served["tokens_per_second"] > 0 and served["plain_tokens_per_second"] > 0
-    (line,) = dpace.demo.run.summary({"rows": [], "llamacpp": [served]})[1:]
-    assert line.startswith("language: in llama.cpp (f16") and line.endswith("3 of 3 texts equal")
+    assert served.num_same_text == served.num_responses == 3
+    assert served.tokens_per_second > 0 and served.plain_tokens_per_second > 0
+    (line,) = dpace.demo.run.summary(make_bench(make_row(drafter="x"), llamacpp=[served]))[1:]
+    assert line.startswith("language: llama.cpp (f16") and line.endswith("3 of 3 texts equal")

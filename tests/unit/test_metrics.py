@@ -17,7 +17,8 @@ def test_hand_counted():
 
 
 def test_a_verification_that_ends_in_a_stop_token_has_no_bonus():
-    assert Acceptance([2, 1, 0, 1], block_size=4, num_without_bonus=1).tau == 7 / 4
+    ended = Acceptance([2, 1, 0, 1], block_size=4, num_without_bonus=1)
+    assert ended.tau == 7 / 4 and ended.without_bonus.tolist() == [1] and ended.total_without_bonus == 1
 
 
 def test_rows_pool_to_the_same_numbers():
@@ -65,6 +66,8 @@ def test_decode_speedup_is_a_ratio_of_totals():
     assert 2.0 <= low < 3.0 < high <= 4.0
     few = MIN_PROMPTS - 1
     assert decode_speedup([10] * few, [1] * few, [10] * few, [2] * few) == (2.0, None, None)
+    value, low, high = decode_speedup([0] * 8, [1e-7] * 8, [0] * 8, [1e-7] * 8)
+    assert np.isnan(value) and low is high is None
 
 
 def test_tau_gain_is_paired():
@@ -73,6 +76,7 @@ def test_tau_gain_is_paired():
     gain, low, high = tau_gain([ours], [theirs])
     assert gain == pytest.approx(1.7 / 1.5 - 1)
     assert 0 < low <= gain <= high
+    assert np.isnan(tau_gain([ours], [Acceptance(np.zeros((10, 2)), 2)])).all()
     with pytest.raises(ValueError, match="same seeds and prompts"):
         tau_gain([ours], [Acceptance([1, 1], 2)])
 

@@ -8,9 +8,11 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.data.chat import ChatTokenizer, encode_chat
 from dpace.data.prompts import Prompt
+from dpace.measure.results import read_results
 from dpace.measure.server_apis import LlamacppServer, connect
 from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
 from dpace.report.page import read_folder
+from dpace.report.tables import with_interval
 
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""
@@ -137,29 +139,28 @@ def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, 
     drafter, plain = start(engine, drafts=True), start(engine)
     config = BenchConfig(temperatures=(0.0,), concurrencies=(concurrency,), max_new_tokens=9)
     results = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
-    (row,) = results["rows"]
-    assert row["tau"] == 2.0 and row["num_verifications"] == 3 * len(ACCEPTED)
-    assert row["num_same_text"] == row["num_responses"] == 3
+    (row,) = results.rows
+    assert row.tau == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
+    assert row.num_same_text == row.num_responses == 3
     if engine != "llama.cpp":
-        assert row["histogram"][:3] == [3, 3, 3] and row["reach_rate"][:2] == pytest.approx([2 / 3, 1 / 3])
+        assert row.histogram[:3] == [3, 3, 3] and row.reach_rate[:2] == pytest.approx([2 / 3, 1 / 3])
     assert drafter.most_running == plain.most_running == concurrency
     for server in (drafter, plain):
         sent = [body.get("prompt") or body["input_ids"] for _, body in server.bodies[1:]]  # the first is a warm-up
         assert sorted(sent) == sorted(encode_chat(chat, prompt.turns[0]) for prompt in prompts())
+    assert read_results(tmp_path / "servers.json") == results
     assert read_folder(tmp_path)[0].rows[1][:4] == ["s", "0", str(concurrency), row_text(row)]
 
 
 def row_text(row):
-    from dpace.report.tables import with_interval
-
-    return with_interval(row["tau"], row["tau_interval"])
+    return with_interval(row.tau, row.tau_interval)
 
 
 def test_another_text_is_found(start, chat, tmp_path):
     drafter, plain = start("sglang", drafts=True), start("sglang")
     drafter.shift = 1
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
-    assert bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)["rows"][0]["num_same_text"] == 0
+    assert bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path).rows[0].num_same_text == 0
 
 
 def test_later_turns_see_the_plain_servers_answers(start, chat, tmp_path):
@@ -182,21 +183,21 @@ def test_an_interrupted_call_goes_on(start, chat, tmp_path):
     count = len(drafter.bodies)
     again = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
     assert len(drafter.bodies) == count + 3  # a warm-up and the two that were lost
-    assert [row["histogram"] for row in again["rows"]] == [row["histogram"] for row in whole["rows"]]
-    assert [row["num_responses"] for row in again["rows"]] == [3, 3]
+    assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
+    assert [row.num_responses for row in again.rows] == [3, 3]
 
 
 def test_without_a_plain_server_there_is_no_speedup(start, chat, tmp_path):
     drafter = start("vllm", drafts=True)
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
-    (row,) = bench_servers(chat, drafter.url, None, prompts(), config, tmp_path)["rows"]
-    assert row["tau"] == 2.0 and row["decode_speedup"] is None and read_folder(tmp_path)[0].rows[1][-3] == "-"
+    (row,) = bench_servers(chat, drafter.url, None, prompts(), config, tmp_path).rows
+    assert row.tau == 2.0 and row.decode_speedup is None and read_folder(tmp_path)[0].rows[1][-3] == "-"
 
 
 def test_a_server_that_drafts_nothing_has_no_tau(start, chat, tmp_path):
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
-    (row,) = bench_servers(chat, start("vllm").url, None, prompts(), config, tmp_path)["rows"]
-    assert row["tau"] is None and "not told" in read_folder(tmp_path)[0].rows[1]
+    (row,) = bench_servers(chat, start("vllm").url, None, prompts(), config, tmp_path).rows
+    assert row.tau is None and "not told" in read_folder(tmp_path)[0].rows[1]
 
 
 def test_groups_keep_servers_busy(start, chat, tmp_path):

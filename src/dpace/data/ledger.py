@@ -28,14 +28,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write results, all or nothing: what a full disk or a killed process leaves is the file that was there."""
+    """Write results, all or nothing: a full disk or a killed process leaves the file that was there."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
+    unfinished.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     unfinished.replace(path)
 
 
 def cut_unfinished(path: Path) -> None:
-    """Cut a last line that a killed process left unfinished off a file; one that is only without its line end gets it."""
+    """Cut off a last line that a killed process left unfinished; one that only lacks its line end gets it."""
     data = path.read_bytes() if path.exists() else b""
     if not data or data.endswith(b"\n"):
         return

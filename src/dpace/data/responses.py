@@ -206,7 +206,7 @@ def _meta(target: Target, config: RespondConfig) -> dict:
         "temperature": config.temperature,
         "thinking": target.thinking,
         "seed": config.seed,
-        "versions": find_versions(),
+        "versions": vars(find_versions()),
     }
 
 

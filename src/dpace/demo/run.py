@@ -1,69 +1,46 @@
-"""The embedded target and the main job behind `dpace demo`: prompts to a measured drafter, on a CPU, in minutes."""
+"""Run the demo: from prompts to a measured drafter, on a CPU, in minutes."""
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.resources import files
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpace.config import Recipe
-from dpace.data.ledger import write_json
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import Prompt, first_of_each_set, split_prompts
-from dpace.flags import read_recipe
+from dpace.data.responses import write_responses
+from dpace.demo.recipe import DemoConfig, demo_recipe
+from dpace.drafter import load_drafter
+from dpace.engines.export import export
+from dpace.engines.gguf import write_f16
+from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
 from dpace.locate import TARGET_ID, find_target, find_target_gguf
+from dpace.measure.benchmark import bench
+from dpace.measure.results import BenchResults, read_log, write_results
+from dpace.measure.rows import LlamacppRow, estimate_of
+from dpace.metrics import tau_gain
+from dpace.report.plots import plot_acceptance
+from dpace.report.tables import percent, verdict
+from dpace.report.training_plots import plot_weights
+from dpace.target import Target
+from dpace.train.run import is_trained, make_datasets, train
 
 NUM_SERVED = 3
 """Prompts of each set that llama.cpp decodes."""
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """Train a drafter for a real LLM and show what it gains."""
+def run_demo(config: DemoConfig) -> BenchResults:
+    """Respond, train with each objective, measure, and write what was found.
 
-    quick: bool = False
-    """Fewer prompts and steps, and D-PACE only: at most 4 minutes on two cores instead of 15."""
-    prompts: str | None = None
-    """Your own prompts, a JSONL file, instead of the demo's."""
-    target: str | None = None
-    """Another target, a folder or Hub id, instead of SmolLM2-135M-Instruct."""
-    output: str | None = None
-    """Folder for everything that is written, dpace-demo or dpace-demo-quick by default; the same command goes on in it."""
-
-
-def demo_recipe(config: DemoConfig) -> Recipe:
-    """The recipe that the demo runs: `recipes/demo-cpu.yaml`, shortened for `quick`."""
-    recipe = read_recipe(Path(str(files("dpace") / "demo" / "cpu.yaml")))
-    output = config.output or ("dpace-demo-quick" if config.quick else recipe.output)
-    recipe = replace(recipe, output=output, target=config.target or recipe.target)
-    if config.prompts:
-        recipe = replace(recipe, prompts=replace(recipe.prompts, path=config.prompts))
-    if config.quick:
-        recipe = replace(
-            recipe,
-            prompts=replace(recipe.prompts, limit=72),
-            train=replace(recipe.train, max_steps=60, eval_steps=60),
-            bench=replace(recipe.bench, num_prompts=3, max_new_tokens=64),
-        )
-    return recipe
-
-
-def run_demo(config: DemoConfig) -> dict:
-    """Respond, train with each objective, measure, check, and write what was found.
-
-    Writes into the output folder: `responses.jsonl`, one folder a drafter, `results.json`, `acceptance.png`, `weights.png`.
+    Writes into the output folder: `responses.jsonl`, one folder a drafter, `results.json`, `acceptance.png` and
+    `weights.png`.
 
     Returns:
         What `results.json` holds.
     """
-    from dpace.data.responses import write_responses
-    from dpace.drafter import load_drafter
-    from dpace.measure.benchmark import bench
-    from dpace.measure.results import read_log
-    from dpace.report.plots import plot_acceptance, plot_weights
-    from dpace.target import Target
-    from dpace.train.run import is_trained, make_datasets, train
-
     recipe = demo_recipe(config)
     folder = Path(recipe.output)
     parts = split_prompts(recipe.prompts)
@@ -72,40 +49,32 @@ def run_demo(config: DemoConfig) -> dict:
     responses = write_responses(target, prompts, folder / "responses.jsonl", recipe.respond)
     objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
     recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
-    missing = [name for name in objectives if not is_trained(folder / name, recipes[name])]
-    if missing:
+    untrained = [name for name in objectives if not is_trained(folder / name, recipes[name])]
+    if untrained:
         count = len(parts.train)
         dataset, validation = make_datasets(target, responses[:count], responses[count:], recipe)
-        for name in missing:
+        for name in untrained:
             train(target, dataset, validation, recipes[name], folder / name)
     drafters = {name: load_drafter(folder / name, target) for name in objectives}
     results = bench(target, drafters, parts.heldout, recipe.bench, folder)
     served = serve_in_llamacpp(target, folder / "dpace", parts.heldout, recipe)
     if served:
-        results["llamacpp"] = served
-        write_json(folder / "results.json", results)
-    plot_acceptance(results, folder / "acceptance.png")
+        results = replace(results, llamacpp=served)
+        write_results(folder / "results.json", results)
+    plot_acceptance(results.whole_blocks, folder / "acceptance.png")
     plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
     return results
 
 
-def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], recipe: Recipe) -> list[dict]:
+def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], recipe: Recipe) -> list[LlamacppRow]:
     """Export the drafter and let llama.cpp decode a few prompts of each set with and without it.
 
     Returns:
-        For each set: tokens a second of both, and how many texts are equal. Empty without the package `xllamacpp` or the
-        target's GGUF file.
+        One row a set; none without the package `xllamacpp` or the target's GGUF file.
     """
-    from dpace.data.chat import encode_chat
-    from dpace.engines.export import export
-    from dpace.engines.gguf import write_f16
-    from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
-
     target_gguf = find_target_gguf()
     if not has_llamacpp() or target_gguf is None or recipe.target != TARGET_ID:
         return []
-    import torch
-
     chosen = first_of_each_set(heldout, NUM_SERVED)
     prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
     options: dict[str, Any] = {"max_new_tokens": recipe.bench.max_new_tokens, "num_threads": torch.get_num_threads()}
@@ -125,43 +94,41 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
             for side in zip(*pairs, strict=True)
         ]
         rows.append(
-            {
-                "set": name,
-                "plain_tokens_per_second": speeds[0],
-                "tokens_per_second": speeds[1],
-                "num_same_text": sum(a.token_ids == b.token_ids for a, b in pairs),
-                "num_responses": len(pairs),
-                "threads": options["num_threads"],
-            }
+            LlamacppRow(
+                set=name,
+                plain_tokens_per_second=speeds[0],
+                tokens_per_second=speeds[1],
+                num_same_text=sum(a.token_ids == b.token_ids for a, b in pairs),
+                num_responses=len(pairs),
+                threads=options["num_threads"],
+            )
         )
     return rows
 
 
-def summary(results: dict) -> list[str]:
-    """What the demo found, in sentences: the text, the gain of D-PACE, and whether the drafter pays."""
-    from dpace.measure.results import acceptance_of, whole_blocks
-    from dpace.metrics import tau_gain
-    from dpace.report.tables import percent, verdict
-
-    same, total = (sum(row[key] for row in results["rows"]) for key in ("num_same_text", "num_responses"))
+def summary(results: BenchResults) -> list[str]:
+    """Say what the demo found: about the text, the gain of D-PACE, and the speed."""
+    same, total = results.num_same_text, results.num_responses
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
-    ways = {"full": "the D-PACE drafter alone", "auto": "what `dpace generate` does, drafts and copies of the text,"}
-    for row in results["rows"]:
-        if row["drafter"] == "dpace" and row["width"] in ways and row["temperature"] == 0:
-            words = {"pays": "makes decoding faster", "slower": "does not pay"}
-            found = words.get(verdict(row["decode_speedup_interval"]), "has no clear effect")
-            speed = f"decode_speedup {row['decode_speedup']:.2f}, T=0"
-            lines.append(f"{row['set']}: {ways[row['width']]} {found} ({speed})")
-    by_name = {(row["set"], row["drafter"]): row for row in whole_blocks(results) if row["temperature"] == 0}
+    ways: dict[Any, str] = {
+        "full": "the D-PACE drafter alone",
+        "auto": "what `dpace generate` does, drafts and copies of the text,",
+    }
+    for row in results.rows:
+        if row.drafter == "dpace" and row.width in ways and row.temperature == 0:
+            words = {"faster": "makes decoding faster", "slower": "makes decoding slower"}
+            found = words.get(verdict(row.decode_speedup_interval), "makes no clear difference")
+            lines.append(f"{row.set}: {ways[row.width]} {found} (decode_speedup {row.decode_speedup or 0:.2f}, T=0)")
+    by_name = {(row.set, row.drafter): row for row in results.whole_blocks if row.temperature == 0}
     for (name, drafter), row in by_name.items():
         if drafter == "dpace" and (name, "dflash") in by_name:
-            gain = tau_gain([acceptance_of(row)], [acceptance_of(by_name[name, "dflash"])])
+            gain = estimate_of(tau_gain([row.acceptance], [by_name[name, "dflash"].acceptance]))
             lines.append(f"{name}: tau of D-PACE over DFlash's decay {percent(gain)}, T=0")
-    for row in results.get("llamacpp", []):
-        speeds = row["tokens_per_second"], row["plain_tokens_per_second"]
-        found = "pays" if speeds[0] > speeds[1] else "does not pay"
+    for row in results.llamacpp or ():
+        found = "faster" if row.tokens_per_second > row.plain_tokens_per_second else "slower"
         lines.append(
-            f"{row['set']}: in llama.cpp (f16, {row['threads']} threads) the D-PACE drafter {found}: {speeds[0]:.1f} tokens/s, "
-            f"{speeds[1]:.1f} without; {row['num_same_text']} of {row['num_responses']} texts equal"
+            f"{row.set}: llama.cpp (f16, {row.threads} threads) is {found} with the D-PACE drafter: "
+            f"{row.tokens_per_second:.1f} tokens/s, {row.plain_tokens_per_second:.1f} without; {row.num_same_text} of "
+            f"{row.num_responses} texts equal"
         )
     return lines

@@ -1,4 +1,4 @@
-"""A target and a drafter in; whether the text is the target's, nothing leaks from the future, and training measures what decoding does, out."""
+"""Check that the text is the target's, that nothing leaks from the future, and that training measures decoding."""
 
 import itertools
 import math
@@ -35,13 +35,13 @@ class Divergence:
     how: str
     """The way of decoding."""
     position: int
-    """Of the token in the response."""
+    """The token's place in the response."""
     token_ids: tuple[int | None, int | None]
     """Found and expected; None where the text had ended."""
     margin: float
-    """How much the target prefers the expected token, as a difference of logits (above temperature 0, of logits and noise)."""
+    """How much the target prefers the expected token: a difference of logits, with their noise above temperature 0."""
     noise: float
-    """The largest difference between the logits of reading this text at once and token by token: what rounding does here."""
+    """The largest difference between logits of reading this text at once and token by token: what rounding does."""
 
     @property
     def is_tie(self) -> bool:
@@ -52,8 +52,9 @@ class Divergence:
 def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: CheckConfig) -> list[Finding]:
     """Run all checks that the dtype allows; see `dpace check --help`.
 
-    In fp32: the text over ways of decoding, the distribution of sampled text, leaks, and parity of training and serving. In lower
-    precision only the text, where each difference is told with the margin that the target had for its own token.
+    In fp32: the text over ways of decoding, the distribution of sampled text, leaks, and parity of training and
+    serving. In lower precision only the text, where each difference is told with the margin that the target had for
+    its own token.
 
     Args:
         target: the model.
@@ -94,7 +95,7 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
 def _check_texts(
     target: Target, drafter: Drafter, prompts: Sequence[Prompt], encoded, config: CheckConfig, advance
 ) -> tuple[list[Finding], list[Generation]]:
-    """Every way of decoding against plain decoding; also the greedy generations that verified whole blocks."""
+    """Every way of decoding against plain decoding; also the greedy generations of whole blocks."""
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
     ways: dict[str, dict[str, Any]] = {f"blocks of {size}": {"width": "full", "block_size": size} for size in sizes}
     ways |= {

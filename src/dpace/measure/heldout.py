@@ -1,4 +1,4 @@
-"""Held-out responses in; the accepted lengths that decoding would have, out, without decoding."""
+"""Find the accepted lengths that decoding would have on held-out responses, without decoding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,8 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
     """Follow greedy decoding through a known response: each verification starts where the last one ended.
 
     Args:
-        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that does not.
+        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that
+            does not.
         span: [start, end) of the response; its first token comes from the prefill.
         block_size: slots of a block.
 
@@ -25,13 +26,13 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
         The accepted lengths of `dpace.decode.generate` on this text.
     """
     start, end = span
-    accepted_lengths, missing, anchor = [], 0, start
+    accepted_lengths, without_bonus, anchor = [], 0, start
     while anchor < end - 1:
         accepted = min(accepted_from[anchor], end - 1 - anchor)
-        missing += anchor + accepted == end - 1
+        without_bonus += anchor + accepted == end - 1
         accepted_lengths.append(accepted)
         anchor += accepted + 1
-    return Acceptance.from_lengths(accepted_lengths, block_size, missing)
+    return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
 
 
 @torch.no_grad()
@@ -40,8 +41,8 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
 
     Equal to what `dpace.decode.generate` accepts at temperature 0. One row a conversation.
 
-    Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block tokens
-    are response tokens x block_size.
+    Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block
+    tokens are response tokens x block_size.
 
     Args:
         drafter: what is measured.

@@ -79,7 +79,7 @@ def _block(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int
 
 
 def _changed(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int | None) -> dict[str, Any]:
-    """The batch with other tokens and features in some places; for those after an anchor also at it, and with other labels."""
+    """The batch with other tokens and features in places; after an anchor also at it, with other labels."""
     generator = torch.Generator().manual_seed(0)
     token_ids, features = inputs["token_ids"], inputs["features"]
     other_ids = torch.randint(target.config.vocab_size, token_ids.shape, generator=generator).to(token_ids.device)

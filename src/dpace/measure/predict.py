@@ -1,4 +1,4 @@
-"""Accepted lengths and the costs of steps in; decode_speedup at other verify widths and concurrencies out."""
+"""Predict decode_speedup at other verify widths and concurrencies from accepted lengths and the costs of steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,17 +7,19 @@ import numpy as np
 from dpace.config import BenchConfig
 from dpace.data.prompts import Prompt
 from dpace.decode.costs import StepCosts
-from dpace.measure.results import acceptance_of, whole_blocks
+from dpace.measure.results import BenchResults
+from dpace.measure.rows import Prediction, ResponseRecord, Row
 from dpace.measure.timing import BatchTimings, StepTimers, groups_of, measure_together
 
 
 def tokens_at(width: int, counts: Sequence[int]) -> float:
-    """Tokens that a verification emits if it reads only `width` tokens, from the accepted lengths of whole drafts.
+    """Predict what verifications of `width` tokens emit, from the accepted lengths of whole drafts.
 
-    A narrow verification often begins the next block inside a run of tokens that the whole draft had right. The new draft is taken
-    to be right up to where that run ended, and wrong there; where the run ended with its block, it may go on as runs do that are
-    as long. On the demo's drafter that was within 1.5 % of tau at widths 2, 4 and 6; cutting whole drafts (`E[min(accepted, width - 1)]`)
-    was up to 7 % too low, as it forgets that long runs take several narrow verifications.
+    A narrow verification often begins the next block inside a run of tokens that the whole draft had right. The new
+    draft is taken to be right up to where that run ended, and wrong there; where the run ended with its block, it may
+    go on as runs do that are as long. On the demo's drafter that was within 1.5 % of tau at widths 2, 4 and 6; cutting
+    whole drafts (`E[min(accepted, width - 1)]`) was up to 7 % too low, as it forgets that long runs take several narrow
+    verifications.
 
     Args:
         width: 2 to `len(counts)`, the block size.
@@ -30,7 +32,7 @@ def tokens_at(width: int, counts: Sequence[int]) -> float:
     )  # tokens and verifications, for runs that end before their blocks
 
     def until_wrong(at_least: int) -> np.ndarray:
-        """Expected tokens and verifications of a block whose first draft tokens are right, and of the blocks in its run."""
+        """Expected tokens and verifications of a block with so many right draft tokens, and of its run."""
         shares = np.where(emitted > at_least, counts, 0) / max(1, sum(counts[at_least:]))
         ended = (runs * shares)[:, :last].sum(-1)
         if width == last + 1:
@@ -44,15 +46,16 @@ def tokens_at(width: int, counts: Sequence[int]) -> float:
 
 
 def predict_speedups(
-    row: dict, single_costs: StepCosts, together: Mapping[int, StepCosts] | None = None, concurrency: int = 1
+    row: Row, single_costs: StepCosts, together: Mapping[int, StepCosts] | None = None, concurrency: int = 1
 ) -> list[float]:
-    """decode_speedup over verify widths 2 to `block_size`, for one or several prompts at once.
+    """Predict decode_speedup for verify widths 2 to `block_size`, for one or several prompts at once.
 
-    The responses of the benchmark are put in groups as `measure_together` does, each with its own number of tokens and of verifications;
-    at other widths these are as many times more as `tokens_at` is smaller. Rows that are done leave their group, and a step costs what
-    it costs for those that are left; the drafter reads the prompts once. The seconds of a token and of a step with a whole draft are
-    those that the benchmark found; only the ratios to them, of other widths and of several prompts, come from costs that were measured
-    outside it. One prompt at once with whole drafts is thus what was measured.
+    The responses of the benchmark are put in groups as `measure_together` does, each with its own number of tokens and
+    of verifications; at other widths these are as many times more as `tokens_at` is smaller. Rows that are done leave
+    their group, and a step costs what it costs for those that are left; the drafter reads the prompts once. The seconds
+    of a token and of a step with a whole draft are those that the benchmark found; only the ratios to them, of other
+    widths and of several prompts, come from costs that were measured outside it. One prompt at once with whole drafts
+    is thus what was measured.
 
     Args:
         row: of results.json, measured with whole drafts.
@@ -60,14 +63,14 @@ def predict_speedups(
         together: of steps of several by the number of rows, 1 among them; in between they are interpolated.
         concurrency: prompts at once. Where there are fewer responses, they are taken again.
     """
-    plain, ours, costs = row["plain_responses"], row["responses"], together or {}
+    plain, ours, costs = row.plain_responses, row.responses, together or {}
     if concurrency == 1:
         groups, costs = [[i] for i in range(len(ours))], {1: single_costs}
     else:
-        first_turns = [i for i, r in enumerate(ours) if r["turn"] == 0]
+        first_turns = [i for i, r in enumerate(ours) if r.turn == 0]
         groups = groups_of(first_turns * -(-concurrency // len(first_turns)), concurrency)
-    tokens, our_tokens = ([r["decode_tokens"] for r in side] for side in (plain, ours))
-    verifications = [sum(r["histogram"]) for r in ours]
+    tokens, our_tokens = ([r.decode_tokens for r in side] for side in (plain, ours))
+    verifications = [sum(r.histogram) for r in ours]
     plain_costs = {rows: (cost.verify_seconds[0], 0.0) for rows, cost in costs.items()}
     plain_slowness = _seconds(plain) / max(1e-9, sum(tokens) * single_costs.verify_seconds[0])
     plain_rate = _rate(tokens, tokens, groups, plain_costs) / plain_slowness
@@ -76,7 +79,7 @@ def predict_speedups(
         + len(ours) * single_costs.reading_seconds
     )
     slowness = _seconds(ours) / max(1e-9, whole)
-    counts, speedups = acceptance_of(row).counts.tolist(), []
+    counts, speedups = row.acceptance.counts.tolist(), []
     for width in range(2, len(counts) + 1):
         stretch = tokens_at(len(counts), counts) / max(1e-9, tokens_at(width, counts))
         steps = [stretch * count for count in verifications]
@@ -89,8 +92,8 @@ def predict_speedups(
     return speedups
 
 
-def _seconds(responses: Sequence[dict]) -> float:
-    return sum(r["decode_seconds"] for r in responses)
+def _seconds(responses: Sequence[ResponseRecord]) -> float:
+    return sum(r.decode_seconds for r in responses)
 
 
 def _rate(
@@ -99,7 +102,10 @@ def _rate(
     groups: Sequence[Sequence[int]],
     costs: Mapping[int, tuple[float, float]],
 ) -> float:
-    """Tokens a second of groups of responses that take so many steps each; costs of a step and a group, by the number of rows that are left."""
+    """Tokens a second of groups of responses that take so many steps each.
+
+    The costs are those of a step and of a group, by the number of rows that are left.
+    """
     sizes, seconds = sorted(costs), 0.0
     for group in groups:
         of_step, of_group = (
@@ -112,30 +118,32 @@ def _rate(
     return sum(tokens[i] for group in groups for i in group) / max(1e-9, float(seconds))
 
 
-def predict(results: dict, prompts: Sequence[Prompt], config: BenchConfig, timers: StepTimers) -> list[dict]:
-    """Predict every row of a benchmark that was measured with whole drafts, and with `config.predict` check it for several prompts.
+def predict(
+    results: BenchResults, prompts: Sequence[Prompt], config: BenchConfig, timers: StepTimers
+) -> list[Prediction]:
+    """Predict every row that was measured with whole drafts, and check it if `config.predict`.
 
     Memory: keys and values of as many prompts as twice the largest concurrency.
 
     Args:
         results: of `dpace.measure.benchmark.bench`.
         prompts: of the benchmark.
-        config: without `predict`, predictions are for one prompt at a time only.
+        config: without `predict`, predictions are for one prompt at a time only; with it, several prompts are also
+            decoded at once.
         timers: which ran during the benchmark.
 
     Returns:
-        One entry a drafter, set, temperature and concurrency: `widths`, `speedups`, and `measured`, None where that width was not
-        measured.
+        One for each drafter, set, temperature and concurrency.
     """
-    measured = {(r["drafter"], r["set"], r["temperature"], r["width"]): r["decode_speedup"] for r in results["rows"]}
+    measured = {(r.drafter, r.set, r.temperature, r.width): r.decode_speedup for r in results.rows}
     together = BatchTimings({}, {})
     if config.predict:
         together = measure_together(timers.target, timers.drafters, prompts, config, timers.contexts)
     predictions = []
-    for row in whole_blocks(results):
-        key = row["drafter"], row["set"], row["temperature"]
+    for row in results.whole_blocks:
+        key = row.drafter, row.set, row.temperature
         single_costs = timers.costs(*key)
-        widths = list(range(2, row["block_size"] + 1))
+        widths = list(range(2, row.block_size + 1))
         for concurrency in config.concurrencies if config.predict else (1,):
             costs = together.costs.get((*key, concurrency))
             if concurrency == 1:
@@ -145,14 +153,14 @@ def predict(results: dict, prompts: Sequence[Prompt], config: BenchConfig, timer
             else:
                 continue
             predictions.append(
-                {
-                    "drafter": row["drafter"],
-                    "set": row["set"],
-                    "temperature": row["temperature"],
-                    "concurrency": concurrency,
-                    "widths": widths,
-                    "speedups": predict_speedups(row, single_costs, costs, concurrency),
-                    "measured": checked,
-                }
+                Prediction(
+                    drafter=row.drafter,
+                    set=row.set,
+                    temperature=row.temperature,
+                    concurrency=concurrency,
+                    widths=widths,
+                    speedups=predict_speedups(row, single_costs, costs, concurrency),
+                    measured=checked,
+                )
             )
     return predictions

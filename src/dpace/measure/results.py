@@ -1,133 +1,250 @@
-"""The rows of results.json: made here, and read by tables, plots and model cards."""
+"""results.json, servers.json and heldout.json: what they hold, and the only place that reads and writes them."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Literal, NoReturn
 
-import numpy as np
+from dpace.data.ledger import write_json
+from dpace.data.typed_json import from_json, optional, to_json
+from dpace.measure.rows import ComparedRow, Comparison, LlamacppRow, Prediction, Row, ServerRow
+from dpace.metrics import Acceptance
+from dpace.provenance import Hardware, Versions
 
-from dpace.config import Width
-from dpace.decode.streaming import TextPieces
-from dpace.drafter import Drafter
-from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
-from dpace.target import Target
-
-
-def whole_blocks(results: dict) -> list[dict]:
-    """The rows where whole drafts were verified, which say what the drafter can do; all where there is none."""
-    return [row for row in results["rows"] if row.get("width", "full") == "full"] or results["rows"]
-
-
-def acceptance_of(row: dict) -> Acceptance:
-    """The statistics of a row of results.json, one histogram a response."""
-    responses = row["responses"]
-    return Acceptance(
-        [r["histogram"] for r in responses], row["block_size"], [r["num_without_bonus"] for r in responses]
-    )
+SCHEMA_VERSION = 1
+RESULT_FILES = ("results.json", "servers.json")
+"""Names under which results are found in a folder."""
+MEASURE_AGAIN = "measure again with this version of dpace"
+HELDOUT_FILE = "heldout.json"
 
 
-def read_log(folder: str | Path) -> list[dict]:
-    """The training log of a drafter's folder."""
-    return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+@dataclass(frozen=True, kw_only=True)
+class BenchSetup:
+    """What responses have to share to be compared, beside the prompts."""
+
+    target: str
+    drafters: dict[str, str]
+    """Hashes of their weights, by name."""
+    max_new_tokens: int
+    seed: int
 
 
-PLAIN = "plain"
-"""Name of decoding without a drafter."""
-Engines = dict[tuple[str, Width | None], Drafter | None]
-"""Ways to decode, by the drafter's name and the width."""
+@dataclass(frozen=True, kw_only=True)
+class Provenance(BenchSetup):
+    """What made the numbers."""
+
+    engine: str
+    dtype: str
+    hardware: Hardware
+    versions: Versions
 
 
-def make_rows(records: Sequence[dict], engines: Engines) -> list[dict]:
-    """Pool records of single responses into one row for each drafter, width, set and temperature."""
-    by_key = {(r["drafter"], r["width"], r["temperature"], r["id"], r["turn"]): r for r in records}
-    rows = []
-    groups = dict.fromkeys((r["temperature"], r["set"]) for r in records)
-    for temperature, name in sorted(groups):
-        plain = [r for r in records if (r["drafter"], r["temperature"], r["set"]) == (PLAIN, temperature, name)]
-        for (drafter, width), model in engines.items():
-            if model is None:
-                continue
-            ours = [by_key[drafter, width, temperature, r["id"], r["turn"]] for r in plain]
-            block_size = model.block_size
-            acceptance = Acceptance([r["histogram"] for r in ours], block_size, [r["num_without_bonus"] for r in ours])
-            sides = [[r[key] for r in side] for side in (ours, plain) for key in ("decode_tokens", "decode_seconds")]
-            speedup = decode_speedup(*sides)
-            rows.append(
-                {
-                    "drafter": drafter,
-                    "width": width,
-                    "set": name,
-                    "temperature": temperature,
-                    "num_responses": len(ours),
-                    "block_size": block_size,
-                    "histogram": acceptance.counts.tolist(),
-                    "num_without_bonus": sum(r["num_without_bonus"] for r in ours),
-                    "tau": acceptance.tau,
-                    "tau_interval": acceptance.interval(),
-                    "acceptance_rate": acceptance.acceptance_rate,
-                    "reach_rate": acceptance.reach_rate.tolist(),
-                    "slot_acceptance_rate": [
-                        None if np.isnan(x) else x for x in acceptance.slot_acceptance_rate.tolist()
-                    ],
-                    "share_copied": sum(r.get("num_copied", 0) for r in ours) / max(1, sum(sides[0])),
-                    "tokens_per_second": sum(sides[0]) / sum(sides[1]),
-                    "plain_tokens_per_second": sum(sides[2]) / sum(sides[3]),
-                    "decode_speedup": speedup[0],
-                    "decode_speedup_interval": speedup[1:],
-                    "published": {
-                        "tau": published_tau([r["accepted_lengths"] for r in ours]),
-                        "decode_speedup": published_speedup(*sides),
-                    },
-                    "num_same_text": sum(r["same_text"] for r in ours),
-                    "responses": ours,
-                    "plain_responses": plain,
-                }
-            )
-    return rows
+@dataclass(frozen=True, kw_only=True)
+class BenchResults(Provenance):
+    """results.json of `dpace bench` and `dpace demo`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    rows: list[Row]
+    """One for each drafter, width, set and temperature."""
+    comparisons: list[Comparison]
+    """Every drafter against the first."""
+    predictions: list[Prediction]
+    llamacpp: list[LlamacppRow] | None = optional()
+    """What `dpace demo` measured in llama.cpp."""
+
+    @property
+    def whole_blocks(self) -> list[Row]:
+        """The rows where whole drafts were verified, which say what a drafter can do; else all."""
+        return [row for row in self.rows if row.width == "full"] or self.rows
+
+    @property
+    def num_same_text(self) -> int:
+        """Responses, over all rows, that are the target's own text."""
+        return sum(row.num_same_text for row in self.rows)
+
+    @property
+    def num_responses(self) -> int:
+        """Responses over all rows."""
+        return sum(row.num_responses for row in self.rows)
 
 
-def compare_drafters(rows: Sequence[dict]) -> list[dict]:
-    """Every drafter against the first one, for the same prompts: gain of tau and ratio of tokens a second, with paired intervals."""
-    first = {(r["set"], r["temperature"], r["width"]): r for r in reversed(rows)}
-    comparisons = []
-    for row in rows:
-        key = {name: row[name] for name in ("set", "temperature", "width")}
-        base = first[tuple(key.values())]
-        if base is row:
-            continue
-        sides = [[r[k] for r in side["responses"]] for side in (row, base) for k in ("decode_tokens", "decode_seconds")]
-        comparisons.append(
-            {
-                **key,
-                "drafter": row["drafter"],
-                "baseline": base["drafter"],
-                "tau_gain": tau_gain([acceptance_of(row)], [acceptance_of(base)]),
-                "speed_ratio": decode_speedup(*sides),
-            }
+@dataclass(frozen=True, kw_only=True)
+class CompareResults:
+    """results.json of `dpace compare`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    target: str
+    baseline: str
+    """The objective that the others are compared with."""
+    seeds: list[int]
+    reduction: str
+    rows: list[ComparedRow]
+    """One for each objective and set."""
+    decode: BenchResults | None
+    """What decoding with the drafters of the first seed gave; None where that was left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAddress:
+    """Where a server runs."""
+
+    url: str
+    engine: str
+    """What it turned out to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSetup:
+    """What answers of servers have to share to be compared, beside the prompts."""
+
+    target: str
+    servers: dict[str, ServerAddress]
+    """By side, `drafter` and `plain`."""
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerResults(ServerSetup):
+    """servers.json of `dpace bench --bench.server`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    rows: list[ServerRow]
+    """One for each set, temperature and concurrency."""
+
+
+Results = BenchResults | CompareResults | ServerResults
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write results, all or nothing."""
+    write_json(path, to_json(results))
+
+
+def read_results(path: Path) -> Results:
+    """Read what `write_results` wrote; the type says what kind of results the file holds.
+
+    Raises:
+        ValueError: not JSON, of another schema version, or with missing, unknown or wrong keys.
+        OSError: a file that cannot be read.
+    """
+    value = _load(path, MEASURE_AGAIN)
+    version = value.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        found = f"schema_version {version!r:.40}" if "schema_version" in value else "no schema_version"
+        _refuse(path, f"{found}, expected {SCHEMA_VERSION}", MEASURE_AGAIN)
+    kinds = (BenchResults, CompareResults, ServerResults)
+    kind = max(kinds, key=lambda kind: len(value.keys() & {entry.name for entry in fields(kind)}))
+    try:
+        return from_json(kind, value)
+    except ValueError as error:
+        _refuse(path, str(error), MEASURE_AGAIN)
+
+
+def find_results(folder: Path) -> list[Results]:
+    """Read all results in a folder.
+
+    Raises:
+        ValueError: there is none, or one cannot be read.
+    """
+    found = [folder / name for name in RESULT_FILES if (folder / name).exists()]
+    if not found:
+        raise ValueError(
+            f"{folder} has no {' or '.join(RESULT_FILES)}; `dpace demo`, `dpace bench` and `dpace compare` write one"
         )
-    return comparisons
+    return [read_results(path) for path in found]
 
 
-def make_examples(target: Target, row: dict) -> list[dict]:
-    """The fastest and the slowest response of a row, as pieces of text and whether they came from the drafter."""
+@dataclass(frozen=True, kw_only=True)
+class Heldout:
+    """heldout.json of a drafter of `dpace compare`: accepted lengths on held-out responses, by prompt."""
 
-    def speedup(i: int) -> float:
-        ours, plain = row["responses"][i], row["plain_responses"][i]
-        return ours["decode_tokens"] * plain["decode_seconds"] / (ours["decode_seconds"] * plain["decode_tokens"])
+    ids: list[str]
+    """The prompts'."""
+    block_size: int
+    histogram: list[list[int]]
+    num_without_bonus: list[int]
 
-    order = sorted((i for i, r in enumerate(row["responses"]) if r["accepted_lengths"]), key=speedup)
-    chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
-    examples = []
-    for what, i in chosen.items():
-        response, text = row["responses"][i], TextPieces(target.tokenizer)
-        tokens, position = response["token_ids"], 1
-        pieces = [(text.add(tokens[:1]), False)]
-        for accepted in response["accepted_lengths"]:
-            for length, is_draft in ((accepted, True), (1, False)):
-                pieces.append((text.add(tokens[position : position + length]), is_draft and length > 0))
-                position += length
-        pieces.append((text.flush(), False))
-        tau = float(np.mean(response["accepted_lengths"])) + 1
-        shown = [[piece, is_draft] for piece, is_draft in pieces if piece]
-        examples.append({"id": response["id"], "what": what, "tau": tau, "speedup": speedup(i), "pieces": shown})
-    return examples
+    @classmethod
+    def of(cls, ids: Sequence[str], acceptance: Acceptance) -> "Heldout":
+        """Take the rows of an acceptance, one for each prompt."""
+        without_bonus = acceptance.without_bonus.tolist()
+        return cls(
+            ids=list(ids),
+            block_size=acceptance.block_size,
+            histogram=acceptance.rows.tolist(),
+            num_without_bonus=without_bonus,
+        )
+
+    def acceptance(self, ids: Sequence[str]) -> Acceptance | None:
+        """Take the rows of some prompts, in the file's order; None where it has none of them."""
+        wanted = set(ids)
+        chosen = [i for i, prompt_id in enumerate(self.ids) if prompt_id in wanted]
+        if not chosen:
+            return None
+        counts = [self.num_without_bonus[i] for i in chosen]
+        return Acceptance([self.histogram[i] for i in chosen], self.block_size, counts)
+
+
+def has_heldout(folder: Path) -> bool:
+    """Whether a drafter's folder has its heldout.json."""
+    return (folder / HELDOUT_FILE).exists()
+
+
+def write_heldout(folder: Path, heldout: Heldout) -> None:
+    """Write heldout.json into a drafter's folder, all or nothing."""
+    write_json(folder / HELDOUT_FILE, to_json(heldout))
+
+
+def read_heldout(folder: Path) -> Heldout:
+    """Read the heldout.json of a drafter's folder.
+
+    Raises:
+        ValueError: not JSON, with missing, unknown or wrong keys, or with rows that do not fit together.
+        OSError: a file that cannot be read.
+    """
+    path, fix = folder / HELDOUT_FILE, "remove the file: `dpace compare` measures this drafter again"
+    value = _load(path, fix)
+    try:
+        heldout = from_json(Heldout, value)
+    except ValueError as error:
+        _refuse(path, str(error), fix)
+    rows = len(heldout.ids), len(heldout.histogram), len(heldout.num_without_bonus)
+    if len(set(rows)) > 1 or any(len(row) != heldout.block_size for row in heldout.histogram):
+        found = "ids, histogram and num_without_bonus of {}, {} and {} prompts".format(*rows)
+        _refuse(path, f"{found}, expected the same and {heldout.block_size} counts each", fix)
+    return heldout
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the training log of a drafter's folder, the `log_history` that the Trainer wrote.
+
+    Raises:
+        ValueError: a file that the Trainer did not write.
+        OSError: a file that cannot be read.
+    """
+    path, fix = Path(folder) / "trainer_state.json", "train again, in an empty folder"
+    log = _load(path, fix, allow_nan=True).get("log_history")
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        _refuse(path, "no list of objects under log_history", fix)
+    return log
+
+
+def _load(path: Path, fix: str, *, allow_nan: bool = False) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_bytes(), parse_constant=None if allow_nan else _refuse_constant)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"not JSON ({error})", fix)
+    if not isinstance(value, dict):
+        _refuse(path, f"found {type(value).__name__}, expected an object", fix)
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _refuse(path: Path, what: str, fix: str) -> NoReturn:
+    raise ValueError(f"{path}: {what}; {fix}")

@@ -1,4 +1,4 @@
-"""The address of a running server in; prompts answered in its own dialect, with what it reports of verifications, out."""
+"""Ask a running server in the API of its engine, and read what it reports of verifications."""
 
 import json
 import operator
@@ -74,7 +74,7 @@ class Answer:
 
 
 class Server(ABC):
-    """A running server, spoken to in its own dialect; always with token ids, so that every engine gets the same prompt."""
+    """A running server; it always gets token ids, so that every engine sees the same prompt."""
 
     engine: str
 

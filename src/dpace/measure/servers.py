@@ -1,25 +1,24 @@
-"""Prompts and the addresses of running servers in; their text, speed and accepted lengths, as each of them reports these, out."""
+"""Ask running servers, and pool their text, speed and accepted lengths, as each of them reports these."""
 
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dpace.config import BenchConfig
 from dpace.data.chat import ChatTokenizer, encode_chat
-from dpace.data.ledger import write_json
 from dpace.data.prompts import Prompt, first_of_each_set
 from dpace.measure.records import Records
+from dpace.measure.results import ServerAddress, ServerResults, ServerSetup, write_results
+from dpace.measure.rows import PLAIN, GroupRecord, Interval, ServerRow, SideRecord, estimate_of
 from dpace.measure.server_apis import Answer, Counts, Server, connect
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
-from dpace.provenance import hash_json
 
-SCHEMA_VERSION = 1
+DRAFTER = "drafter"
+"""Name of the side with the drafter; the other one is `PLAIN`."""
 GROUPS_PER_WORKER = 4
 """Requests of a group for each that runs at the same time: the last ones of a group run with fewer beside them."""
 
@@ -31,11 +30,11 @@ def bench_servers(
     prompts: Sequence[Prompt],
     config: BenchConfig,
     folder: str | Path,
-) -> dict:
+) -> ServerResults:
     """Send every prompt to a server with a drafter and to one without, and write `servers.json`.
 
-    Both get the same token ids. The sides alternate: prompt by prompt at concurrency 1, by groups of requests at others. Each
-    finished group is kept in `servers.jsonl`; an interrupted call goes on after it.
+    Both get the same token ids. The sides alternate: prompt by prompt at concurrency 1, by groups of requests at
+    others. Each finished group is kept in `servers.jsonl`; an interrupted call goes on after it.
 
     Args:
         chat: the target's tokenizer with what belongs to it.
@@ -46,24 +45,23 @@ def bench_servers(
         folder: for the two files.
 
     Returns:
-        What `servers.json` holds: `rows`, one for each set, temperature and concurrency.
+        What `servers.json` holds.
 
     Raises:
         ValueError: a server that does not answer, refuses a request, or is of no known kind.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {"drafter": connect(drafter_url)} | ({"plain": connect(plain_url)} if plain_url else {})
+    sides = {DRAFTER: connect(drafter_url)} | ({PLAIN: connect(plain_url)} if plain_url else {})
     prompts = first_of_each_set(prompts, config.num_prompts)
-    meta = {
-        "target": chat.name,
-        "servers": {side: {"url": server.url, "engine": server.engine} for side, server in sides.items()},
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-    }
-    digest = hash_json([asdict(prompt) for prompt in prompts])
-    records = Records(folder / "servers.jsonl", {**meta, "prompts_sha256": digest})
-    done = {(r["temperature"], r["concurrency"], tuple(r["ids"])) for r in records.rows}
+    setup = ServerSetup(
+        target=chat.name,
+        servers={side: ServerAddress(url=server.url, engine=server.engine) for side, server in sides.items()},
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    records = Records(folder / "servers.jsonl", setup, prompts, GroupRecord)
+    done = {(r.temperature, r.concurrency, tuple(r.ids)) for r in records.rows}
     jobs = [
         (temperature, concurrency, group)
         for concurrency in config.concurrencies
@@ -81,8 +79,8 @@ def bench_servers(
                     is_warm = True
                 records.add(_ask(chat, sides, group, temperature, concurrency, config, rotation=number))
             bar.update(task, advance=len(group), info=f"concurrency {concurrency}")
-    results = {"schema_version": SCHEMA_VERSION, "rows": make_rows(records.rows, config), **meta}
-    write_json(folder / "servers.json", results)
+    results = ServerResults(**vars(setup), rows=make_rows(records.rows, config))
+    write_results(folder / "servers.json", results)
     return results
 
 
@@ -103,10 +101,9 @@ def _ask(
     config: BenchConfig,
     *,
     rotation: int,
-) -> dict:
+) -> GroupRecord:
     """Send a group to all sides, turn by turn; the answers to earlier turns are the plain server's."""
     messages: list[list[dict[str, str]]] = [[] for _ in group]
-    record = {"set": group[0].set, "ids": [p.id for p in group], "temperature": temperature, "concurrency": concurrency}
     names = list(sides)
     names = names[rotation % len(names) :] + names[: rotation % len(names)]
     turns = []
@@ -117,16 +114,22 @@ def _ask(
         encoded = [encode_chat(chat, messages[i]) for i in here]
         asked = {name: _ask_side(sides[name], encoded, temperature, concurrency, config) for name in names}
         turns.append({name: side for name, (side, _) in asked.items()})
-        answers = asked["plain" if "plain" in asked else "drafter"][1]
+        answers = asked[PLAIN if PLAIN in asked else DRAFTER][1]
         for i, answer in zip(here, answers, strict=True):
             text = chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
             messages[i].append({"role": "assistant", "content": text})
-    return {**record, "turns": turns}
+    return GroupRecord(
+        set=group[0].set,
+        ids=[prompt.id for prompt in group],
+        temperature=temperature,
+        concurrency=concurrency,
+        turns=turns,
+    )
 
 
 def _ask_side(
     server: Server, encoded: Sequence[list[int]], temperature: float, concurrency: int, config: BenchConfig
-) -> tuple[dict, list[Answer]]:
+) -> tuple[SideRecord, list[Answer]]:
     """Send prompts to one server, so many at a time."""
     before, started = server.counters(), time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
@@ -137,73 +140,88 @@ def _ask_side(
     counts = Counts.pooled([answer.counts for answer in answers if answer.counts])
     if before and after and after.num_verifications > before.num_verifications:
         counts = after - before
-    side = {
-        "token_ids": [answer.token_ids for answer in answers],
-        "decode_tokens": [answer.decode_tokens for answer in answers],
-        "decode_seconds": [answer.seconds - answer.first_seconds for answer in answers],
-        "first_seconds": [answer.first_seconds for answer in answers],
-        "seconds": seconds,
-        "counts": asdict(counts) if counts else None,
-    }
+    side = SideRecord(
+        token_ids=[answer.token_ids for answer in answers],
+        decode_tokens=[answer.decode_tokens for answer in answers],
+        decode_seconds=[answer.seconds - answer.first_seconds for answer in answers],
+        first_seconds=[answer.first_seconds for answer in answers],
+        seconds=seconds,
+        counts=counts,
+    )
     return side, answers
 
 
-def make_rows(records: Sequence[dict], config: BenchConfig) -> list[dict]:
-    """Pool groups into one row for each set, temperature and concurrency.
-
-    `tau` is tokens emitted a verification, from the accepted counts that the server reports; where it reports none, None. Its
-    interval resamples groups, which are prompts at concurrency 1.
-    """
+def make_rows(records: Sequence[GroupRecord], config: BenchConfig) -> list[ServerRow]:
+    """Pool groups into one row for each set, temperature and concurrency."""
     rows = []
-    keys = dict.fromkeys((r["temperature"], r["set"], r["concurrency"]) for r in records)
-    for temperature, name, concurrency in sorted(keys):
-        if temperature not in config.temperatures or concurrency not in config.concurrencies:
-            continue
-        key = (temperature, name, concurrency)
-        groups = [r["turns"] for r in records if (r["temperature"], r["set"], r["concurrency"]) == key]
-        row: dict[str, Any] = {"set": name, "temperature": temperature, "concurrency": concurrency}
-        of_side = {}
-        for side in groups[0][0]:
-            turns = [turn[side] for group in groups for turn in group]
-            flat = {
-                k: [x for turn in turns for x in turn[k]] for k in ("decode_tokens", "decode_seconds", "first_seconds")
-            }
-            of_side[side] = flat
-            prefix = "" if side == "drafter" else "plain_"
-            row[f"{prefix}tokens_per_second"] = sum(flat["decode_tokens"]) / max(1e-9, sum(flat["decode_seconds"]))
-            row[f"{prefix}throughput"] = sum(len(ids) for turn in turns for ids in turn["token_ids"]) / sum(
-                turn["seconds"] for turn in turns
-            )
-            row[f"{prefix}first_seconds"] = np.quantile(flat["first_seconds"], [0.5, 0.95]).tolist()
-        counts = [pooled for group in groups if (pooled := Counts.pooled(_counts(group)))]
-        row |= {"num_responses": len(of_side["drafter"]["decode_tokens"]), **_tau(counts)}
-        row["decode_speedup"], row["decode_speedup_interval"], row["num_same_text"] = None, [None, None], None
-        if "plain" in of_side:
-            sides = [of_side[side][k] for side in ("drafter", "plain") for k in ("decode_tokens", "decode_seconds")]
-            row["decode_speedup"], *row["decode_speedup_interval"] = decode_speedup(*sides)
-            pairs = [zip(t["drafter"]["token_ids"], t["plain"]["token_ids"], strict=True) for g in groups for t in g]
-            row["num_same_text"] = sum(a == b for pair in pairs for a, b in pair)
-        rows.append(row)
+    for key in sorted({(r.temperature, r.set, r.concurrency) for r in records}):
+        groups = [r for r in records if (r.temperature, r.set, r.concurrency) == key]
+        if key[0] in config.temperatures and key[2] in config.concurrencies:
+            rows.append(_make_row(groups))
     return rows
 
 
-def _counts(group: Sequence[dict]) -> list[Counts]:
-    return [Counts(**turn["drafter"]["counts"]) for turn in group if turn["drafter"]["counts"]]
+def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:
+    """Pool groups of one set, temperature and concurrency.
+
+    `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports
+    none. Its interval resamples groups, which are prompts at concurrency 1.
+    """
+    turns = [turn for group in groups for turn in group.turns]
+    ours, plain = _Pooled([turn[DRAFTER] for turn in turns]), None
+    speedup, ends, num_same_text = None, (None, None), None
+    if all(PLAIN in turn for turn in turns):
+        plain = _Pooled([turn[PLAIN] for turn in turns])
+        found = decode_speedup(ours.decode_tokens, ours.decode_seconds, plain.decode_tokens, plain.decode_seconds)
+        speedup, *ends = estimate_of(found)
+        num_same_text = sum(a == b for a, b in zip(ours.token_ids, plain.token_ids, strict=True))
+    by_group = [Counts.pooled([c for turn in group.turns if (c := turn[DRAFTER].counts)]) for group in groups]
+    counts = [pooled for pooled in by_group if pooled]
+    pooled = Counts.pooled(counts)
+    histogram = pooled.histogram if pooled else None
+    first = groups[0]
+    return ServerRow(
+        set=first.set,
+        temperature=first.temperature,
+        concurrency=first.concurrency,
+        tokens_per_second=ours.tokens_per_second,
+        throughput=ours.throughput,
+        first_seconds=ours.first_quantiles,
+        plain_tokens_per_second=plain and plain.tokens_per_second,
+        plain_throughput=plain and plain.throughput,
+        plain_first_seconds=plain and plain.first_quantiles,
+        num_responses=len(ours.token_ids),
+        tau=pooled.num_accepted / pooled.num_verifications + 1 if pooled and pooled.num_verifications else None,
+        tau_interval=_tau_interval(counts),
+        num_verifications=pooled.num_verifications if pooled else None,
+        histogram=histogram,
+        reach_rate=Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
+        decode_speedup=speedup,
+        decode_speedup_interval=(ends[0], ends[1]),
+        num_same_text=num_same_text,
+    )
 
 
-def _tau(counts: Sequence[Counts]) -> dict:
-    """Pooled statistics of groups; None for what servers do not tell."""
-    pooled, interval = Counts.pooled(counts), [None, None]
-    if len(counts) > 1:
-        emitted = np.array([[c.num_accepted + c.num_verifications, c.num_verifications] for c in counts])
-        picks = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
-        sums = emitted[picks].sum(1)
-        interval = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975]).tolist()
-    histogram = pooled and pooled.histogram
-    return {
-        "tau": pooled and pooled.num_accepted / pooled.num_verifications + 1,
-        "tau_interval": interval,
-        "num_verifications": pooled and pooled.num_verifications,
-        "histogram": histogram,
-        "reach_rate": Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
-    }
+class _Pooled:
+    """All requests to one side."""
+
+    def __init__(self, sides: Sequence[SideRecord]):
+        self.token_ids = [ids for side in sides for ids in side.token_ids]
+        self.decode_tokens = [tokens for side in sides for tokens in side.decode_tokens]
+        self.decode_seconds = [seconds for side in sides for seconds in side.decode_seconds]
+        self.tokens_per_second = sum(self.decode_tokens) / max(1e-9, sum(self.decode_seconds))
+        self.throughput = sum(map(len, self.token_ids)) / max(1e-9, sum(side.seconds for side in sides))
+        first_seconds = [seconds for side in sides for seconds in side.first_seconds]
+        median, late = np.quantile(first_seconds, [0.5, 0.95]).tolist()
+        self.first_quantiles: tuple[float, float] = median, late
+
+
+def _tau_interval(counts: Sequence[Counts]) -> Interval:
+    """Resample groups; None for fewer than two."""
+    if len(counts) < 2:
+        return None, None
+    emitted = np.array([[c.num_accepted + c.num_verifications, c.num_verifications] for c in counts])
+    picks = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
+    sums = emitted[picks].sum(1)
+    low, high = np.quantile(sums[:, 0] / np.maximum(1, sums[:, 1]), [0.025, 0.975]).tolist()
+    return low, high

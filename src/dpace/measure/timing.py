@@ -29,13 +29,13 @@ NUM_TOGETHER = 16
 
 
 def groups_of(items: list, size: int) -> list[list]:
-    """The first `NUM_TOGETHER` items in groups of a size, or one larger group; items that fill no group are left out."""
+    """Group the first `NUM_TOGETHER` items by a size, or one larger group; leave out what fills no group."""
     items = items[: max(NUM_TOGETHER, size)]
     return [items[start : start + size] for start in range(0, len(items) - size + 1, size)]
 
 
 class StepTimers:
-    """Times steps of one prompt between those that a benchmark decodes, so that both see the same moods of the machine.
+    """Times steps of one prompt between those of a benchmark, so that both see the same machine.
 
     Their contexts are as long as those of the set half way.
 
@@ -86,10 +86,10 @@ def measure_together(
     config: BenchConfig,
     contexts: Mapping[str, int],
 ) -> BatchTimings:
-    """Decode the first turns of the first prompts of each set in groups, plainly and with each drafter's whole drafts.
+    """Decode the first prompts of each set in groups, plainly and with each drafter's whole drafts.
 
-    It checks predictions. What cannot be measured, for memory or because the target cannot decode batches, is said and left out, and
-    so is a concurrency that a set has too few prompts for.
+    It checks predictions. What cannot be measured, for memory or because the target cannot decode batches, is said and
+    left out, and so is a concurrency that a set has too few prompts for. Only first turns are decoded.
 
     Args:
         target: decodes batches.
@@ -156,7 +156,7 @@ def _rates(
     config: BenchConfig,
     timers: Sequence[StepTimer],
 ) -> dict[str | None, float]:
-    """Tokens a second of all groups, without a drafter (None) and with each, from the median of `NUM_REPEATS` runs of each group."""
+    """Tokens a second of all groups, plainly (None) and by drafter, from medians of runs of each group."""
     sides: dict[str | None, Drafter | None] = {None: None, **drafters}
     totals = {name: np.zeros(2) for name in sides}
     options: dict[str, Any] = {"temperature": temperature, "seed": config.seed}

@@ -1,47 +1,50 @@
-"""results.json and training logs in; tables for the terminal and plots out."""
+"""Tables of results for the terminal, and the cells that they share with the page."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.measure.results import whole_blocks
+from dpace.measure.results import BenchResults, CompareResults, ServerResults
+from dpace.measure.rows import ComparedRow, Comparison, Estimate, Interval, Prediction, Row, ServerRow
 
-Interval = Sequence[float | None]
+Verdict = Literal["faster", "slower", "no clear difference", "too few prompts"]
 
 
 def console() -> Console:
-    """Where tables go: at least 140 columns wide, so that numbers are not broken when stdout is a file."""
+    """Make the console for tables, at least 140 columns wide, so that a file has unbroken numbers."""
     return Console(width=max(140, Console().width))
 
 
-def results_table(results: dict) -> Table:
-    """One line for each drafter, width, set and temperature; every number with its 95 % interval or its count.
+def results_table(results: BenchResults) -> Table:
+    """Make one line for each drafter, width, set and temperature, with 95 % intervals or counts.
 
-    With width `auto`, tau counts tokens a pass of the target, passes without a draft included, and tokens that were copied from the text
-    instead of drafted; the caption says how many. The columns with a star are what published tables have, see `dpace.metrics.published_tau`.
+    With width `auto`, tau counts tokens a pass of the target, passes without a draft included, and tokens that were
+    copied from the text instead of drafted; the caption says how many. The columns with a star are what published
+    tables have, see `dpace.metrics.published_tau`.
     """
     table = Table(
-        title=f"{Path(results['target']).name}, {results['dtype']}, {results['hardware']['device']}",
-        caption="*: as in published tables, the mean over responses of their means, and the ratio of mean seconds a token"
-        + copied_note(results["rows"], start="\n"),
+        title=f"{Path(results.target).name}, {results.dtype}, {results.hardware.device}",
+        caption="*: as in published tables: the mean over responses of their means, and mean seconds a token"
+        + copied_note(results.rows, start="\n"),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     for heading in RESULT_HEADINGS:
         is_text = heading in ("set", "drafter", "width", "")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
-    for row in results["rows"]:
+    for row in results.rows:
         table.add_row(*result_cells(row))
     return table
 
 
-def copied_note(rows: Sequence[dict], start: str) -> str:
-    """How many tokens of each set came from the text before them, by prompt lookup, with width `auto`; empty where none did."""
-    shares = {(row["set"], row["temperature"]): row.get("share_copied", 0) for row in rows if row["width"] == "auto"}
+def copied_note(rows: Sequence[Row], start: str) -> str:
+    """Say how many tokens of each set prompt lookup copied with width `auto`; empty where it copied none."""
+    shares = {(row.set, row.temperature): row.share_copied for row in rows if row.width == "auto"}
     if not any(shares.values()):
         return ""
     listed = ", ".join(f"{name} {share:.0%} at T={temperature:g}" for (name, temperature), share in shares.items())
@@ -64,41 +67,41 @@ RESULT_HEADINGS = (
 )
 
 
-def result_cells(row: dict) -> list[str]:
-    """A line of `results_table`."""
+def result_cells(row: Row) -> list[str]:
+    """Write a line of `results_table`."""
     return [
-        row["set"],
-        f"{row['temperature']:g}",
-        row["drafter"],
-        str(row["width"]),
-        with_interval(row["tau"], row["tau_interval"]),
-        f"{row['tokens_per_second']:.1f}",
-        f"{row['plain_tokens_per_second']:.1f}",
-        with_interval(row["decode_speedup"], row["decode_speedup_interval"]),
-        f"{row['published']['tau']:.2f}",
-        f"{row['published']['decode_speedup']:.2f}",
-        f"{row['num_same_text']}/{row['num_responses']}",
-        verdict(row["decode_speedup_interval"]),
+        row.set,
+        f"{row.temperature:g}",
+        row.drafter,
+        str(row.width),
+        with_interval(row.tau, row.tau_interval),
+        f"{row.tokens_per_second:.1f}",
+        f"{row.plain_tokens_per_second:.1f}",
+        with_interval(row.decode_speedup, row.decode_speedup_interval),
+        with_interval(row.published.tau),
+        with_interval(row.published.decode_speedup),
+        f"{row.num_same_text}/{row.num_responses}",
+        verdict(row.decode_speedup_interval),
     ]
 
 
-def slots_table(results: dict) -> Table:
-    """How often the drafts of a block are all accepted up to each slot."""
-    rows = whole_blocks(results)
-    block_size = max(row["block_size"] for row in rows)
+def slots_table(results: BenchResults) -> Table:
+    """Show how often the drafts of a block are all accepted up to each slot."""
+    rows = results.whole_blocks
+    block_size = max((row.block_size for row in rows), default=1)
     table = Table(
         title="reach rate: share of verifications that accepted slots 1..k", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for heading in ("set", "T", "drafter", *map(str, range(1, block_size))):
         table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right", no_wrap=True)
     for row in rows:
-        table.add_row(row["set"], f"{row['temperature']:g}", row["drafter"], *(f"{x:.2f}" for x in row["reach_rate"]))
+        table.add_row(row.set, f"{row.temperature:g}", row.drafter, *(f"{x:.2f}" for x in row.reach_rate))
     return table
 
 
-def drafters_table(comparisons: Sequence[dict]) -> Table:
-    """One line for each drafter but the first: against it, on the same prompts."""
-    title = f"paired comparison with {comparisons[0]['baseline']}, the same prompts, 95 % intervals"
+def drafters_table(comparisons: Sequence[Comparison]) -> Table:
+    """Make one line for each drafter but the first: against it, on the same prompts."""
+    title = f"paired comparison with {comparisons[0].baseline}, the same prompts, 95 % intervals"
     table = Table(*PAIR_HEADINGS, title=title, box=SIMPLE_HEAD)
     for row in comparisons:
         table.add_row(*pair_cells(row))
@@ -108,18 +111,22 @@ def drafters_table(comparisons: Sequence[dict]) -> Table:
 PAIR_HEADINGS = ("set", "T", "drafter", "width", "tau", "tokens a second, ratio")
 
 
-def pair_cells(row: dict) -> list[str]:
-    """A line of `drafters_table`."""
-    start = [row["set"], f"{row['temperature']:g}", row["drafter"], str(row["width"])]
-    return [*start, percent(row["tau_gain"]), with_interval(row["speed_ratio"][0], row["speed_ratio"][1:])]
+def pair_cells(row: Comparison) -> list[str]:
+    """Write a line of `drafters_table`."""
+    ratio, low, high = row.speed_ratio
+    start = [row.set, f"{row.temperature:g}", row.drafter, str(row.width)]
+    return [*start, percent(row.tau_gain), with_interval(ratio, (low, high))]
 
 
-def predictions_table(predictions: Sequence[dict]) -> Table:
-    """One line for each drafter, set, temperature and concurrency: predicted decode_speedup by width, with what was measured."""
-    widths = predictions[0]["widths"]
+def predictions_table(predictions: Sequence[Prediction]) -> Table:
+    """Make one line for each drafter, set, temperature and concurrency: predicted decode_speedup by width.
+
+    What was measured stands beside the predictions.
+    """
+    widths = predictions[0].widths
     table = Table(
-        title="predicted decode_speedup by verify width (measured in parentheses)",
-        caption="with several prompts at once, plain decoding of as many is what it is compared with",
+        title="predicted decode_speedup by verification length (measured in parentheses)",
+        caption="with several prompts at once, the baseline is plain decoding of as many",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -131,26 +138,26 @@ def predictions_table(predictions: Sequence[dict]) -> Table:
     return table
 
 
-def prediction_cells(prediction: dict) -> list[str]:
-    """A line of `predictions_table`."""
-    speedups, measured = prediction["speedups"], prediction["measured"]
+def prediction_cells(prediction: Prediction) -> list[str]:
+    """Write a line of `predictions_table`."""
+    speedups, measured = prediction.speedups, prediction.measured
     numbers = [
         f"{value:.2f}" + ("" if found is None else f" ({found:.2f})")
         for value, found in zip(speedups, measured, strict=True)
     ]
     best = max(range(len(speedups)), key=speedups.__getitem__)
-    advice = f"width {prediction['widths'][best]}" if speedups[best] > 1 else "do not use"
-    start = [prediction["set"], f"{prediction['temperature']:g}", prediction["drafter"], str(prediction["concurrency"])]
+    advice = f"width {prediction.widths[best]}" if speedups[best] > 1 else "do not use"
+    start = [prediction.set, f"{prediction.temperature:g}", prediction.drafter, str(prediction.concurrency)]
     return [*start, *numbers, advice]
 
 
-def servers_table(results: dict) -> Table:
-    """One line for each set, temperature and concurrency."""
-    servers = ", ".join(f"{side} {server['engine']} at {server['url']}" for side, server in results["servers"].items())
-    table = Table(title=f"{Path(results['target']).name}: {servers}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def servers_table(results: ServerResults) -> Table:
+    """Make one line for each set, temperature and concurrency."""
+    servers = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
+    table = Table(title=f"{Path(results.target).name}: {servers}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in SERVER_HEADINGS:
         table.add_column(heading, justify="left" if heading in ("set", "") else "right", no_wrap=True)
-    for row in results["rows"]:
+    for row in results.rows:
         table.add_row(*server_cells(row))
     return table
 
@@ -171,55 +178,60 @@ SERVER_HEADINGS = (
 )
 
 
-def server_cells(row: dict) -> list[str]:
-    """A line of `servers_table`."""
-    has_plain = row["decode_speedup"] is not None
+def server_cells(row: ServerRow) -> list[str]:
+    """Write a line of `servers_table`."""
+    has_plain = row.num_same_text is not None
     return [
-        row["set"],
-        f"{row['temperature']:g}",
-        str(row["concurrency"]),
-        "not told" if row["tau"] is None else with_interval(row["tau"], row["tau_interval"]),
-        f"{row['tokens_per_second']:.1f}",
-        f"{row['plain_tokens_per_second']:.1f}" if has_plain else "-",
-        f"{row['throughput']:.1f}",
-        f"{row['plain_throughput']:.1f}" if has_plain else "-",
-        "{:.2f} ({:.2f})".format(*row["first_seconds"]),
-        with_interval(row["decode_speedup"], row["decode_speedup_interval"]) if has_plain else "-",
-        f"{row['num_same_text']}/{row['num_responses']}" if has_plain else "-",
-        verdict(row["decode_speedup_interval"]) if has_plain else "",
+        row.set,
+        f"{row.temperature:g}",
+        str(row.concurrency),
+        "not told" if row.tau is None else with_interval(row.tau, row.tau_interval),
+        f"{row.tokens_per_second:.1f}",
+        "-" if row.plain_tokens_per_second is None else f"{row.plain_tokens_per_second:.1f}",
+        f"{row.throughput:.1f}",
+        "-" if row.plain_throughput is None else f"{row.plain_throughput:.1f}",
+        "{:.2f} ({:.2f})".format(*row.first_seconds),
+        with_interval(row.decode_speedup, row.decode_speedup_interval),
+        f"{row.num_same_text}/{row.num_responses}" if has_plain else "-",
+        verdict(row.decode_speedup_interval) if has_plain else "",
     ]
 
 
-def compare_table(results: dict) -> Table:
-    """One line for each set and objective: tau, its gain over the baseline, and what training and decoding took."""
-    seeds, decode = results["seeds"], results["decode"] or {"rows": []}
-    speeds = {(r["set"], r["drafter"]): r for r in decode["rows"] if r["temperature"] == 0}
+def compare_table(results: CompareResults) -> Table:
+    """Make one line for each set and objective: tau, its gain, and what training and decoding took."""
+    decoded = results.decode.rows if results.decode else []
+    speeds = {(row.set, row.drafter): row for row in decoded if row.temperature == 0}
+    seeds = ", ".join(map(str, results.seeds))
     table = Table(
-        title=f"{Path(results['target']).name}, reduction {results['reduction']}, seeds {', '.join(map(str, seeds))}, T=0",
+        title=f"{Path(results.target).name}, reduction {results.reduction}, seeds {seeds}, T=0",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    gain = f"over {results['baseline']} [95 %]"
+    gain = f"over {results.baseline} [95 %]"
     for heading in ("set", "objective", "tau [95 %]", gain, "by seed", "decode_speedup [95 %]", "ms/step", "peak GiB"):
         table.add_column(heading, justify="left" if heading in ("set", "objective") else "right", no_wrap=True)
-    for row in results["rows"]:
-        is_baseline = row["drafter"] == results["baseline"]
-        speed, peak = speeds.get((row["set"], row["drafter"])), row["peak_memory_bytes"]
+    for row in results.rows:
+        speed, peak = speeds.get((row.set, row.drafter)), row.peak_memory_bytes
         table.add_row(
-            row["set"],
-            row["drafter"],
-            with_interval(row["tau"], row["tau_interval"]),
-            "-" if is_baseline else percent(row["gain"]),
-            "-" if is_baseline else " ".join(f"{100 * x:+.1f}" for x in row["gain_by_seed"]),
-            with_interval(speed["decode_speedup"], speed["decode_speedup_interval"]) if speed else "-",
-            f"{1000 * row['step_seconds']:.0f}",
+            *compared_cells(row, results.baseline),
+            with_interval(speed.decode_speedup, speed.decode_speedup_interval) if speed else "-",
+            "-" if row.step_seconds is None else f"{1000 * row.step_seconds:.0f}",
             "-" if peak is None else f"{peak / 2**30:.2f}",
         )
     return table
 
 
+def compared_cells(row: ComparedRow, baseline: str) -> list[str]:
+    """Write set, objective, tau and its gain: the start of a line of `compare_table`."""
+    gains = ["-", "-"]
+    if row.drafter != baseline:
+        by_seed = ("-" if gain is None else f"{100 * gain:+.1f}" for gain in row.gain_by_seed)
+        gains = [percent(row.gain), " ".join(by_seed)]
+    return [row.set, row.drafter, with_interval(row.tau, row.tau_interval), *gains]
+
+
 def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
-    """One line for each check: name, cases, whether it passed, detail."""
+    """Make one line for each check: name, cases, whether it passed, detail."""
     table = Table("check", "cases", "", "found", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, cases, is_passed, detail in findings:
         table.add_row(name, cases, "pass" if is_passed else "FAIL", detail)
@@ -227,7 +239,7 @@ def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> T
 
 
 def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str) -> Table:
-    """One line for each check: name, result, what was found, what was expected and, where it is not right, what to do."""
+    """Make one line for each check: name, result, found, expected and, where it is not right, what to do."""
     table = Table("check", "", "found", "expected", "to do", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, result, found, expected, fix in diagnoses:
         is_wrong = result in ("fails", "warns")
@@ -237,22 +249,26 @@ def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str
     return table
 
 
-def with_interval(value: float, interval: Interval) -> str:
-    """Write `1.23 [1.20, 1.26]`, or the number alone where there is no interval."""
-    if interval[0] is None:
-        return f"{value:.2f}"
-    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+def with_interval(value: float | None, interval: Interval = (None, None)) -> str:
+    """Write `1.23 [1.20, 1.26]`, the number alone where it has no interval, or `-` for none."""
+    low, high = interval
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def percent(gain: Sequence[float]) -> str:
-    """Write a gain and the ends of its interval: `+5.6 % [+3.1, +8.3]`."""
-    value, low, high = (100 * x for x in gain)
-    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
+def percent(gain: Estimate) -> str:
+    """Write a gain and the ends of its interval, `+5.6 % [+3.1, +8.3]`, or `-` where there is none."""
+    value, low, high = gain
+    if value is None:
+        return "-"
+    ends = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * value:+.1f} %{ends}"
 
 
-def verdict(speedup_interval: Interval) -> str:
-    """Say whether a drafter pays, from the interval of its decode_speedup."""
+def verdict(speedup_interval: Interval) -> Verdict:
+    """Say whether a drafter makes decoding faster, from the interval of its decode_speedup."""
     low, high = speedup_interval
     if low is None or high is None:
         return "too few prompts"
-    return "pays" if low > 1 else "slower" if high < 1 else "no clear gain"
+    return "faster" if low > 1 else "slower" if high < 1 else "no clear difference"

@@ -162,6 +162,6 @@ def _provenance(target: Target, trainer: Trainer, dataset: ResponseDataset) -> d
         "conversations_without_anchor": dataset.num_skipped,
         "steps": trainer.state.global_step,
         "best_eval_tau": trainer.state.best_metric,
-        "hardware": find_hardware(target.device),
-        "versions": find_versions(),
+        "hardware": vars(find_hardware(target.device)),
+        "versions": vars(find_versions()),
     }

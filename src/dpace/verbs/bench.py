@@ -8,6 +8,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
+    """Measure drafters, or servers, and print the tables."""
     recipe = parse(Recipe, "bench", args)
     from dpace.data.prompts import split_prompts
     from dpace.data.public_sets import read_sets
@@ -30,9 +31,10 @@ def run(args: list[str]) -> None:
         raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
     results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     console().print(results_table(results), slots_table(results))
-    for make, key in ((drafters_table, "comparisons"), (predictions_table, "predictions")):
-        if results[key]:
-            console().print(make(results[key]))
+    if results.comparisons:
+        console().print(drafters_table(results.comparisons))
+    if results.predictions:
+        console().print(predictions_table(results.predictions))
     print(f"written: {recipe.output}/results.json")
     print("next:", command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
 

@@ -8,6 +8,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
+    """Run all checks, and print what they found."""
     config = parse(CheckConfig, "check", args)
     from dpace.data.prompts import read_heldout
     from dpace.drafter import load_drafter

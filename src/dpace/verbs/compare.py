@@ -8,6 +8,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
+    """Compare, and print the table and what to do next."""
     config = parse(CompareConfig, "compare", args)
     from dpace.compare import compare
     from dpace.report.tables import compare_table, console
@@ -18,5 +19,5 @@ def run(args: list[str]) -> None:
     print(
         f"written: {output}/results.json, tau.png, acceptance.png, weights.png, a drafter for each objective and seed"
     )
-    best = output / results["rows"][0]["drafter"] / f"seed-{config.seeds[0]}"
+    best = output / results.rows[0].drafter / f"seed-{config.seeds[0]}"
     print("next:", command("generate", target=config.target, drafter=best, prompt='"..."'))

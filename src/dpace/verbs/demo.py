@@ -6,11 +6,12 @@ from dpace.flags import command, parse
 
 
 def run(args: list[str]) -> None:
-    from dpace.demo.run import DemoConfig
+    """Run the demo, and print what it found."""
+    from dpace.demo.recipe import DemoConfig, demo_recipe
 
     config = parse(DemoConfig, "demo", args)
 
-    from dpace.demo.run import demo_recipe, run_demo, summary
+    from dpace.demo.run import run_demo, summary
     from dpace.locate import find_target
     from dpace.report.tables import console, results_table, slots_table
 
@@ -20,8 +21,8 @@ def run(args: list[str]) -> None:
         print(line)
     output = Path(demo_recipe(config).output)
     print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, the drafter in {output}/dpace")
-    prompt = f"{config.prompts or 'demo'}#{results['rows'][0]['responses'][0]['id']}"
+    prompt = f"{config.prompts or 'demo'}#{results.rows[0].responses[0].id}"
     print(
         "next:",
-        command("generate", target=find_target(results["target"]), drafter=output / "dpace", prompt=f'"{prompt}"'),
+        command("generate", target=find_target(results.target), drafter=output / "dpace", prompt=f'"{prompt}"'),
     )

@@ -8,6 +8,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
+    """Look at a drafter, and print what would go wrong."""
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
     from dpace.engines.doctor import diagnose
     from dpace.engines.run_checks import RUN_CHECKS
@@ -33,10 +34,10 @@ def run(args: list[str]) -> None:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Say what would go wrong when a drafter is served: dpace doctor DRAFTER --target TARGET. Fails (exit code 1) if a check does.
+    """Say what would go wrong when a drafter is served: dpace doctor DRAFTER --target TARGET.
 
-    Reads config and weights as they are on disk, so that a broken folder is examined too, and runs the drafter where it loads.
-    docs/doctor.md has the checks and what breaks where one fails.
+    Reads config and weights as they are on disk, so that a broken folder is examined too, and runs the drafter where it
+    loads. The exit code is 1 if a check fails. docs/doctor.md has the checks and what breaks where one fails.
     """
 
     drafter: str

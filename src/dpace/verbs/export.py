@@ -9,6 +9,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
+    """Write the drafter, and print how to serve it."""
     config = parse(ExportConfig, "export", first_as("drafter", args))
     import torch
 
@@ -45,9 +46,10 @@ def run(args: list[str]) -> None:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a drafter for an engine, with a model card: dpace export DRAFTER --target T --to ENGINE --output FOLDER.
+    """Write a drafter for an engine: dpace export DRAFTER --target T --to ENGINE --output FOLDER.
 
-    What was written is read again: weights bit for bit, the logits of a block, and accepted lengths on prompts have to be the same.
+    A model card is written beside it. What was written is read again: weights bit for bit, the logits of a block, and
+    accepted lengths on prompts have to be the same.
     """
 
     drafter: str
@@ -59,11 +61,11 @@ class ExportConfig:
     output: str
     """Folder for what is written."""
     target_gguf: str | None = None
-    """A GGUF file of the target, of any precision, whose tokenizer a drafter's GGUF file repeats; needed with --to gguf."""
+    """A GGUF file of the target, of any precision, whose tokenizer the drafter's repeats; needed with --to gguf."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
-    """Of the weights; vectors in GGUF files are always float32."""
+    """Type of the weights; vectors in GGUF files are always float32."""
     license: str = "other"
-    """Of the weights, for the model card, as the Hub abbreviates it."""
+    """License of the weights, for the model card, as the Hub abbreviates it."""
     prompts: str = "demo"
     """JSONL file of prompts that accepted lengths are compared on; `demo` is the held-out set that comes with dpace."""
     num_prompts: int = 2

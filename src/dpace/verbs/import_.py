@@ -6,6 +6,7 @@ from dpace.flags import command, first_as, parse
 
 
 def run(args: list[str]) -> None:
+    """Read another project's drafter, and write it as one of this project."""
     config = parse(ImportConfig, "import", first_as("source", args))
     from dpace.engines.export import import_drafter
     from dpace.engines.speculators import verifier_name
@@ -14,16 +15,15 @@ def run(args: list[str]) -> None:
     target = config.target or verifier_name(config.source)
     target = find_target(target) if target else None
     drafter = import_drafter(config.source, config.output, target=target)
-    print(
-        f"blocks of {drafter.block_size}, features of layers {drafter.target_layer_ids}, mask token {drafter.mask_token_id}"
-    )
+    layers, mask = drafter.target_layer_ids, drafter.mask_token_id
+    print(f"blocks of {drafter.block_size}, features of layers {layers}, mask token {mask}")
     print(f"written: {config.output}")
     print("next:", command("check", target=config.target or "TARGET", drafter=config.output))
 
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Take over a drafter that another project trained, weights bit for bit: dpace import SOURCE --output FOLDER."""
+    """Take over another project's drafter, weights bit for bit: dpace import SOURCE --output FOLDER."""
 
     source: str
     """A z-lab, SpecForge or speculators folder, or a GGUF file in f32, f16 or bf16; given first, or with this flag."""

@@ -8,15 +8,16 @@ from dpace.flags import first_as, parse
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html, one page without network, and the same as Markdown: dpace report FOLDER [FOLDER ...]."""
+    """Write report.html, which needs no network, and report.md: dpace report FOLDER [FOLDER ...]."""
 
     folders: tuple[str, ...]
-    """Of demo, bench or compare; given first, or with this flag."""
+    """Folders that demo, bench or compare wrote; given first, or with this flag."""
     output: str | None = None
     """The HTML file; report.html in the first folder by default."""
 
 
 def run(args: list[str]) -> None:
+    """Write the page, and print where it is."""
     config = parse(ReportConfig, "report", first_as("folders", args))
     from dpace.report.page import write_report
 

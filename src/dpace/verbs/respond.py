@@ -8,6 +8,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
+    """Answer all prompts, and print what to do next."""
     recipe = parse(Recipe, "respond", args)
     from dpace.data.prompts import split_prompts
     from dpace.data.responses import write_responses

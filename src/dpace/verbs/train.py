@@ -9,6 +9,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
+    """Train, and print what to do next."""
     recipe = parse(Recipe, "train", args)
     from torch import distributed
 

@@ -1,0 +1,132 @@
+"""Pool records of single responses into the rows of results.json, compare drafters, and choose responses to show."""
+
+from collections.abc import Mapping, Sequence
+
+from dpace.config import Width
+from dpace.decode.streaming import TextPieces
+from dpace.measure.rows import (
+    PLAIN,
+    Comparison,
+    Example,
+    Published,
+    ResponseRecord,
+    Row,
+    acceptance_of,
+    defined,
+    estimate_of,
+    interval_of,
+)
+from dpace.metrics import decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.target import Target
+
+
+def make_rows(
+    target: Target, records: Sequence[ResponseRecord], block_sizes: Mapping[tuple[str, Width], int]
+) -> list[Row]:
+    """Pool records into one row for each set, temperature, drafter and width.
+
+    Args:
+        target: whose tokenizer writes the examples.
+        records: of the same prompts for `PLAIN` and every drafter.
+        block_sizes: by the drafter's name and the width.
+    """
+    rows = []
+    for temperature, name in sorted({(r.temperature, r.set) for r in records}):
+        of_group = [r for r in records if (r.temperature, r.set) == (temperature, name)]
+        plain = [r for r in of_group if r.drafter == PLAIN]
+        for (drafter, width), block_size in block_sizes.items():
+            by_prompt = {(r.id, r.turn): r for r in of_group if (r.drafter, r.width) == (drafter, width)}
+            rows.append(_make_row(target, [by_prompt[r.id, r.turn] for r in plain], plain, block_size))
+    return rows
+
+
+def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
+    acceptance, first = acceptance_of(ours, block_size), ours[0]
+    assert first.width is not None  # only plain decoding has none
+    sides = _tokens_and_seconds(ours), _tokens_and_seconds(plain)
+    speedup, *ends = decode_speedup(*sides[0], *sides[1])
+    published = Published(
+        tau=defined(published_tau([r.accepted_lengths for r in ours])),
+        decode_speedup=defined(published_speedup(*sides[0], *sides[1])),
+    )
+    return Row(
+        drafter=first.drafter,
+        width=first.width,
+        set=first.set,
+        temperature=first.temperature,
+        num_responses=len(ours),
+        block_size=block_size,
+        histogram=acceptance.counts.tolist(),
+        num_without_bonus=acceptance.total_without_bonus,
+        tau=defined(acceptance.tau),
+        tau_interval=interval_of(acceptance.interval()),
+        acceptance_rate=defined(acceptance.acceptance_rate),
+        reach_rate=acceptance.reach_rate.tolist(),
+        slot_acceptance_rate=[defined(x) for x in acceptance.slot_acceptance_rate.tolist()],
+        share_copied=sum(r.num_copied for r in ours) / max(1, sum(sides[0][0])),
+        tokens_per_second=sum(sides[0][0]) / sum(sides[0][1]),
+        plain_tokens_per_second=sum(sides[1][0]) / sum(sides[1][1]),
+        decode_speedup=defined(speedup),
+        decode_speedup_interval=(ends[0], ends[1]),
+        published=published,
+        num_same_text=sum(r.same_text for r in ours),
+        responses=ours,
+        plain_responses=plain,
+        examples=make_examples(target, ours, plain),
+    )
+
+
+def _tokens_and_seconds(responses: Sequence[ResponseRecord]) -> tuple[list[int], list[float]]:
+    return [r.decode_tokens for r in responses], [r.decode_seconds for r in responses]
+
+
+def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
+    """Compare every drafter with the first on the same prompts: gain of tau, ratio of tokens a second."""
+    first = {(row.set, row.temperature, row.width): row for row in reversed(rows)}
+    comparisons = []
+    for row in rows:
+        base = first[row.set, row.temperature, row.width]
+        if base is row:
+            continue
+        ratio = decode_speedup(*_tokens_and_seconds(row.responses), *_tokens_and_seconds(base.responses))
+        comparisons.append(
+            Comparison(
+                set=row.set,
+                temperature=row.temperature,
+                width=row.width,
+                drafter=row.drafter,
+                baseline=base.drafter,
+                tau_gain=estimate_of(tau_gain([row.acceptance], [base.acceptance])),
+                speed_ratio=estimate_of(ratio),
+            )
+        )
+    return comparisons
+
+
+def make_examples(target: Target, ours: Sequence[ResponseRecord], plain: Sequence[ResponseRecord]) -> list[Example]:
+    """Choose the fastest and the slowest response, and mark what came from the drafter."""
+    speedups = [(a.speedup_over(b), a) for a, b in zip(ours, plain, strict=True) if a.accepted_lengths]
+    order = sorted(((speedup, a) for speedup, a in speedups if speedup is not None), key=lambda pair: pair[0])
+    chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
+    return [
+        Example(
+            id=response.id,
+            what=what,
+            tau=response.published_tau,
+            speedup=speedup,
+            pieces=_pieces(target, response),
+        )
+        for what, (speedup, response) in chosen.items()
+    ]
+
+
+def _pieces(target: Target, response: ResponseRecord) -> list[tuple[str, bool]]:
+    """A response's text in pieces, and whether each came from the drafter."""
+    text, tokens, position = TextPieces(target.tokenizer), response.token_ids, 1
+    pieces = [(text.add(tokens[:1]), False)]
+    for accepted in response.accepted_lengths:
+        for length, is_draft in ((accepted, True), (1, False)):
+            pieces.append((text.add(tokens[position : position + length]), is_draft and length > 0))
+            position += length
+    pieces.append((text.flush(), False))
+    return [(piece, is_draft) for piece, is_draft in pieces if piece]
