@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dpace.fast.fusion import FusedStack, stack_layers
 from dpace.fast.packing import PackedLinear, Product, pack, packed_product
 from dpace.fast.speed_up import speed_up
+from dpace.fast.stack import FusedStack, stack_layers
 from dpace.head import Head
 
 MIN_SHARED = 16

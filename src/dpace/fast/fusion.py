@@ -11,15 +11,12 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups
-from dpace.fast.cache import PreallocatedLayer, RaggedLayer
+from dpace.fast.attention import attend_in_groups
 from dpace.fast.packing import PackedLinear, pack, unpack
 from dpace.modeling_dflash import DFlashLayer
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Classes of transformers that compute what `FusedLayer` does; `fuse_layers` tries that out, too."""
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Classes of transformers that compute what `FusedStack` does."""
 PRODUCTS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
@@ -48,7 +45,7 @@ class _Pass:
         return heads * cos + heads.roll(self.half, -1) * sin
 
 
-class _Source:
+class Source:
     """What products were made of, and whether that is still the same.
 
     Args:
@@ -56,7 +53,7 @@ class _Source:
         parts: whose sources this one has as well, as they were.
     """
 
-    def __init__(self, modules: list[tuple[Any, str]], parts: Sequence["_Source"] = ()):
+    def __init__(self, modules: list[tuple[Any, str]], parts: Sequence["Source"] = ()):
         self.places = [(owner._modules, name) for owner, name in modules]
         for owner, name in modules:
             parameters = owner._modules[name]._parameters
@@ -87,7 +84,7 @@ class _Fused:
         linears = [[(getattr(layer, owner), name) for name in names] for owner, names in PRODUCTS]
         norms = [(layer, name) for name in ("input_layernorm", "post_attention_layernorm")]
         norms += [(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
-        self.source = _Source([(layer, "self_attn"), (layer, "mlp"), *sum(linears, []), *norms])
+        self.source = Source([(layer, "self_attn"), (layer, "mlp"), *sum(linears, []), *norms])
         self.linears = [[getattr(*place) for place in places] for places in linears]
         self.qkv, self.out, self.gate_up, self.down = map(_pack, self.linears)
         self.norms = [getattr(*place).weight for place in norms]
@@ -103,7 +100,7 @@ class _Fused:
 
     def is_usable(self, hidden: Tensor) -> bool:
         """False under a gradient, where it is compiled, in another dtype, and after weights or modules were exchanged."""
-        return _can_be_used(hidden, self.dtype) and self.source.is_same()
+        return can_be_used(hidden, self.dtype) and self.source.is_same()
 
     def rotation(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Pass:
         """The pass with these cosines and sines, which another layer may have made; `config` names the attention, where it is the target's."""
@@ -153,65 +150,8 @@ def _pack(linears: list[nn.Linear]) -> Any:
     return pack(torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None)
 
 
-def _can_be_used(hidden: Tensor, dtype: torch.dtype) -> bool:
+def can_be_used(hidden: Tensor, dtype: torch.dtype) -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and hidden.dtype == dtype
-
-
-class FusedStack:
-    """All layers of a decoder in one loop for a decoding step, with the bits of the decoder's own code.
-
-    Args:
-        decoder: one of `DECODERS`, whose layers are fused.
-    """
-
-    def __init__(self, decoder: Any):
-        self.decoder, self.layers = decoder, list(decoder.layers)
-        own = [(decoder.layers, name) for name in decoder.layers._modules]
-        self.source = _Source(own, [layer.fused.source for layer in self.layers])
-
-    def run(self, token_ids: Tensor, cache: Any, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-        """What the LM head reads, "batch new hidden"; None where the decoder's own code has to run, as for prompts.
-
-        Args:
-            token_ids: "batch new".
-            cache: made by `dpace.fast.cache`, with full attention in all layers.
-            mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
-            position_ids: "batch new"; by default those behind the tokens in the cache.
-        """
-        decoder, num_new = self.decoder, token_ids.shape[1]
-        embedding = decoder.embed_tokens.weight
-        is_step = num_new <= MAX_QUERIES and decoder.config._attn_implementation == NAME and not decoder.training
-        is_step = is_step and _is_ours(cache) and _can_be_used(embedding, embedding.dtype) and self.source.is_same()
-        if not is_step or decoder._forward_hooks or decoder._forward_pre_hooks:
-            return None
-        hidden = nn.functional.embedding(token_ids, embedding)
-        if mask is None or position_ids is None:
-            num_before = cache.layers[0].get_seq_length()
-            if position_ids is None:
-                position_ids = torch.arange(num_before, num_before + num_new)[None]
-            if mask is None and num_new > 1:
-                mask = hidden.new_zeros(1, 1, num_new, num_before + num_new)
-                mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
-        rope = decoder.rotary_emb(hidden, position_ids)
-        rotation = self.layers[0].fused.rotation(rope, decoder.config)
-        for layer, of_layer in zip(self.layers, cache.layers, strict=True):
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                hidden = layer(hidden, mask, position_ids=position_ids, cache=cache, position_embeddings=rope)
-                continue
-            hidden = layer.fused.step(hidden, rotation, mask, of_layer)
-        return decoder.norm(hidden)
-
-
-def stack_layers(decoder: nn.Module) -> FusedStack | None:
-    """The stack of a decoder, where it is known and all its layers are fused."""
-    layers: Any = getattr(decoder, "layers", ())
-    is_known = type(decoder).__name__ in DECODERS and all(getattr(layer, "fused", None) for layer in layers)
-    return FusedStack(decoder) if is_known else None
-
-
-def _is_ours(cache: Any) -> bool:
-    """Whether all layers of a cache hold all tokens, in buffers of `dpace.fast.cache`."""
-    return cache is not None and all(type(layer) in (PreallocatedLayer, RaggedLayer) for layer in cache.layers)
 
 
 class FusedLayer(nn.Module):
