@@ -10,11 +10,13 @@ from dpace.fast.cache import PreallocatedLayer, RaggedLayer
 from dpace.fast.fusion import Source, can_be_used
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Classes of transformers that compute what `FusedStack` does."""
+"""Decoder classes of transformers that compute what `FusedStack` computes."""
 
 
 class FusedStack:
-    """All layers of a decoder in one loop for a decoding step, with the bits of the decoder's own code.
+    """All layers of a decoder in one loop for a decoding step.
+
+    Results are bitwise those of the decoder's own code.
 
     Args:
         decoder: one of `DECODERS`, whose layers are fused.
@@ -26,7 +28,9 @@ class FusedStack:
         self.source = Source(own, [layer.fused.source for layer in self.layers])
 
     def run(self, token_ids: Tensor, cache: Any, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-        """What the LM head reads, "batch new hidden"; None where the decoder's own code has to run, as for prompts.
+        """Compute the LM head's input, "batch new hidden".
+
+        Returns None where the decoder's own code has to run, as for prompts.
 
         Args:
             token_ids: "batch new".
@@ -50,21 +54,21 @@ class FusedStack:
                 mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
         rope = decoder.rotary_emb(hidden, position_ids)
         rotation = self.layers[0].fused.rotation(rope, decoder.config)
-        for layer, of_layer in zip(self.layers, cache.layers, strict=True):
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             if layer._forward_hooks or layer._forward_pre_hooks:
                 hidden = layer(hidden, mask, position_ids=position_ids, cache=cache, position_embeddings=rope)
                 continue
-            hidden = layer.fused.step(hidden, rotation, mask, of_layer)
+            hidden = layer.fused.step(hidden, rotation, mask, layer_cache)
         return decoder.norm(hidden)
 
 
 def stack_layers(decoder: nn.Module) -> FusedStack | None:
-    """The stack of a decoder, where it is known and all its layers are fused."""
+    """Make the stack of a decoder; None unless it is one of `DECODERS` and all its layers are fused."""
     layers: Any = getattr(decoder, "layers", ())
     is_known = type(decoder).__name__ in DECODERS and all(getattr(layer, "fused", None) for layer in layers)
     return FusedStack(decoder) if is_known else None
 
 
 def _is_ours(cache: Any) -> bool:
-    """Whether all layers of a cache hold all tokens, in buffers of `dpace.fast.cache`."""
+    """Say whether all layers of a cache hold all tokens, in buffers of `dpace.fast.cache`."""
     return cache is not None and all(type(layer) in (PreallocatedLayer, RaggedLayer) for layer in cache.layers)
