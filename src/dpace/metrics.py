@@ -1,4 +1,7 @@
-"""Accepted lengths of verifications in; tau, rates and intervals out. One definition for training, decoding and servers."""
+"""Statistics of accepted lengths: tau, acceptance rates, speedups, and their intervals.
+
+Training, decoding and servers all use these definitions.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,29 +9,36 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_PROMPTS = 6
-"""Fewer have no 95 % interval: all of five lie on one side of the median one time in sixteen."""
+"""Least number of prompts for a 95 % interval: with five, all lie on one side of the median one time in sixteen."""
 
 
 @dataclass(frozen=True)
 class Acceptance:
     """Accepted lengths of many verifications, from which every statistic follows.
 
-    `accepted_length` counts the draft tokens accepted in one verification, 0 to `block_size - 1`, without the bonus token.
+    `accepted_length` counts the draft tokens accepted in one verification, 0 to `block_size - 1`, without the bonus
+    token.
     """
 
     histogram: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
-    """Verifications by accepted length, `block_size` counts; or one such row a prompt, which `interval` resamples."""
+    """Number of verifications by accepted length, `block_size` counts; or one such row a prompt.
+
+    `interval` resamples the rows.
+    """
     block_size: int
-    """The anchor and `block_size - 1` draft slots."""
+    """Number of slots in a block: the anchor and `block_size - 1` draft slots."""
     num_without_bonus: int | Sequence[int] | np.ndarray = 0
-    """Verifications whose last accepted token ended the text, so that no bonus token follows (a number, or one a prompt)."""
+    """Number of verifications whose last accepted token ended the text, so that no bonus token follows.
+
+    One number in all, or one a prompt.
+    """
 
     def __post_init__(self):
-        """Check the shape."""
+        """Check the shape of the histogram."""
         if self.rows.shape[-1] != self.block_size:
             raise ValueError(
-                f"the histogram has {self.rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 to "
-                f"{self.block_size - 1}, so {self.block_size}"
+                f"the histogram has {self.rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths "
+                f"0 to {self.block_size - 1}: give {self.block_size} counts"
             )
 
     @classmethod
@@ -39,9 +49,9 @@ class Acceptance:
 
     @classmethod
     def of_prompts(cls, responses: Sequence["Acceptance"]) -> "Acceptance":
-        """Put responses together, one row each."""
+        """Combine responses, one row each."""
         if not responses:
-            raise ValueError("no response to pool")
+            raise ValueError("there is no response to combine; give at least one")
         return cls(
             np.concatenate([response.rows for response in responses]),
             responses[0].block_size,
@@ -66,12 +76,12 @@ class Acceptance:
 
     @property
     def counts(self) -> np.ndarray:
-        """Verifications by accepted length, all prompts together."""
+        """Number of verifications by accepted length, all prompts together."""
         return self.rows.sum(0)
 
     @property
     def num_verifications(self) -> int:
-        """How many times the target verified a block."""
+        """Number of verifications."""
         return int(self.counts.sum())
 
     @property
@@ -81,7 +91,7 @@ class Acceptance:
 
     @property
     def num_emitted_tokens(self) -> int:
-        """Accepted draft tokens and bonus tokens."""
+        """Number of accepted draft tokens and bonus tokens."""
         return int(self._emitted(self.rows).sum() - self.missing.sum())
 
     @staticmethod
@@ -90,35 +100,43 @@ class Acceptance:
 
     @property
     def tau(self) -> float:
-        """Mean emitted tokens a verification, 1 to `block_size`; pooled over verifications, nan without any."""
+        """Mean acceptance length: emitted tokens per verification, pooled; 1 to `block_size`, nan without any."""
         return self.num_emitted_tokens / self.num_verifications if self.num_verifications else float("nan")
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over proposed draft tokens, 0 to 1."""
+        """Ratio of accepted to proposed draft tokens, 0 to 1."""
         proposed = self.num_verifications * (self.block_size - 1)
         return float((self.counts * np.arange(self.block_size)).sum() / proposed) if proposed else float("nan")
 
     @property
     def reach_rate(self) -> np.ndarray:
-        """Share of verifications whose slots 1..k were all accepted, for k = 1 .. block_size - 1 (unconditional)."""
+        """Share of verifications whose slots 1..k were all accepted (unconditional).
+
+        One value for each k = 1 .. block_size - 1.
+        """
         reached = self.counts[::-1].cumsum()[::-1]
         return reached[1:] / max(1, reached[0])
 
     @property
     def slot_acceptance_rate(self) -> np.ndarray:
-        """How often slot k was accepted given that 1..k-1 were, for k = 1 .. block_size - 1; nan where never reached."""
+        """Share of accepted slots k among verifications that accepted slots 1..k-1 (conditional).
+
+        One value for each k = 1 .. block_size - 1; nan where slot k was never reached.
+        """
         reached = self.counts[::-1].cumsum()[::-1]
         with np.errstate(invalid="ignore", divide="ignore"):
             return reached[1:] / reached[:-1]
 
     def interval(self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap interval of tau: resamples prompts, or single verifications where the histogram has one row.
+        """Compute the bootstrap interval of tau.
+
+        Prompts are resampled, or single verifications where the histogram has one row.
 
         Args:
             confidence: share of resamples inside, in (0, 1).
-            num_resamples: bootstrap samples.
-            seed: of the resampling.
+            num_resamples: number of bootstrap samples.
+            seed: seed of the resampling.
 
         Returns:
             Lower and upper end, in tokens; (nan, nan) without a verification.
@@ -141,7 +159,7 @@ class Acceptance:
     def reach_interval(
         self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap interval of `reach_rate`, resampling prompts: lower and upper end for each slot."""
+        """Compute the bootstrap interval of `reach_rate`, resampling prompts: both ends for each slot."""
         generator = np.random.default_rng(seed)
         picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
         reached = self.rows[picks].sum(1)[:, ::-1].cumsum(-1)[:, ::-1]
@@ -150,10 +168,13 @@ class Acceptance:
         return low, high
 
 
-def _resampled_ratio(tops: np.ndarray, bottoms: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Ratios of totals of `tops` over totals of `bottoms`, each a row of quantities by prompt, resampling prompts."""
-    picks = np.random.default_rng(seed).integers(tops.shape[-1], size=(num_resamples, tops.shape[-1]))
-    sums = [np.stack([row[picks].sum(-1) for row in rows]) for rows in (tops, bottoms)]
+def _resampled_ratio(numerators: np.ndarray, denominators: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """Compute ratios of totals over resampled prompts.
+
+    Both arguments hold one quantity a row, with one value a prompt.
+    """
+    picks = np.random.default_rng(seed).integers(numerators.shape[-1], size=(num_resamples, numerators.shape[-1]))
+    sums = [np.stack([row[picks].sum(-1) for row in rows]) for rows in (numerators, denominators)]
     return sums[0] / np.maximum(sums[1], 1e-12)
 
 
@@ -166,36 +187,38 @@ def decode_speedup(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float | None, float | None]:
-    """Decode tokens a second with the drafter over without: ratio of totals, prefill excluded.
+    """Compute the speedup: decode tokens per second with the drafter over plain decoding.
+
+    Each side is a ratio of totals, prefill excluded.
 
     Args:
-        tokens: with the drafter, one number a prompt.
-        seconds: decode time of those.
-        plain_tokens: without, for the same prompts in the same order.
-        plain_seconds: decode time of those.
-        num_resamples: bootstrap samples of prompts.
-        seed: of the resampling.
+        tokens: decoded with the drafter, one number a prompt.
+        seconds: decode time of these tokens.
+        plain_tokens: decoded without a drafter, for the same prompts in the same order.
+        plain_seconds: decode time of these tokens.
+        num_resamples: number of bootstrap samples of prompts.
+        seed: seed of the resampling.
 
     Returns:
-        The speedup and the ends of its 95 % interval; None for fewer than `MIN_PROMPTS`.
+        The speedup and the ends of its 95 % interval; None for the ends with fewer than `MIN_PROMPTS` prompts.
     """
-    tops, bottoms = np.array([tokens, plain_tokens], float), np.array([seconds, plain_seconds], float)
-    value = tops.sum(-1) / bottoms.sum(-1)
+    counts, times = np.array([tokens, plain_tokens], float), np.array([seconds, plain_seconds], float)
+    rates = counts.sum(-1) / times.sum(-1)
     if len(tokens) < MIN_PROMPTS:
-        return float(value[0] / value[1]), None, None
-    ratios = _resampled_ratio(tops, bottoms, num_resamples, seed)
-    low, high = np.quantile(ratios[0] / ratios[1], [0.025, 0.975])
-    return float(value[0] / value[1]), float(low), float(high)
+        return float(rates[0] / rates[1]), None, None
+    resampled = _resampled_ratio(counts, times, num_resamples, seed)
+    low, high = np.quantile(resampled[0] / resampled[1], [0.025, 0.975])
+    return float(rates[0] / rates[1]), float(low), float(high)
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
-    """Tau as published tables have it: the mean over responses of each one's mean of `accepted_length + 1`.
+    """Compute tau as in published tables: the mean over responses of each mean of `accepted_length + 1`.
 
-    Not what `Acceptance.tau` is: short responses count as much as long ones, and a last verification counts a bonus token that was
-    not emitted.
+    It differs from `Acceptance.tau` in two ways. Short responses count as much as long ones. And a bonus token is
+    counted for the last verification even where it was not emitted.
 
     Args:
-        accepted_lengths: of each response; one without a verification is left out.
+        accepted_lengths: accepted lengths of each response; a response without a verification is left out.
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
@@ -206,28 +229,31 @@ def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
 def published_speedup(
     tokens: Sequence[int], seconds: Sequence[float], plain_tokens: Sequence[int], plain_seconds: Sequence[float]
 ) -> float:
-    """Speedup as published tables have it: the ratio of mean seconds a token over responses, plain over with the drafter.
+    """Compute the speedup as in published tables, from mean seconds per token.
+
+    It is the mean over responses of seconds per token in plain decoding, over the same mean with the drafter.
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
     means = []
     for counts, times in ((tokens, seconds), (plain_tokens, plain_seconds)):
-        each = [time / count for count, time in zip(counts, times, strict=True) if count]
-        means.append(np.mean(each) if each else np.nan)
+        seconds_per_token = [time / count for count, time in zip(counts, times, strict=True) if count]
+        means.append(np.mean(seconds_per_token) if seconds_per_token else np.nan)
     return float(means[1] / means[0])
 
 
 def tau_gain(
     ours: Sequence[Acceptance], theirs: Sequence[Acceptance], *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """How much larger one tau is than another on the same prompts, as a ratio minus 1.
+    """Compute the gain of one tau over another on the same prompts, as a ratio minus 1.
 
     Args:
         ours: one for each training seed, each with one row a prompt.
-        theirs: of the same seeds and prompts, in the same order.
-        num_resamples: paired bootstrap samples of prompts, and of seeds where there are several: a resample takes the same
-            prompts and seeds for both sides. Few seeds say little about others, and the interval is then too narrow.
-        seed: of the resampling.
+        theirs: the same for the other side, with the same seeds and prompts in the same order.
+        num_resamples: number of paired bootstrap samples of prompts, and of seeds where there are several. A resample
+            takes the same prompts and seeds for both sides. With few seeds the interval is too narrow, because they say
+            little about other seeds.
+        seed: seed of the resampling.
 
     Returns:
         The gain of the pooled taus and the ends of its 95 % interval.
@@ -238,7 +264,8 @@ def tau_gain(
     shapes = [[len(a.rows) for a in side] for side in (ours, theirs)]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise ValueError(
-            f"a paired gain needs the same seeds and prompts; found prompts by seed {shapes[0]} and {shapes[1]}"
+            f"the numbers of prompts by seed are {shapes[0]} and {shapes[1]}; a paired gain needs the same seeds and "
+            "prompts on both sides: measure both again on the same prompts"
         )
     # axes: side, emitted tokens or verifications, seed, prompt
     totals = np.array(
