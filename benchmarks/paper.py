@@ -1,11 +1,13 @@
-"""The paper's matrix: two depths, two temperatures, six sets, D-PACE and DFlash's decay; printed beside the published averages.
+"""Run the paper's main experiment and print it beside the published averages.
 
-    python benchmarks/paper.py OUT --prompts prompts.jsonl                       # Qwen3-4B, at full size
-    python benchmarks/paper.py OUT --small --data-dir DIR                        # SmolLM2 on two CPU cores, within an hour
+    python benchmarks/paper.py OUT --prompts prompts.jsonl        # Qwen3-4B, at full size
+    python benchmarks/paper.py OUT --small --data-dir DIR         # SmolLM2 on two CPU cores, within an hour
 
-Trains what recipes/qwen3-4b-3l.yaml and -5l.yaml say, with each objective, and measures every drafter on all sets. `--small` keeps
-everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of 128 tokens, and 8 prompts of
-each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A run that ended goes on where it was.
+The experiment has two depths, two temperatures, six datasets and two objectives, D-PACE and DFlash's decay. It trains
+drafters by recipes/qwen3-4b-3l.yaml and -5l.yaml with each objective, and measures every drafter on all datasets.
+`--small` changes only sizes: the target, the number of training prompts and steps, blocks of 8, answers of 128 tokens,
+and 8 prompts from each dataset. DIR holds the six datasets as NAME.jsonl and training prompts as NAME_train.jsonl. An
+interrupted run continues where it stopped.
 """
 
 import argparse
@@ -39,7 +41,9 @@ PUBLISHED = {
     (3, 1.0): ((2.74, 2.96), (3.86, 4.19)),
     (5, 1.0): ((2.77, 3.03), (4.10, 4.50)),
 }
-"""Averages over the six sets with Qwen3-4B, for depth and temperature: speedup and tau, each of DFlash and of D-PACE.
+"""Published averages over the six datasets with Qwen3-4B, by depth and temperature.
+
+Each entry is speedup and tau, each of DFlash and of D-PACE.
 
 Source: README of Lucas-TY/D-PACE, with T=1 at its commit a46ac89.
 """
@@ -47,7 +51,7 @@ NUM_RESAMPLES = 2000
 
 
 def small(recipe: Recipe) -> Recipe:
-    """The recipe at a size for two CPU cores, with the optimizer of the demo (docs/training.md)."""
+    """Shrink a recipe to a size for two CPU cores, with the optimizer of the demo (docs/training.md)."""
     return replace(
         recipe,
         target=TARGET_ID,
@@ -71,12 +75,14 @@ def small(recipe: Recipe) -> Recipe:
 def mean_over_sets(
     rows: Sequence[dict], values: Callable[[dict, np.ndarray], float], reference: Sequence[dict] = ()
 ) -> tuple[float, float, float]:
-    """The average over sets of a statistic, or its ratio to that of reference rows, with the ends of its 95 % interval.
+    """Average a statistic over datasets, with the ends of its 95 % interval.
+
+    With `reference`, compute the ratio to the average of the reference rows instead.
 
     Args:
-        rows: of results.json, one a set.
-        values: the statistic of a row and chosen responses.
-        reference: rows of the same sets and responses; resamples take the same ones.
+        rows: rows of results.json, one a dataset.
+        values: computes the statistic from a row and chosen responses.
+        reference: rows of the same datasets and responses; resamples take the same responses.
     """
     generator = np.random.default_rng(0)
     picks = [
@@ -86,20 +92,25 @@ def mean_over_sets(
         ]
         for row in rows
     ]
-    found = np.array([[values(row, pick) for pick in of_row] for row, of_row in zip(rows, picks, strict=True)]).mean(0)
+
+    def average(dataset_rows: Sequence[dict]) -> np.ndarray:
+        values_by_row = [[values(row, pick) for pick in row_picks] for row, row_picks in zip(sides, picks, strict=True)]
+        return np.array(values_by_row).mean(0)
+
+    averages = average(rows)
     if reference:
-        found /= np.array([[values(r, p) for p in of_row] for r, of_row in zip(reference, picks, strict=True)]).mean(0)
-    return (float(found[0]), *np.quantile(found[1:], [0.025, 0.975]).tolist())
+        averages /= average(reference)
+    return (float(averages[0]), *np.quantile(averages[1:], [0.025, 0.975]).tolist())
 
 
 def tau_of(row: dict, picks: np.ndarray) -> float:
-    """Tau of published tables."""
+    """Compute tau as in published tables."""
     means = np.array([np.mean(r["accepted_lengths"] or [0]) + 1 for r in row["responses"]])
     return float(means[picks].mean())
 
 
 def speedup_of(row: dict, picks: np.ndarray) -> float:
-    """Speedup of published tables: ratio of mean seconds a token."""
+    """Compute the speedup as in published tables: the ratio of mean seconds per token."""
     sides = [
         np.array([r["decode_seconds"] / max(1, r["decode_tokens"]) for r in row[side]])[picks].mean()
         for side in ("plain_responses", "responses")
@@ -108,17 +119,18 @@ def speedup_of(row: dict, picks: np.ndarray) -> float:
 
 
 def matrix(results: dict[int, dict]) -> Table:
-    """One line for each depth, temperature and objective, beside the published averages."""
-    table = Table(title="averages over the sets, 95 % intervals over prompts; published: Qwen3-4B", box=SIMPLE_HEAD)
+    """Make a table by depth, temperature and objective, with the published averages."""
+    title = "averages over datasets with 95 % intervals over prompts; published: Qwen3-4B"
+    table = Table(title=title, box=SIMPLE_HEAD)
     columns = ("layers", "T", "objective", "speedup*", "tau*", "tau* over dflash, %", "published speedup*, tau*, %")
     for heading in columns:
         table.add_column(heading, no_wrap=True)
-    for depth, of_depth in results.items():
-        for temperature in dict.fromkeys(row["temperature"] for row in of_depth["rows"]):
+    for depth, depth_results in results.items():
+        for temperature in dict.fromkeys(row["temperature"] for row in depth_results["rows"]):
             chosen = {
                 name: [
                     row
-                    for row in of_depth["rows"]
+                    for row in depth_results["rows"]
                     if (row["drafter"], row["temperature"], row["width"]) == (name, temperature, "full")
                 ]
                 for name in OBJECTIVES
@@ -140,27 +152,27 @@ def matrix(results: dict[int, dict]) -> Table:
 
 
 def training_prompts(options: argparse.Namespace) -> list[Prompt]:
-    """The prompts to answer and train on; with `--data-dir` a mixture of its training files, as much of each."""
+    """Read the prompts to train on; with `--data-dir`, an equal share of each of its training files."""
     if options.prompts:
         return read_prompts(options.prompts)
     files = sorted(Path(options.data_dir).glob("*_train.jsonl"))
     if not files:
-        raise SystemExit(f"{options.data_dir} has no *_train.jsonl; name training prompts with --prompts")
+        raise SystemExit(f"{options.data_dir} has no *_train.jsonl; give training prompts with --prompts FILE")
     share = -(-options.num_prompts // len(files))
     return [prompt for file in files for prompt in random.Random(0).sample(read_prompts(file), share)]
 
 
 def main() -> None:
-    """Run what is missing and print everything."""
+    """Run the missing parts and print all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--prompts", help="JSONL file of training prompts")
-    parser.add_argument("--data-dir", help="folder with the six sets, and training prompts where --prompts is missing")
-    parser.add_argument("--num-prompts", type=int, default=270, help="of those, with --data-dir")
+    parser.add_argument("--data-dir", help="folder with the six datasets, and training prompts if --prompts is missing")
+    parser.add_argument("--num-prompts", type=int, default=270, help="number of training prompts from --data-dir")
     options = parser.parse_args()
     if not options.prompts and not options.data_dir:
-        parser.error("name training prompts: --prompts FILE or --data-dir DIR")
+        parser.error("there are no training prompts: give --prompts FILE or --data-dir DIR")
     recipes = {depth: read_recipe(RECIPES / f"qwen3-4b-{depth}l.yaml") for depth in DEPTHS}
     if options.small:
         recipes = {depth: small(recipe) for depth, recipe in recipes.items()}

@@ -44,7 +44,7 @@ def test_transformers_own_dflash_generation_takes_the_drafter():
 
 
 class Oracle:
-    """Stands in for a drafter: drafts the text it was given, wrong wherever `is_wrong` says so, with the given confidence."""
+    """A fake drafter that drafts a given text with a given confidence, and wrong tokens where `is_wrong` says so."""
 
     def __init__(self, monkeypatch, drafter, target, text, is_wrong, confidence=0.99):
         number = iter(range(10**6))
@@ -231,7 +231,7 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
 @pytest.mark.parametrize("rule", ["equality", "speculative"])
 @pytest.mark.parametrize("is_copied", [lambda k: True, lambda k: k % 3 > 0], ids=["always", "in between"])
 def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
-    """Whether it is all that is verified or stands between drafts: the text stays, and the drafter's later features are right."""
+    """The text stays the same and the drafter's later features are right, with copies only and with drafts between."""
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
     monkeypatch.setattr(
