@@ -94,7 +94,9 @@ def mean_over_sets(
     ]
 
     def average(dataset_rows: Sequence[dict]) -> np.ndarray:
-        values_by_row = [[values(row, pick) for pick in row_picks] for row, row_picks in zip(sides, picks, strict=True)]
+        values_by_row = [
+            [values(row, pick) for pick in row_picks] for row, row_picks in zip(dataset_rows, picks, strict=True)
+        ]
         return np.array(values_by_row).mean(0)
 
     averages = average(rows)

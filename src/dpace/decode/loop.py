@@ -113,7 +113,7 @@ class Speculation:
         self.samples_draft = drafting.verify_rule == "speculative" and text.sampler.temperature > 0
 
     def steps(self) -> Iterator[Step]:
-        """Yield the first token, then what each verification emits."""
+        """Yield the first token, then the tokens that each verification emits."""
         yield self.read_prompt()
         while not self.text.is_done:
             started = time.perf_counter()

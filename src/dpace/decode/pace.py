@@ -62,7 +62,7 @@ class Pace:
         self.reading = costs.reading_seconds / FILLER_TOKENS * costs.plain_rate  # tokens lost by reading one token
 
     def plan(self, match: int, count: int, num_unread: int = 0) -> tuple[int, bool]:
-        """Choose what the next step does; call this once a step.
+        """Choose between a draft, copied tokens and a plain step; call this once a step.
 
         Args:
             match: length of the prompt lookup's match; 0 for none.

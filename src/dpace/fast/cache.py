@@ -97,7 +97,7 @@ def go_back(cache: DynamicCache, num_tokens: int) -> None:
 class RaggedLayer(DynamicLayer):
     """A `DynamicLayer` whose rows hold different numbers of tokens.
 
-    Each new token is written to a given column, over what the row no longer needs there. Columns not written yet are
+    Each new token is written to a given column and replaces the token that was there. Columns not written yet are
     zero, so that a mask is enough to hide them.
     """
 

@@ -1,6 +1,6 @@
 """Decoder layers on a CPU in half as many operations, with bitwise the same results.
 
-In a small model a large part of a step's time is spent beside the matrix products; this part is what becomes faster.
+In a small model a large part of a step's time is spent outside the matrix products; this part becomes faster.
 """
 
 import functools
@@ -19,7 +19,7 @@ from dpace.fast.packing import PackedLinear, pack, unpack
 from dpace.modeling_dflash import DFlashLayer
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Layer classes of transformers that compute what `FusedLayer` computes; `fuse_layers` also tests that."""
+"""Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
 PRODUCTS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
@@ -183,7 +183,7 @@ class FusedLayer(nn.Module):
         return self.forward(*args, **kwargs)
 
     def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings=None, **kwargs):
-        """Compute what the layer's own class computes."""
+        """Compute the layer's output, equal to that of its own class."""
         fused, modules = self.fused, self._modules  # nn.Module's own attribute lookup is slow
         attention: Any = modules["self_attn"]
         if fused is not None and position_embeddings is not None and fused.is_usable(hidden_states):
@@ -205,7 +205,7 @@ class FusedDraftLayer(DFlashLayer):
     fused: _Fused | None
 
     def forward(self, hidden, context, rope, mask, cache):
-        """Compute what `DFlashLayer` computes; its own code also runs for masks that differ by slot."""
+        """Compute the output of a `DFlashLayer`, whose own code also runs for masks that differ by slot."""
         fused, modules = self.fused, self._modules
         is_shared = mask is None or (isinstance(mask, Tensor) and mask.shape[1:3] == (1, 1))
         if fused is None or not is_shared or not fused.is_usable(hidden):

@@ -12,7 +12,7 @@ from dpace.config import TokenLoss
 from dpace.head import TINY, Head
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
-"""Bytes of fp32 logits that exist at once: what a core's cache holds, and what keeps a GPU busy."""
+"""Bytes of fp32 logits that exist at once: enough to fit a core's cache, and enough to keep a GPU busy."""
 MIN_SOFT_ROWS = 384
 """Least number of rows that soft losses compute at once; they need whole rows, and fewer make the products slower."""
 SOFT_COPIES = 6
@@ -145,7 +145,7 @@ class TokenLosses(torch.autograd.Function):
 def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool) -> int:
     """Choose how many bytes of fp32 logits exist at once.
 
-    That is what makes the products fast, but at most an eighth of the free memory.
+    It is the amount that makes the products fast, but at most an eighth of the free memory.
 
     Args:
         weight: the head's weight.

@@ -10,7 +10,7 @@ from dpace.fast.cache import PreallocatedLayer, RaggedLayer
 from dpace.fast.fusion import Source, can_be_used
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Decoder classes of transformers that compute what `FusedStack` computes."""
+"""Decoder classes of transformers with the computation of `FusedStack`."""
 
 
 class FusedStack:
