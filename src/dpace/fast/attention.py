@@ -22,7 +22,7 @@ MAX_QUERIES = 64
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """Compute the same attention as transformers' `sdpa`, without a copy of keys and values per query head.
+    """Compute the attention of transformers' `sdpa` without a copy of keys and values per query head.
 
     `sdpa` makes that copy whenever there are several queries. With one query a head, torch's kernel is also several
     times slower in bf16 than with a few rows, and the heads of a group are such rows. Three cases are left to `sdpa`:
