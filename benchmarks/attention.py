@@ -1,8 +1,9 @@
-"""What `dpace.fast.attention` saves on a CPU: the target's layers with it and with transformers' `sdpa`, alternating.
+"""Time the target's layers on a CPU with `dpace.fast.attention` and with transformers' `sdpa`.
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py TARGET [ROUNDS]
 
-Reads 1, 4 and 8 tokens after contexts of random tokens, in fp32 and bf16. Printed are medians and their ratio.
+The two alternate. The target reads 1, 4 and 8 tokens after contexts of random tokens, in fp32 and bf16. Prints medians
+and their ratio.
 """
 
 import statistics
@@ -24,7 +25,10 @@ def main(name: str, rounds: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         target = Target.load(name, dtype=dtype)
         if target.config._attn_implementation != attention.NAME:
-            raise SystemExit(f"{name} does not use dpace.fast.attention here")
+            raise SystemExit(
+                f"{name} uses {target.config._attn_implementation} here, not dpace.fast.attention; "
+                "give a target with sdpa attention and run on a CPU"
+            )
         for context in CONTEXTS:
             token_ids = torch.randint(1000, (1, context))
             cache = make_cache(target.config, context + max(WIDTHS))
@@ -32,15 +36,16 @@ def main(name: str, rounds: int) -> None:
             for width in WIDTHS:
                 times: dict[str, list[float]] = {"sdpa": [], attention.NAME: []}
                 for _ in range(rounds + 1):
-                    for implementation, of_one in times.items():
+                    for implementation, seconds in times.items():
                         target.decoder.set_attn_implementation(implementation)
                         start = time.perf_counter()
                         target.hidden(token_ids[:, :width], cache=cache)
-                        of_one.append(time.perf_counter() - start)
+                        seconds.append(time.perf_counter() - start)
                         cache.crop(-width)
-                theirs, ours = (1000 * statistics.median(of_one[1:]) for of_one in times.values())
+                theirs, ours = (1000 * statistics.median(seconds[1:]) for seconds in times.values())
                 print(
-                    f"{dtype}, {context} tokens, {width} more: {theirs:.1f} ms, {ours:.1f}, ratio {ours / theirs:.2f}"
+                    f"{dtype}, {width} tokens after {context}: sdpa {theirs:.1f} ms, ours {ours:.1f} ms, "
+                    f"ratio {ours / theirs:.2f}"
                 )
 
 

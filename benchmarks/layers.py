@@ -1,8 +1,9 @@
-"""Seconds of a pass of the layers as transformers runs them on packed weights, fused, and fused without weights in 16 bits.
+"""Time the layers as transformers runs them, fused, and fused without weights in 16 bits.
 
     python benchmarks/layers.py TARGET DRAFTER [--dtype bfloat16]
 
-Medians of alternating rounds after a context of 128 tokens, and whether fused results are those of transformers bit by bit.
+All three run on packed weights, in alternating rounds after a context of 128 tokens. Prints medians, and whether fused
+results equal those of transformers bitwise.
 """
 
 import argparse
@@ -24,7 +25,7 @@ CONTEXT = 128
 
 
 def main() -> None:
-    """Load all three, run and print."""
+    """Load all three, time them and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("drafter")
@@ -54,17 +55,15 @@ def main() -> None:
                 target.hidden(tokens[:, :CONTEXT], cache=cache)
 
                 def run(target=target, cache=cache, width=width):
-                    found = target.hidden(tokens[:, CONTEXT : CONTEXT + width], cache=cache)
+                    hidden = target.hidden(tokens[:, CONTEXT : CONTEXT + width], cache=cache)
                     cache.crop(-width)
-                    return found
+                    return hidden
 
                 runs.append(run)
             table.add_row(f"target, {width} tokens", *_compare(runs, options.rounds if width < 200 else 5))
         size, num_features = fused[1].block_size, len(fused[1].target_layer_ids) * fused[0].hidden_size
-        noise, features = (
-            torch.randn(1, size, fused[0].hidden_size).to(dtype),
-            torch.randn(1, 3, num_features).to(dtype),
-        )
+        noise = torch.randn(1, size, fused[0].hidden_size).to(dtype)
+        features = torch.randn(1, 3, num_features).to(dtype)
         runs = [
             lambda drafter=drafter: drafter(noise, features, torch.arange(3 + size)[None]).last_hidden_state
             for _, drafter in sides.values()
@@ -80,12 +79,12 @@ def main() -> None:
 def _compare(runs: list, rounds: int) -> list[str]:
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 1):
-        for run, of_side in zip(runs, seconds, strict=True):
+        for run, run_seconds in zip(runs, seconds, strict=True):
             start = time.perf_counter()
             run()
-            of_side.append(time.perf_counter() - start)
+            run_seconds.append(time.perf_counter() - start)
     bits = "equal" if torch.equal(runs[0](), runs[1]()) else "differ"
-    return [*(f"{1000 * statistics.median(of_side[1:]):.1f}" for of_side in seconds), bits]
+    return [*(f"{1000 * statistics.median(run_seconds[1:]):.1f}" for run_seconds in seconds), bits]
 
 
 if __name__ == "__main__":

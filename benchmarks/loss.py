@@ -1,11 +1,11 @@
-"""The frozen-head loss against materialized logits and against checkpointed chunks: time and peak memory, forward and backward.
+"""Compare time and peak memory of the frozen-head loss with two other implementations.
 
     python benchmarks/loss.py [--quick]
 
-All three see the same scored rows only, give the same gradient (checked) and use D-PACE's weights. `materialized` is plain
-PyTorch, logits kept for the backward pass; `checkpointed` cuts the rows into chunks and recomputes each
-chunk's logits in the backward pass (`torch.utils.checkpoint`). Time is the median of runs that alternate between the three;
-memory is what a run adds at its peak, from the operating system (Linux) or the GPU.
+All three process the same scored rows, give the same gradient (checked) and use D-PACE's weights. `materialized` is
+plain PyTorch, which keeps the logits for the backward pass. `checkpointed` cuts the rows into chunks and recomputes
+each chunk's logits in the backward pass (`torch.utils.checkpoint`). Time is the median of alternating runs of forward
+and backward pass; memory is the peak that a run adds, as reported by the operating system (Linux) or the GPU.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from dpace.weights import dpace_weights
 
 BLOCK_SIZE = 8
 SHAPES = {(49152, 576): (64, 256, 1024), (151936, 2560): (64, 256)}
-"""Blocks by vocabulary and hidden size: SmolLM2's, and Qwen3-4B's."""
+"""Numbers of blocks by vocabulary and hidden size, those of SmolLM2 and Qwen3-4B."""
 
 
 def weigh(slots: Slots) -> torch.Tensor:
@@ -42,7 +42,7 @@ def frozen(hidden, head, labels, is_scored):
 
 
 def losses(nll, is_scored):
-    """Weighted losses of blocks from the scored rows' nll."""
+    """Compute weighted losses of blocks from the nll of the scored rows."""
     nll = spread(nll, is_scored)
     with torch.no_grad():
         weights = dpace_weights(torch.exp(-nll), is_scored)
@@ -69,7 +69,7 @@ def run(method, hidden, head, labels, is_scored):
 
 
 def measure(vocab: int, width: int, num_blocks: int, repeats: int, device: str) -> dict[str, tuple[float, float]]:
-    """Median seconds and peak bytes of each method."""
+    """Measure median seconds and peak bytes of each method."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device)
     hidden = torch.randn(1, num_blocks, BLOCK_SIZE, width, generator=generator).to(device).requires_grad_()
@@ -97,7 +97,7 @@ def measure(vocab: int, width: int, num_blocks: int, repeats: int, device: str) 
 
 
 def peak(method, data) -> float:
-    """Bytes that a run adds at its peak."""
+    """Measure the bytes that a run adds at its peak."""
     device = data[0].device
     data[0].grad = None
     is_gpu = device.type == "cuda"
@@ -110,23 +110,23 @@ def peak(method, data) -> float:
 def main(quick: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32, blocks of {BLOCK_SIZE}"
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32, "
+        f"blocks of {BLOCK_SIZE}"
     )
-    if device == "cpu":  # freed tensors go back to the system at once, so that a peak is a run's own
+    if device == "cpu":  # freed tensors return to the system at once, so that each run has its own peak
         ctypes.CDLL(None).mallopt(-3, 2**20)
     print(f"{'vocab':>7}{'hidden':>7}{'blocks':>7}   {'method':<14}{'ms':>8}{'x':>7}{'MiB':>8}{'x':>7}")
     for (vocab, width), counts in SHAPES.items():
         for num_blocks in counts[:1] if quick else counts:
-            found = measure(vocab, width, num_blocks, 1 if quick else 5, device)
-            base_seconds, base_bytes = found["materialized"]
-            for name, (seconds, size) in found.items():
+            results = measure(vocab, width, num_blocks, 1 if quick else 5, device)
+            base_seconds, base_bytes = results["materialized"]
+            for name, (seconds, size) in results.items():
                 ratios = (
                     f"{1000 * seconds:8.0f}{seconds / base_seconds:7.2f}{size / 2**20:8.0f}{size / base_bytes:7.2f}"
                 )
                 print(f"{vocab:>7}{width:>7}{num_blocks:>7}   {name:<14}{ratios}", flush=True)
-            print(
-                f"{'':24}frozen-head over checkpointed: time {found['frozen-head'][0] / found['checkpointed'][0]:.2f}"
-            )
+            ratio = results["frozen-head"][0] / results["checkpointed"][0]
+            print(f"{'':24}frozen-head over checkpointed: time {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ PUBLISHED = {
     (3, 1.0): ((2.74, 2.96), (3.86, 4.19)),
     (5, 1.0): ((2.77, 3.03), (4.10, 4.50)),
 }
-"""Averages over the six sets with Qwen3-4B, for depth and temperature: speedup and tau, each of DFlash and of D-PACE.
+"""Published averages over the six datasets with Qwen3-4B, by depth and temperature.
+
+Each entry is speedup and tau, each of DFlash and of D-PACE.
 
 Source: README of Lucas-TY/D-PACE, with T=1 at its commit a46ac89.
 """
@@ -50,7 +52,7 @@ NUM_RESAMPLES = 2000
 
 
 def small(recipe: Recipe) -> Recipe:
-    """The recipe at a size for two CPU cores, with the optimizer of the demo (docs/training.md)."""
+    """Shrink a recipe to a size for two CPU cores, with the optimizer of the demo (docs/training.md)."""
     return replace(
         recipe,
         target=TARGET_ID,
@@ -77,9 +79,9 @@ def mean_over_sets(
     """Average a statistic, or its ratio to reference rows, over sets; with the ends of its 95 % interval.
 
     Args:
-        rows: of results.json, one a set.
-        values: the statistic of a row and chosen responses.
-        reference: rows of the same sets and responses; resamples take the same ones.
+        rows: rows of results.json, one a dataset.
+        values: computes the statistic from a row and chosen responses.
+        reference: rows of the same datasets and responses; resamples take the same responses.
     """
     generator = np.random.default_rng(0)
     picks = [
@@ -89,10 +91,17 @@ def mean_over_sets(
         ]
         for row in rows
     ]
-    found = np.array([[values(row, pick) for pick in of_row] for row, of_row in zip(rows, picks, strict=True)]).mean(0)
+
+    def average(dataset_rows: Sequence[dict]) -> np.ndarray:
+        values_by_row = [
+            [values(row, pick) for pick in row_picks] for row, row_picks in zip(dataset_rows, picks, strict=True)
+        ]
+        return np.array(values_by_row).mean(0)
+
+    averages = average(rows)
     if reference:
-        found /= np.array([[values(r, p) for p in of_row] for r, of_row in zip(reference, picks, strict=True)]).mean(0)
-    return (float(found[0]), *np.quantile(found[1:], [0.025, 0.975]).tolist())
+        averages /= average(reference)
+    return (float(averages[0]), *np.quantile(averages[1:], [0.025, 0.975]).tolist())
 
 
 def tau_of(row: Row, picks: np.ndarray) -> float:
@@ -148,22 +157,22 @@ def training_prompts(options: argparse.Namespace) -> list[Prompt]:
         return read_prompts(options.prompts)
     files = sorted(Path(options.data_dir).glob("*_train.jsonl"))
     if not files:
-        raise SystemExit(f"{options.data_dir} has no *_train.jsonl; name training prompts with --prompts")
+        raise SystemExit(f"{options.data_dir} has no *_train.jsonl; give training prompts with --prompts FILE")
     share = -(-options.num_prompts // len(files))
     return [prompt for file in files for prompt in random.Random(0).sample(read_prompts(file), share)]
 
 
 def main() -> None:
-    """Run what is missing and print everything."""
+    """Run the missing parts and print all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--prompts", help="JSONL file of training prompts")
-    parser.add_argument("--data-dir", help="folder with the six sets, and training prompts where --prompts is missing")
-    parser.add_argument("--num-prompts", type=int, default=270, help="of those, with --data-dir")
+    parser.add_argument("--data-dir", help="folder with the six datasets, and training prompts if --prompts is missing")
+    parser.add_argument("--num-prompts", type=int, default=270, help="number of training prompts from --data-dir")
     options = parser.parse_args()
     if not options.prompts and not options.data_dir:
-        parser.error("name training prompts: --prompts FILE or --data-dir DIR")
+        parser.error("there are no training prompts: give --prompts FILE or --data-dir DIR")
     recipes = {depth: read_recipe(RECIPES / f"qwen3-4b-{depth}l.yaml") for depth in DEPTHS}
     if options.small:
         recipes = {depth: small(recipe) for depth, recipe in recipes.items()}

@@ -1,10 +1,10 @@
-"""Decode the demo's held-out prompts with z-lab's own loop and with ours: same text, same accepted lengths.
+"""Check that z-lab's loop and ours give the same text and accepted lengths on held-out prompts.
 
     pip install --no-deps --target /tmp/dflash dflash==0.1.0
     PYTHONPATH=/tmp/dflash python benchmarks/zlab.py TARGET DRAFTER
 
-Exits with 1 where any response or any accepted length differs. z-lab's loop counts a verification that an accepted stop token
-or the length limit ends as ours does: without the bonus token.
+The prompts are the demo's. Exits with 1 if any response or accepted length differs. Both loops count a verification
+without the bonus token where an accepted stop token or the length limit ends it.
 """
 
 import sys
@@ -45,7 +45,7 @@ def main(target_name: str, drafter_folder: str) -> int:
         text = other.output_ids[0, len(token_ids) :].tolist()
         same_text += text == mine.token_ids
         lengths = list(other.acceptance_lengths)
-        overflow = sum(lengths) - (len(text) - 1)  # at the length limit z-lab counts a bonus token that it cuts off
+        overflow = sum(lengths) - (len(text) - 1)  # at the length limit z-lab counts a bonus token that it then drops
         lengths[-1] -= max(0, overflow)
         same_lengths += lengths == mine.emitted_lengths
         same_as_plain += mine.token_ids == generate_plain(target, token_ids, max_new_tokens=MAX_NEW_TOKENS).token_ids
@@ -54,7 +54,8 @@ def main(target_name: str, drafter_folder: str) -> int:
         seconds["z-lab"] += other.time_per_output_token * other.num_output_tokens
     total = len(prompts)
     print(
-        f"same text {same_text}/{total}, same accepted lengths {same_lengths}/{total}, same as plain {same_as_plain}/{total}"
+        f"same text {same_text}/{total}, same accepted lengths {same_lengths}/{total}, "
+        f"same as plain {same_as_plain}/{total}"
     )
     print({name: f"{tokens / value:.1f} tokens/s" for name, value in seconds.items()})
     return int(min(same_text, same_lengths, same_as_plain) < total)

@@ -1,4 +1,7 @@
-"""Tokens of a conversation in; anchors, blocks, labels, scored slots, positions and the one visibility rule out."""
+"""Blocks of a conversation: anchors, labels, scored slots, positions, and the attention mask.
+
+The rule of which tokens a slot sees is written once, in `visibility`.
+"""
 
 import random
 from collections.abc import Callable, Sequence
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 
 def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[int]:
-    """Spread the features' layers evenly from layer 1 to the third from the last.
+    """Choose the feature layers, spread evenly from layer 1 to the third from the last.
 
     Args:
         num_target_layers: decoder layers of the target.
@@ -20,7 +23,7 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
         Ascending 0-based layer ids; `[num_target_layers // 2]` for one.
 
     Raises:
-        ValueError: the target has too few layers for that many distinct ids.
+        ValueError: the target has too few layers for this number of distinct ids.
 
     Source: DFlash (arXiv 2602.06036), `build_target_layer_ids` of its code.
     """
@@ -30,8 +33,8 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
     ids = [round(1 + i * span / (num_features - 1)) for i in range(num_features)]
     if sorted(set(ids)) != ids:
         raise ValueError(
-            f"a target of {num_target_layers} layers gives layer ids {ids} for {num_features} features; ask for at most "
-            f"{max(1, num_target_layers - 3)} or name them with --drafter.target-layer-ids"
+            f"a target of {num_target_layers} layers gives layer ids {ids} for {num_features} features; "
+            f"ask for at most {max(1, num_target_layers - 3)}, or set the ids with --drafter.target-layer-ids"
         )
     return ids
 
@@ -43,7 +46,9 @@ def check_block_size(block_size: int) -> None:
         ValueError: `block_size` below 2.
     """
     if block_size < 2:
-        raise ValueError(f"block_size is {block_size}; a block is an anchor and at least one draft slot, so 2 or more")
+        raise ValueError(
+            f"block_size is {block_size}; it must be 2 or more: a block is an anchor and at least one draft slot"
+        )
 
 
 def sample_anchors(
@@ -53,9 +58,9 @@ def sample_anchors(
 
     Args:
         is_response: tokens that the target wrote.
-        num_anchors: how many at most; all by default.
-        seed: anything with a fixed `repr`, such as `(seed, epoch, sample)`; the same seed gives the same anchors on every
-            machine, so that a resumed run sees the ones it would have seen.
+        num_anchors: largest number of anchors; all by default.
+        seed: anything with a fixed `repr`, such as `(seed, epoch, sample)`. The same seed gives the same anchors on
+            every machine, so that a resumed run sees the same anchors as an uninterrupted one.
 
     Returns:
         Ascending positions, without repetition; empty if there is none.
@@ -69,7 +74,7 @@ def sample_anchors(
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a batch. Shorter rows are padded with blocks at position 0 in which nothing is scored."""
+    """The blocks of a batch; shorter rows are padded with blocks at position 0 in which nothing is scored."""
 
     anchors: Int[Tensor, "batch block"]
     """Positions of the anchors."""
@@ -82,7 +87,7 @@ class Blocks:
 
     @property
     def block_size(self) -> int:
-        """Slots, the anchor included."""
+        """Number of slots, the anchor included."""
         return self.labels.shape[-1]
 
     @property
@@ -91,7 +96,7 @@ class Blocks:
         return self.anchors[..., None] + torch.arange(self.block_size, device=self.anchors.device)
 
     def input_ids(self, mask_token_id: int) -> Int[Tensor, "batch block slot"]:
-        """What the drafter reads: the anchor's token, then mask tokens."""
+        """Make the drafter's input: the anchor's token, then mask tokens."""
         ids = torch.full_like(self.labels, mask_token_id)
         ids[..., 0] = self.labels[..., 0]
         return ids
@@ -108,17 +113,17 @@ def build_blocks(
     A block may run past the end of the text or out of the response: those slots are not scored.
 
     Args:
-        token_ids: padded on the right.
-        is_response: False on padding.
-        anchors: positions, one tensor a row; may be empty, and of different lengths.
-        block_size: slots, the anchor included; at least 2.
+        token_ids: tokens, padded on the right.
+        is_response: tokens that the target wrote; False on padding.
+        anchors: positions, one tensor a row; tensors may be empty and of different lengths.
+        block_size: number of slots, the anchor included; at least 2.
 
     Raises:
         ValueError: `block_size` below 2.
     """
     check_block_size(block_size)
     padded = nn.utils.rnn.pad_sequence(list(anchors), batch_first=True, padding_value=-1).to(token_ids.device)
-    if not padded.shape[1]:  # no row has an anchor: one padding block each, so that there is something to compute
+    if not padded.shape[1]:  # no row has an anchor: one padding block each, because later steps need a block
         padded = nn.functional.pad(padded, (0, 1), value=-1)
     is_block = padded >= 0
     positions = padded.clamp_min(0)[..., None] + torch.arange(block_size, device=token_ids.device)
@@ -131,17 +136,18 @@ def build_blocks(
 
 
 def visibility(blocks: Blocks, num_context: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The rule of who sees whom, in the form that `torch.nn.attention.flex_attention` takes.
+    """Make the rule of which keys each slot sees, in the form that `flex_attention` takes.
 
-    Queries are the slots of all blocks, flattened. Keys are the `num_context` tokens of the text, then the same slots. A slot
-    sees the context strictly before its block's anchor and its whole own block, nothing else; the hidden state of the anchor
-    itself does not exist yet when the block is drafted. Padding blocks see only themselves, so that no row is empty.
+    Queries are the slots of all blocks, flattened. Keys are the `num_context` tokens of the text, then the same slots.
+    A slot sees the context strictly before its block's anchor and its whole own block, and nothing else. It does not
+    see the anchor's features, which do not exist yet when the block is drafted. Padding blocks see only themselves, so
+    that no row is empty.
 
     Returns:
         `mask(batch, head, query, key) -> bool`, elementwise over broadcast index tensors.
     """
     anchors, is_block, block_size = blocks.anchors, blocks.is_block, blocks.block_size
-    # A lambda, because flex_attention counts the arguments of what it gets, which a type-checking wrapper hides.
+    # A lambda, because flex_attention counts the function's arguments, which a type-checking wrapper hides.
     return lambda batch, head, query, key: torch.where(
         key < num_context,
         (key < anchors[batch, query // block_size]) & is_block[batch, query // block_size],
@@ -150,7 +156,10 @@ def visibility(blocks: Blocks, num_context: int) -> Callable[[Tensor, Tensor, Te
 
 
 def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query key"]:
-    """Write `visibility` out for every query and key. Memory: O(batch x query x key) bytes."""
+    """Compute `visibility` for every query and key.
+
+    Memory: O(batch x query x key) bytes.
+    """
     batch, num_queries = len(blocks.anchors), blocks.labels[0].numel()
     device = blocks.anchors.device
     return visibility(blocks, num_context)(
@@ -162,7 +171,7 @@ def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query 
 
 
 def flex_mask(blocks: Blocks, num_context: int):
-    """Turn `visibility` into a block mask for `flex_attention`: never dense, one for all heads."""
+    """Turn `visibility` into a block mask for `flex_attention`, the same for all heads and never dense."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     num_queries = blocks.labels[0].numel()

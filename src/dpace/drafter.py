@@ -1,4 +1,4 @@
-"""The DFlash drafter: features and an anchor in, the hidden states of a whole block out; reads and writes the published weights."""
+"""The DFlash drafter: making, checking, saving and loading it."""
 
 import hashlib
 import json
@@ -21,24 +21,24 @@ from dpace.target import Target
 
 
 class Drafter(DFlashDraftModel):
-    """Drafts a block in one pass, and knows what it needs from a target.
+    """A DFlash network that fits a target and drafts a block in one pass.
 
-    What `save_pretrained` writes is the published layout, which z-lab's `DFlashDraftModel` and the engines load as it is.
+    `save_pretrained` writes the published layout, which z-lab's `DFlashDraftModel` and the engines load unchanged.
     """
 
     @property
     def spec(self) -> DrafterSpec:
-        """What an engine must know about it, apart from its weights."""
+        """All that an engine must know about it, apart from its weights."""
         return DrafterSpec.from_config(self.config.to_dict())
 
     @property
     def block_size(self) -> int:
-        """Slots of a block, the anchor included."""
+        """Number of slots in a block, the anchor included."""
         return self.config.block_size
 
     @property
     def mask_token_id(self) -> int:
-        """The token that stands for what is not drafted yet."""
+        """The token in slots that are not drafted yet."""
         return self.config.mask_token_id
 
     @property
@@ -48,15 +48,20 @@ class Drafter(DFlashDraftModel):
 
     @property
     def confidence_temperature(self) -> float:
-        """What logits are divided by to get confidences, fitted on responses; 1 where it was not. Other engines ignore it."""
+        """The divisor of logits for confidences, fitted on responses; 1 where it was not fitted.
+
+        Other engines ignore it.
+        """
         return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
 
     def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
-        """Calibrated probability of each slot's most likely token: how likely it is accepted once those before it are."""
+        """Compute the calibrated probability of each slot's most likely token.
+
+        It estimates how likely the token is accepted, given that the tokens before it are.
+        """
         logits = logits.float()
-        odds = (
-            (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()
-        )  # one copy: new memory is slow
+        # In place, because allocating new memory is slow.
+        odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()
         return odds.sum(-1).reciprocal_().tolist()
 
     @classmethod
@@ -72,22 +77,23 @@ class Drafter(DFlashDraftModel):
         norm_scale: float = 1.0,
         seed: int = 0,
     ) -> "Drafter":
-        """Make an untrained drafter that fits a target: same width, heads, feed-forward and rotary embedding.
+        """Make an untrained drafter with the target's width, heads, feed-forward and rotary embedding.
 
         Args:
             target: the model to draft for.
-            num_layers: decoder layers of the drafter.
-            block_size: slots of a block, the anchor included.
-            num_features: layers that give features, by the published rule; as many as `num_layers` by default.
-            target_layer_ids: those layers by name instead.
+            num_layers: number of decoder layers of the drafter.
+            block_size: number of slots in a block, the anchor included.
+            num_features: number of target layers that give features, chosen by the published rule; by default
+                `num_layers`.
+            target_layer_ids: ids of these layers, instead of `num_features`.
             mask_token_id: by default `choose_mask_token`.
-            norm_scale: the final norm starts at this multiple of 1; small values start near the uniform distribution.
-            seed: of the initial weights.
+            norm_scale: initial value of the final norm's weights; small values start near the uniform distribution.
+            seed: seed of the initial weights.
 
         Raises:
             ValueError: a layer id, block size or mask token that cannot work with this target.
         """
-        theirs, heads = target.config, target.config.num_attention_heads
+        config, heads = target.config, target.config.num_attention_heads
         ids = {"num_features": num_features, "target_layer_ids": target_layer_ids}
         spec = DrafterSpec(
             block_size=block_size,
@@ -95,19 +101,19 @@ class Drafter(DFlashDraftModel):
             target_layer_ids=tuple(cls.layer_ids(target, num_layers=num_layers, **ids)),
             num_target_layers=target.num_layers,
             vocab_size=len(target.head.weight),
-            hidden_size=theirs.hidden_size,
-            intermediate_size=theirs.intermediate_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
             num_layers=num_layers,
             num_heads=heads,
-            num_key_value_heads=getattr(theirs, "num_key_value_heads", None) or heads,
-            head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
-            rms_norm_eps=getattr(theirs, "rms_norm_eps", 1e-6),
-            rope=rope_of(theirs),
-            max_position_embeddings=theirs.max_position_embeddings,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+            rope=rope_of(config),
+            max_position_embeddings=config.max_position_embeddings,
             embed_scale=target.embed_scale,
             logit_scale=target.head.multiplier,
             softcap=target.head.softcap,
-            special_token_ids={name: getattr(theirs, name, None) for name in SPECIAL_TOKENS},
+            special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
         )
         spec.check()
         with torch.random.fork_rng():
@@ -126,14 +132,14 @@ class Drafter(DFlashDraftModel):
         target_layer_ids: Sequence[int] | None = None,
         **_,
     ) -> list[int]:
-        """The layers whose outputs `from_target` makes the features of, given the same arguments."""
+        """Give the layers whose outputs are the features, for the same arguments as `from_target`."""
         return list(target_layer_ids or build_target_layer_ids(target.num_layers, num_features or num_layers))
 
     def check_target(self, target: Target) -> None:
         """Refuse a target that this drafter cannot draft for.
 
         Raises:
-            ValueError: naming the value found, the one expected and the way out.
+            ValueError: names the value found, the value expected and what to do.
         """
         spec = self.spec
         facts = [
@@ -144,14 +150,17 @@ class Drafter(DFlashDraftModel):
         for name, found, expected in facts:
             if found != expected:
                 raise ValueError(
-                    f"the drafter's {name} is {found} and the target {target.name} has {expected}: it was trained for "
-                    "another target; train one for this target with `dpace train`"
+                    f"the drafter's {name} is {found} and the target {target.name} has {expected}: "
+                    "the drafter was trained for another target; train one for this target with `dpace train`"
                 )
         spec.check()
         check_mask_token(self.mask_token_id, target)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write `config.json` and `model.safetensors` in the published layout, and the network's code for transformers."""
+        """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
+
+        transformers needs the code to load the folder.
+        """
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / "config.json"
         config = self.spec.published(json.loads(path.read_text()))
@@ -160,13 +169,15 @@ class Drafter(DFlashDraftModel):
 
 
 def load_drafter(folder: str | Path, target: Target) -> Drafter:
-    """Read a drafter's folder for decoding with a target: its dtype and device, in eval mode.
+    """Read a drafter's folder for decoding with a target.
+
+    The drafter gets the target's dtype and device, and is in eval mode.
 
     Raises:
         ValueError: no such folder, damaged weights, or a drafter for another target.
     """
     if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} is no drafter's folder (it has no config.json); `dpace train` writes one")
+        raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
     try:
         drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     except SafetensorError as error:
@@ -214,8 +225,8 @@ def choose_mask_token(target: Target) -> int:
             continue
         return token_id
     raise ValueError(
-        f"no token of {target.name} is free to be the mask token: all {num_rows} rows of the embedding stand for text; "
-        "name a reserved one with --drafter.mask-token-id"
+        f"no token of {target.name} is free to be the mask token: all {num_rows} rows of the embedding are in use; "
+        "set a reserved one with --drafter.mask-token-id"
     )
 
 
@@ -223,7 +234,8 @@ def check_mask_token(token_id: int, target: Target) -> None:
     """Refuse a mask token that the target reads or writes.
 
     Raises:
-        ValueError: outside the embedding, padding, a stop or special token in use, in the chat template, or ordinary text.
+        ValueError: outside the embedding, padding, a stop or special token in use, in the chat template, or ordinary
+            text.
     """
     tokenizer, num_rows = target.tokenizer, len(target.head.weight)
     reason = None
@@ -241,12 +253,13 @@ def check_mask_token(token_id: int, target: Target) -> None:
             reason = "is used by the chat template"
     if reason:
         raise ValueError(
-            f"mask token {token_id} {reason}; it must be a reserved token that no text contains (leave it out to have one chosen)"
+            f"mask token {token_id} {reason}; it must be a reserved token that no text contains: "
+            "name another one, or leave it out to have one chosen"
         )
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 over the weights, to know a drafter again."""
+    """Compute the sha256 of the weights, which identifies a drafter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -20,15 +20,15 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits of the given rows, in the dtype of the weight."""
+        """Compute the logits of the given rows, in the dtype of the weight."""
         return self.finish(hidden.to(self.weight.dtype) @ self.weight.T)
 
     def finish(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-        """Multiplier and cap of plain products with the weight."""
+        """Apply multiplier and cap to plain products with the weight."""
         if self.multiplier != 1:
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def slope(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"] | None:
-        """What the cap multiplies the gradient of these logits with; None without a cap."""
+        """Compute the derivative of the cap, given the capped logits; None without a cap."""
         return None if self.softcap is None else 1 - (logits / self.softcap) ** 2

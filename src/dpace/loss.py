@@ -1,4 +1,7 @@
-"""Losses of drafted blocks through the target's frozen LM head, without keeping logits, and the named reductions."""
+"""Losses of drafted blocks through the target's frozen LM head, and their reductions.
+
+No logits are kept.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
@@ -16,24 +19,29 @@ REDUCTIONS = get_args(Reduction)
 
 
 class Slots(NamedTuple):
-    """What is known of the slots when they are weighed; all "batch block slot" and detached."""
+    """Facts about the slots that their weights are computed from; all "batch block slot" and detached."""
 
     is_scored: Tensor
     """Bool: the slot counts."""
     token_probs: Tensor
-    """Probability that the drafter gives to the target's token, 1 where not scored."""
+    """Probability that the drafter gives to the target's token; 1 where not scored."""
     is_match: Tensor
     """Bool: the drafter's greedy choice is the target's token."""
     overlap: Tensor | None
-    """Sum over tokens of the smaller of the drafter's and the target's probability, how often speculative sampling accepts the
-    slot; 1 where not scored. None without `target_hidden`."""
+    """Sum over tokens of the smaller of the drafter's and the target's probability; 1 where not scored.
+
+    This is how often speculative sampling accepts the slot. None without `target_hidden`.
+    """
 
 
 Weigh = Callable[[Slots], Float[Tensor, "batch block slot"]]
 
 
 class HeadOutput(NamedTuple):
-    """What one pass through the head gives; all but `losses` detached, 0 (`top_tokens`: -1) where a slot is not scored."""
+    """Losses and statistics from one pass through the head.
+
+    All but `losses` are detached. Values are 0 (`top_tokens`: -1) where a slot is not scored.
+    """
 
     losses: Float[Tensor, "batch block"]
     """Sum over slots of weight times token loss, in nats; carries the gradient to the hidden states."""
@@ -43,7 +51,7 @@ class HeadOutput(NamedTuple):
     top_tokens: Int[Tensor, "batch block slot"]
     """The drafter's greedy choice."""
     is_match: Bool[Tensor, "batch block slot"]
-    """Scored, and that choice is the label."""
+    """Whether the slot is scored and that choice is the label."""
 
     @property
     def accepted_lengths(self) -> Int[Tensor, "batch block"]:
@@ -73,20 +81,21 @@ def frozen_head_nll(
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
     chunk_bytes: int | None = None,
 ) -> HeadOutput:
-    """Compute the `weigh`-ted loss per block; equals `frozen_head_nll_reference`.
+    """Compute the weighted loss of each block; equals `frozen_head_nll_reference`.
 
     The head is frozen, so the gradient of a row's cross-entropy with respect to its hidden state is
-    `(softmax - onehot) @ W`, and is formed together with its value: tile by tile of rows and vocabulary, logits, running sums,
-    gradient, then the logits are dropped. That makes two products with the head in all; no logits are kept and none recomputed,
-    and rows that are not scored are never multiplied. The weights come after: they scale the rows' gradients. With
-    `target_hidden`, the target's logits are computed too, a third product, and tiles are whole rows. Statistics are fp32
-    whatever the dtype of the operands.
+    `(softmax - onehot) @ W`. It is computed together with the loss, tile by tile of rows and vocabulary: logits,
+    running sums, gradient, then the logits are dropped. That takes two products with the head; no logits are kept or
+    recomputed, and rows that are not scored are never multiplied. The weights then scale the rows' gradients. With
+    `target_hidden`, a third product computes the target's logits, and tiles are whole rows. Statistics are fp32 for
+    operands of any dtype.
 
     With `q` the drafter's and `p` the target's distribution at a slot, its token loss is
 
     - `nll`: `-log q[label]`, the paper's;
     - `kl`: `sum of p log(p / q)`, soft labels;
-    - `lk`: `-log sum of min(p, q)`, the negative log of what speculative sampling accepts (LK, arXiv 2602.23881).
+    - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
+      2602.23881).
 
     Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
 
@@ -95,14 +104,14 @@ def frozen_head_nll(
         head: the frozen head; no gradient reaches it.
         labels: the target's token at each slot; ignored where not scored.
         is_scored: slots that count.
-        weigh: what is known of the slots to weights, see `dpace.weights`; called once, its result detached.
+        weigh: computes weights from `Slots`, see `dpace.weights`; called once, its result detached.
         token_loss: `nll`, `kl` or `lk`.
-        target_hidden: what the target's own head reads where it predicts each slot; for `kl`, `lk` and `Slots.overlap`.
-        chunk_bytes: of the logits that exist at once; by default `default_chunk_bytes`. Results do not depend on it but for
-            rounding.
+        target_hidden: input of the target's own head where it predicts each slot; for `kl`, `lk` and `Slots.overlap`.
+        chunk_bytes: size of the logits that exist at once, by default `default_chunk_bytes`; changes results by
+            rounding only.
 
     Returns:
-        See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is not made.
+        See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
 
     Raises:
         ValueError: unknown `token_loss`, or one that needs `target_hidden`.
@@ -110,7 +119,7 @@ def frozen_head_nll(
     _check_token_loss(token_loss, target_hidden)
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(head.weight, is_soft=target_hidden is not None)
-    # Outside of torch.compile's graphs: rows are chosen by a mask, which would recompile for every new count of them.
+    # Outside torch.compile's graphs: rows are chosen by a mask, and every new count of them would recompile.
     apply: Any = torch.compiler.disable(TokenLosses.apply)
     losses, nll, overlap, top_tokens = apply(hidden, *head, labels, is_scored, token_loss, target_hidden, chunk_bytes)
     return _weighted(losses, nll, None if target_hidden is None else overlap, top_tokens, labels, is_scored, weigh)
@@ -133,7 +142,10 @@ def frozen_head_nll_reference(
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
 ) -> HeadOutput:
-    """Do what `frozen_head_nll` does, plainly: all logits at once, gradient by autograd. For tests and for reading."""
+    """Compute `frozen_head_nll` in plain PyTorch: all logits at once, gradient by autograd.
+
+    For tests and for readers.
+    """
     _check_token_loss(token_loss, target_hidden)
     logits = head.logits(hidden).float()
     labels = labels.where(is_scored, 0)
@@ -151,7 +163,9 @@ def frozen_head_nll_reference(
 
 
 def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> Int[Tensor, ""]:
-    """Count what a reduction divides by: sequences for `batch`, sequences with an anchor for `anchors`, slots for `slots`.
+    """Count the items that a reduction divides by.
+
+    Items are sequences for `batch`, sequences with an anchor for `anchors`, and scored slots for `slots`.
 
     Raises:
         ValueError: unknown reduction, or `weights`, which divides by the sum of `HeadOutput.weights`.
@@ -163,7 +177,10 @@ def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> 
     if reduction == "slots":
         return is_scored.sum()
     if reduction == "weights":
-        raise ValueError("the reduction `weights` divides by the sum of the weights, known only after the forward pass")
+        raise ValueError(
+            "the reduction `weights` divides by the sum of the weights, which is known only after the forward pass; "
+            "pass the sum of HeadOutput.weights to block_loss as num_items"
+        )
     raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
 
 
@@ -174,25 +191,25 @@ def block_loss(
     reduction: str = "anchors",
     num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
 ) -> Float[Tensor, ""]:
-    """Reduce the losses of blocks to the scalar that is trained on.
+    """Reduce the losses of blocks to the scalar that training minimizes.
 
-    With `l[b, n]` the weighted loss of block `n` of sequence `b`, `A[b]` the number of its blocks with a scored slot, and sums
-    over everything that makes one optimizer step:
+    `l[b, n]` is the weighted loss of block `n` of sequence `b`, and `A[b]` the number of its blocks with a scored slot.
+    Sums run over all data of one optimizer step.
 
-    - `anchors`: `sum over b of (sum over n of l[b, n]) / A[b] / sequences with an anchor`. Every sequence counts the same
-      (SpecForge since #848).
-    - `batch`: `sum of l / sequences` (the paper's code, and SpecForge of its time).
+    - `anchors`: `sum over b of (sum over n of l[b, n]) / A[b] / sequences with an anchor`. Every sequence counts the
+      same (SpecForge since #848).
+    - `batch`: `sum of l / sequences` (the paper's code, and SpecForge at that time).
     - `slots`: `sum of l / scored slots` (speculators).
-    - `weights`: `sum of l / sum of weights`, a weighted mean (TorchSpec, Model-Optimizer, SpecForge's DFlash path). It divides
-      D-PACE's growth with confidence out again.
+    - `weights`: `sum of l / sum of weights`, a weighted mean (TorchSpec, Model-Optimizer, SpecForge's DFlash path). It
+      cancels the growth of D-PACE's weights with confidence.
 
     Args:
         losses: from `frozen_head_nll`.
         is_scored: slots that count.
-        reduction: one of these.
-        num_items: `count_items` summed over the whole step (all ranks, all accumulated micro-batches), for `weights` the sum of
-            `HeadOutput.weights`; then the sum of the results, however it was split, is the loss of the whole. By default that
-            of this batch alone, which `weights` does not know.
+        reduction: one of the names above.
+        num_items: `count_items` summed over the whole step (all ranks, all accumulated micro-batches); for `weights`,
+            the sum of `HeadOutput.weights`. The results of all parts then add up to the loss of the whole step, for any
+            split. By default the items of this batch alone are counted, which `weights` does not allow.
 
     Returns:
         A scalar in nats, 0 (with a zero gradient) for a batch without a scored slot.

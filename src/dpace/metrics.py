@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_PROMPTS = 6
-"""Fewer have no 95 % interval: all of five lie on one side of the median one time in sixteen."""
+"""Least number of prompts for a 95 % interval: with five, all lie on one side of the median one time in sixteen."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,18 @@ class Acceptance:
     """
 
     histogram: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
-    """Verifications by accepted length, `block_size` counts; or one such row a prompt, which `interval` resamples."""
+    """Number of verifications by accepted length, `block_size` counts; or one such row a prompt.
+
+    `interval` resamples the rows.
+    """
     block_size: int
-    """The anchor and `block_size - 1` draft slots."""
+    """Number of slots in a block: the anchor and `block_size - 1` draft slots."""
     num_without_bonus: int | Sequence[int] | np.ndarray = 0
     """Verifications whose last accepted token ended the text, so that no bonus token follows; a number, or one a
     prompt."""
 
     def __post_init__(self):
-        """Check the shape."""
+        """Check the shape of the histogram."""
         if self.rows.shape[-1] != self.block_size:
             raise ValueError(
                 f"the histogram has {self.rows.shape[-1]} counts; a block of {self.block_size} has accepted lengths 0 "
@@ -41,9 +44,9 @@ class Acceptance:
 
     @classmethod
     def of_prompts(cls, responses: Sequence["Acceptance"]) -> "Acceptance":
-        """Put responses together, one row each."""
+        """Combine responses, one row each."""
         if not responses:
-            raise ValueError("no response to pool")
+            raise ValueError("there is no response to combine; give at least one")
         return cls(
             np.concatenate([response.rows for response in responses]),
             responses[0].block_size,
@@ -68,12 +71,12 @@ class Acceptance:
 
     @property
     def counts(self) -> np.ndarray:
-        """Verifications by accepted length, all prompts together."""
+        """Number of verifications by accepted length, all prompts together."""
         return self.rows.sum(0)
 
     @property
     def num_verifications(self) -> int:
-        """How many times the target verified a block."""
+        """Number of verifications."""
         return int(self.counts.sum())
 
     @property
@@ -93,12 +96,12 @@ class Acceptance:
 
     @property
     def tau(self) -> float:
-        """Mean emitted tokens a verification, 1 to `block_size`; pooled over verifications, nan without any."""
+        """Mean acceptance length: emitted tokens per verification, pooled; 1 to `block_size`, nan without any."""
         return self.num_emitted_tokens / self.num_verifications if self.num_verifications else float("nan")
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over proposed draft tokens, 0 to 1."""
+        """Ratio of accepted to proposed draft tokens, 0 to 1."""
         proposed = self.num_verifications * (self.block_size - 1)
         return float((self.counts * np.arange(self.block_size)).sum() / proposed) if proposed else float("nan")
 
@@ -120,8 +123,8 @@ class Acceptance:
 
         Args:
             confidence: share of resamples inside, in (0, 1).
-            num_resamples: bootstrap samples.
-            seed: of the resampling.
+            num_resamples: number of bootstrap samples.
+            seed: seed of the resampling.
 
         Returns:
             Lower and upper end, in tokens; (nan, nan) without a verification.
@@ -172,12 +175,12 @@ def decode_speedup(
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
     Args:
-        tokens: with the drafter, one number a prompt.
-        seconds: decode time of those.
-        plain_tokens: without, for the same prompts in the same order.
-        plain_seconds: decode time of those.
-        num_resamples: bootstrap samples of prompts.
-        seed: of the resampling.
+        tokens: decoded with the drafter, one number a prompt.
+        seconds: decode time of these tokens.
+        plain_tokens: decoded without a drafter, for the same prompts in the same order.
+        plain_seconds: decode time of these tokens.
+        num_resamples: number of bootstrap samples of prompts.
+        seed: seed of the resampling.
 
     Returns:
         The speedup and the ends of its 95 % interval, which are None for fewer than `MIN_PROMPTS`; nan and None where a
@@ -201,7 +204,7 @@ def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
     token that was not emitted.
 
     Args:
-        accepted_lengths: of each response; one without a verification is left out.
+        accepted_lengths: accepted lengths of each response; a response without a verification is left out.
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
@@ -218,8 +221,8 @@ def published_speedup(
     """
     means = []
     for counts, times in ((tokens, seconds), (plain_tokens, plain_seconds)):
-        each = [time / count for count, time in zip(counts, times, strict=True) if count]
-        means.append(np.mean(each) if each else np.nan)
+        seconds_per_token = [time / count for count, time in zip(counts, times, strict=True) if count]
+        means.append(np.mean(seconds_per_token) if seconds_per_token else np.nan)
     return float(means[1] / means[0])
 
 
@@ -245,7 +248,8 @@ def tau_gain(
     shapes = [[len(a.rows) for a in side] for side in (ours, theirs)]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise ValueError(
-            f"a paired gain needs the same seeds and prompts; found prompts by seed {shapes[0]} and {shapes[1]}"
+            f"the numbers of prompts by seed are {shapes[0]} and {shapes[1]}; a paired gain needs the same seeds and "
+            "prompts on both sides: measure both again on the same prompts"
         )
     # axes: side, emitted tokens or verifications, seed, prompt
     totals = np.array(

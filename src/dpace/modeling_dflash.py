@@ -1,7 +1,7 @@
-"""The DFlash network: features and the embeddings of blocks in, the hidden states of all slots out.
+"""The DFlash network, which computes hidden states of blocks from the target's features.
 
-`save_pretrained` copies this file beside the weights, so that transformers runs what was trained (`trust_remote_code=True`). It
-therefore imports torch and transformers only.
+`save_pretrained` copies this file beside the weights, so that transformers runs the network that was trained
+(`trust_remote_code=True`). It therefore imports torch and transformers only.
 """
 
 import functools
@@ -23,7 +23,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 
 class DFlashAttention(nn.Module):
-    """Block tokens attend to the target's features and to each other; keys and values of both use the same projections."""
+    """Attention of block tokens to the target's features and to each other.
+
+    Keys and values of both use the same projections.
+    """
 
     def __init__(self, config: Any, layer: int):
         super().__init__()
@@ -36,7 +39,10 @@ class DFlashAttention(nn.Module):
         self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, hidden, context, rope, mask, cache: Cache | None):
-        """Attend; shapes as in `DFlashDraftModel.forward`, `context` being the features after `fc` and their norm."""
+        """Compute the attention's output.
+
+        Shapes are those of `DFlashDraftModel.forward`; `context` are the features after `fc` and their norm.
+        """
         keys_from = torch.cat([context, hidden], dim=1)
         q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         k = self.k_norm(self.k_proj(keys_from).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
@@ -56,7 +62,7 @@ class DFlashAttention(nn.Module):
 
 
 class DFlashLayer(GradientCheckpointingLayer):
-    """A pre-norm decoder layer; the features enter its attention as they are, without the input norm."""
+    """A pre-norm decoder layer; the features enter its attention without the input norm."""
 
     def __init__(self, config: Qwen3Config, layer: int):
         super().__init__()
@@ -72,33 +78,34 @@ class DFlashLayer(GradientCheckpointingLayer):
 
 
 def refuse_variants(config: Mapping[str, Any]) -> None:
-    """Refuse the config of a drafter that this network would compute differently.
+    """Refuse the config of a drafter that this network would compute wrongly.
 
     Raises:
         ValueError: sliding or causal attention, biases, or another activation.
     """
     known = {"attention_bias": False, "is_causal": False, "hidden_act": "silu"}
-    found = {name: config.get(name) for name in known if config.get(name) not in (None, known[name])}
+    unknown = {name: config.get(name) for name in known if config.get(name) not in (None, known[name])}
     kinds = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
     if kinds:
-        found["layer_types"] = config["layer_types"]
+        unknown["layer_types"] = config["layer_types"]
     if (config.get("dflash_config") or {}).get("causal"):
-        found["dflash_config.causal"] = True
-    if found:
+        unknown["dflash_config.causal"] = True
+    if unknown:
         raise ValueError(
-            f"the drafter's config has {found}; only full attention in both directions, without biases and with silu, is "
-            "known here: serve this drafter with the project that trained it"
+            f"the drafter's config has {unknown}; this network supports only full attention in both directions, "
+            "without biases and with silu: serve this drafter with the project that trained it"
         )
 
 
 class DFlashDraftModel(Qwen3PreTrainedModel):
     """Qwen3 layers over `[anchor, mask, ...]` that attend to the target's features.
 
-    Owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. The names of the arguments
-    of `forward` are those of transformers' DFlash generation, which takes this class as `assistant_model`.
+    It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. The arguments of
+    `forward` are named as in transformers' DFlash generation, which takes this class as `assistant_model`.
 
     Raises:
-        ValueError: a config without block size, mask token or layers, or of a variant that this network is not.
+        ValueError: a config without block size, mask token or layer ids, or of a variant that this network does not
+            support.
 
     Source: DFlash (arXiv 2602.06036), section 4; checkpoint layout of z-lab/dflash.
     """
@@ -112,7 +119,10 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         for key in ("block_size", "mask_token_id", "target_layer_ids"):
             value = published.get(key, getattr(config, key, None))
             if value is None:
-                raise ValueError(f"the drafter's config has no {key}, neither in dflash_config nor at the top level")
+                raise ValueError(
+                    f"the drafter's config has no {key}, neither in dflash_config nor at the top level; "
+                    "copy it from where the drafter was trained"
+                )
             setattr(config, key, value)
         refuse_variants(config.to_dict())
         self.layers = nn.ModuleList(DFlashLayer(config, layer) for layer in range(config.num_hidden_layers))
@@ -131,8 +141,8 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             noise_embeds: "batch query hidden", target embeddings of the slots of one or more blocks.
             context_hidden_states: "batch context feature", features of the tokens that are not in the cache yet.
             position_ids: "batch new", absolute positions of the context, then of the slots (`new = context + query`).
-            attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or None where every
-                slot sees everything, as when one block is drafted. A 2-D padding mask is also taken.
+            attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or None where
+                every slot sees everything, as when one block is drafted. A 2-D padding mask is also accepted.
             cache: receives keys and values of the context and the slots; the caller removes those of the slots.
 
         Returns:

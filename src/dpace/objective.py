@@ -1,4 +1,4 @@
-"""An objective's name and settings in; the weights function that they mean, out."""
+"""The weights function of each named objective."""
 
 from dataclasses import replace
 from typing import get_args
@@ -11,10 +11,12 @@ from dpace.loss import Slots, Weigh
 
 
 def with_objective(loss: LossConfig, name: str) -> LossConfig:
-    """Set the objective that a name such as `dpace`, `dpace+kl` or `dpace+kl+overlap` means; all else stays.
+    """Set the objective from a name such as `dpace`, `dpace+kl` or `dpace+kl+overlap`.
+
+    All other settings stay as they are.
 
     Raises:
-        ValueError: unknown name; the message has those that exist.
+        ValueError: unknown name; the message lists the known ones.
     """
     objective, *parts = name.split("+")
     changes = {"token_loss": "nll", "confidence": "token"}
@@ -22,14 +24,17 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
         changes |= {"confidence": part} if part == "overlap" else {"token_loss": part}
     if objective not in get_args(Objective) or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
-            f"there is no objective {name!r}; choose from {', '.join(get_args(Objective))}, each with +kl or +lk for that "
-            "token loss and +overlap for that confidence"
+            f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, "
+            "and add +kl or +lk for that token loss and +overlap for that confidence"
         )
     return replace(loss, objective=objective, **changes)
 
 
 def make_weigh(config: LossConfig, block_size: int) -> Weigh:
-    """The weights function of an objective, for `frozen_head_nll`, which must be given `target_hidden` for `overlap`."""
+    """Make the weights function of an objective, for `frozen_head_nll`.
+
+    With confidence `overlap`, `frozen_head_nll` needs `target_hidden`.
+    """
     alpha, gamma = config.alpha, config.gamma or W.dflash_gamma(block_size)
 
     def confidence(slots: Slots) -> Tensor:

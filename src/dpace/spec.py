@@ -1,4 +1,4 @@
-"""DrafterSpec: what an engine must know about a drafter apart from its weights, and the one author of its config.json."""
+"""A drafter's description for engines, and its `config.json`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,16 +29,19 @@ LAYER_TENSORS = {
     "mlp.up_proj": (("inner", "hidden"), "ffn_up"),
     "mlp.down_proj": (("hidden", "inner"), "ffn_down"),
 }
-"""Published name of each weight, its axes, and llama.cpp's name. `query` is heads x head_dim, `key` the same for key heads."""
+"""Published name of each weight, its axes, and llama.cpp's name.
+
+`query` is heads x head_dim, `key` the same for key heads.
+"""
 
 LayerIdFault = Literal["order", "range", "last"]
 
 
 def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int) -> list[LayerIdFault]:
-    """Find what is wrong with the layers of the features: they must ascend, lie in the target, and leave out its last layer.
+    """Find faults in the feature layers' ids.
 
-    vLLM sorts the ids but not the columns of `fc`, so the order matters. The last layer's output is normalized in some engines
-    and missing in others.
+    They must ascend, lie in the target, and leave out its last layer. The order matters, because vLLM sorts the ids but
+    not the columns of `fc`. The last layer's output is normalized in some engines and missing in others.
     """
     ids, faults = list(target_layer_ids), []
     if not ids or not all(type(i) is int for i in ids) or ids != sorted(set(ids)):
@@ -56,27 +59,33 @@ def tensor_axes(num_layers: int) -> dict[str, tuple[str, ...]]:
 
 
 def gguf_names(num_layers: int) -> dict[str, str]:
-    """Give llama.cpp's name of every tensor. Nothing is permuted: the drafter's rotary embedding is NeoX's."""
+    """Give llama.cpp's name of every tensor, by its published name.
+
+    Nothing is permuted, because the drafter's rotary embedding is NeoX's.
+    """
     return {name: theirs for name, (_, theirs) in _all_tensors(num_layers).items()}
 
 
 def _all_tensors(num_layers: int) -> dict[str, tuple[tuple[str, ...], str]]:
-    found = {f"{name}.weight": (axes, f"{theirs}.weight") for name, (axes, theirs) in TENSORS.items()}
+    tensors = {f"{name}.weight": (axes, f"{theirs}.weight") for name, (axes, theirs) in TENSORS.items()}
     for layer in range(num_layers):
         for name, (axes, theirs) in LAYER_TENSORS.items():
-            found[f"layers.{layer}.{name}.weight"] = axes, f"blk.{layer}.{theirs}.weight"
-    return found
+            tensors[f"layers.{layer}.{name}.weight"] = axes, f"blk.{layer}.{theirs}.weight"
+    return tensors
 
 
 @dataclass(frozen=True)
 class DrafterSpec:
-    """A drafter without its weights, in this project's conventions. Embedding and LM head are the target's in every format."""
+    """All that an engine must know about a drafter apart from its weights, in this project's conventions.
+
+    Embedding and LM head are the target's in every format.
+    """
 
     block_size: int
-    """Slots, the anchor included; engines that count draft tokens are told `num_draft_tokens`."""
+    """Number of slots, the anchor included; engines that count draft tokens get `num_draft_tokens`."""
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
-    """0-based layers whose output is used; engines that number hidden states from the embedding are told `hidden_state_ids`."""
+    """0-based layers whose output is used; engines that count the embedding as state 0 get `hidden_state_ids`."""
     num_target_layers: int
     vocab_size: int
     hidden_size: int
@@ -87,21 +96,21 @@ class DrafterSpec:
     head_dim: int
     rms_norm_eps: float
     rope: dict[str, Any]
-    """As `rope_parameters` of transformers."""
+    """Rotary embedding, as `rope_parameters` of transformers."""
     max_position_embeddings: int
     embed_scale: float = 1.0
-    """Of the target's embedding."""
+    """Factor of the target's embedding."""
     logit_scale: float = 1.0
     softcap: float | None = None
-    """Logits x become softcap * tanh(x / softcap)."""
+    """Cap of the target's logits: a logit x becomes softcap * tanh(x / softcap)."""
     record: dict[str, Any] = field(default_factory=dict, compare=False)
-    """The config's `dpace`, of this project alone: `Drafter.confidence_temperature` and what `dpace train` writes down."""
+    """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
     special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
-    """Begin, end and padding, where the config has them; no engine takes them from the drafter."""
+    """Begin, end and padding tokens, where the config has them; no engine takes them from the drafter."""
 
     @property
     def num_draft_tokens(self) -> int:
-        """Draft tokens of a block: the anchor is not one."""
+        """Number of draft tokens in a block: all slots but the anchor."""
         return self.block_size - 1
 
     @property
@@ -111,16 +120,19 @@ class DrafterSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
-        """Read a `config.json` in the published layout, with either spelling of the block size and the rotary embedding.
+        """Read a `config.json` in the published layout.
+
+        The block size and the rotary embedding may have either spelling.
 
         Raises:
-            ValueError: a value without a right default is missing, or is given twice and differently, or the network is a
-                variant that dpace does not know.
+            ValueError: a value without a safe default is missing, a value is given twice and differently, or the
+                network is a variant that dpace does not support.
         """
         nested = config.get("dflash_config") or {}
         if (config.get("architectures") or [""])[0].startswith("DFlash2") or "selector_rank" in nested:
             raise ValueError(
-                "this is a DFlash2 drafter (convolutions and a candidate selector); dpace knows DFlash only"
+                "this is a DFlash2 drafter (convolutions and a candidate selector); dpace supports DFlash only: "
+                "serve it with the project that trained it"
             )
         refuse_variants(config)
         num_layers, num_target_layers = (need(config, key) for key in ("num_hidden_layers", "num_target_layers"))
@@ -181,7 +193,7 @@ class DrafterSpec:
         )
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the `config.json` that transformers wrote with what the engines read.
+        """Complete the `config.json` that transformers wrote with the values that engines read.
 
         Args:
             written: the config as `save_pretrained` of transformers wrote it.
@@ -203,18 +215,19 @@ class DrafterSpec:
         return config
 
     def check(self) -> None:
-        """Refuse what some engine cannot serve.
+        """Refuse a drafter that some engine cannot serve.
 
         Raises:
-            ValueError: naming the value, why it cannot be served and the way out.
+            ValueError: names the value, why it cannot be served and what to do.
         """
         ids, last = list(self.target_layer_ids), self.num_target_layers - 1
         for fault in find_layer_id_faults(ids, self.num_target_layers):
             raise ValueError(
-                f"target_layer_ids is {ids} for a target of {last + 1} layers; train with ascending ids in 0 .. {last - 1} "
+                f"target_layer_ids is {ids} for a target of {last + 1} layers; "
+                f"train with ascending ids in 0 .. {last - 1} "
                 + {
                     "order": "(vLLM sorts them, and features and weights would no longer match)",
-                    "range": "(there are no such layers)",
+                    "range": f"(the target has layers 0 .. {last} only)",
                     "last": f"(the output of layer {last} is normalized in some engines and missing in others)",
                 }[fault]
             )
@@ -227,24 +240,25 @@ class DrafterSpec:
 
 
 def need(config: Mapping[str, Any], key: str) -> Any:
-    """A value that must be there."""
+    """Read a required value."""
     if config.get(key) is None:
         raise ValueError(f"the drafter's config has no {key}; copy it from where the drafter was trained")
     return config[key]
 
 
 def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> Any:
-    """A value in `dflash_config` or at the top level; None where it is in neither."""
+    """Read a value from `dflash_config` or the top level; None where it is in neither."""
     inner, outer = nested.get(key), config.get(key)
     if inner is not None and outer is not None and inner != outer:
         raise ValueError(
-            f"{key} is {inner} in dflash_config and {outer} at the top level; engines read either: make them equal"
+            f"{key} is {inner} in dflash_config and {outer} at the top level; engines read one or the other: "
+            "make them equal"
         )
     return outer if inner is None else inner
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
+    """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
     rope = dict(config.get("rope_parameters") or {})
     if not rope:
         old = dict(config.get("rope_scaling") or {})
@@ -256,11 +270,14 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = outer if theta is None else theta
     if theta is None:
         raise ValueError(
-            "the drafter's config has no rope_theta; engines would silently take 10000: write the target's"
+            "the drafter's config has no rope_theta; engines would silently take 10000: add the target's value"
         )
     return {"rope_type": "default", **rope, "rope_theta": as_float32(theta)}
 
 
 def as_float32(value: float) -> float:
-    """The shortest decimal that is the same number in fp32, as engines keep it: 1e-05, not 9.999999747378752e-06."""
+    """Give the shortest decimal that is the same number in fp32: 1e-05, not 9.999999747378752e-06.
+
+    Engines keep these numbers in fp32.
+    """
     return float(str(np.float32(value)))

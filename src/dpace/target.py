@@ -1,4 +1,4 @@
-"""The frozen target: the features of chosen layers, the embedding and the LM head of any decoder-only Hugging Face model."""
+"""The frozen target: features, embedding and LM head of any decoder-only Hugging Face model."""
 
 import functools
 import os
@@ -20,31 +20,31 @@ from transformers import (
 )
 
 from dpace.fast.cache import repeat_rows
-from dpace.fast.fusion import FusedStack, stack_layers
 from dpace.fast.packing import PackedLinear, Product, pack, packed_product
 from dpace.fast.rewind import CacheAbility, probe_cache
 from dpace.fast.speed_up import speed_up
-from dpace.head import Head
+from dpace.fast.stack import FusedStack, stack_layers
+from dpace.probe import find_layers, find_tables
 
 MIN_SHARED = 16
-"""Shared beginnings shorter than this, in tokens, are not worth a forward pass of their own."""
+"""Least number of shared first tokens that are worth a forward pass of their own."""
 
 
 def shared_prefix(rows: list[list[int]]) -> int:
-    """Length of the beginning that all rows share."""
+    """Count the first tokens that all rows share."""
     first, last = min(rows), max(rows)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 class _StopForward(Exception):
-    """Ends a forward pass that runs for its features only."""
+    """Raised to end a forward pass that runs for its features only."""
 
 
 class Target:
-    """A causal LM whose text is kept. It is never trained and only read through this class.
+    """A causal LM whose text is kept; it is never trained.
 
     Args:
-        model: decoder layers, a norm and an LM head; put in eval mode, its parameters frozen.
+        model: decoder layers, a norm and an LM head; it is put in eval mode and its parameters are frozen.
         tokenizer: its tokenizer; only needed for text.
 
     Raises:
@@ -54,11 +54,11 @@ class Target:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
         self.model: Any = model.eval().requires_grad_(False)  # transformers types its models too narrowly
         self.tokenizer: Any = tokenizer
-        self.thinking = False  # what chat templates that have this switch are given
+        self.thinking = False  # passed to chat templates that have this switch
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
-        self.layers = self._find_layers()
-        self.embed_scale, self.head = self._probe()
+        self.layers = find_layers(self.model, self.decoder, self.config)
+        self.embed_scale, self.head = find_tables(self.model, self.decoder, self.layers, self.config)
 
     @classmethod
     def load(
@@ -70,12 +70,13 @@ class Target:
 
         Args:
             name: folder or Hub id.
-            dtype: of the weights; by default bf16 on a GPU, and fp32 on a CPU, where texts are then equal token for token.
-            thinking: let chat templates that have this switch turn thinking on.
+            dtype: dtype of the weights; by default bf16 on a GPU, and fp32 on a CPU, where texts are then equal token
+                for token.
+            thinking: turn thinking on in chat templates that have this switch.
             device: by default this process's GPU (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
 
         Raises:
-            OSError: nothing of that name can be read.
+            OSError: there is no readable model of that name.
         """
         device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
@@ -88,28 +89,27 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Where the model came from: a Hub id, or the full path of a folder; empty for one that was made in memory."""
+        """The model's Hub id, or the full path of its folder; empty for a model made in memory."""
         name = self.model.config._name_or_path
         return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
     @property
     def short_name(self) -> str:
-        """The model's own name, without owner, folder or revision; empty for one that was made in memory."""
+        """The model's own name, without owner, folder or revision; empty for a model made in memory."""
         parts = Path(self.name).parts
-        if (
-            len(parts) > 2 and parts[-2] == "snapshots"
-        ):  # models--owner--name/snapshots/revision of the Hugging Face cache
+        # In the Hugging Face cache: models--owner--name/snapshots/revision
+        if len(parts) > 2 and parts[-2] == "snapshots":
             return parts[-3].split("--")[-1]
         return Path(self.name).name
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of the weights."""
         return self.model.device
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
@@ -131,23 +131,24 @@ class Target:
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Run the decoder and its final norm: what the LM head reads. Arguments as the model's own.
+        """Run the decoder and its final norm, and give the LM head's input.
 
         Args:
-            token_ids: behind those in the cache.
+            token_ids: new tokens, which follow those in the cache.
             cache: receives their keys and values.
-            attention_mask: "batch 1 seq key", added to the scores; by default each token sees those before it and itself.
-            position_ids: by default those behind the cached tokens.
+            attention_mask: "batch 1 seq key", added to the scores; by default each token sees itself and those before
+                it.
+            position_ids: by default the positions after the cached tokens.
         """
-        found = self._stack and self._stack.run(token_ids, cache, attention_mask, position_ids)
-        if found is not None:
-            return found
+        hidden = self._stack and self._stack.run(token_ids, cache, attention_mask, position_ids)
+        if hidden is not None:
+            return hidden
         kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
         return self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state
 
     @functools.cached_property
     def _stack(self) -> FusedStack | None:
-        """All layers in one loop, where they are fused."""
+        """All layers in one loop; None where they are not fused."""
         return stack_layers(self.decoder)
 
     @functools.cached_property
@@ -156,7 +157,7 @@ class Target:
         return probe_cache(self)
 
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
-        """Logits of a few rows, as decoding computes them: `head.logits` up to rounding.
+        """Compute logits of a few rows for decoding; equal to `head.logits` up to rounding.
 
         Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
@@ -166,12 +167,12 @@ class Target:
 
     @functools.cached_property
     def _head_product(self) -> Product | None:
-        """With the packed copy of the head's weight, where there is one."""
+        """Product with the packed copy of the head's weight; None where there is no such copy."""
         layer = self.model.get_output_embeddings()
         return packed_product(layer) if isinstance(layer, PackedLinear) else pack(self.head.weight)
 
     def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
-        """Input embeddings as the first layer sees them."""
+        """Compute the input embeddings as the first layer sees them."""
         weight = self.model.get_input_embeddings().weight
         return nn.functional.embedding(token_ids, weight) * self.embed_scale
 
@@ -179,8 +180,8 @@ class Target:
     def capture(self, target_layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
         """Collect the outputs of chosen layers while the model runs inside the `with` block.
 
-        The yielded list holds, after each forward pass, the last outputs in the order of `target_layer_ids`; nothing else is
-        kept. Layer `i` is the 0-based decoder layer, its output `hidden_states[i + 1]` of transformers.
+        After each forward pass the yielded list holds the last outputs, in the order of `target_layer_ids`. Layer `i`
+        is the 0-based decoder layer, whose output is `hidden_states[i + 1]` of transformers.
         """
         captured: list[Tensor] = [torch.empty(0)] * len(target_layer_ids)
 
@@ -201,20 +202,21 @@ class Target:
     def features(
         self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int], *, with_head_input: bool = False
     ) -> Float[Tensor, "batch seq feature"]:
-        """Concatenate the outputs of the chosen layers; layers above the last one and the LM head do not run.
+        """Concatenate the outputs of the chosen layers; higher layers and the LM head do not run.
 
-        Rows may be padded on the right: the model is causal, so real tokens do not see the padding. A beginning that all rows
-        share, such as a system prompt with examples, is read once.
+        Rows may be padded on the right: the model is causal, so real tokens do not see the padding. A beginning that
+        all rows share, such as a system prompt with examples, is read once.
 
         Memory: O(tokens x feature) for the result, and one layer's activations.
 
         Args:
             token_ids: any text.
             target_layer_ids: 0-based decoder layers whose output is used.
-            with_head_input: run all layers and append what the LM head reads.
+            with_head_input: run all layers and append the LM head's input.
 
         Returns:
-            `feature = len(target_layer_ids) * hidden`, and `hidden` more `with_head_input`, in the dtype of the target, detached.
+            Features, detached, in the dtype of the target. `feature` is `len(target_layer_ids) * hidden`, and `hidden`
+            more with `with_head_input`.
         """
         num_shared = shared_prefix(token_ids.tolist())
         is_shared = len(token_ids) > 1 and MIN_SHARED <= num_shared < token_ids.shape[1]
@@ -228,7 +230,7 @@ class Target:
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 
     def _run(self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None) -> Tensor:
-        """Run as far as is needed: to the last of the layers, or to the head's input."""
+        """Run the model up to the last of the layers, or up to the head's input."""
         head_input = []
 
         def stop(_module, args, _output=None):
@@ -247,62 +249,3 @@ class Target:
             finally:
                 handle.remove()
             return torch.cat([*captured, *head_input], dim=-1)
-
-    def _find_layers(self) -> nn.ModuleList:
-        found = [child for child in self.decoder.children() if isinstance(child, nn.ModuleList)]
-        layers = [child for child in found if len(child) == self.config.num_hidden_layers]
-        if len(layers) != 1:
-            raise ValueError(
-                f"{type(self.model).__name__} has {len(layers)} lists of {self.config.num_hidden_layers} decoder layers; "
-                "dpace needs a model built as embedding, one list of decoder layers, norm and LM head"
-            )
-        return layers[0]
-
-    @torch.no_grad()
-    def _probe(self) -> tuple[float, Head]:
-        """Run one token to learn the scale of the embedding and of the logits, and that nothing else is applied."""
-        seen = {}
-        head_module = self.model.get_output_embeddings()
-        hooks = [
-            self.layers[0].register_forward_pre_hook(
-                lambda _module, args, kwargs: seen.update(first=args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            ),
-            head_module.register_forward_pre_hook(lambda _module, args: seen.update(last=args[0])),
-            self.decoder.register_forward_hook(lambda _module, _args, out: seen.update(decoded=out.last_hidden_state)),
-        ]
-        try:
-            token = torch.tensor([[self.config.vocab_size // 2]], device=self.model.device)
-            logits = self.model(token, use_cache=False).logits.float().flatten()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        bias = getattr(head_module, "bias", None)
-        if bias is not None and bool(bias.any()):
-            raise ValueError(
-                f"the LM head of {type(self.model).__name__} has a bias: dpace drafters share the target's head and cannot use it"
-            )
-        if not torch.equal(seen["decoded"].flatten(), seen["last"].flatten()):
-            raise ValueError(
-                f"{type(self.model).__name__} changes its hidden states between decoder and LM head: dpace drafters share "
-                "the target's head and cannot use it"
-            )
-        row = self.model.get_input_embeddings().weight[token[0, 0]].float()
-        first = seen["first"].float().flatten()
-        scale = self._ratio(first, row, "input embedding")
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        raw = head_module.weight.float() @ seen["last"].float().flatten()
-        uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
-        return scale, Head(head_module.weight, self._ratio(uncapped, raw, "LM head"), softcap)
-
-    def _ratio(self, found: Tensor, table: Tensor, what: str) -> float:
-        """The factor between what the model computed and the plain table, 1 where they agree up to rounding."""
-        ratio = float(found @ table / (table @ table))
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 3e-2
-        error = float((found - ratio * table).norm() / found.norm())
-        if not error <= tolerance:
-            raise ValueError(
-                f"the {what} of {type(self.model).__name__} is more than a scaled table (relative difference {error:.2g}): "
-                "dpace drafters share the target's embedding and head and cannot use it"
-            )
-        return 1.0 if abs(ratio - 1) < tolerance else ratio

@@ -1,4 +1,4 @@
-"""The drafter's two views: all blocks of a text at once in training, and the block behind a text when decoding."""
+"""The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from dpace.target import Target
 def mask_blocks(
     drafter: Drafter, anchor_ids: Sequence[int], block_size: int | None = None
 ) -> Int[Tensor, "batch slot"]:
-    """Make what the drafter reads when it drafts: one block a row, the anchor's token and then mask tokens."""
+    """Make the drafter's input for drafting: one block a row, the anchor's token and then mask tokens."""
     size = block_size or drafter.block_size
     rows = [[anchor, *[drafter.mask_token_id] * (size - 1)] for anchor in anchor_ids]
     return torch.tensor(rows, device=drafter.device)
@@ -31,15 +31,18 @@ def draft_block(
     attention_mask: Any = None,
     cache: Any = None,
 ) -> Float[Tensor, "batch slot hidden"]:
-    """Compute the hidden states of blocks, which the target's head turns into drafts. All drafting goes through here.
+    """Compute the hidden states of blocks, which the target's head turns into drafts.
+
+    All drafting goes through this function.
 
     Args:
-        drafter: a `Drafter`, or what wraps it in training.
+        drafter: a `Drafter`, or its wrapper in training.
         target: its target.
-        blocks: tokens of the slots, see `mask_blocks`; several blocks of a text stand one after the other.
-        features: of the tokens before the anchor that are not in the cache yet.
-        position_ids: absolute positions of these tokens, then of the slots; by default the features are those of a whole text.
-        attention_mask: as `DFlashDraftModel.forward` takes it; by default every slot sees everything.
+        blocks: tokens of the slots, see `mask_blocks`; several blocks of a text follow one another.
+        features: features of the tokens before the anchor that are not in the cache yet.
+        position_ids: absolute positions of these tokens, then of the slots; by default the features are those of a
+            whole text.
+        attention_mask: as in `DFlashDraftModel.forward`; by default every slot sees everything.
         cache: receives keys and values of the features and the slots; the caller removes those of the slots.
     """
     if position_ids is None:
@@ -67,8 +70,8 @@ def blocks_hidden(
     Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask on a CPU.
 
     Returns:
-        Final hidden states, "batch block slot hidden"; the blocks; and, where asked for, what the target's head reads where it
-        predicts each slot, of the same shape.
+        Final hidden states, "batch block slot hidden"; the blocks; and with `with_target_hidden`, the input of the
+        target's head where it predicts each slot, of the same shape (otherwise None).
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
     token_ids, features = inputs["token_ids"], inputs["features"]

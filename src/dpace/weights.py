@@ -1,9 +1,9 @@
-"""How much each slot of a block counts in the loss: token probabilities or a schedule in, weights out.
+"""Weights of the slots of a block in the loss, from token probabilities or a fixed schedule.
 
-Every function is pure: tensors in, detached fp32 weights of the same shape out, 0 at slots that are not scored. Slot 0 of
-every `block slot` tensor is the anchor, which is never scored. `q[k]` below is the probability that the drafter gives to the
-target's own token at slot `k`; the functions of the D-PACE family take any other estimate of how likely slot `k` is accepted as
-well, such as the overlap of the two distributions.
+Every function is pure. It returns detached fp32 weights of the shape of its inputs, 0 at slots that are not scored.
+Slot 0 of every `block slot` tensor is the anchor, which is never scored. `q[k]` below is the probability that the
+drafter gives to the target's own token at slot `k`. The functions of the D-PACE family also accept any other estimate
+of how likely slot `k` is accepted, such as the overlap of the two distributions.
 """
 
 import torch
@@ -19,7 +19,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def _smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
-    """`(1 - alpha) q + alpha` in fp32; slots that are not scored are a factor of 1 in every product."""
+    """Compute `(1 - alpha) q + alpha` in fp32, and 1 at slots that are not scored."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (the paper uses 0.5, and 0.3 to 0.7 work)")
     return torch.where(is_scored, (1 - alpha) * token_probs.float() + alpha, 1.0)
@@ -29,16 +29,16 @@ def _smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Wei
 def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by its share in the expected accepted length.
 
-    `w[j] = sum over m >= j of P[m]` with `P[m] = product over i <= m of ((1 - alpha) q[i] + alpha)`: the gradient of the
-    surrogate `S = sum over m of P[m]` with respect to `log q[j]` (exactly so at `alpha = 0`). A slot counts as far as the
-    block is likely to be accepted up to it (cumulative confidence) and as much as it opens the way for what follows
-    (continuation value). Weights do not grow along the block and sum to `sum over m of m P[m]`: at most
-    `slots * (slots + 1) / 2`, 2 where the drafter is always wrong and `alpha` is 0.5.
+    `w[j] = sum over m >= j of P[m]` with `P[m] = product over i <= m of ((1 - alpha) q[i] + alpha)`: the gradient of
+    the surrogate `S = sum over m of P[m]` with respect to `log q[j]` (exactly so at `alpha = 0`). A slot's weight is
+    the product of two factors: how likely the block is accepted up to it (cumulative confidence), and how much accepted
+    text is expected from there on (continuation value). Weights do not grow along the block and sum to `sum over m of m
+    P[m]`: at most `slots * (slots + 1) / 2`, 2 where the drafter is always wrong and `alpha` is 0.5.
 
     Args:
         token_probs: `q`, in [0, 1]; any float dtype.
-        is_scored: slots that count. Others are a factor of 1 in the products and 0 in the sums.
-        alpha: smoothing in [0, 1]. 0 lets the products vanish at the start of training, 1 is a fixed linear decay.
+        is_scored: slots that count. Other slots are a factor of 1 in the products and 0 in the sums.
+        alpha: smoothing in [0, 1]. At 0 the products vanish at the start of training; 1 is a fixed linear decay.
 
     Returns:
         fp32 weights, detached, not normalized.
@@ -67,8 +67,9 @@ def dpace_confidence_only_weights(token_probs: TokenProbs, is_scored: IsScored, 
 def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by how much accepted text follows once it is accepted.
 
-    `w[j] = 1 + sum over m > j of (product over j < i <= m of q~[i])`, the factor `dpace_weights / P`, by the recursion
-    `w[j] = 1 + q~[j + 1] w[j + 1]` that needs no division. Arguments, returns and errors as in `dpace_weights`.
+    `w[j] = 1 + sum over m > j of (product over j < i <= m of q~[i])`, the factor `dpace_weights / P`. It is computed by
+    the recursion `w[j] = 1 + q~[j + 1] w[j + 1]`, which needs no division. Arguments, returns and errors as in
+    `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), ablation "continuation value only".
     """
@@ -86,9 +87,10 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
 def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by the exact gradient of the smoothed surrogate.
 
-    `w[j] = dpace_weights[j] * (1 - alpha) q[j] / q~[j]`: the gradient of `sum over m of product over i <= m of q~[i]` with
-    respect to `log q[j]`. D-PACE leaves the last factor out, and so pushes hardest where a slot is still wrong; with it,
-    training fades where `q` is small. The two agree at `alpha = 0`. Arguments, returns and errors as in `dpace_weights`.
+    `w[j] = dpace_weights[j] * (1 - alpha) q[j] / q~[j]`: the gradient of `sum over m of product over i <= m of q~[i]`
+    with respect to `log q[j]`. D-PACE leaves the last factor out, and so trains hardest the slots that are still wrong.
+    With the factor, the gradient vanishes where `q` is small. The two agree at `alpha = 0`. Arguments, returns and
+    errors as in `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), the derivative of equation 7 written out.
     """
@@ -100,14 +102,14 @@ def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: flo
 def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored, scale: float = 1.0) -> Weights:
     """Weigh each slot by 1 plus its share in the undetached chain reward.
 
-    The loss `sum over k of -log q[k] - scale / slots * sum over m of product over i <= m of q[i]`, whose reward is not smoothed
-    and not detached, has the gradient of cross-entropy weighed by `1 + scale / slots * dpace_weights(q, alpha=0)`, with `slots`
-    the scored slots of the block.
+    The loss `sum over k of -log q[k] - scale / slots * sum over m of product over i <= m of q[i]` has a reward that is
+    neither smoothed nor detached. Its gradient is that of cross-entropy weighed by `1 + scale / slots *
+    dpace_weights(q, alpha=0)`, with `slots` the number of scored slots of the block.
 
     Args:
         token_probs: `q`, in [0, 1].
         is_scored: slots that count.
-        scale: of the reward, at least 0.
+        scale: scale of the reward, at least 0.
 
     Returns:
         fp32 weights, detached.
@@ -118,26 +120,26 @@ def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored, scale: fl
     Source: Teaching Diffusion to Speculate Left-to-Right (arXiv 2606.11552), the chain reward as an additive term.
     """
     if scale < 0:
-        raise ValueError(f"scale is {scale}; a reward's scale must be at least 0")
+        raise ValueError(f"scale is {scale}; the scale of the reward must be at least 0")
     num_slots = is_scored.sum(-1, keepdim=True).clamp_min(1)
     return is_scored + scale / num_slots * dpace_weights(token_probs, is_scored, alpha=0.0)
 
 
 def _num_accepted_before(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block 1"]:
-    """Scored slots before the first whose greedy draft is wrong."""
+    """Count the scored slots before the first one whose greedy draft is wrong."""
     is_accepted = (is_match | ~is_scored).int().cumprod(-1)
     return (is_accepted * is_scored).sum(-1, keepdim=True)
 
 
 @torch.no_grad()
 def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> Weights:
-    """Weigh the slots up to the first rejection by 1, and let a decay start there.
+    """Weigh the slots before the first rejection by 1 and the rest by an exponential decay.
 
-    `w[k] = 1` for `k < k*` and `exp(-(k - k*) / gamma)` from the first rejection `k*` on, counted in scored slots: DFlash's
-    decay, which fades from slot 1 on however much of the block is already right, moved to where the drafter first fails.
+    `w[k] = 1` for `k < k*` and `exp(-(k - k*) / gamma)` from the first rejection `k*` on, counted in scored slots. This
+    is DFlash's decay, moved from slot 1 to the first slot where the drafter fails.
 
     Args:
-        is_match: the drafter's greedy choice is the target's token.
+        is_match: whether the drafter's greedy choice is the target's token.
         is_scored: slots that count.
         gamma: decay length in slots, as in `dflash_weights`.
 
@@ -147,24 +149,24 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
     Raises:
         ValueError: `gamma` not above 0.
 
-    Source: verification-aware training, VAT (arXiv 2608.30135), its weights with greedy verification; its verification head and
-    mixed labels are not part of this.
+    Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification, without its
+    verification head and mixed labels.
     """
     _check_gamma(gamma)
-    number = is_scored.cumsum(-1) - 1
-    since = (number - _num_accepted_before(is_match, is_scored)).clamp_min(0)
-    return torch.exp(-since / gamma) * is_scored
+    index = is_scored.cumsum(-1) - 1
+    distance = (index - _num_accepted_before(is_match, is_scored)).clamp_min(0)
+    return torch.exp(-distance / gamma) * is_scored
 
 
 @torch.no_grad()
 def spec_auf_weights(is_match: IsMatch, is_scored: IsScored) -> Weights:
-    """Weigh the slots up to and with the first rejection by 1, and what follows by 0.
+    """Weigh the slots up to and including the first rejection by 1, and the later ones by 0.
 
-    Slots behind the first wrong draft are never looked at when decoding. The reduction `weights` makes it the published mean
-    over the support.
+    Decoding never uses slots behind the first wrong draft. With the reduction `weights` this is the published mean over
+    the support.
 
     Args:
-        is_match: the drafter's greedy choice is the target's token.
+        is_match: whether the drafter's greedy choice is the target's token.
         is_scored: slots that count.
 
     Returns:
@@ -172,12 +174,12 @@ def spec_auf_weights(is_match: IsMatch, is_scored: IsScored) -> Weights:
 
     Source: Spec-AUF (arXiv 2607.01893), cross-entropy up to the first mismatch.
     """
-    number = is_scored.cumsum(-1) - 1
-    return (is_scored & (number <= _num_accepted_before(is_match, is_scored))).float()
+    index = is_scored.cumsum(-1) - 1
+    return (is_scored & (index <= _num_accepted_before(is_match, is_scored))).float()
 
 
 def _slots(is_scored: IsScored) -> Float[Tensor, " slot"]:
-    """Slot numbers 0, 1, ... as fp32."""
+    """Give the slot numbers 0, 1, ... as fp32."""
     return torch.arange(is_scored.shape[-1], device=is_scored.device, dtype=torch.float32)
 
 
@@ -207,7 +209,9 @@ def _check_gamma(gamma: float) -> None:
 
 
 def dflash_gamma(block_size: int) -> float:
-    """Decay length for a block size: 7, 5 and 4 for 16, 10 and 8, elsewhere the line through 8 and 16.
+    """Give the decay length for a block size.
+
+    That is 7, 5 and 4 for blocks of 16, 10 and 8; for other sizes it lies on the line through the values of 8 and 16.
 
     Source: DFlash (arXiv 2602.06036), appendix A.1; the other values are ours.
     """
@@ -222,11 +226,11 @@ def uniform_weights(is_scored: IsScored) -> Weights:
 
 @torch.no_grad()
 def head_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
-    """Weigh slots by `base ** slot`, as Medusa does its heads.
+    """Weigh slots by `base ** slot`, as Medusa weighs its heads.
 
     Args:
         is_scored: slots that count.
-        base: in (0, 1].
+        base: base of the power, in (0, 1].
 
     Returns:
         fp32 weights, `base` at slot 1.

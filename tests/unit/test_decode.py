@@ -204,7 +204,7 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
 @pytest.mark.parametrize("rule", ["equality", "speculative"])
 @pytest.mark.parametrize("is_copied", [lambda k: True, lambda k: k % 3 > 0], ids=["always", "in between"])
 def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
-    """Whether it is all that is verified or stands between drafts: the text stays, and the drafter's later features are right."""
+    """The text stays the same and the drafter's later features are right, with copies only and with drafts between."""
     target = make_target("qwen3")
     drafter = make_drafter(target, block_size=6)
     monkeypatch.setattr(

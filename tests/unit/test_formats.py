@@ -341,7 +341,7 @@ def test_neighbouring_layers_take_other_numbers_of_verifications(folder, languag
 def test_the_bundled_module_needs_torch_and_transformers_only():
     source = Path(dpace.modeling_dflash.__file__).read_text()
     imported = re.findall(r"^\s*(?:from|import) (\w+)", source, flags=re.MULTILINE)
-    assert set(imported) == {"collections", "typing", "torch", "transformers"}
+    assert set(imported) == {"collections", "functools", "typing", "torch", "transformers"}
 
 
 def llamacpp_steps(target_gguf: Path, path: Path, prompts) -> list[tuple[list[int], int]]:

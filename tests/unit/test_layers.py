@@ -1,4 +1,7 @@
-"""Imports go one way: each room imports only what stands to its right, whatever the form of the import and wherever it stands."""
+"""Imports go one way: each room imports only rooms to its right in `ROOMS`.
+
+Every form of import counts, at any place in a file.
+"""
 
 import ast
 from graphlib import TopologicalSorter
@@ -7,7 +10,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src"
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("dpace/**/*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
-ROOMS = """cli verbs compare demo engines train report measure decode data views drafter target objective loss fast
+ROOMS = """cli verbs compare demo engines train report measure decode data views drafter target probe objective loss fast
     spec modeling_dflash head weights blocks metrics locate flags provenance progress config __init__""".split()
 STRANGERS = {  # rooms that stand to the right, and still do not know each other
     "engines": {"train"},
@@ -17,7 +20,10 @@ STRANGERS = {  # rooms that stand to the right, and still do not know each other
 
 
 def imports(module: str, text: str, is_package: bool) -> set[str]:
-    """The modules of dpace that a text imports: `import dpace.x`, `from dpace import x`, `from . import x`, at any depth."""
+    """Find the modules of dpace that a text imports, at any depth.
+
+    Forms are `import dpace.x`, `from dpace import x` and `from . import x`.
+    """
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -37,7 +43,8 @@ GRAPH = {m: imports(m, path.read_text(), path.name == "__init__.py") for m, path
 
 
 def test_every_form_of_import_is_seen():
-    text = "import dpace.loss\nfrom dpace import target\ndef f():\n    from . import sampling\n    from ..data.chat import x"
+    inner = "def f():\n    from . import sampling\n    from ..data.chat import x"
+    text = f"import dpace.loss\nfrom dpace import target\n{inner}"
     expected = {"dpace.loss", "dpace.target", "dpace.decode.sampling", "dpace.data.chat"}
     assert imports("dpace.decode.loop", text, is_package=False) == expected
     assert imports("dpace.decode", "from .loop import generate\nfrom . import pace", is_package=True) == {

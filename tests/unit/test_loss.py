@@ -226,7 +226,7 @@ def test_bf16_is_no_worse_than_naive_bf16():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_a_sure_row_does_not_cancel(dtype):
-    """Where the label has nearly all the probability, what is left of `softmax - onehot` is still right to some digits."""
+    """Where the label has nearly all the probability, `softmax - onehot` still has some correct digits."""
     states, head, labels, is_scored = problem(dtype, hidden=64)
     labels = labels.where(is_scored, 0)
     states = (12 * torch.linalg.pinv(head.weight.float())[:, labels].movedim(0, -1)).to(dtype)

@@ -34,7 +34,7 @@ def test_a_draft_that_costs_nothing_to_verify_is_verified_whole():
 
 
 def run(pace: Pace, steps: int, accepted_of, confidence=0.9, slowness=1.0) -> tuple[float, int]:
-    """Tokens over the time that plain decoding would take for them, and drafts; drafted steps take `slowness` of their costs."""
+    """Give the speed over plain decoding and the number of drafts; drafted steps take `slowness` times their costs."""
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
         if pace.plan(0, 0)[1]:
@@ -159,7 +159,7 @@ def test_drafts_are_told_apart_by_the_match_before_them():
 
 
 def test_drafting_what_would_have_been_copied_is_worth_little():
-    """A drafter that is right about all there is to copy, and nothing else, loses to copying; one that is right elsewhere does not."""
+    """A drafter that is right only where copying is right loses to copying; one that is right elsewhere does not."""
     for is_copyable, most in ((True, 4), (False, 100)):
         pace = Pace(COSTS)
         for _ in range(40):

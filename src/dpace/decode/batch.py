@@ -1,4 +1,4 @@
-"""Decode several prompts at once: each text is the one that its prompt gets alone, from passes that all rows share."""
+"""Decode several prompts at once, each with the text that it gets alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ from dpace.target import Target
 from dpace.views import draft_block, mask_blocks
 
 COMPILED_COLUMNS = 256
-"""Compiled steps have a multiple of so many columns in their caches."""
+"""Compiled steps round the number of columns in their caches up to a multiple of this."""
 
 
 @dataclass
 class _Row:
-    """One prompt, its response so far, and the verifications that gave it."""
+    """One prompt, its response so far, and the verifications that emitted it."""
 
     text: Continuation
     accepted_lengths: list[int] = field(default_factory=list)
@@ -43,7 +43,12 @@ class _Row:
         return self.text.num_prompt + self.text.max_new_tokens - 1
 
     def emit(self, draft: list[int], drawn: list[int]) -> None:
-        """Take what the target's own draws leave of a draft, and its next token."""
+        """Append the accepted beginning of a draft and the target's next token.
+
+        Args:
+            draft: draft tokens.
+            drawn: the target's own draw at each of them, and its next one.
+        """
         draft = draft[: self.text.remaining]
         emitted, accepted = self.text.take(verify_draft(draft, drawn), drawn)
         self.accepted_lengths.append(accepted)
@@ -51,7 +56,7 @@ class _Row:
         self.widths.append(len(draft) + 1)
 
     def generation(self, block_size: int, seconds: tuple[float, float]) -> Generation:
-        """The finished row; without lengths where nothing was drafted."""
+        """Give the finished row as a `Generation`; without lengths where nothing was drafted."""
         lengths = (self.accepted_lengths, self.emitted_lengths, self.widths) if block_size > 1 else ([], [], [])
         return Generation(self.text.text[self.text.num_prompt :], *lengths, block_size, *seconds)
 
@@ -59,13 +64,16 @@ class _Row:
 class _Batch:
     """The rows that are not done, and the caches of target and drafter.
 
-    A token's column in the target's cache is its position, so the caches have no holes: a query sees the columns up to its own
-    position, and a rejected token lies above until the next block, which begins there and is no shorter, is written over it.
-    The drafter's cache is the same behind `block_size` columns for the slots, which are never kept. The features of all tokens that the
-    target read go into it; those of rejected tokens are hidden and written over in the same way.
+    A token's column in the target's cache is its position, so the caches have no holes. A query sees the columns up to
+    its own position. A rejected token lies above these until the next block, which begins there and is no shorter,
+    overwrites it.
 
-    With `compile`, all steps have the same shapes: whole blocks, all columns, and done rows stay until the end. Without a drafter
-    a block is a row's last token.
+    The drafter's cache begins with `block_size` columns for the slots, which are never kept; the other columns are as
+    in the target's cache. The features of all tokens that the target read go into it; those of rejected tokens are
+    hidden and overwritten in the same way.
+
+    With `compile`, all steps have the same shapes: whole blocks, all columns, and done rows stay until the end. Without
+    a drafter a block is a row's last token.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class _Batch:
         self.target, self.drafter, self.rows, self.captured = target, drafter, rows, captured
         self.is_fixed = compile
         capacity = 1 + max(row.limit for row in rows)
-        if compile:  # round up, so that other prompts have these shapes too
+        if compile:  # rounded up, so that other prompts have the same shapes
             capacity = -(-capacity // COMPILED_COLUMNS) * COMPILED_COLUMNS
         self.capacity = capacity
         self.cache = RaggedCache(target.config, capacity)
@@ -90,7 +98,7 @@ class _Batch:
         return torch.tensor(values, device=self.target.device)
 
     def prefill(self) -> None:
-        """Read the prompts and emit the first tokens; padding stands on the right, where no prompt token sees it."""
+        """Read the prompts and emit the first tokens; padding is on the right, where no token sees it."""
         prompts = [row.text.text for row in self.rows]
         longest = max(map(len, prompts))
         padded = self._tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])
@@ -99,8 +107,8 @@ class _Batch:
         hidden, self.features = _read(self.target, self.captured, padded, self.cache, self.positions, None)
         last = self._tensor([row.start for row in self.rows])
         logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
-        for row, of_row in zip(self.rows, logits, strict=True):
-            row.text.take(0, row.text.draw(of_row[None]).tolist())
+        for row, row_logits in zip(self.rows, logits, strict=True):
+            row.text.take(0, row.text.draw(row_logits[None]).tolist())
 
     def draft(self) -> Int[Tensor, "batch slot"]:
         """Draft one block a row: its last token and the most likely tokens after it."""
@@ -112,7 +120,7 @@ class _Batch:
         slots = torch.arange(size, device=starts.device).expand(len(starts), -1)
         end = size + (self.capacity if self.is_fixed else max(row.start for row in self.rows))
         self.drafter_cache.place(torch.cat([size + self.positions, slots], dim=1), end)
-        # The first time the features are those of the whole prompts: another shape.
+        # The first features are those of whole prompts and have another shape, for which nothing is compiled.
         draft = self.draft_block if self.features.shape[1] == size else draft_block
         hidden = draft(
             self.drafter,
@@ -129,7 +137,10 @@ class _Batch:
         return blocks[:, :width]
 
     def verify(self, blocks: Int[Tensor, "batch slot"]) -> None:
-        """Let the target read the blocks, and emit. Slots past a row's last token share its position and give nothing."""
+        """Let the target read the blocks, and emit tokens.
+
+        Slots past the last token that a row may emit share that token's position, and their results are not used.
+        """
         width = blocks.shape[1]
         starts, limits = [row.start for row in self.rows], [row.limit for row in self.rows]
         slots = torch.arange(width, device=blocks.device)
@@ -142,12 +153,12 @@ class _Batch:
         hidden, features = self.read(self.target, self.captured, blocks, self.cache, self.positions, mask)
         self.features = features.clone()  # a CUDA graph writes its results to the same place each time
         logits = self.target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
-        for row, block, of_row in zip(self.rows, blocks.tolist(), logits, strict=True):
+        for row, block, row_logits in zip(self.rows, blocks.tolist(), logits, strict=True):
             if not row.text.is_done:
-                row.emit(block[1:], row.text.draw(of_row).tolist())
+                row.emit(block[1:], row.text.draw(row_logits).tolist())
 
     def drop_done(self) -> None:
-        """Keep what is not done, here and in the caches."""
+        """Drop the rows that are done, here and in the caches."""
         kept = [index for index, row in enumerate(self.rows) if not row.text.is_done]
         if len(kept) == len(self.rows) or (kept and self.is_fixed):
             return
@@ -162,9 +173,10 @@ class _Batch:
 def batch_steps(
     target: Target, drafter: Drafter, num_rows: int, *, temperature: float = 0.0, context: int
 ) -> Callable[[int], None]:
-    """Make what `dpace.decode.costs.single_steps` makes, for a step of `generate_batch` with so many rows.
+    """Make a function that runs one step of `generate_batch` with `num_rows` rows.
 
-    One token is verified as without a drafter.
+    It takes the same argument as the function that `dpace.decode.costs.single_steps` makes. A verification of one token
+    runs as it does without a drafter.
 
     Memory: keys and values of the context in all rows, and its features.
     """
@@ -174,7 +186,7 @@ def batch_steps(
     with torch.inference_mode(), target.capture(drafter.target_layer_ids) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=False)
         batch.prefill()
-        of_prompt = batch.positions, batch.features
+        prompt_inputs = batch.positions, batch.features
     blocks = torch.full((num_rows, size), drafter.mask_token_id, device=target.device)
 
     @torch.inference_mode()
@@ -188,14 +200,14 @@ def batch_steps(
             with target.capture(drafter.target_layer_ids) as batch.captured:
                 batch.verify(blocks[:, :width])
         else:
-            batch.positions, batch.features = (x[:, :size] if width == DRAFT else x for x in of_prompt)
+            batch.positions, batch.features = (x[:, :size] if width == DRAFT else x for x in prompt_inputs)
             batch.draft().tolist()  # waits for the device, as drawing does
 
     return step
 
 
 def _read(target: Target, captured: list[Tensor], token_ids, cache, positions, mask) -> tuple[Tensor, Tensor]:
-    """A pass of the target's layers: what the head reads, and the features."""
+    """Run the target's layers and give the head's input and the features."""
     hidden = target.hidden(token_ids, cache=cache, position_ids=positions, attention_mask=mask)
     return hidden, torch.cat(captured, dim=-1) if captured else hidden[..., :0]
 
@@ -203,7 +215,7 @@ def _read(target: Target, captured: list[Tensor], token_ids, cache, positions, m
 def _additive(
     is_visible: Bool[Tensor, "batch query column"], dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 query column"]:
-    """The mask as both `sdpa` and `eager` attention take it: added to the scores."""
+    """Make the mask that is added to the scores, which both `sdpa` and `eager` attention accept."""
     mask = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
     return mask.masked_fill(~is_visible, torch.finfo(dtype).min)[:, None]
 
@@ -217,30 +229,30 @@ def generate_batch(
     compile: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> list[Generation]:
-    """Decode several prompts at once with a drafter: each text is the one that its prompt gets alone.
+    """Decode several prompts at once with a drafter, each with the text that it gets alone.
 
-    Each step drafts a block for every row and verifies all of them whole (`width="full"`, `verify_rule="equality"` of
-    `generate`). Rows accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text and
-    accepted lengths are those of `generate`, above temperature 0 with the row's own seed; in low precision, batches of another
-    size round differently.
+    Each step drafts a block for every row and verifies the whole blocks (`width="full"`, `verify_rule="equality"` of
+    `generate`). Rows accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text
+    and accepted lengths are those of `generate`, above temperature 0 with the row's own seed. In low precision,
+    rounding depends on the size of the batch.
 
-    Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits of one
-    block a row.
+    Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits
+    of one block a row.
 
     Args:
-        target: the model whose text is kept; with full attention in all layers where there is more than one prompt.
-        drafter: trained for it; None decodes plainly, a token a step: the baseline.
-        prompts: decoded all at once; as many as memory allows.
-        compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call takes a
-            minute or more; later ones with as many prompts reuse it.
+        target: the model whose text is kept; for more than one prompt, all its layers must have full attention.
+        drafter: trained for this target; None gives plain decoding, one token a step.
+        prompts: decoded all at once; memory limits their number.
+        compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call
+            takes a minute or more; later calls with the same number of prompts reuse it.
         options: see `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
 
     Returns:
         One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
 
     Raises:
-        ValueError: as `generate`; and, for more than one prompt, layers with a sliding window or the like, or an attention
-            implementation that takes no 4-D mask.
+        ValueError: as `generate`; for more than one prompt also a layer without full attention, or an attention
+            implementation that accepts no 4-D mask.
     """
     if len(prompts) == 1 and not compile:
         if drafter is None:
@@ -250,8 +262,8 @@ def generate_batch(
         drafter.check_target(target)
     rows, seed = [], options.pop("seed", None)
     for number, token_ids in enumerate(prompts):
-        of_row: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
-        rows.append(_Row(make_continuation(target, token_ids, **of_row)))
+        row_options: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
+        rows.append(_Row(make_continuation(target, token_ids, **row_options)))
     if not rows:
         return []
     _check_attention(target)
@@ -269,10 +281,10 @@ def generate_batch(
 
 
 def _check_attention(target: Target) -> None:
-    """Refuse an attention implementation that takes no 4-D mask."""
+    """Refuse an attention implementation that accepts no 4-D mask."""
     implementation = target.config._attn_implementation
     if implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
         raise ValueError(
-            f"the target's attention is {implementation}, which takes no 4-D mask; load it with attn_implementation='sdpa', or "
-            "decode one prompt at a time with `generate`"
+            f"the target's attention is {implementation}, which accepts no 4-D mask; load the target with "
+            "attn_implementation='sdpa', or decode one prompt at a time with `generate`"
         )

@@ -1,4 +1,4 @@
-"""Measure what the steps of decoding take on this machine."""
+"""Time the steps of decoding on this machine."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from dpace.target import Target
 from dpace.views import draft_block
 
 FILLER_TOKENS = 128
-"""Context that step times are measured with."""
+"""Number of tokens before the timed steps."""
 DRAFT, FIRST_DRAFT = 0, -1
-"""Steps that are timed beside verifications, which are named by their width."""
+"""Kinds of steps beside verifications, whose kind is their width."""
 NUM_ROUNDS = 5
-"""Times that each step is timed."""
+"""Number of times that each step is timed."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,26 @@ class StepCosts:
     """Seconds of the parts of a step on this machine."""
 
     verify_seconds: Sequence[float]
-    """Of the target reading 1, 2, ... tokens."""
+    """Seconds in which the target reads 1, 2, ... tokens."""
     draft_seconds: float
-    """Of the drafter with the head."""
+    """Seconds of the drafter with the head."""
     reading_seconds: float = 0.0
-    """What the first draft takes beyond that, in which the drafter reads the prompt."""
+    """Additional seconds of the first draft, in which the drafter reads the prompt."""
 
     @property
     def plain_rate(self) -> float:
-        """Tokens a second without drafting."""
+        """Tokens per second of plain decoding."""
         return 1 / self.verify_seconds[0]
 
     def best_width(self, reach: Sequence[float]) -> tuple[int, float]:
-        """The tokens to verify that give the most expected tokens a second.
+        """Choose the verification length that gives the most expected tokens per second.
 
         Args:
-            reach: for each draft slot, the probability that it and all before it are accepted; as many as may be verified.
+            reach: for each draft slot that may be verified, the probability that it and all slots before it are
+                accepted.
 
         Returns:
-            The width, 1 (none of the draft) to `len(reach) + 1`, and the expected tokens emitted.
+            The width, 1 (none of the draft) to `len(reach) + 1`, and the expected number of emitted tokens.
         """
         best, best_rate, emitted = (1, 1.0), 1 / (self.draft_seconds + self.verify_seconds[0]), 1.0
         for width, probability in enumerate(reach, start=2):
@@ -56,30 +57,32 @@ class StepCosts:
 
 
 def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0) -> StepCosts:
-    """Measure what steps take on this machine; about a second for a small model.
+    """Measure the seconds of decoding steps on this machine; takes about a second for a small model.
 
     Args:
-        target: reads 1 to `block_size` tokens.
-        drafter: drafts a block.
-        temperature: drawing tokens takes longer than choosing the most likely ones.
+        target: timed while it reads 1 to `block_size` tokens.
+        drafter: timed while it drafts a block.
+        temperature: above 0, tokens are drawn, which takes longer than choosing the most likely ones.
     """
     timer = StepTimer([single_steps(target, drafter, temperature=temperature)], drafter.block_size)
     timer.run_at_least(NUM_ROUNDS)
-    return timer.costs(min)[0]  # whatever disturbs a step makes it slower
+    return timer.costs(min)[0]  # the minimum, because disturbances only make steps slower
 
 
 def single_steps(
     target: Target, drafter: Drafter, *, temperature: float = 0.0, context: int = FILLER_TOKENS
 ) -> Callable[[int], None]:
-    """A function that does what one step of one prompt does: verify so many tokens, or `DRAFT`, or `FIRST_DRAFT`.
+    """Make a function that runs one step of decoding one prompt.
+
+    Its argument is the number of tokens to verify, or `DRAFT`, or `FIRST_DRAFT`.
 
     Memory: keys and values of the context, and its features.
 
     Args:
         target: reads 1 to `block_size` tokens.
         drafter: drafts a block.
-        temperature: of the draws.
-        context: tokens before the step.
+        temperature: temperature of the draws.
+        context: number of tokens before the step.
     """
     sampler = Sampler(temperature, seed=0, device=target.device)
     device, size = target.device, drafter.block_size
@@ -107,7 +110,7 @@ def single_steps(
 
 
 class StepTimer:
-    """Times what functions like that of `single_steps` do; all of them take their turns in each round."""
+    """A timer for step functions such as those of `single_steps`, which take turns in each round."""
 
     def __init__(self, steps: Sequence[Callable[[int], None]], block_size: int):
         self.steps, self.num_rounds = steps, 0
@@ -115,9 +118,9 @@ class StepTimer:
         self.seconds = [{kind: [] for kind in (FIRST_DRAFT, DRAFT, *self.widths)} for _ in steps]
 
     def run(self) -> None:
-        """One round; the first is a warm-up, which is not counted."""
-        for step, of_step in zip(self.steps, self.seconds, strict=True):
-            for kind, seconds in of_step.items():
+        """Run one round; the first is a warm-up, which is not counted."""
+        for step, seconds_by_kind in zip(self.steps, self.seconds, strict=True):
+            for kind, seconds in seconds_by_kind.items():
                 start = time.perf_counter()
                 step(kind)
                 if self.num_rounds:
@@ -125,18 +128,21 @@ class StepTimer:
         self.num_rounds += 1
 
     def run_at_least(self, num_rounds: int) -> None:
-        """Further rounds, where fewer counted so far."""
+        """Run rounds until at least `num_rounds` are counted."""
         while self.num_rounds <= num_rounds:
             self.run()
 
     def costs(self, choose: Callable[[Sequence[float]], float]) -> list[StepCosts]:
-        """Of each function, from what is chosen of its rounds' seconds. A width counts as no slower than a wider one; others are interpolated."""
-        found = []
-        for of_step in self.seconds:
-            seconds = {kind: choose(of_kind) for kind, of_kind in of_step.items()}
+        """Give the costs of each function, where `choose` picks one value from its rounds' seconds.
+
+        Widths that were not timed are interpolated. A width counts as no slower than a wider one.
+        """
+        costs = []
+        for seconds_by_kind in self.seconds:
+            seconds = {kind: choose(rounds) for kind, rounds in seconds_by_kind.items()}
             widths = range(1, self.widths[-1] + 1)
             verify_seconds = np.interp(widths, self.widths, [seconds[width] for width in self.widths])
             verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
             reading = max(0.0, seconds[FIRST_DRAFT] - seconds[DRAFT])
-            found.append(StepCosts(verify_seconds.tolist(), seconds[DRAFT], reading))
-        return found
+            costs.append(StepCosts(verify_seconds.tolist(), seconds[DRAFT], reading))
+        return costs

@@ -1,4 +1,4 @@
-"""What decoding gives: steps as they come, and the whole response with what it took."""
+"""Results of decoding: single steps, and whole responses with their times."""
 
 import time
 from collections.abc import Iterator
@@ -11,41 +11,41 @@ from dpace.metrics import Acceptance
 
 
 class Step(NamedTuple):
-    """What one forward pass of the target gave."""
+    """The result of one forward pass of the target."""
 
     token_ids: list[int]
-    """Emitted, in order."""
+    """Emitted tokens, in order."""
     accepted: int
-    """Draft tokens among them."""
+    """Number of accepted draft tokens among them."""
     width: int
-    """Tokens that the target read: the last token and the draft tokens that it verified; 0 for the prompt."""
+    """Number of tokens that the target read: the last token and the verified draft tokens; 0 for the prompt."""
     copied: int = 0
-    """Accepted tokens that a prompt lookup proposed, not the drafter."""
+    """Number of accepted tokens that a prompt lookup proposed instead of the drafter."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A response and what it took."""
+    """A response, its verifications and its times."""
 
     token_ids: list[int]
     """The response without the prompt; ends with the stop token where there was one."""
     accepted_lengths: list[int]
-    """Accepted draft tokens of each verification, in order; empty for plain decoding."""
+    """Number of accepted draft tokens of each verification, in order; empty for plain decoding."""
     emitted_lengths: list[int]
-    """Tokens emitted by each verification: one more, but not where an accepted token ended the text."""
+    """Number of tokens emitted by each verification: one more, except where an accepted token ended the text."""
     widths: list[int]
-    """Tokens that the target read in each: 1 where nothing was drafted."""
+    """Number of tokens that the target read in each verification; 1 where nothing was drafted."""
     block_size: int
     prefill_seconds: float
-    """Up to and including the first token."""
+    """Seconds up to and including the first token."""
     decode_seconds: float
-    """All further tokens."""
+    """Seconds for all further tokens."""
     num_copied: int = 0
-    """Accepted tokens that a prompt lookup proposed, not the drafter."""
+    """Number of accepted tokens that a prompt lookup proposed instead of the drafter."""
 
     @property
     def num_decode_tokens(self) -> int:
-        """Tokens after the first."""
+        """Number of tokens after the first."""
         return len(self.token_ids) - 1
 
     @property
@@ -56,14 +56,14 @@ class Generation:
 
 
 def read_clock(device: torch.device) -> float:
-    """Read a clock in seconds, after the device has done all that it was given."""
+    """Read a clock in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def collect(steps: Iterator[Step], block_size: int, device: torch.device) -> Generation:
-    """Run all steps and take the time."""
+    """Run all steps and time them."""
     started = read_clock(device)
     response = list(next(steps).token_ids)
     first_seconds = read_clock(device) - started

@@ -1,15 +1,15 @@
-"""Speculative decoding of one prompt: plan, propose, verify, emit. Plain decoding stands beside it."""
+"""Speculative and plain decoding of one prompt."""
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.config import VerifyRule, Width
+from dpace.decode.drafting import Drafting, Plan, Proposal, make_drafting
 from dpace.decode.generation import Generation, Step, collect
 from dpace.decode.lookup import PromptLookup
 from dpace.decode.pace import Pace, Paces
@@ -22,83 +22,11 @@ from dpace.target import Target
 from dpace.views import draft_block, mask_blocks
 
 
-@dataclass(frozen=True)
-class Drafting:
-    """How drafts are made and verified: what the options of `generate` mean for one drafter."""
-
-    block_size: int
-    """Slots to draft, the anchor included."""
-    max_width: int
-    """Tokens, at most, that the target verifies at once, the last token included."""
-    verify_rule: VerifyRule
-    pace: Pace | None
-    """Chooses the width and between drafts and copies, step by step; None always verifies `max_width`."""
-
-
-def make_drafting(
-    target: Target,
-    drafter: Drafter,
-    temperature: float,
-    *,
-    width: Width = "auto",
-    block_size: int | None = None,
-    verify_rule: VerifyRule = "equality",
-    paces: Paces | None = None,
-) -> Drafting:
-    """Check the options of `generate`, and find the pace for `auto`. Arguments as in `generate`.
-
-    Raises:
-        ValueError: a drafter for another target, or a block or width that it cannot have.
-    """
-    drafter.check_target(target)
-    if target.cache_ability == "append":
-        raise ValueError(
-            f"{type(target.model).__name__} cannot read several tokens behind a text that it has read, as verifying a draft "
-            "does: its recurrent layers forget that text; decode it without a drafter"
-        )
-    block_size = block_size or drafter.block_size
-    if not 2 <= block_size <= drafter.block_size:
-        raise ValueError(f"block_size is {block_size}; this drafter drafts blocks of 2 to {drafter.block_size}")
-    max_width = width if isinstance(width, int) else block_size
-    if not 2 <= max_width <= block_size:
-        raise ValueError(f"width is {width}; a block of {block_size} has 2 to {block_size} tokens to verify")
-    pace = (paces or Paces()).get(target, drafter, temperature) if width == "auto" else None
-    return Drafting(block_size, max_width, verify_rule, pace)
-
-
-class Plan(NamedTuple):
-    """What a step tries."""
-
-    is_drafted: bool
-    """The drafter drafts a block; otherwise the first tokens of `copied` are verified, or nothing."""
-    match: int = 0
-    """Tokens that the prompt lookup found again; 0 for none."""
-    copied: Sequence[int] = ()
-    """What followed them there."""
-    width: int = 1
-    """Tokens to verify of `copied`, the last token of the text included."""
-
-
-class Proposal(NamedTuple):
-    """What the target is to verify."""
-
-    block: Int[Tensor, "1 width"]
-    """The last token of the text, then the proposed ones."""
-    num_read: int = 0
-    """Tokens that the drafter read before it drafted."""
-    draft_probs: Float[Tensor, "draft vocab"] | None = None
-    """What the draft tokens were drawn from; None where they are not draws."""
-
-    @property
-    def width(self) -> int:
-        """Tokens that the target reads."""
-        return self.block.shape[1]
-
-
 class Speculation:
-    """Decoding of one response: the text, both caches, and the features that the drafter has not read.
+    """The state of decoding one response: text, both caches, and features that the drafter has not read.
 
-    Between steps both caches hold exactly the tokens before the last one. `steps` has the loop.
+    Between steps the target's cache holds exactly the tokens before the last one; the drafter's cache and the unread
+    features together cover the same tokens. The loop is in `steps`.
     """
 
     def __init__(
@@ -114,7 +42,7 @@ class Speculation:
         self.samples_draft = drafting.verify_rule == "speculative" and text.sampler.temperature > 0
 
     def steps(self) -> Iterator[Step]:
-        """Yield the first token, then what each verification emits."""
+        """Yield the first token, then the tokens that each verification emits."""
         yield self.read_prompt()
         while not self.text.is_done:
             started = time.perf_counter()
@@ -132,7 +60,7 @@ class Speculation:
         return Step(token_ids, 0, 0)
 
     def plan(self) -> Plan:
-        """Decide what to try: a draft, a copy of what followed these tokens before, or nothing."""
+        """Choose between a draft, a copy of the tokens that followed the last ones before, and a plain step."""
         pace = self.drafting.pace
         if pace is None:
             return Plan(is_drafted=True)
@@ -141,7 +69,7 @@ class Speculation:
         return Plan(is_drafted, match, copied, width)
 
     def propose(self, plan: Plan) -> Proposal:
-        """Make what the target is to verify."""
+        """Make the tokens that the target verifies."""
         if not plan.is_drafted:
             last_and_copied = [self.text.text[-1], *plan.copied[: plan.width - 1]]
             return Proposal(torch.tensor([last_and_copied], device=self.target.device))
@@ -159,7 +87,11 @@ class Speculation:
         return Proposal(block[:, :width], num_read, draft_probs)
 
     def _draft(self, block: Int[Tensor, "1 slot"]) -> tuple[Float[Tensor, "draft vocab"], int]:
-        """Let the drafter read what it has not read and draft; logits of the slots that may be verified, and tokens read."""
+        """Let the drafter read the unread features and draft a block.
+
+        Returns:
+            Logits of the draft slots that may be verified, and the number of tokens read.
+        """
         start, size = len(self.text.text) - 1, block.shape[1]
         features = torch.cat([torch.cat(layer, dim=1) for layer in zip(*self.unread, strict=True)], dim=-1)
         self.unread.clear()
@@ -173,7 +105,11 @@ class Speculation:
         return self.target.logits(hidden[0, 1:last]), features.shape[1]
 
     def verify(self, proposal: Proposal) -> tuple[int, list[int]]:
-        """Let the target read the proposal: the accepted draft tokens, and these with the target's next token."""
+        """Let the target verify the proposal.
+
+        Returns:
+            The number of accepted draft tokens, and these tokens followed by the target's next one.
+        """
         block, width, text = proposal.block, proposal.width, self.text
         if self.target.cache_ability == "rewind":
             self.mark = mark_states(self.cache)
@@ -185,16 +121,16 @@ class Speculation:
             return accepted, [*draft[:accepted], next_token]
         drawn = text.draw(logits, block[0, 1:].tolist() if text.sampler.processors else ())
         both = torch.cat([block[0, 1:], drawn]) if width > 1 else drawn
-        both = both.tolist()  # what waits for the device, apart from `pace`
+        both = both.tolist()  # one wait for the device, beside the pace's
         draft, drawn = both[: width - 1], both[width - 1 :]
         accepted = verify_draft(draft, drawn)
         return accepted, drawn[: accepted + 1]
 
     def emit(self, plan: Plan, proposal: Proposal, accepted: int, token_ids: Sequence[int], started: float) -> Step:
-        """Append what was accepted, let the pace learn from it, and take back what was not."""
+        """Append the accepted tokens, update the pace, and drop the rejected ones from the target's cache."""
         emitted, accepted = self.text.take(accepted, token_ids)
         if self.drafting.pace is not None:
-            seconds = time.perf_counter() - started  # of all of the step: the tokens had to wait for the device
+            seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
             self._learn(self.drafting.pace, plan, proposal, accepted, emitted, seconds)
         self.unread.append([layer[:, : len(emitted)] for layer in self.captured])
         self._take_back(proposal, len(emitted))
@@ -212,9 +148,9 @@ class Speculation:
     def _learn(
         self, pace: Pace, plan: Plan, proposal: Proposal, accepted: int, emitted: list[int], seconds: float
     ) -> None:
-        """Tell the pace what the step gave and took."""
+        """Tell the pace the step's accepted tokens and seconds."""
         if plan.is_drafted:
-            is_usual = proposal.num_read < self.text.num_prompt  # else the drafter also read the prompt
+            is_usual = proposal.num_read < self.text.num_prompt  # otherwise the drafter also read the prompt
             pace.record(proposal.width, accepted, seconds if is_usual else None, self.lookup.read())
         else:
             pace.record_plain(seconds, proposal.width)
@@ -223,7 +159,7 @@ class Speculation:
 
 @torch.inference_mode()
 def speculative_steps(target: Target, drafter: Drafter, text: Continuation, drafting: Drafting) -> Iterator[Step]:
-    """Yield what each forward pass of the target emits; the loop behind `generate` and `stream`."""
+    """Yield the tokens that each forward pass of the target emits, for `generate` and `stream`."""
     with target.capture(drafter.target_layer_ids) as captured:
         yield from Speculation(target, drafter, text, drafting, captured).steps()
 
@@ -243,7 +179,10 @@ def plain_steps(target: Target, text: Continuation) -> Iterator[Step]:
 def generate_plain(
     target: Target, token_ids: Sequence[int] | Int[Tensor, "..."], **options: Unpack[SamplingOptions]
 ) -> Generation:
-    """Decode one token at a time with the target alone: the baseline. Arguments as in `generate`."""
+    """Decode one token at a time with the target alone, as the baseline.
+
+    Arguments as in `generate`.
+    """
     return collect(plain_steps(target, make_continuation(target, token_ids, **options)), 1, target.device)
 
 
@@ -258,26 +197,29 @@ def generate(
     paces: Paces | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Generation:
-    """Decode with a drafter: the target's text, in fewer of its forward passes.
+    """Decode with a drafter, which gives the target's own text in fewer forward passes of the target.
 
-    A step drafts a block after the last token, or with width `auto` sometimes copies what followed these tokens before
-    (`PromptLookup`). The target reads the last token and the proposed ones, accepts a beginning, and adds its own next token.
+    A step drafts a block after the last token. With width `auto` it sometimes copies the tokens that followed the last
+    ones before (`PromptLookup`) instead. The target reads the last token and the proposed ones, accepts a beginning of
+    them, and adds its own next token.
 
-    Memory: keys and values of prompt, response and block in target and drafter; logits of one block; on a CPU a second copy of
-    the LM head.
+    Memory: keys and values of prompt, response and block in target and drafter; logits of one block; on a CPU a second
+    copy of the LM head.
 
     Args:
         target: the model whose text is kept.
-        drafter: trained for it.
+        drafter: trained for this target.
         token_ids: the prompt, one row.
-        width: `full` verifies the whole block; a number (2 to `block_size`) so many tokens with the last one; `auto` what
-            makes decoding fastest on this machine, which it measures for about a second first.
-        block_size: slots to draft, the anchor included; by default, and at most, what the drafter was trained with.
-        verify_rule: `equality` drafts greedily and accepts what equals the target's own draw; `speculative` draws the draft
-            and accepts by speculative sampling. The same thing at temperature 0.
-        paces: what earlier calls with width `auto` learned; without it each call measures the machine again.
-        options: see `SamplingOptions`. With the rule `equality` a `seed` gives the text that it gives `generate_plain`, up to
-            rounding.
+        width: the verification length. `full` verifies the whole block; a number from 2 to `block_size` verifies that
+            number of tokens, the last one included; `auto` chooses the fastest length at each step, after it has
+            measured this machine for about a second.
+        block_size: number of slots to draft, the anchor included; by default, and at most, the size used in training.
+        verify_rule: `equality` drafts greedily and accepts tokens that equal the target's own draw; `speculative` draws
+            the draft and accepts by speculative sampling. Both are the same at temperature 0.
+        paces: measurements and experience of earlier calls with width `auto`; without it each call measures the machine
+            again.
+        options: see `SamplingOptions`. With the rule `equality` a `seed` gives the same text as in `generate_plain`, up
+            to rounding.
 
     Returns:
         See `Generation`.

@@ -1,4 +1,4 @@
-"""Confidences and step times in; how many slots are worth verifying, and whether drafting is worth it at all, out."""
+"""The choice of each step's verification length, and whether to draft at all."""
 
 import itertools
 import operator
@@ -12,40 +12,43 @@ from dpace.drafter import Drafter
 from dpace.target import Target
 
 EXPLORATION = 0.01
-"""Share of the tokens that may be lost to finding out whether a drafter that does not pay has begun to."""
+"""Share of the tokens that may be lost by testing whether a drafter that was slower than not drafting is now faster."""
 DECAY = 0.95
-"""Weight of the past in the running sums, a draft."""
+"""Factor of the past in the running sums, applied at each draft."""
 GAIN_DECAY = 0.98
-"""The same of what drafts gave, which differs much from one to the next: with less, bad luck would end drafting."""
+"""The same factor for the gain of drafts, which varies much: with a smaller one, bad luck would end drafting."""
 PRIOR_TOKENS = 1.0
-"""Promised and kept ones before the first draft."""
+"""Initial sums of promised and of kept tokens, before the first draft."""
 COPY_PRIOR = (0.2, 0.5)
-"""How often the first and a further token of a prompt lookup is right, before the first one; it counts as two of them."""
+"""Initial rates at which the first and a further token of a prompt lookup are right; they count as two observations."""
 PRIOR_GAIN = 1.1
-"""Of the whole draft that a drafter begins with, over plain decoding: it is trusted until it is found wanting."""
+"""Initial gain of a whole draft over plain decoding; a drafter is trusted until it proves slower."""
 
 
 class Pace:
-    """Decides, step by step, whether to draft and how wide to verify, so as to emit the most tokens a second.
+    """A controller that decides at each step whether to draft and how many tokens to verify.
 
-    The width maximizes `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])` with `c` the drafter's
-    calibrated confidences: the surrogate that D-PACE trains for, over the time that it takes here. Confidences that promise
-    more than is accepted are scaled down by what was found so far, and costs are corrected by what steps took: those were measured in
-    a loop, without all that surrounds a step, and in one second of the machine.
+    It aims at the most tokens per second. The width maximizes
+    `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])`, with `c` the drafter's
+    calibrated confidences. That is the surrogate that D-PACE trains for, over the time that it takes on this machine.
+    Two corrections apply. Confidences that promised more than was accepted so far are scaled down. Costs are scaled by
+    the seconds of real steps, because they were measured within one second, in a loop without the work around a step.
 
-    Instead of a draft, what a prompt lookup proposes may be verified, or nothing. How often lookups are right is seen at every step,
-    by the length of the match and apart for the first token and further ones; what drafts give, when there are some, by the same
-    length. The one that promises most is taken; what a draft gives and copying would have given a step later counts only for its share
-    of that step. Drafts that promise less are made for `EXPLORATION` of the tokens, less where the drafter would have to read a prompt
-    first: a bad drafter costs little, and one that gets good is found again. What was learned is kept from one response to the next
-    (`Paces`).
+    Instead of a draft, the tokens of a prompt lookup may be verified, or none. The rate at which lookups are right is
+    tracked at every step, by the length of the match, and separately for the first token and further ones. The gain of
+    drafts is tracked by the same length. The option that promises most is chosen. A drafted token that copying would
+    have given one step later counts only for its share of that step.
+
+    Drafts that promise less than the other options are still made for a share `EXPLORATION` of the tokens, and less
+    often where the drafter would have to read a prompt first. So a bad drafter costs little, and one that improves is
+    used again. Everything learned is kept from one response to the next (`Paces`).
     """
 
     def __init__(self, costs: StepCosts):
         self.costs, self.copy_costs = costs, replace(costs, draft_seconds=0.0)
         self.copied = {length: [[2 * p, 2.0] for p in COPY_PRIOR] for length in range(1, MAX_MATCH + 1)}
         seconds = costs.draft_seconds + costs.verify_seconds[-1]
-        # Tokens, seconds that these would have taken without drafts, seconds, and drafts: of all and by length of the match.
+        # Sums over drafts: tokens, their seconds without drafts, seconds, number of drafts. In all and by match length.
         self.all_drafted: tuple[float, ...] = (
             PRIOR_GAIN * costs.plain_rate * seconds,
             PRIOR_GAIN * seconds,
@@ -53,29 +56,30 @@ class Pace:
             1.0,
         )
         self.drafted: dict[int, tuple[float, ...]] = dict.fromkeys(range(MAX_MATCH + 1), (0.0, 0.0, 0.0, 0.0))
-        self.slowness = {"plain": 1.0, "drafted": 1.0}  # a running mean of seconds over those of `costs`
+        self.slowness = {"plain": 1.0, "drafted": 1.0}  # running means of a step's seconds over those of `costs`
         self.promised = self.kept = PRIOR_TOKENS
         self.credit, self._match, self._loss = 0.0, 0, 0.0
-        self.reading = costs.reading_seconds / FILLER_TOKENS * costs.plain_rate  # tokens lost to reading one
+        self.reading = costs.reading_seconds / FILLER_TOKENS * costs.plain_rate  # tokens lost by reading one token
 
     def plan(self, match: int, count: int, num_unread: int = 0) -> tuple[int, bool]:
-        """What the next step is to do; called once a step.
+        """Choose between a draft, copied tokens and a plain step; call this once a step.
 
         Args:
-            match: tokens that the prompt lookup found again; 0 for none.
-            count: tokens that it proposes.
-            num_unread: tokens that the drafter would read first.
+            match: length of the prompt lookup's match; 0 for none.
+            count: number of tokens that it proposes.
+            num_unread: number of tokens that the drafter would read first.
 
         Returns:
-            Tokens of the proposal to verify, the last token included (1: none of it), and whether to draft.
+            The number of tokens of the proposal to verify, the last token included (1: none of it), and whether to
+            draft.
         """
         width, promised = self._copy(match, count)
         average = (x / self.all_drafted[3] for x in self.all_drafted)  # counts as one more draft
         tokens, seconds_without, seconds, drafts = map(operator.add, self.drafted[match], average)
         seconds *= self.slowness["drafted"] / self.slowness["plain"]
-        here = promised / self.costs.verify_seconds[width - 1] * seconds - tokens
-        further_on = (seconds - seconds_without) * self.costs.plain_rate
-        self._match, self._loss = match, max(here, further_on) / drafts  # tokens that a draft costs
+        loss_now = promised / self.costs.verify_seconds[width - 1] * seconds - tokens
+        loss_later = (seconds - seconds_without) * self.costs.plain_rate
+        self._match, self._loss = match, max(loss_now, loss_later) / drafts  # tokens that a draft costs
         if self._loss > 0:
             price = self._loss + num_unread * self.reading
             self.credit = min(max(1.0, price), self.credit + EXPLORATION * promised)
@@ -85,31 +89,35 @@ class Pace:
         return 1, True
 
     def _copy(self, match: int, count: int) -> tuple[int, float]:
-        """How many tokens of a proposal to verify, the last token included, and how many will be emitted."""
+        """Choose how many copied tokens to verify.
+
+        Returns:
+            The width, the last token included, and the expected number of emitted tokens.
+        """
         if not count:
             return 1, 1.0
         first, further = (right / total for right, total in self.copied[match])
         return self.copy_costs.best_width([first * further**k for k in range(count)])
 
     def width(self, confidences: Sequence[float]) -> int:
-        """Tokens to verify after a draft with these confidences, the last token included."""
+        """Choose the number of tokens to verify of a draft with these confidences, the last token included."""
         trust = min(1.0, self.kept / self.promised)
         self._reach = list(itertools.accumulate(confidences, operator.mul))
         width, _ = self.costs.best_width([trust * reach for reach in self._reach])
-        if width == 1 and self._loss > 0:  # nothing is learned of a draft that is not verified
+        if width == 1 and self._loss > 0:  # a draft that is not verified teaches nothing
             return 2
         return width
 
     def record(
         self, width: int, accepted: int, seconds: float | None, seen: Sequence[tuple[int, bool]] | None = None
     ) -> None:
-        """Learn from a step that drafted, also where nothing of the draft was verified (width 1).
+        """Learn from a step that drafted, even where none of the draft was verified (width 1).
 
         Args:
-            width: tokens that were verified.
-            accepted: of the draft.
-            seconds: that the step took; None where the drafter also read the prompt, which is not what a draft takes.
-            seen: for each emitted token, as `PromptLookup.read` tells: it was worth little if it would have been copied.
+            width: number of tokens that were verified.
+            accepted: number of accepted draft tokens.
+            seconds: duration of the step; None where the drafter also read the prompt, which other drafts do not.
+            seen: result of `PromptLookup.read` for each emitted token; tokens that copying would have given count less.
         """
         cost = self.costs.draft_seconds + self.costs.verify_seconds[width - 1]
         if seconds is not None:
@@ -127,16 +135,19 @@ class Pace:
         )
 
     def _copy_seconds(self, match: int) -> float:
-        """Of a token that could be copied: a share of the step that copies it and others, or all of a plain step."""
+        """Estimate the seconds of a token that could be copied.
+
+        That is its share of the step that copies it with others, or the whole of a plain step.
+        """
         width, promised = self._copy(match, len(self.costs.verify_seconds) - 1)
         return self.costs.verify_seconds[width - 1] / promised
 
     def record_plain(self, seconds: float, width: int = 1) -> None:
-        """Learn from a step that did not draft, of so many tokens."""
+        """Learn from a step of `width` tokens that did not draft."""
         self._learn_slowness("plain", seconds / self.costs.verify_seconds[width - 1])
 
     def learn_copying(self, match: int, proposal: Sequence[int], emitted: Sequence[int]) -> None:
-        """See how much of what a prompt lookup proposed was right."""
+        """Learn how many tokens of a prompt lookup's proposal were right."""
         for k, (proposed, token) in enumerate(zip(proposal, emitted, strict=False)):
             rate = self.copied[match][min(k, 1)]
             rate[0] = DECAY * rate[0] + (proposed == token)
@@ -145,15 +156,15 @@ class Pace:
                 break
 
     def _learn_slowness(self, kind: str, ratio: float) -> None:
-        """One step's share; a step that was disturbed counts as twice as slow at most."""
+        """Update the slowness by one step, whose ratio is limited to 2 so that a disturbed step counts less."""
         self.slowness[kind] += (1 - DECAY) * (min(2.0, ratio) - self.slowness[kind])
 
 
 class Paces:
-    """Keep what decoding learned about drafters on this machine, from one call to the next.
+    """The paces of drafters on this machine, kept from one call to the next.
 
-    Pass one object to several calls of `generate` or `stream`: the costs of steps are measured once for each drafter, greedy and
-    sampled, and each temperature has a pace of its own.
+    Pass one object to several calls of `generate` or `stream`. The costs of steps are then measured once for each
+    drafter, separately for greedy and sampled decoding, and each temperature has its own pace.
     """
 
     def __init__(self):
@@ -161,7 +172,7 @@ class Paces:
         self._paces: weakref.WeakKeyDictionary[Drafter, dict[float, Pace]] = weakref.WeakKeyDictionary()
 
     def get(self, target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
-        """Give the drafter's pace at a temperature; measures the machine first where that is not done yet."""
+        """Give the drafter's pace at a temperature; at the first call, measure the machine."""
         known, costs = self._paces.setdefault(drafter, {}), self._costs.setdefault(drafter, {})
         is_sampled = temperature > 0
         if is_sampled not in costs:

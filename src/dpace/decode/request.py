@@ -1,4 +1,4 @@
-"""Check a request, hold the text that grows from it, and decide what each verification adds to it."""
+"""A checked request and the text that grows from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from dpace.target import Target
 
 
 class SamplingOptions(TypedDict, total=False):
-    """What every way of decoding takes by keyword. `SamplingConfig` has the meanings and the defaults."""
+    """Keyword options of all decoding functions; `SamplingConfig` documents them and their defaults."""
 
     max_new_tokens: int
     temperature: float
@@ -23,12 +23,12 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     seed: int | None
     stop_token_ids: Sequence[int] | None
-    """Tokens that end a response, and are its last token; by default the target's own."""
+    """Tokens that end a response and are its last token; by default the target's own stop tokens."""
 
 
 @dataclass
 class Continuation:
-    """A prompt and the response that is being written behind it."""
+    """A prompt and its response so far."""
 
     text: list[int]
     """Token ids of the prompt and of the response so far."""
@@ -40,35 +40,35 @@ class Continuation:
 
     @property
     def position(self) -> int:
-        """Tokens of the response so far."""
+        """Number of tokens of the response so far."""
         return len(self.text) - self.num_prompt
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be emitted."""
+        """Number of tokens that may still be emitted."""
         return self.max_new_tokens - self.position
 
     @property
     def is_done(self) -> bool:
-        """Nothing more is emitted: the budget is used, or the last token of the response ends it."""
+        """Whether the response is complete: the budget is used, or its last token is a stop token."""
         return not self.remaining or (self.position > 0 and self.text[-1] in self.stops)
 
     def draw(self, logits: Float[Tensor, "slot vocab"], draft: Sequence[int] = ()) -> Int[Tensor, " slot"]:
-        """Draw the target's own tokens: row `k` follows the text and the first `k` tokens of `draft`.
+        """Draw the target's own tokens, where row `k` follows the text and the first `k` tokens of `draft`.
 
-        `draft` may be left out where the sampler has no processors, which alone look at the text.
+        `draft` may be left out where the sampler has no processors, because only these look at the text.
         """
         return self.sampler.draw(self.sampler.scores(logits, [*self.text, *draft]), self.position)
 
     def take(self, accepted: int, token_ids: Sequence[int]) -> tuple[list[int], int]:
-        """Append what a verification gave, cut at the budget and behind the first stop token.
+        """Append the tokens of a verification, cut at the budget and after the first stop token.
 
         Args:
-            accepted: draft tokens that were accepted.
+            accepted: number of draft tokens that were accepted.
             token_ids: these tokens, then the target's next one.
 
         Returns:
-            The tokens that were appended, and how many of them are accepted draft tokens.
+            The appended tokens, and how many of them are accepted draft tokens.
         """
         emitted = list(token_ids[: min(accepted + 1, self.remaining)])
         stop = next((i for i, token in enumerate(emitted) if token in self.stops), None)
@@ -91,7 +91,7 @@ def make_continuation(
         options: see `SamplingOptions`.
 
     Raises:
-        ValueError: an empty prompt, one that passes the target's context, or an option outside its range.
+        ValueError: an empty prompt, a prompt that exceeds the target's context, or an option outside its range.
     """
     values: dict[str, Any] = {**options}
     stop_token_ids = values.pop("stop_token_ids", None)
@@ -104,8 +104,9 @@ def make_continuation(
     limit = getattr(target.config, "max_position_embeddings", None)
     if limit and len(prompt) + config.max_new_tokens > limit:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; together they pass the "
-            f"target's limit of {limit}: shorten the prompt or ask for at most {limit - len(prompt)}"
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; together they exceed "
+            f"the target's limit of {limit}: shorten the prompt"
+            + (f" or ask for at most {limit - len(prompt)} new tokens" if limit > len(prompt) else "")
         )
     boundary = find_longrope_boundary(target)
     if boundary and len(prompt) <= boundary < len(prompt) + config.max_new_tokens:

@@ -1,4 +1,4 @@
-"""Turn logits into the distribution that plain generation draws from, draw, and verify drafts by one of two rules."""
+"""Sampling from the target's logits, and the two rules that verify drafts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,21 +16,21 @@ from transformers import (
 
 
 class Sampler:
-    """How a token is chosen from logits; the same filters in the same order as `model.generate`.
+    """A sampler of tokens from logits, with the filters of `model.generate` in the same order.
 
-    Each position of the response has random numbers of its own. So a seed gives the same text with a drafter as without, however
-    many tokens are verified at once, up to rounding.
+    Each position of the response has random numbers of its own. So a seed gives the same text with and without a
+    drafter, for any number of tokens verified at once, up to rounding.
 
     Memory: random numbers of the positions in one verification, "slot vocab" in fp32.
 
     Args:
         temperature: 0 is greedy, and the filters then change nothing.
-        top_k: keep so many most likely tokens; 0 keeps all.
+        top_k: keep this number of most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens up to this probability.
         min_p: keep tokens with at least this share of the highest probability.
         processors: further transformers processors, which see the tokens before the one that is drawn.
-        seed: of the draws; by default torch's global generator.
-        device: of the logits.
+        seed: seed of the draws; by default torch's global generator is used.
+        device: device of the logits.
 
     Raises:
         ValueError: a setting outside its range.
@@ -49,8 +49,8 @@ class Sampler:
     ):
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
             raise ValueError(
-                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}; they must be >= 0, >= 0, in (0, 1] "
-                "and in [0, 1]"
+                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}; "
+                "temperature and top_k must be >= 0, top_p in (0, 1] and min_p in [0, 1]"
             )
         self.temperature, self.processors = temperature, processors or LogitsProcessorList()
         self.warpers = LogitsProcessorList()
@@ -67,7 +67,7 @@ class Sampler:
         self._first = 0
 
     def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
-        """Logits after all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`."""
+        """Apply all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`."""
         if self.processors:
             rows, first = [], len(prefix) - len(logits) + 1
             for k, row in enumerate(logits):
@@ -78,26 +78,27 @@ class Sampler:
         return self.warpers(unused, logits.float()) if self.warpers else logits
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
-        """The distribution of each row."""
+        """Compute the distribution of each row."""
         return torch.softmax(scores.float(), dim=-1)
 
     def draw(self, scores: Float[Tensor, "slot vocab"], position: int) -> Int[Tensor, " slot"]:
         """Draw one token a row from `scores`; the most likely one at temperature 0.
 
-        Row `k` is for the response's token `position + k`; positions before that one are not asked for again. The token with the
-        largest `p / e` is drawn, where `e` are standard exponential numbers: it is token `x` with probability `p[x]`.
+        Row `k` is for the response's token `position + k`; later calls must not ask for positions before `position`.
+        The token with the largest `p / e` is drawn, where `e` are standard exponential numbers: it is token `x` with
+        probability `p[x]`.
         """
         if self.temperature == 0:
             return scores.float().argmax(-1)  # several times faster than in bf16
         chances = self.probs(scores)
         for row, noise in zip(chances, self.noise(position, chances), strict=True):
-            row.div_(noise)  # in place: new memory of several megabytes is slow
+            row.div_(noise)  # in place, because allocating several megabytes is slow
         return chances.argmax(-1)
 
     def noise(self, position: int, rows: Float[Tensor, "slot vocab"]) -> list[Float[Tensor, " vocab"]]:
         """Give the random numbers of the response's tokens from `position` on, one row for each of `rows`.
 
-        They are drawn a row at a time, so that they do not depend on how many are asked for.
+        They are drawn a row at a time, so that they do not depend on the number of rows.
         """
         self._noise, self._first = self._noise[position - self._first :], position
         while len(self._noise) < len(rows):
@@ -106,15 +107,16 @@ class Sampler:
         return self._noise[: len(rows)]
 
     def uniform(self, count: int, device: torch.device) -> list[float]:
-        """Numbers in [0, 1)."""
+        """Draw numbers in [0, 1)."""
         return torch.rand(count, generator=self.generator, device=device).tolist()
 
 
 def verify_draft(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> int:
     """Count the draft tokens that equal the target's own choice, up to the first that differs.
 
-    `target_tokens[k]` is a draw from the target's distribution after the first `k` draft tokens, so every emitted token is
-    one, whatever the drafter proposes: the output has the target's distribution, at temperature 0 its very text.
+    `target_tokens[k]` is a draw from the target's distribution after the first `k` draft tokens. Every emitted token is
+    such a draw, so for any drafter the output has the target's distribution, and at temperature 0 it is the target's
+    own text.
 
     Source: `dflash_generate` of z-lab/dflash.
     """
@@ -130,15 +132,15 @@ def verify_sampled(
     target_probs: Float[Tensor, "slot vocab"],
     sampler: Sampler,
 ) -> tuple[int, int]:
-    """Speculative sampling: accept draft token `x` with probability `min(1, p(x) / q(x))`, and mend the first that is not.
+    """Verify a draft by speculative sampling.
 
-    The draft tokens must be draws from `draft_probs`, and how many are verified must not depend on which tokens were drawn. Then
-    what is emitted has the target's distribution: the token that takes the place of the first rejected one is drawn from
-    `max(p - q, 0)`, normalized, and the one after a draft that is accepted whole from `p`. A slot is accepted with probability
-    `sum of min(p, q)`.
+    Draft token `x` is accepted with probability `min(1, p(x) / q(x))`, so a slot is accepted with probability
+    `sum of min(p, q)`. The first rejected token is replaced by a draw from `max(p - q, 0)`, normalized; after a draft
+    that is accepted whole, the next token is drawn from `p`. The output then has the target's distribution. This holds
+    only if the draft tokens are draws from `draft_probs`, and their number does not depend on which tokens were drawn.
 
     Returns:
-        Accepted draft tokens, and the next token.
+        The number of accepted draft tokens, and the next token.
 
     Source: Leviathan et al., arXiv 2211.17192, algorithm 1.
     """
@@ -149,7 +151,7 @@ def verify_sampled(
     accepted = 0
     while accepted < len(draft_tokens) and draws[accepted] < ratios[accepted]:
         accepted += 1
-    rest = target_probs[accepted]
+    next_probs = target_probs[accepted]
     if accepted < len(draft_tokens):
-        rest = (rest - draft_probs[accepted]).clamp_min(0)
-    return accepted, int(torch.multinomial(rest, 1, generator=sampler.generator))
+        next_probs = (next_probs - draft_probs[accepted]).clamp_min(0)
+    return accepted, int(torch.multinomial(next_probs, 1, generator=sampler.generator))

@@ -1,4 +1,4 @@
-"""Decode in the forms that people know: pieces of text as they come, and transformers' own `generate`."""
+"""Streaming of text, and decoding through transformers' own `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Unpack
@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from dpace.config import VerifyRule, Width
+from dpace.decode.drafting import make_drafting
 from dpace.decode.generation import Step
-from dpace.decode.loop import make_drafting, speculative_steps
+from dpace.decode.loop import speculative_steps
 from dpace.decode.pace import Paces
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import Sampler
@@ -31,8 +32,9 @@ def stream(
 ) -> Iterator[str]:
     """Yield the response's text as it is emitted, a piece for each pass of the target.
 
-    Joined, the pieces are the text of `generate` with the same arguments. A character whose bytes are spread over tokens is
-    held back until it is whole. Arguments as in `generate`; and `on_step` is called with each `Step` before its text is yielded.
+    Joined, the pieces are the text of `generate` with the same arguments. A character whose bytes are spread over
+    tokens is held back until it is whole. Arguments as in `generate`; `on_step` is called with each `Step` before its
+    text is yielded.
     """
     text = make_continuation(target, token_ids, **options)
     chosen = {"width": width, "verify_rule": verify_rule, "paces": paces}
@@ -48,7 +50,10 @@ def stream(
 
 
 class TextPieces:
-    """Turns tokens into text piece by piece; a tokenizer may write a token differently after others, so some are read again."""
+    """A converter of tokens to text, piece by piece.
+
+    Some tokens are decoded again with the next piece, because their text may depend on the tokens before them.
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -59,13 +64,13 @@ class TextPieces:
         return self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=True)
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens add; empty while a character is not whole."""
+        """Add tokens and give the text that they add; empty while a character is not whole."""
         self.token_ids += token_ids
         text = self._text(self._read_from, len(self.token_ids))
         return "" if not token_ids or text.endswith("\ufffd") else self._show(text)
 
     def flush(self) -> str:
-        """What was held back."""
+        """Give the text that was held back."""
         return self._show(self._text(self._read_from, len(self.token_ids)))
 
     def _show(self, text: str) -> str:
@@ -86,32 +91,25 @@ def custom_generate(
 
         model.generate(**inputs, custom_generate=custom_generate(target, drafter), max_new_tokens=200)
 
-    All of transformers' processors, filters and stopping criteria apply as without it; `model` is `target.model`. Criteria are
-    asked after every token, in the order of the text. One prompt at a time; no beams, no output but the tokens.
+    All of transformers' processors, filters and stopping criteria apply as usual; `model` is `target.model`. Criteria
+    are checked after every token, in the order of the text. Only one prompt, no beams, and only tokens as output are
+    supported.
 
     Args:
-        target: made of the model whose `generate` is called.
-        drafter: trained for it.
+        target: made from the model whose `generate` is called.
+        drafter: trained for this target.
         width: as in `generate`.
         verify_rule: as in `generate`.
-        streamer: gets prompt and tokens; `generate` does not pass on its own to what is given as `custom_generate`.
+        streamer: receives prompt and tokens. Give it here, because `generate` does not pass its own streamer on.
     """
     drafter.check_target(target)
     paces = Paces()
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_inputs):
-        # Not a named argument: transformers would pass the mask twice.
-        attention_mask = model_inputs.get("attention_mask")
         if model is not target.model:
             raise ValueError("custom_generate was made for another model; make it with Target(model)")
-        if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
-            raise ValueError(
-                f"{len(input_ids)} prompts, {generation_config.num_beams} beams, return_dict_in_generate "
-                f"{generation_config.return_dict_in_generate}: a drafter decodes one prompt without beams and returns tokens; "
-                "for several prompts see dpace.decode.generate_batch"
-            )
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError("the attention_mask hides tokens of the prompt; a drafter needs a prompt without padding")
+        # Not a named argument: transformers would pass the mask twice.
+        _check_call(input_ids, generation_config, model_inputs.get("attention_mask"))
         num_prompt, eos = input_ids.shape[1], generation_config.eos_token_id
         stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
@@ -134,3 +132,17 @@ def custom_generate(
         return torch.tensor([written], device=input_ids.device)
 
     return decode
+
+
+def _check_call(input_ids: Tensor, generation_config, attention_mask: Tensor | None) -> None:
+    """Refuse a call of transformers' `generate` that a drafter cannot serve."""
+    if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
+        raise ValueError(
+            f"the call has {len(input_ids)} prompts, {generation_config.num_beams} beams and return_dict_in_generate "
+            f"{generation_config.return_dict_in_generate}; a drafter decodes one prompt without beams and returns "
+            "tokens: for several prompts use dpace.decode.generate_batch"
+        )
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError(
+            "the attention_mask hides tokens of the prompt; a drafter reads all of them: give a prompt without padding"
+        )

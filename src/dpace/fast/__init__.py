@@ -1,1 +1,1 @@
-"""Speed without a change of meaning: attention, caches, fused layers, packed weights."""
+"""Faster attention, caches, layers and linear layers that compute the same results."""

@@ -1,4 +1,7 @@
-"""The target's attention on a CPU, for few queries over many keys: query heads that share keys and values are rows of one product."""
+"""Faster grouped-query attention on a CPU, for few queries over many keys.
+
+Query heads that share keys and values become rows of one product.
+"""
 
 import inspect
 import sys
@@ -11,18 +14,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "grouped_heads"
-"""Of the implementation, in transformers' registries."""
+"""Name of this attention in transformers' registries."""
 MAX_QUERIES = 64
-"""With more of them there is nothing to gain, and the mask of all heads takes memory."""
+"""Largest number of queries handled here; more gain nothing, and their mask for all heads takes memory."""
 
 
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """Do what `sdpa` of transformers does, without the copy of keys and values that it makes for each query head of several queries.
+    """Compute the attention of transformers' `sdpa` without a copy of keys and values per query head.
 
-    With one query a head, torch's kernel is also several times slower in bf16 than with a few, which the heads of a group are.
-    Left to `sdpa` are prompts: many queries, or queries without a mask; heads with keys of their own; and masks that differ by head.
+    `sdpa` makes that copy whenever there are several queries. With one query a head, torch's kernel is also several
+    times slower in bf16 than with a few rows, and the heads of a group are such rows. Three cases are left to `sdpa`:
+    prompts (many queries, or several queries without a mask), heads with keys of their own, and masks that differ by
+    head.
 
     Memory: the mask once for each head of a group.
 
@@ -32,7 +37,7 @@ def grouped_attention(
         key: "batch key_head key dim"; `head` is a multiple of `key_head`.
         value: shaped as `key`.
         attention_mask: "batch 1 query key", True for visible or added to the scores.
-        kwargs: as transformers gives them.
+        kwargs: as transformers passes them.
 
     Returns:
         "batch query head dim", and no attention weights.
@@ -49,24 +54,30 @@ def grouped_attention(
 def attend_in_groups(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
-    """The product that `grouped_attention` is; shapes as there, the mask's `query` being 1 where all of them see the same keys."""
+    """Attend with the query heads of a group as rows of one product.
+
+    Shapes are those of `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
+    """
     batch, heads, queries, _ = query.shape
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
     if mask is not None and mask.shape[2] > 1:
-        mask = _of_groups(mask, heads // key.shape[1], query.dtype)
+        mask = _repeat_mask(mask, heads // key.shape[1], query.dtype)
     out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
 
 
-def _of_groups(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """A mask for the query heads of a group, as what is added to scores; kept at the mask, which all layers of a pass are given."""
-    made = vars(mask).get("of_groups")
-    if made is None or made.shape[2] != num_groups * mask.shape[2] or made.dtype not in (mask.dtype, dtype):
-        made = mask.repeat(1, 1, num_groups, 1)
-        if made.dtype == torch.bool:
-            made = torch.zeros(made.shape, dtype=dtype, device=made.device).masked_fill(~made, -torch.inf)
-        mask.of_groups = made  # pyright: ignore[reportAttributeAccessIssue]
-    return made
+def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """Repeat a mask for the query heads of a group, in the form that is added to scores.
+
+    The result is kept as an attribute of the mask, because all layers of a pass receive the same mask.
+    """
+    repeated = vars(mask).get("repeated")
+    if repeated is None or repeated.shape[2] != num_groups * mask.shape[2] or repeated.dtype not in (mask.dtype, dtype):
+        repeated = mask.repeat(1, 1, num_groups, 1)
+        if repeated.dtype == torch.bool:
+            repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
+        mask.repeated = repeated  # pyright: ignore[reportAttributeAccessIssue]
+    return repeated
 
 
 AttentionInterface.register(NAME, grouped_attention)
@@ -74,10 +85,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def group_heads(model: PreTrainedModel) -> bool:
-    """Let the decoder of a model on a CPU use `grouped_attention` where it uses `sdpa`; say whether it does.
+    """Replace `sdpa` by `grouped_attention` in the decoder of a model on a CPU; say whether it was done.
 
-    Left as they are: other implementations, models without a decoder of transformers, such as drafters, and models whose code
-    asks for `sdpa` by its name, as sparse attention does.
+    Left as they are: other implementations; models without a decoder of transformers, such as drafters; and models
+    whose code asks for `sdpa` by name, as sparse attention does.
     """
     decoder: Any = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder.device.type != "cpu":

@@ -1,4 +1,7 @@
-"""Keys and values in buffers that are allocated once: writing a token copies that token, and going back copies nothing."""
+"""Key-value caches in buffers that are allocated once.
+
+Writing a token copies that token only, and dropping the last tokens copies nothing.
+"""
 
 from typing import Any
 
@@ -10,7 +13,10 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the beginnings of two buffers: new tokens are copied in, going back sets a length."""
+    """A `DynamicLayer` whose keys and values are the beginnings of two preallocated buffers.
+
+    New tokens are copied in; going back only sets a length.
+    """
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
@@ -25,14 +31,14 @@ class PreallocatedLayer(DynamicLayer):
         return None if buffer is None else buffer.narrow(2, 0, self.length)
 
     def _replace(self, index: int, new: Tensor | None) -> None:
-        """What `DynamicLayer` does to change its rows, or to forget them."""
+        """Replace a buffer, as `DynamicLayer` does to change its rows; drop it where the new one is empty."""
         if new is None or not new.numel():
             self._buffers[index], self.length = None, 0
         else:
             self._buffers[index] = new
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write new keys and values behind the old ones; returns views of all."""
+        """Write new keys and values behind the old ones and return views of all."""
         start, count = self.length, key_states.shape[2]
         keys, values = self._buffers
         if keys is None or start + count > keys.shape[2]:
@@ -43,7 +49,7 @@ class PreallocatedLayer(DynamicLayer):
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def _allocate(self, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
-        """Make buffers with room for new keys and values behind those that are kept."""
+        """Make buffers with room for new keys and values behind the old ones."""
         old, start, end = (self.keys, self.values), self.length, self.length + key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -54,18 +60,20 @@ class PreallocatedLayer(DynamicLayer):
         return self._buffers
 
     def get_seq_length(self) -> int:
-        """Tokens that are kept."""
+        """Give the number of tokens in the cache."""
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
-            super().crop(tokens_to_remove)  # which says what it wants
+            super().crop(tokens_to_remove)  # raises with transformers' own explanation
         self.length = max(0, self.length + tokens_to_remove)
 
 
 def make_cache(config, capacity: int) -> DynamicCache:
-    """A cache for `capacity` tokens; layers with a sliding window keep transformers' own, which can also go back.
+    """Make a cache with room for `capacity` tokens.
+
+    Layers with a sliding window keep transformers' own cache layers, which can also go back.
 
     Memory: keys and values of `capacity` tokens in every full-attention layer, allocated at once.
     """
@@ -78,7 +86,10 @@ def make_cache(config, capacity: int) -> DynamicCache:
 
 
 def go_back(cache: DynamicCache, num_tokens: int) -> None:
-    """Drop the last tokens of a cache that `make_cache` made. For none of them, only layers with a window have something to do."""
+    """Drop the last tokens of a cache made by `make_cache`.
+
+    With `num_tokens` 0, only layers with a sliding window have something to do.
+    """
     if num_tokens or any(type(layer) is not PreallocatedLayer for layer in cache.layers):
         cache.crop(-num_tokens)
 
@@ -99,9 +110,10 @@ def is_full_attention(cache: DynamicCache) -> bool:
 
 
 class RaggedLayer(DynamicLayer):
-    """A `DynamicLayer` whose rows hold different numbers of tokens: each new token goes to the column that it is given.
+    """A `DynamicLayer` whose rows hold different numbers of tokens.
 
-    What a row has no use for any more is written over. Columns not written yet are zero, so that a mask is enough to hide them.
+    Each new token is written to a given column and replaces the token that was there. Columns not written yet are
+    zero, so that a mask is enough to hide them.
     """
 
     def __init__(self, capacity: int):
@@ -110,13 +122,13 @@ class RaggedLayer(DynamicLayer):
         self.columns, self.end = torch.empty(0), 0
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write new keys and values to their columns; returns views of the columns before `end`."""
+        """Write new keys and values to their columns and return views of the columns before `end`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             shapes = [(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
             self._buffers = [key_states.new_zeros(shape) for shape in shapes]
             for buffer in self._buffers:
-                torch._dynamo.mark_static_address(buffer)  # else CUDA graphs would copy it at each replay
+                torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
         rows = torch.arange(len(key_states), device=self.device)[:, None]
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[rows, :, self.columns] = new.transpose(1, 2)
@@ -124,7 +136,11 @@ class RaggedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        """Keep some rows. A layer that nothing was written to, as the drafter's after the prompts were read, has none yet."""
+        """Keep the given rows.
+
+        A layer that nothing was written to has no rows yet: the drafter's is such a layer right after the prompts were
+        read.
+        """
         if not self.is_initialized:
             return
         self._buffers = [buffer[indices] for buffer in self._buffers]
@@ -132,12 +148,14 @@ class RaggedLayer(DynamicLayer):
 
 
 class RaggedCache(DynamicCache):
-    """A cache for rows of different lengths; `place` says before each forward pass where its tokens go.
+    """A cache for rows of different lengths.
+
+    Call `place` before each forward pass to say where its tokens go.
 
     Memory: keys and values of `capacity` tokens a row, allocated at once.
 
     Raises:
-        ValueError: a model with other than full-attention layers.
+        ValueError: the model has layers that are not full attention.
     """
 
     def __init__(self, config, capacity: int):
@@ -152,6 +170,6 @@ class RaggedCache(DynamicCache):
         self.layers: Any = [RaggedLayer(capacity) for _ in layers]
 
     def place(self, columns: Int[Tensor, "batch new"], end: int) -> None:
-        """Let the next forward pass write its tokens to `columns` and read the columns before `end`."""
+        """Make the next forward pass write its tokens to `columns` and read the columns before `end`."""
         for layer in self.layers:
             layer.columns, layer.end = columns, end

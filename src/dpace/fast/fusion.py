@@ -1,4 +1,7 @@
-"""Decoder layers on a CPU in half as many operations, with the same bits: what a small model's step takes beyond its products."""
+"""Decoder layers on a CPU in half as many operations, with bitwise the same results.
+
+In a small model a large part of a step's time is spent outside the matrix products; this part becomes faster.
+"""
 
 import functools
 import operator
@@ -11,52 +14,52 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups
-from dpace.fast.cache import PreallocatedLayer, RaggedLayer
+from dpace.fast.attention import attend_in_groups
 from dpace.fast.packing import PackedLinear, pack, unpack
 from dpace.modeling_dflash import DFlashLayer
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Classes of transformers that compute what `FusedLayer` does; `fuse_layers` tries that out, too."""
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Classes of transformers that compute what `FusedStack` does."""
+"""Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
 PRODUCTS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
-"""Linear layers that read the same rows."""
+"""Linear layers that read the same rows and so become one product."""
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Relative and absolute differences that are rounding."""
+"""Relative and absolute differences that count as rounding."""
 
 _version = operator.attrgetter("_version")
 
 
-class _Pass:
-    """What all layers of a forward pass share. The first of them makes it; the same sines tell the others that it is theirs."""
+class _Rotation:
+    """The rotary embedding and the attention function of one forward pass, shared by all its layers.
+
+    The first layer makes it. The others recognize it by its sines, which are the same tensor for all layers of a pass.
+    """
 
     def __init__(self, cos: Tensor, sin: Tensor, config: Any = None):
         self.sin, self.half = sin, sin.shape[-1] // 2
         signed = torch.cat([-sin[..., : self.half], sin[..., self.half :]], dim=-1)
-        self.of_heads = cos.unsqueeze(2), signed.unsqueeze(2)
+        self.cos_and_sin = cos.unsqueeze(2), signed.unsqueeze(2)
         self.attend = config and ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate "batch seq head dim" as `apply_rotary_pos_emb` of transformers does."""
-        cos, sin = self.of_heads
+        cos, sin = self.cos_and_sin
         return heads * cos + heads.roll(self.half, -1) * sin
 
 
-class _Source:
-    """What products were made of, and whether that is still the same.
+class Source:
+    """The modules and weights that products were made of; `is_same` says whether they are unchanged.
 
     Args:
-        modules: where they stand, as owner and name; their weights count too.
-        parts: whose sources this one has as well, as they were.
+        modules: the modules, as owner and name; their weights are included.
+        parts: further sources to include, in the state that they recorded.
     """
 
-    def __init__(self, modules: list[tuple[Any, str]], parts: Sequence["_Source"] = ()):
+    def __init__(self, modules: list[tuple[Any, str]], parts: Sequence["Source"] = ()):
         self.places = [(owner._modules, name) for owner, name in modules]
         for owner, name in modules:
             parameters = owner._modules[name]._parameters
@@ -70,24 +73,27 @@ class _Source:
         self.owners, self.names = zip(*self.places, strict=True)
 
     def _state(self) -> tuple[list[int], list[int]]:
-        """Changes with the values of the weights."""
+        """Give versions and addresses of the weights, which change with their values."""
         return list(map(_version, self.weights)), list(map(Tensor.data_ptr, self.weights))
 
     def is_same(self) -> bool:
-        """False once a weight or a module was changed or exchanged."""
-        found = map(operator.getitem, self.owners, self.names)
-        return self._state() == (self.versions, self.pointers) and all(map(operator.is_, found, self.owned))
+        """Say whether no weight or module was changed or exchanged."""
+        current = map(operator.getitem, self.owners, self.names)
+        return self._state() == (self.versions, self.pointers) and all(map(operator.is_, current, self.owned))
 
 
 class _Fused:
-    """The products of one layer, to be used while its weights are those that they were made of. Copies of the layer have none."""
+    """The combined products of one layer, valid until its weights or modules change.
 
-    def __init__(self, layer: Any, shared: dict[str, _Pass]):
+    Copies of the layer have none.
+    """
+
+    def __init__(self, layer: Any, shared: dict[str, _Rotation]):
         self.shared, attention = shared, layer.self_attn
         linears = [[(getattr(layer, owner), name) for name in names] for owner, names in PRODUCTS]
         norms = [(layer, name) for name in ("input_layernorm", "post_attention_layernorm")]
         norms += [(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
-        self.source = _Source([(layer, "self_attn"), (layer, "mlp"), *sum(linears, []), *norms])
+        self.source = Source([(layer, "self_attn"), (layer, "mlp"), *sum(linears, []), *norms])
         self.linears = [[getattr(*place) for place in places] for places in linears]
         self.qkv, self.out, self.gate_up, self.down = map(_pack, self.linears)
         self.norms = [getattr(*place).weight for place in norms]
@@ -102,41 +108,48 @@ class _Fused:
         return None
 
     def is_usable(self, hidden: Tensor) -> bool:
-        """False under a gradient, where it is compiled, in another dtype, and after weights or modules were exchanged."""
-        return _can_be_used(hidden, self.dtype) and self.source.is_same()
+        """Say whether the products may be used here.
 
-    def rotation(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Pass:
-        """The pass with these cosines and sines, which another layer may have made; `config` names the attention, where it is the target's."""
-        last = self.shared.get("pass")  # read once: another thread may be decoding
+        They may not under a gradient, inside `torch.compile`, in another dtype, or after weights or modules were
+        exchanged.
+        """
+        return can_be_used(hidden, self.dtype) and self.source.is_same()
+
+    def rotation(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Rotation:
+        """Give the rotation with these cosines and sines, which another layer may have made.
+
+        `config` names the attention function where the layer is the target's.
+        """
+        last = self.shared.get("last")  # read once: another thread may be decoding
         if last is None or last.sin is not rope[1]:
-            last = self.shared["pass"] = _Pass(*rope, config)
+            last = self.shared["last"] = _Rotation(*rope, config)
         return last
 
-    def step(self, hidden: Tensor, rotation: _Pass, mask: Tensor | None, cache: Any) -> Tensor:
-        """The layer, with its own part of the cache."""
+    def step(self, hidden: Tensor, rotation: _Rotation, mask: Tensor | None, cache: Any) -> Tensor:
+        """Compute the layer's output, with its own part of the cache."""
         query, key, value = self.heads(self.norm(hidden, 0), rotation)
         key, value = cache.update(key, value)
         return self.finish(hidden, attend_in_groups(query, key, value, mask, self.scaling))
 
-    def heads(self, rows: Tensor, rotation: _Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, "batch head seq dim", of what the input norm gave."""
+    def heads(self, rows: Tensor, rotation: _Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute rotated queries, rotated keys and values, "batch head seq dim", from the normalized input."""
         num_queries, num_keys = self.sizes
         heads = self.qkv(rows).view(*rows.shape[:2], -1, self.head_dim)
-        turned, value = heads.split((num_queries + num_keys, num_keys), 2)
+        to_rotate, value = heads.split((num_queries + num_keys, num_keys), 2)
         if len(self.norms) > 2:
-            turned = self.norm_heads(turned)
-        query, key = rotation.rotate(turned).transpose(1, 2).split(self.sizes, 1)
+            to_rotate = self.norm_heads(to_rotate)
+        query, key = rotation.rotate(to_rotate).transpose(1, 2).split(self.sizes, 1)
         return query, key, value.transpose(1, 2)
 
     def norm(self, rows: Tensor, index: int) -> Tensor:
-        """What one of transformers' RMSNorms gives; like them it rounds twice in low precision."""
+        """Apply one of the layer's RMSNorms; like transformers' it rounds twice in low precision."""
         weight = self.norms[index]
         if rows.dtype == torch.float32:
             return torch.rms_norm(rows, weight.shape, weight, self.epsilon)
         return weight * torch.rms_norm(rows, weight.shape, None, self.epsilon)
 
     def norm_heads(self, heads: Tensor) -> Tensor:
-        """Queries and keys have norms of their own in some families."""
+        """Normalize queries and keys, which have norms of their own in some families."""
         query, key = heads.split(self.sizes, 2)
         return torch.cat([self.norm(query, 2), self.norm(key, 3)], dim=2)
 
@@ -148,86 +161,30 @@ class _Fused:
 
 
 def _pack(linears: list[nn.Linear]) -> Any:
-    """What the linear layers give, side by side."""
+    """Make one product that gives the outputs of the linear layers side by side."""
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     return pack(torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None)
 
 
-def _can_be_used(hidden: Tensor, dtype: torch.dtype) -> bool:
+def can_be_used(hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether products in this dtype may be used: no gradient, no `torch.compile`, the same dtype."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and hidden.dtype == dtype
 
 
-class FusedStack:
-    """All layers of a decoder in one loop for a decoding step, with the bits of the decoder's own code.
-
-    Args:
-        decoder: one of `DECODERS`, whose layers are fused.
-    """
-
-    def __init__(self, decoder: Any):
-        self.decoder, self.layers = decoder, list(decoder.layers)
-        own = [(decoder.layers, name) for name in decoder.layers._modules]
-        self.source = _Source(own, [layer.fused.source for layer in self.layers])
-
-    def run(self, token_ids: Tensor, cache: Any, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-        """What the LM head reads, "batch new hidden"; None where the decoder's own code has to run, as for prompts.
-
-        Args:
-            token_ids: "batch new".
-            cache: made by `dpace.fast.cache`, with full attention in all layers.
-            mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
-            position_ids: "batch new"; by default those behind the tokens in the cache.
-        """
-        decoder, num_new = self.decoder, token_ids.shape[1]
-        embedding = decoder.embed_tokens.weight
-        is_step = num_new <= MAX_QUERIES and decoder.config._attn_implementation == NAME and not decoder.training
-        is_step = is_step and _is_ours(cache) and _can_be_used(embedding, embedding.dtype) and self.source.is_same()
-        if not is_step or decoder._forward_hooks or decoder._forward_pre_hooks:
-            return None
-        hidden = nn.functional.embedding(token_ids, embedding)
-        if mask is None or position_ids is None:
-            num_before = cache.layers[0].get_seq_length()
-            if position_ids is None:
-                position_ids = torch.arange(num_before, num_before + num_new)[None]
-            if mask is None and num_new > 1:
-                mask = hidden.new_zeros(1, 1, num_new, num_before + num_new)
-                mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
-        rope = decoder.rotary_emb(hidden, position_ids)
-        rotation = self.layers[0].fused.rotation(rope, decoder.config)
-        for layer, of_layer in zip(self.layers, cache.layers, strict=True):
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                hidden = layer(hidden, mask, position_ids=position_ids, cache=cache, position_embeddings=rope)
-                continue
-            hidden = layer.fused.step(hidden, rotation, mask, of_layer)
-        return decoder.norm(hidden)
-
-
-def stack_layers(decoder: nn.Module) -> FusedStack | None:
-    """The stack of a decoder, where it is known and all its layers are fused."""
-    layers: Any = getattr(decoder, "layers", ())
-    is_known = type(decoder).__name__ in DECODERS and all(getattr(layer, "fused", None) for layer in layers)
-    return FusedStack(decoder) if is_known else None
-
-
-def _is_ours(cache: Any) -> bool:
-    """Whether all layers of a cache hold all tokens, in buffers of `dpace.fast.cache`."""
-    return cache is not None and all(type(layer) in (PreallocatedLayer, RaggedLayer) for layer in cache.layers)
-
-
 class FusedLayer(nn.Module):
-    """Goes before one of `LAYERS`, whose own code runs where the fused products cannot be used."""
+    """A mixin for one of `LAYERS`, whose own code still runs where the fused products cannot be used."""
 
     fused: _Fused | None
 
     def __call__(self, *args, **kwargs):
-        """Straight to `forward` where nothing hangs on the layer."""
+        """Call `forward` directly where the layer has no hooks and is not in training."""
         if self._forward_hooks or self._forward_pre_hooks or self.training:
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
     def forward(self, hidden_states, attention_mask=None, *args, cache=None, position_embeddings=None, **kwargs):
-        """As the class behind it."""
-        fused, modules = self.fused, self._modules  # past nn.Module's own way to them, which is slow
+        """Compute the layer's output, equal to that of its own class."""
+        fused, modules = self.fused, self._modules  # nn.Module's own attribute lookup is slow
         attention: Any = modules["self_attn"]
         if fused is not None and position_embeddings is not None and fused.is_usable(hidden_states):
             rotation = fused.rotation(position_embeddings, attention.config)
@@ -243,12 +200,12 @@ class FusedLayer(nn.Module):
 
 
 class FusedDraftLayer(DFlashLayer):
-    """A drafter's layer."""
+    """A drafter's layer with fused products."""
 
     fused: _Fused | None
 
     def forward(self, hidden, context, rope, mask, cache):
-        """As `DFlashLayer`, whose own code also runs for masks that differ by slot."""
+        """Compute the output of a `DFlashLayer`, whose own code also runs for masks that differ by slot."""
         fused, modules = self.fused, self._modules
         is_shared = mask is None or (isinstance(mask, Tensor) and mask.shape[1:3] == (1, 1))
         if fused is None or not is_shared or not fused.is_usable(hidden):
@@ -267,17 +224,19 @@ def _fused_class(kind: type) -> type:
 
 
 def fuse_layers(model: PreTrainedModel) -> bool:
-    """Fuse the decoder layers of a model whose linear layers are packed (`dpace.fast.packing`), in place; say whether it was done.
+    """Fuse the decoder layers of a model with packed linear layers, in place; say whether it was done.
 
-    Query, key and value are one product, so are gate and up, norms and rotations take fewer operations. It is done for `LAYERS`, where
-    the first one gives what it gave before, and for `DFlashLayer`. Hooks on layers run as before, those on modules inside them do not.
+    Query, key and value become one product, so do gate and up, and norms and rotations take fewer operations. The
+    layers must be one of `LAYERS`, the first of which must give the same result as before, or `DFlashLayer`; their
+    linear layers must be packed (`dpace.fast.packing`). Hooks on layers run as before; hooks on modules inside them do
+    not.
 
-    Memory: that of the packed copies of single weights, which go, or are never made.
+    Memory: one packed copy of the weights, in place of the packed copies of the single linear layers.
     """
     layers: list[Any] = [
         layer for layer in model.modules() if type(layer).__name__ in LAYERS or type(layer) is DFlashLayer
     ]
-    shared: dict[str, _Pass] = {}
+    shared: dict[str, _Rotation] = {}
     for number, layer in enumerate(layers):
         fused = _Fused(layer, shared)
         if not all(type(linear) is PackedLinear for linears in fused.linears for linear in linears):
@@ -296,7 +255,7 @@ def fuse_layers(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _try_out(layer: Any) -> Tensor:
-    """What a layer gives for some rows and some rotation."""
+    """Compute a layer's output for random rows and a random rotation."""
     attention, random = layer.self_attn, torch.Generator().manual_seed(0)
     weight = attention.q_proj.weight
     rows = torch.randn(1, 3, weight.shape[1], generator=random).to(weight.dtype)

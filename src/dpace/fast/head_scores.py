@@ -1,4 +1,4 @@
-"""Token losses and their gradients through the frozen head, tile by tile, without keeping logits."""
+"""Token losses and their gradients through the frozen LM head, tile by tile, without keeping logits."""
 
 import math
 from typing import NamedTuple
@@ -12,29 +12,31 @@ from dpace.config import TokenLoss
 from dpace.head import TINY, Head
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
-"""Of the fp32 logits that exist at once: what a core's cache holds, and what keeps a GPU busy."""
+"""Bytes of fp32 logits that exist at once: enough to fit a core's cache, and enough to keep a GPU busy."""
 MIN_SOFT_ROWS = 384
-"""Soft losses need whole rows of logits; fewer rows make their products slower."""
+"""Least number of rows that soft losses compute at once; they need whole rows, and fewer make the products slower."""
 SOFT_COPIES = 6
-"""fp32 tensors of the logits' size that soft losses need."""
+"""Number of fp32 tensors of the logits' size that soft losses need."""
 
 
 class _Scores(NamedTuple):
-    """Of rows: all "rows 1", but `grad`, "rows hidden", the gradient of `losses`; None where none is needed."""
+    """Losses, statistics and gradient of some rows; all are "rows 1" but `grad`."""
 
     losses: Tensor
     nll: Tensor
     overlap: Tensor | None
     top_tokens: Tensor
     grad: Tensor | None
+    """Gradient of `losses` with respect to the rows, "rows hidden"; None where none is needed."""
 
 
 def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, needs_grad: bool) -> _Scores:
-    """Cross-entropy with the labels, `num_columns` tokens of the vocabulary at a time.
+    """Compute the cross-entropy with the labels, `num_columns` tokens of the vocabulary at a time.
 
-    The gradient, `softmax @ W - W[label]`, is attention of the rows over the vocabulary with the head as keys and values, and
-    computed as FlashAttention does (arXiv 2205.14135): sums relative to a running maximum, scaled again where it grows. The
-    label's own token is left out of the sums, so that the gradient of a sure row does not cancel.
+    The gradient, `softmax @ W - W[label]`, is attention of the rows over the vocabulary with the head as keys and
+    values. It is computed as in FlashAttention (arXiv 2205.14135): sums relative to a running maximum, scaled again
+    where it grows. The label's own token is left out of the sums, so that the gradient does not cancel in rows where
+    the drafter is certain.
     """
     weight, operands = head.weight, rows.to(head.weight.dtype)
     peak = torch.full(labels.shape, -torch.inf, device=rows.device)
@@ -50,10 +52,10 @@ def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, nee
         rescale, peak = (peak - new_peak).exp_(), new_peak
         column = (labels - start).clamp(0, len(part) - 1)
         is_here = labels - start == column
-        found = logits.gather(-1, column)
-        label_logits = torch.where(is_here, found, label_logits)
+        column_logits = logits.gather(-1, column)
+        label_logits = torch.where(is_here, column_logits, label_logits)
         slope = head.slope(logits) if needs_grad else None
-        logits.scatter_(-1, column, found.masked_fill(is_here, -torch.inf))
+        logits.scatter_(-1, column, column_logits.masked_fill(is_here, -torch.inf))
         exps = logits.sub_(peak).exp_()
         others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
         if grad is not None:
@@ -63,15 +65,18 @@ def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, nee
     nll = peak + total.log() - label_logits
     if grad is not None:
         slope = head.slope(label_logits)
-        short = others / total if slope is None else others / total * slope
-        grad = grad.div_(total).addcmul_(short, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
+        other_prob = others / total if slope is None else others / total * slope
+        grad = grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
     return _Scores(nll, nll, None, top_tokens, grad)
 
 
 def _soft_scores(
     rows: Tensor, target_rows: Tensor, head: Head, labels: Tensor, token_loss: TokenLoss, needs_grad: bool
 ) -> _Scores:
-    """The token loss against the target's distribution, and the overlap of the two, which needs whole rows of both."""
+    """Compute the token loss against the target's distribution, and the overlap of both distributions.
+
+    This needs whole rows of both.
+    """
     logits = head.logits(rows).float()
     slope = head.slope(logits) if needs_grad else None
     log_probs, log_target = logits.log_softmax(-1), head.logits(target_rows).float().log_softmax(-1)
@@ -83,7 +88,7 @@ def _soft_scores(
     elif token_loss == "kl":
         losses = (target_probs * log_target.sub_(log_probs)).sum(-1, keepdim=True)
         grad = probs.sub_(target_probs)
-    else:  # d overlap / d probs is 1 where the drafter falls short of the target, else 0
+    else:  # d overlap / d probs is 1 where the drafter's probability is below the target's, else 0
         losses = -overlap.clamp_min(TINY).log()
         falls_short = (probs < target_probs).float()
         share = (probs * falls_short).sum(-1, keepdim=True)
@@ -95,10 +100,17 @@ def _soft_scores(
 
 
 class TokenLosses(torch.autograd.Function):
-    """Token losses of all slots, their gradient formed in the forward pass, a chunk of the scored rows at a time."""
+    """Token losses of all slots, whose gradient is computed in the forward pass.
+
+    Both are computed for a chunk of the scored rows at a time.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, multiplier, softcap, labels, is_scored, token_loss, target_hidden, chunk_bytes):
+        """Compute losses, nll, overlap and top tokens of all slots.
+
+        Arguments as in `dpace.loss.frozen_head_nll`.
+        """
         head, device, needs_grad = Head(weight, multiplier, softcap), hidden.device, ctx.needs_input_grad[0]
         losses, nll, overlap = (torch.full(is_scored.shape, fill, device=device) for fill in (0.0, 0.0, 1.0))
         top_tokens = torch.full_like(labels, -1)
@@ -107,34 +119,37 @@ class TokenLosses(torch.autograd.Function):
         num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(weight)
         for chosen in is_scored.flatten().nonzero()[:, 0].split(max(1, num_rows)):
 
-            def of(x, chosen=chosen):
+            def select(x, chosen=chosen):
                 return x.flatten(0, 2)[chosen]
 
-            rows, row_labels = of(hidden), of(labels)[:, None]
+            rows, row_labels = select(hidden), select(labels)[:, None]
             if target_hidden is None:
                 scores = _hard_scores(rows, head, row_labels, max(1, num_logits // max(1, len(rows))), needs_grad)
             else:
-                scores = _soft_scores(rows, of(target_hidden), head, row_labels, token_loss, needs_grad)
+                scores = _soft_scores(rows, select(target_hidden), head, row_labels, token_loss, needs_grad)
             for values, whole in zip(scores, (losses, nll, overlap, top_tokens, grad), strict=True):
                 if values is not None and whole is not None:
                     whole.view(is_scored.numel(), -1)[chosen] = values.to(whole.dtype)
-            del scores  # before the next chunk's are made
+            del scores  # frees memory before the next chunk is computed
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, overlap, top_tokens)
         return losses, nll, overlap, top_tokens
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
+        """Scale the kept gradient by the gradient of each slot's loss."""
         (grad,) = ctx.saved_tensors
         return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8
 
 
 def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool) -> int:
-    """Bytes of the fp32 logits that exist at once: what makes products fast, at most an eighth of the free memory.
+    """Choose how many bytes of fp32 logits exist at once.
+
+    It is the amount that makes the products fast, but at most an eighth of the free memory.
 
     Args:
-        weight: of the head.
-        is_soft: of a loss that looks at the target's distribution.
+        weight: the head's weight.
+        is_soft: whether the loss compares with the target's distribution.
     """
     if weight.is_cuda:
         free = torch.cuda.mem_get_info(weight.device)[0]

@@ -1,4 +1,7 @@
-"""Linear layers on a CPU with a copy of their weights in a faster layout: same products up to rounding, in half the time or less."""
+"""Faster linear layers on a CPU, with copies of their weights in a faster layout.
+
+Products are the same up to rounding, in half the time or less.
+"""
 
 import functools
 import math
@@ -10,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 8
-"""Rows of input that oneDNN's layout is chosen for; it is faster from one row to some hundreds."""
+"""Number of input rows that oneDNN's layout is chosen for; it is faster from one row to some hundreds."""
 Product = Callable[[Tensor], Tensor]
-"""Rows in, "* in"; their product with a packed weight out, "* out". Not differentiable."""
+"""Function from rows, "* in", to their product with a packed weight, "* out". Not differentiable."""
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
-    """The product with a copy of a weight; None where none is faster.
+    """Make the product with a packed copy of a weight; None where no packed product is faster.
 
-    On a CPU there is one in fp32, and in bf16 where the CPU multiplies that (AVX-512 BF16, AMX). fp32 weights that are numbers of 16 bits, as
-    those of most published checkpoints are, are read as such: half the bytes, and the very products in fp32.
+    On a CPU there is one in fp32, and in bf16 where the CPU has instructions for it (AVX-512 BF16, AMX). fp32 weights
+    whose values are exact in 16 bits, as in most published checkpoints, are stored in 16 bits: half the bytes to read,
+    and the same products in fp32.
 
-    Memory: the copy, in 16 bits where that loses nothing.
+    Memory: the copy, in 16 bits where no value changes.
 
     Args:
         weight: "out in".
@@ -42,10 +46,13 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
 
 
 def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
-    """The product of fp32 rows and fp32 sums with a weight that is kept in fp16; None where a value would change.
+    """Make the product of fp32 rows with a weight kept in fp16, summed in fp32.
 
-    A power of two makes room for the small values of bf16, whose exponents reach further down; rows are divided by it. FBGEMM adds
-    up in the same order for any number of rows, so that a token's products do not depend on what is read with it.
+    Returns None where fp16 would change a value of the weight.
+
+    A power of two scales the weight to make room for the small values of bf16, whose exponents reach further down; rows
+    are divided by it. FBGEMM sums in the same order for any number of rows, so that a token's products do not depend on
+    the tokens that are read with it.
     """
     if not _has_fp16_products():
         return None
@@ -61,30 +68,33 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
         return lambda rows: multiply(rows, packed)
 
     def product(rows: Tensor) -> Tensor:
-        found = multiply(rows if exact else rows * scale, packed)
-        return found if bias is None else found + bias
+        out = multiply(rows if exact else rows * scale, packed)
+        return out if bias is None else out + bias
 
     return product
 
 
 @functools.cache
 def _has_fp16_products() -> bool:
-    """Whether FBGEMM is in this build, works on this CPU, and adds up in fp32."""
+    """Say whether FBGEMM is in this build, works on this CPU, and sums in fp32."""
     rows, weight = torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0)).half().float()
     try:
-        found = torch.ops.quantized.linear_dynamic_fp16(rows, torch.ops.quantized.linear_prepack_fp16(weight, None))
+        out = torch.ops.quantized.linear_dynamic_fp16(rows, torch.ops.quantized.linear_prepack_fp16(weight, None))
     except (AttributeError, RuntimeError):
         return False
-    return torch.allclose(found.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
+    return torch.allclose(out.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
 
 
 def _multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for products of bf16."""
+    """Say whether the CPU has instructions for products in bf16."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class _Packed(NamedTuple):
-    """A packed copy of a layer's weight, and the state that it was made of. Copies of the layer do not have it."""
+    """A packed copy of a layer's weight, and the weight's state when the copy was made.
+
+    Copies of the layer do not have it.
+    """
 
     state: list
     product: Product | None
@@ -94,12 +104,15 @@ class _Packed(NamedTuple):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies with the packed copy of its weight while that is the weight it was packed from."""
+    """A linear layer that multiplies with a packed copy of its weight until the weight changes."""
 
     packed: _Packed | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply as `nn.Linear`, which it stays under a gradient, in another dtype, and where it is compiled."""
+        """Multiply as `nn.Linear` does.
+
+        The layer stays a plain `nn.Linear` under a gradient, in another dtype, and inside `torch.compile`.
+        """
         needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         is_compiling = torch.compiler.is_compiling()
         if not needs_grad and not is_compiling and input.dtype == self.weight.dtype and input.dim() > 1:
@@ -110,7 +123,7 @@ class PackedLinear(nn.Linear):
 
 
 def packed_product(layer: PackedLinear) -> Product | None:
-    """Give what the layer multiplies with, made when it is first asked for; None once the weight is another one."""
+    """Give the layer's packed product, made at the first call; None once the weight has changed."""
     if layer.packed is None:
         bias = None if layer.bias is None else layer.bias.detach()
         layer.packed = _Packed(_state(layer), pack(layer.weight, bias))
@@ -118,14 +131,14 @@ def packed_product(layer: PackedLinear) -> Product | None:
 
 
 def _state(layer) -> list:
-    """Changes with the values."""
+    """Give addresses and versions of the layer's weights, which change with their values."""
     return [(x.data_ptr(), x._version) for x in (layer.weight, layer.bias) if x is not None]
 
 
 def pack_linears(module: nn.Module) -> bool:
-    """Let all linear layers inside a module pack their weights when they are first used; say whether they will.
+    """Make all linear layers inside a module pack their weights at first use; say whether it was done.
 
-    They will not where `pack` gives nothing, and where the copies would take more than half of the free memory.
+    It is not done where `pack` gives no product, or where the copies would take more than half of the free memory.
 
     Memory: a second copy of the weights, or half of one, see `pack`.
     """
@@ -140,6 +153,6 @@ def pack_linears(module: nn.Module) -> bool:
 
 
 def unpack(layer: nn.Module) -> None:
-    """Make a layer an `nn.Linear` again, without the copy of its weight."""
+    """Turn a layer back into an `nn.Linear`, without the copy of its weight."""
     vars(layer).pop("packed", None)
     layer.__class__ = nn.Linear

@@ -1,4 +1,4 @@
-"""The one door to this room: make a loaded model faster, in place, without changing what it computes."""
+"""The entry point of `dpace.fast`: make a loaded model faster, in place, with the same results."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,18 @@ from dpace.modeling_dflash import DFlashDraftModel
 
 
 class SpeedUp(NamedTuple):
-    """What was done to a model."""
+    """The changes made to a model."""
 
     is_packed: bool
-    """Linear layers multiply with copies of their weights in a faster layout."""
+    """Whether linear layers multiply with copies of their weights in a faster layout."""
     is_grouped: bool
-    """Attention reads keys and values once for all query heads that share them."""
+    """Whether attention reads keys and values once for all query heads that share them."""
     is_fused: bool
-    """Decoder layers run in fewer operations."""
+    """Whether decoder layers run in fewer operations."""
 
 
 def speed_up(model: PreTrainedModel) -> SpeedUp:
-    """Do what makes a model faster on its device; today that is on a CPU only.
+    """Make a model faster on its device; today this changes models on a CPU only.
 
     Memory: copies of the weights, see `dpace.fast.packing.pack_linears`.
     """
