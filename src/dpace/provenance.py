@@ -1,4 +1,4 @@
-"""Say what made a number: versions, hardware and hashes."""
+"""Versions, hardware and hashes that belong to a measured number."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ import dpace
 
 
 def find_versions() -> dict[str, str]:
-    """Give the versions of what computes."""
+    """Give the versions of dpace, torch, transformers and Python."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     return {"dpace": dpace.__version__, **packages, "python": platform.python_version()}
 
 
 def find_hardware(device: torch.device) -> dict[str, Any]:
-    """Name the device and count cores and threads."""
+    """Name the device, and count the processor's cores and torch's threads."""
     is_cpu = device.type == "cpu"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else find_processor()
     return {
