@@ -229,7 +229,7 @@ def test_embeddings_of_its_own_and_missing_folders_are_refused(folder, tmp_path)
     save_file({**weights, "embed_tokens.weight": torch.zeros(64, 48)}, own / "model.safetensors")
     with pytest.raises(ValueError, match="unknown .'embed_tokens.weight'"):
         import_drafter(own, tmp_path / "out")
-    with pytest.raises(ValueError, match="no drafter's folder"):
+    with pytest.raises(ValueError, match="not a drafter's folder"):
         import_drafter(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(ValueError, match="own folder"):
         import_drafter(own, own)
@@ -492,7 +492,7 @@ def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_p
     assert main(["import", str(written), "--output", str(again), "--target", str(language_folder)]) == 0
     assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
     assert main(["import", str(tmp_path / "nothing"), "--output", str(again)]) == 1
-    assert "no drafter's folder" in capsys.readouterr().err
+    assert "not a drafter's folder" in capsys.readouterr().err
 
 
 def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):

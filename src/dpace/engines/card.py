@@ -1,4 +1,4 @@
-"""A drafter in, its model card out: what it is, what it gave, how it was trained, and the commands that serve it."""
+"""Write a drafter's model card: what it is, its results, how it was trained and how to serve it."""
 
 import json
 from pathlib import Path
@@ -7,51 +7,14 @@ from typing import Any
 import torch
 import yaml
 
-from dpace.config import Engine, Format
+from dpace.config import Format
 from dpace.drafter import Drafter, fingerprint
-from dpace.engines.serving import serve_command
+from dpace.engines.serving import card_sections
 from dpace.report.tables import copied_note, with_interval
 from dpace.spec import DrafterSpec
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
-
-VLLM = """**vLLM**
-
-```bash
-{vllm}
-```
-"""
-SGLANG = """**SGLang** (not run by us: it needs a GPU)
-
-```bash
-{sglang}
-```
-"""
-TRANSFORMERS = """**transformers** (5.15 or newer, one prompt at a time)
-
-```python
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{target}")
-target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto").eval()
-drafter = AutoModel.from_pretrained("{drafter}", trust_remote_code=True, dtype=target.dtype).eval()
-messages = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = target.generate(**inputs, assistant_model=drafter, speculation_type="dflash", do_sample=False, max_new_tokens=256)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-"""
-LLAMACPP = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
-
-```bash
-{llamacpp}
-```
-
-`TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
-"""
-TO_GGUF = """For llama.cpp: `dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf`.
-"""
 
 
 def write_card(
@@ -76,46 +39,52 @@ def write_card(
         target_name: what the target is called; left out of `base_model` where it is a folder of this machine.
         license: of the weights.
         dtype: of the matrices.
-        source: the drafter's own folder. Its `recipe.yaml` is told, and those rows of the `results.json` beside it or above
-            it that were measured with these weights.
+        source: the drafter's own folder. Its `recipe.yaml` is told, and those rows of the `results.json` beside it or
+            above it that were measured with these weights.
         drafter: as it was measured, in the target's dtype.
     """
     is_local = Path(target_name).is_dir()
-    shown = Path(target_name).name if is_local else target_name
-    front: dict[str, Any] = {
-        "library_name": _LIBRARIES.get(to, "transformers"),
-        "pipeline_tag": "text-generation",
-        "license": license,
-    }
-    if not is_local:
-        front["base_model"] = target_name
-    front["tags"] = [*TAGS, *({"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"]))]
-    facts = {
-        "target": f"`{shown}`",
-        "block size": f"{spec.block_size}: the anchor and {spec.num_draft_tokens} draft tokens",
-        "target_layer_ids": f"{list(spec.target_layer_ids)}: 0-based, their output",
-        "mask token": str(spec.mask_token_id),
-        "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
-        "weights": str(dtype).removeprefix("torch."),
-    }
-    names = {"target": shown, "drafter": name}
-    given: dict[Engine, str] = {"vllm": name, "sglang": name, "llamacpp": path.name}
-    for engine, drafter_name in given.items():
-        names[engine] = serve_command(engine, drafter_name, shown, spec.block_size)
-    commands = {"speculators": [VLLM], "gguf": [LLAMACPP]}.get(to, [VLLM, SGLANG, TRANSFORMERS, TO_GGUF])
+    target = Path(target_name).name if is_local else target_name
+    front = _front_matter(to, license, None if is_local else target_name)
+    weights = str(dtype).removeprefix("torch.")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {Path(name).name}",
-        f"A DFlash drafter for `{shown}`. It is not a model of its own: it proposes tokens, the target keeps those that it would "
-        "have written itself.",
-        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        *_results(source, drafter, facts["weights"]),
+        f"A DFlash drafter for `{target}`. It is not a model to use alone: it proposes tokens, and the target keeps "
+        "those that it would have written itself.",
+        _facts(spec, target, weights),
+        *_results(source, drafter, weights),
         "## How to serve it",
-        *(text.format(**names).rstrip() for text in commands),
+        *card_sections(to, drafter=name, gguf=path.name, target=target, block_size=spec.block_size),
         *_recipe(source),
     ]
     folder = path.parent if to == "gguf" else path
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str, Any]:
+    """Give the metadata that the Hub reads from a card."""
+    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"])
+    return {
+        "library_name": _LIBRARIES.get(to, "transformers"),
+        "pipeline_tag": "text-generation",
+        "license": license,
+        **({"base_model": base_model} if base_model else {}),
+        "tags": [*TAGS, *engines],
+    }
+
+
+def _facts(spec: DrafterSpec, target: str, weights: str) -> str:
+    """Write the table of what the drafter is."""
+    facts = {
+        "target": f"`{target}`",
+        "block size": f"{spec.block_size}: one known token and {spec.num_draft_tokens} draft tokens",
+        "target_layer_ids": f"{list(spec.target_layer_ids)}: counted from 0; the drafter reads their output",
+        "mask token": str(spec.mask_token_id),
+        "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
+        "weights": weights,
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 
 def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
@@ -147,18 +116,19 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
 
 
 def _interval(row: dict, key: str) -> str:
+    """Write a value with its interval."""
     return with_interval(row[key], row[f"{key}_interval"])
 
 
 def _recipe(source: Path) -> list[str]:
-    """What `dpace train` was told, without where files are."""
+    """Repeat the recipe of `dpace train`, without the places of files."""
     path = source / "recipe.yaml"
     if not path.exists():
         return []
     recipe = yaml.safe_load(path.read_text())
     kept = {name: recipe[name] for name in ("respond", "drafter", "loss", "train") if name in recipe}
     objective = recipe.get("loss", {}).get("objective")
-    said = f"Trained by dpace, objective `{objective}`"
+    sentence = f"Trained by dpace, objective `{objective}`"
     if objective == "dpace":
-        said += " ([D-PACE](https://arxiv.org/abs/2605.18810))"
-    return ["## Recipe", f"{said}.", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]
+        sentence += " ([D-PACE](https://arxiv.org/abs/2605.18810))"
+    return ["## Recipe", f"{sentence}.", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]
