@@ -1,10 +1,12 @@
-"""Write the demo's prompts: maintenance notes to turn into a JSON ticket, and word problems as the hard contrast.
+"""Write the demo's prompts: maintenance notes to turn into JSON tickets, and word problems.
 
-    python examples/make_demo_prompts.py src/dpace/data train heldout
-    python examples/make_demo_prompts.py /tmp/prompts test
+    python examples/make_demo_prompts.py /tmp/prompts train heldout test
 
-Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and
-sentence patterns, so that no note and no value of a held-out prompt was seen in training. The test part has other prompts from
+It writes demo_PART.jsonl for each part; src/dpace/demo has copies of the first two, without `demo_`. Notes
+are easy to draft for; word problems are the hard contrast.
+
+Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and sentence
+patterns, so that no note and no value of a held-out prompt was seen in training. The test part has other prompts from
 the held-out pools: the demo is tuned on the held-out part, so a claim is measured on this one.
 """
 
@@ -42,30 +44,34 @@ EXAMPLES = (
 
 NOTES = {
     "train": {
-        "machine": "laser printer|coffee machine|dish washer|air conditioner|water pump|conveyor belt|label printer|floor scanner|"
-        "ice maker|packing robot|ticket gate|lathe|drill press|steam iron|paper shredder|heat exchanger|bread oven|"
-        "card reader|projector|forklift|band saw|water heater|vacuum cleaner|milling machine|bottle washer|hoist|"
-        "sewing machine|cash register|wall clock|smoke detector|sliding door|street lamp|fuel tank|gas meter|hay baler|"
-        "leaf blower|wood chipper|snow plough|cement mixer|spray booth|pallet jack|tower crane|belt sander|microscope|"
-        "centrifuge|oscilloscope|dough mixer|meat slicer|rice cooker|milk frother|juice press|popcorn maker|hot plate|"
-        "fog machine|stage light|drum kit|loudspeaker|radio mast|satellite dish|parking meter|bus shelter|car wash|"
-        "tyre changer|battery charger|solar panel|wind turbine|diesel generator|fire alarm|window blind|revolving door",
-        "location": "the kitchen|the workshop|the reception|the canteen|the loading dock|the first floor|the main hall|"
-        "the east corridor|the laundry|the print shop|the server room|the cold store|the entrance|the paint shop|the library|"
-        "the stable|the greenhouse|the harbour|the gym|the chapel|the theatre|the bakery|the museum|the archive|the courtyard|"
-        "the swimming pool|the boardroom|the cinema|the tunnel|the foundry|room {n}|hall {n}|bay {n}|line {n}|office {n}|dock {n}",
-        "problem": "does not start|makes a loud noise|leaks oil|smells of smoke|stops after a few minutes|shows an error code|"
-        "is too hot|jams all the time|lost its power|vibrates a lot|drips water|has a broken switch|does not close|"
-        "runs too slowly|has a loose cable|blinks red|needs a new filter|has a cracked cover|trips the fuse|will not turn off|"
-        "is out of grease|hums at night|has a bent axle|needs new batteries|is covered in rust|cannot be locked|misses a screw|"
-        "burns the edges|has a flat tyre|spills coolant|reads the wrong value|has a worn brake|shakes at full speed|"
-        "is blocked by dust|lost its label|draws too much current|has a clogged nozzle|does not respond|makes black smoke|"
+        "machine": "laser printer|coffee machine|dish washer|air conditioner|water pump|conveyor belt|label printer|"
+        "floor scanner|ice maker|packing robot|ticket gate|lathe|drill press|steam iron|paper shredder|"
+        "heat exchanger|bread oven|card reader|projector|forklift|band saw|water heater|vacuum cleaner|"
+        "milling machine|bottle washer|hoist|sewing machine|cash register|wall clock|smoke detector|sliding door|"
+        "street lamp|fuel tank|gas meter|hay baler|leaf blower|wood chipper|snow plough|cement mixer|spray booth|"
+        "pallet jack|tower crane|belt sander|microscope|centrifuge|oscilloscope|dough mixer|meat slicer|rice cooker|"
+        "milk frother|juice press|popcorn maker|hot plate|fog machine|stage light|drum kit|loudspeaker|radio mast|"
+        "satellite dish|parking meter|bus shelter|car wash|tyre changer|battery charger|solar panel|wind turbine|"
+        "diesel generator|fire alarm|window blind|revolving door",
+        "location": "the kitchen|the workshop|the reception|the canteen|the loading dock|the first floor|"
+        "the main hall|the east corridor|the laundry|the print shop|the server room|the cold store|the entrance|"
+        "the paint shop|the library|the stable|the greenhouse|the harbour|the gym|the chapel|the theatre|the bakery|"
+        "the museum|the archive|the courtyard|the swimming pool|the boardroom|the cinema|the tunnel|the foundry|"
+        "room {n}|hall {n}|bay {n}|line {n}|office {n}|dock {n}",
+        "problem": "does not start|makes a loud noise|leaks oil|smells of smoke|stops after a few minutes|"
+        "shows an error code|is too hot|jams all the time|lost its power|vibrates a lot|drips water|"
+        "has a broken switch|does not close|runs too slowly|has a loose cable|blinks red|needs a new filter|"
+        "has a cracked cover|trips the fuse|will not turn off|is out of grease|hums at night|has a bent axle|"
+        "needs new batteries|is covered in rust|cannot be locked|misses a screw|burns the edges|has a flat tyre|"
+        "spills coolant|reads the wrong value|has a worn brake|shakes at full speed|is blocked by dust|"
+        "lost its label|draws too much current|has a clogged nozzle|does not respond|makes black smoke|"
         "has a scratched lens",
-        "first": "Nora|Ivan|Maria|Tom|Aisha|Peter|Chen|Laura|Omar|Julia|Sam|Ingrid|David|Priya|Lucas|Hanna|Jose|Emma|Kenji|Olga|"
-        "Ben|Fatima|Marco|Sofia|Erik|Leila|Simon|Tanya|Victor|Grace|Diego|Amina|Frank|Helena|Raj|Monica|Stefan|Linda|Carlos|Ruth",
-        "last": "Lind|Petrov|Costa|Baker|Khan|Lund|Wei|Rossi|Haddad|Novak|Carter|Olsen|Cohen|Nair|Martin|Virtanen|Alvarez|Fischer|"
-        "Sato|Ivanova|Wright|Zahra|Bianchi|Lopez|Hansen|Mendez|Foster|Keller|Moreau|Tanaka|Svensson|Okafor|Murphy|Silva|"
-        "Popescu|Walker|Nielsen|Garcia|Weber|Adams",
+        "first": "Nora|Ivan|Maria|Tom|Aisha|Peter|Chen|Laura|Omar|Julia|Sam|Ingrid|David|Priya|Lucas|Hanna|Jose|Emma|"
+        "Kenji|Olga|Ben|Fatima|Marco|Sofia|Erik|Leila|Simon|Tanya|Victor|Grace|Diego|Amina|Frank|Helena|Raj|Monica|"
+        "Stefan|Linda|Carlos|Ruth",
+        "last": "Lind|Petrov|Costa|Baker|Khan|Lund|Wei|Rossi|Haddad|Novak|Carter|Olsen|Cohen|Nair|Martin|Virtanen|"
+        "Alvarez|Fischer|Sato|Ivanova|Wright|Zahra|Bianchi|Lopez|Hansen|Mendez|Foster|Keller|Moreau|Tanaka|Svensson|"
+        "Okafor|Murphy|Silva|Popescu|Walker|Nielsen|Garcia|Weber|Adams",
         "day": "Monday|Tuesday|Thursday|Saturday",
         "pattern": "The {machine} in {location} {problem}. {person} told us on {day}.|"
         "{person} called on {day}: the {machine} in {location} {problem}.|"
@@ -77,11 +83,12 @@ NOTES = {
         "The {machine} {problem} again. It is in {location}. Seen by {person} on {day}.",
     },
     "heldout": {
-        "machine": "elevator|barcode scanner|freezer|compressor|photocopier|grinder|boiler|welding robot|ventilation fan|hand dryer|"
-        "garage door|metal detector|lawn mower|espresso maker",
-        "location": "the basement|the warehouse|the garage|the second floor|the attic|the pharmacy|the cafeteria|lab {n}|shed {n}",
-        "problem": "rattles badly|does not cool|has a torn belt|keeps beeping|leaks gas|has a dead screen|is stuck|loses pressure|"
-        "needs a new fan|will not open",
+        "machine": "elevator|barcode scanner|freezer|compressor|photocopier|grinder|boiler|welding robot|"
+        "ventilation fan|hand dryer|garage door|metal detector|lawn mower|espresso maker",
+        "location": "the basement|the warehouse|the garage|the second floor|the attic|the pharmacy|the cafeteria|"
+        "lab {n}|shed {n}",
+        "problem": "rattles badly|does not cool|has a torn belt|keeps beeping|leaks gas|has a dead screen|is stuck|"
+        "loses pressure|needs a new fan|will not open",
         "first": "Anna|Paul|Rita|Yusuf|Clara|Viktor|Mina|Alan|Elsa|Hugo",
         "last": "Berg|Meyer|Gomez|Demir|Jensen|Horvat|Park|Reed|Dubois|Stone",
         "day": "Wednesday|Friday|Sunday",
@@ -108,7 +115,8 @@ PROBLEMS = {
         "thing": "postcards|lemons|feathers|magnets|ribbons",
         "pattern": "On {b} days {name} finds {a} {thing} a day. How many {thing} is that together?|"
         "{name} needs {c} {thing} but only owns {a}. How many are missing?|"
-        "{name} pays {d} dollars for each of {b} {thing} and then sells all of them for {c} dollars. What is the profit?",
+        "{name} pays {d} dollars for each of {b} {thing} and then sells all of them for {c} dollars. "
+        "What is the profit?",
     },
 }
 
@@ -123,12 +131,12 @@ COUNTS = {
 
 
 def pick(pools, rng):
-    """One value of every pool."""
+    """Choose one value of each pool."""
     return {name: rng.choice(values.split("|")) for name, values in pools.items()}
 
 
 def numbers(part, rng):
-    """Even numbers for training, odd ones for the held-out part; `c` is larger than the others."""
+    """Draw even numbers for training, odd ones for the held-out part; `c` is larger than the others."""
     shift = 0 if part == "train" else 1
     small = [2 * n + shift for n in range(2, 12)]
     a, b, d = rng.sample(small, 3)
@@ -136,7 +144,7 @@ def numbers(part, rng):
 
 
 def note(pools, part, rng):
-    """A maintenance note."""
+    """Write a maintenance note."""
     values = pick(pools, rng)
     place = values.pop("location").format(n=2 * rng.randrange(100, 250) + (part != "train"))
     person = f"{values.pop('first')} {values.pop('last')}"
@@ -144,13 +152,13 @@ def note(pools, part, rng):
 
 
 def problem(pools, part, rng):
-    """A word problem."""
+    """Write a word problem."""
     values = pick(pools, rng)
     return values.pop("pattern").format(**values, **numbers(part, rng))
 
 
 def note_messages(note):
-    """The conversation that ends with a note, after the worked examples."""
+    """Make the conversation that ends with a note, after the worked examples."""
     messages = []
     for example, ticket in EXAMPLES:
         ticket = json.dumps({**ticket, "status": "open"}, indent=2)
@@ -160,7 +168,7 @@ def note_messages(note):
 
 
 def make(kind, part):
-    """Distinct prompts of one kind and part."""
+    """Yield distinct prompts of one kind and part."""
     rng = random.Random(f"{kind}/{part}")
     pools = (NOTES if kind == "notes" else PROBLEMS)["train" if part == "train" else "heldout"]
     tuned_on = {row["messages"][-1]["content"] for row in make(kind, "heldout")} if part == "test" else set()

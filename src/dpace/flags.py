@@ -14,7 +14,7 @@ PROMPT = "Why is the sky blue?"
 
 
 def parse(config_class, verb: str, args: list[str]):
-    """Read a verb's options from its arguments: a recipe that may stand first, then flags that override it."""
+    """Read a verb's options from a recipe, which may stand first, and flags that override it."""
     import tyro
 
     recipe = []
@@ -25,7 +25,7 @@ def parse(config_class, verb: str, args: list[str]):
 
 
 def _with_group(config_class, verb: str, arg: str) -> str:
-    """Add a verb's own group where a flag leaves it out: `dpace bench --sets` is `dpace bench --bench.sets`."""
+    """Add a verb's own group where a flag leaves it out: `dpace bench --sets` means `--bench.sets`."""
     groups: dict[str, Any] = {field.name: field.default_factory for field in fields(config_class)}
     name = arg.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
     if not arg.startswith("--") or name in groups or verb not in groups:

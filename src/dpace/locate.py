@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 
 def find_target_gguf() -> Path | None:
-    """Find the GGUF file that the demo's target was made from; None where the target did not come from PyPI."""
+    """Find the GGUF file that the demo's target was made from; None if it is not from PyPI."""
     path = cache_folder() / "SmolLM2-135M-Instruct.gguf"
     return path if path.exists() else None
 

@@ -37,7 +37,9 @@ TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
 """More than any response here has, so that no engine drafts less at the end."""
 KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.1)}
-"""Drafters of blocks of 6, by tau: the first shows exactness only, the second also wrong features, the third long runs, up to whole blocks."""
+"""Drafters of blocks of 6, by tau.
+
+The first shows exactness only, the second also wrong features, the third long runs, up to whole blocks."""
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 

@@ -1,4 +1,4 @@
-"""Held-out responses in; the accepted lengths that decoding would have, out, without decoding."""
+"""Measure the accepted lengths that decoding would have on known responses, without decoding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,8 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
     """Follow greedy decoding through a known response: each verification starts where the last one ended.
 
     Args:
-        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that does not.
+        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that
+            does not.
         span: [start, end) of the response; its first token comes from the prefill.
         block_size: slots of a block.
 
@@ -25,23 +26,23 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
         The accepted lengths of `dpace.decode.generate` on this text.
     """
     start, end = span
-    accepted_lengths, missing, anchor = [], 0, start
+    accepted_lengths, without_bonus, anchor = [], 0, start
     while anchor < end - 1:
         accepted = min(accepted_from[anchor], end - 1 - anchor)
-        missing += anchor + accepted == end - 1
+        without_bonus += anchor + accepted == end - 1
         accepted_lengths.append(accepted)
         anchor += accepted + 1
-    return Acceptance.from_lengths(accepted_lengths, block_size, missing)
+    return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
 
 
 @torch.no_grad()
 def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDataset) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
-    Equal to what `dpace.decode.generate` accepts at temperature 0. One row a conversation.
+    They equal what `dpace.decode.generate` accepts at temperature 0. Each conversation is a row of the result.
 
-    Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block tokens
-    are response tokens x block_size.
+    Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block
+    tokens are response tokens x block_size.
 
     Args:
         drafter: what is measured.
@@ -69,6 +70,6 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
 
 
 def _spans(is_response: Sequence[bool]) -> list[tuple[int, int]]:
-    """[start, end) of each run of response tokens that is long enough to be drafted for."""
+    """Find the runs [start, end) of response tokens that are long enough to be drafted for."""
     edges = [i for i, (a, b) in enumerate(zip([False, *is_response], [*is_response, False], strict=True)) if a != b]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if end - start > 1]

@@ -22,7 +22,7 @@ def run(args: list[str]) -> None:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Read a drafter that another project trained, and write it for dpace with the same weights, bit for bit.
+    """Read a drafter that another project trained, and write it for dpace, weights bit for bit.
 
     Usage: dpace import SOURCE --output FOLDER.
     """
