@@ -54,7 +54,6 @@ class PromptsConfig:
     """JSONL file with `messages`, `turns` or `prompt` on each line; `demo` is the dataset that comes with dpace."""
     heldout_path: str | None = None
     """JSONL file of prompts to measure on, none of which may be a training prompt.
-
     By default `demo` has its own file; for other prompts, a random part is taken out of `path` before training."""
     num_heldout: int = 64
     """Prompts taken out of `path` to measure on, at most a tenth of them; unused where held-out prompts have a file."""
@@ -104,12 +103,10 @@ class LossConfig:
     """How much each slot of a block counts in the loss; docs/objectives.md says when to use which."""
     token_loss: TokenLoss = "nll"
     """Loss of one slot.
-
     nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
     lk: -log of the overlap of both distributions."""
     confidence: Confidence = "token"
     """How D-PACE estimates that a slot is accepted.
-
     token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
     alpha: float = 0.5
     """Smoothing of D-PACE's weights, 0 to 1 (the paper: 0.5; 0.3 to 0.7 work about as well)."""
@@ -119,7 +116,6 @@ class LossConfig:
     """Weight of a slot relative to the one before it, for the objective medusa."""
     reduction: Reduction = "anchors"
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
-
     anchors: blocks, then conversations. batch (the paper's code): conversations. slots: scored slots. weights: the
     weights' sum."""
     vocabulary: Literal["all", "seen"] = "all"
@@ -137,7 +133,6 @@ class TrainConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw (the paper's), or muon for the matrices.
-
     Muon is better for short trainings; its steps are slower, and it does not work with sharded weights."""
     learning_rate: float = 6e-4
     """Highest learning rate of the schedule (the paper: 6e-4)."""
@@ -165,7 +160,6 @@ class TrainConfig:
     """Optimizer steps between two entries of the log."""
     eval_steps: int = 500
     """Optimizer steps between two checkpoints.
-
     The mean acceptance length (tau) on the validation prompts is measured at each."""
     feature_cache_gib: float = 4.0
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
@@ -193,7 +187,6 @@ class BenchConfig:
     """Most prompts to take from each dataset; all by default."""
     widths: tuple[Width, ...] = ("full", "auto")
     """Verification lengths to measure.
-
     full: whole drafts, as tau is defined. auto: as `dpace generate`, the number of drafted or copied tokens that is
     fastest on this machine. An integer: that number of draft tokens."""
     predict: bool = False
@@ -223,7 +216,6 @@ class Recipe:
     """Turn thinking on, for chat templates that offer it; the paper's numbers are without."""
     dtype: Dtype = "auto"
     """Precision of the target's weights.
-
     auto: bf16 on a GPU; fp32 on a CPU, where texts are equal token for token."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompts to train on and to measure on."""

@@ -29,7 +29,6 @@ class DemoConfig:
     """Folder or Hub id of the target; SmolLM2-135M-Instruct by default."""
     output: str | None = None
     """Folder that everything is written to; dpace-demo, or dpace-demo-quick with --quick, by default.
-
     The same command continues an interrupted run in it."""
 
 

@@ -39,8 +39,8 @@ def write_card(
         target_name: what the target is called; left out of `base_model` where it is a folder of this machine.
         license: of the weights.
         dtype: of the matrices.
-        source: the drafter's own folder. Its `recipe.yaml` is told, and those rows of the `results.json` beside it or
-            above it that were measured with these weights.
+        source: the drafter's own folder. Its `recipe.yaml` is repeated, and those rows of the `results.json` beside it
+            or above it that were measured with these weights.
         drafter: as it was measured, in the target's dtype.
     """
     is_local = Path(target_name).is_dir()

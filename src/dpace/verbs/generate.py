@@ -29,10 +29,10 @@ class GenerateConfig(SamplingConfig):
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
-
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
     compile: bool = False
-    """Compile the decoding steps, on a GPU as CUDA graphs; verifies whole drafts. Not with --stream or speculative."""
+    """Compile the decoding steps, on a GPU as CUDA graphs, and verify whole drafts.
+    It cannot be combined with --stream or --verify-rule speculative."""
 
 
 def run(args: list[str]) -> None:
