@@ -1,4 +1,7 @@
-"""Decode with what `dpace demo` trained: python examples/decode.py dpace-demo/dpace demo#notes/heldout/1."""
+"""Decode a prompt with the drafter that `dpace demo` trained.
+
+python examples/decode.py dpace-demo/dpace demo#notes/heldout/1
+"""
 
 import sys
 
@@ -16,4 +19,4 @@ plain = generate_plain(target, token_ids, max_new_tokens=100)
 ours = generate(target, drafter, token_ids, max_new_tokens=100)
 print(target.tokenizer.decode(ours.token_ids, skip_special_tokens=True))
 print(f"same text: {ours.token_ids == plain.token_ids}, tau {ours.acceptance.tau:.2f}")
-print(f"{plain.decode_seconds:.2f} s plain, {ours.decode_seconds:.2f} s with the drafter")
+print(f"{plain.decode_seconds:.2f} s without a drafter, {ours.decode_seconds:.2f} s with it")

@@ -80,7 +80,7 @@ def make_drafter(target: Target, seed: int = 0, **options) -> Drafter:
 
 
 class Oracle:
-    """Stands in for a drafter: drafts the text it was given, wrong wherever `is_wrong` says so, with the given confidence."""
+    """Stands in for a drafter: drafts a given text, wrong where `is_wrong` says so, with a given confidence."""
 
     def __init__(self, monkeypatch, drafter, target, text, is_wrong, confidence=0.99):
         number = iter(range(10**6))

@@ -94,7 +94,7 @@ CONFIGS = {
         },
     ),
 }
-NOT_DRAFTED_FOR = {"jamba": "cannot read several tokens"}
+NOT_DRAFTED_FOR = {"jamba": "cannot read several tokens at once"}
 """Families that a drafter is refused for, and the reason."""
 NOT_BATCHED = {"qwen3 sliding", "mistral sliding", "gpt-oss", "gemma2", "gemma3", "cohere2", "lfm2", "qwen3.5"}
 NOT_BATCHED |= {"qwen3-next", "falcon-h1", "granite-4-h"}

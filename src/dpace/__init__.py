@@ -1,3 +1,3 @@
-"""dpace: train parallel drafters with D-PACE and decode any Hugging Face causal LM faster, with the same text."""
+"""Train parallel drafters with D-PACE and decode Hugging Face causal LMs faster, with the same text."""
 
 __version__ = "0.1.0"

@@ -8,16 +8,16 @@ VERBS = {
     "demo": "train a drafter for a real LLM on this machine and show what it gains",
     "respond": "let the target answer the prompts",
     "train": "train a drafter on the responses",
-    "compare": "train several objectives with several seeds, and say which is best",
-    "bench": "measure drafters against plain decoding on held-out prompts",
+    "compare": "train with several objectives and seeds, and say which objective is best",
+    "bench": "measure drafters against the baseline (no drafter) on held-out prompts",
     "report": "write one HTML page from the folders that other verbs wrote",
     "check": "prove that a drafter does not change the text",
     "doctor": "say what would go wrong when a drafter is served",
     "generate": "answer one prompt, or chat",
     "export": "write a drafter for vLLM, SGLang, llama.cpp, transformers or speculators",
-    "import": "take over a drafter that another project trained",
+    "import": "read a drafter that another project trained, and write it for dpace",
 }
-"""Each verb's one line of help; `dpace.verbs` has a file for each."""
+"""One line of help for each verb; `dpace.verbs` has a file for each."""
 
 USAGE = "\n".join(
     [
@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        0 for success, 1 for a failure that was told in one line, 2 for wrong usage, 130 after Ctrl-C.
+        0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in VERBS:
         is_help = bool(argv) and argv[0] in ("-h", "--help")
         print(
-            USAGE if is_help or not argv else f"unknown verb {argv[0]!r}\n\n{USAGE}",
+            USAGE if is_help or not argv else f"unknown verb {argv[0]!r}; choose one of those below\n\n{USAGE}",
             file=sys.stdout if is_help else sys.stderr,
         )
         return 0 if is_help else 2
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dpace {verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; finished work is kept: run the same `dpace {verb}` command to go on", file=sys.stderr)
+        print(f"\ninterrupted; finished work is kept: run the same `dpace {verb}` command to continue", file=sys.stderr)
         return 130
     return 0
 

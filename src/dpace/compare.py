@@ -1,4 +1,4 @@
-"""Train one recipe with several objectives and seeds, and say which drafts best on the same data and anchors."""
+"""Train one recipe with several objectives and seeds, and say which one drafts best."""
 
 import json
 import statistics

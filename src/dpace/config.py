@@ -1,4 +1,7 @@
-"""Every knob, with its default and where that comes from. Imports no torch, so that `--help` answers at once."""
+"""Every option, with its default and where the default comes from.
+
+Imports no torch, so that `--help` answers at once.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,228 +30,244 @@ Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the tokens of a response are chosen, and how many."""
+    """How the tokens of a response are chosen, and how many there are at most."""
 
     max_new_tokens: int = 256
-    """Longest response in tokens; reached exactly unless a stop token comes first."""
+    """Length of the response in tokens; it is shorter only where a stop token comes first."""
     temperature: float = 0.0
-    """Temperature of the target's distribution; 0 is greedy."""
+    """Sampling temperature, 0 or more; 0 always takes the most likely token (greedy)."""
     top_k: int = 0
-    """Sample from so many most likely tokens; 0 keeps all."""
+    """Sample only from this number of most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Sample from the most likely tokens up to this probability."""
+    """Sample only from the most likely tokens whose probabilities sum to this value, above 0 to 1; 1 keeps all."""
     min_p: float = 0.0
-    """Sample from tokens with at least this share of the highest probability."""
+    """Sample only from tokens with at least this fraction of the highest probability, 0 to 1; 0 keeps all."""
     seed: int | None = None
-    """Seed of the draws at temperature above 0; by default torch's global generator."""
+    """Seed for sampling at a temperature above 0; torch's global random generator by default."""
 
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where prompts come from."""
+    """Where the prompts come from, and which of them are kept for measuring."""
 
     path: str = "demo"
-    """JSONL file with `messages`, `turns` or `prompt` a line; `demo` is the set that comes with dpace."""
+    """JSONL file with `messages`, `turns` or `prompt` on each line; `demo` is the dataset that comes with dpace."""
     heldout_path: str | None = None
-    """File of prompts to measure on; by default the demo's, or a share of the prompts that is then not trained on."""
+    """JSONL file of prompts to measure on, none of which may be a training prompt.
+    By default `demo` has its own file; for other prompts, a random part is taken out of `path` before training."""
     num_heldout: int = 64
-    """Size of that share, at most a tenth of the prompts."""
+    """Prompts taken out of `path` to measure on, at most a tenth of them; unused where held-out prompts have a file."""
     num_validation: int = 32
-    """Size of another share, at most a tenth, that is not trained on either and chooses the checkpoint."""
+    """Prompts taken out of training, at most a tenth of them, to choose the best checkpoint by."""
     limit: int | None = None
-    """Use only the first so many prompts for training."""
+    """Number of prompts to train on, from the start of the file; all of them by default."""
 
 
 @dataclass(frozen=True)
 class RespondConfig:
-    """How the target answers prompts."""
+    """How the target answers the prompts that a drafter is trained and measured on."""
 
     max_new_tokens: int = 2048
-    """Longest response in tokens (DFlash's benchmark uses 2048)."""
+    """Longest response in tokens (2048 in DFlash's benchmark)."""
     temperature: float = 0.0
-    """0 is greedy: the text that speculative decoding is to reproduce."""
+    """Sampling temperature; 0 (greedy) gives the text that speculative decoding reproduces."""
     batch_size: int = 32
-    """Prompts answered at once."""
+    """Number of prompts that are answered together; lower it where memory is short."""
     seed: int = 0
-    """Of the draws at temperature above 0."""
+    """Seed for sampling at a temperature above 0."""
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """The drafter's size. The rest of its shape is the target's."""
+    """Size of the drafter; the rest of its shape follows the target."""
 
     num_layers: int = 3
-    """Decoder layers (the paper has 3 and 5)."""
+    """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
     block_size: int = 16
-    """The anchor and block_size - 1 draft slots (the paper: 16, and 10 for Llama)."""
+    """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
     num_features: int | None = None
-    """Target layers that give features; as many as num_layers by default."""
+    """Number of target layers whose hidden states the drafter reads; num_layers by default."""
     target_layer_ids: tuple[int, ...] | None = None
-    """Those layers by number (0-based, their output) instead of the published rule."""
+    """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published."""
     mask_token_id: int | None = None
-    """Reserved token for what is not drafted yet; chosen from the tokenizer by default."""
+    """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
     norm_scale: float = 1.0
-    """Initial value of the final norm's weights; see docs/training.md for small budgets."""
+    """Initial weights of the final norm, above 0; small ones start near a uniform distribution (docs/training.md)."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimized."""
+    """Loss that training minimizes."""
 
     objective: Objective = "dpace"
-    """How much each slot counts; docs/objectives.md says when to use which."""
+    """How much each slot of a block counts in the loss; docs/objectives.md says when to use which."""
     token_loss: TokenLoss = "nll"
-    """Of a slot: -log of the target's token (the paper's), KL to the target's distribution, or -log of the overlap."""
+    """Loss of one slot.
+    nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
+    lk: -log of the overlap of both distributions."""
     confidence: Confidence = "token"
-    """What D-PACE's weights take for a slot's acceptance: the probability of the target's token, or the overlap."""
+    """How D-PACE estimates that a slot is accepted.
+    token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
     alpha: float = 0.5
-    """D-PACE's smoothing (paper: 0.5; 0.3 to 0.7 work)."""
+    """Smoothing of D-PACE's weights, 0 to 1 (the paper: 0.5; 0.3 to 0.7 work about as well)."""
     gamma: float | None = None
-    """Decay length in slots of dflash and vat; 7, 5, 4 for blocks of 16, 10, 8 by default."""
+    """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
     base: float = 0.8
-    """Medusa's base."""
+    """Weight of a slot relative to the one before it, for the objective medusa."""
     reduction: Reduction = "anchors"
-    """What the sum is divided by, see dpace.loss.block_loss."""
+    """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
+    anchors: blocks, then conversations. batch (the paper's code): conversations. slots: scored slots. weights: the
+    weights' sum."""
     vocabulary: Literal["all", "seen"] = "all"
-    """Softmax over all tokens, or only over those of the training text: much cheaper on a CPU with a narrow job."""
+    """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
     @property
     def needs_target_probs(self) -> bool:
-        """The target's distribution is compared with, so that its last hidden states are needed too."""
+        """Whether the loss compares with the target's distribution, which takes its last hidden states too."""
         return self.token_loss != "nll" or self.confidence == "overlap"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimizer and its schedule; defaults are the paper's."""
+    """Optimizer and its schedule; the defaults are the paper's."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW (the paper's), or Muon for the matrices: better for short runs, dearer a step, not for sharded weights."""
+    """adamw (the paper's), or muon for the matrices.
+    Muon is better for short trainings; its steps are slower, and it does not work with sharded weights."""
     learning_rate: float = 6e-4
-    """Peak (paper: 6e-4)."""
+    """Highest learning rate of the schedule (the paper: 6e-4)."""
     num_epochs: float = 6.0
-    """Passes over the data (paper: 6)."""
+    """Passes over the training conversations (the paper: 6)."""
     max_steps: int = -1
-    """Optimizer steps; overrides num_epochs where above 0."""
+    """Number of optimizer steps; replaces num_epochs where it is above 0."""
     warmup_ratio: float = 0.04
-    """Share of the steps with a rising learning rate; cosine to 0 after (paper: 0.04)."""
+    """Fraction of the steps in which the learning rate rises, before a cosine to 0 (the paper: 0.04)."""
     batch_size: int = 2
-    """Conversations a device and micro-batch (paper: 2 a step)."""
+    """Conversations in a micro-batch on each device (the paper: 2 per step)."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches a step."""
+    """Micro-batches in an optimizer step."""
     num_anchors: int = 512
-    """Blocks a conversation and visit, at most (paper: 512)."""
+    """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
     max_length: int = 3072
-    """Longer conversations are cut, in tokens (paper: 3072)."""
+    """Length in tokens at which conversations are cut (the paper: 3072)."""
     max_grad_norm: float = 1.0
-    """Gradient clipping (paper: 1.0)."""
+    """Norm at which the gradient is clipped (the paper: 1)."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (paper: 0)."""
+    """Decoupled weight decay (the paper: 0)."""
     seed: int = 42
-    """Of initial weights, order and anchors (paper: 42)."""
+    """Seed for the initial weights, the order of conversations and the choice of blocks (the paper: 42)."""
     logging_steps: int = 10
-    """Steps between log lines."""
+    """Optimizer steps between two entries of the log."""
     eval_steps: int = 500
-    """Steps between measurements of tau on the validation share, each with a checkpoint."""
+    """Optimizer steps between two checkpoints.
+    The mean acceptance length (tau) on the validation prompts is measured at each."""
     feature_cache_gib: float = 4.0
-    """Keep all target features in memory where they need no more than this; otherwise recompute them every visit."""
+    """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
     gradient_checkpointing: bool = False
-    """Recompute the drafter's activations in the backward pass to save memory."""
+    """Compute the drafter's activations again in the backward pass, which saves memory and costs time."""
     report_to: tuple[str, ...] = ()
-    """Trackers of transformers' Trainer: tensorboard, wandb, trackio and others, where they are installed."""
+    """Trackers that get the log too, if installed: tensorboard, wandb, trackio and others that transformers knows."""
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured."""
+    """What is measured, and how."""
 
     drafters: tuple[str, ...] = ()
-    """Folders of the drafters to compare; by default the one in the output folder."""
+    """Folders of the drafters to measure and compare; the drafter in the output folder by default."""
     sets: tuple[str, ...] = ()
-    """Public benchmarks instead of the held-out prompts: gsm8k, math500, humaneval, mbpp, mt_bench, alpaca (the paper's six)."""
+    """Public datasets instead of the held-out prompts; the paper's are gsm8k math500 humaneval mbpp mt_bench alpaca."""
     sets_dir: str | None = None
-    """Read them from NAME.jsonl in this folder, which may have others; from the Hugging Face Hub by default."""
+    """Folder with a NAME.jsonl for each of `sets`, which may then have any name; the Hugging Face Hub by default."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    """Temperatures (paper: 0 and 1)."""
+    """Sampling temperatures to measure at (the paper: 0 and 1)."""
     max_new_tokens: int = 2048
     """Longest response in tokens."""
     num_prompts: int | None = None
-    """Prompts of each set, at most."""
+    """Most prompts to take from each dataset; all by default."""
     widths: tuple[Width, ...] = ("full", "auto")
-    """Verify all of a draft, as tau is defined; what pays on this machine, drafted or copied, as `dpace generate` does; or so many tokens."""
+    """Verification lengths to measure.
+    full: whole drafts, as tau is defined. auto: as `dpace generate`, the number of drafted or copied tokens that is
+    fastest on this machine. An integer: that number of draft tokens."""
     predict: bool = False
-    """Also predict the speedup at every width and at these concurrencies, say where not to use the drafter, and check it on a few prompts."""
+    """Also predict the speedup at each verification length and concurrency, and check it on a few prompts."""
     server: str | None = None
-    """Measure a running server with a drafter instead: vLLM, SGLang or llama.cpp at http://host:port."""
+    """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
     plain_server: str | None = None
-    """A server of the same model without one, to compare with."""
+    """Address of a server of the same target without a drafter, as the baseline of --bench.server."""
     concurrencies: tuple[int, ...] = (1, 2, 4, 8)
-    """Requests at once, for servers and predictions."""
+    """Numbers of requests at the same time, for servers and predictions."""
     seed: int = 0
-    """Of the draws at temperature above 0."""
+    """Seed for sampling at a temperature above 0."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """From prompts to a measured drafter. A recipe file holds these values; flags override them."""
+    """All settings, from prompts to a measured drafter.
+
+    A recipe is a YAML file of options; command-line flags override it.
+    """
 
     target: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """Folder or Hub id of the model whose text is kept."""
+    """Folder or Hub id of the target: the model that is made faster and whose text stays the same."""
     output: str = "dpace-out"
-    """Folder for everything that is written."""
+    """Folder that everything is written to."""
     thinking: bool = False
-    """Switch thinking on, in chat templates that have the switch; the paper's numbers are without."""
+    """Turn thinking on, for chat templates that offer it; the paper's numbers are without."""
     dtype: Dtype = "auto"
-    """Of the target's weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
+    """Precision of the target's weights.
+    auto: bf16 on a GPU; fp32 on a CPU, where texts are equal token for token."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    """Prompts for training and for measuring."""
+    """Prompts to train on and to measure on."""
     respond: RespondConfig = field(default_factory=RespondConfig)
-    """How the target answers."""
+    """How the target answers the prompts."""
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
-    """The drafter's size."""
+    """Size of the drafter."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimized."""
+    """Loss that training minimizes."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Optimizer and schedule."""
+    """Optimizer and its schedule."""
     bench: BenchConfig = field(default_factory=BenchConfig)
-    """What is measured."""
+    """What is measured, and how."""
 
 
 @dataclass(frozen=True)
 class CompareConfig(Recipe):
-    """One recipe, trained with several objectives and seeds."""
+    """Train one recipe with several objectives and seeds, and compare the drafters."""
 
     output: str = "dpace-compare"
-    """Folder for everything that is written; the same command goes on in it."""
+    """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: tuple[str, ...] = ("dpace", "dflash", "uniform")
-    """Values of loss.objective, each with +kl or +lk for that token loss, and +overlap for that confidence: dpace+kl+overlap."""
+    """Values of loss.objective; append +kl or +lk for the token loss, +overlap for the confidence: dpace+kl+overlap."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each gives the same initial weights, order and anchors to every objective."""
+    """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: str = "dflash"
-    """The objective that the others are compared with; added where it is missing."""
+    """Objective that the others are compared with; it is trained too where `objectives` lacks it."""
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Check that a drafter never changes the text. Fails (exit code 1) if it does.
+    """Prove that a drafter does not change the text; the exit code is 1 where it does.
 
-    In fp32: text equal to plain decoding, token for token, over block sizes, widths, verify rules and batches, greedy and sampled
-    with the same seed; chi-square of sampled tokens and pairs against the target; no block sees its future; a block in training is
-    the block when serving, and accepted lengths are the same. In bf16: every difference in the text, with the target's margin,
-    which tells a tie from a bug.
+    In fp32, texts must equal the baseline (decoding without a drafter) token for token: greedy, and sampled with the
+    same seed; for several block sizes, verification lengths, verify rules and batches. Sampled tokens and pairs must
+    have the target's distribution (chi-square). No block may see its future. A block in training must equal the block
+    when serving, with the same accepted lengths.
+
+    In bf16, every difference in the text is listed with the target's margin, which tells a tie from a bug.
     """
 
     target: str
-    """Folder or Hub id."""
+    """Folder or Hub id of the target."""
     drafter: str
-    """The drafter's folder."""
+    """Folder of the drafter."""
     prompts: str = "demo"
-    """JSONL file of prompts; `demo` is the held-out set that comes with dpace."""
+    """JSONL file of prompts; `demo` is the held-out dataset that comes with dpace."""
     num_prompts: int = 4
-    """Prompts of each set."""
+    """Prompts to take from each dataset of the file."""
     max_new_tokens: int = 64
     """Longest response in tokens."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Each is checked."""
+    """Precisions of the weights to check in."""
     seed: int = 0
-    """Of the sampled texts."""
+    """Seed for sampling."""

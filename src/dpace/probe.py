@@ -1,4 +1,4 @@
-"""Find the parts of a causal LM that drafters share, by running one token; refuse models that apply more to them."""
+"""Find the embedding and the LM head of a model by running one token, or refuse the model."""
 
 from typing import Any
 

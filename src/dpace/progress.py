@@ -1,11 +1,11 @@
-"""What people see of long work, and what Ctrl-C does to it."""
+"""The progress bar of long work."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def progress_bar() -> Progress:
-    """A bar with count, elapsed time and ETA, on stderr."""
+    """Make a bar with count, elapsed time and ETA, on stderr."""
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),

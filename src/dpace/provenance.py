@@ -1,4 +1,4 @@
-"""Say what made a number: versions, hardware and hashes."""
+"""Versions, hardware and hashes that belong to a measured number."""
 
 import hashlib
 import json

@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dpace.cli import main
-from dpace.config import Recipe
-from dpace.flags import read_recipe, write_recipe
+from dpace.config import BenchConfig, Recipe, TrainConfig
+from dpace.flags import command, next_command, parse, read_recipe, write_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -44,3 +45,28 @@ def test_exit_codes_of_usage(capsys):
 def test_config_and_help_import_no_torch():
     code = "import sys, dpace.cli, dpace.config; dpace.cli.main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_commands_are_quoted_for_a_shell():
+    words = ["dpace", "generate", "--prompt", 'say "hi" #1', "--top-k", "2", "--thinking"]
+    text = command("generate", prompt='say "hi" #1', top_k=2, thinking=True, drafter=None, stream=False)
+    assert shlex.split(text) == words and command("report", "my out") == "dpace report 'my out'"
+
+
+def test_the_next_verb_is_told_the_same_settings(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("output: my out\ntrain:\n  max_steps: 5\nthinking: true\nprompts:\n  limit: 3\n")
+    runs = (
+        ("bench", []),
+        ("bench", ["--sets", "gsm8k", "alpaca", "--predict", "--widths", "full", "3"]),
+        ("respond", [str(path), "--batch-size", "4", "--no-thinking", "--prompts.limit", "None"]),
+        ("train", [str(path), "--seed", "1", "--output", "other"]),
+    )
+    for verb, args in runs:
+        recipe = parse(Recipe, verb, args)
+        _, following, *rest = shlex.split(next_command("train", recipe, args))
+        assert following == "train" and parse(Recipe, following, rest) == recipe
+    assert next_command("train", Recipe(), []) == "dpace train"
+    recipe = Recipe(output="a b", train=TrainConfig(max_steps=9), bench=BenchConfig(predict=True))
+    expected = "dpace bench --output 'a b' --train.max-steps 9 --bench.predict"
+    assert sorted(shlex.split(next_command("bench", recipe, []))) == sorted(shlex.split(expected))

@@ -378,7 +378,7 @@ VIEW_FAULTS = {
     "positions of slots are one too far": ((Blocks, "position_ids", property(next_positions)), {VIEWS}),
     "served slots are causal": (causal_when_serving(), {VIEWS}),
 }
-"""Faults of our own code. What a block in training knows of its future, a block when serving does not: a leak shows in both."""
+"""Faults of our own code; a block when serving has no future to see, so a leak shows in both checks."""
 
 
 @pytest.mark.parametrize("fault", VIEW_FAULTS)

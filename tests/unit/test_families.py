@@ -1,4 +1,4 @@
-"""Greedy text equals `model.generate` on every family, with drafts that are sometimes right, or the family is refused."""
+"""Greedy text equals `model.generate` on every family, with drafts that are sometimes right, or is refused."""
 
 import pytest
 import torch

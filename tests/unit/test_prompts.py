@@ -29,13 +29,13 @@ def test_three_forms_of_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        (["{broken"], r"p.jsonl:1: not JSON"),
+        (["{broken"], r"p.jsonl:1: the line is not JSON"),
         ([{"prompt": "a"}, [1]], r"p.jsonl:2: expected a JSON object, found list"),
-        ([{"text": "a"}], r"p.jsonl:1: none of `messages`.*found text"),
+        ([{"text": "a"}], r"p.jsonl:1: expected `messages`.*found text"),
         ([{"prompt": " "}], r"not empty"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p.jsonl:2: the id '1' occurs twice"),
-        ([{"messages": [{"role": "user"}]}], r"text `content`"),
-        ([{"messages": [{"role": "assistant", "content": "a"}]}], r"must end with a user message"),
+        ([{"messages": [{"role": "user"}]}], r"no text in `content`"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], r"ends without a text of the user"),
         ([{"turns": []}], r"`turns` is empty"),
         ([], r"holds no prompt"),
     ],
@@ -50,7 +50,7 @@ def test_one_prompt_of_a_file(tmp_path):
     assert find_prompt(f"{path}#y") == [{"role": "user", "content": "b"}]
     assert find_prompt("what is 3 # 4?") == [{"role": "user", "content": "what is 3 # 4?"}]
     assert len(find_prompt("demo#notes/heldout/1")) == 5
-    with pytest.raises(ValueError, match="id 'z'; one that it has is 'x'"):
+    with pytest.raises(ValueError, match="id 'z'; name one that it has, such as 'x'"):
         find_prompt(f"{path}#z")
 
 

@@ -63,7 +63,9 @@ REPOSITORIES = {
         [{"instruction": f"Sort {i}.", "input": "2, 1" if i % 2 else "", "output": "1, 2"} for i in range(300)],
     ),
 }
-"""Where the sets lie in their repositories on the Hub, and their columns, as far as we know: it was not asked for this test."""
+"""Where the sets lie in their repositories on the Hub, and their columns.
+
+This is as far as we know: the Hub was not asked for this test."""
 CARDS = {
     "openai/gsm8k": ("main", "socratic"),
     "google-research-datasets/mbpp": ("full", "sanitized"),
@@ -73,7 +75,9 @@ CARDS = {
 
 
 def test_the_hub_gives_the_same(tmp_path):
-    """Through the library `datasets` and HTTP: the library finds each file by the name, configuration and split that are asked for."""
+    """Through the library `datasets` and HTTP.
+
+    The library finds each file by the name, configuration and split that are asked for."""
     for name, (file, rows) in REPOSITORIES.items():
         path = tmp_path / "hub" / name / file
         path.parent.mkdir(parents=True)
@@ -116,7 +120,7 @@ def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
     assert {prompt.set for prompt in prompts} == {"mine"} and len(prompts[0].turns) == 2
     assert [prompt.id for prompt in prompts] == [prompt.id for prompt in read_sets(["mine"], tmp_path)]
     assert sorted(prompt.id for prompt in prompts) == [f"mine/{i}" for i in range(5)]
-    with pytest.raises(ValueError, match="known are gsm8k"):
+    with pytest.raises(ValueError, match="choose from gsm8k"):
         read_sets(["mine"])
     with pytest.raises(ValueError, match=r"cannot read .*gsm8k.jsonl"):
         read_sets(["gsm8k"], tmp_path)

@@ -11,25 +11,26 @@ from dpace.target import Target
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """What `encode_chat` needs of a target whose weights are elsewhere, as on a server."""
+    """A tokenizer with its chat template, for a target whose weights are elsewhere, as on a server."""
 
     name: str
-    """Folder or Hub id."""
+    """Folder or Hub id of the target."""
     tokenizer: Any
     thinking: bool = False
 
 
 def encode_chat(target: Target | ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Tokens of a conversation up to where the target is to answer, through its chat template.
+    """Encode a conversation up to where the target is to answer, with its chat template.
 
-    A tokenizer without a template gets the contents, one a line. A template that knows thinking gets `target.thinking`.
+    Without a template, the contents are encoded, one on each line. A template that knows thinking gets
+    `target.thinking`.
 
     Raises:
         ValueError: the template refuses the messages, or they give no token.
     """
     tokenizer = target.tokenizer
     if tokenizer is None:
-        raise ValueError("the target has no tokenizer; pass one to Target to work with text")
+        raise ValueError("the target has no tokenizer, which text needs; pass one to Target")
     if tokenizer.chat_template is None:
         token_ids = tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
     else:
@@ -38,14 +39,17 @@ def encode_chat(target: Target | ChatTokenizer, messages: Sequence[dict[str, str
                 list(messages), add_generation_prompt=True, enable_thinking=target.thinking, return_dict=False
             )
         except Exception as error:  # jinja errors of a template share no narrower class
-            raise ValueError(f"the chat template of {target.name} refuses the messages: {error}") from error
+            raise ValueError(
+                f"the chat template of {target.name} refuses the messages ({error}); change the prompt to roles that "
+                "it knows"
+            ) from error
     if not token_ids:
-        raise ValueError("the prompt has no token")
+        raise ValueError("the prompt gives no token, expected one or more; write a prompt that is not empty")
     return list(token_ids)
 
 
 def tokenizer_hashes(target: Target) -> dict[str, str]:
-    """What tells one tokenizer and chat template from another; empty without a tokenizer."""
+    """Hash the vocabulary and the chat template; empty without a tokenizer."""
     if target.tokenizer is None:
         return {}
     vocab = json.dumps(sorted(target.tokenizer.get_vocab().items()))

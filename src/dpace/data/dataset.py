@@ -1,4 +1,7 @@
-"""Responses in; batches of conversations with this epoch's blocks, and their features where they fit in memory, out."""
+"""Make batches of conversations with the blocks of an epoch.
+
+The target's features are kept with them where they fit in memory.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from dpace.progress import progress_bar
 from dpace.target import Target
 
 FEATURE_BATCH = 16
-"""Conversations whose features are computed at once, where all are kept."""
+"""Number of conversations whose features are computed together, where all are kept."""
 
 
 class ResponseDataset(torch.utils.data.Dataset):
@@ -33,14 +36,14 @@ class ResponseDataset(torch.utils.data.Dataset):
         self.num_skipped = len(responses) - len(self.rows)
 
     def with_seed(self, seed: int) -> "ResponseDataset":
-        """The same conversations and features with other anchors."""
+        """Give the same conversations and features with other anchors."""
         other = copy.copy(self)
         other.seed, other.epoch = seed, 0
         return other
 
     @property
     def ids(self) -> list[str]:
-        """Of the conversations."""
+        """Ids of the conversations."""
         return [response_id for response_id, _, _ in self.rows]
 
     @property
@@ -51,7 +54,10 @@ class ResponseDataset(torch.utils.data.Dataset):
     def keep_features(
         self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
     ) -> bool:
-        """Compute `Target.features` of every conversation once, where they fit in memory; say whether they did."""
+        """Compute the features of every conversation once, and say whether they fit in memory.
+
+        They are those of `Target.features`; nothing is computed where they pass the limit.
+        """
         num_layers = len(target_layer_ids) + with_head_input
         size = self.num_tokens * num_layers * target.hidden_size * target.head.weight.element_size()
         if size > limit_bytes:
@@ -59,7 +65,7 @@ class ResponseDataset(torch.utils.data.Dataset):
         order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i][1]))
         kept: dict[int, Tensor] = {}
         with progress_bar() as bar:
-            task = bar.add_task("reading features", total=len(self.rows), info="")
+            task = bar.add_task("reading hidden states", total=len(self.rows), info="")
             for start in range(0, len(order), FEATURE_BATCH):
                 batch = order[start : start + FEATURE_BATCH]
                 token_ids = _pad([self.rows[i][1] for i in batch]).to(target.device)
@@ -70,10 +76,11 @@ class ResponseDataset(torch.utils.data.Dataset):
         return True
 
     def __len__(self):
+        """Count the conversations."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One conversation and its anchors of this epoch."""
+        """Give one conversation with its anchors of this epoch."""
         response_id, token_ids, is_response = self.rows[index]
         anchors = sample_anchors(is_response, num_anchors=self.num_anchors, seed=(self.seed, self.epoch, response_id))
         features = None if self.features is None else self.features[index]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield line numbers and objects; blank lines are skipped.
+    """Yield the number and the object of each line that is not blank.
 
     Raises:
         ValueError: the file is missing, or a line is not a JSON object.
@@ -14,28 +14,36 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise ValueError(f"cannot read {path}: {error}; name a JSONL file in UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from error
+            raise ValueError(f"{path}:{number}: the line is not JSON ({error}); fix or remove it") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object, found {type(row).__name__}; fix or remove the line"
+            )
         yield number, row
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write results, all or nothing: a full disk or a killed process leaves the file that was there."""
+    """Write results, all or nothing.
+
+    A full disk or a killed process leaves the file as it was before.
+    """
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     unfinished.replace(path)
 
 
 def cut_unfinished(path: Path) -> None:
-    """Cut off a last line that a killed process left unfinished; one that only lacks its line end gets it."""
+    """Cut off a last line that a killed process left unfinished.
+
+    A last line that lacks only its line end gets it.
+    """
     data = path.read_bytes() if path.exists() else b""
     if not data or data.endswith(b"\n"):
         return

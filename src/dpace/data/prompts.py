@@ -1,4 +1,4 @@
-"""JSONL in, conversations out: the prompts that the target answers."""
+"""Read the prompts that the target answers, and split them into parts."""
 
 import json
 import random
@@ -17,36 +17,37 @@ class Prompt:
     """One conversation to be answered."""
 
     id: str
-    """Unique within a file."""
+    """Name of the prompt, unique within its file."""
     set: str
-    """Name of the group it is reported under."""
+    """Name of the dataset that the prompt belongs to; results are reported by dataset."""
     turns: list[list[dict[str, str]]]
-    """Messages to add, turn by turn; the target answers after each turn."""
+    """Messages of each turn; the target answers after each turn."""
 
 
 def demo_path(part: str) -> Path:
-    """The demo's prompts, `train` or `heldout`."""
+    """Give the file of the demo's prompts, `train` or `heldout`."""
     return Path(str(files("dpace") / "demo" / f"{part}.jsonl"))
 
 
 class PromptParts(NamedTuple):
-    """Prompts by what they are for; no prompt is in two parts."""
+    """Prompts by their purpose; no prompt is in two parts."""
 
     train: list[Prompt]
     validation: list[Prompt]
-    """Chooses the checkpoint; may be empty."""
+    """Prompts that choose the best checkpoint; may be empty."""
     heldout: list[Prompt]
-    """What is reported is measured on these, and nothing is chosen by them."""
+    """Prompts that reported numbers are measured on; nothing is chosen by them."""
 
 
 def split_prompts(config: PromptsConfig) -> PromptParts:
-    """Read the prompts and split them in three parts.
+    """Read the prompts and split them into three parts.
 
-    Without a file of held-out prompts, a fixed random tenth (at most `num_heldout`) is taken out of the training prompts; then a
-    tenth of what is left (at most `num_validation`) for validation.
+    Without a file of held-out prompts, a fixed random tenth (at most `num_heldout`) is taken out of the training
+    prompts. Then a tenth of the remaining ones (at most `num_validation`) is taken out for validation.
 
     Raises:
-        ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to train on.
+        ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to
+            train on.
     """
     is_demo = config.path == "demo"
     prompts = read_prompts(demo_path("train") if is_demo else config.path)
@@ -64,19 +65,22 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     else:
         heldout, prompts = _take_out(prompts, config.num_heldout, seed=0)
         if not heldout:
-            raise ValueError(f"{config.path} has {len(prompts)} prompts; give at least 10, or --prompts.heldout-path")
+            raise ValueError(
+                f"{config.path} has {len(prompts)} prompts, too few to take held-out ones from; add prompts up to at "
+                "least 10, or name a file of held-out prompts with --prompts.heldout-path"
+            )
     validation, prompts = _take_out(prompts, config.num_validation, seed=1)
     return PromptParts(prompts[: config.limit], validation, heldout)
 
 
 def _take_out(prompts: list[Prompt], limit: int, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """A random tenth, at most `limit`, and the rest."""
+    """Split off a random tenth, at most `limit` prompts; give them and the rest."""
     chosen = set(random.Random(seed).sample(range(len(prompts)), min(limit, len(prompts) // 10)))
     return [p for i, p in enumerate(prompts) if i in chosen], [p for i, p in enumerate(prompts) if i not in chosen]
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """The first `limit` prompts of each set, all of them for None, in their order."""
+    """Choose the first `limit` prompts of each dataset, in their order; all of them for None."""
     counts: dict[str, int] = {}
     chosen = []
     for prompt in prompts:
@@ -87,7 +91,9 @@ def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prom
 
 
 def find_prompt(text: str) -> list[dict[str, str]]:
-    """The messages of `FILE#ID`, one of a file's prompts (`demo#ID`: of the demo's held-out ones), or of a plain text.
+    """Find the messages that a text stands for.
+
+    `FILE#ID` is a prompt of a file and `demo#ID` one of the demo's held-out prompts; other text is the user's message.
 
     Raises:
         ValueError: the file has no prompt of that id; the message names one that it has.
@@ -99,11 +105,11 @@ def find_prompt(text: str) -> list[dict[str, str]]:
     for prompt in prompts:
         if prompt.id == prompt_id:
             return prompt.turns[0]
-    raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; one that it has is {prompts[0].id!r}")
+    raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; name one that it has, such as {prompts[0].id!r}")
 
 
 def read_heldout(name: str) -> list[Prompt]:
-    """Read a file of prompts, or for `demo` those that the demo measures on; see `read_prompts`."""
+    """Read a file of prompts as `read_prompts` does, or for `demo` the demo's held-out prompts."""
     return read_prompts(demo_path("heldout") if name == "demo" else name)
 
 
@@ -111,25 +117,30 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Read a file of prompts.
 
     A line holds `messages` (roles and contents, the last from the user), or `turns` (user texts, answered one after the
-    other), or `prompt` (one user text); and, if it likes, `id` and `set`.
+    other), or `prompt` (one user text). It may also hold `id` and `set`.
 
     Raises:
         ValueError: file and line of what cannot be read, an empty prompt, an id that occurs twice, or an empty file.
     """
     path = Path(path)
-    prompts, seen = [], set()
+    prompts, ids = [], set()
     for number, row in read_jsonl(path):
         prompt = _parse(row, f"{path}:{number}", default_set=path.stem)
-        if prompt.id in seen:
-            raise ValueError(f"{path}:{number}: the id {prompt.id!r} occurs twice; ids must be unique")
-        seen.add(prompt.id)
+        if prompt.id in ids:
+            raise ValueError(
+                f"{path}:{number}: the id {prompt.id!r} occurs twice, expected unique ids; change one of them"
+            )
+        ids.add(prompt.id)
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one JSON object a line with `messages`, `turns` or `prompt`")
+        raise ValueError(
+            f"{path} holds no prompt; write one JSON object on each line with `messages`, `turns` or `prompt`"
+        )
     return prompts
 
 
 def _parse(row: dict, where: str, *, default_set: str) -> Prompt:
+    """Turn one line of a file into a prompt."""
     if "messages" in row:
         turns = [row["messages"]]
     elif "turns" in row:
@@ -137,14 +148,18 @@ def _parse(row: dict, where: str, *, default_set: str) -> Prompt:
     elif "prompt" in row:
         turns = [[{"role": "user", "content": row["prompt"]}]]
     else:
-        raise ValueError(f"{where}: none of `messages`, `turns` and `prompt`; found {', '.join(row) or 'nothing'}")
+        raise ValueError(
+            f"{where}: expected `messages`, `turns` or `prompt`, found {', '.join(row) or 'nothing'}; fix the line"
+        )
     for turn in turns:
         if not turn or not all(
             isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in turn
         ):
-            raise ValueError(f"{where}: messages must be objects with `role` and a text `content`")
+            raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
         if turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
-            raise ValueError(f"{where}: a turn must end with a user message that is not empty")
+            raise ValueError(
+                f"{where}: a turn ends without a text of the user, expected one that is not empty; fix the line"
+            )
     if not turns:
-        raise ValueError(f"{where}: `turns` is empty")
+        raise ValueError(f"{where}: `turns` is empty, expected one or more texts; fix the line")
     return Prompt(str(row.get("id", where.rpartition(":")[2])), str(row.get("set", default_set)), turns)

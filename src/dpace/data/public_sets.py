@@ -1,4 +1,4 @@
-"""Names of public benchmarks in; their prompts, in the formats that published tables use, out."""
+"""Read public datasets of prompts in the formats that published tables use."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -14,13 +14,17 @@ SHUFFLE_SEED = 0
 
 @dataclass(frozen=True)
 class PublicSet:
-    """Where a set is on the Hub, how a row becomes the user's turns, and how many prompts published tables use."""
+    """A public dataset of prompts, as published tables use it."""
 
     path: str
+    """Repository on the Hugging Face Hub."""
     name: str | None
+    """Configuration in the repository."""
     split: str
     turns: Callable[[dict[str, Any]], list[str]]
+    """Turns a row into the user's texts."""
     num_prompts: int
+    """Number of prompts that published tables use."""
 
 
 SETS = {
@@ -46,11 +50,14 @@ SETS = {
         128,
     ),
 }
-"""The paper's six. Source: `dflash/benchmark.py` of z-lab/dflash; alpaca: its `model/utils.py` before commit 6e61414."""
+"""The paper's six datasets.
+
+Source: `dflash/benchmark.py` of z-lab/dflash; alpaca: its `model/utils.py` before commit 6e61414.
+"""
 
 
 def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Prompt]:
-    """Read public benchmarks, shuffled with a fixed seed and cut to the published number of prompts.
+    """Read public datasets, shuffled with a fixed seed and cut to the published number of prompts.
 
     Args:
         names: keys of `SETS`, or with a folder the names of its files.
@@ -66,7 +73,8 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Pr
             rows = [replace(prompt, set=name) for prompt in read_prompts(Path(folder) / f"{name}.jsonl")]
         elif known is None:
             raise ValueError(
-                f"there is no public set {name!r}; known are {', '.join(SETS)}, others with --bench.sets-dir"
+                f"there is no public dataset {name!r}; choose from {', '.join(SETS)}, or name a folder with "
+                "--bench.sets-dir"
             )
         else:
             rows = [
@@ -79,13 +87,13 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Pr
 
 
 def _download(source: PublicSet) -> Any:
-    """The rows of a set on the Hub."""
+    """Download the rows of a dataset from the Hub."""
     import datasets
 
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the Hub's errors share no narrower class
         raise ValueError(
-            f"the Hub does not give {source.path} ({type(error).__name__}: {error}); name a folder of JSONL files with "
-            "--bench.sets-dir"
+            f"the Hub does not give the dataset {source.path} ({type(error).__name__}: {error}); check the network, or "
+            "name a folder of JSONL files with --bench.sets-dir"
         ) from error

@@ -1,4 +1,4 @@
-"""Prompts in; the target's own answers out, as token ids with the spans that it wrote."""
+"""Let the target answer prompts, and keep its answers as token ids with the spans that it wrote."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from dpace.target import MIN_SHARED, Target, shared_prefix
 
 @dataclass(frozen=True)
 class Response:
-    """One conversation with the target's answers; a line of `responses.jsonl`."""
+    """One conversation with the target's answers: a line of `responses.jsonl`."""
 
     id: str
     set: str
@@ -29,11 +29,11 @@ class Response:
     token_ids: list[int]
     """The whole conversation as the target read and wrote it."""
     response_spans: list[list[int]]
-    """[start, end) of what the target wrote, stop token included."""
+    """Span [start, end) of each answer of the target, stop token included."""
 
     @property
     def is_response(self) -> list[bool]:
-        """One flag a token: the target wrote it."""
+        """For each token, whether the target wrote it."""
         flags = [False] * len(self.token_ids)
         for start, end in self.response_spans:
             flags[start:end] = [True] * (end - start)
@@ -45,8 +45,8 @@ def write_responses(
 ) -> list[Response]:
     """Let the target answer prompts in batches, appending to a file after each one.
 
-    A prompt whose id is in the file already is not answered again, so an interrupted call goes on where it was. Beside the
-    file, `.meta.json` tells what made it.
+    A prompt whose id is in the file already is not answered again, so an interrupted call continues where it was.
+    Beside the file, `.meta.json` tells what made it.
 
     Memory: O(batch_size x tokens) for the target's cache.
 
@@ -60,7 +60,8 @@ def write_responses(
         The responses of all given prompts, in their order.
 
     Raises:
-        ValueError: an over-long prompt, or the file was made by another target, with other settings or from other prompts.
+        ValueError: an over-long prompt, or the file was made by another target, with other settings or from other
+            prompts.
     """
     path = Path(path)
     _check_meta(path, _meta(target, config))
@@ -68,15 +69,16 @@ def write_responses(
     for prompt in prompts:
         if prompt.id in done and not _is_answer(done[prompt.id], prompt):
             raise ValueError(
-                f"{path} has an answer with the id {prompt.id!r}, but to another text; name another --output or delete the file"
+                f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
+                "--output, or delete the file"
             )
     waiting = [(prompt, encode_chat(target, prompt.turns[0])) for prompt in prompts if prompt.id not in done]
     limit = getattr(target.config, "max_position_embeddings", None)
     for prompt, token_ids in waiting:
         if limit and len(token_ids) + config.max_new_tokens > limit:
             raise ValueError(
-                f"prompt {prompt.id} has {len(token_ids)} tokens; with max_new_tokens {config.max_new_tokens} it passes the "
-                f"target's limit of {limit}: shorten it or lower --respond.max-new-tokens"
+                f"prompt {prompt.id} has {len(token_ids)} tokens; with {config.max_new_tokens} new tokens it passes "
+                f"the target's limit of {limit}; shorten the prompt or lower --respond.max-new-tokens"
             )
     waiting.sort(key=lambda item: len(item[1]))
     torch.manual_seed(config.seed)
@@ -96,7 +98,9 @@ def write_responses(
 
 
 def read_responses(path: str | Path) -> list[Response]:
-    """Read `responses.jsonl`. A last line that a killed process left unfinished is cut off the file.
+    """Read `responses.jsonl`.
+
+    A last line that a killed process left unfinished is cut off the file.
 
     Raises:
         ValueError: a line in the middle that cannot be read, or one without tokens.
@@ -108,12 +112,14 @@ def read_responses(path: str | Path) -> list[Response]:
         try:
             responses.append(Response(**{key: row[key] for key in Response.__dataclass_fields__}))
         except KeyError as error:
-            raise ValueError(f"{path}:{number}: no {error}; write it with `dpace respond`") from error
+            raise ValueError(
+                f"{path}:{number}: the line has no {error}; write the file again with `dpace respond`"
+            ) from error
     return responses
 
 
 def _is_answer(response: Response, prompt: Prompt) -> bool:
-    """The response is to this very prompt."""
+    """Say whether the response answers this very prompt."""
     start = 0
     for turn in prompt.turns:
         if response.messages[start : start + len(turn)] != turn:
@@ -145,7 +151,10 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
 
 @torch.inference_mode()
 def generate_responses(target: Target, encoded: list[list[int]], config: RespondConfig) -> list[list[int]]:
-    """Continue prompts of different lengths together, padded on the left, or after the beginning that all share."""
+    """Continue prompts of different lengths together.
+
+    They are padded on the left, or after the beginning that all share.
+    """
     width = max(map(len, encoded))
     stops = target.stop_token_ids
     pad = stops[0] if stops else 0
@@ -181,7 +190,11 @@ def generate_responses(target: Target, encoded: list[list[int]], config: Respond
 
 
 def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -> int:
-    """Read the beginning that all prompts share once, into every row of the cache; returns its length, 0 if not worth it."""
+    """Read the beginning that all prompts share once, into every row of the cache.
+
+    Returns:
+        Its length in tokens; 0 where it is too short to be read on its own.
+    """
     num_shared = min(shared_prefix(encoded), min(map(len, encoded)) - 1)
     if len(encoded) == 1 or num_shared < MIN_SHARED:
         return 0
@@ -196,7 +209,7 @@ def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -
 
 
 def _meta(target: Target, config: RespondConfig) -> dict:
-    """What made a file of responses."""
+    """Give what the responses depend on: target, tokenizer, settings and versions."""
     return {
         "target": target.name,
         "revision": getattr(target.model.config, "_commit_hash", None),
@@ -211,7 +224,7 @@ def _meta(target: Target, config: RespondConfig) -> dict:
 
 
 def _check_meta(path: Path, meta: dict) -> None:
-    """Write the meta file, or refuse to mix with what is there."""
+    """Write the meta file, or refuse to mix with responses that were made in another way."""
     meta_path = path.with_suffix(".meta.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and meta_path.exists():
@@ -219,6 +232,7 @@ def _check_meta(path: Path, meta: dict) -> None:
         for key in sorted(set(meta) - {"versions"}):
             if old.get(key) != meta[key]:
                 raise ValueError(
-                    f"{path} was made with {key} {old.get(key)!r}, not {meta[key]!r}; name another --output or delete the file"
+                    f"{path} was made with {key} {old.get(key)!r}, not {meta[key]!r}; name another folder with "
+                    "--output, or delete the file"
                 )
     meta_path.write_text(json.dumps(meta, indent=2) + "\n")

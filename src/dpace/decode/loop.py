@@ -137,7 +137,7 @@ class Speculation:
         return Step(emitted, accepted, proposal.width, accepted if plan.copied and not plan.is_drafted else 0)
 
     def _take_back(self, proposal: Proposal, num_kept: int) -> None:
-        """Leave in the target's cache the first tokens of the proposal; recurrent layers must read these again."""
+        """Keep the first tokens of the proposal in the target's cache; recurrent layers read them again."""
         num_rejected = proposal.width - num_kept
         if self.mark and num_rejected:
             rewind(self.cache, self.mark, proposal.width)

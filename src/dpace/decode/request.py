@@ -121,7 +121,7 @@ def make_continuation(
 
 
 def find_longrope_boundary(target: Target) -> int | None:
-    """Give the text length behind which a target with longrope rotates all positions anew; None for other targets.
+    """Give the length behind which a target with longrope rotates all positions anew; None for others.
 
     Keys in the cache then no longer fit, and transformers drops its cache at this place.
     """

@@ -1,4 +1,4 @@
-"""Write the demo's prompts: maintenance notes to turn into a JSON ticket, and word problems as the hard contrast.
+"""Write the demo's prompts: maintenance notes to turn into JSON tickets, and word problems.
 
     python -m dpace.demo.make_prompts FOLDER PART...
 
@@ -140,12 +140,12 @@ COUNTS = {
 
 
 def pick(pools, rng):
-    """One value of every pool."""
+    """Choose one value of each pool."""
     return {name: rng.choice(values.split("|")) for name, values in pools.items()}
 
 
 def numbers(part, rng):
-    """Even numbers for training, odd ones for the held-out part; `c` is larger than the others."""
+    """Draw even numbers for training, odd ones for the held-out part; `c` is larger than the others."""
     shift = 0 if part == "train" else 1
     small = [2 * n + shift for n in range(2, 12)]
     a, b, d = rng.sample(small, 3)
@@ -153,7 +153,7 @@ def numbers(part, rng):
 
 
 def note(pools, part, rng):
-    """A maintenance note."""
+    """Write a maintenance note."""
     values = pick(pools, rng)
     place = values.pop("location").format(n=2 * rng.randrange(100, 250) + (part != "train"))
     person = f"{values.pop('first')} {values.pop('last')}"
@@ -161,13 +161,13 @@ def note(pools, part, rng):
 
 
 def problem(pools, part, rng):
-    """A word problem."""
+    """Write a word problem."""
     values = pick(pools, rng)
     return values.pop("pattern").format(**values, **numbers(part, rng))
 
 
 def note_messages(note):
-    """The conversation that ends with a note, after the worked examples."""
+    """Make the conversation that ends with a note, after the worked examples."""
     messages = []
     for example, ticket in EXAMPLES:
         ticket = json.dumps({**ticket, "status": "open"}, indent=2)
@@ -177,7 +177,7 @@ def note_messages(note):
 
 
 def make(kind, part):
-    """Distinct prompts of one kind and part."""
+    """Yield distinct prompts of one kind and part."""
     rng = random.Random(f"{kind}/{part}")
     pools = (NOTES if kind == "notes" else PROBLEMS)["train" if part == "train" else "heldout"]
     tuned_on = {row["messages"][-1]["content"] for row in make(kind, "heldout")} if part == "test" else set()

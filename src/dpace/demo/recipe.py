@@ -10,16 +10,18 @@ from dpace.flags import read_recipe
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train a drafter for a real LLM and show what it gains."""
+    """Train a drafter for a real LLM on this machine and show what it gains."""
 
     quick: bool = False
-    """Fewer prompts and steps, and D-PACE only: at most 4 minutes on two cores instead of 15."""
+    """Use fewer prompts and steps, and only the objective dpace: 4 minutes at most on two cores, instead of 15."""
     prompts: str | None = None
-    """Your own prompts, a JSONL file, instead of the demo's."""
+    """JSONL file of your own prompts; the demo's prompts by default."""
     target: str | None = None
-    """Another target, a folder or Hub id, instead of SmolLM2-135M-Instruct."""
+    """Folder or Hub id of the target; SmolLM2-135M-Instruct by default."""
     output: str | None = None
-    """Folder for everything that is written, dpace-demo or dpace-demo-quick by default; the same command goes on."""
+    """Folder that everything is written to; dpace-demo, or dpace-demo-quick with --quick, by default.
+
+    The same command continues an interrupted run in it."""
 
 
 def demo_recipe(config: DemoConfig) -> Recipe:

@@ -1,4 +1,4 @@
-"""Write a drafter's model card: what it is, what it gave, how it was trained, and the commands that serve it."""
+"""Write a drafter's model card: what it is, its results, how it was trained and how to serve it."""
 
 import sys
 from pathlib import Path
@@ -7,58 +7,15 @@ from typing import Any
 import torch
 import yaml
 
-from dpace.config import Engine, Format
+from dpace.config import Format
 from dpace.drafter import Drafter, fingerprint
-from dpace.engines.serving import serve_command
+from dpace.engines.serving import card_sections
 from dpace.measure.results import BenchResults, read_results
 from dpace.report.tables import copied_note, with_interval
 from dpace.spec import DrafterSpec
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
-
-VLLM = """**vLLM**
-
-```bash
-{vllm}
-```
-"""
-SGLANG = """**SGLang** (not run by us: it needs a GPU)
-
-```bash
-{sglang}
-```
-"""
-TRANSFORMERS = """**transformers** (5.15 or newer, one prompt at a time)
-
-```python
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{target}")
-target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto").eval()
-drafter = AutoModel.from_pretrained("{drafter}", trust_remote_code=True, dtype=target.dtype).eval()
-messages = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = target.generate(
-    **inputs, assistant_model=drafter, speculation_type="dflash", do_sample=False, max_new_tokens=256
-)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-"""
-LLAMACPP = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
-
-```bash
-{llamacpp}
-```
-
-`TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
-"""
-TO_GGUF = """For llama.cpp:
-
-```bash
-dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf
-```
-"""
 
 
 def write_card(
@@ -87,50 +44,52 @@ def write_card(
             the folder that were measured with these weights.
         drafter: as it was measured, in the target's dtype.
     """
-    shown = Path(target_name).name if Path(target_name).is_dir() else target_name
-    facts = {
-        "target": f"`{shown}`",
-        "block size": f"{spec.block_size}: the anchor and {spec.num_draft_tokens} draft tokens",
-        "target_layer_ids": f"{list(spec.target_layer_ids)}: 0-based, their output",
-        "mask token": str(spec.mask_token_id),
-        "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
-        "weights": str(dtype).removeprefix("torch."),
-    }
-    names = {"target": shown, "drafter": name}
-    given: dict[Engine, str] = {"vllm": name, "sglang": name, "llamacpp": path.name}
-    for engine, drafter_name in given.items():
-        names[engine] = serve_command(engine, drafter_name, shown, spec.block_size)
-    commands = {"speculators": [VLLM], "gguf": [LLAMACPP]}.get(to, [VLLM, SGLANG, TRANSFORMERS, TO_GGUF])
+    is_local = Path(target_name).is_dir()
+    target = Path(target_name).name if is_local else target_name
+    front = _front_matter(to, license, None if is_local else target_name)
+    weights = str(dtype).removeprefix("torch.")
     parts = [
-        _front_matter(to, target_name, license),
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {Path(name).name}",
-        f"A DFlash drafter for `{shown}`. It is not a model of its own: it proposes tokens, the target keeps those "
-        "that it would have written itself.",
-        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        *_results(source, drafter, facts["weights"]),
+        f"A DFlash drafter for `{target}`. It is not a model to use alone: it proposes tokens, and the target keeps "
+        "those that it would have written itself.",
+        _facts(spec, target, weights),
+        *_results(source, drafter, weights),
         "## How to serve it",
-        *(text.format(**names).rstrip() for text in commands),
+        *card_sections(to, drafter=name, gguf=path.name, target=target, block_size=spec.block_size),
         *_recipe(source),
     ]
     folder = path.parent if to == "gguf" else path
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _front_matter(to: Format, target_name: str, license: str) -> str:
-    """What the Hub reads."""
-    front: dict[str, Any] = {
+def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str, Any]:
+    """Give the metadata that the Hub reads from a card."""
+    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"])
+    return {
         "library_name": _LIBRARIES.get(to, "transformers"),
         "pipeline_tag": "text-generation",
         "license": license,
+        **({"base_model": base_model} if base_model else {}),
+        "tags": [*TAGS, *engines],
     }
-    if not Path(target_name).is_dir():
-        front["base_model"] = target_name
-    front["tags"] = [*TAGS, *({"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"]))]
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
+
+
+def _facts(spec: DrafterSpec, target: str, weights: str) -> str:
+    """Write the table of what the drafter is."""
+    facts = {
+        "target": f"`{target}`",
+        "block size": f"{spec.block_size}: one known token and {spec.num_draft_tokens} draft tokens",
+        "target_layer_ids": f"{list(spec.target_layer_ids)}: counted from 0; the drafter reads their output",
+        "mask token": str(spec.mask_token_id),
+        "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
+        "weights": weights,
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 
 def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
-    """Measured rows whose weights are this drafter's."""
+    """Write the table of rows that were measured with these weights."""
     path = source.parent / "results.json"
     if not path.exists():
         return []
@@ -154,7 +113,7 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
     measured = (
         f"Measured with {results.engine} in {results.dtype} on {hardware.device} ({hardware.cores} cores), at most "
         f"{results.max_new_tokens} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a "
-        "second over plain decoding of the same prompts. In brackets: 95 % intervals over prompts"
+        "second over plain decoding (the baseline) of the same prompts. In brackets: 95 % intervals over prompts"
         + copied_note(rows, start="; ")
         + "."
     )
@@ -165,14 +124,14 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
 
 
 def _recipe(source: Path) -> list[str]:
-    """What `dpace train` was told, without where files are."""
+    """Repeat the recipe of `dpace train`, without the places of files."""
     path = source / "recipe.yaml"
     if not path.exists():
         return []
     recipe = yaml.safe_load(path.read_text())
     kept = {name: recipe[name] for name in ("respond", "drafter", "loss", "train") if name in recipe}
     objective = recipe.get("loss", {}).get("objective")
-    said = f"Trained by dpace, objective `{objective}`"
+    sentence = f"Trained by dpace, objective `{objective}`"
     if objective == "dpace":
-        said += " ([D-PACE](https://arxiv.org/abs/2605.18810))"
-    return ["## Recipe", f"{said}.", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]
+        sentence += " ([D-PACE](https://arxiv.org/abs/2605.18810))"
+    return ["## Recipe", f"{sentence}.", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]

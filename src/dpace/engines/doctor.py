@@ -1,4 +1,4 @@
-"""A drafter's folder and its target in; what would go wrong when it is served, as named checks, out."""
+"""Examine a drafter's folder by named checks of what would go wrong when it is served."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,20 +19,22 @@ class Diagnosis(NamedTuple):
 
     check: str
     result: Literal["passes", "warns", "fails", "skipped"]
-    """`fails`: engines refuse the folder or draft badly; `warns`: some do, or it may be meant; `skipped`: cannot be told."""
+    """`fails`: engines refuse the folder or draft badly. `warns`: only some do, or it may be intended.
+
+    `skipped`: it cannot be decided."""
     found: str
     expected: str
     fix: str
-    """What to do, in one line; empty where nothing is to be done."""
+    """What to do, in one line; empty where there is nothing to do."""
 
 
 def diagnose(
     folder: str | Path, target: Target, *, engine: Engine | None = None, responses: str | Path | None = None
 ) -> list[Diagnosis]:
-    """Examine a drafter's folder by what is on disk, then by running it.
+    """Examine a drafter's folder: first the files on disk, then the drafter as it runs.
 
-    One failed check does not stop the others: only what cannot be read is not looked at, and weights that are damaged, or that fail
-    to load after another failure, are not run.
+    One failed check does not stop the others. Files that cannot be read are not examined further; weights that are
+    damaged, or that fail to load after another failure, are not run.
 
     Memory: the drafter as stored and as loaded; what `heldout_acceptance` says.
 
@@ -61,33 +63,33 @@ def diagnose(
 
         def run(check: Check) -> list[Diagnosis]:
             bar.update(task, info=check.name)
-            found = _run(check, subject)
+            diagnosis = _run(check, subject)
             bar.advance(task)
-            return [found] if found else []
+            return [diagnosis] if diagnosis else []
 
-        found = [diagnosis for check in static for diagnosis in run(check)]
-        failed = [diagnosis.check for diagnosis in found if diagnosis.result == "fails"]
+        diagnoses = [diagnosis for check in static for diagnosis in run(check)]
+        failed = [diagnosis.check for diagnosis in diagnoses if diagnosis.result == "fails"]
         damaged = [check.name for check in (*FILE_CHECKS, *WEIGHT_CHECKS) if check.name in failed]
         if damaged:
-            return [
-                *found,
-                Diagnosis(RUN_CHECKS[0].name, "skipped", f"not tried with failures of {some(damaged)}", "", ""),
-            ]
+            reason = f"not tried, since these checks fail: {some(damaged)}"
+            return [*diagnoses, Diagnosis(RUN_CHECKS[0].name, "skipped", reason, "", "")]
         (loading,) = run(RUN_CHECKS[0])
         if loading.result == "fails" and failed:
-            loading = loading._replace(result="skipped", found="refused, after the failures above", expected="", fix="")
+            reason = "refused; fix the failures above first"
+            loading = loading._replace(result="skipped", found=reason, expected="", fix="")
         is_running = loading.result == "passes"
-        return [*found, loading, *(diagnosis for check in RUN_CHECKS[1:] if is_running for diagnosis in run(check))]
+        return [*diagnoses, loading, *(diagnosis for check in RUN_CHECKS[1:] if is_running for diagnosis in run(check))]
 
 
 def _run(check: Check, subject: Subject) -> Diagnosis | None:
-    """Probe once; a value that cannot even be compared is a failure of that check."""
+    """Run one check; a value that cannot even be compared is a failure of that check."""
     try:
-        seen = check.look(subject)
+        observation = check.look(subject)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         return Diagnosis(check.name, "fails", str(error) or type(error).__name__, "", check.fix)
-    if seen is None:
+    if observation is None:
         return None
-    result = "skipped" if seen.is_right is None else "passes" if seen.is_right else check.severity
+    is_right, found, expected = observation
+    result = "skipped" if is_right is None else "passes" if is_right else check.severity
     fix = "" if result in ("passes", "skipped") else check.fix
-    return Diagnosis(check.name, result, str(seen.found), str(seen.expected), fix)
+    return Diagnosis(check.name, result, str(found), str(expected), fix)

@@ -1,4 +1,7 @@
-"""A drafter's folder in, the same drafter as an engine reads it out, and back; what was written is read again and compared."""
+"""Write a drafter in the format of an engine, and read it back.
+
+All that is written is read again and compared with what was to be written.
+"""
 
 import json
 from collections.abc import Sequence
@@ -23,16 +26,16 @@ from dpace.target import Target
 from dpace.views import draft_block, mask_blocks
 
 MAX_LOGIT_ERROR = 1e-5
-"""Relative; the same weights give the same logits up to the order of sums."""
+"""Largest relative difference of logits; the same weights give the same ones up to the order of sums."""
 
 
 class Exported(NamedTuple):
-    """What was written, and what reading it again gave."""
+    """What was written, and how it compares with the drafter when it is read again."""
 
     path: Path
     """What an engine is given: the folder, or the GGUF file in it."""
     num_tensors: int
-    """All equal, bit for bit, to those that were to be written."""
+    """Number of tensors, all equal, bit for bit, to those that were to be written."""
     rounding: float
     """Largest relative change of a tensor by the change of dtype; 0 where it was kept."""
     logit_error: float | None
@@ -57,7 +60,7 @@ def export(
 ) -> Exported:
     """Write a drafter for an engine with a model card, read it again, and compare.
 
-    z-lab's spec, which SGLang and vLLM read too, is what `dpace train` writes: `zlab`, `sglang` and `vllm` are the same files.
+    `zlab`, `sglang` and `vllm` are the same files, in z-lab's layout, which `dpace train` writes.
 
     Args:
         folder: of the drafter.
@@ -76,14 +79,8 @@ def export(
         ValueError: a drafter that cannot be served, a missing or wrong `target_gguf`, or files that do not read back as
             they were written.
     """
-    if to == "gguf" and target_gguf is None:
-        raise ValueError(
-            "a drafter's GGUF file repeats its target's tokenizer; name a GGUF file of the target with --target-gguf"
-        )
     folder, output = Path(folder), Path(output)
-    _check_places(folder, output)
-    if verifier_name(folder):
-        raise ValueError(f"{folder} is in speculators' format; `dpace import` it first")
+    _check_request(folder, output, to=to, target_gguf=target_gguf)
     if Path(target_name).is_dir():
         target_name = str(Path(target_name).resolve())
     spec, weights = read_folder(folder)
@@ -105,7 +102,7 @@ def export(
 
 
 def import_drafter(source: str | Path, output: str | Path, *, target: str | None = None) -> Drafter:
-    """Write another project's drafter in this project's spec, weights bit for bit.
+    """Read another project's drafter and write it in this project's layout, weights bit for bit.
 
     Args:
         source: a z-lab, SpecForge or speculators folder, or a GGUF file with f32, f16 or bf16 weights.
@@ -120,7 +117,9 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
         try:
             num_target_layers = AutoConfig.from_pretrained(target).get_text_config(decoder=True).num_hidden_layers
         except OSError as error:
-            raise ValueError(f"cannot read the config of the target {target}; name its folder with --target") from error
+            raise ValueError(
+                f"cannot read the config of the target {target}; name its folder or Hub id with --target"
+            ) from error
     _check_places(Path(source), Path(output))
     drafter = read_drafter(source, num_target_layers=num_target_layers)
     spec = drafter.spec
@@ -141,7 +140,10 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 
 
 def push(folder: str | Path, repo: str) -> str:
-    """Upload a folder to the Hugging Face Hub, into a repository that is made where it is missing; returns its address."""
+    """Upload a folder to the Hugging Face Hub and give the address.
+
+    The repository is made where it is missing.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -150,10 +152,24 @@ def push(folder: str | Path, repo: str) -> str:
     return str(address)
 
 
+def _check_request(folder: Path, output: Path, *, to: Format, target_gguf: str | Path | None) -> None:
+    """Refuse what `export` cannot do before it writes anything."""
+    if to == "gguf" and target_gguf is None:
+        raise ValueError(
+            "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
+            "--target-gguf"
+        )
+    _check_places(folder, output)
+    if verifier_name(folder):
+        raise ValueError(
+            f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"
+        )
+
+
 def _check_places(source: Path, output: Path) -> None:
     """Refuse to write over what is read."""
     if output.resolve() == source.resolve():
-        raise ValueError(f"{output} is the drafter's own folder; name another --output")
+        raise ValueError(f"the output {output} is the drafter's own folder; name another one with --output")
 
 
 def _write(
@@ -166,7 +182,7 @@ def _write(
     target_name: str,
     target_gguf: str | Path | None,
 ) -> Path:
-    """Write a drafter's files; returns what an engine is given."""
+    """Write a drafter's files and give the path that an engine is given."""
     output.mkdir(parents=True, exist_ok=True)
     dtype = _name(tensors["fc.weight"].dtype)
     if to == "gguf":
@@ -186,7 +202,7 @@ def _write(
 def _cast(
     tensors: dict[str, Tensor], dtype: torch.dtype | None, *, has_fp32_vectors: bool
 ) -> tuple[dict[str, Tensor], float]:
-    """Weights in the dtype they are to be written in, and the largest relative change of one."""
+    """Turn weights into the dtype to write; give them and the largest relative change of a tensor."""
     cast, errors = {}, [0.0]
     for name, tensor in tensors.items():
         wanted = torch.float32 if has_fp32_vectors and tensor.dim() == 1 else dtype or tensor.dtype
@@ -196,12 +212,10 @@ def _cast(
 
 
 def _compare(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], again: Drafter) -> None:
-    """Refuse a file that does not say what was to be written."""
-    found = again.spec
+    """Refuse a file that differs from what was to be written."""
+    read = vars(again.spec)
     expected = {name: value for name, value in vars(spec).items() if name in _COMPARED}
-    wrong = [
-        f"{name} {vars(found)[name]} for {value}" for name, value in expected.items() if vars(found)[name] != value
-    ]
+    wrong = [f"{name} {read[name]}, expected {value}" for name, value in expected.items() if read[name] != value]
     wrong += [name for name, tensor in again.state_dict().items() if not _is_same(tensor, tensors[name])]
     if wrong:
         raise ValueError(f"{path} does not read back as it was written ({'; '.join(wrong[:3])}); do not serve it")
@@ -210,12 +224,13 @@ def _compare(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], ag
 def _compare_decoding(
     path: Path, target: Target, reference: Drafter, again: Drafter, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> tuple[float, Acceptance]:
-    """Logits of a block after the first prompt, and accepted lengths on all."""
-    expected, found = (_block_logits(target, drafter, prompts[0]) for drafter in (reference, again))
-    error = float((found - expected).norm() / expected.norm())
+    """Compare the logits of a block after the first prompt, and accepted lengths on all prompts."""
+    expected, read = (_block_logits(target, drafter, prompts[0]) for drafter in (reference, again))
+    error = float((read - expected).norm() / expected.norm())
     if not error <= MAX_LOGIT_ERROR:
         raise ValueError(
-            f"{path} drafts differently: logits of a block differ by {error:.2g} (relative); do not serve it"
+            f"{path} drafts differently: logits of a block differ by {error:.2g} (relative), expected at most "
+            f"{MAX_LOGIT_ERROR:g}; do not serve it"
         )
     results = []
     for number, token_ids in enumerate(prompts):
@@ -223,8 +238,8 @@ def _compare_decoding(
         ours, theirs = (generate(target, drafter, token_ids, **options) for drafter in (reference, again))
         if ours.accepted_lengths != theirs.accepted_lengths:
             raise ValueError(
-                f"{path} drafts differently: prompt {number} accepts {theirs.accepted_lengths}, expected "
-                f"{ours.accepted_lengths}; do not serve it"
+                f"{path} drafts differently: accepted lengths on prompt {number} are {theirs.accepted_lengths}, "
+                f"expected {ours.accepted_lengths}; do not serve it"
             )
         results.append(theirs.acceptance)
     return error, Acceptance.pooled(results)
@@ -232,7 +247,7 @@ def _compare_decoding(
 
 @torch.inference_mode()
 def _block_logits(target: Target, drafter: Drafter, token_ids: list[int]) -> Tensor:
-    """Logits of the draft slots of the block whose anchor is the prompt's last token, "draft vocab"."""
+    """Compute the logits of the block whose anchor is the prompt's last token, "draft vocab"."""
     prompt = torch.tensor([token_ids], device=target.device)
     features = target.features(prompt[:, :-1], drafter.target_layer_ids)
     hidden = draft_block(drafter, target, mask_blocks(drafter, token_ids[-1:]), features)
@@ -240,19 +255,23 @@ def _block_logits(target: Target, drafter: Drafter, token_ids: list[int]) -> Ten
 
 
 def _for_decoding(spec: DrafterSpec, tensors: dict[str, Tensor], target: Target) -> Drafter:
-    """A drafter in the target's dtype and place. Its rotary embedding stays in fp32, which `Drafter.to(dtype)` would not do."""
+    """Make a drafter in the target's dtype and on its device.
+
+    Its rotary embedding stays in fp32, which `Drafter.to(dtype)` would not do.
+    """
     drafter: Any = make_drafter(spec, {name: tensor.to(target.model.dtype) for name, tensor in tensors.items()})
     return drafter.to(target.device)
 
 
-def _is_same(found: Tensor, expected: Tensor) -> bool:
-    """Dtype, shape and every bit."""
-    if found.dtype != expected.dtype or found.shape != expected.shape:
+def _is_same(tensor: Tensor, expected: Tensor) -> bool:
+    """Say whether dtype, shape and every bit are equal."""
+    if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
         return False
-    return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (found, expected)))
+    return torch.equal(*(one.contiguous().view(torch.uint8) for one in (tensor, expected)))
 
 
 def _name(dtype: torch.dtype) -> str:
+    """Give the short name of a dtype."""
     return str(dtype).removeprefix("torch.")
 
 

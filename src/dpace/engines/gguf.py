@@ -1,4 +1,4 @@
-"""A drafter and its target's GGUF file in, the drafter as a GGUF file for llama.cpp out; and back."""
+"""Write a drafter as a GGUF file for llama.cpp, and read one."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ _FILE_TYPES = {
 
 
 def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], *, target_gguf: str | Path) -> None:
-    """Write a drafter for llama.cpp.
-
-    Tensors are written in the dtype that they have.
+    """Write a drafter for llama.cpp, with tensors in the dtype that they have.
 
     Args:
         path: of the new file.
@@ -35,13 +33,14 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
 
     Raises:
-        ValueError: a file of another model, or a scaled rotary embedding: llama.cpp's network takes no frequency factors, and other
-            scalings were not tested.
+        ValueError: a file of another model, or a scaled rotary embedding: llama.cpp's network takes no frequency
+            factors, and other scalings were not tested.
     """
     if spec.rope["rope_type"] != "default":
         raise ValueError(
-            f"the drafter's rope_type is {spec.rope['rope_type']!r}; llama.cpp's DFlash network takes no frequency factors, "
-            "which Llama 3.1's scaling needs, and others were not tested: serve this drafter with vLLM, SGLang or transformers"
+            f"the drafter's rope_type is {spec.rope['rope_type']!r}, expected 'default': llama.cpp's DFlash network "
+            "takes no frequency factors, which Llama 3.1's scaling needs, and other scalings were not tested; serve "
+            "this drafter with vLLM, SGLang or transformers"
         )
     target = _open(target_gguf)
     tokens = target.fields.get("tokenizer.ggml.tokens")
@@ -53,8 +52,8 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
     for name, found in theirs.items():
         if found != getattr(spec, name):
             raise ValueError(
-                f"{target_gguf} has {name} {found} and the drafter's target {getattr(spec, name)}; name a GGUF file of the "
-                "target with --target-gguf"
+                f"{target_gguf} has {name} {found} and the drafter's target {getattr(spec, name)}; name a GGUF file of "
+                "that target with --target-gguf"
             )
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     for name, field in target.fields.items():
@@ -75,7 +74,8 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
 def write_f16(source: str | Path, path: str | Path) -> None:
     """Write a target's GGUF file again with matrices in f16 and vectors in f32.
 
-    Quantized matrices round a block and a token differently, so that any drafter changes the text; f16 and f32 do not.
+    Quantized matrices round a block and a single token differently, so that any drafter changes the text; f16 and f32
+    do not.
     """
     reader = _open(source)
     writer = gguf.GGUFWriter(path, _value(reader, "general.architecture"))
@@ -90,12 +90,13 @@ def write_f16(source: str | Path, path: str | Path) -> None:
 
 
 def _copy(writer: gguf.GGUFWriter, field: gguf.ReaderField) -> None:
-    """Repeat a metadata field."""
+    """Copy a metadata field."""
     sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
     writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:
+    """Write what was added, and close the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -103,7 +104,10 @@ def _finish(writer: gguf.GGUFWriter) -> None:
 
 
 def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
-    """Metadata; the target's layers are numbered by their input, so one more than here."""
+    """Write the metadata.
+
+    The file numbers the target's layers by their input, so one higher than here.
+    """
     for name, number in {
         "block_count": spec.num_layers,
         "context_length": spec.max_position_embeddings,
@@ -136,7 +140,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
 
 
 def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
-    """Read a drafter's GGUF file; as `dpace.engines.published.read_folder`.
+    """Read a drafter's GGUF file, as `dpace.engines.published.read_folder` reads a folder.
 
     Raises:
         ValueError: not a drafter's file, quantized weights, or the number of the target's layers is not given.
@@ -145,14 +149,17 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     architecture = _value(reader, "general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(
-            f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}: not a DFlash drafter's file"
+            f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}; name the GGUF file of a DFlash "
+            "drafter"
         )
     if num_target_layers is None:
         raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
     if _value(reader, f"{ARCHITECTURE}.attention.sliding_window", 0) or _value(
         reader, f"{ARCHITECTURE}.attention.causal", False
     ):
-        raise ValueError(f"{path} is a drafter with sliding or causal attention; dpace knows full attention only")
+        raise ValueError(
+            f"{path} has sliding or causal attention, expected full attention; dpace cannot run this drafter"
+        )
 
     def get(name: str, default: Any = None) -> Any:
         return _value(reader, f"{ARCHITECTURE}.{name}", default)
@@ -181,11 +188,12 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
 
 
 def _weights(tensor: Any) -> Tensor:
-    """A tensor of the file, bit for bit."""
+    """Read a tensor of the file, bit for bit."""
     dtypes = {kind: dtype for dtype, kind in _TYPES.items()}
     if tensor.tensor_type not in dtypes:
         raise ValueError(
-            f"{tensor.name} is quantized ({tensor.tensor_type.name}); take the drafter's f32, f16 or bf16 file instead"
+            f"{tensor.name} is quantized ({tensor.tensor_type.name}), expected f32, f16 or bf16; name a file of "
+            "the drafter in one of these precisions"
         )
     dtype = dtypes[tensor.tensor_type]
     data = torch.from_numpy(np.array(tensor.data))
@@ -194,14 +202,15 @@ def _weights(tensor: Any) -> Tensor:
 
 
 def _open(path: str | Path) -> gguf.GGUFReader:
+    """Open a GGUF file."""
     if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}; name a GGUF file")
+        raise ValueError(f"there is no file {path}; name a GGUF file that exists")
     return gguf.GGUFReader(path)
 
 
 def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
-    """A metadata value; without a default it must be there."""
+    """Read a metadata value, which must be there unless a default is given."""
     field = reader.fields.get(name)
     if field is None and default is None:
-        raise ValueError(f"the GGUF file has no {name}; it is not complete: write it again")
+        raise ValueError(f"the GGUF file has no value {name} and is not complete; write or download it again")
     return default if field is None else field.contents()

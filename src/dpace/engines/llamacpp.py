@@ -1,7 +1,7 @@
-"""GGUF files and prompts in; what llama.cpp writes, accepts and needs in seconds out. It runs in a process of its own.
+"""Run llama.cpp on GGUF files in a process of its own: its answers, accepted drafts and seconds.
 
-Needs `pip install xllamacpp`, which has llama.cpp's server as a library. ggml ends the process where it meets something that it
-does not know, hence the process.
+This needs `pip install xllamacpp`, which has llama.cpp's server as a library. ggml ends its process where it meets
+something that it does not know, so it gets one of its own.
 """
 
 import importlib
@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
-    """A response."""
+    """One response of llama.cpp."""
 
     token_ids: list[int]
-    """Without the prompt; the stop token is the last one."""
+    """The response without its prompt; the stop token is the last one."""
     num_drafted: int
     num_accepted: int
     decode_seconds: float
-    """All tokens after the first."""
+    """Seconds for all tokens after the first."""
 
 
 def has_llamacpp() -> bool:
-    """Whether the package `xllamacpp` is installed."""
+    """Say whether the package `xllamacpp` is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -67,15 +67,17 @@ def run_llamacpp(
         command = [sys.executable, "-m", "dpace.engines.llamacpp", str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not answered.exists():
-            said = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-            raise ValueError(f"llama.cpp ended with code {done.returncode}: {said}")
+            reason = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+            raise ValueError(
+                f"llama.cpp ended with code {done.returncode} and without an answer; its last lines say why: {reason}"
+            )
         return [Answer(*answer) for answer in json.loads(answered.read_text())]
 
 
 def make_server(target: str, drafter: str | None = None, *, num_draft_tokens: int = 0, num_threads: int = 1) -> Any:
-    """Xllamacpp's server in this process, where its threads slow those of torch down: call it in one of its own.
+    """Make a server of xllamacpp in this process.
 
-    Arguments as in `run_llamacpp`.
+    Its threads slow down those of torch: call this in a process without torch's work. Arguments as in `run_llamacpp`.
     """
     xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
@@ -95,13 +97,14 @@ def make_server(target: str, drafter: str | None = None, *, num_draft_tokens: in
 def answer(server: Any, token_ids: Sequence[int], max_new_tokens: int) -> Answer:
     """Answer one prompt greedily."""
     request = {"prompt": list(token_ids), "temperature": 0, "max_tokens": max_new_tokens, "cache_prompt": False}
-    found = server.handle_completions({**request, "return_tokens": True, "verbose": True})["__verbose"]
-    times = found["timings"]
+    reply = server.handle_completions({**request, "return_tokens": True, "verbose": True})["__verbose"]
+    times = reply["timings"]
     drafted, accepted = times.get("draft_n", 0), times.get("draft_n_accepted", 0)
-    return Answer(found["tokens"], drafted, accepted, times["predicted_ms"] / 1000)
+    return Answer(reply["tokens"], drafted, accepted, times["predicted_ms"] / 1000)
 
 
 def _serve(request: dict) -> list[Answer]:
+    """Answer the prompts of a request, after a first answer that is not counted."""
     settings = {name: request[name] for name in ("num_draft_tokens", "num_threads")}
     server = make_server(request["target"], request["drafter"], **settings)
     length, prompts = request["max_new_tokens"], request["prompts"]

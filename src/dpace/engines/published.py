@@ -1,4 +1,4 @@
-"""Read a drafter's folder in the published DFlash spec, and put its weights into a `Drafter`."""
+"""Read a drafter's folder in the published DFlash layout, and make a `Drafter` of it."""
 
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,17 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no drafter's folder (it has no config.json); name one, or a .gguf file")
+        raise ValueError(
+            f"{folder} is not a drafter's folder: it has no config.json; name a folder that has one, or a .gguf file"
+        )
     if (folder / "mask_embedding.pt").exists():
-        raise ValueError(f"{folder} has a mask embedding of its own (mask_embedding.pt); dpace takes the target's row")
+        raise ValueError(
+            f"{folder} has a mask embedding of its own (mask_embedding.pt), expected none: dpace uses the target's "
+            "embedding; this drafter cannot be used"
+        )
     files = read_files(folder)
     for file, problem in files.problems.items():
-        raise ValueError(f"{folder / file} is damaged ({problem}); copy it again")
+        raise ValueError(f"{folder / file} is damaged ({problem}); copy or export it again")
     config = files.config
     if "speculators_model_type" in config:
         config = of_speculators(config, num_target_layers)
@@ -52,14 +57,15 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"not the tensors of a DFlash drafter with {spec.num_layers} layers: missing {missing[:3] or 'none'}, unknown "
-            f"{unknown[:3] or 'none'}; drafters with an embedding, head or vocabulary of their own cannot be taken over"
+            f"these are not the tensors of a DFlash drafter with {spec.num_layers} layers: missing "
+            f"{missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}; drafters with their own embedding, head or "
+            "vocabulary cannot be used"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} from the config: config and "
-                "weights are not of the same drafter; copy both again"
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} by the config: config "
+                "and weights belong to different drafters; copy both again"
             )
     drafter.load_state_dict(tensors, assign=True)
     return drafter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Checks that run the drafter: leaks, parity and accepted lengths."""
+"""The checks that run the drafter: leaks, parity and accepted lengths."""
 
 import torch
 
@@ -8,18 +8,18 @@ from dpace.engines.subject import Check, Observation, Probe, Subject
 from dpace.measure.parity import check_views
 
 MIN_TAU = 1.1
-"""Tokens a verification; decoding without a drafter gives 1."""
+"""Lowest useful mean acceptance length, in tokens per verification; decoding without a drafter gives 1."""
 MAX_TAU_CHANGE = 0.01
-"""Of tau on the same responses in fp32, where only rounding differs."""
-FIX_REPORT = "report this: the code is wrong, not the folder"
+"""Largest relative change of tau on the same responses in fp32, where only rounding differs."""
+FIX_REPORT = "report this to dpace: its code is wrong, not the folder"
 
 
 def _view(number: int) -> Probe:
-    """One of the findings of `check_views`, on two responses, or on a prompt where there are none."""
+    """Look at one finding of `check_views`, on two responses, or on a prompt where there are none."""
 
     def look(subject: Subject) -> Observation:
         if subject.target.model.dtype != torch.float32:
-            return Observation(None, "needs the target in fp32")
+            return Observation(None, "the target is not in fp32, which this check needs")
         responses = subject.responses[:2]
         if not responses:
             token_ids = encode_chat(
@@ -33,15 +33,22 @@ def _view(number: int) -> Probe:
 
 
 def _accepts(subject: Subject) -> Observation:
+    """Measure whether any draft is accepted."""
     if subject.acceptance is None:
-        return Observation(None, "no responses; name a file with --responses")
+        return Observation(None, "no responses to measure on; name a file with --responses")
     return Observation(subject.acceptance.tau >= MIN_TAU, f"tau {subject.acceptance.tau:.2f}", f"{MIN_TAU} or more")
 
 
 def _accepted_length(subject: Subject) -> Observation:
-    """Against the interval of the training; more strictly on the very same responses in fp32, which leave no room for chance."""
+    """Compare tau with the interval that training recorded.
+
+    On the very same responses in fp32, where nothing is left to chance, the range is `MAX_TAU_CHANGE` around the
+    recorded tau.
+    """
     if subject.acceptance is None or "tau" not in subject.record:
-        return Observation(None, "no responses" if subject.acceptance is None else "not recorded by the training")
+        return Observation(
+            None, "no responses to measure on" if subject.acceptance is None else "training did not record it"
+        )
     before, (low, high) = subject.record["tau"], subject.record["tau_interval"]
     dtypes = {subject.record["dtype"], subject.facts["dtype"], *(str(t.dtype)[6:] for t in subject.tensors.values())}
     ids = set(subject.record["tau_responses"])
@@ -49,10 +56,11 @@ def _accepted_length(subject: Subject) -> Observation:
     if is_same:
         low, high = before * (1 - MAX_TAU_CHANGE), before * (1 + MAX_TAU_CHANGE)
     tau = subject.acceptance.tau
-    found = f"tau {tau:.3f} on {len(subject.acceptance.rows)} responses{', those of the training' if is_same else ''}"
-    return Observation(
-        low <= tau <= high or tau > before and not is_same, found, f"{before:.3f} [{low:.3f}, {high:.3f}]"
+    observed = (
+        f"tau {tau:.3f} on {len(subject.acceptance.rows)} responses{', those of the training' if is_same else ''}"
     )
+    is_right = low <= tau <= high or tau > before and not is_same
+    return Observation(is_right, observed, f"{before:.3f} [{low:.3f}, {high:.3f}]")
 
 
 RUN_CHECKS = (
@@ -60,12 +68,15 @@ RUN_CHECKS = (
         "loads",
         "fails",
         lambda subject: Observation(bool(subject.drafter), "yes", "yes"),
-        "mend what the message names",
+        "fix what the message names",
     ),
     Check("no leak from the future", "fails", _view(0), FIX_REPORT),
     Check("training view is serving view", "fails", _view(1), FIX_REPORT),
-    Check("drafts anything", "warns", _accepts, "train longer, or for this target"),
+    Check("drafts anything", "warns", _accepts, "train longer, or train a drafter for this target"),
     Check(
-        "accepted length", "fails", _accepted_length, "not the weights or the target of the training: copy them again"
+        "accepted length",
+        "fails",
+        _accepted_length,
+        "copy the drafter again and name the right target: these are not the weights or the target of the training",
     ),
 )

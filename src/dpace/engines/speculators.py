@@ -1,4 +1,4 @@
-"""The `config.json` of speculators, written and read."""
+"""Write and read the `config.json` of speculators."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from dpace.spec import DrafterSpec, need
 
 
 def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: list[str], dtype: str) -> dict[str, Any]:
-    """The `config.json` of speculators 0.9, which vLLM reads too.
+    """Write the `config.json` of speculators 0.9, which vLLM reads too.
 
     `sliding_window_non_causal` is true because vLLM 0.32 otherwise makes every layer causal, full attention too.
     """
@@ -47,27 +47,29 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
 
 
 def verifier_name(folder: str | Path) -> str | None:
-    """The target that a speculators folder names; None in other formats."""
+    """Read which target a speculators folder names; None in other formats."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     return config.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
 
 
 def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:
-    """Say in the published layout what a speculators config says."""
+    """Turn a config of speculators into the published layout."""
     if config["speculators_model_type"] != "dflash" or config.get("sample_from_anchor"):
         raise ValueError(
             f"speculators_model_type is {config['speculators_model_type']!r} with sample_from_anchor "
-            f"{config.get('sample_from_anchor', False)}; dpace takes over `dflash` drafters whose anchor is given"
+            f"{config.get('sample_from_anchor', False)}, expected 'dflash' with False; dpace cannot use other drafters"
         )
     if num_target_layers is None:
-        raise ValueError("this format does not say how many layers the target has; name the target with --target")
+        raise ValueError(
+            "the format of speculators does not say how many layers the target has; name the target with --target"
+        )
     inner = dict(need(config, "transformer_layer_config"))
     vocab_size = inner.get("vocab_size")
     if config.get("draft_vocab_size", vocab_size) != vocab_size:
         raise ValueError(
-            f"draft_vocab_size is {config['draft_vocab_size']} and the target's {vocab_size}; dpace drafters share the "
-            "target's whole vocabulary"
+            f"draft_vocab_size is {config['draft_vocab_size']}, expected the target's {vocab_size}; dpace cannot use "
+            "drafters with a smaller vocabulary"
         )
     return inner | {
         "block_size": need(config, "block_size"),

@@ -1,4 +1,4 @@
-"""What a check of a drafter's folder looks at, and what it says."""
+"""A drafter's folder with its target, and what a check of them is made of."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from dpace.metrics import Acceptance
 from dpace.target import Target
 
 MAX_RESPONSES = 8
-"""Responses that tau is measured on where training has not recorded which."""
+"""Number of responses that tau is measured on where training has not recorded which."""
 
 
 class Observation(NamedTuple):
-    """What a check looked at."""
+    """The result of looking at one thing."""
 
     is_right: bool | None
-    """None where it cannot be told; `found` then says why."""
+    """None where it cannot be decided; `found` then says why."""
     found: object
     expected: object = ""
 
 
 @dataclass
 class Subject(DrafterFolder):
-    """A folder, and what it is compared with."""
+    """A drafter's folder, and what it is compared with."""
 
     target: Target
     engine: Engine | None
@@ -38,7 +38,7 @@ class Subject(DrafterFolder):
 
     @cached_property
     def facts(self) -> dict[str, object]:
-        """What training would record today."""
+        """What training would record today about the target."""
         return {
             "target": self.target.short_name,
             "dtype": str(self.target.model.dtype).removeprefix("torch."),
@@ -48,7 +48,7 @@ class Subject(DrafterFolder):
 
     @cached_property
     def drafter(self) -> Drafter:
-        """Loaded as for decoding."""
+        """The drafter, loaded as for decoding."""
         try:
             return load_drafter(self.path, self.target)
         except Exception as error:  # transformers and torch share no narrower class for a folder that they refuse
@@ -56,7 +56,7 @@ class Subject(DrafterFolder):
 
     @cached_property
     def acceptance(self) -> Acceptance | None:
-        """On the recorded responses, or on the first ones; None without any."""
+        """Accepted lengths on the recorded responses, or on the first ones; None without responses."""
         chosen = [r for r in self.responses if r.id in self.record.get("tau_responses", ())]
         longest = mapping(self.recipe.get("train")).get("max_length", 10**9)
         chosen = chosen or self.responses[:MAX_RESPONSES]
@@ -65,11 +65,11 @@ class Subject(DrafterFolder):
 
 
 Probe = Callable[[Subject], Observation | None]
-"""None: the check does not apply to this folder, and is not listed."""
+"""Looks at a subject; None where the check does not apply to this folder, and is not listed."""
 
 
 class Check(NamedTuple):
-    """A named check."""
+    """A named check: what it looks at, and what to do where that is wrong."""
 
     name: str
     severity: Literal["fails", "warns"]
@@ -78,9 +78,10 @@ class Check(NamedTuple):
 
 
 def some(names: Sequence[str]) -> str:
-    """A list that stays short."""
+    """Name the first three, and count the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def none_of(names: Sequence[str]) -> Observation:
+    """Expect that no name is in the list."""
     return Observation(not names, some(names) or "none", "none")

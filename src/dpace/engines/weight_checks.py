@@ -11,24 +11,27 @@ from dpace.engines.subject import Check, Observation, Subject, none_of, some
 
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}
 MAX_MATRIX_RMS = 1.0
-"""Root mean square of a matrix's entries; 0.02 when training starts, and little more after a short one."""
+"""Highest root mean square of a matrix's entries; 0.02 when training starts, and little more after a short one."""
 MAX_NORM_RMS = 1000.0
-"""The same for the weights of a norm, which start near 1 and may grow much."""
+"""Highest root mean square of a norm's weights, which start near 1 and may grow much."""
 
 
 def _shared(subject: Subject) -> dict[str, Tensor]:
+    """Give the stored tensors that engines share with the target."""
     return {name: tensor for name, tensor in subject.tensors.items() if name in SHARED}
 
 
 def _own_embedding(subject: Subject) -> Observation | None:
     embedding = subject.target.model.get_input_embeddings().weight
     tables = {"embed_tokens.weight": embedding, "lm_head.weight": subject.target.head.weight}
-    other = [
+    differing = [
         f"{SHARED[name]} differs"
-        for name, found in _shared(subject).items()
-        if (table := tables[name]).shape != found.shape or not torch.allclose(table.to(found), found, rtol=1e-2)
+        for name, stored in _shared(subject).items()
+        if (table := tables[name]).shape != stored.shape or not torch.allclose(table.to(stored), stored, rtol=1e-2)
     ]
-    return Observation(not other, some(other) or "equal", "the target's, or not stored") if _shared(subject) else None
+    if not _shared(subject):
+        return None
+    return Observation(not differing, some(differing) or "equal", "equal to the target's, or not stored")
 
 
 def _stored_embedding(subject: Subject) -> Observation:
@@ -38,9 +41,10 @@ def _stored_embedding(subject: Subject) -> Observation:
 def _dtype(subject: Subject) -> Observation | None:
     if not subject.config:
         return None
-    found = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in subject.tensors.values()})
-    said = subject.config.get("dtype", subject.config.get("torch_dtype"))
-    return Observation(found == [said], f"{' and '.join(found)}, config {said}", "one dtype, and the config's")
+    stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in subject.tensors.values()})
+    written = subject.config.get("dtype", subject.config.get("torch_dtype"))
+    observed = f"{' and '.join(stored)}, in the config {written}"
+    return Observation(stored == [written], observed, "one dtype, the same in the config")
 
 
 def _names(subject: Subject) -> Observation:
@@ -90,15 +94,28 @@ def _exploded(subject: Subject) -> Observation:
 
 
 WEIGHT_CHECKS = (
-    Check("dtype", "warns", _dtype, "write the tensors' dtype in the config"),
+    Check("dtype", "warns", _dtype, "write the dtype of the tensors in the config"),
     Check(
-        "tensor names", "fails", _names, "rename them with `dpace import`: most engines know the published ones only"
+        "tensor names",
+        "fails",
+        _names,
+        "rename the tensors with `dpace import`: most engines know only the published names",
     ),
     Check("missing tensors", "fails", _missing, FIX_COPY_AGAIN),
-    Check("extra tensors", "warns", _extra, "remove them: some engines refuse what they do not know"),
-    Check("own embedding", "fails", _own_embedding, "remove it: an engine that reads it drafts with the wrong table"),
-    Check("stored embedding", "warns", _stored_embedding, "remove it: engines share the target's"),
-    Check("tensor shapes", "fails", _tensor_shapes, "copy or export again: swapped, turned or of another drafter"),
+    Check("extra tensors", "warns", _extra, "remove these tensors: some engines refuse those that they do not know"),
+    Check(
+        "own embedding",
+        "fails",
+        _own_embedding,
+        "remove this tensor: an engine that reads it drafts with the wrong table",
+    ),
+    Check("stored embedding", "warns", _stored_embedding, "remove this tensor: engines use the target's"),
+    Check(
+        "tensor shapes",
+        "fails",
+        _tensor_shapes,
+        "copy or export again: tensors are swapped, transposed or from another drafter",
+    ),
     Check("finite", "fails", _finite, "take an earlier checkpoint; train with a lower learning rate"),
     Check("zero tensors", "fails", _zero, FIX_COPY_AGAIN),
     Check("exploded tensors", "warns", _exploded, "take an earlier checkpoint; train with a lower learning rate"),

@@ -18,8 +18,8 @@ LOW_PRECISION = 5e-2
 CacheAbility = Literal["crop", "rewind", "append"]
 """What a target's caches can do after a rejected draft.
 
-`crop`: take back the rejected tokens. `rewind`: return to a state that was kept, and read the accepted tokens again. `append`:
-neither, or not even read several tokens at once, so that drafts cannot be verified.
+`crop`: take back the rejected tokens. `rewind`: return to a state that was kept, and read the accepted tokens again.
+`append`: neither, or not even read several tokens at once, so that drafts cannot be verified.
 """
 
 
@@ -92,7 +92,7 @@ def probe_cache(target: Any) -> CacheAbility:
     tolerance = TOLERANCE.get(target.model.dtype, LOW_PRECISION)
 
     def is_close(found: Tensor) -> bool:
-        """At one position at least: a router of experts may choose others where rounding differs, a wrong state shows everywhere."""
+        """Compare at the best position: rounding may change a router's choice at some."""
         errors = (found - expected[-len(found) :]).norm(dim=-1) / expected[-len(found) :].norm(dim=-1)
         return float(errors.min()) <= tolerance
 

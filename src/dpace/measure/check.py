@@ -1,4 +1,7 @@
-"""Check that the text is the target's, that nothing leaks from the future, and that training measures decoding."""
+"""Check that a drafter does not change the text.
+
+In fp32, also check that nothing leaks from the future and that training measures what decoding does.
+"""
 
 import itertools
 import math
@@ -29,32 +32,34 @@ from dpace.target import Target
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a text first leaves the target's own."""
+    """The first place where a text differs from the target's own."""
 
     prompt_id: str
     how: str
-    """The way of decoding."""
+    """Way of decoding, in words."""
     position: int
-    """The token's place in the response."""
+    """Number of the token in the response, from 0."""
     token_ids: tuple[int | None, int | None]
-    """Found and expected; None where the text had ended."""
+    """Token found and token expected; None where the text had ended."""
     margin: float
-    """How much the target prefers the expected token: a difference of logits, with their noise above temperature 0."""
+    """How much the target prefers the expected token, as a difference of logits.
+
+    Above temperature 0, the logits include the noise of sampling."""
     noise: float
-    """The largest difference between logits of reading this text at once and token by token: what rounding does."""
+    """Size of rounding here: the largest difference between logits of this text read at once and token by token."""
 
     @property
     def is_tie(self) -> bool:
-        """Rounding alone can have caused it: both logits may be off by the noise."""
+        """Whether rounding alone can have caused it: both logits may be off by the noise."""
         return self.margin <= 2 * self.noise
 
 
 def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: CheckConfig) -> list[Finding]:
     """Run all checks that the dtype allows; see `dpace check --help`.
 
-    In fp32: the text over ways of decoding, the distribution of sampled text, leaks, and parity of training and
-    serving. In lower precision only the text, where each difference is told with the margin that the target had for
-    its own token.
+    In fp32 these are the text over ways of decoding, the distribution of sampled text, leaks, and parity of training
+    and serving. In lower precision only the text is checked; each difference is listed with the margin that the target
+    had for its own token.
 
     Args:
         target: the model.
@@ -95,7 +100,11 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
 def _check_texts(
     target: Target, drafter: Drafter, prompts: Sequence[Prompt], encoded, config: CheckConfig, advance
 ) -> tuple[list[Finding], list[Generation]]:
-    """Every way of decoding against plain decoding; also the greedy generations of whole blocks."""
+    """Compare the text of every way of decoding with the baseline.
+
+    Returns:
+        The findings, and the greedy generations that verified whole blocks.
+    """
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
     ways: dict[str, dict[str, Any]] = {f"blocks of {size}": {"width": "full", "block_size": size} for size in sizes}
     ways |= {
@@ -139,10 +148,10 @@ def _check_texts(
     cases = f"{len(prompts)} prompts x {', '.join(ways)}, batch"
     findings = []
     for temperature, name in names.items():
-        found = divergences[temperature]
-        detail = f"{count[temperature] - len(found)} of {count[temperature]} texts equal"
-        detail += "".join(f"\n{_describe(target, divergence)}" for divergence in found)
-        findings.append(Finding(name, cases, all(divergence.is_tie for divergence in found), detail))
+        different = divergences[temperature]
+        detail = f"{count[temperature] - len(different)} of {count[temperature]} texts equal"
+        detail += "".join(f"\n{_describe(target, divergence)}" for divergence in different)
+        findings.append(Finding(name, cases, all(divergence.is_tie for divergence in different), detail))
     return findings, whole
 
 
@@ -161,29 +170,29 @@ def _divergence(target: Target, sampler: Sampler, where: tuple[str, str], prompt
     noise = float((at_once - torch.cat(one_by_one)).abs().max())
     if None in tokens:
         return Divergence(*where, position, tokens, math.inf, noise)
-    chances = at_once
+    scores = at_once
     if sampler.temperature:
-        chances = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
-    return Divergence(*where, position, tokens, float(chances[-1, tokens[1]] - chances[-1, tokens[0]]), noise)
+        scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
+    return Divergence(*where, position, tokens, float(scores[-1, tokens[1]] - scores[-1, tokens[0]]), noise)
 
 
 def _describe(target: Target, divergence: Divergence) -> str:
-    """One line."""
+    """Write a divergence in one line."""
     words = [
         "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
         for token in divergence.token_ids
     ]
     kind = "tie" if divergence.is_tie else "NOT A TIE"
     return (
-        f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {words[0]} for {words[1]}, margin "
-        f"{divergence.margin:.2g}, rounding {divergence.noise:.2g}: {kind}"
+        f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {words[0]}, expected {words[1]}, "
+        f"margin {divergence.margin:.2g}, rounding {divergence.noise:.2g}: {kind}"
     )
 
 
 def _check_lengths(
     target: Target, drafter: Drafter, responses: Sequence[Response], whole: Sequence[Generation]
 ) -> Finding:
-    """Accepted lengths as training measures them against those of decoding."""
+    """Compare accepted lengths as training measures them with those of decoding."""
     dataset = ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0)
     in_training = heldout_acceptance(drafter, target, dataset) if len(dataset) else None
     kept = {response.id: out.acceptance for response, out in zip(responses, whole, strict=True)}

@@ -1,4 +1,4 @@
-"""Test that sampled text has the target's distribution (Rosenblatt's transform and chi-square)."""
+"""Test that sampled text has the target's distribution, by Rosenblatt's transform and chi-square."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from dpace.measure.parity import Finding
 from dpace.target import Target
 
 SIGNIFICANCE = 0.01
-"""Chance that a right implementation fails any of the chi-square tests together."""
+"""Probability that a correct implementation fails one or more of the chi-square tests."""
 
 
 def check_distribution(
@@ -22,9 +22,9 @@ def check_distribution(
 ) -> list[Finding]:
     """Test sampled tokens and pairs of tokens by chi-square, for each verify rule.
 
-    Every token is put through the distribution function that it should be a draw from (tokens in order of probability,
-    the jump at the token filled evenly): the results are independent and uniform if and only if the text has the
-    target's distribution, whatever the prompts.
+    Each token is put through the distribution function that it should be a sample of (tokens in order of probability,
+    the jump at the token filled evenly). The results are independent and uniform if and only if the text has the
+    target's distribution, whatever the prompts are.
     """
     generator = torch.Generator().manual_seed(config.seed)
     results, paces = {}, Paces()
@@ -58,7 +58,9 @@ def check_distribution(
 def distribution_values(
     target: Target, prompt: Sequence[int], response: Sequence[int], generator: torch.Generator
 ) -> Float[Tensor, " seq"]:
-    """Put each token of a response through its distribution function at temperature 1 (Rosenblatt).
+    """Put each token of a response through its distribution function at temperature 1.
+
+    This is Rosenblatt's transform.
 
     Memory: logits of the response, "seq vocab" in fp32.
 
@@ -78,7 +80,10 @@ def distribution_values(
 
 
 def uniformity(values: Float[Tensor, "draw dim"], num_bins: int) -> float:
-    """Find the p-value of the chi-square test that points are uniform in the unit cube, by bins a side."""
+    """Compute the p-value of the chi-square test that points are uniform in the unit cube.
+
+    The cube has `num_bins` bins along each side.
+    """
     dim = values.shape[1]
     bins = (values * num_bins).long().clamp_max(num_bins - 1)
     index = (bins * num_bins ** torch.arange(dim)).sum(-1)

@@ -1,4 +1,4 @@
-"""Find the accepted lengths that decoding would have on held-out responses, without decoding."""
+"""Measure the accepted lengths that decoding would have on known responses, without decoding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +39,7 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
 def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDataset) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
-    Equal to what `dpace.decode.generate` accepts at temperature 0. One row a conversation.
+    They equal what `dpace.decode.generate` accepts at temperature 0. Each conversation is a row of the result.
 
     Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block
     tokens are response tokens x block_size.
@@ -70,6 +70,6 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
 
 
 def _spans(is_response: Sequence[bool]) -> list[tuple[int, int]]:
-    """[start, end) of each run of response tokens that is long enough to be drafted for."""
+    """Find the runs [start, end) of response tokens that are long enough to be drafted for."""
     edges = [i for i, (a, b) in enumerate(zip([False, *is_response], [*is_response, False], strict=True)) if a != b]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if end - start > 1]

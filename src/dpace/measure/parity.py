@@ -1,4 +1,4 @@
-"""Check that no block sees its future, and that a block in training is the block when serving."""
+"""Check that no block sees its future, and that blocks are equal in training and serving."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from dpace.target import Target
 from dpace.views import blocks_hidden, draft_block, mask_blocks
 
 MAX_RELATIVE_ERROR = 1e-3
-"""Of hidden states that two ways of computing the same thing may differ by in fp32."""
+"""Largest relative difference, in fp32, between hidden states that are computed in two ways."""
 
 
 class Finding(NamedTuple):
@@ -21,19 +21,19 @@ class Finding(NamedTuple):
 
     name: str
     cases: str
-    """What was looked at, in words."""
+    """What was examined, in words."""
     is_passed: bool
     detail: str
 
 
 @torch.no_grad()
 def check_views(target: Target, drafter: Drafter, responses: Sequence[Response]) -> list[Finding]:
-    """The training layout: blocks that do not see their future, and that are the blocks of decoding.
+    """Check that training's blocks do not see their future and are the blocks of decoding.
 
     Args:
         target: in fp32.
         drafter: of that target.
-        responses: one block in the middle of each is looked at.
+        responses: one block in the middle of each is examined.
 
     Returns:
         Two findings.
@@ -73,13 +73,16 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 
 
 def _block(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
-    """Final hidden states of one block, "slot hidden"."""
+    """Compute the final hidden states of one block, "slot hidden"."""
     ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
     return blocks_hidden(drafter, target, inputs, **ids)[0][0, number]
 
 
 def _changed(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int | None) -> dict[str, Any]:
-    """The batch with other tokens and features in places; after an anchor also at it, with other labels."""
+    """Change the tokens and features of a batch in some places.
+
+    For places after an anchor, the features at the anchor and the labels are changed too.
+    """
     generator = torch.Generator().manual_seed(0)
     token_ids, features = inputs["token_ids"], inputs["features"]
     other_ids = torch.randint(target.config.vocab_size, token_ids.shape, generator=generator).to(token_ids.device)
@@ -96,6 +99,6 @@ def _changed(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int 
     return {**inputs, **new}
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm."""
-    return float((found - expected).norm() / expected.norm())
+def _relative(hidden: Tensor, expected: Tensor) -> float:
+    """Compute the norm of the difference over the norm."""
+    return float((hidden - expected).norm() / expected.norm())

@@ -1,4 +1,4 @@
-"""Pool records of single responses into the rows of results.json, compare drafters, and choose responses to show."""
+"""Pool single responses into the rows of results.json, compare drafters, and choose examples."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Predict decode_speedup at other verify widths and concurrencies from accepted lengths and the costs of steps."""
+"""Predict decode_speedup at other verification lengths and concurrencies."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""results.json, servers.json and heldout.json: what they hold, and the only place that reads and writes them."""
+"""Read and write results.json, servers.json and heldout.json; no other module does."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the files of a measurement hold, line by line: responses, groups of requests, and the rows made from them."""
+"""What the files of a measurement hold: responses, groups of requests, and rows made from them."""
 
 import math
 from dataclasses import dataclass

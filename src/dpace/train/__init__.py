@@ -1,4 +1,4 @@
-"""Training of a drafter: responses to a checkpoint."""
+"""Train a drafter on responses."""
 
 from dpace.train.run import train
 

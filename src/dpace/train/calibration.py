@@ -12,15 +12,16 @@ from dpace.views import blocks_hidden
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 1500
+"""Number of slots that the temperature is fitted to."""
 
 
 @torch.no_grad()
 def fit_confidence_temperature(drafter: Drafter, target: Target, dataset: ResponseDataset) -> float:
     """Find the temperature at which the drafter's confidence best says whether a slot is accepted.
 
-    Looks at slots that decoding reaches, those with all slots before them right, and minimizes the cross-entropy between the
-    probability of the drafter's most likely token and whether it is the text's, over a grid of quarter octaves. At most
-    `MAX_CALIBRATION_ROWS` slots are used.
+    The slots are those that decoding reaches: all slots before them are right. At most `MAX_CALIBRATION_ROWS` are used.
+    What is minimized, over a grid of quarter octaves, is the cross-entropy between the probability of the drafter's
+    most likely token and whether it is the text's token.
 
     Args:
         drafter: a trained drafter.

@@ -1,4 +1,4 @@
-"""What a training run shows and measures, and what Ctrl-C does to it."""
+"""Show and time a training run, and end it well at Ctrl-C."""
 
 import signal
 import sys
@@ -13,7 +13,10 @@ from transformers import ProgressCallback, TrainerCallback
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Makes the first Ctrl-C end training after the current step, with a checkpoint; a second one ends it at once."""
+    """Ends training with a checkpoint after the current step when Ctrl-C is pressed.
+
+    A second Ctrl-C ends it at once.
+    """
 
     def __init__(self):
         self.is_asked = False
@@ -33,19 +36,23 @@ class SaveOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
 
     def _ask(self, *_):
+        """Note that training is to end; end it at once when asked again."""
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True
-        print("\nfinishing this step and saving; Ctrl-C again to stop at once", file=sys.stderr)
+        print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **_):
-        """Save and stop where it was asked for."""
+        """Save and stop if Ctrl-C was pressed."""
         if self.is_asked:
             control.should_save = control.should_training_stop = True
 
 
 class StepClock(TrainerCallback):
-    """Seconds of each optimizer step, without data loading, evaluation and logging; waits for the GPU at its end."""
+    """Measures the seconds of each optimizer step, without data loading, evaluation and logging.
+
+    It waits for the GPU at the end of a step.
+    """
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -55,14 +62,17 @@ class StepClock(TrainerCallback):
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
-        """Stop it."""
+        """Stop the clock."""
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
 
 
 class PeakMemory:
-    """The most memory that was in use since it was made: allocated on the GPU, else resident in the process (Linux)."""
+    """Measures the most memory that was in use since it was made.
+
+    On a GPU that is allocated memory, else memory resident in the process (on Linux).
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -73,7 +83,7 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int | None:
-        """None where the system does not tell."""
+        """Peak in bytes; None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if sys.platform != "linux":
@@ -83,7 +93,7 @@ class PeakMemory:
 
 
 class TrainingBar(ProgressCallback):
-    """Trainer's progress bar with the latest numbers beside the ETA, instead of a line for every log."""
+    """Progress bar of training with the latest numbers beside the ETA."""
 
     def __init__(self, name: str):
         super().__init__()

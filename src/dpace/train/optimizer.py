@@ -1,4 +1,7 @@
-"""Muon for the drafter's matrices and AdamW for its norms, in one optimizer: far fewer steps for small budgets."""
+"""Muon for the drafter's matrices and AdamW for its norms, in one optimizer.
+
+It needs far fewer steps than AdamW where the budget is small.
+"""
 
 from collections.abc import Iterable
 
@@ -7,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration, which brings singular values near 1 in five steps (Keller Jordan's)."""
+"""Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
 
 
 def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> Float[Tensor, "rows columns"]:
     """Bring all singular values of a matrix near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
-    bf16 on a GPU. fp32 on a CPU, where bf16 products are slow without special units; that is why this is not
-    `torch.optim.Muon`, which always uses bf16.
+    It computes in bf16 on a GPU, and in fp32 on a CPU, where bf16 products are slow without special units. That is why
+    this is not `torch.optim.Muon`, which always uses bf16.
 
     Source: Muon (https://kellerjordan.github.io/posts/muon), after Bernstein and Newhouse (arXiv 2409.20325).
     """
@@ -30,10 +33,10 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> 
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose groups of matrices step along the orthogonalized momentum instead.
+    """AdamW that moves matrices along their orthogonalized momentum instead.
 
-    `buffer = momentum * buffer + (1 - momentum) * grad`; the step is `orthogonalize` of the Nesterov mix of the two, times
-    `0.2 * sqrt(max(rows, columns))`, so that it is as long as AdamW's and takes the same learning rate.
+    `buffer = momentum * buffer + (1 - momentum) * grad`; the step is `orthogonalize` of the Nesterov mix of the two,
+    times `0.2 * sqrt(max(rows, columns))`, so that it is as long as AdamW's and takes the same learning rate.
 
     Memory: one buffer a matrix, two a vector.
 
@@ -64,6 +67,7 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _step_matrix(self, parameter: nn.Parameter, group: dict) -> None:
+        """Take the step of one matrix."""
         grad, state, momentum = parameter.grad, self.state[parameter], group["momentum"]
         assert grad is not None
         if "momentum_buffer" not in state:

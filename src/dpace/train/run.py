@@ -1,4 +1,4 @@
-"""A thin Hugging Face Trainer: responses -> features and blocks -> drafter -> loss, and what to log."""
+"""Train a drafter: from responses to a folder with its weights, recipe and provenance."""
 
 import json
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ def is_trained(folder: str | Path, recipe: Recipe) -> bool:
     for name in ("target", "prompts", "drafter", "loss", "train"):
         if getattr(old, name) != getattr(recipe, name):
             raise ValueError(
-                f"{folder} holds a run with another setting of `{name}`: {getattr(old, name)}, now {getattr(recipe, name)}; "
-                "name another --output or delete that folder"
+                f"{folder} holds a run with another setting of `{name}`: {getattr(old, name)}, not "
+                f"{getattr(recipe, name)}; name another folder with --output, or delete that one"
             )
     return (folder / "provenance.json").exists()
 
@@ -43,9 +43,10 @@ def is_trained(folder: str | Path, recipe: Recipe) -> bool:
 def make_datasets(
     target: Target, responses: Sequence[Response], validation: Sequence[Response], recipe: Recipe
 ) -> tuple[ResponseDataset, ResponseDataset]:
-    """Make what `train` takes: conversations to train on, and others with every response token as an anchor.
+    """Make the two datasets that `train` takes: one to train on and one to measure tau on.
 
-    Their features are computed here where they fit in `feature_cache_gib`, so that several drafters can share them.
+    In the second, every response token is an anchor. The features of both are computed here where they fit in
+    `feature_cache_gib`, so that several drafters can share them.
 
     Raises:
         ValueError: nothing to train on.
@@ -54,7 +55,8 @@ def make_datasets(
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     if not len(dataset):
         raise ValueError(
-            f"none of {len(responses)} responses has two tokens in a row that the target wrote; nothing to train on"
+            f"none of the {len(responses)} responses has two tokens that the target wrote in a row, so there is "
+            "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
         )
     measured = ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
     layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
@@ -68,11 +70,13 @@ def make_datasets(
 def train(
     target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe, folder: str | Path
 ) -> Drafter:
-    """Train a drafter and write its folder; an interrupted run goes on from its last checkpoint.
+    """Train a drafter and write its folder.
+
+    An interrupted run continues from its last checkpoint.
 
     Memory: drafter, its gradient and the optimizer's moments in fp32; the target; features of a batch, or of all
-    conversations where they are kept; O(batch x block tokens x (tokens + block tokens)) bytes for the dense mask on CPU; the
-    loss as `frozen_head_nll` says. Disk: two checkpoints of three times the drafter's size.
+    conversations where they are kept; O(batch x block tokens x (tokens + block tokens)) bytes for the dense mask on
+    CPU; the loss as `frozen_head_nll` says. Disk: two checkpoints of three times the drafter's size.
 
     Args:
         target: the frozen target.
@@ -95,28 +99,16 @@ def train(
     if any((token_ids == drafter.mask_token_id).any() for _, token_ids, _ in dataset.rows):
         raise ValueError(
             f"the training text contains the mask token {drafter.mask_token_id}; "
-            "name another with --drafter.mask-token-id"
+            "name a token that no text contains with --drafter.mask-token-id"
         )
-    args = training_arguments(
-        config, folder / "checkpoints", device=target.device, has_validation=bool(len(validation))
-    )
+    checkpoints = folder / "checkpoints"
+    args = training_arguments(config, checkpoints, device=target.device, has_validation=bool(len(validation)))
     trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, config.optimizer == "muon")
-    is_begun = Path(folder / "checkpoints").is_dir()
-    resume = transformers.trainer_utils.get_last_checkpoint(str(folder / "checkpoints")) if is_begun else None
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, folder / "recipe.yaml")
-    interrupt = SaveOnInterrupt()
-    trainer.add_callback(interrupt)
     memory = PeakMemory(target.device)
-    if resume and _is_last(
-        Path(resume)
-    ):  # all that is missing is the folder's own files; Trainer would take another step
-        trainer.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
-        drafter.load_state_dict(load_file(Path(trainer.state.best_model_checkpoint or resume) / "model.safetensors"))
-    else:
-        with interrupt.watching():
-            trainer.train(resume_from_checkpoint=resume)
+    _take_steps(trainer, drafter, checkpoints)
     if trainer.is_world_process_zero():
         temperature = fit_confidence_temperature(drafter, target, validation)
         record = _record(target, trainer, validation, recipe)
@@ -128,14 +120,30 @@ def train(
     return drafter
 
 
+def _take_steps(trainer: Trainer, drafter: Drafter, checkpoints: Path) -> None:
+    """Train from the last checkpoint, if there is one, to the last step."""
+    last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    interrupt = SaveOnInterrupt()
+    trainer.add_callback(interrupt)
+    if last and _is_last(Path(last)):  # only the folder's own files are missing; Trainer would take another step
+        trainer.state = TrainerState.load_from_json(str(Path(last) / "trainer_state.json"))
+        drafter.load_state_dict(load_file(Path(trainer.state.best_model_checkpoint or last) / "model.safetensors"))
+    else:
+        with interrupt.watching():
+            trainer.train(resume_from_checkpoint=last)
+
+
 def _is_last(checkpoint: Path) -> bool:
-    """The checkpoint is that of the last step."""
+    """Say whether the checkpoint is that of the last step."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return state.global_step >= state.max_steps
 
 
 def _record(target: Target, trainer: Trainer, validation: ResponseDataset, recipe: Recipe) -> dict:
-    """What a drafter was trained for and how well it did, for its config; `dpace doctor` compares, engines ignore it."""
+    """Give what the drafter's config records: what it was trained for, and its tau.
+
+    `dpace doctor` compares with it; engines ignore it.
+    """
     record = {
         "target": target.short_name,
         "dtype": str(target.model.dtype).removeprefix("torch."),
@@ -154,7 +162,7 @@ def _record(target: Target, trainer: Trainer, validation: ResponseDataset, recip
 
 
 def _provenance(target: Target, trainer: Trainer, dataset: ResponseDataset) -> dict:
-    """Where a drafter comes from."""
+    """Give what a drafter was made from, for `provenance.json`."""
     return {
         "target": target.name,
         "target_revision": getattr(target.model.config, "_commit_hash", None),

@@ -1,4 +1,4 @@
-"""DrafterTrainer: a thin Hugging Face Trainer with the frozen-head loss."""
+"""A thin Hugging Face Trainer with the frozen-head loss."""
 
 import statistics
 from functools import partial
@@ -29,9 +29,11 @@ class _Schedule(TrainerCallback):
         self.dataset = dataset
 
     def on_epoch_begin(self, args, state, control, **_):
+        """Set the epoch."""
         self.dataset.epoch = int(state.epoch)  # on resume, the epoch that was interrupted
 
     def on_step_end(self, args, state, control, **_):
+        """Measure and save at the last step."""
         if state.global_step == state.max_steps:
             control.should_evaluate, control.should_save = args.eval_strategy != "no", True
 
@@ -39,14 +41,17 @@ class _Schedule(TrainerCallback):
 class DrafterTrainer(Trainer):
     """Trains a drafter on blocks of a target's responses with a frozen-head loss.
 
-    A thin subclass of `transformers.Trainer`: optimizer, schedule, accumulation, distribution, checkpoints and resuming are
-    its own. Logs the loss, seconds a step, the drafter's accuracy and share of the weight by slot; `evaluate` gives `eval_tau`, the emitted
-    tokens a verification on responses that are not trained on, which also selects the best checkpoint. The loss itself cannot be compared
-    between steps or objectives: D-PACE's grows as the drafter gets better.
+    A thin subclass of `transformers.Trainer`: optimizer, schedule, accumulation, distribution, checkpoints and resuming
+    are the base class's own. The log has the loss, seconds per step, and the drafter's accuracy and share of the weight
+    by slot.
 
-    The loss is divided by `count_items` over all ranks and micro-batches of a step, so a step is the same however it is split.
-    The sum of the weights is known only after a step's last forward pass; with the reduction `weights` it is the accumulated
-    gradient that is divided, before it is clipped.
+    `evaluate` gives `eval_tau`, the tokens emitted per verification on responses that are not trained on, which also
+    selects the best checkpoint. The loss itself cannot be compared between steps or objectives: D-PACE's grows as the
+    drafter gets better.
+
+    The loss is divided by `count_items` over all ranks and micro-batches of a step, so a step is the same however it is
+    split. The sum of the weights is known only after a step's last forward pass; with the reduction `weights` it is the
+    accumulated gradient that is divided, before it is clipped.
 
     Source: D-PACE (arXiv 2605.18810), equation 9.
     """
@@ -87,7 +92,7 @@ class DrafterTrainer(Trainer):
         self._step_weight = torch.zeros((), device=target.device)
 
     def create_optimizer(self, model=None):
-        """AdamW as transformers makes it, or Muon."""
+        """Make AdamW as transformers does, or Muon."""
         if self.optimizer is None and self.use_muon:
             args = self.args
             named = self.drafter.named_parameters()
@@ -102,12 +107,15 @@ class DrafterTrainer(Trainer):
         return self._over_ranks(torch.as_tensor(count, device=device))
 
     def _over_ranks(self, value: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Sum over all ranks."""
         total: Any = self.accelerator.reduce(value, reduction="sum")
         return total
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of a micro-batch; after a step's last one, divide the gradient by the sum of the weights."""
+        """Run forward and backward of a micro-batch.
+
+        After a step's last one, with the reduction `weights`, divide the gradient by the sum of the weights.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.loss_config.reduction == "weights" and self.accelerator.sync_gradients:
             total = float(self._over_ranks(self._step_weight).clamp_min(torch.finfo(torch.float32).tiny))
@@ -118,7 +126,7 @@ class DrafterTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a micro-batch, in nats; what `Trainer` calls."""
+        """Compute the loss of a micro-batch, in nats; `Trainer` calls this."""
         drafter, config = self.drafter, self.loss_config
         hidden, blocks, target_hidden = blocks_hidden(
             model,
@@ -186,7 +194,7 @@ class DrafterTrainer(Trainer):
 
 
 def _seen_head(target: Target, dataset: ResponseDataset) -> tuple[Head, Tensor]:
-    """The head's rows of the tokens that occur in the training text, and where each token's row is."""
+    """Give the head's rows of the tokens in the training text, and where each token's row is."""
     tokens = torch.unique(torch.cat([token_ids for _, token_ids, _ in dataset.rows]))
     index = torch.full((len(target.head.weight),), -1, dtype=torch.long)
     index[tokens] = torch.arange(len(tokens))
@@ -197,7 +205,10 @@ def _seen_head(target: Target, dataset: ResponseDataset) -> tuple[Head, Tensor]:
 def training_arguments(
     config: TrainConfig, folder: Path, *, device: torch.device, has_validation: bool
 ) -> TrainingArguments:
-    """The recipe in the words of transformers' Trainer: fp32 on CPU, bf16 with fp32 master weights on GPU."""
+    """Turn a recipe into arguments of transformers' Trainer.
+
+    Training is in fp32 on a CPU, and in bf16 with fp32 master weights on a GPU.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder),
         learning_rate=config.learning_rate,

@@ -1,4 +1,7 @@
-"""The verbs of the command line, one file each with its options beside it: `run(args)` parses and runs one."""
+"""The verbs of the command line, one file each with its options.
+
+`run(args)` of such a file reads its arguments and runs the verb.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ def load_target(config: Any, dtype: str | None = None):
 
     Args:
         config: has `target` and, where the verb has these options, `dtype` and `thinking`.
-        dtype: instead of the option.
+        dtype: replaces the option of that name.
     """
     import torch
 

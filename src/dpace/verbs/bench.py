@@ -1,14 +1,14 @@
-"""Measure drafters against plain decoding, or running servers."""
+"""Measure drafters, or running servers, against the baseline without a drafter."""
 
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import command, parse
+from dpace.flags import PROMPT, command, parse
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
-    """Measure drafters, or servers, and print the tables."""
+    """Run `dpace bench`."""
     recipe = parse(Recipe, "bench", args)
     from dpace.data.prompts import split_prompts
     from dpace.data.public_sets import read_sets
@@ -23,12 +23,17 @@ def run(args: list[str]) -> None:
     if recipe.bench.server:
         return _bench_servers(recipe, prompts)
     if recipe.bench.plain_server:
-        raise ValueError("--bench.plain-server is the baseline of a --bench.server; name that too")
+        raise ValueError(
+            f"--bench.plain-server {recipe.bench.plain_server} has no server to be compared with; "
+            "name the one with a drafter by --bench.server"
+        )
     target = load_target(recipe)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
     if len(drafters) < len(folders):
-        raise ValueError(f"two drafters' folders have the same name among {', '.join(folders)}; rename one")
+        raise ValueError(
+            f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
+        )
     results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     console().print(results_table(results), slots_table(results))
     if results.comparisons:
@@ -36,10 +41,12 @@ def run(args: list[str]) -> None:
     if results.predictions:
         console().print(predictions_table(results.predictions))
     print(f"written: {recipe.output}/results.json")
-    print("next:", command("generate", target=recipe.target, drafter=folders[0], prompt='"..."'))
+    options = {"target": recipe.target, "drafter": folders[0], "thinking": recipe.thinking}
+    print("next:", command("generate", **options, prompt=PROMPT))
 
 
 def _bench_servers(recipe: Recipe, prompts: list) -> None:
+    """Measure the running servers that the recipe names."""
     from transformers import AutoTokenizer
 
     from dpace.data.chat import ChatTokenizer
@@ -52,4 +59,4 @@ def _bench_servers(recipe: Recipe, prompts: list) -> None:
     results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
     console().print(servers_table(results))
     print(f"written: {recipe.output}/servers.json")
-    print(f"next: dpace report {recipe.output}")
+    print("next:", command("report", recipe.output))

@@ -8,7 +8,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
-    """Run all checks, and print what they found."""
+    """Run `dpace check`."""
     config = parse(CheckConfig, "check", args)
     from dpace.data.prompts import read_heldout
     from dpace.drafter import load_drafter
@@ -23,5 +23,8 @@ def run(args: list[str]) -> None:
         console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
     if failed:
-        raise ValueError(f"failed: {', '.join(failed)}; do not serve this pair before the cause is found")
+        raise ValueError(
+            f"failed: {', '.join(failed)}; all checks were expected to pass: do not serve {config.drafter} with "
+            f"{config.target} before the cause is found"
+        )
     print("passed")

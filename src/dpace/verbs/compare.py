@@ -1,14 +1,14 @@
-"""Train several objectives with several seeds and compare them."""
+"""Train with several objectives and seeds, and compare the drafters."""
 
 from pathlib import Path
 
 from dpace.config import CompareConfig
-from dpace.flags import command, parse
+from dpace.flags import PROMPT, command, parse
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
-    """Compare, and print the table and what to do next."""
+    """Run `dpace compare`."""
     config = parse(CompareConfig, "compare", args)
     from dpace.compare import compare
     from dpace.report.tables import compare_table, console
@@ -20,4 +20,5 @@ def run(args: list[str]) -> None:
         f"written: {output}/results.json, tau.png, acceptance.png, weights.png, a drafter for each objective and seed"
     )
     best = output / results.rows[0].drafter / f"seed-{config.seeds[0]}"
-    print("next:", command("generate", target=config.target, drafter=best, prompt='"..."'))
+    options = {"target": config.target, "drafter": best, "thinking": config.thinking}
+    print("next:", command("generate", **options, prompt=PROMPT))

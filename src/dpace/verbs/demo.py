@@ -6,7 +6,7 @@ from dpace.flags import command, parse
 
 
 def run(args: list[str]) -> None:
-    """Run the demo, and print what it found."""
+    """Run `dpace demo`."""
     from dpace.demo.recipe import DemoConfig, demo_recipe
 
     config = parse(DemoConfig, "demo", args)
@@ -20,9 +20,9 @@ def run(args: list[str]) -> None:
     for line in summary(results):
         print(line)
     output = Path(demo_recipe(config).output)
-    print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, the drafter in {output}/dpace")
+    print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, and the drafter in {output}/dpace")
     prompt = f"{config.prompts or 'demo'}#{results.rows[0].responses[0].id}"
     print(
         "next:",
-        command("generate", target=find_target(results.target), drafter=output / "dpace", prompt=f'"{prompt}"'),
+        command("generate", target=find_target(results.target), drafter=output / "dpace", prompt=prompt),
     )

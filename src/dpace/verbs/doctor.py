@@ -1,4 +1,4 @@
-"""Say what would go wrong when a drafter is served."""
+"""Say what would go wrong when an engine serves a drafter."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
-    """Look at a drafter, and print what would go wrong."""
+    """Run `dpace doctor`."""
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
     from dpace.engines.doctor import diagnose
     from dpace.engines.run_checks import RUN_CHECKS
@@ -24,7 +24,7 @@ def run(args: list[str]) -> None:
     console().print(f"{len(silent)} other checks pass:", ", ".join(silent), "\n", highlight=False)
     failed = [d.check for d in diagnoses if d.result == "fails"]
     if failed:
-        raise ValueError(f"failed: {', '.join(failed)}; the table says what to do")
+        raise ValueError(f"failed: {', '.join(failed)}; the table above says what to do about each")
     print("passed")
     if config.engine:
         size = next(int(d.found) for d in diagnoses if d.check == "block_size")
@@ -34,19 +34,21 @@ def run(args: list[str]) -> None:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Say what would go wrong when a drafter is served: dpace doctor DRAFTER --target TARGET.
+    """Say what would go wrong when an engine serves a drafter.
 
-    Reads config and weights as they are on disk, so that a broken folder is examined too, and runs the drafter where it
-    loads. The exit code is 1 if a check fails. docs/doctor.md has the checks and what breaks where one fails.
+    Usage: dpace doctor DRAFTER --target TARGET. The exit code is 1 where a check fails.
+
+    The config and the weights are read as they are on disk, so that a broken folder can be examined; the drafter is run
+    where it loads. docs/doctor.md lists the checks and what breaks where one fails.
     """
 
     drafter: str
-    """The drafter's folder; given first, or with this flag."""
+    """Folder of the drafter; given first, or with this flag."""
     target: str
-    """Folder or Hub id."""
+    """Folder or Hub id of the target."""
     engine: Engine | None = None
-    """What will serve it: prints how to start it, with as many drafts as the drafter has."""
+    """Engine that will serve the drafter; its start command is printed, set to draft whole blocks."""
     responses: str | None = None
-    """The responses.jsonl of the training, to measure tau on; by default one in the drafter's folder or above."""
+    """responses.jsonl to measure tau on; by default, the one in the drafter's folder or in the two above it."""
     thinking: bool = False
-    """Switch thinking on, in chat templates that have the switch, as it will be when serving."""
+    """Turn thinking on, for chat templates that offer it; set it as it will be when serving."""

@@ -1,4 +1,4 @@
-"""Write a drafter for an engine."""
+"""Write a drafter in the format of an engine."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
-    """Write the drafter, and print how to serve it."""
+    """Run `dpace export`."""
     config = parse(ExportConfig, "export", first_as("drafter", args))
     import torch
 
@@ -41,36 +41,38 @@ def run(args: list[str]) -> None:
     print(f"written: {done.path}, {config.output}/README.md")
     if config.push:
         print("uploaded:", push(config.output, config.push))
-    print(f"next: the commands in {config.output}/README.md")
+    print(f"next: start an engine with a command of {config.output}/README.md")
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a drafter for an engine: dpace export DRAFTER --target T --to ENGINE --output FOLDER.
+    """Write a drafter in the format of an engine, with a model card.
 
-    A model card is written beside it. What was written is read again: weights bit for bit, the logits of a block, and
-    accepted lengths on prompts have to be the same.
+    Usage: dpace export DRAFTER --target TARGET --to ENGINE --output FOLDER.
+
+    The files are read again and compared: the weights bit for bit, the logits of a block, and the accepted lengths on
+    prompts must be the same.
     """
 
     drafter: str
-    """The drafter's folder; given first, or with this flag."""
+    """Folder of the drafter; given first, or with this flag."""
     target: str
-    """Folder or Hub id; the model card and speculators' config call it so."""
+    """Folder or Hub id of the target, which the model card and the config of speculators name too."""
     to: Format
-    """The engine. zlab, sglang and vllm are the same files, those that `dpace train` writes; gguf is for llama.cpp."""
+    """Format to write: zlab, sglang and vllm are the files that `dpace train` writes; gguf is for llama.cpp."""
     output: str
-    """Folder for what is written."""
+    """Folder that the files are written to."""
     target_gguf: str | None = None
-    """A GGUF file of the target, of any precision, whose tokenizer the drafter's repeats; needed with --to gguf."""
+    """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
-    """Type of the weights; vectors in GGUF files are always float32."""
+    """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
     license: str = "other"
-    """License of the weights, for the model card, as the Hub abbreviates it."""
+    """License of the weights for the model card, by the Hub's short name, such as apache-2.0."""
     prompts: str = "demo"
-    """JSONL file of prompts that accepted lengths are compared on; `demo` is the held-out set that comes with dpace."""
+    """JSONL file of prompts to compare accepted lengths on; `demo` is the held-out dataset that comes with dpace."""
     num_prompts: int = 2
-    """Prompts of each set; 0 compares weights only."""
+    """Prompts to take from each dataset of the file; 0 compares only the weights."""
     max_new_tokens: int = 64
     """Longest response in tokens."""
     push: str | None = None
-    """Upload the folder to this repository of the Hugging Face Hub."""
+    """Repository on the Hugging Face Hub to upload the folder to; no upload by default."""

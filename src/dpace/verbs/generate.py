@@ -1,47 +1,49 @@
-"""Answer one prompt, or chat."""
+"""Answer one prompt, or chat, with or without a drafter."""
 
 import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dpace.config import Dtype, SamplingConfig, VerifyRule
-from dpace.flags import parse
+from dpace.flags import command, parse
 from dpace.verbs import load_target
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
-    """Answer one prompt with a drafter."""
+    """Answer one prompt, or chat, with or without a drafter."""
 
     target: str
-    """Folder or Hub id."""
+    """Folder or Hub id of the target."""
     prompt: str | None = None
-    """What to ask, or FILE.jsonl#ID for a prompt of a file (demo#ID for the demo's). With --stream: a chat without it."""
+    """Text to answer, or FILE.jsonl#ID for a prompt of a file (demo#ID: the demo's); --stream without it is a chat."""
     drafter: str | None = None
-    """The drafter's folder; plain decoding without it."""
+    """Folder of the drafter; the target decodes alone without it."""
     stream: bool = False
-    """Show the text as it comes; needs a drafter."""
+    """Show the text while it is written; needs a drafter."""
     thinking: bool = False
-    """Switch thinking on, in chat templates that have the switch."""
+    """Turn thinking on, for chat templates that offer it."""
     dtype: Dtype = "auto"
-    """Dtype of the weights: by default bf16 on a GPU and fp32 on a CPU, where texts are then equal token for token."""
+    """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token."""
     width: Literal["auto", "full"] = "auto"
-    """Tokens verified at once: auto chooses what is fastest on this machine, full verifies whole drafts."""
+    """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
     verify_rule: VerifyRule = "equality"
-    """Above temperature 0: accept what equals the target's own draw, or by speculative sampling."""
+    """Rule that accepts draft tokens at a temperature above 0.
+    equality: those that equal the target's own sample. speculative: by speculative sampling."""
     compile: bool = False
-    """Compile steps of fixed shapes, as CUDA graphs on a GPU. Whole drafts, rule equality, not with --stream."""
+    """Compile the decoding steps, on a GPU as CUDA graphs, and verify whole drafts.
+    It cannot be combined with --stream or --verify-rule speculative."""
 
 
 def run(args: list[str]) -> None:
     """Run `dpace generate`."""
     config = parse(GenerateConfig, "generate", args)
     if config.stream and config.drafter is None:
-        raise ValueError("--stream shows what a drafter does; name one with --drafter")
+        raise ValueError("--stream needs a drafter and none is named; name its folder with --drafter")
     if config.compile and (config.stream or config.drafter is None or config.verify_rule != "equality"):
-        raise ValueError("--compile needs --drafter, and goes with neither --stream nor --verify-rule speculative")
+        raise ValueError("--compile needs --drafter, and cannot be combined with --stream or --verify-rule speculative")
     if config.prompt is None and not config.stream:
-        raise ValueError("nothing to answer; give --prompt, or --stream for a chat")
+        raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
     from dpace.data.chat import encode_chat
     from dpace.data.prompts import find_prompt
     from dpace.decode import generate, generate_batch, generate_plain
@@ -67,11 +69,14 @@ def run(args: list[str]) -> None:
     tau = f", tau {generation.acceptance.tau:.2f}" if generation.accepted_lengths else ""
     print(f"{len(generation.token_ids)} tokens, {speed:.1f} tokens/s{tau}", file=sys.stderr)
     if config.drafter is None:
-        print("next: dpace demo, to train a drafter", file=sys.stderr)
+        print("next:", command("demo"), "(trains a drafter, which makes this faster)", file=sys.stderr)
 
 
 def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> None:
-    """Answer the messages, or the user's lines until the end of input; show speed and accepted lengths after each answer."""
+    """Answer the messages, or the lines that the user types until the end of input.
+
+    After each answer, the speed and the accepted lengths are shown on stderr.
+    """
     import time
 
     from dpace.data.chat import encode_chat

@@ -1,4 +1,4 @@
-"""Take over a drafter that another project trained."""
+"""Read a drafter that another project trained, and write it for dpace."""
 
 from dataclasses import dataclass
 
@@ -6,28 +6,30 @@ from dpace.flags import command, first_as, parse
 
 
 def run(args: list[str]) -> None:
-    """Read another project's drafter, and write it as one of this project."""
+    """Run `dpace import`."""
     config = parse(ImportConfig, "import", first_as("source", args))
     from dpace.engines.export import import_drafter
     from dpace.engines.speculators import verifier_name
     from dpace.locate import find_target
 
-    target = config.target or verifier_name(config.source)
-    target = find_target(target) if target else None
-    drafter = import_drafter(config.source, config.output, target=target)
-    layers, mask = drafter.target_layer_ids, drafter.mask_token_id
-    print(f"blocks of {drafter.block_size}, features of layers {layers}, mask token {mask}")
+    name = config.target or verifier_name(config.source)
+    drafter = import_drafter(config.source, config.output, target=find_target(name) if name else None)
+    layers = ", ".join(map(str, drafter.target_layer_ids))
+    print(f"blocks of {drafter.block_size}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
     print(f"written: {config.output}")
-    print("next:", command("check", target=config.target or "TARGET", drafter=config.output))
+    print("next:", command("check", target=name or "TARGET", drafter=config.output))
 
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Take over another project's drafter, weights bit for bit: dpace import SOURCE --output FOLDER."""
+    """Read a drafter that another project trained, and write it for dpace, weights bit for bit.
+
+    Usage: dpace import SOURCE --output FOLDER.
+    """
 
     source: str
-    """A z-lab, SpecForge or speculators folder, or a GGUF file in f32, f16 or bf16; given first, or with this flag."""
+    """Folder of z-lab, SpecForge or speculators, or a GGUF file in f32, f16 or bf16; given first, or with this flag."""
     output: str
-    """Folder for the drafter."""
+    """Folder that the drafter is written to."""
     target: str | None = None
-    """Folder or Hub id of its target; needed for GGUF files, and for speculators folders whose target has moved."""
+    """Folder or Hub id of the target; needed for GGUF files, and for speculators folders whose target has moved."""

@@ -1,4 +1,4 @@
-"""Write one HTML page from measured folders."""
+"""Write one HTML page from the folders that other verbs wrote."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +8,19 @@ from dpace.flags import first_as, parse
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html, which needs no network, and report.md: dpace report FOLDER [FOLDER ...]."""
+    """Write report.html, one page that needs no network, and the same as Markdown.
+
+    Usage: dpace report FOLDER [FOLDER ...].
+    """
 
     folders: tuple[str, ...]
     """Folders that demo, bench or compare wrote; given first, or with this flag."""
     output: str | None = None
-    """The HTML file; report.html in the first folder by default."""
+    """HTML file to write; report.html in the first folder by default."""
 
 
 def run(args: list[str]) -> None:
-    """Write the page, and print where it is."""
+    """Run `dpace report`."""
     config = parse(ReportConfig, "report", first_as("folders", args))
     from dpace.report.page import write_report
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import parse
+from dpace.flags import next_command, parse
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
-    """Answer all prompts, and print what to do next."""
+    """Run `dpace respond`."""
     recipe = parse(Recipe, "respond", args)
     from dpace.data.prompts import split_prompts
     from dpace.data.responses import write_responses
@@ -22,4 +22,4 @@ def run(args: list[str]) -> None:
         recipe.respond,
     )
     print(f"{len(responses)} responses in {path}")
-    print("next: dpace train", *args)
+    print("next:", next_command("train", recipe, args))

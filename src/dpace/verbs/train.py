@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import parse
+from dpace.flags import next_command, parse
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
-    """Train, and print what to do next."""
+    """Run `dpace train`."""
     recipe = parse(Recipe, "train", args)
     from torch import distributed
 
@@ -23,7 +23,9 @@ def run(args: list[str]) -> None:
         [responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts)
     )
     if not answered:
-        raise ValueError(f"{path} has no answers to these prompts; run `dpace respond` with the same recipe first")
+        raise ValueError(
+            f"{path} has no answers to these prompts; write them first with `{next_command('respond', recipe, args)}`"
+        )
     folder = Path(recipe.output) / "drafter"
     target = load_target(recipe)
     train(target, *make_datasets(target, answered, validation, recipe), recipe, folder)
@@ -31,4 +33,4 @@ def run(args: list[str]) -> None:
         distributed.destroy_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"drafter in {folder}")
-        print("next: dpace bench", *args)
+        print("next:", next_command("bench", recipe, args))
