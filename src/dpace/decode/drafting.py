@@ -46,8 +46,8 @@ def make_drafting(
     drafter.check_target(target)
     if target.cache_ability == "append":
         raise ValueError(
-            f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so it cannot "
-            "verify drafts: decode it without a drafter"
+            f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so it "
+            "cannot verify drafts: decode it without a drafter"
         )
     block_size = block_size or drafter.block_size
     if not 2 <= block_size <= drafter.block_size:

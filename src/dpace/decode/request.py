@@ -111,8 +111,8 @@ def make_continuation(
     boundary = find_longrope_boundary(target)
     if boundary and len(prompt) <= boundary < len(prompt) + config.max_new_tokens:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; past {boundary} tokens this "
-            f"target (longrope) would have to read all again: ask for at most {boundary - len(prompt)} tokens"
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; past {boundary} "
+            f"tokens this target (longrope) reads all again: ask for at most {boundary - len(prompt)} tokens"
         )
     filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
     sampler = Sampler(config.temperature, **filters, seed=config.seed, device=target.device)

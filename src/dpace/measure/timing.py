@@ -76,7 +76,7 @@ class BatchTimings(NamedTuple):
     speedups: dict[tuple[str, str, float, int], float]
     """Measured decode_speedup: the ratio of all tokens over all seconds."""
     costs: dict[tuple[str, str, float, int], dict[int, StepCosts]]
-    """Of steps, by the number of rows; medians of what was timed between the groups."""
+    """Costs of steps by the number of rows: medians of what was timed between the groups."""
 
 
 def measure_together(
