@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.config import Recipe
+from dpace.ledger import write_text
 
 RECIPE_ENDS = (".yaml", ".yml")
 PROMPT = "Why is the sky blue?"
@@ -124,4 +125,4 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
+    write_text(path, yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))

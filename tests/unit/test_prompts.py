@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from dpace.config import PromptsConfig
-from dpace.data.ledger import write_json
 from dpace.data.prompts import demo_path, find_prompt, read_prompts, split_prompts
 from dpace.demo import make_prompts
+from dpace.ledger import write_json
 
 
 def write(path, *rows):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpace.config import PromptsConfig
-from dpace.data.ledger import read_jsonl
+from dpace.ledger import read_jsonl
 
 
 @dataclass(frozen=True)

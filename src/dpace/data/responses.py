@@ -11,9 +11,9 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dpace.config import RespondConfig
 from dpace.data.chat import encode_chat, tokenizer_hashes
-from dpace.data.ledger import cut_unfinished, read_jsonl
 from dpace.data.prompts import Prompt
 from dpace.fast.cache import is_full_attention
+from dpace.ledger import cut_unfinished, read_jsonl
 from dpace.progress import progress_bar
 from dpace.provenance import find_versions
 from dpace.target import MIN_SHARED, Target, shared_prefix

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from dpace.config import Width
-from dpace.data.ledger import cut_unfinished, read_jsonl
 from dpace.data.prompts import Prompt
 from dpace.data.typed_json import from_json, to_json
+from dpace.ledger import cut_unfinished, read_jsonl
 from dpace.measure.results import BenchSetup, ServerSetup
 from dpace.measure.rows import GroupRecord, ResponseRecord
 from dpace.provenance import hash_json

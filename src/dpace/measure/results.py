@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from dpace.data.ledger import write_json
 from dpace.data.typed_json import from_json, optional, to_json
+from dpace.ledger import write_json
 from dpace.measure.rows import ComparedRow, Comparison, LlamacppRow, Prediction, Row, ServerRow
 from dpace.metrics import Acceptance
 from dpace.provenance import Hardware, Versions

@@ -1,0 +1,164 @@
+"""Write files all or nothing, keep others out while writing, and leave alone what dpace did not write."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+MARKER = ".dpace.json"
+"""In each folder that dpace writes to: the names of the files that it wrote."""
+LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
+"""In a folder that a process writes to: the lock, and who holds it."""
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield the number and the object of each line that is not blank.
+
+    A line ends with a line feed only: other characters that Unicode calls line ends may stand in a text.
+
+    Raises:
+        ValueError: the file is missing, or a line is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_bytes().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}; name a JSONL file in UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: the line is not JSON ({error}); fix or remove it") from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object, found {type(row).__name__}; fix or remove the line"
+            )
+        yield number, row
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file all or nothing; a file that holds this text already is left alone.
+
+    A full disk or a killed process leaves the file as it was before.
+    """
+    path, data = Path(path), text.encode("utf-8")
+    if path.is_file() and path.read_bytes() == data:
+        return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int = 1) -> None:
+    """Write a value as JSON, all or nothing.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def write_folder(folder: str | Path) -> Iterator[Path]:
+    """Fill a folder all or nothing.
+
+    Yields an empty folder beside it, which takes its place at the end of the `with` block.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def cut_unfinished(path: Path) -> None:
+    """Cut off a last line that a killed process left unfinished.
+
+    A last line that lacks only its line end gets it.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    if not data or data.endswith(b"\n"):
+        return
+    start = data.rfind(b"\n") + 1
+    try:
+        json.loads(data[start:])
+    except ValueError:
+        with path.open("rb+") as file:
+            file.truncate(start)
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+@contextlib.contextmanager
+def hold(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder inside the `with` block; makes the folder.
+
+    A process that is killed holds nothing.
+
+    Raises:
+        ValueError: another process holds the folder; the message says which.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    holder, lock = folder / HOLDER, filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(
+            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output"
+        ) from error
+    try:
+        command = " ".join(["dpace", *sys.argv[1:2]])
+        holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def claim(folder: str | Path, *names: str) -> None:
+    """Say that dpace writes these files of a folder, and refuse to write over others.
+
+    Args:
+        folder: made where it is missing.
+        names: of files and folders in it.
+
+    Raises:
+        ValueError: one of them exists and was not written by dpace.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / MARKER
+    try:
+        written = set(json.loads(marker.read_text())["files"]) if marker.exists() else set()
+    except (ValueError, KeyError, TypeError):
+        written = set()
+    for name in names:
+        if (folder / name).exists() and name not in written:
+            raise ValueError(
+                f"{folder / name} was not written by dpace and would be overwritten; name another folder with "
+                "--output, or move that file away"
+            )
+    if not written.issuperset(names):
+        write_json(marker, {"files": sorted(written | set(names))})
