@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from dpace.fast.cache import repeat_rows
-from dpace.fast.packing import PackedLinear, Product, pack, packed_product
+from dpace.fast.packing import Packed, PackedLinear, packed_product
 from dpace.fast.rewind import CacheAbility, probe_cache
+from dpace.fast.snapshot import look_again
 from dpace.fast.speed_up import speed_up
 from dpace.fast.stack import FusedStack, stack_layers
 from dpace.probe import find_layers, find_tables
@@ -161,15 +162,22 @@ class Target:
 
         Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
-        if self._head_product is None:
+        layer = self.model.get_output_embeddings()
+        product = packed_product(layer) if isinstance(layer, PackedLinear) else self._packed_head.product
+        if product is None:
             return self.head.logits(hidden)
-        return self.head.finish(self._head_product(hidden.to(self.head.weight.dtype)))
+        return self.head.finish(product(hidden.to(self.head.weight.dtype)))
 
     @functools.cached_property
-    def _head_product(self) -> Product | None:
-        """Product with the packed copy of the head's weight; None where there is no such copy."""
-        layer = self.model.get_output_embeddings()
-        return packed_product(layer) if isinstance(layer, PackedLinear) else pack(self.head.weight)
+    def _packed_head(self) -> Packed:
+        """The head with a packed copy of its weight, for models whose own layer has none."""
+        return Packed(self.head.weight)
+
+    def look_again(self) -> None:
+        """See whether weights were changed in a way that torch does not count; copies of them are then not used."""
+        stack = [] if self._stack is None else [self._stack.source]
+        head = [self._packed_head] if "_packed_head" in vars(self) else []
+        look_again(self.model, *head, *stack)
 
     def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
         """Compute the input embeddings as the first layer sees them."""

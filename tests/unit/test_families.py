@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dpace.config import RespondConfig
 from dpace.data.responses import generate_responses
@@ -98,6 +99,21 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
         assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
     with pytest.raises(ValueError, match="ask for at most 12 tokens"):
         generate_plain(target, SHARED, max_new_tokens=13)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "cohere2"])
+@pytest.mark.parametrize("part", ["layers.1", "lm_head", "embed_tokens", "norm"])
+def test_weights_that_are_changed_in_place_are_seen(family, part):
+    """Also through `.data`, which torch does not count; fused layers, packed layers and the head read the new ones."""
+    target = make_sharp_target(family)
+    before = generate_plain(target, SHARED, max_new_tokens=LENGTH).token_ids
+    for name, weight in target.model.named_parameters():
+        if part in name:
+            weight.data.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
+    found = generate_plain(target, SHARED, max_new_tokens=LENGTH).token_ids
+    fresh = AutoModelForCausalLM.from_config(target.model.config).eval()
+    fresh.load_state_dict(target.model.state_dict())
+    assert found == own_text(Target(fresh), SHARED) != before
 
 
 def test_a_head_with_a_bias_is_refused():

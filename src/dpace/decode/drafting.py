@@ -10,6 +10,7 @@ from torch import Tensor
 from dpace.config import VerifyRule, Width
 from dpace.decode.pace import Pace, Paces
 from dpace.drafter import Drafter
+from dpace.fast.snapshot import look_again
 from dpace.target import Target
 
 
@@ -44,6 +45,7 @@ def make_drafting(
         ValueError: a drafter for another target, or a block size or width outside its range.
     """
     drafter.check_target(target)
+    look_again(drafter)
     if target.cache_ability == "append":
         raise ValueError(
             f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so it "

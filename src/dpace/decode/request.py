@@ -116,6 +116,7 @@ def make_continuation(
         )
     filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
     sampler = Sampler(config.temperature, **filters, seed=config.seed, device=target.device)
+    target.look_again()
     stops = set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
     return Continuation(prompt, len(prompt), config.max_new_tokens, stops, sampler)
 

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.fast.attention import attend_in_groups
 from dpace.fast.packing import PackedLinear, pack, unpack
+from dpace.fast.snapshot import Snapshot
 from dpace.modeling_dflash import DFlashLayer
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -29,8 +30,6 @@ PRODUCTS = (
 """Linear layers that read the same rows and so become one product."""
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Relative and absolute differences that count as rounding."""
-
-_version = operator.attrgetter("_version")
 
 
 class _Rotation:
@@ -65,21 +64,17 @@ class Source:
             parameters = owner._modules[name]._parameters
             self.places += [(parameters, kind) for kind in ("weight", "bias") if parameters.get(kind) is not None]
         self.owned = [owner[name] for owner, name in self.places]
-        self.weights = [owned for owned in self.owned if isinstance(owned, nn.Parameter)]
-        self.versions, self.pointers = self._state()
+        weights = [owned for owned in self.owned if isinstance(owned, nn.Parameter)]
+        self.snapshot = Snapshot(weights, [part.snapshot for part in parts])
         for part in parts:
-            for name in ("places", "owned", "weights", "versions", "pointers"):
-                getattr(self, name).extend(getattr(part, name))
+            self.places.extend(part.places)
+            self.owned.extend(part.owned)
         self.owners, self.names = zip(*self.places, strict=True)
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        """Give versions and addresses of the weights, which change with their values."""
-        return list(map(_version, self.weights)), list(map(Tensor.data_ptr, self.weights))
 
     def is_same(self) -> bool:
         """Say whether no weight or module was changed or exchanged."""
         current = map(operator.getitem, self.owners, self.names)
-        return self._state() == (self.versions, self.pointers) and all(map(operator.is_, current, self.owned))
+        return self.snapshot.is_same() and all(map(operator.is_, current, self.owned))
 
 
 class _Fused:
@@ -243,6 +238,7 @@ def fuse_layers(model: PreTrainedModel) -> bool:
             return False
         expected = _try_out(layer) if number == 0 else None
         layer.fused, layer.__class__ = fused, _fused_class(type(layer))
+        layer.snapshot = fused.source.snapshot
         tolerance = ROUNDING[fused.dtype]
         if expected is not None and not torch.allclose(_try_out(layer), expected, tolerance, tolerance):
             layer.fused = None

@@ -6,11 +6,12 @@ Products are the same up to rounding, in half the time or less.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from dpace.fast.snapshot import Snapshot
 
 ROWS = 8
 """Number of input rows that oneDNN's layout is chosen for; it is faster from one row to some hundreds."""
@@ -90,23 +91,32 @@ def _multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-class _Packed(NamedTuple):
-    """A packed copy of a layer's weight, and the weight's state when the copy was made.
+class Packed:
+    """A product with a packed copy of a weight, valid until the weight changes. Copies of its owner do not have it.
 
-    Copies of the layer do not have it.
+    Args:
+        weight: "out in".
+        bias: " out".
     """
 
-    state: list
-    product: Product | None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.snapshot = Snapshot([weight] if bias is None else [weight, bias])
+        self._product = pack(weight, None if bias is None else bias.detach())
 
     def __reduce__(self):
         return type(None), ()
+
+    @property
+    def product(self) -> Product | None:
+        """The product; None where there is none, and once the weight has changed."""
+        return self._product if self.snapshot.is_same() else None
 
 
 class PackedLinear(nn.Linear):
     """A linear layer that multiplies with a packed copy of its weight until the weight changes."""
 
-    packed: _Packed | None = None
+    packed: Packed | None = None
+    snapshot: Snapshot | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as `nn.Linear` does.
@@ -125,14 +135,10 @@ class PackedLinear(nn.Linear):
 def packed_product(layer: PackedLinear) -> Product | None:
     """Give the layer's packed product, made at the first call; None once the weight has changed."""
     if layer.packed is None:
-        bias = None if layer.bias is None else layer.bias.detach()
-        layer.packed = _Packed(_state(layer), pack(layer.weight, bias))
-    return layer.packed.product if layer.packed.state == _state(layer) else None
-
-
-def _state(layer) -> list:
-    """Give addresses and versions of the layer's weights, which change with their values."""
-    return [(x.data_ptr(), x._version) for x in (layer.weight, layer.bias) if x is not None]
+        layer.packed = Packed(layer.weight, layer.bias)
+        layer.snapshot = layer.packed.snapshot
+    is_own = layer.packed.snapshot.weights[0] is layer.weight
+    return layer.packed.product if is_own else None
 
 
 def pack_linears(module: nn.Module) -> bool:
@@ -155,4 +161,5 @@ def pack_linears(module: nn.Module) -> bool:
 def unpack(layer: nn.Module) -> None:
     """Turn a layer back into an `nn.Linear`, without the copy of its weight."""
     vars(layer).pop("packed", None)
+    vars(layer).pop("snapshot", None)
     layer.__class__ = nn.Linear
