@@ -166,6 +166,7 @@ def language_target() -> Target:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    speed_up(model)  # as `Target.load` does
     return Target(model, tokenizer)
 
 

@@ -69,14 +69,17 @@ def attend_in_groups(
 def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     """Repeat a mask for the query heads of a group, in the form that is added to scores.
 
-    The result is kept as an attribute of the mask, because all layers of a pass receive the same mask.
+    The result is kept as an attribute of the mask, because all layers of a pass receive the same mask. Inside
+    `torch.compile` nothing is kept: the compiler sees that all layers repeat the same.
     """
-    repeated = vars(mask).get("repeated")
+    is_compiling = torch.compiler.is_compiling()
+    repeated = None if is_compiling else vars(mask).get("repeated")
     if repeated is None or repeated.shape[2] != num_groups * mask.shape[2] or repeated.dtype not in (mask.dtype, dtype):
         repeated = mask.repeat(1, 1, num_groups, 1)
         if repeated.dtype == torch.bool:
             repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
-        mask.repeated = repeated  # pyright: ignore[reportAttributeAccessIssue]
+        if not is_compiling:
+            mask.repeated = repeated  # pyright: ignore[reportAttributeAccessIssue]
     return repeated
 
 
