@@ -174,7 +174,7 @@ class Target:
         return Packed(self.head.weight)
 
     def look_again(self) -> None:
-        """See whether weights were changed in a way that torch does not count; copies of them are then not used."""
+        """Compare weights with those that fast copies were made of; changed ones are read themselves."""
         stack = [] if self._stack is None else [self._stack.source]
         head = [self._packed_head] if "_packed_head" in vars(self) else []
         look_again(self.model, *head, *stack)

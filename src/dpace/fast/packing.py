@@ -92,7 +92,9 @@ def _multiplies_bf16() -> bool:
 
 
 class Packed:
-    """A product with a packed copy of a weight, valid until the weight changes. Copies of its owner do not have it.
+    """A product with a packed copy of a weight, valid until the weight changes.
+
+    Copies of its owner do not have it.
 
     Args:
         weight: "out in".
