@@ -17,22 +17,33 @@ RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 MEASURE_AGAIN = "measure again with this version of dpace"
 HELDOUT_FILE = "heldout.json"
+SEED_RULE = "seed + i for prompt i, counted from 0"
+"""How each prompt's seed is made, in results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSetup:
-    """What responses have to share to be compared, beside the prompts."""
+    """What was decoded, and how."""
 
     target: str
     drafters: dict[str, str]
     """Hashes of their weights, by name."""
     max_new_tokens: int
     seed: int
+    prompt_seeds: str | None = optional()
+    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
+    target_weights_sha256: str | None = optional()
+    """`dpace.provenance.weights_fingerprint`."""
+    drafter_configs: dict[str, str] | None = optional()
+    """Hashes of the drafters' configs, by name."""
+    tokenizer_sha256: str | None = optional()
+    chat_template_sha256: str | None = optional()
+    thinking: bool | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance(BenchSetup):
-    """What made the numbers."""
+    """What made the numbers; responses have to share it and the prompts to be compared."""
 
     engine: str
     dtype: str
@@ -92,6 +103,8 @@ class ServerAddress:
     url: str
     engine: str
     """What it turned out to be."""
+    model: str | None = optional()
+    """What it calls its model, where it says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +116,11 @@ class ServerSetup:
     """By side, `drafter` and `plain`."""
     max_new_tokens: int
     seed: int
+    prompt_seeds: str | None = optional()
+    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
+    tokenizer_sha256: str | None = optional()
+    chat_template_sha256: str | None = optional()
+    thinking: bool | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)
