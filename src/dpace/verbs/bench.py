@@ -29,7 +29,7 @@ def run(args: list[str]) -> None:
         )
     target = load_target(recipe)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
-    drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
+    drafters = {Path(folder).resolve().name: load_drafter(folder, target) for folder in folders}
     if len(drafters) < len(folders):
         raise ValueError(
             f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
@@ -55,7 +55,7 @@ def _bench_servers(recipe: Recipe, prompts: list) -> None:
     from dpace.report.tables import console, servers_table
 
     name, settings = find_target(recipe.target), recipe.bench
-    chat = ChatTokenizer(name, AutoTokenizer.from_pretrained(name), recipe.thinking)
+    chat = ChatTokenizer(name, AutoTokenizer.from_pretrained(name, trust_remote_code=False), recipe.thinking)
     results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
     console().print(servers_table(results))
     print(f"written: {recipe.output}/servers.json")
