@@ -1,5 +1,6 @@
 """What a terminal is shown: the progress bar of long work, and texts that cannot steer it."""
 
+import sys
 import unicodedata
 
 from rich.console import Console
@@ -24,7 +25,7 @@ def progress_bar() -> Progress:
 
 
 def printable(text: str) -> str:
-    """Show the control characters of a text as `\\x1b`, so that it cannot steer a terminal.
+    r"""Show the control characters of a text as `\x1b`, so that it cannot steer a terminal.
 
     Line feeds and tabs stay. Marks that turn the direction of writing and halves of characters are shown too.
     """
@@ -37,3 +38,8 @@ def _show(character: str) -> str:
     if not is_harmful or character in "\n\t":
         return character
     return character.encode("unicode_escape").decode()
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print a text; on a terminal, its control characters are shown and not obeyed."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings

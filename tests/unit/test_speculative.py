@@ -84,7 +84,9 @@ def test_generate_with_processors_has_the_targets_distribution(options, widths, 
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
     cycle = itertools.cycle(widths)
     monkeypatch.setattr("dpace.decode.pace.Pace.plan", lambda *_: (1, True))
-    monkeypatch.setattr("dpace.decode.pace.Pace.width", lambda self, confidences: min(next(cycle), len(confidences) + 1))
+    monkeypatch.setattr(
+        "dpace.decode.pace.Pace.width", lambda self, confidences: min(next(cycle), len(confidences) + 1)
+    )
     monkeypatch.setattr("dpace.decode.loop.Speculation._learn", lambda *_: None)
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=3)
     target.model.generation_config.eos_token_id = target.model.generation_config.pad_token_id = None

@@ -54,8 +54,8 @@ def write_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(Path(name).name)}",
-        f"A DFlash drafter for `{as_code(target)}`. It is not a model to use alone: it proposes tokens, and the target keeps "
-        "those that it would have written itself.",
+        f"A DFlash drafter for `{as_code(target)}`. It is not a model to use alone: it proposes tokens, and the target "
+        "keeps those that it would have written itself.",
         _facts(spec, target, weights),
         *_results(source, drafter, weights),
         "## How to serve it",
@@ -112,9 +112,9 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
         f"{with_interval(row.decode_speedup, row.decode_speedup_interval)} | {row.num_same_text}/{row.num_responses} |"
         for row in rows
     ]
-    hardware = results.hardware
+    place = f"{as_markdown(results.hardware.device)} ({results.hardware.cores} cores)"
     measured = (
-        f"Measured with {results.engine} in {results.dtype} on {as_markdown(hardware.device)} ({hardware.cores} cores), at most "
+        f"Measured with {as_markdown(results.engine)} in {as_markdown(results.dtype)} on {place}, at most "
         f"{results.max_new_tokens} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a "
         "second over plain decoding (the baseline) of the same prompts. In brackets: 95 % intervals over prompts"
         + as_markdown(copied_note(rows, start="; "))

@@ -57,15 +57,7 @@ def bench_servers(
     vocab_size = len(chat.tokenizer)
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
     sides = {side: connect(url, vocab_size) for side, url in urls.items()}
-    setup = ServerSetup(
-        target=chat.name,
-        servers={side: ServerAddress(url=s.url, engine=s.engine, model=s.model) for side, s in sides.items()},
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        prompt_seeds=SEED_RULE,
-        thinking=chat.thinking,
-        **tokenizer_hashes(chat),
-    )
+    setup = _setup(chat, sides, config)
     folder = Path(folder)
     claim(folder, SERVERS_FILE)
     records = Records(folder / "servers.jsonl", setup, prompts, GroupRecord)
@@ -95,6 +87,19 @@ def bench_servers(
     results = ServerResults(**vars(setup), rows=make_rows(chosen))
     write_results(folder / SERVERS_FILE, results)
     return results
+
+
+def _setup(chat: ChatTokenizer, sides: dict[str, Server], config: BenchConfig) -> ServerSetup:
+    """Say all that the answers depend on, apart from the prompts."""
+    return ServerSetup(
+        target=chat.name,
+        servers={side: ServerAddress(url=s.url, engine=s.engine, model=s.model) for side, s in sides.items()},
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        prompt_seeds=SEED_RULE,
+        thinking=chat.thinking,
+        **tokenizer_hashes(chat),
+    )
 
 
 def _groups(prompts: Sequence[Prompt], concurrency: int) -> Iterator[list[Prompt]]:

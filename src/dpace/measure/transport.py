@@ -9,7 +9,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -71,7 +71,7 @@ class Address:
                 raise ValueError(f"{self.url}{path} has more than {MAX_PAGE_BYTES:,} bytes; is this the right server?")
             return text.decode(errors="replace")
 
-    def events(self, path: str, body: dict, max_new_tokens: int) -> Iterator[dict | None]:
+    def events(self, path: str, body: dict, max_new_tokens: int) -> Generator[dict | None, None, None]:
         """Yield the server-sent events of a request, and None for the mark of the end.
 
         Raises:
