@@ -138,7 +138,7 @@ def hold(folder: str | Path) -> Iterator[None]:
 
 
 def refuse_others(folder: str | Path, *names: str) -> set[str]:
-    """Refuse to write over files of a folder that dpace did not write; give the names of those that it wrote.
+    """Refuse to write over files that dpace did not write, and give the names of those that it wrote.
 
     Raises:
         ValueError: one of the names exists and was not written by dpace.

@@ -58,9 +58,8 @@ def bench_servers(
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
     sides = {side: connect(url, vocab_size) for side, url in urls.items()}
     setup = _setup(chat, sides, config)
-    folder = Path(folder)
     claim(folder, SERVERS_FILE)
-    records = Records(folder / "servers.jsonl", setup, prompts, GroupRecord)
+    records = Records(Path(folder) / "servers.jsonl", setup, prompts, GroupRecord)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
     done = {(r.temperature, r.concurrency, tuple(r.ids)): r for r in records.rows}
@@ -85,7 +84,7 @@ def bench_servers(
             chosen.append(done[key])
             bar.update(task, advance=len(group), info=f"concurrency {concurrency}")
     results = ServerResults(**vars(setup), rows=make_rows(chosen))
-    write_results(folder / SERVERS_FILE, results)
+    write_results(Path(folder) / SERVERS_FILE, results)
     return results
 
 

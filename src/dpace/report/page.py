@@ -54,6 +54,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
 
 def _check_path(path: Path) -> Path:
     """Refuse a place that the page cannot have, before anything is read; give the Markdown's place."""
+    if "\0" in str(path):
+        raise ValueError("the output has a character that no file's name has; name an HTML file with --output")
     if path.is_dir() or not path.name or path.suffix == ".md":
         what = "is a folder" if path.is_dir() else "is where the Markdown would be" if path.name else "is no file"
         raise ValueError(f"the output {path} {what}; name an HTML file with --output, such as report.html")
