@@ -19,6 +19,7 @@ from tests.conftest import make_drafter
 from tests.rows import make_bench, make_plain, make_response, make_row
 
 ESC = "\x1b[31m"
+BARS = ("Loading weights", "Writing model shards", "asking servers", "examining")
 NOT_WRITTEN = "was not written by dpace"
 
 
@@ -63,7 +64,7 @@ def refused(args: list[str], capsys, *expected: str) -> str:
 
 def own_lines(text: str) -> list[str]:
     """What dpace wrote, without the progress bars of others."""
-    return [line for line in text.strip().splitlines() if "Loading weights" not in line]
+    return [line for line in text.strip().splitlines() if line and not any(bar in line for bar in BARS)]
 
 
 # --- configs and weights: import refuses each in one line, doctor shows a table ---------------------------------------
@@ -547,7 +548,7 @@ REPLIES = {
     "a refusal without end": (lambda handler: send(handler, b"x" * 10**6, 500), "refuses (500)"),
     "bytes without end": (endless(b": \n"), "goes on"),
     "a line without end": (endless(b"x" * 1000), "goes on"),
-    "events without end": (endless(b"data: {}\n\n"), "goes on"),
+    "events without end": (endless(b"data: {}\n\n"), "/completion"),
     "a trickle": (trickle, "not done after"),
     "another host": (lambda handler: send(handler, b"", 302, Location="http://127.0.0.2:9/x"), "another host"),
     "a password elsewhere": (

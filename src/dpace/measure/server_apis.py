@@ -5,10 +5,11 @@ import json
 import operator
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
@@ -158,7 +159,7 @@ class Server(ABC):
         if found not in (self.model, PurePath(self.model).name):
             raise ValueError(f"the answer is of the model {found!r}, expected {self.model!r}")
 
-    def _check_tokens(self, response: list[int]) -> None:
+    def _check_tokens(self, response: list[Any]) -> None:
         """Refuse tokens that the target does not have."""
         for token in response:
             if type(token) is not int or token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
@@ -182,8 +183,8 @@ def number_of(value: object) -> int:
     return value
 
 
-def tokens_of(value: object) -> Iterable[int]:
-    """Give a value that has to be a list of tokens; None is an empty one."""
+def tokens_of(value: object) -> list[Any]:
+    """Give a value that has to be a list, of tokens that are checked later; None is an empty one."""
     if value is not None and not isinstance(value, list):
         raise ValueError(f"found {value!r}, expected a list of tokens")
     return value or []

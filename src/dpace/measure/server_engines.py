@@ -108,7 +108,7 @@ class SglangServer(Server):
 
     def read(self, event, token_ids):
         """See `Server`."""
-        meta, new = event.get("meta_info", {}), list(tokens_of(event.get("output_ids")))
+        meta, new = event.get("meta_info", {}), tokens_of(event.get("output_ids"))
         if len(new) == meta.get("completion_tokens"):
             token_ids.clear()  # the event has all so far, unless the server was told to send the rest only
         token_ids += new
@@ -156,6 +156,8 @@ class LlamacppServer(Server):
         """See `Server`."""
         token_ids += tokens_of(event.get("tokens"))
         timings = event.get("timings") or {}
+        if not isinstance(timings, dict):
+            raise ValueError(f"timings is {timings!r}, expected an object")
         if not event.get("stop") or "draft_n" not in timings:
             return None
         for name in ("predicted_n", "draft_n", "draft_n_accepted"):
