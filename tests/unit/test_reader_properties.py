@@ -127,10 +127,12 @@ def test_events_of_servers(kind, events, monkeypatch):
 
 
 @MANY
-@given(
-    text=st.text(max_size=60) | st.lists(st.sampled_from("vllm:spec_decode_num_drafts_total 1e9.+{}\n")).map("".join)
-)
-def test_counters_of_vllm(text, monkeypatch):
+@given(number=st.text(alphabet="0123456789e.+-na", max_size=12), labels=st.text(max_size=12))
+def test_counters_of_vllm(number, labels, monkeypatch):
+    text = "".join(
+        f"vllm:spec_decode_{name}_total{{{labels}}} {number}\n"
+        for name in ("num_drafts", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+    )
     monkeypatch.setattr(Address, "get", lambda _, path: '{"data": [{"id": "m"}]}' if path.endswith("models") else text)
     try:
         VllmServer("http://x", 64).counters()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.flags import PROMPT, command, parse
+from dpace.ledger import hold
 from dpace.verbs import load_target
 
 
@@ -34,7 +35,8 @@ def run(args: list[str]) -> None:
         raise ValueError(
             f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
         )
-    results = bench(target, drafters, prompts, recipe.bench, recipe.output)
+    with hold(recipe.output):
+        results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     console().print(results_table(results), slots_table(results))
     if results.comparisons:
         console().print(drafters_table(results.comparisons))
@@ -56,7 +58,9 @@ def _bench_servers(recipe: Recipe, prompts: list) -> None:
 
     name, settings = find_target(recipe.target), recipe.bench
     chat = ChatTokenizer(name, AutoTokenizer.from_pretrained(name, trust_remote_code=False), recipe.thinking)
-    results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
+    servers = settings.server or "", settings.plain_server
+    with hold(recipe.output):
+        results = bench_servers(chat, *servers, prompts, settings, recipe.output)
     console().print(servers_table(results))
     print(f"written: {recipe.output}/servers.json")
     print("next:", command("report", recipe.output))
