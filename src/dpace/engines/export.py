@@ -4,6 +4,7 @@ All that is written is read again and compared with what was to be written, befo
 """
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,13 +162,17 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 def push(folder: str | Path, repo: str) -> str:
     """Upload a folder to the Hugging Face Hub and give the address.
 
-    The repository is made where it is missing.
+    The repository is made where it is missing. Hidden files, dpace's own notes, stay here.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     address = api.create_repo(repo, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter", ignore_patterns=[".dpace*"])
+    with tempfile.TemporaryDirectory() as aside:
+        for file in Path(folder).iterdir():
+            if file.is_file() and not file.name.startswith("."):
+                (Path(aside) / file.name).symlink_to(file.resolve())
+        api.upload_folder(folder_path=aside, repo_id=repo, commit_message="Upload drafter")
     return str(address)
 
 
