@@ -137,6 +137,27 @@ def hold(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
+def refuse_others(folder: str | Path, *names: str) -> set[str]:
+    """Refuse to write over files that dpace did not write, and give the names of those that it wrote.
+
+    Raises:
+        ValueError: one of the names exists and was not written by dpace.
+    """
+    folder = Path(folder)
+    marker = folder / MARKER
+    try:
+        written = set(json.loads(marker.read_text())["files"]) if marker.exists() else set()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        written = set()
+    for name in names:
+        if (folder / name).exists() and name not in written:
+            raise ValueError(
+                f"{folder / name} was not written by dpace and would be overwritten; name another folder with "
+                "--output, or move that file away"
+            )
+    return written
+
+
 def claim(folder: str | Path, *names: str) -> None:
     """Say that dpace writes these files of a folder, and refuse to write over others.
 
@@ -149,16 +170,6 @@ def claim(folder: str | Path, *names: str) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / MARKER
-    try:
-        written = set(json.loads(marker.read_text())["files"]) if marker.exists() else set()
-    except (ValueError, KeyError, TypeError):
-        written = set()
-    for name in names:
-        if (folder / name).exists() and name not in written:
-            raise ValueError(
-                f"{folder / name} was not written by dpace and would be overwritten; name another folder with "
-                "--output, or move that file away"
-            )
+    written = refuse_others(folder, *names)
     if not written.issuperset(names):
-        write_json(marker, {"files": sorted(written | set(names))})
+        write_json(folder / MARKER, {"files": sorted(written | set(names))})

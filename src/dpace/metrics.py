@@ -119,7 +119,7 @@ class Acceptance:
             return reached[1:] / reached[:-1]
 
     def interval(self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap the interval of tau over prompts, or over verifications where the histogram has one row.
+        """Bootstrap the interval of tau over prompts.
 
         Args:
             confidence: share of resamples inside, in (0, 1).
@@ -127,19 +127,15 @@ class Acceptance:
             seed: seed of the resampling.
 
         Returns:
-            Lower and upper end, in tokens; (nan, nan) without a verification.
+            Lower and upper end, in tokens; (nan, nan) without a verification, and for one prompt, which says nothing
+            of others.
         """
-        if not self.num_verifications:
+        if not self.num_verifications or len(self.rows) < 2:
             return float("nan"), float("nan")
         generator = np.random.default_rng(seed)
-        if len(self.rows) > 1:
-            picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
-            emitted = self.emitted_tokens[picks].sum(-1)
-            verifications = self.rows.sum(-1)[picks].sum(-1)
-        else:
-            total = self.num_verifications
-            rows = generator.multinomial(total, self.counts / total, size=num_resamples)
-            emitted, verifications = rows @ (np.arange(self.block_size) + 1) - self.total_without_bonus, rows.sum(-1)
+        picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
+        emitted = self.emitted_tokens[picks].sum(-1)
+        verifications = self.rows.sum(-1)[picks].sum(-1)
         taus = emitted / np.maximum(verifications, 1)
         low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
@@ -240,7 +236,8 @@ def tau_gain(
         seed: of the resampling.
 
     Returns:
-        The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification.
+        The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification. The ends
+        are nan for one prompt.
 
     Raises:
         ValueError: different numbers of prompts or seeds.
@@ -264,5 +261,8 @@ def tau_gain(
     taus, tau = picked[:, 0] / np.maximum(picked[:, 1], 1e-12), totals.sum((-2, -1))
     if not tau.all():
         return float("nan"), float("nan"), float("nan")
+    gain = float(tau[0, 0] / tau[0, 1] / (tau[1, 0] / tau[1, 1]) - 1)
+    if totals.shape[3] < 2:
+        return gain, float("nan"), float("nan")
     low, high = np.quantile(taus[0] / np.maximum(taus[1], 1e-12) - 1, [0.025, 0.975])
-    return float(tau[0, 0] / tau[0, 1] / (tau[1, 0] / tau[1, 1]) - 1), float(low), float(high)
+    return gain, float(low), float(high)

@@ -80,8 +80,9 @@ def test_an_interrupted_bench_goes_on(language_target, language_drafter, tmp_pat
     prompts = [Prompt(str(i), "language", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(4)]
     config = BenchConfig(max_new_tokens=12, temperatures=(0.0,))
     whole = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
-    lines = (tmp_path / "bench.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "bench.jsonl").write_text("".join(lines[:4]) + lines[4][:10])
+    (path,) = tmp_path.glob("bench-*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:10])
     again = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
     assert again.rows[0].histogram == whole.rows[0].histogram
     kept, fresh = (r.rows[0].responses[0].decode_seconds for r in (whole, again))

@@ -109,7 +109,7 @@ def test_llamacpp_reports_what_we_count(
 def test_vllm_reports_what_we_count(real_pair, tmp_path):
     with vllm(python_of("vllm"), real_pair.target.name, real_pair.drafter_folder, 7) as address:
         row = measure(real_pair.target, real_pair.prompts, address, None, tmp_path, MAX_NEW_TOKENS)
-    records = [json.loads(line) for line in (tmp_path / "servers.jsonl").read_text().splitlines()[1:]]
+    records = [json.loads(line) for line in next(tmp_path.glob("servers-*.jsonl")).read_text().splitlines()[1:]]
     texts = [record["turns"][0]["drafter"]["token_ids"][0] for record in records]
     assert texts == [out.token_ids for out in real_pair.ours]
     assert row.num_verifications == pytest.approx(sum(len(out.widths) for out in real_pair.ours), abs=3)

@@ -33,8 +33,13 @@ def test_interval_contains_tau_and_is_wider_for_unlike_prompts():
     assert alike.interval() == (alike.tau, alike.tau)
     low, high = unlike.interval()
     assert low < unlike.tau < high
-    low, high = HAND.interval()
-    assert 1 <= low < HAND.tau < high <= 4
+
+
+def test_one_prompt_gives_no_interval():
+    """The verifications of one text say nothing of other texts."""
+    assert np.isnan(HAND.interval()).all()
+    gain, *ends = tau_gain([HAND], [HAND])
+    assert gain == 0 and np.isnan(ends).all()
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():

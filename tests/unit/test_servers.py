@@ -9,7 +9,7 @@ from dpace.config import BenchConfig
 from dpace.data.chat import ChatTokenizer, encode_chat
 from dpace.data.prompts import Prompt
 from dpace.measure.results import read_results
-from dpace.measure.server_apis import LlamacppServer, connect
+from dpace.measure.server_engines import LlamacppServer, connect
 from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
 from dpace.report.page import read_folder
 from dpace.report.tables import with_interval
@@ -177,7 +177,7 @@ def test_an_interrupted_call_goes_on(start, chat, tmp_path):
     drafter, plain = start("llama.cpp", drafts=True), start("llama.cpp")
     config = BenchConfig(temperatures=(0.0, 1.0), concurrencies=(1,))
     whole = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
-    path = tmp_path / "servers.jsonl"
+    (path,) = tmp_path.glob("servers-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]) + lines[-2][:20])  # killed while it wrote
     count = len(drafter.bodies)
@@ -204,7 +204,7 @@ def test_groups_keep_servers_busy(start, chat, tmp_path):
     server = start("sglang", drafts=True)
     config = BenchConfig(temperatures=(0.0,), concurrencies=(2,))
     bench_servers(chat, server.url, None, prompts(2 * GROUPS_PER_WORKER + 1), config, tmp_path)
-    groups = [json.loads(line) for line in (tmp_path / "servers.jsonl").read_text().splitlines()[1:]]
+    groups = [json.loads(line) for line in next(tmp_path.glob("servers-*.jsonl")).read_text().splitlines()[1:]]
     assert [len(group["ids"]) for group in groups] == [2 * GROUPS_PER_WORKER, 1]
 
 

@@ -48,7 +48,7 @@ def encode_chat(target: Target | ChatTokenizer, messages: Sequence[dict[str, str
     return list(token_ids)
 
 
-def tokenizer_hashes(target: Target) -> dict[str, str]:
+def tokenizer_hashes(target: Target | ChatTokenizer) -> dict[str, str]:
     """Hash the vocabulary and the chat template; empty without a tokenizer."""
     if target.tokenizer is None:
         return {}

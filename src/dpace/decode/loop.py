@@ -14,7 +14,7 @@ from dpace.decode.generation import Generation, Step, collect
 from dpace.decode.lookup import PromptLookup
 from dpace.decode.pace import Pace, Paces
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
-from dpace.decode.sampling import verify_draft, verify_sampled
+from dpace.decode.sampling import draw_draft, verify_draft, verify_sampled
 from dpace.drafter import Drafter
 from dpace.fast.cache import go_back, make_cache
 from dpace.fast.rewind import Mark, mark_states, rewind
@@ -79,10 +79,8 @@ class Speculation:
         sampler, pace = self.text.sampler, self.drafting.pace
         if pace is not None:
             width = pace.width(self.drafter.confidences(logits))
-        if self.samples_draft:
-            scores = sampler.scores(logits[: width - 1], self.text.text + tokens.tolist())
-            draft_probs = sampler.probs(scores)
-            tokens = torch.multinomial(draft_probs, 1, generator=sampler.generator)[:, 0]
+        if self.samples_draft and width > 1:
+            tokens, draft_probs = draw_draft(logits[: width - 1], self.text.text, sampler)
         block[0, 1:width] = tokens[: width - 1]
         return Proposal(block[:, :width], num_read, draft_probs)
 

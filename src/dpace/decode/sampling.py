@@ -126,6 +126,32 @@ def verify_draft(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> i
     return accepted
 
 
+def draw_draft(
+    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: Sampler
+) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    """Draw a draft for speculative sampling from the drafter's logits.
+
+    Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
+
+    Args:
+        logits: of the slots that will be verified, and of no others.
+        text: the tokens before the draft.
+        sampler: of the target.
+
+    Returns:
+        The tokens, and the distribution that each was drawn from.
+    """
+    if not sampler.processors:
+        probs = sampler.probs(sampler.scores(logits, text))
+        return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
+    drawn, rows = [], []
+    for slot in logits:
+        probs = sampler.probs(sampler.scores(slot[None], [*text, *drawn]))
+        drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
+        rows.append(probs)
+    return torch.tensor(drawn, device=logits.device), torch.cat(rows)
+
+
 def verify_sampled(
     draft_tokens: Sequence[int],
     draft_probs: Float[Tensor, "draft vocab"],
@@ -153,5 +179,6 @@ def verify_sampled(
         accepted += 1
     next_probs = target_probs[accepted]
     if accepted < len(draft_tokens):
-        next_probs = (next_probs - draft_probs[accepted]).clamp_min(0)
+        rest = (next_probs - draft_probs[accepted]).clamp_min(0)
+        next_probs = rest if rest.any() else next_probs  # equal distributions, and a draw that rounding rejected
     return accepted, int(torch.multinomial(next_probs, 1, generator=sampler.generator))

@@ -9,8 +9,11 @@ import yaml
 
 from dpace.config import Format
 from dpace.drafter import Drafter, fingerprint
+from dpace.engines.folder import mapping, read_recipe
 from dpace.engines.serving import card_sections
+from dpace.ledger import write_text
 from dpace.measure.results import BenchResults, read_results
+from dpace.report.markdown import as_code, as_markdown
 from dpace.report.tables import copied_note, with_interval
 from dpace.spec import DrafterSpec
 
@@ -50,9 +53,9 @@ def write_card(
     weights = str(dtype).removeprefix("torch.")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {Path(name).name}",
-        f"A DFlash drafter for `{target}`. It is not a model to use alone: it proposes tokens, and the target keeps "
-        "those that it would have written itself.",
+        f"# {as_markdown(Path(name).name)}",
+        f"A DFlash drafter for `{as_code(target)}`. It is not a model to use alone: it proposes tokens, and the target "
+        "keeps those that it would have written itself.",
         _facts(spec, target, weights),
         *_results(source, drafter, weights),
         "## How to serve it",
@@ -60,7 +63,7 @@ def write_card(
         *_recipe(source),
     ]
     folder = path.parent if to == "gguf" else path
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str,
 def _facts(spec: DrafterSpec, target: str, weights: str) -> str:
     """Write the table of what the drafter is."""
     facts = {
-        "target": f"`{target}`",
+        "target": f"`{as_code(target)}`",
         "block size": f"{spec.block_size}: one known token and {spec.num_draft_tokens} draft tokens",
         "target_layer_ids": f"{list(spec.target_layer_ids)}: counted from 0; the drafter reads their output",
         "mask token": str(spec.mask_token_id),
@@ -105,16 +108,16 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
     if not rows:
         return []
     lines = [
-        f"| {row.set} | {row.temperature:g} | {row.width} | {with_interval(row.tau, row.tau_interval)} | "
+        f"| {as_markdown(row.set)} | {row.temperature:g} | {row.width} | {with_interval(row.tau, row.tau_interval)} | "
         f"{with_interval(row.decode_speedup, row.decode_speedup_interval)} | {row.num_same_text}/{row.num_responses} |"
         for row in rows
     ]
-    hardware = results.hardware
+    place = f"{as_markdown(results.hardware.device)} ({results.hardware.cores} cores)"
     measured = (
-        f"Measured with {results.engine} in {results.dtype} on {hardware.device} ({hardware.cores} cores), at most "
+        f"Measured with {as_markdown(results.engine)} in {as_markdown(results.dtype)} on {place}, at most "
         f"{results.max_new_tokens} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a "
         "second over plain decoding (the baseline) of the same prompts. In brackets: 95 % intervals over prompts"
-        + copied_note(rows, start="; ")
+        + as_markdown(copied_note(rows, start="; "))
         + "."
     )
     if dtype != results.dtype:
@@ -125,13 +128,16 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
 
 def _recipe(source: Path) -> list[str]:
     """Repeat the recipe of `dpace train`, without the places of files."""
-    path = source / "recipe.yaml"
-    if not path.exists():
-        return []
-    recipe = yaml.safe_load(path.read_text())
+    problems: dict[str, str] = {}
+    recipe = read_recipe(source, problems)
+    for problem in problems.values():
+        print(f"the model card has no recipe: {source / 'recipe.yaml'}: {problem}", file=sys.stderr)
     kept = {name: recipe[name] for name in ("respond", "drafter", "loss", "train") if name in recipe}
-    objective = recipe.get("loss", {}).get("objective")
-    sentence = f"Trained by dpace, objective `{objective}`"
+    if not kept:
+        return []
+    objective = mapping(recipe.get("loss")).get("objective")
+    sentence = f"Trained by dpace, objective `{as_code(str(objective))}`"
     if objective == "dpace":
         sentence += " ([D-PACE](https://arxiv.org/abs/2605.18810))"
-    return ["## Recipe", f"{sentence}.", f"```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"]
+    text = yaml.safe_dump(kept, sort_keys=False).replace("```", "~~~")
+    return ["## Recipe", f"{sentence}.", f"```yaml\n{text}```"]

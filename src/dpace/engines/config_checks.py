@@ -7,6 +7,15 @@ FIX_COPY_AGAIN = "copy or export the drafter again"
 FIX_MAKE_EQUAL = "make both equal: some engines read one, some the other"
 FIX_WRITE_TENSORS = "write the number that the tensors have"
 FIX_USE_TARGETS = "write the target's value, or take a drafter that was trained for this target"
+SIZES = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "hidden_size",
+)
+"""Checks of what decides how large the network is."""
 FILE_CHECKS = (
     Check("config readable", "fails", probe.file("config.json", "a JSON object"), FIX_COPY_AGAIN),
     Check("weights readable", "fails", probe.file("model.safetensors", "safetensors"), FIX_COPY_AGAIN),

@@ -1,14 +1,16 @@
 """Write a drafter in the format of an engine, and read it back.
 
-All that is written is read again and compared with what was to be written.
+All that is written is read again and compared with what was to be written, before it takes its place.
 """
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -17,7 +19,9 @@ from dpace.config import Format
 from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.card import write_card
+from dpace.engines.config_values import MAX_LAYERS
 from dpace.engines.gguf import read_gguf, write_gguf
+from dpace.engines.place import check_place, fill
 from dpace.engines.published import make_drafter, read_folder
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
@@ -80,25 +84,28 @@ def export(
             they were written.
     """
     folder, output = Path(folder), Path(output)
-    _check_request(folder, output, to=to, target_gguf=target_gguf)
+    _check_request(folder, output, target_name, to=to, target_gguf=target_gguf)
     if Path(target_name).is_dir():
         target_name = str(Path(target_name).resolve())
     spec, weights = read_folder(folder)
     spec.check()
     original = load_drafter(folder, target)
     tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
-    path = _write(output, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
     written = tensors["fc.weight"].dtype
     about: Any = {"name": name, "target_name": target_name, "license": license, "dtype": written}
-    write_card(path, spec, to=to, source=folder, drafter=original, **about)
-    again = read_drafter(path, num_target_layers=target.num_layers)
-    _compare(path, spec, tensors, again)
-    if not prompts:
-        return Exported(path, len(tensors), rounding, None, None)
-    reference = original if dtype is None else _for_decoding(spec, tensors, target)
-    served = _for_decoding(again.spec, again.state_dict(), target)
-    logit_error, acceptance = _compare_decoding(path, target, reference, served, prompts, max_new_tokens)
-    return Exported(path, len(tensors), rounding, logit_error, acceptance)
+    logit_error, acceptance = None, None
+    with fill(output) as aside:
+        path = _write(aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
+        write_card(path, spec, to=to, source=folder, drafter=original, **about)
+        again = read_drafter(path, num_target_layers=target.num_layers)
+        final = output / path.relative_to(aside)
+        _compare(final, spec, tensors, again)
+        if prompts:
+            reference = original if dtype is None else _for_decoding(spec, tensors, target)
+            served = _for_decoding(again.spec, again.state_dict(), target)
+            found = _compare_decoding(final, target, reference, served, prompts, max_new_tokens)
+            logit_error, acceptance = found
+    return Exported(final, len(tensors), rounding, logit_error, acceptance)
 
 
 def import_drafter(source: str | Path, output: str | Path, *, target: str | None = None) -> Drafter:
@@ -112,21 +119,34 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     Raises:
         ValueError: a drafter that dpace does not know or that cannot be served, or a target that cannot be read.
     """
-    num_target_layers = None
-    if target is not None:
-        try:
-            num_target_layers = AutoConfig.from_pretrained(target).get_text_config(decoder=True).num_hidden_layers
-        except OSError as error:
-            raise ValueError(
-                f"cannot read the config of the target {target}; name its folder or Hub id with --target"
-            ) from error
-    _check_places(Path(source), Path(output))
+    source, output = Path(source), Path(output)
+    check_place(output, ("the drafter's own folder", source), ("the target's folder", Path(target or source)))
+    num_target_layers = None if target is None else _count_layers(target)
     drafter = read_drafter(source, num_target_layers=num_target_layers)
     spec = drafter.spec
     spec.check()
-    drafter.save_pretrained(output)
-    _compare(output, spec, drafter.state_dict(), read_drafter(output))
+    with fill(output) as aside:
+        drafter.save_pretrained(aside)
+        _compare(output, spec, drafter.state_dict(), read_drafter(aside))
     return drafter
+
+
+def _count_layers(target: str) -> int:
+    """Read how many layers a target has.
+
+    Raises:
+        ValueError: a config that cannot be read.
+    """
+    fix = "name the target's folder or Hub id with --target"
+    try:
+        config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+        count = config.get_text_config(decoder=True).num_hidden_layers
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot read the config of the target {target} ({said}); {fix}") from error
+    if type(count) is not int or not 1 <= count <= MAX_LAYERS:
+        raise ValueError(f"the target {target} has num_hidden_layers {count!r:.50}, expected 1 .. {MAX_LAYERS}; {fix}")
+    return count
 
 
 def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> Drafter:
@@ -142,34 +162,32 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 def push(folder: str | Path, repo: str) -> str:
     """Upload a folder to the Hugging Face Hub and give the address.
 
-    The repository is made where it is missing.
+    The repository is made where it is missing. Hidden files, dpace's own notes, stay here.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     address = api.create_repo(repo, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter")
+    with tempfile.TemporaryDirectory() as aside:
+        for file in Path(folder).iterdir():
+            if file.is_file() and not file.name.startswith("."):
+                (Path(aside) / file.name).symlink_to(file.resolve())
+        api.upload_folder(folder_path=aside, repo_id=repo, commit_message="Upload drafter")
     return str(address)
 
 
-def _check_request(folder: Path, output: Path, *, to: Format, target_gguf: str | Path | None) -> None:
+def _check_request(folder: Path, output: Path, target_name: str, *, to: Format, target_gguf: str | Path | None) -> None:
     """Refuse what `export` cannot do before it writes anything."""
     if to == "gguf" and target_gguf is None:
         raise ValueError(
             "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
             "--target-gguf"
         )
-    _check_places(folder, output)
+    check_place(output, ("the drafter's own folder", folder), ("the target's folder", Path(target_name)))
     if verifier_name(folder):
         raise ValueError(
             f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"
         )
-
-
-def _check_places(source: Path, output: Path) -> None:
-    """Refuse to write over what is read."""
-    if output.resolve() == source.resolve():
-        raise ValueError(f"the output {output} is the drafter's own folder; name another one with --output")
 
 
 def _write(
@@ -183,7 +201,6 @@ def _write(
     target_gguf: str | Path | None,
 ) -> Path:
     """Write a drafter's files and give the path that an engine is given."""
-    output.mkdir(parents=True, exist_ok=True)
     dtype = _name(tensors["fc.weight"].dtype)
     if to == "gguf":
         path = output / f"dflash-{Path(target_name).name}-{dtype}.gguf"

@@ -4,6 +4,7 @@ It is read without any model class, so that a broken folder can be examined too.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dpace.progress import printable
 from dpace.spec import tensor_axes
 
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names in transformers' own container, and the published ones."""
+MAX_BYTES = 2**24
+"""Most bytes of a config or a recipe; they have some thousand."""
+LAYER_NAME = re.compile(r"layers\.(\d{1,3})\.")
+"""How the names of a layer's tensors begin; no drafter has a thousand layers."""
 
 
 @dataclass
@@ -62,7 +68,7 @@ class DrafterFolder:
     @cached_property
     def num_layers(self) -> int:
         """Number of layers that have a tensor."""
-        return 1 + max((int(name.split(".")[1]) for name in self.tensors if name.startswith("layers.")), default=-1)
+        return 1 + max((int(found[1]) for name in self.tensors if (found := LAYER_NAME.match(name))), default=-1)
 
     @cached_property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -81,18 +87,47 @@ class DrafterFolder:
         return lengths.pop() if len(lengths) == 1 else None
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases: a few of them can stand for a text that fills the memory."""
+
+    def compose_node(self, parent, index):
+        """See `yaml.composer.Composer`."""
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has an alias (*name), expected values written out")
+        return super().compose_node(parent, index)
+
+
 def read_files(path: str | Path) -> DrafterFolder:
     """Read a drafter's files; those that cannot be read are noted as problems.
 
     They are `config.json`, `model.safetensors` (also in shards) and, where there is one, `recipe.yaml`.
     """
     path, problems = Path(path), {}
-    config = _read(path / "config.json", lambda file: json.loads(file.read_text()), problems)
-    recipe = {}
-    if (path / "recipe.yaml").exists():
-        recipe = _read(path / "recipe.yaml", lambda file: yaml.safe_load(file.read_text()), problems)
+    config = _read(path / "config.json", lambda file: json.loads(_bytes(file)), problems)
+    recipe = read_recipe(path, problems)
     stored = _read(path / "model.safetensors", _read_weights, problems)
     return DrafterFolder(path, config, recipe, stored, problems)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read a folder's `config.json`; empty where there is none.
+
+    Raises:
+        ValueError: a file that holds no object; names it.
+    """
+    file, problems = Path(folder) / "config.json", {}
+    config = _read(file, lambda file: json.loads(_bytes(file)), problems) if file.exists() else {}
+    for problem in problems.values():
+        raise ValueError(f"{file} cannot be read ({problem}); copy or export the drafter again")
+    return config
+
+
+def read_recipe(folder: str | Path, problems: dict[str, str]) -> dict[str, Any]:
+    """Read the `recipe.yaml` of a drafter's folder; empty where there is none, or a problem."""
+    file = Path(folder) / "recipe.yaml"
+    if not file.exists():
+        return {}
+    return _read(file, lambda file: yaml.load(_bytes(file), _PlainLoader), problems)
 
 
 def mapping(value: object) -> dict[str, Any]:
@@ -106,14 +141,25 @@ def published_name(name: str) -> str:
     return OTHER_NAMES.get(name, name)
 
 
+def _bytes(file: Path) -> bytes:
+    """Read a small regular file; a pipe or a device may have no end."""
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no regular file")
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has {file.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}")
+    return file.read_bytes()
+
+
 def _read(file: Path, read: Callable[[Path], object], problems: dict[str, str]) -> dict[str, Any]:
     """Read a file, or note why that is not possible."""
     try:
         content = read(file)
     except FileNotFoundError as error:
         problems[file.name] = f"there is no file {error.filename or file}"
-    except (OSError, ValueError, KeyError, yaml.YAMLError, SafetensorError) as error:
-        problems[file.name] = f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problems[file.name] = _words(error)
+    except (yaml.YAMLError, SafetensorError, MemoryError) as error:
+        problems[file.name] = _words(error)
     else:
         if isinstance(content, dict):
             return content
@@ -121,10 +167,23 @@ def _read(file: Path, read: Callable[[Path], object], problems: dict[str, str]) 
     return {}
 
 
+def _words(error: BaseException) -> str:
+    """Say what went wrong, in one line."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+
+
 def _read_weights(file: Path) -> dict[str, Tensor]:
     """Read the tensors of one file, or of all files that the index names."""
     index = file.with_name("model.safetensors.index.json")
-    if not index.exists():
-        return load_file(file)
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {name: tensor for shard in shards for name, tensor in load_file(file.with_name(shard)).items()}
+    shards = [file.name]
+    if index.exists():
+        shards = sorted(set(mapping(json.loads(_bytes(index)))["weight_map"].values()))
+    tensors = {}
+    for name in shards:
+        shard = file.with_name(name)
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"the index names {name}, expected a file of safetensors")
+        if shard.exists() and not shard.is_file():
+            raise ValueError(f"{name} is no regular file")
+        tensors |= load_file(shard)
+    return tensors

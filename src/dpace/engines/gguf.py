@@ -1,5 +1,10 @@
 """Write a drafter as a GGUF file for llama.cpp, and read one."""
 
+import contextlib
+import io
+import struct
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpace.engines.config_values import check_spec
+from dpace.engines.speculators import integers
+from dpace.progress import printable
 from dpace.spec import DrafterSpec, as_float32, gguf_names
 
 ARCHITECTURE = "dflash"
+BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error)
+"""What reading a damaged file raises in gguf and numpy."""
 _TYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
@@ -164,25 +174,33 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     def get(name: str, default: Any = None) -> Any:
         return _value(reader, f"{ARCHITECTURE}.{name}", default)
 
+    tokens = _value(reader, "tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise ValueError(f"{path} has no list of tokens; write or download it again")
+    layers = integers({"target_layers": get("target_layers")}, "target_layers")
     spec = DrafterSpec(
         block_size=get("block_size"),
         mask_token_id=_value(reader, "tokenizer.ggml.mask_token_id"),
-        target_layer_ids=tuple(index - 1 for index in get("target_layers")),
+        target_layer_ids=tuple(index - 1 for index in layers),
         num_target_layers=num_target_layers,
-        vocab_size=len(_value(reader, "tokenizer.ggml.tokens")),
+        vocab_size=len(tokens),
         hidden_size=get("embedding_length"),
         intermediate_size=get("feed_forward_length"),
         num_layers=get("block_count"),
         num_heads=get("attention.head_count"),
         num_key_value_heads=get("attention.head_count_kv"),
         head_dim=get("attention.key_length"),
-        rms_norm_eps=as_float32(get("attention.layer_norm_rms_epsilon")),
-        rope={"rope_type": "default", "rope_theta": as_float32(get("rope.freq_base"))},
+        rms_norm_eps=_float32(get, "attention.layer_norm_rms_epsilon"),
+        rope={"rope_type": "default", "rope_theta": _float32(get, "rope.freq_base")},
         max_position_embeddings=get("context_length"),
         embed_scale=get("embedding_scale", 1.0),
         logit_scale=get("logit_scale", 1.0),
         softcap=get("final_logit_softcapping", 0.0) or None,
     )
+    try:
+        check_spec(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     names = {theirs: ours for ours, theirs in gguf_names(spec.num_layers).items()}
     return spec, {names.get(tensor.name, tensor.name): _weights(tensor) for tensor in reader.tensors}
 
@@ -196,16 +214,37 @@ def _weights(tensor: Any) -> Tensor:
             "the drafter in one of these precisions"
         )
     dtype = dtypes[tensor.tensor_type]
-    data = torch.from_numpy(np.array(tensor.data))
-    shape = [int(size) for size in reversed(tensor.shape)]
-    return data.view(dtype).reshape(shape)
+    try:
+        data = torch.from_numpy(np.array(tensor.data))
+        shape = [int(size) for size in reversed(tensor.shape)]
+        return data.view(dtype).reshape(shape)
+    except (*BROKEN, RuntimeError) as error:
+        raise ValueError(f"{tensor.name} cannot be read ({error}); write or download the file again") from error
+
+
+def _float32(get: Callable[[str], Any], name: str) -> float:
+    """Read a number that engines keep in fp32."""
+    value = get(name)
+    if type(value) not in (int, float):
+        raise ValueError(f"{name} is {value!r:.100}, expected a number; write or download the file again")
+    return as_float32(value)
 
 
 def _open(path: str | Path) -> gguf.GGUFReader:
     """Open a GGUF file."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; name a GGUF file that exists")
-    return gguf.GGUFReader(path)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # numpy's, about numbers that no length is
+            return gguf.GGUFReader(path)
+    except BROKEN as error:
+        raise ValueError(_broken(path, error)) from error
+
+
+def _broken(path: str | Path, error: BaseException) -> str:
+    said = printable(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+    return f"{path} is no GGUF file, or a damaged one ({said}); write or download it again"
 
 
 def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
@@ -213,4 +252,7 @@ def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
     field = reader.fields.get(name)
     if field is None and default is None:
         raise ValueError(f"the GGUF file has no value {name} and is not complete; write or download it again")
-    return default if field is None else field.contents()
+    try:
+        return default if field is None else field.contents()
+    except BROKEN as error:
+        raise ValueError(f"the GGUF file's value {name} cannot be read ({error}); download it again") from error

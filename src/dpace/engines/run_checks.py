@@ -1,5 +1,7 @@
 """The checks that run the drafter: leaks, parity and accepted lengths."""
 
+import math
+
 import torch
 
 from dpace.data.chat import encode_chat
@@ -52,9 +54,12 @@ def _accepted_length(subject: Subject) -> Observation:
     before, (low, high) = subject.record["tau"], subject.record["tau_interval"]
     dtypes = {subject.record["dtype"], subject.facts["dtype"], *(str(t.dtype)[6:] for t in subject.tensors.values())}
     ids = set(subject.record["tau_responses"])
+    has_interval = all(type(end) in (int, float) and math.isfinite(end) for end in (low, high))
     is_same = ids <= {r.id for r in subject.responses} and "train" in subject.recipe and dtypes == {"float32"}
     if is_same:
         low, high = before * (1 - MAX_TAU_CHANGE), before * (1 + MAX_TAU_CHANGE)
+    elif not has_interval:
+        return Observation(None, "training had too few responses for an interval")
     tau = subject.acceptance.tau
     observed = (
         f"tau {tau:.3f} on {len(subject.acceptance.rows)} responses{', those of the training' if is_same else ''}"

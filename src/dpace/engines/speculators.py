@@ -1,9 +1,9 @@
 """Write and read the `config.json` of speculators."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from dpace.engines.folder import mapping, read_config
 from dpace.spec import DrafterSpec, need
 
 
@@ -47,10 +47,18 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
 
 
 def verifier_name(folder: str | Path) -> str | None:
-    """Read which target a speculators folder names; None in other formats."""
-    path = Path(folder) / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    return config.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
+    """Read which target a speculators folder names; None in other formats.
+
+    Raises:
+        ValueError: a config that cannot be read.
+    """
+    verifier = mapping(mapping(read_config(folder).get("speculators_config")).get("verifier"))
+    name = verifier.get("name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise ValueError(
+            f"{Path(folder) / 'config.json'} names the target {name!r}, expected text; name it with --target"
+        )
+    return name or None
 
 
 def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:
@@ -64,7 +72,7 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
         raise ValueError(
             "the format of speculators does not say how many layers the target has; name the target with --target"
         )
-    inner = dict(need(config, "transformer_layer_config"))
+    inner = mapping(need(config, "transformer_layer_config"))
     vocab_size = inner.get("vocab_size")
     if config.get("draft_vocab_size", vocab_size) != vocab_size:
         raise ValueError(
@@ -74,6 +82,14 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
     return inner | {
         "block_size": need(config, "block_size"),
         "mask_token_id": need(config, "mask_token_id"),
-        "target_layer_ids": [index - 1 for index in need(config, "aux_hidden_state_layer_ids")],
+        "target_layer_ids": [index - 1 for index in integers(config, "aux_hidden_state_layer_ids")],
         "num_target_layers": num_target_layers,
     }
+
+
+def integers(config: dict[str, Any], key: str) -> list[int]:
+    """Read a required list of integers."""
+    found = need(config, key)
+    if not isinstance(found, list) or not all(type(one) is int for one in found):
+        raise ValueError(f"{key} is {found!r:.200}, expected a list of integers; copy the config again")
+    return found

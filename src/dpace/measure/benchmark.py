@@ -3,21 +3,23 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dpace.config import BenchConfig, Width
-from dpace.data.chat import encode_chat
+from dpace.data.chat import encode_chat, tokenizer_hashes
 from dpace.data.prompts import Prompt, first_of_each_set
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter, fingerprint
+from dpace.ledger import claim
 from dpace.measure.pooling import compare_drafters, make_rows
 from dpace.measure.predict import predict
 from dpace.measure.records import ResponseRecords
-from dpace.measure.results import BenchResults, BenchSetup, Provenance, write_results
+from dpace.measure.results import SEED_RULE, BenchResults, Provenance, write_results
 from dpace.measure.rows import PLAIN, ResponseRecord
 from dpace.measure.timing import StepTimers
 from dpace.progress import progress_bar
-from dpace.provenance import find_hardware, find_versions
+from dpace.provenance import find_hardware, find_versions, hash_json, weights_fingerprint
 from dpace.target import Target
 
 Engines = dict[tuple[str, Width | None], Drafter | None]
@@ -30,16 +32,16 @@ def bench(
     """Decode every prompt plainly and with each drafter and width, in turn, and write `results.json`.
 
     The order alternates from prompt to prompt, after a warm-up that is not counted, so that a drift of the machine's
-    speed does not favour one side. Each finished response is kept in `bench.jsonl`; an interrupted call goes on after
-    it. The answers to earlier turns are the plain ones, so all sides see the same prompts; above temperature 0 all
-    sides draw with the same seed, which gives the same text.
+    speed does not favour one side. Each finished response is kept in `bench-*.jsonl`, a file for each way to measure;
+    an interrupted call goes on after it. The answers to earlier turns are the plain ones, so all sides see the same
+    prompts. Prompt `i` draws with `seed + i` on all sides, which gives the same text above temperature 0 too.
 
     Args:
         target: the model.
         drafters: by name.
         prompts: not trained on.
         config: temperatures, lengths, how many prompts of each set.
-        folder: for the two files.
+        folder: for these files.
 
     Returns:
         What `results.json` holds.
@@ -51,13 +53,10 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     for drafter in drafters.values():
         drafter.check_target(target)
-    setup = BenchSetup(
-        target=target.name,
-        drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-    )
-    records, paces = ResponseRecords(folder / "bench.jsonl", setup, prompts), Paces()
+    claim(folder, "results.json")
+    about = _provenance(target, drafters, config)
+    records, paces = ResponseRecords(folder / "bench.jsonl", about, prompts), Paces()
+    seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
     drafted: dict[tuple[str, Width], Drafter] = {
         (name, width): drafter for name, drafter in drafters.items() for width in config.widths
@@ -72,12 +71,13 @@ def bench(
                 if not is_warm:
                     _warm_up(target, engines, prompt, temperature, paces)
                     is_warm = True
-                for record in _measure(target, engines, prompt, temperature, config, paces, rotation=number):
+                options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": seeds[prompt.id]}
+                for record in _measure(target, engines, prompt, temperature, paces, options, rotation=number):
                     records.add(record)
                 timers.run(prompt.set, temperature)
             bar.update(task, advance=1, info=_so_far(records.rows))
     block_sizes = {way: drafter.block_size for way, drafter in drafted.items()}
-    rows, about = make_rows(target, records.of(config.temperatures, prompts), block_sizes), _provenance(target, setup)
+    rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes)
     results = BenchResults(**vars(about), rows=rows, comparisons=compare_drafters(rows), predictions=[])
     write_results(folder / "results.json", results)  # so that nothing that happens while predicting loses it
     if drafters:
@@ -113,8 +113,8 @@ def _measure(
     engines: Engines,
     prompt: Prompt,
     temperature: float,
-    config: BenchConfig,
     paces: Paces,
+    options: dict[str, Any],
     *,
     rotation: int,
 ) -> Iterator[ResponseRecord]:
@@ -126,16 +126,7 @@ def _measure(
         messages += new_messages
         token_ids = encode_chat(target, messages)
         done = {
-            name: _decode(
-                target,
-                engines[name],
-                name[1],
-                token_ids,
-                paces,
-                max_new_tokens=config.max_new_tokens,
-                temperature=temperature,
-                seed=config.seed,
-            )
+            name: _decode(target, engines[name], name[1], token_ids, paces, temperature=temperature, **options)
             for name in names
         }
         plain = done[PLAIN, None]
@@ -163,11 +154,26 @@ def _measure(
         messages.append({"role": "assistant", "content": text})
 
 
-def _provenance(target: Target, setup: BenchSetup) -> Provenance:
+def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:
+    """Say all that the responses depend on, apart from the prompts."""
     return Provenance(
-        **vars(setup),
+        target=target.name,
+        drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        prompt_seeds=SEED_RULE,
+        target_weights_sha256=weights_fingerprint(target.model),
+        drafter_configs={name: _hash_config(drafter) for name, drafter in drafters.items()},
+        thinking=target.thinking,
+        **tokenizer_hashes(target),
         engine="dpace.decode",
         dtype=str(target.model.dtype).removeprefix("torch."),
         hardware=find_hardware(target.device),
         versions=find_versions(),
     )
+
+
+def _hash_config(drafter: Drafter) -> str:
+    """Hash what the drafter's config says about decoding."""
+    spec = {name: value for name, value in vars(drafter.spec).items() if name not in ("record", "special_token_ids")}
+    return hash_json(spec | {"confidence_temperature": drafter.confidence_temperature})

@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 from dpace.config import Width
 from dpace.data.prompts import Prompt
 from dpace.data.typed_json import from_json, to_json
-from dpace.ledger import cut_unfinished, read_jsonl
-from dpace.measure.results import BenchSetup, ServerSetup
+from dpace.ledger import claim, cut_unfinished, read_jsonl, write_text
+from dpace.measure.results import Provenance, ServerSetup
 from dpace.measure.rows import GroupRecord, ResponseRecord
 from dpace.provenance import hash_json
 
@@ -18,13 +18,14 @@ Record = TypeVar("Record", ResponseRecord, GroupRecord)
 
 
 class Records(Generic[Record]):
-    """Finished responses or groups of them, kept in a file whose first line says what was measured.
+    """Finished responses or groups of them, kept in a file whose first line says all that changes them.
 
-    A file of another measurement is begun again.
+    Each way to measure has a file of its own, which its name tells by a hash of that line. So records of other weights,
+    servers or settings are neither taken for new ones nor lost.
 
     Args:
-        path: of the file.
-        setup: what was measured.
+        path: of the files, without the hash.
+        setup: what is measured, and how.
         prompts: their hash is kept with the setup.
         kind: of the records.
 
@@ -34,16 +35,17 @@ class Records(Generic[Record]):
 
     rows: list[Record]
 
-    def __init__(self, path: Path, setup: BenchSetup | ServerSetup, prompts: Iterable[Prompt], kind: type[Record]):
-        self.path, self.rows = path, []
+    def __init__(self, path: Path, setup: Provenance | ServerSetup, prompts: Iterable[Prompt], kind: type[Record]):
         first = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
-        if path.exists():
-            cut_unfinished(path)
-            lines = list(read_jsonl(path))
-            if lines and lines[0][1] == first:
-                self.rows = [self._read(kind, number, line) for number, line in lines[1:]]
-                return
-        path.write_text(json.dumps(first) + "\n")
+        self.path, self.rows = path.with_stem(f"{path.stem}-{hash_json(first)[:8]}"), []
+        claim(self.path.parent, self.path.name)
+        cut_unfinished(self.path)
+        lines = list(read_jsonl(self.path)) if self.path.exists() else []
+        if not lines:
+            write_text(self.path, json.dumps(first) + "\n")
+        elif lines[0][1] != first:
+            raise ValueError(f"{self.path}:1: it is of another measurement; move the file away")
+        self.rows = [self._read(kind, number, line) for number, line in lines[1:]]
 
     def _read(self, kind: type[Record], number: int, line: dict) -> Record:
         try:
@@ -55,13 +57,13 @@ class Records(Generic[Record]):
         """Keep one, on disk at once."""
         self.rows.append(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_json(record)) + "\n")
+            file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
 
 
 class ResponseRecords(Records[ResponseRecord]):
     """Responses of a benchmark; of one that was measured twice, after an interruption, the last counts."""
 
-    def __init__(self, path: Path, setup: BenchSetup, prompts: Iterable[Prompt]):
+    def __init__(self, path: Path, setup: Provenance, prompts: Iterable[Prompt]):
         super().__init__(path, setup, prompts, ResponseRecord)
 
     def of(self, temperatures: Collection[float], prompts: Sequence[Prompt]) -> list[ResponseRecord]:

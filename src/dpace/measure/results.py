@@ -8,6 +8,7 @@ from typing import Any, Literal, NoReturn
 
 from dpace.data.typed_json import from_json, optional, to_json
 from dpace.ledger import write_json
+from dpace.measure.row_checks import check_compared, check_rows, check_served
 from dpace.measure.rows import ComparedRow, Comparison, LlamacppRow, Prediction, Row, ServerRow
 from dpace.metrics import Acceptance
 from dpace.provenance import Hardware, Versions
@@ -17,22 +18,35 @@ RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 MEASURE_AGAIN = "measure again with this version of dpace"
 HELDOUT_FILE = "heldout.json"
+MAX_LOGGED = 1e15
+"""Largest number of a training log that is drawn."""
+SEED_RULE = "seed + i for prompt i, counted from 0"
+"""How each prompt's seed is made, in results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSetup:
-    """What responses have to share to be compared, beside the prompts."""
+    """What was decoded, and how."""
 
     target: str
     drafters: dict[str, str]
     """Hashes of their weights, by name."""
     max_new_tokens: int
     seed: int
+    prompt_seeds: str | None = optional()
+    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
+    target_weights_sha256: str | None = optional()
+    """`dpace.provenance.weights_fingerprint`."""
+    drafter_configs: dict[str, str] | None = optional()
+    """Hashes of the drafters' configs, by name."""
+    tokenizer_sha256: str | None = optional()
+    chat_template_sha256: str | None = optional()
+    thinking: bool | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance(BenchSetup):
-    """What made the numbers."""
+    """What made the numbers; responses have to share it and the prompts to be compared."""
 
     engine: str
     dtype: str
@@ -92,6 +106,8 @@ class ServerAddress:
     url: str
     engine: str
     """What it turned out to be."""
+    model: str | None = optional()
+    """What it calls its model, where it says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +119,11 @@ class ServerSetup:
     """By side, `drafter` and `plain`."""
     max_new_tokens: int
     seed: int
+    prompt_seeds: str | None = optional()
+    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
+    tokenizer_sha256: str | None = optional()
+    chat_template_sha256: str | None = optional()
+    thinking: bool | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +158,22 @@ def read_results(path: Path) -> Results:
     kinds = (BenchResults, CompareResults, ServerResults)
     kind = max(kinds, key=lambda kind: len(value.keys() & {entry.name for entry in fields(kind)}))
     try:
-        return from_json(kind, value)
+        results = from_json(kind, value)
+        _check(results)
     except ValueError as error:
         _refuse(path, str(error), MEASURE_AGAIN)
+    return results
+
+
+def _check(results: Results) -> None:
+    """Refuse numbers that contradict each other."""
+    if isinstance(results, ServerResults):
+        return check_served(results.rows)
+    if isinstance(results, BenchResults):
+        return check_rows(results.rows, results.predictions)
+    check_compared(results.rows)
+    if results.decode:
+        _check(results.decode)
 
 
 def find_results(folder: Path) -> list[Results]:
@@ -228,6 +262,13 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     log = _load(path, fix, allow_nan=True).get("log_history")
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
         _refuse(path, "no list of objects under log_history", fix)
+    for number, entry in enumerate(log):
+        for name, number_found in entry.items():
+            is_drawn = name in ("step", "step_seconds", "eval_tau") or name.startswith("weight_share/")
+            if is_drawn and (type(number_found) not in (int, float) or abs(number_found) > MAX_LOGGED):
+                _refuse(path, f"log_history[{number}].{name} is {number_found!r:.60}, expected a number", fix)
+        if "step" not in entry and any(name in entry for name in ("eval_tau", "step_seconds", "weight_share/1")):
+            _refuse(path, f"log_history[{number}] has no step", fix)
     return log
 
 

@@ -1,21 +1,24 @@
-"""Ask a running server in the API of its engine, and read what it reports of verifications."""
+"""Ask a running server one prompt, and refuse what is no answer to it."""
 
+import contextlib
 import json
 import operator
-import re
 import time
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-TIMEOUT_SECONDS = 600
-"""Longest silence of a server."""
+from dpace.measure.transport import Address, words
+
+BROKEN = (KeyError, TypeError, AttributeError, IndexError, OverflowError, ValueError)
+"""What reading a reply raises that is not what the engine sends."""
+UNNAMED = "gpt-3.5-turbo"
+"""How llama.cpp calls a model that has no name."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,20 @@ class Answer:
 
 
 class Server(ABC):
-    """A running server; it always gets token ids, so that every engine sees the same prompt."""
+    """A running server; it always gets token ids, so that every engine sees the same prompt.
+
+    Args:
+        url: its address.
+        vocab_size: tokens of the target's tokenizer; an answer has no others.
+    """
 
     engine: str
+    model: str | None = None
+    """What the server calls its model, where it says so."""
 
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, vocab_size: int | None = None):
+        self.address, self.vocab_size = Address(url), vocab_size
+        self.url = self.address.url
 
     @abstractmethod
     def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
@@ -89,6 +100,10 @@ class Server(ABC):
     def read(self, event: dict, token_ids: list[int]) -> Counts | None:
         """Add an event's tokens to those so far; counts where the event has them."""
 
+    @abstractmethod
+    def end(self, event: dict) -> str | None:
+        """Give the reason why the answer ends with this event; None where it goes on."""
+
     def counters(self) -> Counts | None:
         """All verifications since the server began, for servers whose responses tell nothing."""
         return None
@@ -97,199 +112,86 @@ class Server(ABC):
         """Send one prompt and read its response to the end.
 
         Raises:
-            ValueError: the server refuses, breaks off, or sends no token.
+            ValueError: the server refuses, breaks off, sends no token, more than asked or one outside the vocabulary,
+                or answers with another model.
         """
         path, body = self.request(token_ids, max_new_tokens, temperature, seed)
-        started, first, last, counts, response = time.perf_counter(), None, 0.0, None, []
-        for event in _events(self.url + path, body):
-            counts = self.read(event, response) or counts
-            if response:
-                last = time.perf_counter() - started
-                first = first or last
+        started, first, last, counts, response, reason = time.perf_counter(), None, 0.0, None, [], None
+        with contextlib.closing(self.address.events(path, body, max_new_tokens)) as events:
+            for event in events:
+                if event is None:
+                    reason = reason or "done"
+                    break
+                try:
+                    self._check_model(event)
+                    counts, reason = self.read(event, response) or counts, self.end(event) or reason
+                except BROKEN as error:
+                    raise ValueError(
+                        f"{self.url} sent {words(json.dumps(event))}, which {self.engine} does not send "
+                        f"({words(error)}); see the server's log, and which version runs"
+                    ) from error
+                if len(response) > max_new_tokens:
+                    raise ValueError(
+                        f"{self.url} sent {len(response)} tokens, expected at most {max_new_tokens}, as it was asked "
+                        "for; see which version runs"
+                    )
+                if response:
+                    last = time.perf_counter() - started
+                    first = first or last
+        if reason is None:
+            raise ValueError(
+                f"{self.url} broke off after {len(response)} tokens, without the mark of the end; is the server still "
+                "running?"
+            )
+        if reason in ("abort", "error"):
+            raise ValueError(f"{self.url} ended its answer with {reason!r}; see the server's log")
         if first is None:
             raise ValueError(f"{self.url} sent no token for a prompt of {len(token_ids)} tokens; see the server's log")
+        self._check_tokens(response)
         return Answer(response, first, last, counts)
 
+    def _check_model(self, event: dict) -> None:
+        """Refuse an answer of another model than the one that was found, or that answered first."""
+        found = event.get("model")
+        if found is None or found == UNNAMED:
+            return
+        self.model = self.model or text_of(found)
+        if found not in (self.model, PurePath(self.model).name):
+            raise ValueError(f"the answer is of the model {found!r}, expected {self.model!r}")
 
-class VllmServer(Server):
-    """vLLM: `/v1/completions`, counters in `/metrics`.
-
-    Source: its metrics `vllm:spec_decode_*`, https://docs.vllm.ai/en/latest/design/metrics.html.
-    """
-
-    engine = "vllm"
-
-    def __init__(self, url: str):
-        super().__init__(url)
-        self.model = _get(self.url + "/v1/models")["data"][0]["id"]
-
-    def request(self, token_ids, max_new_tokens, temperature, seed):
-        """See `Server`."""
-        body = {
-            "model": self.model,
-            "prompt": list(token_ids),
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stream": True,
-            "return_token_ids": True,
-        }
-        return "/v1/completions", body
-
-    def read(self, event, token_ids):
-        """See `Server`."""
-        for choice in event.get("choices", ()):
-            token_ids += choice.get("token_ids") or []
-
-    def counters(self):
-        """See `Server`."""
-        text = _get(self.url + "/metrics", is_json=False)
-
-        def values(name: str) -> list[tuple[str, int]]:
-            pattern = rf"^vllm:spec_decode_{name}_total(?:\{{([^}}]*)\}})? ([0-9.e+]+)$"
-            found = re.findall(pattern, text, re.MULTILINE)
-            return [(labels, round(float(value))) for labels, value in found]
-
-        drafts = values("num_drafts")
-        if not drafts:
-            return None
-        reached: dict[int, int] = {}
-        for labels, value in values("num_accepted_tokens_per_pos"):
-            position = re.search(r'position="(\d+)"', labels)
-            if position:
-                reached[int(position[1])] = reached.get(int(position[1]), 0) + value
-        total = sum(value for _, value in drafts)
-        reach = [total, *(reached[i] for i in sorted(reached)), 0]
-        histogram = [a - b for a, b in zip(reach, reach[1:], strict=False)] if reached else None
-        return Counts(total, sum(value for _, value in values("num_accepted_tokens")), histogram)
+    def _check_tokens(self, response: list[Any]) -> None:
+        """Refuse tokens that the target does not have."""
+        for token in response:
+            if type(token) is not int or token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
+                raise ValueError(
+                    f"{self.url} sent the token {words(token)}, expected one in 0 .. {(self.vocab_size or 0) - 1}; it "
+                    "serves another model than --target"
+                )
 
 
-class SglangServer(Server):
-    """SGLang: its native `/generate`, counts in `meta_info`.
-
-    Source: `spec_verify_ct` and `spec_accept_histogram` of sgl-project/sglang.
-    """
-
-    engine = "sglang"
-
-    def request(self, token_ids, max_new_tokens, temperature, seed):
-        """See `Server`."""
-        sampling = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "sampling_seed": seed,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-        }
-        return "/generate", {"input_ids": list(token_ids), "sampling_params": sampling, "stream": True}
-
-    def read(self, event, token_ids):
-        """See `Server`."""
-        meta, new = event.get("meta_info", {}), event.get("output_ids") or []
-        if len(new) == meta.get(
-            "completion_tokens"
-        ):  # everything so far, unless the server was told to send the rest only
-            token_ids.clear()
-        token_ids += new
-        if not meta.get("spec_verify_ct"):
-            return None
-        histogram = meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram")
-        accepted = meta.get("spec_accept_token_num", meta.get("spec_num_correct_drafts"))
-        if accepted is None:
-            accepted = meta["completion_tokens"] - 1 - meta["spec_verify_ct"]
-        return Counts(meta["spec_verify_ct"], accepted, histogram)
+def text_of(value: object) -> str:
+    """Give a value that has to be text and not empty."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"found {value!r}, expected a name")
+    return value
 
 
-class LlamacppServer(Server):
-    """llama.cpp: its native `/completion`, draft counts in `timings`.
-
-    Source: `tools/server/README.md` of ggml-org/llama.cpp.
-    """
-
-    engine = "llama.cpp"
-
-    def request(self, token_ids, max_new_tokens, temperature, seed):
-        """See `Server`."""
-        body = {
-            "prompt": list(token_ids),
-            "n_predict": max_new_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "top_k": 0,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "repeat_penalty": 1.0,
-            "cache_prompt": False,
-            "return_tokens": True,
-            "stream": True,
-        }
-        return "/completion", body
-
-    def read(self, event, token_ids):
-        """See `Server`."""
-        token_ids += event.get("tokens") or []
-        timings = event.get("timings") or {}
-        if not event.get("stop") or "draft_n" not in timings:
-            return None
-        emitted = timings["predicted_n"] - 1  # the first token is the prompt's
-        verifications = max(1, emitted - timings["draft_n_accepted"])  # each emits what it accepts and one more
-        if event.get("stop_type") == "eos" and timings["draft_n"] % verifications:
-            # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
-            verifications += timings["draft_n"] % (verifications + 1) == 0
-        return Counts(verifications, max(0, emitted - verifications))
+def number_of(value: object) -> int:
+    """Give a value that has to be a count."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"found {value!r}, expected a count")
+    return value
 
 
-def connect(url: str) -> Server:
-    """Find out what runs at an address.
-
-    Raises:
-        ValueError: nothing answers there, or none of the servers that are known.
-    """
-    url = url.rstrip("/")
-    probes = (("/props", LlamacppServer), ("/get_server_info", SglangServer), ("/server_info", SglangServer))
-    for path, kind in (*probes, ("/version", VllmServer)):
-        try:
-            answer = _get(url + path)
-        except ValueError as error:
-            if isinstance(error.__cause__, urllib.error.HTTPError):
-                continue  # a server, but not this one
-            raise
-        if isinstance(answer, dict) and (kind is not VllmServer or "version" in answer):
-            return kind(url)
-    raise ValueError(f"{url} is neither vLLM nor SGLang nor llama.cpp's server; give the address before /v1")
+def tokens_of(value: object) -> list[Any]:
+    """Give a value that has to be a list, of tokens that are checked later; None is an empty one."""
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"found {value!r}, expected a list of tokens")
+    return value or []
 
 
-def _events(url: str, body: dict) -> Iterator[dict]:
-    """The server-sent events of a request."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as stream:
-            for line in stream:
-                data = line.decode().strip().removeprefix("data:").strip()
-                if not line.startswith(b"data:") or data == "[DONE]":
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise ValueError(f"{url} answers: {event['error']}")
-                yield event
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{url} refuses ({error.code}): {error.read().decode(errors='replace')[:300]}") from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{url} broke off ({error}); is the server still running?") from error
-
-
-def _get(url: str, *, is_json: bool = True) -> Any:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            text = answer.read().decode()
-    except OSError as error:
-        raise ValueError(f"nothing answers at {url} ({error}); start the server, or mend the address") from error
-    try:
-        return json.loads(text) if is_json else text
-    except json.JSONDecodeError:
-        return None
+def histogram_of(value: object) -> list[int] | None:
+    """Give a value that has to be a list of counts, or is not there."""
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"found {value!r}, expected a list of counts")
+    return [number_of(count) for count in value] if value else None

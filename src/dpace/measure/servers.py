@@ -1,24 +1,27 @@
 """Ask running servers, and pool their text, speed and accepted lengths, as each of them reports these."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.data.chat import ChatTokenizer, encode_chat
+from dpace.data.chat import ChatTokenizer, encode_chat, tokenizer_hashes
 from dpace.data.prompts import Prompt, first_of_each_set
+from dpace.ledger import claim
 from dpace.measure.records import Records
-from dpace.measure.results import ServerAddress, ServerResults, ServerSetup, write_results
+from dpace.measure.results import SEED_RULE, ServerAddress, ServerResults, ServerSetup, write_results
 from dpace.measure.rows import PLAIN, GroupRecord, Interval, ServerRow, SideRecord, estimate_of
-from dpace.measure.server_apis import Answer, Counts, Server, connect
+from dpace.measure.server_apis import Answer, Counts, Server
+from dpace.measure.server_engines import connect
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
 
 DRAFTER = "drafter"
 """Name of the side with the drafter; the other one is `PLAIN`."""
+SERVERS_FILE = "servers.json"
 GROUPS_PER_WORKER = 4
 """Requests of a group for each that runs at the same time: the last ones of a group run with fewer beside them."""
 
@@ -34,7 +37,8 @@ def bench_servers(
     """Send every prompt to a server with a drafter and to one without, and write `servers.json`.
 
     Both get the same token ids. The sides alternate: prompt by prompt at concurrency 1, by groups of requests at
-    others. Each finished group is kept in `servers.jsonl`; an interrupted call goes on after it.
+    others. Prompt `i` draws with `seed + i` on both. Each finished group is kept in `servers-*.jsonl`, a file for each
+    way to measure; an interrupted call goes on after it.
 
     Args:
         chat: the target's tokenizer with what belongs to it.
@@ -42,7 +46,7 @@ def bench_servers(
         plain_url: of one that serves the same model without; None leaves out what needs a baseline.
         prompts: not trained on.
         config: temperatures, lengths, concurrencies, how many prompts of each set.
-        folder: for the two files.
+        folder: for these files.
 
     Returns:
         What `servers.json` holds.
@@ -50,38 +54,51 @@ def bench_servers(
     Raises:
         ValueError: a server that does not answer, refuses a request, or is of no known kind.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    sides = {DRAFTER: connect(drafter_url)} | ({PLAIN: connect(plain_url)} if plain_url else {})
+    vocab_size = len(chat.tokenizer)
+    urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
+    sides = {side: connect(url, vocab_size) for side, url in urls.items()}
+    setup = _setup(chat, sides, config)
+    claim(folder, SERVERS_FILE)
+    records = Records(Path(folder) / "servers.jsonl", setup, prompts, GroupRecord)
+    seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
-    setup = ServerSetup(
-        target=chat.name,
-        servers={side: ServerAddress(url=server.url, engine=server.engine) for side, server in sides.items()},
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-    )
-    records = Records(folder / "servers.jsonl", setup, prompts, GroupRecord)
-    done = {(r.temperature, r.concurrency, tuple(r.ids)) for r in records.rows}
+    done = {(r.temperature, r.concurrency, tuple(r.ids)): r for r in records.rows}
     jobs = [
         (temperature, concurrency, group)
         for concurrency in config.concurrencies
         for temperature in config.temperatures
         for group in _groups(prompts, concurrency)
     ]
-    is_warm = False
+    is_warm, chosen = False, []
     with progress_bar() as bar:
         task = bar.add_task("asking servers", total=sum(len(group) for *_, group in jobs), info="")
         for number, (temperature, concurrency, group) in enumerate(jobs):
-            if (temperature, concurrency, tuple(prompt.id for prompt in group)) not in done:
+            key = temperature, concurrency, tuple(prompt.id for prompt in group)
+            if key not in done:
                 if not is_warm:
                     for server in sides.values():
                         server.answer(encode_chat(chat, group[0].turns[0]), 16, temperature, config.seed)
                     is_warm = True
-                records.add(_ask(chat, sides, group, temperature, concurrency, config, rotation=number))
+                done[key] = _ask(chat, sides, group, temperature, concurrency, config, seeds, rotation=number)
+                records.add(done[key])
+            chosen.append(done[key])
             bar.update(task, advance=len(group), info=f"concurrency {concurrency}")
-    results = ServerResults(**vars(setup), rows=make_rows(records.rows, config))
-    write_results(folder / "servers.json", results)
+    results = ServerResults(**vars(setup), rows=make_rows(chosen))
+    write_results(Path(folder) / SERVERS_FILE, results)
     return results
+
+
+def _setup(chat: ChatTokenizer, sides: dict[str, Server], config: BenchConfig) -> ServerSetup:
+    """Say all that the answers depend on, apart from the prompts."""
+    return ServerSetup(
+        target=chat.name,
+        servers={side: ServerAddress(url=s.url, engine=s.engine, model=s.model) for side, s in sides.items()},
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        prompt_seeds=SEED_RULE,
+        thinking=chat.thinking,
+        **tokenizer_hashes(chat),
+    )
 
 
 def _groups(prompts: Sequence[Prompt], concurrency: int) -> Iterator[list[Prompt]]:
@@ -99,6 +116,7 @@ def _ask(
     temperature: float,
     concurrency: int,
     config: BenchConfig,
+    seeds: Mapping[str, int],
     *,
     rotation: int,
 ) -> GroupRecord:
@@ -112,7 +130,8 @@ def _ask(
         for i in here:
             messages[i] += group[i].turns[turn]
         encoded = [encode_chat(chat, messages[i]) for i in here]
-        asked = {name: _ask_side(sides[name], encoded, temperature, concurrency, config) for name in names}
+        jobs = [(ids, seeds[group[i].id]) for i, ids in zip(here, encoded, strict=True)]
+        asked = {name: _ask_side(sides[name], jobs, temperature, concurrency, config) for name in names}
         turns.append({name: side for name, (side, _) in asked.items()})
         answers = asked[PLAIN if PLAIN in asked else DRAFTER][1]
         for i, answer in zip(here, answers, strict=True):
@@ -128,14 +147,12 @@ def _ask(
 
 
 def _ask_side(
-    server: Server, encoded: Sequence[list[int]], temperature: float, concurrency: int, config: BenchConfig
+    server: Server, jobs: Sequence[tuple[list[int], int]], temperature: float, concurrency: int, config: BenchConfig
 ) -> tuple[SideRecord, list[Answer]]:
-    """Send prompts to one server, so many at a time."""
+    """Send prompts, each with its seed, to one server, so many at a time."""
     before, started = server.counters(), time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
-        answers = list(
-            pool.map(lambda ids: server.answer(ids, config.max_new_tokens, temperature, config.seed), encoded)
-        )
+        answers = list(pool.map(lambda job: server.answer(job[0], config.max_new_tokens, temperature, job[1]), jobs))
     seconds, after = time.perf_counter() - started, server.counters()
     counts = Counts.pooled([answer.counts for answer in answers if answer.counts])
     if before and after and after.num_verifications > before.num_verifications:
@@ -151,14 +168,10 @@ def _ask_side(
     return side, answers
 
 
-def make_rows(records: Sequence[GroupRecord], config: BenchConfig) -> list[ServerRow]:
+def make_rows(records: Sequence[GroupRecord]) -> list[ServerRow]:
     """Pool groups into one row for each set, temperature and concurrency."""
-    rows = []
-    for key in sorted({(r.temperature, r.set, r.concurrency) for r in records}):
-        groups = [r for r in records if (r.temperature, r.set, r.concurrency) == key]
-        if key[0] in config.temperatures and key[2] in config.concurrencies:
-            rows.append(_make_row(groups))
-    return rows
+    keys = sorted({(r.temperature, r.set, r.concurrency) for r in records})
+    return [_make_row([r for r in records if (r.temperature, r.set, r.concurrency) == key]) for key in keys]
 
 
 def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:

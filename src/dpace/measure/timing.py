@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 from dpace.config import BenchConfig
 from dpace.data.chat import encode_chat
@@ -15,7 +16,7 @@ from dpace.data.prompts import Prompt
 from dpace.decode.batch import batch_steps, generate_batch
 from dpace.decode.costs import StepCosts, StepTimer, single_steps
 from dpace.drafter import Drafter
-from dpace.progress import progress_bar
+from dpace.progress import printable, progress_bar
 from dpace.target import Target
 
 MIN_ROUNDS = 5
@@ -112,7 +113,7 @@ def measure_together(
             options: dict[str, Any] = {"temperature": temperature, "context": contexts[set_name]}
             steps = {name: _batch_steps(target, drafter, sizes, options) for name, drafter in drafters.items()}
             for size, of_size in groups[set_name].items():
-                bar.update(task, info=f"{set_name}, {size}")
+                bar.update(task, info=escape(printable(f"{set_name}, {size}")))
                 timers = {
                     name: StepTimer([of_rows[rows] for rows in of_rows if rows <= size], drafters[name].block_size)
                     for name, of_rows in steps.items()
@@ -122,7 +123,9 @@ def measure_together(
                 try:
                     rates = _rates(target, drafters, of_size, temperature, config, list(timers.values()))
                 except (ValueError, torch.OutOfMemoryError) as error:
-                    print(f"{size} prompts of {set_name} at once were not measured: {error}", file=sys.stderr)
+                    print(
+                        printable(f"{size} prompts of {set_name} at once were not measured: {error}"), file=sys.stderr
+                    )
                 bar.advance(task, len(of_size))
                 for name in drafters if rates.get(None) else ():
                     found.speedups[name, set_name, temperature, size] = rates[name] / rates[None]

@@ -2,11 +2,13 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpace.measure.rows import Example, Row
+from dpace.report.markdown import one_line
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,24 @@ def panels(rows: Sequence[Row], draw: Callable[[Any, list[Row]], None], ylabel: 
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
         draw(axis, [row for row in rows if row.set == name])
-        axis.set_title(name)
+        axis.set_title(label(name))
         axis.grid(alpha=0.3)
     for line in axes:
         line[0].set_ylabel(ylabel)
     return svg(figure)
 
 
+def label(text: str) -> str:
+    """Write a name that a figure shows as it is: no mathematics, and not hidden by a first underscore."""
+    text = one_line(text)[:80].replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def svg(figure) -> str:
     """Close a figure, and return it as SVG that scales with the page."""
     buffer = io.StringIO()
-    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpace"}):
+    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpace"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # only the width of a name is then a guess
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     pyplot().close(figure)
     text = buffer.getvalue()

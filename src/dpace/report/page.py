@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from dpace.ledger import claim, refuse_others, write_text
 from dpace.measure.results import BenchResults, CompareResults, Results, ServerResults, find_results, read_log
+from dpace.progress import printable
 from dpace.report.figures import Section
+from dpace.report.markdown import as_markdown
 from dpace.report.plots import describe_errors, lengths, scatter, slots, widths
 from dpace.report.tables import (
     PAIR_HEADINGS,
@@ -35,17 +38,30 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
         The files written.
 
     Raises:
-        ValueError: a folder without results, or with a file that is not what this version writes.
+        ValueError: a folder without results, or with a file that is not what this version writes; a page or Markdown
+            there that dpace did not write.
         OSError: a file that cannot be read or written.
     """
-    sections = [section for folder in folders for section in read_folder(Path(folder))]
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    markdown = _check_path(path)
+    sections = [section for folder in folders for section in read_folder(Path(folder))]
     page = _template().render(sections=sections, title=sections[0].text)
-    path.write_text(page, encoding="utf-8")
-    markdown = path.with_suffix(".md")
-    markdown.write_text(to_markdown(sections), encoding="utf-8")
+    claim(path.parent, path.name, markdown.name)
+    write_text(path, page)
+    write_text(markdown, to_markdown(sections))
     return [path, markdown]
+
+
+def _check_path(path: Path) -> Path:
+    """Refuse a place that the page cannot have, before anything is read; give the Markdown's place."""
+    if "\0" in str(path):
+        raise ValueError("the output has a character that no file's name has; name an HTML file with --output")
+    if path.is_dir() or not path.name or path.suffix == ".md":
+        what = "is a folder" if path.is_dir() else "is where the Markdown would be" if path.name else "is no file"
+        raise ValueError(f"the output {path} {what}; name an HTML file with --output, such as report.html")
+    markdown = path.with_suffix(".md")
+    refuse_others(path.parent, path.name, markdown.name)
+    return markdown
 
 
 def read_folder(folder: Path) -> list[Section]:
@@ -170,33 +186,46 @@ def provenance(results: BenchResults | None, target: str, folder: Path) -> Secti
     """List what made the numbers."""
     rows = [["", ""], ["folder", str(folder)], ["target", target]]
     if results:
-        rows += [["dtype", results.dtype], ["engine", results.engine], ["seed", str(results.seed)]]
+        rows += [["dtype", results.dtype], ["engine", results.engine], ["seed", _seed(results)]]
         rows.append(["max_new_tokens", str(results.max_new_tokens)])
         for name, facts in (("hardware", vars(results.hardware)), ("versions", vars(results.versions))):
             rows.append([name, ", ".join(f"{key} {value}" for key, value in facts.items())])
+        if results.target_weights_sha256:
+            rows.append(["sha256 of the target's weights", results.target_weights_sha256[:16]])
         rows += [[f"sha256 of {name}", digest[:16]] for name, digest in results.drafters.items()]
     return Section("Provenance", "", rows)
+
+
+def _seed(results: BenchResults) -> str:
+    """Say which seed each prompt had."""
+    return f"{results.seed}" + (f"; {results.prompt_seeds}" if results.prompt_seeds else "")
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
     """Write headings, texts and tables; figures are only in the page."""
     lines = []
     for section in sections:
-        lines += [f"## {section.title}", "", section.text, ""]
+        lines += [f"## {as_markdown(section.title)}", "", as_markdown(section.text), ""]
         if section.rows:
-            head, *body = section.rows
+            head, *body = [[as_markdown(cell) for cell in row] for row in section.rows]
             lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
             lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
         for set_name, example in section.examples:
             text = "".join(f"[{piece}]" if is_draft else piece for piece, is_draft in example.pieces)
-            lines += [f"{set_name}, {example.what}: {example.id}, tau {example.tau:.2f}", ""]
-            lines += ["    " + line for line in text.splitlines()] + [""]
+            about = f"{set_name}, {example.what}: {example.id}"
+            lines += [f"{as_markdown(about)}, tau {example.tau:.2f}", ""]
+            lines += ["    " + printable(line) for line in text.splitlines()] + [""]
     return "\n".join(lines)
+
+
+def _finalize(value: object) -> object:
+    """Show control characters; the SVG, which is marked as safe, has none."""
+    return printable(value) if type(value) is str else value
 
 
 def _template():
     import jinja2
 
     source = (files("dpace") / "report" / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize)
     return environment.from_string(source)

@@ -7,7 +7,7 @@ import numpy as np
 
 from dpace.measure.results import BenchResults
 from dpace.measure.rows import ComparedRow, Prediction, Row
-from dpace.report.figures import Section, panels, pyplot
+from dpace.report.figures import Section, label, panels, pyplot
 
 MAX_SCATTER = 400
 """Prompts of a set that are drawn."""
@@ -22,7 +22,8 @@ def slots(results: BenchResults) -> Section:
             slot = np.arange(1, acceptance.block_size)
             low, high = acceptance.reach_interval()
             axes.plot(slot, acceptance.reach_rate, marker="o", ms=3, color=f"C{number}", label=_label(row))
-            axes.fill_between(slot, low, high, color=f"C{number}", alpha=0.15, lw=0)
+            if len(acceptance.rows) > 1:
+                axes.fill_between(slot, low, high, color=f"C{number}", alpha=0.15, lw=0)
         axes.set(xlabel="slot", ylim=(0, 1.02))
         axes.legend(fontsize=8)
 
@@ -60,8 +61,8 @@ def widths(results: BenchResults) -> Section:
                     continue
                 error = None if low is None or high is None else [[max(0, value - low)], [max(0, high - value)]]
                 width = row.block_size if other.width == "full" else other.width
-                label = "measured" if other is row else None
-                axes.errorbar([width], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label=label)
+                what = "measured" if other is row else None
+                axes.errorbar([width], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label=what)
         axes.axhline(1, color="0.5", lw=1)
         axes.set(xlabel="tokens verified at once")
         axes.legend(fontsize=8)
@@ -116,7 +117,7 @@ def scatter(results: BenchResults) -> Section:
 
 
 def _label(row: Row | ComparedRow) -> str:
-    return f"{row.drafter}, T={row.temperature:g}"
+    return label(f"{row.drafter}, T={row.temperature:g}")
 
 
 def plot_acceptance(rows: Sequence[Row] | Sequence[ComparedRow], path: str | Path) -> None:
@@ -135,9 +136,9 @@ def plot_acceptance(rows: Sequence[Row] | Sequence[ComparedRow], path: str | Pat
         for row in (row for row in rows if row.set == name):
             slots = range(1, len(row.reach_rate) + 1)
             style, color = "-" if row.temperature == 0 else "--", f"C{drafters.index(row.drafter)}"
-            label = _label(row) + ("" if row.tau is None else f", tau {row.tau:.2f}")
-            axis.plot(slots, row.reach_rate, style, marker="o", ms=3, color=color, label=label)
-        axis.set(title=name, xlabel="slot", ylim=(0, 1.02), xticks=list(slots))
+            line = _label(row) + ("" if row.tau is None else f", tau {row.tau:.2f}")
+            axis.plot(slots, row.reach_rate, style, marker="o", ms=3, color=color, label=line)
+        axis.set(title=label(name), xlabel="slot", ylim=(0, 1.02), xticks=list(slots))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("reach rate (slots 1..k all accepted)")

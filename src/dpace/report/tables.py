@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dpace.measure.results import BenchResults, CompareResults, ServerResults
 from dpace.measure.rows import ComparedRow, Comparison, Estimate, Interval, Prediction, Row, ServerRow
+from dpace.report.markdown import one_line
 
 Verdict = Literal["faster", "slower", "no clear difference", "too few prompts"]
 
@@ -18,6 +19,16 @@ Verdict = Literal["faster", "slower", "no clear difference", "too few prompts"]
 def console() -> Console:
     """Make the console for tables, at least 140 columns wide, so that a file has unbroken numbers."""
     return Console(width=max(140, Console().width))
+
+
+def plain(text: str) -> str:
+    """Write a text that the terminal shows as it is: in one line, and no markup of rich."""
+    return escape(one_line(text))
+
+
+def shown(cells: Sequence[str]) -> list[str]:
+    """Write cells that the terminal shows as they are."""
+    return [plain(cell) for cell in cells]
 
 
 def results_table(results: BenchResults) -> Table:
@@ -28,9 +39,9 @@ def results_table(results: BenchResults) -> Table:
     tables have, see `dpace.metrics.published_tau`.
     """
     table = Table(
-        title=f"{Path(results.target).name}, {results.dtype}, {results.hardware.device}",
-        caption="*: as in published tables: the mean over responses of their means, and mean seconds a token"
-        + copied_note(results.rows, start="\n"),
+        title=plain(f"{Path(results.target).name}, {results.dtype}, {results.hardware.device}"),
+        caption="*: as in published tables: the mean over responses of their means, and mean seconds a token\n"
+        + plain(copied_note(results.rows, start="")),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -38,7 +49,7 @@ def results_table(results: BenchResults) -> Table:
         is_text = heading in ("set", "drafter", "width", "")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     for row in results.rows:
-        table.add_row(*result_cells(row))
+        table.add_row(*shown(result_cells(row)))
     return table
 
 
@@ -95,16 +106,16 @@ def slots_table(results: BenchResults) -> Table:
     for heading in ("set", "T", "drafter", *map(str, range(1, block_size))):
         table.add_column(heading, justify="left" if heading in ("set", "drafter") else "right", no_wrap=True)
     for row in rows:
-        table.add_row(row.set, f"{row.temperature:g}", row.drafter, *(f"{x:.2f}" for x in row.reach_rate))
+        table.add_row(*shown([row.set, f"{row.temperature:g}", row.drafter]), *(f"{x:.2f}" for x in row.reach_rate))
     return table
 
 
 def drafters_table(comparisons: Sequence[Comparison]) -> Table:
     """Make one line for each drafter but the first: against it, on the same prompts."""
-    title = f"paired comparison with {comparisons[0].baseline}, the same prompts, 95 % intervals"
+    title = plain(f"paired comparison with {comparisons[0].baseline}, the same prompts, 95 % intervals")
     table = Table(*PAIR_HEADINGS, title=title, box=SIMPLE_HEAD)
     for row in comparisons:
-        table.add_row(*pair_cells(row))
+        table.add_row(*shown(pair_cells(row)))
     return table
 
 
@@ -134,7 +145,7 @@ def predictions_table(predictions: Sequence[Prediction]) -> Table:
         is_text = heading in ("set", "drafter", "best")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     for row in predictions:
-        table.add_row(*prediction_cells(row))
+        table.add_row(*shown(prediction_cells(row)))
     return table
 
 
@@ -154,11 +165,11 @@ def prediction_cells(prediction: Prediction) -> list[str]:
 def servers_table(results: ServerResults) -> Table:
     """Make one line for each set, temperature and concurrency."""
     servers = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
-    table = Table(title=f"{Path(results.target).name}: {servers}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=plain(f"{Path(results.target).name}: {servers}"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in SERVER_HEADINGS:
         table.add_column(heading, justify="left" if heading in ("set", "") else "right", no_wrap=True)
     for row in results.rows:
-        table.add_row(*server_cells(row))
+        table.add_row(*shown(server_cells(row)))
     return table
 
 
@@ -203,17 +214,17 @@ def compare_table(results: CompareResults) -> Table:
     speeds = {(row.set, row.drafter): row for row in decoded if row.temperature == 0}
     seeds = ", ".join(map(str, results.seeds))
     table = Table(
-        title=f"{Path(results.target).name}, reduction {results.reduction}, seeds {seeds}, T=0",
+        title=plain(f"{Path(results.target).name}, reduction {results.reduction}, seeds {seeds}, T=0"),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    gain = f"over {results.baseline} [95 %]"
+    gain = plain(f"over {results.baseline} [95 %]")
     for heading in ("set", "objective", "tau [95 %]", gain, "by seed", "decode_speedup [95 %]", "ms/step", "peak GiB"):
         table.add_column(heading, justify="left" if heading in ("set", "objective") else "right", no_wrap=True)
     for row in results.rows:
         speed, peak = speeds.get((row.set, row.drafter)), row.peak_memory_bytes
         table.add_row(
-            *compared_cells(row, results.baseline),
+            *shown(compared_cells(row, results.baseline)),
             with_interval(speed.decode_speedup, speed.decode_speedup_interval) if speed else "-",
             "-" if row.step_seconds is None else f"{1000 * row.step_seconds:.0f}",
             "-" if peak is None else f"{peak / 2**30:.2f}",
@@ -232,20 +243,20 @@ def compared_cells(row: ComparedRow, baseline: str) -> list[str]:
 
 def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
     """Make one line for each check: name, cases, whether it passed, detail."""
-    table = Table("check", "cases", "", "found", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table("check", "cases", "", "found", title=plain(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, cases, is_passed, detail in findings:
-        table.add_row(name, cases, "pass" if is_passed else "FAIL", detail)
+        table.add_row(*shown([name, cases, "pass" if is_passed else "FAIL", detail]))
     return table
 
 
 def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str) -> Table:
     """Make one line for each check: name, result, found, expected and, where it is not right, what to do."""
-    table = Table("check", "", "found", "expected", "to do", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table("check", "", "found", "expected", "to do", title=plain(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, result, found, expected, fix in diagnoses:
         is_wrong = result in ("fails", "warns")
         style = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}.get(result, "")
         words = result.upper() if result == "fails" else result
-        table.add_row(name, words, escape(found), escape(expected) if is_wrong else "", fix, style=style)
+        table.add_row(*shown([name, words, found, expected if is_wrong else "", fix]), style=style)
     return table
 
 

@@ -3,12 +3,13 @@
 A log is the `log_history` of `trainer_state.json`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dpace.report.figures import Section, pyplot, svg
+from dpace.report.figures import Section, label, pyplot, svg
 
 MAX_DRAFTERS = 4
 """Drafters whose weights are drawn on the page."""
@@ -31,12 +32,13 @@ def tau_curves(logs: dict[str, list[dict]]) -> Section:
         steps, taus = zip(*points, strict=True)
         minutes = np.interp(steps, list(clock), list(clock.values())) / 60
         for axis, x in zip(axes, (steps, minutes), strict=True):
-            axis.plot(x, taus, marker="o", ms=3, color=f"C{number % 10}", label=name)
-    for axis, label in zip(axes, ("optimizer step", "minutes of training steps"), strict=True):
-        axis.set_xlabel(label)
+            axis.plot(x, taus, marker="o", ms=3, color=f"C{number % 10}", label=label(name))
+    for axis, words in zip(axes, ("optimizer step", "minutes of training steps"), strict=True):
+        axis.set_xlabel(words)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("tau, validation")
-    axes[0].legend(fontsize=8)
+    if axes[0].lines:
+        axes[0].legend(fontsize=8)
     text = "Measured on the validation share of the training prompts, which chooses the checkpoint."
     return Section("Training", text, figure=svg(figure))
 
@@ -69,7 +71,7 @@ def _draw_weights(logs: Mapping[str, Sequence[dict]]):
     )
     for axis, (name, log) in zip(axes[0], logs.items(), strict=True):
         _draw_moments(axis, log)
-        axis.set(title=name, xlabel="slot")
+        axis.set(title=label(name), xlabel="slot")
     axes[0][0].set_ylabel("share of the block's weight")
     return figure
 
@@ -79,7 +81,7 @@ def _draw_moments(axis, log: Sequence[dict]) -> None:
     entries = [entry for entry in log if "weight_share/1" in entry]
     chosen = sorted({round(i * (len(entries) - 1) / 4) for i in range(5)}) if entries else []
     for number, entry in enumerate(entries[i] for i in chosen):
-        slots = range(1, 1 + sum(key.startswith("weight_share/") for key in entry))
+        slots = sorted(int(key[13:]) for key in entry if re.fullmatch(r"weight_share/\d{1,4}", key))
         color = pyplot().get_cmap("viridis")(number / max(1, len(chosen) - 1) * 0.9)
         shares = [entry[f"weight_share/{slot}"] for slot in slots]
         axis.plot(slots, shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
@@ -103,7 +105,7 @@ def plot_tau(logs: Mapping[str, Sequence[Sequence[dict]]], path: str | Path) -> 
             axis.plot(list(curve), list(curve.values()), color=f"C{number}", alpha=0.25, lw=1)
         steps = sorted(set.intersection(*map(set, curves)))
         means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
-        axis.plot(steps, means, color=f"C{number}", marker="o", ms=3, label=name)
+        axis.plot(steps, means, color=f"C{number}", marker="o", ms=3, label=label(name))
     axis.set(xlabel="optimizer step", ylabel="tau, validation responses")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.flags import PROMPT, command, parse
+from dpace.ledger import hold
 from dpace.verbs import load_target
 
 
@@ -29,12 +30,13 @@ def run(args: list[str]) -> None:
         )
     target = load_target(recipe)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
-    drafters = {Path(folder).name: load_drafter(folder, target) for folder in folders}
+    drafters = {Path(folder).resolve().name: load_drafter(folder, target) for folder in folders}
     if len(drafters) < len(folders):
         raise ValueError(
             f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
         )
-    results = bench(target, drafters, prompts, recipe.bench, recipe.output)
+    with hold(recipe.output):
+        results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     console().print(results_table(results), slots_table(results))
     if results.comparisons:
         console().print(drafters_table(results.comparisons))
@@ -55,8 +57,10 @@ def _bench_servers(recipe: Recipe, prompts: list) -> None:
     from dpace.report.tables import console, servers_table
 
     name, settings = find_target(recipe.target), recipe.bench
-    chat = ChatTokenizer(name, AutoTokenizer.from_pretrained(name), recipe.thinking)
-    results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
+    chat = ChatTokenizer(name, AutoTokenizer.from_pretrained(name, trust_remote_code=False), recipe.thinking)
+    servers = settings.server or "", settings.plain_server
+    with hold(recipe.output):
+        results = bench_servers(chat, *servers, prompts, settings, recipe.output)
     console().print(servers_table(results))
     print(f"written: {recipe.output}/servers.json")
     print("next:", command("report", recipe.output))
