@@ -129,29 +129,31 @@ class DrafterSpec:
                 network is a variant that dpace does not support.
         """
         nested = config.get("dflash_config") or {}
+        if not isinstance(nested, Mapping):
+            raise ValueError(f"dflash_config is {nested!r}, expected an object; copy it from where it was trained")
         if (config.get("architectures") or [""])[0].startswith("DFlash2") or "selector_rank" in nested:
             raise ValueError(
                 "this is a DFlash2 drafter (convolutions and a candidate selector); dpace supports DFlash only: "
                 "serve it with the project that trained it"
             )
         refuse_variants(config)
-        num_layers, num_target_layers = (need(config, key) for key in ("num_hidden_layers", "num_target_layers"))
+        num_layers, num_target_layers = (_count(config, key) for key in ("num_hidden_layers", "num_target_layers"))
         layer_ids = _either(config, nested, "target_layer_ids") or build_target_layer_ids(num_target_layers, num_layers)
         return cls(
-            block_size=_either(config, nested, "block_size") or 16,
-            mask_token_id=need({"mask_token_id": _either(config, nested, "mask_token_id")}, "mask_token_id"),
-            target_layer_ids=tuple(layer_ids),
+            block_size=_count({"block_size": _either(config, nested, "block_size") or 16}, "block_size"),
+            mask_token_id=_count({"mask_token_id": _either(config, nested, "mask_token_id")}, "mask_token_id", least=0),
+            target_layer_ids=tuple(layer_ids) if isinstance(layer_ids, list | tuple) else (layer_ids,),
             num_target_layers=num_target_layers,
-            vocab_size=need(config, "vocab_size"),
-            hidden_size=need(config, "hidden_size"),
-            intermediate_size=need(config, "intermediate_size"),
+            vocab_size=_count(config, "vocab_size"),
+            hidden_size=_count(config, "hidden_size"),
+            intermediate_size=_count(config, "intermediate_size"),
             num_layers=num_layers,
-            num_heads=need(config, "num_attention_heads"),
-            num_key_value_heads=need(config, "num_key_value_heads"),
-            head_dim=need(config, "head_dim"),
+            num_heads=_count(config, "num_attention_heads"),
+            num_key_value_heads=_count(config, "num_key_value_heads"),
+            head_dim=_count(config, "head_dim"),
             rms_norm_eps=as_float32(need(config, "rms_norm_eps")),
             rope=_rope(config),
-            max_position_embeddings=need(config, "max_position_embeddings"),
+            max_position_embeddings=_count(config, "max_position_embeddings"),
             embed_scale=config.get("input_embedding_scale", 1.0),
             logit_scale=config.get("output_multiplier", 1.0),
             softcap=config.get("final_logit_softcapping"),
@@ -244,6 +246,14 @@ def need(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise ValueError(f"the drafter's config has no {key}; copy it from where the drafter was trained")
     return config[key]
+
+
+def _count(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
+    """Read a required integer."""
+    value = need(config, key)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{key} is {value!r}, expected an integer of {least} or more; copy the config again")
+    return value
 
 
 def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> Any:

@@ -81,5 +81,5 @@ def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_p
     again = compare(language_target, config)
     assert len(seen) == 0  # its checkpoint of the last step was there
     assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
-    with pytest.raises(ValueError, match="another setting of `train`"):
+    with pytest.raises(ValueError, match="train.learning_rate 0.005, not 0.0001"):
         compare(language_target, replace(config, train=replace(config.train, learning_rate=1e-4)))
