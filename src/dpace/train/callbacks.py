@@ -17,9 +17,9 @@ SAME_SIGNAL_SECONDS = 1.0
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ends training with a checkpoint after the current step at Ctrl-C or SIGTERM, on all ranks after the same step.
+    """Ends training with a checkpoint after the current step at Ctrl-C or SIGTERM.
 
-    A second signal ends it at once.
+    All ranks end after the same step. A second signal ends it at once.
     """
 
     def __init__(self):

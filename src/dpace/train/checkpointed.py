@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are written all or nothing, without pickle, and whose numbers stay finite."""
+"""A Trainer with checkpoints all or nothing and without pickle, and with numbers that stay finite."""
 
 import dataclasses
 import json
@@ -39,6 +39,14 @@ class CheckpointedTrainer(Trainer):
     """
 
     drafter: Drafter
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "accelerate's configuration asks for FSDP or DeepSpeed, whose sharded weights dpace cannot keep in "
+                "checkpoints; start with `torchrun`, which gives each process a whole drafter"
+            )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run forward and backward of a micro-batch.

@@ -65,7 +65,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def best_of(folder: Path) -> Path | None:
-    """Give the checkpoint that was the best one so far when this one was written; None where none was measured."""
+    """Give the checkpoint that was the best one when this one was written.
+
+    None where none was measured.
+    """
     step = json.loads((folder / STATE).read_bytes())["best_global_step"]
     return checkpoint_folder(folder.parent, step) if step else None
 

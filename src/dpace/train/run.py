@@ -77,7 +77,10 @@ def choose_conversations(
 
 
 def keep_features(target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> None:
-    """Compute the features of both datasets where they fit in `feature_cache_gib`; several drafters can share them."""
+    """Compute the features of both datasets where they fit in `feature_cache_gib`.
+
+    Several drafters can share them.
+    """
     layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
     for part, with_head_input in ((dataset, recipe.loss.needs_target_probs), (validation, False)):
         part.keep_features(
