@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 NUM_NAMED = 3
 """Most tensors that a message names."""
+LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
+"""What transformers raises for a config with values of the wrong kind."""
+COPY = "copy the config from where the drafter was trained"
 
 
 @contextmanager
@@ -24,7 +28,7 @@ def one_line(what: str, fix: str) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (*LIBRARY_ERRORS, StrictDataclassError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load {what}: {reason[:300]}; {fix}") from error
 
@@ -86,6 +90,37 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, expected an object; copy the drafter again")
     return config
+
+
+def need(config: Mapping[str, Any], key: str) -> Any:
+    """Read a required value."""
+    if config.get(key) is None:
+        raise ValueError(f"the drafter's config has no {key}; copy it from where the drafter was trained")
+    return config[key]
+
+
+def need_count(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
+    """Read a required integer."""
+    value = need(config, key)
+    if type(value) is not int or not least <= value < 2**31:
+        raise ValueError(f"{key} is {value!r}, expected an integer of {least} or more; {COPY}")
+    return value
+
+
+def need_number(config: Mapping[str, Any], key: str) -> float:
+    """Read a required number above 0."""
+    value = need(config, key)
+    if type(value) not in (int, float) or not 0 < value < 1e38:
+        raise ValueError(f"{key} is {value!r}, expected a number above 0; {COPY}")
+    return float(value)
+
+
+def take_object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Read an object; an empty one where the config has none."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} is {value!r}, expected an object; {COPY}")
+    return dict(value or {})
 
 
 def attention_of(model_class: Any) -> str:

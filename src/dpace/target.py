@@ -93,6 +93,7 @@ class Target:
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
+                config=config,
                 dtype=dtype,
                 attn_implementation=attention_of(model_class),
                 trust_remote_code=False,
