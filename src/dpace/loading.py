@@ -28,7 +28,9 @@ def one_line(what: str, fix: str) -> Iterator[None]:
     """
     try:
         yield
-    except (*LIBRARY_ERRORS, StrictDataclassError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load {what}: {reason[:300]}; {fix}") from error
 

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import Qwen3Config
 
 from dpace.blocks import build_target_layer_ids, check_block_size
+from dpace.loading import need as need  # engines import it from here
 from dpace.loading import need_count, need_number, take_object
 from dpace.modeling_dflash import refuse_variants
 

@@ -84,7 +84,7 @@ def test_damaged_files_are_one_line(kind, size, folders, tmp_path):
     path = tmp_path / kind / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     target = make_target("qwen3")
-    with pytest.raises(ValueError, match="cannot load") as refused:
+    with pytest.raises(ValueError, match="damaged|cannot load") as refused:
         Target.load(str(tmp_path / kind)) if kind == "target" else load_drafter(tmp_path / kind, target)
     assert "\n" not in str(refused.value)
 
