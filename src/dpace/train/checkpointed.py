@@ -103,8 +103,13 @@ class CheckpointedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def write_state(self, path: Path) -> None:
-        """Write the log and the place in the training, as `TrainerState.save_to_json` does, but all or nothing."""
-        write_text(path, json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n")
+        """Write the log and the place in the training, as `TrainerState.save_to_json` does, but all or nothing.
+
+        The entry of the whole run is left out: it tells of this process's own steps only.
+        """
+        state = dataclasses.asdict(self.state)
+        state["log_history"] = [entry for entry in state["log_history"] if "train_runtime" not in entry]
+        write_text(path, json.dumps(state, indent=2, sort_keys=True) + "\n")
 
     def read_finished(self, state: TrainerState) -> None:
         """Take over the state and the best weights of a run whose last step has a checkpoint."""
