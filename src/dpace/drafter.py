@@ -23,6 +23,10 @@ from dpace.target import Target
 __all__ = ["Drafter", "check_mask_token", "choose_mask_token", "fingerprint", "load_drafter", "rope_of"]
 
 
+TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight"}
+"""Tensors of the target that some projects write into a drafter's file; they are not used."""
+
+
 class Drafter(DFlashDraftModel):
     """A DFlash network that fits a target and drafts a block in one pass.
 
@@ -170,12 +174,12 @@ class Drafter(DFlashDraftModel):
         """
         what, fix = f"the drafter {folder}", "train it, or copy it again"
         if Path(folder).is_dir():
-            DrafterSpec.from_config(read_config(folder))
+            read_config(folder)
         options = {**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True}
         with one_line(what, fix):
             loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
         drafter, info = loaded
-        refuse_mismatch(what, info, fix, is_unexpected_refused=True)
+        refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
         refuse_infinite(what, drafter, fix)
         return loaded if output_loading_info else drafter
 
@@ -207,6 +211,8 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     """
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
+    # Refuses values of the wrong kind before a network is made of them; a missing epsilon is transformers' default.
+    DrafterSpec.from_config({"rms_norm_eps": 1e-6, **read_config(folder)})
     drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     drafter.check_target(target)
     drafter = drafter.to(target.device)

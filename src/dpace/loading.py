@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def one_line(what: str, fix: str) -> Iterator[None]:
         raise ValueError(f"cannot load {what}: {reason[:300]}; {fix}") from error
 
 
-def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, is_unexpected_refused: bool) -> None:
+def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, unknown: Collection[str] = ()) -> None:
     """Refuse a model whose file lacks tensors, has others, or has them in other shapes.
 
     transformers fills what is missing with random numbers.
@@ -44,7 +44,7 @@ def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, is_unexpec
         what: the model, for the message.
         found: what `from_pretrained` gives with `output_loading_info`.
         fix: what to do.
-        is_unexpected_refused: refuse tensors that the model does not know; a target's file may have some, for other
+        unknown: tensors of the file that the model does not know and must not have; a target's may have some, for other
             heads.
 
     Raises:
@@ -53,7 +53,7 @@ def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, is_unexpec
     shapes = sorted(f"{name} is {list(a)}, expected {list(b)}" for name, a, b in found["mismatched_keys"])
     faults = [
         ("lack", sorted(found["missing_keys"])),
-        ("have unknown", sorted(found["unexpected_keys"]) if is_unexpected_refused else []),
+        ("have unknown", sorted(unknown)),
         ("have other shapes:", shapes),
         ("could not be read:", sorted(map(str, found.get("error_msgs") or ()))),
     ]

@@ -102,7 +102,7 @@ class Target:
             )
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = loaded
-        refuse_mismatch(f"the target {name}", info, fix, is_unexpected_refused=False)
+        refuse_mismatch(f"the target {name}", info, fix)
         refuse_infinite(f"the target {name}", model, fix)
         model = model.to(device)
         speed_up(model)
