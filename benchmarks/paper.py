@@ -31,7 +31,8 @@ from dpace.measure.results import BenchResults
 from dpace.measure.rows import Row
 from dpace.report.tables import console, results_table
 from dpace.target import Target
-from dpace.train.run import is_trained, make_datasets, train
+from dpace.train.identity import target_of
+from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEPTHS = (3, 5)
@@ -187,9 +188,12 @@ def main() -> None:
     for depth, recipe in recipes.items():
         folders = {name: options.output / f"{depth}l" / name for name in OBJECTIVES}
         runs = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in OBJECTIVES}
-        missing = [name for name in OBJECTIVES if not is_trained(folders[name], runs[name])]
+        data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
+        facts = target_of(target)
+        wanted = {name: describe_run(facts, *data, runs[name]) for name in OBJECTIVES}
+        missing = [name for name in OBJECTIVES if not is_trained(folders[name], wanted[name])]
         if missing:
-            data = make_datasets(target, responses[num_validation:], responses[:num_validation], recipe)
+            keep_features(target, *data, recipe)
             for name in missing:
                 train(target, *data, runs[name], folders[name])
         drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}

@@ -12,9 +12,11 @@ from dpace.data.dataset import ResponseDataset
 from dpace.data.prompts import Prompt, split_prompts
 from dpace.data.responses import Response, write_responses
 from dpace.drafter import Drafter, load_drafter
+from dpace.ledger import claim, hold
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import (
+    HELDOUT_FILE,
     CompareResults,
     Heldout,
     has_heldout,
@@ -29,10 +31,13 @@ from dpace.objective import with_objective
 from dpace.report.plots import plot_acceptance
 from dpace.report.training_plots import plot_tau, plot_weights
 from dpace.target import Target
-from dpace.train.run import is_trained, make_datasets, train
+from dpace.train.identity import refuse_other_run, settings_of, target_of
+from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 Cell = tuple[str, int]
 """An objective and a seed."""
+FILES = ("results.json", "tau.png", "acceptance.png", "weights.png")
+"""What `compare` writes into its folder itself."""
 
 
 def compare(target: Target, config: CompareConfig) -> CompareResults:
@@ -56,17 +61,20 @@ def compare(target: Target, config: CompareConfig) -> CompareResults:
         What `results.json` holds.
 
     Raises:
-        ValueError: an unknown objective, or a cell's folder with another recipe.
+        ValueError: an unknown objective, a cell's folder with another run, or files that dpace did not write.
     """
     folder = Path(config.output)
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     recipes = _recipes(config, names)
     parts = split_prompts(config.prompts)
     prompts = [*parts.train, *parts.validation, *parts.heldout]
+    cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
+    for key, cell in cells.items():  # before any work
+        refuse_other_run(cell, settings_of(recipes[key]))
+    claim(folder, *FILES)
     responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
     by_id = {response.id: response for response in responses}
     answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
-    cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
     _train_cells(target, recipes, cells, answered, validation)
     _measure_cells(target, config, cells.values(), heldout)
     rows, decode = make_rows(cells, parts.heldout, config.baseline), None
@@ -108,12 +116,15 @@ def _train_cells(
     validation: Sequence[Response],
 ) -> None:
     """Train the drafters that are not finished."""
-    untrained = [key for key in cells if not is_trained(cells[key], recipes[key])]
+    datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
+    facts = target_of(target)
+    runs = {key: describe_run(facts, *datasets, recipe) for key, recipe in recipes.items()}
+    untrained = [key for key in cells if not is_trained(cells[key], runs[key])]
     if not untrained:
         return
     # One set of features for all; the target's last hidden states are kept with them where any objective needs them.
-    widest = max((recipes[key] for key in untrained), key=lambda r: r.loss.needs_target_probs)
-    dataset, measured = make_datasets(target, answered, validation, widest)
+    keep_features(target, *datasets, max((recipes[key] for key in untrained), key=lambda r: r.loss.needs_target_probs))
+    dataset, measured = datasets
     for number, key in enumerate(untrained, start=1):
         print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
         train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key])
@@ -129,7 +140,9 @@ def _measure_cells(target: Target, config: CompareConfig, folders: Iterable[Path
     test_set.keep_features(target, layer_ids, limit_bytes=config.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
         acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set)
-        write_heldout(folder, Heldout.of(test_set.ids, acceptance))
+        with hold(folder):
+            claim(folder, HELDOUT_FILE)
+            write_heldout(folder, Heldout.of(test_set.ids, acceptance))
 
 
 def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:

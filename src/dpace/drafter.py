@@ -1,23 +1,30 @@
 """The DFlash drafter: making, checking, saving and loading it."""
 
-import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
 from dpace.fast.speed_up import speed_up
+from dpace.ledger import UNFINISHED, sync
+from dpace.loading import fingerprint, one_line, read_config, refuse_infinite, refuse_mismatch
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.spec import SPECIAL_TOKENS, DrafterSpec
 from dpace.target import Target
+
+__all__ = ["Drafter", "check_mask_token", "choose_mask_token", "fingerprint", "load_drafter", "rope_of"]
+
+
+TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight"}
+"""Tensors of the target that some projects write into a drafter's file; they are not used."""
 
 
 class Drafter(DFlashDraftModel):
@@ -156,16 +163,42 @@ class Drafter(DFlashDraftModel):
         spec.check()
         check_mask_token(self.mask_token_id, target)
 
+    @classmethod
+    def from_pretrained(cls, folder, *args, output_loading_info: bool = False, **kwargs):
+        """Read a drafter's folder: every tensor, in its shape and finite, from safetensors.
+
+        Raises:
+            ValueError: a config that no drafter has, or weights that are damaged or do not fit it; names the value or
+                the tensors.
+            OSError: a file that is missing or cannot be read.
+        """
+        what, fix = f"the drafter {folder}", "train it, or copy it again"
+        if Path(folder).is_dir():
+            read_config(folder)
+        options = {**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        with one_line(what, fix):
+            loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
+        drafter, info = loaded
+        refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
+        refuse_infinite(what, drafter, fix)
+        return loaded if output_loading_info else drafter
+
     def save_pretrained(self, save_directory, **kwargs):
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
 
-        transformers needs the code to load the folder.
+        transformers needs the code to load the folder. Each file is written all or nothing, the config last.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        path = Path(save_directory) / "config.json"
-        config = self.spec.published(json.loads(path.read_text()))
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        shutil.copy(dpace.modeling_dflash.__file__, save_directory)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
+            super().save_pretrained(aside, **kwargs)
+            path = Path(aside) / "config.json"
+            config = self.spec.published(json.loads(path.read_text()))
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            shutil.copy(dpace.modeling_dflash.__file__, aside)
+            for written in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
+                sync(written)
+                written.replace(folder / written.name)
 
 
 def load_drafter(folder: str | Path, target: Target) -> Drafter:
@@ -178,10 +211,9 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     """
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
-    try:
-        drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}); train or copy them again") from error
+    # Refuses values of the wrong kind before a network is made of them; a missing epsilon is transformers' default.
+    DrafterSpec.from_config({"rms_norm_eps": 1e-6, **read_config(folder)})
+    drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     drafter.check_target(target)
     drafter = drafter.to(target.device)
     speed_up(drafter)
@@ -256,12 +288,3 @@ def check_mask_token(token_id: int, target: Target) -> None:
             f"mask token {token_id} {reason}; it must be a reserved token that no text contains: "
             "name another one, or leave it out to have one chosen"
         )
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Compute the sha256 of the weights, which identifies a drafter."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -72,6 +72,30 @@ def write_json(path: str | Path, value: Any, *, indent: int = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
+UNFINISHED = ".unfinished"
+"""How the names of files and folders end that are not written to their end; they begin with a dot."""
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk and not only on its way."""
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows has no such call for folders
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what killed processes left unfinished in a folder; call it inside `hold`."""
+    for path in Path(folder).glob(f".*{UNFINISHED}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def write_folder(folder: str | Path) -> Iterator[Path]:
     """Fill a folder all or nothing.

@@ -8,6 +8,8 @@ import numpy as np
 from transformers import Qwen3Config
 
 from dpace.blocks import build_target_layer_ids, check_block_size
+from dpace.loading import need as need  # engines import it from here
+from dpace.loading import need_count, need_number, take_object
 from dpace.modeling_dflash import refuse_variants
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -128,34 +130,37 @@ class DrafterSpec:
             ValueError: a value without a safe default is missing, a value is given twice and differently, or the
                 network is a variant that dpace does not support.
         """
-        nested = config.get("dflash_config") or {}
+        nested = take_object(config, "dflash_config")
         if (config.get("architectures") or [""])[0].startswith("DFlash2") or "selector_rank" in nested:
             raise ValueError(
                 "this is a DFlash2 drafter (convolutions and a candidate selector); dpace supports DFlash only: "
                 "serve it with the project that trained it"
             )
         refuse_variants(config)
-        num_layers, num_target_layers = (need(config, key) for key in ("num_hidden_layers", "num_target_layers"))
+        num_layers, num_target_layers = (need_count(config, key) for key in ("num_hidden_layers", "num_target_layers"))
+        block_size = _either(config, nested, "block_size")
         layer_ids = _either(config, nested, "target_layer_ids") or build_target_layer_ids(num_target_layers, num_layers)
         return cls(
-            block_size=_either(config, nested, "block_size") or 16,
-            mask_token_id=need({"mask_token_id": _either(config, nested, "mask_token_id")}, "mask_token_id"),
-            target_layer_ids=tuple(layer_ids),
+            block_size=need_count({"block_size": 16 if block_size is None else block_size}, "block_size"),
+            mask_token_id=need_count(
+                {"mask_token_id": _either(config, nested, "mask_token_id")}, "mask_token_id", least=0
+            ),
+            target_layer_ids=tuple(layer_ids) if isinstance(layer_ids, list | tuple) else (layer_ids,),
             num_target_layers=num_target_layers,
-            vocab_size=need(config, "vocab_size"),
-            hidden_size=need(config, "hidden_size"),
-            intermediate_size=need(config, "intermediate_size"),
+            vocab_size=need_count(config, "vocab_size"),
+            hidden_size=need_count(config, "hidden_size"),
+            intermediate_size=need_count(config, "intermediate_size"),
             num_layers=num_layers,
-            num_heads=need(config, "num_attention_heads"),
-            num_key_value_heads=need(config, "num_key_value_heads"),
-            head_dim=need(config, "head_dim"),
-            rms_norm_eps=as_float32(need(config, "rms_norm_eps")),
+            num_heads=need_count(config, "num_attention_heads"),
+            num_key_value_heads=need_count(config, "num_key_value_heads"),
+            head_dim=need_count(config, "head_dim"),
+            rms_norm_eps=as_float32(need_number(config, "rms_norm_eps")),
             rope=_rope(config),
-            max_position_embeddings=need(config, "max_position_embeddings"),
-            embed_scale=config.get("input_embedding_scale", 1.0),
-            logit_scale=config.get("output_multiplier", 1.0),
+            max_position_embeddings=need_count(config, "max_position_embeddings"),
+            embed_scale=need_number({"input_embedding_scale": 1.0, **config}, "input_embedding_scale"),
+            logit_scale=need_number({"output_multiplier": 1.0, **config}, "output_multiplier"),
             softcap=config.get("final_logit_softcapping"),
-            record=dict(config.get("dpace") or {}),
+            record=take_object(config, "dpace"),
             special_token_ids={name: config[name] for name in SPECIAL_TOKENS if name in config},
         )
 
@@ -239,13 +244,6 @@ class DrafterSpec:
             )
 
 
-def need(config: Mapping[str, Any], key: str) -> Any:
-    """Read a required value."""
-    if config.get(key) is None:
-        raise ValueError(f"the drafter's config has no {key}; copy it from where the drafter was trained")
-    return config[key]
-
-
 def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> Any:
     """Read a value from `dflash_config` or the top level; None where it is in neither."""
     inner, outer = nested.get(key), config.get(key)
@@ -259,9 +257,9 @@ def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> A
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    rope = dict(config.get("rope_parameters") or {})
+    rope = take_object(config, "rope_parameters")
     if not rope:
-        old = dict(config.get("rope_scaling") or {})
+        old = take_object(config, "rope_scaling")
         rope = {**old, "rope_type": old.pop("type", old.get("rope_type", "default"))}
         rope.pop("type", None)
     theta, outer = rope.get("rope_theta"), config.get("rope_theta")
@@ -272,7 +270,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "the drafter's config has no rope_theta; engines would silently take 10000: add the target's value"
         )
-    return {"rope_type": "default", **rope, "rope_theta": as_float32(theta)}
+    return {"rope_type": "default", **rope, "rope_theta": as_float32(need_number({"rope_theta": theta}, "rope_theta"))}
 
 
 def as_float32(value: float) -> float:

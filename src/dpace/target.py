@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -25,6 +27,7 @@ from dpace.fast.rewind import CacheAbility, probe_cache
 from dpace.fast.snapshot import look_again
 from dpace.fast.speed_up import speed_up
 from dpace.fast.stack import FusedStack, stack_layers
+from dpace.loading import attention_of, one_line, refuse_infinite, refuse_mismatch
 from dpace.probe import find_layers, find_tables
 
 MIN_SHARED = 16
@@ -76,15 +79,35 @@ class Target:
             thinking: turn thinking on in chat templates that have this switch.
             device: by default this process's GPU (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
 
+        No code that a checkpoint names is run, and attention is torch's own whatever the config names.
+
         Raises:
             OSError: there is no readable model of that name.
+            ValueError: weights that are missing, in other shapes, or not finite; a class that transformers does not
+                have.
         """
         device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        fix = "download or copy the target again"
+        with one_line(f"the target {name}", fix):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention_of(model_class),
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = loaded
+        refuse_mismatch(f"the target {name}", info, fix)
+        refuse_infinite(f"the target {name}", model, fix)
         model = model.to(device)
         speed_up(model)
-        target = cls(model, AutoTokenizer.from_pretrained(name))
+        target = cls(model, tokenizer)
         target.thinking = thinking
         return target
 

@@ -51,6 +51,31 @@ def test_compare(config, language_target, tmp_path, capsys):
     assert set(greedy) == names and all(row.num_same_text == 2 for row in greedy.values())
 
 
+def test_fewer_steps_than_logging_steps(config, language_target, tmp_path):
+    """The last step is logged too, so each row has its seconds."""
+    train = replace(config.train, max_steps=2, eval_steps=2, logging_steps=100)
+    bench = replace(config.bench, num_prompts=0)
+    config = replace(config, objectives=("dflash",), seeds=(0,), train=train, bench=bench)
+    results = compare(language_target, config)
+    assert [row.drafter for row in results.rows] == ["dflash"] and results.rows[0].step_seconds > 0
+    assert compare(language_target, config) == results
+
+
+def test_a_cell_of_another_run_is_refused_before_any_work(config, language_target, tmp_path, monkeypatch):
+    train = replace(config.train, max_steps=2, eval_steps=2)
+    config = replace(
+        config, objectives=("dflash",), seeds=(0,), train=train, bench=replace(config.bench, num_prompts=0)
+    )
+    compare(language_target, config)
+    monkeypatch.setattr("dpace.compare.write_responses", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="train.max_steps 2, not 3"):
+        compare(language_target, replace(config, train=replace(train, max_steps=3)))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("mine")
+    with pytest.raises(ValueError, match="results.json was not written by dpace"):
+        compare(language_target, replace(config, output=str(tmp_path / "other")))
+
+
 def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
     """All objectives see the same blocks from the same weights; a cell that was cut off goes on alone."""
     from dpace.train.trainer import DrafterTrainer
@@ -81,5 +106,5 @@ def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_p
     again = compare(language_target, config)
     assert len(seen) == 0  # its checkpoint of the last step was there
     assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
-    with pytest.raises(ValueError, match="another setting of `train`"):
+    with pytest.raises(ValueError, match="train.learning_rate 0.005, not 0.0001"):
         compare(language_target, replace(config, train=replace(config.train, learning_rate=1e-4)))

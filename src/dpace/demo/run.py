@@ -17,6 +17,7 @@ from dpace.drafter import load_drafter
 from dpace.engines.export import export
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
+from dpace.ledger import claim
 from dpace.locate import TARGET_ID, find_target, find_target_gguf
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults, read_log, write_results
@@ -26,7 +27,8 @@ from dpace.report.plots import plot_acceptance
 from dpace.report.tables import percent, verdict
 from dpace.report.training_plots import plot_weights
 from dpace.target import Target
-from dpace.train.run import is_trained, make_datasets, train
+from dpace.train.identity import refuse_other_run, settings_of, target_of
+from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 NUM_SERVED = 3
 """Prompts of each set that llama.cpp decodes."""
@@ -44,17 +46,23 @@ def run_demo(config: DemoConfig) -> BenchResults:
     recipe = demo_recipe(config)
     folder = Path(recipe.output)
     parts = split_prompts(recipe.prompts)
+    objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
+    recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
+    for name in objectives:  # before any work
+        refuse_other_run(folder / name, settings_of(recipes[name]))
+    claim(folder, "results.json", "acceptance.png", "weights.png")
     target = Target.load(find_target(recipe.target))
     prompts = [*parts.train, *parts.validation]
     responses = write_responses(target, prompts, folder / "responses.jsonl", recipe.respond)
-    objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
-    recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
-    untrained = [name for name in objectives if not is_trained(folder / name, recipes[name])]
+    count = len(parts.train)
+    datasets = choose_conversations(responses[:count], responses[count:], recipe)
+    facts = target_of(target)
+    runs = {name: describe_run(facts, *datasets, recipes[name]) for name in objectives}
+    untrained = [name for name in objectives if not is_trained(folder / name, runs[name])]
     if untrained:
-        count = len(parts.train)
-        dataset, validation = make_datasets(target, responses[:count], responses[count:], recipe)
+        keep_features(target, *datasets, recipe)
         for name in untrained:
-            train(target, dataset, validation, recipes[name], folder / name)
+            train(target, *datasets, recipes[name], folder / name)
     drafters = {name: load_drafter(folder / name, target) for name in objectives}
     results = bench(target, drafters, parts.heldout, recipe.bench, folder)
     served = serve_in_llamacpp(target, folder / "dpace", parts.heldout, recipe)

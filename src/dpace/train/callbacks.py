@@ -1,4 +1,4 @@
-"""Show and time a training run, and end it well at Ctrl-C."""
+"""Show and time a training run, and end it well at Ctrl-C and SIGTERM."""
 
 import signal
 import sys
@@ -9,42 +9,56 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import distributed
 from transformers import ProgressCallback, TrainerCallback
+
+SAME_SIGNAL_SECONDS = 1.0
+"""Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ends training with a checkpoint after the current step when Ctrl-C is pressed.
+    """Ends training with a checkpoint after the current step at Ctrl-C or SIGTERM.
 
-    A second Ctrl-C ends it at once.
+    All ranks end after the same step. A second signal ends it at once.
     """
 
     def __init__(self):
-        self.is_asked = False
+        self.asked_at: float | None = None
 
     @contextmanager
     def watching(self):
-        """Watch SIGINT inside the `with` block; raise `KeyboardInterrupt` at its end if it came."""
+        """Watch both signals inside the `with` block; raise `KeyboardInterrupt` at its end if one came."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may
             return
-        previous = signal.signal(signal.SIGINT, self._ask)
+        previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.is_asked:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self.asked_at is not None:
             raise KeyboardInterrupt
 
-    def _ask(self, *_):
+    def _ask(self, number: int, _frame):
         """Note that training is to end; end it at once when asked again."""
-        if self.is_asked:
+        now = time.monotonic()
+        if self.asked_at is None:
+            self.asked_at = now
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            print(f"\n{name}: finishing this step and saving; once more stops at once", file=sys.stderr)
+        elif now - self.asked_at > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
-        self.is_asked = True
-        print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **_):
-        """Save and stop if Ctrl-C was pressed."""
-        if self.is_asked:
+        """Save and stop if a signal came, on this rank or on another."""
+        is_asked = self.asked_at is not None
+        if args.world_size > 1:
+            flag = torch.tensor(int(is_asked), device=args.device)
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+            is_asked = bool(flag)
+        if is_asked:
+            self.asked_at = self.asked_at or time.monotonic()
             control.should_save = control.should_training_stop = True
 
 

@@ -1,43 +1,94 @@
 """Train a drafter: from responses to a folder with its weights, recipe and provenance."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import transformers
-from safetensors.torch import load_file
-from transformers import Trainer, TrainerState
+from torch import distributed
+from transformers import TrainerState
 
 from dpace.config import Recipe
 from dpace.data.chat import tokenizer_hashes
 from dpace.data.dataset import ResponseDataset
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
-from dpace.flags import read_recipe, write_recipe
+from dpace.flags import write_recipe
+from dpace.ledger import claim, hold, sweep, write_json
 from dpace.provenance import find_hardware, find_versions
 from dpace.target import Target
+from dpace.train.arguments import training_arguments
 from dpace.train.calibration import fit_confidence_temperature
 from dpace.train.callbacks import PeakMemory, SaveOnInterrupt
-from dpace.train.trainer import DrafterTrainer, training_arguments
+from dpace.train.checkpointed import CheckpointedTrainer, room_for
+from dpace.train.checkpoints import STATE, find_newest
+from dpace.train.identity import RUN_FILE, data_of, refuse_other_run, settings_of, target_of, write_run
+from dpace.train.trainer import DrafterTrainer
+
+DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py")
+FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
+"""What `train` writes into a drafter's folder."""
 
 
-def is_trained(folder: str | Path, recipe: Recipe) -> bool:
-    """Say whether a folder holds a finished drafter of this recipe.
+def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
+    """Say whether a folder holds the finished drafter of a run.
+
+    Args:
+        folder: it may be missing.
+        run: of `describe_run`.
 
     Raises:
-        ValueError: it holds a run, finished or not, of another recipe.
+        ValueError: it holds a run, finished or not, of other data, another target or other settings; names the first.
     """
-    folder = Path(folder)
-    if not (folder / "recipe.yaml").exists():
-        return False
-    old = read_recipe(folder / "recipe.yaml")
-    for name in ("target", "prompts", "drafter", "loss", "train"):
-        if getattr(old, name) != getattr(recipe, name):
-            raise ValueError(
-                f"{folder} holds a run with another setting of `{name}`: {getattr(old, name)}, not "
-                f"{getattr(recipe, name)}; name another folder with --output, or delete that one"
-            )
-    return (folder / "provenance.json").exists()
+    return refuse_other_run(folder, run) and (Path(folder) / "provenance.json").exists()
+
+
+def describe_run(
+    target_facts: Mapping[str, Any], dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe
+) -> dict[str, Any]:
+    """Give all that a drafter depends on; what `run.json` holds.
+
+    Args:
+        target_facts: of `identity.target_of`; computed once for several runs.
+        dataset: conversations to train on.
+        validation: those that choose the checkpoint.
+        recipe: every setting.
+    """
+    ranks = {"ranks": distributed.get_world_size() if distributed.is_initialized() else 1}
+    return {**target_facts, **data_of(dataset, validation), **settings_of(recipe), **ranks}
+
+
+def choose_conversations(
+    responses: Sequence[Response], validation: Sequence[Response], recipe: Recipe
+) -> tuple[ResponseDataset, ResponseDataset]:
+    """Make the two datasets that `train` takes, without features.
+
+    Raises:
+        ValueError: nothing to train on.
+    """
+    config = recipe.train
+    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
+    if not len(dataset):
+        raise ValueError(
+            f"none of the {len(responses)} responses has two tokens that the target wrote in a row, so there is "
+            "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
+        )
+    return dataset, ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
+
+
+def keep_features(target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> None:
+    """Compute the features of both datasets where they fit in `feature_cache_gib`.
+
+    Several drafters can share them.
+    """
+    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    for part, with_head_input in ((dataset, recipe.loss.needs_target_probs), (validation, False)):
+        part.keep_features(
+            target,
+            layer_ids,
+            limit_bytes=recipe.train.feature_cache_gib * 2**30,
+            with_head_input=with_head_input,
+        )
 
 
 def make_datasets(
@@ -51,20 +102,9 @@ def make_datasets(
     Raises:
         ValueError: nothing to train on.
     """
-    config = recipe.train
-    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
-    if not len(dataset):
-        raise ValueError(
-            f"none of the {len(responses)} responses has two tokens that the target wrote in a row, so there is "
-            "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
-        )
-    measured = ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
-    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
-    for part, with_head_input in ((dataset, recipe.loss.needs_target_probs), (measured, False)):
-        part.keep_features(
-            target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30, with_head_input=with_head_input
-        )
-    return dataset, measured
+    datasets = choose_conversations(responses, validation, recipe)
+    keep_features(target, *datasets, recipe)
+    return datasets
 
 
 def train(
@@ -72,74 +112,94 @@ def train(
 ) -> Drafter:
     """Train a drafter and write its folder.
 
-    An interrupted run continues from its last checkpoint.
+    An interrupted run continues from its newest checkpoint that is whole; a finished one is read and left as it is.
 
     Memory: drafter, its gradient and the optimizer's moments in fp32; the target; features of a batch, or of all
     conversations where they are kept; O(batch x block tokens x (tokens + block tokens)) bytes for the dense mask on
-    CPU; the loss as `frozen_head_nll` says. Disk: two checkpoints of three times the drafter's size.
+    CPU; the loss as `frozen_head_nll` says. Disk: three checkpoints of three times the drafter's size while one is
+    written, then two.
 
     Args:
         target: the frozen target.
         dataset: what it wrote, from `make_datasets`.
         validation: for measuring tau during training; best greedy responses. May be empty.
         recipe: every setting.
-        folder: receives `config.json`, `model.safetensors`, `recipe.yaml`, `provenance.json`, `trainer_state.json`, and
-            `checkpoints/`.
+        folder: receives what `FILES` names.
 
     Returns:
         The best drafter by tau of the validation responses; the last one where there are none.
 
     Raises:
-        ValueError: the text contains the mask token, or the folder holds a run of another recipe.
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last step.
+        ValueError: the text contains the mask token; the folder holds another run, files that dpace did not write, or
+            is written to by another process; a loss, gradient or weight that is not finite.
+        OSError: no room on the disk; the same call goes on when there is.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     folder, config = Path(folder), recipe.train
-    is_trained(folder, recipe)
-    drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
+    checkpoints = folder / "checkpoints"
+    args = training_arguments(config, checkpoints, device=target.device, has_validation=bool(len(validation)))
+    with ExitStack() as held:
+        found: list[Any] = [None, None]
+        if args.process_index == 0:
+            run = describe_run(target_of(target), dataset, validation, recipe)
+            is_trained(folder, run)  # before a folder is made
+            held.enter_context(hold(folder))
+            claim(folder, *FILES)
+            sweep(folder)
+            found = [is_trained(folder, run), find_newest(checkpoints)]
+        if args.world_size > 1:
+            distributed.broadcast_object_list(found, src=0)
+        is_finished, newest = found
+        if is_finished:
+            return Drafter.from_pretrained(folder).to(target.device)
+        drafter = _make_drafter(target, dataset, recipe)
+        trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, config.optimizer == "muon")
+        if args.process_index == 0:
+            write_run(folder, run)
+            write_recipe(recipe, folder / "recipe.yaml")
+        memory = PeakMemory(target.device)
+        _take_steps(trainer, drafter, newest)
+        if args.process_index == 0:
+            temperature = fit_confidence_temperature(drafter, target, validation)
+            record = _record(target, trainer, validation, recipe)
+            drafter.config.dpace = {"confidence_temperature": temperature, **record}
+            provenance = {**_provenance(target, trainer, dataset), "peak_memory_bytes": memory.bytes}
+            _write_folder(folder, drafter, trainer, provenance)
+    return drafter
+
+
+def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe) -> Drafter:
+    """Make the untrained drafter."""
+    drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
     if any((token_ids == drafter.mask_token_id).any() for _, token_ids, _ in dataset.rows):
         raise ValueError(
             f"the training text contains the mask token {drafter.mask_token_id}; "
             "name a token that no text contains with --drafter.mask-token-id"
         )
-    checkpoints = folder / "checkpoints"
-    args = training_arguments(config, checkpoints, device=target.device, has_validation=bool(len(validation)))
-    trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, config.optimizer == "muon")
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, folder / "recipe.yaml")
-    memory = PeakMemory(target.device)
-    _take_steps(trainer, drafter, checkpoints)
-    if trainer.is_world_process_zero():
-        temperature = fit_confidence_temperature(drafter, target, validation)
-        record = _record(target, trainer, validation, recipe)
-        drafter.config.dpace = {"confidence_temperature": temperature, **record}
-        drafter.save_pretrained(folder)
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        provenance = {**_provenance(target, trainer, dataset), "peak_memory_bytes": memory.bytes}
-        (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
     return drafter
 
 
-def _take_steps(trainer: Trainer, drafter: Drafter, checkpoints: Path) -> None:
-    """Train from the last checkpoint, if there is one, to the last step."""
-    last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+def _take_steps(trainer: CheckpointedTrainer, drafter: Drafter, newest: Path | None) -> None:
+    """Train from a checkpoint, if there is one, to the last step."""
     interrupt = SaveOnInterrupt()
     trainer.add_callback(interrupt)
-    if last and _is_last(Path(last)):  # only the folder's own files are missing; Trainer would take another step
-        trainer.state = TrainerState.load_from_json(str(Path(last) / "trainer_state.json"))
-        drafter.load_state_dict(load_file(Path(trainer.state.best_model_checkpoint or last) / "model.safetensors"))
-    else:
-        with interrupt.watching():
-            trainer.train(resume_from_checkpoint=last)
+    state = TrainerState.load_from_json(str(newest / STATE)) if newest else None
+    if state and state.global_step >= state.max_steps:  # only the folder's own files are missing
+        trainer.read_finished(state)
+        return
+    with interrupt.watching():
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
-def _is_last(checkpoint: Path) -> bool:
-    """Say whether the checkpoint is that of the last step."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state.global_step >= state.max_steps
+def _write_folder(folder: Path, drafter: Drafter, trainer: CheckpointedTrainer, provenance: dict[str, Any]) -> None:
+    """Write the finished drafter; `provenance.json`, which says that it is finished, comes last."""
+    with room_for("the drafter", folder):
+        drafter.save_pretrained(folder)
+        trainer.write_state(folder / STATE)
+        write_json(folder / "provenance.json", provenance, indent=2)
 
 
-def _record(target: Target, trainer: Trainer, validation: ResponseDataset, recipe: Recipe) -> dict:
+def _record(target: Target, trainer: CheckpointedTrainer, validation: ResponseDataset, recipe: Recipe) -> dict:
     """Give what the drafter's config records: what it was trained for, and its tau.
 
     `dpace doctor` compares with it; engines ignore it.
@@ -161,7 +221,7 @@ def _record(target: Target, trainer: Trainer, validation: ResponseDataset, recip
     return record
 
 
-def _provenance(target: Target, trainer: Trainer, dataset: ResponseDataset) -> dict:
+def _provenance(target: Target, trainer: CheckpointedTrainer, dataset: ResponseDataset) -> dict:
     """Give what a drafter was made from, for `provenance.json`."""
     return {
         "target": target.name,

@@ -2,14 +2,13 @@
 
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from dpace.config import LossConfig, TrainConfig
+from dpace.config import LossConfig
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
 from dpace.head import Head
@@ -18,12 +17,13 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.objective import make_weigh
 from dpace.target import Target
 from dpace.train.callbacks import StepClock, TrainingBar
+from dpace.train.checkpointed import CheckpointedTrainer
 from dpace.train.optimizer import MuonAdamW
 from dpace.views import blocks_hidden
 
 
 class _Schedule(TrainerCallback):
-    """Tells the dataset which epoch's anchors to draw, and measures and saves at the last step too."""
+    """Tells the dataset which epoch's anchors to draw, and logs, measures and saves at the last step too."""
 
     def __init__(self, dataset: ResponseDataset):
         self.dataset = dataset
@@ -33,17 +33,18 @@ class _Schedule(TrainerCallback):
         self.dataset.epoch = int(state.epoch)  # on resume, the epoch that was interrupted
 
     def on_step_end(self, args, state, control, **_):
-        """Measure and save at the last step."""
+        """Log, measure and save at the last step."""
         if state.global_step == state.max_steps:
             control.should_evaluate, control.should_save = args.eval_strategy != "no", True
+            control.should_log = True
 
 
-class DrafterTrainer(Trainer):
+class DrafterTrainer(CheckpointedTrainer):
     """Trains a drafter on blocks of a target's responses with a frozen-head loss.
 
-    A thin subclass of `transformers.Trainer`: optimizer, schedule, accumulation, distribution, checkpoints and resuming
-    are the base class's own. The log has the loss, seconds per step, and the drafter's accuracy and share of the weight
-    by slot.
+    A thin subclass of `transformers.Trainer`: optimizer, schedule, accumulation and distribution are the base class's
+    own; checkpoints and resuming are those of `CheckpointedTrainer`. The log has the loss, seconds per step, and the
+    drafter's accuracy and share of the weight by slot.
 
     `evaluate` gives `eval_tau`, the tokens emitted per verification on responses that are not trained on, which also
     selects the best checkpoint. The loss itself cannot be compared between steps or objectives: D-PACE's grows as the
@@ -184,6 +185,7 @@ class DrafterTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure tau of the validation responses with its 95 % interval and log it."""
+        self.refuse_infinite_weights()
         acceptance = heldout_acceptance(self.drafter, self.target, self.validation)
         low, high = acceptance.interval()
         metrics = {"tau": acceptance.tau, "tau_low": low, "tau_high": high}
@@ -200,44 +202,3 @@ def _seen_head(target: Target, dataset: ResponseDataset) -> tuple[Head, Tensor]:
     index[tokens] = torch.arange(len(tokens))
     device = target.device
     return target.head._replace(weight=target.head.weight[tokens.to(device)].contiguous()), index.to(device)
-
-
-def training_arguments(
-    config: TrainConfig, folder: Path, *, device: torch.device, has_validation: bool
-) -> TrainingArguments:
-    """Turn a recipe into arguments of transformers' Trainer.
-
-    Training is in fp32 on a CPU, and in bf16 with fp32 master weights on a GPU.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        learning_rate=config.learning_rate,
-        num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps,
-        warmup_steps=config.warmup_ratio,
-        lr_scheduler_type="cosine",
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        logging_steps=config.logging_steps,
-        eval_strategy="steps" if has_validation else "no",
-        eval_steps=config.eval_steps,
-        save_strategy="steps",
-        save_steps=config.eval_steps,
-        save_total_limit=2,
-        load_best_model_at_end=has_validation,
-        metric_for_best_model="eval_tau" if has_validation else None,
-        greater_is_better=True,
-        bf16=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        activation_checkpointing=config.gradient_checkpointing,
-        remove_unused_columns=False,
-        disable_tqdm=False,
-        report_to=list(config.report_to),
-        dataloader_pin_memory=device.type == "cuda",
-    )
-    assert arguments.device.type == device.type
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs by torchrun, a process each; never DataParallel
-    return arguments

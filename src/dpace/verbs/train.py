@@ -1,10 +1,13 @@
 """Train a drafter on the responses."""
 
+import json
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from dpace.config import Recipe
-from dpace.flags import next_command, parse
+from dpace.flags import command, next_command, parse
 from dpace.verbs import load_target
 
 
@@ -15,22 +18,56 @@ def run(args: list[str]) -> None:
 
     from dpace.data.prompts import split_prompts
     from dpace.data.responses import read_responses
-    from dpace.train.run import make_datasets, train
+    from dpace.train.identity import (
+        data_of,
+        refuse_other_answers,
+        refuse_other_run,
+        refuse_unfinished_answers,
+        settings_of,
+        target_of,
+    )
+    from dpace.train.run import choose_conversations, keep_features, train
 
-    path = Path(recipe.output) / "responses.jsonl"
+    path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
     responses = {response.id: response for response in read_responses(path)} if path.exists() else {}
     answered, validation, _ = (
         [responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts)
     )
     if not answered:
-        raise ValueError(
-            f"{path} has no answers to these prompts; write them first with `{next_command('respond', recipe, args)}`"
-        )
-    folder = Path(recipe.output) / "drafter"
+        raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
+    meta, folder = _read_meta(path), Path(recipe.output) / "drafter"
+    refuse_unfinished_answers(meta, path, respond)
+    refuse_other_answers(meta, {"thinking": recipe.thinking}, path, respond)
+    datasets = choose_conversations(answered, validation, recipe)
+    refuse_other_run(folder, {**settings_of(recipe), **data_of(*datasets), "thinking": recipe.thinking})
     target = load_target(recipe)
-    train(target, *make_datasets(target, answered, validation, recipe), recipe, folder)
+    facts = target_of(target)
+    refuse_other_answers(meta, facts, path, respond)
+    refuse_other_run(folder, facts)
+    try:
+        keep_features(target, *datasets, recipe)
+        train(target, *datasets, recipe, folder)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"checkpoints in {folder / 'checkpoints'}; go on with: {command('train', *args)}", file=sys.stderr)
+        raise
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"drafter in {folder}")
         print("next:", next_command("bench", recipe, args))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """Read what made the answers; empty where that is not known."""
+    # TODO: `dpace.data.responses.read_meta`, once it is merged
+    meta = path.with_suffix(".meta.json")
+    if not meta.exists():
+        return {}
+    try:
+        found = json.loads(meta.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{meta} is not JSON ({error}); run the same `dpace respond` command again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{meta} holds {type(found).__name__}, expected an object; run `dpace respond` again")
+    return found

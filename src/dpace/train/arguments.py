@@ -1,0 +1,49 @@
+"""Turn a recipe's training settings into arguments of transformers' Trainer."""
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from dpace.config import TrainConfig
+
+
+def training_arguments(
+    config: TrainConfig, folder: Path, *, device: torch.device, has_validation: bool
+) -> TrainingArguments:
+    """Turn a recipe into arguments of transformers' Trainer.
+
+    Training is in fp32 on a CPU, and in bf16 with fp32 master weights on a GPU.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # it hides them; `CheckpointedTrainer` refuses them
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.eval_steps,
+        load_best_model_at_end=has_validation,
+        metric_for_best_model="eval_tau" if has_validation else None,
+        greater_is_better=True,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=config.gradient_checkpointing,
+        remove_unused_columns=False,
+        disable_tqdm=False,
+        report_to=list(config.report_to),
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    assert arguments.device.type == device.type
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs by torchrun, a process each; never DataParallel
+    return arguments

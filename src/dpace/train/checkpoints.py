@@ -1,0 +1,162 @@
+"""Write checkpoints all or nothing, find the newest one that is whole, and remove the others.
+
+A checkpoint is a folder `checkpoint-STEP` with safetensors and JSON only. Its `manifest.json`, which is written last,
+names every file with its size and hash.
+"""
+
+import json
+import random
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpace.ledger import UNFINISHED, sweep, sync, write_json
+from dpace.provenance import hash_file
+
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+MOMENTS, STEPS = "optimizer.safetensors", "optimizer.json"
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """Give the folder of a step's checkpoint."""
+    return checkpoints / f"checkpoint-{step}"
+
+
+def unfinished_folder(checkpoints: Path, step: int) -> Path:
+    """Give the folder in which a step's checkpoint is written; the same on every rank."""
+    return checkpoints / f".checkpoint-{step}{UNFINISHED}"
+
+
+def finish(checkpoints: Path, step: int) -> Path:
+    """Let a checkpoint that is written take its place, once all of it is on the disk."""
+    unfinished, folder = unfinished_folder(checkpoints, step), checkpoint_folder(checkpoints, step)
+    files = {}
+    for path in sorted(unfinished.iterdir()):
+        sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    write_json(unfinished / MANIFEST, {"step": step, "files": files})
+    sync(unfinished)
+    if folder.exists():
+        shutil.rmtree(folder)  # of this very step, from before it was trained again
+    unfinished.rename(folder)
+    sync(checkpoints)
+    return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Say whether every file of a checkpoint is there as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    paths = {name: folder / name for name in expected}
+    return STATE in expected and all(
+        path.is_file() and (path.stat().st_size, hash_file(path)) == expected[name] for name, path in paths.items()
+    )
+
+
+def best_of(folder: Path) -> Path | None:
+    """Give the checkpoint that was the best one when this one was written.
+
+    None where none was measured.
+    """
+    step = json.loads((folder / STATE).read_bytes())["best_global_step"]
+    return checkpoint_folder(folder.parent, step) if step else None
+
+
+def find_newest(checkpoints: Path) -> Path | None:
+    """Find the newest checkpoint that is whole, its best one included, and remove those that are not of use.
+
+    Call it inside `hold`. Checkpoints that are newer than the one found are removed: their steps are taken again.
+    """
+    if not checkpoints.is_dir():
+        return None
+    sweep(checkpoints)
+    steps = {
+        int(match[1]): path
+        for path in checkpoints.iterdir()
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    newest = None
+    for step in sorted(steps, reverse=True):
+        folder = steps[step]
+        if is_whole(folder) and ((best := best_of(folder)) in (None, folder) or is_whole(best)):
+            newest = folder
+            break
+        print(f"{folder} is not whole, and is removed", file=sys.stderr)
+        shutil.rmtree(folder)
+    if newest is not None:
+        rotate(checkpoints, keep={newest, best_of(newest)})
+    return newest
+
+
+def rotate(checkpoints: Path, keep: set[Path | None]) -> None:
+    """Remove all checkpoints but these."""
+    for path in checkpoints.glob("checkpoint-*"):
+        if path.is_dir() and path not in keep:
+            shutil.rmtree(path)
+
+
+def write_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
+    """Write the state of optimizer and schedule: tensors as safetensors, the rest as JSON."""
+    state = optimizer.state_dict()
+    tensors, others = {}, {}
+    for number, entry in state["state"].items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.detach().contiguous()
+            else:
+                others[f"{number}.{name}"] = value
+    save_file(tensors, folder / MOMENTS)
+    rest = {"others": others, "groups": state["param_groups"], "scheduler": scheduler.state_dict()}
+    write_json(folder / STEPS, rest)
+
+
+def read_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
+    """Give optimizer and schedule the state that `write_optimizer` wrote."""
+    rest = json.loads((folder / STEPS).read_bytes())
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**load_file(folder / MOMENTS), **rest["others"]}.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scheduler.load_state_dict(rest["scheduler"])
+
+
+def write_random(folder: Path, rank: int) -> None:
+    """Write the state of this process's random generators."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *numpy_rest = np.random.get_state(legacy=True)
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), *numpy_rest],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+        "cuda": bytes(torch.cuda.get_rng_state().tolist()).hex() if torch.cuda.is_available() else None,
+    }
+    write_json(folder / f"random-{rank}.json", state)
+
+
+def read_random(folder: Path, rank: int) -> None:
+    """Set this process's random generators as they were."""
+    state: Mapping[str, Any] = json.loads((folder / f"random-{rank}.json").read_bytes())
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(digits: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)

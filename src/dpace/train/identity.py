@@ -1,0 +1,177 @@
+"""Say what a training run depends on, and refuse to go on with another one in its folder.
+
+What it depends on stands in the folder's `run.json`: the conversations, the target, and the settings that change
+results.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpace.config import Recipe
+from dpace.data.chat import tokenizer_hashes
+from dpace.data.dataset import ResponseDataset
+from dpace.ledger import write_json
+from dpace.provenance import hash_file, weights_fingerprint
+from dpace.target import Target
+
+RUN_FILE = "run.json"
+NO_RESULT = {
+    "train.logging_steps",
+    "train.report_to",
+    "train.feature_cache_gib",
+    "train.gradient_checkpointing",
+}
+"""Settings that change no result: a run goes on with other values of them."""
+OTHER_RUN = "name another folder with --output, or delete that one"
+WORDS = {
+    "target_sha256": "weights of the target",
+    "tokenizer_sha256": "tokenizer",
+    "chat_template_sha256": "chat template",
+    "train_sha256": "training answers",
+    "validation_sha256": "validation answers",
+}
+"""What a message calls a hash."""
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Give the settings that change what is trained, by their full names."""
+    groups = {name: asdict(getattr(recipe, name)) for name in ("drafter", "loss", "train")}
+    named = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return json.loads(json.dumps({name: value for name, value in named.items() if name not in NO_RESULT}))
+
+
+def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
+    """Hash the conversations that are trained on and those that choose the checkpoint."""
+    return {"train_sha256": _hash_rows(dataset), "validation_sha256": _hash_rows(validation)}
+
+
+def target_of(target: Target) -> dict[str, Any]:
+    """Give what identifies a target and how its text is made."""
+    return {
+        "target_sha256": weights_fingerprint(target.model),
+        **tokenizer_hashes(target),
+        "thinking": target.thinking,
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+    }
+
+
+def _hash_rows(dataset: ResponseDataset) -> str:
+    """Hash ids, tokens, and which of them the target wrote."""
+    digest = hashlib.sha256()
+    for response_id, token_ids, is_response in dataset.rows:
+        name = response_id.encode()
+        digest.update(f"{len(name)} {len(token_ids)} ".encode() + name)
+        digest.update(token_ids.to(torch.int64).numpy().tobytes())
+        digest.update(is_response.to(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_run(folder: str | Path) -> dict[str, Any] | None:
+    """Read what the run in a folder depends on; None where the folder has no run.
+
+    Raises:
+        ValueError: the file cannot be read as that.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.exists():
+        if (Path(folder) / "recipe.yaml").exists():
+            raise ValueError(
+                f"{folder} has a recipe.yaml and no {RUN_FILE}, so what it was trained on is unknown; {OTHER_RUN}"
+            )
+        return None
+    try:
+        run = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {OTHER_RUN}") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} holds {type(run).__name__}, expected an object; {OTHER_RUN}")
+    return run
+
+
+def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
+    """Refuse a folder whose run differs, and say whether it has a run.
+
+    Args:
+        folder: a drafter's folder; it may be missing.
+        known: what is known of this run so far; the rest is not compared.
+
+    Raises:
+        ValueError: names the first thing that differs, with both values.
+    """
+    run = read_run(folder)
+    if run is None:
+        return False
+    for name, value in known.items():
+        if name not in run or run[name] != value:
+            raise ValueError(f"{folder} holds a run with {_differs(name, run.get(name), value)}; {OTHER_RUN}")
+    return True
+
+
+def write_run(folder: str | Path, run: Mapping[str, Any]) -> None:
+    """Write what the run in a folder depends on."""
+    write_json(Path(folder) / RUN_FILE, dict(run))
+
+
+def _differs(name: str, found: Any, wanted: Any) -> str:
+    """Say how two values of one thing differ; of hashes, the first digits."""
+    if name in WORDS:
+        return f"other {WORDS[name]} (sha256 {str(found)[:12]}, not {str(wanted)[:12]})"
+    return f"{name} {json.dumps(found)}, not {json.dumps(wanted)}"
+
+
+def refuse_unfinished_answers(meta: Mapping[str, Any], path: Path, respond: str) -> None:
+    """Refuse the answers of an interrupted `dpace respond`.
+
+    Args:
+        meta: what `responses.meta.json` says; empty where it is missing.
+        path: of `responses.jsonl`.
+        respond: the command that goes on.
+
+    Raises:
+        ValueError: not all prompts are answered, it is not known what made the answers, or they were changed.
+    """
+    if not meta:
+        raise ValueError(
+            f"{path} has no meta file beside it that says which target made the answers; put it back, or write the "
+            f"answers again, into another folder, with `{respond}`"
+        )
+    if meta.get("complete") is False:
+        raise ValueError(
+            f"{path} holds the answers of an interrupted `dpace respond`; run the same `dpace respond` command again: "
+            f"`{respond}`"
+        )
+    if meta.get("responses_sha256") not in (None, hash_file(path)):
+        raise ValueError(
+            f"{path} was changed after `dpace respond` wrote it; put it back as it was, or write the answers again, "
+            f"into another folder, with `{respond}`"
+        )
+
+
+def refuse_other_answers(meta: Mapping[str, Any], known: Mapping[str, Any], path: Path, respond: str) -> None:
+    """Refuse answers that another target gave, or that were made in another way.
+
+    Args:
+        meta: what `responses.meta.json` says.
+        known: of `target_of`, or the part of it that is known.
+        path: of `responses.jsonl`.
+        respond: the command that writes answers.
+
+    Raises:
+        ValueError: names the first thing that differs, with both values.
+    """
+    for name in ("thinking", "dtype", "tokenizer_sha256", "chat_template_sha256", "target_sha256"):
+        if name not in known or name not in meta:
+            continue
+        found = str(meta[name]).removeprefix("torch.") if name == "dtype" else meta[name]
+        if found != known[name]:
+            raise ValueError(
+                f"the answers in {path} were made with {_differs(name, found, known[name])}; train on the target's own "
+                f"answers: set --{'dtype' if name == 'dtype' else 'thinking' if name == 'thinking' else 'target'} as "
+                f"it was, or write new answers into another folder with `{respond}`"
+            )

@@ -1,0 +1,117 @@
+"""Kill a run in this process at any of its file operations, as a power cut would.
+
+A file operation is a call that changes the disk: a file opened for writing, a rename, a removal, a new folder, an
+fsync, a safetensors file. After the kill no such call does anything any more, so that what `finally` blocks would
+clean up stays where it is.
+"""
+
+import builtins
+import gc
+import io
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import safetensors.torch
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+class Disk:
+    """Counts the file operations under a folder, and kills the run at one of them.
+
+    Args:
+        folder: other files do not count.
+        kill_at: number of the operation that does not happen any more; None for an undisturbed run.
+        is_torn: leave half of a file where the operation writes or flushes one.
+    """
+
+    def __init__(self, folder: Path, kill_at: int | None = None, *, is_torn: bool = False):
+        self.folder, self.kill_at, self.is_torn = str(folder), kill_at, is_torn
+        self.operations: list[str] = []
+        self.is_dead = False
+
+    def happens(self, name: str, path, *, tear: Callable[[], object] | None = None) -> None:
+        """Count an operation, or end the run."""
+        if isinstance(path, int):
+            path = os.readlink(f"/proc/self/fd/{path}")
+        path = os.fspath(path)
+        path = path.decode() if isinstance(path, bytes) else path
+        if not os.path.abspath(path).startswith(self.folder) or path.endswith((".dpace.lock", ".dpace.holder")):
+            return
+        if self.is_dead:
+            raise Killed
+        self.operations.append(f"{name} {os.path.relpath(path, self.folder)}")
+        if len(self.operations) - 1 == self.kill_at:
+            self.is_dead = True
+            if self.is_torn and tear is not None:
+                tear()
+            raise Killed
+
+    @contextmanager
+    def watching(self):
+        """Count inside the `with` block."""
+        real = {
+            name: getattr(os, name) for name in ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync")
+        }
+        real_open, real_save = io.open, safetensors.torch.serialize_file
+
+        def changing(name):
+            def call(path, *args, **kwargs):
+                tear = (lambda: _halve(path)) if name == "fsync" else None
+                self.happens(name, path if not kwargs.get("dir_fd") else f"{self.folder}/{path}", tear=tear)
+                return real[name](path, *args, **kwargs)
+
+            return call
+
+        def opening(path, mode="r", *args, **kwargs):
+            if isinstance(path, str | os.PathLike) and set(mode) & set("wax+"):
+                self.happens("open", path, tear=lambda: real_open(path, mode, *args, **kwargs).close())
+            return real_open(path, mode, *args, **kwargs)
+
+        def saving(tensors, path, **kwargs):
+            self.happens("save", path, tear=lambda: (real_save(tensors, path, **kwargs), _halve(path)))
+            return real_save(tensors, path, **kwargs)
+
+        with ExitStack() as patches:
+            for name in real:
+                patches.enter_context(mock.patch.object(os, name, changing(name)))
+            patches.enter_context(mock.patch.object(io, "open", opening))
+            patches.enter_context(mock.patch.object(builtins, "open", opening))
+            patches.enter_context(mock.patch.object(safetensors.torch, "serialize_file", saving))
+            patches.enter_context(mock.patch.object(shutil, "_use_fd_functions", False))  # paths, not descriptors
+            yield self
+
+
+def _halve(path) -> None:
+    """Cut a file in half; a folder stays."""
+    name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path
+    if os.path.isfile(name):
+        os.truncate(name, os.path.getsize(name) // 2)
+
+
+def operations_of(run: Callable[[], object], folder: Path) -> list[str]:
+    """Run undisturbed and name its file operations."""
+    disk = Disk(folder)
+    with disk.watching():
+        run()
+    return disk.operations
+
+
+def kill(run: Callable[[], object], folder: Path, at: int, *, is_torn: bool = False) -> str:
+    """Run and die at an operation; say which it was."""
+    disk = Disk(folder, at, is_torn=is_torn)
+    try:
+        with disk.watching():
+            run()
+    except Killed:
+        pass
+    else:
+        raise AssertionError(f"operation {at} of {len(disk.operations)} was not reached")
+    gc.collect()  # a dead process holds no lock
+    return disk.operations[-1]
