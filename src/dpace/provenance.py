@@ -13,6 +13,9 @@ import torch
 
 import dpace
 
+FINGERPRINT_VALUES = 64
+"""Values of each tensor that the fingerprint of weights reads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -62,3 +65,23 @@ def find_processor() -> str:
 def hash_json(value: Any) -> str:
     """Hash a value that JSON can hold: sha256, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Tell weights from others: sha256 over the name, shape, dtype and some values of each tensor.
+
+    At most `FINGERPRINT_VALUES` values of a tensor are read, evenly spread.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, -(-flat.numel() // FINGERPRINT_VALUES))
+        digest.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """Hash a file: sha256, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
