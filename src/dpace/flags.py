@@ -158,6 +158,6 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write every value, defaults too, so that the file alone repeats the run."""
     import json
 
-    import yaml
+    from dpace.recipe_file import dump_settings
 
-    write_text(path, yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
+    write_text(path, dump_settings(json.loads(json.dumps(asdict(recipe)))))

@@ -24,7 +24,7 @@ def progress_bar() -> Progress:
 
 
 def printable(text: str) -> str:
-    """Show the control characters of a text as `\\x1b`, so that it cannot steer a terminal.
+    r"""Show the control characters of a text as `\x1b`, so that it cannot steer a terminal.
 
     Line feeds and tabs stay. Marks that turn the direction of writing and halves of characters are shown too.
     """

@@ -25,12 +25,10 @@ class Range(NamedTuple):
 
     def __contains__(self, value: object) -> bool:
         """Say whether a value is in the range."""
-        if isinstance(value, str | None) or isinstance(value, bool):
-            return not isinstance(value, bool) and value in self.also
-        if value in self.also:
+        if value in self.also and not isinstance(value, bool):
             return True
         kind = Integral if self.is_whole else Real
-        if not isinstance(value, kind) or not math.isfinite(value):
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
             return False
         return self.low <= value <= self.high and not (self.is_open and value == self.low)
 

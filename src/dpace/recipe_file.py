@@ -96,6 +96,23 @@ def read_settings(path: str | Path, config_class: type) -> dict[str, Any]:
     return values
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: texts that are no plain words stand in quotes."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = None if re.match("[A-Za-z]", text) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_settings(values: dict[str, Any]) -> str:
+    """Write settings as YAML that `read_settings` reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
 def _check_group(kind: type, values: dict, where: str, prefix: str) -> None:
     """Check the names and the types of a group of settings."""
     kinds = get_type_hints(kind)

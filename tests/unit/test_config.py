@@ -25,7 +25,9 @@ def test_a_written_recipe_reads_back(tmp_path):
 
 def test_an_unknown_setting_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1e-3\n")
-    with pytest.raises(ValueError, match="r.yaml: there is no option 'train.learning_rat'; did you mean train.learning_rate"):
+    with pytest.raises(
+        ValueError, match="r.yaml: there is no option 'train.learning_rat'; did you mean train.learning_rate"
+    ):
         read_recipe(tmp_path / "r.yaml")
 
 
