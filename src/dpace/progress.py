@@ -1,5 +1,6 @@
 """What a terminal is shown: the progress bar of long work, and texts that cannot steer it."""
 
+import sys
 import unicodedata
 
 from rich.console import Console
@@ -37,3 +38,8 @@ def _show(character: str) -> str:
     if not is_harmful or character in "\n\t":
         return character
     return character.encode("unicode_escape").decode()
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print a text; on a terminal, its control characters are shown and not obeyed."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)

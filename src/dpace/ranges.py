@@ -28,9 +28,13 @@ class Range(NamedTuple):
         if value in self.also and not isinstance(value, bool):
             return True
         kind = Integral if self.is_whole else Real
-        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, kind) or isinstance(value, bool):
             return False
-        return self.low <= value <= self.high and not (self.is_open and value == self.low)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer past all floats
+            return False
+        return math.isfinite(number) and self.low <= number <= self.high and not (self.is_open and number == self.low)
 
     def __str__(self):
         """Say what is taken, in words."""

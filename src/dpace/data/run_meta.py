@@ -23,10 +23,10 @@ WAYS_OUT = {
 """How to go on with a setting that was changed; others cannot be set back."""
 KINDS: dict[str, type | tuple[type, ...]] = {
     "target": str,
+    "dtype": str,
     "target_sha256": str,
     "tokenizer_sha256": str,
     "chat_template_sha256": str,
-    "dtype": str,
     "max_new_tokens": int,
     "temperature": (int, float),
     "thinking": bool,
