@@ -57,10 +57,17 @@ def _read_flags(config_class, args: list[str], verb: str):
 
 def _one_line(said: str, verb: str) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant."""
-    lines = [line.strip("│ ") for line in said.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [i for i, line in enumerate(lines) if line.startswith("─")] or [len(lines)]
-    words = " ".join(lines[: rules[0]]).removesuffix(".")
-    meant = next((line.split()[0] for line in lines[rules[0] :] if line.startswith("--")), "")
+    sections: list[list[str]] = [[]]
+    for line in said.splitlines():
+        if line.startswith(("╭", "╰")) or not line.strip("│|─- "):  # a border or a rule, in Unicode or ASCII
+            sections.append([])
+        else:
+            sections[-1].append(line.strip("│| "))
+    found = [section for section in sections if section]
+    if "╭" not in said:  # there the title is a section
+        found = found[1:]
+    words = " ".join(found[0]).removesuffix(".") if found else "the flags cannot be read"
+    meant = next((line.split()[0] for section in found[1:] for line in section if line.startswith("--")), "")
     hint = f"did you mean {meant}? " if meant and meant not in words else ""
     return f"{words}; {hint}`dpace {verb} --help` lists the options"
 
