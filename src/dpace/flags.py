@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def _read_flags(config_class, args: list[str], verb: str):
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _wide({"-h", "--help"}.isdisjoint(args)):
             config = tyro.cli(config_class, prog=f"dpace {verb}".strip(), args=args)
     except SystemExit as end:
         if end.code in (0, None):
@@ -53,6 +54,21 @@ def _read_flags(config_class, args: list[str], verb: str):
         raise UsageError(_one_line(said.getvalue(), verb)) from end
     check_ranges(config)
     return config
+
+
+@contextlib.contextmanager
+def _wide(is_wide: bool) -> Iterator[None]:
+    """Keep tyro from breaking words at the width of the terminal."""
+    before = os.environ.get("COLUMNS")
+    if is_wide:
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if is_wide:
+            os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _one_line(said: str, verb: str) -> str:

@@ -1,4 +1,4 @@
-"""Check what all comparisons rest on: that the baseline and the kept responses are the target's greedy text."""
+"""Check what comparisons rest on: the baseline and kept responses are the target's greedy text."""
 
 import math
 import random

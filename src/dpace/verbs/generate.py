@@ -43,7 +43,8 @@ def run(args: list[str]) -> None:
         raise ValueError("--stream needs a drafter and none is named; name its folder with --drafter")
     if config.compile and (config.stream or config.drafter is None or config.verify_rule != "equality"):
         raise ValueError(
-            "--compile needs --drafter, and cannot be combined with --stream or --verify-rule speculative; leave one out"
+            "--compile needs --drafter, and cannot be combined with --stream or --verify-rule speculative; "
+            "leave one of them out"
         )
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
