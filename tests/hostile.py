@@ -345,6 +345,15 @@ def path_cases() -> Iterator[Case]:
         yield Case(f"drafter of generate: {name}", lambda d, m=make, s=start: [*s, m(d)], "--drafter .*folder")
         start = ["check", "--target", TARGET, "--drafter"]
         yield Case(f"drafter of check: {name}", lambda d, m=make, s=start: [*s, m(d)], "--drafter .*folder")
+    demos = {
+        "prompts missing": (lambda d: ["--prompts", str(d / "no.jsonl")], "no.jsonl"),
+        "prompts broken": (lambda d: ["--prompts", write(d / "p.jsonl", "{")], "p.jsonl:1: the line is not JSON"),
+        "output is a file": (lambda d: ["--output", write(d / "f", "x")], "/f: File exists"),
+        "another's results": (lambda d: [another(d), "--output", str(d)][1:], "results.json was not written by dpace"),
+        "target missing": (lambda d: ["--target", TARGET, "--output", str(d / "out")], "there is no folder"),
+    }
+    for name, (make, names) in demos.items():
+        yield Case(f"demo: {name}", lambda d, m=make: ["demo", *m(d)], names)
     combinations = {
         "stream without drafter": (["--stream"], "--stream needs a drafter"),
         "compile without drafter": (["--compile", "--prompt", "a"], "--compile needs --drafter"),
@@ -374,6 +383,10 @@ def path_cases() -> Iterator[Case]:
     for name, (make, names) in kept.items():
         args = lambda d, m=make: [*check(d, "demo"), "--responses", m(d)]  # noqa: E731
         yield Case(f"responses of check: {name}", args, names)
+
+
+def another(path: Path) -> str:
+    return write(path / "results.json", "another's")
 
 
 def kept_responses(path: Path, meta: str | None = None, **changes) -> str:

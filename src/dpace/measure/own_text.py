@@ -29,7 +29,7 @@ MAX_LISTED = 5
 def check_plain(
     target: Target, prompts: Sequence[Prompt], encoded: Sequence[list[int]], max_new_tokens: int
 ) -> Finding:
-    """Compare the baseline with `generate` of transformers, greedy and without the target's generation config."""
+    """Compare the baseline with `generate` of transformers, greedy, without the generation config."""
     different = []
     sampler, stops = Sampler(device=target.device), target.stop_token_ids
     for prompt, token_ids in zip(prompts, encoded, strict=True):

@@ -5,6 +5,7 @@ from pathlib import Path
 from dpace.config import Recipe
 from dpace.flags import next_command, parse
 from dpace.ledger import claim, hold
+from dpace.progress import show
 from dpace.verbs import load_target
 
 
@@ -21,5 +22,5 @@ def run(args: list[str]) -> None:
         claim(recipe.output, path.name, meta_path(path).name)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
         responses = write_responses(load_target(recipe), prompts, path, recipe.respond)
-    print(f"{len(responses)} responses in {path}")
-    print("next:", next_command("train", recipe, args))
+    show(f"{len(responses)} responses in {path}")
+    show(f"next: {next_command('train', recipe, args)}")
