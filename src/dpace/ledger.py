@@ -212,7 +212,8 @@ def hold(folder: str | Path) -> Iterator[None]:
         ) from error
     try:
         command = " ".join(["dpace", *sys.argv[1:2]])
-        holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        with naming(holder):
+            holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
         yield
     finally:
         if not is_held:

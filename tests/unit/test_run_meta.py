@@ -1,10 +1,13 @@
 """Responses are of one run: what made them is kept, and other ones are refused with the setting that differs."""
 
 import copy
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -224,3 +227,40 @@ def test_a_reader_that_has_enough_is_no_failure():
 def test_half_a_character_is_refused(target, path):
     with pytest.raises(ValueError, match="half a character"):
         encode_chat(target, [{"role": "user", "content": "w1 \udc80"}])
+
+
+@pytest.mark.slow
+def test_killed_processes_lose_nothing(target, tmp_path):
+    """`dpace respond` is killed at random moments, then run to its end: the files are the undisturbed ones."""
+    target.model.save_pretrained(tmp_path / "target")
+    target.tokenizer.save_pretrained(tmp_path / "target")
+    rows = [json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(50)]
+    (tmp_path / "p.jsonl").write_text("".join(rows))
+    flags = ["--target", str(tmp_path / "target"), "--prompts.path", str(tmp_path / "p.jsonl"), "--batch-size", "2"]
+    code = (
+        "import sys, torch, transformers, dpace.cli; print('ready', flush=True); sys.exit(dpace.cli.main(sys.argv[1:]))"
+    )
+
+    def start(folder):
+        command = [sys.executable, "-c", code, "respond", *flags, "--max-new-tokens", "24", "--output", str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        return process
+
+    rng, killed = random.Random(0), 0
+    for name, number in (("whole", None), ("killed", signal.SIGKILL), ("ended", signal.SIGTERM)):
+        for _ in range(6 if number else 0):
+            process = start(tmp_path / name)
+            time.sleep(rng.uniform(0.2, 3))
+            process.send_signal(number)
+            process.communicate()
+            killed += process.returncode in (-signal.SIGKILL, 143)
+        processes = [start(tmp_path / name), start(tmp_path / name)]  # one of two writes, the other is told
+        errors = [process.communicate()[1] for process in processes]
+        codes = sorted(process.returncode for process in processes)
+        assert codes in ([0, 0], [0, 1]), errors
+        assert codes == [0, 0] or any("is writing to" in error for error in errors)
+    assert killed > 3
+    for name in ("responses.jsonl", "responses.meta.json"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == whole == (tmp_path / "ended" / name).read_bytes()
