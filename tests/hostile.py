@@ -188,6 +188,7 @@ def recipe_cases() -> Iterator[Case]:
     yield Case("recipe: a folder", lambda d: ["train", str(folder(d / "r.yaml"))], "r.yaml.*folder")
     yield Case("recipe: a device", lambda d: ["train", str(link(d / "r.yaml", "/dev/zero"))], "device")
     yield Case("recipe: too large", lambda d: ["train", large(d / "r.yaml")], "bytes")
+    yield Case("recipe: many", lambda d: ["train", write(d / "r.yaml", "- x\n" * 500_000)], "1,048,576 bytes")
     yield Case("recipe: second", lambda d: ["train", "--output", "o", write(d / "r.yaml", "output: a")], "r.yaml", 2)
 
 

@@ -64,13 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         with _sigterm_as_interrupt():
             module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
             module.run(argv[1:])
-    except BrokenPipeError:  # whoever read the output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except KeyboardInterrupt as error:
         _say(verb, "interrupted; finished work is kept: run the same command to continue")
         return 143 if isinstance(error, _Terminated) else 130
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return 141
         reason = _explain(error, verb)
         if reason is None:  # a bug of dpace, which the traceback shows
             raise
@@ -101,6 +100,16 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_unread() -> bool:
+    """Say whether whoever read the output has enough, as `head` has; the rest of it is then dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _say(verb: str, reason: str) -> None:
@@ -148,7 +157,9 @@ def _explain_os_error(error: OSError) -> str:
         ): "a file stands where a folder belongs, or the other way: name another",
         (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL): "name another path",
     }
-    fix = next((fix for numbers, fix in fixes.items() if error.errno in numbers), "mend it, and run the command again")
+    fix = next(
+        (fix for numbers, fix in fixes.items() if error.errno in numbers), "fix this, and run the same command again"
+    )
     return f"{name}: {error.strerror}; {fix}"
 
 

@@ -21,21 +21,22 @@ MAX_LINE_BYTES = 64 * 2**20
 """Bytes of the longest line of a JSONL file that is read."""
 
 
-def read_text(path: str | Path, what: str) -> str:
+def read_text(path: str | Path, what: str, *, max_bytes: int = MAX_LINE_BYTES) -> str:
     """Read a file in UTF-8.
 
     Args:
         path: of a regular file: devices and pipes may have no end.
         what: what the file should be, for the message, such as "a YAML file of options".
+        max_bytes: of the largest file that is read.
 
     Raises:
-        ValueError: the file is missing, is none, is larger than `MAX_LINE_BYTES`, or is not in UTF-8.
+        ValueError: the file is missing, is none, is larger, or is not in UTF-8.
     """
     path = Path(path)
     try:
         _check_regular(path, what)
-        if path.stat().st_size > MAX_LINE_BYTES:
-            raise ValueError(f"{path} has more than {MAX_LINE_BYTES:,} bytes; name {what}")
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"cannot read {path}: it has more than {max_bytes:,} bytes; name {what}")
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {_reason(error)}; name {what} in UTF-8") from error

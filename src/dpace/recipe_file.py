@@ -13,6 +13,8 @@ import yaml
 from dpace.ledger import read_text
 from dpace.progress import printable
 
+MAX_BYTES = 2**20
+"""Bytes of the largest recipe."""
 MAX_DEPTH = 20
 """Levels of lists and mappings in a recipe; its options need three."""
 MAX_SHOWN = 60
@@ -84,7 +86,7 @@ def read_settings(path: str | Path, config_class: type) -> dict[str, Any]:
     Raises:
         ValueError: the file, the key and the value of what is wrong, and what was expected.
     """
-    text = read_text(path, "a YAML file of options")
+    text = read_text(path, "a YAML file of options", max_bytes=MAX_BYTES)
     try:
         values = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

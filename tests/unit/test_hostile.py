@@ -55,6 +55,7 @@ def test_every_verb_explains_what_a_machine_lacks(verb, monkeypatch, capsys):
         r"out of memory \(MemoryError\); ": MemoryError(),
         r"out of memory .*not enough memory.*; ": RuntimeError("DefaultCPUAllocator: not enough memory: tried 9 bytes"),
         r"the package wandb .*pip install wandb": ModuleNotFoundError("No module named 'wandb'", name="wandb"),
+        r"a file: Broken pipe; fix this": BrokenPipeError(32, "Broken pipe"),
         r"a b \\x1b\[2J": ValueError("a\n  b\n \x1b[2J"),
     }
     for pattern, error in errors.items():
