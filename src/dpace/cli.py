@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -105,11 +106,15 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 def _is_unread() -> bool:
     """Say whether whoever read the output has enough, as `head` has; the rest of it is then dropped."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _say(verb: str, reason: str) -> None:
