@@ -1,8 +1,15 @@
 """The command line: `dpace VERB [recipe.yaml] [--group.field value]`."""
 
+import errno
 import importlib
 import os
+import select
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 VERBS = {
     "demo": "train a drafter for a real LLM on this machine and show what it gains",
@@ -30,33 +37,135 @@ USAGE = "\n".join(
     ]
 )
 
+MEMORY = {
+    "respond": "lower --respond.batch-size or --respond.max-new-tokens",
+    "train": "lower --train.batch-size, --train.num-anchors or --train.max-length",
+    "compare": "lower --train.batch-size, --train.num-anchors or --train.max-length",
+    "bench": "lower --bench.max-new-tokens or --bench.concurrencies",
+}
+"""Options that take less memory, by verb."""
+LESS_MEMORY = "free memory, choose a smaller target, or lower --max-new-tokens where the verb has it"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C.
+        0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in VERBS:
         is_help = bool(argv) and argv[0] in ("-h", "--help")
-        print(
-            USAGE if is_help or not argv else f"unknown verb {argv[0]!r}; choose one of those below\n\n{USAGE}",
-            file=sys.stdout if is_help else sys.stderr,
-        )
+        unknown = f"unknown verb {ascii(argv[0])}; choose one of those below\n\n" if argv and not is_help else ""
+        print(f"{unknown}{USAGE}", file=sys.stdout if is_help else sys.stderr)
         return 0 if is_help else 2
     verb = argv[0]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")  # `import` is a keyword
     try:
-        module.run(argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"dpace {verb}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; finished work is kept: run the same `dpace {verb}` command to continue", file=sys.stderr)
-        return 130
+        with _sigterm_as_interrupt():
+            module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
+            module.run(argv[1:])
+    except KeyboardInterrupt as error:
+        _say(verb, "interrupted; finished work is kept: run the same command to continue")
+        return 143 if isinstance(error, _Terminated) else 130
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return 141
+        reason = _explain(error, verb)
+        if reason is None:  # a bug of dpace, which the traceback shows
+            raise
+        _say(verb, reason)
+        from dpace.flags import UsageError
+
+        return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a verb as Ctrl-C does."""
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM raise as Ctrl-C does, where nobody else handles it."""
+    is_free = threading.current_thread() is threading.main_thread()
+    if not is_free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_unread() -> bool:
+    """Say whether whoever read the output has enough, as `head` has; the rest of it is then dropped."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
+def _say(verb: str, reason: str) -> None:
+    """Print a reason in one line that cannot steer a terminal."""
+    from dpace.progress import printable
+
+    line = " ".join(part.strip() for part in reason.split("\n") if part.strip())
+    print(f"dpace {verb}: {printable(line)}", file=sys.stderr)
+
+
+def _explain(error: Exception, verb: str) -> str | None:
+    """Say what a user can do about an error; None where it is a bug of dpace."""
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return (
+            f"out of memory ({str(error).partition('.')[0] or type(error).__name__}); {MEMORY.get(verb, LESS_MEMORY)}"
+        )
+    if isinstance(error, ImportError) and not (error.name or "dpace").startswith("dpace"):
+        return f"the package {error.name} is needed for this and is not installed: run `pip install {error.name}`"
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Say whether torch found no memory; on a CPU it raises a plain RuntimeError."""
+    is_cpu = isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return is_cpu or type(error).__name__ == "OutOfMemoryError"
+
+
+def _explain_os_error(error: OSError) -> str:
+    """Name the file and the way out; errors of libraries, which have no number, have their own words."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    name = f"{error.filename}" if error.filename is not None else "a file"
+    fixes = {
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, and run the same command again: it goes on",
+        (errno.EACCES, errno.EPERM, errno.EROFS): "change its permissions, or name another path",
+        (errno.ENOENT,): "name one that exists",
+        (
+            errno.EISDIR,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ): "a file stands where a folder belongs, or the other way: name another",
+        (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL): "name another path",
+    }
+    fix = next(
+        (fix for numbers, fix in fixes.items() if error.errno in numbers), "fix this, and run the same command again"
+    )
+    return f"{name}: {error.strerror}; {fix}"
 
 
 if __name__ == "__main__":

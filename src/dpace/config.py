@@ -249,10 +249,10 @@ class CompareConfig(Recipe):
 class CheckConfig:
     """Prove that a drafter does not change the text; the exit code is 1 where it does.
 
-    In fp32, texts must equal the baseline (decoding without a drafter) token for token: greedy, and sampled with the
-    same seed; for several block sizes, verification lengths, verify rules and batches. Sampled tokens and pairs must
-    have the target's distribution (chi-square). No block may see its future. A block in training must equal the block
-    when serving, with the same accepted lengths.
+    The baseline (decoding without a drafter) must equal `generate` of transformers. In fp32, texts must equal the
+    baseline token for token: greedy, and sampled with the same seed; for several block sizes, verification lengths,
+    verify rules and batches. Sampled tokens and pairs must have the target's distribution (chi-square). No block may
+    see its future. A block in training must equal the block when serving, with the same accepted lengths.
 
     In bf16, every difference in the text is listed with the target's margin, which tells a tie from a bug.
     """
@@ -271,3 +271,5 @@ class CheckConfig:
     """Precisions of the weights to check in."""
     seed: int = 0
     """Seed for sampling."""
+    responses: str | None = None
+    """File of responses to read again: greedy answers of `dpace respond` must be the target's own, token for token."""

@@ -1,5 +1,9 @@
 """Turn recipes and command-line flags into configs, and configs into recipes and commands."""
 
+import contextlib
+import io
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -8,21 +12,80 @@ from typing import Any
 
 from dpace.config import Recipe
 from dpace.ledger import write_text
+from dpace.ranges import check_ranges
 
 RECIPE_ENDS = (".yaml", ".yml")
 PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""
 
 
-def parse(config_class, verb: str, args: list[str]):
-    """Read a verb's options from a recipe, which may stand first, and flags that override it."""
-    import tyro
+class UsageError(ValueError):
+    """A flag that is unknown, or whose value is none of its values."""
 
+
+def parse(config_class, verb: str, args: list[str]):
+    """Read a verb's options from a recipe, which may stand first, and flags that override it.
+
+    Raises:
+        UsageError: an unknown flag, or a value of another type.
+        ValueError: a recipe that cannot be read, or a value outside its range.
+    """
     recipe = []
     if args and args[0].endswith(RECIPE_ENDS):
-        recipe, args = recipe_flags(args[0]), args[1:]
-    args = [*recipe, *(_with_group(config_class, verb, arg) for arg in args)]
-    return tyro.cli(config_class, prog=f"dpace {verb}", args=args)
+        recipe, args = recipe_flags(args[0], config_class), args[1:]
+    own = [_with_group(config_class, verb, arg) for arg in args]
+    names = [arg.partition("=")[0].replace("_", "-") for arg in own if re.match("--[a-z]", arg)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{twice} is given twice; remove one of them")
+    return _read_flags(config_class, [*recipe, *own], verb)
+
+
+def _read_flags(config_class, args: list[str], verb: str):
+    """Read flags, and say in one line what is wrong with them."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _wide({"-h", "--help"}.isdisjoint(args)):
+            config = tyro.cli(config_class, prog=f"dpace {verb}".strip(), args=args)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UsageError(_one_line(said.getvalue(), verb)) from end
+    check_ranges(config)
+    return config
+
+
+@contextlib.contextmanager
+def _wide(is_wide: bool) -> Iterator[None]:
+    """Keep tyro from breaking words at the width of the terminal."""
+    before = os.environ.get("COLUMNS")
+    if is_wide:
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if is_wide:
+            os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(said: str, verb: str) -> str:
+    """Shorten tyro's box to what is wrong and the option that may have been meant."""
+    sections: list[list[str]] = [[]]
+    for line in said.splitlines():
+        if line.startswith(("╭", "╰")) or not line.strip("│|─- "):  # a border or a rule, in Unicode or ASCII
+            sections.append([])
+        else:
+            sections[-1].append(line.strip("│| "))
+    found = [section for section in sections if section]
+    if "╭" not in said:  # there the title is a section
+        found = found[1:]
+    words = " ".join(found[0]).removesuffix(".") if found else "the flags cannot be read"
+    meant = next((line.split()[0] for section in found[1:] for line in section if line.startswith("--")), "")
+    hint = f"did you mean {meant}? " if meant and meant not in words else ""
+    return f"{words}; {hint}`dpace {verb} --help` lists the options"
 
 
 def _with_group(config_class, verb: str, arg: str) -> str:
@@ -79,21 +142,15 @@ def _changes(values: dict, base: dict) -> dict:
     return {name: value for name, value in changed.items() if value != {}}
 
 
-def recipe_flags(path: str | Path) -> list[str]:
+def recipe_flags(path: str | Path, config_class: type = Recipe) -> list[str]:
     """Turn a YAML recipe into the flags that it stands for, `--group.name value`.
 
     Raises:
-        ValueError: the file cannot be read or is not a mapping.
+        ValueError: see `dpace.recipe_file.read_settings`.
     """
-    import yaml
+    from dpace.recipe_file import read_settings
 
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {path}: {error}; name a YAML file of options") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"the recipe {path} holds {values!r}; expected lines such as `name: value`")
-    return list(_flags(values, ""))
+    return list(_flags(read_settings(path, config_class), ""))
 
 
 def _flags(values: dict, prefix: str) -> Iterator[str]:
@@ -104,6 +161,8 @@ def _flags(values: dict, prefix: str) -> Iterator[str]:
             yield from _flags(value, f"{flag}.")
         elif isinstance(value, bool):
             yield f"--{flag}" if value else f"--{prefix.replace('_', '-')}no-{name.replace('_', '-')}"
+        elif isinstance(value, str) and value.startswith("-"):
+            yield f"--{flag}={value}"
         else:
             yield f"--{flag}"
             yield from map(str, value if isinstance(value, list | tuple) else [value])
@@ -112,17 +171,16 @@ def _flags(values: dict, prefix: str) -> Iterator[str]:
 def read_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe.
 
-    An unknown name or a wrong value ends the program with the reason, as a wrong flag does.
+    Raises:
+        ValueError: the file, the key and the value of what is wrong.
     """
-    import tyro
-
-    return tyro.cli(Recipe, args=recipe_flags(path))
+    return _read_flags(Recipe, recipe_flags(path), "")
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write every value, defaults too, so that the file alone repeats the run."""
     import json
 
-    import yaml
+    from dpace.recipe_file import dump_settings
 
-    write_text(path, yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
+    write_text(path, dump_settings(json.loads(json.dumps(asdict(recipe)))))

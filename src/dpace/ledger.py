@@ -1,5 +1,6 @@
 """Write files all or nothing, keep others out while writing, and leave alone what dpace did not write."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -16,32 +17,112 @@ MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
 """In a folder that a process writes to: the lock, and who holds it."""
+MAX_LINE_BYTES = 64 * 2**20
+"""Bytes of the longest line of a JSONL file that is read."""
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_text(path: str | Path, what: str, *, max_bytes: int = MAX_LINE_BYTES) -> str:
+    """Read a file in UTF-8.
+
+    Args:
+        path: of a regular file: devices and pipes may have no end.
+        what: what the file should be, for the message, such as "a YAML file of options".
+        max_bytes: of the largest file that is read.
+
+    Raises:
+        ValueError: the file is missing, is none, is larger, or is not in UTF-8.
+    """
+    path = Path(path)
+    try:
+        _check_regular(path, what)
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"cannot read {path}: it has more than {max_bytes:,} bytes; name {what}")
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}; name {what} in UTF-8") from error
+
+
+def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[int, dict]]:
     """Yield the number and the object of each line that is not blank.
 
     A line ends with a line feed only: other characters that Unicode calls line ends may stand in a text.
 
+    Args:
+        path: a regular file.
+        is_growing: leave out a last line that its writer has not finished.
+
     Raises:
-        ValueError: the file is missing, or a line is not a JSON object.
+        ValueError: the file cannot be read, or a line is not a JSON object, names a key twice, or is too long.
     """
-    try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}; name a JSONL file in UTF-8") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read_lines(Path(path)), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: the line is not JSON ({error}); fix or remove it") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object, found {type(row).__name__}; fix or remove the line"
-            )
-        yield number, row
+            yield number, _read_line(line, f"{path}:{number}")
+        except ValueError:
+            if is_growing and not line.endswith(b"\n"):
+                return
+            raise
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    """Read the lines of a file, each with its line feed; a byte order mark is left out."""
+    lines = []
+    try:
+        _check_regular(path, "a JSONL file")
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                lines.append(line)
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"{path}:{len(lines)}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
+                    )
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}; name a JSONL file in UTF-8") from error
+    if lines:
+        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+    return lines
+
+
+def _check_regular(path: Path, what: str) -> None:
+    """Refuse what may have no end."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise ValueError(f"cannot read {path}: it is {kind}; name {what}")
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def _read_line(line: bytes, where: str) -> dict:
+    """Read one line of a JSONL file."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # undecodable, no JSON, an endless number, a deep list
+        raise ValueError(f"{where}: the line is not JSON ({error}); fix or remove it") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}; fix or remove the line")
+    return row
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, and refuse a key that stands in it twice; a hook of `json.loads`."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return row
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an OSError inside the `with` block name this file; errors of a full disk name none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -54,11 +135,12 @@ def write_text(path: str | Path, text: str) -> None:
         return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with naming(path):
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -137,14 +219,15 @@ def cut_unfinished(path: Path) -> None:
 def hold(folder: str | Path) -> Iterator[None]:
     """Keep other processes from writing to a folder inside the `with` block; makes the folder.
 
-    A process that is killed holds nothing.
+    A process that is killed holds nothing. A process may hold a folder again that it holds already.
 
     Raises:
         ValueError: another process holds the folder; the message says which.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    holder, lock = folder / HOLDER, filelock.FileLock(folder / LOCK)
+    holder, lock = folder / HOLDER, filelock.FileLock(folder / LOCK, is_singleton=True)
+    is_held = lock.is_locked
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -154,10 +237,12 @@ def hold(folder: str | Path) -> Iterator[None]:
         ) from error
     try:
         command = " ".join(["dpace", *sys.argv[1:2]])
-        holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        with naming(holder):
+            holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        if not is_held:
+            holder.unlink(missing_ok=True)
         lock.release()
 
 

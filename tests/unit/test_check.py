@@ -9,14 +9,20 @@ import torch
 import dpace.decode.batch
 import dpace.decode.loop
 import dpace.measure.check
+import dpace.measure.own_text
 import dpace.views
 from dpace.blocks import dense_mask
 from dpace.cli import main
-from dpace.config import CheckConfig
+from dpace.config import CheckConfig, RespondConfig
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import Prompt
+from dpace.data.responses import write_responses
+from dpace.decode import generate_plain
 from dpace.decode.sampling import verify_draft
-from dpace.measure.check import Divergence, check
+from dpace.measure.check import check
 from dpace.measure.distribution import SIGNIFICANCE, uniformity
+from dpace.measure.divergence import Divergence
+from dpace.measure.own_text import check_plain, check_responses, read_greedy
 from tests.conftest import make_drafter, make_target
 
 CONFIG = CheckConfig("target", "drafter", num_prompts=4, max_new_tokens=24)
@@ -36,8 +42,8 @@ def failed(findings) -> list[str]:
 
 def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts):
     findings = check(language_target, language_drafter, prompts, CONFIG)
-    assert not failed(findings) and len(findings) == 7
-    assert findings[0].detail == "24 of 24 texts equal" and findings[1].detail == "20 of 20 texts equal"
+    assert not failed(findings) and len(findings) == 8
+    assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in (4, 24, 20)]
     assert not failed(check(language_target, make_drafter(language_target), prompts, CONFIG))
 
 
@@ -65,7 +71,7 @@ def test_a_cache_that_keeps_a_rejected_token_is_found(language_target, language_
 
     monkeypatch.setattr(dpace.fast.cache.PreallocatedLayer, "crop", late)
     found = check(language_target, make_drafter(language_target), prompts, CONFIG)
-    assert "text at temperature 0" in failed(found) and "NOT A TIE" in found[0].detail
+    assert "text at temperature 0" in failed(found) and "NOT A TIE" in found[1].detail
 
 
 def test_a_leak_is_found(language_target, language_drafter, prompts, monkeypatch):
@@ -84,7 +90,8 @@ def test_only_the_text_is_checked_in_bf16(language_drafter, prompts, language_ta
     target = dpace.measure.check.Target(target.model, language_target.tokenizer)
     drafter = make_drafter(target).to(torch.bfloat16)
     findings = check(target, drafter, prompts, CONFIG)
-    assert [finding.name for finding in findings] == ["text at temperature 0", "text at temperature 1, same seed"]
+    names = ["plain decoding is generate of transformers", "text at temperature 0", "text at temperature 1, same seed"]
+    assert [finding.name for finding in findings] == names
     assert not failed(findings), findings
 
 
@@ -109,8 +116,59 @@ def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path,
     flags += ["--max-new-tokens", "12"]
     assert main(["check", *flags]) == 0
     printed = capsys.readouterr()
-    assert printed.out.count("pass") == 8 and "checking" in printed.err
+    assert printed.out.count("pass") == 9 and "checking" in printed.err
     monkeypatch.setattr(dpace.decode.batch, "verify_draft", lambda draft, own: len(draft))
     assert main(["check", *flags]) == 1
     printed = capsys.readouterr()
     assert ", batch, token" in printed.out and "failed: text at temperature 0 (float32)" in printed.err
+
+
+def test_a_baseline_that_is_not_the_targets_is_found(language_target, prompts, monkeypatch):
+    """As where `respond` once took over the target's penalties."""
+    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts[:2]]
+    assert check_plain(language_target, prompts[:2], encoded, 12).is_passed
+
+    def other(target, token_ids, **options):
+        out = generate_plain(target, token_ids, **options)
+        out.token_ids[3] = (out.token_ids[3] + 1) % 64
+        return out
+
+    monkeypatch.setattr(dpace.measure.own_text, "generate_plain", other)
+    finding = check_plain(language_target, prompts[:2], encoded, 12)
+    assert not finding.is_passed and "token 3" in finding.detail and "NOT A TIE" in finding.detail
+
+
+def test_kept_responses_are_read_again(language_target, prompts, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    write_responses(language_target, prompts, path, RespondConfig(max_new_tokens=12))
+    responses, meta = read_greedy(path)
+    assert not failed(check_responses(language_target, responses, meta))
+    text = "responses are the target's greedy text"
+    for change in ("token", "cut", "past the end", "vocabulary"):
+        changed = []
+        for response in responses:
+            token_ids, ((start, end),) = list(response.token_ids), response.response_spans
+            if change == "cut":
+                token_ids, end = token_ids[: end - 2], end - 2
+            elif change == "past the end":
+                token_ids[start + 1] = language_target.stop_token_ids[0]
+            else:
+                token_ids[start + 2] = token_ids[start + 2] + 1 if change == "token" else 64
+            changed.append(replace(response, token_ids=token_ids, response_spans=[[start, end]]))
+        findings = check_responses(language_target, changed, meta)
+        assert failed(findings) == [text], change
+        assert "NOT A TIE" in findings[1].detail
+    assert failed(check_responses(language_target, responses, {**meta, "target_sha256": "0"})) == [
+        "responses are of this target"
+    ]
+
+
+def test_only_greedy_responses_can_be_read_again(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text(json.dumps({"id": "a", "set": "s", "messages": [], "token_ids": [1], "response_spans": []}) + "\n")
+    with pytest.raises(ValueError, match="does not tell temperature"):
+        read_greedy(path)
+    meta = {"temperature": 0.5, "max_new_tokens": 2, "dtype": "torch.float32", "target_sha256": "0"}
+    path.with_name("responses.meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="sampled at temperature 0.5"):
+        read_greedy(path)

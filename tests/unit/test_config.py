@@ -23,11 +23,12 @@ def test_a_written_recipe_reads_back(tmp_path):
     assert read_recipe(tmp_path / "r.yaml") == recipe
 
 
-def test_an_unknown_setting_is_named(tmp_path, capsys):
+def test_an_unknown_setting_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1e-3\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(
+        ValueError, match="r.yaml: there is no option 'train.learning_rat'; did you mean train.learning_rate"
+    ):
         read_recipe(tmp_path / "r.yaml")
-    assert "learning-rat" in capsys.readouterr().err
 
 
 def test_broken_recipe_is_one_line_and_exit_1(tmp_path, capsys):

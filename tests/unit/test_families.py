@@ -116,6 +116,18 @@ def test_weights_that_are_changed_in_place_are_seen(family, part):
     assert found == own_text(Target(fresh), SHARED) != before
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_answers_do_not_depend_on_the_length_of_others(kind):
+    """Where the longest text of a batch would choose the rotation of all."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6} if kind == "longrope" else {"factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **factors}
+    family, boundary = ("phi3", "original_") if kind == "longrope" else ("llama", "")
+    target = make_sharp_target(family, rope_parameters=rope, **{f"{boundary}max_position_embeddings": 32})
+    prompts = [SHARED, [5, 9, 3], SHARED + SHARED, [5, 9]]
+    answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH))
+    assert answers == [own_text(target, prompt) for prompt in prompts]
+
+
 def test_a_head_with_a_bias_is_refused():
     target = make_sharp_target("llama")
     head = target.model.get_output_embeddings()

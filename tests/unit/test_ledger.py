@@ -59,7 +59,7 @@ def test_one_writer_at_a_time(tmp_path):
             pass
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     for _ in range(50):  # a killed process holds nothing
         try:
             with hold(tmp_path):

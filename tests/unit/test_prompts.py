@@ -1,13 +1,11 @@
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from dpace.config import PromptsConfig
 from dpace.data.prompts import demo_path, find_prompt, read_prompts, split_prompts
 from dpace.demo import make_prompts
-from dpace.ledger import write_json
 
 
 def write(path, *rows):
@@ -100,19 +98,3 @@ def test_demo_files_are_what_the_script_writes(tmp_path):
 def test_a_wrong_part_is_told(tmp_path):
     with pytest.raises(SystemExit, match="train, heldout or test"):
         make_prompts.main([str(tmp_path), "all"])
-
-
-def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    """A disk that fills up half way leaves what was there."""
-    path = tmp_path / "results.json"
-    write_json(path, {"rows": [1]})
-    assert list(tmp_path.iterdir()) == [path]
-
-    def write_half(self, text):
-        self.write_bytes(text.encode()[: len(text) // 2])
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_text", write_half)
-    with pytest.raises(OSError, match="no space"):
-        write_json(path, {"rows": [2]})
-    assert json.loads(path.read_text()) == {"rows": [1]}

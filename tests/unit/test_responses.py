@@ -62,7 +62,8 @@ def test_a_last_line_without_its_end_is_kept(language_target, prompts, tmp_path)
     path = tmp_path / "r.jsonl"
     whole = write_responses(language_target, prompts, path, CONFIG)
     path.write_text(path.read_text().rstrip("\n"))
-    assert read_responses(path) == whole and path.read_text().endswith("\n")
+    assert read_responses(path) == whole and not path.read_text().endswith("\n"), "reading changes nothing"
+    assert write_responses(language_target, prompts, path, CONFIG) == whole and path.read_text().endswith("\n")
 
 
 def test_other_settings_are_refused(language_target, prompts, tmp_path):

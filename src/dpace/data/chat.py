@@ -31,6 +31,13 @@ def encode_chat(target: Target | ChatTokenizer, messages: Sequence[dict[str, str
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise ValueError("the target has no tokenizer, which text needs; pass one to Target")
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"a message has half a character, {message['content'][error.start]!a}; write it in Unicode"
+            ) from error
     if tokenizer.chat_template is None:
         token_ids = tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
     else:

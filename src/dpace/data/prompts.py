@@ -1,15 +1,21 @@
 """Read the prompts that the target answers, and split them into parts."""
 
 import json
+import math
 import random
+import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpace.config import PromptsConfig
 from dpace.ledger import read_jsonl
+
+MAX_SHOWN = 60
+"""Characters of a wrong value that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     """Read the prompts and split them into three parts.
 
     Without a file of held-out prompts, a fixed random tenth (at most `num_heldout`) is taken out of the training
-    prompts. Then a tenth of the remaining ones (at most `num_validation`) is taken out for validation.
+    prompts. Then a tenth of the remaining ones (at most `num_validation`) is taken out for validation. Prompts that
+    begin with the same turn count as one, since the target's answer to it is the same.
 
     Raises:
         ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to
@@ -53,30 +60,71 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     prompts = read_prompts(demo_path("train") if is_demo else config.path)
     heldout_path = config.heldout_path or (demo_path("heldout") if is_demo else None)
     if heldout_path:
-        heldout = read_prompts(heldout_path)
-        texts = {json.dumps(prompt.turns) for prompt in prompts}
-        shared = next((prompt.id for prompt in heldout if json.dumps(prompt.turns) in texts), None)
+        heldout, copies = _without_copies(read_prompts(heldout_path))
+        texts = {canonical(prompt): prompt.id for prompt in prompts}
+        shared = next((prompt for prompt in heldout if canonical(prompt) in texts), None)
         if shared:
             raise ValueError(
-                f"the held-out prompt {shared!r} is also a training prompt; remove it from one of the files"
+                f"the held-out prompt {shared.id!r} of {heldout_path} is also a training prompt, "
+                f"{texts[canonical(shared)]!r} of {config.path}; remove it from one of the files"
             )
-        ids = {prompt.id for prompt in prompts}
-        heldout = [replace(p, id=f"heldout/{p.id}") if p.id in ids else p for p in heldout]
+        heldout = _rename(heldout, {prompt.id for prompt in prompts})
     else:
-        heldout, prompts = _take_out(prompts, config.num_heldout, seed=0)
+        num_found = len(prompts)
+        heldout, copies, prompts = _take_out(prompts, config.num_heldout, seed=0)
         if not heldout:
             raise ValueError(
-                f"{config.path} has {len(prompts)} prompts, too few to take held-out ones from; add prompts up to at "
-                "least 10, or name a file of held-out prompts with --prompts.heldout-path"
+                f"--prompts.num-heldout {config.num_heldout} and {config.path} with {num_found} prompts give no "
+                "held-out ones, expected 1 or more and at least 10 different prompts; add prompts, or name a file of "
+                "held-out prompts with --prompts.heldout-path"
             )
-    validation, prompts = _take_out(prompts, config.num_validation, seed=1)
+    validation, more_copies, prompts = _take_out(prompts, config.num_validation, seed=1)
+    if copies + more_copies:
+        print(
+            f"{copies + more_copies} prompts are copies of held-out or validation prompts and are left out",
+            file=sys.stderr,
+        )
     return PromptParts(prompts[: config.limit], validation, heldout)
 
 
-def _take_out(prompts: list[Prompt], limit: int, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Split off a random tenth, at most `limit` prompts; give them and the rest."""
-    chosen = set(random.Random(seed).sample(range(len(prompts)), min(limit, len(prompts) // 10)))
-    return [p for i, p in enumerate(prompts) if i in chosen], [p for i, p in enumerate(prompts) if i not in chosen]
+def canonical(prompt: Prompt) -> str:
+    """Give the same text for prompts whose first turn says the same.
+
+    The order of keys, white space around a text, and Unicode's ways of writing one character do not count.
+    """
+    messages = [{key: unicodedata.normalize("NFC", m[key]).strip() for key in m} for m in prompt.turns[0]]
+    return json.dumps(messages, sort_keys=True)
+
+
+def _take_out(prompts: list[Prompt], limit: int, *, seed: int) -> tuple[list[Prompt], int, list[Prompt]]:
+    """Split off a random tenth of the different prompts, at most `limit`.
+
+    Returns:
+        The chosen prompts, the number of their copies, which are left out, and the rest.
+    """
+    keys = list(dict.fromkeys(map(canonical, prompts)))
+    chosen = {keys[i] for i in random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))}
+    taken, copies = _without_copies([prompt for prompt in prompts if canonical(prompt) in chosen])
+    return taken, copies, [prompt for prompt in prompts if canonical(prompt) not in chosen]
+
+
+def _without_copies(prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
+    """Keep the first of prompts that say the same; give them and the number of copies."""
+    kept: dict[str, Prompt] = {}
+    for prompt in prompts:
+        kept.setdefault(canonical(prompt), prompt)
+    return list(kept.values()), len(prompts) - len(kept)
+
+
+def _rename(heldout: Sequence[Prompt], taken: set[str]) -> list[Prompt]:
+    """Give held-out prompts ids that no training prompt has."""
+    names = {prompt.id: prompt.id for prompt in heldout}
+    others = taken | set(names)
+    for name in taken & set(names):
+        while names[name] in others:
+            names[name] = f"heldout/{names[name]}"
+        others.add(names[name])
+    return [replace(prompt, id=names[prompt.id]) for prompt in heldout]
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
@@ -141,25 +189,59 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def _parse(row: dict, where: str, *, default_set: str) -> Prompt:
     """Turn one line of a file into a prompt."""
-    if "messages" in row:
-        turns = [row["messages"]]
-    elif "turns" in row:
-        turns = [[{"role": "user", "content": text}] for text in row["turns"]]
-    elif "prompt" in row:
-        turns = [[{"role": "user", "content": row["prompt"]}]]
+    kinds = [key for key in ("messages", "turns", "prompt") if key in row]
+    if len(kinds) != 1:
+        found = " and ".join(f"`{key}`" for key in kinds) or ", ".join(row) or "nothing"
+        raise ValueError(f"{where}: expected `messages`, `turns` or `prompt`, found {found}; fix the line")
+    (kind,) = kinds
+    value = row[kind]
+    if kind != "prompt" and not isinstance(value, list):
+        raise ValueError(f"{where}: `{kind}` is {_shown(value)}, expected a list; fix the line")
+    if not value and kind != "prompt":
+        raise ValueError(f"{where}: `{kind}` is empty, expected one or more texts; fix the line")
+    if kind == "messages":
+        turns = [[_check_message(message, where) for message in value]]
     else:
-        raise ValueError(
-            f"{where}: expected `messages`, `turns` or `prompt`, found {', '.join(row) or 'nothing'}; fix the line"
-        )
+        texts = value if kind == "turns" else [value]
+        turns = [[{"role": "user", "content": _check_text(text, f"{where}: `{kind}`")}] for text in texts]
     for turn in turns:
-        if not turn or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in turn
-        ):
-            raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
         if turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
             raise ValueError(
                 f"{where}: a turn ends without a text of the user, expected one that is not empty; fix the line"
             )
-    if not turns:
-        raise ValueError(f"{where}: `turns` is empty, expected one or more texts; fix the line")
-    return Prompt(str(row.get("id", where.rpartition(":")[2])), str(row.get("set", default_set)), turns)
+    default_id = where.rpartition(":")[2]
+    name, group = _check_name(row, "id", default_id, where), _check_name(row, "set", default_set, where)
+    return Prompt(name, group, turns)
+
+
+def _check_message(message: Any, where: str) -> dict[str, str]:
+    """Check that a message has a role and a text, and other texts only."""
+    if not isinstance(message, dict) or not message.get("role") or "content" not in message:
+        raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
+    return {key: _check_text(value, f"{where}: `{key}` of a message") for key, value in message.items()}
+
+
+def _check_text(value: Any, where: str) -> str:
+    """Check that a value is a text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {_shown(value)}, expected a text; fix the line")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half a character, {value[error.start]!a}; fix the line") from error
+    return value
+
+
+def _check_name(row: dict, key: str, default: str, where: str) -> str:
+    """Read an id or the name of a set: a text or a number."""
+    value = row.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, str) and not is_number or value == "":
+        raise ValueError(f"{where}: `{key}` is {_shown(value)}, expected a text or a number; fix the line")
+    return _check_text(str(value), f"{where}: `{key}`")
+
+
+def _shown(value: Any) -> str:
+    """Write a value for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

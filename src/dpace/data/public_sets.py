@@ -77,13 +77,28 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Pr
                 "--bench.sets-dir"
             )
         else:
-            rows = [
-                Prompt(f"{name}/{i}", name, [[{"role": "user", "content": text}] for text in known.turns(row)])
-                for i, row in enumerate(_download(known))
-            ]
+            rows = [_read_row(name, i, row) for i, row in enumerate(_download(known))]
         random.Random(SHUFFLE_SEED).shuffle(rows)
         prompts += rows[: known.num_prompts if known else None]
     return prompts
+
+
+def _read_row(name: str, number: int, row: Any) -> Prompt:
+    """Turn a row of a dataset into a prompt."""
+    try:
+        texts = SETS[name].turns(row)
+        turns = [[{"role": "user", "content": text}] for text in texts if text.strip()]
+    except (KeyError, TypeError, AttributeError) as error:
+        turns = []
+        reason = f" ({type(error).__name__}: {error})"
+    else:
+        reason = ""
+    if not turns:
+        raise ValueError(
+            f"row {number} of {SETS[name].path} has no text where {name} has its prompts{reason}; the dataset has "
+            "changed: name a folder of JSONL files with --bench.sets-dir"
+        )
+    return Prompt(f"{name}/{number}", name, turns)
 
 
 def _download(source: PublicSet) -> Any:

@@ -1,22 +1,26 @@
 """Let the target answer prompts, and keep its answers as token ids with the spans that it wrote."""
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dpace.config import RespondConfig
-from dpace.data.chat import encode_chat, tokenizer_hashes
+from dpace.data.chat import encode_chat
 from dpace.data.prompts import Prompt
+from dpace.data.run_meta import check_meta, check_unchanged, find_meta, meta_path, read_meta, write_meta
+from dpace.data.typed_json import from_json
 from dpace.fast.cache import is_full_attention
-from dpace.ledger import cut_unfinished, read_jsonl
+from dpace.ledger import claim, cut_unfinished, hold, naming, read_jsonl
 from dpace.progress import progress_bar
-from dpace.provenance import find_versions
 from dpace.target import MIN_SHARED, Target, shared_prefix
+
+__all__ = ["Response", "generate_responses", "read_meta", "read_responses", "write_responses"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def write_responses(
     """Let the target answer prompts in batches, appending to a file after each one.
 
     A prompt whose id is in the file already is not answered again, so an interrupted call continues where it was.
-    Beside the file, `.meta.json` tells what made it.
+    Beside the file, `.meta.json` tells what made it and whether it is complete. No other process may write to the
+    folder meanwhile.
 
     Memory: O(batch_size x tokens) for the target's cache.
 
@@ -60,61 +65,108 @@ def write_responses(
         The responses of all given prompts, in their order.
 
     Raises:
-        ValueError: an over-long prompt, or the file was made by another target, with other settings or from other
-            prompts.
+        ValueError: an over-long prompt; the file was made by another target, with other settings or from other
+            prompts, or was not written by dpace; or another process is writing to its folder.
+        OSError: the disk is full; the same call goes on when there is room.
     """
-    path = Path(path)
-    _check_meta(path, _meta(target, config))
-    done = {response.id: response for response in read_responses(path)} if path.exists() else {}
-    for prompt in prompts:
-        if prompt.id in done and not _is_answer(done[prompt.id], prompt):
-            raise ValueError(
-                f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
-                "--output, or delete the file"
-            )
-    waiting = [(prompt, encode_chat(target, prompt.turns[0])) for prompt in prompts if prompt.id not in done]
+    path, meta = Path(path), find_meta(target, config)
+    with hold(path.parent):
+        claim(path.parent, path.name, meta_path(path).name)
+        cut_unfinished(path)
+        check_meta(path, meta)
+        done = {response.id: response for response in read_responses(path)} if path.exists() else {}
+        for prompt in prompts:
+            if prompt.id in done and not _is_answer(done[prompt.id], prompt):
+                raise ValueError(
+                    f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
+                    "--output, or delete the file"
+                )
+        waiting = [(prompt, _check_length(target, prompt, config)) for prompt in prompts if prompt.id not in done]
+        if waiting:
+            write_meta(path, meta, prompts, is_complete=False)
+            waiting.sort(key=lambda item: item[1])
+            with naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
+                _answer_all(target, [prompt for prompt, _ in waiting], done, file, config)
+        elif done:
+            check_unchanged(path)
+        if prompts:
+            write_meta(path, meta, prompts, is_complete=True)
+        return [done[prompt.id] for prompt in prompts]
+
+
+def _check_length(target: Target, prompt: Prompt, config: RespondConfig) -> int:
+    """Count the tokens of a prompt's first turn, and refuse a prompt that may pass the target's context.
+
+    All its turns count, and their answers as long as they may be.
+    """
     limit = getattr(target.config, "max_position_embeddings", None)
-    for prompt, token_ids in waiting:
-        if limit and len(token_ids) + config.max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {prompt.id} has {len(token_ids)} tokens; with {config.max_new_tokens} new tokens it passes "
-                f"the target's limit of {limit}; shorten the prompt or lower --respond.max-new-tokens"
-            )
-    waiting.sort(key=lambda item: len(item[1]))
+    num_first = len(encode_chat(target, prompt.turns[0]))
+    num_tokens, num_turns = num_first, len(prompt.turns)
+    if num_turns > 1:
+        messages = list(prompt.turns[0])
+        for turn in prompt.turns[1:]:
+            messages += [{"role": "assistant", "content": "."}, *turn]
+        num_tokens = len(encode_chat(target, messages))
+    if limit and num_tokens + num_turns * config.max_new_tokens > limit:
+        turns = f"{num_turns} answers of up to " if num_turns > 1 else ""
+        raise ValueError(
+            f"prompt {prompt.id} has {num_tokens} tokens; with {turns}{config.max_new_tokens} new tokens it passes "
+            f"the target's limit of {limit}; shorten the prompt or lower --respond.max-new-tokens"
+        )
+    return num_first
+
+
+def _answer_all(
+    target: Target, waiting: Sequence[Prompt], done: dict[str, Response], file: TextIO, config: RespondConfig
+) -> None:
+    """Answer the prompts in batches; append each batch to the file and to `done`."""
     torch.manual_seed(config.seed)
-    with progress_bar() as bar, path.open("a", encoding="utf-8") as file:
-        task = bar.add_task("answering prompts", total=len(prompts), completed=len(prompts) - len(waiting), info="")
+    with progress_bar() as bar:
+        task = bar.add_task("answering prompts", total=len(done) + len(waiting), completed=len(done), info="")
         num_tokens = 0
         for start in range(0, len(waiting), config.batch_size):
-            batch = [prompt for prompt, _ in waiting[start : start + config.batch_size]]
-            for response in _answer(target, batch, config):
-                file.write(json.dumps(asdict(response), ensure_ascii=False) + "\n")
-                done[response.id] = response
-                num_tokens += sum(end - start for start, end in response.response_spans)
+            batch = waiting[start : start + config.batch_size]
+            answers = _answer(target, batch, config)
+            file.write("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
             file.flush()
+            os.fsync(file.fileno())
+            done |= {answer.id: answer for answer in answers}
+            num_tokens += sum(end - start for answer in answers for start, end in answer.response_spans)
             speed = num_tokens / max(1e-9, bar.tasks[task].elapsed or 1e-9)
             bar.update(task, advance=len(batch), info=f"{speed:.0f} tokens/s")
-    return [done[prompt.id] for prompt in prompts]
 
 
 def read_responses(path: str | Path) -> list[Response]:
     """Read `responses.jsonl`.
 
-    A last line that a killed process left unfinished is cut off the file.
+    A last line that a killed process left unfinished is left out; the file stays as it is.
 
     Raises:
-        ValueError: a line in the middle that cannot be read, or one without tokens.
+        ValueError: a line that is no response, or an id that occurs twice.
     """
-    path = Path(path)
-    cut_unfinished(path)
-    responses = []
-    for number, row in read_jsonl(path):
+    path, responses, ids = Path(path), [], set()
+    names = [entry.name for entry in fields(Response)]
+    fix = "write the file again with `dpace respond`"
+    for number, row in read_jsonl(path, is_growing=True):
+        where = f"{path}:{number}"
         try:
-            responses.append(Response(**{key: row[key] for key in Response.__dataclass_fields__}))
-        except KeyError as error:
-            raise ValueError(
-                f"{path}:{number}: the line has no {error}; write the file again with `dpace respond`"
-            ) from error
+            response = from_json(Response, {name: row[name] for name in names if name in row})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; {fix}") from error
+        spans, end = response.response_spans, 0
+        for span in spans:
+            if len(span) != 2 or not end <= span[0] <= span[1] <= len(response.token_ids):
+                raise ValueError(
+                    f"{where}: response_spans has {span}, expected a start and an end within "
+                    f"{len(response.token_ids)} tokens, after the span before; {fix}"
+                )
+            end = span[1]
+        if min(response.token_ids, default=0) < 0:
+            raise ValueError(f"{where}: token_ids has {min(response.token_ids)}, expected 0 or more; {fix}")
+        if response.id in ids:
+            raise ValueError(f"{where}: the id {response.id!r} occurs twice, expected unique ids; {fix}")
+        ids.add(response.id)
+        responses.append(response)
     return responses
 
 
@@ -138,6 +190,7 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
         for i in active:
             messages[i] += prompts[i].turns[turn]
         encoded = [encode_chat(target, messages[i]) for i in active]
+        _check_room(target, [prompts[i] for i in active], encoded, config)
         for i, prompt_ids, answer in zip(active, encoded, generate_responses(target, encoded, config), strict=True):
             if prompt_ids[: len(token_ids[i])] != token_ids[i]:
                 spans[i] = []  # the template rewrote what came before, so earlier answers are not the target's tokens
@@ -149,12 +202,25 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
     return [Response(prompt.id, prompt.set, said, ids, where) for prompt, said, ids, where in rows]
 
 
+def _check_room(target: Target, prompts: Sequence[Prompt], encoded: list[list[int]], config: RespondConfig) -> None:
+    """Refuse a turn whose text, read again through the template, has grown past the target's context."""
+    limit = getattr(target.config, "max_position_embeddings", None)
+    for prompt, token_ids in zip(prompts, encoded, strict=True):
+        if limit and len(token_ids) + config.max_new_tokens > limit:
+            raise ValueError(
+                f"a turn of prompt {prompt.id} has {len(token_ids)} tokens; with {config.max_new_tokens} new tokens it "
+                f"passes the target's limit of {limit}; remove a turn or lower --respond.max-new-tokens"
+            )
+
+
 @torch.inference_mode()
 def generate_responses(target: Target, encoded: list[list[int]], config: RespondConfig) -> list[list[int]]:
     """Continue prompts of different lengths together.
 
     They are padded on the left, or after the beginning that all share.
     """
+    if len(encoded) > 1 and _rotates_by_length(target):
+        return [answer for token_ids in encoded for answer in generate_responses(target, [token_ids], config)]
     width = max(map(len, encoded))
     stops = target.stop_token_ids
     pad = stops[0] if stops else 0
@@ -189,6 +255,12 @@ def generate_responses(target: Target, encoded: list[list[int]], config: Respond
     return answers
 
 
+def _rotates_by_length(target: Target) -> bool:
+    """Say whether the longest text of a batch decides how the positions of all its texts are rotated."""
+    rope = getattr(target.config, "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("longrope", "dynamic")
+
+
 def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -> int:
     """Read the beginning that all prompts share once, into every row of the cache.
 
@@ -206,33 +278,3 @@ def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -
         expand = (len(encoded), -1, -1, -1)
         cache.update(layer.keys.expand(expand), layer.values.expand(expand), number)
     return num_shared
-
-
-def _meta(target: Target, config: RespondConfig) -> dict:
-    """Give what the responses depend on: target, tokenizer, settings and versions."""
-    return {
-        "target": target.name,
-        "revision": getattr(target.model.config, "_commit_hash", None),
-        **tokenizer_hashes(target),
-        "dtype": str(target.model.dtype),
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "thinking": target.thinking,
-        "seed": config.seed,
-        "versions": vars(find_versions()),
-    }
-
-
-def _check_meta(path: Path, meta: dict) -> None:
-    """Write the meta file, or refuse to mix with responses that were made in another way."""
-    meta_path = path.with_suffix(".meta.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and meta_path.exists():
-        old = json.loads(meta_path.read_text())
-        for key in sorted(set(meta) - {"versions"}):
-            if old.get(key) != meta[key]:
-                raise ValueError(
-                    f"{path} was made with {key} {old.get(key)!r}, not {meta[key]!r}; name another folder with "
-                    "--output, or delete the file"
-                )
-    meta_path.write_text(json.dumps(meta, indent=2) + "\n")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpace.config import SamplingConfig
 from dpace.decode.sampling import Sampler
+from dpace.ranges import check_ranges
 from dpace.target import Target
 
 
@@ -96,11 +97,10 @@ def make_continuation(
     values: dict[str, Any] = {**options}
     stop_token_ids = values.pop("stop_token_ids", None)
     config = SamplingConfig(**values)
+    check_ranges(config, prefix="")
     prompt = torch.as_tensor(token_ids).flatten().tolist()
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
-    if config.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {config.max_new_tokens}; it must be 1 or more")
     limit = getattr(target.config, "max_position_embeddings", None)
     if limit and len(prompt) + config.max_new_tokens > limit:
         raise ValueError(

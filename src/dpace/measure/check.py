@@ -3,10 +3,7 @@
 In fp32, also check that nothing leaks from the future and that training measures what decoding does.
 """
 
-import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,45 +18,22 @@ from dpace.decode.batch import generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.fast.cache import make_cache
 from dpace.measure.distribution import check_distribution
+from dpace.measure.divergence import describe, find_divergence
 from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.own_text import check_plain
 from dpace.measure.parity import Finding, check_views
 from dpace.metrics import Acceptance
 from dpace.progress import progress_bar
 from dpace.target import Target
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """The first place where a text differs from the target's own."""
-
-    prompt_id: str
-    how: str
-    """Way of decoding, in words."""
-    position: int
-    """Number of the token in the response, from 0."""
-    token_ids: tuple[int | None, int | None]
-    """Token found and token expected; None where the text had ended."""
-    margin: float
-    """How much the target prefers the expected token, as a difference of logits.
-
-    Above temperature 0, the logits include the noise of sampling."""
-    noise: float
-    """Size of rounding here: the largest difference between logits of this text read at once and token by token."""
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether rounding alone can have caused it: both logits may be off by the noise."""
-        return self.margin <= 2 * self.noise
-
-
 def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: CheckConfig) -> list[Finding]:
     """Run all checks that the dtype allows; see `dpace check --help`.
 
-    In fp32 these are the text over ways of decoding, the distribution of sampled text, leaks, and parity of training
-    and serving. In lower precision only the text is checked; each difference is listed with the margin that the target
-    had for its own token.
+    First the baseline is compared with `generate` of transformers. In fp32 the others are the text over ways of
+    decoding, the distribution of sampled text, leaks, and parity of training and serving. In lower precision only the
+    text is checked; each difference is listed with the margin that the target had for its own token.
 
     Args:
         target: the model.
@@ -84,7 +58,7 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
             bar.update(task, advance=1, info=info)
 
         texts, whole = _check_texts(target, drafter, prompts, encoded, config, advance)
-        findings = [*texts]
+        findings = [check_plain(target, prompts, encoded, config.max_new_tokens), *texts]
         if is_exact:
             findings += check_distribution(target, drafter, encoded, config, advance)
             responses = [
@@ -129,7 +103,7 @@ def _check_texts(
                     sampler = Sampler(temperature, seed=seed, device=target.device)
                     where = prompt.id, how
                     divergences[temperature].append(
-                        _divergence(target, sampler, where, token_ids, out.token_ids, plain[-1])
+                        find_divergence(target, sampler, where, token_ids, out.token_ids, plain[-1])
                     )
             advance(f"texts, T={temperature:g}")
         try:
@@ -142,7 +116,7 @@ def _check_texts(
                 sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
                 where = prompt.id, "batch"
                 divergences[temperature].append(
-                    _divergence(target, sampler, where, token_ids, out.token_ids, plain[number])
+                    find_divergence(target, sampler, where, token_ids, out.token_ids, plain[number])
                 )
     names = {0.0: "text at temperature 0", 1.0: "text at temperature 1, same seed"}
     cases = f"{len(prompts)} prompts x {', '.join(ways)}, batch"
@@ -150,43 +124,9 @@ def _check_texts(
     for temperature, name in names.items():
         different = divergences[temperature]
         detail = f"{count[temperature] - len(different)} of {count[temperature]} texts equal"
-        detail += "".join(f"\n{_describe(target, divergence)}" for divergence in different)
+        detail += "".join(f"\n{describe(target, divergence)}" for divergence in different)
         findings.append(Finding(name, cases, all(divergence.is_tie for divergence in different), detail))
     return findings, whole
-
-
-@torch.inference_mode()
-def _divergence(target: Target, sampler: Sampler, where: tuple[str, str], prompt, found, expected) -> Divergence:
-    """Measure how close the target was to choosing the other token."""
-    pairs = itertools.zip_longest(found, expected)
-    position, tokens = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-    num_prompt = len(prompt)
-    text = torch.tensor([[*prompt, *expected]], device=target.device)[:, : num_prompt + position]
-    at_once = target.head.logits(target.hidden(text)[0, num_prompt - 1 :]).float()
-    cache, one_by_one = make_cache(target.config, text.shape[1]), []
-    for start, end in [(0, num_prompt), *((i, i + 1) for i in range(num_prompt, num_prompt + position))]:
-        hidden = target.hidden(text[:, start:end], cache=cache)
-        one_by_one.append(target.head.logits(hidden[0, -1:]).float())
-    noise = float((at_once - torch.cat(one_by_one)).abs().max())
-    if None in tokens:
-        return Divergence(*where, position, tokens, math.inf, noise)
-    scores = at_once
-    if sampler.temperature:
-        scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
-    return Divergence(*where, position, tokens, float(scores[-1, tokens[1]] - scores[-1, tokens[0]]), noise)
-
-
-def _describe(target: Target, divergence: Divergence) -> str:
-    """Write a divergence in one line."""
-    words = [
-        "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
-        for token in divergence.token_ids
-    ]
-    kind = "tie" if divergence.is_tie else "NOT A TIE"
-    return (
-        f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {words[0]}, expected {words[1]}, "
-        f"margin {divergence.margin:.2g}, rounding {divergence.noise:.2g}: {kind}"
-    )
 
 
 def _check_lengths(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dpace.config import CheckConfig
 from dpace.flags import parse
-from dpace.verbs import load_target
+from dpace.verbs import check_folder, load_target
 
 
 def run(args: list[str]) -> None:
@@ -13,13 +13,24 @@ def run(args: list[str]) -> None:
     from dpace.data.prompts import read_heldout
     from dpace.drafter import load_drafter
     from dpace.measure.check import check
+    from dpace.measure.own_text import check_responses, read_greedy
     from dpace.report.tables import check_table, console
 
     prompts = read_heldout(config.prompts)
+    check_folder("drafter", config.drafter)
+    responses, meta = read_greedy(config.responses) if config.responses else ([], {})
+    answered_in = meta.get("dtype", "").removeprefix("torch.")
+    if responses and answered_in not in config.dtypes:
+        raise ValueError(
+            f"{config.responses} was written in {answered_in}, and --dtypes has {', '.join(config.dtypes)}; rounding "
+            f"differs: add {answered_in} to --dtypes"
+        )
     failed = []
     for dtype in config.dtypes:
         target = load_target(config, dtype)
         findings = check(target, load_drafter(config.drafter, target), prompts, config)
+        if responses and dtype == answered_in:
+            findings += check_responses(target, responses, meta)
         console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
     if failed:

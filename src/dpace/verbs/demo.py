@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dpace.flags import command, parse
+from dpace.ledger import claim, hold
 
 
 def run(args: list[str]) -> None:
@@ -15,11 +16,13 @@ def run(args: list[str]) -> None:
     from dpace.locate import find_target
     from dpace.report.tables import console, results_table, slots_table
 
-    results = run_demo(config)
+    output = Path(demo_recipe(config).output)
+    with hold(output):
+        claim(output, "results.json", "acceptance.png", "weights.png")
+        results = run_demo(config)
     console().print(results_table(results), slots_table(results))
     for line in summary(results):
         print(line)
-    output = Path(demo_recipe(config).output)
     print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, and the drafter in {output}/dpace")
     prompt = f"{config.prompts or 'demo'}#{results.rows[0].responses[0].id}"
     print(

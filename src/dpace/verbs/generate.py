@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from dpace.config import Dtype, SamplingConfig, VerifyRule
 from dpace.flags import command, parse
-from dpace.verbs import load_target
+from dpace.progress import show
+from dpace.verbs import check_folder, load_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,10 @@ def run(args: list[str]) -> None:
     if config.stream and config.drafter is None:
         raise ValueError("--stream needs a drafter and none is named; name its folder with --drafter")
     if config.compile and (config.stream or config.drafter is None or config.verify_rule != "equality"):
-        raise ValueError("--compile needs --drafter, and cannot be combined with --stream or --verify-rule speculative")
+        raise ValueError(
+            "--compile needs --drafter, and cannot be combined with --stream or --verify-rule speculative; "
+            "leave one of them out"
+        )
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
     from dpace.data.chat import encode_chat
@@ -49,13 +53,15 @@ def run(args: list[str]) -> None:
     from dpace.decode import generate, generate_batch, generate_plain
     from dpace.drafter import load_drafter
 
+    messages = find_prompt(config.prompt) if config.prompt else []
+    if config.drafter is not None:
+        check_folder("drafter", config.drafter)
     target = load_target(config)
     options: Any = {field.name: getattr(config, field.name) for field in fields(SamplingConfig)}
     speculative: Any = {"width": config.width, "verify_rule": config.verify_rule}
     if config.stream and config.drafter:
-        messages = find_prompt(config.prompt) if config.prompt else []
         return _chat(target, load_drafter(config.drafter, target), messages, {**options, **speculative})
-    token_ids = encode_chat(target, find_prompt(config.prompt or ""))
+    token_ids = encode_chat(target, messages)
     if config.drafter is None:
         generation = generate_plain(target, token_ids, **options)
     elif config.compile:
@@ -64,7 +70,7 @@ def run(args: list[str]) -> None:
         )
     else:
         generation = generate(target, load_drafter(config.drafter, target), token_ids, **options, **speculative)
-    print(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+    show(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     speed = generation.num_decode_tokens / max(generation.decode_seconds, 1e-9)
     tau = f", tau {generation.acceptance.tau:.2f}" if generation.accepted_lengths else ""
     print(f"{len(generation.token_ids)} tokens, {speed:.1f} tokens/s{tau}", file=sys.stderr)
@@ -97,7 +103,7 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
         for piece in stream(target, drafter, token_ids, **options, paces=paces, on_step=steps.append):
             started = started or time.perf_counter()
             text += piece
-            print(piece, end="", flush=True)
+            show(piece, end="")
         seconds = time.perf_counter() - started
         print()
         tokens = sum(len(step.token_ids) for step in steps[1:])

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.flags import next_command, parse
+from dpace.ledger import claim, hold
+from dpace.progress import show
 from dpace.verbs import load_target
 
 
@@ -12,14 +14,13 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "respond", args)
     from dpace.data.prompts import split_prompts
     from dpace.data.responses import write_responses
+    from dpace.data.run_meta import meta_path
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
-    responses = write_responses(
-        load_target(recipe),
-        [*parts.train, *parts.validation, *parts.heldout],
-        path,
-        recipe.respond,
-    )
-    print(f"{len(responses)} responses in {path}")
-    print("next:", next_command("train", recipe, args))
+    with hold(recipe.output):
+        claim(recipe.output, path.name, meta_path(path).name)
+        prompts = [*parts.train, *parts.validation, *parts.heldout]
+        responses = write_responses(load_target(recipe), prompts, path, recipe.respond)
+    show(f"{len(responses)} responses in {path}")
+    show(f"next: {next_command('train', recipe, args)}")
