@@ -1,4 +1,4 @@
-"""Load weights only where they are those that the model expects: every tensor, its shape, and finite values."""
+"""Load weights only where every tensor is there, has its shape, and is finite."""
 
 import hashlib
 import json

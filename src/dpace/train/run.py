@@ -15,6 +15,7 @@ from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.flags import write_recipe
 from dpace.ledger import claim, hold, sweep, write_json
+from dpace.measure.rows import defined
 from dpace.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.train.arguments import training_arguments
@@ -215,7 +216,7 @@ def _record(target: Target, trainer: CheckpointedTrainer, validation: ResponseDa
         best = max(measured, key=lambda entry: entry["eval_tau"])
         record |= {
             "tau": best["eval_tau"],
-            "tau_interval": [best["eval_tau_low"], best["eval_tau_high"]],
+            "tau_interval": [defined(best["eval_tau_low"]), defined(best["eval_tau_high"])],
             "tau_responses": validation.ids,
         }
     return record

@@ -1,10 +1,8 @@
 """Train a drafter on the responses."""
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from dpace.config import Recipe
 from dpace.flags import command, next_command, parse
@@ -18,6 +16,7 @@ def run(args: list[str]) -> None:
 
     from dpace.data.prompts import split_prompts
     from dpace.data.responses import read_responses
+    from dpace.data.run_meta import read_meta
     from dpace.train.identity import (
         data_of,
         refuse_other_answers,
@@ -35,7 +34,7 @@ def run(args: list[str]) -> None:
     )
     if not answered:
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
-    meta, folder = _read_meta(path), Path(recipe.output) / "drafter"
+    meta, folder = read_meta(path), Path(recipe.output) / "drafter"
     refuse_unfinished_answers(meta, path, respond)
     refuse_other_answers(meta, {"thinking": recipe.thinking}, path, respond)
     datasets = choose_conversations(answered, validation, recipe)
@@ -56,18 +55,3 @@ def run(args: list[str]) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"drafter in {folder}")
         print("next:", next_command("bench", recipe, args))
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    """Read what made the answers; empty where that is not known."""
-    # TODO: `dpace.data.responses.read_meta`, once it is merged
-    meta = path.with_suffix(".meta.json")
-    if not meta.exists():
-        return {}
-    try:
-        found = json.loads(meta.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{meta} is not JSON ({error}); run the same `dpace respond` command again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{meta} holds {type(found).__name__}, expected an object; run `dpace respond` again")
-    return found
