@@ -1,4 +1,4 @@
-"""Load weights only where they are those that the model expects: every tensor, its shape, and finite values."""
+"""Load only weights that the model expects: every tensor, in its shape, with finite values."""
 
 import hashlib
 import json

@@ -60,7 +60,7 @@ class CheckpointedTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Give the norm of the gradient, and refuse one that is not finite before the optimizer takes the step."""
+        """Give the norm of the gradient; one that is not finite is refused before the step is taken."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not math.isfinite(float(norm)):
             self._refuse_step(f"the gradient of step {self.state.global_step + 1} has the norm {float(norm)}")
