@@ -103,7 +103,7 @@ class CheckpointedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def write_state(self, path: Path) -> None:
-        """Write the log and the place in the training, as `TrainerState.save_to_json` does, but all or nothing.
+        """Write the log and the place in the training, all or nothing, as `TrainerState` reads them.
 
         The entry of the whole run is left out: it tells of this process's own steps only.
         """
