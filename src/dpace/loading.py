@@ -1,4 +1,4 @@
-"""Load weights only where every tensor is there, has its shape, and is finite."""
+"""Load only weights that the model expects: every tensor, in its shape, with finite values."""
 
 import hashlib
 import json

@@ -60,7 +60,7 @@ class CheckpointedTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Give the norm of the gradient; refuse one that is not finite, before the optimizer steps."""
+        """Give the norm of the gradient; one that is not finite is refused before the step is taken."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not math.isfinite(float(norm)):
             self._refuse_step(f"the gradient of step {self.state.global_step + 1} has the norm {float(norm)}")
@@ -103,7 +103,7 @@ class CheckpointedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def write_state(self, path: Path) -> None:
-        """Write the log and the place in the training, as `TrainerState.save_to_json` does, but all or nothing.
+        """Write the log and the place in the training, all or nothing, as `TrainerState` reads them.
 
         The entry of the whole run is left out: it tells of this process's own steps only.
         """

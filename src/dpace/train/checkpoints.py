@@ -74,7 +74,7 @@ def best_of(folder: Path) -> Path | None:
 
 
 def find_newest(checkpoints: Path) -> Path | None:
-    """Find the newest checkpoint that is whole, and remove those that are of no use.
+    """Find the newest checkpoint that is whole, its best one included, and remove useless ones.
 
     Call it inside `hold`. Checkpoints that are newer than the one found are removed: their steps are taken again.
     """
