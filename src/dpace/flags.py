@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -34,9 +33,6 @@ def parse(config_class, verb: str, args: list[str]):
     if args and args[0].endswith(RECIPE_ENDS):
         recipe, args = recipe_flags(args[0], config_class), args[1:]
     own = [_with_group(config_class, verb, arg) for arg in args]
-    names = [arg.partition("=")[0].replace("_", "-") for arg in own if re.match("--[a-z]", arg)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"{twice} is given twice; remove one of them")
     return _read_flags(config_class, [*recipe, *own], verb)
 
 

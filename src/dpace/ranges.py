@@ -92,7 +92,7 @@ RANGES = {
     "BenchConfig": {
         "temperatures": NOT_NEGATIVE,
         "max_new_tokens": COUNT,
-        "num_prompts": COUNT,
+        "num_prompts": COUNT_OR_NONE,
         "widths": Range(1, LARGEST, also=("auto", "full")),
         "concurrencies": Range(1, 4096),
         "seed": SEED,
