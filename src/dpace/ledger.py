@@ -178,24 +178,6 @@ def sweep(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def write_folder(folder: str | Path) -> Iterator[Path]:
-    """Fill a folder all or nothing.
-
-    Yields an empty folder beside it, which takes its place at the end of the `with` block.
-    """
-    folder = Path(folder)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def cut_unfinished(path: Path) -> None:
     """Cut off a last line that a killed process left unfinished.
 

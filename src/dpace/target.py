@@ -147,6 +147,16 @@ class Target:
         eos = self.model.generation_config.eos_token_id if self.model.generation_config else self.config.eos_token_id
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
+    @property
+    def rotation_boundary(self) -> int | None:
+        """Text length behind which all positions of a batch are rotated anew (longrope, dynamic); else None."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") not in ("longrope", "dynamic"):
+            return None
+        original = rope.get("original_max_position_embeddings")
+        original = original or getattr(self.config, "original_max_position_embeddings", None)
+        return original or self.config.max_position_embeddings
+
     def hidden(
         self,
         token_ids: Int[Tensor, "batch seq"],
@@ -249,6 +259,12 @@ class Target:
             Features, detached, in the dtype of the target. `feature` is `len(target_layer_ids) * hidden`, and `hidden`
             more with `with_head_input`.
         """
+        boundary = self.rotation_boundary
+        if boundary and len(token_ids) > 1 and token_ids.shape[1] > boundary:
+            raise ValueError(
+                f"a text has {token_ids.shape[1]} tokens; past {boundary} this target rotates all positions of a batch "
+                f"anew: cut texts with --train.max-length {boundary}"
+            )
         num_shared = shared_prefix(token_ids.tolist())
         is_shared = len(token_ids) > 1 and MIN_SHARED <= num_shared < token_ids.shape[1]
         if not is_shared or self.cache_ability == "append":

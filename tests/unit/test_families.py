@@ -99,6 +99,10 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
         assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
     with pytest.raises(ValueError, match="ask for at most 12 tokens"):
         generate_plain(target, SHARED, max_new_tokens=13)
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        generate_batch(target, drafter, [SHARED[:5], SHARED + SHARED], max_new_tokens=5)
+    with pytest.raises(ValueError, match="--train.max-length 32"):
+        target.features(torch.tensor([SHARED + SHARED] * 2), [0, 2])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "cohere2"])

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpace.ledger import claim, hold, read_jsonl, write_folder, write_json, write_text
+from dpace.ledger import claim, hold, read_jsonl, write_json, write_text
 
 
 def test_every_character_stays_in_its_line(tmp_path):
@@ -34,19 +34,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
-    folder = tmp_path / "drafter"
-    with write_folder(folder) as new:
-        (new / "a").write_text("1")
-    with pytest.raises(RuntimeError), write_folder(folder) as new:
-        (new / "b").write_text("2")
-        raise RuntimeError
-    assert os.listdir(tmp_path) == ["drafter"] and os.listdir(folder) == ["a"]
-    with write_folder(folder) as new:
-        (new / "c").write_text("3")
-    assert os.listdir(folder) == ["c"]
 
 
 def test_one_writer_at_a_time(tmp_path):

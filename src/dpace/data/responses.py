@@ -219,7 +219,7 @@ def generate_responses(target: Target, encoded: list[list[int]], config: Respond
 
     They are padded on the left, or after the beginning that all share.
     """
-    if len(encoded) > 1 and _rotates_by_length(target):
+    if len(encoded) > 1 and target.rotation_boundary:
         return [answer for token_ids in encoded for answer in generate_responses(target, [token_ids], config)]
     width = max(map(len, encoded))
     stops = target.stop_token_ids
@@ -253,12 +253,6 @@ def generate_responses(target: Target, encoded: list[list[int]], config: Respond
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         answers.append(row[:end])
     return answers
-
-
-def _rotates_by_length(target: Target) -> bool:
-    """Say whether the longest text of a batch decides how the positions of all its texts are rotated."""
-    rope = getattr(target.config, "rope_parameters", None) or {}
-    return rope.get("rope_type") in ("longrope", "dynamic")
 
 
 def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -> int:

@@ -267,6 +267,12 @@ def generate_batch(
     if not rows:
         return []
     _check_attention(target)
+    boundary, ends = target.rotation_boundary, [row.limit + 1 for row in rows]
+    if boundary and len(rows) > 1 and max(ends) > boundary:
+        raise ValueError(
+            f"a text may have {max(ends)} tokens; past {boundary} this target rotates all positions of a batch anew: "
+            "decode one prompt at a time with `generate`"
+        )
     started = read_clock(target.device)
     with target.capture(drafter.target_layer_ids if drafter is not None else ()) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=compile)

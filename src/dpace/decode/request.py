@@ -108,27 +108,14 @@ def make_continuation(
             f"the target's limit of {limit}: shorten the prompt"
             + (f" or ask for at most {limit - len(prompt)} new tokens" if limit > len(prompt) else "")
         )
-    boundary = find_longrope_boundary(target)
+    boundary = target.rotation_boundary
     if boundary and len(prompt) <= boundary < len(prompt) + config.max_new_tokens:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; past {boundary} "
-            f"tokens this target (longrope) reads all again: ask for at most {boundary - len(prompt)} tokens"
+            f"tokens this target rotates all positions anew: ask for at most {boundary - len(prompt)} tokens"
         )
     filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
     sampler = Sampler(config.temperature, **filters, seed=config.seed, device=target.device)
     target.look_again()
     stops = set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
     return Continuation(prompt, len(prompt), config.max_new_tokens, stops, sampler)
-
-
-def find_longrope_boundary(target: Target) -> int | None:
-    """Give the length behind which a target with longrope rotates all positions anew; None for others.
-
-    Keys in the cache then no longer fit, and transformers drops its cache at this place.
-    """
-    rope = getattr(target.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return rope.get("original_max_position_embeddings") or getattr(
-        target.config, "original_max_position_embeddings", None
-    )
