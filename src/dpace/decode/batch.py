@@ -266,13 +266,7 @@ def generate_batch(
         rows.append(_Row(make_continuation(target, token_ids, **row_options)))
     if not rows:
         return []
-    _check_attention(target)
-    boundary, ends = target.rotation_boundary, [row.limit + 1 for row in rows]
-    if boundary and len(rows) > 1 and max(ends) > boundary:
-        raise ValueError(
-            f"a text may have {max(ends)} tokens; past {boundary} this target rotates all positions of a batch anew: "
-            "decode one prompt at a time with `generate`"
-        )
+    _check_batch(target, rows)
     started = read_clock(target.device)
     with target.capture(drafter.target_layer_ids if drafter is not None else ()) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=compile)
@@ -286,11 +280,17 @@ def generate_batch(
     return [row.generation(drafter.block_size if drafter is not None else 1, seconds) for row in rows]
 
 
-def _check_attention(target: Target) -> None:
-    """Refuse an attention implementation that accepts no 4-D mask."""
+def _check_batch(target: Target, rows: Sequence[_Row]) -> None:
+    """Refuse targets whose attention or rotary embedding does not allow rows of different lengths."""
     implementation = target.config._attn_implementation
     if implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
         raise ValueError(
-            f"the target's attention is {implementation}, which accepts no 4-D mask; load the target with "
+            f"the target's attention is {implementation}, which takes no 4-D mask; load it with "
             "attn_implementation='sdpa', or decode one prompt at a time with `generate`"
+        )
+    boundary, longest = target.rotation_boundary, 1 + max(row.limit for row in rows)
+    if boundary and len(rows) > 1 and longest > boundary:
+        raise ValueError(
+            f"a text may have {longest} tokens; past {boundary} this target rotates all positions of a batch anew: "
+            "decode one prompt at a time with `generate`"
         )
