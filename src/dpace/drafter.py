@@ -160,6 +160,11 @@ class Drafter(DFlashDraftModel):
                     f"the drafter's {name} is {found} and the target {target.name} has {expected}: "
                     "the drafter was trained for another target; train one for this target with `dpace train`"
                 )
+        if target.cache_ability == "append":
+            raise ValueError(
+                f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so "
+                "it cannot verify drafts: decode it without a drafter"
+            )
         spec.check()
         check_mask_token(self.mask_token_id, target)
 

@@ -39,13 +39,13 @@ def test_plain_and_drafted_text_is_the_targets(family, target, monkeypatch):
         text = own_text(target, prompt)
         assert len(set(text)) > 3, "a text that repeats itself shows nothing"
         assert generate_plain(target, prompt, max_new_tokens=LENGTH).token_ids == text
+        if family in NOT_DRAFTED_FOR:
+            with pytest.raises(ValueError, match=NOT_DRAFTED_FOR[family]):
+                make_drafter(target, target_layer_ids=[0, 2])
+            continue
         for every in (1, 2, 3, 100):
             with monkeypatch.context() as patch:
                 drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
-                if family in NOT_DRAFTED_FOR:
-                    with pytest.raises(ValueError, match=NOT_DRAFTED_FOR[family]):
-                        generate(target, drafter, prompt, max_new_tokens=LENGTH)
-                    break
                 Oracle(patch, drafter, target, prompt + text, lambda n, every=every: n % every == every - 1)
                 out = generate(target, drafter, prompt, max_new_tokens=LENGTH, width="full")
                 assert out.token_ids == text
@@ -64,9 +64,9 @@ def test_width_auto_and_streams_keep_the_text(family, target):
 
 def test_batches_keep_the_text_or_are_refused(family, target):
     prompts = [SHARED, SHARED[:7], [5, 9, 12]]
-    drafter = make_drafter(target, block_size=4, target_layer_ids=[0, 2])
+    drafter = None if family in NOT_DRAFTED_FOR else make_drafter(target, block_size=4, target_layer_ids=[0, 2])
     if family in NOT_BATCHED or family in NOT_DRAFTED_FOR:
-        with pytest.raises(ValueError, match="full attention|cannot read several"):
+        with pytest.raises(ValueError, match="full attention"):
             generate_batch(target, drafter, prompts, max_new_tokens=LENGTH)
         return
     found = generate_batch(target, drafter, prompts, max_new_tokens=LENGTH)

@@ -46,11 +46,6 @@ def make_drafting(
     """
     drafter.check_target(target)
     look_again(drafter)
-    if target.cache_ability == "append":
-        raise ValueError(
-            f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so it "
-            "cannot verify drafts: decode it without a drafter"
-        )
     block_size = block_size or drafter.block_size
     if not 2 <= block_size <= drafter.block_size:
         raise ValueError(f"block_size is {block_size}; this drafter drafts blocks of 2 to {drafter.block_size} slots")
