@@ -17,17 +17,25 @@ SHARED = [(7 * i) % 59 + 4 for i in range(20)]
 """A beginning of several prompts, longer than the windows."""
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=CONFIGS, scope="module")
 def family(request) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def target(family):
     return make_sharp_target(family)
 
 
 def own_text(target, prompt: list[int]) -> list[int]:
+    """The target's greedy text by transformers' own `generate`, made once for each prompt."""
+    texts = vars(target).setdefault("own_texts", {})
+    if tuple(prompt) not in texts:
+        texts[tuple(prompt)] = make_own_text(target, prompt)
+    return texts[tuple(prompt)]
+
+
+def make_own_text(target, prompt: list[int]) -> list[int]:
     out = target.model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)
     return out[0, len(prompt) :].tolist()
 

@@ -102,7 +102,12 @@ WEIGHT_CHECKS = (
         "rename the tensors with `dpace import`: most engines know only the published names",
     ),
     Check("missing tensors", "fails", _missing, FIX_COPY_AGAIN),
-    Check("extra tensors", "warns", _extra, "remove these tensors: some engines refuse those that they do not know"),
+    Check(
+        "extra tensors",
+        "fails",
+        _extra,
+        "remove these tensors: dpace and some engines refuse those that they do not know",
+    ),
     Check(
         "own embedding",
         "fails",

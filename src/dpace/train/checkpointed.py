@@ -160,7 +160,7 @@ def room_for(what: str, folder: Path, unfinished: Path | None = None) -> Iterato
     except (OSError, SafetensorError) as error:
         if unfinished:
             shutil.rmtree(unfinished, ignore_errors=True)
-        reason = " ".join(str(error).split())
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise OSError(
             f"cannot write {what} into {folder}: {reason}; make room there and run the same command: it goes "
             "on from the last checkpoint"
