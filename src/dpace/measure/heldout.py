@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dpace.blocks import Blocks
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
-from dpace.loss import frozen_head_nll
+from dpace.loss import HeadOutput, frozen_head_nll
 from dpace.metrics import Acceptance
 from dpace.target import Target
 from dpace.views import blocks_hidden
@@ -36,6 +38,23 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
 
 
 @torch.no_grad()
+def score_conversation(
+    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int
+) -> tuple[Tensor, Blocks, HeadOutput]:
+    """Draft the blocks of one conversation at once, and compare the drafts with its text.
+
+    Returns:
+        Final hidden states, "1 block slot hidden"; the blocks; and what the head gives for them.
+    """
+    inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
+    inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
+    hidden, blocks, _ = blocks_hidden(
+        drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
+    )
+    return hidden, blocks, frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+
+
+@torch.no_grad()
 def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDataset) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
@@ -56,12 +75,7 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
     drafter.eval()
     results = []
     for i in range(len(dataset)):
-        inputs: dict[str, Any] = collate([dataset[i]], drafter.block_size)
-        inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
-        hidden, blocks, _ = blocks_hidden(
-            drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
-        )
-        out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+        _, blocks, out = score_conversation(drafter, target, dataset, i)
         accepted_from = dict(zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True))
         spans = _spans(dataset.rows[i][2].tolist())
         results.append(Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans]))

@@ -1,14 +1,11 @@
 """Fit the temperature at which a drafter's confidence says how often it is right."""
 
-from typing import Any
-
 import torch
 
-from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.dataset import ResponseDataset
 from dpace.drafter import Drafter
-from dpace.loss import frozen_head_nll
+from dpace.measure.heldout import score_conversation
 from dpace.target import Target
-from dpace.views import blocks_hidden
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 1500
@@ -35,12 +32,7 @@ def fit_confidence_temperature(drafter: Drafter, target: Target, dataset: Respon
     drafter.eval()
     logits, matches, count = [], [], 0
     for i in range(len(dataset)):
-        inputs: dict[str, Any] = collate([dataset[i]], drafter.block_size)
-        inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
-        hidden, blocks, _ = blocks_hidden(
-            drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
-        )
-        out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+        hidden, blocks, out = score_conversation(drafter, target, dataset, i)
         slots = torch.arange(drafter.block_size, device=target.device)
         is_reached = blocks.is_scored & (slots <= out.accepted_lengths[..., None] + 1)
         share = max(1, round(int(is_reached.sum()) * len(dataset) / MAX_CALIBRATION_ROWS))
