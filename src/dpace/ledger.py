@@ -42,6 +42,26 @@ def read_text(path: str | Path, what: str, *, max_bytes: int = MAX_LINE_BYTES) -
         raise ValueError(f"cannot read {path}: {_reason(error)}; name {what} in UTF-8") from error
 
 
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: of the file.
+        fix: what to do where it cannot be read, for the message.
+
+    Raises:
+        ValueError: it is not a JSON object.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {fix}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected an object; {fix}")
+    return value
+
+
 def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[int, dict]]:
     """Yield the number and the object of each line that is not blank.
 

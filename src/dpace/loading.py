@@ -1,7 +1,6 @@
 """Load only weights that the model expects: every tensor, in its shape, with finite values."""
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+
+from dpace.ledger import read_object
 
 NUM_NAMED = 3
 """Most tensors that a message names."""
@@ -84,14 +85,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ValueError: it is not a JSON object.
         OSError: it cannot be read.
     """
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); train the drafter, or copy it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, expected an object; copy the drafter again")
-    return config
+    return read_object(Path(folder) / "config.json", "train the drafter, or copy it again")
 
 
 def need(config: Mapping[str, Any], key: str) -> Any:

@@ -16,7 +16,7 @@ import torch
 from dpace.config import Recipe
 from dpace.data.chat import tokenizer_hashes
 from dpace.data.dataset import ResponseDataset
-from dpace.ledger import write_json
+from dpace.ledger import read_object, write_json
 from dpace.provenance import hash_file, weights_fingerprint
 from dpace.target import Target
 
@@ -85,13 +85,7 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
                 f"{folder} has a recipe.yaml and no {RUN_FILE}, so what it was trained on is unknown; {OTHER_RUN}"
             )
         return None
-    try:
-        run = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); {OTHER_RUN}") from error
-    if not isinstance(run, dict):
-        raise ValueError(f"{path} holds {type(run).__name__}, expected an object; {OTHER_RUN}")
-    return run
+    return read_object(path, OTHER_RUN)
 
 
 def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
