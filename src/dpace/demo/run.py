@@ -125,6 +125,7 @@ def summary(results: BenchResults) -> list[str]:
     for row in results.rows:
         if row.drafter == "dpace" and row.width in ways and row.temperature == 0:
             words = {"faster": "makes decoding faster", "slower": "makes decoding slower"}
+            words["too few prompts"] = "was measured on too few prompts to tell"
             found = words.get(verdict(row.decode_speedup_interval), "makes no clear difference")
             lines.append(f"{row.set}: {ways[row.width]} {found} (decode_speedup {row.decode_speedup or 0:.2f}, T=0)")
     by_name = {(row.set, row.drafter): row for row in results.whole_blocks if row.temperature == 0}
