@@ -64,7 +64,8 @@ def test_imports_go_one_way():
 
 
 def test_no_file_waits_for_itself():
-    faces = {"dpace", "dpace.decode", "dpace.train"}  # hand names on; what needs them is counted where it is defined
+    # faces hand names on; what needs them is counted where it is defined
+    faces = {"dpace", "dpace.config", "dpace.decode", "dpace.train"}
     list(TopologicalSorter({m: found - faces for m, found in GRAPH.items() if m not in faces}).static_order())
 
 

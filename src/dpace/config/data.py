@@ -1,0 +1,52 @@
+"""Options of prompts, answers and sampling."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the tokens of a response are chosen, and how many there are at most."""
+
+    max_new_tokens: int = 256
+    """Length of the response in tokens; it is shorter only where a stop token comes first."""
+    temperature: float = 0.0
+    """Sampling temperature, 0 or more; 0 always takes the most likely token (greedy)."""
+    top_k: int = 0
+    """Sample only from this number of most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens whose probabilities sum to this value, above 0 to 1; 1 keeps all."""
+    min_p: float = 0.0
+    """Sample only from tokens with at least this fraction of the highest probability, 0 to 1; 0 keeps all."""
+    seed: int | None = None
+    """Seed for sampling at a temperature above 0; torch's global random generator by default."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where the prompts come from, and which of them are kept for measuring."""
+
+    path: str = "demo"
+    """JSONL file with `messages`, `turns` or `prompt` on each line; `demo` is the dataset that comes with dpace."""
+    heldout_path: str | None = None
+    """JSONL file of prompts to measure on, none of which may be a training prompt.
+    By default `demo` has its own file; for other prompts, a random part is taken out of `path` before training."""
+    num_heldout: int = 64
+    """Prompts taken out of `path` to measure on, at most a tenth of them; unused where held-out prompts have a file."""
+    num_validation: int = 32
+    """Prompts taken out of training, at most a tenth of them, to choose the best checkpoint by."""
+    limit: int | None = None
+    """Number of prompts to train on, from the start of the file; all of them by default."""
+
+
+@dataclass(frozen=True)
+class RespondConfig:
+    """How the target answers the prompts that a drafter is trained and measured on."""
+
+    max_new_tokens: int = 2048
+    """Longest response in tokens (2048 in DFlash's benchmark)."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 (greedy) gives the text that speculative decoding reproduces."""
+    batch_size: int = 32
+    """Number of prompts that are answered together; lower it where memory is short."""
+    seed: int = 0
+    """Seed for sampling at a temperature above 0."""

@@ -1,0 +1,98 @@
+"""Options of the drafter, the loss and the optimizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpace.config.choices import Confidence, Objective, Reduction, TokenLoss
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Size of the drafter; the rest of its shape follows the target."""
+
+    num_layers: int = 3
+    """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
+    block_size: int = 16
+    """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
+    num_features: int | None = None
+    """Number of target layers whose hidden states the drafter reads; num_layers by default."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published."""
+    mask_token_id: int | None = None
+    """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
+    norm_scale: float = 1.0
+    """Initial weights of the final norm, above 0; small ones start near a uniform distribution (docs/training.md)."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss that training minimizes."""
+
+    objective: Objective = "dpace"
+    """How much each slot of a block counts in the loss; docs/objectives.md says when to use which."""
+    token_loss: TokenLoss = "nll"
+    """Loss of one slot.
+    nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
+    lk: -log of the overlap of both distributions."""
+    confidence: Confidence = "token"
+    """How D-PACE estimates that a slot is accepted.
+    token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
+    alpha: float = 0.5
+    """Smoothing of D-PACE's weights, 0 to 1 (the paper: 0.5; 0.3 to 0.7 work about as well)."""
+    gamma: float | None = None
+    """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
+    base: float = 0.8
+    """Weight of a slot relative to the one before it, for the objective medusa."""
+    reduction: Reduction = "anchors"
+    """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
+    anchors: blocks, then conversations. batch (the paper's code): conversations. slots: scored slots. weights: the
+    weights' sum."""
+    vocabulary: Literal["all", "seen"] = "all"
+    """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
+
+    @property
+    def needs_target_probs(self) -> bool:
+        """Whether the loss compares with the target's distribution, which takes its last hidden states too."""
+        return self.token_loss != "nll" or self.confidence == "overlap"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimizer and its schedule; the defaults are the paper's."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (the paper's), or muon for the matrices.
+    Muon is better for short trainings; its steps are slower, and it does not work with sharded weights."""
+    learning_rate: float = 6e-4
+    """Highest learning rate of the schedule (the paper: 6e-4)."""
+    num_epochs: float = 6.0
+    """Passes over the training conversations (the paper: 6)."""
+    max_steps: int = -1
+    """Number of optimizer steps; replaces num_epochs where it is above 0."""
+    warmup_ratio: float = 0.04
+    """Fraction of the steps in which the learning rate rises, before a cosine to 0 (the paper: 0.04)."""
+    batch_size: int = 2
+    """Conversations in a micro-batch on each device (the paper: 2 per step)."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step."""
+    num_anchors: int = 512
+    """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
+    max_length: int = 3072
+    """Length in tokens at which conversations are cut (the paper: 3072)."""
+    max_grad_norm: float = 1.0
+    """Norm at which the gradient is clipped (the paper: 1)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (the paper: 0)."""
+    seed: int = 42
+    """Seed for the initial weights, the order of conversations and the choice of blocks (the paper: 42)."""
+    logging_steps: int = 10
+    """Optimizer steps between two entries of the log."""
+    eval_steps: int = 500
+    """Optimizer steps between two checkpoints.
+    The mean acceptance length (tau) on the validation prompts is measured at each."""
+    feature_cache_gib: float = 4.0
+    """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
+    gradient_checkpointing: bool = False
+    """Compute the drafter's activations again in the backward pass, which saves memory and costs time."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that get the log too, if installed: tensorboard, wandb, trackio and others that transformers knows."""
