@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from dpace.device import find_device, synchronize
 from dpace.head import Head
 from dpace.loss import Slots, block_loss, frozen_head_nll
 from dpace.train.callbacks import PeakMemory
@@ -84,8 +85,7 @@ def measure(vocab: int, width: int, num_blocks: int, repeats: int, device: str) 
         for name, method in methods.items():
             start = time.perf_counter()
             run(method, *data)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            synchronize(data[0].device)
             if repeat:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)
             grads[name] = hidden.grad
@@ -100,15 +100,15 @@ def peak(method, data) -> float:
     """Measure the bytes that a run adds at its peak."""
     device = data[0].device
     data[0].grad = None
-    is_gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if is_gpu else psutil.Process().memory_info().rss
+    is_cpu = device.type == "cpu"
+    before = torch.accelerator.memory_allocated(device) if not is_cpu else psutil.Process().memory_info().rss
     memory = PeakMemory(device)
     run(method, *data)
     return (memory.bytes or float("nan")) - before
 
 
 def main(quick: bool) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32, "
         f"blocks of {BLOCK_SIZE}"

@@ -22,6 +22,7 @@ from rich.progress import track
 
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.responses import Response
+from dpace.device import synchronize
 from dpace.drafter import Drafter
 from dpace.flags import read_recipe
 from dpace.locate import find_target
@@ -65,8 +66,7 @@ def main(rounds: int) -> None:
             torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            if target.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(target.device)
             return time.perf_counter() - start
 
         for weigh in weighers.values():

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+MASK_TILE = 128
+"""Number of queries, and of keys, that `flex_attention` skips or computes together."""
+
 
 def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[int]:
     """Choose the feature layers, spread evenly from layer 1 to the third from the last.
@@ -171,15 +174,48 @@ def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query 
 
 
 def flex_mask(blocks: Blocks, num_context: int):
-    """Turn `visibility` into a block mask for `flex_attention`, the same for all heads and never dense."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Turn `visibility` into a block mask for `flex_attention`, straight from the anchors.
+
+    The mask is the same for all heads. Nothing of the size of queries x keys exists.
+
+    Memory: O(batch x query tiles x key tiles) numbers of 8 bytes, where a tile is `MASK_TILE` tokens.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     num_queries = blocks.labels[0].numel()
-    return create_block_mask(
-        visibility(blocks, num_context),
-        B=len(blocks.anchors),
-        H=None,
-        Q_LEN=num_queries,
-        KV_LEN=num_context + num_queries,
-        device=str(blocks.anchors.device),
+    is_seen, is_whole = visible_tiles(blocks, num_context)
+    counts, order = [], []
+    for tiles in (is_seen & ~is_whole, is_whole):
+        counts.append(tiles.sum(-1, dtype=torch.int32)[:, None])
+        order.append(tiles.int().argsort(dim=-1, descending=True, stable=True).int()[:, None])
+    return BlockMask.from_kv_blocks(
+        counts[0],
+        order[0],
+        counts[1],
+        order[1],
+        BLOCK_SIZE=MASK_TILE,
+        mask_mod=visibility(blocks, num_context),
+        seq_lengths=(num_queries, num_context + num_queries),
     )
+
+
+def visible_tiles(
+    blocks: Blocks, num_context: int
+) -> tuple[Bool[Tensor, "batch query_tile key_tile"], Bool[Tensor, "batch query_tile key_tile"]]:
+    """Find the tiles of `visibility` that are seen in part, and those known to be seen whole.
+
+    Whole tiles are among the first, too. A tile of queries belongs to a few blocks in a row. It sees the context before
+    the largest of their anchors, all of it before the smallest, and the keys of these blocks.
+    """
+    device, size, num_queries = blocks.anchors.device, blocks.block_size, blocks.labels[0].numel()
+    starts = torch.arange(0, num_queries, MASK_TILE, device=device)
+    first = starts // size
+    last = (starts + MASK_TILE).clamp_max(num_queries).sub(1) // size
+    inside = first[:, None] + torch.arange((MASK_TILE - 2) // size + 2, device=device)
+    ends = blocks.anchors.where(blocks.is_block, 0)[:, inside.minimum(last[:, None])]
+    keys = torch.arange(0, num_context + num_queries, MASK_TILE, device=device)
+    slots = keys - num_context
+    sees_own = (slots < (last[:, None] + 1) * size) & (slots + MASK_TILE > first[:, None] * size)
+    is_seen = (keys < ends.amax(-1)[..., None]) | sees_own
+    is_whole = (keys + MASK_TILE <= ends.amin(-1)[..., None]) & (starts + MASK_TILE <= num_queries)[:, None]
+    return is_seen, is_whole

@@ -39,8 +39,8 @@ USAGE = "\n".join(
 
 MEMORY = {
     "respond": "lower --respond.batch-size or --respond.max-new-tokens",
-    "train": "lower --train.batch-size, --train.num-anchors or --train.max-length",
-    "compare": "lower --train.batch-size, --train.num-anchors or --train.max-length",
+    "train": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
+    "compare": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
     "bench": "lower --bench.max-new-tokens or --bench.concurrencies",
 }
 """Options that take less memory, by verb."""

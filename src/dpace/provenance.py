@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import dpace
+from dpace.device import describe
 
 FINGERPRINT_VALUES = 64
 """Values of each tensor that the fingerprint of weights reads."""
@@ -48,18 +49,7 @@ def find_versions() -> Versions:
 
 def find_hardware(device: torch.device) -> Hardware:
     """Name the device, and count cores and threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else find_processor()
-    name = name if device.type in ("cpu", "cuda") else f"{device.type}, {name}"
-    return Hardware(device=name, cores=os.cpu_count(), torch_threads=torch.get_num_threads())
-
-
-def find_processor() -> str:
-    """Name the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return Hardware(device=describe(device), cores=os.cpu_count(), torch_threads=torch.get_num_threads())
 
 
 def hash_json(value: Any) -> str:

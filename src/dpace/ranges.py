@@ -72,7 +72,7 @@ RANGES = {
         "mask_token_id": COUNT_OR_NONE,
         "norm_scale": POSITIVE,
     },
-    "LossConfig": {"alpha": FRACTION, "gamma": POSITIVE, "base": POSITIVE},
+    "LossConfig": {"alpha": FRACTION, "gamma": POSITIVE, "base": POSITIVE, "chunk_mib": COUNT},
     "TrainConfig": {
         "learning_rate": POSITIVE,
         "num_epochs": POSITIVE,

@@ -1,7 +1,6 @@
 """The frozen target: features, embedding and LM head of any decoder-only Hugging Face model."""
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dpace.config import Device
+from dpace.device import default_dtype, find_device
 from dpace.fast.cache import repeat_rows
 from dpace.fast.packing import Packed, PackedLinear, packed_product
 from dpace.fast.rewind import CacheAbility, probe_cache
@@ -66,7 +67,7 @@ class Target:
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: torch.dtype | None = None, device: str | None = None, thinking: bool = False
+        cls, name: str, *, dtype: torch.dtype | None = None, device: Device = "auto", thinking: bool = False
     ) -> "Target":
         """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
 
@@ -77,7 +78,7 @@ class Target:
             dtype: dtype of the weights; by default bf16 on a GPU, and fp32 on a CPU, where texts are then equal token
                 for token.
             thinking: turn thinking on in chat templates that have this switch.
-            device: by default this process's GPU (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
+            device: `auto` is this process's accelerator (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
 
         No code that a checkpoint names is run, and attention is torch's own whatever the config names.
 
@@ -86,8 +87,8 @@ class Target:
             ValueError: weights that are missing, in other shapes, or not finite; a class that transformers does not
                 have.
         """
-        device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        place = find_device(device)
+        dtype = dtype or default_dtype(place)
         fix = "download or copy the target again"
         with one_line(f"the target {name}", fix):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -105,7 +106,7 @@ class Target:
         model, info = loaded
         refuse_mismatch(f"the target {name}", info, fix)
         refuse_infinite(f"the target {name}", model, fix)
-        model = model.to(device)
+        model = model.to(place)
         speed_up(model)
         target = cls(model, tokenizer)
         target.thinking = thinking

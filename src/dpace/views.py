@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.blocks import Blocks, dense_mask, flex_mask
+from dpace.device import TILED
 from dpace.drafter import Drafter
 from dpace.target import Target
 
@@ -67,7 +68,8 @@ def blocks_hidden(
 ) -> tuple[Tensor, Blocks, Tensor | None]:
     """Run the drafter over all blocks of a batch at once: the training forward pass.
 
-    Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask on a CPU.
+    Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask, where `flex_attention` has no
+    kernel (`dpace.device.TILED`).
 
     Returns:
         Final hidden states, "batch block slot hidden"; the blocks; and with `with_target_hidden`, the input of the
@@ -79,7 +81,7 @@ def blocks_hidden(
         features = target.features(token_ids, target_layer_ids, with_head_input=with_target_hidden)
     num_features = len(target_layer_ids) * target.hidden_size
     batch, num_context = token_ids.shape
-    make_mask = flex_mask if token_ids.device.type == "cuda" else dense_mask
+    make_mask = flex_mask if token_ids.device.type in TILED else dense_mask
     context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
     hidden = draft_block(
         drafter,

@@ -1,8 +1,21 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from dpace.blocks import build_blocks, build_target_layer_ids, dense_mask, flex_mask, sample_anchors, visibility
+from dpace.blocks import (
+    MASK_TILE,
+    build_blocks,
+    build_target_layer_ids,
+    dense_mask,
+    flex_mask,
+    sample_anchors,
+    visibility,
+    visible_tiles,
+)
+from tests.memory import PeakBytes
 
 
 @pytest.mark.parametrize(
@@ -72,6 +85,35 @@ def test_dense_and_flex_are_one_rule():
     with pytest.warns(UserWarning, match="without torch.compile"):
         found = flex_attention(q, k, v, block_mask=flex_mask(blocks, 10), enable_gqa=True)
     torch.testing.assert_close(found, expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 200), st.integers(3, 700), st.lists(st.integers(0, 30), min_size=1, max_size=3), st.randoms())
+def test_tiles_are_those_of_the_dense_mask(block_size, num_context, counts, random):
+    """Any anchors, block size and text: every tile with a visible pair is there, and whole tiles are whole."""
+    anchors = [torch.tensor(sorted(random.sample(range(num_context - 1), min(n, num_context - 1)))) for n in counts]
+    ids = torch.zeros(len(counts), num_context, dtype=torch.long)
+    blocks = build_blocks(ids, ids == 0, [a.long() for a in anchors], block_size)
+    dense = dense_mask(blocks, num_context)[:, 0]
+    tiles = functional.pad(dense, (0, -dense.shape[2] % MASK_TILE, 0, -dense.shape[1] % MASK_TILE))
+    tiles = tiles.unflatten(1, (-1, MASK_TILE)).unflatten(3, (-1, MASK_TILE)).transpose(2, 3).flatten(3)
+    is_seen, is_whole = visible_tiles(blocks, num_context)
+    assert torch.equal(is_seen, tiles.any(-1))
+    assert not (is_whole & ~tiles.all(-1)).any()
+    mask = flex_mask(blocks, num_context)
+    assert torch.equal(mask.to_dense()[:, 0].bool(), is_seen)
+
+
+@pytest.mark.parametrize(("batch", "num_blocks", "mib"), [(2, 512, 20), (1, 3071, 100)])
+def test_the_mask_of_a_long_text_takes_little_memory(batch, num_blocks, mib):
+    """The paper's batch, and all anchors of its longest text at once."""
+    ids = torch.zeros(batch, 3072, dtype=torch.long)
+    anchors = [torch.arange(0, 3071)[-num_blocks:] for _ in range(batch)]
+    blocks = build_blocks(ids, ids == 0, anchors, 16)
+    with PeakBytes() as peak:
+        mask = flex_mask(blocks, 3072)
+    assert peak.bytes < mib * 2**20
+    assert mask.full_kv_num_blocks.sum() > mask.kv_num_blocks.sum()  # most of what is seen needs no rule inside
 
 
 def test_block_of_one_is_refused():

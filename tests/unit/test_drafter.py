@@ -1,11 +1,16 @@
+import inspect
 import json
+import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 
 from dpace.blocks import build_blocks, dense_mask
 from dpace.drafter import Drafter, check_mask_token, choose_mask_token
+from dpace.modeling_dflash import DFlashAttention, DFlashDraftModel, DFlashLayer
+from dpace.views import blocks_hidden
 from tests.conftest import MASK, make_drafter, make_target, make_tokenizer
 
 
@@ -44,6 +49,28 @@ def test_training_view_equals_cached_view(random_target):
         cache.crop(-drafter.block_size)
         seen = anchor
         torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_training_makes_few_graphs(monkeypatch):
+    """Batches of any length, the last and smaller one of an epoch among them: at most three graphs."""
+    for kind in (DFlashDraftModel, DFlashLayer, DFlashAttention):  # without the checks of types
+        monkeypatch.setattr(kind, "forward", inspect.unwrap(kind.forward))
+    target = make_target("qwen3")
+    drafter = make_drafter(target).train()
+    counter = CompileCounter()
+    compiled = torch.compile(drafter, backend=counter)
+    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    rng = random.Random(0)
+    for number in range(30):
+        batch, length, count = 1 if number % 7 == 6 else 2, rng.randint(30, 90), rng.randint(9, 20)
+        token_ids = torch.zeros(batch, length, dtype=torch.long)
+        anchors = [torch.tensor(sorted(rng.sample(range(length - 1), count))) for _ in range(batch)]
+        blocks = build_blocks(token_ids, token_ids == 0, anchors, drafter.block_size)
+        features = torch.randn(batch, length, len(drafter.target_layer_ids) * target.hidden_size)
+        inputs = {"token_ids": token_ids, "features": features, **vars(blocks)}
+        hidden, _, _ = blocks_hidden(compiled, target, inputs, **ids)
+        hidden.sum().backward()
+    assert 1 <= counter.frame_count <= 3
 
 
 def test_bf16_autocast_trains_fp32_weights():

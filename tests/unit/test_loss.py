@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 from functools import partial
@@ -7,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpace.config import LossConfig, Objective
+from dpace.fast import head_scores
 from dpace.head import Head
 from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll, frozen_head_nll_reference
 from dpace.objective import make_weigh, with_objective
@@ -52,6 +55,21 @@ def test_equals_the_plain_reference(objective, head, chunk_bytes):
     ours = run(frozen_head_nll, *data, weigh=weigh, chunk_bytes=chunk_bytes)
     assert_equal(ours, run(frozen_head_nll_reference, *data, weigh=weigh))
     assert not ours[1][1].any() and not ours[1][:, :, 0].any()
+
+
+def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
+    """What runs on a GPU: one graph for all numbers of rows and parts of the vocabulary, no more than one recompile."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(head_scores, "TILED", ("cpu",))
+    for name in ("logits", "finish", "slope"):  # without the checks of types, which cannot be compiled
+        monkeypatch.setattr(Head, name, inspect.unwrap(getattr(Head, name)))
+    tile = inspect.unwrap(head_scores._add_tile)
+    compiled = torch.compile(tile, backend=counter, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(head_scores, "_compiled_add_tile", lambda: compiled)
+    for batch, chunk_bytes in ((3, 300), (4, 2000), (2, 9000)):
+        data = problem(batch=batch, head="both")
+        assert_equal(run(frozen_head_nll, *data, chunk_bytes=chunk_bytes), run(frozen_head_nll_reference, *data))
+    assert 1 <= counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("token_loss", ["nll", "kl", "lk"])

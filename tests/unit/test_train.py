@@ -9,6 +9,7 @@ import torch
 from dpace.config import LossConfig
 from dpace.data.dataset import ResponseDataset
 from dpace.decode.loop import generate
+from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance, walk
 from dpace.metrics import Acceptance
 from dpace.train.run import make_datasets, train
@@ -125,6 +126,16 @@ def test_heldout_acceptance_is_that_of_decoding(language_target, language_drafte
     together = Acceptance.of_prompts(decoded)
     assert in_training.rows.tolist() == together.rows.tolist()
     assert in_training.tau == together.tau
+
+
+def test_a_long_text_is_measured_in_parts(language_target, language_drafter, language_responses, monkeypatch):
+    """The same accepted lengths however many blocks are drafted at once, from features kept or computed."""
+    data = measured(language_responses[50:54])
+    whole = heldout_acceptance(language_drafter, language_target, data)
+    monkeypatch.setattr(heldout, "SCORED_BLOCKS", 3)
+    assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
+    assert data.keep_features(language_target, language_drafter.target_layer_ids, limit_bytes=2**30)
+    assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
 
 
 def test_walk_by_hand():

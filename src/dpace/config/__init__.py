@@ -3,7 +3,18 @@
 Imports no torch, so that `--help` answers at once.
 """
 
-from dpace.config.choices import Confidence, Dtype, Engine, Format, Objective, Reduction, TokenLoss, VerifyRule, Width
+from dpace.config.choices import (
+    Confidence,
+    Device,
+    Dtype,
+    Engine,
+    Format,
+    Objective,
+    Reduction,
+    TokenLoss,
+    VerifyRule,
+    Width,
+)
 from dpace.config.data import PromptsConfig, RespondConfig, SamplingConfig
 from dpace.config.measuring import BenchConfig, CheckConfig
 from dpace.config.recipe import CompareConfig, Recipe
@@ -14,6 +25,7 @@ __all__ = [
     "CheckConfig",
     "CompareConfig",
     "Confidence",
+    "Device",
     "DrafterConfig",
     "Dtype",
     "Engine",

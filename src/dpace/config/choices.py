@@ -19,6 +19,7 @@ Confidence = Literal["token", "overlap"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full"] | int
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dpace.config.choices import Dtype
+from dpace.config.choices import Device, Dtype
 from dpace.config.data import PromptsConfig, RespondConfig
 from dpace.config.measuring import BenchConfig
 from dpace.config.training import DrafterConfig, LossConfig, TrainConfig
@@ -23,7 +23,10 @@ class Recipe:
     """Turn thinking on, for chat templates that offer it; the paper's numbers are without."""
     dtype: Dtype = "auto"
     """Precision of the target's weights.
-    auto: bf16 on a GPU; fp32 on a CPU, where texts are equal token for token."""
+    auto: bf16 on an accelerator; fp32 on a CPU, where texts are equal token for token."""
+    device: Device = "auto"
+    """Where to compute.
+    auto: the accelerator that torch finds, else the CPU. Choose one of several with CUDA_VISIBLE_DEVICES."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompts to train on and to measure on."""
     respond: RespondConfig = field(default_factory=RespondConfig)

@@ -50,6 +50,10 @@ class LossConfig:
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
+    chunk_mib: int | None = None
+    """MiB of logits that the loss computes at once, 1 or more; lower it where memory is short.
+    By default 4 on a CPU and 1024 on an accelerator, and more for token losses that need whole rows."""
+
     @property
     def needs_target_probs(self) -> bool:
         """Whether the loss compares with the target's distribution, which takes its last hidden states too."""
@@ -92,6 +96,8 @@ class TrainConfig:
     The mean acceptance length (tau) on the validation prompts is measured at each."""
     feature_cache_gib: float = 4.0
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
+    torch_compile: bool = False
+    """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False
     """Compute the drafter's activations again in the backward pass, which saves memory and costs time."""
     report_to: tuple[str, ...] = ()

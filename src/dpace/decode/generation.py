@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from dpace.device import synchronize
 from dpace.metrics import Acceptance
 
 
@@ -57,8 +58,7 @@ class Generation:
 
 def read_clock(device: torch.device) -> float:
     """Read a clock in seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

@@ -1,14 +1,15 @@
 """Token losses and their gradients through the frozen LM head, tile by tile, without keeping logits."""
 
+import functools
 import math
 from typing import NamedTuple
 
-import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dpace.config import TokenLoss
+from dpace.device import TILED
 from dpace.head import TINY, Head
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
@@ -39,35 +40,63 @@ def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, nee
     the drafter is certain.
     """
     weight, operands = head.weight, rows.to(head.weight.dtype)
-    peak = torch.full(labels.shape, -torch.inf, device=rows.device)
-    label_logits, others = torch.zeros_like(peak), torch.zeros_like(peak)
-    top_tokens = torch.zeros_like(labels)
-    grad = torch.zeros(rows.shape, device=rows.device) if needs_grad else None
+    none = torch.zeros(labels.shape, device=rows.device)
+    grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
+    sums = _Sums(torch.full_like(none, -torch.inf), none, none.clone(), torch.zeros_like(labels), grad)
+    add_tile = _compiled_add_tile() if rows.device.type in TILED else _add_tile
     for start in range(0, len(weight), num_columns):
-        part = weight[start : start + num_columns]
-        logits = head._replace(weight=part).logits(operands).float()
-        highest, index = logits.max(-1, keepdim=True)
-        top_tokens = torch.where(highest > peak, index + start, top_tokens)
-        new_peak = torch.maximum(peak, highest)
-        rescale, peak = (peak - new_peak).exp_(), new_peak
-        column = (labels - start).clamp(0, len(part) - 1)
-        is_here = labels - start == column
-        column_logits = logits.gather(-1, column)
-        label_logits = torch.where(is_here, column_logits, label_logits)
-        slope = head.slope(logits) if needs_grad else None
-        logits.scatter_(-1, column, column_logits.masked_fill(is_here, -torch.inf))
-        exps = logits.sub_(peak).exp_()
-        others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
-        if grad is not None:
-            exps = exps if slope is None else exps.mul_(slope)
-            grad.mul_(rescale).add_(exps.to(weight.dtype) @ part)
+        part = head._replace(weight=weight[start : start + num_columns])
+        sums = add_tile(sums, part, operands, labels - start, torch.full_like(labels, start), needs_grad)
+    peak, label_logits, others, top_tokens, grad = sums
     total = others + (label_logits - peak).exp()
     nll = peak + total.log() - label_logits
-    if grad is not None:
-        slope = head.slope(label_logits)
-        other_prob = others / total if slope is None else others / total * slope
-        grad = grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
+    if not needs_grad:
+        return _Scores(nll, nll, None, top_tokens, None)
+    slope = head.slope(label_logits)
+    other_prob = others / total if slope is None else others / total * slope
+    grad = grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
     return _Scores(nll, nll, None, top_tokens, grad)
+
+
+class _Sums(NamedTuple):
+    """What is known of some rows after a part of the vocabulary; all are "rows 1" but `grad`."""
+
+    peak: Tensor
+    """The highest logit."""
+    label_logits: Tensor
+    others: Tensor
+    """Sum of exp(logit - peak) of all tokens but the label."""
+    top_tokens: Tensor
+    grad: Tensor
+    """Sum of exp(logit - peak) times the head's row, "rows hidden"; one 0 where no gradient is needed."""
+
+
+def _add_tile(sums: _Sums, part: Head, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
+    """Add the tokens of a part of the head; `column` is the label's, which may lie in another part."""
+    logits = part.logits(operands).float()
+    highest, index = logits.max(-1, keepdim=True)
+    top_tokens = torch.where(highest > sums.peak, index + start, sums.top_tokens)
+    peak = torch.maximum(sums.peak, highest)
+    rescale = (sums.peak - peak).exp_()
+    inside = column.clamp(0, len(part.weight) - 1)
+    is_here = column == inside
+    column_logits = logits.gather(-1, inside)
+    label_logits = torch.where(is_here, column_logits, sums.label_logits)
+    slope = part.slope(logits) if needs_grad else None
+    logits.scatter_(-1, inside, column_logits.masked_fill(is_here, -torch.inf))
+    exps = logits.sub_(peak).exp_()
+    others = sums.others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
+    if not needs_grad:
+        return _Sums(peak, label_logits, others, top_tokens, sums.grad)
+    exps = exps if slope is None else exps.mul_(slope)
+    grad = sums.grad.mul_(rescale).add_(exps.to(part.weight.dtype) @ part.weight)
+    return _Sums(peak, label_logits, others, top_tokens, grad)
+
+
+@functools.cache
+def _compiled_add_tile():
+    """Fuse all between the two products; sizes are symbols, since every batch has another number of rows."""
+    return torch.compile(_add_tile, dynamic=True)
 
 
 def _soft_scores(
@@ -143,20 +172,13 @@ class TokenLosses(torch.autograd.Function):
 
 
 def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool) -> int:
-    """Choose how many bytes of fp32 logits exist at once.
+    """Choose how many bytes of fp32 logits exist at once: the amount that makes the products fast.
 
-    It is the amount that makes the products fast, but at most an eighth of the free memory.
+    It does not depend on free memory, so that a resumed run computes the same bits.
 
     Args:
         weight: the head's weight.
         is_soft: whether the loss compares with the target's distribution.
     """
-    if weight.is_cuda:
-        free = torch.cuda.mem_get_info(weight.device)[0]
-        free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-    else:
-        free = psutil.virtual_memory().available
-    wanted = GPU_CHUNK_BYTES if weight.is_cuda else CPU_CHUNK_BYTES
-    if is_soft:
-        wanted = max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight))
-    return min(wanted, free // 8)
+    wanted = CPU_CHUNK_BYTES if weight.device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight)) if is_soft else wanted

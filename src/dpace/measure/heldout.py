@@ -1,6 +1,6 @@
 """Measure the accepted lengths that decoding would have on known responses, without decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from dpace.loss import HeadOutput, frozen_head_nll
 from dpace.metrics import Acceptance
 from dpace.target import Target
 from dpace.views import blocks_hidden
+
+SCORED_BLOCKS = 128
+"""Number of blocks of a text that are drafted at once where it is measured."""
 
 
 def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:
@@ -37,21 +40,33 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
     return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
 
 
-@torch.no_grad()
 def score_conversation(
     drafter: Drafter, target: Target, dataset: ResponseDataset, index: int
-) -> tuple[Tensor, Blocks, HeadOutput]:
-    """Draft the blocks of one conversation at once, and compare the drafts with its text.
+) -> Iterator[tuple[Tensor, Blocks, HeadOutput]]:
+    """Draft the blocks of a conversation, a few at a time, and compare the drafts with its text.
 
-    Returns:
+    Few are `SCORED_BLOCKS`.
+
+    Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
+    bytes for the dense mask on a CPU.
+
+    Yields:
         Final hidden states, "1 block slot hidden"; the blocks; and what the head gives for them.
     """
+    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
     inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
-    hidden, blocks, _ = blocks_hidden(
-        drafter, target, inputs, mask_token_id=drafter.mask_token_id, target_layer_ids=drafter.target_layer_ids
-    )
-    return hidden, blocks, frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+    token_ids, features = inputs["token_ids"], inputs["features"]
+    if features is None:
+        features = target.features(token_ids, drafter.target_layer_ids)
+    for part in torch.arange(inputs["anchors"].shape[1], device=target.device).split(SCORED_BLOCKS):
+        chosen = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
+        seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
+        text = {"token_ids": token_ids[:, seen], "features": features[:, seen]}
+        with torch.no_grad():
+            hidden, blocks, _ = blocks_hidden(drafter, target, {**chosen, **text}, **ids)
+            out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+        yield hidden, blocks, out
 
 
 @torch.no_grad()
@@ -60,8 +75,7 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
 
     They equal what `dpace.decode.generate` accepts at temperature 0. Each conversation is a row of the result.
 
-    Memory: one conversation at a time, O(block tokens x (context + block tokens)) bytes for the dense mask, where block
-    tokens are response tokens x block_size.
+    Memory: that of `score_conversation`, one conversation at a time.
 
     Args:
         drafter: what is measured.
@@ -75,8 +89,9 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
     drafter.eval()
     results = []
     for i in range(len(dataset)):
-        _, blocks, out = score_conversation(drafter, target, dataset, i)
-        accepted_from = dict(zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True))
+        accepted_from: dict[int, int] = {}
+        for _, blocks, out in score_conversation(drafter, target, dataset, i):
+            accepted_from |= zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True)
         spans = _spans(dataset.rows[i][2].tolist())
         results.append(Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans]))
     drafter.train(was_training)

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from dpace.config import TrainConfig
+from dpace.device import TILED, default_dtype
 
 
 def training_arguments(
@@ -13,7 +14,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Turn a recipe into arguments of transformers' Trainer.
 
-    Training is in fp32 on a CPU, and in bf16 with fp32 master weights on a GPU.
+    Training is in fp32 on a CPU, and in bf16 with fp32 master weights on an accelerator.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -36,13 +37,14 @@ def training_arguments(
         load_best_model_at_end=has_validation,
         metric_for_best_model="eval_tau" if has_validation else None,
         greater_is_better=True,
-        bf16=device.type == "cuda",
+        bf16=default_dtype(device) == torch.bfloat16,
         use_cpu=device.type == "cpu",
+        torch_compile=config.torch_compile,
         activation_checkpointing=config.gradient_checkpointing,
         remove_unused_columns=False,
         disable_tqdm=False,
         report_to=list(config.report_to),
-        dataloader_pin_memory=device.type == "cuda",
+        dataloader_pin_memory=device.type in TILED,
     )
     assert arguments.device.type == device.type
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs by torchrun, a process each; never DataParallel

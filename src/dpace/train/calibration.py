@@ -32,15 +32,17 @@ def fit_confidence_temperature(drafter: Drafter, target: Target, dataset: Respon
     drafter.eval()
     logits, matches, count = [], [], 0
     for i in range(len(dataset)):
-        hidden, blocks, out = score_conversation(drafter, target, dataset, i)
-        slots = torch.arange(drafter.block_size, device=target.device)
-        is_reached = blocks.is_scored & (slots <= out.accepted_lengths[..., None] + 1)
-        share = max(1, round(int(is_reached.sum()) * len(dataset) / MAX_CALIBRATION_ROWS))
-        rows = is_reached.nonzero()[::share].unbind(-1)
-        scaled = target.head.logits(hidden[rows]).float()
+        reached = []
+        for hidden, blocks, out in score_conversation(drafter, target, dataset, i):
+            slots = torch.arange(drafter.block_size, device=target.device)
+            is_reached = blocks.is_scored & (slots <= out.accepted_lengths[..., None] + 1)
+            reached.append((hidden[is_reached], out.is_match[is_reached]))
+        rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
+        share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
+        scaled = target.head.logits(rows[::share]).float()
         logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
-        matches.append(out.is_match[rows])
-        count += len(rows[0])
+        matches.append(is_right[::share])
+        count += len(matches[-1])
     drafter.train(was_training)
     if not count:
         return 1.0

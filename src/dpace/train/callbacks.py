@@ -12,6 +12,8 @@ import transformers
 from torch import distributed
 from transformers import ProgressCallback, TrainerCallback
 
+from dpace.device import synchronize
+
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
 
@@ -77,29 +79,28 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         """Stop the clock."""
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(args.device)
         self.seconds.append(time.perf_counter() - self._start)
 
 
 class PeakMemory:
     """Measures the most memory that was in use since it was made.
 
-    On a GPU that is allocated memory, else memory resident in the process (on Linux).
+    On an accelerator that is allocated memory, else memory resident in the process (on Linux).
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(device)
         elif sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")
 
     @property
     def bytes(self) -> int | None:
         """Peak in bytes; None where the system does not tell."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type != "cpu":
+            return torch.accelerator.max_memory_allocated(self.device)
         if sys.platform != "linux":
             return None
         status = Path("/proc/self/status").read_text()

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpace.device import read_random_state, set_random_state
 from dpace.ledger import UNFINISHED, sweep, sync, write_json
 from dpace.provenance import hash_file
 
@@ -137,11 +138,12 @@ def write_random(folder: Path, rank: int) -> None:
     """Write the state of this process's random generators."""
     version, numbers, gauss = random.getstate()
     name, keys, *numpy_rest = np.random.get_state(legacy=True)
+    on_device = read_random_state()
     state = {
         "python": [version, list(numbers), gauss],
         "numpy": [name, np.asarray(keys).tolist(), *numpy_rest],
         "torch": bytes(torch.get_rng_state().tolist()).hex(),
-        "cuda": bytes(torch.cuda.get_rng_state().tolist()).hex() if torch.cuda.is_available() else None,
+        "accelerator": None if on_device is None else on_device.hex(),
     }
     write_json(folder / f"random-{rank}.json", state)
 
@@ -154,8 +156,7 @@ def read_random(folder: Path, rank: int) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    set_random_state(state["accelerator"] and bytes.fromhex(state["accelerator"]))
 
 
 def _bytes(digits: str) -> Tensor:

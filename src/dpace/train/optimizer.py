@@ -22,7 +22,7 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> 
     Source: Muon (https://kellerjordan.github.io/posts/muon), after Bernstein and Newhouse (arXiv 2409.20325).
     """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16() if matrix.device.type == "cuda" else matrix.float()
+    x = matrix.bfloat16() if matrix.device.type != "cpu" else matrix.float()
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / x.norm().clamp_min(1e-7)

@@ -146,6 +146,7 @@ class DrafterTrainer(CheckpointedTrainer):
             weigh=self.weigh,
             token_loss=config.token_loss,
             target_hidden=target_hidden,
+            chunk_bytes=config.chunk_mib and config.chunk_mib * 2**20,
         )
         self._add_to_log(out, blocks.is_scored)
         loss = block_loss(out.losses, blocks.is_scored, reduction=config.reduction, num_items=num_items_in_batch)

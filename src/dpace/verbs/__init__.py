@@ -11,7 +11,7 @@ def load_target(config: Any, dtype: str | None = None):
     """Find and load the target that a verb's options name.
 
     Args:
-        config: has `target` and, where the verb has these options, `dtype` and `thinking`.
+        config: has `target` and, where the verb has these options, `dtype`, `device` and `thinking`.
         dtype: replaces the option of that name.
     """
     if Path(config.target).is_dir() and not (Path(config.target) / "config.json").exists():
@@ -25,6 +25,7 @@ def load_target(config: Any, dtype: str | None = None):
     return Target.load(
         find_target(config.target),
         dtype=None if name == "auto" else getattr(torch, name),
+        device=getattr(config, "device", "auto"),
         thinking=getattr(config, "thinking", False),
     )
 

@@ -1,0 +1,75 @@
+"""The device that computes: a CPU, or whatever accelerator torch knows (CUDA, ROCm, XPU, MPS)."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from dpace.config import Device
+
+TILED = ("cuda", "xpu")
+"""Types of device with a kernel of `flex_attention` that has a backward pass; `cuda` is ROCm too."""
+
+
+def find_device(name: Device = "auto") -> torch.device:
+    """Choose the device to compute on.
+
+    Args:
+        name: `auto` is the accelerator where there is one, else the CPU. Of several devices of a kind it is that of
+            this process (`LOCAL_RANK` under torchrun), else the first.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"] if found is None else [found.type, "cpu"]
+    kind = here[0] if name == "auto" else name
+    if kind not in here:
+        raise ValueError(f"torch {torch.__version__} finds no {kind} here; choose one of: auto, {', '.join(here)}")
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Give the dtype of a target's weights: bf16, and fp32 on a CPU.
+
+    In fp32 texts are equal token for token.
+    """
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def describe(device: torch.device) -> str:
+    """Name the device as its maker does."""
+    if device.type == "cpu":
+        return find_processor()
+    module = torch.get_device_module(device)
+    name = module.get_device_name(device) if hasattr(module, "get_device_name") else find_processor()
+    return name if device.type == "cuda" else f"{device.type}, {name}"
+
+
+def find_processor() -> str:
+    """Name the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def read_random_state() -> bytes | None:
+    """Give the state of the accelerator's random generator; None without one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else bytes(torch.get_device_module(found).get_rng_state().tolist())
+
+
+def set_random_state(state: bytes | None) -> None:
+    """Set the accelerator's random generator as it was, where both machines have one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if state is not None and found is not None:
+        torch.get_device_module(found).set_rng_state(torch.tensor(list(state), dtype=torch.uint8))
