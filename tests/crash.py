@@ -1,15 +1,17 @@
 """Kill a run in this process at any of its file operations, as a power cut would.
 
-A file operation is a call that changes the disk: a file opened for writing, a rename, a removal, a new folder, an
-fsync, a safetensors file. After the kill no such call does anything any more, so that what `finally` blocks would
-clean up stays where it is.
+A file operation is a call that changes the disk: a file opened for writing, lines added to one, a rename, a removal, a
+new folder, an fsync, a safetensors file. After the kill no such call does anything any more, so that what `finally`
+blocks would clean up stays where it is.
 """
 
 import builtins
 import gc
 import io
+import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -70,15 +72,18 @@ class Disk:
             return call
 
         def opening(path, mode="r", *args, **kwargs):
-            if isinstance(path, str | os.PathLike) and set(mode) & set("wax+"):
-                self.happens("open", path, tear=lambda: real_open(path, mode, *args, **kwargs).close())
-            return real_open(path, mode, *args, **kwargs)
+            if not isinstance(path, str | os.PathLike) or not set(mode) & set("wax+"):
+                return real_open(path, mode, *args, **kwargs)
+            self.happens("open", path, tear=lambda: real_open(path, mode, *args, **kwargs).close())
+            file = real_open(path, mode, *args, **kwargs)
+            return self._appending(file, path) if "a" in mode else file
 
         def saving(tensors, path, **kwargs):
             self.happens("save", path, tear=lambda: (real_save(tensors, path, **kwargs), _halve(path)))
             return real_save(tensors, path, **kwargs)
 
         with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(time, "perf_counter", _Ticks()))
             for name in real:
                 patches.enter_context(mock.patch.object(os, name, changing(name)))
             patches.enter_context(mock.patch.object(io, "open", opening))
@@ -86,6 +91,37 @@ class Disk:
             patches.enter_context(mock.patch.object(safetensors.torch, "serialize_file", saving))
             patches.enter_context(mock.patch.object(shutil, "_use_fd_functions", False))  # paths, not descriptors
             yield self
+
+    def _appending(self, file, path):
+        """Let the end of adding be an operation: a kill loses what is not flushed, or half of all that is new."""
+        size, close = os.path.getsize(path), file.close
+
+        def tear():
+            close()
+            os.truncate(path, size + (os.path.getsize(path) - size) // 2)
+
+        def closing():
+            if file.closed:
+                return
+            try:
+                self.happens("append", path, tear=tear)
+            except Killed:
+                getattr(file, "buffer", file).raw.close()  # drops what is not flushed
+                raise
+            close()
+
+        file.close = closing
+        return file
+
+
+class _Ticks:
+    """A clock on which everything takes as long, so that results hold the same seconds in every run."""
+
+    def __init__(self):
+        self.ticks = itertools.count()
+
+    def __call__(self) -> float:
+        return next(self.ticks) / 1024
 
 
 def _halve(path) -> None:
@@ -107,7 +143,7 @@ def kill(run: Callable[[], object], folder: Path, at: int, *, is_torn: bool = Fa
     """Run and die at an operation; say which it was."""
     disk = Disk(folder, at, is_torn=is_torn)
     try:
-        with disk.watching():
+        with disk.watching(), mock.patch.object(os, "getpid", lambda: 2**22 + 1):  # of no process, and not of the next
             run()
     except Killed:
         pass

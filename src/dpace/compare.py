@@ -61,17 +61,25 @@ def compare(target: Target, config: CompareConfig) -> CompareResults:
         What `results.json` holds.
 
     Raises:
-        ValueError: an unknown objective, a cell's folder with another run, or files that dpace did not write.
+        ValueError: an unknown objective, a cell's folder with another run, files that dpace did not write, or another
+            process that is writing there.
     """
     folder = Path(config.output)
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     recipes = _recipes(config, names)
-    parts = split_prompts(config.prompts)
-    prompts = [*parts.train, *parts.validation, *parts.heldout]
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
     for key, cell in cells.items():  # before any work
         refuse_other_run(cell, settings_of(recipes[key]))
-    claim(folder, *FILES)
+    with hold(folder):
+        claim(folder, *FILES)
+        return _run(target, config, recipes, cells)
+
+
+def _run(target: Target, config: CompareConfig, recipes: dict[Cell, Recipe], cells: dict[Cell, Path]) -> CompareResults:
+    """Respond, train, measure and draw, each where it is not done."""
+    folder, parts = Path(config.output), split_prompts(config.prompts)
+    names = list(dict.fromkeys(name for name, _ in cells))
+    prompts = [*parts.train, *parts.validation, *parts.heldout]
     responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
     by_id = {response.id: response for response in responses}
     answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
@@ -80,7 +88,8 @@ def compare(target: Target, config: CompareConfig) -> CompareResults:
     rows, decode = make_rows(cells, parts.heldout, config.baseline), None
     if config.bench.num_prompts != 0:
         drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
-        decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
+        with hold(folder / "decode"):
+            decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
     results = CompareResults(
         target=target.name,
         baseline=config.baseline,

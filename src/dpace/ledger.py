@@ -191,7 +191,10 @@ def sync(path: str | Path) -> None:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what killed processes left unfinished in a folder; call it inside `hold`."""
+    """Remove what killed processes left unfinished in a folder.
+
+    `hold` does so; in folders inside the held one call it yourself.
+    """
     for path in Path(folder).glob(f".*{UNFINISHED}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -222,7 +225,8 @@ def cut_unfinished(path: Path) -> None:
 def hold(folder: str | Path) -> Iterator[None]:
     """Keep other processes from writing to a folder inside the `with` block; makes the folder.
 
-    A process that is killed holds nothing. A process may hold a folder again that it holds already.
+    What killed processes left unfinished there is removed. A process that is killed holds nothing. A process may hold
+    a folder again that it holds already.
 
     Raises:
         ValueError: another process holds the folder; the message says which.
@@ -242,6 +246,8 @@ def hold(folder: str | Path) -> Iterator[None]:
         command = " ".join(["dpace", *sys.argv[1:2]])
         with naming(holder):
             holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        if not is_held:
+            sweep(folder)
         yield
     finally:
         if not is_held:

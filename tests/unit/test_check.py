@@ -20,12 +20,14 @@ from dpace.data.responses import write_responses
 from dpace.decode import generate_plain
 from dpace.decode.sampling import verify_draft
 from dpace.measure.check import check
-from dpace.measure.distribution import SIGNIFICANCE, uniformity
+from dpace.measure.distribution import SIGNIFICANCE, check_distribution, uniformity
 from dpace.measure.divergence import Divergence
 from dpace.measure.own_text import check_plain, check_responses, read_greedy
 from tests.conftest import make_drafter, make_target
 
-CONFIG = CheckConfig("target", "drafter", num_prompts=4, max_new_tokens=24)
+CONFIG = CheckConfig("target", "drafter", num_prompts=2, max_new_tokens=12)
+LONG = replace(CONFIG, num_prompts=4, max_new_tokens=24)
+sizes = pytest.mark.parametrize("config", [CONFIG, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
 
 
 @pytest.fixture
@@ -40,11 +42,13 @@ def failed(findings) -> list[str]:
     return [finding.name for finding in findings if not finding.is_passed]
 
 
-def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts):
-    findings = check(language_target, language_drafter, prompts, CONFIG)
+@sizes
+def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts, config):
+    findings = check(language_target, language_drafter, prompts, config)
     assert not failed(findings) and len(findings) == 8
-    assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in (4, 24, 20)]
-    assert not failed(check(language_target, make_drafter(language_target), prompts, CONFIG))
+    counts = (n * config.num_prompts for n in (1, 6, 5))
+    assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
+    assert not failed(check(language_target, make_drafter(language_target), prompts, config))
 
 
 def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):
@@ -53,14 +57,21 @@ def test_accepting_too_much_is_found(language_target, language_drafter, prompts,
     )
     found = failed(check(language_target, language_drafter, prompts, CONFIG))
     assert {"accepted lengths in training are those of decoding"} <= set(found)
-    monkeypatch.setattr(dpace.decode.loop, "verify_draft", verify_draft)
 
+
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_another_distribution_is_found(language_target, language_drafter, prompts, monkeypatch, is_whole):
     def keep_all(draft, draft_probs, target_probs, sampler):
         return len(draft), int(target_probs[len(draft)].argmax())
 
     monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
-    config = replace(CONFIG, num_prompts=12)
-    assert failed(check(language_target, language_drafter, prompts, config)) == ["distribution, rule speculative"]
+    config = replace(LONG, num_prompts=12)
+    if is_whole:  # nothing else fails
+        found = check(language_target, language_drafter, prompts, config)
+    else:
+        encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
+        found = check_distribution(language_target, language_drafter, encoded, config, lambda info: None)
+    assert failed(found) == ["distribution, rule speculative"]
 
 
 def test_a_cache_that_keeps_a_rejected_token_is_found(language_target, language_drafter, prompts, monkeypatch):
@@ -84,12 +95,13 @@ def test_a_leak_is_found(language_target, language_drafter, prompts, monkeypatch
     assert "no leak from the future" in failed(check(language_target, language_drafter, prompts, CONFIG))
 
 
-def test_only_the_text_is_checked_in_bf16(language_drafter, prompts, language_target):
+@sizes
+def test_only_the_text_is_checked_in_bf16(prompts, language_target, config):
     target = make_target("smollm2")
     target.model.to(torch.bfloat16)
     target = dpace.measure.check.Target(target.model, language_target.tokenizer)
     drafter = make_drafter(target).to(torch.bfloat16)
-    findings = check(target, drafter, prompts, CONFIG)
+    findings = check(target, drafter, prompts, config)
     names = ["plain decoding is generate of transformers", "text at temperature 0", "text at temperature 1, same seed"]
     assert [finding.name for finding in findings] == names
     assert not failed(findings), findings

@@ -4,65 +4,132 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from dpace.cli import main
 from dpace.compare import compare
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, RespondConfig
 from dpace.data.prompts import Prompt
 from dpace.data.responses import write_responses
+from dpace.engines.export import export
+from dpace.measure.results import write_results
 from dpace.train.run import make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE
 from tests.crash import kill, operations_of
+from tests.unit.test_results import SERVERS
 
-TIMES = {"step_seconds", "tokens_per_second"}
-UNUSED = {"peak_memory_bytes", "total_flos", "python"}
+UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
 """What tells of this process alone; Python's random numbers, which training does not use, among it."""
-NUM_POINTS = 12
+NUM_POINTS = 4
 """Points of a verb in the default run."""
+TORN = ("open", "append", "save", "fsync")
+"""Operations that may leave half of a file."""
+ALL = [
+    "train",
+    "respond",
+    "compare",
+    "bench",
+    "export zlab",
+    "export speculators",
+    "export gguf",
+    "export over another",
+]
+ALL += ["import zlab", "import speculators", "import gguf", "report"]
 
 
-class Verb:
-    """A tiny run of one verb, again and again into new folders."""
+class Runs:
+    """Tiny runs of the verbs, again and again into new folders."""
 
-    def __init__(self, name, target, prompts, responses):
-        self.target, self.prompts, self.responses = target, prompts, responses
+    def __init__(self, target, target_folder, target_gguf, prompts, responses, drafter_folder, folder):
+        self.target, self.target_folder, self.target_gguf = target, target_folder, target_gguf
+        self.prompts, self.responses, self.drafter = prompts, responses, drafter_folder
         config = replace(LANGUAGE_RECIPE.train, max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, batch_size=4)
         self.recipe = replace(LANGUAGE_RECIPE, train=config)
-        self.run = {"train": self.train, "respond": self.respond, "compare": self.compare}[name]
+        self.prompts_file, self.folder = folder / "prompts.jsonl", folder
+        self.prompts_file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts[:20]))
 
-    def train(self, folder: Path) -> None:
+    def prepare(self, name: str, output: Path) -> None:
+        """Make what a run starts from."""
+        output.parent.mkdir(exist_ok=True)
+        if name == "export over another":
+            shutil.copytree(self.exported("speculators"), output)
+
+    def __call__(self, name: str, output: Path) -> None:
+        verb, *words = name.split()
+        getattr(self, verb if verb != "import" else "import_")(output, *words)
+
+    def train(self, output: Path) -> None:
         datasets = make_datasets(self.target, self.responses[:8], self.responses[50:52], self.recipe)
-        train(self.target, *datasets, self.recipe, folder / "drafter")
+        train(self.target, *datasets, self.recipe, output / "drafter")
 
-    def respond(self, folder: Path) -> None:
+    def respond(self, output: Path) -> None:
         prompts = [Prompt(str(i), "x", [[{"role": "user", "content": p}]]) for i, p in enumerate(self.prompts[:6])]
         config = RespondConfig(max_new_tokens=6, batch_size=2)
-        write_responses(self.target, prompts, folder / "responses.jsonl", config)
+        write_responses(self.target, prompts, output / "responses.jsonl", config)
 
-    def compare(self, folder: Path) -> None:
-        path = folder.parent / "prompts.jsonl"
-        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in self.prompts[:20]))
+    def compare(self, output: Path) -> None:
         options = {name: getattr(self.recipe, name) for name in ("drafter", "loss", "train")}
         config = CompareConfig(
             **options,
-            output=str(folder),
-            prompts=PromptsConfig(path=str(path), num_heldout=2, num_validation=2),
+            output=str(output),
+            prompts=PromptsConfig(path=str(self.prompts_file), num_heldout=2, num_validation=2),
             respond=RespondConfig(max_new_tokens=12),
-            bench=BenchConfig(num_prompts=0),
+            bench=BenchConfig(num_prompts=1, max_new_tokens=4, widths=("full",)),
             objectives=("dflash",),
             baseline="dflash",
             seeds=(0,),
         )
         compare(self.target, config)
 
+    def bench(self, output: Path) -> None:
+        flags = f"--bench.drafters {self.drafter} --bench.max-new-tokens 4 --bench.widths full 2 --bench.temperatures 0"
+        self.main("bench", f"--prompts.path {self.prompts_file} --prompts.num-heldout 2 --output {output} {flags}")
 
-@pytest.fixture
-def verb(request, language_target, language_prompts, language_responses) -> Verb:
-    return Verb(request.param, language_target, language_prompts, language_responses)
+    def export(self, output: Path, *words: str) -> None:
+        if words == ("over", "another"):
+            words = ("zlab", "--dtype", "bfloat16")
+        flags = f"--target-gguf {self.target_gguf} --num-prompts 0 --output {output}"
+        self.main("export", f"{self.drafter} --to {' '.join(words)} {flags}")
+
+    def import_(self, output: Path, source: str) -> None:
+        self.main("import", f"{self.exported(source)} --output {output}")
+
+    def report(self, output: Path) -> None:
+        results = self.folder / "results"
+        results.mkdir(exist_ok=True)
+        write_results(results / "servers.json", SERVERS)
+        assert main(["report", str(results), "--output", str(output / "report.html")]) == 0
+
+    def exported(self, to: str) -> Path:
+        """The drafter for an engine, written once; the GGUF file for llama.cpp."""
+        folder = self.folder / to
+        if not folder.exists():
+            options = {"name": "d", "target_name": str(self.target_folder), "target_gguf": self.target_gguf}
+            export(self.drafter, self.target, to=to, output=folder, **options)
+        return next(folder.glob("*.gguf"), folder)
+
+    def main(self, verb: str, words: str) -> None:
+        assert main([verb, *words.split(), "--target", str(self.target_folder)]) == 0
+
+
+@pytest.fixture(scope="session")
+def runs(
+    language_target,
+    language_folder,
+    target_gguf,
+    language_prompts,
+    language_responses,
+    language_drafter_folder,
+    tmp_path_factory,
+) -> Runs:
+    made = language_target, language_folder, target_gguf, language_prompts, language_responses, language_drafter_folder
+    return Runs(*made, tmp_path_factory.mktemp("crash"))
 
 
 def end_state(folder: Path) -> dict:
@@ -70,63 +137,86 @@ def end_state(folder: Path) -> dict:
     state: dict = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or path.suffix == ".png" or path.name in (".dpace.lock", "manifest.json"):
+        if path.is_dir() or path.name in (".dpace.lock", "manifest.json"):
             state[name] = None
         elif path.suffix == ".safetensors":
-            state[name] = {key: value.numpy().tobytes() for key, value in load_file(path).items()}
+            state[name] = {key: bits(value) for key, value in load_file(path).items()}
         elif path.suffix == ".json":
-            state[name] = without_times(json.loads(path.read_text()))
+            state[name] = without_unused(json.loads(path.read_text()))
+        elif path.match("bench-*.jsonl"):
+            state[name] = last_of_each(path)
         else:
-            state[name] = path.read_text()
+            state[name] = path.read_bytes()
     return json.loads(json.dumps(state, default=repr).replace(str(folder), "FOLDER"))
 
 
-def without_times(value):
+def bits(tensor: torch.Tensor) -> list:
+    return [str(tensor.dtype), tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()]
+
+
+def last_of_each(path: Path) -> list[str]:
+    """Records of a benchmark: an unfinished prompt was measured again in all ways, and the last ones count."""
+    records: dict = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        key = tuple(record.get(name) for name in ("drafter", "width", "set", "id", "turn", "temperature"))
+        records.pop(str(key), None)
+        records[str(key)] = line
+    return list(records.values())
+
+
+def without_unused(value):
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES | UNUSED}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
+        return {k: without_unused(v) for k, v in value.items() if k not in UNUSED}
+    return [without_unused(item) for item in value] if isinstance(value, list) else value
 
 
-def check_points(verb: Verb, tmp_path: Path, points, *, is_torn: bool) -> list[str]:
-    """Die at each point, run again, and compare; returns the rows of the table."""
-    expected_folder = tmp_path / "undisturbed"
-    verb.run(expected_folder)
-    expected, rows = end_state(expected_folder), []
-    for point in points:
-        folder = tmp_path / "run"
-        operation = kill(lambda folder=folder: verb.run(folder), folder, point, is_torn=is_torn)
-        verb.run(folder)
+def operations(runs: Runs, name: str, folder: Path) -> list[str]:
+    """Run undisturbed, to the end, and name the file operations."""
+    return operations_of(lambda: runs(name, folder), folder)
+
+
+def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[str]], list[tuple[int, bool]]]) -> None:
+    """Die at each point, run again, and compare; `DPACE_CRASH_TABLE` names a file that gets the table."""
+    undisturbed, folder, rows = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out", []
+    runs.prepare(name, undisturbed)
+    points = choose(operations(runs, name, undisturbed))
+    expected = end_state(undisturbed)
+    for point, is_torn in points:
+        runs.prepare(name, folder)
+        operation = kill(lambda: runs(name, folder), folder, point, is_torn=is_torn)
+        operations(runs, name, folder)
         found = end_state(folder)
-        differing = sorted(name for name in {*expected, *found} if expected.get(name, 0) != found.get(name, 0))
-        rows.append(f"{point:4d}  {re.sub(r'[0-9]{2,}[.]', 'PID.', operation):68s} {'; '.join(differing) or 'same'}")
+        differing = sorted(path for path in {*expected, *found} if expected.get(path, 0) != found.get(path, 0))
+        what = re.sub(r"[0-9]{2,}[.]", "PID.", operation) + (", torn" if is_torn else "")
+        rows.append(f"{point:4d}  {what:76s} {'; '.join(differing) or 'same'}")
         shutil.rmtree(folder)
-    return rows
+    table = f"{name}, {len(rows)} points\n" + "\n".join(rows)
+    if os.environ.get("DPACE_CRASH_TABLE"):
+        with open(os.environ["DPACE_CRASH_TABLE"], "a") as file:
+            file.write(table + "\n")
+    print(table)
+    assert all(row.endswith(" same") for row in rows), table
 
 
-def points_of(verb: Verb, folder: Path) -> list[str]:
-    return operations_of(lambda: verb.run(folder), folder)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "compare"])  # which makes runs of other verbs
+def test_a_run_that_dies_goes_on_to_the_same_end(name, runs, tmp_path):
+    """A spread of all operations; every other one leaves half of its file."""
 
+    def spread(found: list[str]) -> list[tuple[int, bool]]:
+        points = sorted({round(i * (len(found) - 1) / (NUM_POINTS - 1)) for i in range(NUM_POINTS)})
+        return [(point, i % 2 == 1) for i, point in enumerate(points)]
 
-@pytest.mark.parametrize("verb", ["train", "respond"], indirect=True)
-@pytest.mark.parametrize("is_torn", [False, True])
-def test_a_run_that_dies_goes_on_to_the_same_end(verb, is_torn, tmp_path):
-    """A spread of all operations."""
-    count = len(points_of(verb, tmp_path / "counted"))
-    points = sorted({round(i * (count - 1) / (NUM_POINTS // 2 - 1)) for i in range(NUM_POINTS // 2)})
-    rows = check_points(verb, tmp_path, points, is_torn=is_torn)
-    print("\n".join(rows))
-    assert all(row.endswith(" same") for row in rows), "\n".join(rows)
+    check_points(runs, name, tmp_path, spread)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["train", "respond", "compare"], indirect=True)
-@pytest.mark.parametrize("is_torn", [False, True])
-def test_every_operation(verb, is_torn, tmp_path):
-    """All of them; `DPACE_CRASH_TABLE` names a file that gets the table."""
-    count = len(points_of(verb, tmp_path / "counted"))
-    rows = check_points(verb, tmp_path, range(count), is_torn=is_torn)
-    if os.environ.get("DPACE_CRASH_TABLE"):
-        with open(os.environ["DPACE_CRASH_TABLE"], "a") as file:
-            file.write(f"{verb.run.__name__}, {'torn' if is_torn else 'whole'}\n" + "\n".join(rows) + "\n")
-    print("\n".join(rows))
-    assert all(row.endswith(" same") for row in rows), "\n".join(rows)
+@pytest.mark.parametrize("name", ALL)
+def test_every_operation(name, runs, tmp_path):
+    """Each one does not happen, or leaves half of its file."""
+
+    def every(found: list[str]) -> list[tuple[int, bool]]:
+        torn = [(number, True) for number, what in enumerate(found) if what.startswith(TORN)]
+        return [(number, False) for number in range(len(found))] + torn
+
+    check_points(runs, name, tmp_path, every)

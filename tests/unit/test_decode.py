@@ -16,12 +16,16 @@ def prompt(length=7, seed=0):
 
 
 @pytest.mark.parametrize("block_size", [2, 3, 5, 8])
-def test_greedy_text_is_the_targets(random_target, block_size):
+@pytest.mark.parametrize(
+    ("seeds", "length"), [([0], 20), pytest.param([0, 1, 2], 30, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_greedy_text_is_the_targets(random_target, block_size, seeds, length):
     drafter = make_drafter(random_target, block_size=block_size)
-    for seed in range(3):
-        plain = generate_plain(random_target, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[])
-        for options in ({"width": "full"}, {"width": "full", "block_size": 2}, {"width": "auto"}):
-            ours = generate(random_target, drafter, prompt(seed=seed), max_new_tokens=30, stop_token_ids=[], **options)
+    for seed in seeds:
+        options = {"max_new_tokens": length, "stop_token_ids": []}
+        plain = generate_plain(random_target, prompt(seed=seed), **options)
+        for way in ({"width": "full"}, {"width": "full", "block_size": 2}, {"width": "auto"}):
+            ours = generate(random_target, drafter, prompt(seed=seed), **options, **way)
             assert ours.token_ids == plain.token_ids
 
 
@@ -105,7 +109,8 @@ def chi_square(counts, probs):
         ("speculative", "auto", {"top_k": 3}),
     ],
 )
-def test_output_distribution_when_sampling(rule, width, filters, monkeypatch):
+@pytest.mark.parametrize("samples", [300, pytest.param(1500, marks=pytest.mark.slow)])
+def test_output_distribution_when_sampling(rule, width, filters, samples, monkeypatch):
     """Chi-square of the joint distribution of the 2nd and 3rd token against the target's, on a tiny vocabulary."""
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
     monkeypatch.setattr("dpace.decode.pace.Pace._learn_slowness", lambda *_: None)  # steps do not take these seconds
@@ -113,7 +118,7 @@ def test_output_distribution_when_sampling(rule, width, filters, monkeypatch):
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)
     drafter = make_drafter(target, block_size=4, num_layers=1, num_features=1)
-    start, samples, temperature = [4, 5, 6], 600, filters.get("temperature", 1.0)
+    start, temperature = [4, 5, 6], filters.get("temperature", 1.0)
     sampler = Sampler(**{"temperature": 1.0, **filters})
 
     def probs(tokens):

@@ -81,7 +81,7 @@ def test_the_reduction_weights_divides_the_gradient_as_it_divides_the_loss(on_on
     assert by_gradient == pytest.approx(by_loss, rel=1e-3) and by_loss != pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
     """Uneven anchors, ranks and micro-batches without any, every reduction; and FSDP2 the same gradient."""
     job = tmp_path / "job.pickle"

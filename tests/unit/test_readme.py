@@ -19,13 +19,13 @@ PARSED_ONLY = "<!-- parsed only"
 TINY = {
     "respond": {"max_new_tokens": 32},
     "drafter": {"num_layers": 2, "num_features": 2, "block_size": 6},
-    "train": {"learning_rate": 5e-3, "max_steps": 60, "batch_size": 8, "num_anchors": 12, "eval_steps": 30},
-    "bench": {"max_new_tokens": 32, "num_prompts": 2, "temperatures": [0.0]},
+    "train": {"learning_rate": 5e-3, "max_steps": 30, "batch_size": 8, "num_anchors": 12, "eval_steps": 15},
+    "bench": {"max_new_tokens": 16, "num_prompts": 2, "temperatures": [0.0]},
 }
 """What the recipe of the README gets in addition."""
 SHORTER = {
-    "compare": ["--train.max-steps", "10", "--seeds", "0"],
-    "check": ["--num-prompts", "2", "--max-new-tokens", "24"],
+    "compare": ["--train.max-steps", "4", "--train.eval-steps", "2", "--seeds", "0"],
+    "check": ["--num-prompts", "2", "--max-new-tokens", "12"],
 }
 """Flags that keep a command within seconds."""
 

@@ -74,7 +74,7 @@ def test_no_call_leaves_something_for_the_next(path):
 
 
 def test_every_option_has_help():
-    for path in [SOURCE / "dpace" / "config.py", SOURCE / "dpace" / "demo" / "recipe.py", *SOURCE.rglob("verbs/*.py")]:
+    for path in [*SOURCE.rglob("config/*.py"), SOURCE / "dpace" / "demo" / "recipe.py", *SOURCE.rglob("verbs/*.py")]:
         module = importlib.import_module(".".join(path.relative_to(SOURCE).with_suffix("").parts))
         for config in vars(module).values():
             if not (isinstance(config, type) and dataclasses.is_dataclass(config)):

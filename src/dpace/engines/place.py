@@ -7,10 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpace.ledger import HOLDER, LOCK, claim, hold, refuse_others
+from dpace.ledger import HOLDER, LOCK, UNFINISHED, claim, hold, refuse_others
 
-UNFINISHED = ".unfinished"
-"""How the name of a folder ends that is being filled; it begins with a dot."""
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
 MODE = 0o644
@@ -47,12 +45,9 @@ def fill(output: Path) -> Iterator[Path]:
     """
     existed = output.exists()
     try:
-        with hold(output):
-            for old in output.glob(f".*{UNFINISHED}"):
-                shutil.rmtree(old, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=output) as aside:
-                yield Path(aside)
-                _move(Path(aside), output)
+        with hold(output), tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=output) as aside:
+            yield Path(aside)
+            _move(Path(aside), output)
     except BaseException:
         _leave_nothing(output, existed)
         raise

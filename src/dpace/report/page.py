@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from dpace.ledger import claim, refuse_others, write_text
+from dpace.ledger import claim, hold, refuse_others, write_text
 from dpace.measure.results import BenchResults, CompareResults, Results, ServerResults, find_results, read_log
 from dpace.progress import printable
 from dpace.report.figures import Section
@@ -39,16 +39,17 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
 
     Raises:
         ValueError: a folder without results, or with a file that is not what this version writes; a page or Markdown
-            there that dpace did not write.
+            there that dpace did not write; or another process is writing to that folder.
         OSError: a file that cannot be read or written.
     """
     path = Path(path)
     markdown = _check_path(path)
     sections = [section for folder in folders for section in read_folder(Path(folder))]
     page = _template().render(sections=sections, title=sections[0].text)
-    claim(path.parent, path.name, markdown.name)
-    write_text(path, page)
-    write_text(markdown, to_markdown(sections))
+    with hold(path.parent):
+        claim(path.parent, path.name, markdown.name)
+        write_text(path, page)
+        write_text(markdown, to_markdown(sections))
     return [path, markdown]
 
 

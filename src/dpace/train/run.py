@@ -14,7 +14,7 @@ from dpace.data.dataset import ResponseDataset
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.flags import write_recipe
-from dpace.ledger import claim, hold, sweep, write_json
+from dpace.ledger import claim, hold, write_json
 from dpace.measure.rows import defined
 from dpace.provenance import find_hardware, find_versions
 from dpace.target import Target
@@ -146,7 +146,6 @@ def train(
             is_trained(folder, run)  # before a folder is made
             held.enter_context(hold(folder))
             claim(folder, *FILES)
-            sweep(folder)
             found = [is_trained(folder, run), find_newest(checkpoints)]
         if args.world_size > 1:
             distributed.broadcast_object_list(found, src=0)
