@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,10 +28,11 @@ from dpace.views import blocks_hidden
 def make_dataset(responses: list[Response], recipe: Recipe) -> ResponseDataset:
     """Conversations of which some have no anchor, which a dataset would otherwise leave out."""
     config = recipe.train
-    dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=0)
-    for response in responses[:6]:
-        token_ids = torch.tensor(response.token_ids)
-        dataset.rows.append((f"empty/{response.id}", token_ids, torch.zeros(len(token_ids), dtype=torch.bool)))
+    empty = [replace(response, id=f"empty/{response.id}", response_spans=[]) for response in responses[:6]]
+    dataset = ResponseDataset(
+        [*responses, *empty], max_length=config.max_length, num_anchors=config.num_anchors, seed=0
+    )
+    dataset.chosen = np.arange(len(dataset.corpus))  # those without an anchor too
     return dataset
 
 

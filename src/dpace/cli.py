@@ -13,6 +13,7 @@ from types import FrameType
 
 VERBS = {
     "demo": "train a drafter for a real LLM on this machine and show what it gains",
+    "data": "show the data that a drafter is trained on, and what is left out and why",
     "respond": "let the target answer the prompts",
     "train": "train a drafter on the responses",
     "compare": "train with several objectives and seeds, and say which objective is best",

@@ -51,7 +51,7 @@ def compare(target: Target, config: CompareConfig) -> CompareResults:
     Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
     `decode/` with the results of decoding, `results.json`, and the plots `tau.png`, `acceptance.png` and `weights.png`.
 
-    Disk: each cell is a drafter and two checkpoints, so seven times its fp32 size.
+    Disk: each cell is a drafter and at most two checkpoints, so seven times its fp32 size.
 
     Args:
         target: the model.

@@ -85,23 +85,21 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
             raise
 
 
-def _read_lines(path: Path) -> list[bytes]:
+def _read_lines(path: Path) -> Iterator[bytes]:
     """Read the lines of a file, each with its line feed; a byte order mark is left out."""
-    lines = []
     try:
         _check_regular(path, "a JSONL file")
         with path.open("rb") as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                lines.append(line)
+            number, line = 1, file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+            while line:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(
-                        f"{path}:{len(lines)}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
+                        f"{path}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
                     )
+                yield line
+                number, line = number + 1, file.readline(MAX_LINE_BYTES + 1)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {_reason(error)}; name a JSONL file in UTF-8") from error
-    if lines:
-        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
-    return lines
 
 
 def _check_regular(path: Path, what: str) -> None:
@@ -147,20 +145,25 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file all or nothing; a file that holds this text already is left alone.
-
-    A full disk or a killed process leaves the file as it was before.
-    """
+    """Write a file all or nothing; a file that holds this text already is left alone."""
     path, data = Path(path), text.encode("utf-8")
     if path.is_file() and path.read_bytes() == data:
         return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    with writing(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a path to write to; what is there at the end of the `with` block takes the file's place.
+
+    A full disk or a killed process leaves the file as it was before.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with naming(path):
-            with unfinished.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield unfinished
+            sync(unfinished)
             unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -62,7 +62,12 @@ RANGES = {
         "min_p": FRACTION,
         "seed": Range(0, 2**63 - 1),
     },
-    "PromptsConfig": {"num_heldout": COUNT_OR_NONE, "num_validation": COUNT_OR_NONE, "limit": COUNT},
+    "PromptsConfig": {
+        "num_heldout": COUNT_OR_NONE,
+        "num_validation": COUNT_OR_NONE,
+        "limit": COUNT,
+        "near_duplicates": Range(0, 1, is_open=True, is_whole=False),
+    },
     "RespondConfig": {"max_new_tokens": COUNT, "temperature": NOT_NEGATIVE, "batch_size": COUNT, "seed": SEED},
     "DrafterConfig": {
         "num_layers": Range(1, 1000),
@@ -87,6 +92,7 @@ RANGES = {
         "seed": SEED,
         "logging_steps": COUNT,
         "eval_steps": COUNT,
+        "save_steps": COUNT,
         "feature_cache_gib": NOT_NEGATIVE,
     },
     "BenchConfig": {

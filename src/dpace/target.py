@@ -33,6 +33,8 @@ from dpace.probe import find_layers, find_tables
 
 MIN_SHARED = 16
 """Least number of shared first tokens that are worth a forward pass of their own."""
+MIN_SAVED = 1 / 8
+"""Least share of tokens that this has to save: on a CPU, 0.09 takes 1.03 times as long, and 0.19 takes 0.94."""
 
 
 def shared_prefix(rows: list[list[int]]) -> int:
@@ -267,8 +269,8 @@ class Target:
                 f"anew: cut texts with --train.max-length {boundary}"
             )
         num_shared = shared_prefix(token_ids.tolist())
-        is_shared = len(token_ids) > 1 and MIN_SHARED <= num_shared < token_ids.shape[1]
-        if not is_shared or self.cache_ability == "append":
+        saved = num_shared * (len(token_ids) - 1) / token_ids.numel() if num_shared >= MIN_SHARED else 0
+        if saved < MIN_SAVED or num_shared == token_ids.shape[1] or self.cache_ability == "append":
             return self._run(token_ids, target_layer_ids, with_head_input=with_head_input, cache=None)
         cache: Any = DynamicCache(config=self.config)
         shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_head_input=with_head_input, cache=cache)

@@ -2,6 +2,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,46 @@ def test_a_resumed_run_ends_with_the_same_weights(
     resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
     assert calls[0] == 3
     assert torch.equal(resumed, whole)
+
+
+def test_checkpoints_apart_from_measurements(language_target, language_responses, tmp_path, monkeypatch):
+    """The best weights are kept at every measurement; a run that is killed goes on from the last checkpoint."""
+    from dpace.train.checkpointed import CheckpointedTrainer
+    from dpace.train.checkpoints import has_optimizer
+
+    changes = {"max_steps": 8, "eval_steps": 1, "save_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    kept = {p.name for p in (tmp_path / "whole" / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-8", f"checkpoint-{state['best_global_step']}"}
+    write, disk = CheckpointedTrainer._write_checkpoint, []
+
+    def interrupted(self, *, has_optimizer):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        write(self, has_optimizer=has_optimizer)
+        folders = list((tmp_path / "resumed" / "checkpoints").iterdir())
+        disk.append(sum(3 if (f / "optimizer.safetensors").exists() else 1 for f in folders))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointedTrainer, "_write_checkpoint", interrupted)
+        patch.setattr(
+            "dpace.train.trainer.heldout_acceptance",
+            lambda *_: SimpleNamespace(tau=next(taus), interval=lambda: (0, 9)),
+        )
+        taus = iter(range(1, 99))  # each measurement is the best one
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert max(disk) + 3 < 10, "drafters on the disk, with a checkpoint being written"
+    folders = {p.name: has_optimizer(p) for p in (tmp_path / "resumed" / "checkpoints").iterdir()}
+    assert folders == {"checkpoint-3": True, "checkpoint-4": False}
+    steps = []
+    monkeypatch.setattr(
+        CheckpointedTrainer, "_write_checkpoint", lambda s, **k: steps.append(s.state.global_step) or write(s, **k)
+    )
+    run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert steps[0] > 3 and not [p for p in (tmp_path / "resumed").rglob("*.unfinished")]
+    assert len(whole)
 
 
 def test_ctrl_c_saves_the_step(language_target, language_responses, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Options of prompts, answers and sampling."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class PromptsConfig:
     """Where the prompts come from, and which of them are kept for measuring."""
 
     path: str = "demo"
-    """JSONL file with `messages`, `turns` or `prompt` on each line; `demo` is the dataset that comes with dpace."""
+    """JSONL, JSON or parquet file, or a dataset on the Hub as OWNER/NAME:SPLIT; `demo` comes with dpace.
+    docs/data.md lists the keys that a row may have."""
     heldout_path: str | None = None
     """JSONL file of prompts to measure on, none of which may be a training prompt.
     By default `demo` has its own file; for other prompts, a random part is taken out of `path` before training."""
@@ -36,12 +38,22 @@ class PromptsConfig:
     """Prompts taken out of training, at most a tenth of them, to choose the best checkpoint by."""
     limit: int | None = None
     """Number of prompts to train on, from the start of the file; all of them by default."""
+    decontaminate: tuple[str, ...] = ()
+    """Public datasets (see --bench.sets), or files of prompts, that no training prompt may repeat.
+    A prompt is left out where it shares 13 words in a row with one of theirs."""
+    near_duplicates: float | None = None
+    """Leave out training prompts that nearly repeat an earlier or a held-out one; needs the package datasketch.
+    The value is the least share of common word runs, above 0 to 1; 0.8 is usual. By default only copies of held-out
+    prompts are left out."""
 
 
 @dataclass(frozen=True)
 class RespondConfig:
     """How the target answers the prompts that a drafter is trained and measured on."""
 
+    source: Literal["target", "own"] = "target"
+    """Where the answers come from.
+    target: the target writes them. own: the prompts' file has them, as a reply at the end of each conversation."""
     max_new_tokens: int = 2048
     """Longest response in tokens (2048 in DFlash's benchmark)."""
     temperature: float = 0.0

@@ -79,6 +79,8 @@ class TrainConfig:
     """Conversations in a micro-batch on each device (the paper: 2 per step)."""
     gradient_accumulation_steps: int = 1
     """Micro-batches in an optimizer step."""
+    group_by_length: bool = True
+    """Give each step conversations of about the same length, which saves padding; off is the paper's random order."""
     num_anchors: int = 512
     """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
     max_length: int = 3072
@@ -92,8 +94,10 @@ class TrainConfig:
     logging_steps: int = 10
     """Optimizer steps between two entries of the log."""
     eval_steps: int = 500
-    """Optimizer steps between two checkpoints.
-    The mean acceptance length (tau) on the validation prompts is measured at each."""
+    """Optimizer steps between two measurements of tau on the validation prompts; the best weights are kept."""
+    save_steps: int | None = None
+    """Optimizer steps between two checkpoints that training can go on from; eval_steps by default.
+    The newest one and the best weights are kept, which with one being written take at most eight drafters of disk."""
     feature_cache_gib: float = 4.0
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
     torch_compile: bool = False

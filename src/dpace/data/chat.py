@@ -19,8 +19,12 @@ class ChatTokenizer:
     thinking: bool = False
 
 
-def encode_chat(target: Target | ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+def encode_chat(
+    target: Target | ChatTokenizer, messages: Sequence[dict[str, str]], *, is_answered: bool = False
+) -> list[int]:
     """Encode a conversation up to where the target is to answer, with its chat template.
+
+    With `is_answered`, the last message is the answer, and the text ends as the template ends it.
 
     Without a template, the contents are encoded, one on each line. A template that knows thinking gets
     `target.thinking`.
@@ -43,7 +47,10 @@ def encode_chat(target: Target | ChatTokenizer, messages: Sequence[dict[str, str
     else:
         try:
             token_ids = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, enable_thinking=target.thinking, return_dict=False
+                list(messages),
+                add_generation_prompt=not is_answered,
+                enable_thinking=target.thinking,
+                return_dict=False,
             )
         except Exception as error:  # jinja errors of a template share no narrower class
             raise ValueError(
@@ -53,6 +60,25 @@ def encode_chat(target: Target | ChatTokenizer, messages: Sequence[dict[str, str
     if not token_ids:
         raise ValueError("the prompt gives no token, expected one or more; write a prompt that is not empty")
     return list(token_ids)
+
+
+def encode_answer(target: Target, messages: Sequence[dict[str, str]], answer: str) -> tuple[list[int], list[int]]:
+    """Encode a conversation up to an answer, and a given answer as if the target had written it.
+
+    The answer is what the chat template puts behind the text before it, up to and with the first stop token. A template
+    that writes that text in another way where an answer follows leaves the answer's own tokens and a stop token.
+
+    Returns:
+        The tokens before the answer, and those of the answer.
+    """
+    before, stops = encode_chat(target, messages), target.stop_token_ids
+    whole = encode_chat(target, [*messages, {"role": "assistant", "content": answer}], is_answered=True)
+    if target.tokenizer.chat_template is not None and whole[: len(before)] == before:
+        tokens = whole[len(before) :]
+    else:
+        tokens = target.tokenizer(answer, add_special_tokens=False)["input_ids"] + stops[:1]
+    end = next((i for i, token in enumerate(tokens, start=1) if token in stops), len(tokens))
+    return before, tokens[:end]
 
 
 def tokenizer_hashes(target: Target | ChatTokenizer) -> dict[str, str]:

@@ -7,11 +7,14 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dpace.blocks import build_blocks, sample_anchors
-from dpace.data.responses import Response
+from dpace.data.answers import Response
+from dpace.data.corpus import Corpus
 from dpace.progress import progress_bar
 from dpace.target import Target
 
@@ -22,18 +25,15 @@ FEATURE_BATCH = 16
 class ResponseDataset(torch.utils.data.Dataset):
     """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
 
-    Memory: token ids, and the features where they are kept (tokens x feature x bytes of the target's dtype).
+    Memory: that of the corpus, and the features where they are kept (tokens x feature x bytes of the target's dtype).
     """
 
-    def __init__(self, responses: Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
-        self.epoch, self.num_anchors, self.seed = 0, num_anchors, seed
+    def __init__(self, responses: Corpus | Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
+        self.epoch, self.max_length, self.num_anchors, self.seed = 0, max_length, num_anchors, seed
         self.features: list[Tensor] | None = None
-        self.rows = []
-        for response in responses:
-            is_response = torch.tensor(response.is_response[:max_length])
-            if len(sample_anchors(is_response)):
-                self.rows.append((response.id, torch.tensor(response.token_ids[:max_length]), is_response))
-        self.num_skipped = len(responses) - len(self.rows)
+        self.corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
+        self.chosen = np.flatnonzero(self.corpus.num_anchors(max_length))
+        """Numbers of the corpus's conversations that have an anchor."""
 
     def with_seed(self, seed: int) -> "ResponseDataset":
         """Give the same conversations and features with other anchors."""
@@ -42,14 +42,41 @@ class ResponseDataset(torch.utils.data.Dataset):
         return other
 
     @property
-    def ids(self) -> list[str]:
-        """Ids of the conversations."""
-        return [response_id for response_id, _, _ in self.rows]
+    def num_skipped(self) -> int:
+        """Count the conversations without an anchor."""
+        return len(self.corpus) - len(self)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all conversations, prompts included."""
-        return sum(len(token_ids) for _, token_ids, _ in self.rows)
+    def ids(self) -> list[str]:
+        """Ids of the conversations."""
+        return [self.corpus.id(number) for number in self.chosen.tolist()]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each conversation, prompt included."""
+        return np.minimum(self.corpus.lengths[self.chosen], self.max_length)
+
+    @property
+    def seen_tokens(self) -> Int[Tensor, " token"]:
+        """The different tokens of all conversations, ascending."""
+        is_seen = np.zeros(0, bool)
+        for tokens in self.corpus.tokens_of(self.chosen, self.max_length):
+            missing = int(tokens.max(initial=-1)) + 1 - len(is_seen)
+            is_seen = np.pad(is_seen, (0, max(0, missing)))
+            is_seen[tokens] = True
+        return torch.from_numpy(np.flatnonzero(is_seen))
+
+    def token_ids(self, index: int) -> Int[Tensor, " seq"]:
+        """Give the tokens of a conversation."""
+        tokens = self.corpus.token_ids(int(self.chosen[index]))[: self.max_length]
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def is_response(self, index: int) -> Bool[Tensor, " seq"]:
+        """Say which tokens of a conversation the target wrote."""
+        flags = torch.zeros(min(int(self.corpus.lengths[self.chosen[index]]), self.max_length), dtype=torch.bool)
+        for start, end in self.corpus.spans(int(self.chosen[index])).tolist():
+            flags[start:end] = True
+        return flags
 
     def keep_features(
         self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
@@ -59,32 +86,38 @@ class ResponseDataset(torch.utils.data.Dataset):
         They are those of `Target.features`; nothing is computed where they pass the limit.
         """
         num_layers = len(target_layer_ids) + with_head_input
-        size = self.num_tokens * num_layers * target.hidden_size * target.head.weight.element_size()
+        size = int(self.lengths.sum()) * num_layers * target.hidden_size * target.head.weight.element_size()
         if size > limit_bytes:
             return False
-        order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i][1]))
+        lengths = self.lengths.tolist()
+        order = sorted(range(len(self)), key=lengths.__getitem__)
         kept: dict[int, Tensor] = {}
         with progress_bar() as bar:
-            task = bar.add_task("reading hidden states", total=len(self.rows), info="")
+            task = bar.add_task("reading hidden states", total=len(self), info="")
             for start in range(0, len(order), FEATURE_BATCH):
                 batch = order[start : start + FEATURE_BATCH]
-                token_ids = _pad([self.rows[i][1] for i in batch]).to(target.device)
+                token_ids = _pad([self.token_ids(i) for i in batch]).to(target.device)
                 features = target.features(token_ids, target_layer_ids, with_head_input=with_head_input).cpu()
-                kept |= {i: row[: len(self.rows[i][1])].clone() for i, row in zip(batch, features, strict=True)}
+                kept |= {i: row[: lengths[i]].clone() for i, row in zip(batch, features, strict=True)}
                 bar.advance(task, len(batch))
-        self.features = [kept[i] for i in range(len(self.rows))]
+        self.features = [kept[i] for i in range(len(self))]
         return True
 
     def __len__(self):
         """Count the conversations."""
-        return len(self.rows)
+        return len(self.chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Give one conversation with its anchors of this epoch."""
-        response_id, token_ids, is_response = self.rows[index]
+        is_response, response_id = self.is_response(index), self.corpus.id(int(self.chosen[index]))
         anchors = sample_anchors(is_response, num_anchors=self.num_anchors, seed=(self.seed, self.epoch, response_id))
         features = None if self.features is None else self.features[index]
-        return {"token_ids": token_ids, "is_response": is_response, "anchors": anchors, "features": features}
+        return {
+            "token_ids": self.token_ids(index),
+            "is_response": is_response,
+            "anchors": anchors,
+            "features": features,
+        }
 
 
 def _pad(rows: Sequence[Tensor]) -> Tensor:

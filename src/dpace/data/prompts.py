@@ -1,33 +1,34 @@
 """Read the prompts that the target answers, and split them into parts."""
 
+import hashlib
 import json
-import math
 import random
 import sys
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dpace.config import PromptsConfig
-from dpace.ledger import read_jsonl
+from dpace.data.formats import Prompt, iterate_prompts, read_prompts
+from dpace.data.overlap import PublicTexts, find_near, public_files, sign
 
-MAX_SHOWN = 60
-"""Characters of a wrong value that a message shows."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One conversation to be answered."""
-
-    id: str
-    """Name of the prompt, unique within its file."""
-    set: str
-    """Name of the dataset that the prompt belongs to; results are reported by dataset."""
-    turns: list[list[dict[str, str]]]
-    """Messages of each turn; the target answers after each turn."""
+__all__ = [
+    "Prompt",
+    "PromptParts",
+    "Split",
+    "canonical",
+    "demo_path",
+    "find_prompt",
+    "first_of_each_set",
+    "prompt_files",
+    "read_heldout",
+    "read_prompts",
+    "split_ids",
+    "split_prompts",
+]
 
 
 def demo_path(part: str) -> Path:
@@ -45,6 +46,28 @@ class PromptParts(NamedTuple):
     """Prompts that reported numbers are measured on; nothing is chosen by them."""
 
 
+class Split(NamedTuple):
+    """Ids of prompts by their purpose, and why others are left out."""
+
+    train: list[str]
+    validation: list[str]
+    heldout: list[str]
+    names: dict[str, str]
+    """New ids of held-out prompts whose own ones are those of training prompts."""
+    dropped: dict[str, dict[str, str]]
+    """By the reason: ids of prompts that are left out, each with the prompt that it is like."""
+    num_answers: int
+    """Prompts that come with an answer."""
+
+
+class _Light(NamedTuple):
+    """What is kept of a prompt while prompts are split; a million of them fit in memory."""
+
+    id: str
+    key: bytes
+    """Hash of what it says."""
+
+
 def split_prompts(config: PromptsConfig) -> PromptParts:
     """Read the prompts and split them into three parts.
 
@@ -56,35 +79,96 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
         ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to
             train on.
     """
+    path, heldout_path = _sources(config)
+    prompts = read_prompts(path)
+    heldout = read_prompts(heldout_path) if heldout_path else None
+    split = _split(prompts, heldout, config)
+    for reason, names in split.dropped.items():
+        if names:
+            print(f"{len(names)} prompts are {reason} and are left out", file=sys.stderr)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    own = by_id if heldout is None else {prompt.id: prompt for prompt in heldout}
+    return PromptParts(
+        [by_id[name] for name in split.train],
+        [by_id[name] for name in split.validation],
+        [replace(own[name], id=split.names.get(name, name)) for name in split.heldout],
+    )
+
+
+def split_ids(config: PromptsConfig) -> Split:
+    """Split prompts as `split_prompts` does, and keep only their ids in memory."""
+    path, heldout_path = _sources(config)
+    return _split(iterate_prompts(path), read_prompts(heldout_path) if heldout_path else None, config)
+
+
+def prompt_files(config: PromptsConfig) -> list[Path]:
+    """Give the files that the split depends on."""
+    files = [path for path in _sources(config) if path is not None]
+    return [path for path in [*map(Path, files), *public_files(config.decontaminate)] if path.is_file()]
+
+
+def _sources(config: PromptsConfig) -> tuple[str | Path, str | Path | None]:
+    """Name where the prompts come from, and those that are held out."""
     is_demo = config.path == "demo"
-    prompts = read_prompts(demo_path("train") if is_demo else config.path)
-    heldout_path = config.heldout_path or (demo_path("heldout") if is_demo else None)
-    if heldout_path:
-        heldout, copies = _without_copies(read_prompts(heldout_path))
-        texts = {canonical(prompt): prompt.id for prompt in prompts}
-        shared = next((prompt for prompt in heldout if canonical(prompt) in texts), None)
-        if shared:
-            raise ValueError(
-                f"the held-out prompt {shared.id!r} of {heldout_path} is also a training prompt, "
-                f"{texts[canonical(shared)]!r} of {config.path}; remove it from one of the files"
-            )
-        heldout = _rename(heldout, {prompt.id for prompt in prompts})
+    path = demo_path("train") if is_demo else config.path
+    return path, config.heldout_path or (demo_path("heldout") if is_demo else None)
+
+
+def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: PromptsConfig) -> Split:
+    """Split prompts; see `split_prompts`."""
+    public, signatures, dropped = None, {}, {}
+    if config.decontaminate:
+        public = PublicTexts(config.decontaminate)
+    rest, num_answers, of_public = [], 0, {}
+    for prompt in prompts:
+        rest.append(_light(prompt))
+        num_answers += prompt.answer is not None
+        if public and (like := public.find(prompt)):
+            of_public[prompt.id] = like
+        if config.near_duplicates:
+            signatures[prompt.id] = sign(prompt)
+    copies: dict[str, str] = {}
+    if heldout is not None:
+        taken = _without_copies([_light(prompt) for prompt in heldout], copies)
+        _refuse_shared(taken, rest, config)
+        names = _rename([light.id for light in taken], {light.id for light in rest})
     else:
-        num_found = len(prompts)
-        heldout, copies, prompts = _take_out(prompts, config.num_heldout, seed=0)
-        if not heldout:
+        num_found, names = len(rest), {}
+        taken, rest = _take_out(rest, config.num_heldout, copies, seed=0)
+        if not taken:
             raise ValueError(
                 f"--prompts.num-heldout {config.num_heldout} and {config.path} with {num_found} prompts give no "
                 "held-out ones, expected 1 or more and at least 10 different prompts; add prompts, or name a file of "
                 "held-out prompts with --prompts.heldout-path"
             )
-    validation, more_copies, prompts = _take_out(prompts, config.num_validation, seed=1)
-    if copies + more_copies:
-        print(
-            f"{copies + more_copies} prompts are copies of held-out or validation prompts and are left out",
-            file=sys.stderr,
+    validation, rest = _take_out(rest, config.num_validation, copies, seed=1)
+    dropped["copies of held-out or validation prompts"] = copies
+    train, chosen = ([light.id for light in part if light.id not in of_public] for part in (rest, validation))
+    dropped["in the public sets"] = of_public
+    if config.near_duplicates:
+        own = {} if heldout is None else {names.get(p.id, p.id): sign(p) for p in heldout}
+        known = own or {light.id: signatures[light.id] for light in taken}
+        known |= {name: signatures[name] for name in chosen}
+        near = find_near([*known.items(), *((name, signatures[name]) for name in train)], config.near_duplicates)
+        dropped["nearly the same as others"] = {name: like for name, like in near.items() if name not in known}
+        train = [name for name in train if name not in near]
+    return Split(train[: config.limit], chosen, [light.id for light in taken], names, dropped, num_answers)
+
+
+def _light(prompt: Prompt) -> _Light:
+    return _Light(prompt.id, hashlib.blake2b(canonical(prompt).encode(), digest_size=16).digest())
+
+
+def _refuse_shared(heldout: Sequence[_Light], prompts: Sequence[_Light], config: PromptsConfig) -> None:
+    """Refuse a held-out prompt that is trained on."""
+    texts = {light.key: light.id for light in prompts}
+    shared = next((light for light in heldout if light.key in texts), None)
+    if shared:
+        path, heldout_path = _sources(config)
+        raise ValueError(
+            f"the held-out prompt {shared.id!r} of {heldout_path} is also a training prompt, {texts[shared.key]!r} of "
+            f"{path}; remove it from one of the files"
         )
-    return PromptParts(prompts[: config.limit], validation, heldout)
 
 
 def canonical(prompt: Prompt) -> str:
@@ -96,35 +180,38 @@ def canonical(prompt: Prompt) -> str:
     return json.dumps(messages, sort_keys=True)
 
 
-def _take_out(prompts: list[Prompt], limit: int, *, seed: int) -> tuple[list[Prompt], int, list[Prompt]]:
+def _take_out(
+    prompts: list[_Light], limit: int, copies: dict[str, str], *, seed: int
+) -> tuple[list[_Light], list[_Light]]:
     """Split off a random tenth of the different prompts, at most `limit`.
 
     Returns:
-        The chosen prompts, the number of their copies, which are left out, and the rest.
+        The chosen prompts, whose copies are added to `copies`, and the rest.
     """
-    keys = list(dict.fromkeys(map(canonical, prompts)))
+    keys = list(dict.fromkeys(light.key for light in prompts))
     chosen = {keys[i] for i in random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))}
-    taken, copies = _without_copies([prompt for prompt in prompts if canonical(prompt) in chosen])
-    return taken, copies, [prompt for prompt in prompts if canonical(prompt) not in chosen]
+    taken = _without_copies([light for light in prompts if light.key in chosen], copies)
+    return taken, [light for light in prompts if light.key not in chosen]
 
 
-def _without_copies(prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
-    """Keep the first of prompts that say the same; give them and the number of copies."""
-    kept: dict[str, Prompt] = {}
-    for prompt in prompts:
-        kept.setdefault(canonical(prompt), prompt)
-    return list(kept.values()), len(prompts) - len(kept)
+def _without_copies(prompts: Sequence[_Light], copies: dict[str, str]) -> list[_Light]:
+    """Keep the first of prompts that say the same; add the others to `copies`."""
+    kept: dict[bytes, _Light] = {}
+    for light in prompts:
+        if kept.setdefault(light.key, light) is not light:
+            copies[light.id] = kept[light.key].id
+    return list(kept.values())
 
 
-def _rename(heldout: Sequence[Prompt], taken: set[str]) -> list[Prompt]:
+def _rename(heldout: Sequence[str], taken: set[str]) -> dict[str, str]:
     """Give held-out prompts ids that no training prompt has."""
-    names = {prompt.id: prompt.id for prompt in heldout}
+    names = {name: name for name in heldout}
     others = taken | set(names)
     for name in taken & set(names):
         while names[name] in others:
             names[name] = f"heldout/{names[name]}"
         others.add(names[name])
-    return [replace(prompt, id=names[prompt.id]) for prompt in heldout]
+    return names
 
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
@@ -159,89 +246,3 @@ def find_prompt(text: str) -> list[dict[str, str]]:
 def read_heldout(name: str) -> list[Prompt]:
     """Read a file of prompts as `read_prompts` does, or for `demo` the demo's held-out prompts."""
     return read_prompts(demo_path("heldout") if name == "demo" else name)
-
-
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read a file of prompts.
-
-    A line holds `messages` (roles and contents, the last from the user), or `turns` (user texts, answered one after the
-    other), or `prompt` (one user text). It may also hold `id` and `set`.
-
-    Raises:
-        ValueError: file and line of what cannot be read, an empty prompt, an id that occurs twice, or an empty file.
-    """
-    path = Path(path)
-    prompts, ids = [], set()
-    for number, row in read_jsonl(path):
-        prompt = _parse(row, f"{path}:{number}", default_set=path.stem)
-        if prompt.id in ids:
-            raise ValueError(
-                f"{path}:{number}: the id {prompt.id!r} occurs twice, expected unique ids; change one of them"
-            )
-        ids.add(prompt.id)
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(
-            f"{path} holds no prompt; write one JSON object on each line with `messages`, `turns` or `prompt`"
-        )
-    return prompts
-
-
-def _parse(row: dict, where: str, *, default_set: str) -> Prompt:
-    """Turn one line of a file into a prompt."""
-    kinds = [key for key in ("messages", "turns", "prompt") if key in row]
-    if len(kinds) != 1:
-        found = " and ".join(f"`{key}`" for key in kinds) or ", ".join(row) or "nothing"
-        raise ValueError(f"{where}: expected `messages`, `turns` or `prompt`, found {found}; fix the line")
-    (kind,) = kinds
-    value = row[kind]
-    if kind != "prompt" and not isinstance(value, list):
-        raise ValueError(f"{where}: `{kind}` is {_shown(value)}, expected a list; fix the line")
-    if not value and kind != "prompt":
-        raise ValueError(f"{where}: `{kind}` is empty, expected one or more texts; fix the line")
-    if kind == "messages":
-        turns = [[_check_message(message, where) for message in value]]
-    else:
-        texts = value if kind == "turns" else [value]
-        turns = [[{"role": "user", "content": _check_text(text, f"{where}: `{kind}`")}] for text in texts]
-    for turn in turns:
-        if turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
-            raise ValueError(
-                f"{where}: a turn ends without a text of the user, expected one that is not empty; fix the line"
-            )
-    default_id = where.rpartition(":")[2]
-    name, group = _check_name(row, "id", default_id, where), _check_name(row, "set", default_set, where)
-    return Prompt(name, group, turns)
-
-
-def _check_message(message: Any, where: str) -> dict[str, str]:
-    """Check that a message has a role and a text, and other texts only."""
-    if not isinstance(message, dict) or not message.get("role") or "content" not in message:
-        raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
-    return {key: _check_text(value, f"{where}: `{key}` of a message") for key, value in message.items()}
-
-
-def _check_text(value: Any, where: str) -> str:
-    """Check that a value is a text that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise ValueError(f"{where} is {_shown(value)}, expected a text; fix the line")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has half a character, {value[error.start]!a}; fix the line") from error
-    return value
-
-
-def _check_name(row: dict, key: str, default: str, where: str) -> str:
-    """Read an id or the name of a set: a text or a number."""
-    value = row.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not isinstance(value, str) and not is_number or value == "":
-        raise ValueError(f"{where}: `{key}` is {_shown(value)}, expected a text or a number; fix the line")
-    return _check_text(str(value), f"{where}: `{key}`")
-
-
-def _shown(value: Any) -> str:
-    """Write a value for a message."""
-    text = json.dumps(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

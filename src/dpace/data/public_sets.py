@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpace.data.prompts import Prompt, read_prompts
+from dpace.data.formats import Prompt, load_from_hub, read_prompts
 
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 SHUFFLE_SEED = 0
+WAY_OUT = "name a folder of JSONL files with --bench.sets-dir"
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ Source: `dflash/benchmark.py` of z-lab/dflash; alpaca: its `model/utils.py` befo
 """
 
 
-def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Prompt]:
+def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whole: bool = False) -> list[Prompt]:
     """Read public datasets, shuffled with a fixed seed and cut to the published number of prompts.
 
     Args:
         names: keys of `SETS`, or with a folder the names of its files.
         folder: has `NAME.jsonl` with prompts as `read_prompts` takes them; the Hugging Face Hub by default.
+        is_whole: all prompts, not the published number of them.
 
     Raises:
         ValueError: an unknown name, a file that cannot be read, or no answer from the Hub.
@@ -77,9 +79,12 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None) -> list[Pr
                 "--bench.sets-dir"
             )
         else:
-            rows = [_read_row(name, i, row) for i, row in enumerate(_download(known))]
+            rows = [
+                _read_row(name, i, row)
+                for i, row in enumerate(load_from_hub(known.path, known.name, known.split, WAY_OUT))
+            ]
         random.Random(SHUFFLE_SEED).shuffle(rows)
-        prompts += rows[: known.num_prompts if known else None]
+        prompts += rows[: known.num_prompts if known and not is_whole else None]
     return prompts
 
 
@@ -99,16 +104,3 @@ def _read_row(name: str, number: int, row: Any) -> Prompt:
             "changed: name a folder of JSONL files with --bench.sets-dir"
         )
     return Prompt(f"{name}/{number}", name, turns)
-
-
-def _download(source: PublicSet) -> Any:
-    """Download the rows of a dataset from the Hub."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.path, source.name, split=source.split)
-    except Exception as error:  # the Hub's errors share no narrower class
-        raise ValueError(
-            f"the Hub does not give the dataset {source.path} ({type(error).__name__}: {error}); check the network, or "
-            "name a folder of JSONL files with --bench.sets-dir"
-        ) from error

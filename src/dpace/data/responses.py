@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,37 +11,16 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dpace.config import RespondConfig
-from dpace.data.chat import encode_chat
+from dpace.data.answers import Response, read_responses
+from dpace.data.chat import encode_answer, encode_chat
 from dpace.data.prompts import Prompt
 from dpace.data.run_meta import check_meta, check_unchanged, find_meta, meta_path, read_meta, write_meta
-from dpace.data.typed_json import from_json
 from dpace.fast.cache import is_full_attention
-from dpace.ledger import claim, cut_unfinished, hold, naming, read_jsonl
+from dpace.ledger import claim, cut_unfinished, hold, naming
 from dpace.progress import progress_bar
 from dpace.target import MIN_SHARED, Target, shared_prefix
 
 __all__ = ["Response", "generate_responses", "read_meta", "read_responses", "write_responses"]
-
-
-@dataclass(frozen=True)
-class Response:
-    """One conversation with the target's answers: a line of `responses.jsonl`."""
-
-    id: str
-    set: str
-    messages: list[dict[str, str]]
-    token_ids: list[int]
-    """The whole conversation as the target read and wrote it."""
-    response_spans: list[list[int]]
-    """Span [start, end) of each answer of the target, stop token included."""
-
-    @property
-    def is_response(self) -> list[bool]:
-        """For each token, whether the target wrote it."""
-        flags = [False] * len(self.token_ids)
-        for start, end in self.response_spans:
-            flags[start:end] = [True] * (end - start)
-        return flags
 
 
 def write_responses(
@@ -107,7 +86,7 @@ def _check_length(target: Target, prompt: Prompt, config: RespondConfig) -> int:
         for turn in prompt.turns[1:]:
             messages += [{"role": "assistant", "content": "."}, *turn]
         num_tokens = len(encode_chat(target, messages))
-    if limit and num_tokens + num_turns * config.max_new_tokens > limit:
+    if config.source == "target" and limit and num_tokens + num_turns * config.max_new_tokens > limit:
         turns = f"{num_turns} answers of up to " if num_turns > 1 else ""
         raise ValueError(
             f"prompt {prompt.id} has {num_tokens} tokens; with {turns}{config.max_new_tokens} new tokens it passes "
@@ -136,40 +115,6 @@ def _answer_all(
             bar.update(task, advance=len(batch), info=f"{speed:.0f} tokens/s")
 
 
-def read_responses(path: str | Path) -> list[Response]:
-    """Read `responses.jsonl`.
-
-    A last line that a killed process left unfinished is left out; the file stays as it is.
-
-    Raises:
-        ValueError: a line that is no response, or an id that occurs twice.
-    """
-    path, responses, ids = Path(path), [], set()
-    names = [entry.name for entry in fields(Response)]
-    fix = "write the file again with `dpace respond`"
-    for number, row in read_jsonl(path, is_growing=True):
-        where = f"{path}:{number}"
-        try:
-            response = from_json(Response, {name: row[name] for name in names if name in row})
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}; {fix}") from error
-        spans, end = response.response_spans, 0
-        for span in spans:
-            if len(span) != 2 or not end <= span[0] <= span[1] <= len(response.token_ids):
-                raise ValueError(
-                    f"{where}: response_spans has {span}, expected a start and an end within "
-                    f"{len(response.token_ids)} tokens, after the span before; {fix}"
-                )
-            end = span[1]
-        if min(response.token_ids, default=0) < 0:
-            raise ValueError(f"{where}: token_ids has {min(response.token_ids)}, expected 0 or more; {fix}")
-        if response.id in ids:
-            raise ValueError(f"{where}: the id {response.id!r} occurs twice, expected unique ids; {fix}")
-        ids.add(response.id)
-        responses.append(response)
-    return responses
-
-
 def _is_answer(response: Response, prompt: Prompt) -> bool:
     """Say whether the response answers this very prompt."""
     start = 0
@@ -181,7 +126,9 @@ def _is_answer(response: Response, prompt: Prompt) -> bool:
 
 
 def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> list[Response]:
-    """Answer a batch turn by turn."""
+    """Answer a batch turn by turn, or take the answers that come with the prompts."""
+    if config.source == "own":
+        return [_take_own(target, prompt) for prompt in prompts]
     messages = [[] for _ in prompts]
     token_ids: list[list[int]] = [[] for _ in prompts]
     spans: list[list[list[int]]] = [[] for _ in prompts]
@@ -200,6 +147,25 @@ def _answer(target: Target, prompts: Sequence[Prompt], config: RespondConfig) ->
             messages[i].append({"role": "assistant", "content": text})
     rows = zip(prompts, messages, token_ids, spans, strict=True)
     return [Response(prompt.id, prompt.set, said, ids, where) for prompt, said, ids, where in rows]
+
+
+def _take_own(target: Target, prompt: Prompt) -> Response:
+    """Make a response of the answers that a prompt comes with: all that the assistant says in it."""
+    if prompt.answer is None:
+        raise ValueError(
+            f"prompt {prompt.id} has no reply at its end, which --respond.source own trains on; remove the prompt, or "
+            "let the target answer with --respond.source target"
+        )
+    messages, token_ids, spans = [], [], []
+    for message in [*prompt.turns[0], {"role": "assistant", "content": prompt.answer}]:
+        if message["role"] == "assistant" and messages:
+            before, answer = encode_answer(target, messages, message["content"])
+            if before[: len(token_ids)] != token_ids:
+                spans = []  # the template rewrote what came before
+            token_ids = before + answer
+            spans.append([len(before), len(token_ids)])
+        messages.append(message)
+    return Response(prompt.id, prompt.set, messages, token_ids, spans)
 
 
 def _check_room(target: Target, prompts: Sequence[Prompt], encoded: list[list[int]], config: RespondConfig) -> None:

@@ -19,9 +19,11 @@ WAYS_OUT = {
     "max_new_tokens": "set --respond.max-new-tokens as it was",
     "temperature": "set --respond.temperature as it was",
     "seed": "set --respond.seed as it was",
+    "source": "set --respond.source as it was",
 }
 """How to go on with a setting that was changed; others cannot be set back."""
 KINDS: dict[str, type | tuple[type, ...]] = {
+    "source": str,
     "target": str,
     "dtype": str,
     "target_sha256": str,
@@ -80,6 +82,7 @@ def find_meta(target: Target, config: RespondConfig) -> dict[str, Any]:
     """Give what the responses depend on: weights, tokenizer, template and settings; and the versions."""
     sampling = {"seed": config.seed} if config.temperature > 0 else {}
     return {
+        **({} if config.source == "target" else {"source": config.source}),
         "target": target.name,
         "revision": getattr(target.model.config, "_commit_hash", None),
         "dtype": str(target.model.dtype),
@@ -105,6 +108,7 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     other = "name another folder with --output, or delete the file"
     if not old:
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
+    old, meta = {"source": "target", **old}, {"source": "target", **meta}
     for key in [key for key in KINDS if key in meta and key != "target"]:
         if old.get(key) != meta[key]:
             names = f" (target {old.get('target')})" if key == "target_sha256" else ""

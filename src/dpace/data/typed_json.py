@@ -106,7 +106,7 @@ def _read_list(kind: Any, value: Any, where: str) -> list:
     [item_kind] = get_args(kind)
     if not isinstance(value, list):
         raise _refuse(kind, value, where)
-    if item_kind in (int, str) and all(type(item) is item_kind for item in value):
+    if item_kind in (int, str) and set(map(type, value)) <= {item_kind}:
         return value  # token ids are many
     return [_read(item_kind, item, f"{where}[{i}]") for i, item in enumerate(value)]
 

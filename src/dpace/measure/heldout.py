@@ -92,7 +92,7 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
         accepted_from: dict[int, int] = {}
         for _, blocks, out in score_conversation(drafter, target, dataset, i):
             accepted_from |= zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True)
-        spans = _spans(dataset.rows[i][2].tolist())
+        spans = _spans(dataset.is_response(i).tolist())
         results.append(Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans]))
     drafter.train(was_training)
     return Acceptance.of_prompts(results)

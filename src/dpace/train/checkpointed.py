@@ -20,9 +20,9 @@ from dpace.train.checkpoints import (
     STATE,
     checkpoint_folder,
     finish,
+    prune,
     read_optimizer,
     read_random,
-    rotate,
     unfinished_folder,
     write_optimizer,
     write_random,
@@ -78,10 +78,21 @@ class CheckpointedTrainer(Trainer):
         """
         refuse_infinite(f"the drafter after step {self.state.global_step}", self.drafter, LOWER)
 
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Note the best step, and keep its weights where no checkpoint of it is due."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and not self.control.should_save:
+            self._write_checkpoint(has_optimizer=False)
+        return is_best
+
     def _save_checkpoint(self, model, trial=None) -> None:
         """Write a checkpoint aside and let it take its place; keep it and the best one."""
-        self.refuse_infinite_weights()
         self.store_flos()
+        self._write_checkpoint(has_optimizer=True)
+
+    def _write_checkpoint(self, *, has_optimizer: bool) -> None:
+        """Write a checkpoint, which training can go on from only with the optimizer's state."""
+        self.refuse_infinite_weights()
         checkpoints, step = Path(str(self.args.output_dir)), self.state.global_step
         best = self.state.best_global_step
         best_folder = checkpoint_folder(checkpoints, best) if best else None
@@ -92,14 +103,16 @@ class CheckpointedTrainer(Trainer):
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            write_random(unfinished, self.args.process_index)
+            if has_optimizer:
+                write_random(unfinished, self.args.process_index)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self.drafter.save_pretrained(unfinished)
-                write_optimizer(unfinished, self.optimizer, self.lr_scheduler)
+                if has_optimizer:
+                    write_optimizer(unfinished, self.optimizer, self.lr_scheduler)
                 self.write_state(unfinished / STATE)
                 folder = finish(checkpoints, step)
-                rotate(checkpoints, keep={folder, best_folder})
+                prune(checkpoints, folder, best_folder)
         self.accelerator.wait_for_everyone()
 
     def write_state(self, path: Path) -> None:
@@ -121,10 +134,11 @@ class CheckpointedTrainer(Trainer):
         """Read the weights."""
         self.drafter.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"))
 
-    def _load_best_model(self) -> None:
-        """Read the best checkpoint's weights."""
-        best = checkpoint_folder(Path(str(self.args.output_dir)), self.state.best_global_step or 0)
-        self._load_from_checkpoint(str(best))
+    def load_best(self) -> None:
+        """Read the weights of the best step, if one was measured."""
+        if self.state.best_global_step:
+            best = checkpoint_folder(Path(str(self.args.output_dir)), self.state.best_global_step)
+            self._load_from_checkpoint(str(best))
 
     def _init_training_state(self, *args, **kwargs):
         """Find the best checkpoint by its step, since its path changes when the folder is moved."""

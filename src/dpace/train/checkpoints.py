@@ -90,17 +90,54 @@ def find_newest(checkpoints: Path) -> Path | None:
     newest = None
     for step in sorted(steps, reverse=True):
         folder = steps[step]
+        if is_whole(folder) and not has_optimizer(folder):
+            continue  # the best weights since the checkpoint before; their step is taken again
         if is_whole(folder) and ((best := best_of(folder)) in (None, folder) or is_whole(best)):
             newest = folder
             break
         print(f"{folder} is not whole, and is removed", file=sys.stderr)
         shutil.rmtree(folder)
-    if newest is not None:
-        rotate(checkpoints, keep={newest, best_of(newest)})
+    _rotate(checkpoints, keep={newest, best_of(newest)} if newest else set())
     return newest
 
 
-def rotate(checkpoints: Path, keep: set[Path | None]) -> None:
+def prune(checkpoints: Path, written: Path, best: Path | None) -> None:
+    """Remove checkpoints that training does not need after one is written.
+
+    What stays is that one, the best one, and where it has no optimizer's state, the newest one that has it with its own
+    best one, whose optimizer's state goes.
+    """
+    keep = {written, best}
+    if not has_optimizer(written):
+        others = (path for path in checkpoints.glob("checkpoint-*") if has_optimizer(path))
+        newest = max(others, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        if newest is not None:
+            keep |= {newest, old_best := best_of(newest)}
+            if old_best and old_best != newest:
+                _lighten(old_best)
+    _rotate(checkpoints, keep)
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Say whether training can go on from a checkpoint; otherwise it has weights only."""
+    try:
+        return MOMENTS in json.loads((folder / MANIFEST).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _lighten(folder: Path) -> None:
+    """Remove all of a checkpoint that only going on from it needs."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    extra = [n for n in manifest["files"] if n in (MOMENTS, STEPS) or n.startswith("random-")]
+    for name in extra:
+        del manifest["files"][name]
+    write_json(folder / MANIFEST, manifest)
+    for name in extra:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _rotate(checkpoints: Path, keep: set[Path | None]) -> None:
     """Remove all checkpoints but these."""
     for path in checkpoints.glob("checkpoint-*"):
         if path.is_dir() and path not in keep:

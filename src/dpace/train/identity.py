@@ -23,6 +23,7 @@ from dpace.target import Target
 RUN_FILE = "run.json"
 NO_RESULT = {
     "train.logging_steps",
+    "train.save_steps",
     "train.report_to",
     "train.feature_cache_gib",
     "train.gradient_checkpointing",
@@ -64,8 +65,8 @@ def target_of(target: Target) -> dict[str, Any]:
 def _hash_rows(dataset: ResponseDataset) -> str:
     """Hash ids, tokens, and which of them the target wrote."""
     digest = hashlib.sha256()
-    for response_id, token_ids, is_response in dataset.rows:
-        name = response_id.encode()
+    for index, response_id in enumerate(dataset.ids):
+        name, token_ids, is_response = response_id.encode(), dataset.token_ids(index), dataset.is_response(index)
         digest.update(f"{len(name)} {len(token_ids)} ".encode() + name)
         digest.update(token_ids.to(torch.int64).numpy().tobytes())
         digest.update(is_response.to(torch.uint8).numpy().tobytes())

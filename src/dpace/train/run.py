@@ -10,6 +10,7 @@ from transformers import TrainerState
 
 from dpace.config import Recipe
 from dpace.data.chat import tokenizer_hashes
+from dpace.data.corpus import Corpus
 from dpace.data.dataset import ResponseDataset
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
@@ -60,7 +61,7 @@ def describe_run(
 
 
 def choose_conversations(
-    responses: Sequence[Response], validation: Sequence[Response], recipe: Recipe
+    responses: Corpus | Sequence[Response], validation: Corpus | Sequence[Response], recipe: Recipe
 ) -> tuple[ResponseDataset, ResponseDataset]:
     """Make the two datasets that `train` takes, without features.
 
@@ -153,7 +154,8 @@ def train(
         if is_finished:
             return Drafter.from_pretrained(folder).to(target.device)
         drafter = _make_drafter(target, dataset, recipe)
-        trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, config.optimizer == "muon")
+        how = {"use_muon": config.optimizer == "muon", "group_by_length": config.group_by_length}
+        trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, **how)
         if args.process_index == 0:
             write_run(folder, run)
             write_recipe(recipe, folder / "recipe.yaml")
@@ -171,7 +173,7 @@ def train(
 def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe) -> Drafter:
     """Make the untrained drafter."""
     drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
-    if any((token_ids == drafter.mask_token_id).any() for _, token_ids, _ in dataset.rows):
+    if bool((dataset.seen_tokens == drafter.mask_token_id).any()):
         raise ValueError(
             f"the training text contains the mask token {drafter.mask_token_id}; "
             "name a token that no text contains with --drafter.mask-token-id"
@@ -189,6 +191,7 @@ def _take_steps(trainer: CheckpointedTrainer, drafter: Drafter, newest: Path | N
         return
     with interrupt.watching():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    trainer.load_best()
 
 
 def _write_folder(folder: Path, drafter: Drafter, trainer: CheckpointedTrainer, provenance: dict[str, Any]) -> None:

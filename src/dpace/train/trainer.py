@@ -10,6 +10,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from dpace.config import LossConfig
 from dpace.data.dataset import ResponseDataset, collate
+from dpace.data.order import GroupedSampler
 from dpace.drafter import Drafter
 from dpace.head import Head
 from dpace.loss import block_loss, count_items, frozen_head_nll
@@ -67,7 +68,9 @@ class DrafterTrainer(CheckpointedTrainer):
         validation: ResponseDataset,
         args: TrainingArguments,
         loss: LossConfig,
+        *,
         use_muon: bool = False,
+        group_by_length: bool = False,
     ):
         super().__init__(
             model=drafter,
@@ -82,7 +85,7 @@ class DrafterTrainer(CheckpointedTrainer):
         self.step_clock = StepClock()
         self.add_callback(self.step_clock)
         self.model_accepts_loss_kwargs = False
-        self.use_muon = use_muon
+        self.use_muon, self.group_by_length, self.dataset = use_muon, group_by_length, dataset
         self.target, self.validation, self.loss_config = target, validation, loss
         self.drafter = drafter
         self.weigh = make_weigh(loss, drafter.block_size)
@@ -91,6 +94,14 @@ class DrafterTrainer(CheckpointedTrainer):
             self.head, self.head_index = _seen_head(target, dataset)
         self._sums: dict[str, Tensor] = {}
         self._step_weight = torch.zeros((), device=target.device)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Order the conversations by length where a step has several; else as transformers does."""
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if not self.group_by_length or step_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        return GroupedSampler(self.dataset, step_size)
 
     def create_optimizer(self, model=None):
         """Make AdamW as transformers does, or Muon."""
@@ -198,7 +209,7 @@ class DrafterTrainer(CheckpointedTrainer):
 
 def _seen_head(target: Target, dataset: ResponseDataset) -> tuple[Head, Tensor]:
     """Give the head's rows of the tokens in the training text, and where each token's row is."""
-    tokens = torch.unique(torch.cat([token_ids for _, token_ids, _ in dataset.rows]))
+    tokens = dataset.seen_tokens
     index = torch.full((len(target.head.weight),), -1, dtype=torch.long)
     index[tokens] = torch.arange(len(tokens))
     device = target.device

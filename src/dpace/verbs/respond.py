@@ -1,5 +1,6 @@
 """Let the target answer the prompts."""
 
+import sys
 from pathlib import Path
 
 from dpace.config import Recipe
@@ -21,6 +22,9 @@ def run(args: list[str]) -> None:
     with hold(recipe.output):
         claim(recipe.output, path.name, meta_path(path).name)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
+        if recipe.respond.source == "target" and (answered := sum(prompt.answer is not None for prompt in prompts)):
+            note = "prompts come with an answer, which is left out; --respond.source own would train on it"
+            print(f"{answered} {note}", file=sys.stderr)
         responses = write_responses(load_target(recipe), prompts, path, recipe.respond)
     show(f"{len(responses)} responses in {path}")
     show(f"next: {next_command('train', recipe, args)}")

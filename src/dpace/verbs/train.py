@@ -14,8 +14,7 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "train", args)
     from torch import distributed
 
-    from dpace.data.prompts import split_prompts
-    from dpace.data.responses import read_responses
+    from dpace.data.corpus import load_corpus
     from dpace.data.run_meta import read_meta
     from dpace.train.identity import (
         data_of,
@@ -28,15 +27,14 @@ def run(args: list[str]) -> None:
     from dpace.train.run import choose_conversations, keep_features, train
 
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
-    responses = {response.id: response for response in read_responses(path)} if path.exists() else {}
-    answered, validation, _ = (
-        [responses[p.id] for p in part if p.id in responses] for part in split_prompts(recipe.prompts)
-    )
-    if not answered:
+    if not path.exists():
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
     meta, folder = read_meta(path), Path(recipe.output) / "drafter"
     refuse_unfinished_answers(meta, path, respond)
     refuse_other_answers(meta, {"thinking": recipe.thinking}, path, respond)
+    answered, validation = load_corpus(path, recipe.prompts)
+    if not len(answered):
+        raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
     datasets = choose_conversations(answered, validation, recipe)
     refuse_other_run(folder, {**settings_of(recipe), **data_of(*datasets), "thinking": recipe.thinking})
     target = load_target(recipe)

@@ -1,0 +1,125 @@
+"""Show on one page what a drafter is trained on, and what is left out and why."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dpace.config import Recipe
+from dpace.data.corpus import Corpus
+from dpace.data.dataset import ResponseDataset
+from dpace.data.order import GroupedSampler, padding
+from dpace.data.prompts import Split
+from dpace.progress import printable
+
+NUM_SHOWN = 2
+"""Conversations that are shown."""
+SHOWN_CHARACTERS = 240
+"""Characters of a prompt's end and of an answer's beginning that are shown."""
+QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+
+
+def prompts_page(split: Split) -> RenderableType:
+    """Show how many prompts there are of each part, and what is left out and why."""
+    counts = f"{len(split.train)} to train on, {len(split.validation)} for validation, {len(split.heldout)} held out"
+    lines = [f"prompts: {counts}; {split.num_answers} come with an answer"]
+    for reason, dropped in split.dropped.items():
+        if dropped:
+            name, like = next(iter(dropped.items()))
+            lines.append(f"left out: {len(dropped)} {reason}, such as {name} (like {like})")
+    return Text(printable("\n".join(lines)))
+
+
+def responses_page(corpus: Corpus, recipe: Recipe, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
+    """Show lengths, ends, repetitions and padding of the training answers, and some of them.
+
+    Args:
+        corpus: conversations to train on.
+        recipe: settings of the training.
+        meta: what made the answers, of `responses.meta.json`.
+        tokenizer: of the target.
+    """
+    config = recipe.train
+    dataset = ResponseDataset(corpus, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
+    facts = [f"{len(corpus)} answers, {int(corpus.lengths.sum()):,} tokens with their prompts"]
+    facts += [
+        f"{count} {what}"
+        for what, count in {
+            f"conversations are cut at --train.max-length {config.max_length}": int(
+                (corpus.lengths > config.max_length).sum()
+            ),
+            "have no two tokens of an answer in a row, and are left out": dataset.num_skipped,
+            "answers repeat another one token for token": _count_repeated(corpus),
+        }.items()
+        if count
+    ]
+    return Group(
+        Text("\n".join([*facts, _ends(corpus, meta), _padding(dataset, recipe)])),
+        _lengths(corpus),
+        *_preview(corpus, tokenizer),
+    )
+
+
+def _answer_lengths(corpus: Corpus) -> list[np.ndarray]:
+    """Give the lengths of each conversation's answers."""
+    return [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
+
+
+def _ends(corpus: Corpus, meta: Mapping[str, Any]) -> str:
+    """Say why answers end."""
+    if meta.get("source") == "own":
+        return "the answers came with the prompts"
+    lengths, limit = np.concatenate([np.zeros(0, int), *_answer_lengths(corpus)]), meta.get("max_new_tokens")
+    if limit is None:
+        return "why answers end is unknown: there is no responses.meta.json"
+    cut = int((lengths == limit).sum())
+    return f"{len(lengths) - cut} answers end by themselves, {cut} at --respond.max-new-tokens {limit}"
+
+
+def _count_repeated(corpus: Corpus) -> int:
+    """Count conversations whose answers another one before has too."""
+    seen = set()
+    for i in range(len(corpus)):
+        tokens = corpus.token_ids(i)
+        seen.add(hash(b"|".join(tokens[start:end].tobytes() for start, end in corpus.spans(i))))
+    return len(corpus) - len(seen)
+
+
+def _padding(dataset: ResponseDataset, recipe: Recipe) -> str:
+    """Say how much of the batches is padding."""
+    size = recipe.train.batch_size
+    if size == 1 or not len(dataset):
+        return "batches of 1 have no padding"
+    shuffled = np.random.default_rng(0).permutation(len(dataset))
+    grouped = np.array(list(GroupedSampler(dataset, size * recipe.train.gradient_accumulation_steps)))
+    shares = [padding(dataset.lengths, order, size) for order in (grouped, shuffled)]
+    now, other = shares if recipe.train.group_by_length else shares[::-1]
+    return f"padding in batches of {size}: {now:.0%} ({other:.0%} with the other --train.group-by-length)"
+
+
+def _lengths(corpus: Corpus) -> Table:
+    """Show the spread of lengths."""
+    table = Table("tokens", *QUANTILES, box=None)
+    answers = np.array([lengths.sum() for lengths in _answer_lengths(corpus)] or [0])
+    whole = corpus.lengths if len(corpus) else np.zeros(1, int)
+    for name, values in {"prompts": whole - answers, "answers": answers, "conversations": whole}.items():
+        table.add_row(name, *(f"{np.quantile(values, q):.0f}" for q in QUANTILES.values()))
+    return table
+
+
+def _preview(corpus: Corpus, tokenizer: Any) -> Iterator[RenderableType]:
+    """Show some conversations; the tokens that are trained on stand between ⟦ and ⟧."""
+    for number in np.linspace(0, len(corpus) - 1, min(NUM_SHOWN, len(corpus))).astype(int).tolist():
+        yield Text(f"\n{printable(corpus.id(number))}, with what is trained on between ⟦ and ⟧:", "bold")
+        tokens, shown, end = corpus.token_ids(number), Text(), 0
+        for start, stop in corpus.spans(number).tolist():
+            before = printable(tokenizer.decode(tokens[end:start].tolist()))
+            shown.append(f"...{before[-SHOWN_CHARACTERS:]}" if len(before) > SHOWN_CHARACTERS else before)
+            answer = printable(tokenizer.decode(tokens[start:stop].tolist()))
+            cut = f"{answer[:SHOWN_CHARACTERS]}..." if len(answer) > SHOWN_CHARACTERS else answer
+            shown.append(f"⟦{cut}⟧", "green")
+            end = stop
+        yield shown

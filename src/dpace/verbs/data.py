@@ -1,0 +1,31 @@
+"""Show the data that a drafter is trained on."""
+
+from pathlib import Path
+
+from dpace.config import Recipe
+from dpace.flags import next_command, parse
+
+
+def run(args: list[str]) -> None:
+    """Run `dpace data`."""
+    recipe = parse(Recipe, "data", args)
+    from dpace.data.corpus import load_corpus
+    from dpace.data.prompts import split_ids
+    from dpace.data.run_meta import read_meta
+    from dpace.report.data_page import prompts_page, responses_page
+    from dpace.report.tables import console
+
+    path = Path(recipe.output) / "responses.jsonl"
+    console().print(prompts_page(split_ids(recipe.prompts)))
+    if not path.exists():
+        print(f"{path} has no answers yet")
+        print("next:", next_command("respond", recipe, args))
+        return
+    from transformers import AutoTokenizer
+
+    from dpace.locate import find_target
+
+    train, _ = load_corpus(path, recipe.prompts)
+    tokenizer = AutoTokenizer.from_pretrained(find_target(recipe.target), trust_remote_code=False)
+    console().print(responses_page(train, recipe, read_meta(path), tokenizer))
+    print("next:", next_command("train", recipe, args))
