@@ -71,6 +71,7 @@ def range_cases() -> Iterator[Case]:
         "drafter.mask-token-id": "-1",
         "drafter.norm-scale": "0 -1 nan inf",
         "loss.alpha": "-0.1 1.1 nan",
+        "loss.alpha-end": "-0.1 1.1 nan",
         "loss.gamma": "0 -1 inf",
         "loss.base": "0 nan",
         "train.learning-rate": "0 -1 nan inf",
@@ -80,6 +81,7 @@ def range_cases() -> Iterator[Case]:
         "train.batch-size": "0",
         "train.gradient-accumulation-steps": "0",
         "train.num-anchors": "0",
+        "train.on-policy-share": "-0.1 1.1 nan",
         "train.max-length": "1",
         "train.max-grad-norm": "-1 inf",
         "train.weight-decay": "-1 nan",
@@ -121,6 +123,34 @@ def range_cases() -> Iterator[Case]:
     }
     for name, (args, names) in lists.items():
         yield Case(f"range: {name}", lambda _, args=args: args, names)
+
+
+def objective_cases() -> Iterator[Case]:
+    """Objectives of one's own that are no function, or whose weights no loss can have."""
+    ones = "slots.is_scored.float()"
+    bodies = {
+        "function": ("", "has no weigh"),
+        "not a function": ("weigh = 5", "is int, expected a function"),
+        "broken": ("1 / 0", "cannot be imported, ZeroDivisionError"),
+        "needs a package": ("import no_such_package", "cannot be imported, ModuleNotFoundError.*no_such_package"),
+        "no arguments": ("def weigh(): pass", "fails on a batch.*TypeError"),
+        "no weights": ("def weigh(slots): pass", "gives NoneType, expected a tensor"),
+        "shape": (f"def weigh(slots): return {ones}[0]", r"gives \(3, 16\), expected a tensor \(2, 3, 16\)"),
+        "negative": (f"def weigh(slots): return -{ones}", "gives the weight -1"),
+        "not finite": (f"def weigh(slots): return {ones} / 0", "gives the weight inf"),
+        "value": ("def make(x):\n    def f(slots): return x\n    return f\nweigh = make(set())", "set"),
+    }
+    for number, (name, (body, names)) in enumerate(bodies.items()):
+
+        def make(path: Path, body=body, name=f"hostile_objective_{number}") -> list[str]:
+            write(path / f"{name}.py", body)
+            return ["train", "--target", TARGET, "--loss.objective", f"{name}:weigh"]
+
+        yield Case(f"objective: {name}", make, names)
+    missing = "there is no module no_such_module"
+    yield Case("objective: module", lambda _: ["train", "--loss.objective", "no_such_module.a:weigh"], missing)
+    yield Case("objective: compare", lambda _: ["compare", "--objectives", "no_such_module:weigh+kl"], missing)
+    yield Case("objective: unknown", lambda _: ["compare", "--objectives", "dpce"], "there is no objective 'dpce'")
 
 
 def recipe_cases() -> Iterator[Case]:
@@ -168,6 +198,7 @@ def recipe_cases() -> Iterator[Case]:
         "text for a switch": ("thinking: 'yes'", "thinking is 'yes'"),
         "number for a text": ("output: 5", "output is 5.*quotes"),
         "switch for a text": ("output: no", "output is False.*quotes"),
+        "unknown objective": ("loss: {objective: dpce}", "loss.objective is 'dpce', expected one of .*module:function"),
         "unknown choice": ("dtype: float31", "dtype is 'float31', expected one of"),
         "unknown choice in a list": ("bench: {widths: [wide]}", "bench.widths"),
         "null in a list": ("bench: {temperatures: [null]}", "bench.temperatures"),
@@ -395,4 +426,4 @@ def kept_responses(path: Path, meta: str | None = None, **changes) -> str:
     return write(path / "r.jsonl", json.dumps(row) + "\n")
 
 
-CASES = [*flag_cases(), *range_cases(), *recipe_cases(), *prompt_cases(), *path_cases()]
+CASES = [*flag_cases(), *range_cases(), *objective_cases(), *recipe_cases(), *prompt_cases(), *path_cases()]

@@ -27,7 +27,7 @@ from dpace.measure.results import (
 )
 from dpace.measure.rows import ComparedRow, defined, estimate_of, interval_of
 from dpace.metrics import Acceptance, tau_gain
-from dpace.objective import with_objective
+from dpace.objective import make_weigh, with_objective
 from dpace.report.plots import plot_acceptance
 from dpace.report.training_plots import plot_tau, plot_weights
 from dpace.target import Target
@@ -65,8 +65,7 @@ def compare(target: Target, config: CompareConfig) -> CompareResults:
             process that is writing there.
     """
     folder = Path(config.output)
-    names = list(dict.fromkeys([*config.objectives, config.baseline]))
-    recipes = _recipes(config, names)
+    recipes = make_recipes(config)
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
     for key, cell in cells.items():  # before any work
         refuse_other_run(cell, settings_of(recipes[key]))
@@ -106,9 +105,16 @@ def _run(target: Target, config: CompareConfig, recipes: dict[Cell, Recipe], cel
     return results
 
 
-def _recipes(config: CompareConfig, names: Sequence[str]) -> dict[Cell, Recipe]:
-    """The recipe of each cell, in the order in which they are trained."""
+def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
+    """Make the recipe of each cell, in the order in which they are trained.
+
+    Raises:
+        ValueError: an unknown objective, or one's own that cannot be found or gives wrong weights.
+    """
+    names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}
+    for loss in losses.values():
+        make_weigh(loss, config.drafter.block_size)
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {
         (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
+from dpace.config import DraftConfidence
 from dpace.fast.speed_up import speed_up
 from dpace.ledger import UNFINISHED, sync
-from dpace.loading import fingerprint, one_line, read_config, refuse_infinite, refuse_mismatch
+from dpace.loading import one_line, read_config, refuse_infinite, refuse_mismatch
+from dpace.mask_token import check_mask_token, choose_mask_token
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.spec import SPECIAL_TOKENS, DrafterSpec
 from dpace.target import Target
-
-__all__ = ["Drafter", "check_mask_token", "choose_mask_token", "fingerprint", "load_drafter", "rope_of"]
-
+from dpace.validity import ValidityHead, load_validity
 
 TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight"}
 """Tensors of the target that some projects write into a drafter's file; they are not used."""
@@ -32,6 +32,22 @@ class Drafter(DFlashDraftModel):
 
     `save_pretrained` writes the published layout, which z-lab's `DFlashDraftModel` and the engines load unchanged.
     """
+
+    validity: ValidityHead | None = None
+    """Kept out of the state dict, so that exports and engines do not see it."""
+    confidence: DraftConfidence = "softmax"
+    """What width `auto` takes for how likely a slot is accepted."""
+
+    def attach_validity(self, head: ValidityHead | None) -> None:
+        """Take a validity head along: `save_pretrained` writes it, and it moves with the drafter."""
+        self.__dict__["validity"] = head
+
+    def _apply(self, fn, recurse=True):
+        """Move or convert; the validity head, in fp32, only moves."""
+        result = super()._apply(fn, recurse)
+        if self.validity is not None:
+            self.validity.to(self.device)
+        return result
 
     @property
     def spec(self) -> DrafterSpec:
@@ -61,11 +77,16 @@ class Drafter(DFlashDraftModel):
         """
         return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
 
-    def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
-        """Compute the calibrated probability of each slot's most likely token.
+    def confidences(
+        self, logits: Float[Tensor, "draft vocab"], hidden: Float[Tensor, "draft hidden"] | None = None
+    ) -> list[float]:
+        """Estimate how likely each slot's token is accepted, given that the tokens before it are.
 
-        It estimates how likely the token is accepted, given that the tokens before it are.
+        That is the calibrated probability of its most likely token; with `confidence` `validity`, what the validity
+        head reads from the slots' last hidden states.
         """
+        if self.confidence == "validity" and self.validity is not None and hidden is not None:
+            return self.validity.confidences(hidden)
         logits = logits.float()
         # In place, because allocating new memory is slow.
         odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()
@@ -186,6 +207,8 @@ class Drafter(DFlashDraftModel):
         drafter, info = loaded
         refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
         refuse_infinite(what, drafter, fix)
+        if Path(folder).is_dir():
+            drafter.attach_validity(load_validity(folder, drafter.config.hidden_size))
         return loaded if output_loading_info else drafter
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -201,18 +224,27 @@ class Drafter(DFlashDraftModel):
             config = self.spec.published(json.loads(path.read_text()))
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             shutil.copy(dpace.modeling_dflash.__file__, aside)
+            if self.validity is not None:
+                self.validity.save(aside)
             for written in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
                 sync(written)
                 written.replace(folder / written.name)
 
 
-def load_drafter(folder: str | Path, target: Target) -> Drafter:
+def load_drafter(folder: str | Path, target: Target, *, confidence: DraftConfidence = "softmax") -> Drafter:
     """Read a drafter's folder for decoding with a target.
 
     The drafter gets the target's dtype and device, and is in eval mode.
 
+    Args:
+        folder: of the drafter.
+        target: its target.
+        confidence: how width `auto` estimates that a slot is accepted: by the calibrated `softmax`, or by the
+            `validity` head.
+
     Raises:
-        ValueError: no such folder, damaged weights, or a drafter for another target.
+        ValueError: no such folder, damaged weights, a drafter for another target, or one without a validity head where
+            it is asked for.
     """
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
@@ -221,6 +253,9 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     drafter.check_target(target)
     drafter = drafter.to(target.device)
+    if confidence == "validity" and drafter.validity is None:
+        raise ValueError(f"{folder} has no validity head; train one with --loss.validity stopped, or use softmax")
+    drafter.confidence = confidence
     speed_up(drafter)
     return drafter
 
@@ -238,58 +273,3 @@ def rope_of(config) -> dict:
     if is_partial or any(name.startswith("mrope") for name in rope):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
-
-
-def choose_mask_token(target: Target) -> int:
-    """Pick a token that no text contains: an unused row of the embedding, else a reserved special token.
-
-    Raises:
-        ValueError: the tokenizer has neither.
-    """
-    tokenizer, num_rows = target.tokenizer, len(target.head.weight)
-    if tokenizer is None:
-        return num_rows - 1
-    if len(tokenizer) < num_rows:
-        return len(tokenizer)
-    names = tokenizer.added_tokens_decoder
-    reserved = sorted(
-        names, key=lambda i: (not any(w in names[i].content.lower() for w in ("mask", "reserved", "unused")), i)
-    )
-    for token_id in reserved:
-        try:
-            check_mask_token(token_id, target)
-        except ValueError:
-            continue
-        return token_id
-    raise ValueError(
-        f"no token of {target.name} is free to be the mask token: all {num_rows} rows of the embedding are in use; "
-        "set a reserved one with --drafter.mask-token-id"
-    )
-
-
-def check_mask_token(token_id: int, target: Target) -> None:
-    """Refuse a mask token that the target reads or writes.
-
-    Raises:
-        ValueError: outside the embedding, padding, a stop or special token in use, in the chat template, or ordinary
-            text.
-    """
-    tokenizer, num_rows = target.tokenizer, len(target.head.weight)
-    reason = None
-    if not 0 <= token_id < num_rows:
-        reason = f"lies outside the embedding's {num_rows} rows"
-    elif token_id in target.stop_token_ids:
-        reason = "ends the target's responses"
-    elif tokenizer is not None and token_id < len(tokenizer):
-        special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
-        if token_id in special:
-            reason = "is padding, or begins or ends text"
-        elif token_id not in tokenizer.added_tokens_decoder or not tokenizer.added_tokens_decoder[token_id].special:
-            reason = f"is ordinary text ({tokenizer.convert_ids_to_tokens(token_id)!r})"
-        elif tokenizer.chat_template and tokenizer.convert_ids_to_tokens(token_id) in str(tokenizer.chat_template):
-            reason = "is used by the chat template"
-    if reason:
-        raise ValueError(
-            f"mask token {token_id} {reason}; it must be a reserved token that no text contains: "
-            "name another one, or leave it out to have one chosen"
-        )

@@ -11,15 +11,11 @@ from typing import Any
 
 from dpace.config import Recipe
 from dpace.ledger import write_text
-from dpace.ranges import check_ranges
+from dpace.ranges import UsageError, check_ranges
 
 RECIPE_ENDS = (".yaml", ".yml")
 PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""
-
-
-class UsageError(ValueError):
-    """A flag that is unknown, or whose value is none of its values."""
 
 
 def parse(config_class, verb: str, args: list[str]):

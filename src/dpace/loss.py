@@ -19,7 +19,10 @@ REDUCTIONS = get_args(Reduction)
 
 
 class Slots(NamedTuple):
-    """Facts about the slots that their weights are computed from; all "batch block slot" and detached."""
+    """Facts about the slots that their weights are computed from.
+
+    All are detached, and "batch block slot" where nothing else is said.
+    """
 
     is_scored: Tensor
     """Bool: the slot counts."""
@@ -32,6 +35,12 @@ class Slots(NamedTuple):
 
     This is how often speculative sampling accepts the slot. None without `target_hidden`.
     """
+    anchors: Tensor | None = None
+    """Int, "batch block": position of each block in its text. None outside of training, as the next one."""
+    is_response: Tensor | None = None
+    """Bool, "batch seq": tokens that the target wrote."""
+    progress: float = 0.0
+    """Share of the training that is done, 0 to 1."""
 
 
 Weigh = Callable[[Slots], Float[Tensor, "batch block slot"]]
@@ -95,7 +104,8 @@ def frozen_head_nll(
     - `nll`: `-log q[label]`, the paper's;
     - `kl`: `sum of p log(p / q)`, soft labels;
     - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
-      2602.23881).
+      2602.23881);
+    - `mix`: half `nll`, half `kl`: hard and soft labels together, as in VAT (arXiv 2608.30135); the halves are ours.
 
     Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
 
@@ -105,8 +115,9 @@ def frozen_head_nll(
         labels: the target's token at each slot; ignored where not scored.
         is_scored: slots that count.
         weigh: computes weights from `Slots`, see `dpace.weights`; called once, its result detached.
-        token_loss: `nll`, `kl` or `lk`.
-        target_hidden: input of the target's own head where it predicts each slot; for `kl`, `lk` and `Slots.overlap`.
+        token_loss: `nll`, `kl`, `lk` or `mix`.
+        target_hidden: input of the target's own head where it predicts each slot; `nll` without
+            `Slots.overlap` does not need it.
         chunk_bytes: size of the logits that exist at once, by default `default_chunk_bytes`; changes results by
             rounding only.
 
@@ -157,7 +168,8 @@ def frozen_head_nll_reference(
         accepted = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
         overlap = accepted.detach().where(is_scored, 1.0)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        losses = {"nll": nll, "kl": kl, "lk": -accepted.log()}[token_loss].where(is_scored, 0.0)
+        of_loss = {"nll": nll, "kl": kl, "lk": -accepted.log(), "mix": (nll + kl) / 2}
+        losses = of_loss[token_loss].where(is_scored, 0.0)
     top_tokens = logits.argmax(-1).where(is_scored, -1)
     return _weighted(losses, nll.detach(), overlap, top_tokens, labels, is_scored, weigh)
 

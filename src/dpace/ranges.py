@@ -6,9 +6,15 @@ Imports no torch, so that a wrong option is refused at once.
 import math
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
+
+from dpace.config import Objective, is_objective
 
 LARGEST = 2**31 - 1
+
+
+class UsageError(ValueError):
+    """A flag that is unknown, or whose value is none of its values."""
 
 
 class Range(NamedTuple):
@@ -77,7 +83,13 @@ RANGES = {
         "mask_token_id": COUNT_OR_NONE,
         "norm_scale": POSITIVE,
     },
-    "LossConfig": {"alpha": FRACTION, "gamma": POSITIVE, "base": POSITIVE, "chunk_mib": COUNT},
+    "LossConfig": {
+        "alpha": FRACTION,
+        "alpha_end": FRACTION,
+        "gamma": POSITIVE,
+        "base": POSITIVE,
+        "chunk_mib": COUNT,
+    },
     "TrainConfig": {
         "learning_rate": POSITIVE,
         "num_epochs": POSITIVE,
@@ -86,6 +98,7 @@ RANGES = {
         "batch_size": COUNT,
         "gradient_accumulation_steps": COUNT,
         "num_anchors": COUNT,
+        "on_policy_share": FRACTION,
         "max_length": Range(2, LARGEST),
         "max_grad_norm": NOT_NEGATIVE,
         "weight_decay": NOT_NEGATIVE,
@@ -121,6 +134,7 @@ def check_ranges(config: Any, *, prefix: str = "--") -> None:
         prefix: `--` where the options are flags; empty where they are arguments of Python functions.
 
     Raises:
+        UsageError: an objective that is none of dpace's and not of the form `package.module:function`.
         ValueError: an option outside its range, an empty or undecodable text, or a list with an entry twice.
     """
     for entry in fields(config):
@@ -146,6 +160,8 @@ def _check(kind: type, name: str, value: Any, shown: str) -> None:
             raise ValueError(
                 f"{shown} is {what}, expected a text in Unicode that is not empty; change it, or leave it out"
             )
+    if name == "objective" and not is_objective(value):
+        raise UsageError(f"{shown} is {value!r}, expected {objective_words()}; change it, or leave it out for dpace")
     if len(set(values)) < len(values):
         twice = next(item for item in values if values.count(item) > 1)
         raise ValueError(f"{shown} has {twice!r} twice, expected different values; remove one of them")
@@ -160,3 +176,8 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def objective_words() -> str:
+    """Say what names an objective."""
+    return f"one of {', '.join(get_args(Objective))}, or package.module:function"

@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dpace.config import ObjectiveName, is_objective
 from dpace.ledger import read_text
 from dpace.progress import printable
+from dpace.ranges import objective_words
 
 MAX_BYTES = 2**20
 """Bytes of the largest recipe."""
@@ -142,6 +144,8 @@ def _check_group(kind: type, values: dict, where: str, prefix: str) -> None:
 def _fits(kind: Any, value: Any) -> bool:
     """Say whether a value of YAML is of an option's type."""
     options, origin = get_args(kind), get_origin(kind)
+    if kind == ObjectiveName:
+        return is_objective(value)
     if origin is Literal:
         return isinstance(value, str) and value in options
     if origin is tuple:
@@ -156,6 +160,8 @@ def _fits(kind: Any, value: Any) -> bool:
 def _words(kind: Any) -> str:
     """Say what an option takes."""
     options, origin = get_args(kind), get_origin(kind)
+    if kind == ObjectiveName:
+        return objective_words()
     if origin is Literal:
         return "one of " + ", ".join(map(str, options))
     if origin is tuple:

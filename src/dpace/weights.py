@@ -18,7 +18,7 @@ Weights = Float[Tensor, "batch block slot"]
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def _smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
+def smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
     """Compute `(1 - alpha) q + alpha` in fp32, and 1 at slots that are not scored."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (the paper uses 0.5, and 0.3 to 0.7 work)")
@@ -48,7 +48,7 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
 
     Source: D-PACE (arXiv 2605.18810), equations 7 and 8.
     """
-    products = _smoothed(token_probs, is_scored, alpha).cumprod(-1)
+    products = smoothed(token_probs, is_scored, alpha).cumprod(-1)
     return (products * is_scored).flip(-1).cumsum(-1).flip(-1) * is_scored
 
 
@@ -60,7 +60,7 @@ def dpace_confidence_only_weights(token_probs: TokenProbs, is_scored: IsScored, 
 
     Source: D-PACE (arXiv 2605.18810), ablation "cumulative confidence only".
     """
-    return _smoothed(token_probs, is_scored, alpha).cumprod(-1) * is_scored
+    return smoothed(token_probs, is_scored, alpha).cumprod(-1) * is_scored
 
 
 @torch.no_grad()
@@ -73,13 +73,13 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
 
     Source: D-PACE (arXiv 2605.18810), ablation "continuation value only".
     """
-    smoothed = _smoothed(token_probs, is_scored, alpha)
-    value = torch.zeros_like(smoothed[..., 0])
+    factors = smoothed(token_probs, is_scored, alpha)
+    value = torch.zeros_like(factors[..., 0])
     values = []
-    for slot in reversed(range(smoothed.shape[-1])):
+    for slot in reversed(range(factors.shape[-1])):
         value = is_scored[..., slot] + value
         values.append(value)
-        value = value * smoothed[..., slot]
+        value = value * factors[..., slot]
     return torch.stack(values[::-1], dim=-1) * is_scored
 
 
@@ -94,7 +94,7 @@ def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: flo
 
     Source: D-PACE (arXiv 2605.18810), the derivative of equation 7 written out.
     """
-    share = (1 - alpha) * token_probs.float() / _smoothed(token_probs, is_scored, alpha).clamp_min(_TINY)
+    share = (1 - alpha) * token_probs.float() / smoothed(token_probs, is_scored, alpha).clamp_min(_TINY)
     return dpace_weights(token_probs, is_scored, alpha) * share
 
 
@@ -149,8 +149,8 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
     Raises:
         ValueError: `gamma` not above 0.
 
-    Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification, without its
-    verification head and mixed labels.
+    Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification. Its verification
+    head is `dpace.validity`, its mixed labels are the token loss `mix`.
     """
     _check_gamma(gamma)
     index = is_scored.cumsum(-1) - 1

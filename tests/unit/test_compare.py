@@ -12,6 +12,8 @@ from dpace.measure.results import read_results
 from dpace.report.tables import compare_table, console
 from tests.conftest import LANGUAGE_RECIPE
 
+OWN = "examples.objective:weigh+kl"
+
 
 @pytest.fixture
 def config(language_prompts, tmp_path) -> CompareConfig:
@@ -25,7 +27,7 @@ def config(language_prompts, tmp_path) -> CompareConfig:
             "prompts": PromptsConfig(path=str(path)),
             "train": replace(LANGUAGE_RECIPE.train, max_steps=4, eval_steps=2, logging_steps=2, num_anchors=4),
             "bench": BenchConfig(temperatures=(0.0,), max_new_tokens=12, num_prompts=2),
-            "objectives": ("dpace", "dpace+kl+overlap"),
+            "objectives": ("dpace", "dpace+kl+overlap", OWN),
             "seeds": (0, 1),
         }
     )
@@ -33,7 +35,7 @@ def config(language_prompts, tmp_path) -> CompareConfig:
 
 def test_compare(config, language_target, tmp_path, capsys):
     results = compare(language_target, config)
-    names = {"dpace", "dpace+kl+overlap", "dflash"}
+    names = {"dpace", "dpace+kl+overlap", OWN, "dflash"}
     assert read_results(tmp_path / "out" / "results.json") == results
     assert {row.drafter for row in results.rows} == names
     assert [row.tau for row in results.rows] == sorted((row.tau for row in results.rows), reverse=True)

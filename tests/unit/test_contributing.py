@@ -42,7 +42,8 @@ def test_names_exist(name):
 @pytest.mark.parametrize("objective", get_args(Objective))
 def test_every_objective_is_computed_documented_and_tested(objective):
     is_scored = torch.tensor([[[False, True, True, True]]])
-    slots = Slots(is_scored, torch.full((1, 1, 4), 0.5), is_scored, None)
+    places = {"anchors": torch.zeros(1, 1, dtype=torch.long), "is_response": torch.ones(1, 8, dtype=torch.bool)}
+    slots = Slots(is_scored, torch.full((1, 1, 4), 0.5), is_scored, None, **places)
     weights = make_weigh(LossConfig(objective=objective), 4)(slots)
     assert weights.shape == (1, 1, 4) and weights[0, 0, 0] == 0 and (weights[0, 0, 1:] > 0).all()
     assert f"\n| `{objective}` |" in (ROOT / "docs" / "objectives.md").read_text()

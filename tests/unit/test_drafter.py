@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 
 from dpace.blocks import build_blocks, dense_mask
-from dpace.drafter import Drafter, check_mask_token, choose_mask_token
+from dpace.drafter import Drafter
+from dpace.mask_token import check_mask_token, choose_mask_token
 from dpace.modeling_dflash import DFlashAttention, DFlashDraftModel, DFlashLayer
 from dpace.views import blocks_hidden
 from tests.conftest import MASK, make_drafter, make_target, make_tokenizer

@@ -10,9 +10,9 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src"
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("dpace/**/*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
-ROOMS = """cli verbs compare demo engines train report measure decode data views drafter target probe objective loss
-    fast spec modeling_dflash head weights blocks metrics locate flags recipe_file ranges loading ledger provenance
-    progress device config __init__""".split()
+ROOMS = """cli verbs compare demo engines train report measure decode data views drafter mask_token validity target
+    probe objective own_objective loss fast spec modeling_dflash head restarts weights blocks metrics locate flags
+    recipe_file ranges loading ledger provenance progress device config __init__""".split()
 STRANGERS = {  # rooms that stand to the right, and still do not know each other
     "engines": {"train"},
     "train": {"decode"},
@@ -57,6 +57,8 @@ def test_every_form_of_import_is_seen():
 def test_imports_go_one_way():
     assert {room(module) for module in MODULES} == set(ROOMS)
     for module, found in GRAPH.items():
+        if module == "dpace":  # it hands on names of all rooms, and loads them late
+            continue
         for other in found:
             here, there = room(module), room(other)
             assert ROOMS.index(here) <= ROOMS.index(there), f"{module} imports {other}, which stands to its left"

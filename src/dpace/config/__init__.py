@@ -6,14 +6,18 @@ Imports no torch, so that `--help` answers at once.
 from dpace.config.choices import (
     Confidence,
     Device,
+    DraftConfidence,
     Dtype,
     Engine,
     Format,
     Objective,
+    ObjectiveName,
     Reduction,
     TokenLoss,
     VerifyRule,
     Width,
+    is_objective,
+    is_own,
 )
 from dpace.config.data import PromptsConfig, RespondConfig, SamplingConfig
 from dpace.config.measuring import BenchConfig, CheckConfig
@@ -26,12 +30,14 @@ __all__ = [
     "CompareConfig",
     "Confidence",
     "Device",
+    "DraftConfidence",
     "DrafterConfig",
     "Dtype",
     "Engine",
     "Format",
     "LossConfig",
     "Objective",
+    "ObjectiveName",
     "PromptsConfig",
     "Recipe",
     "Reduction",
@@ -41,4 +47,6 @@ __all__ = [
     "TrainConfig",
     "VerifyRule",
     "Width",
+    "is_objective",
+    "is_own",
 ]

@@ -1,12 +1,14 @@
 """The values of options that are one of a few names."""
 
-from typing import Literal
+import re
+from typing import Literal, get_args
 
 Objective = Literal[
     "dpace",
     "dpace-confidence-only",
     "dpace-continuation-only",
     "dpace-exact",
+    "expected-passes",
     "chain-reward",
     "vat",
     "spec-auf",
@@ -14,8 +16,12 @@ Objective = Literal[
     "uniform",
     "medusa",
 ]
-TokenLoss = Literal["nll", "kl", "lk"]
+ObjectiveName = Objective | str
+"""An objective of dpace, or `package.module:function` for one's own."""
+TokenLoss = Literal["nll", "kl", "lk", "mix"]
 Confidence = Literal["token", "overlap"]
+DraftConfidence = Literal["softmax", "validity"]
+Validity = Literal["off", "stopped", "joint"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full"] | int
@@ -23,3 +29,13 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
+
+
+def is_own(objective: str) -> bool:
+    """Say whether an objective's name is of the form `package.module:function`."""
+    return re.fullmatch(r"[^\W\d][\w.]*:[\w.<>]+", objective) is not None
+
+
+def is_objective(value: object) -> bool:
+    """Say whether a value names an objective of dpace or has the form of one's own."""
+    return isinstance(value, str) and (value in get_args(Objective) or is_own(value))

@@ -48,7 +48,8 @@ class CompareConfig(Recipe):
     output: str = "dpace-compare"
     """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: tuple[str, ...] = ("dpace", "dflash", "uniform")
-    """Values of loss.objective; append +kl or +lk for the token loss, +overlap for the confidence: dpace+kl+overlap."""
+    """Values of loss.objective; append +kl, +lk or +mix for the token loss, +overlap for the confidence,
+    +validity for a joint validity head: dpace+kl+overlap, vat+mix+validity."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: str = "dflash"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dpace.config.choices import Confidence, Objective, Reduction, TokenLoss
+from dpace.config.choices import Confidence, ObjectiveName, Reduction, TokenLoss, Validity
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,20 @@ class DrafterConfig:
 class LossConfig:
     """Loss that training minimizes."""
 
-    objective: Objective = "dpace"
-    """How much each slot of a block counts in the loss; docs/objectives.md says when to use which."""
+    objective: ObjectiveName = "dpace"
+    """How much each slot of a block counts in the loss; docs/objectives.md says when to use which.
+    One of these names, or package.module:function for your own; the module is looked for in this folder too."""
     token_loss: TokenLoss = "nll"
     """Loss of one slot.
     nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
-    lk: -log of the overlap of both distributions."""
+    lk: -log of the overlap of both distributions. mix: half nll, half kl."""
     confidence: Confidence = "token"
     """How D-PACE estimates that a slot is accepted.
     token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
     alpha: float = 0.5
     """Smoothing of D-PACE's weights, 0 to 1 (the paper: 0.5; 0.3 to 0.7 work about as well)."""
+    alpha_end: float | None = None
+    """Value that alpha reaches at the end of training, in a straight line; alpha stays as it is by default."""
     gamma: float | None = None
     """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
     base: float = 0.8
@@ -47,6 +50,9 @@ class LossConfig:
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
     anchors: blocks, then conversations. batch (the paper's code): conversations. slots: scored slots. weights: the
     weights' sum."""
+    validity: Validity = "off"
+    """Train a validity head too: one linear layer that says which slots come before the first wrong one.
+    stopped: the drafter learns nothing from it. joint: it does, as in VAT (arXiv 2608.30135)."""
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
@@ -83,6 +89,9 @@ class TrainConfig:
     """Give each step conversations of about the same length, which saves padding; off is the paper's random order."""
     num_anchors: int = 512
     """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
+    on_policy_share: float = 0.0
+    """Share of the blocks, 0 to 1, that are drawn where decoding restarts, at the end of training; it grows from 0.
+    Each step then drafts twice; docs/objectives.md says how the places are estimated."""
     max_length: int = 3072
     """Length in tokens at which conversations are cut (the paper: 3072)."""
     max_grad_norm: float = 1.0

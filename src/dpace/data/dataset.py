@@ -4,6 +4,7 @@ The target's features are kept with them where they fit in memory.
 """
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,15 +109,15 @@ class ResponseDataset(torch.utils.data.Dataset):
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Give one conversation with its anchors of this epoch."""
+        """Give one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
         is_response, response_id = self.is_response(index), self.corpus.id(int(self.chosen[index]))
-        anchors = sample_anchors(is_response, num_anchors=self.num_anchors, seed=(self.seed, self.epoch, response_id))
-        features = None if self.features is None else self.features[index]
+        seed = (self.seed, self.epoch, response_id)
         return {
             "token_ids": self.token_ids(index),
             "is_response": is_response,
-            "anchors": anchors,
-            "features": features,
+            "anchors": sample_anchors(is_response, num_anchors=self.num_anchors, seed=seed),
+            "features": None if self.features is None else self.features[index],
+            "draw": int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:7]),
         }
 
 
@@ -127,9 +128,8 @@ def _pad(rows: Sequence[Tensor]) -> Tensor:
 
 def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
     """Pad conversations on the right and cut their blocks."""
-    token_ids = _pad([row["token_ids"] for row in rows])
-    blocks = build_blocks(
-        token_ids, _pad([row["is_response"] for row in rows]), [row["anchors"] for row in rows], block_size
-    )
+    token_ids, is_response = (_pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
+    blocks = build_blocks(token_ids, is_response, [row["anchors"] for row in rows], block_size)
     features = None if rows[0]["features"] is None else _pad([row["features"] for row in rows])
-    return {"token_ids": token_ids, "features": features, **vars(blocks)}
+    draws = torch.tensor([row["draw"] for row in rows])
+    return {"token_ids": token_ids, "is_response": is_response, "features": features, "draw": draws, **vars(blocks)}

@@ -104,7 +104,7 @@ def single_steps(
         hidden = draft_block(drafter, target, filler[:, :size], read)
         logits = target.logits(hidden[0, 1:])
         logits.argmax(-1)
-        drafter.confidences(logits)  # waits for the device, as drawing does
+        drafter.confidences(logits, hidden[0, 1:])  # waits for the device, as drawing does
 
     return step
 

@@ -74,21 +74,22 @@ class Speculation:
             last_and_copied = [self.text.text[-1], *plan.copied[: plan.width - 1]]
             return Proposal(torch.tensor([last_and_copied], device=self.target.device))
         block = mask_blocks(self.drafter, self.text.text[-1:], self.drafting.block_size)
-        logits, num_read = self._draft(block)
+        hidden, num_read = self._draft(block)
+        logits = self.target.logits(hidden)
         tokens, width, draft_probs = logits.float().argmax(-1), len(logits) + 1, None
         sampler, pace = self.text.sampler, self.drafting.pace
         if pace is not None:
-            width = pace.width(self.drafter.confidences(logits))
+            width = pace.width(self.drafter.confidences(logits, hidden))
         if self.samples_draft and width > 1:
             tokens, draft_probs = draw_draft(logits[: width - 1], self.text.text, sampler)
         block[0, 1:width] = tokens[: width - 1]
         return Proposal(block[:, :width], num_read, draft_probs)
 
-    def _draft(self, block: Int[Tensor, "1 slot"]) -> tuple[Float[Tensor, "draft vocab"], int]:
+    def _draft(self, block: Int[Tensor, "1 slot"]) -> tuple[Float[Tensor, "draft hidden"], int]:
         """Let the drafter read the unread features and draft a block.
 
         Returns:
-            Logits of the draft slots that may be verified, and the number of tokens read.
+            Last hidden states of the draft slots that may be verified, and the number of tokens read.
         """
         start, size = len(self.text.text) - 1, block.shape[1]
         features = torch.cat([torch.cat(layer, dim=1) for layer in zip(*self.unread, strict=True)], dim=-1)
@@ -100,7 +101,7 @@ class Speculation:
         self.drafter_cache.crop(-size)
         self.num_read = start
         last = min(self.text.remaining + 1, self.drafting.max_width)
-        return self.target.logits(hidden[0, 1:last]), features.shape[1]
+        return hidden[0, 1:last], features.shape[1]
 
     def verify(self, proposal: Proposal) -> tuple[int, list[int]]:
         """Let the target verify the proposal.

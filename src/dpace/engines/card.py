@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from dpace.config import Format
-from dpace.drafter import Drafter, fingerprint
+from dpace.drafter import Drafter
 from dpace.engines.folder import mapping, read_recipe
 from dpace.engines.serving import card_sections
 from dpace.ledger import write_text
+from dpace.loading import fingerprint
 from dpace.measure.results import BenchResults, read_results
 from dpace.report.markdown import as_code, as_markdown
 from dpace.report.tables import copied_note, with_interval
@@ -60,7 +61,7 @@ def write_card(
         *_results(source, drafter, weights),
         "## How to serve it",
         *card_sections(to, drafter=name, gguf=path.name, target=target, block_size=spec.block_size),
-        *_recipe(source),
+        *_recipe(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
     ]
     folder = path.parent if to == "gguf" else path
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -126,8 +127,8 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
     return ["## Results", measured, "\n".join([head, *lines])]
 
 
-def _recipe(source: Path) -> list[str]:
-    """Repeat the recipe of `dpace train`, without the places of files."""
+def _recipe(source: Path, objective_sha256: object) -> list[str]:
+    """Repeat the recipe of `dpace train`, without the places of files, and name the objective."""
     problems: dict[str, str] = {}
     recipe = read_recipe(source, problems)
     for problem in problems.values():
@@ -139,5 +140,7 @@ def _recipe(source: Path) -> list[str]:
     sentence = f"Trained by dpace, objective `{as_code(str(objective))}`"
     if objective == "dpace":
         sentence += " ([D-PACE](https://arxiv.org/abs/2605.18810))"
+    if objective_sha256:
+        sentence += f" (source: sha256 `{as_code(str(objective_sha256))}`)"
     text = yaml.safe_dump(kept, sort_keys=False).replace("```", "~~~")
     return ["## Recipe", f"{sentence}.", f"```yaml\n{text}```"]

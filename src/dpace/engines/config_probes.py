@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter import check_mask_token, rope_of
+from dpace.drafter import rope_of
 from dpace.engines.folder import mapping
 from dpace.engines.subject import Observation, Probe, Subject, none_of, some
+from dpace.mask_token import check_mask_token
 from dpace.spec import LayerIdFault, find_layer_id_faults
 from dpace.target import Target
 

@@ -10,8 +10,9 @@ from dpace.data.chat import encode_chat, tokenizer_hashes
 from dpace.data.prompts import Prompt, first_of_each_set
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.generation import Generation
-from dpace.drafter import Drafter, fingerprint
+from dpace.drafter import Drafter
 from dpace.ledger import claim
+from dpace.loading import fingerprint
 from dpace.measure.pooling import compare_drafters, make_rows
 from dpace.measure.predict import predict
 from dpace.measure.records import ResponseRecords
@@ -176,4 +177,5 @@ def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfi
 def _hash_config(drafter: Drafter) -> str:
     """Hash what the drafter's config says about decoding."""
     spec = {name: value for name, value in vars(drafter.spec).items() if name not in ("record", "special_token_ids")}
-    return hash_json(spec | {"confidence_temperature": drafter.confidence_temperature})
+    other = {} if drafter.confidence == "softmax" else {"confidence": drafter.confidence}
+    return hash_json(spec | {"confidence_temperature": drafter.confidence_temperature} | other)

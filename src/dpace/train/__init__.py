@@ -1,5 +1,22 @@
-"""Train a drafter on responses."""
+"""Train a drafter on responses.
 
-from dpace.train.run import train
+The package can be called: `dpace.train(...)` is the function, also once the package of that name is loaded.
+"""
 
-__all__ = ["train"]
+import inspect
+import sys
+from types import ModuleType
+
+from dpace.train.run import make_datasets, train
+
+__all__ = ["make_datasets", "train"]
+
+
+class _TrainPackage(ModuleType):
+    """A package that can be called as its function `train`."""
+
+    __call__ = staticmethod(train)
+    __signature__ = inspect.signature(train)
+
+
+sys.modules[__name__].__class__ = _TrainPackage

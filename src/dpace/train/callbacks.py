@@ -72,10 +72,12 @@ class StepClock(TrainerCallback):
 
     def __init__(self):
         self.seconds: list[float] = []
+        self.seconds_before = 0.0
+        """Seconds of work that a step did before it began, as drawing its anchors."""
 
     def on_step_begin(self, args, state, control, **_):
         """Start the clock."""
-        self._start = time.perf_counter()
+        self._start, self.seconds_before = time.perf_counter() - self.seconds_before, 0.0
 
     def on_step_end(self, args, state, control, **_):
         """Stop the clock."""

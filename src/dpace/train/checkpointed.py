@@ -27,6 +27,7 @@ from dpace.train.checkpoints import (
     write_optimizer,
     write_random,
 )
+from dpace.validity import load_validity
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
 
@@ -131,8 +132,12 @@ class CheckpointedTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint_folder(Path(str(self.args.output_dir)), step)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Read the weights."""
-        self.drafter.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"))
+        """Read the weights, into the tensors that the optimizer knows."""
+        folder, head = Path(resume_from_checkpoint), self.drafter.validity
+        self.drafter.load_state_dict(load_file(folder / "model.safetensors"))
+        kept = load_validity(folder, self.drafter.config.hidden_size)
+        if head is not None and kept is not None:
+            head.load_state_dict(kept.state_dict())
 
     def load_best(self) -> None:
         """Read the weights of the best step, if one was measured."""

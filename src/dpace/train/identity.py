@@ -17,6 +17,8 @@ from dpace.config import Recipe
 from dpace.data.chat import tokenizer_hashes
 from dpace.data.dataset import ResponseDataset
 from dpace.ledger import read_object, write_json
+from dpace.loss import Weigh
+from dpace.objective import objective_sha256
 from dpace.provenance import hash_file, weights_fingerprint
 from dpace.target import Target
 
@@ -29,6 +31,7 @@ NO_RESULT = {
     "train.gradient_checkpointing",
 }
 """Settings that change no result: a run goes on with other values of them."""
+OBJECTIVE_SHA256 = "loss.objective_sha256"
 OTHER_RUN = "name another folder with --output, or delete that one"
 WORDS = {
     "target_sha256": "weights of the target",
@@ -36,15 +39,26 @@ WORDS = {
     "chat_template_sha256": "chat template",
     "train_sha256": "training answers",
     "validation_sha256": "validation answers",
+    OBJECTIVE_SHA256: "source of the objective",
 }
 """What a message calls a hash."""
 
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Give the settings that change what is trained, by their full names."""
+def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
+    """Give the settings that change what is trained, and the source of one's own objective.
+
+    Args:
+        recipe: every setting.
+        weigh: the function of one's own objective, where it is at hand.
+
+    Raises:
+        ValueError: one's own objective cannot be found.
+    """
     groups = {name: asdict(getattr(recipe, name)) for name in ("drafter", "loss", "train")}
     named = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-    return json.loads(json.dumps({name: value for name, value in named.items() if name not in NO_RESULT}))
+    sha256 = objective_sha256(recipe.loss, weigh)
+    own = {} if sha256 is None else {OBJECTIVE_SHA256: sha256}
+    return json.loads(json.dumps({name: value for name, value in named.items() if name not in NO_RESULT} | own))
 
 
 def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,29 @@ from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.flags import write_recipe
 from dpace.ledger import claim, hold, write_json
+from dpace.loss import Weigh
 from dpace.measure.rows import defined
+from dpace.objective import make_weigh, name_own
 from dpace.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.train.arguments import training_arguments
-from dpace.train.calibration import fit_confidence_temperature
+from dpace.train.calibration import fit_confidence_temperature, measure_reliability
 from dpace.train.callbacks import PeakMemory, SaveOnInterrupt
 from dpace.train.checkpointed import CheckpointedTrainer, room_for
 from dpace.train.checkpoints import STATE, find_newest
-from dpace.train.identity import RUN_FILE, data_of, refuse_other_run, settings_of, target_of, write_run
+from dpace.train.identity import (
+    OBJECTIVE_SHA256,
+    RUN_FILE,
+    data_of,
+    refuse_other_run,
+    settings_of,
+    target_of,
+    write_run,
+)
 from dpace.train.trainer import DrafterTrainer
+from dpace.validity import VALIDITY_FILE, ValidityHead
 
-DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py")
+DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VALIDITY_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
 """What `train` writes into a drafter's folder."""
 
@@ -46,7 +58,11 @@ def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
 
 
 def describe_run(
-    target_facts: Mapping[str, Any], dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe
+    target_facts: Mapping[str, Any],
+    dataset: ResponseDataset,
+    validation: ResponseDataset,
+    recipe: Recipe,
+    weigh: Weigh | None = None,
 ) -> dict[str, Any]:
     """Give all that a drafter depends on; what `run.json` holds.
 
@@ -55,9 +71,10 @@ def describe_run(
         dataset: conversations to train on.
         validation: those that choose the checkpoint.
         recipe: every setting.
+        weigh: the function of one's own objective, where it is at hand.
     """
     ranks = {"ranks": distributed.get_world_size() if distributed.is_initialized() else 1}
-    return {**target_facts, **data_of(dataset, validation), **settings_of(recipe), **ranks}
+    return {**target_facts, **data_of(dataset, validation), **settings_of(recipe, weigh), **ranks}
 
 
 def choose_conversations(
@@ -110,7 +127,13 @@ def make_datasets(
 
 
 def train(
-    target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe, folder: str | Path
+    target: Target,
+    dataset: ResponseDataset,
+    validation: ResponseDataset,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    weigh: Weigh | None = None,
 ) -> Drafter:
     """Train a drafter and write its folder.
 
@@ -127,47 +150,50 @@ def train(
         validation: for measuring tau during training; best greedy responses. May be empty.
         recipe: every setting.
         folder: receives what `FILES` names.
+        weigh: an objective of one's own: a function from `Slots` to weights, recorded by its name and source.
 
     Returns:
         The best drafter by tau of the validation responses; the last one where there are none.
 
     Raises:
         ValueError: the text contains the mask token; the folder holds another run, files that dpace did not write, or
-            is written to by another process; a loss, gradient or weight that is not finite.
+            is written to by another process; a loss, gradient or weight that is not finite; an objective of one's own
+            that cannot be found or gives wrong weights.
         OSError: no room on the disk; the same call goes on when there is.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
+    recipe = replace(recipe, loss=name_own(recipe.loss, weigh))
+    checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh)
     folder, config = Path(folder), recipe.train
     checkpoints = folder / "checkpoints"
     args = training_arguments(config, checkpoints, device=target.device, has_validation=bool(len(validation)))
     with ExitStack() as held:
         found: list[Any] = [None, None]
         if args.process_index == 0:
-            run = describe_run(target_of(target), dataset, validation, recipe)
-            is_trained(folder, run)  # before a folder is made
-            held.enter_context(hold(folder))
-            claim(folder, *FILES)
-            found = [is_trained(folder, run), find_newest(checkpoints)]
+            run = describe_run(target_of(target), dataset, validation, recipe, weigh)
+            found = [_take_folder(folder, run, held), find_newest(checkpoints)]
         if args.world_size > 1:
             distributed.broadcast_object_list(found, src=0)
-        is_finished, newest = found
-        if is_finished:
+        if found[0]:
             return Drafter.from_pretrained(folder).to(target.device)
         drafter = _make_drafter(target, dataset, recipe)
-        how = {"use_muon": config.optimizer == "muon", "group_by_length": config.group_by_length}
-        trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, **how)
+        trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, checked, config)
         if args.process_index == 0:
             write_run(folder, run)
             write_recipe(recipe, folder / "recipe.yaml")
         memory = PeakMemory(target.device)
-        _take_steps(trainer, drafter, newest)
+        _take_steps(trainer, drafter, found[1])
         if args.process_index == 0:
-            temperature = fit_confidence_temperature(drafter, target, validation)
-            record = _record(target, trainer, validation, recipe)
-            drafter.config.dpace = {"confidence_temperature": temperature, **record}
-            provenance = {**_provenance(target, trainer, dataset), "peak_memory_bytes": memory.bytes}
-            _write_folder(folder, drafter, trainer, provenance)
+            _finish(folder, drafter, target, trainer, dataset, validation, recipe, run, memory)
     return drafter
+
+
+def _take_folder(folder: Path, run: Mapping[str, Any], held: ExitStack) -> bool:
+    """Hold a run's folder, and say whether its drafter is finished."""
+    is_trained(folder, run)  # before a folder is made
+    held.enter_context(hold(folder))
+    claim(folder, *FILES)
+    return is_trained(folder, run)
 
 
 def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe) -> Drafter:
@@ -178,6 +204,8 @@ def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe) -> D
             f"the training text contains the mask token {drafter.mask_token_id}; "
             "name a token that no text contains with --drafter.mask-token-id"
         )
+    if recipe.loss.validity != "off":
+        drafter.attach_validity(ValidityHead(drafter.config.hidden_size).to(drafter.device))
     return drafter
 
 
@@ -192,6 +220,29 @@ def _take_steps(trainer: CheckpointedTrainer, drafter: Drafter, newest: Path | N
     with interrupt.watching():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     trainer.load_best()
+
+
+def _finish(
+    folder: Path,
+    drafter: Drafter,
+    target: Target,
+    trainer: CheckpointedTrainer,
+    dataset: ResponseDataset,
+    validation: ResponseDataset,
+    recipe: Recipe,
+    run: Mapping[str, Any],
+    memory: PeakMemory,
+) -> None:
+    """Calibrate the drafter and write it with what it was made from."""
+    sha256 = run.get(OBJECTIVE_SHA256)
+    objective = {"objective": recipe.loss.objective} | ({"objective_sha256": sha256} if sha256 else {})
+    temperature = fit_confidence_temperature(drafter, target, validation)
+    record = _record(target, trainer, validation, recipe)
+    drafter.config.dpace = {"confidence_temperature": temperature, **objective, **record}
+    provenance = {**_provenance(target, trainer, dataset), **objective, "peak_memory_bytes": memory.bytes}
+    if drafter.validity is not None:
+        provenance["reliability"] = measure_reliability(drafter, target, validation)
+    _write_folder(folder, drafter, trainer, provenance)
 
 
 def _write_folder(folder: Path, drafter: Drafter, trainer: CheckpointedTrainer, provenance: dict[str, Any]) -> None:

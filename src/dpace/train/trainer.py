@@ -1,6 +1,7 @@
 """A thin Hugging Face Trainer with the frozen-head loss."""
 
 import statistics
+import time
 from functools import partial
 from typing import Any
 
@@ -8,18 +9,19 @@ import torch
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from dpace.config import LossConfig
+from dpace.config import LossConfig, TrainConfig
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.order import GroupedSampler
 from dpace.drafter import Drafter
 from dpace.head import Head
-from dpace.loss import block_loss, count_items, frozen_head_nll
+from dpace.loss import Weigh, block_loss, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
-from dpace.objective import make_weigh
 from dpace.target import Target
 from dpace.train.callbacks import StepClock, TrainingBar
 from dpace.train.checkpointed import CheckpointedTrainer
 from dpace.train.optimizer import MuonAdamW
+from dpace.train.redraw import redraw
+from dpace.validity import validity_losses
 from dpace.views import blocks_hidden
 
 
@@ -68,9 +70,8 @@ class DrafterTrainer(CheckpointedTrainer):
         validation: ResponseDataset,
         args: TrainingArguments,
         loss: LossConfig,
-        *,
-        use_muon: bool = False,
-        group_by_length: bool = False,
+        weigh: Weigh,
+        config: TrainConfig,
     ):
         super().__init__(
             model=drafter,
@@ -85,10 +86,11 @@ class DrafterTrainer(CheckpointedTrainer):
         self.step_clock = StepClock()
         self.add_callback(self.step_clock)
         self.model_accepts_loss_kwargs = False
-        self.use_muon, self.group_by_length, self.dataset = use_muon, group_by_length, dataset
+        self.use_muon, self.on_policy_share = config.optimizer == "muon", config.on_policy_share
+        self.group_by_length, self.dataset = config.group_by_length, dataset
         self.target, self.validation, self.loss_config = target, validation, loss
         self.drafter = drafter
-        self.weigh = make_weigh(loss, drafter.block_size)
+        self.weigh = weigh
         self.head, self.head_index = target.head, None
         if loss.vocabulary == "seen":
             self.head, self.head_index = _seen_head(target, dataset)
@@ -104,12 +106,37 @@ class DrafterTrainer(CheckpointedTrainer):
         return GroupedSampler(self.dataset, step_size)
 
     def create_optimizer(self, model=None):
-        """Make AdamW as transformers does, or Muon."""
-        if self.optimizer is None and self.use_muon:
+        """Make AdamW as transformers does, or Muon; the validity head has a group of its own."""
+        is_new = self.optimizer is None
+        if is_new and self.use_muon:
             args = self.args
             named = self.drafter.named_parameters()
             self.optimizer = MuonAdamW(named, lr=args.learning_rate, weight_decay=args.weight_decay)
-        return super().create_optimizer(model)
+        optimizer: Any = super().create_optimizer(model)
+        if is_new and self.drafter.validity is not None:
+            group = {"params": list(self.drafter.validity.parameters()), "weight_decay": 0.0}
+            optimizer.add_param_group(group | ({"momentum": None} if self.use_muon else {}))
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Take the micro-batches of a step; with `on_policy_share`, draw their anchors anew."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.drafter.validity is not None:
+            self.drafter.validity.zero_grad()  # the base class zeroes the drafter's own gradients only
+        share = self.on_policy_share * self.progress
+        if share:
+            started = time.perf_counter()
+            batches = [self._redraw(batch, share) for batch in batches]
+            num_items = self._get_num_items_in_batch(batches, device)
+            self.step_clock.seconds_before = time.perf_counter() - started
+        return batches, num_items
+
+    def _redraw(self, batch: dict[str, Any], share: float) -> dict[str, Any]:
+        """Draw the anchors of a micro-batch anew; features are computed once for both draftings."""
+        inputs: Any = self._prepare_inputs(batch)
+        names = {"share": share, "with_head_input": self.loss_config.needs_target_probs}
+        with self.compute_loss_context_manager():
+            return redraw(inputs, self.drafter, self.target, self.head, self.head_index, **names)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         """Count the items of a whole optimizer step, over its micro-batches and all ranks."""
@@ -129,6 +156,10 @@ class DrafterTrainer(CheckpointedTrainer):
         After a step's last one, with the reduction `weights`, divide the gradient by the sum of the weights.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.drafter.validity is not None and self.accelerator.sync_gradients:
+            for parameter in self.drafter.validity.parameters():  # DDP does not know them
+                if parameter.grad is not None:
+                    parameter.grad = self._over_ranks(parameter.grad) / self.accelerator.num_processes
         if self.loss_config.reduction == "weights" and self.accelerator.sync_gradients:
             total = float(self._over_ranks(self._step_weight).clamp_min(torch.finfo(torch.float32).tiny))
             for parameter in self.drafter.parameters():
@@ -136,6 +167,11 @@ class DrafterTrainer(CheckpointedTrainer):
                     parameter.grad.div_(total)
             self._step_weight = torch.zeros_like(self._step_weight)
         return loss
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, 0 to 1; the same for all micro-batches of a step."""
+        return self.state.global_step / max(1, self.state.max_steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a micro-batch, in nats; `Trainer` calls this."""
@@ -154,13 +190,19 @@ class DrafterTrainer(CheckpointedTrainer):
             self.head,
             labels,
             blocks.is_scored,
-            weigh=self.weigh,
+            weigh=lambda slots: self.weigh(
+                slots._replace(anchors=blocks.anchors, is_response=inputs["is_response"], progress=self.progress)
+            ),
             token_loss=config.token_loss,
             target_hidden=target_hidden,
             chunk_bytes=config.chunk_mib and config.chunk_mib * 2**20,
         )
         self._add_to_log(out, blocks.is_scored)
-        loss = block_loss(out.losses, blocks.is_scored, reduction=config.reduction, num_items=num_items_in_batch)
+        losses = out.losses
+        if drafter.validity is not None:
+            log_odds = drafter.validity(hidden if config.validity == "joint" else hidden.detach())
+            losses = losses + validity_losses(log_odds, out.is_match, blocks.is_scored)
+        loss = block_loss(losses, blocks.is_scored, reduction=config.reduction, num_items=num_items_in_batch)
         return loss * self.accelerator.num_processes  # DDP averages gradients over ranks
 
     def _add_to_log(self, out, is_scored):

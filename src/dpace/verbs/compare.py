@@ -10,9 +10,10 @@ from dpace.verbs import load_target
 def run(args: list[str]) -> None:
     """Run `dpace compare`."""
     config = parse(CompareConfig, "compare", args)
-    from dpace.compare import compare
+    from dpace.compare import compare, make_recipes
     from dpace.report.tables import compare_table, console
 
+    make_recipes(config)  # refuses an unknown objective before the target is loaded
     results = compare(load_target(config), config)
     console().print(compare_table(results))
     output = Path(config.output)

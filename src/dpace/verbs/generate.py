@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from dpace.config import Dtype, SamplingConfig, VerifyRule
+from dpace.config import DraftConfidence, Dtype, SamplingConfig, VerifyRule
 from dpace.flags import command, parse
 from dpace.progress import show
 from dpace.verbs import check_folder, load_target
@@ -28,6 +28,9 @@ class GenerateConfig(SamplingConfig):
     """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token."""
     width: Literal["auto", "full"] = "auto"
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
+    confidence: DraftConfidence = "softmax"
+    """How width auto estimates that a slot is accepted.
+    softmax: by the drafter's calibrated probabilities. validity: by its validity head."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
@@ -59,17 +62,16 @@ def run(args: list[str]) -> None:
     target = load_target(config)
     options: Any = {field.name: getattr(config, field.name) for field in fields(SamplingConfig)}
     speculative: Any = {"width": config.width, "verify_rule": config.verify_rule}
-    if config.stream and config.drafter:
-        return _chat(target, load_drafter(config.drafter, target), messages, {**options, **speculative})
+    drafter = load_drafter(config.drafter, target, confidence=config.confidence) if config.drafter else None
+    if config.stream and drafter:
+        return _chat(target, drafter, messages, {**options, **speculative})
     token_ids = encode_chat(target, messages)
-    if config.drafter is None:
+    if drafter is None:
         generation = generate_plain(target, token_ids, **options)
     elif config.compile:
-        (generation,) = generate_batch(
-            target, load_drafter(config.drafter, target), [token_ids], **options, compile=True
-        )
+        (generation,) = generate_batch(target, drafter, [token_ids], **options, compile=True)
     else:
-        generation = generate(target, load_drafter(config.drafter, target), token_ids, **options, **speculative)
+        generation = generate(target, drafter, token_ids, **options, **speculative)
     show(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     speed = generation.num_decode_tokens / max(generation.decode_seconds, 1e-9)
     tau = f", tau {generation.acceptance.tau:.2f}" if generation.accepted_lengths else ""

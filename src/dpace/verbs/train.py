@@ -16,6 +16,7 @@ def run(args: list[str]) -> None:
 
     from dpace.data.corpus import load_corpus
     from dpace.data.run_meta import read_meta
+    from dpace.objective import make_weigh
     from dpace.train.identity import (
         data_of,
         refuse_other_answers,
@@ -26,6 +27,7 @@ def run(args: list[str]) -> None:
     )
     from dpace.train.run import choose_conversations, keep_features, train
 
+    make_weigh(recipe.loss, recipe.drafter.block_size)  # refuses an objective of one's own before any work
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
     if not path.exists():
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")

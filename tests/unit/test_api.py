@@ -1,0 +1,124 @@
+"""The public names, their page and an objective of the user's own."""
+
+import ast
+import json
+import re
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpace
+from dpace.engines.card import write_card
+from dpace.flags import write_recipe
+from dpace.objective import make_weigh
+from dpace.own_objective import source_sha256
+from dpace.train.run import make_datasets
+from tests.conftest import LANGUAGE_RECIPE
+
+ROOT = Path(__file__).parents[2]
+SHORT = replace(
+    LANGUAGE_RECIPE,
+    train=replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=1, num_anchors=4),
+)
+
+
+def test_every_public_name_is_there_typed_and_on_its_page():
+    """The three places that list them agree, and each name is what it says."""
+    tree = ast.parse(Path(dpace.__file__).read_text())
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "importlib"]
+    typed = {alias.name: node.module for node in imported for alias in node.names if node.module != "typing"}
+    assert set(typed) == set(dpace.__all__) and dpace.__all__ == sorted(dpace.__all__)
+    for name, module in typed.items():
+        assert getattr(sys.modules.get(module) or __import__(module, fromlist=[name]), name) is not None
+        assert callable(getattr(dpace, name))
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
+    page, _, fields = page.partition("| field of `Slots` |")
+    named = re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in fields.splitlines() if line[:3] == "| `"))
+    assert tuple(named) == dpace.Slots._fields
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == dpace.__all__
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        dpace.trian  # noqa: B018
+
+
+def ones(slots: dpace.Slots) -> torch.Tensor:
+    return torch.ones_like(slots.token_probs)
+
+
+def datasets(target, responses, recipe=SHORT):
+    return make_datasets(target, responses[:8], responses[50:52], recipe)
+
+
+def test_an_objective_of_ones_own_is_recorded(language_target, language_responses, tmp_path):
+    """It trains as the same weights of dpace do, bit by bit; changed source is another run."""
+    parts = datasets(language_target, language_responses)
+    ours = dpace.train(language_target, *parts, SHORT, tmp_path / "own", weigh=ones)
+    uniform = replace(SHORT, loss=replace(SHORT.loss, objective="uniform"))
+    theirs = dpace.train(language_target, *parts, uniform, tmp_path / "uniform")
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, reference)
+
+    name, sha256 = "tests.unit.test_api:ones", source_sha256(ones)
+    run = json.loads((tmp_path / "own" / "run.json").read_text())
+    assert (run["loss.objective"], run["loss.objective_sha256"]) == (name, sha256)
+    for record in (json.loads((tmp_path / "own" / "provenance.json").read_text()), ours.config.dpace):
+        assert (record["objective"], record["objective_sha256"]) == (name, sha256)
+    card = {"to": "zlab", "name": "a/b", "target_name": "c/d", "license": "mit", "dtype": torch.float32}
+    write_card(tmp_path, ours.spec, **card, source=tmp_path / "own", drafter=ours)
+    assert name in (tmp_path / "README.md").read_text() and sha256 in (tmp_path / "README.md").read_text()
+
+    (tmp_path / "own" / "run.json").write_text(json.dumps(run | {"loss.objective_sha256": "0" * 64}))
+    named = replace(SHORT, loss=replace(SHORT.loss, objective=name))
+    with pytest.raises(ValueError, match="other source of the objective .sha256 000000000000, not"):
+        dpace.train(language_target, *parts, named, tmp_path / "own")
+
+
+def make_power(exponent):
+    def power(slots):
+        return slots.token_probs**exponent
+
+    return power
+
+
+def test_what_a_function_took_along_is_part_of_its_hash():
+    assert source_sha256(make_power(1.0)) == source_sha256(make_power(1.0)) != source_sha256(make_power(2.0))
+    assert source_sha256(torch.no_grad()(ones)) == source_sha256(ones)
+    with pytest.raises(ValueError, match="power holds values that cannot be recorded"):
+        source_sha256(make_power(torch.ones(1)))
+
+
+def test_weights_are_checked_at_every_step():
+    """Not only when the objective is tried out."""
+    calls = []
+
+    def fails_later(slots):
+        calls.append(1)
+        return torch.full_like(slots.token_probs, -1.0 if len(calls) > 1 else 1.0)
+
+    weigh = make_weigh(SHORT.loss, 4, fails_later)
+    is_scored = torch.tensor([[[False, True, True, False]]])
+    with pytest.raises(ValueError, match="gives the weight -1, expected 0 or more"):
+        weigh(dpace.Slots(is_scored, torch.ones(1, 1, 4), is_scored, None))
+
+
+def test_the_examples_train(language_folder, language_prompts, tmp_path, monkeypatch, capsys):
+    """From prompts to a drafter that decodes, with the objective of the other example."""
+    for name in ("train.py", "objective.py"):
+        shutil.copy(ROOT / "examples" / name, tmp_path)
+    lines = [json.dumps({"prompt": text}) + "\n" for text in language_prompts[:24]]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    prompts = replace(SHORT.prompts, path=str(tmp_path / "prompts.jsonl"))
+    recipe = replace(SHORT, target=str(language_folder), output=str(tmp_path / "out"), prompts=prompts)
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "recipe.yaml")])
+    runpy.run_path(str(tmp_path / "train.py"))
+    assert re.search(r"tau \d\.\d\d", capsys.readouterr().out)
+    run = json.loads((tmp_path / "out" / "drafter" / "run.json").read_text())
+    assert run["loss.objective"] == "objective:weigh"
+    monkeypatch.delitem(sys.modules, "objective")
