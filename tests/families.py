@@ -2,7 +2,12 @@
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+)
 
 from dpace.fast.speed_up import speed_up
 from dpace.target import Target
@@ -99,6 +104,67 @@ NOT_DRAFTED_FOR = {"jamba": "cannot read several tokens at once"}
 NOT_BATCHED = {"qwen3 sliding", "mistral sliding", "gpt-oss", "gemma2", "gemma3", "cohere2", "lfm2", "qwen3.5"}
 NOT_BATCHED |= {"qwen3-next", "falcon-h1", "granite-4-h"}
 """Families whose layers are not all full attention."""
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 16, "patch_size": 8}
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 48, "intermediate_size": 32}
+QWEN_VISION |= {"patch_size": 8}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GROUPED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
+GROUPED |= {"n_shared_experts": 1, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+PER_LAYER = {"global_head_dim": 12, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+MORE = {
+    "qwen2.5-vl": ("Qwen2_5_VLConfig", {**PLAIN_SHAPE, **MROPE}, QWEN_VISION),
+    "qwen3-vl moe": (
+        "Qwen3VLMoeConfig",
+        {**SHAPE, **MROPE, **ROUTED},
+        {**QWEN_VISION, "deepstack_visual_indexes": [0]},
+    ),
+    "gemma3 vl": (
+        "Gemma3Config",
+        {**SHAPE, **MIXED_WINDOW, "model_type": "gemma3_text", "query_pre_attn_scalar": 12},
+        {**VISION, "model_type": "siglip_vision_model"},
+    ),
+    "llava": ("LlavaConfig", {**SHAPE, "model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}),
+    "mistral3": (
+        "Mistral3Config",
+        {**SHAPE, "model_type": "mistral", "sliding_window": 8},
+        {**VISION, "model_type": "pixtral"},
+    ),
+    "internvl": (
+        "InternVLConfig",
+        {**PLAIN_SHAPE, "model_type": "qwen2"},
+        {**VISION, "image_size": [16, 16], "patch_size": [8, 8]},
+    ),
+    "smolvlm": ("SmolVLMConfig", {**SHAPE, "model_type": "llama"}, VISION),
+    "deepseek-v3": ("DeepseekV3Config", {**PLAIN_SHAPE, "num_key_value_heads": 4, **LATENT, **GROUPED}, None),
+    "glm4 moe": ("Glm4MoeConfig", {**SHAPE, **GROUPED}, None),
+    "gemma4": ("Gemma4TextConfig", {**SHAPE, **MIXED_WINDOW, **PER_LAYER, "num_kv_shared_layers": 2}, None),
+    "qwen3.5 moe": (
+        "Qwen3_5MoeTextConfig",
+        {**SHAPE, **LINEAR, **ROUTED, "shared_expert_intermediate_size": 32},
+        None,
+    ),
+}
+"""Mixtures of experts, and models that also read images, whose text is tried out once."""
+ALWAYS = ("qwen2.5-vl", "gemma3 vl", "mistral3", "deepseek-v3", "gemma4")
+"""Those of `MORE` that differ most; the others are tried out with the slow tests."""
+
+
+def make_more(family: str) -> Target:
+    """A random target of `MORE` with large weights."""
+    name, text, vision = MORE[family]
+    kind, text = getattr(transformers, name), {**text, "initializer_range": 0.25}
+    torch.manual_seed(3)
+    config = kind(**text) if vision is None else kind(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model = auto.from_config(config)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    speed_up(model.eval().requires_grad_(False))
+    return Target(model)
 
 
 def make_sharp_target(family: str, **changes) -> Target:

@@ -31,7 +31,7 @@ from dpace.objective import make_weigh, with_objective
 from dpace.report.plots import plot_acceptance
 from dpace.report.training_plots import plot_tau, plot_weights
 from dpace.target import Target
-from dpace.train.identity import refuse_other_run, settings_of, target_of
+from dpace.train.identity import init_of, refuse_other_run, settings_of, target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 Cell = tuple[str, int]
@@ -40,7 +40,7 @@ FILES = ("results.json", "tau.png", "acceptance.png", "weights.png")
 """What `compare` writes into its folder itself."""
 
 
-def compare(target: Target, config: CompareConfig) -> CompareResults:
+def compare(target: Target, config: CompareConfig, init: Drafter | None = None) -> CompareResults:
     """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
@@ -56,6 +56,7 @@ def compare(target: Target, config: CompareConfig) -> CompareResults:
     Args:
         target: the model.
         config: recipe, objectives, seeds and baseline.
+        init: a drafter that all start from, see `train`.
 
     Returns:
         What `results.json` holds.
@@ -68,13 +69,15 @@ def compare(target: Target, config: CompareConfig) -> CompareResults:
     recipes = make_recipes(config)
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
     for key, cell in cells.items():  # before any work
-        refuse_other_run(cell, settings_of(recipes[key]))
+        refuse_other_run(cell, {**settings_of(recipes[key]), **init_of(init)})
     with hold(folder):
         claim(folder, *FILES)
-        return _run(target, config, recipes, cells)
+        return _run(target, config, recipes, cells, init)
 
 
-def _run(target: Target, config: CompareConfig, recipes: dict[Cell, Recipe], cells: dict[Cell, Path]) -> CompareResults:
+def _run(
+    target: Target, config: CompareConfig, recipes: dict[Cell, Recipe], cells: dict[Cell, Path], init: Drafter | None
+) -> CompareResults:
     """Respond, train, measure and draw, each where it is not done."""
     folder, parts = Path(config.output), split_prompts(config.prompts)
     names = list(dict.fromkeys(name for name, _ in cells))
@@ -82,7 +85,7 @@ def _run(target: Target, config: CompareConfig, recipes: dict[Cell, Recipe], cel
     responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
     by_id = {response.id: response for response in responses}
     answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
-    _train_cells(target, recipes, cells, answered, validation)
+    _train_cells(target, recipes, cells, answered, validation, init)
     _measure_cells(target, config, cells.values(), heldout)
     rows, decode = make_rows(cells, parts.heldout, config.baseline), None
     if config.bench.num_prompts != 0:
@@ -129,11 +132,12 @@ def _train_cells(
     cells: dict[Cell, Path],
     answered: Sequence[Response],
     validation: Sequence[Response],
+    init: Drafter | None,
 ) -> None:
     """Train the drafters that are not finished."""
     datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
     facts = target_of(target)
-    runs = {key: describe_run(facts, *datasets, recipe) for key, recipe in recipes.items()}
+    runs = {key: describe_run(facts, *datasets, recipe, init) for key, recipe in recipes.items()}
     untrained = [key for key in cells if not is_trained(cells[key], runs[key])]
     if not untrained:
         return
@@ -142,7 +146,7 @@ def _train_cells(
     dataset, measured = datasets
     for number, key in enumerate(untrained, start=1):
         print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
-        train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key])
+        train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key], init=init)
 
 
 def _measure_cells(target: Target, config: CompareConfig, folders: Iterable[Path], heldout: Sequence[Response]) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,29 @@ class Drafter(DFlashDraftModel):
             torch.manual_seed(seed)
             drafter: Any = cls(spec.config())
         nn.init.constant_(drafter.norm.weight, norm_scale)
+        drafter.check_target(target)
+        return drafter.to(target.device)
+
+    def start_for(self, target: Target) -> "Drafter":
+        """Copy this drafter as the start of a training for a target, in fp32 and on the target's device.
+
+        Vocabulary, scales and cap become the target's: no weight of the drafter depends on them, and fine-tuned targets
+        often have some more tokens.
+
+        Raises:
+            ValueError: see `check_target`.
+        """
+        spec = replace(
+            self.spec,
+            vocab_size=len(target.head.weight),
+            embed_scale=target.embed_scale,
+            logit_scale=target.head.multiplier,
+            softcap=target.head.softcap,
+            record={},
+        )
+        with torch.random.fork_rng():
+            drafter: Any = Drafter(spec.config())
+        drafter.load_state_dict(self.state_dict())
         drafter.check_target(target)
         return drafter.to(target.device)
 

@@ -91,6 +91,17 @@ def _with_group(config_class, verb: str, arg: str) -> str:
     return prefix + arg.removeprefix("--").removeprefix("no-") if is_own else arg
 
 
+def given_options(config_class, verb: str, args: list[str]) -> set[str]:
+    """Name the options that a recipe or a flag sets, such as `drafter.block_size`.
+
+    Its arguments are those of `parse`.
+    """
+    is_recipe = bool(args) and args[0].endswith(RECIPE_ENDS)
+    flags = recipe_flags(args[0], config_class) if is_recipe else []
+    flags += [_with_group(config_class, verb, arg) for arg in args[is_recipe:]]
+    return {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+
+
 def first_as(name: str, args: list[str]) -> list[str]:
     """Let values that stand first be those of a flag."""
     return [f"--{name}", *args] if args and not args[0].startswith("-") else args

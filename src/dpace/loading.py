@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dpace.ledger import read_object
 
@@ -72,10 +73,17 @@ def refuse_infinite(what: str, model: torch.nn.Module, fix: str) -> None:
         ValueError: names the first few tensors.
     """
     state = model.state_dict()
-    names = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    names = [name for name, value in state.items() if _is_wrong(value)]
     if names:
         more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
         raise ValueError(f"{what} has NaN or infinity in {', '.join(names[:NUM_NAMED])}{more}; {fix}")
+
+
+def _is_wrong(value: Any) -> bool:
+    """Say whether a tensor has a value that is not finite; quantized ones are not looked at."""
+    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or not value.is_floating_point():
+        return False
+    return not bool((value if value.element_size() > 1 else value.float()).isfinite().all())
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

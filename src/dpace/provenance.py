@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import operator
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import dpace
 from dpace.device import describe
@@ -63,12 +66,22 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     At most `FINGERPRINT_VALUES` values of a tensor are read, evenly spread.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = [part for item in model.state_dict().items() for part in _plain(*item)]
+    for name, tensor in sorted(tensors, key=operator.itemgetter(0)):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         stride = max(1, -(-flat.numel() // FINGERPRINT_VALUES))
         digest.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a tensor, or those that a quantized one is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{part}", getattr(tensor, part))
+    elif isinstance(tensor, torch.Tensor):
+        yield name, tensor
 
 
 def hash_file(path: str | Path) -> str:

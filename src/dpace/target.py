@@ -10,17 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from dpace.config import Device
+from dpace.config import Device, DeviceMap
 from dpace.device import default_dtype, find_device
 from dpace.fast.cache import repeat_rows
 from dpace.fast.packing import Packed, PackedLinear, packed_product
@@ -28,8 +24,8 @@ from dpace.fast.rewind import CacheAbility, probe_cache
 from dpace.fast.snapshot import look_again
 from dpace.fast.speed_up import speed_up
 from dpace.fast.stack import FusedStack, stack_layers
-from dpace.loading import attention_of, one_line, refuse_infinite, refuse_mismatch
 from dpace.probe import find_layers, find_tables
+from dpace.target_files import open_target
 
 MIN_SHARED = 16
 """Least number of shared first tokens that are worth a forward pass of their own."""
@@ -69,46 +65,34 @@ class Target:
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: torch.dtype | None = None, device: Device = "auto", thinking: bool = False
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Device = "auto",
+        device_map: DeviceMap = None,
+        thinking: bool = False,
     ) -> "Target":
         """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
 
         Memory: the weights; on a CPU twice, where there is room (see `dpace.fast.packing`).
 
         Args:
-            name: folder or Hub id.
+            name: folder or Hub id, of a model or of a LoRA adapter, which is merged.
             dtype: dtype of the weights; by default bf16 on a GPU, and fp32 on a CPU, where texts are then equal token
                 for token.
             thinking: turn thinking on in chat templates that have this switch.
             device: `auto` is this process's accelerator (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
+            device_map: `auto` spreads the layers over all GPUs.
 
         No code that a checkpoint names is run, and attention is torch's own whatever the config names.
 
         Raises:
             OSError: there is no readable model of that name.
-            ValueError: weights that are missing, in other shapes, or not finite; a class that transformers does not
-                have.
+            ValueError: see `dpace.target_files.open_target`.
         """
         place = find_device(device)
-        dtype = dtype or default_dtype(place)
-        fix = "download or copy the target again"
-        with one_line(f"the target {name}", fix):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attention_of(model_class),
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = loaded
-        refuse_mismatch(f"the target {name}", info, fix)
-        refuse_infinite(f"the target {name}", model, fix)
-        model = model.to(place)
+        model, tokenizer = open_target(name, dtype=dtype or default_dtype(place), device=place, device_map=device_map)
         speed_up(model)
         target = cls(model, tokenizer)
         target.thinking = thinking
@@ -131,8 +115,13 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.model.device
+        """Device of the embedding, where all that a target takes and gives is; its layers may be on others."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the layers are on several devices."""
+        return len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
 
     @property
     def num_layers(self) -> int:
@@ -181,7 +170,7 @@ class Target:
         if hidden is not None:
             return hidden
         kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
-        return self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state
+        return self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state.to(self.device)
 
     @functools.cached_property
     def _stack(self) -> FusedStack | None:
@@ -231,7 +220,7 @@ class Target:
 
         def keep(index):
             def hook(_module, _args, output):
-                captured[index] = output[0] if isinstance(output, tuple) else output
+                captured[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
 
             return hook
 
@@ -298,4 +287,4 @@ class Target:
                 pass
             finally:
                 handle.remove()
-            return torch.cat([*captured, *head_input], dim=-1)
+            return torch.cat([*captured, *(rows.to(self.device) for rows in head_input)], dim=-1)

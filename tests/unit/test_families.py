@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from dpace.config import RespondConfig
 from dpace.data.responses import generate_responses
 from dpace.decode import Paces, generate, generate_batch, generate_plain
 from dpace.target import Target
 from tests.conftest import Oracle, make_drafter
-from tests.families import CONFIGS, NOT_BATCHED, NOT_DRAFTED_FOR, VOCAB, make_sharp_target
+from tests.families import (
+    ALWAYS,
+    CONFIGS,
+    MORE,
+    NOT_BATCHED,
+    NOT_DRAFTED_FOR,
+    SHAPE,
+    VOCAB,
+    make_more,
+    make_sharp_target,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 LENGTH = 30
@@ -98,6 +108,26 @@ def test_features_do_not_depend_on_what_is_read_together(family, target):
         torch.testing.assert_close(
             row, target.features(prompt[None], [0, 2], with_head_input=True)[0], rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+)
+def test_experts_and_vision_language_models_keep_their_text(name, monkeypatch):
+    """Drafts of which every third token is wrong, behind a text longer than the windows."""
+    target = make_more(name)
+    text = own_text(target, SHARED)[:16]
+    assert len(set(text)) > 3, "a text that repeats itself shows nothing"
+    drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
+    Oracle(monkeypatch, drafter, target, SHARED + text, lambda n: n % 3 == 2)
+    out = generate(target, drafter, SHARED, max_new_tokens=16, width="full")
+    assert out.token_ids == text and sum(out.accepted_lengths) > 5
+
+
+def test_layers_that_are_not_found_are_refused():
+    config = Llama4TextConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=64)
+    with pytest.raises(ValueError, match="Llama4ForCausalLM has 0 lists of 4 decoder layers"):
+        Target(AutoModelForCausalLM.from_config(config))
 
 
 def test_longrope_is_followed_on_either_side_and_refused_across():

@@ -6,6 +6,7 @@ Imports no torch, so that `--help` answers at once.
 from dpace.config.choices import (
     Confidence,
     Device,
+    DeviceMap,
     DraftConfidence,
     Dtype,
     Engine,
@@ -31,6 +32,7 @@ __all__ = [
     "Confidence",
     "Device",
     "DraftConfidence",
+    "DeviceMap",
     "DrafterConfig",
     "Dtype",
     "Engine",

@@ -27,6 +27,7 @@ VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full"] | int
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceMap = Literal["auto"] | None
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 

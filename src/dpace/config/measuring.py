@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dpace.config.choices import Width
+from dpace.config.choices import DeviceMap, Width
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class BenchConfig:
     """What is measured, and how."""
 
     drafters: tuple[str, ...] = ()
-    """Folders of the drafters to measure and compare; the drafter in the output folder by default."""
+    """Folders or Hub ids of the drafters to measure and compare; the drafter in the output folder by default."""
     sets: tuple[str, ...] = ()
     """Public datasets instead of the held-out prompts; the paper's are gsm8k math500 humaneval mbpp mt_bench alpaca."""
     sets_dir: str | None = None
@@ -53,7 +53,7 @@ class CheckConfig:
     target: str
     """Folder or Hub id of the target."""
     drafter: str
-    """Folder of the drafter."""
+    """Folder or Hub id of the drafter."""
     prompts: str = "demo"
     """JSONL file of prompts; `demo` is the held-out dataset that comes with dpace."""
     num_prompts: int = 4
@@ -62,6 +62,8 @@ class CheckConfig:
     """Longest response in tokens."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     """Precisions of the weights to check in."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     seed: int = 0
     """Seed for sampling."""
     responses: str | None = None

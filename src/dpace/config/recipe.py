@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dpace.config.choices import Device, Dtype
+from dpace.config.choices import Device, DeviceMap, Dtype
 from dpace.config.data import PromptsConfig, RespondConfig
 from dpace.config.measuring import BenchConfig
 from dpace.config.training import DrafterConfig, LossConfig, TrainConfig
@@ -27,6 +27,8 @@ class Recipe:
     device: Device = "auto"
     """Where to compute.
     auto: the accelerator that torch finds, else the CPU. Choose one of several with CUDA_VISIBLE_DEVICES."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompts to train on and to measure on."""
     respond: RespondConfig = field(default_factory=RespondConfig)

@@ -10,6 +10,8 @@ from dpace.config.choices import Confidence, ObjectiveName, Reduction, TokenLoss
 class DrafterConfig:
     """Size of the drafter; the rest of its shape follows the target."""
 
+    init: str | None = None
+    """Folder or Hub id of a trained drafter to start from; size and mask token are then its own (docs/adapt.md)."""
     num_layers: int = 3
     """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
     block_size: int = 16

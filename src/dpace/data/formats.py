@@ -108,8 +108,9 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str) -> An
 def _hub_id(path: str | Path) -> dict[str, Any] | None:
     """Take a name apart that stands for a dataset on the Hub; None for a file."""
     match = HUB_ID.fullmatch(path) if isinstance(path, str) else None
-    is_file = match is None or Path(match["path"]).exists() or Path(match["path"]).suffix in SUFFIXES
-    return None if is_file else match.groupdict()
+    if match is None or Path(match["path"]).exists() or Path(match["path"]).suffix in SUFFIXES:
+        return None
+    return match.groupdict()
 
 
 def _hub_rows(hub: dict[str, Any]) -> Iterator[_Row]:
@@ -228,8 +229,8 @@ def _read_message(message: Any, kind: str, where: str, is_table: bool) -> dict[s
     if not isinstance(message, dict) or not message.get("role") or "content" not in message:
         raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
     owner = "of a message" if kind == "messages" else f"of a message in `{kind}`"
-    message = {key: _check_text(value, f"{where}: `{key}` {owner}") for key, value in message.items()}
-    return {**message, "role": ROLES.get(message["role"], message["role"])}
+    texts: dict[str, Any] = {key: _check_text(value, f"{where}: `{key}` {owner}") for key, value in message.items()}
+    return {**texts, "role": ROLES.get(texts["role"], texts["role"])}
 
 
 def _check_text(value: Any, where: str) -> str:

@@ -266,7 +266,7 @@ def generate_batch(
         rows.append(_Row(make_continuation(target, token_ids, **row_options)))
     if not rows:
         return []
-    _check_batch(target, rows)
+    _check_batch(target, rows, compile=compile)
     started = read_clock(target.device)
     with target.capture(drafter.target_layer_ids if drafter is not None else ()) as captured:
         batch = _Batch(target, drafter, rows, captured, compile=compile)
@@ -280,7 +280,7 @@ def generate_batch(
     return [row.generation(drafter.block_size if drafter is not None else 1, seconds) for row in rows]
 
 
-def _check_batch(target: Target, rows: Sequence[_Row]) -> None:
+def _check_batch(target: Target, rows: Sequence[_Row], *, compile: bool) -> None:
     """Refuse targets whose attention or rotary embedding does not allow rows of different lengths."""
     implementation = target.config._attn_implementation
     if implementation not in ("sdpa", "eager", GROUPED_ATTENTION):
@@ -288,6 +288,8 @@ def _check_batch(target: Target, rows: Sequence[_Row]) -> None:
             f"the target's attention is {implementation}, which takes no 4-D mask; load it with "
             "attn_implementation='sdpa', or decode one prompt at a time with `generate`"
         )
+    if compile and target.is_spread:
+        raise ValueError("the target's layers are on several devices, which cannot be compiled; leave --compile out")
     boundary, longest = target.rotation_boundary, 1 + max(row.limit for row in rows)
     if boundary and len(rows) > 1 and longest > boundary:
         raise ValueError(

@@ -13,7 +13,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from dpace.config import Format
 from dpace.decode.loop import generate
@@ -27,6 +26,7 @@ from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
 from dpace.spec import DrafterSpec
 from dpace.target import Target
+from dpace.target_files import find_places
 from dpace.views import draft_block, mask_blocks
 
 MAX_LOGIT_ERROR = 1e-5
@@ -121,7 +121,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     """
     source, output = Path(source), Path(output)
     check_place(output, ("the drafter's own folder", source), ("the target's folder", Path(target or source)))
-    num_target_layers = None if target is None else _count_layers(target)
+    num_target_layers = None if target is None else count_layers(target)
     drafter = read_drafter(source, num_target_layers=num_target_layers)
     spec = drafter.spec
     spec.check()
@@ -131,7 +131,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     return drafter
 
 
-def _count_layers(target: str) -> int:
+def count_layers(target: str) -> int:
     """Read how many layers a target has.
 
     Raises:
@@ -139,8 +139,7 @@ def _count_layers(target: str) -> int:
     """
     fix = "name the target's folder or Hub id with --target"
     try:
-        config = AutoConfig.from_pretrained(target, trust_remote_code=False)
-        count = config.get_text_config(decoder=True).num_hidden_layers
+        count = find_places(target).config.get_text_config(decoder=True).num_hidden_layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, RecursionError) as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot read the config of the target {target} ({said}); {fix}") from error

@@ -28,6 +28,7 @@ PRODUCTS = (
     ("mlp", ("down_proj",)),
 )
 """Linear layers that read the same rows and so become one product."""
+LINEARS = [(owner, name) for owner, names in PRODUCTS for name in names]
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Relative and absolute differences that count as rounding."""
 
@@ -232,10 +233,12 @@ def fuse_layers(model: PreTrainedModel) -> bool:
         layer for layer in model.modules() if type(layer).__name__ in LAYERS or type(layer) is DFlashLayer
     ]
     shared: dict[str, _Rotation] = {}
+    if not all(
+        type(getattr(getattr(layer, owner), name)) is PackedLinear for layer in layers for owner, name in LINEARS
+    ):
+        return False
     for number, layer in enumerate(layers):
         fused = _Fused(layer, shared)
-        if not all(type(linear) is PackedLinear for linears in fused.linears for linear in linears):
-            return False
         expected = _try_out(layer) if number == 0 else None
         layer.fused, layer.__class__ = fused, _fused_class(type(layer))
         layer.snapshot = fused.source.snapshot

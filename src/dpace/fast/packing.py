@@ -146,11 +146,13 @@ def packed_product(layer: PackedLinear) -> Product | None:
 def pack_linears(module: nn.Module) -> bool:
     """Make all linear layers inside a module pack their weights at first use; say whether it was done.
 
+    Quantized layers, which have classes or weights of their own, stay as they are.
+
     It is not done where `pack` gives no product, or where the copies would take more than half of the free memory.
 
     Memory: a second copy of the weights, or half of one, see `pack`.
     """
-    layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     is_room = 2 * size <= psutil.virtual_memory().available
     if not is_room or not layers or any(pack(layer.weight[:1, :1]) is None for layer in layers):

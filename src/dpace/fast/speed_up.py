@@ -24,7 +24,11 @@ class SpeedUp(NamedTuple):
 def speed_up(model: PreTrainedModel) -> SpeedUp:
     """Make a model faster on its device; today this changes models on a CPU only.
 
+    Quantized layers stay as they are. So do models with accelerate's hooks, which move what a part reads to its device.
+
     Memory: copies of the weights, see `dpace.fast.packing.pack_linears`.
     """
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        return SpeedUp(False, False, False)
     has_own_attention = isinstance(model, DFlashDraftModel)
     return SpeedUp(pack_linears(model), not has_own_attention and group_heads(model), fuse_layers(model))

@@ -16,7 +16,9 @@ import torch
 from dpace.config import Recipe
 from dpace.data.chat import tokenizer_hashes
 from dpace.data.dataset import ResponseDataset
+from dpace.drafter import Drafter
 from dpace.ledger import read_object, write_json
+from dpace.loading import fingerprint
 from dpace.loss import Weigh
 from dpace.objective import objective_sha256
 from dpace.provenance import hash_file, weights_fingerprint
@@ -24,6 +26,7 @@ from dpace.target import Target
 
 RUN_FILE = "run.json"
 NO_RESULT = {
+    "drafter.init",  # the weights count, by their hash
     "train.logging_steps",
     "train.save_steps",
     "train.report_to",
@@ -34,6 +37,7 @@ NO_RESULT = {
 OBJECTIVE_SHA256 = "loss.objective_sha256"
 OTHER_RUN = "name another folder with --output, or delete that one"
 WORDS = {
+    "init_sha256": "weights to start from",
     "target_sha256": "weights of the target",
     "tokenizer_sha256": "tokenizer",
     "chat_template_sha256": "chat template",
@@ -76,6 +80,11 @@ def target_of(target: Target) -> dict[str, Any]:
     }
 
 
+def init_of(init: Drafter | None) -> dict[str, Any]:
+    """Hash the weights of the drafter that a training starts from; None where it starts from nothing."""
+    return {"init_sha256": None if init is None else fingerprint(init)}
+
+
 def _hash_rows(dataset: ResponseDataset) -> str:
     """Hash ids, tokens, and which of them the target wrote."""
     digest = hashlib.sha256()
@@ -116,6 +125,7 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
     run = read_run(folder)
     if run is None:
         return False
+    run = {"init_sha256": None, **run}  # earlier versions started from nothing
     for name, value in known.items():
         if name not in run or run[name] != value:
             raise ValueError(f"{folder} holds a run with {_differs(name, run.get(name), value)}; {OTHER_RUN}")

@@ -10,27 +10,24 @@ from torch import distributed
 from transformers import TrainerState
 
 from dpace.config import Recipe
-from dpace.data.chat import tokenizer_hashes
 from dpace.data.corpus import Corpus
 from dpace.data.dataset import ResponseDataset
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.flags import write_recipe
-from dpace.ledger import claim, hold, write_json
+from dpace.ledger import claim, hold
 from dpace.loss import Weigh
-from dpace.measure.rows import defined
 from dpace.objective import make_weigh, name_own
-from dpace.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.train.arguments import training_arguments
-from dpace.train.calibration import fit_confidence_temperature, measure_reliability
 from dpace.train.callbacks import PeakMemory, SaveOnInterrupt
-from dpace.train.checkpointed import CheckpointedTrainer, room_for
+from dpace.train.checkpointed import CheckpointedTrainer
 from dpace.train.checkpoints import STATE, find_newest
+from dpace.train.finish import finish
 from dpace.train.identity import (
-    OBJECTIVE_SHA256,
     RUN_FILE,
     data_of,
+    init_of,
     refuse_other_run,
     settings_of,
     target_of,
@@ -63,6 +60,7 @@ def describe_run(
     validation: ResponseDataset,
     recipe: Recipe,
     weigh: Weigh | None = None,
+    init: Drafter | None = None,
 ) -> dict[str, Any]:
     """Give all that a drafter depends on; what `run.json` holds.
 
@@ -72,9 +70,11 @@ def describe_run(
         validation: those that choose the checkpoint.
         recipe: every setting.
         weigh: the function of one's own objective, where it is at hand.
+        init: the drafter that training starts from.
     """
     ranks = {"ranks": distributed.get_world_size() if distributed.is_initialized() else 1}
-    return {**target_facts, **data_of(dataset, validation), **settings_of(recipe, weigh), **ranks}
+    settings = settings_of(recipe, weigh)
+    return {**target_facts, **data_of(dataset, validation), **init_of(init), **settings, **ranks}
 
 
 def choose_conversations(
@@ -134,6 +134,7 @@ def train(
     folder: str | Path,
     *,
     weigh: Weigh | None = None,
+    init: Drafter | None = None,
 ) -> Drafter:
     """Train a drafter and write its folder.
 
@@ -151,6 +152,7 @@ def train(
         recipe: every setting.
         folder: receives what `FILES` names.
         weigh: an objective of one's own: a function from `Slots` to weights, recorded by its name and source.
+        init: a trained drafter to start from, with the recipe's size, as `engines.initial.start_from` gives both.
 
     Returns:
         The best drafter by tau of the validation responses; the last one where there are none.
@@ -165,18 +167,18 @@ def train(
     recipe = replace(recipe, loss=name_own(recipe.loss, weigh))
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh)
     folder, config = Path(folder), recipe.train
-    checkpoints = folder / "checkpoints"
-    args = training_arguments(config, checkpoints, device=target.device, has_validation=bool(len(validation)))
+    options: Any = {"device": target.device, "has_validation": bool(len(validation))}
+    args = training_arguments(config, folder / "checkpoints", **options)
     with ExitStack() as held:
         found: list[Any] = [None, None]
         if args.process_index == 0:
-            run = describe_run(target_of(target), dataset, validation, recipe, weigh)
-            found = [_take_folder(folder, run, held), find_newest(checkpoints)]
+            run = describe_run(target_of(target), dataset, validation, recipe, weigh, init)
+            found = _open_folder(folder, run, held)
         if args.world_size > 1:
             distributed.broadcast_object_list(found, src=0)
         if found[0]:
             return Drafter.from_pretrained(folder).to(target.device)
-        drafter = _make_drafter(target, dataset, recipe)
+        drafter = _make_drafter(target, dataset, recipe, init)
         trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, checked, config)
         if args.process_index == 0:
             write_run(folder, run)
@@ -184,25 +186,34 @@ def train(
         memory = PeakMemory(target.device)
         _take_steps(trainer, drafter, found[1])
         if args.process_index == 0:
-            _finish(folder, drafter, target, trainer, dataset, validation, recipe, run, memory)
+            finish(folder, drafter, target, trainer, dataset, validation, recipe, run, memory)
     return drafter
 
 
-def _take_folder(folder: Path, run: Mapping[str, Any], held: ExitStack) -> bool:
-    """Hold a run's folder, and say whether its drafter is finished."""
+def _open_folder(folder: Path, run: Mapping[str, Any], held: ExitStack) -> list[Any]:
+    """Hold a folder for a run; say whether the run is finished, and give its newest checkpoint."""
     is_trained(folder, run)  # before a folder is made
     held.enter_context(hold(folder))
     claim(folder, *FILES)
-    return is_trained(folder, run)
+    return [is_trained(folder, run), find_newest(folder / "checkpoints")]
 
 
-def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe) -> Drafter:
-    """Make the untrained drafter."""
-    drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
+def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init: Drafter | None) -> Drafter:
+    """Make the untrained drafter, or a copy of the one to start from."""
+    if (init is None) != (recipe.drafter.init is None):
+        raise ValueError(
+            f"drafter.init is {recipe.drafter.init!r} and the drafter to start from is "
+            f"{'missing' if init is None else 'given'}; take both from dpace.engines.initial.start_from"
+        )
+    if init is None:
+        shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
+        drafter, way = Drafter.from_target(target, seed=recipe.train.seed, **shape), "with --drafter.mask-token-id"
+    else:
+        drafter, way = init.start_for(target), "by training without --drafter.init"
     if bool((dataset.seen_tokens == drafter.mask_token_id).any()):
         raise ValueError(
             f"the training text contains the mask token {drafter.mask_token_id}; "
-            "name a token that no text contains with --drafter.mask-token-id"
+            f"name a token that no text contains {way}"
         )
     if recipe.loss.validity != "off":
         drafter.attach_validity(ValidityHead(drafter.config.hidden_size).to(drafter.device))
@@ -220,70 +231,3 @@ def _take_steps(trainer: CheckpointedTrainer, drafter: Drafter, newest: Path | N
     with interrupt.watching():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     trainer.load_best()
-
-
-def _finish(
-    folder: Path,
-    drafter: Drafter,
-    target: Target,
-    trainer: CheckpointedTrainer,
-    dataset: ResponseDataset,
-    validation: ResponseDataset,
-    recipe: Recipe,
-    run: Mapping[str, Any],
-    memory: PeakMemory,
-) -> None:
-    """Calibrate the drafter and write it with what it was made from."""
-    sha256 = run.get(OBJECTIVE_SHA256)
-    objective = {"objective": recipe.loss.objective} | ({"objective_sha256": sha256} if sha256 else {})
-    temperature = fit_confidence_temperature(drafter, target, validation)
-    record = _record(target, trainer, validation, recipe)
-    drafter.config.dpace = {"confidence_temperature": temperature, **objective, **record}
-    provenance = {**_provenance(target, trainer, dataset), **objective, "peak_memory_bytes": memory.bytes}
-    if drafter.validity is not None:
-        provenance["reliability"] = measure_reliability(drafter, target, validation)
-    _write_folder(folder, drafter, trainer, provenance)
-
-
-def _write_folder(folder: Path, drafter: Drafter, trainer: CheckpointedTrainer, provenance: dict[str, Any]) -> None:
-    """Write the finished drafter; `provenance.json`, which says that it is finished, comes last."""
-    with room_for("the drafter", folder):
-        drafter.save_pretrained(folder)
-        trainer.write_state(folder / STATE)
-        write_json(folder / "provenance.json", provenance, indent=2)
-
-
-def _record(target: Target, trainer: CheckpointedTrainer, validation: ResponseDataset, recipe: Recipe) -> dict:
-    """Give what the drafter's config records: what it was trained for, and its tau.
-
-    `dpace doctor` compares with it; engines ignore it.
-    """
-    record = {
-        "target": target.short_name,
-        "dtype": str(target.model.dtype).removeprefix("torch."),
-        "thinking": recipe.thinking,
-        **tokenizer_hashes(target),
-    }
-    measured = [entry for entry in trainer.state.log_history if "eval_tau" in entry]
-    if measured:
-        best = max(measured, key=lambda entry: entry["eval_tau"])
-        record |= {
-            "tau": best["eval_tau"],
-            "tau_interval": [defined(best["eval_tau_low"]), defined(best["eval_tau_high"])],
-            "tau_responses": validation.ids,
-        }
-    return record
-
-
-def _provenance(target: Target, trainer: CheckpointedTrainer, dataset: ResponseDataset) -> dict:
-    """Give what a drafter was made from, for `provenance.json`."""
-    return {
-        "target": target.name,
-        "target_revision": getattr(target.model.config, "_commit_hash", None),
-        "conversations": len(dataset),
-        "conversations_without_anchor": dataset.num_skipped,
-        "steps": trainer.state.global_step,
-        "best_eval_tau": trainer.state.best_metric,
-        "hardware": vars(find_hardware(target.device)),
-        "versions": vars(find_versions()),
-    }

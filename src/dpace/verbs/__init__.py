@@ -11,7 +11,7 @@ def load_target(config: Any, dtype: str | None = None):
     """Find and load the target that a verb's options name.
 
     Args:
-        config: has `target` and, where the verb has these options, `dtype`, `device` and `thinking`.
+        config: has `target` and, where the verb has these options, `dtype`, `device`, `device_map` and `thinking`.
         dtype: replaces the option of that name.
     """
     if Path(config.target).is_dir() and not (Path(config.target) / "config.json").exists():
@@ -26,17 +26,6 @@ def load_target(config: Any, dtype: str | None = None):
         find_target(config.target),
         dtype=None if name == "auto" else getattr(torch, name),
         device=getattr(config, "device", "auto"),
+        device_map=getattr(config, "device_map", None),
         thinking=getattr(config, "thinking", False),
     )
-
-
-def check_folder(option: str, name: str) -> None:
-    """Refuse a folder that does not exist, before a model is loaded.
-
-    Args:
-        option: name of the option, for the message.
-        name: what the user gave.
-    """
-    if not Path(name).is_dir():
-        kind = "a file" if Path(name).is_file() else "missing"
-        raise ValueError(f"--{option} {name} is {kind}, expected a folder; name a folder that exists")

@@ -14,6 +14,7 @@ def run(args: list[str]) -> None:
     from dpace.data.prompts import split_prompts
     from dpace.data.public_sets import read_sets
     from dpace.drafter import load_drafter
+    from dpace.locate import find_drafter
     from dpace.measure.benchmark import bench
     from dpace.report.tables import console, drafters_table, predictions_table, results_table, slots_table
 
@@ -28,13 +29,15 @@ def run(args: list[str]) -> None:
             f"--bench.plain-server {recipe.bench.plain_server} has no server to be compared with; "
             "name the one with a drafter by --bench.server"
         )
-    target = load_target(recipe)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
-    drafters = {Path(folder).resolve().name: load_drafter(folder, target) for folder in folders}
-    if len(drafters) < len(folders):
+    found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]
+    named = {Path(one).resolve().name: path for one, path in zip(folders, found, strict=True)}
+    if len(named) < len(folders):
         raise ValueError(
             f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
         )
+    target = load_target(recipe)
+    drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
     with hold(recipe.output):
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     console().print(results_table(results), slots_table(results))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dpace.config import CheckConfig
 from dpace.flags import parse
-from dpace.verbs import check_folder, load_target
+from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
@@ -12,12 +12,13 @@ def run(args: list[str]) -> None:
     config = parse(CheckConfig, "check", args)
     from dpace.data.prompts import read_heldout
     from dpace.drafter import load_drafter
+    from dpace.locate import find_drafter
     from dpace.measure.check import check
     from dpace.measure.own_text import check_responses, read_greedy
     from dpace.report.tables import check_table, console
 
     prompts = read_heldout(config.prompts)
-    check_folder("drafter", config.drafter)
+    folder = find_drafter(config.drafter)
     responses, meta = read_greedy(config.responses) if config.responses else ([], {})
     answered_in = meta.get("dtype", "").removeprefix("torch.")
     if responses and answered_in not in config.dtypes:
@@ -28,7 +29,7 @@ def run(args: list[str]) -> None:
     failed = []
     for dtype in config.dtypes:
         target = load_target(config, dtype)
-        findings = check(target, load_drafter(config.drafter, target), prompts, config)
+        findings = check(target, load_drafter(folder, target), prompts, config)
         if responses and dtype == answered_in:
             findings += check_responses(target, responses, meta)
         console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))

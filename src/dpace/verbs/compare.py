@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpace.config import CompareConfig
-from dpace.flags import PROMPT, command, parse
+from dpace.flags import PROMPT, command, given_options, parse
 from dpace.verbs import load_target
 
 
@@ -11,10 +11,12 @@ def run(args: list[str]) -> None:
     """Run `dpace compare`."""
     config = parse(CompareConfig, "compare", args)
     from dpace.compare import compare, make_recipes
+    from dpace.engines.initial import start_from
     from dpace.report.tables import compare_table, console
 
     make_recipes(config)  # refuses an unknown objective before the target is loaded
-    results = compare(load_target(config), config)
+    config, init = start_from(config, given_options(CompareConfig, "compare", args))
+    results = compare(load_target(config), config, init)
     console().print(compare_table(results))
     output = Path(config.output)
     print(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dpace.config import Engine
+from dpace.config import DeviceMap, Engine
 from dpace.flags import command, first_as, parse
 from dpace.verbs import load_target
 
@@ -13,10 +13,12 @@ def run(args: list[str]) -> None:
     from dpace.engines.doctor import diagnose
     from dpace.engines.run_checks import RUN_CHECKS
     from dpace.engines.serving import serve_command
+    from dpace.locate import find_drafter
     from dpace.report.tables import console, doctor_table
 
+    folder = find_drafter(config.drafter)
     target = load_target(config)
-    diagnoses = diagnose(config.drafter, target, engine=config.engine, responses=config.responses)
+    diagnoses = diagnose(folder, target, engine=config.engine, responses=config.responses)
     measured = {check.name for check in RUN_CHECKS}
     shown = [d for d in diagnoses if d.result != "passes" or d.check in measured]
     console().print(doctor_table(shown, f"{config.drafter} for {target.short_name}"))
@@ -43,12 +45,14 @@ class DoctorConfig:
     """
 
     drafter: str
-    """Folder of the drafter; given first, or with this flag."""
+    """Folder or Hub id of the drafter; given first, or with this flag."""
     target: str
     """Folder or Hub id of the target."""
     engine: Engine | None = None
     """Engine that will serve the drafter; its start command is printed, set to draft whole blocks."""
     responses: str | None = None
     """responses.jsonl to measure tau on; by default, the one in the drafter's folder or in the two above it."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     thinking: bool = False
     """Turn thinking on, for chat templates that offer it; set it as it will be when serving."""

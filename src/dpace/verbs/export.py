@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dpace.config import Format
+from dpace.config import DeviceMap, Format
 from dpace.flags import first_as, parse
 from dpace.verbs import load_target
 
@@ -16,12 +16,14 @@ def run(args: list[str]) -> None:
     from dpace.data.chat import encode_chat
     from dpace.data.prompts import first_of_each_set, read_heldout
     from dpace.engines.export import export, push
+    from dpace.locate import find_drafter
 
+    folder = find_drafter(config.drafter)
     target = load_target(config, "auto")
     chosen = first_of_each_set(read_heldout(config.prompts), config.num_prompts)
     prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
     done = export(
-        config.drafter,
+        folder,
         target,
         to=config.to,
         output=config.output,
@@ -55,7 +57,7 @@ class ExportConfig:
     """
 
     drafter: str
-    """Folder of the drafter; given first, or with this flag."""
+    """Folder or Hub id of the drafter; given first, or with this flag."""
     target: str
     """Folder or Hub id of the target, which the model card and the config of speculators name too."""
     to: Format
@@ -66,6 +68,8 @@ class ExportConfig:
     """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     license: str = "other"
     """License of the weights for the model card, by the Hub's short name, such as apache-2.0."""
     prompts: str = "demo"

@@ -4,10 +4,10 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from dpace.config import DraftConfidence, Dtype, SamplingConfig, VerifyRule
+from dpace.config import DeviceMap, DraftConfidence, Dtype, SamplingConfig, VerifyRule
 from dpace.flags import command, parse
 from dpace.progress import show
-from dpace.verbs import check_folder, load_target
+from dpace.verbs import load_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +19,15 @@ class GenerateConfig(SamplingConfig):
     prompt: str | None = None
     """Text to answer, or FILE.jsonl#ID for a prompt of a file (demo#ID: the demo's); --stream without it is a chat."""
     drafter: str | None = None
-    """Folder of the drafter; the target decodes alone without it."""
+    """Folder or Hub id of the drafter; the target decodes alone without it."""
     stream: bool = False
     """Show the text while it is written; needs a drafter."""
     thinking: bool = False
     """Turn thinking on, for chat templates that offer it."""
     dtype: Dtype = "auto"
     """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     width: Literal["auto", "full"] = "auto"
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
     confidence: DraftConfidence = "softmax"
@@ -55,14 +57,14 @@ def run(args: list[str]) -> None:
     from dpace.data.prompts import find_prompt
     from dpace.decode import generate, generate_batch, generate_plain
     from dpace.drafter import load_drafter
+    from dpace.locate import find_drafter
 
     messages = find_prompt(config.prompt) if config.prompt else []
-    if config.drafter is not None:
-        check_folder("drafter", config.drafter)
+    folder = None if config.drafter is None else find_drafter(config.drafter)
     target = load_target(config)
     options: Any = {field.name: getattr(config, field.name) for field in fields(SamplingConfig)}
     speculative: Any = {"width": config.width, "verify_rule": config.verify_rule}
-    drafter = load_drafter(config.drafter, target, confidence=config.confidence) if config.drafter else None
+    drafter = load_drafter(folder, target, confidence=config.confidence) if folder else None
     if config.stream and drafter:
         return _chat(target, drafter, messages, {**options, **speculative})
     token_ids = encode_chat(target, messages)

@@ -10,10 +10,11 @@ def run(args: list[str]) -> None:
     config = parse(ImportConfig, "import", first_as("source", args))
     from dpace.engines.export import import_drafter
     from dpace.engines.speculators import verifier_name
-    from dpace.locate import find_target
+    from dpace.locate import find_drafter, find_target
 
-    name = config.target or verifier_name(config.source)
-    drafter = import_drafter(config.source, config.output, target=find_target(name) if name else None)
+    source = find_drafter(config.source, "--source")
+    name = config.target or verifier_name(source)
+    drafter = import_drafter(source, config.output, target=find_target(name) if name else None)
     layers = ", ".join(map(str, drafter.target_layer_ids))
     print(f"blocks of {drafter.block_size}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
     print(f"written: {config.output}")
@@ -28,7 +29,7 @@ class ImportConfig:
     """
 
     source: str
-    """Folder of z-lab, SpecForge or speculators, or a GGUF file in f32, f16 or bf16; given first, or with this flag."""
+    """Folder or Hub id of z-lab, SpecForge or speculators, or a GGUF file (f32, f16, bf16); given first, or by flag."""
     output: str
     """Folder that the drafter is written to."""
     target: str | None = None

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import command, next_command, parse
+from dpace.flags import command, given_options, next_command, parse
 from dpace.verbs import load_target
 
 
@@ -16,9 +16,11 @@ def run(args: list[str]) -> None:
 
     from dpace.data.corpus import load_corpus
     from dpace.data.run_meta import read_meta
+    from dpace.engines.initial import start_from
     from dpace.objective import make_weigh
     from dpace.train.identity import (
         data_of,
+        init_of,
         refuse_other_answers,
         refuse_other_run,
         refuse_unfinished_answers,
@@ -37,15 +39,17 @@ def run(args: list[str]) -> None:
     answered, validation = load_corpus(path, recipe.prompts)
     if not len(answered):
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
-    datasets = choose_conversations(answered, validation, recipe)
-    refuse_other_run(folder, {**settings_of(recipe), **data_of(*datasets), "thinking": recipe.thinking})
+    settled, init = start_from(recipe, given_options(Recipe, "train", args))
+    datasets = choose_conversations(answered, validation, settled)
+    facts = {**settings_of(settled), **data_of(*datasets), **init_of(init), "thinking": recipe.thinking}
+    refuse_other_run(folder, facts)
     target = load_target(recipe)
     facts = target_of(target)
     refuse_other_answers(meta, facts, path, respond)
     refuse_other_run(folder, facts)
     try:
-        keep_features(target, *datasets, recipe)
-        train(target, *datasets, recipe, folder)
+        keep_features(target, *datasets, settled)
+        train(target, *datasets, settled, folder, init=init)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"checkpoints in {folder / 'checkpoints'}; go on with: {command('train', *args)}", file=sys.stderr)

@@ -1,0 +1,61 @@
+"""The drafter that a training starts from, and the settings that follow from it."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TypeVar
+
+from dpace.config import Recipe
+from dpace.drafter import Drafter
+from dpace.engines.export import count_layers, read_drafter
+from dpace.locate import find_drafter, find_target
+from dpace.spec import DrafterSpec
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Drafter | None]:
+    """Read the drafter that `drafter.init` names, and give the recipe its size, layers and mask token.
+
+    Args:
+        recipe: names the drafter: a folder of z-lab, SpecForge, speculators or dpace, a GGUF file, or a Hub id.
+        given: options that the user set, as `flags.given_options` names them.
+
+    Returns:
+        The recipe and the drafter, in the precision of its files; the recipe as it is and None without `drafter.init`.
+
+    Raises:
+        ValueError: an option that contradicts the drafter; or see `find_drafter` and `read_drafter`.
+    """
+    name = recipe.drafter.init
+    if name is None:
+        return recipe, None
+    path = find_drafter(name, "--drafter.init")
+    init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
+    own = _options_of(init.spec)
+    for option, value in own.items():
+        found = getattr(recipe.drafter, option)
+        if f"drafter.{option}" in given and found not in (None, value):
+            _refuse(option, found, f"{name} has {_words(value)}")
+    if "drafter.norm_scale" in given:
+        _refuse("norm_scale", recipe.drafter.norm_scale, f"the final norm of {name} is trained")
+    return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init
+
+
+def _options_of(spec: DrafterSpec) -> dict[str, object]:
+    """Give the options of a drafter's size that its spec fixes."""
+    return {
+        "num_layers": spec.num_layers,
+        "block_size": spec.block_size,
+        "num_features": len(spec.target_layer_ids),
+        "target_layer_ids": spec.target_layer_ids,
+        "mask_token_id": spec.mask_token_id,
+    }
+
+
+def _refuse(option: str, found: object, reason: str) -> None:
+    flag = f"--drafter.{option.replace('_', '-')}"
+    raise ValueError(f"{flag} is {_words(found)}, but {reason}; leave {flag} out, or train without --drafter.init")
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
