@@ -26,6 +26,16 @@ test: setup  ## run the tests (ARGS='-m slow' for the ones on the real model)
 	$(BIN)/pytest -q $(ARGS)
 
 check: setup  ## lint, format check and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/hadolint docker/*
 
-.PHONY: help setup demo test check
+$(BIN)/.docs: $(BIN)/.installed
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@
+
+docs: $(BIN)/.docs  ## build the pages as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+package: setup  ## build the source archive and the wheel: dist/
+	$(BIN)/python -m hatchling build
+
+.PHONY: help setup demo test check docs package

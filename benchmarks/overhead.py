@@ -13,8 +13,6 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from dpace.flags import read_recipe
 from dpace.locate import find_target
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.objective import make_weigh
+from dpace.recipes import RECIPES
 from dpace.target import Target
 from dpace.train.optimizer import MuonAdamW
 from dpace.views import blocks_hidden
@@ -38,7 +37,7 @@ NUM_TOKENS, NUM_PROMPT_TOKENS = 260, 180
 
 def main(rounds: int) -> None:
     torch.manual_seed(0)
-    recipe = read_recipe(Path(str(files("dpace") / "demo" / "cpu.yaml")))
+    recipe = read_recipe(RECIPES["demo-cpu"])
     target, config = Target.load(find_target(recipe.target)), recipe.train
     drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
     spans = [[NUM_PROMPT_TOKENS, NUM_TOKENS]]

@@ -3,7 +3,7 @@
     python benchmarks/paper.py OUT --prompts prompts.jsonl     # Qwen3-4B, at full size
     python benchmarks/paper.py OUT --small --data-dir DIR      # SmolLM2 on two CPU cores, within an hour
 
-Trains what recipes/qwen3-4b-3l.yaml and -5l.yaml say, with each objective, and measures every drafter on all sets.
+Trains what the recipes qwen3-4b-3l and -5l say, with each objective, and measures every drafter on all sets.
 `--small` keeps everything but the sizes: the target, the number of training prompts and steps, blocks of 8, answers of
 128 tokens, and 8 prompts of each set. DIR holds the six sets as NAME.jsonl and training prompts as NAME_train.jsonl. A
 run that ended goes on where it was.
@@ -29,12 +29,12 @@ from dpace.locate import TARGET_ID, find_target
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults
 from dpace.measure.rows import Row
+from dpace.recipes import RECIPES
 from dpace.report.tables import console, results_table
 from dpace.target import Target
 from dpace.train.identity import target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 DEPTHS = (3, 5)
 OBJECTIVES = ("dflash", "dpace")
 PUBLISHED = {
@@ -174,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.prompts and not options.data_dir:
         parser.error("there are no training prompts: give --prompts FILE or --data-dir DIR")
-    recipes = {depth: read_recipe(RECIPES / f"qwen3-4b-{depth}l.yaml") for depth in DEPTHS}
+    recipes = {depth: read_recipe(RECIPES[f"qwen3-4b-{depth}l"]) for depth in DEPTHS}
     if options.small:
         recipes = {depth: small(recipe) for depth, recipe in recipes.items()}
     first = recipes[DEPTHS[0]]

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import dpace
+from dpace.recipes import RECIPES
+
 VERBS = {
     "demo": "train a drafter for a real LLM on this machine and show what it gains",
     "data": "show the data that a drafter is trained on, and what is left out and why",
@@ -33,7 +36,9 @@ USAGE = "\n".join(
         "",
         *(f"  {verb:<9} {text}" for verb, text in VERBS.items()),
         "",
-        "A recipe is a YAML file of options; command-line flags override it. `dpace VERB --help` lists the options.",
+        "A recipe is a YAML file of options, or the name of one that comes with dpace; command-line flags override it.",
+        f"Names: {', '.join(RECIPES)}.",
+        "`dpace VERB --help` lists the options; `dpace --version` prints the version.",
         "",
     ]
 )
@@ -55,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--version"]:
+        print(f"dpace {dpace.__version__}")
+        return 0
     if not argv or argv[0] not in VERBS:
         is_help = bool(argv) and argv[0] in ("-h", "--help")
         unknown = f"unknown verb {ascii(argv[0])}; choose one of those below\n\n" if argv and not is_help else ""

@@ -3,15 +3,17 @@
 import contextlib
 import io
 import os
+import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from dpace.config import Recipe
 from dpace.ledger import write_text
 from dpace.ranges import UsageError, check_ranges
+from dpace.recipes import RECIPES
 
 RECIPE_ENDS = (".yaml", ".yml")
 PROMPT = "Why is the sky blue?"
@@ -21,15 +23,30 @@ PROMPT = "Why is the sky blue?"
 def parse(config_class, verb: str, args: list[str]):
     """Read a verb's options from a recipe, which may stand first, and flags that override it.
 
+    The recipe is a YAML file, or the name of one that comes with dpace.
+
     Raises:
-        UsageError: an unknown flag, or a value of another type.
+        UsageError: an unknown flag, a value of another type, or an unknown name of a recipe.
         ValueError: a recipe that cannot be read, or a value outside its range.
     """
-    recipe = []
-    if args and args[0].endswith(RECIPE_ENDS):
-        recipe, args = recipe_flags(args[0], config_class), args[1:]
+    recipe, path = [], _recipe_path(args, config_class)
+    if path is not None:
+        recipe, args = recipe_flags(path, config_class), args[1:]
     own = [_with_group(config_class, verb, arg) for arg in args]
     return _read_flags(config_class, [*recipe, *own], verb)
+
+
+def _recipe_path(args: list[str], config_class: type) -> str | Path | None:
+    """Find the recipe that stands first; None where flags begin at once."""
+    if not args or args[0].startswith("-"):
+        return None
+    if args[0].endswith(RECIPE_ENDS):
+        return args[0]
+    if not issubclass(config_class, Recipe):
+        return None
+    if args[0] not in RECIPES:
+        raise UsageError(f"there is no recipe named {args[0]!r}; name a YAML file, or one of {', '.join(RECIPES)}")
+    return RECIPES[args[0]]
 
 
 def _read_flags(config_class, args: list[str], verb: str):
@@ -43,7 +60,7 @@ def _read_flags(config_class, args: list[str], verb: str):
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise UsageError(_one_line(said.getvalue(), verb)) from end
+        raise UsageError(_one_line(said.getvalue(), verb, config_class)) from end
     check_ranges(config)
     return config
 
@@ -63,7 +80,7 @@ def _wide(is_wide: bool) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _one_line(said: str, verb: str) -> str:
+def _one_line(said: str, verb: str, config_class: type) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant."""
     sections: list[list[str]] = [[]]
     for line in said.splitlines():
@@ -76,8 +93,32 @@ def _one_line(said: str, verb: str) -> str:
         found = found[1:]
     words = " ".join(found[0]).removesuffix(".") if found else "the flags cannot be read"
     meant = next((line.split()[0] for section in found[1:] for line in section if line.startswith("--")), "")
+    meant = _abbreviated(words, verb, config_class) or meant
     hint = f"did you mean {meant}? " if meant and meant not in words else ""
     return f"{words}; {hint}`dpace {verb} --help` lists the options"
+
+
+def _abbreviated(words: str, verb: str, config_class: type) -> str:
+    """Find the option whose initials an unknown one has, such as --lr; empty where there is none."""
+    unknown = re.match(r"Unrecognized options: --(?:([\w-]+)\.)?([a-z]+)\b", words)
+    if not unknown:
+        return ""
+    paths = [path.rpartition(".") for path in _option_names(config_class)]
+    paths.sort(key=lambda path: path[0] != (unknown[1] or verb))
+    fits = (f"--{group}{dot}{name}" for group, dot, name in paths if _initials(name) == unknown[2])
+    return next(fits, "")
+
+
+def _initials(name: str) -> str:
+    """Give the first letters of an option's words."""
+    return "".join(word[0] for word in name.split("-"))
+
+
+def _option_names(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Yield the names of all options as flags have them, those of groups behind the group's name."""
+    for name, kind in get_type_hints(config_class).items():
+        path = f"{prefix}{name}".replace("_", "-")
+        yield from _option_names(kind, f"{path}.") if is_dataclass(kind) and isinstance(kind, type) else [path]
 
 
 def _with_group(config_class, verb: str, arg: str) -> str:
@@ -96,9 +137,9 @@ def given_options(config_class, verb: str, args: list[str]) -> set[str]:
 
     Its arguments are those of `parse`.
     """
-    is_recipe = bool(args) and args[0].endswith(RECIPE_ENDS)
-    flags = recipe_flags(args[0], config_class) if is_recipe else []
-    flags += [_with_group(config_class, verb, arg) for arg in args[is_recipe:]]
+    path = _recipe_path(args, config_class)
+    flags = recipe_flags(path, config_class) if path is not None else []
+    flags += [_with_group(config_class, verb, arg) for arg in args[path is not None :]]
     return {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
 
 
@@ -133,9 +174,9 @@ def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
         recipe: the settings of this run.
         args: the arguments that they were parsed from.
     """
-    path = args[:1] if args and args[0].endswith(RECIPE_ENDS) else []
-    base = read_recipe(path[0]) if path else Recipe()
-    return command(verb, *path, *_flags(_changes(asdict(recipe), asdict(base)), ""))
+    path = _recipe_path(args, Recipe)
+    base = read_recipe(path) if path else Recipe()
+    return command(verb, *(args[:1] if path else []), *_flags(_changes(asdict(recipe), asdict(base)), ""))
 
 
 def _changes(values: dict, base: dict) -> dict:

@@ -1,24 +1,55 @@
+import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+import dpace
 from dpace.cli import main
 from dpace.config import BenchConfig, Recipe, TrainConfig
-from dpace.flags import command, next_command, parse, read_recipe, write_recipe
+from dpace.flags import UsageError, command, next_command, parse, read_recipe, write_recipe
+from dpace.recipes import RECIPES
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_parse_and_are_found_by_name(name, capsys):
+    recipe = read_recipe(RECIPES[name])
+    assert recipe != Recipe()
+    assert parse(Recipe, "train", [name]) == recipe
+    changed = parse(Recipe, "train", [name, "--train.seed", "7"])
+    assert next_command("bench", changed, [name]) == f"dpace bench {name} --train.seed 7"
+    assert main(["--help"]) == 0 and name in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
-def test_recipes_parse(path):
-    assert read_recipe(path) != Recipe()
+def test_a_recipe_of_no_name_is_refused():
+    with pytest.raises(UsageError, match="no recipe named 'qwen3-4b'; .*qwen3-4b-3l"):
+        parse(Recipe, "train", ["qwen3-4b"])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--lr", "--train.learning-rate"),
+        ("--train.bs", "--train.batch-size"),
+        ("--learning-rat", "--train.learning-rate"),
+        ("--epochs", "--train.num-epochs"),
+        ("--qqq", None),
+    ],
+)
+def test_a_near_miss_suggests_the_option(given, meant):
+    with pytest.raises(UsageError, match=given) as caught:
+        parse(Recipe, "train", [given, "3"])
+    assert re.findall(r"did you mean (\S+)\?", str(caught.value)) == ([meant] if meant else [])
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dpace {dpace.__version__}\n"
 
 
 def test_a_written_recipe_reads_back(tmp_path):
-    recipe = read_recipe(RECIPES[0])
+    recipe = read_recipe(RECIPES["demo-cpu"])
     write_recipe(recipe, tmp_path / "r.yaml")
     assert read_recipe(tmp_path / "r.yaml") == recipe
 

@@ -431,6 +431,7 @@ def test_the_card_has_measured_rows_of_these_weights_only(
         and '"num_speculative_tokens": 5' in text
         and "not run by us" in text
     )
+    assert re.search(r"^\| dpace \| language \| 0 \| 1 \| too few prompts to tell \|", text, flags=re.MULTILINE)
     assert str(tmp_path) not in card
     path = export(
         source,

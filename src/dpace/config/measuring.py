@@ -25,7 +25,7 @@ class BenchConfig:
     widths: tuple[Width, ...] = ("full", "auto")
     """Verification lengths to measure.
     full: whole drafts, as tau is defined. auto: as `dpace generate`, the number of drafted or copied tokens that is
-    fastest on this machine. An integer: that number of draft tokens."""
+    fastest on this machine. An integer: that number of tokens, the known one included."""
     predict: bool = False
     """Also predict the speedup at each verification length and concurrency, and check it on a few prompts."""
     server: str | None = None

@@ -12,7 +12,8 @@ from dpace.config.training import DrafterConfig, LossConfig, TrainConfig
 class Recipe:
     """All settings, from prompts to a measured drafter.
 
-    A recipe is a YAML file of options; command-line flags override it.
+    A recipe is a YAML file of options, or the name of one that comes with dpace (`dpace --help` lists them);
+    command-line flags override it.
     """
 
     target: str = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,11 +1,10 @@
 """Options of the demo, and the recipe that follows from them."""
 
 from dataclasses import dataclass, replace
-from importlib.resources import files
-from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.flags import read_recipe
+from dpace.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class DemoConfig:
 
 
 def demo_recipe(config: DemoConfig) -> Recipe:
-    """Read the recipe that the demo runs, `recipes/demo-cpu.yaml`, and shorten it for `quick`."""
-    recipe = read_recipe(Path(str(files("dpace") / "demo" / "cpu.yaml")))
+    """Read the recipe that the demo runs, `demo-cpu`, and shorten it for `quick`."""
+    recipe = read_recipe(RECIPES["demo-cpu"])
     output = config.output or ("dpace-demo-quick" if config.quick else recipe.output)
     recipe = replace(recipe, output=output, target=config.target or recipe.target)
     if config.prompts:

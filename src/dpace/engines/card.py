@@ -9,11 +9,13 @@ import yaml
 
 from dpace.config import Format
 from dpace.drafter import Drafter
+from dpace.engines.best_lengths import Advice, best_lengths, served_lengths
 from dpace.engines.folder import mapping, read_recipe
 from dpace.engines.serving import card_sections
 from dpace.ledger import write_text
 from dpace.loading import fingerprint
-from dpace.measure.results import BenchResults, read_results
+from dpace.measure.results import RESULT_FILES, BenchResults, Results, ServerResults, read_results
+from dpace.measure.rows import Row
 from dpace.report.markdown import as_code, as_markdown
 from dpace.report.tables import copied_note, with_interval
 from dpace.spec import DrafterSpec
@@ -92,22 +94,53 @@ def _facts(spec: DrafterSpec, target: str, weights: str) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 
-def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
-    """Write the table of rows that were measured with these weights."""
-    path = source.parent / "results.json"
+def _read(path: Path) -> Results | None:
+    """Read results; None where there are none that can be read."""
     if not path.exists():
-        return []
+        return None
     try:
-        results = read_results(path)
+        return read_results(path)
     except (ValueError, OSError) as error:  # another program's file, or another version's
-        print(f"the model card has no measured numbers: {error}", file=sys.stderr)
+        print(f"the model card has no measured numbers of {path.name}: {error}", file=sys.stderr)
+        return None
+
+
+def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
+    """Write what was measured with these weights, and the verification lengths to serve with."""
+    results, served = (_read(source.parent / name) for name in RESULT_FILES)
+    sections, advice = [], []
+    if isinstance(results, BenchResults):
+        weights = fingerprint(drafter)
+        names = [name for name, found in results.drafters.items() if found == weights]
+        rows = [row for row in results.rows if row.drafter in names]
+        if rows:
+            sections, advice = _measured(results, rows, dtype), list(best_lengths(results, names))
+    if isinstance(served, ServerResults):
+        advice += served_lengths(served)
+    return [*sections, *_advice(advice, isinstance(served, ServerResults))]
+
+
+def _advice(advice: list[Advice], is_served: bool) -> list[str]:
+    """Write the table of the best verification lengths."""
+    if not advice:
         return []
-    if not isinstance(results, BenchResults):
-        return []
-    weights = fingerprint(drafter)
-    rows = [row for row in results.rows if results.drafters.get(row.drafter) == weights]
-    if not rows:
-        return []
+    said = (
+        "The best verification length is the number of tokens that the target checks in one pass: the known one and "
+        "the draft tokens. `auto` chooses it at each step. `no gain`: decode without this drafter there."
+    )
+    if is_served:
+        said += " Rows of servers are from `servers.json`: a server does not say which weights it drafts with."
+    head = "| engine | set | T | at once | best verification length | decode_speedup |\n|---|---|---|---|---|---|"
+    lines = [
+        f"| {line.engine} | {as_markdown(line.set)} | {line.temperature:g} | {line.concurrency} | {line.best} | "
+        f"{line.speedup} |"
+        for line in advice
+    ]
+    return ["## Verification length", said, "\n".join([head, *lines])]
+
+
+def _measured(results: BenchResults, rows: list[Row], dtype: str) -> list[str]:
+    """Write the table of rows that were measured with these weights."""
     lines = [
         f"| {as_markdown(row.set)} | {row.temperature:g} | {row.width} | {with_interval(row.tau, row.tau_interval)} | "
         f"{with_interval(row.decode_speedup, row.decode_speedup_interval)} | {row.num_same_text}/{row.num_responses} |"

@@ -75,7 +75,7 @@ ENGINES: dict[Engine, Serving] = {
     "sglang": Serving(
         _slots,
         _sglang,
-        """**SGLang** (not run by us: it needs a GPU)
+        """**SGLang** (not run by us)
 
 ```bash
 {command}
@@ -115,7 +115,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     ),
     "zlab": Serving(_slots, _zlab, ""),
 }
-"""Source: the engines' own documentation; docs/engines.md says which were run."""
+"""Source: the engines' own documentation; docs/results-engines.md says which were run."""
 
 CARD_ENGINES: dict[Format, tuple[Engine, ...]] = {"speculators": ("vllm",), "gguf": ("llamacpp",)}
 """Engines that a model card has commands for; those of the published layout for all other formats."""

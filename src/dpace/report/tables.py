@@ -156,10 +156,17 @@ def prediction_cells(prediction: Prediction) -> list[str]:
         f"{value:.2f}" + ("" if found is None else f" ({found:.2f})")
         for value, found in zip(speedups, measured, strict=True)
     ]
-    best = max(range(len(speedups)), key=speedups.__getitem__)
-    advice = f"width {prediction.widths[best]}" if speedups[best] > 1 else "do not use"
+    width, _ = prediction_advice(prediction)
+    advice = "do not use" if width is None else f"width {width}"
     start = [prediction.set, f"{prediction.temperature:g}", prediction.drafter, str(prediction.concurrency)]
     return [*start, *numbers, advice]
+
+
+def prediction_advice(prediction: Prediction) -> tuple[int | None, float]:
+    """Give the width that is predicted to be fastest, None where no width gains; and its decode_speedup."""
+    best = max(range(len(prediction.speedups)), key=prediction.speedups.__getitem__)
+    speedup = prediction.speedups[best]
+    return (prediction.widths[best] if speedup > 1 else None), speedup
 
 
 def servers_table(results: ServerResults) -> Table:

@@ -1,0 +1,52 @@
+"""The notebook runs, and what the examples for clusters start is understood."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpace.config import Recipe, RespondConfig
+from dpace.flags import parse
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTEBOOK = EXAMPLES / "demo.ipynb"
+
+
+def test_the_notebook_is_clean_and_its_imports_exist():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    for node in ast.walk(ast.parse("\n".join(cell["source"] for cell in cells))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dpace"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_notebook_runs(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "lossless" in said and re.search(r"^tau \d", said, flags=re.MULTILINE)
+
+
+@pytest.mark.xfail(not hasattr(RespondConfig(), "server"), reason="no --respond.server yet", strict=True)
+@pytest.mark.parametrize("name", ["cluster/train.sbatch", "cluster/sky.yaml"])
+def test_what_a_cluster_starts_is_understood(name):
+    """Its dpace commands have verbs and flags that exist."""
+    text = (EXAMPLES / name).read_text()
+    if name.endswith(".yaml"):
+        text = "\n".join(task["run"] for task in yaml.safe_load_all(text) if "run" in task)
+    text = re.sub(r"^\s*#.*$", "", text.replace("\\\n", " "), flags=re.MULTILINE)
+    commands = re.findall(r"(?:dpace\.cli|\bdpace) (respond|train) (.*)", text)
+    assert [verb for verb, _ in commands] == ["respond", "train"]
+    for verb, rest in commands:
+        words = shlex.split(rest.replace('"${URLS[@]}"', "http://a:1 http://b:1"))
+        assert words[0] == "$RECIPE"
+        parse(Recipe, verb, words[1:])
