@@ -15,6 +15,7 @@ from dpace.drafter import Drafter, load_drafter
 from dpace.ledger import claim, hold
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.pooling import pool_seeds
 from dpace.measure.results import (
     HELDOUT_FILE,
     CompareResults,
@@ -25,8 +26,7 @@ from dpace.measure.results import (
     write_heldout,
     write_results,
 )
-from dpace.measure.rows import ComparedRow, defined, estimate_of, interval_of
-from dpace.metrics import Acceptance, tau_gain
+from dpace.measure.rows import ComparedRow
 from dpace.objective import make_weigh, with_objective
 from dpace.report.plots import plot_acceptance
 from dpace.report.training_plots import plot_tau, plot_weights
@@ -183,38 +183,9 @@ def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str)
                 f"{cells[names[0], seeds[0]].parent.parent}, and the same command measures all again"
             )
         by_seed = {name: [known[name, seed] for seed in seeds] for name in names}
-        of_set = [_make_row(set_name, name, len(ids), by_seed[name], by_seed[baseline], costs[name]) for name in names]
+        of_set = [pool_seeds(set_name, name, len(ids), by_seed[name], by_seed[baseline], costs[name]) for name in names]
         rows += sorted(of_set, key=lambda row: -(row.tau or 0))
     return rows
-
-
-def _make_row(
-    set_name: str,
-    name: str,
-    num_prompts: int,
-    ours: Sequence[Acceptance],
-    theirs: Sequence[Acceptance],
-    costs: tuple[float | None, int | None],
-) -> ComparedRow:
-    """Pool the seeds of one objective, beside those of the baseline."""
-    pooled, step_seconds, peak_memory_bytes = Acceptance.pooled(ours), *costs
-    taus = [(defined(a.tau), defined(b.tau)) for a, b in zip(ours, theirs, strict=True)]
-    return ComparedRow(
-        set=set_name,
-        drafter=name,
-        temperature=0.0,
-        num_prompts=num_prompts,
-        block_size=pooled.block_size,
-        histogram=pooled.counts.tolist(),
-        tau=defined(pooled.tau),
-        tau_interval=interval_of(pooled.interval()),
-        tau_by_seed=[tau for tau, _ in taus],
-        reach_rate=pooled.reach_rate.tolist(),
-        gain=estimate_of(tau_gain(ours, theirs)),
-        gain_by_seed=[tau / base - 1 if tau and base else None for tau, base in taus],
-        step_seconds=step_seconds,
-        peak_memory_bytes=peak_memory_bytes,
-    )
 
 
 def _training_costs(folders: Sequence[Path]) -> tuple[float | None, int | None]:

@@ -11,8 +11,8 @@ from dpace.data.prompts import Prompt
 from dpace.demo.run import summary
 from dpace.measure.benchmark import bench
 from dpace.measure.results import read_log, read_results
+from dpace.report.cells import verdict
 from dpace.report.plots import plot_acceptance
-from dpace.report.tables import verdict
 from dpace.report.training_plots import plot_weights
 
 

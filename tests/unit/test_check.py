@@ -121,6 +121,7 @@ def test_p_values_are_uniform_where_nothing_is_wrong():
 
 
 def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     language_drafter.save_pretrained(tmp_path / "drafter")
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[50:52]))

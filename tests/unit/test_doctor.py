@@ -405,7 +405,8 @@ def test_no_value_of_the_config_stops_the_examination(folder, language_target):
             assert len(diagnose(folder, language_target)) > 50
 
 
-def test_the_verb(folder, language_folder, language_responses, capsys):
+def test_the_verb(folder, language_folder, language_responses, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     write_responses(folder, language_responses)
     flags = [str(folder), "--target", str(language_folder)]
     for engine, drafts in (("vllm", '"num_speculative_tokens": 5'), ("llamacpp", "--spec-draft-n-max 5")):

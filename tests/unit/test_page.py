@@ -10,10 +10,10 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.data.prompts import Prompt
 from dpace.measure.benchmark import bench
-from dpace.measure.results import CompareResults, read_results, write_results
+from dpace.measure.results import CompareResults, find_results, read_results, write_results
 from dpace.measure.rows import ComparedRow
-from dpace.report.page import read_folder, write_report
-from dpace.report.tables import copied_note
+from dpace.report.cells import copied_note
+from dpace.report.page import sections_of, write_report
 
 CHROMIUM = shutil.which("chromium")
 
@@ -35,7 +35,7 @@ def test_the_page_has_every_section(folder, tmp_path):
     text = page.read_text()
     titles = re.findall(r"<h[12]>(.*?)</h[12]>", text)
     assert titles == [
-        titles[0],
+        *titles[:2],
         "Speed",
         "Acceptance by slot",
         "Accepted lengths",
@@ -44,11 +44,13 @@ def test_the_page_has_every_section(folder, tmp_path):
         "Best and slowest responses",
         "Provenance",
     ]
-    assert text.count("<svg") == text.count("</svg>") == 4 and "<mark>" in text and "viewport" in text
+    assert text.count("<svg") == text.count("</svg>") == 4 * 2 and "<mark>" in text and "viewport" in text
+    assert len(set(re.findall('<svg[^>]* width="([^"]*)"', text))) == 1 and "prefers-color-scheme: dark" in text
+    assert "#5eed" not in text and re.search(r"Written on 20\d\d-\d\d-\d\d by <code>dpace report", text)
     assert "&lt;" in text and "<0>" not in text  # what prompts hold is text
     without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|rdf:resource="[^"]*"', "", text)
     assert not re.search(r'(src|href)="(?!data:|#)', without_names) and "url(http" not in without_names
-    assert markdown.read_text().count("## ") == len(titles)
+    assert len(re.findall("^#+ ", markdown.read_text(), re.MULTILINE)) == len(titles)
 
 
 def test_examples_are_the_responses(folder, language_target):
@@ -131,7 +133,7 @@ def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
     ]
     (tmp_path / "dpace" / "seed-0").mkdir(parents=True)
     (tmp_path / "dpace" / "seed-0" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    titles = [section.title for section in read_folder(tmp_path)]
+    titles = [section.title for results in find_results(tmp_path) for section in sections_of(results, tmp_path)]
     assert titles[0] == "Objectives, t" and {"Speed", "Training", "Weights over training"} <= set(titles)
 
 

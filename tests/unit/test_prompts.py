@@ -86,15 +86,15 @@ def test_demo_parts_share_no_text_and_no_value():
 
 
 def test_demo_files_are_what_the_script_writes(tmp_path):
-    make_prompts.main([str(tmp_path), "train", "heldout", "test"])
-    for part in ("train", "heldout"):
-        assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
-    test = {p.turns[-1][-1]["content"] for p in read_prompts(tmp_path / "test.jsonl")}
-    assert len(test) == 100
-    for part in ("train", "heldout"):
-        assert not test & {p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))}
+    make_prompts.main([str(tmp_path), "train", "heldout", "tuning"])
+    texts = {}
+    for part in ("train", "heldout", "tuning"):
+        texts[part] = {p.turns[-1][-1]["content"] for p in read_prompts(tmp_path / f"{part}.jsonl")}
+        if part != "tuning":
+            assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
+    assert len(texts["heldout"]) == 100 and not texts["heldout"] & (texts["train"] | texts["tuning"])
 
 
 def test_a_wrong_part_is_told(tmp_path):
-    with pytest.raises(SystemExit, match="train, heldout or test"):
+    with pytest.raises(SystemExit, match="train, heldout or tuning"):
         make_prompts.main([str(tmp_path), "all"])

@@ -11,8 +11,8 @@ from dpace.data.prompts import Prompt
 from dpace.measure.results import read_results
 from dpace.measure.server_engines import LlamacppServer, connect
 from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
-from dpace.report.page import read_folder
-from dpace.report.tables import with_interval
+from dpace.report.cells import with_interval
+from dpace.report.sections import servers
 
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""
@@ -149,11 +149,14 @@ def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, 
         sent = [body.get("prompt") or body["input_ids"] for _, body in server.bodies[1:]]  # the first is a warm-up
         assert sorted(sent) == sorted(encode_chat(chat, prompt.turns[0]) for prompt in prompts())
     assert read_results(tmp_path / "servers.json") == results
-    assert read_folder(tmp_path)[0].rows[1][:4] == ["s", "0", str(concurrency), row_text(row)]
+    shown, tau = shown_row(tmp_path), with_interval(row.tau, row.tau_interval)
+    assert [shown[name] for name in ("set", "T", "at once", "tau [95 %]")] == ["s", "0", str(concurrency), tau]
 
 
-def row_text(row):
-    return with_interval(row.tau, row.tau_interval)
+def shown_row(folder):
+    """The first row of the page's table, by heading."""
+    headings, row, *_ = servers(read_results(folder / "servers.json")).rows
+    return dict(zip(headings, row, strict=True))
 
 
 def test_another_text_is_found(start, chat, tmp_path):
@@ -191,13 +194,13 @@ def test_without_a_plain_server_there_is_no_speedup(start, chat, tmp_path):
     drafter = start("vllm", drafts=True)
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
     (row,) = bench_servers(chat, drafter.url, None, prompts(), config, tmp_path).rows
-    assert row.tau == 2.0 and row.decode_speedup is None and read_folder(tmp_path)[0].rows[1][-3] == "-"
+    assert row.tau == 2.0 and row.decode_speedup is None and shown_row(tmp_path)["verdict"] == "no baseline"
 
 
 def test_a_server_that_drafts_nothing_has_no_tau(start, chat, tmp_path):
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
     (row,) = bench_servers(chat, start("vllm").url, None, prompts(), config, tmp_path).rows
-    assert row.tau is None and "not told" in read_folder(tmp_path)[0].rows[1]
+    assert row.tau is None and shown_row(tmp_path)["tau [95 %]"] == "not told"
 
 
 def test_groups_keep_servers_busy(start, chat, tmp_path):

@@ -2,12 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 
-from dpace.data.public_sets import MATH_SUFFIX, SETS, read_sets
+from dpace.data.public_sets import MATH_SUFFIX, NOT_THERE, REDHAT_SUBSETS, SETS, read_sets
 from tests.hub import FakeHub
 
 ROWS = {
@@ -20,6 +21,9 @@ ROWS = {
 }
 
 
+PAPER = list(ROWS)
+
+
 def test_the_papers_six_in_their_formats(monkeypatch):
     asked = []
 
@@ -29,9 +33,9 @@ def test_the_papers_six_in_their_formats(monkeypatch):
         return [ROWS[known]] * 200
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    prompts = read_sets(list(SETS))
+    prompts = read_sets(PAPER)
     assert ("google-research-datasets/mbpp", "sanitized", "test") in asked
-    counts = {name: sum(prompt.set == name for prompt in prompts) for name in SETS}
+    counts = {name: sum(prompt.set == name for prompt in prompts) for name in PAPER}
     assert counts == {"gsm8k": 128, "math500": 128, "humaneval": 164, "mbpp": 128, "mt_bench": 80, "alpaca": 128}
     texts = {prompt.set: [message["content"] for turn in prompt.turns for message in turn] for prompt in prompts}
     assert texts["gsm8k"] == ["1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."]
@@ -62,6 +66,16 @@ REPOSITORIES = {
         "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
         [{"instruction": f"Sort {i}.", "input": "2, 1" if i % 2 else "", "output": "1, 2"} for i in range(300)],
     ),
+    "nvidia/SPEED-Bench": (
+        "qualitative/test-00000-of-00001.parquet",
+        [
+            {"question_id": str(i), "category": c, "turns": [f"{c} {i}?", "And?"], "multiturn": True}
+            for c in ("coding", "math")
+            for i in range(3)
+        ]
+        + [{"question_id": "x", "category": "stem", "turns": [f"{NOT_THERE} USING SPECDEC_BENCH"], "multiturn": False}],
+    ),
+    "RedHatAI/speculator_benchmarks": ("qa.jsonl", [{"prompt": f"Who is {i}?"} for i in range(4)]),
 }
 """Where the sets lie in their repositories on the Hub, and their columns.
 
@@ -70,6 +84,7 @@ CARDS = {
     "openai/gsm8k": ("main", "socratic"),
     "google-research-datasets/mbpp": ("full", "sanitized"),
     "openai/openai_humaneval": ("openai_humaneval",),
+    "nvidia/SPEED-Bench": ("qualitative", "throughput_1k"),
 }
 """Configurations that a repository's card names."""
 
@@ -86,17 +101,19 @@ def test_the_hub_gives_the_same(tmp_path):
             configs = CARDS.get(name, ())
             for other in {path.parents[1] / config for config in configs} - {path.parent}:
                 other.mkdir()
-                wrong = pyarrow.Table.from_pylist([{"question": "wrong", "prompt": "wrong"}])
+                wrong = pyarrow.Table.from_pylist([{"question": "wrong", "prompt": "wrong", "turns": ["wrong"]}])
                 pyarrow.parquet.write_table(wrong, other / path.name)
             if configs:
                 lines = [f"- config_name: {c}\n  data_files:\n  - split: test\n    path: {c}/test-*\n" for c in configs]
                 (path.parents[1] / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for other in REDHAT_SUBSETS if name.startswith("RedHat") else ():
+                (path.parent / f"{other}.jsonl").write_text(path.read_text())
     hub = FakeHub(tmp_path / "hub")
     script = (
-        "import dataclasses, json; from dpace.data.public_sets import SETS, read_sets\n"
-        "print(json.dumps([dataclasses.asdict(prompt) for prompt in read_sets(list(SETS))]))"
+        "import dataclasses, json; from dpace.data.public_sets import read_sets\n"
+        f"print(json.dumps([dataclasses.asdict(prompt) for prompt in read_sets({[*PAPER, 'speed_bench', 'redhat']})]))"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
@@ -104,13 +121,18 @@ def test_the_hub_gives_the_same(tmp_path):
     hub.server_close()
     assert done.returncode == 0, done.stderr[-2000:]
     prompts = json.loads(done.stdout)
-    counts = {name: sum(prompt["set"] == name for prompt in prompts) for name in SETS}
-    assert counts == {name: known.num_prompts for name, known in SETS.items()}
+    counts = {name: sum(prompt["set"] == name for prompt in prompts) for name in PAPER}
+    assert counts == {name: SETS[name].num_prompts for name in PAPER}
+    others = Counter(prompt["set"] for prompt in prompts if prompt["set"] not in PAPER)
+    redhat = {f"redhat/{name}": 4 for name in REDHAT_SUBSETS}
+    assert others == {"speed_bench/coding": 3, "speed_bench/math": 3, **redhat}
+    assert "1 of the 7 rows of speed_bench have their text in other datasets and are left out" in done.stderr
     texts = {prompt["set"]: prompt["turns"][0][0]["content"] for prompt in prompts}
     assert texts["gsm8k"].endswith("+ 1?" + MATH_SUFFIX) and texts["math500"].endswith("^2$?" + MATH_SUFFIX)
     assert texts["mbpp"].startswith("Write f") and "def f" in texts["humaneval"] and texts["alpaca"].startswith("Sort")
-    assert all(len(prompt["turns"]) == 1 + (prompt["set"] == "mt_bench") for prompt in prompts)
-    assert len(set(map(json.dumps, prompts))) == len(prompts) == 756
+    two_turns = ("mt_bench", "speed_bench/coding", "speed_bench/math")
+    assert all(len(prompt["turns"]) == 1 + (prompt["set"] in two_turns) for prompt in prompts)
+    assert len(set(map(json.dumps, prompts))) == len(prompts) == 756 + 6 + 9 * 4
 
 
 def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
@@ -131,3 +153,21 @@ def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
     with pytest.raises(ValueError, match="--bench.sets-dir"):
         read_sets(["gsm8k"])
+
+
+def test_files_as_their_authors_write_them(tmp_path):
+    """Those of NVIDIA's script, which writes `messages`, and of Red Hat's repository."""
+    users = [{"role": "user", "content": text} for text in ("Translate.", "Again.")]
+    row = {"question_id": "1", "category": "mixed", "messages": users}
+    (tmp_path / "throughput_8k.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "rag.jsonl").write_text(json.dumps({"prompt": "Read."}) + "\n")
+    first, second = read_sets(["speed_bench_8k", "redhat"], tmp_path)
+    assert first.set == "speed_bench_8k/mixed" and [turn[0]["content"] for turn in first.turns] == [
+        "Translate.",
+        "Again.",
+    ]
+    assert second.set == "redhat/rag" and second.turns == [[{"role": "user", "content": "Read."}]]
+    row["messages"][0]["content"] = f"{NOT_THERE} USING SPECDEC_BENCH"
+    (tmp_path / "throughput_8k.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="1 of the 1 rows of speed_bench_8k have their text in other datasets"):
+        read_sets(["speed_bench_8k"], tmp_path)

@@ -13,7 +13,8 @@ class BenchConfig:
     drafters: tuple[str, ...] = ()
     """Folders or Hub ids of the drafters to measure and compare; the drafter in the output folder by default."""
     sets: tuple[str, ...] = ()
-    """Public datasets instead of the held-out prompts; the paper's are gsm8k math500 humaneval mbpp mt_bench alpaca."""
+    """Public datasets instead of the held-out prompts; the paper's are gsm8k math500 humaneval mbpp mt_bench alpaca.
+    Others: speed_bench (by category), speed_bench_1k, _2k, _8k, _16k and _32k (long prompts), and redhat."""
     sets_dir: str | None = None
     """Folder with a NAME.jsonl for each of `sets`, which may then have any name; the Hugging Face Hub by default."""
     temperatures: tuple[float, ...] = (0.0, 1.0)

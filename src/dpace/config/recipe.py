@@ -57,3 +57,5 @@ class CompareConfig(Recipe):
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: str = "dflash"
     """Objective that the others are compared with; it is trained too where `objectives` lacks it."""
+    wide: bool = False
+    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""

@@ -81,7 +81,7 @@ def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
         raise ValueError(f"{path} holds no prompt; write one JSON object on each line with {_names(KINDS)}")
 
 
-def load_from_hub(path: str, config: str | None, split: str, way_out: str) -> Any:
+def load_from_hub(path: str, config: str | None, split: str, way_out: str, file: str | None = None) -> Any:
     """Download the rows of a dataset from the Hub.
 
     Args:
@@ -89,6 +89,7 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str) -> An
         config: configuration in it.
         split: part of the dataset.
         way_out: what to do without the Hub, for the message.
+        file: the only file of the repository to read.
 
     Raises:
         ValueError: the Hub does not give it.
@@ -96,7 +97,7 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str) -> An
     import datasets
 
     try:
-        return datasets.load_dataset(path, config, split=split)
+        return datasets.load_dataset(path, config, split=split, **({"data_files": file} if file else {}))
     except Exception as error:  # the Hub's errors share no narrower class
         reason = " ".join(str(error).split())
         raise ValueError(

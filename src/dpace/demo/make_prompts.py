@@ -2,11 +2,11 @@
 
     python -m dpace.demo.make_prompts FOLDER PART...
 
-writes `FOLDER/PART.jsonl` for each part: `train`, `heldout` (the two files beside this one) or `test`.
+writes `FOLDER/PART.jsonl` for each part: `train`, `heldout` (the two files beside this one) or `tuning`.
 
 Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and sentence
-patterns, so no note and no value of a held-out prompt is in the training part. The test part has other prompts from the
-held-out pools: the demo is tuned on the held-out part, so a claim is measured on the test part.
+patterns, so no note and no value of a held-out prompt is in the training part. The tuning part has other prompts from
+the held-out pools: the demo's settings were first found on it, so that nothing was chosen on the held-out part.
 """
 
 import itertools
@@ -131,12 +131,14 @@ PROBLEMS = {
 
 COUNTS = {
     ("notes", "train"): 180,
-    ("notes", "heldout"): 24,
-    ("notes", "test"): 60,
+    ("notes", "heldout"): 60,
+    ("notes", "tuning"): 24,
     ("problems", "train"): 40,
-    ("problems", "heldout"): 8,
-    ("problems", "test"): 40,
+    ("problems", "heldout"): 40,
+    ("problems", "tuning"): 8,
 }
+SEEDS = {"train": "train", "heldout": "test", "tuning": "heldout"}
+"""What seeds the draw of each part; changing one changes the prompts."""
 
 
 def pick(pools, rng):
@@ -178,9 +180,9 @@ def note_messages(note):
 
 def make(kind, part):
     """Yield distinct prompts of one kind and part."""
-    rng = random.Random(f"{kind}/{part}")
+    rng = random.Random(f"{kind}/{SEEDS[part]}")
     pools = (NOTES if kind == "notes" else PROBLEMS)["train" if part == "train" else "heldout"]
-    tuned_on = {row["messages"][-1]["content"] for row in make(kind, "heldout")} if part == "test" else set()
+    tuned_on = {row["messages"][-1]["content"] for row in make(kind, "tuning")} if part == "heldout" else set()
     seen = set()
     for count in itertools.count():
         if len(seen) == COUNTS[kind, part]:
@@ -197,13 +199,13 @@ def make(kind, part):
 
 def main(arguments):
     """Write the parts named after the folder."""
-    if len(arguments) < 2 or not set(arguments[1:]) <= {"train", "heldout", "test"}:
-        sys.exit("usage: python -m dpace.demo.make_prompts FOLDER PART...; a part is train, heldout or test")
+    if len(arguments) < 2 or not set(arguments[1:]) <= set(SEEDS):
+        sys.exit("usage: python -m dpace.demo.make_prompts FOLDER PART...; a part is train, heldout or tuning")
     folder, *parts = arguments
     Path(folder).mkdir(parents=True, exist_ok=True)
     for part in parts:
         rows = [row for kind in ("notes", "problems") for row in make(kind, part)]
-        random.Random(part).shuffle(rows)
+        random.Random(SEEDS[part]).shuffle(rows)
         (Path(folder) / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

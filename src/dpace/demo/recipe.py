@@ -21,6 +21,8 @@ class DemoConfig:
     """Folder that everything is written to; dpace-demo, or dpace-demo-quick with --quick, by default.
 
     The same command continues an interrupted run in it."""
+    wide: bool = False
+    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
 
 
 def demo_recipe(config: DemoConfig) -> Recipe:

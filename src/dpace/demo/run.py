@@ -10,26 +10,30 @@ import torch
 
 from dpace.config import Recipe
 from dpace.data.chat import encode_chat
+from dpace.data.dataset import ResponseDataset
 from dpace.data.prompts import Prompt, first_of_each_set, split_prompts
 from dpace.data.responses import write_responses
 from dpace.demo.recipe import DemoConfig, demo_recipe
-from dpace.drafter import load_drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.engines.export import export
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
 from dpace.ledger import claim
 from dpace.locate import TARGET_ID, find_target, find_target_gguf
 from dpace.measure.benchmark import bench
-from dpace.measure.results import BenchResults, read_log, write_results
-from dpace.measure.rows import LlamacppRow, estimate_of
-from dpace.metrics import tau_gain
+from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.pooling import pool_seeds
+from dpace.measure.results import BenchResults, Heldout, read_log, write_results
+from dpace.measure.rows import ComparedRow, LlamacppRow
+from dpace.report.cells import percent, verdict
 from dpace.report.plots import plot_acceptance
-from dpace.report.tables import percent, verdict
 from dpace.report.training_plots import plot_weights
 from dpace.target import Target
 from dpace.train.identity import refuse_other_run, settings_of, target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
+ALL_SETS = "all"
+"""Name of all sets together, in the rows of the held-out prompts."""
 NUM_SERVED = 3
 """Prompts of each set that llama.cpp decodes."""
 
@@ -64,14 +68,52 @@ def run_demo(config: DemoConfig) -> BenchResults:
         for name in untrained:
             train(target, *datasets, recipes[name], folder / name)
     drafters = {name: load_drafter(folder / name, target) for name in objectives}
-    results = bench(target, drafters, parts.heldout, recipe.bench, folder)
+    compared = compare_heldout(target, drafters, [*prompts, *parts.heldout], parts.heldout, recipe)
+    results = replace(bench(target, drafters, parts.heldout, recipe.bench, folder), heldout=compared)
     served = serve_in_llamacpp(target, folder / "dpace", parts.heldout, recipe)
-    if served:
-        results = replace(results, llamacpp=served)
-        write_results(folder / "results.json", results)
+    results = replace(results, llamacpp=served or None)
+    write_results(folder / "results.json", results)
     plot_acceptance(results.whole_blocks, folder / "acceptance.png")
     plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
     return results
+
+
+def compare_heldout(
+    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], heldout: Sequence[Prompt], recipe: Recipe
+) -> list[ComparedRow] | None:
+    """Compare the objectives on all held-out prompts, by the walk through the target's own answers.
+
+    Args:
+        target: the model.
+        drafters: by objective; the last is the baseline.
+        prompts: all that the folder's responses.jsonl holds or will hold.
+        heldout: those to compare on.
+        recipe: of the demo.
+
+    Returns:
+        A row for each set and objective, then those of all sets together; None for a single objective.
+    """
+    if len(drafters) < 2:
+        return None
+    responses = write_responses(target, prompts, Path(recipe.output) / "responses.jsonl", recipe.respond)
+    ids = {prompt.id for prompt in heldout}
+    answered = [response for response in responses if response.id in ids]
+    dataset = ResponseDataset(answered, max_length=recipe.train.max_length, num_anchors=None, seed=0)
+    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    dataset.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
+    found = {
+        name: Heldout.of(dataset.ids, heldout_acceptance(drafter, target, dataset))
+        for name, drafter in drafters.items()
+    }
+    *_, baseline = drafters
+    rows = []
+    for set_name in [*dict.fromkeys(prompt.set for prompt in heldout), ALL_SETS]:
+        chosen = [prompt.id for prompt in heldout if set_name in (prompt.set, ALL_SETS)]
+        taken = {name: of_drafter.acceptance(chosen) for name, of_drafter in found.items()}
+        theirs = taken[baseline]
+        if theirs is not None:  # every answer of the set may be a single token
+            rows += [pool_seeds(set_name, n, len(chosen), [ours], [theirs]) for n, ours in taken.items() if ours]
+    return rows
 
 
 def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], recipe: Recipe) -> list[LlamacppRow]:
@@ -115,29 +157,26 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
 
 
 def summary(results: BenchResults) -> list[str]:
-    """Say what the demo found: about the text, the gain of D-PACE, and the speed."""
+    """Say what the demo found: about the text, the speed, and the gain of D-PACE."""
     same, total = results.num_same_text, results.num_responses
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
     ways: dict[Any, str] = {
         "full": "the D-PACE drafter alone",
-        "auto": "what `dpace generate` does, drafts and copies of the text,",
+        "auto": "`dpace generate`",  # drafts, and copies of the text
     }
     for row in results.rows:
         if row.drafter == "dpace" and row.width in ways and row.temperature == 0:
             words = {"faster": "makes decoding faster", "slower": "makes decoding slower"}
-            words["too few prompts"] = "was measured on too few prompts to tell"
+            words["too few prompts"] = "had too few prompts to tell"
             found = words.get(verdict(row.decode_speedup_interval), "makes no clear difference")
             lines.append(f"{row.set}: {ways[row.width]} {found} (decode_speedup {row.decode_speedup or 0:.2f}, T=0)")
-    by_name = {(row.set, row.drafter): row for row in results.whole_blocks if row.temperature == 0}
-    for (name, drafter), row in by_name.items():
-        if drafter == "dpace" and (name, "dflash") in by_name:
-            gain = estimate_of(tau_gain([row.acceptance], [by_name[name, "dflash"].acceptance]))
-            lines.append(f"{name}: tau of D-PACE over DFlash's decay {percent(gain)}, T=0")
+    for row in results.heldout or ():
+        if row.set == ALL_SETS and row.drafter == "dpace":
+            found = f"tau of D-PACE over DFlash's decay {percent(row.gain)}"
+            lines.append(f"all {row.num_prompts} held-out prompts: {found}")
     for row in results.llamacpp or ():
         found = "faster" if row.tokens_per_second > row.plain_tokens_per_second else "slower"
-        lines.append(
-            f"{row.set}: llama.cpp (f16, {row.threads} threads) is {found} with the D-PACE drafter: "
-            f"{row.tokens_per_second:.1f} tokens/s, {row.plain_tokens_per_second:.1f} without; {row.num_same_text} of "
-            f"{row.num_responses} texts equal"
-        )
+        speeds = f"{row.tokens_per_second:.1f} tokens/s, {row.plain_tokens_per_second:.1f} without"
+        same = f"{row.num_same_text} of {row.num_responses} texts equal"
+        lines.append(f"{row.set}: llama.cpp (f16) is {found} with it: {speeds}; {same}")
     return lines

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from dpace.measure.results import BenchResults, ServerResults
 from dpace.measure.rows import Row
-from dpace.report.tables import prediction_advice, verdict, with_interval
+from dpace.report.cells import prediction_advice, verdict, with_interval
 
 NO_GAIN, UNKNOWN = "no gain", "too few prompts to tell"
 DEMO_DRAFTER = "dpace"

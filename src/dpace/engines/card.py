@@ -16,8 +16,8 @@ from dpace.ledger import write_text
 from dpace.loading import fingerprint
 from dpace.measure.results import RESULT_FILES, BenchResults, Results, ServerResults, read_results
 from dpace.measure.rows import Row
+from dpace.report.cells import copied_note, with_interval
 from dpace.report.markdown import as_code, as_markdown
-from dpace.report.tables import copied_note, with_interval
 from dpace.spec import DrafterSpec
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]

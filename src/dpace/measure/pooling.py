@@ -6,6 +6,7 @@ from dpace.config import Width
 from dpace.decode.streaming import TextPieces
 from dpace.measure.rows import (
     PLAIN,
+    ComparedRow,
     Comparison,
     Example,
     Published,
@@ -16,7 +17,7 @@ from dpace.measure.rows import (
     estimate_of,
     interval_of,
 )
-from dpace.metrics import decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
 from dpace.target import Target
 
 
@@ -102,6 +103,44 @@ def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
             )
         )
     return comparisons
+
+
+def pool_seeds(
+    set_name: str,
+    name: str,
+    num_prompts: int,
+    ours: Sequence[Acceptance],
+    theirs: Sequence[Acceptance],
+    costs: tuple[float | None, int | None] = (None, None),
+) -> ComparedRow:
+    """Pool the seeds of one objective, beside those of the baseline.
+
+    Args:
+        set_name: of the prompts.
+        name: of the objective.
+        num_prompts: in the set.
+        ours: held-out acceptance of each seed.
+        theirs: the baseline's, for the same seeds and prompts.
+        costs: seconds of a training step and peak bytes, where they are known.
+    """
+    pooled, step_seconds, peak_memory_bytes = Acceptance.pooled(ours), *costs
+    taus = [(defined(a.tau), defined(b.tau)) for a, b in zip(ours, theirs, strict=True)]
+    return ComparedRow(
+        set=set_name,
+        drafter=name,
+        temperature=0.0,
+        num_prompts=num_prompts,
+        block_size=pooled.block_size,
+        histogram=pooled.counts.tolist(),
+        tau=defined(pooled.tau),
+        tau_interval=interval_of(pooled.interval()),
+        tau_by_seed=[tau for tau, _ in taus],
+        reach_rate=pooled.reach_rate.tolist(),
+        gain=estimate_of(tau_gain(ours, theirs)),
+        gain_by_seed=[tau / base - 1 if tau and base else None for tau, base in taus],
+        step_seconds=step_seconds,
+        peak_memory_bytes=peak_memory_bytes,
+    )
 
 
 def make_examples(target: Target, ours: Sequence[ResponseRecord], plain: Sequence[ResponseRecord]) -> list[Example]:

@@ -66,6 +66,8 @@ class BenchResults(Provenance):
     predictions: list[Prediction]
     llamacpp: list[LlamacppRow] | None = optional()
     """What `dpace demo` measured in llama.cpp."""
+    heldout: list[ComparedRow] | None = optional()
+    """Its objectives on all held-out prompts, by the walk: each set, then all together; the baseline is dflash."""
 
     @property
     def whole_blocks(self) -> list[Row]:
@@ -170,7 +172,8 @@ def _check(results: Results) -> None:
     if isinstance(results, ServerResults):
         return check_served(results.rows)
     if isinstance(results, BenchResults):
-        return check_rows(results.rows, results.predictions)
+        check_rows(results.rows, results.predictions)
+        return check_compared(results.heldout or [])
     check_compared(results.rows)
     if results.decode:
         _check(results.decode)

@@ -1,27 +1,30 @@
 """Write results and training logs as one HTML page that needs no network, and as Markdown."""
 
+import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
+from dpace.flags import command
 from dpace.ledger import claim, hold, refuse_others, write_text
 from dpace.measure.results import BenchResults, CompareResults, Results, ServerResults, find_results, read_log
 from dpace.progress import printable
+from dpace.report.contexts import says_more
 from dpace.report.figures import Section
-from dpace.report.markdown import as_markdown
-from dpace.report.plots import describe_errors, lengths, scatter, slots, widths
-from dpace.report.tables import (
-    PAIR_HEADINGS,
-    RESULT_HEADINGS,
-    SERVER_HEADINGS,
-    compared_cells,
-    copied_note,
-    pair_cells,
-    prediction_cells,
-    result_cells,
-    server_cells,
-    verdict,
-    with_interval,
+from dpace.report.markdown import as_code, as_markdown
+from dpace.report.plots import lengths, scatter, slots, widths
+from dpace.report.sections import (
+    comparison,
+    concurrency,
+    contexts,
+    examples,
+    headline,
+    heldout,
+    paired,
+    provenance,
+    servers,
+    speeds,
 )
 from dpace.report.training_plots import tau_curves, weights
 
@@ -44,12 +47,21 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     """
     path = Path(path)
     markdown = _check_path(path)
-    sections = [section for folder in folders for section in read_folder(Path(folder))]
-    page = _template().render(sections=sections, title=sections[0].text)
+    found = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
+    sections = [section for results, folder in found for section in sections_of(results, folder)]
+    benchmarks = [b for results, _ in found if (b := benchmark_of(results))]
+    if says_more(benchmarks):
+        sections.insert(1, contexts(benchmarks))
+    targets = dict.fromkeys(Path(results.target).name for results, _ in found)
+    title = f"Drafters for {', '.join(targets)}"
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    called = command("report", *folders, output=path)
+    page = _template().render(sections=sections, title=title, date=date, command=called)
+    about = f"Written on {date} by `{as_code(called)}`."
     with hold(path.parent):
         claim(path.parent, path.name, markdown.name)
         write_text(path, page)
-        write_text(markdown, to_markdown(sections))
+        write_text(markdown, "\n".join([f"# {as_markdown(title)}", "", about, "", to_markdown(sections)]))
     return [path, markdown]
 
 
@@ -65,17 +77,13 @@ def _check_path(path: Path) -> Path:
     return markdown
 
 
-def read_folder(folder: Path) -> list[Section]:
-    """Read the results and training logs of a folder, and make all that they have to show."""
-    return [section for results in find_results(folder) for section in _sections(results, folder)]
-
-
-def _sections(results: Results, folder: Path) -> list[Section]:
+def sections_of(results: Results, folder: Path) -> list[Section]:
+    """Make all that results, and the training logs beside them, have to show."""
     if isinstance(results, ServerResults):
         return [servers(results)]
     sections = [comparison(results)] if isinstance(results, CompareResults) else []
-    benchmark = results.decode if isinstance(results, CompareResults) else results
-    if benchmark and benchmark.rows:
+    benchmark = benchmark_of(results)
+    if benchmark:
         sections += _benchmark(benchmark)
     paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
     logs = {str(path.parent.relative_to(folder)): read_log(path.parent) for path in paths}
@@ -84,122 +92,22 @@ def _sections(results: Results, folder: Path) -> list[Section]:
     return [*sections, provenance(benchmark, results.target, folder)]
 
 
+def benchmark_of(results: Results) -> BenchResults | None:
+    """Take what decoding gave; None for servers, and where nothing was decoded."""
+    decoded = results.decode if isinstance(results, CompareResults) else results
+    return decoded if isinstance(decoded, BenchResults) and decoded.rows else None
+
+
 def _benchmark(results: BenchResults) -> list[Section]:
     sections = [headline(results), speeds(results)]
+    if results.heldout:
+        sections.append(heldout(results))
     if results.comparisons:
         sections.append(paired(results))
     sections += [slots(results), lengths(results), widths(results)]
     if len({prediction.concurrency for prediction in results.predictions}) > 1:
         sections.append(concurrency(results))
     return [*sections, scatter(results), *examples(results)]
-
-
-def headline(results: BenchResults) -> Section:
-    """Say in one sentence a set what a user gets."""
-    lines = []
-    for name in dict.fromkeys(row.set for row in results.rows):
-        greedy = [row for row in results.rows if row.set == name and row.temperature == 0]
-        if not greedy:
-            continue
-        as_used = [row for row in greedy if row.width == "auto"] or greedy  # not the best of all that was tried
-        best = max(as_used, key=lambda row: row.decode_speedup or 0)
-        speed = with_interval(best.decode_speedup, best.decode_speedup_interval)
-        copied = f"; {best.share_copied:.0%} of the tokens were copied from the text" if best.share_copied else ""
-        found = verdict(best.decode_speedup_interval)
-        lines.append(
-            f"{name}: {found}, decode_speedup {speed} with {best.drafter}, width {best.width}, at temperature 0{copied}"
-        )
-    lines.append(f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text")
-    return Section(f"Decoding {Path(results.target).name}", ". ".join(lines) + ".")
-
-
-def speeds(results: BenchResults) -> Section:
-    """Make the table by set and temperature."""
-    text = (
-        "tau is the mean acceptance length: the tokens that one pass of the target emits, averaged over verifications. "
-        "With width auto, passes without a draft count too"
-        + copied_note(results.rows, start="; ")
-        + ". decode_speedup divides the tokens a second with the drafter by those of plain decoding; reading the "
-        "prompt is not counted. Brackets hold 95 % intervals, by bootstrap over prompts. The starred columns follow "
-        "published tables: the mean over responses of their means, and the ratio of mean seconds a token."
-    )
-    return Section("Speed", text, [list(RESULT_HEADINGS), *(result_cells(row) for row in results.rows)])
-
-
-def concurrency(results: BenchResults) -> Section:
-    """Make the table of predicted speeds with several prompts at once."""
-    head = ["set", "T", "drafter", "at once", *map(str, results.predictions[0].widths), "best"]
-    text = (
-        "Predicted decode_speedup by the number of tokens verified at once. The baseline is plain decoding of as many "
-        "prompts at once. Numbers in parentheses were measured."
-    )
-    several = [prediction for prediction in results.predictions if prediction.concurrency > 1]
-    text += describe_errors(several, "predictions for several prompts")
-    return Section("Prompts at once", text, [head, *(prediction_cells(p) for p in results.predictions)])
-
-
-def paired(results: BenchResults) -> Section:
-    """Make the table of drafters against the first one."""
-    rows = [list(PAIR_HEADINGS), *(pair_cells(row) for row in results.comparisons)]
-    title = f"Compared with {results.comparisons[0].baseline}"
-    return Section(title, "Differences on the same prompts, with 95 % intervals of the paired difference.", rows)
-
-
-def servers(results: ServerResults) -> Section:
-    """Make the table of a benchmark of running servers."""
-    names = ", ".join(f"{side}: {server.engine}" for side, server in results.servers.items())
-    text = (
-        f"{names}. tau is the mean acceptance length that the server reports. tok/s counts the tokens of a request "
-        "after its first one. Throughput counts all requests together, with the time to read their prompts. TTFT is "
-        "the time to the first token, as median and 95th percentile."
-    )
-    rows = [list(SERVER_HEADINGS), *(server_cells(row) for row in results.rows)]
-    return Section(f"Servers, {Path(results.target).name}", text, rows)
-
-
-def examples(results: BenchResults) -> list[Section]:
-    """Show the fastest and the slowest response of each set, with what came from the drafter."""
-    first = results.rows[0].drafter
-    rows = [row for row in results.whole_blocks if row.temperature == 0 and row.drafter == first]
-    chosen = [(row.set, example) for row in rows for example in row.examples]
-    if not chosen:
-        return []
-    text = (
-        "Marked text was proposed by the drafter and accepted, one mark a verification. All other text is the target's "
-        "own next token."
-    )
-    return [Section("Best and slowest responses", text, examples=chosen)]
-
-
-def comparison(results: CompareResults) -> Section:
-    """Make the table of `dpace compare`."""
-    head = ["set", "objective", "tau", f"over {results.baseline}", "by seed"]
-    seeds = ", ".join(map(str, results.seeds))
-    text = (
-        f"Mean acceptance length (tau) on held-out prompts at temperature 0, reduction {results.reduction}, seeds "
-        f"{seeds}. Intervals are 95 %, by paired bootstrap over prompts and seeds."
-    )
-    rows = [head, *(compared_cells(row, results.baseline) for row in results.rows)]
-    return Section(f"Objectives, {Path(results.target).name}", text, rows)
-
-
-def provenance(results: BenchResults | None, target: str, folder: Path) -> Section:
-    """List what made the numbers."""
-    rows = [["", ""], ["folder", str(folder)], ["target", target]]
-    if results:
-        rows += [["dtype", results.dtype], ["engine", results.engine], ["seed", _seed(results)]]
-        rows.append(["max_new_tokens", str(results.max_new_tokens)])
-        for name, facts in (("hardware", vars(results.hardware)), ("versions", vars(results.versions))):
-            rows.append([name, ", ".join(f"{key} {value}" for key, value in facts.items())])
-        if results.target_weights_sha256:
-            rows.append(["sha256 of the target's weights", results.target_weights_sha256[:16]])
-        rows += [[f"sha256 of {name}", digest[:16]] for name, digest in results.drafters.items()]
-    return Section("Provenance", "", rows)
-
-
-def _seed(results: BenchResults) -> str:
-    """Say which seed each prompt had."""
-    return f"{results.seed}" + (f"; {results.prompt_seeds}" if results.prompt_seeds else "")
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -219,6 +127,11 @@ def to_markdown(sections: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
+def _cell(text: str) -> str:
+    """Keep an interval together where the browser breaks lines."""
+    return re.sub(r" %|(?<=,) (?=[^\[]*\])", lambda found: found[0].replace(" ", "\u00a0"), text)
+
+
 def _finalize(value: object) -> object:
     """Show control characters; the SVG, which is marked as safe, has none."""
     return printable(value) if type(value) is str else value
@@ -229,4 +142,5 @@ def _template():
 
     source = (files("dpace") / "report" / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize)
+    environment.filters["cell"] = _cell
     return environment.from_string(source)

@@ -7,7 +7,7 @@ import numpy as np
 
 from dpace.measure.results import BenchResults
 from dpace.measure.rows import ComparedRow, Prediction, Row
-from dpace.report.figures import Section, label, panels, pyplot
+from dpace.report.figures import SOFT, Section, label, panels, pyplot, whole_ticks
 
 MAX_SCATTER = 400
 """Prompts of a set that are drawn."""
@@ -25,10 +25,10 @@ def slots(results: BenchResults) -> Section:
             if len(acceptance.rows) > 1:
                 axes.fill_between(slot, low, high, color=f"C{number}", alpha=0.15, lw=0)
         axes.set(xlabel="slot", ylim=(0, 1.02))
-        axes.legend(fontsize=8)
+        whole_ticks(axes, range(1, rows[0].block_size))
 
     text = "The share of verifications that accepted slots 1 to k of a whole draft, with 95 % intervals over prompts."
-    return Section("Acceptance by slot", text, figure=panels(results.whole_blocks, draw, "reach rate"))
+    return Section("Acceptance by slot", text, figures=panels(results.whole_blocks, draw, "reach rate"))
 
 
 def lengths(results: BenchResults) -> Section:
@@ -39,11 +39,11 @@ def lengths(results: BenchResults) -> Section:
             counts = np.array(row.histogram, float)
             place = np.arange(len(counts)) + (number - (len(rows) - 1) / 2) * 0.8 / len(rows)
             axes.bar(place, counts / max(1, counts.sum()), 0.8 / len(rows), color=f"C{number}", label=_label(row))
-        axes.set(xlabel="accepted draft tokens", xticks=range(len(rows[0].histogram)))
-        axes.legend(fontsize=8)
+        axes.set(xlabel="accepted draft tokens")
+        whole_ticks(axes, range(len(rows[0].histogram)))
 
     text = "How many tokens of a whole draft a verification accepted."
-    return Section("Accepted lengths", text, figure=panels(results.whole_blocks, draw, "share of verifications"))
+    return Section("Accepted lengths", text, figures=panels(results.whole_blocks, draw, "share of verifications"))
 
 
 def widths(results: BenchResults) -> Section:
@@ -61,11 +61,11 @@ def widths(results: BenchResults) -> Section:
                     continue
                 error = None if low is None or high is None else [[max(0, value - low)], [max(0, high - value)]]
                 width = row.block_size if other.width == "full" else other.width
-                what = "measured" if other is row else None
+                what = "measured" if other is row and number == 0 else None
                 axes.errorbar([width], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label=what)
-        axes.axhline(1, color="0.5", lw=1)
+        axes.axhline(1, color=SOFT, lw=1)
         axes.set(xlabel="tokens verified at once")
-        axes.legend(fontsize=8)
+        whole_ticks(axes)
 
     text = (
         "The lines predict decode_speedup when only the first tokens of each draft are verified. They follow from the "
@@ -73,8 +73,8 @@ def widths(results: BenchResults) -> Section:
         "squares were measured."
     )
     text += describe_errors(predictions)
-    figure = panels(results.whole_blocks, draw, "decode_speedup")
-    return Section("Speed against verification length", text, figure=figure)
+    figures = panels(results.whole_blocks, draw, "decode_speedup")
+    return Section("Speed against verification length", text, figures=figures)
 
 
 def describe_errors(predictions: Sequence[Prediction], what: str = "predictions") -> str:
@@ -108,12 +108,11 @@ def scatter(results: BenchResults) -> Section:
             ][:MAX_SCATTER]
             taus, speedups = [tau for tau, _ in points], [speedup for _, speedup in points]
             axes.scatter(taus, speedups, s=14, alpha=0.7, color=f"C{number}", label=_label(row))
-        axes.axhline(1, color="0.5", lw=1)
+        axes.axhline(1, color=SOFT, lw=1)
         axes.set(xlabel="tau of the response")
-        axes.legend(fontsize=8)
 
     text = "Each point is one response, decoded with whole drafts verified."
-    return Section("Prompt by prompt", text, figure=panels(results.whole_blocks, draw, "decode_speedup"))
+    return Section("Prompt by prompt", text, figures=panels(results.whole_blocks, draw, "decode_speedup"))
 
 
 def _label(row: Row | ComparedRow) -> str:

@@ -6,48 +6,69 @@ A log is the `log_history` of `trainer_state.json`.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
-from dpace.report.figures import Section, label, pyplot, svg
+from dpace.config import Objective
+from dpace.report.figures import MOMENTS, SERIES, Section, draw_panels, label, pyplot, whole_ticks
 
-MAX_DRAFTERS = 4
-"""Drafters whose weights are drawn on the page."""
+OBJECTIVES = get_args(Objective)
+
+
+def by_objective(logs: Mapping[str, list[dict]]) -> dict[str, list[list[dict]]]:
+    """Group logs by the drafter's folder without its seed, in the order of `dpace.config.Objective`."""
+    names = {name: name.partition("/")[0] for name in logs}
+    known = {name: OBJECTIVES.index(name) for name in OBJECTIVES}
+    order = sorted(dict.fromkeys(names.values()), key=lambda name: known.get(name.partition("+")[0], len(known)))
+    return {group: [logs[name] for name in logs if names[name] == group] for group in order}
 
 
 def tau_curves(logs: dict[str, list[dict]]) -> Section:
-    """Draw tau of the validation responses against steps and against wall time."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for number, (name, log) in enumerate(logs.items()):
-        seconds, clock, last = 0.0, {0: 0.0}, 0
-        for entry in log:
-            if "step_seconds" in entry:
-                seconds += entry["step_seconds"] * (entry["step"] - last)
-                last = entry["step"]
-                clock[last] = seconds
-        points = [(entry["step"], entry["eval_tau"]) for entry in log if "eval_tau" in entry]
-        if not points:
-            continue
-        steps, taus = zip(*points, strict=True)
-        minutes = np.interp(steps, list(clock), list(clock.values())) / 60
-        for axis, x in zip(axes, (steps, minutes), strict=True):
-            axis.plot(x, taus, marker="o", ms=3, color=f"C{number % 10}", label=label(name))
-    for axis, words in zip(axes, ("optimizer step", "minutes of training steps"), strict=True):
-        axis.set_xlabel(words)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("tau, validation")
-    if axes[0].lines:
-        axes[0].legend(fontsize=8)
+    """Draw tau of the validation responses against steps and against wall time, a line a drafter."""
+    groups = by_objective(logs)
+
+    def draw(axis, place: int) -> None:
+        for number, (name, runs) in enumerate(groups.items()):
+            curves = [_curve(log) for log in runs if any("eval_tau" in entry for entry in log)]
+            for first, curve in enumerate(curves):
+                named = label(name) if first == 0 else None
+                axis.plot(curve[place], curve[2], marker="o", ms=3, color=SERIES[number % len(SERIES)], label=named)
+        axis.set_xlabel("optimizer step" if place == 0 else "minutes of training steps")
+        whole_ticks(axis)
+
+    figures = draw_panels({"by steps": 0, "by time": 1}, draw, "tau, validation")
     text = "Measured on the validation share of the training prompts, which chooses the checkpoint."
-    return Section("Training", text, figure=svg(figure))
+    return Section("Training", text, figures=figures)
+
+
+def _curve(log: Sequence[dict]) -> tuple[list[int], list[float], list[float]]:
+    """Steps, minutes and taus of a log's evaluations."""
+    seconds, clock, last = 0.0, {0: 0.0}, 0
+    for entry in log:
+        if "step_seconds" in entry:
+            seconds += entry["step_seconds"] * (entry["step"] - last)
+            last = entry["step"]
+            clock[last] = seconds
+    found = [entry for entry in log if "eval_tau" in entry]
+    steps = [entry["step"] for entry in found]
+    minutes = np.interp(steps, list(clock), list(clock.values())) / 60
+    return steps, minutes.tolist(), [entry["eval_tau"] for entry in found]
 
 
 def weights(logs: dict[str, list[dict]]) -> Section:
-    """Draw each slot's share of the weight at a few moments, one panel a drafter, for the first four."""
-    figure = _draw_weights(dict(list(logs.items())[:MAX_DRAFTERS]))
-    text = "D-PACE moves weight to later slots as the drafter gets better at the first ones; fixed schedules do not."
-    return Section("Weights over training", text, figure=svg(figure))
+    """Draw each slot's share of the weight at a few moments, one panel a drafter (its first seed)."""
+    content = {name: runs[0] for name, runs in by_objective(logs).items()}
+
+    def draw(axis, log: list[dict]) -> None:
+        _draw_moments(axis, log, MOMENTS)
+        axis.set_xlabel("slot")
+
+    text = (
+        "Each slot's share of a block's weight, at up to five steps. D-PACE moves weight to later slots as the drafter "
+        "gets better at the first ones; fixed schedules do not."
+    )
+    return Section("Weights over training", text, figures=draw_panels(content, draw, "share of the weight"))
 
 
 def plot_weights(logs: Mapping[str, Sequence[dict]], path: str | Path) -> None:
@@ -59,35 +80,31 @@ def plot_weights(logs: Mapping[str, Sequence[dict]], path: str | Path) -> None:
 
     Source: the weight-dynamics figure of D-PACE (arXiv 2605.18810).
     """
-    figure = _draw_weights(logs)
+    figure, axes = pyplot().subplots(
+        1, len(logs), figsize=(4.6 * len(logs), 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    colors = [pyplot().get_cmap("viridis")(0.9 * i / (len(MOMENTS) - 1)) for i in range(len(MOMENTS))]
+    for axis, (name, log) in zip(axes[0], logs.items(), strict=True):
+        _draw_moments(axis, log, colors)
+        axis.set(title=label(name), xlabel="slot")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("share of the block's weight")
     figure.savefig(path, dpi=150)
     pyplot().close(figure)
 
 
-def _draw_weights(logs: Mapping[str, Sequence[dict]]):
-    """The figure of `plot_weights`."""
-    figure, axes = pyplot().subplots(
-        1, len(logs), figsize=(4.6 * len(logs), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (name, log) in zip(axes[0], logs.items(), strict=True):
-        _draw_moments(axis, log)
-        axis.set(title=label(name), xlabel="slot")
-    axes[0][0].set_ylabel("share of the block's weight")
-    return figure
-
-
-def _draw_moments(axis, log: Sequence[dict]) -> None:
-    """Draw each slot's share of the weight at five moments of a training log."""
+def _draw_moments(axis, log: Sequence[dict], colors: Sequence) -> None:
+    """Draw each slot's share of the weight at as many moments of a training log as there are colors."""
     entries = [entry for entry in log if "weight_share/1" in entry]
-    chosen = sorted({round(i * (len(entries) - 1) / 4) for i in range(5)}) if entries else []
+    last = len(colors) - 1
+    chosen = sorted({round(i * (len(entries) - 1) / last) for i in range(len(colors))}) if entries else []
     for number, entry in enumerate(entries[i] for i in chosen):
         slots = sorted(int(key[13:]) for key in entry if re.fullmatch(r"weight_share/\d{1,4}", key))
-        color = pyplot().get_cmap("viridis")(number / max(1, len(chosen) - 1) * 0.9)
         shares = [entry[f"weight_share/{slot}"] for slot in slots]
+        color = colors[round(number * last / max(1, len(chosen) - 1))]
         axis.plot(slots, shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
-        axis.set_xticks(slots)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+        whole_ticks(axis, slots)
 
 
 def plot_tau(logs: Mapping[str, Sequence[Sequence[dict]]], path: str | Path) -> None:
@@ -107,6 +124,7 @@ def plot_tau(logs: Mapping[str, Sequence[Sequence[dict]]], path: str | Path) -> 
         means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
         axis.plot(steps, means, color=f"C{number}", marker="o", ms=3, label=label(name))
     axis.set(xlabel="optimizer step", ylabel="tau, validation responses")
+    whole_ticks(axis)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)

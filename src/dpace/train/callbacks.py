@@ -130,12 +130,13 @@ class TrainingBar(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         """Show the latest numbers."""
-        names = {
+        names = {  # the first ones are seen in 80 columns
+            "eval_tau": "validation tau",
             "loss": "loss",
             "slot_accuracy/1": "slot 1 right",
             "tokens_per_second": "tokens/s",
-            "eval_tau": "validation tau",
         }
         self.numbers |= {names[key]: f"{value:.3g}" for key, value in (logs or {}).items() if key in names}
         if self.training_bar is not None:
-            self.training_bar.set_postfix(self.numbers)
+            ordered = {name: self.numbers[name] for name in names.values() if name in self.numbers}
+            self.training_bar.set_postfix(ordered)

@@ -1,22 +1,41 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.flags import PROMPT, command, parse
 from dpace.ledger import hold
+from dpace.progress import show
 from dpace.verbs import load_target
+
+
+@dataclass(frozen=True)
+class MeasureConfig(Recipe):
+    """Measure drafters, or running servers, against the baseline without a drafter."""
+
+    wide: bool = False
+    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
 
 
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
-    recipe = parse(Recipe, "bench", args)
+    recipe = parse(MeasureConfig, "bench", args)
     from dpace.data.prompts import split_prompts
     from dpace.data.public_sets import read_sets
     from dpace.drafter import load_drafter
     from dpace.locate import find_drafter
     from dpace.measure.benchmark import bench
-    from dpace.report.tables import console, drafters_table, predictions_table, results_table, slots_table
+    from dpace.report.advice import advice, faster_sets
+    from dpace.report.contexts import says_more
+    from dpace.report.tables import (
+        console,
+        contexts_table,
+        drafters_table,
+        predictions_table,
+        results_table,
+        slots_table,
+    )
 
     if recipe.bench.sets:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
@@ -40,17 +59,22 @@ def run(args: list[str]) -> None:
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
     with hold(recipe.output):
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
-    console().print(results_table(results), slots_table(results))
+    tables = [results_table(results, recipe.wide), slots_table(results, recipe.wide)]
     if results.comparisons:
-        console().print(drafters_table(results.comparisons))
+        tables.append(drafters_table(results.comparisons, recipe.wide))
     if results.predictions:
-        console().print(predictions_table(results.predictions))
-    print(f"written: {recipe.output}/results.json")
-    options = {"target": recipe.target, "drafter": folders[0], "thinking": recipe.thinking}
+        tables.append(predictions_table(results.predictions, recipe.wide))
+    if says_more([results]):
+        tables.append(contexts_table(results, recipe.wide))
+    console(recipe.wide).print(*tables)
+    show(advice(results))
+    show(f"written: {recipe.output}/results.json")
+    drafter = folders[0] if faster_sets(results) else None
+    options = {"target": recipe.target, "drafter": drafter, "thinking": recipe.thinking}
     print("next:", command("generate", **options, prompt=PROMPT))
 
 
-def _bench_servers(recipe: Recipe, prompts: list) -> None:
+def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:
     """Measure the running servers that the recipe names."""
     from transformers import AutoTokenizer
 
@@ -64,6 +88,6 @@ def _bench_servers(recipe: Recipe, prompts: list) -> None:
     servers = settings.server or "", settings.plain_server
     with hold(recipe.output):
         results = bench_servers(chat, *servers, prompts, settings, recipe.output)
-    console().print(servers_table(results))
+    console(recipe.wide).print(servers_table(results, recipe.wide))
     print(f"written: {recipe.output}/servers.json")
     print("next:", command("report", recipe.output))

@@ -17,7 +17,7 @@ def run(args: list[str]) -> None:
     make_recipes(config)  # refuses an unknown objective before the target is loaded
     config, init = start_from(config, given_options(CompareConfig, "compare", args))
     results = compare(load_target(config), config, init)
-    console().print(compare_table(results))
+    console(config.wide).print(compare_table(results, config.wide))
     output = Path(config.output)
     print(
         f"written: {output}/results.json, tau.png, acceptance.png, weights.png, a drafter for each objective and seed"

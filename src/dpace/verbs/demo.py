@@ -20,7 +20,7 @@ def run(args: list[str]) -> None:
     with hold(output):
         claim(output, "results.json", "acceptance.png", "weights.png")
         results = run_demo(config)
-    console().print(results_table(results), slots_table(results))
+    console(config.wide).print(results_table(results, config.wide), slots_table(results, config.wide))
     for line in summary(results):
         print(line)
     print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, and the drafter in {output}/dpace")

@@ -75,17 +75,30 @@ def run(args: list[str]) -> None:
     else:
         generation = generate(target, drafter, token_ids, **options, **speculative)
     show(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
-    speed = generation.num_decode_tokens / max(generation.decode_seconds, 1e-9)
-    tau = f", tau {generation.acceptance.tau:.2f}" if generation.accepted_lengths else ""
-    print(f"{len(generation.token_ids)} tokens, {speed:.1f} tokens/s{tau}", file=sys.stderr)
+    tau = generation.acceptance.tau if generation.accepted_lengths else None
+    _tell(len(generation.token_ids), generation.num_decode_tokens, generation.decode_seconds, tau)
     if config.drafter is None:
         print("next:", command("demo"), "(trains a drafter, which makes this faster)", file=sys.stderr)
+
+
+def _tell(num_tokens: int, num_timed: int, seconds: float, tau: float | None) -> None:
+    """Say on stderr, in one sentence, how long the answer was and how fast it came.
+
+    Args:
+        num_tokens: of the answer.
+        num_timed: those after the first, which comes from reading the prompt.
+        seconds: that they took.
+        tau: tokens that a pass of the target gave; None without a drafter or a verification.
+    """
+    speed = f" at {num_timed / max(seconds, 1e-9):.1f} tokens/s" if num_timed else ""
+    gave = f"; each pass of the target gave {tau:.2f} (tau)" if tau else ""
+    print(f"{num_tokens} token{'' if num_tokens == 1 else 's'}{speed}{gave}", file=sys.stderr)
 
 
 def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> None:
     """Answer the messages, or the lines that the user types until the end of input.
 
-    After each answer, the speed and the accepted lengths are shown on stderr.
+    After each answer, one sentence on stderr says how fast it came.
     """
     import time
 
@@ -102,17 +115,19 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
             if not line:
                 continue
             messages.append({"role": "user", "content": line})
-        steps, text, started = [], "", 0.0
+        steps, times, text = [], [], ""
+
+        def keep(step, steps=steps, times=times) -> None:
+            steps.append(step)
+            times.append(time.perf_counter())
+
         token_ids = encode_chat(target, messages)
-        for piece in stream(target, drafter, token_ids, **options, paces=paces, on_step=steps.append):
-            started = started or time.perf_counter()
+        for piece in stream(target, drafter, token_ids, **options, paces=paces, on_step=keep):
             text += piece
             show(piece, end="")
-        seconds = time.perf_counter() - started
         print()
-        tokens = sum(len(step.token_ids) for step in steps[1:])
-        lengths = " ".join(str(step.accepted) for step in steps[1:])
-        print(f"{tokens / max(seconds, 1e-9):.1f} tokens/s; accepted: {lengths}", file=sys.stderr)
+        first, *others = (len(step.token_ids) for step in steps)
+        _tell(first + sum(others), sum(others), times[-1] - times[0], sum(others) / len(others) if others else None)
         if is_one_answer:
             return
         messages.append({"role": "assistant", "content": text})

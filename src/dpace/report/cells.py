@@ -1,0 +1,225 @@
+"""Write cells of results, with intervals and verdicts: the columns that tables and pages share."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from dpace.measure.rows import ComparedRow, Comparison, Estimate, Interval, Prediction, Row, ServerRow
+
+Verdict = Literal["faster", "slower", "no clear difference", "too few prompts"]
+
+
+class Column(NamedTuple):
+    """A column of a table: its heading, and what it writes of a row."""
+
+    heading: str
+    write: Callable[[Any], str]
+    is_text: bool = False
+    shown: Literal["always", "narrow", "wide"] = "always"
+    """In which tables: those of 80 columns, or those of `--wide` and of the page."""
+
+
+def chosen(columns: Iterable[Column], wide: bool) -> list[Column]:
+    """Choose the columns of a narrow or a wide table."""
+    left_out = "narrow" if wide else "wide"
+    return [column for column in columns if column.shown != left_out]
+
+
+def rows_of(columns: Iterable[Column], rows: Iterable[Any]) -> list[list[str]]:
+    """Write the headings and the rows of the wide table, for a page."""
+    kept = chosen(columns, wide=True)
+    return [[column.heading for column in kept], *([column.write(row) for column in kept] for row in rows)]
+
+
+def with_interval(value: float | None, interval: Interval = (None, None)) -> str:
+    """Write `1.23 [1.20, 1.26]`, the number alone where it has no interval, or `-` for none."""
+    low, high = interval
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def percent(gain: Estimate) -> str:
+    """Write a gain and the ends of its interval, `+5.6 % [+3.1, +8.3]`, or `-` where there is none."""
+    value, low, high = gain
+    if value is None:
+        return "-"
+    ends = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * value:+.1f} %{ends}"
+
+
+def verdict(speedup_interval: Interval) -> Verdict:
+    """Say whether a drafter makes decoding faster, from the interval of its decode_speedup."""
+    low, high = speedup_interval
+    if low is None or high is None:
+        return "too few prompts"
+    return "faster" if low > 1 else "slower" if high < 1 else "no clear difference"
+
+
+def objective_verdict(row: ComparedRow, baseline: str) -> str:
+    """Say whether an objective drafts better than the baseline, from the interval of its gain."""
+    if row.drafter == baseline:
+        return "baseline"
+    _, low, high = row.gain
+    if low is None or high is None:
+        return "too few prompts"
+    return "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+
+
+def copied_note(rows: Sequence[Row], start: str) -> str:
+    """Say how many tokens of each set prompt lookup copied with width `auto`; empty where it copied none."""
+    shares = {(row.set, row.temperature): row.share_copied for row in rows if row.width == "auto"}
+    if not any(shares.values()):
+        return ""
+    listed = ", ".join(f"{name} {share:.0%} at T={temperature:g}" for (name, temperature), share in shares.items())
+    return f"{start}with width auto, tokens copied from the text before them (prompt lookup): {listed}"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+_SET = Column("set", lambda row: row.set, is_text=True)
+_T = Column("T", lambda row: f"{row.temperature:g}")
+_DRAFTER = Column("drafter", lambda row: row.drafter, is_text=True)
+_WIDTH = Column("width", lambda row: str(row.width), is_text=True)
+_SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, row.decode_speedup_interval))
+_RATE = Column("tok/s", lambda row: f"{row.tokens_per_second:.1f}")
+_PLAIN = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), shown="wide")
+
+RESULT_COLUMNS = (
+    Column("verdict", lambda row: verdict(row.decode_speedup_interval), is_text=True),
+    _SET,
+    _T,
+    _DRAFTER,
+    _WIDTH,
+    _SPEEDUP,
+    Column("tau", lambda row: with_interval(row.tau), shown="narrow"),
+    Column("tau [95 %]", lambda row: with_interval(row.tau, row.tau_interval), shown="wide"),
+    _RATE,
+    _PLAIN,
+    Column("tau*", lambda row: with_interval(row.published.tau), shown="wide"),
+    Column("speedup*", lambda row: with_interval(row.published.decode_speedup), shown="wide"),
+    Column("same text", lambda row: f"{row.num_same_text}/{row.num_responses}"),
+)
+"""What is written of a `Row`; a star marks what published tables have, see `dpace.metrics.published_tau`."""
+
+
+def _ratio_verdict(row: Comparison) -> str:
+    return verdict(row.speed_ratio[1:])
+
+
+PAIR_COLUMNS = (
+    Column("verdict", _ratio_verdict, is_text=True),
+    _SET,
+    _T,
+    _DRAFTER,
+    _WIDTH,
+    Column("tau [95 %]", lambda row: percent(row.tau_gain)),
+    Column("speed ratio", lambda row: with_interval(row.speed_ratio[0]), shown="narrow"),
+    Column("speed ratio [95 %]", lambda row: with_interval(row.speed_ratio[0], row.speed_ratio[1:]), shown="wide"),
+)
+"""What is written of a `Comparison`."""
+
+SERVER_COLUMNS = (
+    Column("verdict", lambda row: _server_verdict(row), is_text=True),
+    _SET,
+    _T,
+    Column("at once", lambda row: str(row.concurrency)),
+    _SPEEDUP,
+    Column("tau", lambda row: "-" if row.tau is None else with_interval(row.tau), shown="narrow"),
+    Column(
+        "tau [95 %]",
+        lambda row: "not told" if row.tau is None else with_interval(row.tau, row.tau_interval),
+        shown="wide",
+    ),
+    _RATE,
+    _PLAIN,
+    Column("throughput", lambda row: f"{row.throughput:.1f}", shown="wide"),
+    Column("plain throughput", lambda row: _rate(row.plain_throughput), shown="wide"),
+    Column("TTFT s (95 %)", lambda row: "{:.2f} ({:.2f})".format(*row.first_seconds), shown="wide"),
+    Column("same text", lambda row: "-" if row.num_same_text is None else f"{row.num_same_text}/{row.num_responses}"),
+)
+"""What is written of a `ServerRow`."""
+
+
+def _server_verdict(row: ServerRow) -> str:
+    return verdict(row.decode_speedup_interval) if row.num_same_text is not None else "no baseline"
+
+
+def prediction_advice(prediction: Prediction) -> tuple[int | None, float]:
+    """Give the width that is predicted to be fastest, None where no width gains; and its decode_speedup."""
+    best = max(range(len(prediction.speedups)), key=prediction.speedups.__getitem__)
+    speedup = prediction.speedups[best]
+    return (prediction.widths[best] if speedup > 1 else None), speedup
+
+
+def _best_width(prediction: Prediction) -> str:
+    width, _ = prediction_advice(prediction)
+    return "do not use" if width is None else f"width {width}"
+
+
+def prediction_columns(widths: Sequence[int], kept: Sequence[int]) -> list[Column]:
+    """Make the columns of predictions: the best width first, then one for each width.
+
+    Args:
+        widths: of the predictions.
+        kept: those that a narrow table shows; it shows no measured numbers.
+    """
+
+    def writer(place: int, with_measured: bool) -> Callable[[Prediction], str]:
+        def write(row: Prediction) -> str:
+            found = row.measured[place]
+            measured = "" if found is None or not with_measured else f" ({found:.2f})"
+            return f"{row.speedups[place]:.2f}{measured}"
+
+        return write
+
+    columns = [
+        Column("best", _best_width, is_text=True),
+        _SET,
+        _T,
+        _DRAFTER,
+        Column("at once", lambda row: str(row.concurrency)),
+    ]
+    for place, width in enumerate(widths):
+        columns.append(Column(str(width), writer(place, True), shown="wide"))
+        if width in kept:
+            columns.append(Column(str(width), writer(place, False), shown="narrow"))
+    return columns
+
+
+def compared_columns(baseline: str, speeds: dict[tuple[str, str], Row]) -> list[Column]:
+    """Make the columns of `dpace compare`.
+
+    Args:
+        baseline: the objective that the others are compared with.
+        speeds: rows of decoding by set and objective; what has none is written as `-`.
+    """
+
+    def speedup(row: ComparedRow) -> str:
+        speed = speeds.get((row.set, row.drafter))
+        return with_interval(speed.decode_speedup, speed.decode_speedup_interval) if speed else "-"
+
+    def gain(row: ComparedRow) -> str:
+        return "-" if row.drafter == baseline else percent(row.gain)
+
+    def by_seed(row: ComparedRow) -> str:
+        gains = ("-" if value is None else f"{100 * value:+.1f}" for value in row.gain_by_seed)
+        return "-" if row.drafter == baseline else " ".join(gains)
+
+    return [
+        Column("verdict", lambda row: objective_verdict(row, baseline), is_text=True),
+        _SET,
+        Column("objective", lambda row: row.drafter, is_text=True),
+        Column("tau", lambda row: with_interval(row.tau), shown="narrow"),
+        Column("tau [95 %]", lambda row: with_interval(row.tau, row.tau_interval), shown="wide"),
+        Column(f"over {baseline} [95 %]", gain),
+        Column("by seed", by_seed, shown="wide"),
+        Column("decode_speedup [95 %]", speedup, shown="wide"),
+        Column("ms/step", lambda row: "-" if row.step_seconds is None else f"{1000 * row.step_seconds:.0f}"),
+        Column(
+            "peak GiB",
+            lambda row: "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
+            shown="wide",
+        ),
+    ]
