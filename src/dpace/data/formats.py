@@ -97,7 +97,7 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str, file:
     import datasets
 
     try:
-        return datasets.load_dataset(path, config, split=split, **({"data_files": file} if file else {}))
+        return datasets.load_dataset(path, config, split=split, data_files=file)
     except Exception as error:  # the Hub's errors share no narrower class
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -231,7 +231,8 @@ def _read_message(message: Any, kind: str, where: str, is_table: bool) -> dict[s
         raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
     owner = "of a message" if kind == "messages" else f"of a message in `{kind}`"
     texts: dict[str, Any] = {key: _check_text(value, f"{where}: `{key}` {owner}") for key, value in message.items()}
-    return {**texts, "role": ROLES.get(texts["role"], texts["role"])}
+    texts["role"] = ROLES.get(texts["role"], texts["role"])
+    return texts
 
 
 def _check_text(value: Any, where: str) -> str:

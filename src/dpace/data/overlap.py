@@ -73,7 +73,7 @@ def find_near(signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, 
 
     index, kept, near = MinHashLSH(threshold=threshold, num_perm=128), {}, {}
     for name, signature in signed:
-        found = [other for other in index.query(signature) if kept[other].jaccard(signature) >= threshold]
+        found = [str(other) for other in index.query(signature) if kept[other].jaccard(signature) >= threshold]
         if found:
             near[name] = min(found)
         else:
