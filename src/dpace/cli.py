@@ -16,6 +16,7 @@ from dpace.recipes import RECIPES
 
 VERBS = {
     "demo": "train a drafter for a real LLM on this machine and show what it gains",
+    "plan": "say what a recipe takes: memory by part, disk, tokens, steps and time",
     "data": "show the data that a drafter is trained on, and what is left out and why",
     "respond": "let the target answer the prompts",
     "train": "train a drafter on the responses",
@@ -39,6 +40,7 @@ USAGE = "\n".join(
         "A recipe is a YAML file of options, or the name of one that comes with dpace; command-line flags override it.",
         f"Names: {', '.join(RECIPES)}.",
         "`dpace VERB --help` lists the options; `dpace --version` prints the version.",
+        "With --dry-run, a verb that works for long says what it would do, and stops there.",
         "",
     ]
 )

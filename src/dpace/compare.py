@@ -68,8 +68,7 @@ def compare(target: Target, config: CompareConfig, init: Drafter | None = None) 
     folder = Path(config.output)
     recipes = make_recipes(config)
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
-    for key, cell in cells.items():  # before any work
-        refuse_other_run(cell, {**settings_of(recipes[key]), **init_of(init)})
+    refuse_other_cells(config, init)
     with hold(folder):
         claim(folder, *FILES)
         return _run(target, config, recipes, cells, init)
@@ -106,6 +105,18 @@ def _run(
     plot_weights({name: log[0] for name, log in logs.items()}, folder / "weights.png")
     plot_acceptance(results.rows, folder / "acceptance.png")
     return results
+
+
+def refuse_other_cells(config: CompareConfig, init: Drafter | None = None) -> int:
+    """Refuse a folder in which an objective was trained with other settings, and count the drafters.
+
+    Raises:
+        ValueError: see `make_recipes`; or a cell with another run.
+    """
+    recipes = make_recipes(config)
+    for (name, seed), recipe in recipes.items():
+        refuse_other_run(Path(config.output) / name / f"seed-{seed}", {**settings_of(recipe), **init_of(init)})
+    return len(recipes)
 
 
 def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:

@@ -17,7 +17,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.config import DraftConfidence
 from dpace.fast.speed_up import speed_up
 from dpace.ledger import UNFINISHED, sync
-from dpace.loading import one_line, read_config, refuse_infinite, refuse_mismatch
+from dpace.loading import one_line, read_config, refuse_infinite, refuse_mismatch, share
 from dpace.mask_token import check_mask_token, choose_mask_token
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.spec import SPECIAL_TOKENS, DrafterSpec
@@ -150,7 +150,7 @@ class Drafter(DFlashDraftModel):
             drafter: Any = cls(spec.config())
         nn.init.constant_(drafter.norm.weight, norm_scale)
         drafter.check_target(target)
-        return drafter.to(target.device)
+        return drafter if drafter.device == target.device else drafter.to(target.device)
 
     def start_for(self, target: Target) -> "Drafter":
         """Copy this drafter as the start of a training for a target, in fp32 and on the target's device.
@@ -251,6 +251,7 @@ class Drafter(DFlashDraftModel):
             if self.validity is not None:
                 self.validity.save(aside)
             for written in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
+                share(written)
                 sync(written)
                 written.replace(folder / written.name)
 

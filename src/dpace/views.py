@@ -1,6 +1,6 @@
 """The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,11 +65,21 @@ def blocks_hidden(
     mask_token_id: int,
     target_layer_ids: Sequence[int],
     with_target_hidden: bool = False,
+    make_mask: Callable[[Blocks, int], Any] | None = None,
 ) -> tuple[Tensor, Blocks, Tensor | None]:
     """Run the drafter over all blocks of a batch at once: the training forward pass.
 
     Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask, where `flex_attention` has no
     kernel (`dpace.device.TILED`).
+
+    Args:
+        drafter: a `Drafter`, or its wrapper in training.
+        target: its target.
+        inputs: a batch of `dpace.data.dataset.collate`.
+        mask_token_id: the token in slots that are not drafted yet.
+        target_layer_ids: layers whose outputs are the features.
+        with_target_hidden: give the input of the target's head too.
+        make_mask: gives the attention mask; by default `flex_mask` on a GPU and `dense_mask` elsewhere.
 
     Returns:
         Final hidden states, "batch block slot hidden"; the blocks; and with `with_target_hidden`, the input of the
@@ -81,7 +91,7 @@ def blocks_hidden(
         features = target.features(token_ids, target_layer_ids, with_head_input=with_target_hidden)
     num_features = len(target_layer_ids) * target.hidden_size
     batch, num_context = token_ids.shape
-    make_mask = flex_mask if token_ids.device.type in TILED else dense_mask
+    make_mask = make_mask or (flex_mask if token_ids.device.type in TILED else dense_mask)
     context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
     hidden = draft_block(
         drafter,

@@ -78,9 +78,19 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     return meta
 
 
+def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
+    """Give what the responses depend on, as far as it is known before the target is loaded."""
+    sampling = {"seed": config.seed} if config.temperature > 0 else {}
+    return {
+        "thinking": thinking,
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        **sampling,
+    }
+
+
 def find_meta(target: Target, config: RespondConfig) -> dict[str, Any]:
     """Give what the responses depend on: weights, tokenizer, template and settings; and the versions."""
-    sampling = {"seed": config.seed} if config.temperature > 0 else {}
     return {
         **({} if config.source == "target" else {"source": config.source}),
         "target": target.name,
@@ -88,10 +98,7 @@ def find_meta(target: Target, config: RespondConfig) -> dict[str, Any]:
         "dtype": str(target.model.dtype),
         "target_sha256": weights_fingerprint(target.model),
         **tokenizer_hashes(target),
-        "thinking": target.thinking,
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        **sampling,
+        **known_settings(config, thinking=target.thinking),
         "versions": vars(find_versions()),
     }
 

@@ -183,5 +183,10 @@ def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool)
         weight: the head's weight.
         is_soft: whether the loss compares with the target's distribution.
     """
-    wanted = CPU_CHUNK_BYTES if weight.device.type == "cpu" else GPU_CHUNK_BYTES
+    return wanted_chunk_bytes(weight, weight.device.type == "cpu", is_soft=is_soft)
+
+
+def wanted_chunk_bytes(weight: Float[Tensor, "vocab hidden"], is_cpu: bool, *, is_soft: bool) -> int:
+    """Give the bytes of `default_chunk_bytes` for a weight that may be on paper."""
+    wanted = CPU_CHUNK_BYTES if is_cpu else GPU_CHUNK_BYTES
     return max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight)) if is_soft else wanted

@@ -1,12 +1,38 @@
 """Turn a recipe's training settings into arguments of transformers' Trainer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from dpace.config import TrainConfig
 from dpace.device import TILED, default_dtype
+
+PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}
+"""Packages of trackers, where they have another name."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed, before any work.
+
+    Raises:
+        ValueError: names it, and what to do.
+    """
+    for name in names:
+        if name in ("all", "none"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"--train.report-to has {name!r}, which transformers does not know; choose some of "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}, or leave it out"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"--train.report-to has {name}, and its package is not installed: run `pip install "
+                f"{PACKAGES.get(name, name)}`, or leave it out"
+            )
 
 
 def training_arguments(

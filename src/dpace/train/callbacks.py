@@ -1,5 +1,6 @@
 """Show and time a training run, and end it well at Ctrl-C and SIGTERM."""
 
+import functools
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from torch import distributed
 from transformers import ProgressCallback, TrainerCallback
 
 from dpace.device import synchronize
+from dpace.progress import PlainLines, is_terminal
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
@@ -109,23 +111,54 @@ class PeakMemory:
         return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+class TrackerGuard(TrainerCallback):
+    """Turns what a tracker raises into one line; others run it, and it may fail at any time."""
+
+    def __init__(self, tracker: TrainerCallback):
+        self.tracker, self.name = tracker, type(tracker).__name__.removesuffix("Callback").lower()
+        for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
+            setattr(self, event, functools.partial(self._tell, event))
+
+    def _tell(self, event: str, *args, **kwargs):
+        try:
+            return getattr(self.tracker, event)(*args, **kwargs)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(
+                f"the tracker {self.name} failed ({reason}); set it up, or leave it out of --train.report-to, and run "
+                "the same command: it goes on from the last checkpoint"
+            ) from error
+
+
 class TrainingBar(ProgressCallback):
     """Progress bar of training with the latest numbers beside the ETA."""
 
     def __init__(self, name: str):
         super().__init__()
         self.name, self.numbers = name, {}
+        self.lines: PlainLines | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Name the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
+        """Name the bar; without a terminal, write lines in its place."""
+        if state.is_world_process_zero and not is_terminal():
+            self.lines = PlainLines(self.name, state.max_steps, state.global_step)
+        else:
+            super().on_train_begin(args, state, control, **kwargs)
         transformers.utils.logging.disable_progress_bar()  # one bar for each checkpoint's file would break up ours
         if self.training_bar is not None:
             self.training_bar.set_description(self.name)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the bar on."""
+        if self.lines:
+            self.lines.move(state.global_step, ", ".join(f"{name} {value}" for name, value in self.numbers.items()))
+        else:
+            super().on_step_end(args, state, control, **kwargs)
+
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar."""
-        super().on_train_end(args, state, control, **kwargs)
+        if not self.lines:
+            super().on_train_end(args, state, control, **kwargs)
         transformers.utils.logging.enable_progress_bar()
 
     def on_log(self, args, state, control, logs=None, **_):

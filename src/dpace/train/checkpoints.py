@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpace.device import read_random_state, set_random_state
 from dpace.ledger import UNFINISHED, sweep, sync, write_json
+from dpace.loading import share
 from dpace.provenance import hash_file
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
@@ -41,6 +42,7 @@ def finish(checkpoints: Path, step: int) -> Path:
     unfinished, folder = unfinished_folder(checkpoints, step), checkpoint_folder(checkpoints, step)
     files = {}
     for path in sorted(unfinished.iterdir()):
+        share(path)
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     write_json(unfinished / MANIFEST, {"step": step, "files": files})

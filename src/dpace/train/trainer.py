@@ -14,15 +14,15 @@ from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.order import GroupedSampler
 from dpace.drafter import Drafter
 from dpace.head import Head
-from dpace.loss import Weigh, block_loss, count_items, frozen_head_nll
+from dpace.loss import Weigh, block_loss, count_items
 from dpace.measure.heldout import heldout_acceptance
 from dpace.target import Target
-from dpace.train.callbacks import StepClock, TrainingBar
+from dpace.train.callbacks import StepClock, TrackerGuard, TrainingBar
 from dpace.train.checkpointed import CheckpointedTrainer
 from dpace.train.optimizer import MuonAdamW
 from dpace.train.redraw import redraw
+from dpace.train.scoring import score_batch
 from dpace.validity import validity_losses
-from dpace.views import blocks_hidden
 
 
 class _Schedule(TrainerCallback):
@@ -82,6 +82,9 @@ class DrafterTrainer(CheckpointedTrainer):
             callbacks=[_Schedule(dataset)],
         )
         self.remove_callback(ProgressCallback)
+        for tracker in [c for c in self.callback_handler.callbacks if "integrations" in type(c).__module__]:
+            self.remove_callback(tracker)
+            self.add_callback(TrackerGuard(tracker))
         self.add_callback(TrainingBar(f"training, {loss.objective}"))
         self.step_clock = StepClock()
         self.add_callback(self.step_clock)
@@ -176,25 +179,16 @@ class DrafterTrainer(CheckpointedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a micro-batch, in nats; `Trainer` calls this."""
         drafter, config = self.drafter, self.loss_config
-        hidden, blocks, target_hidden = blocks_hidden(
+        out, blocks, hidden = score_batch(
             model,
             self.target,
             inputs,
-            mask_token_id=drafter.mask_token_id,
-            target_layer_ids=drafter.target_layer_ids,
-            with_target_hidden=config.needs_target_probs,
-        )
-        labels = blocks.labels if self.head_index is None else self.head_index[blocks.labels]
-        out = frozen_head_nll(
-            hidden,
-            self.head,
-            labels,
-            blocks.is_scored,
-            weigh=lambda slots: self.weigh(
-                slots._replace(anchors=blocks.anchors, is_response=inputs["is_response"], progress=self.progress)
-            ),
-            token_loss=config.token_loss,
-            target_hidden=target_hidden,
+            config,
+            drafter=drafter,
+            head=self.head,
+            head_index=self.head_index,
+            weigh=self.weigh,
+            progress=self.progress,
             chunk_bytes=config.chunk_mib and config.chunk_mib * 2**20,
         )
         self._add_to_log(out, blocks.is_scored)

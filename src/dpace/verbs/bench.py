@@ -6,6 +6,7 @@ from pathlib import Path
 from dpace.config import Recipe
 from dpace.flags import PROMPT, command, parse
 from dpace.ledger import hold
+from dpace.plan.facts import announce, take_dry_run
 from dpace.progress import show
 from dpace.verbs import load_target
 
@@ -20,6 +21,7 @@ class MeasureConfig(Recipe):
 
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
+    args, is_dry = take_dry_run(args)
     recipe = parse(MeasureConfig, "bench", args)
     from dpace.data.prompts import split_prompts
     from dpace.data.public_sets import read_sets
@@ -41,6 +43,8 @@ def run(args: list[str]) -> None:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
     else:
         prompts = split_prompts(recipe.prompts).heldout
+    if recipe.bench.server and is_dry:
+        return announce([f"prompts: {len(prompts):,} of each set at most, sent to {recipe.bench.server}"], is_dry=True)
     if recipe.bench.server:
         return _bench_servers(recipe, prompts)
     if recipe.bench.plain_server:
@@ -55,6 +59,9 @@ def run(args: list[str]) -> None:
         raise ValueError(
             f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
         )
+    announce(_first_lines(recipe, prompts, len(folders)), is_dry=is_dry)
+    if is_dry:
+        return
     target = load_target(recipe)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
     with hold(recipe.output):
@@ -72,6 +79,21 @@ def run(args: list[str]) -> None:
     drafter = folders[0] if faster_sets(results) else None
     options = {"target": recipe.target, "drafter": drafter, "thinking": recipe.thinking}
     print("next:", command("generate", **options, prompt=PROMPT))
+
+
+def _first_lines(recipe: Recipe, prompts: list, num_drafters: int) -> list[str]:
+    """Say what will be decoded."""
+    from dpace.data.prompts import first_of_each_set
+    from dpace.plan.answers import say_decoding
+
+    settings, widths = recipe.bench, len(recipe.bench.widths)
+    return say_decoding(
+        recipe,
+        first_of_each_set(prompts, settings.num_prompts),
+        max_new_tokens=settings.max_new_tokens,
+        ways=len(settings.temperatures) * (1 + num_drafters * widths),
+        what=f"{len(settings.temperatures)} temperatures x (baseline + {num_drafters} drafters x {widths} widths)",
+    )
 
 
 def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:

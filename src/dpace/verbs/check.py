@@ -4,13 +4,15 @@ from pathlib import Path
 
 from dpace.config import CheckConfig
 from dpace.flags import parse
+from dpace.plan.facts import announce, take_dry_run
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace check`."""
+    args, is_dry = take_dry_run(args)
     config = parse(CheckConfig, "check", args)
-    from dpace.data.prompts import read_heldout
+    from dpace.data.prompts import first_of_each_set, read_heldout
     from dpace.drafter import load_drafter
     from dpace.locate import find_drafter
     from dpace.measure.check import check
@@ -26,6 +28,18 @@ def run(args: list[str]) -> None:
             f"{config.responses} was written in {answered_in}, and --dtypes has {', '.join(config.dtypes)}; rounding "
             f"differs: add {answered_in} to --dtypes"
         )
+    chosen = first_of_each_set(prompts, config.num_prompts)
+    tokens = len(chosen) * config.max_new_tokens
+    announce(
+        [
+            f"prompts: {len(chosen)}, answered with up to {config.max_new_tokens} tokens in some 13 ways, "
+            f"in {' and '.join(config.dtypes)}",
+            f"at most about {13 * tokens * len(config.dtypes):,} tokens to decode",
+        ],
+        is_dry=is_dry,
+    )
+    if is_dry:
+        return
     failed = []
     for dtype in config.dtypes:
         target = load_target(config, dtype)

@@ -4,18 +4,25 @@ from pathlib import Path
 
 from dpace.config import CompareConfig
 from dpace.flags import PROMPT, command, given_options, parse
+from dpace.plan.facts import announce, take_dry_run
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace compare`."""
+    args, is_dry = take_dry_run(args)
     config = parse(CompareConfig, "compare", args)
-    from dpace.compare import compare, make_recipes
+    from dpace.compare import compare, refuse_other_cells
     from dpace.engines.initial import start_from
     from dpace.report.tables import compare_table, console
+    from dpace.train.arguments import check_trackers
 
-    make_recipes(config)  # refuses an unknown objective before the target is loaded
     config, init = start_from(config, given_options(CompareConfig, "compare", args))
+    num_cells = refuse_other_cells(config, init)
+    check_trackers(config.train.report_to)
+    announce(_first_lines(config, num_cells), is_dry=is_dry)
+    if is_dry:
+        return
     results = compare(load_target(config), config, init)
     console(config.wide).print(compare_table(results, config.wide))
     output = Path(config.output)
@@ -25,3 +32,15 @@ def run(args: list[str]) -> None:
     best = output / results.rows[0].drafter / f"seed-{config.seeds[0]}"
     options = {"target": config.target, "drafter": best, "thinking": config.thinking}
     print("next:", command("generate", **options, prompt=PROMPT))
+
+
+def _first_lines(config: CompareConfig, num_cells: int) -> list[str]:
+    """Say what will be answered, trained and measured."""
+    from dpace.data.prompts import split_prompts
+    from dpace.plan.facts import prompts_line
+    from dpace.plan.lines import say_training
+    from dpace.plan.training import unknown_conversations
+
+    parts = split_prompts(config.prompts)
+    conversations = unknown_conversations(config, len(parts.train), len(parts.validation))
+    return [prompts_line(parts), *say_training(config, conversations, config.output, drafters=num_cells)]

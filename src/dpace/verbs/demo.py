@@ -2,21 +2,28 @@
 
 from pathlib import Path
 
+from dpace.config import Recipe
 from dpace.flags import command, parse
 from dpace.ledger import claim, hold
+from dpace.plan.facts import announce, take_dry_run
 
 
 def run(args: list[str]) -> None:
     """Run `dpace demo`."""
     from dpace.demo.recipe import DemoConfig, demo_recipe
 
+    args, is_dry = take_dry_run(args)
     config = parse(DemoConfig, "demo", args)
 
     from dpace.demo.run import run_demo, summary
     from dpace.locate import find_target
     from dpace.report.tables import console, results_table, slots_table
 
-    output = Path(demo_recipe(config).output)
+    recipe = demo_recipe(config)
+    output = Path(recipe.output)
+    announce(_first_lines(recipe, drafters=1 if config.quick else 2), is_dry=is_dry)
+    if is_dry:
+        return
     with hold(output):
         claim(output, "results.json", "acceptance.png", "weights.png")
         results = run_demo(config)
@@ -29,3 +36,15 @@ def run(args: list[str]) -> None:
         "next:",
         command("generate", target=find_target(results.target), drafter=output / "dpace", prompt=prompt),
     )
+
+
+def _first_lines(recipe: Recipe, *, drafters: int) -> list[str]:
+    """Say what will be answered, trained and measured."""
+    from dpace.data.prompts import split_prompts
+    from dpace.plan.facts import prompts_line
+    from dpace.plan.lines import say_training
+    from dpace.plan.training import unknown_conversations
+
+    parts = split_prompts(recipe.prompts)
+    conversations = unknown_conversations(recipe, len(parts.train), len(parts.validation))
+    return [prompts_line(parts), *say_training(recipe, conversations, recipe.output, drafters=drafters)]

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.flags import command, given_options, next_command, parse
+from dpace.plan.facts import announce, take_dry_run
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace train`."""
+    args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "train", args)
     from torch import distributed
 
@@ -18,6 +20,9 @@ def run(args: list[str]) -> None:
     from dpace.data.run_meta import read_meta
     from dpace.engines.initial import start_from
     from dpace.objective import make_weigh
+    from dpace.plan.lines import say_training
+    from dpace.plan.training import known_conversations
+    from dpace.train.arguments import check_trackers
     from dpace.train.identity import (
         data_of,
         init_of,
@@ -43,6 +48,10 @@ def run(args: list[str]) -> None:
     datasets = choose_conversations(answered, validation, settled)
     facts = {**settings_of(settled), **data_of(*datasets), **init_of(init), "thinking": recipe.thinking}
     refuse_other_run(folder, facts)
+    check_trackers(recipe.train.report_to)
+    announce(say_training(settled, known_conversations(*datasets, settled), folder), is_dry=is_dry)
+    if is_dry:
+        return
     target = load_target(recipe)
     facts = target_of(target)
     refuse_other_answers(meta, facts, path, respond)

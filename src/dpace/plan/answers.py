@@ -1,0 +1,68 @@
+"""What answering and decoding prompts will take: tokens, disk and time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpace.config import Recipe
+from dpace.data.answers import read_responses
+from dpace.data.prompts import Prompt, PromptParts
+from dpace.device import find_device
+from dpace.locate import find_target
+from dpace.plan.facts import BYTES_PER_TOKEN, check_disk, count, duration, prompts_line
+from dpace.plan.paper import make_target, on_paper, read_shape
+from dpace.plan.speed import measure_speed
+from dpace.plan.training import find_place
+
+
+def say_answers(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
+    """Say what `dpace respond` will do.
+
+    Raises:
+        ValueError: the disk has no room for the answers.
+    """
+    prompts = [*parts.train, *parts.validation, *parts.heldout]
+    done = {response.id for response in read_responses(path)} if path.exists() else set()
+    waiting = [prompt for prompt in prompts if prompt.id not in done]
+    if recipe.respond.source == "own":
+        return [prompts_line(parts), f"answers: {len(done):,} kept, {len(waiting):,} taken from the prompts"]
+    turns, config = sum(len(prompt.turns) for prompt in waiting), recipe.respond
+    tokens = turns * config.max_new_tokens
+    seconds = decoding_seconds(recipe, turns, config.max_new_tokens, config.batch_size)
+    disk = check_disk(path.parent, BYTES_PER_TOKEN * tokens, "make room, or name another folder with --output")
+    return [
+        prompts_line(parts),
+        f"answers: {len(done):,} kept, {count(turns, 'answer')} to write, up to {config.max_new_tokens} tokens each; "
+        f"{config.batch_size} at once",
+        f"time: about {duration(seconds)} if all are that long",
+        disk,
+    ]
+
+
+def say_decoding(recipe: Recipe, prompts: Sequence[Prompt], *, max_new_tokens: int, ways: int, what: str) -> list[str]:
+    """Say what decoding prompts one by one, in several ways, will take.
+
+    Args:
+        recipe: names the target and where it runs.
+        prompts: that are decoded.
+        max_new_tokens: longest answer in tokens.
+        ways: number of times that each prompt is decoded.
+        what: says what the ways are.
+    """
+    turns = sum(len(prompt.turns) for prompt in prompts) * ways
+    seconds = decoding_seconds(recipe, turns, max_new_tokens, 1)
+    return [
+        f"prompts: {len(prompts):,}, each decoded {count(ways, 'time')}",
+        f"ways: {what}",
+        f"answers: {turns:,} of up to {max_new_tokens} tokens; at most about {duration(seconds)}",
+    ]
+
+
+def decoding_seconds(recipe: Recipe, answers: int, max_new_tokens: int, batch_size: int) -> float:
+    """Estimate the seconds of plain decoding, by the weights that a step reads and its products."""
+    place = find_place(recipe)
+    with on_paper():
+        model = make_target(read_shape(find_target(recipe.target)), place.dtype).model
+        sizes = [(parameter.numel(), parameter.nbytes) for parameter in model.parameters()]
+    flops, bandwidth = measure_speed(find_device(recipe.device), place.dtype)
+    step = sum(nbytes for _, nbytes in sizes) / bandwidth + 2 * batch_size * sum(n for n, _ in sizes) / flops
+    return -(-answers // batch_size) * max_new_tokens * step

@@ -1,0 +1,61 @@
+"""Say what a recipe takes before it is run: memory by part, disk, tokens, steps and time."""
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from dpace.config import Recipe
+from dpace.flags import next_command, parse
+
+
+@dataclass(frozen=True)
+class PlanConfig(Recipe):
+    """Say what training a recipe takes: memory by part, disk, tokens, steps and time.
+
+    It reads the target's config.json only, and computes the training step on tensors without values.
+    """
+
+    memory: str | None = None
+    """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
+    By default what is free on this machine."""
+    calibrate: bool = False
+    """Also load the target, take a few real steps here, and compare."""
+
+
+def read_memory(text: str) -> int:
+    """Read a memory such as 24GiB or 80GB, in bytes.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ValueError(f"--memory is {text!r}, expected a size such as 24GiB or 80GB; write it with its unit")
+    unit = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}[match[2].lower()]
+    return int(float(match[1]) * unit)
+
+
+def run(args: list[str]) -> None:
+    """Run `dpace plan`."""
+    config = parse(PlanConfig, "plan", args)
+    memory = read_memory(config.memory) if config.memory else None
+    from dpace.locate import find_target
+    from dpace.plan.calibrate import calibrate
+    from dpace.plan.conversations import find_conversations
+    from dpace.plan.fit import say_what_fits
+    from dpace.plan.lines import memory_lines, training_lines
+    from dpace.plan.paper import read_shape
+    from dpace.plan.training import find_place, plan_training
+
+    recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
+    place = find_place(recipe, memory=memory)
+    shape = read_shape(find_target(recipe.target))
+    conversations = find_conversations(recipe)
+    plan = plan_training(recipe, shape, conversations, place)
+    lines = [*training_lines(plan, recipe.train), *memory_lines(plan.step)]
+    lines += say_what_fits(plan, recipe.train)
+    print("\n".join(lines), flush=True)
+    if config.calibrate:
+        print(calibrate(recipe, plan))
+    is_answered = (Path(recipe.output) / "responses.jsonl").exists()
+    print("next:", next_command("train" if is_answered else "respond", recipe, args))
