@@ -39,7 +39,7 @@ def main(rounds: int) -> None:
     torch.manual_seed(0)
     recipe = read_recipe(RECIPES["demo-cpu"])
     target, config = Target.load(find_target(recipe.target)), recipe.train
-    drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
+    drafter = Drafter.from_target(target, seed=0, **{k: v for k, v in vars(recipe.drafter).items() if k != "init"})
     spans = [[NUM_PROMPT_TOKENS, NUM_TOKENS]]
     responses = [
         Response(str(i), "random", [], torch.randint(1000, (NUM_TOKENS,)).tolist(), spans)

@@ -48,7 +48,7 @@ def train_all(target: Target, responses: list[Response], recipe: Recipe, folder:
 def sharded_gradient(target: Target, responses: list[Response], recipe: Recipe) -> None:
     """Under FSDP2 with an uneven split, the gradient of the whole batch; the last rank has no anchor."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
+    drafter = Drafter.from_target(target, seed=0, **{k: v for k, v in vars(recipe.drafter).items() if k != "init"})
     dataset = make_dataset(responses, recipe)
     rows = [dataset[i] for i in range(5)]
     batches = [rows[:3], rows[3:], *([[dataset[len(dataset) - 1]]] * (num_ranks - 2))]

@@ -145,6 +145,7 @@ def main() -> None:
     """Decode, measure and train on both devices; print what was different, and the waits of each part."""
     register()
     torch.inference_mode = torch.no_grad  # which counts versions, as wrapped tensors need
+    import dpace.probe
     from dpace.data.dataset import ResponseDataset, collate
     from dpace.data.responses import Response
     from dpace.decode import Paces, generate, generate_batch, generate_plain
@@ -154,6 +155,7 @@ def main() -> None:
     from dpace.views import blocks_hidden
     from tests.conftest import make_drafter, make_target
 
+    dpace.probe._refuse_quantized_tables = lambda *_: None  # takes a tensor of another class for a quantized one
     generator = torch.Generator
     torch.Generator = lambda device="cpu": generator()  # torch makes none for a device in Python
     prompts = [[5, 6, 7, 8, 9], [9, 8, 7], [5, 9, 5, 9, 5, 9, 5]]

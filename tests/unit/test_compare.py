@@ -46,7 +46,7 @@ def test_compare(config, language_target, tmp_path, capsys):
         assert len(row.tau_by_seed) == 2 and row.num_prompts == 6 and row.step_seconds > 0
         if row.drafter == "dflash":
             assert row.gain == (0, 0, 0)
-    console().print(compare_table(results))
+    console(True).print(compare_table(results, True))
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "over dflash" in printed
     for name in ("tau.png", "acceptance.png", "weights.png", "results.json", "decode/results.json"):

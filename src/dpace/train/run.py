@@ -150,7 +150,7 @@ def train(
         validation: for measuring tau during training; best greedy responses. May be empty.
         recipe: every setting.
         folder: receives what `FILES` names.
-        weigh: an objective of one's own: a function from `Slots` to weights, recorded by its name and source.
+        weigh: an objective of one's own, recorded by its name and source.
         init: a trained drafter to start from, with the recipe's size, as `engines.initial.start_from` gives both.
 
     Returns:
@@ -158,8 +158,7 @@ def train(
 
     Raises:
         ValueError: the text contains the mask token; the folder holds another run, files that dpace did not write, or
-            is written to by another process; a loss, gradient or weight that is not finite; an objective of one's own
-            that cannot be found or gives wrong weights.
+            is written to by another process; a loss, gradient or weight that is not finite; an objective that fails.
         OSError: no room on the disk; the same call goes on when there is.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
