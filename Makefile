@@ -22,8 +22,8 @@ demo: $(BIN)/.installed  ## train a drafter for a real LLM and show what it gain
 	-$(BIN)/pip install -q --no-deps xllamacpp  # optional: shows the drafter in llama.cpp too
 	$(BIN)/dpace demo $(ARGS)
 
-test: setup  ## run the tests (ARGS='-m slow' for the ones on the real model)
-	$(BIN)/pytest -q $(ARGS)
+test: setup  ## run the tests, a process for each core (ARGS='-m slow' for the ones on the real model)
+	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: setup  ## lint, format check and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/hadolint docker/*

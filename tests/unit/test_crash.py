@@ -26,7 +26,7 @@ from tests.unit.test_results import SERVERS
 
 UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
 """What tells of this process alone; Python's random numbers, which training does not use, among it."""
-NUM_POINTS = 4
+NUM_POINTS = 3
 """Points of a verb in the default run."""
 TORN = ("open", "append", "save", "fsync")
 """Operations that may leave half of a file."""
@@ -41,6 +41,8 @@ ALL = [
     "export over another",
 ]
 ALL += ["import zlab", "import speculators", "import gguf", "report"]
+QUICK = {"train", "respond", "bench", "export gguf", "import zlab", "report"}
+"""One of each kind; `compare` makes runs of other verbs, and the formats share how they are written."""
 
 
 class Runs:
@@ -199,7 +201,9 @@ def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[s
     assert all(row.endswith(" same") for row in rows), table
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "compare"])  # which makes runs of other verbs
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
 def test_a_run_that_dies_goes_on_to_the_same_end(name, runs, tmp_path):
     """A spread of all operations; every other one leaves half of its file."""
 
