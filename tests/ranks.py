@@ -15,9 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from dpace import ranks
 from dpace.config import LossConfig, Recipe
 from dpace.data.dataset import ResponseDataset, collate
-from dpace.data.responses import Response
+from dpace.data.prompts import Prompt
+from dpace.data.responses import Response, write_responses
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll
 from dpace.target import Target
@@ -43,6 +45,34 @@ def train_all(target: Target, responses: list[Response], recipe: Recipe, folder:
         config = replace(recipe.train, batch_size=recipe.train.batch_size // num_ranks)
         job = replace(recipe, train=config, loss=LossConfig(reduction=reduction))
         train(target, make_dataset(responses, recipe), no_validation, job, folder / reduction)
+
+
+def answer_all(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
+    """Answer the prompts again, greedily and sampled."""
+    prompts = [Prompt(one.id, one.set, [[one.messages[0]]]) for one in responses]
+    for temperature in (0.0, 1.0):
+        config = replace(recipe.respond, temperature=temperature, batch_size=2)
+        path = folder / f"answers-{temperature:g}" / "responses.jsonl"
+        found = write_responses(target, prompts, path, config)
+        assert [one.id for one in found] == [prompt.id for prompt in prompts]
+
+
+def tell_all() -> None:
+    """What one rank tells the others, a failure among it."""
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "x")
+
+    rank, count = dist.get_rank(), dist.get_world_size()
+    assert (ranks.rank(), ranks.num_ranks(), ranks.is_first()) == (rank, count, rank == 0)
+    assert ranks.gather(rank) == list(range(count)) and ranks.from_first(lambda: rank) == 0
+    try:
+        ranks.from_first(fail)
+    except OSError as error:
+        assert error.filename == "x"
+    else:
+        raise AssertionError("the failure of rank 0 is unknown here")
+    ranks.barrier()
 
 
 def sharded_gradient(target: Target, responses: list[Response], recipe: Recipe) -> None:
@@ -77,6 +107,8 @@ def sharded_gradient(target: Target, responses: list[Response], recipe: Recipe) 
 if __name__ == "__main__":
     target_folder, responses, recipe = pickle.loads(Path(sys.argv[1]).read_bytes())
     target = Target.load(target_folder)
+    answer_all(target, responses, recipe, Path(sys.argv[2]))  # first, since nothing has joined the ranks yet
+    tell_all()
     train_all(target, responses, recipe, Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
     sharded_gradient(target, responses, recipe)
     gc.collect()  # what still holds process groups: one that outlives Python's end aborts now and then

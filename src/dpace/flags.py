@@ -156,11 +156,16 @@ def command(verb: str, *values: Any, **flags: Any) -> str:
         values: what stands before the flags.
         flags: by name; True stands for the flag alone, None and False leave it out.
     """
-    words = ["dpace", verb, *map(str, values)]
+    words = ["dpace", verb, *(without_password(str(value)) for value in values)]
     for name, value in flags.items():
         if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [without_password(str(value))])]
     return shlex.join(words)
+
+
+def without_password(text: str) -> str:
+    """Leave user and password out of an address; other texts stay."""
+    return re.sub(r"^(https?://)[^/]*@", r"\1", text)
 
 
 def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
@@ -222,9 +227,18 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every value, defaults too, so that the file alone repeats the run."""
+    """Write every value, defaults too, so that the file alone repeats the run; passwords are left out."""
     import json
 
     from dpace.recipe_file import dump_settings
 
-    write_text(path, dump_settings(json.loads(json.dumps(asdict(recipe)))))
+    write_text(path, dump_settings(_without_passwords(json.loads(json.dumps(asdict(recipe))))))
+
+
+def _without_passwords(value: Any) -> Any:
+    """Leave passwords out of all addresses in nested settings."""
+    if isinstance(value, dict):
+        return {name: _without_passwords(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_passwords(item) for item in value]
+    return without_password(value) if isinstance(value, str) else value

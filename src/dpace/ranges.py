@@ -74,7 +74,13 @@ RANGES = {
         "limit": COUNT,
         "near_duplicates": Range(0, 1, is_open=True, is_whole=False),
     },
-    "RespondConfig": {"max_new_tokens": COUNT, "temperature": NOT_NEGATIVE, "batch_size": COUNT, "seed": SEED},
+    "RespondConfig": {
+        "max_new_tokens": COUNT,
+        "temperature": NOT_NEGATIVE,
+        "batch_size": COUNT,
+        "seed": SEED,
+        "retry_seconds": NOT_NEGATIVE,
+    },
     "DrafterConfig": {
         "num_layers": Range(1, 1000),
         "block_size": Range(2, 1000),

@@ -16,31 +16,33 @@ from pathlib import Path
 
 import pytest
 
-from dpace.config import BenchConfig
+from dpace.config import BenchConfig, RespondConfig
 from dpace.data.chat import ChatTokenizer, encode_chat
 from dpace.data.prompts import Prompt
+from dpace.data.responses import write_responses
 from dpace.decode.loop import generate
 from dpace.engines.export import export
 from dpace.measure.rows import ServerRow
 from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance
 from dpace.target import Target
+from tests.conftest import make_target, make_tokenizer, write_target_gguf
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
 
 SERVE = """
 import sys
 from dpace.engines.llamacpp import make_server
-server = make_server(sys.argv[1], sys.argv[2] or None, num_draft_tokens=int(sys.argv[3]))
+server = make_server(sys.argv[1], sys.argv[2] or None, num_draft_tokens=int(sys.argv[3]), is_exact=bool(sys.argv[4:]))
 print(server.listening_address, flush=True)
 sys.stdin.read()
 """
 
 
 @contextmanager
-def llamacpp(target: Path, drafter: Path | str = "", num_draft_tokens: int = 0) -> Iterator[str]:
+def llamacpp(target: Path, drafter: Path | str = "", num_draft_tokens: int = 0, *, is_exact=False) -> Iterator[str]:
     """The address of llama.cpp's server in a process of its own."""
-    command = [sys.executable, "-c", SERVE, str(target), str(drafter), str(num_draft_tokens)]
+    command = [sys.executable, "-c", SERVE, str(target), str(drafter), str(num_draft_tokens), *["exact"] * is_exact]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -102,6 +104,19 @@ def test_llamacpp_reports_what_we_count(
     assert row.num_same_text == row.num_responses == 6
     assert row.num_verifications == sum(len(out.widths) for out in ours)
     assert row.tau == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau)
+
+
+def test_llamacpp_answers_as_this_process_does(tmp_path):
+    """A target with random weights, whose texts a small error would change; in fp32, with keys and values in f32."""
+    target = make_target("qwen3")
+    target.tokenizer = make_tokenizer()
+    texts = [f"w{i} w{7 * i % 50}" for i in range(24)]
+    prompts = [Prompt(text, "s", [[{"role": "user", "content": text}]] * (1 + i % 2)) for i, text in enumerate(texts)]
+    config = RespondConfig(max_new_tokens=24, batch_size=4)
+    own = write_responses(target, prompts, tmp_path / "here" / "responses.jsonl", config)
+    with llamacpp(write_target_gguf(target, tmp_path / "target.gguf"), is_exact=True) as address:
+        path = tmp_path / "there" / "responses.jsonl"
+        assert write_responses(target, prompts, path, replace(config, server=(address,))) == own
 
 
 @pytest.mark.slow

@@ -54,6 +54,18 @@ def test_a_written_recipe_reads_back(tmp_path):
     assert read_recipe(tmp_path / "r.yaml") == recipe
 
 
+def test_passwords_of_addresses_are_written_nowhere(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("respond:\n  server: [http://ann:secret@a:1]\n")
+    args = [str(path), "--bench.server", "https://bob:secret@b:2/x@y"]
+    recipe = parse(Recipe, "train", args)
+    assert recipe.respond.server == ("http://ann:secret@a:1",)
+    shown = next_command("train", recipe, args) + command("train", *args)
+    write_recipe(recipe, tmp_path / "written.yaml")
+    shown += (tmp_path / "written.yaml").read_text()
+    assert "secret" not in shown and "https://b:2/x@y" in shown and "http://a:1" in shown
+
+
 def test_an_unknown_setting_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1e-3\n")
     with pytest.raises(

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from dpace.config import RespondConfig
-from dpace.data.responses import generate_responses
+from dpace.data.static_batch import generate_responses
 from dpace.decode import Paces, generate, generate_batch, generate_plain
 from dpace.target import Target
 from tests.conftest import Oracle, make_drafter

@@ -579,10 +579,10 @@ def start():
 @pytest.fixture
 def ask(language_folder, tmp_path, monkeypatch):
     """The command that measures a server; its bounds are those of a test."""
-    monkeypatch.setattr("dpace.measure.transport.TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr("dpace.measure.transport.SECONDS_PER_TOKEN", 0.05)
-    monkeypatch.setattr("dpace.measure.transport.PAGE_SECONDS", 1.0)
-    monkeypatch.setattr("dpace.measure.transport.MAX_PAGE_BYTES", 2**18)
+    monkeypatch.setattr("dpace.servers.transport.TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("dpace.servers.transport.SECONDS_PER_TOKEN", 0.05)
+    monkeypatch.setattr("dpace.servers.transport.PAGE_SECONDS", 1.0)
+    monkeypatch.setattr("dpace.servers.transport.MAX_PAGE_BYTES", 2**18)
     heldout, prompts = tmp_path / "heldout.jsonl", tmp_path / "prompts.jsonl"
     heldout.write_text('{"id": "h", "prompt": "w1 w2"}\n')
     prompts.write_text('{"id": "p", "prompt": "w3 w4"}\n')

@@ -39,6 +39,7 @@ def responses(language_responses):
 @pytest.fixture(scope="module")
 def on_one_rank(language_target, responses, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
+    ranks.answer_all(language_target, responses, RECIPE, folder)
     ranks.train_all(language_target, responses, RECIPE, folder, 1)
     return folder
 
@@ -90,13 +91,16 @@ def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_fold
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
         [*command, str(root / "tests" / "ranks.py"), str(job), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for reduction in REDUCTIONS:
         assert_same(on_one_rank / reduction, tmp_path / reduction)
+    for path in tmp_path.glob("answers-*/*.jsonl"):  # line by line in the same order
+        assert path.read_bytes() == (on_one_rank / path.relative_to(tmp_path)).read_bytes()
+    assert len(list(tmp_path.glob("answers-*/*.jsonl"))) == 2
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

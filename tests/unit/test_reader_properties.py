@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dpace.engines.doctor import diagnose
 from dpace.engines.export import export, read_drafter
-from dpace.measure.server_engines import LlamacppServer, SglangServer, VllmServer
-from dpace.measure.transport import Address
+from dpace.servers.engines import LlamacppServer, SglangServer, VllmServer
+from dpace.servers.transport import Address
 from tests.conftest import make_drafter
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,7 +97,8 @@ def test_gguf(whole_gguf, data, tmp_path_factory):
 
 KEYS = (
     "choices token_ids finish_reason model tokens stop stop_type timings predicted_n draft_n draft_n_accepted "
-    "meta_info output_ids completion_tokens spec_verify_ct spec_accept_histogram spec_accept_token_num truncated"
+    "meta_info output_ids completion_tokens spec_verify_ct spec_accept_histogram spec_accept_token_num truncated "
+    "text content tokens_predicted usage stop_reason matched"
 ).split()
 EVENTS = st.recursive(
     SCALARS,
@@ -124,6 +125,21 @@ def test_events_of_servers(kind, events, monkeypatch):
         assert 0 < len(answer.token_ids) <= 8 and all(type(t) is int and 0 <= t < 64 for t in answer.token_ids)
         counts = answer.counts
         assert counts is None or min(counts.num_verifications, counts.num_accepted) >= 0
+
+
+@pytest.mark.parametrize("kind", [VllmServer, SglangServer, LlamacppServer])
+@MANY
+@given(event=st.dictionaries(st.sampled_from(KEYS), EVENTS, max_size=6))
+def test_whole_answers_of_servers(kind, event, monkeypatch):
+    monkeypatch.setattr(Address, "get", lambda *_: '{"data": [{"id": "m"}]}')
+    monkeypatch.setattr(Address, "post", lambda *_: event)
+    try:
+        answer = kind("http://x", 64).answer_whole([1, 2], 8, 0.0, 0)
+    except ValueError as error:
+        assert "http://x" in str(error) and "\n" not in str(error)
+    else:
+        assert len(answer.token_ids) <= 8 and all(type(t) is int and 0 <= t < 64 for t in answer.token_ids)
+        assert answer.token_ids or isinstance(answer.text, str)
 
 
 @MANY

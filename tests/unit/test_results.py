@@ -33,8 +33,8 @@ from dpace.measure.rows import (
     ServerRow,
     SideRecord,
 )
-from dpace.measure.server_apis import Counts
 from dpace.metrics import Acceptance
+from dpace.servers.apis import Counts
 from tests.rows import make_bench, make_plain, make_response, make_row
 
 WHERE = {"set": "s", "temperature": 0.0}

@@ -9,10 +9,10 @@ from dpace.config import BenchConfig
 from dpace.data.chat import ChatTokenizer, encode_chat
 from dpace.data.prompts import Prompt
 from dpace.measure.results import read_results
-from dpace.measure.server_engines import LlamacppServer, connect
 from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
 from dpace.report.cells import with_interval
 from dpace.report.sections import servers
+from dpace.servers.engines import LlamacppServer, connect
 
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""

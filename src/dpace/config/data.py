@@ -59,6 +59,12 @@ class RespondConfig:
     temperature: float = 0.0
     """Sampling temperature; 0 (greedy) gives the text that speculative decoding reproduces."""
     batch_size: int = 32
-    """Number of prompts that are answered together; lower it where memory is short."""
+    """Number of prompts that are answered together, in this process or by each server; lower it where memory is short.
+    """
     seed: int = 0
-    """Seed for sampling at a temperature above 0."""
+    """Seed for sampling at a temperature above 0; each prompt draws with a seed of its own that follows from it."""
+    server: tuple[str, ...] = ()
+    """Addresses of running servers of the target that answer instead, http://host:port: vLLM, SGLang or llama.cpp.
+    The environment variable DPACE_API_KEY has the key where they want one."""
+    retry_seconds: float = 600.0
+    """Time in which a server that fails or is busy is asked again, with growing waits, before it is given up."""

@@ -4,7 +4,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dpace.target import Target
 
@@ -17,6 +20,37 @@ class ChatTokenizer:
     """Folder or Hub id of the target."""
     tokenizer: Any
     thinking: bool = False
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end a response."""
+    context: int | None = None
+    """Longest text of the target in tokens."""
+
+    @classmethod
+    def load(cls, name: str, thinking: bool = False) -> "ChatTokenizer":
+        """Load what a folder or the Hub says of a target, without its weights.
+
+        Raises:
+            OSError: there is no readable model of that name.
+        """
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config(decoder=True)
+        try:
+            stops = GenerationConfig.from_pretrained(name).eos_token_id
+        except OSError:  # no such file: then the model's config says it
+            stops = config.eos_token_id
+        return cls(
+            str(Path(name).resolve()) if Path(name).is_dir() else name,
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+            thinking,
+            [] if stops is None else [stops] if isinstance(stops, int) else list(stops),
+            getattr(config, "max_position_embeddings", None),
+        )
+
+
+def context_of(target: Target | ChatTokenizer) -> int | None:
+    """Give the longest text of a target in tokens; None where it has no limit."""
+    if isinstance(target, ChatTokenizer):
+        return target.context
+    return getattr(target.config, "max_position_embeddings", None)
 
 
 def encode_chat(
@@ -62,7 +96,9 @@ def encode_chat(
     return list(token_ids)
 
 
-def encode_answer(target: Target, messages: Sequence[dict[str, str]], answer: str) -> tuple[list[int], list[int]]:
+def encode_answer(
+    target: Target | ChatTokenizer, messages: Sequence[dict[str, str]], answer: str
+) -> tuple[list[int], list[int]]:
     """Encode a conversation up to an answer, and a given answer as if the target had written it.
 
     The answer is what the chat template puts behind the text before it, up to and with the first stop token. A template
@@ -71,7 +107,7 @@ def encode_answer(target: Target, messages: Sequence[dict[str, str]], answer: st
     Returns:
         The tokens before the answer, and those of the answer.
     """
-    before, stops = encode_chat(target, messages), target.stop_token_ids
+    before, stops = encode_chat(target, messages), list(target.stop_token_ids)
     whole = encode_chat(target, [*messages, {"role": "assistant", "content": answer}], is_answered=True)
     if target.tokenizer.chat_template is not None and whole[: len(before)] == before:
         tokens = whole[len(before) :]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.config import RespondConfig
-from dpace.data.chat import tokenizer_hashes
+from dpace.data.chat import ChatTokenizer, tokenizer_hashes
 from dpace.data.prompts import Prompt
 from dpace.ledger import read_text, unique_keys, write_json
 from dpace.provenance import find_versions, hash_file, hash_json, weights_fingerprint
@@ -81,7 +81,9 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
     """Give what the responses depend on, as far as it is known before the target is loaded."""
     sampling = {"seed": config.seed} if config.temperature > 0 else {}
+    source = "servers" if config.server else config.source
     return {
+        **({} if source == "target" else {"source": source}),
         "thinking": thinking,
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
@@ -89,14 +91,26 @@ def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
     }
 
 
-def find_meta(target: Target, config: RespondConfig) -> dict[str, Any]:
-    """Give what the responses depend on: weights, tokenizer, template and settings; and the versions."""
+def find_meta(
+    target: Target | ChatTokenizer, config: RespondConfig, servers: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Give what the responses depend on: weights, tokenizer, template and settings; and the versions.
+
+    Args:
+        target: its weights and their precision are not known where servers answer.
+        config: of the answers.
+        servers: engine and model of those that answer; None where this process does.
+    """
+    origin: dict[str, Any] = {"servers": servers}
+    if servers is None and isinstance(target, Target):
+        origin = {
+            "revision": getattr(target.model.config, "_commit_hash", None),
+            "dtype": str(target.model.dtype),
+            "target_sha256": weights_fingerprint(target.model),
+        }
     return {
-        **({} if config.source == "target" else {"source": config.source}),
         "target": target.name,
-        "revision": getattr(target.model.config, "_commit_hash", None),
-        "dtype": str(target.model.dtype),
-        "target_sha256": weights_fingerprint(target.model),
+        **origin,
         **tokenizer_hashes(target),
         **known_settings(config, thinking=target.thinking),
         "versions": vars(find_versions()),
@@ -115,6 +129,13 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     other = "name another folder with --output, or delete the file"
     if not old:
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
+    here, there = (one.get("source", "target") for one in (meta, old))
+    if here != there and "servers" in (here, there):
+        who = {"servers": "servers", "target": "this process", "own": "the prompts' file"}
+        raise ValueError(
+            f"{path} was answered by {who.get(there, there)}, not by {who[here]}; leave --respond.server as it was, "
+            f"{other}"
+        )
     old, meta = {"source": "target", **old}, {"source": "target", **meta}
     for key in [key for key in KINDS if key in meta and key != "target"]:
         if old.get(key) != meta[key]:

@@ -74,10 +74,18 @@ def run_llamacpp(
         return [Answer(*answer) for answer in json.loads(answered.read_text())]
 
 
-def make_server(target: str, drafter: str | None = None, *, num_draft_tokens: int = 0, num_threads: int = 1) -> Any:
+def make_server(
+    target: str,
+    drafter: str | None = None,
+    *,
+    num_draft_tokens: int = 0,
+    num_threads: int = 1,
+    is_exact: bool = False,
+) -> Any:
     """Make a server of xllamacpp in this process.
 
-    Its threads slow down those of torch: call this in a process without torch's work. Arguments as in `run_llamacpp`.
+    Its threads slow down those of torch: call this in a process without torch's work. Arguments as in `run_llamacpp`;
+    `is_exact` keeps keys and values in f32, as this process does, and not in llama.cpp's default, f16.
     """
     xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
@@ -86,6 +94,8 @@ def make_server(target: str, drafter: str | None = None, *, num_draft_tokens: in
     params.warmup = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if is_exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     if drafter:
         kinds = xllamacpp.common_speculative_type
         params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]

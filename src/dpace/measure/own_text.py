@@ -72,7 +72,8 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
     responses, meta = read_responses(path), read_meta(path)
     if not responses:
         raise ValueError(f"{path} has no response; name a file that `dpace respond` wrote with --responses")
-    if missing := [key for key in ("temperature", "max_new_tokens", "dtype", "target_sha256") if key not in meta]:
+    of_weights = () if meta.get("source") == "servers" else ("dtype", "target_sha256")  # servers do not tell these
+    if missing := [key for key in ("temperature", "max_new_tokens", *of_weights) if key not in meta]:
         raise ValueError(
             f"the meta file beside {path} does not tell {', '.join(missing)} of its answers; write them again with "
             "`dpace respond`"
@@ -100,8 +101,12 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
         Whether the target is the one that answered, and whether the text is its own.
     """
     now = {"target_sha256": weights_fingerprint(target.model), **tokenizer_hashes(target)}
+    if meta.get("source") == "servers":
+        now.pop("target_sha256")
     other = [key.removesuffix("_sha256") for key in now if meta.get(key) != now[key]]
-    detail = f"another {', '.join(other)} than {meta.get('target')} had" if other else "weights, tokenizer, template"
+    detail = ", ".join(now).replace("_sha256", "")
+    if other:
+        detail = f"another {', '.join(other)} than {meta.get('target')} had"
     same = Finding("responses are of this target", "hashes", not other, detail)
     chosen = random.Random(0).sample(list(responses), min(NUM_REREAD, len(responses)))
     wrong, num_tokens = [], 0

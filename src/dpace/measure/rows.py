@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from dpace.config import Width
 from dpace.data.typed_json import optional
-from dpace.measure.server_apis import Counts
 from dpace.metrics import Acceptance, published_tau
+from dpace.servers.apis import Counts
 
 Interval = tuple[float | None, float | None]
 """Ends of a 95 % interval; None where there are too few prompts for one, or nothing to measure."""

@@ -14,10 +14,10 @@ from dpace.ledger import claim
 from dpace.measure.records import Records
 from dpace.measure.results import SEED_RULE, ServerAddress, ServerResults, ServerSetup, write_results
 from dpace.measure.rows import PLAIN, GroupRecord, Interval, ServerRow, SideRecord, estimate_of
-from dpace.measure.server_apis import Answer, Counts, Server
-from dpace.measure.server_engines import connect
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.progress import progress_bar
+from dpace.servers.apis import Answer, Counts, Server
+from dpace.servers.engines import connect
 
 DRAFTER = "drafter"
 """Name of the side with the drafter; the other one is `PLAIN`."""

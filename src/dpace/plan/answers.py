@@ -27,13 +27,18 @@ def say_answers(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
         return [prompts_line(parts), f"answers: {len(done):,} kept, {len(waiting):,} taken from the prompts"]
     turns, config = sum(len(prompt.turns) for prompt in waiting), recipe.respond
     tokens = turns * config.max_new_tokens
-    seconds = decoding_seconds(recipe, turns, config.max_new_tokens, config.batch_size)
+    where, time = "", []
+    if config.server:
+        where = f" at each of {count(len(config.server), 'server')}"
+    else:
+        seconds = decoding_seconds(recipe, turns, config.max_new_tokens, config.batch_size)
+        time = [f"time: about {duration(seconds)} if all are that long"]
     disk = check_disk(path.parent, BYTES_PER_TOKEN * tokens, "make room, or name another folder with --output")
     return [
         prompts_line(parts),
         f"answers: {len(done):,} kept, {count(turns, 'answer')} to write, up to {config.max_new_tokens} tokens each; "
-        f"{config.batch_size} at once",
-        f"time: about {duration(seconds)} if all are that long",
+        f"{config.batch_size} at once{where}",
+        *time,
         disk,
     ]
 

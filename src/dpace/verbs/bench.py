@@ -8,7 +8,7 @@ from dpace.flags import PROMPT, command, parse
 from dpace.ledger import hold
 from dpace.plan.facts import announce, take_dry_run
 from dpace.progress import show
-from dpace.verbs import load_target
+from dpace.verbs import load_chat, load_target
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,10 @@ def _first_lines(recipe: Recipe, prompts: list, num_drafters: int) -> list[str]:
 
 def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:
     """Measure the running servers that the recipe names."""
-    from transformers import AutoTokenizer
-
-    from dpace.data.chat import ChatTokenizer
-    from dpace.locate import find_target
     from dpace.measure.servers import bench_servers
     from dpace.report.tables import console, servers_table
 
-    name, settings = find_target(recipe.target), recipe.bench
-    chat = ChatTokenizer(name, AutoTokenizer.from_pretrained(name, trust_remote_code=False), recipe.thinking)
+    chat, settings = load_chat(recipe), recipe.bench
     servers = settings.server or "", settings.plain_server
     with hold(recipe.output):
         results = bench_servers(chat, *servers, prompts, settings, recipe.output)

@@ -1,14 +1,16 @@
 """Let the target answer the prompts."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+from dpace import ranks
 from dpace.config import Recipe
 from dpace.flags import next_command, parse
 from dpace.ledger import claim, hold
 from dpace.plan.facts import announce, take_dry_run
 from dpace.progress import show
-from dpace.verbs import load_target
+from dpace.verbs import load_chat, load_target
 
 
 def run(args: list[str]) -> None:
@@ -16,22 +18,34 @@ def run(args: list[str]) -> None:
     args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "respond", args)
     from dpace.data.prompts import split_prompts
-    from dpace.data.responses import write_responses
+    from dpace.data.responses import answer_prompts
     from dpace.data.run_meta import check_meta, known_settings, meta_path
     from dpace.plan.answers import say_answers
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
-    check_meta(path, known_settings(recipe.respond, thinking=recipe.thinking))
-    announce(say_answers(recipe, parts, path), is_dry=is_dry)
+
+    def look() -> None:
+        check_meta(path, known_settings(recipe.respond, thinking=recipe.thinking))
+        announce(say_answers(recipe, parts, path), is_dry=is_dry)
+
+    ranks.from_first(look)
     if is_dry:
-        return
-    with hold(recipe.output):
-        claim(recipe.output, path.name, meta_path(path).name)
+        return ranks.end()
+    with hold(recipe.output) if ranks.is_first() else nullcontext():
+        if ranks.is_first():
+            claim(recipe.output, path.name, meta_path(path).name)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
-        if recipe.respond.source == "target" and (answered := sum(prompt.answer is not None for prompt in prompts)):
+        answered = sum(prompt.answer is not None for prompt in prompts)
+        if recipe.respond.source == "target" and answered and ranks.is_first():
             note = "prompts come with an answer, which is left out; --respond.source own would train on it"
             print(f"{answered} {note}", file=sys.stderr)
-        responses = write_responses(load_target(recipe), prompts, path, recipe.respond)
-    show(f"{len(responses)} responses in {path}")
+        target = load_chat(recipe) if recipe.respond.server else load_target(recipe)
+        left_out = answer_prompts(target, prompts, path, recipe.respond)
+    ranks.end()
+    if not ranks.is_first():
+        return
+    for reason, count in left_out.items():
+        print(f"{count} prompts have no answer: {reason}", file=sys.stderr)
+    show(f"{len(prompts) - sum(left_out.values())} responses in {path}")
     show(f"next: {next_command('train', recipe, args)}")

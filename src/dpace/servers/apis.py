@@ -5,15 +5,15 @@ import json
 import operator
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from dpace.measure.transport import Address, words
+from dpace.servers.transport import Address, Unavailable
 
 BROKEN = (KeyError, TypeError, AttributeError, IndexError, OverflowError, ValueError)
 """What reading a reply raises that is not what the engine sends."""
@@ -69,6 +69,19 @@ class Answer:
     """From the request to its last token."""
     counts: Counts | None = None
     """Where the response itself has them."""
+    reason: str = "done"
+    """Why it ended, in the server's word: `stop`, `length`, `eos` or `limit`; `done` where it does not say."""
+    text: str | None = None
+    """The text, where a server that answers in one piece gives no tokens."""
+    num_tokens: int | None = None
+    """Number of tokens that the server says it has written; None where it does not say."""
+    stop_token: int | None = None
+    """Token that ended the text, where the server names it."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop token ended the text, and not its length."""
+        return self.reason in ("stop", "eos")
 
     @property
     def decode_tokens(self) -> int:
@@ -104,16 +117,21 @@ class Server(ABC):
     def end(self, event: dict) -> str | None:
         """Give the reason why the answer ends with this event; None where it goes on."""
 
+    @abstractmethod
+    def text(self, event: dict) -> tuple[str, int | None, int | None]:
+        """Give text, number of tokens and stop token of an answer in one piece, each None if not told."""
+
     def counters(self) -> Counts | None:
         """All verifications since the server began, for servers whose responses tell nothing."""
         return None
 
     def answer(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> Answer:
-        """Send one prompt and read its response to the end.
+        """Send one prompt and read its response, token by token, to the end.
 
         Raises:
-            ValueError: the server refuses, breaks off, sends no token, more than asked or one outside the vocabulary,
-                or answers with another model.
+            Refused: the server refuses the request.
+            Unavailable: it does not answer, or breaks off.
+            ValueError: it sends no token, more than asked or one outside the vocabulary, or answers with another model.
         """
         path, body = self.request(token_ids, max_new_tokens, temperature, seed)
         started, first, last, counts, response, reason = time.perf_counter(), None, 0.0, None, [], None
@@ -122,33 +140,73 @@ class Server(ABC):
                 if event is None:
                     reason = reason or "done"
                     break
-                try:
-                    self._check_model(event)
+                with self._reading(event):
                     counts, reason = self.read(event, response) or counts, self.end(event) or reason
-                except BROKEN as error:
-                    raise ValueError(
-                        f"{self.url} sent {words(json.dumps(event))}, which {self.engine} does not send "
-                        f"({words(error)}); see the server's log, and which version runs"
-                    ) from error
                 if len(response) > max_new_tokens:
-                    raise ValueError(
-                        f"{self.url} sent {len(response)} tokens, expected at most {max_new_tokens}, as it was asked "
-                        "for; see which version runs"
-                    )
+                    self._refuse_length(len(response), max_new_tokens)
                 if response:
                     last = time.perf_counter() - started
                     first = first or last
-        if reason is None:
+        reason = self._check_end(reason, len(response))
+        if first is None:
+            self._refuse_silence(token_ids)
+        self._check_tokens(response)
+        return Answer(response, first or last, last, counts, reason)
+
+    def answer_whole(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> Answer:
+        """Send one prompt and read its response in one piece, which is less work for both sides.
+
+        Raises:
+            Refused, Unavailable, ValueError: as `answer`. A text without tokens is an answer.
+        """
+        path, body = self.request(token_ids, max_new_tokens, temperature, seed)
+        started, response = time.perf_counter(), []
+        event = self.address.post(path, body | {"stream": False}, max_new_tokens)
+        seconds = time.perf_counter() - started
+        with self._reading(event):
+            counts, reason = self.read(event, response), self.end(event)
+            text, num_tokens, stop_token = self.text(event)
+        num_found = len(response) or num_tokens or 0
+        if num_found > max_new_tokens:
+            self._refuse_length(num_found, max_new_tokens)
+        reason = self._check_end(reason, num_found)
+        if not response and not text and not num_tokens:
+            self._refuse_silence(token_ids)
+        self._check_tokens(response)
+        told = {"text": None if response else text, "num_tokens": num_tokens, "stop_token": stop_token}
+        return Answer(response, seconds, seconds, counts, reason, **told)
+
+    @contextlib.contextmanager
+    def _reading(self, event: dict) -> Iterator[None]:
+        """Check which model answers, and turn what is no answer into one line."""
+        try:
+            self._check_model(event)
+            yield
+        except BROKEN as error:
+            say = self.address.words
             raise ValueError(
-                f"{self.url} broke off after {len(response)} tokens, without the mark of the end; is the server still "
+                f"{self.url} sent {say(json.dumps(event))}, which {self.engine} does not send ({say(error)}); see the "
+                "server's log, and which version runs"
+            ) from error
+
+    def _check_end(self, reason: str | None, num_tokens: int) -> str:
+        """Refuse an answer that has no end, or that the server gave up."""
+        if reason is None:
+            raise Unavailable(
+                f"{self.url} broke off after {num_tokens} tokens, without the mark of the end; is the server still "
                 "running?"
             )
         if reason in ("abort", "error"):
-            raise ValueError(f"{self.url} ended its answer with {reason!r}; see the server's log")
-        if first is None:
-            raise ValueError(f"{self.url} sent no token for a prompt of {len(token_ids)} tokens; see the server's log")
-        self._check_tokens(response)
-        return Answer(response, first, last, counts)
+            raise Unavailable(f"{self.url} ended its answer with {reason!r}; see the server's log")
+        return reason
+
+    def _refuse_length(self, found: int, expected: int) -> NoReturn:
+        raise ValueError(
+            f"{self.url} sent {found} tokens, expected at most {expected}, as it was asked for; see which version runs"
+        )
+
+    def _refuse_silence(self, prompt: Sequence[int]) -> NoReturn:
+        raise ValueError(f"{self.url} sent no token for a prompt of {len(prompt)} tokens; see the server's log")
 
     def _check_model(self, event: dict) -> None:
         """Refuse an answer of another model than the one that was found, or that answered first."""
@@ -164,8 +222,8 @@ class Server(ABC):
         for token in response:
             if type(token) is not int or token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
                 raise ValueError(
-                    f"{self.url} sent the token {words(token)}, expected one in 0 .. {(self.vocab_size or 0) - 1}; it "
-                    "serves another model than --target"
+                    f"{self.url} sent the token {self.address.words(token)}, expected one in 0 .. "
+                    f"{(self.vocab_size or 0) - 1}; it serves another model than --target"
                 )
 
 
@@ -173,6 +231,13 @@ def text_of(value: object) -> str:
     """Give a value that has to be text and not empty."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"found {value!r}, expected a name")
+    return value
+
+
+def told(value: object, kind: type) -> Any:
+    """Give a value that has to be of a type, or is not there."""
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"found {value!r}, expected {kind.__name__}")
     return value
 
 

@@ -2,14 +2,17 @@
 
 import base64
 import contextlib
+import email.utils
 import http.client
 import json
+import os
 import socket
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -27,17 +30,38 @@ MAX_PAGE_BYTES = 2**24
 """Most bytes of a page and of one line; the pages of servers have some hundred thousand."""
 MAX_SHOWN = 300
 """Most characters of a server's words that a message repeats."""
+MAX_REFUSAL_BYTES = 2**13
+"""Most bytes that are read of a refusal."""
+
+
+API_KEY = "DPACE_API_KEY"
+"""Environment variable with the key that servers ask for; it is sent, and is neither shown nor kept."""
+PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
+"""HTTP statuses of a server that may answer the same request later."""
 
 
 class Refused(ValueError):
     """The server answered, with an HTTP status that is no success."""
 
+    def __init__(self, message: str, status: int = 0):
+        super().__init__(message)
+        self.status = status
+
+
+class Unavailable(ValueError):
+    """The server does not answer now, and may answer the same request later."""
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds that the server asks to wait for; None where it does not say."""
+
 
 class Address:
-    """A server's address; its password is sent, and is neither shown nor kept.
+    """A server's address; its password, or the key in `API_KEY`, is sent, and is neither shown nor kept.
 
     Raises:
-        ValueError: no `http://host:port`.
+        ValueError: no `http://host:port`, or a key that cannot be sent.
     """
 
     def __init__(self, url: str):
@@ -54,9 +78,21 @@ class Address:
             raise ValueError(f"the address of the server at {place} has ? or #; give http://host:port without them")
         self.url = f"{parts.scheme}://{place}{parts.path.rstrip('/')}"
         self.headers: dict[str, str] = {}
+        self._secrets: list[str] = []
         if parts.username is not None:
-            words = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-            self.headers["Authorization"] = f"Basic {base64.b64encode(words.encode()).decode()}"
+            password = urllib.parse.unquote(parts.password or "")
+            login = base64.b64encode(f"{urllib.parse.unquote(parts.username)}:{password}".encode()).decode()
+            self._secrets = [login, password, parts.password or ""]
+            self.headers["Authorization"] = f"Basic {login}"
+        elif key := os.environ.get(API_KEY, "").strip():
+            if not key.isascii() or not key.isprintable() or set(key) & set(" \"'\\"):
+                raise ValueError(f"{API_KEY} has characters that no key has; set it to the key alone, without quotes")
+            self._secrets = [key]
+            self.headers["Authorization"] = f"Bearer {key}"
+
+    def words(self, value: object) -> str:
+        """Repeat what the server said: short, in one line, without control characters, passwords and keys."""
+        return words(value, self._secrets)
 
     def get(self, path: str) -> str:
         """Read a page.
@@ -96,29 +132,52 @@ class Address:
                     return
                 yield self._event(path, data)
 
+    def post(self, path: str, body: dict, max_new_tokens: int) -> dict:
+        """Send a request that is answered in one piece, as `events` does.
+
+        Raises:
+            Refused: the server refuses the request.
+            Unavailable: it does not answer, or breaks off.
+            ValueError: it sends what is no object, or sends without end.
+        """
+        most = 2**20 + 4096 * max_new_tokens
+        seconds = TIMEOUT_SECONDS + SECONDS_PER_TOKEN * max_new_tokens
+        with _reading(self, path, seconds, silence=seconds, body=body) as answer:
+            text = answer.read(most + 1)
+            if len(text) <= most and answer.length:  # of what was promised, this is missing
+                raise http.client.IncompleteRead(text, answer.length)
+        if len(text) > most:
+            raise ValueError(f"{self.url}{path} sent more than {most:,} bytes for {max_new_tokens} tokens")
+        return self._event(path, text)
+
     def _event(self, path: str, data: bytes) -> dict:
         """Read an event."""
         try:
             event = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{self.url}{path} sent an event that is not JSON ({words(data)}); see the server's log"
+                f"{self.url}{path} sent an event that is not JSON ({self.words(data)}); see the server's log"
             ) from error
         if not isinstance(event, dict):
-            raise ValueError(f"{self.url}{path} sent {words(data)}, expected an object; see the server's log")
+            raise ValueError(f"{self.url}{path} sent {self.words(data)}, expected an object; see the server's log")
         if event.get("error"):
-            raise ValueError(f"{self.url}{path} answers with the error {words(event['error'])}")
+            raise ValueError(f"{self.url}{path} answers with the error {self.words(event['error'])}")
         return event
 
 
-def words(value: object) -> str:
-    """Repeat what a server said: short, in one line and without control characters."""
+def words(value: object, secrets: Sequence[str] = ()) -> str:
+    """Repeat what a server said: short, in one line and without control characters and secrets."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
     return printable(" ".join(text[: 2 * MAX_SHOWN].split()))[:MAX_SHOWN]
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
     """Follows redirects on the same host only: another one would get the prompts."""
+
+    def __init__(self, address: Address):
+        self.address = address
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         """See `HTTPRedirectHandler`."""
@@ -126,8 +185,8 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         if (old.scheme, old.netloc) != (new.scheme, new.netloc):
             place = f"{new.scheme}://{new.netloc.rpartition('@')[2]}"
             raise ValueError(
-                f"{req.full_url} leads to another host, {words(place)}, which is not followed; give that address if "
-                "it is the server"
+                f"{req.full_url} leads to another host, {self.address.words(place)}, which is not followed; give that "
+                "address if it is the server"
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -165,7 +224,7 @@ class _Clock:
         self._timer.cancel()
 
 
-def _opener(clock: _Clock) -> urllib.request.OpenerDirector:
+def _opener(clock: _Clock, address: Address) -> urllib.request.OpenerDirector:
     """Make what opens addresses, with redirects and time bounded."""
 
     class Http(urllib.request.HTTPHandler):
@@ -182,7 +241,7 @@ def _opener(clock: _Clock) -> urllib.request.OpenerDirector:
             """See `HTTPSHandler`."""
             return self.do_open(partial(clock.connect, http.client.HTTPSConnection), req)
 
-    return urllib.request.build_opener(Http, Https, _SameHost)
+    return urllib.request.build_opener(Http, Https, _SameHost(address))
 
 
 @contextlib.contextmanager
@@ -193,29 +252,49 @@ def _reading(address: Address, path: str, seconds: float, *, silence: float, bod
     with _Clock(seconds) as clock:
         try:
             request = urllib.request.Request(url, data, headers)
-            with _opener(clock).open(request, timeout=silence) as answer:
+            with _opener(clock, address).open(request, timeout=silence) as answer:
                 yield answer
         except urllib.error.HTTPError as error:
-            _refused(url, error)
+            _refused(address, url, error)
         except (OSError, http.client.HTTPException) as error:
-            reason = words(getattr(error, "reason", None) or error or type(error).__name__)
+            reason = address.words(getattr(error, "reason", None) or error or type(error).__name__)
             if data is not None and not isinstance(error, urllib.error.URLError):
                 reason = f"{url} broke off ({reason}); is the server still running?"
             else:
                 reason = f"nothing answers at {url} ({reason}); start the server, or correct the address"
-            raise ValueError(_late(url, seconds) if clock.is_over else reason) from error
+            raise Unavailable(_late(url, seconds) if clock.is_over else reason) from error
         if clock.is_over:
-            raise ValueError(_late(url, seconds))
+            raise Unavailable(_late(url, seconds))
 
 
 def _late(url: str, seconds: float) -> str:
     return f"{url} was not done after {seconds:,.0f} seconds; see the server's log"
 
 
-def _refused(url: str, error: urllib.error.HTTPError) -> NoReturn:
+def _refused(address: Address, url: str, error: urllib.error.HTTPError) -> NoReturn:
     """Say what a server said when it refused."""
     try:
-        said = words(error.read(2 * MAX_SHOWN))
+        said = address.words(error.read(MAX_REFUSAL_BYTES))
     except (OSError, http.client.HTTPException):
         said = ""
-    raise Refused(f"{url} refuses ({error.code}): {said or words(error.reason)}") from error
+    message = f"{url} refuses ({error.code}): {said or address.words(error.reason)}"
+    if error.code in PASSING:
+        raise Unavailable(message, _retry_after(error.headers.get("Retry-After"))) from error
+    if error.code in (401, 403):
+        message += f"; set {API_KEY} to the key that it wants"
+    raise Refused(message, error.code) from error
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Read seconds to wait, or a date to wait for (RFC 9110, 10.2.3); None where it is neither."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value) if value.strip().isdigit() else _seconds_until(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return max(0.0, seconds)
+
+
+def _seconds_until(date: str) -> float:
+    return email.utils.parsedate_to_datetime(date).timestamp() - time.time()

@@ -3,8 +3,8 @@
 import json
 import re
 
-from dpace.measure.server_apis import BROKEN, Counts, Server, histogram_of, number_of, text_of, tokens_of
-from dpace.measure.transport import Address, Refused, words
+from dpace.servers.apis import BROKEN, Counts, Server, histogram_of, number_of, text_of, tokens_of, told
+from dpace.servers.transport import Address, Refused
 
 MODEL_KEYS = ("model_alias", "served_model_name", "model_path")
 """Where llama.cpp and SGLang say which model they serve."""
@@ -25,7 +25,8 @@ class VllmServer(Server):
             self.model = text_of(json.loads(page)["data"][0]["id"])
         except (*BROKEN, RecursionError) as error:
             raise ValueError(
-                f"{self.url}/v1/models answers {words(page)}, expected a list of models; is it vLLM's server?"
+                f"{self.url}/v1/models answers {self.address.words(page)}, expected a list of models; is it vLLM's "
+                "server?"
             ) from error
 
     def request(self, token_ids, max_new_tokens, temperature, seed):
@@ -40,6 +41,8 @@ class VllmServer(Server):
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
             "stream": True,
             "return_token_ids": True,
         }
@@ -54,6 +57,12 @@ class VllmServer(Server):
         """See `Server`."""
         return next((reason for choice in event.get("choices", ()) if (reason := choice.get("finish_reason"))), None)
 
+    def text(self, event):
+        """See `Server`."""
+        (choice,), usage = event["choices"], event.get("usage") or {}
+        stop = choice.get("stop_reason")  # a token's number, or a text to stop at; None for the end of the sequence
+        return told(choice.get("text"), str) or "", told(usage.get("completion_tokens"), int), told(stop, int)
+
     def counters(self):
         """See `Server`."""
         text = self.address.get("/metrics")
@@ -61,7 +70,8 @@ class VllmServer(Server):
             return self._read_counters(text)
         except BROKEN as error:
             raise ValueError(
-                f"{self.url}/metrics has counters that cannot be read ({words(error)}); see which version runs"
+                f"{self.url}/metrics has counters that cannot be read ({self.address.words(error)}); see which version "
+                "runs"
             ) from error
 
     def _read_counters(self, text: str) -> Counts | None:
@@ -103,6 +113,8 @@ class SglangServer(Server):
             "top_p": 1.0,
             "top_k": -1,
             "min_p": 0.0,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
         }
         return "/generate", {"input_ids": list(token_ids), "sampling_params": sampling, "stream": True}
 
@@ -125,6 +137,13 @@ class SglangServer(Server):
         """See `Server`."""
         reason = event.get("meta_info", {}).get("finish_reason")
         return reason["type"] if isinstance(reason, dict) else reason
+
+    def text(self, event):
+        """See `Server`."""
+        meta = event.get("meta_info", {})
+        reason = meta.get("finish_reason")
+        stop = reason.get("matched") if isinstance(reason, dict) else None
+        return told(event.get("text"), str) or "", told(meta.get("completion_tokens"), int), told(stop, int)
 
 
 class LlamacppServer(Server):
@@ -173,7 +192,11 @@ class LlamacppServer(Server):
         """See `Server`."""
         if event.get("truncated"):
             raise ValueError("the server cut the prompt: give it a longer context")
-        return "done" if event.get("stop") else None
+        return (told(event.get("stop_type"), str) or "done") if event.get("stop") else None
+
+    def text(self, event):
+        """See `Server`."""
+        return told(event.get("content"), str) or "", told(event.get("tokens_predicted"), int), None
 
 
 def connect(url: str, vocab_size: int | None = None) -> Server:

@@ -1,0 +1,95 @@
+"""Tell the processes of one command apart, as `torchrun` starts them, and let them talk.
+
+All functions also work in a single process, and then start nothing.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for the others; torchrun ends all of them where one fails."""
+
+
+def num_ranks() -> int:
+    """Count the processes of this command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Give the number of this process, from 0."""
+    return int(os.environ.get("RANK", "0")) if num_ranks() > 1 else 0
+
+
+def is_first() -> bool:
+    """Say whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """Give this rank's part of some work: every n-th item, so that sorted items are shared evenly."""
+    return list(items[rank() :: num_ranks()])
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if num_ranks() > 1:
+        _start()
+        from torch import distributed
+
+        distributed.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """Give every rank the values of all ranks, in their order; they are pickled."""
+    if num_ranks() == 1:
+        return [value]
+    _start()
+    from torch import distributed
+
+    values: list[Any] = [None] * num_ranks()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """Do work on rank 0 only, and give its result to all ranks; they are pickled.
+
+    Raises:
+        ValueError: on all ranks, where the work raises it.
+        OSError: likewise.
+    """
+    if num_ranks() == 1:
+        return work()
+    _start()
+    from torch import distributed
+
+    told: list[Any] = [None, None]
+    if is_first():
+        try:
+            told[0] = work()
+        except (ValueError, OSError) as error:
+            told[1] = error if isinstance(error, OSError) else ValueError(str(error))
+    distributed.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def end() -> None:
+    """Leave the group of ranks: one that outlives Python's end aborts now and then."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _start() -> None:
+    """Join the group of ranks, with the backend that accelerate chooses for this machine."""
+    from accelerate import PartialState
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        PartialState(timeout=PATIENCE)

@@ -1,0 +1,1 @@
+"""Running servers of other engines: one prompt to them, one answer back."""
