@@ -1,11 +1,12 @@
 """Compare this project's decoding loop with other loops, and profile a decoding step.
 
     pip install --no-deps --target /tmp/dflash dflash==0.1.0 && pip install xllamacpp gguf   # both may be missing
-    PYTHONPATH=/tmp/dflash python benchmarks/decode.py TARGET DRAFTER [--gguf TARGET.gguf] [--rounds 3]
+    PYTHONPATH=/tmp/dflash python benchmarks/decode.py TARGET DRAFTER [--gguf TARGET.gguf] [--rounds 3] [--compile]
 
 All loops use the same weights and prompts. Each decodes every prompt in every round, in rotating order. The seconds of
 a call for one token are subtracted from those of the full call, so that reading the prompt is not counted. Prints
-medians over rounds, and ratios of them.
+medians over rounds, and ratios of them. On an accelerator, and with --compile, plain decoding with `torch.compile` is a
+second baseline: a drafter that beats only plain decoding in eager mode saves what compiling saves too.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.decode import Paces, generate, generate_plain
+from dpace.decode import Paces, generate, generate_batch, generate_plain
 from dpace.decode.drafting import make_drafting
 from dpace.decode.loop import speculative_steps
 from dpace.decode.request import make_continuation
@@ -42,6 +43,18 @@ from dpace.target import Target
 
 Way = Callable[[list[int], int], list[int]]
 """Function from a prompt and a number of tokens to the response."""
+
+
+COMPILED = "plain, compiled"
+
+
+def compiled_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
+    """Make the ways of decoding with steps that `torch.compile` compiles, without a drafter and with one."""
+
+    def compiled(model: Drafter | None) -> Way:
+        return lambda ids, count: generate_batch(target, model, [ids], max_new_tokens=count, compile=True)[0].token_ids
+
+    return {COMPILED: compiled(None), f"dpace, compiled blocks of {drafter.block_size}": compiled(drafter)}
 
 
 def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
@@ -72,9 +85,12 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
 def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
     """Make the ways of decoding with the loops of transformers and z-lab.
 
-    Each runs on the model as loaded and, marked `packed`, on ours (`dpace.fast.packing`, `dpace.fast.attention`).
+    On a CPU each runs on the model as loaded and, marked `packed`, on ours (`dpace.fast.packing`,
+    `dpace.fast.attention`). On an accelerator both are the same.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype).to(target.device)
+    is_packed, model = target.device.type == "cpu", target.model
+    if is_packed:
+        model = AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype)
     unpacked: Any = Drafter.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
 
     def transformers_way(model, **options) -> Way:
@@ -87,7 +103,7 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
         return run
 
     ways: dict[str, Way] = {}
-    for mark, owner, assistant in (("", model, unpacked), (", packed", target.model, drafter)):
+    for mark, owner, assistant in (("", model, unpacked), (", packed", target.model, drafter))[: 1 + is_packed]:
         lookup = {"prompt_lookup_num_tokens": drafter.block_size}
         ways[f"transformers, plain{mark}"] = transformers_way(owner)
         ways[f"transformers, prompt lookup{mark}"] = transformers_way(owner, **lookup)
@@ -108,9 +124,12 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
 
         return run
 
-    packed = copy.deepcopy(theirs)
-    pack_linears(packed)
-    return {**ways, "z-lab, DFlash": zlab_way(model, theirs), "z-lab, DFlash, packed": zlab_way(target.model, packed)}
+    ways["z-lab, DFlash"] = zlab_way(model, theirs)
+    if is_packed:
+        packed = copy.deepcopy(theirs)
+        pack_linears(packed)
+        ways["z-lab, DFlash, packed"] = zlab_way(target.model, packed)
+    return ways
 
 
 def _serve_llamacpp(path: str, num_threads: int, pipe) -> None:
@@ -163,22 +182,35 @@ def measure(ways: dict[str, Way], prompts: list[tuple[str, list[int]]], rounds: 
     return results
 
 
-def table_of(results: dict, set_name: str) -> Table:
-    """Make a table of tokens per second, ratios of them, and the number of equal texts."""
+COLUMNS = ("way", "tokens/s", "over plain", "over compiled", "dpace, auto over this", "same text")
+
+
+def rows_of(results: dict, set_name: str) -> list[tuple[str, ...]]:
+    """Write tokens per second, ratios of them, and the number of equal texts, a row for each way."""
 
     def speed(name: str) -> float:
         result = results[name][set_name]
         return statistics.median(result["tokens"][i] / result["seconds"][i] for i in result["seconds"])
 
-    columns = ("way", "tokens/s", "over plain", "dpace, auto over this", "same text")
-    table = Table(*columns, title=set_name, box=SIMPLE_HEAD)
+    rows = []
     for name in results:
         is_sampled = name.startswith("T=1")
         plain = "T=1: plain" if is_sampled else "plain"
         texts, expected = (results[way][set_name]["texts"] for way in (name, plain))
         same = sum(texts[i] == expected[i] for i in texts)
-        ours = "" if is_sampled else f"{speed('dpace, auto') / speed(name):.2f}"
-        table.add_row(name, f"{speed(name):.1f}", f"{speed(name) / speed(plain):.2f}", ours, f"{same}/{len(texts)}")
+        over, compiled, ours = f"{speed(name) / speed(plain):.2f}", "", ""
+        if not is_sampled:
+            compiled = f"{speed(name) / speed(COMPILED):.2f}" if COMPILED in results else ""
+            ours = f"{speed('dpace, auto') / speed(name):.2f}"
+        rows.append((name, f"{speed(name):.1f}", over, compiled, ours, f"{same}/{len(texts)}"))
+    return rows
+
+
+def table_of(results: dict, set_name: str) -> Table:
+    """Make the table of `rows_of`."""
+    table = Table(*COLUMNS, title=set_name, box=SIMPLE_HEAD)
+    for row in rows_of(results, set_name):
+        table.add_row(*row)
     return table
 
 
@@ -239,6 +271,7 @@ def main() -> None:
     ways_help = "run only ways whose names contain one of these, and the ways they are compared with"
     parser.add_argument("--ways", nargs="+", default=[""], help=ways_help)
     parser.add_argument("--dtype", default="float32", help="bfloat16 for GPUs, and for CPUs with bf16 instructions")
+    parser.add_argument("--compile", action="store_true", help="compiled steps too; always on an accelerator")
     options = parser.parse_args()
     target = Target.load(options.target, dtype=getattr(torch, options.dtype))
     drafter = load_drafter(options.drafter, target)
@@ -246,6 +279,8 @@ def main() -> None:
     prompts = [(prompt.set, encode_chat(target, prompt.turns[0])) for prompt in chosen]
     console().print(profile(target, drafter, [ids for _, ids in prompts], options.tokens))
     ways = {**our_ways(target, drafter), **other_ways(target, drafter, options.drafter)}
+    if options.compile or target.device.type != "cpu":
+        ways |= compiled_ways(target, drafter)
     with tempfile.TemporaryDirectory() as folder:
         if options.gguf:
             write_f16(options.gguf, Path(folder) / "f16.gguf")
@@ -254,7 +289,7 @@ def main() -> None:
         chosen_ways = {
             name: way
             for name, way in ways.items()
-            if name in ("plain", "T=1: plain", "dpace, auto") or any(part in name for part in options.ways)
+            if name in ("plain", COMPILED, "T=1: plain", "dpace, auto") or any(part in name for part in options.ways)
         }
         results = measure(chosen_ways, prompts, options.rounds, options.tokens)
     for set_name in dict.fromkeys(name for name, _ in prompts):

@@ -29,6 +29,9 @@ class BenchConfig:
     fastest on this machine. An integer: that number of tokens, the known one included."""
     predict: bool = False
     """Also predict the speedup at each verification length and concurrency, and check it on a few prompts."""
+    compiled: Literal["auto", "always", "never"] = "auto"
+    """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
+    auto: on an accelerator only."""
     server: str | None = None
     """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
     plain_server: str | None = None

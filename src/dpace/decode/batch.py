@@ -20,7 +20,7 @@ from dpace.target import Target
 from dpace.views import draft_block, mask_blocks
 
 COMPILED_COLUMNS = 256
-"""Compiled steps round the number of columns in their caches up to a multiple of this."""
+"""Compiled steps round the number of columns up to a multiple of this, so that other prompts have the same shapes."""
 
 
 @dataclass
@@ -61,6 +61,11 @@ class _Row:
         return Generation(self.text.text[self.text.num_prompt :], *lengths, block_size, *seconds)
 
 
+def compiled_columns(num_tokens: int) -> int:
+    """Round the longest length of a text up to that of the caches of compiled steps."""
+    return -(-num_tokens // COMPILED_COLUMNS) * COMPILED_COLUMNS
+
+
 class _Batch:
     """The rows that are not done, and the caches of target and drafter.
 
@@ -81,18 +86,15 @@ class _Batch:
     ):
         self.target, self.drafter, self.rows, self.captured = target, drafter, rows, captured
         self.is_fixed = compile
-        capacity = 1 + max(row.limit for row in rows)
-        if compile:  # rounded up, so that other prompts have the same shapes
-            capacity = -(-capacity // COMPILED_COLUMNS) * COMPILED_COLUMNS
-        self.capacity = capacity
-        self.cache = RaggedCache(target.config, capacity)
+        longest = 1 + max(row.limit for row in rows)
+        self.capacity = compiled_columns(longest) if compile else longest
+        self.cache = RaggedCache(target.config, self.capacity)
         self.caches = [self.cache]
         if drafter is not None:
-            self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + capacity)
+            self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + self.capacity)
             self.caches.append(self.drafter_cache)
         options: Any = {"mode": "reduce-overhead", "dynamic": False, "disable": not compile}
-        self.read: Any = torch.compile(_read, **options)
-        self.draft_block: Any = torch.compile(draft_block, **options)
+        self.read, self.draft_block = (torch.compile(step, **options) for step in (_read, draft_block))
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)

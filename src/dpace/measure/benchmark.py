@@ -13,17 +13,18 @@ from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
 from dpace.ledger import claim
 from dpace.loading import fingerprint
+from dpace.measure.compiled import CompiledPlain, find_compiled
 from dpace.measure.pooling import compare_drafters, make_rows
 from dpace.measure.predict import predict
 from dpace.measure.records import ResponseRecords
 from dpace.measure.results import SEED_RULE, BenchResults, Provenance, write_results
-from dpace.measure.rows import PLAIN, ResponseRecord
+from dpace.measure.rows import COMPILED, PLAIN, ResponseRecord
 from dpace.measure.timing import StepTimers
 from dpace.progress import progress_bar
 from dpace.provenance import find_hardware, find_versions, hash_json, weights_fingerprint
 from dpace.target import Target
 
-Engines = dict[tuple[str, Width | None], Drafter | None]
+Engines = dict[tuple[str, Width | None], Drafter | CompiledPlain | None]
 """Ways to decode, by the drafter's name and the width; plainly without a drafter."""
 
 
@@ -62,16 +63,16 @@ def bench(
     drafted: dict[tuple[str, Width], Drafter] = {
         (name, width): drafter for name, drafter in drafters.items() for width in config.widths
     }
-    engines: Engines = {(PLAIN, None): None, **drafted}
+    engines: Engines = {(PLAIN, None): None, **drafted, **_compiled(target, config)}
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
     timers, is_warm = StepTimers(target, drafters, prompts, config), False
     with progress_bar() as bar:
         task = bar.add_task("decoding", total=len(jobs), info="")
         for number, (temperature, prompt) in enumerate(jobs):
+            if not records.has(engines, temperature, prompt) and not is_warm:
+                _warm_up(target, engines, prompt, temperature, paces, config.max_new_tokens)
+                is_warm = True
             if not records.has(engines, temperature, prompt):
-                if not is_warm:
-                    _warm_up(target, engines, prompt, temperature, paces)
-                    is_warm = True
                 options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": seeds[prompt.id]}
                 for record in _measure(target, engines, prompt, temperature, paces, options, rotation=number):
                     records.add(record)
@@ -87,25 +88,41 @@ def bench(
     return results
 
 
+def _compiled(target: Target, config: BenchConfig) -> Engines:
+    """Give the second baseline where there is one."""
+    compiled = find_compiled(target, config)
+    return {} if compiled is None else {(COMPILED, None): compiled}
+
+
 def _so_far(records: Sequence[ResponseRecord]) -> str:
     """Tau and speed of all drafters together, for the progress bar."""
-    drafted = [r for r in records if r.drafter != PLAIN]
+    drafted = [r for r in records if r.width is not None]
     verifications = sum(len(r.accepted_lengths) for r in drafted)
     tokens, seconds = sum(r.decode_tokens for r in drafted), sum(r.decode_seconds for r in drafted)
     return f"tau {tokens / max(1, verifications):.2f}, {tokens / max(1e-9, seconds):.0f} tokens/s"
 
 
 def _decode(
-    target: Target, drafter: Drafter | None, width: Width | None, token_ids, paces: Paces, **options
+    target: Target, drafter: Drafter | CompiledPlain | None, width: Width | None, token_ids, paces: Paces, **options
 ) -> Generation:
+    if isinstance(drafter, CompiledPlain):
+        return drafter.decode(token_ids, **options)
     if drafter is None or width is None:
         return generate_plain(target, token_ids, **options)
     return generate(target, drafter, token_ids, width=width, paces=paces, **options)
 
 
-def _warm_up(target: Target, engines: Engines, prompt: Prompt, temperature: float, paces: Paces) -> None:
+def _warm_up(
+    target: Target, engines: Engines, prompt: Prompt, temperature: float, paces: Paces, max_new_tokens: int
+) -> None:
+    """Decode some tokens in every way; leave out compiled steps where they cannot be had."""
     token_ids = encode_chat(target, prompt.turns[0])
+    compiled = engines.get((COMPILED, None))
+    if isinstance(compiled, CompiledPlain) and not compiled.can_decode(token_ids, max_new_tokens):
+        del engines[COMPILED, None]
     for (_, width), drafter in engines.items():
+        if isinstance(drafter, CompiledPlain):
+            continue
         _decode(target, drafter, width, token_ids, paces, max_new_tokens=16, temperature=temperature)
 
 
@@ -144,8 +161,8 @@ def _measure(
                 accepted_lengths=generation.accepted_lengths,
                 widths=generation.widths,
                 num_copied=generation.num_copied,
-                histogram=[] if name == PLAIN else generation.acceptance.counts.tolist(),
-                num_without_bonus=0 if name == PLAIN else generation.acceptance.total_without_bonus,
+                histogram=[] if width is None else generation.acceptance.counts.tolist(),
+                num_without_bonus=0 if width is None else generation.acceptance.total_without_bonus,
                 decode_tokens=generation.num_decode_tokens,
                 decode_seconds=generation.decode_seconds,
                 prefill_seconds=generation.prefill_seconds,

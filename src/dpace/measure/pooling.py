@@ -1,13 +1,16 @@
 """Pool single responses into the rows of results.json, compare drafters, and choose examples."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dpace.config import Width
 from dpace.decode.streaming import TextPieces
 from dpace.measure.rows import (
+    COMPILED,
     PLAIN,
     ComparedRow,
     Comparison,
+    CompiledBaseline,
     Example,
     Published,
     ResponseRecord,
@@ -28,17 +31,34 @@ def make_rows(
 
     Args:
         target: whose tokenizer writes the examples.
-        records: of the same prompts for `PLAIN` and every drafter.
+        records: of the same prompts for `PLAIN` and every drafter, and maybe for `COMPILED`.
         block_sizes: by the drafter's name and the width.
     """
     rows = []
     for temperature, name in sorted({(r.temperature, r.set) for r in records}):
         of_group = [r for r in records if (r.temperature, r.set) == (temperature, name)]
-        plain = [r for r in of_group if r.drafter == PLAIN]
+        plain, compiled = ([r for r in of_group if r.drafter == name] for name in (PLAIN, COMPILED))
         for (drafter, width), block_size in block_sizes.items():
             by_prompt = {(r.id, r.turn): r for r in of_group if (r.drafter, r.width) == (drafter, width)}
-            rows.append(_make_row(target, [by_prompt[r.id, r.turn] for r in plain], plain, block_size))
+            row = _make_row(target, [by_prompt[r.id, r.turn] for r in plain], plain, block_size)
+            rows.append(replace(row, compiled=_compare_compiled(row.responses, compiled)))
     return rows
+
+
+def _compare_compiled(ours: Sequence[ResponseRecord], compiled: Sequence[ResponseRecord]) -> CompiledBaseline | None:
+    """Compare with compiled plain decoding; None where it did not decode all of these prompts."""
+    by_prompt = {(r.id, r.turn): r for r in compiled}
+    if not all((r.id, r.turn) in by_prompt for r in ours):
+        return None
+    theirs = [by_prompt[r.id, r.turn] for r in ours]
+    tokens, seconds = _tokens_and_seconds(theirs)
+    speedup, low, high = decode_speedup(*_tokens_and_seconds(ours), tokens, seconds)
+    return CompiledBaseline(
+        tokens_per_second=sum(tokens) / sum(seconds),
+        decode_speedup=defined(speedup),
+        decode_speedup_interval=(low, high),
+        num_same_text=sum(r.same_text for r in theirs),
+    )
 
 
 def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:

@@ -14,6 +14,8 @@ Estimate = tuple[float | None, float | None, float | None]
 """A number and the ends of its 95 % interval."""
 PLAIN = "plain"
 """Name of decoding without a drafter."""
+COMPILED = "plain, compiled"
+"""Name of the same with compiled steps."""
 
 
 def defined(value: float) -> float | None:
@@ -37,7 +39,7 @@ class ResponseRecord:
     """One response, decoded by a drafter or plainly; a line of bench.jsonl."""
 
     drafter: str
-    """Its name, or `PLAIN`."""
+    """Its name, `PLAIN` or `COMPILED`."""
     width: Width | None
     """None for plain decoding."""
     set: str
@@ -109,6 +111,18 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompiledBaseline:
+    """Plain decoding with compiled steps, of the same prompts, and the drafter against it."""
+
+    tokens_per_second: float
+    decode_speedup: float | None
+    """The drafter's tokens a second over these."""
+    decode_speedup_interval: Interval
+    num_same_text: int
+    """Responses with the tokens of plain decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A drafter with one width, on one set at one temperature, against plain decoding."""
 
@@ -141,6 +155,8 @@ class Row:
     plain_responses: list[ResponseRecord]
     """Plain decoding of the same prompts, in the same order."""
     examples: list[Example]
+    compiled: CompiledBaseline | None = optional()
+    """None where it was not measured, as on a CPU."""
 
     @property
     def acceptance(self) -> Acceptance:

@@ -86,6 +86,18 @@ _SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_
 _RATE = Column("tok/s", lambda row: f"{row.tokens_per_second:.1f}")
 _PLAIN = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), shown="wide")
 
+_COMPILED_COLUMNS = (
+    Column("compiled plain tok/s", lambda row: _rate(row.compiled and row.compiled.tokens_per_second), shown="wide"),
+    Column("over compiled plain [95 %]", lambda row: _over_compiled(row), shown="wide"),
+)
+"""What is written of a `CompiledBaseline`."""
+
+
+def _over_compiled(row: Row) -> str:
+    found = row.compiled
+    return "-" if found is None else with_interval(found.decode_speedup, found.decode_speedup_interval)
+
+
 RESULT_COLUMNS = (
     Column("verdict", lambda row: verdict(row.decode_speedup_interval), is_text=True),
     _SET,
@@ -102,6 +114,22 @@ RESULT_COLUMNS = (
     Column("same text", lambda row: f"{row.num_same_text}/{row.num_responses}"),
 )
 """What is written of a `Row`; a star marks what published tables have, see `dpace.metrics.published_tau`."""
+
+
+def result_columns(rows: Iterable[Row]) -> tuple[Column, ...]:
+    """Give the columns of these rows: with compiled plain decoding where that was measured."""
+    return (*RESULT_COLUMNS, *_COMPILED_COLUMNS) if any(row.compiled for row in rows) else RESULT_COLUMNS
+
+
+def compiled_note(rows: Sequence[Row]) -> str:
+    """Compare the fastest way on each set with compiled plain decoding; empty where it was not measured."""
+    best: dict[tuple[str, float], float] = {}
+    for row in rows:
+        if row.compiled and row.compiled.decode_speedup is not None:
+            key = row.set, row.temperature
+            best[key] = max(best.get(key, 0.0), row.compiled.decode_speedup)
+    listed = ", ".join(f"{name} {speedup:.2f} at T={temperature:g}" for (name, temperature), speedup in best.items())
+    return f"over plain decoding with compiled steps, the fastest way each: {listed}" if listed else ""
 
 
 def _ratio_verdict(row: Comparison) -> str:

@@ -8,11 +8,11 @@ from dpace.measure.results import RESULT_FILES, BenchResults, CompareResults, Se
 from dpace.report.advice import advice
 from dpace.report.cells import (
     PAIR_COLUMNS,
-    RESULT_COLUMNS,
     SERVER_COLUMNS,
     compared_columns,
     copied_note,
     prediction_columns,
+    result_columns,
     rows_of,
     verdict,
     with_interval,
@@ -52,7 +52,7 @@ def speeds(results: BenchResults) -> Section:
         "prompt is not counted. Brackets hold 95 % intervals, by bootstrap over prompts. The starred columns follow "
         "published tables: the mean over responses of their means, and the ratio of mean seconds a token."
     )
-    return Section("Speed", text, rows_of(RESULT_COLUMNS, results.rows))
+    return Section("Speed", text, rows_of(result_columns(results.rows), results.rows))
 
 
 def contexts(benchmarks: Sequence[BenchResults]) -> Section:

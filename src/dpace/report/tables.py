@@ -18,8 +18,10 @@ from dpace.report.cells import (
     Column,
     chosen,
     compared_columns,
+    compiled_note,
     copied_note,
     prediction_columns,
+    result_columns,
 )
 from dpace.report.contexts import CONTEXT_COLUMNS, find_parts
 from dpace.report.markdown import one_line
@@ -77,8 +79,9 @@ def results_table(results: BenchResults, wide: bool = False) -> Table:
     """
     title = f"{Path(results.target).name}, {results.dtype}, {results.hardware.device}"
     starred = "*: as in published tables: the mean over responses of their means, and mean seconds a token. "
-    caption = (starred if wide else "") + copied_note(results.rows, start="")
-    return _table(RESULT_COLUMNS, results.rows, title, caption, wide=wide)
+    notes = [copied_note(results.rows, start=""), "" if wide else compiled_note(results.rows)]
+    caption = (starred if wide else "") + "; ".join(filter(None, notes))
+    return _table(result_columns(results.rows), results.rows, title, caption, wide=wide)
 
 
 def slots_table(results: BenchResults, wide: bool = False) -> Table:

@@ -1,0 +1,179 @@
+"""Time training steps by part, and compare their memory with the plan; `benchmarks/gpu.py` runs it."""
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dpace.config import Recipe
+from dpace.data.answers import Response
+from dpace.data.dataset import ResponseDataset
+from dpace.device import synchronize
+from dpace.drafter import Drafter
+from dpace.objective import make_weigh
+from dpace.plan.training import Place, known_conversations, plan_training
+from dpace.target import Target
+from dpace.train.arguments import training_arguments
+from dpace.train.callbacks import PeakMemory
+from dpace.train.trainer import DrafterTrainer
+
+PARTS = ("batch", "features", "mask", "drafter forward", "loss", "backward", "optimizer")
+WARM_UP = 10
+"""First steps that are not counted: kernels are compiled and chosen in them."""
+PROMPT_TOKENS = 128
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "A10": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "MI300X": 1307,
+}
+"""Dense bf16 products of a device in 1e12 operations a second, from data sheets; the first name that fits counts."""
+
+
+def peak_flops(device_name: str, tflops: float | None) -> float | None:
+    """Give the most operations a second that a device can do; None for one that is not known."""
+    found = next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return None if (tflops or found) is None else 1e12 * float(tflops or found or 0)
+
+
+class StepMarks:
+    """Marks where parts of a step end, on the device's own clock, which makes nobody wait."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.moments = device, []
+        self.steps: list[Counter] = []
+        """Seconds by part of each step."""
+
+    def mark(self, part: str) -> None:
+        """End a part; what was done since the last mark belongs to it."""
+        moment: Any = time.perf_counter()
+        if self.device.type != "cpu":
+            moment = torch.Event(device=self.device, enable_timing=True)
+            moment.record()
+        self.moments.append((part, moment))
+
+    def end_step(self) -> None:
+        """Wait for the device and add up the parts."""
+        synchronize(self.device)
+        seconds: Counter = Counter()
+        for (_, start), (part, end) in zip(self.moments, self.moments[1:], strict=False):
+            is_clock = isinstance(end, float)
+            seconds[part] += end - start if is_clock else start.elapsed_time(end) / 1000
+        self.steps.append(seconds)
+        self.moments = []
+
+
+class _EndStep(TrainerCallback):
+    """Ends the marks of a step, and writes no checkpoint."""
+
+    def __init__(self, marks: StepMarks):
+        self.marks = marks
+
+    def on_step_end(self, args, state, control, **_):
+        """End the step after the optimizer."""
+        self.marks.mark("optimizer")
+        self.marks.end_step()
+        control.should_save = False
+
+
+class MarkedTrainer(DrafterTrainer):
+    """The trainer with a mark at the end of each part of a step."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.marks = StepMarks(self.target.device)
+        self.add_callback(_EndStep(self.marks))
+        self.drafter.register_forward_pre_hook(lambda *_: self.marks.mark("mask"))
+        self.drafter.register_forward_hook(lambda *_: self.marks.mark("drafter forward"))
+
+    @contextlib.contextmanager
+    def marked_features(self):
+        """Mark the target's part inside the `with` block."""
+        inner, target = self.target.features, vars(self.target)
+
+        def features(*args, **kwargs):
+            self.marks.mark("batch")
+            found = inner(*args, **kwargs)
+            self.marks.mark("features")
+            return found
+
+        target["features"] = features
+        try:
+            yield
+        finally:
+            del target["features"]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Mark the start of a micro-batch and the end of its backward pass."""
+        self.marks.mark("batch")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.marks.mark("backward")
+        return loss
+
+    def compute_loss(self, *args, **kwargs):
+        """Mark the end of the forward pass."""
+        loss = super().compute_loss(*args, **kwargs)
+        self.marks.mark("loss")
+        return loss
+
+
+def random_conversations(target: Target, mask_token_id: int, recipe: Recipe, number: int) -> ResponseDataset:
+    """Make conversations of the recipe's full length, of random tokens."""
+    config = recipe.train
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(len(target.head.weight) - 1, (number, config.max_length), generator=generator)
+    tokens += tokens >= mask_token_id  # every token but the mask
+    start = min(PROMPT_TOKENS, config.max_length // 2)
+    rows = [Response(str(i), "random", [], row, [[start, len(row)]]) for i, row in enumerate(tokens.tolist())]
+    return ResponseDataset(rows, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
+
+
+def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None) -> tuple[Drafter, dict[str, Any]]:
+    """Train some steps as the recipe says; give the drafter, and medians and sums of what they took."""
+    device = target.device
+    config = replace(recipe.train, max_steps=steps, logging_steps=steps, report_to=())
+    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
+    memory = PeakMemory(device)
+    drafter = Drafter.from_target(target, seed=config.seed, **shape)
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    dataset = random_conversations(target, drafter.mask_token_id, recipe, steps * per_step)
+    nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(config, Path(folder), device=device, has_validation=False)
+        weigh = make_weigh(recipe.loss, drafter.block_size)
+        trainer = MarkedTrainer(drafter, target, dataset, nothing, args, recipe.loss, weigh, config)
+        with trainer.marked_features():
+            trainer.train()
+    counted = trainer.marks.steps[min(WARM_UP, steps // 2) :]
+    seconds = statistics.median(sum(step.values()) for step in counted)
+    place = Place(device.type != "cpu", target.model.dtype, memory=0, is_here=False)
+    conversations = known_conversations(dataset, nothing, recipe)
+    uncached = replace(recipe, train=replace(config, feature_cache_gib=0.0))
+    plan = plan_training(uncached, target.model.config, conversations, place)
+    flops = sum(plan.step.flops.values())
+    tokens = per_step * config.max_length
+    return drafter.eval(), {
+        "steps": len(counted),
+        "step_seconds": seconds,
+        "part_seconds": {part: statistics.median(step[part] for step in counted) for part in PARTS},
+        "tokens_per_second": tokens / seconds,
+        "tflops_per_step": flops / 1e12,
+        "mfu": None if peak is None else flops / seconds / peak,
+        "peak_memory_bytes": memory.bytes,
+        "planned_memory_bytes": plan.step.step_bytes,
+    }

@@ -1,0 +1,148 @@
+"""What only a GPU can show: `pytest -m gpu`, or `python benchmarks/gpu.py`, which runs it first."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+from dpace.blocks import build_blocks, dense_mask, flex_mask
+from dpace.config import LossConfig
+from dpace.decode import Paces, generate, generate_batch, generate_plain
+from dpace.drafter import load_drafter
+from dpace.head import Head
+from dpace.loss import block_loss, frozen_head_nll, frozen_head_nll_reference
+from dpace.objective import make_weigh
+from dpace.target import Target
+from dpace.views import draft_block
+from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_target
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore"),  # of torch.compile
+]
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_types():
+    """The type checks of the tests cannot be traced by torch.compile."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def pair(language_folder, language_drafter_folder):
+    """A target and its drafter on the GPU, in fp32, where texts are equal token for token."""
+    target = Target.load(str(language_folder), dtype=torch.float32)
+    assert target.device.type == "cuda"
+    return target, load_drafter(language_drafter_folder, target)
+
+
+def encode(target, prompts):
+    return [target.tokenizer(f"ask {text} answer")["input_ids"] for text in prompts]
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 10])
+def test_the_mask_of_tiles_trains_as_the_dense_one(block_size):
+    """Hidden states and every gradient, for several tiles of queries, padding blocks and an uneven context."""
+    target = make_target("qwen3", max_position_embeddings=512)
+    drafter = make_drafter(target, block_size=block_size).to(GPU).train()
+    target.model.to(GPU)
+    ids = torch.randint(4, 64, (2, 301), device=GPU)
+    blocks = build_blocks(ids, ids > 0, [torch.arange(0, 300, 7), torch.arange(5, 200, 31)], block_size)
+    features = torch.randn(2, 301, len(drafter.target_layer_ids) * target.hidden_size, device=GPU)
+    context = torch.arange(301, device=GPU).expand(2, -1)
+    slots = blocks.input_ids(drafter.mask_token_id).flatten(1, 2)
+    found = []
+    for make_mask in (dense_mask, flex_mask):
+        drafter.zero_grad()
+        places = torch.cat([context, blocks.position_ids.flatten(1)], dim=1)
+        mask = make_mask(blocks, 301)
+        hidden = draft_block(drafter, target, slots, features, position_ids=places, attention_mask=mask)
+        hidden = hidden.unflatten(1, blocks.labels.shape[1:])[blocks.is_block]
+        hidden.square().sum().backward()
+        found.append([hidden, *(parameter.grad for parameter in drafter.parameters())])
+    for dense, tiled in zip(*found, strict=True):
+        assert float((tiled - dense).norm() / dense.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_tile_of_the_loss_equals_the_reference(dtype, softcap):
+    """Loss and gradient, in many tiles; in bf16 the error is no larger than that of all logits at once in bf16."""
+    generator = torch.Generator(GPU).manual_seed(0)
+    states = torch.randn(2, 40, 8, 128, device=GPU, generator=generator)
+    weight = torch.randn(5000, 128, device=GPU, generator=generator) / 8
+    labels = torch.randint(5000, (2, 40, 8), device=GPU, generator=generator)
+    is_scored = torch.rand(2, 40, 8, device=GPU, generator=generator) < 0.8
+    is_scored[..., 0] = False
+    weigh = make_weigh(LossConfig(), block_size=8)
+
+    def run(function, kind, **options):
+        rows = states.to(kind).clone().requires_grad_()
+        out = function(rows, Head(weight.to(kind), 0.5, softcap), labels, is_scored, weigh=weigh, **options)
+        loss = block_loss(out.losses, is_scored)
+        loss.backward()
+        assert rows.grad is not None
+        return loss.detach(), rows.grad.float()
+
+    exact = run(frozen_head_nll_reference, torch.float32)
+    naive = run(frozen_head_nll_reference, dtype)
+    ours = run(frozen_head_nll, dtype, chunk_bytes=2**18)
+    for value, bound, truth in zip(ours, naive, exact, strict=True):
+        error, allowed = (float((x - truth).norm() / truth.norm()) for x in (value, bound))
+        assert error <= 1.1 * allowed + 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_text_is_that_of_plain_decoding(pair, language_prompts, options):
+    """In fp32, for every verification length; greedy text is that of transformers, too."""
+    target, drafter = pair
+    paces = Paces()
+    for row in encode(target, language_prompts[50:56]):
+        plain = generate_plain(target, row, max_new_tokens=24, **options).token_ids
+        for width in ("full", "auto", 3):
+            found = generate(target, drafter, row, width=width, paces=paces, max_new_tokens=24, **options)
+            assert found.token_ids == plain
+        if not options:
+            inputs = torch.tensor([row], device=GPU)
+            theirs = target.model.generate(inputs, do_sample=False, max_new_tokens=24)[0, len(row) :]
+            assert theirs.tolist() == plain
+
+
+@pytest.mark.parametrize("is_drafted", [True, False])
+def test_compiled_steps_are_compiled_once(pair, language_prompts, is_drafted):
+    """Twelve calls after the first two recompile nothing, replay CUDA graphs, and give the text of plain decoding."""
+    from torch._dynamo.utils import counters
+
+    target, drafter = pair
+    rows = encode(target, language_prompts[:14])
+
+    def decode(row):
+        return generate_batch(target, drafter if is_drafted else None, [row], max_new_tokens=24, compile=True)[0]
+
+    for row in rows[:2]:
+        decode(row)
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = [decode(row).token_ids for row in rows[2:]]
+    assert found == [generate_plain(target, row, max_new_tokens=24).token_ids for row in rows[2:]]
+    assert not counters["stats"]["unique_graphs"] and not counters["inductor"]["cudagraph_skips"]
+
+
+def test_parts_of_a_training_step_by_the_devices_clock(monkeypatch):
+    """In bf16 with the mask of tiles, as `benchmarks/gpu.py` measures it; memory is near what is planned."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    time_training = importlib.import_module("gpu_step").time_training
+    target = make_target("qwen3")
+    target.model.to(GPU, torch.bfloat16)
+    train = replace(LANGUAGE_RECIPE.train, batch_size=2, num_anchors=64, max_length=250)
+    _, found = time_training(Target(target.model), replace(LANGUAGE_RECIPE, train=train), 12, peak=1e15)
+    assert all(seconds > 0 for seconds in found["part_seconds"].values())
+    assert 0 < found["mfu"] < 1
+    assert found["planned_memory_bytes"] < 2 * found["peak_memory_bytes"]
