@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -84,8 +84,9 @@ def _run(
     responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
     by_id = {response.id: response for response in responses}
     answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
-    _train_cells(target, recipes, cells, answered, validation, init)
-    _measure_cells(target, config, cells.values(), heldout)
+    datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
+    train_cells(target, recipes, cells, datasets, init)
+    measure_cells(target, config, cells.values(), heldout_set(heldout, config))
     rows, decode = make_rows(cells, parts.heldout, config.baseline), None
     if config.bench.num_prompts != 0:
         drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
@@ -137,37 +138,57 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
     }
 
 
-def _train_cells(
+def train_cells(
     target: Target,
-    recipes: dict[Cell, Recipe],
-    cells: dict[Cell, Path],
-    answered: Sequence[Response],
-    validation: Sequence[Response],
-    init: Drafter | None,
+    recipes: Mapping[Cell, Recipe],
+    cells: Mapping[Cell, Path],
+    datasets: tuple[ResponseDataset, ResponseDataset],
+    init: Drafter | None = None,
 ) -> None:
-    """Train the drafters that are not finished."""
-    datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
+    """Train the drafters that are not finished.
+
+    Args:
+        target: the model.
+        recipes: of each cell; all drafters read the same target layers.
+        cells: the folder of each.
+        datasets: of `choose_conversations`; features that they have are used, and kept here otherwise.
+        init: a drafter that all start from, see `train`.
+    """
     facts = target_of(target)
     runs = {key: describe_run(facts, *datasets, recipe, init) for key, recipe in recipes.items()}
     untrained = [key for key in cells if not is_trained(cells[key], runs[key])]
     if not untrained:
         return
-    # One set of features for all; the target's last hidden states are kept with them where any objective needs them.
-    keep_features(target, *datasets, max((recipes[key] for key in untrained), key=lambda r: r.loss.needs_target_probs))
     dataset, measured = datasets
+    if dataset.features is None:
+        # One set of features for all; the target's last hidden states are kept too where any objective needs them.
+        widest = max((recipes[key] for key in untrained), key=lambda recipe: recipe.loss.needs_target_probs)
+        keep_features(target, *datasets, widest)
     for number, key in enumerate(untrained, start=1):
         print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
         train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key], init=init)
 
 
-def _measure_cells(target: Target, config: CompareConfig, folders: Iterable[Path], heldout: Sequence[Response]) -> None:
-    """Measure the drafters that have no heldout.json."""
+def heldout_set(heldout: Sequence[Response], recipe: Recipe) -> ResponseDataset:
+    """Make the dataset that `measure_cells` takes, without features."""
+    return ResponseDataset(heldout, max_length=recipe.train.max_length, num_anchors=None, seed=0)
+
+
+def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_set: ResponseDataset) -> None:
+    """Measure the drafters that have no heldout.json.
+
+    Args:
+        target: their target.
+        recipe: of any of them; all read the same target layers.
+        folders: of the drafters.
+        test_set: of `heldout_set`; features that it has are used, and kept here otherwise.
+    """
     unmeasured = [folder for folder in folders if not has_heldout(folder)]
     if not unmeasured:
         return
-    test_set = ResponseDataset(heldout, max_length=config.train.max_length, num_anchors=None, seed=0)
-    layer_ids = Drafter.layer_ids(target, **vars(config.drafter))
-    test_set.keep_features(target, layer_ids, limit_bytes=config.train.feature_cache_gib * 2**30)
+    if test_set.features is None:
+        layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+        test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
         acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set)
         with hold(folder):

@@ -248,9 +248,35 @@ def tau_gain(
             f"the numbers of prompts by seed are {shapes[0]} and {shapes[1]}; a paired gain needs the same seeds and "
             "prompts on both sides: measure both again on the same prompts"
         )
+    tau, taus = resample_taus([ours, theirs], num_resamples=num_resamples, seed=seed)
+    if not (tau > 0).all():  # one is 0 or nan
+        return float("nan"), float("nan"), float("nan")
+    gain = float(tau[0] / tau[1] - 1)
+    if shapes[0][0] < 2:
+        return gain, float("nan"), float("nan")
+    low, high = np.quantile(taus[0] / np.maximum(taus[1], 1e-12) - 1, [0.025, 0.975])
+    return gain, float(low), float(high)
+
+
+def resample_taus(
+    sides: Sequence[Sequence[Acceptance]], *, num_resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the taus of several sides, and resample their prompts and seeds together.
+
+    A bootstrap of two levels: a resample draws prompts, and training seeds, with replacement. All sides get the same
+    ones, so quantiles of any function of the resampled taus are a paired interval of it.
+
+    Args:
+        sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.
+        num_resamples: number of bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        The pooled tau of each side, " side", nan where it has no verification; and the resampled ones, "side resample".
+    """
     # axes: side, emitted tokens or verifications, seed, prompt
     totals = np.array(
-        [[[a.emitted_tokens for a in side], [a.rows.sum(-1) for a in side]] for side in (ours, theirs)],
+        [[[a.emitted_tokens for a in side], [a.rows.sum(-1) for a in side]] for side in sides],
         dtype=float,
     )
     generator = np.random.default_rng(seed)
@@ -258,11 +284,6 @@ def tau_gain(
     seeds = generator.integers(totals.shape[2], size=(num_resamples, totals.shape[2]))
     by_seed = np.stack([totals[:, :, i][..., prompts].sum(-1) for i in range(totals.shape[2])], axis=-1)
     picked = np.take_along_axis(by_seed, np.broadcast_to(seeds, (*by_seed.shape[:2], *seeds.shape)), axis=-1).sum(-1)
-    taus, tau = picked[:, 0] / np.maximum(picked[:, 1], 1e-12), totals.sum((-2, -1))
-    if not tau.all():
-        return float("nan"), float("nan"), float("nan")
-    gain = float(tau[0, 0] / tau[0, 1] / (tau[1, 0] / tau[1, 1]) - 1)
-    if totals.shape[3] < 2:
-        return gain, float("nan"), float("nan")
-    low, high = np.quantile(taus[0] / np.maximum(taus[1], 1e-12) - 1, [0.025, 0.975])
-    return gain, float(low), float(high)
+    emitted, verifications = np.moveaxis(totals.sum((-2, -1)), 1, 0)
+    tau = np.divide(emitted, verifications, out=np.full(len(sides), np.nan), where=verifications > 0)
+    return tau, picked[:, 0] / np.maximum(picked[:, 1], 1e-12)

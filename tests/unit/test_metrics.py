@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
+from scipy import stats
 
-from dpace.metrics import MIN_PROMPTS, Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.metrics import (
+    MIN_PROMPTS,
+    Acceptance,
+    decode_speedup,
+    published_speedup,
+    published_tau,
+    resample_taus,
+    tau_gain,
+)
 
 # accepted lengths 0, 0, 1, 3 in blocks of 4: emitted 1 + 1 + 2 + 4
 HAND = Acceptance([2, 1, 0, 1], block_size=4)
@@ -90,3 +99,46 @@ def test_published_definitions():
     """By hand: means of means, which the pooled numbers are not."""
     assert published_tau([[0, 0], [3], []]) == pytest.approx((1 + 4) / 2)
     assert published_speedup([10, 2], [1.0, 1.0], [10, 2], [2.0, 1.0]) == pytest.approx((0.2 + 0.5) / (0.1 + 0.5))
+
+
+def random_acceptance(generator, num_prompts: int, share: float) -> Acceptance:
+    """Accepted lengths of prompts that differ, in blocks of 8."""
+    rates = generator.beta(8 * share, 8 * (1 - share), num_prompts)
+    rows = [np.minimum(generator.geometric(1 - rate, generator.integers(5, 30)) - 1, 7) for rate in rates]
+    return Acceptance.of_prompts([Acceptance.from_lengths(row.tolist(), 8) for row in rows])
+
+
+@pytest.mark.parametrize("level", ["prompts", "seeds"])
+def test_a_bootstrap_with_one_level_is_that_of_scipy(level):
+    generator = np.random.default_rng(3)
+    if level == "prompts":
+        runs = [random_acceptance(generator, 60, 0.6)]
+        emitted, verifications = runs[0].emitted_tokens, runs[0].rows.sum(-1)
+    else:  # of one prompt
+        runs = [random_acceptance(generator, 1, 0.6) for _ in range(40)]
+        emitted, verifications = (
+            [getattr(run, name) for run in runs] for name in ("num_emitted_tokens", "num_verifications")
+        )
+    tau, taus = resample_taus([runs], num_resamples=20_000)
+    theirs = stats.bootstrap(
+        (emitted, verifications),
+        lambda tops, bottoms, axis: tops.sum(axis) / bottoms.sum(axis),
+        paired=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    assert tau[0] == np.sum(emitted) / np.sum(verifications)
+    width = theirs.confidence_interval.high - theirs.confidence_interval.low
+    assert np.abs(np.quantile(taus[0], [0.025, 0.975]) - theirs.confidence_interval).max() < 0.04 * width
+    assert taus[0].std() == pytest.approx(theirs.standard_error, rel=0.03)
+
+
+def test_seeds_and_prompts_both_widen_the_interval():
+    """The variance of both levels together is about the sum of those of each."""
+    generator = np.random.default_rng(1)
+    runs = [random_acceptance(generator, 30, share) for share in (0.4, 0.5, 0.6, 0.7)]
+    both = resample_taus([runs])[1][0].var()
+    of_prompts = resample_taus([[Acceptance.pooled(runs)]])[1][0].var()
+    of_seeds = np.var([resample_taus([[run]])[0][0] for run in runs]) / len(runs)
+    assert of_prompts < both and both == pytest.approx(of_prompts + of_seeds, rel=0.35)

@@ -178,14 +178,15 @@ def note_messages(note):
     return [*messages, {"role": "user", "content": note}]
 
 
-def make(kind, part):
-    """Yield distinct prompts of one kind and part."""
+def make(kind, part, count=None):
+    """Yield distinct prompts of one kind and part: as many as the demo has, or the first of a longer list."""
+    count = count or COUNTS[kind, part]
     rng = random.Random(f"{kind}/{SEEDS[part]}")
     pools = (NOTES if kind == "notes" else PROBLEMS)["train" if part == "train" else "heldout"]
     tuned_on = {row["messages"][-1]["content"] for row in make(kind, "tuning")} if part == "heldout" else set()
     seen = set()
-    for count in itertools.count():
-        if len(seen) == COUNTS[kind, part]:
+    for tries in itertools.count():
+        if len(seen) == count:
             return
         text = (note if kind == "notes" else problem)(pools, part, rng)
         text = text[0].upper() + text[1:]
@@ -193,8 +194,8 @@ def make(kind, part):
             seen.add(text)
             messages = note_messages(text) if kind == "notes" else [{"role": "user", "content": text}]
             yield {"id": f"{kind}/{part}/{len(seen)}", "set": kind, "messages": messages}
-        if count > 100 * COUNTS[kind, part]:
-            raise RuntimeError(f"the pools of {kind}/{part} are too small for {COUNTS[kind, part]} prompts")
+        if tries > 100 * count:
+            raise RuntimeError(f"the pools of {kind}/{part} are too small for {count} prompts")
 
 
 def main(arguments):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dpace.measure.rows import Example, Row
@@ -116,6 +117,14 @@ def svg(figure) -> str:
     pyplot().close(figure)
     text = buffer.getvalue()
     return re.sub("#5eed[0-9a-f]{2}", lambda found: f"var({VARIABLES[found[0]]})", text[text.index("<svg") :])
+
+
+def standalone(text: str) -> str:
+    """Put the page's colors, light and dark, into an SVG that stands in a file of its own."""
+    page = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+    rules = page[page.index(":root") : page.index("* {")].replace("screen and ", "")
+    head, end, body = text.partition(">")
+    return f"{head}{end}<style>{rules} svg {{ background: var(--page); }}</style>{body}"
 
 
 def pyplot():

@@ -1,0 +1,285 @@
+"""Which objective drafts best? Varied text, three budgets a factor of four apart, blocks of 8 and 16, three seeds.
+
+    python benchmarks/study.py --data FOLDER --dry-run
+    python benchmarks/study.py --data FOLDER --stage screen
+    python benchmarks/study.py --data FOLDER --stage final --objectives spec-auf dpace+kl
+    python benchmarks/study.py --stage report
+
+FOLDER has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train` to train on, `gsm8k`, `math500` and
+`mbpp` to measure on. The demo's notes are the fourth kind of text. `screen` trains every candidate with one seed and
+the middle budget; `final` trains those named, `dflash` and `dpace` with all seeds and budgets; `report` writes tables
+and figures of what is there. `--dry-run` says how long a stage takes on two quiet cores. A stage takes hours and may be
+killed at any time: the same command goes on. `--scale 0.01` is a miniature that shows that everything works, and no
+more; give it an `--output` of its own.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from study_report import ALWAYS, Cell, find_cells, step_seconds, write_report
+
+from dpace.compare import heldout_set, measure_cells, train_cells
+from dpace.config import Recipe
+from dpace.data.dataset import ResponseDataset
+from dpace.data.prompts import split_prompts
+from dpace.data.responses import Response, write_responses
+from dpace.demo.make_prompts import make
+from dpace.drafter import Drafter
+from dpace.flags import read_recipe
+from dpace.ledger import hold, write_json, write_text, writing
+from dpace.measure.results import has_heldout
+from dpace.objective import make_weigh, with_objective
+from dpace.provenance import hash_json
+from dpace.recipes import RECIPES
+from dpace.target import Target
+from dpace.train.identity import data_of, refuse_other_run, settings_of, target_of
+from dpace.train.run import choose_conversations
+from dpace.verbs import load_target
+
+CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dflash": ("dflash", {}),
+    "dpace": ("dpace", {}),
+    "dpace-0.3": ("dpace", {"loss.alpha": 0.3}),
+    "dpace-0.5-to-0.1": ("dpace", {"loss.alpha_end": 0.1}),
+    "dpace-on-policy": ("dpace", {"train.on_policy_share": 0.5}),
+    "expected-passes": ("expected-passes", {}),
+    "dpace+kl": ("dpace+kl", {}),
+    "spec-auf": ("spec-auf", {}),
+    "vat+mix+validity": ("vat+mix+validity", {}),
+}
+"""Objectives by the study's names: the name that `dpace compare` takes, and other changes of the recipe."""
+BLOCKS, SEEDS, SMALLEST_BUDGET = (8, 16), (0, 1, 2), 25
+KINDS = {
+    # kind: file to train on, file to measure on, prompts to train and validate on, prompts to measure on
+    "notes": (None, None, 600, 40),
+    "problems": ("gsm8k_train", "gsm8k", 600, 40),
+    "mathematics": ("math_train", "math500", 600, 40),
+    "code": ("mbpp_train", "mbpp", 370, 40),
+}
+MAX_CHARACTERS = 600
+"""Longest prompt: long ones cost much, and their answers are cut at the same length."""
+
+# Seconds on two quiet cores of the machine of docs/results-objectives.md, for `--dry-run`. Steps of finished cells
+# replace those here.
+ANSWER_SECONDS, FEATURE_SECONDS = 0.9, 0.3
+STEP_SECONDS = {8: 0.5, 16: 0.85}
+MEASURE_SECONDS = {8: 0.25, 16: 0.55}
+STEP_COST = {"dpace-on-policy": 1.6, "dpace+kl": 1.3, "vat+mix+validity": 1.3}
+NUM_VALIDATION = 24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call is about."""
+
+    recipe: Recipe
+    output: Path
+    data: Path | None
+    scale: float
+
+    @property
+    def budgets(self) -> tuple[int, int, int]:
+        """Optimizer steps, a factor of four apart."""
+        smallest = max(1, round(SMALLEST_BUDGET * self.scale))
+        return smallest, 4 * smallest, 16 * smallest
+
+    def sizes(self, kind: str) -> tuple[int, int]:
+        """Numbers of prompts to train and to measure on."""
+        _, _, train, heldout = KINDS[kind]
+        return max(8, round(train * self.scale)), max(3, round(heldout * self.scale))
+
+    def folder(self, cell: Cell) -> Path:
+        """Name the folder of a cell."""
+        return self.output / "cells" / cell.objective / f"block-{cell.block}/steps-{cell.steps}/seed-{cell.seed}"
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        """Make the recipe of a cell."""
+        name, changes = CANDIDATES[cell.objective]
+        steps = {"max_steps": cell.steps, "eval_steps": cell.steps, "seed": cell.seed}
+        recipe = replace(
+            self.recipe,
+            drafter=replace(self.recipe.drafter, block_size=cell.block),
+            loss=with_objective(self.recipe.loss, name),
+            train=replace(self.recipe.train, **steps),
+        )
+        for option, value in changes.items():
+            group, _, field = option.partition(".")
+            recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{field: value})})
+        make_weigh(recipe.loss, cell.block)
+        return recipe
+
+
+def make_plan(output: Path | None, data: Path | None, scale: float) -> Plan:
+    """Read the recipe, and let its prompts be those of the study."""
+    recipe = read_recipe(RECIPES["study-cpu"])
+    output = output or Path(recipe.output)
+    paths = {"path": str(output / "prompts.jsonl"), "heldout_path": str(output / "heldout.jsonl")}
+    prompts = replace(recipe.prompts, **paths, num_validation=NUM_VALIDATION)
+    return Plan(replace(recipe, output=str(output), prompts=prompts), output, data, scale)
+
+
+def write_prompts(plan: Plan) -> None:
+    """Choose the prompts of every kind, and write them."""
+    rows: dict[str, list[dict]] = {"prompts.jsonl": [], "heldout.jsonl": []}
+    for kind, (*files, _, _) in KINDS.items():
+        for part, file, name, count in zip(("train", "heldout"), files, rows, plan.sizes(kind), strict=True):
+            if file is None:
+                chosen = [row["messages"] for row in make(kind, part, count)]
+            else:
+                chosen = [[{"role": "user", "content": text}] for text in read_texts(plan, file, count)]
+            rows[name] += [
+                {"id": f"{kind}/{part}/{number}", "set": kind, "messages": messages}
+                for number, messages in enumerate(chosen)
+            ]
+    for name, part in rows.items():
+        write_text(plan.output / name, "".join(json.dumps(row) + "\n" for row in part))
+
+
+def read_texts(plan: Plan, file: str, count: int) -> list[str]:
+    """Draw different prompts, not too long, from a file of the data folder."""
+    if plan.data is None:
+        sys.exit(f"--data is missing; name the folder that has {file}.jsonl")
+    lines = (plan.data / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = list(dict.fromkeys(json.loads(line)["turns"][0] for line in lines))
+    texts = [text for text in texts if len(text) <= MAX_CHARACTERS]
+    return random.Random(0).sample(texts, min(count, len(texts)))
+
+
+def choose_cells(plan: Plan, args: argparse.Namespace) -> list[Cell]:
+    """List the cells of a stage, in the order in which comparisons are complete soonest."""
+    if args.stage == "screen":
+        names, budgets, seeds = args.objectives or list(CANDIDATES), plan.budgets[1:2], args.seeds[:1]
+    else:
+        names, budgets, seeds = args.objectives or [], plan.budgets, args.seeds
+    names = dict.fromkeys([*ALWAYS, *names])
+    return [
+        Cell(name, block, steps, seed) for seed in seeds for block in args.blocks for steps in budgets for name in names
+    ]
+
+
+def estimate(plan: Plan, cells: Iterable[Cell]) -> float:
+    """Print how long each part takes on two quiet cores, and give the seconds that are left."""
+    train, heldout = (sum(plan.sizes(kind)[part] for kind in KINDS) for part in (0, 1))
+    num_validation = min(NUM_VALIDATION, train // 10)
+    parts = {"answers": 0.0, "features": 0.0, "training": 0.0, "measuring": 0.0}
+    if not is_answered(plan):
+        parts["answers"] = (train + heldout) * ANSWER_SECONDS
+    if not (plan.output / "features-train.safetensors").exists():
+        parts["features"] = (train + heldout) * FEATURE_SECONDS
+    found = find_cells(plan.output)
+    waiting = [cell for cell in cells if cell not in found]
+    for cell in waiting:
+        known = [step_seconds(folder) for other, folder in found.items() if other[:2] == cell[:2]]
+        guess = STEP_SECONDS[cell.block] * STEP_COST.get(cell.objective, 1)
+        parts["training"] += cell.steps * (statistics.median(known) if known else guess)
+        parts["measuring"] += MEASURE_SECONDS[cell.block] * (heldout + 2 * num_validation)
+    total = sum(parts.values())
+    print(f"{len(waiting)} drafters to train, {train} prompts to train on, {heldout} to measure on")
+    print(
+        "minutes:", ", ".join(f"{name} {value / 60:.0f}" for name, value in parts.items()), f"; {total / 60:.0f} in all"
+    )
+    return total
+
+
+def is_answered(plan: Plan) -> bool:
+    """Say whether all prompts are answered."""
+    meta = plan.output / "responses.meta.json"
+    return meta.exists() and json.loads(meta.read_text()).get("complete") is True
+
+
+def answer(plan: Plan, target: Target) -> tuple[list[Response], list[Response], list[Response]]:
+    """Let the target answer the prompts: those to train on, to validate on and to measure on."""
+    if plan.data is not None or not (plan.output / "prompts.jsonl").exists():
+        write_prompts(plan)
+    parts = split_prompts(plan.recipe.prompts)
+    prompts = [*parts.train, *parts.validation, *parts.heldout]
+    responses = write_responses(target, prompts, plan.output / "responses.jsonl", plan.recipe.respond)
+    by_id = {response.id: response for response in responses}
+    train, validation, heldout = ([by_id[prompt.id] for prompt in part] for part in parts)
+    return train, validation, heldout
+
+
+def keep_on_disk(plan: Plan, target: Target, dataset: ResponseDataset, name: str, *, with_head_input: bool) -> None:
+    """Read the hidden states of a dataset from a file, or compute and write them."""
+    layer_ids = Drafter.layer_ids(target, **vars(plan.recipe.drafter))
+    facts = [target_of(target), data_of(dataset, dataset), list(layer_ids), with_head_input]
+    key, path = hash_json(facts), plan.output / f"features-{name}.safetensors"
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                dataset.features = [file.get_tensor(str(number)) for number in range(len(dataset))]
+                return
+    limit = plan.recipe.train.feature_cache_gib * 2**30
+    if dataset.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_head_input):
+        with writing(path) as unfinished:
+            tensors = {str(number): row for number, row in enumerate(dataset.features or ())}
+            save_file(tensors, unfinished, metadata={"key": key})
+
+
+def refuse_other_study(plan: Plan) -> None:
+    """Refuse an output folder whose study has other sizes."""
+    path = plan.output / "study.json"
+    if path.exists() and (scale := json.loads(path.read_text())["scale"]) != plan.scale:
+        sys.exit(f"{plan.output} holds a study with --scale {scale:g}, not {plan.scale:g}; name another --output")
+
+
+def run_cells(plan: Plan, target: Target, cells: Sequence[Cell]) -> None:
+    """Train and measure the cells, one after the other."""
+    write_json(plan.output / "study.json", {"scale": plan.scale})
+    train, validation, heldout = answer(plan, target)
+    datasets, test_set = choose_conversations(train, validation, plan.recipe), heldout_set(heldout, plan.recipe)
+    keep_on_disk(plan, target, datasets[0], "train", with_head_input=True)
+    keep_on_disk(plan, target, datasets[1], "validation", with_head_input=False)
+    keep_on_disk(plan, target, test_set, "heldout", with_head_input=False)
+    for number, cell in enumerate(cells, start=1):
+        folder, recipe = plan.folder(cell), plan.recipe_of(cell)
+        if has_heldout(folder):
+            continue
+        print(f"cell {number} of {len(cells)}")
+        key = (f"{cell.objective}, blocks of {cell.block}, {cell.steps} steps", cell.seed)
+        train_cells(target, {key: recipe}, {key: folder}, datasets)
+        measure_cells(target, recipe, [folder], test_set)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("answers", "screen", "final", "report"), default="screen")
+    parser.add_argument("--data", type=Path, help="folder with the prompts")
+    parser.add_argument("--output", type=Path, help="folder of answers, features, drafters and report: dpace-study")
+    parser.add_argument("--objectives", nargs="+", choices=CANDIDATES, help="screen: all by default")
+    parser.add_argument("--blocks", nargs="+", type=int, choices=BLOCKS, default=BLOCKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of prompts and steps")
+    parser.add_argument("--target", help="another target than the recipe's")
+    parser.add_argument("--dry-run", action="store_true", help="say how long it takes, and stop")
+    args = parser.parse_args()
+    plan = make_plan(args.output, args.data, args.scale)
+    if args.target:
+        plan = replace(plan, recipe=replace(plan.recipe, target=args.target))
+    if args.stage == "report":
+        print(f"written: {write_report(plan.output, list(CANDIDATES))}")
+        return
+    cells = [] if args.stage == "answers" else choose_cells(plan, args)
+    refuse_other_study(plan)
+    for cell in cells:  # before any work
+        refuse_other_run(plan.folder(cell), settings_of(plan.recipe_of(cell)))
+    estimate(plan, cells)
+    if args.dry_run:
+        return
+    with hold(plan.output):
+        run_cells(plan, load_target(plan.recipe), cells)
+
+
+if __name__ == "__main__":
+    main()

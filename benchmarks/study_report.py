@@ -1,0 +1,292 @@
+"""Tables and figures of what `benchmarks/study.py` has trained so far, as Markdown and two SVG files."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpace.ledger import write_text
+from dpace.measure.results import has_heldout, read_heldout, read_log
+from dpace.metrics import Acceptance, resample_taus
+from dpace.report.figures import SERIES, SOFT, drawing, standalone, svg
+
+BASELINE, OURS = ALWAYS = "dflash", "dpace"
+FILES = ("study.md", "study-tau.svg", "study-gain.svg")
+SCRIPT = "python benchmarks/study.py"
+
+
+class Cell(NamedTuple):
+    """What one drafter of the study was trained with."""
+
+    objective: str
+    block: int
+    steps: int
+    seed: int
+
+
+class Value(NamedTuple):
+    """A number and its 95 % interval over prompts and seeds."""
+
+    value: float
+    low: float
+    high: float
+
+
+def find_cells(output: Path) -> dict[Cell, Path]:
+    """Find the finished drafters."""
+    found = {}
+    for path in sorted(output.glob("cells/*/block-*/steps-*/seed-*")):
+        numbers = [int(part.rpartition("-")[2]) for part in path.parts[-3:]]
+        if has_heldout(path):
+            found[Cell(path.parts[-4], *numbers)] = path
+    return found
+
+
+def step_seconds(folder: Path) -> float:
+    """Give the median seconds of a drafter's training steps."""
+    return statistics.median(entry["step_seconds"] for entry in read_log(folder) if "step_seconds" in entry)
+
+
+class Study:
+    """The finished drafters, and what follows from them."""
+
+    def __init__(self, output: Path, order: Sequence[str]):
+        self.folders = find_cells(output)
+        self.measured = {cell: read_heldout(folder) for cell, folder in self.folders.items()}
+        self.blocks = sorted({cell.block for cell in self.folders})
+        self.budgets = sorted({cell.steps for cell in self.folders})
+        names = {cell.objective for cell in self.folders}
+        self.objectives = [name for name in order if name in names]
+        ids = next(iter(self.measured.values())).ids if self.measured else []
+        self.ids = ids
+        self.kinds = list(dict.fromkeys(name.partition("/")[0] for name in ids))
+
+    def seeds(self, block: int, *runs: tuple[str, int]) -> list[int]:
+        """Give the seeds that all of these objectives have with these budgets."""
+        of_runs = [{c.seed for c in self.folders if c[:3] == (name, block, steps)} for name, steps in runs]
+        return sorted(set.intersection(*of_runs))
+
+    def in_all_budgets(self, block: int) -> list[str]:
+        """Name the objectives that were trained with every budget."""
+        return [name for name in self.objectives if all(self.seeds(block, (name, steps)) for steps in self.budgets)]
+
+    def acceptances(self, name: str, block: int, steps: int, seeds: Sequence[int], kind: str = "") -> list[Acceptance]:
+        """Give an acceptance for each seed, with one row for each prompt of a kind; of all kinds without one."""
+        ids = [name for name in self.ids if name.startswith(kind)]
+        found = [self.measured[Cell(name, block, steps, seed)].acceptance(ids) for seed in seeds]
+        return [acceptance for acceptance in found if acceptance is not None]
+
+    def tau(self, name: str, block: int, steps: int) -> Value | None:
+        """Give tau, all kinds and seeds pooled."""
+        seeds = self.seeds(block, (name, steps))
+        if not seeds:
+            return None
+        return self._value([self.acceptances(name, block, steps, seeds)], lambda taus: taus[0])
+
+    def gain(self, name: str, over: str, block: int, steps: int, kind: str = "") -> Value | None:
+        """Give the gain of tau at equal steps, as a ratio minus 1, of the seeds that both have."""
+        seeds = self.seeds(block, (name, steps), (over, steps))
+        if not seeds or name == over:
+            return None
+        sides = [self.acceptances(side, block, steps, seeds, kind) for side in (name, over)]
+        return self._value(sides, lambda taus: taus[0] / taus[1] - 1)
+
+    def gains_by_seed(self, name: str, over: str, block: int, steps: int) -> list[float]:
+        """Give the gain at equal steps of each seed that both have."""
+        seeds = self.seeds(block, (name, steps), (over, steps))
+        pairs = zip(*(self.acceptances(side, block, steps, seeds) for side in (name, over)), strict=True)
+        return [ours.tau / theirs.tau - 1 for ours, theirs in pairs]
+
+    def gain_in_equal_seconds(self, name: str, over: str, block: int, steps: int) -> Value | None:
+        """Give the gain of tau in the time that the other one's training steps took.
+
+        Tau between two budgets is a line over the logarithm of the seconds; past the first and the last budget, the
+        nearest line is drawn on.
+        """
+        seeds = self.seeds(block, (over, steps), *((name, budget) for budget in self.budgets))
+        if not seeds or len(self.budgets) < 2 or name == over:
+            return None
+        sides = [self.acceptances(name, block, budget, seeds) for budget in self.budgets]
+        cost = self.step_cost(name, over, block)
+        assert cost is not None  # they share seeds
+        seconds, wanted = np.log(self.budgets) + np.log(cost), np.log(steps)  # in steps of the other one
+        place = int(np.clip(np.searchsorted(seconds, wanted), 1, len(seconds) - 1))
+        share = (wanted - seconds[place - 1]) / (seconds[place] - seconds[place - 1])
+
+        def gain(taus):
+            return (taus[place - 1] + share * (taus[place] - taus[place - 1])) / taus[-1] - 1
+
+        return self._value([*sides, self.acceptances(over, block, steps, seeds)], gain)
+
+    def step_cost(self, name: str, over: str, block: int) -> float | None:
+        """Give the time of a step over that of the other one: the median of the pairs with one budget and seed.
+
+        Drafters of a pair are trained one soon after the other, so that what else the machine did counts little.
+        """
+        pairs = [(cell, Cell(over, *cell[1:])) for cell in self.folders if cell[:2] == (name, block)]
+        known = [[step_seconds(self.folders[cell]) for cell in pair] for pair in pairs if pair[1] in self.folders]
+        return statistics.median(ours / theirs for ours, theirs in known) if known else None
+
+    def _value(self, sides: Sequence[Sequence[Acceptance]], function: Callable) -> Value:
+        tau, taus = resample_taus(sides)
+        low, high = np.quantile(function(taus), [0.025, 0.975])
+        return Value(float(function(tau)), float(low), float(high))
+
+
+def percent(value: Value | None) -> str:
+    """Write a gain in percent with its interval."""
+    return "-" if value is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * number for number in value))
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def screening(study: Study, steps: int) -> str:
+    """Write the gains of all objectives with one budget, the best over D-PACE first."""
+    rows = []
+    for name in study.objectives:
+        gains = [study.gain(name, OURS, block, steps) for block in study.blocks]
+        if name != OURS and not any(gains):
+            continue
+        cells = [percent(study.gain(name, over, b, steps)) for b in study.blocks for over in (BASELINE, OURS)]
+        costs = [cost for cost in (study.step_cost(name, BASELINE, block) for block in study.blocks) if cost]
+        cost = f"{statistics.mean(costs):.2f}" if costs else "-"
+        best = max((gain.value for gain in gains if gain), default=0.0)
+        rows.append((best, [name, cost, *cells]))
+    columns = [f"blocks of {b}: over {over}, %" for b in study.blocks for over in (BASELINE, OURS)]
+    rows.sort(key=lambda row: -row[0])
+    return table(["objective", f"step's time over {BASELINE}", *columns], [row for _, row in rows])
+
+
+def budgets(study: Study, block: int) -> str:
+    """Write a row for each budget and each objective that was trained with all of them."""
+    rows = []
+    for steps in study.budgets:
+        for name in study.in_all_budgets(block):
+            tau, by_seed = study.tau(name, block, steps), study.gains_by_seed(name, BASELINE, block, steps)
+            rows.append(
+                [
+                    str(steps),
+                    name,
+                    "-" if tau is None else f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]",
+                    percent(study.gain(name, BASELINE, block, steps)),
+                    "-" if name == BASELINE else " ".join(f"{100 * gain:+.1f}" for gain in by_seed),
+                    percent(study.gain_in_equal_seconds(name, BASELINE, block, steps)),
+                    percent(study.gain(name, OURS, block, steps)),
+                    percent(study.gain_in_equal_seconds(name, OURS, block, steps)),
+                ]
+            )
+    over = [f"over {BASELINE}, equal steps, %", "by seed", "equal seconds, %", f"over {OURS}, equal steps, %"]
+    return table(["steps", "objective", "tau", *over, "equal seconds, %"], rows)
+
+
+def kinds(study: Study, block: int) -> str:
+    """Write the gains over both, by kind of text, with the largest budget."""
+    steps, names = study.budgets[-1], study.in_all_budgets(block)
+    rows = [
+        [name, f"over {over}", *(percent(study.gain(name, over, block, steps, f"{kind}/")) for kind in study.kinds)]
+        for over in (BASELINE, OURS)
+        for name in names
+        if name not in (over, BASELINE)
+    ]
+    return table(["objective", "gain, %", *study.kinds], rows)
+
+
+def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: str) -> str:
+    """Draw a quantity against the budget, a panel for each block size and a line for each objective; as SVG."""
+    with drawing() as plt:
+        num, shape = len(study.blocks), {"sharey": True, "squeeze": False, "layout": "constrained"}
+        figure, axes = plt.subplots(1, num, figsize=(4.2 * num, 3.9), **shape)
+        for axis, block in zip(axes[0], study.blocks, strict=True):
+            names = study.in_all_budgets(block) or study.objectives
+            for place, name in enumerate(names):
+                points = [(steps, value(name, block, steps)) for steps in study.budgets]
+                points = [(steps, found) for steps, found in points if found]
+                if not points:
+                    continue
+                shift = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not cover each other
+                where, middle = [steps * shift for steps, _ in points], np.array([found for _, found in points])
+                ends = np.abs(middle[:, 1:] - middle[:, :1]).T
+                color = SERIES[study.objectives.index(name) % len(SERIES)]
+                axis.errorbar(where, middle[:, 0], yerr=ends, color=color, marker="o", ms=3.5, lw=1.4, label=name)
+            axis.set_xscale("log")
+            axis.set_xticks(study.budgets, [str(steps) for steps in study.budgets])
+            axis.minorticks_off()
+            axis.set(title=f"blocks of {block}", xlabel="optimizer steps")
+            axis.grid(alpha=0.6, axis="y")
+        axes[0][0].set_ylabel(ylabel)
+        if ylabel.startswith("gain"):
+            for axis in axes[0]:
+                axis.axhline(0, color=SOFT, lw=1)
+        handles = {n: h for axis in axes[0] for h, n in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        return standalone(svg(figure))
+
+
+def commands(study: Study) -> str:
+    """Write the commands that made the study."""
+    named = {name: None for block in study.blocks for name in study.in_all_budgets(block) if name not in ALWAYS}
+    final = f"--stage final{' --objectives ' if named else ''}{' '.join(named)}"
+    lines = [f"{SCRIPT} --data FOLDER --stage screen", f"{SCRIPT} --data FOLDER {final}", f"{SCRIPT} --stage report"]
+    return "\n".join(["```", *lines, "```\n"])
+
+
+def about(study: Study) -> str:
+    """Say what was trained where."""
+    cell, folder = next(iter(study.folders.items()))
+    facts = json.loads((folder / "provenance.json").read_text())
+    machine = f"{facts['hardware']['cores']} cores of {facts['hardware']['device']}"
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in study.folders})))
+    target = re.split(r"[/\\]", facts["target"])[-1]
+    return (
+        f"{target}, torch {facts['versions']['torch']}, temperature 0, {machine}. {facts['conversations']} answers to "
+        f"train on and {len(study.ids)} to measure on, of {len(study.kinds)} kinds. {len(study.folders)} drafters, "
+        f"seeds {seeds}. Intervals are of 95 %, by a bootstrap of prompts and seeds, the same for both sides; "
+        "few seeds say little about others, so read them as too narrow. For equal seconds, tau is put on a line over "
+        "the logarithm of the seconds of training steps.\n"
+    )
+
+
+def write_report(output: Path, order: Sequence[str]) -> Path:
+    """Write `report/study.md` and its figures, and give the path of the first.
+
+    Args:
+        output: of the study.
+        order: names of all objectives.
+    """
+    study, folder = Study(output, order), output / "report"
+    if not study.folders:
+        raise SystemExit(f"{output} has no finished drafter; run --stage screen first")
+    folder.mkdir(exist_ok=True)
+    middle = study.budgets[len(study.budgets) // 2]
+    parts = [commands(study), about(study)]
+    parts += [f"All objectives that were trained with {middle} steps, of common seeds:\n", screening(study, middle)]
+    for block in study.blocks:
+        if len(study.budgets) > 1 and len(study.in_all_budgets(block)) > 1:
+            parts += [f"Blocks of {block}, every budget:\n", budgets(study, block)]
+            parts += [f"Blocks of {block}, {study.budgets[-1]} steps, by kind:\n", kinds(study, block)]
+    figures = {
+        FILES[1]: draw(study, study.tau, "tau"),
+        FILES[2]: draw(
+            study, lambda name, block, steps: _hundredfold(study.gain(name, OURS, block, steps)), GAIN_LABEL
+        ),
+    }
+    parts += [f"![Tau against the budget]({FILES[1]})\n\n![Gain over D-PACE against the budget]({FILES[2]})\n"]
+    for name, text in figures.items():
+        write_text(folder / name, text)
+    write_text(folder / FILES[0], "\n".join(parts))
+    return folder / FILES[0]
+
+
+GAIN_LABEL = "gain of tau over dpace, %"
+
+
+def _hundredfold(value: Value | None) -> Value | None:
+    return None if value is None else Value(*(100 * number for number in value))
