@@ -3,12 +3,15 @@
 Run in a process of its own (`python -m tests.second_device`): torch then takes it for the machine's accelerator.
 """
 
+import copy
 import json
 import traceback
 from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -16,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "abacus"
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select"}
 """Operations whose result the host has to wait for, beside copies to the CPU."""
+KERNELS = {nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, torch.rms_norm}
+"""Functions that a GPU computes in one kernel, and torch's own composition in many."""
 SOURCE = str(Path(__file__).parents[1] / "src")
 
 
@@ -43,6 +48,26 @@ class OnDevice(torch.Tensor):
         return compute(func, args, kwargs or {})
 
 
+class _Kernels(TorchFunctionMode):
+    """Computes `KERNELS` in one operation where no gradient is needed.
+
+    As on a GPU, attention first copies a mask of truth values, or one whose rows begin at odd addresses.
+    """
+
+    def __init__(self, operations: Counter):
+        super().__init__()
+        self.operations = operations
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in KERNELS or torch.is_grad_enabled() or not isinstance(args[0], OnDevice):
+            return func(*args, **(kwargs or {}))
+        self.operations[func.__name__] += 1
+        mask = (kwargs or {}).get("attn_mask")
+        if mask is not None:
+            self.operations["copies of masks"] += mask.dtype == torch.bool or any(x % 8 for x in mask.stride()[:-1])
+        return compute(func, args, kwargs or {})
+
+
 class SecondDevice(TorchDispatchMode):
     """Computes on the device inside the `with` block, counts operations, and finds tensors left behind.
 
@@ -54,6 +79,15 @@ class SecondDevice(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations, self.waits = Counter(), Counter()
+        self.kernels = _Kernels(self.operations)
+
+    def __enter__(self):
+        self.kernels.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self.kernels.__exit__(*raised)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -74,7 +108,7 @@ class SecondDevice(TorchDispatchMode):
         )
         if name in WAITS or is_read or has_mask:
             self.waits[_place()] += 1
-        if not func.is_view:
+        if not func.is_view and name != "aten::_unsafe_view":
             self.operations[name.removeprefix("aten::")] += 1
         return compute(func, args, kwargs)
 
@@ -85,7 +119,8 @@ def compute(func, args, kwargs):
     by_raw = {id(x.raw): x for x in ours.values()}
     goes_to = kwargs.get("device")
     stays = torch.device(goes_to).type == NAME if goes_to is not None else bool(ours)
-    if func._schema.name == "aten::copy_":
+    name = func._schema.name if hasattr(func, "_schema") else func.__name__
+    if name == "aten::copy_":
         stays = isinstance(args[0], OnDevice)
     if goes_to is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -98,7 +133,7 @@ def compute(func, args, kwargs):
         return by_raw.get(id(x), OnDevice(x)) if isinstance(x, torch.Tensor) and stays else x
 
     out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    if func._schema.name == "aten::copy_":
+    if name == "aten::copy_":
         return args[0]
     return tree_map(wrap, out)
 
@@ -149,6 +184,7 @@ def main() -> None:
     from dpace.data.dataset import ResponseDataset, collate
     from dpace.data.responses import Response
     from dpace.decode import Paces, generate, generate_batch, generate_plain
+    from dpace.fast.speed_up import speed_up
     from dpace.loss import block_loss, frozen_head_nll
     from dpace.measure.heldout import heldout_acceptance
     from dpace.target import Target
@@ -188,15 +224,33 @@ def main() -> None:
         data = ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
         return heldout_acceptance(drafter, target, data).rows.tolist()
 
-    def full(target, drafter):
-        generation = generate(target, drafter, prompts[0], width="full", **short)
-        return generation.token_ids, len(generation.accepted_lengths)
+    def count_steps(device, run):
+        """Steps, waits, and operations of a step by name; those of reading the prompts are left out."""
+        counted = []
+        for num_tokens in (1, 5):
+            device.operations.clear(), device.waits.clear()
+            generations = run(max_new_tokens=num_tokens, stop_token_ids=[])
+            steps = max(len(g.accepted_lengths) for g in generations)
+            counted.append(device.operations.copy())
+        counted[1].subtract(counted[0])
+        operations = {name: count / steps for name, count in counted[1].items() if count}
+        return {"steps": steps, "waits": dict(device.waits), "operations": operations}
 
-    short = {"max_new_tokens": 12}
+    def load(model, dtype=None):
+        """The same model as it is loaded on the device: in plain layers, then made faster."""
+        kind, config = type(model), copy.deepcopy(model.config)
+        config._attn_implementation = "sdpa"
+        loaded = kind(config).eval().requires_grad_(False)
+        loaded.load_state_dict(model.state_dict())
+        loaded = loaded.to(dtype or model.dtype).to(NAME)
+        assert speed_up(loaded).is_fused
+        return loaded
+
+    short, paces = {"max_new_tokens": 12}, Paces()
     parts = {
         "plain": lambda t, d: generate_plain(t, prompts[0], **short).token_ids,
-        "full": full,
-        "auto": lambda t, d: generate(t, d, prompts[0], width="auto", paces=Paces(), **short).token_ids,
+        "full": lambda t, d: generate(t, d, prompts[0], width="full", **short).token_ids,
+        "auto": lambda t, d: generate(t, d, prompts[0], width="auto", paces=paces, **short).token_ids,
         "batch": lambda t, d: [g.token_ids for g in generate_batch(t, d, prompts, **short)],
         "measure": measure,
         "train": step,
@@ -208,16 +262,21 @@ def main() -> None:
     drafter.load_state_dict(state)
     found = {}
     with SecondDevice() as device:
-        target = Target(target.model.to(NAME), target.tokenizer)
-        drafter = drafter.to(NAME)
+        fast = Target(load(target.model)), load(drafter)
         for name, part in parts.items():
             device.operations.clear(), device.waits.clear()
-            result = part(target, drafter)
+            result = part(fast[0], drafter.to(NAME) if name == "train" else fast[1])
             found[name] = {"operations": sum(device.operations.values()), "waits": dict(device.waits)}
-            if name == "full":
-                found[name]["steps"] = result[1]
             result = weights(result) if name == "train" else result
             found[name]["is_same"] = result == expected[name]
+        steps = found["steps"] = {
+            "full": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)]),
+            "auto": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="auto", paces=paces, **n)]),
+            "8 rows": count_steps(device, lambda **n: generate_batch(*fast, 4 * prompts[:2], **n)),
+        }
+        deep = make_target("qwen3", num_hidden_layers=36, layer_types=36 * ["full_attention"])
+        fast = Target(load(deep.model, torch.bfloat16)), load(make_drafter(deep, num_layers=5), torch.bfloat16)
+        steps["36 layers"] = count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)])
     print(json.dumps(found))
 
 

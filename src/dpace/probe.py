@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpace.fast.packing import is_plain
 from dpace.head import Head
 
 
@@ -71,8 +72,7 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
 def _refuse_quantized_tables(model: Any, head_module: Any) -> None:
     """Refuse an embedding or head that is no table of plain numbers."""
     for part, module in (("input embedding", model.get_input_embeddings()), ("LM head", head_module)):
-        weight = getattr(module, "weight", None)
-        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+        if not is_plain(getattr(module, "weight", None)):
             raise ValueError(
                 f"the {part} of {type(model).__name__} is quantized ({type(module).__name__}); drafters share it as a "
                 "table of plain numbers: choose a checkpoint that quantizes the layers only"

@@ -1,10 +1,19 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from dpace.fast.packing import PackedLinear, _has_fp16_products, _multiplies_bf16, _pack_in_16_bits, pack, pack_linears
+from dpace.fast.packing import (
+    PackedLinear,
+    _has_fp16_products,
+    _multiplies_bf16,
+    _pack_in_16_bits,
+    join,
+    pack,
+    pack_linears,
+)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 40])
@@ -88,6 +97,21 @@ def test_gradients_pass():
     x = torch.randn(3, 8, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1))
+
+
+@torch.no_grad()
+def test_joined_layers_share_one_tensor_and_are_saved_as_before(tmp_path):
+    layers = nn.ModuleList(nn.Linear(8, size) for size in (4, 6, 2))
+    before, rows = copy.deepcopy(layers), torch.randn(2, 3, 8)
+    product = join(list(layers))
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
+    expected = torch.cat([layer(rows) for layer in before], dim=-1)
+    torch.testing.assert_close(product(rows), expected)
+    layers[1].weight.data.mul_(2)  # the weights are read themselves
+    torch.testing.assert_close(product(rows)[..., 4:10] - layers[1].bias, 2 * (expected[..., 4:10] - layers[1].bias))
+    safetensors.torch.save_file(layers.state_dict(), tmp_path / "layers")
+    saved = safetensors.torch.load_file(tmp_path / "layers")
+    assert saved.keys() == before.state_dict().keys() and torch.equal(saved["2.weight"], before[2].weight)
 
 
 def test_nothing_is_packed_without_room_or_where_it_is_not_faster(monkeypatch):

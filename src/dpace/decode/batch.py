@@ -109,8 +109,9 @@ class _Batch:
         hidden, self.features = _read(self.target, self.captured, padded, self.cache, self.positions, None)
         last = self._tensor([row.start for row in self.rows])
         logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
-        for row, row_logits in zip(self.rows, logits, strict=True):
-            row.text.take(0, row.text.draw(row_logits[None]).tolist())
+        drawn = torch.cat([row.text.draw(rows) for row, rows in zip(self.rows, logits.split(1), strict=True)])
+        for row, token in zip(self.rows, drawn.tolist(), strict=True):
+            row.text.take(0, [token])
 
     def draft(self) -> Int[Tensor, "batch slot"]:
         """Draft one block a row: its last token and the most likely tokens after it."""
@@ -147,17 +148,18 @@ class _Batch:
         starts, limits = [row.start for row in self.rows], [row.limit for row in self.rows]
         slots = torch.arange(width, device=blocks.device)
         self.positions = torch.minimum(self._tensor(starts)[:, None] + slots, self._tensor(limits)[:, None])
-        end = 1 + max(min(start + width - 1, limit) for start, limit in zip(starts, limits, strict=True))
-        end = self.capacity if self.is_fixed else end
-        is_visible = torch.arange(end, device=blocks.device) <= self.positions[..., None]
-        mask = _additive(is_visible, self.target.model.dtype)
+        end = self.capacity if self.is_fixed else 1 + max(map(min, [start + width - 1 for start in starts], limits))
+        mask = _additive(torch.arange(end, device=blocks.device) <= self.positions[..., None], self.target.model.dtype)
         self.cache.place(self.positions, end)
         hidden, features = self.read(self.target, self.captured, blocks, self.cache, self.positions, mask)
         self.features = features.clone()  # a CUDA graph writes its results to the same place each time
         logits = self.target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
-        for row, block, row_logits in zip(self.rows, blocks.tolist(), logits, strict=True):
+        parts = zip(self.rows, blocks, logits, strict=True)
+        drawn = [block if row.text.is_done else row.text.draw(row_logits) for row, block, row_logits in parts]
+        both = torch.stack([blocks, torch.stack(drawn)], dim=1).tolist()  # the only wait for the device
+        for row, (block, own) in zip(self.rows, both, strict=True):
             if not row.text.is_done:
-                row.emit(block[1:], row.text.draw(row_logits).tolist())
+                row.emit(block[1:], own)
 
     def drop_done(self) -> None:
         """Drop the rows that are done, here and in the caches."""

@@ -1,4 +1,4 @@
-"""Faster grouped-query attention on a CPU, for few queries over many keys.
+"""Faster grouped-query attention, for few queries over many keys.
 
 Query heads that share keys and values become rows of one product.
 """
@@ -17,6 +17,8 @@ NAME = "grouped_heads"
 """Name of this attention in transformers' registries."""
 MAX_QUERIES = 64
 """Largest number of queries handled here; more gain nothing, and their mask for all heads takes memory."""
+ALIGNMENT = 16
+"""Columns of which a mask's rows have a multiple, as torch's attention on a GPU needs it."""
 
 
 def grouped_attention(
@@ -60,14 +62,17 @@ def attend_in_groups(
     """
     batch, heads, queries, _ = query.shape
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    if mask is not None and mask.shape[2] > 1:
-        mask = _repeat_mask(mask, heads // key.shape[1], query.dtype)
+    if mask is not None and (mask.shape[2] > 1 or mask.device.type != "cpu"):
+        mask = _repeat_mask(mask, heads // key.shape[1] if mask.shape[2] > 1 else 1, query.dtype)
     out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+    by_query = out.view(batch, key.shape[1], -1, queries, out.shape[-1]).permute(0, 3, 1, 2, 4).contiguous()
+    return by_query.view(batch, queries, heads, -1)
 
 
 def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
     """Repeat a mask for the query heads of a group, in the form that is added to scores.
+
+    On a GPU its rows begin at multiples of `ALIGNMENT`: otherwise torch would copy it into such a form in each layer.
 
     The result is kept as an attribute of the mask, because all layers of a pass receive the same mask. Inside
     `torch.compile` nothing is kept: the compiler sees that all layers repeat the same.
@@ -78,6 +83,9 @@ def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
         repeated = mask.repeat(1, 1, num_groups, 1)
         if repeated.dtype == torch.bool:
             repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
+        if mask.device.type != "cpu" and not is_compiling:
+            columns = mask.shape[3]
+            repeated = nn.functional.pad(repeated, (0, -columns % ALIGNMENT))[..., :columns]
         if not is_compiling:
             mask.repeated = repeated  # pyright: ignore[reportAttributeAccessIssue]
     return repeated
@@ -88,15 +96,17 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def group_heads(model: PreTrainedModel) -> bool:
-    """Replace `sdpa` by `grouped_attention` in the decoder of a model on a CPU; say whether it was done.
+    """Replace `sdpa` by `grouped_attention` in the decoder of a model; say whether it was done.
 
     Left as they are: other implementations; models without a decoder of transformers, such as drafters; and models
     whose code asks for `sdpa` by name, as sparse attention does.
     """
     decoder: Any = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel) or decoder.device.type != "cpu":
-        return False
-    if decoder.config._attn_implementation != "sdpa" or not decoder._can_set_attn_implementation():
+    if (
+        not isinstance(decoder, PreTrainedModel)
+        or decoder.config._attn_implementation != "sdpa"
+        or not decoder._can_set_attn_implementation()
+    ):
         return False
     if '"sdpa"' in inspect.getsource(sys.modules[type(decoder).__module__]):
         return False

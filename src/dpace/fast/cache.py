@@ -119,7 +119,7 @@ class RaggedLayer(DynamicLayer):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
-        self.columns, self.end = torch.empty(0), 0
+        self.rows, self.columns, self.end = torch.empty(0), torch.empty(0), 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new keys and values to their columns and return views of the columns before `end`."""
@@ -129,9 +129,8 @@ class RaggedLayer(DynamicLayer):
             self._buffers = [key_states.new_zeros(shape) for shape in shapes]
             for buffer in self._buffers:
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
-        rows = torch.arange(len(key_states), device=self.device)[:, None]
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[rows, :, self.columns] = new.transpose(1, 2)
+            buffer[self.rows, :, self.columns] = new.transpose(1, 2)
         self.keys, self.values = (buffer[..., : self.end, :] for buffer in self._buffers)
         return self.keys, self.values
 
@@ -171,5 +170,6 @@ class RaggedCache(DynamicCache):
 
     def place(self, columns: Int[Tensor, "batch new"], end: int) -> None:
         """Make the next forward pass write its tokens to `columns` and read the columns before `end`."""
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
         for layer in self.layers:
-            layer.columns, layer.end = columns, end
+            layer.rows, layer.columns, layer.end = rows, columns, end

@@ -1,6 +1,7 @@
-"""Decoder layers on a CPU in half as many operations, with bitwise the same results.
+"""Decoder layers in half as many operations: with the same bits on a CPU, and up to rounding on a GPU.
 
-In a small model a large part of a step's time is spent outside the matrix products; this part becomes faster.
+In a small model, and in any model on a GPU, a large part of a step's time is spent outside the matrix products; this
+part becomes faster.
 """
 
 import functools
@@ -15,7 +16,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.fast.attention import attend_in_groups
-from dpace.fast.packing import PackedLinear, pack, unpack
+from dpace.fast.packing import PackedLinear, is_plain, join, pack, unpack
 from dpace.fast.snapshot import Snapshot
 from dpace.modeling_dflash import DFlashLayer
 
@@ -29,8 +30,9 @@ PRODUCTS = (
 )
 """Linear layers that read the same rows and so become one product."""
 LINEARS = [(owner, name) for owner, names in PRODUCTS for name in names]
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Relative and absolute differences that count as rounding."""
+ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4}
+"""Relative and absolute differences that count as rounding; `LOW_PRECISION` for other dtypes."""
+LOW_PRECISION = 2e-2
 
 
 class _Rotation:
@@ -42,13 +44,13 @@ class _Rotation:
     def __init__(self, cos: Tensor, sin: Tensor, config: Any = None):
         self.sin, self.half = sin, sin.shape[-1] // 2
         signed = torch.cat([-sin[..., : self.half], sin[..., self.half :]], dim=-1)
-        self.cos_and_sin = cos.unsqueeze(2), signed.unsqueeze(2)
+        self.cos_and_sin = cos.unsqueeze(1), signed.unsqueeze(1)
         self.attend = config and ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
 
     def rotate(self, heads: Tensor) -> Tensor:
-        """Rotate "batch seq head dim" as `apply_rotary_pos_emb` of transformers does."""
+        """Rotate "batch head seq dim" as `apply_rotary_pos_emb` of transformers does, into a new tensor."""
         cos, sin = self.cos_and_sin
-        return heads * cos + heads.roll(self.half, -1) * sin
+        return heads.roll(self.half, -1).mul_(sin).add_(heads * cos)
 
 
 class Source:
@@ -57,16 +59,17 @@ class Source:
     Args:
         modules: the modules, as owner and name; their weights are included.
         parts: further sources to include, in the state that they recorded.
+        is_copied: whether the products were made of copies of the weights.
     """
 
-    def __init__(self, modules: list[tuple[Any, str]], parts: Sequence["Source"] = ()):
+    def __init__(self, modules: list[tuple[Any, str]], parts: Sequence["Source"] = (), *, is_copied: bool = True):
         self.places = [(owner._modules, name) for owner, name in modules]
         for owner, name in modules:
             parameters = owner._modules[name]._parameters
             self.places += [(parameters, kind) for kind in ("weight", "bias") if parameters.get(kind) is not None]
         self.owned = [owner[name] for owner, name in self.places]
         weights = [owned for owned in self.owned if isinstance(owned, nn.Parameter)]
-        self.snapshot = Snapshot(weights, [part.snapshot for part in parts])
+        self.snapshot = Snapshot(weights, [part.snapshot for part in parts], is_copied=is_copied)
         for part in parts:
             self.places.extend(part.places)
             self.owned.extend(part.owned)
@@ -89,9 +92,11 @@ class _Fused:
         linears = [[(getattr(layer, owner), name) for name in names] for owner, names in PRODUCTS]
         norms = [(layer, name) for name in ("input_layernorm", "post_attention_layernorm")]
         norms += [(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
-        self.source = Source([(layer, "self_attn"), (layer, "mlp"), *sum(linears, []), *norms])
         self.linears = [[getattr(*place) for place in places] for places in linears]
-        self.qkv, self.out, self.gate_up, self.down = map(_pack, self.linears)
+        self.is_packed = type(self.linears[0][0]) is PackedLinear
+        self.qkv, self.out, self.gate_up, self.down = map(_pack if self.is_packed else join, self.linears)
+        modules = [(layer, "self_attn"), (layer, "mlp"), *sum(linears, []), *norms]
+        self.source = Source(modules, is_copied=self.is_packed)
         self.norms = [getattr(*place).weight for place in norms]
         self.epsilon, self.head_dim = layer.input_layernorm.variance_epsilon, attention.head_dim
         self.dtype, self.scaling = self.norms[0].dtype, getattr(attention, "scaling", None)
@@ -134,20 +139,22 @@ class _Fused:
         to_rotate, value = heads.split((num_queries + num_keys, num_keys), 2)
         if len(self.norms) > 2:
             to_rotate = self.norm_heads(to_rotate)
-        query, key = rotation.rotate(to_rotate).transpose(1, 2).split(self.sizes, 1)
+        query, key = rotation.rotate(to_rotate.transpose(1, 2)).split(self.sizes, 1)
         return query, key, value.transpose(1, 2)
 
     def norm(self, rows: Tensor, index: int) -> Tensor:
-        """Apply one of the layer's RMSNorms; like transformers' it rounds twice in low precision."""
+        """Apply one of the layer's RMSNorms; on a CPU it rounds twice in low precision, like transformers'."""
         weight = self.norms[index]
-        if rows.dtype == torch.float32:
+        if rows.dtype == torch.float32 or rows.device.type != "cpu":
             return torch.rms_norm(rows, weight.shape, weight, self.epsilon)
         return weight * torch.rms_norm(rows, weight.shape, None, self.epsilon)
 
     def norm_heads(self, heads: Tensor) -> Tensor:
         """Normalize queries and keys, which have norms of their own in some families."""
-        query, key = heads.split(self.sizes, 2)
-        return torch.cat([self.norm(query, 2), self.norm(key, 3)], dim=2)
+        heads = torch.rms_norm(heads, heads.shape[-1:], None, self.epsilon)
+        for part, weight in zip(heads.split(self.sizes, 2), self.norms[2:], strict=True):
+            part.mul_(weight)
+        return heads
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Add attention and feed-forward to `hidden`."""
@@ -220,36 +227,40 @@ def _fused_class(kind: type) -> type:
 
 
 def fuse_layers(model: PreTrainedModel) -> bool:
-    """Fuse the decoder layers of a model with packed linear layers, in place; say whether it was done.
+    """Fuse the decoder layers of a model, in place; say whether it was done.
 
     Query, key and value become one product, so do gate and up, and norms and rotations take fewer operations. The
-    layers must be one of `LAYERS`, the first of which must give the same result as before, or `DFlashLayer`; their
-    linear layers must be packed (`dpace.fast.packing`). Hooks on layers run as before; hooks on modules inside them do
-    not.
+    layers must be one of `LAYERS`, the first of which must give the same result as before, or `DFlashLayer`. Their
+    linear layers must be packed on a CPU (`dpace.fast.packing`), and plain elsewhere. Hooks on layers run as before;
+    hooks on modules inside them do not.
 
-    Memory: one packed copy of the weights, in place of the packed copies of the single linear layers.
+    Memory: on a CPU one packed copy of the weights, in place of the packed copies of the single linear layers;
+    elsewhere none.
     """
     layers: list[Any] = [
         layer for layer in model.modules() if type(layer).__name__ in LAYERS or type(layer) is DFlashLayer
     ]
     shared: dict[str, _Rotation] = {}
-    if not all(
-        type(getattr(getattr(layer, owner), name)) is PackedLinear for layer in layers for owner, name in LINEARS
-    ):
+    if not all(_can_be_fused(getattr(getattr(layer, owner), name)) for layer in layers for owner, name in LINEARS):
         return False
     for number, layer in enumerate(layers):
         fused = _Fused(layer, shared)
         expected = _try_out(layer) if number == 0 else None
         layer.fused, layer.__class__ = fused, _fused_class(type(layer))
         layer.snapshot = fused.source.snapshot
-        tolerance = ROUNDING[fused.dtype]
+        tolerance = ROUNDING.get(fused.dtype, LOW_PRECISION)
         if expected is not None and not torch.allclose(_try_out(layer), expected, tolerance, tolerance):
             layer.fused = None
             return False
-        for linears in fused.linears:
-            for linear in linears:
-                unpack(linear)
+        for linear in sum(fused.linears, []) if fused.is_packed else ():
+            unpack(linear)
     return bool(layers)
+
+
+def _can_be_fused(linear: nn.Module) -> bool:
+    """Say whether a linear layer is packed, or plain on a device where nothing is packed."""
+    is_here = type(linear) is nn.Linear and is_plain(linear.weight) and linear.weight.device.type not in ("cpu", "meta")
+    return is_here or type(linear) is PackedLinear
 
 
 @torch.no_grad()
@@ -257,8 +268,8 @@ def _try_out(layer: Any) -> Tensor:
     """Compute a layer's output for random rows and a random rotation."""
     attention, random = layer.self_attn, torch.Generator().manual_seed(0)
     weight = attention.q_proj.weight
-    rows = torch.randn(1, 3, weight.shape[1], generator=random).to(weight.dtype)
-    rope = torch.randn(2, 1, 3, attention.head_dim, generator=random).to(weight.dtype)
+    rows = torch.randn(1, 3, weight.shape[1], generator=random).to(weight)
+    rope = torch.randn(2, 1, 3, attention.head_dim, generator=random).to(weight)
     if isinstance(layer, DFlashLayer):
         return layer(rows[:, 1:], rows[:, :1], tuple(rope), None, None)
     return layer(rows, position_embeddings=tuple(rope))

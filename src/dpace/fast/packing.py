@@ -5,7 +5,8 @@ Products are the same up to rounding, in half the time or less.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -75,6 +76,32 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     return product
 
 
+def join(linears: Sequence[nn.Linear]) -> Product:
+    """Make one product that gives the outputs of linear layers side by side, without packing.
+
+    The layers' weights become parts of one tensor, which the product reads: there is no second copy.
+    """
+    weight, bias = (_join(linears, name) for name in ("weight", "bias"))
+    return lambda rows: nn.functional.linear(rows.flatten(0, -2), weight, bias).view(*rows.shape[:-1], -1)
+
+
+def _join(linears: Sequence[nn.Linear], name: str) -> Any:
+    """Let the layers' parameters of a name be parts of one tensor, and give it; None where they have none."""
+    parts = [getattr(linear, name) for linear in linears]
+    if parts[0] is None:
+        return None
+    joined = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
+    for linear, part, view in zip(linears, parts, joined.split([len(part) for part in parts]), strict=True):
+        setattr(linear, name, nn.Parameter(view, requires_grad=part.requires_grad))
+    return joined
+
+
+def is_plain(weight: Any) -> bool:
+    """Say whether a weight is a parameter of plain numbers, not of a quantized or distributed kind."""
+    is_own_kind = not isinstance(weight, nn.Parameter) or hasattr(weight, "__tensor_flatten__")
+    return not is_own_kind and weight.is_floating_point() and weight.element_size() > 1
+
+
 @functools.cache
 def _has_fp16_products() -> bool:
     """Say whether FBGEMM is in this build, works on this CPU, and sums in fp32."""
@@ -102,8 +129,8 @@ class Packed:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.snapshot = Snapshot([weight] if bias is None else [weight, bias])
         self._product = pack(weight, None if bias is None else bias.detach())
+        self.snapshot = Snapshot([weight] if bias is None else [weight, bias], is_copied=self._product is not None)
 
     def __reduce__(self):
         return type(None), ()

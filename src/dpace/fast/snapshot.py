@@ -20,14 +20,14 @@ class Snapshot:
     `look_again` compares some of the values, once a request.
 
     Args:
-        weights: what copies are made of.
+        weights: what copies are made of, or what is read itself (`is_copied` False): nothing is compared then.
         parts: further snapshots to include, as they were.
     """
 
-    def __init__(self, weights: Iterable[Tensor], parts: Iterable["Snapshot"] = ()):
+    def __init__(self, weights: Iterable[Tensor], parts: Iterable["Snapshot"] = (), *, is_copied: bool = True):
         self.weights = list(weights)
         self.versions, self.pointers = self._state()
-        self.samples = list(map(_sample, self.weights))
+        self.samples = list(map(_sample, self.weights)) if is_copied else []
         for part in parts:
             for name in ("weights", "versions", "pointers", "samples"):
                 getattr(self, name).extend(getattr(part, name))
@@ -42,7 +42,7 @@ class Snapshot:
 
     def look_again(self) -> None:
         """Compare sampled values; from a difference on, the weights are not the same any more."""
-        if not all(map(torch.equal, map(_sample, self.weights), self.samples)):
+        if self.samples and not all(map(torch.equal, map(_sample, self.weights), self.samples)):
             self.versions = []
 
 

@@ -22,11 +22,11 @@ class SpeedUp(NamedTuple):
 
 
 def speed_up(model: PreTrainedModel) -> SpeedUp:
-    """Make a model faster on its device; today this changes models on a CPU only.
+    """Make a model faster on its device; weights are packed on a CPU only.
 
     Quantized layers stay as they are. So do models with accelerate's hooks, which move what a part reads to its device.
 
-    Memory: copies of the weights, see `dpace.fast.packing.pack_linears`.
+    Memory: on a CPU copies of the weights, see `dpace.fast.packing.pack_linears`.
     """
     if any("_hf_hook" in vars(module) for module in model.modules()):
         return SpeedUp(False, False, False)

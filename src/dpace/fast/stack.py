@@ -1,4 +1,4 @@
-"""All decoder layers of a model in one loop on a CPU."""
+"""All decoder layers of a model in one loop."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 class FusedStack:
     """All layers of a decoder in one loop for a decoding step.
 
-    Results are bitwise those of the decoder's own code.
+    Results are those of the decoder's own code: bitwise on a CPU, and up to rounding elsewhere.
 
     Args:
         decoder: one of `DECODERS`, whose layers are fused.
@@ -48,7 +48,7 @@ class FusedStack:
         if mask is None or position_ids is None:
             num_before = cache.layers[0].get_seq_length()
             if position_ids is None:
-                position_ids = torch.arange(num_before, num_before + num_new)[None]
+                position_ids = torch.arange(num_before, num_before + num_new, device=hidden.device)[None]
             if mask is None and num_new > 1:
                 mask = hidden.new_zeros(1, 1, num_new, num_before + num_new)
                 mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
