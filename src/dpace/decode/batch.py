@@ -43,12 +43,7 @@ class _Row:
         return self.text.num_prompt + self.text.max_new_tokens - 1
 
     def emit(self, draft: list[int], drawn: list[int]) -> None:
-        """Append the accepted beginning of a draft and the target's next token.
-
-        Args:
-            draft: draft tokens.
-            drawn: the target's own draw at each of them, and its next one.
-        """
+        """Append the accepted beginning of a draft and the next of the target's own draws."""
         draft = draft[: self.text.remaining]
         emitted, accepted = self.text.take(verify_draft(draft, drawn), drawn)
         self.accepted_lengths.append(accepted)
@@ -94,7 +89,8 @@ class _Batch:
             self.drafter_cache = RaggedCache(drafter.config, drafter.block_size + self.capacity)
             self.caches.append(self.drafter_cache)
         options: Any = {"mode": "reduce-overhead", "dynamic": False, "disable": not compile}
-        self.read, self.draft_block = (torch.compile(step, **options) for step in (_read, draft_block))
+        self.read: Any = torch.compile(_read, **options)
+        self.draft_block: Any = torch.compile(draft_block, **options)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)
@@ -109,8 +105,8 @@ class _Batch:
         hidden, self.features = _read(self.target, self.captured, padded, self.cache, self.positions, None)
         last = self._tensor([row.start for row in self.rows])
         logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
-        drawn = torch.cat([row.text.draw(rows) for row, rows in zip(self.rows, logits.split(1), strict=True)])
-        for row, token in zip(self.rows, drawn.tolist(), strict=True):
+        drawn = [row.text.draw(rows) for row, rows in zip(self.rows, logits.split(1), strict=True)]
+        for row, token in zip(self.rows, torch.cat(drawn).tolist(), strict=True):
             row.text.take(0, [token])
 
     def draft(self) -> Int[Tensor, "batch slot"]:
