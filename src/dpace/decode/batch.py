@@ -72,8 +72,7 @@ class _Batch:
     in the target's cache. The features of all tokens that the target read go into it; those of rejected tokens are
     hidden and overwritten in the same way.
 
-    With `compile`, all steps have the same shapes: whole blocks, all columns, and done rows stay until the end. Without
-    a drafter a block is a row's last token.
+    With `compile`, shapes are fixed: whole blocks, all columns, done rows stay. Without a drafter a block is a token.
     """
 
     def __init__(
