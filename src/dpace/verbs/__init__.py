@@ -14,7 +14,7 @@ def load_target(config: Any, dtype: str | None = None):
         config: has `target` and, where the verb has these options, `dtype`, `device`, `device_map` and `thinking`.
         dtype: replaces the option of that name.
     """
-    _check_target(config)
+    check_target(config)
     import torch
 
     from dpace.locate import find_target
@@ -32,13 +32,14 @@ def load_target(config: Any, dtype: str | None = None):
 
 def load_chat(config: Any):
     """Find and load the tokenizer of the target that a verb's options name, without its weights."""
-    _check_target(config)
+    check_target(config)
     from dpace.data.chat import ChatTokenizer
     from dpace.locate import find_target
 
     return ChatTokenizer.load(find_target(config.target), config.thinking)
 
 
-def _check_target(config: Any) -> None:
+def check_target(config: Any) -> None:
+    """Refuse a folder without a config."""
     if Path(config.target).is_dir() and not (Path(config.target) / "config.json").exists():
         raise ValueError(f"--target {config.target} has no config.json; name the folder of a model")

@@ -21,11 +21,12 @@ def run(args: list[str]) -> None:
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
-    announce(_first_lines(recipe, drafters=1 if config.quick else 2), is_dry=is_dry)
+    lines = _first_lines(recipe, drafters=1 if config.quick else 2)
     if is_dry:
-        return
+        return announce(lines, is_dry=True)
     with hold(output):
         claim(output, "results.json", "acceptance.png", "weights.png")
+        announce(lines, is_dry=False)
         results = run_demo(config)
     console(config.wide).print(results_table(results, config.wide), slots_table(results, config.wide))
     for line in summary(results):

@@ -10,7 +10,7 @@ from dpace.flags import next_command, parse
 from dpace.ledger import claim, hold
 from dpace.plan.facts import announce, take_dry_run
 from dpace.progress import show
-from dpace.verbs import load_chat, load_target
+from dpace.verbs import check_target, load_chat, load_target
 
 
 def run(args: list[str]) -> None:
@@ -24,17 +24,19 @@ def run(args: list[str]) -> None:
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
+    check_target(recipe)
 
     def look() -> None:
         check_meta(path, known_settings(recipe.respond, thinking=recipe.thinking))
         announce(say_answers(recipe, parts, path), is_dry=is_dry)
 
-    ranks.from_first(look)
     if is_dry:
+        ranks.from_first(look)
         return ranks.end()
     with hold(recipe.output) if ranks.is_first() else nullcontext():
         if ranks.is_first():
             claim(recipe.output, path.name, meta_path(path).name)
+        ranks.from_first(look)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
         answered = sum(prompt.answer is not None for prompt in prompts)
         if recipe.respond.source == "target" and answered and ranks.is_first():
