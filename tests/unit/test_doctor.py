@@ -307,7 +307,7 @@ SILENT_FAULTS = {
     "columns of fc permuted": tensor("fc.weight", lambda old: old.roll(48, 1)),
     "rows of q in the order of GGUF": tensor(Q, llama_rows),
     "k and v swapped": swap(K, V),
-    "gate and up swapped": swap(GATE, UP),
+    "up with the other sign": tensor(UP, lambda old: -old),
     "rows of fc shifted": tensor("fc.weight", lambda old: old.roll(1, 0)),
     "fc of an untrained drafter": tensor("fc.weight", lambda old: torch.randn_like(old) * 0.02),
 }

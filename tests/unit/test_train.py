@@ -245,7 +245,7 @@ def test_a_validity_head_is_trained_kept_beside_the_weights_and_can_set_the_widt
     folders = {name: tmp_path / name for name in ("off", "stopped", "joint")}
     weights = {}
     for name, folder in folders.items():
-        recipe = replace(short(max_steps=4, eval_steps=2), loss=LossConfig(validity=name))
+        recipe = replace(short(max_steps=4, eval_steps=4), loss=LossConfig(validity=name))
         drafter = run_recipe(language_target, language_responses[:20], language_responses[50:54], recipe, folder)
         weights[name] = weights_of(drafter)
     assert torch.equal(weights["off"], weights["stopped"]) and not torch.equal(weights["off"], weights["joint"])
