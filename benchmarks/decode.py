@@ -82,15 +82,12 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
     return ways
 
 
-def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[str, Way]:
+def other_ways(target: Target, drafter: Drafter, drafter_folder: str, model: Any = None) -> dict[str, Way]:
     """Make the ways of decoding with the loops of transformers and z-lab.
 
-    On a CPU each runs on the model as loaded and, marked `packed`, on ours (`dpace.fast.packing`,
-    `dpace.fast.attention`). On an accelerator both are the same.
+    Each runs on the model as loaded (`model`, or read again) and, marked `packed`, on ours, which `dpace.fast` changed.
     """
-    is_packed, model = target.device.type == "cpu", target.model
-    if is_packed:
-        model = AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype)
+    model = model or AutoModelForCausalLM.from_pretrained(target.name, dtype=target.model.dtype).to(target.device)
     unpacked: Any = Drafter.from_pretrained(drafter_folder, dtype=target.model.dtype).to(target.device).eval()
 
     def transformers_way(model, **options) -> Way:
@@ -103,7 +100,7 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
         return run
 
     ways: dict[str, Way] = {}
-    for mark, owner, assistant in (("", model, unpacked), (", packed", target.model, drafter))[: 1 + is_packed]:
+    for mark, owner, assistant in (("", model, unpacked), (", packed", target.model, drafter)):
         lookup = {"prompt_lookup_num_tokens": drafter.block_size}
         ways[f"transformers, plain{mark}"] = transformers_way(owner)
         ways[f"transformers, prompt lookup{mark}"] = transformers_way(owner, **lookup)
@@ -124,12 +121,9 @@ def other_ways(target: Target, drafter: Drafter, drafter_folder: str) -> dict[st
 
         return run
 
-    ways["z-lab, DFlash"] = zlab_way(model, theirs)
-    if is_packed:
-        packed = copy.deepcopy(theirs)
-        pack_linears(packed)
-        ways["z-lab, DFlash, packed"] = zlab_way(target.model, packed)
-    return ways
+    packed = copy.deepcopy(theirs)
+    pack_linears(packed)
+    return {**ways, "z-lab, DFlash": zlab_way(model, theirs), "z-lab, DFlash, packed": zlab_way(target.model, packed)}
 
 
 def _serve_llamacpp(path: str, num_threads: int, pipe) -> None:

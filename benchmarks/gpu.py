@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.device import default_dtype, find_device
 from dpace.drafter import Drafter, load_drafter
+from dpace.fast.speed_up import speed_up
 from dpace.flags import parse
 from dpace.ledger import write_text
 from dpace.locate import find_drafter, find_target
@@ -54,8 +56,8 @@ def run_tests() -> dict[str, Any]:
     return {"passed": done.returncode == 0, "summary": last.strip("= ")}
 
 
-def random_target(name: str, dtype: torch.dtype, device: torch.device) -> Target:
-    """Make a target with the shape of a published one and random weights; it has no tokenizer."""
+def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Make a model with the shape of a published one and random weights, the same at each call."""
     if name not in SHAPES:
         raise SystemExit(f"--random knows the shapes of {', '.join(SHAPES)}, not of {name}")
     hidden, feed_forward, layers, heads = SHAPES[name]
@@ -63,8 +65,7 @@ def random_target(name: str, dtype: torch.dtype, device: torch.device) -> Target
     config = Qwen3Config(**_QWEN3, **sizes, num_hidden_layers=layers, tie_word_embeddings=True)
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return Target(model)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def working_ways(ways: dict[str, Callable], ids: Sequence[int]) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -78,8 +79,10 @@ def working_ways(ways: dict[str, Callable], ids: Sequence[int]) -> tuple[dict[st
     return {name: way for name, way in ways.items() if name not in skipped}, skipped
 
 
-def time_decoding(target: Target, drafter: Drafter, folder: str, *, is_compiled: bool, tokens: int) -> dict[str, Any]:
-    """Decode with this project's loop, plainly, compiled, and with the loops of others."""
+def time_decoding(
+    target: Target, drafter: Drafter, folder: str, model: Any, *, is_compiled: bool, tokens: int
+) -> dict[str, Any]:
+    """Decode with this project's loop, plainly, compiled, and with the loops of others on a model as it was loaded."""
     if target.tokenizer is None:
         generator = torch.Generator().manual_seed(1)
         rows = torch.randint(len(target.head.weight) - 1, (PROMPTS_OF_SET, PROMPT_TOKENS), generator=generator)
@@ -91,7 +94,7 @@ def time_decoding(target: Target, drafter: Drafter, folder: str, *, is_compiled:
     ways = {name: way for name, way in our_ways(target, drafter).items() if name in ("plain", "dpace, auto", whole)}
     skipped = {} if is_compiled else {"compiled": "on a CPU it is left out"}
     ways |= compiled_ways(target, drafter) if is_compiled else {}
-    ways |= {name: way for name, way in other_ways(target, drafter, folder).items() if "lookup" not in name}
+    ways |= {name: way for name, way in other_ways(target, drafter, folder, model).items() if "lookup" not in name}
     working, found = working_ways(ways, prompts[0][1])
     if not any(name.startswith("z-lab") for name in ways):
         skipped["z-lab, DFlash"] = "no package `dflash`"
@@ -141,12 +144,13 @@ def main() -> None:
     if device.type == "cpu":
         raise SystemExit("torch finds no accelerator here; this benchmark is for one GPU")
     tests = run_tests()
-    target = (
-        random_target(recipe.target, default_dtype(device), device)
-        if options.random
-        else Target.load(find_target(recipe.target))
-    )
-    report = measure_all(target, recipe, options, is_compiled=True)
+    make_model = partial(random_model, recipe.target, default_dtype(device), device) if options.random else None
+    if make_model is None:
+        target = Target.load(find_target(recipe.target))
+    else:
+        target = Target(make_model())
+        speed_up(target.model)  # as `Target.load` does
+    report = measure_all(target, recipe, options, make_model, is_compiled=True)
     report = {"target": recipe.target, "is_random": options.random, "tests": tests, **report}
     for name, text in (("gpu.json", json.dumps(report, indent=2) + "\n"), ("gpu.md", markdown(report))):
         write_text(Path(options.out) / name, text)
@@ -154,17 +158,21 @@ def main() -> None:
     sys.exit(not tests["passed"])
 
 
-def measure_all(target: Target, recipe: Recipe, options: Any, *, is_compiled: bool) -> dict[str, Any]:
-    """Train and decode; what `markdown` writes, without the tests."""
+def measure_all(
+    target: Target, recipe: Recipe, options: Any, make_model: Callable | None = None, *, is_compiled: bool
+) -> dict[str, Any]:
+    """Train and decode; what `markdown` writes, without the tests.
+
+    `make_model` makes the target's model again, where it cannot be loaded by its name.
+    """
     hardware = find_hardware(target.device)
     drafter, training = time_training(target, recipe, options.steps, peak_flops(hardware.device, options.peak_tflops))
     with tempfile.TemporaryDirectory() as folder:
         place = find_drafter(options.drafter, "--drafter") if options.drafter else folder
         if not options.drafter:
             drafter.save_pretrained(folder)
-        decoding = time_decoding(
-            target, load_drafter(place, target), str(place), is_compiled=is_compiled, tokens=TOKENS
-        )
+        ours, model = load_drafter(place, target), make_model() if make_model else None
+        decoding = time_decoding(target, ours, str(place), model, is_compiled=is_compiled, tokens=TOKENS)
     facts = {"hardware": asdict(hardware), "versions": asdict(find_versions()), "recipe": RECIPE}
     return {**facts, "training": training, "decoding": decoding}
 

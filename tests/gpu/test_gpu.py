@@ -7,17 +7,19 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dpace.blocks import build_blocks, dense_mask, flex_mask
 from dpace.config import LossConfig
 from dpace.decode import Paces, generate, generate_batch, generate_plain
 from dpace.drafter import load_drafter
+from dpace.fast.speed_up import speed_up
 from dpace.head import Head
 from dpace.loss import block_loss, frozen_head_nll, frozen_head_nll_reference
 from dpace.objective import make_weigh
 from dpace.target import Target
 from dpace.views import draft_block
-from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_target
+from tests.conftest import FAMILIES, LANGUAGE_RECIPE, make_drafter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +45,17 @@ def pair(language_folder, language_drafter_folder):
     return target, load_drafter(language_drafter_folder, target)
 
 
+def gpu_target(dtype, **changes):
+    """A random target that is made on the GPU, so that nothing of it was made for a CPU."""
+    config = FAMILIES["qwen3"]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with GPU:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    speed_up(model)
+    return Target(model)
+
+
 def encode(target, prompts):
     return [target.tokenizer(f"ask {text} answer")["input_ids"] for text in prompts]
 
@@ -50,9 +63,8 @@ def encode(target, prompts):
 @pytest.mark.parametrize("block_size", [4, 16, 10])
 def test_the_mask_of_tiles_trains_as_the_dense_one(block_size):
     """Hidden states and every gradient, for several tiles of queries, padding blocks and an uneven context."""
-    target = make_target("qwen3", max_position_embeddings=512)
-    drafter = make_drafter(target, block_size=block_size).to(GPU).train()
-    target.model.to(GPU)
+    target = gpu_target(torch.float32, max_position_embeddings=512)
+    drafter = make_drafter(target, block_size=block_size).train()
     ids = torch.randint(4, 64, (2, 301), device=GPU)
     blocks = build_blocks(ids, ids > 0, [torch.arange(0, 300, 7), torch.arange(5, 200, 31)], block_size)
     features = torch.randn(2, 301, len(drafter.target_layer_ids) * target.hidden_size, device=GPU)
@@ -139,10 +151,9 @@ def test_parts_of_a_training_step_by_the_devices_clock(monkeypatch):
     """In bf16 with the mask of tiles, as `benchmarks/gpu.py` measures it; memory is near what is planned."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     time_training = importlib.import_module("gpu_step").time_training
-    target = make_target("qwen3")
-    target.model.to(GPU, torch.bfloat16)
+    target = gpu_target(torch.bfloat16)
     train = replace(LANGUAGE_RECIPE.train, batch_size=2, num_anchors=64, max_length=250)
-    _, found = time_training(Target(target.model), replace(LANGUAGE_RECIPE, train=train), 12, peak=1e15)
+    _, found = time_training(target, replace(LANGUAGE_RECIPE, train=train), 12, peak=1e15)
     assert all(seconds > 0 for seconds in found["part_seconds"].values())
     assert 0 < found["mfu"] < 1
     assert found["planned_memory_bytes"] < 2 * found["peak_memory_bytes"]
