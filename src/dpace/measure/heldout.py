@@ -43,9 +43,9 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
 def score_conversation(
     drafter: Drafter, target: Target, dataset: ResponseDataset, index: int
 ) -> Iterator[tuple[Tensor, Blocks, HeadOutput]]:
-    """Draft the blocks of a conversation, a few at a time, and compare the drafts with its text.
+    """Draft the blocks of a conversation in parts, and compare the drafts with its text.
 
-    Few are `SCORED_BLOCKS`.
+    A part has `SCORED_BLOCKS` blocks.
 
     Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
     bytes for the dense mask on a CPU.
