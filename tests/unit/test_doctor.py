@@ -328,7 +328,7 @@ def test_on_other_responses_or_in_bf16_tau_must_reach_the_interval(folder, langu
     write_responses(folder, language_responses)
     edit(folder, rounded)
     assert not named(folder, language_target)
-    edit(folder, SILENT_FAULTS["columns of fc permuted"])
+    edit(folder, SILENT_FAULTS["fc of an untrained drafter"])
     assert "accepted length" in named(folder, language_target)
 
 

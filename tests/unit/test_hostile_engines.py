@@ -241,6 +241,8 @@ GGUF = {
     "endless tensors": lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:],
     "endless values": lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:],
     "a giant key": lambda data: data[:24] + struct.pack("<Q", 2**62) + data[32:],
+    "an endless array": lambda data: data[:8] + struct.pack("<QQQcIIQ", 0, 1, 1, b"x", 9, 4, 2**40),
+    "an array of many": lambda data: data[:8] + struct.pack("<QQQcIIQ", 0, 1, 1, b"x", 9, 0, 9999) + bytes(9999),
     "noise": lambda data: b"GGUF" + bytes(range(256)) * 30,
     **{f"cut at {share} %": lambda data, share=share: data[: len(data) * share // 100] for share in (1, 5, 30, 60, 99)},
     "other bytes": lambda data: data[:200] + bytes(byte ^ 0x5A for byte in data[200:2000]) + data[2000:],
@@ -248,7 +250,10 @@ GGUF = {
 
 
 @pytest.mark.parametrize("fault", GGUF)
-def test_damaged_gguf_files_are_refused(fault, drafter_gguf, language_folder, source, target_gguf, tmp_path, capsys):
+def test_damaged_gguf_files_are_refused(
+    fault, drafter_gguf, language_folder, source, target_gguf, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("dpace.engines.gguf.MAX_READS", 9000)
     path = tmp_path / "d.gguf"
     path.write_bytes(GGUF[fault](drafter_gguf))
     refused(["import", str(path), "--output", str(tmp_path / "a"), "--target", str(language_folder)], capsys)

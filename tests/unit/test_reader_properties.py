@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dpace.engines.doctor import diagnose
@@ -127,7 +127,16 @@ def test_events_of_servers(kind, events, monkeypatch):
         assert counts is None or min(counts.num_verifications, counts.num_accepted) >= 0
 
 
+def ends_with(reason: object) -> dict:
+    """An answer that ends in every spelling."""
+    return {"choices": [{"token_ids": [1], "finish_reason": reason}], "output_ids": [1]} | {
+        "meta_info": {"finish_reason": reason}
+    }
+
+
 @pytest.mark.parametrize("kind", [VllmServer, SglangServer, LlamacppServer])
+@example(event=ends_with([1]))
+@example(event=ends_with({"type": {}}))
 @MANY
 @given(event=st.dictionaries(st.sampled_from(KEYS), EVENTS, max_size=6))
 def test_whole_answers_of_servers(kind, event, monkeypatch):

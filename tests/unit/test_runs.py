@@ -234,7 +234,7 @@ def test_one_writer(copied, language_target, language_responses):
 def test_a_full_disk_is_one_line_and_the_run_goes_on(
     place, finished, tmp_path, language_target, language_responses, monkeypatch
 ):
-    """Full when step 4 is saved; the checkpoint of step 2 stays, and nothing half written takes room."""
+    """Full when step 4 is saved, or after it; a whole checkpoint stays, and nothing half written takes room."""
     fsync = os.fsync
 
     def full(handle):
@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
         with pytest.raises(OSError, match="No space left on device; make room") as refused:
             run(language_target, language_responses, tmp_path / "d")
     assert "\n" not in str(refused.value) and not list((tmp_path / "d").rglob("*.unfinished"))
-    assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-2")
+    assert any(map(is_whole, (tmp_path / "d" / "checkpoints").iterdir()))
     run(language_target, language_responses, tmp_path / "d")
     assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 

@@ -21,6 +21,8 @@ from dpace.spec import DrafterSpec, as_float32, gguf_names
 ARCHITECTURE = "dflash"
 BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error)
 """What reading a damaged file raises in gguf and numpy."""
+MAX_READS = 2**21
+"""Most numbers and texts before the weights; a vocabulary of 262,144 tokens with its merges takes about 1.1 million."""
 _TYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
@@ -230,6 +232,21 @@ def _float32(get: Callable[[str], Any], name: str) -> float:
     return as_float32(value)
 
 
+class _Reader(gguf.GGUFReader):
+    """A reader that a damaged length cannot keep busy: without it, numbers past the end are empty and never end."""
+
+    num_reads = 0
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        found = super()._get(offset, dtype, count, override_order)
+        self.num_reads += 1
+        if len(found) < count:
+            raise ValueError(f"{count} numbers at byte {offset} are past the end of the file")
+        if self.num_reads > MAX_READS:
+            raise ValueError(f"more than {MAX_READS} numbers and texts before the weights")
+        return found
+
+
 def _open(path: str | Path) -> gguf.GGUFReader:
     """Open a GGUF file."""
     if not Path(path).is_file():
@@ -237,7 +254,7 @@ def _open(path: str | Path) -> gguf.GGUFReader:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # numpy's, about numbers that no length is
-            return gguf.GGUFReader(path)
+            return _Reader(path)
     except BROKEN as error:
         raise ValueError(_broken(path, error)) from error
 

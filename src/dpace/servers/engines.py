@@ -55,7 +55,8 @@ class VllmServer(Server):
 
     def end(self, event):
         """See `Server`."""
-        return next((reason for choice in event.get("choices", ()) if (reason := choice.get("finish_reason"))), None)
+        found = (told(choice.get("finish_reason"), str) for choice in event.get("choices", ()))
+        return next(filter(None, found), None)
 
     def text(self, event):
         """See `Server`."""
@@ -136,7 +137,7 @@ class SglangServer(Server):
     def end(self, event):
         """See `Server`."""
         reason = event.get("meta_info", {}).get("finish_reason")
-        return reason["type"] if isinstance(reason, dict) else reason
+        return told(reason["type"] if isinstance(reason, dict) else reason, str)
 
     def text(self, event):
         """See `Server`."""
