@@ -14,19 +14,23 @@ more; give it an `--output` of its own.
 """
 
 import argparse
+import copy
 import json
 import random
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from study_report import ALWAYS, Cell, find_cells, step_seconds, write_report
+from study_trials import distillation_temperature, two_taps
 
 from dpace.compare import heldout_set, measure_cells, train_cells
 from dpace.config import Recipe
@@ -46,18 +50,39 @@ from dpace.train.identity import data_of, refuse_other_run, settings_of, target_
 from dpace.train.run import choose_conversations
 from dpace.verbs import load_target
 
-CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dflash": ("dflash", {}),
-    "dpace": ("dpace", {}),
-    "dpace-0.3": ("dpace", {"loss.alpha": 0.3}),
-    "dpace-0.5-to-0.1": ("dpace", {"loss.alpha_end": 0.1}),
-    "dpace-on-policy": ("dpace", {"train.on_policy_share": 0.5}),
-    "expected-passes": ("expected-passes", {}),
-    "dpace+kl": ("dpace+kl", {}),
-    "spec-auf": ("spec-auf", {}),
-    "vat+mix+validity": ("vat+mix+validity", {}),
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is compared under a name: an objective, and other changes of the recipe, the network or the loss."""
+
+    objective: str
+    """The name that `dpace compare` takes."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    trial: Callable[[], AbstractContextManager] = nullcontext
+    """In which it is trained and measured."""
+
+
+CANDIDATES = {
+    "dflash": Candidate("dflash"),
+    "dpace": Candidate("dpace"),
+    "dpace-0.3": Candidate("dpace", {"loss.alpha": 0.3}),
+    "dpace-0.5-to-0.1": Candidate("dpace", {"loss.alpha_end": 0.1}),
+    "dpace-on-policy": Candidate("dpace", {"train.on_policy_share": 0.5}),
+    "expected-passes": Candidate("expected-passes"),
+    "dpace+kl": Candidate("dpace+kl"),
+    "dpace+kl+overlap": Candidate("dpace+kl+overlap"),
+    "dpace+mix": Candidate("dpace+mix"),
+    "spec-auf": Candidate("spec-auf"),
+    "vat": Candidate("vat"),
+    "dflash+mix": Candidate("dflash+mix"),
+    "dpace+validity": Candidate("dpace+validity"),
+    "vat+mix+validity": Candidate("vat+mix+validity"),
+    "16-anchors": Candidate("dpace", {"train.num_anchors": 16}),
+    "two-taps": Candidate("dpace", trial=two_taps),
+    "dpace+kl-soft": Candidate("dpace+kl", trial=partial(distillation_temperature, 2.0)),
+    "5-features": Candidate("dpace", {"drafter.num_features": 5}),
 }
-"""Objectives by the study's names: the name that `dpace compare` takes, and other changes of the recipe."""
+"""By the study's names; where a name has no objective, it is D-PACE."""
 BLOCKS, SEEDS, SMALLEST_BUDGET = (8, 16), (0, 1, 2), 25
 KINDS = {
     # kind: file to train on, file to measure on, prompts to train and validate on, prompts to measure on
@@ -74,7 +99,9 @@ MAX_CHARACTERS = 600
 ANSWER_SECONDS, FEATURE_SECONDS = 0.9, 0.3
 STEP_SECONDS = {8: 0.5, 16: 0.85}
 MEASURE_SECONDS = {8: 0.25, 16: 0.55}
-STEP_COST = {"dpace-on-policy": 1.6, "dpace+kl": 1.3, "vat+mix+validity": 1.3}
+STEP_COST = {"dpace-on-policy": 1.6, "16-anchors": 2.0} | {
+    name: 1.3 for name, candidate in CANDIDATES.items() if "+" in candidate.objective
+}
 NUM_VALIDATION = 24
 
 
@@ -104,17 +131,17 @@ class Plan:
 
     def recipe_of(self, cell: Cell) -> Recipe:
         """Make the recipe of a cell."""
-        name, changes = CANDIDATES[cell.objective]
+        candidate = CANDIDATES[cell.objective]
         steps = {"max_steps": cell.steps, "eval_steps": cell.steps, "seed": cell.seed}
         recipe = replace(
             self.recipe,
             drafter=replace(self.recipe.drafter, block_size=cell.block),
-            loss=with_objective(self.recipe.loss, name),
+            loss=with_objective(self.recipe.loss, candidate.objective),
             train=replace(self.recipe.train, **steps),
         )
-        for option, value in changes.items():
-            group, _, field = option.partition(".")
-            recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{field: value})})
+        for option, value in candidate.changes.items():
+            group, _, name = option.partition(".")
+            recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{name: value})})
         make_weigh(recipe.loss, cell.block)
         return recipe
 
@@ -174,7 +201,7 @@ def estimate(plan: Plan, cells: Iterable[Cell]) -> float:
     parts = {"answers": 0.0, "features": 0.0, "training": 0.0, "measuring": 0.0}
     if not is_answered(plan):
         parts["answers"] = (train + heldout) * ANSWER_SECONDS
-    if not (plan.output / "features-train.safetensors").exists():
+    if not list(plan.output.glob("features-*-train.safetensors")):
         parts["features"] = (train + heldout) * FEATURE_SECONDS
     found = find_cells(plan.output)
     waiting = [cell for cell in cells if cell not in found]
@@ -209,17 +236,18 @@ def answer(plan: Plan, target: Target) -> tuple[list[Response], list[Response], 
     return train, validation, heldout
 
 
-def keep_on_disk(plan: Plan, target: Target, dataset: ResponseDataset, name: str, *, with_head_input: bool) -> None:
+def keep_on_disk(plan: Plan, target: Target, dataset: ResponseDataset, name: str, recipe: Recipe) -> None:
     """Read the hidden states of a dataset from a file, or compute and write them."""
-    layer_ids = Drafter.layer_ids(target, **vars(plan.recipe.drafter))
-    facts = [target_of(target), data_of(dataset, dataset), list(layer_ids), with_head_input]
-    key, path = hash_json(facts), plan.output / f"features-{name}.safetensors"
+    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    facts = [target_of(target), data_of(dataset, dataset), list(layer_ids)]
+    key = hash_json(facts)
+    path = plan.output / f"features-{len(layer_ids)}-{name}.safetensors"
     if path.exists():
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") == key:
                 dataset.features = [file.get_tensor(str(number)) for number in range(len(dataset))]
                 return
-    limit = plan.recipe.train.feature_cache_gib * 2**30
+    limit, with_head_input = plan.recipe.train.feature_cache_gib * 2**30, name == "train"
     if dataset.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_head_input):
         with writing(path) as unfinished:
             tensors = {str(number): row for number, row in enumerate(dataset.features or ())}
@@ -233,22 +261,35 @@ def refuse_other_study(plan: Plan) -> None:
         sys.exit(f"{plan.output} holds a study with --scale {scale:g}, not {plan.scale:g}; name another --output")
 
 
+def make_sets(
+    plan: Plan, target: Target, answers: Sequence[list[Response]], recipe: Recipe
+) -> tuple[tuple[ResponseDataset, ResponseDataset], ResponseDataset]:
+    """Make the datasets to train, to validate and to measure on, with their hidden states."""
+    train, validation, heldout = answers
+    datasets, test_set = choose_conversations(train, validation, recipe), heldout_set(heldout, recipe)
+    for dataset, name in ((datasets[0], "train"), (datasets[1], "validation"), (test_set, "heldout")):
+        keep_on_disk(plan, target, dataset, name, recipe)
+    return datasets, test_set
+
+
 def run_cells(plan: Plan, target: Target, cells: Sequence[Cell]) -> None:
     """Train and measure the cells, one after the other."""
     write_json(plan.output / "study.json", {"scale": plan.scale})
-    train, validation, heldout = answer(plan, target)
-    datasets, test_set = choose_conversations(train, validation, plan.recipe), heldout_set(heldout, plan.recipe)
-    keep_on_disk(plan, target, datasets[0], "train", with_head_input=True)
-    keep_on_disk(plan, target, datasets[1], "validation", with_head_input=False)
-    keep_on_disk(plan, target, test_set, "heldout", with_head_input=False)
-    for number, cell in enumerate(cells, start=1):
-        folder, recipe = plan.folder(cell), plan.recipe_of(cell)
+    answers, num_features = answer(plan, target), None
+    for number, cell in enumerate(sorted(cells, key=lambda cell: "features" in cell.objective), start=1):
+        folder, recipe, candidate = plan.folder(cell), plan.recipe_of(cell), CANDIDATES[cell.objective]
         if has_heldout(folder):
             continue
+        if num_features != recipe.drafter.num_features:
+            num_features, datasets, test_set = recipe.drafter.num_features, None, None  # frees their hidden states
+            datasets, test_set = make_sets(plan, target, answers, recipe)
         print(f"cell {number} of {len(cells)}")
+        dataset = copy.copy(datasets[0])
+        dataset.num_anchors = recipe.train.num_anchors
         key = (f"{cell.objective}, blocks of {cell.block}, {cell.steps} steps", cell.seed)
-        train_cells(target, {key: recipe}, {key: folder}, datasets)
-        measure_cells(target, recipe, [folder], test_set)
+        with candidate.trial():
+            train_cells(target, {key: recipe}, {key: folder}, (dataset, datasets[1]))
+            measure_cells(target, recipe, [folder], test_set)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

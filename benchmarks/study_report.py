@@ -102,25 +102,25 @@ class Study:
         return [ours.tau / theirs.tau - 1 for ours, theirs in pairs]
 
     def gain_in_equal_seconds(self, name: str, over: str, block: int, steps: int) -> Value | None:
-        """Give the gain of tau in the time that the other one's training steps took.
+        """Give the gain of tau over the other one, had that trained for as long as this one's steps took.
 
-        Tau between two budgets is a line over the logarithm of the seconds; past the first and the last budget, the
-        nearest line is drawn on.
+        The other one's tau between two budgets is a line over the logarithm of the seconds; past the first and the last
+        budget, the nearest line is drawn on.
         """
-        seeds = self.seeds(block, (over, steps), *((name, budget) for budget in self.budgets))
+        seeds = self.seeds(block, (name, steps), *((over, budget) for budget in self.budgets))
         if not seeds or len(self.budgets) < 2 or name == over:
             return None
-        sides = [self.acceptances(name, block, budget, seeds) for budget in self.budgets]
         cost = self.step_cost(name, over, block)
         assert cost is not None  # they share seeds
-        seconds, wanted = np.log(self.budgets) + np.log(cost), np.log(steps)  # in steps of the other one
-        place = int(np.clip(np.searchsorted(seconds, wanted), 1, len(seconds) - 1))
-        share = (wanted - seconds[place - 1]) / (seconds[place] - seconds[place - 1])
+        known, wanted = np.log(self.budgets), np.log(steps * cost)  # in steps of the other one
+        place = int(np.clip(np.searchsorted(known, wanted), 1, len(known) - 1))
+        share = (wanted - known[place - 1]) / (known[place] - known[place - 1])
+        sides = [self.acceptances(over, block, budget, seeds) for budget in self.budgets]
 
         def gain(taus):
-            return (taus[place - 1] + share * (taus[place] - taus[place - 1])) / taus[-1] - 1
+            return taus[-1] / (taus[place - 1] + share * (taus[place] - taus[place - 1])) - 1
 
-        return self._value([*sides, self.acceptances(over, block, steps, seeds)], gain)
+        return self._value([*sides, self.acceptances(name, block, steps, seeds)], gain)
 
     def step_cost(self, name: str, over: str, block: int) -> float | None:
         """Give the time of a step over that of the other one: the median of the pairs with one budget and seed.
@@ -155,12 +155,15 @@ def screening(study: Study, steps: int) -> str:
         gains = [study.gain(name, OURS, block, steps) for block in study.blocks]
         if name != OURS and not any(gains):
             continue
-        cells = [percent(study.gain(name, over, b, steps)) for b in study.blocks for over in (BASELINE, OURS)]
+        values = (study.gain, study.gain, study.gain_in_equal_seconds)
+        of_block = list(zip((BASELINE, OURS, OURS), values, strict=True))
+        cells = [percent(value(name, over, block, steps)) for block in study.blocks for over, value in of_block]
         costs = [cost for cost in (study.step_cost(name, BASELINE, block) for block in study.blocks) if cost]
         cost = f"{statistics.mean(costs):.2f}" if costs else "-"
         best = max((gain.value for gain in gains if gain), default=0.0)
         rows.append((best, [name, cost, *cells]))
-    columns = [f"blocks of {b}: over {over}, %" for b in study.blocks for over in (BASELINE, OURS)]
+    kinds_of_gain = [*(f"over {over}, %" for over in (BASELINE, OURS)), f"over {OURS}, equal seconds, %"]
+    columns = [f"blocks of {b}: {words}" for b in study.blocks for words in kinds_of_gain]
     rows.sort(key=lambda row: -row[0])
     return table(["objective", f"step's time over {BASELINE}", *columns], [row for _, row in rows])
 

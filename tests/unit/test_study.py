@@ -2,13 +2,17 @@
 
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from dpace.head import Head
 from dpace.measure.results import Heldout, write_heldout
 from dpace.metrics import Acceptance
+from tests.conftest import make_drafter
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LENGTHS = {25: 4, 100: 6, 400: 8}
@@ -42,17 +46,20 @@ def output(study, tmp_path):
 
 def test_each_candidate_is_a_recipe_of_its_own(study, tmp_path):
     plan = study.make_plan(tmp_path, None, 1.0)
-    recipes = [plan.recipe_of(study.Cell(name, 16, 25, 0)) for name in study.CANDIDATES]
-    assert all(recipes.count(recipe) == 1 for recipe in recipes)
+    runs = [
+        (plan.recipe_of(study.Cell(name, 16, 25, 0)), candidate.trial is nullcontext or name)
+        for name, candidate in study.CANDIDATES.items()
+    ]
+    assert all(runs.count(run) == 1 for run in runs)
     assert {later / former for former, later in zip(plan.budgets, plan.budgets[1:], strict=False)} == {4}
 
 
-def test_gains_at_equal_seconds_are_those_of_half_the_steps(study, output):
+def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
     found = importlib.import_module("study_report").Study(output, list(study.CANDIDATES))
     for steps, length in LENGTHS.items():
         assert found.gain("spec-auf", "dpace", 16, steps) == (0, 0, 0)
         gain = found.gain_in_equal_seconds("spec-auf", "dpace", 16, steps)
-        assert gain == pytest.approx([-1 / length] * 3)  # half the steps: one token less
+        assert gain == pytest.approx([-1 / (length + 1)] * 3)  # the other one has twice the steps: one token more
     assert found.step_cost("spec-auf", "dpace", 16) == 2
 
 
@@ -62,3 +69,38 @@ def test_the_report_has_every_objective_and_both_figures(study, output):
     for name in ("tau", "gain"):
         assert f"](study-{name}.svg)" in text
         assert "spec-auf" in (output / "report" / f"study-{name}.svg").read_text()
+
+
+def test_taps_see_the_slot_before_within_a_block_and_start_as_nothing(study, language_target):
+    trials = importlib.import_module("study_trials")
+    taps, x = trials.TwoTaps(hidden_size=1, block_size=2), torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
+    assert torch.equal(taps.around(x, lambda y: y), x)
+    taps.base_kernel.data[0, 1] = 10
+    assert torch.equal(taps.around(x, lambda y: y), torch.tensor([[[1.0], [12.0], [3.0], [34.0]]]))
+    taps.kernel_projection.data = torch.tensor([[1.0], [0.0], [0.0], [0.0]])  # of the slot itself, before
+    assert torch.equal(taps.around(x, lambda y: y), torch.tensor([[[2.0], [16.0], [12.0], [50.0]]]))
+
+    plain = make_drafter(language_target, block_size=4)
+    with trials.two_taps():
+        ours = make_drafter(language_target, block_size=4)
+    assert ours.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    width = language_target.hidden_size
+    inputs = torch.randn(1, 8, width), torch.randn(1, 5, 2 * width), torch.arange(13)[None]
+    with torch.no_grad():
+        outs = [drafter(*inputs).last_hidden_state for drafter in (ours, plain)]
+    torch.testing.assert_close(*outs)
+
+
+def test_soft_labels_at_a_temperature(study, monkeypatch):
+    """The gradient is that of the cross-entropy between the softened distributions, times the temperature."""
+    trials, scoring = importlib.import_module("study_trials"), importlib.import_module("dpace.train.scoring")
+    generator = torch.Generator().manual_seed(0)
+    hidden, theirs = (torch.randn(1, 1, 2, 4, generator=generator) for _ in range(2))
+    head = Head(torch.randn(6, 4, generator=generator))
+    hidden.requires_grad_()
+    labels, is_scored = torch.zeros(1, 1, 2, dtype=torch.long), torch.ones(1, 1, 2, dtype=torch.bool)
+    with trials.distillation_temperature(2.0):
+        out = scoring.frozen_head_nll(hidden, head, labels, is_scored, token_loss="kl", target_hidden=theirs)
+    out.losses.sum().backward()
+    p, q = ((states @ head.weight.T / 2).softmax(-1) for states in (theirs, hidden.detach()))
+    torch.testing.assert_close(hidden.grad, 2 * (q - p) @ head.weight)
