@@ -6,6 +6,7 @@ blocks would clean up stays where it is.
 """
 
 import builtins
+import errno
 import gc
 import io
 import itertools
@@ -19,6 +20,9 @@ from unittest import mock
 
 import safetensors.torch
 
+GROWING = ("open", "append", "save", "fsync", "mkdir")
+"""Operations that a full disk refuses."""
+
 
 class Killed(BaseException):
     """What nothing catches."""
@@ -31,10 +35,11 @@ class Disk:
         folder: other files do not count.
         kill_at: number of the operation that does not happen any more; None for an undisturbed run.
         is_torn: leave half of a file where the operation writes or flushes one.
+        is_full: the run goes on, but from that operation on there is no room; renames and removals need none.
     """
 
-    def __init__(self, folder: Path, kill_at: int | None = None, *, is_torn: bool = False):
-        self.folder, self.kill_at, self.is_torn = str(folder), kill_at, is_torn
+    def __init__(self, folder: Path, kill_at: int | None = None, *, is_torn: bool = False, is_full: bool = False):
+        self.folder, self.kill_at, self.is_torn, self.is_full = str(folder), kill_at, is_torn, is_full
         self.operations: list[str] = []
         self.is_dead = False
 
@@ -49,6 +54,10 @@ class Disk:
         if self.is_dead:
             raise Killed
         self.operations.append(f"{name} {os.path.relpath(path, self.folder)}")
+        if self.is_full:
+            if len(self.operations) > (self.kill_at or 0) and name in GROWING:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            return
         if len(self.operations) - 1 == self.kill_at:
             self.is_dead = True
             if self.is_torn and tear is not None:
@@ -105,7 +114,7 @@ class Disk:
                 return
             try:
                 self.happens("append", path, tear=tear)
-            except Killed:
+            except (Killed, OSError):
                 getattr(file, "buffer", file).raw.close()  # drops what is not flushed
                 raise
             close()
@@ -151,3 +160,17 @@ def kill(run: Callable[[], object], folder: Path, at: int, *, is_torn: bool = Fa
         raise AssertionError(f"operation {at} of {len(disk.operations)} was not reached")
     gc.collect()  # a dead process holds no lock
     return disk.operations[-1]
+
+
+def fill(run: Callable[[], object], folder: Path, at: int) -> str:
+    """Run and have no room from an operation on; say which that was. The run must say so in one line."""
+    disk, said = Disk(folder, at, is_full=True), None
+    with disk.watching():
+        try:
+            run()
+        except (OSError, ValueError) as error:
+            said = str(error)
+    needs_room = any(what.startswith(GROWING) for what in disk.operations[at:])
+    assert (said is not None) == needs_room, disk.operations[at:]
+    assert said is None or ("No space left on device" in said and "\n" not in said), said
+    return disk.operations[at]

@@ -1,11 +1,14 @@
 """Whatever file operation a run dies at, the same call ends as an undisturbed run does."""
 
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,13 +24,13 @@ from dpace.engines.export import export
 from dpace.measure.results import write_results
 from dpace.train.run import make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE
-from tests.crash import kill, operations_of
+from tests.crash import GROWING, fill, kill, operations_of
 from tests.unit.test_results import SERVERS
 
 UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
 """What tells of this process alone; Python's random numbers, which training does not use, among it."""
-NUM_POINTS = 3
-"""Points of a verb in the default run."""
+FAULTS = ("full", "torn", "")
+"""What happens at an operation: no room from there on, half of its file, or nothing any more."""
 TORN = ("open", "append", "save", "fsync")
 """Operations that may leave half of a file."""
 ALL = [
@@ -106,7 +109,7 @@ class Runs:
         results = self.folder / "results"
         results.mkdir(exist_ok=True)
         write_results(results / "servers.json", SERVERS)
-        assert main(["report", str(results), "--output", str(output / "report.html")]) == 0
+        self.command("report", str(results), "--output", str(output / "report.html"))
 
     def exported(self, to: str) -> Path:
         """The drafter for an engine, written once; the GGUF file for llama.cpp."""
@@ -116,8 +119,16 @@ class Runs:
             export(self.drafter, self.target, to=to, output=folder, **options)
         return next(folder.glob("*.gguf"), folder)
 
+    def command(self, *words: str) -> None:
+        """Run a verb, and raise what it says when it fails: its last words, in one line."""
+        with redirect_stderr(io.StringIO()) as said:
+            code = main(list(words))
+        if code:
+            assert "Traceback" not in said.getvalue(), said.getvalue()
+            raise OSError(said.getvalue().strip().rsplit("\n", 1)[-1])
+
     def main(self, verb: str, words: str) -> None:
-        assert main([verb, *words.split(), "--target", str(self.target_folder)]) == 0
+        self.command(verb, *words.split(), "--target", str(self.target_folder))
 
 
 @pytest.fixture(scope="session")
@@ -178,19 +189,26 @@ def operations(runs: Runs, name: str, folder: Path) -> list[str]:
     return operations_of(lambda: runs(name, folder), folder)
 
 
-def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[str]], list[tuple[int, bool]]]) -> None:
-    """Die at each point, run again, and compare; `DPACE_CRASH_TABLE` names a file that gets the table."""
+def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[str]], list[tuple[int, str]]]) -> None:
+    """Die at each point, or have no room from there on, run again, and compare.
+
+    `DPACE_CRASH_TABLE` names a file that gets the table.
+    """
     undisturbed, folder, rows = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out", []
     runs.prepare(name, undisturbed)
     points = choose(operations(runs, name, undisturbed))
     expected = end_state(undisturbed)
-    for point, is_torn in points:
+    for point, fault in points:
         runs.prepare(name, folder)
-        operation = kill(lambda: runs(name, folder), folder, point, is_torn=is_torn)
+        run = partial(runs, name, folder)
+        if fault == "full":
+            operation = fill(run, folder, point)
+        else:
+            operation = kill(run, folder, point, is_torn=fault == "torn")
         operations(runs, name, folder)
         found = end_state(folder)
         differing = sorted(path for path in {*expected, *found} if expected.get(path, 0) != found.get(path, 0))
-        what = re.sub(r"[0-9]{2,}[.]", "PID.", operation) + (", torn" if is_torn else "")
+        what = re.sub(r"[0-9]{2,}[.]", "PID.", operation) + (fault and f", {fault}")
         rows.append(f"{point:4d}  {what:76s} {'; '.join(differing) or 'same'}")
         shutil.rmtree(folder)
     table = f"{name}, {len(rows)} points\n" + "\n".join(rows)
@@ -205,11 +223,11 @@ def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[s
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
 def test_a_run_that_dies_goes_on_to_the_same_end(name, runs, tmp_path):
-    """A spread of all operations; every other one leaves half of its file."""
+    """A spread of all operations: the disk gets full, half of a file is left, or nothing happens."""
 
-    def spread(found: list[str]) -> list[tuple[int, bool]]:
-        points = sorted({round(i * (len(found) - 1) / (NUM_POINTS - 1)) for i in range(NUM_POINTS)})
-        return [(point, i % 2 == 1) for i, point in enumerate(points)]
+    def spread(found: list[str]) -> list[tuple[int, str]]:
+        points = (round(i * (len(found) - 1) / (len(FAULTS) - 1)) for i in range(len(FAULTS)))
+        return list(zip(points, FAULTS, strict=True))
 
     check_points(runs, name, tmp_path, spread)
 
@@ -217,10 +235,10 @@ def test_a_run_that_dies_goes_on_to_the_same_end(name, runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_operation(name, runs, tmp_path):
-    """Each one does not happen, or leaves half of its file."""
+    """Each one does not happen, leaves half of its file, or is the first that finds no room."""
 
-    def every(found: list[str]) -> list[tuple[int, bool]]:
-        torn = [(number, True) for number, what in enumerate(found) if what.startswith(TORN)]
-        return [(number, False) for number in range(len(found))] + torn
+    def every(found: list[str]) -> list[tuple[int, str]]:
+        of_fault = {"": tuple(found), "torn": TORN, "full": GROWING}
+        return [(at, fault) for fault in of_fault for at, what in enumerate(found) if what.startswith(of_fault[fault])]
 
     check_points(runs, name, tmp_path, every)
