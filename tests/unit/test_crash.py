@@ -200,11 +200,8 @@ def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[s
     expected = end_state(undisturbed)
     for point, fault in points:
         runs.prepare(name, folder)
-        run = partial(runs, name, folder)
-        if fault == "full":
-            operation = fill(run, folder, point)
-        else:
-            operation = kill(run, folder, point, is_torn=fault == "torn")
+        stop = fill if fault == "full" else partial(kill, is_torn=fault == "torn")
+        operation = stop(partial(runs, name, folder), folder, point)
         operations(runs, name, folder)
         found = end_state(folder)
         differing = sorted(path for path in {*expected, *found} if expected.get(path, 0) != found.get(path, 0))
