@@ -5,8 +5,9 @@ import gc
 import os
 import pickle
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,12 +17,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dpace import ranks
-from dpace.config import LossConfig, Recipe
+from dpace.compare import compare
+from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe
+from dpace.data import feature_files
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.prompts import Prompt
 from dpace.data.responses import Response, write_responses
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll
+from dpace.measure.benchmark import bench
 from dpace.target import Target
 from dpace.train.run import train
 from dpace.views import blocks_hidden
@@ -55,6 +59,31 @@ def answer_all(target: Target, responses: list[Response], recipe: Recipe, folder
         path = folder / f"answers-{temperature:g}" / "responses.jsonl"
         found = write_responses(target, prompts, path, config)
         assert [one.id for one in found] == [prompt.id for prompt in prompts]
+
+
+def measure_all(target: Target, responses: list[Response], recipe: Recipe, folder: Path, num_ranks: int) -> None:
+    """Keep features on disk, decode, and compare two objectives; each rank has a share, and all have the results."""
+    dataset = make_dataset(responses, recipe)
+    with mock.patch.object(feature_files, "SHARD_BYTES", 2**16):
+        feature_files.keep_on_disk(target, dataset, [1, 3], folder / "features", limit_bytes=2.0**30)
+    for i in (0, len(dataset) - 1):
+        assert dataset.features is not None
+        torch.testing.assert_close(dataset.features[i], target.features(dataset.token_ids(i)[None], [1, 3])[0])
+
+    prompts = [Prompt(one.id, one.set, [[one.messages[0]]]) for one in responses[:5]]
+    drafters = {"d": Drafter.from_target(target, num_layers=1, block_size=4)}
+    config = BenchConfig(temperatures=(0.0, 1.0), max_new_tokens=6, widths=("full",))
+    bench(target, drafters, prompts, config, folder / "bench")
+
+    path = folder.parent / "prompts.jsonl"
+    options = {field.name: getattr(recipe, field.name) for field in fields(Recipe)} | {
+        "output": str(folder / "compare"),
+        "prompts": PromptsConfig(path=str(path), num_heldout=3, num_validation=3),
+        "train": replace(recipe.train, batch_size=recipe.train.batch_size // num_ranks, feature_cache_gib=1.0),
+        "bench": replace(config, num_prompts=2, temperatures=(0.0,)),
+        "respond": replace(recipe.respond, max_new_tokens=12),
+    }
+    compare(target, CompareConfig(**options, objectives=("dpace",), baseline="dflash", seeds=(0,)))
 
 
 def tell_all() -> None:
@@ -110,6 +139,7 @@ if __name__ == "__main__":
     answer_all(target, responses, recipe, Path(sys.argv[2]))  # first, since nothing has joined the ranks yet
     tell_all()
     train_all(target, responses, recipe, Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
+    measure_all(target, responses, recipe, Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
     sharded_gradient(target, responses, recipe)
     gc.collect()  # what still holds process groups: one that outlives Python's end aborts now and then
     dist.destroy_process_group()

@@ -4,9 +4,12 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
+from dpace import ranks
 from dpace.config import CompareConfig, Recipe
 from dpace.data.dataset import ResponseDataset
 from dpace.data.prompts import Prompt, split_prompts
@@ -69,8 +72,8 @@ def compare(target: Target, config: CompareConfig, init: Drafter | None = None) 
     recipes = make_recipes(config)
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
     refuse_other_cells(config, init)
-    with hold(folder):
-        claim(folder, *FILES)
+    with hold(folder) if ranks.is_first() else nullcontext():
+        ranks.from_first(lambda: claim(folder, *FILES))
         return _run(target, config, recipes, cells, init)
 
 
@@ -87,10 +90,10 @@ def _run(
     datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
     train_cells(target, recipes, cells, datasets, init)
     measure_cells(target, config, cells.values(), heldout_set(heldout, config))
-    rows, decode = make_rows(cells, parts.heldout, config.baseline), None
+    rows, decode = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline)), None
     if config.bench.num_prompts != 0:
         drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
-        with hold(folder / "decode"):
+        with hold(folder / "decode") if ranks.is_first() else nullcontext():
             decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
     results = CompareResults(
         target=target.name,
@@ -100,12 +103,19 @@ def _run(
         rows=rows,
         decode=decode,
     )
+    ranks.from_first(lambda: _write(folder, results, cells))
+    return results
+
+
+def _write(folder: Path, results: CompareResults, cells: dict[Cell, Path]) -> None:
+    """Write the results and draw them."""
     write_results(folder / "results.json", results)
-    logs = {name: [read_log(cells[name, seed]) for seed in config.seeds] for name in names}
+    logs: dict[str, list] = {}
+    for (name, _), cell in cells.items():
+        logs.setdefault(name, []).append(read_log(cell))
     plot_tau(logs, folder / "tau.png")
     plot_weights({name: log[0] for name, log in logs.items()}, folder / "weights.png")
     plot_acceptance(results.rows, folder / "acceptance.png")
-    return results
 
 
 def refuse_other_cells(config: CompareConfig, init: Drafter | None = None) -> int:
@@ -156,7 +166,7 @@ def train_cells(
     """
     facts = target_of(target)
     runs = {key: describe_run(facts, *datasets, recipe, init) for key, recipe in recipes.items()}
-    untrained = [key for key in cells if not is_trained(cells[key], runs[key])]
+    untrained = ranks.from_first(lambda: [key for key in cells if not is_trained(cells[key], runs[key])])
     if not untrained:
         return
     dataset, measured = datasets
@@ -165,7 +175,8 @@ def train_cells(
         widest = max((recipes[key] for key in untrained), key=lambda recipe: recipe.loss.needs_target_probs)
         keep_features(target, *datasets, widest)
     for number, key in enumerate(untrained, start=1):
-        print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
+        if ranks.is_first():
+            print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
         train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key], init=init)
 
 
@@ -183,17 +194,21 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         folders: of the drafters.
         test_set: of `heldout_set`; features that it has are used, and kept here otherwise.
     """
-    unmeasured = [folder for folder in folders if not has_heldout(folder)]
+    unmeasured = ranks.from_first(lambda: [folder for folder in folders if not has_heldout(folder)])
     if not unmeasured:
         return
     if test_set.features is None:
         layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
-        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set)
-        with hold(folder):
-            claim(folder, HELDOUT_FILE)
-            write_heldout(folder, Heldout.of(test_set.ids, acceptance))
+        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, over_ranks=True)
+        ranks.from_first(partial(_write_heldout, folder, Heldout.of(test_set.ids, acceptance)))
+
+
+def _write_heldout(folder: Path, measured: Heldout) -> None:
+    with hold(folder):
+        claim(folder, HELDOUT_FILE)
+        write_heldout(folder, measured)
 
 
 def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:

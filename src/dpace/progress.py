@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dpace import ranks
+
 LINE_SECONDS = 30.0
 """Most seconds between two lines of progress where there is no terminal, as long as steps are shorter."""
 
@@ -90,7 +92,12 @@ class _Lines(Progress):
 
 
 def progress_bar() -> Progress:
-    """Make a bar with count, elapsed time and ETA, on stderr; lines where that is no terminal."""
+    """Make a bar with count, elapsed time and ETA, on stderr; lines where that is no terminal.
+
+    Of several ranks, only the first one shows its.
+    """
+    if not ranks.is_first():
+        return Progress(disable=True)
     return (Progress if is_terminal() else _Lines)(
         TextColumn("{task.description:<28}"),
         BarColumn(),

@@ -113,6 +113,7 @@ RANGES = {
         "eval_steps": COUNT,
         "save_steps": COUNT,
         "feature_cache_gib": NOT_NEGATIVE,
+        "feature_files_gib": NOT_NEGATIVE,
     },
     "BenchConfig": {
         "temperatures": NOT_NEGATIVE,

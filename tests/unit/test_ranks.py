@@ -38,10 +38,33 @@ def responses(language_responses):
 
 @pytest.fixture(scope="module")
 def on_one_rank(language_target, responses, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
+    folder = tmp_path_factory.mktemp("ranks") / "one"
+    write_prompts(responses, folder.parent)
     ranks.answer_all(language_target, responses, RECIPE, folder)
     ranks.train_all(language_target, responses, RECIPE, folder, 1)
+    ranks.measure_all(language_target, responses, RECIPE, folder, 1)
     return folder
+
+
+def write_prompts(responses, folder):
+    folder.mkdir(exist_ok=True)
+    rows = [json.dumps({"id": one.id, "prompt": one.messages[0]["content"]}) + "\n" for one in responses]
+    (folder / "prompts.jsonl").write_text("".join(rows))
+
+
+def without_seconds(path):
+    """What a benchmark found out, apart from times and from what measured it."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {name: strip(one) for name, one in value.items() if name in COUNTED}
+        return [strip(one) for one in value] if isinstance(value, list) else value
+
+    return strip(json.loads(path.read_text()))
+
+
+COUNTED = {"rows", "decode", "responses", "id", "turn", "token_ids", "accepted_lengths"}
+COUNTED |= {"set", "drafter", "width", "temperature", "tau", "histogram", "num_prompts", "num_same_text", "gain"}
 
 
 def assert_same(one, other):
@@ -85,22 +108,26 @@ def test_the_reduction_weights_divides_the_gradient_as_it_divides_the_loss(on_on
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
     """Uneven anchors, ranks and micro-batches without any, every reduction; and FSDP2 the same gradient."""
-    job = tmp_path / "job.pickle"
+    write_prompts(responses, tmp_path)
+    job, folder = tmp_path / "job.pickle", tmp_path / "ranks"
     job.write_bytes(pickle.dumps((str(language_folder), responses, RECIPE)))
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
-        [*command, str(root / "tests" / "ranks.py"), str(job), str(tmp_path)],
+        [*command, str(root / "tests" / "ranks.py"), str(job), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for reduction in REDUCTIONS:
-        assert_same(on_one_rank / reduction, tmp_path / reduction)
-    for path in tmp_path.glob("answers-*/*.jsonl"):  # line by line in the same order
-        assert path.read_bytes() == (on_one_rank / path.relative_to(tmp_path)).read_bytes()
-    assert len(list(tmp_path.glob("answers-*/*.jsonl"))) == 2
+        assert_same(on_one_rank / reduction, folder / reduction)
+    for path in folder.glob("answers-*/*.jsonl"):  # line by line in the same order
+        assert path.read_bytes() == (on_one_rank / path.relative_to(folder)).read_bytes()
+    assert len(list(folder.glob("answers-*/*.jsonl"))) == 2
+    for name in ("bench", "compare"):
+        assert without_seconds(folder / name / "results.json") == without_seconds(on_one_rank / name / "results.json")
+    assert not list(folder.rglob("*.rank-*")) and len(list(folder.glob("features/*/*.safetensors"))) >= num_ranks
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -111,6 +111,12 @@ class TrainConfig:
     The newest one and the best weights are kept, which with one being written take less than ten drafters of disk."""
     feature_cache_gib: float = 4.0
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
+    feature_files: str | None = None
+    """Folder that keeps these hidden states on disk, for all epochs, ranks and later runs; by default none does."""
+    feature_dtype: Literal["target", "bfloat16", "float8"] = "target"
+    """How they are kept there: as the target gives them, or rounded to 16 bits, or to 8 with a scale for each token."""
+    feature_files_gib: float = 100.0
+    """Most GiB of disk that are added to feature_files."""
     torch_compile: bool = False
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False

@@ -31,7 +31,7 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def __init__(self, responses: Corpus | Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
         self.epoch, self.max_length, self.num_anchors, self.seed = 0, max_length, num_anchors, seed
-        self.features: list[Tensor] | None = None
+        self.features: Sequence[Tensor] | None = None
         self.corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
         self.chosen = np.flatnonzero(self.corpus.num_anchors(max_length))
         """Numbers of the corpus's conversations that have an anchor."""
@@ -97,7 +97,7 @@ class ResponseDataset(torch.utils.data.Dataset):
             task = bar.add_task("reading hidden states", total=len(self), info="")
             for start in range(0, len(order), FEATURE_BATCH):
                 batch = order[start : start + FEATURE_BATCH]
-                token_ids = _pad([self.token_ids(i) for i in batch]).to(target.device)
+                token_ids = pad([self.token_ids(i) for i in batch]).to(target.device)
                 features = target.features(token_ids, target_layer_ids, with_head_input=with_head_input).cpu()
                 kept |= {i: row[: lengths[i]].clone() for i, row in zip(batch, features, strict=True)}
                 bar.advance(task, len(batch))
@@ -121,15 +121,15 @@ class ResponseDataset(torch.utils.data.Dataset):
         }
 
 
-def _pad(rows: Sequence[Tensor]) -> Tensor:
+def pad(rows: Sequence[Tensor]) -> Tensor:
     """Stack rows of different lengths, padded with 0 on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
     """Pad conversations on the right and cut their blocks."""
-    token_ids, is_response = (_pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
+    token_ids, is_response = (pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
     blocks = build_blocks(token_ids, is_response, [row["anchors"] for row in rows], block_size)
-    features = None if rows[0]["features"] is None else _pad([row["features"] for row in rows])
+    features = None if rows[0]["features"] is None else pad([row["features"] for row in rows])
     draws = torch.tensor([row["draw"] for row in rows])
     return {"token_ids": token_ids, "is_response": is_response, "features": features, "draw": draws, **vars(blocks)}

@@ -10,8 +10,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from dpace import ranks
 from dpace.config import RespondConfig
 from dpace.data.answers import Response, read_responses
@@ -133,8 +131,7 @@ def _finish(
 
 def _write_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> int:
     """Append answers to a file, wait for the disk whenever some came, and count them."""
-    bar = progress_bar() if ranks.is_first() else Progress(disable=True)
-    with bar, naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
+    with progress_bar() as bar, naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
         task, num_tokens, num_rows = bar.add_task("answering prompts", total=num_prompts, info=""), 0, 0
         for some in rows:
             file.write("".join(json.dumps(asdict(one) | more, ensure_ascii=False) + "\n" for one, more in some))

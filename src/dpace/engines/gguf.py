@@ -233,7 +233,10 @@ def _float32(get: Callable[[str], Any], name: str) -> float:
 
 
 class _Reader(gguf.GGUFReader):
-    """A reader that a damaged length cannot keep busy: without it, numbers past the end are empty and never end."""
+    """A reader that a damaged length cannot keep busy.
+
+    gguf's own takes numbers past the end of the file as empty ones, of which it reads as many as the length says.
+    """
 
     num_reads = 0
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpace import ranks
 from dpace.config import BenchConfig, Width
 from dpace.data.chat import encode_chat, tokenizer_hashes
 from dpace.data.prompts import Prompt, first_of_each_set
@@ -36,7 +37,8 @@ def bench(
     The order alternates from prompt to prompt, after a warm-up that is not counted, so that a drift of the machine's
     speed does not favour one side. Each finished response is kept in `bench-*.jsonl`, a file for each way to measure;
     an interrupted call goes on after it. The answers to earlier turns are the plain ones, so all sides see the same
-    prompts. Prompt `i` draws with `seed + i` on all sides, which gives the same text above temperature 0 too.
+    prompts. Prompt `i` draws with `seed + i` on all sides, which gives the same text above temperature 0 too. Several
+    ranks measure a share of the prompts each, and the first one writes the results.
 
     Args:
         target: the model.
@@ -55,7 +57,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     for drafter in drafters.values():
         drafter.check_target(target)
-    claim(folder, "results.json")
+    ranks.from_first(lambda: claim(folder, "results.json"))
     about = _provenance(target, drafters, config)
     records, paces = ResponseRecords(folder / "bench.jsonl", about, prompts), Paces()
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
@@ -66,9 +68,10 @@ def bench(
     engines: Engines = {(PLAIN, None): None, **drafted, **_compiled(target, config)}
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
     timers, is_warm = StepTimers(target, drafters, prompts, config), False
+    mine = ranks.share(list(enumerate(jobs)))
     with progress_bar() as bar:
-        task = bar.add_task("decoding", total=len(jobs), info="")
-        for number, (temperature, prompt) in enumerate(jobs):
+        task = bar.add_task("decoding", total=len(mine), info="")
+        for number, (temperature, prompt) in mine:
             if not records.has(engines, temperature, prompt) and not is_warm:
                 _warm_up(target, engines, prompt, temperature, paces, config.max_new_tokens)
                 is_warm = True
@@ -78,13 +81,21 @@ def bench(
                     records.add(record)
                 timers.run(prompt.set, temperature)
             bar.update(task, advance=1, info=_so_far(records.rows))
+    records.collect()
     block_sizes = {way: drafter.block_size for way, drafter in drafted.items()}
     rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes)
     results = BenchResults(**vars(about), rows=rows, comparisons=compare_drafters(rows), predictions=[])
-    write_results(folder / "results.json", results)  # so that nothing that happens while predicting loses it
-    if drafters:
+    return ranks.from_first(lambda: _write(results, folder / "results.json", prompts, config, timers))
+
+
+def _write(
+    results: BenchResults, path: Path, prompts: Sequence[Prompt], config: BenchConfig, timers: StepTimers
+) -> BenchResults:
+    """Write results, and once more with the predictions: nothing that happens while predicting loses them."""
+    write_results(path, results)
+    if timers.drafters:
         results = replace(results, predictions=predict(results, prompts, config, timers))
-        write_results(folder / "results.json", results)
+        write_results(path, results)
     return results
 
 

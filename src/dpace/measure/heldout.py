@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpace import ranks
 from dpace.blocks import Blocks
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
@@ -70,7 +71,9 @@ def score_conversation(
 
 
 @torch.no_grad()
-def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDataset) -> Acceptance:
+def heldout_acceptance(
+    drafter: Drafter, target: Target, dataset: ResponseDataset, *, over_ranks: bool = False
+) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
     They equal what `dpace.decode.generate` accepts at temperature 0. Each conversation is a row of the result.
@@ -81,21 +84,25 @@ def heldout_acceptance(drafter: Drafter, target: Target, dataset: ResponseDatase
         drafter: what is measured.
         target: its target.
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
+        over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
 
     Raises:
         ValueError: no response of two tokens or more.
     """
     was_training = drafter.training
     drafter.eval()
-    results = []
-    for i in range(len(dataset)):
+    results: dict[int, Acceptance] = {}
+    indices = list(range(len(dataset)))
+    for i in ranks.share(indices) if over_ranks else indices:
         accepted_from: dict[int, int] = {}
         for _, blocks, out in score_conversation(drafter, target, dataset, i):
             accepted_from |= zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True)
         spans = _spans(dataset.is_response(i).tolist())
-        results.append(Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans]))
+        results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])
     drafter.train(was_training)
-    return Acceptance.of_prompts(results)
+    if over_ranks:
+        results = {i: row for share in ranks.gather(results) for i, row in share.items()}
+    return Acceptance.of_prompts([results[i] for i in indices])
 
 
 def _spans(is_response: Sequence[bool]) -> list[tuple[int, int]]:

@@ -44,6 +44,8 @@ def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
         tokens = int(known.number * known.mean_tokens)
         of = f"{count(known.number, 'conversation')} ({'' if known.is_known else 'up to '}{tokens:,} tokens)"
     kept = f"kept ({size(plan.kept_bytes)})" if plan.is_kept else "computed in every step"
+    if plan.stored_bytes:
+        kept = f"on disk ({size(plan.stored_bytes)})"
     rate = f"{plan.flops_per_second / 1e12:.3g} TFLOP/s{'' if place.is_here else ', assumed'}"
     time = "time unknown" if plan.seconds is None else f"about {duration(plan.seconds)} at {rate}"
     return [

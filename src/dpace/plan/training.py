@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from dpace.config import Recipe, TrainConfig
 from dpace.data.dataset import ResponseDataset
+from dpace.data.feature_files import bytes_of_token
 from dpace.device import find_device
 from dpace.drafter import Drafter
 from dpace.plan.batch import BatchShape, Models, StepPlan
@@ -67,9 +68,11 @@ class TrainingPlan:
     num_steps: int | None
     """Optimizer steps; None where the number of conversations is not known."""
     is_kept: bool
-    """Whether the features of all conversations are kept in memory."""
+    """Whether the features of all conversations are kept, in memory or on disk, and so computed once."""
     kept_bytes: int
-    """Bytes that the features of all conversations have."""
+    """Bytes of memory that they take, or would take."""
+    stored_bytes: int
+    """Bytes of disk that they take."""
     drafter_bytes: int
     disk_bytes: int
     flops_per_second: float
@@ -163,7 +166,9 @@ def plan_training(recipe: Recipe, config: PretrainedConfig, conversations: Conve
     with on_paper() as mode:
         target = make_target(config, place.dtype)
         drafter = make_drafter(target, vars(recipe.drafter))
-        kept, is_kept = _kept_features(recipe, target, conversations)
+        (kept, is_kept), stored = _kept_features(recipe, target, conversations), 0
+        if recipe.train.feature_files:
+            stored, kept, is_kept = _stored_features(recipe, target, conversations), 0, True
         paper = PaperStep(
             Models(target, drafter, recipe, place.is_cuda),
             mode,
@@ -191,6 +196,7 @@ def plan_training(recipe: Recipe, config: PretrainedConfig, conversations: Conve
         num_steps=steps,
         is_kept=is_kept,
         kept_bytes=kept,
+        stored_bytes=stored,
         drafter_bytes=drafter_bytes,
         disk_bytes=drafter_bytes * (6 if recipe.train.optimizer == "muon" else 8),  # two checkpoints, two drafters
         flops_per_second=speed,
@@ -208,6 +214,13 @@ def _kept_features(recipe: Recipe, target: Any, conversations: Conversations) ->
     is_kept = conversations.number is not None and size <= recipe.train.feature_cache_gib * 2**30
     checked = int(conversations.validation * conversations.validation_mean_tokens * layers * width)
     return size + (checked if is_kept else 0), is_kept
+
+
+def _stored_features(recipe: Recipe, target: Any, conversations: Conversations) -> int:
+    """Give the bytes of all features on disk."""
+    layers = len(Drafter.layer_ids(target, **vars(recipe.drafter))) + recipe.loss.needs_target_probs
+    tokens = (conversations.number or 0) * conversations.mean_tokens
+    return int(tokens * bytes_of_token(target, layers, recipe.train.feature_dtype))
 
 
 def _copies_bytes(target: Any, config: PretrainedConfig) -> int:

@@ -31,6 +31,8 @@ NO_RESULT = {
     "train.save_steps",
     "train.report_to",
     "train.feature_cache_gib",
+    "train.feature_files",
+    "train.feature_files_gib",
     "train.gradient_checkpointing",
 }
 """Settings that change no result: a run goes on with other values of them."""

@@ -12,6 +12,7 @@ from transformers import TrainerState
 from dpace.config import Recipe
 from dpace.data.corpus import Corpus
 from dpace.data.dataset import ResponseDataset
+from dpace.data.feature_files import keep_on_disk
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.flags import write_recipe
@@ -96,18 +97,28 @@ def choose_conversations(
 
 
 def keep_features(target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> None:
-    """Compute the features of both datasets where they fit in `feature_cache_gib`.
+    """Compute the features of both datasets where they fit in memory or go to disk.
 
-    Several drafters can share them.
+    Several drafters can share them. `feature_cache_gib` is the limit in memory, and `feature_files` the folder on disk;
+    those to validate on are never on disk.
+
+    Raises:
+        ValueError: see `keep_on_disk`.
     """
-    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
-    for part, with_head_input in ((dataset, recipe.loss.needs_target_probs), (validation, False)):
-        part.keep_features(
-            target,
-            layer_ids,
-            limit_bytes=recipe.train.feature_cache_gib * 2**30,
-            with_head_input=with_head_input,
+    layer_ids, config = Drafter.layer_ids(target, **vars(recipe.drafter)), recipe.train
+    if config.feature_dtype != "target" and not config.feature_files:
+        raise ValueError(
+            f"--train.feature-dtype {config.feature_dtype} is for files; name a folder for them with "
+            "--train.feature-files"
         )
+    if config.feature_files:
+        with_head_input = recipe.loss.needs_target_probs
+        limits: Any = {"dtype": config.feature_dtype, "limit_bytes": config.feature_files_gib * 2**30}
+        keep_on_disk(target, dataset, layer_ids, config.feature_files, with_head_input=with_head_input, **limits)
+    for part, with_head_input in ((dataset, recipe.loss.needs_target_probs), (validation, False)):
+        if part.features is None:
+            limit = config.feature_cache_gib * 2**30
+            part.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_head_input)
 
 
 def make_datasets(

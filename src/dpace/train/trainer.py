@@ -234,7 +234,7 @@ class DrafterTrainer(CheckpointedTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure tau of the validation responses with its 95 % interval and log it."""
         self.refuse_infinite_weights()
-        acceptance = heldout_acceptance(self.drafter, self.target, self.validation)
+        acceptance = heldout_acceptance(self.drafter, self.target, self.validation, over_ranks=True)
         low, high = acceptance.interval()
         metrics = {"tau": acceptance.tau, "tau_low": low, "tau_high": high}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

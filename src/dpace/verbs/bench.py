@@ -1,14 +1,20 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dpace import ranks
 from dpace.config import Recipe
 from dpace.flags import PROMPT, command, parse
 from dpace.ledger import hold
 from dpace.plan.facts import announce, take_dry_run
 from dpace.progress import show
 from dpace.verbs import load_chat, load_target
+
+if TYPE_CHECKING:
+    from dpace.measure.results import BenchResults
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,7 @@ def run(args: list[str]) -> None:
     from dpace.drafter import load_drafter
     from dpace.locate import find_drafter
     from dpace.measure.benchmark import bench
-    from dpace.report.advice import advice, faster_sets
-    from dpace.report.contexts import says_more
-    from dpace.report.tables import (
-        console,
-        contexts_table,
-        drafters_table,
-        predictions_table,
-        results_table,
-        slots_table,
-    )
+    from dpace.report.advice import faster_sets
 
     if recipe.bench.sets:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
@@ -64,8 +61,30 @@ def run(args: list[str]) -> None:
         return
     target = load_target(recipe)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
-    with hold(recipe.output):
+    with hold(recipe.output) if ranks.is_first() else nullcontext():
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
+    ranks.end()
+    if not ranks.is_first():
+        return
+    _show(results, recipe)
+    drafter = folders[0] if faster_sets(results) else None
+    options = {"target": recipe.target, "drafter": drafter, "thinking": recipe.thinking}
+    print("next:", command("generate", **options, prompt=PROMPT))
+
+
+def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
+    """Print the tables and the advice."""
+    from dpace.report.advice import advice
+    from dpace.report.contexts import says_more
+    from dpace.report.tables import (
+        console,
+        contexts_table,
+        drafters_table,
+        predictions_table,
+        results_table,
+        slots_table,
+    )
+
     tables = [results_table(results, recipe.wide), slots_table(results, recipe.wide)]
     if results.comparisons:
         tables.append(drafters_table(results.comparisons, recipe.wide))
@@ -76,9 +95,6 @@ def run(args: list[str]) -> None:
     console(recipe.wide).print(*tables)
     show(advice(results))
     show(f"written: {recipe.output}/results.json")
-    drafter = folders[0] if faster_sets(results) else None
-    options = {"target": recipe.target, "drafter": drafter, "thinking": recipe.thinking}
-    print("next:", command("generate", **options, prompt=PROMPT))
 
 
 def _first_lines(recipe: Recipe, prompts: list, num_drafters: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dpace import ranks
 from dpace.config import CompareConfig
 from dpace.flags import PROMPT, command, given_options, parse
 from dpace.plan.facts import announce, take_dry_run
@@ -24,6 +25,9 @@ def run(args: list[str]) -> None:
     if is_dry:
         return
     results = compare(load_target(config), config, init)
+    ranks.end()
+    if not ranks.is_first():
+        return
     console(config.wide).print(compare_table(results, config.wide))
     output = Path(config.output)
     print(

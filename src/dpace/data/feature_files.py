@@ -1,0 +1,218 @@
+"""Keep the target's hidden states on disk, where epochs, ranks and later runs read them.
+
+A folder has a subfolder for each target, choice of layers and dtype. Its safetensors files hold a row for each text,
+named by the hash of its tokens: answers may be added, and a run that was killed goes on with what is missing.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpace import ranks
+from dpace.data.dataset import FEATURE_BATCH, ResponseDataset, pad
+from dpace.ledger import hold, write_json, writing
+from dpace.progress import progress_bar
+from dpace.provenance import hash_json, weights_fingerprint
+from dpace.target import Target
+
+StoredDtype = Literal["target", "bfloat16", "float8"]
+SHARD_BYTES = 256 * 2**20
+"""Size at which a file is written and the next one begun."""
+LARGEST_FLOAT8 = 448.0
+"""Largest number of `torch.float8_e4m3fn`."""
+SCALE = ".scale"
+
+
+class FeatureFiles(Sequence[Tensor]):
+    """Rows of hidden states that lie on disk.
+
+    Memory: an index of O(texts); the files are mapped, so the system keeps in memory what fits.
+
+    Args:
+        folder: of the rows.
+        names: of the rows, in the order in which they are read.
+        dtype: of the rows that are given.
+
+    Raises:
+        ValueError: a row is missing, or a file cannot be read.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], dtype: torch.dtype):
+        self.names, self.dtype = list(names), dtype
+        self.places, self.checksums = _index(folder)
+        missing = [name for name in self.names if name not in self.places]
+        if missing:
+            raise ValueError(
+                f"{folder} lacks the hidden states of {len(missing)} of {len(self.names)} texts; let all ranks see the "
+                "same folder, and run the same command again"
+            )
+        self.open: dict[Path, Any] = {}
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Read a row, "seq feature", and compare it with its checksum.
+
+        Raises:
+            ValueError: the file was changed.
+        """
+        name = self.names[index]
+        path = self.places[name]
+        if path not in self.open:
+            self.open[path] = safe_open(path, framework="pt").__enter__()
+        row = self.open[path].get_tensor(name)
+        if _checksum(row) != self.checksums[name]:
+            raise ValueError(f"{path} is damaged; delete it, and the same command computes its rows again")
+        if row.dtype == torch.float8_e4m3fn:
+            row = row.float() * self.open[path].get_tensor(name + SCALE)[:, None]
+        return row.to(self.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs: open files are its own."""
+        return {**vars(self), "open": {}}
+
+
+def keep_on_disk(
+    target: Target,
+    dataset: ResponseDataset,
+    target_layer_ids: Sequence[int],
+    folder: str | Path,
+    *,
+    with_head_input: bool = False,
+    dtype: StoredDtype = "target",
+    limit_bytes: float,
+) -> None:
+    """Let a dataset read its features from disk, and first compute those that are not there.
+
+    Each rank computes its share. A killed process loses at most one file of 256 MiB a rank.
+
+    Args:
+        target: computes them, see `Target.features`.
+        dataset: its texts.
+        target_layer_ids: layers whose outputs are the features.
+        folder: where they are kept; several targets and choices of layers may share it.
+        with_head_input: keep the LM head's input too.
+        dtype: `target`, the target's own; `bfloat16`; or `float8`, numbers of 8 bits with a scale for each token. The
+            last two round.
+        limit_bytes: most bytes that may be added.
+
+    Raises:
+        ValueError: more bytes than the limit or the free space, another process writes there, or a file is damaged.
+    """
+    facts = [_identity(target), list(target_layer_ids), with_head_input, dtype]
+    place = Path(folder) / hash_json(facts)[:16]
+    names = [_name(dataset, i) for i in range(len(dataset))]
+    with hold(place) if ranks.is_first() else contextlib.nullcontext():
+        missing = ranks.from_first(lambda: _prepare(place, facts, names))
+        if missing:
+            wanted = {name: i for i, name in enumerate(names) if name in missing}
+            row_bytes = bytes_of_token(target, len(target_layer_ids) + with_head_input, dtype)
+            size = row_bytes * sum(int(dataset.lengths[i]) for i in wanted.values())
+            ranks.from_first(lambda: _refuse_size(size, limit_bytes, place))
+            mine = ranks.share(sorted(wanted.values(), key=lambda i: (int(dataset.lengths[i]), names[i])))
+            _compute(target, dataset, target_layer_ids, place, mine, names, with_head_input, dtype)
+        ranks.barrier()
+    dataset.features = FeatureFiles(place, names, target.head.weight.dtype)
+
+
+def _identity(target: Target) -> list[str]:
+    """Say what the hidden states of a text depend on."""
+    return [weights_fingerprint(target.model), str(target.model.dtype)]
+
+
+def _name(dataset: ResponseDataset, index: int) -> str:
+    """Name a text by its tokens."""
+    return hashlib.sha256(dataset.token_ids(index).numpy().tobytes()).hexdigest()[:32]
+
+
+def _checksum(row: Tensor) -> int:
+    return zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _index(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
+    """Find the file and the checksum of each row."""
+    places, checksums = {}, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {})["crc32"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no file of hidden states, or a damaged one ({error}); delete it, and the same command "
+                "computes its rows again"
+            ) from error
+        places |= dict.fromkeys(found, path)
+        checksums |= found
+    return places, checksums
+
+
+def _prepare(place: Path, facts: list[Any], names: Sequence[str]) -> set[str]:
+    """Say what the folder holds, and find the rows that are missing."""
+    write_json(place / "identity.json", dict(zip(("target", "layers", "with_head_input", "dtype"), facts, strict=True)))
+    return set(names) - set(_index(place)[0])
+
+
+def bytes_of_token(target: Any, num_layers: int, dtype: StoredDtype) -> int:
+    """Give the bytes of a token's hidden states on disk."""
+    size = {"target": target.head.weight.element_size(), "bfloat16": 2, "float8": 1}[dtype]
+    return num_layers * target.hidden_size * size + (4 if dtype == "float8" else 0)
+
+
+def _refuse_size(size: int, limit_bytes: float, place: Path) -> None:
+    free = shutil.disk_usage(place).free
+    limit, what, way = min(
+        (limit_bytes, "--train.feature-files-gib allows", "raise it"),
+        (free, f"are free on the disk of {place}", "make room"),
+    )
+    if size > limit:
+        raise ValueError(
+            f"the hidden states need {size / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB {what}; {way}, take "
+            "--train.feature-dtype float8, fewer answers or a lower --train.max-length, or leave out "
+            "--train.feature-files, and they are computed in every epoch"
+        )
+
+
+def _compute(target, dataset, layer_ids, place, mine, names, with_head_input, dtype: StoredDtype) -> None:
+    """Compute rows and write them, a file at a time."""
+    waiting: dict[str, Tensor] = {}
+    with progress_bar() as bar:
+        task = bar.add_task("keeping hidden states", total=len(mine), info="")
+        for start in range(0, len(mine), FEATURE_BATCH):
+            batch = mine[start : start + FEATURE_BATCH]
+            token_ids = pad([dataset.token_ids(i) for i in batch]).to(target.device)
+            features = target.features(token_ids, layer_ids, with_head_input=with_head_input).cpu()
+            for i, row in zip(batch, features, strict=True):
+                waiting |= _stored(names[i], row[: dataset.lengths[i]], dtype)
+            bar.advance(task, len(batch))
+            if sum(row.nbytes for row in waiting.values()) >= SHARD_BYTES:
+                waiting = _write(place, waiting)
+        _write(place, waiting)
+
+
+def _stored(name: str, row: Tensor, dtype: StoredDtype) -> dict[str, Tensor]:
+    """Give what is written for a row."""
+    if dtype == "float8":
+        scale = (row.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
+        return {name: (row.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
+    return {name: row.to(torch.bfloat16 if dtype == "bfloat16" else row.dtype).clone()}
+
+
+def _write(place: Path, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write rows as one file, named after the first, and give none."""
+    if rows:
+        checksums = {name: _checksum(row) for name, row in rows.items() if not name.endswith(SCALE)}
+        with writing(place / f"{next(iter(rows))}.safetensors") as unfinished:
+            save_file(rows, unfinished, metadata={"crc32": json.dumps(checksums)})
+    return {}
