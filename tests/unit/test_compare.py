@@ -28,9 +28,9 @@ def config(language_prompts, tmp_path) -> CompareConfig:
             **recipe,
             "output": str(tmp_path / "out"),
             "prompts": PromptsConfig(path=str(path)),
-            "train": replace(LANGUAGE_RECIPE.train, max_steps=4, eval_steps=2, logging_steps=2, num_anchors=4),
+            "train": replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=2, num_anchors=4),
             "bench": BenchConfig(temperatures=(0.0,), max_new_tokens=12, num_prompts=2),
-            "objectives": ("dpace", "dpace+kl+overlap", OWN),
+            "objectives": ("dpace+kl+overlap", OWN),
             "seeds": (0, 1),
         }
     )
@@ -38,7 +38,7 @@ def config(language_prompts, tmp_path) -> CompareConfig:
 
 def test_compare(config, language_target, tmp_path, capsys):
     results = compare(language_target, config)
-    names = {"dpace", "dpace+kl+overlap", OWN, "dflash"}
+    names = {"dpace+kl+overlap", OWN, "dflash"}
     assert read_results(tmp_path / "out" / "results.json") == results
     assert {row.drafter for row in results.rows} == names
     assert [row.tau for row in results.rows] == sorted((row.tau for row in results.rows), reverse=True)

@@ -107,7 +107,7 @@ def test_checkpoints_apart_from_measurements(language_target, language_responses
         patch.setattr(CheckpointedTrainer, "_write_checkpoint", interrupted)
         patch.setattr(
             "dpace.train.trainer.heldout_acceptance",
-            lambda *_: SimpleNamespace(tau=float(next(taus)), interval=lambda: (0.0, 9.0)),
+            lambda *_, **__: SimpleNamespace(tau=float(next(taus)), interval=lambda: (0.0, 9.0)),
         )
         taus = iter(range(1, 99))  # each measurement is the best one
         with pytest.raises(KeyboardInterrupt):
