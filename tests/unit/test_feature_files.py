@@ -1,10 +1,15 @@
 """The target's hidden states on disk are those that it computes, whatever happens to the process or the files."""
 
+import json
 import shutil
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from hs_connectors.fp8_utils import quantize_tensor_to_fp8
+from safetensors.torch import save_file
 
 from dpace.data import feature_files
 from dpace.data.dataset import ResponseDataset
@@ -137,5 +142,106 @@ def test_more_than_the_limit_or_the_disk_is_refused_before_any_work(keep, no_tar
 
 def test_a_dtype_without_files_is_refused(language_target, language_responses):
     recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, feature_dtype="float8"))
-    with pytest.raises(ValueError, match="--train.feature-dtype float8 is for files"):
+    with pytest.raises(ValueError, match="--train.feature-dtype and .* are for hidden states on disk"):
         make_datasets(language_target, language_responses[:8], [], recipe)
+
+
+class Vllm(BaseHTTPRequestHandler):
+    """A vLLM that writes hidden states, as its `ExampleHiddenStatesConnector` does; `fault` spoils what it gives."""
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "m"}]})
+
+    def do_POST(self):
+        stub = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["model"] == "m" and body["max_tokens"] == 1
+        ids = torch.tensor(body["prompt"])
+        with stub.lock:
+            rows = Target.features(stub.target, ids[None], [i + stub.shift for i in LAYERS])[0]
+            stub.count += 1
+            path = stub.folder / f"{stub.count}.safetensors"
+        hidden = rows.unflatten(-1, (len(LAYERS), -1))
+        if stub.fault == "cut":
+            hidden, ids = hidden[1:], ids[1:]
+        if stub.fault == "another text":
+            ids = ids + 1
+        if stub.fault == "not finite":
+            hidden[-1] = torch.nan
+        tensors = {"hidden_states": hidden, "token_ids": ids}
+        if stub.fault == "float8":
+            tensors["hidden_states"], tensors["hidden_states_scales"] = quantize_tensor_to_fp8(hidden)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        if stub.fault == "torn":
+            path.write_bytes(path.read_bytes()[:100])
+        if stub.fault == "gone":
+            path.unlink()
+        named = {"another file": "/etc/passwd", "no file": None}.get(stub.fault, str(path))
+        self.reply({"choices": [{}], "kv_transfer_params": {"hidden_states_path": named}})
+
+
+@pytest.fixture
+def vllm(language_target, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Vllm)
+    server.target, server.folder, server.lock = language_target, tmp_path / "shared", threading.Lock()
+    server.count, server.fault, server.shift = 0, "", 0
+    server.folder.mkdir()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def url(server):
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.mark.parametrize("fault", ["", "float8"])
+def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
+    vllm.fault = fault
+    dataset = keep(servers=[url(vllm), url(vllm)])
+    for found, expected in zip(dataset.features, computed(language_target, dataset), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.07 if fault else 1e-4, atol=1e-2 if fault else 1e-5)
+    assert vllm.count == len(dataset) + 1 and not list(vllm.folder.iterdir())
+    keep(servers=[url(vllm)])
+    assert vllm.count == len(dataset) + 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    {
+        "cut": "wrote hidden states of the shape .* expected .*: tokens, layers, width",
+        "another text": "wrote the hidden states of another text",
+        "not finite": "not finite",
+        "torn": "cannot be read",
+        "gone": "is not seen here; let both share that folder",
+        "another file": "names no file of hidden states",
+        "no file": "names no file of hidden states",
+    }.items(),
+)
+def test_what_a_server_does_wrong_is_one_line(fault, said, keep, vllm):
+    vllm.fault = fault
+    with pytest.raises(ValueError, match=said) as refused:
+        keep(servers=[url(vllm)])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_server_with_other_layers_is_refused(keep, vllm):
+    vllm.shift = -1
+    with pytest.raises(
+        ValueError, match=r"other hidden states for layer 1 .*eagle_aux_hidden_state_layer_ids \[2, 4\]"
+    ):
+        keep(servers=[url(vllm)])
+    with pytest.raises(ValueError, match="give no input of the LM head"):
+        keep(servers=[url(vllm)], with_head_input=True)

@@ -117,6 +117,8 @@ class TrainConfig:
     """How they are kept there: as the target gives them, or rounded to 16 bits, or to 8 with a scale for each token."""
     feature_files_gib: float = 100.0
     """Most GiB of disk that are added to feature_files."""
+    feature_servers: tuple[str, ...] = ()
+    """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
     torch_compile: bool = False
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False

@@ -9,7 +9,8 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from dpace.progress import progress_bar
 from dpace.provenance import hash_json, weights_fingerprint
 from dpace.target import Target
 
+Make = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Gives the hidden states of texts, each "seq feature"."""
 StoredDtype = Literal["target", "bfloat16", "float8"]
 SHARD_BYTES = 256 * 2**20
 """Size at which a file is written and the next one begun."""
@@ -92,6 +95,7 @@ def keep_on_disk(
     *,
     with_head_input: bool = False,
     dtype: StoredDtype = "target",
+    servers: Sequence[str] = (),
     limit_bytes: float,
 ) -> None:
     """Let a dataset read its features from disk, and first compute those that are not there.
@@ -106,12 +110,18 @@ def keep_on_disk(
         with_head_input: keep the LM head's input too.
         dtype: `target`, the target's own; `bfloat16`; or `float8`, numbers of 8 bits with a scale for each token. The
             last two round.
+        servers: vLLM servers that compute them; by default this process does.
         limit_bytes: most bytes that may be added.
 
     Raises:
         ValueError: more bytes than the limit or the free space, another process writes there, or a file is damaged.
     """
-    facts = [_identity(target), list(target_layer_ids), with_head_input, dtype]
+    if servers and with_head_input:
+        raise ValueError(
+            "--train.feature-servers give no input of the LM head, which this token loss or confidence needs; leave "
+            "them out, or take --loss.token-loss nll"
+        )
+    facts = [_identity(target), list(target_layer_ids), with_head_input, dtype, "vllm" if servers else "dpace"]
     place = Path(folder) / hash_json(facts)[:16]
     names = [_name(dataset, i) for i in range(len(dataset))]
     with hold(place) if ranks.is_first() else contextlib.nullcontext():
@@ -122,7 +132,9 @@ def keep_on_disk(
             size = row_bytes * sum(int(dataset.lengths[i]) for i in wanted.values())
             ranks.from_first(lambda: _refuse_size(size, limit_bytes, place))
             mine = ranks.share(sorted(wanted.values(), key=lambda i: (int(dataset.lengths[i]), names[i])))
-            _compute(target, dataset, target_layer_ids, place, mine, names, with_head_input, dtype)
+            make = _ask(servers, target, target_layer_ids, dataset.token_ids(min(wanted.values()))) if servers else None
+            make = make or partial(_read, target, target_layer_ids, with_head_input)
+            _compute(make, dataset, place, mine, names, dtype)
         ranks.barrier()
     dataset.features = FeatureFiles(place, names, target.head.weight.dtype)
 
@@ -160,7 +172,9 @@ def _index(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
 
 def _prepare(place: Path, facts: list[Any], names: Sequence[str]) -> set[str]:
     """Say what the folder holds, and find the rows that are missing."""
-    write_json(place / "identity.json", dict(zip(("target", "layers", "with_head_input", "dtype"), facts, strict=True)))
+    write_json(
+        place / "identity.json", dict(zip(("target", "layers", "with_head_input", "dtype", "by"), facts, strict=True))
+    )
     return set(names) - set(_index(place)[0])
 
 
@@ -184,17 +198,33 @@ def _refuse_size(size: int, limit_bytes: float, place: Path) -> None:
         )
 
 
-def _compute(target, dataset, layer_ids, place, mine, names, with_head_input, dtype: StoredDtype) -> None:
+def _ask(servers: Sequence[str], target: Target, layer_ids: Sequence[int], text: Tensor) -> Make:
+    """Let servers compute rows, after a comparison of one text's with the target's own."""
+    from dpace.data.server_features import ServerFeatures
+
+    make = ServerFeatures(servers, target, layer_ids)
+    make.check(text)
+    return make
+
+
+def _read(target: Target, layer_ids: Sequence[int], with_head_input: bool, texts: Sequence[Tensor]) -> list[Tensor]:
+    """Compute rows in this process."""
+    token_ids = pad(texts).to(target.device)
+    features = target.features(token_ids, layer_ids, with_head_input=with_head_input).cpu()
+    return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
+
+
+def _compute(
+    make: Make, dataset: ResponseDataset, place: Path, mine: Sequence[int], names: Sequence[str], dtype: StoredDtype
+) -> None:
     """Compute rows and write them, a file at a time."""
     waiting: dict[str, Tensor] = {}
     with progress_bar() as bar:
         task = bar.add_task("keeping hidden states", total=len(mine), info="")
         for start in range(0, len(mine), FEATURE_BATCH):
             batch = mine[start : start + FEATURE_BATCH]
-            token_ids = pad([dataset.token_ids(i) for i in batch]).to(target.device)
-            features = target.features(token_ids, layer_ids, with_head_input=with_head_input).cpu()
-            for i, row in zip(batch, features, strict=True):
-                waiting |= _stored(names[i], row[: dataset.lengths[i]], dtype)
+            for i, row in zip(batch, make([dataset.token_ids(i) for i in batch]), strict=True):
+                waiting |= _stored(names[i], row, dtype)
             bar.advance(task, len(batch))
             if sum(row.nbytes for row in waiting.values()) >= SHARD_BYTES:
                 waiting = _write(place, waiting)

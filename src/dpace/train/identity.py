@@ -36,6 +36,8 @@ NO_RESULT = {
     "train.gradient_checkpointing",
 }
 """Settings that change no result: a run goes on with other values of them."""
+EARLIER = {"init_sha256": None, "train.feature_dtype": "target", "train.feature_servers": False}
+"""What runs of earlier versions did, which did not say so."""
 OBJECTIVE_SHA256 = "loss.objective_sha256"
 OTHER_RUN = "name another folder with --output, or delete that one"
 WORDS = {
@@ -62,6 +64,7 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
     """
     groups = {name: asdict(getattr(recipe, name)) for name in ("drafter", "loss", "train")}
     named = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    named["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
     sha256 = objective_sha256(recipe.loss, weigh)
     own = {} if sha256 is None else {OBJECTIVE_SHA256: sha256}
     return json.loads(json.dumps({name: value for name, value in named.items() if name not in NO_RESULT} | own))
@@ -127,7 +130,7 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
     run = read_run(folder)
     if run is None:
         return False
-    run = {"init_sha256": None, **run}  # earlier versions started from nothing
+    run = {**EARLIER, **run}
     for name, value in known.items():
         if name not in run or run[name] != value:
             raise ValueError(f"{folder} holds a run with {_differs(name, run.get(name), value)}; {OTHER_RUN}")

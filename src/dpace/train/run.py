@@ -106,15 +106,23 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
         ValueError: see `keep_on_disk`.
     """
     layer_ids, config = Drafter.layer_ids(target, **vars(recipe.drafter)), recipe.train
-    if config.feature_dtype != "target" and not config.feature_files:
+    if (config.feature_dtype != "target" or config.feature_servers) and not config.feature_files:
         raise ValueError(
-            f"--train.feature-dtype {config.feature_dtype} is for files; name a folder for them with "
-            "--train.feature-files"
+            "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
+            "with --train.feature-files"
         )
     if config.feature_files:
         with_head_input = recipe.loss.needs_target_probs
-        limits: Any = {"dtype": config.feature_dtype, "limit_bytes": config.feature_files_gib * 2**30}
-        keep_on_disk(target, dataset, layer_ids, config.feature_files, with_head_input=with_head_input, **limits)
+        keep_on_disk(
+            target,
+            dataset,
+            layer_ids,
+            config.feature_files,
+            with_head_input=with_head_input,
+            dtype=config.feature_dtype,
+            servers=config.feature_servers,
+            limit_bytes=config.feature_files_gib * 2**30,
+        )
     for part, with_head_input in ((dataset, recipe.loss.needs_target_probs), (validation, False)):
         if part.features is None:
             limit = config.feature_cache_gib * 2**30
