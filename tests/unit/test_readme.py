@@ -87,6 +87,8 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
         assert words[2] == "venv" or (ROOT / "src" / words[2].replace(".", "/")).with_suffix(".py").exists()
     elif words[0] == "python":
         assert (ROOT / words[1]).exists()
+    elif words[0] == "vllm":
+        assert words[1] == "serve" and all(json.loads(word) for word in words if word.startswith("{"))
     elif words[0] in ("sbatch", "sky"):
         assert all((ROOT / word).exists() for word in words if word.startswith("examples/"))
     elif words[0] in ("dpace", "dpace.cli"):
