@@ -43,7 +43,7 @@ class Block(NamedTuple):
     @property
     def commands(self) -> list[str]:
         """The commands of a shell block, a line each."""
-        return [line for line in self.text.replace("\\\n", " ").splitlines() if shlex.split(line, comments=True)]
+        return [line for line in self.text.replace("\\\n", "").splitlines() if shlex.split(line, comments=True)]
 
     @property
     def promised(self) -> list[str]:
