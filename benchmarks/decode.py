@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.decode import Paces, generate, generate_batch, generate_plain
+from dpace.decode import Decoder, Paces, generate, generate_plain
 from dpace.decode.drafting import make_drafting
 from dpace.decode.loop import speculative_steps
 from dpace.decode.request import make_continuation
@@ -52,7 +52,8 @@ def compiled_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
     """Make the ways of decoding with steps that `torch.compile` compiles, without a drafter and with one."""
 
     def compiled(model: Drafter | None) -> Way:
-        return lambda ids, count: generate_batch(target, model, [ids], max_new_tokens=count, compile=True)[0].token_ids
+        decoder = Decoder(target, model, compile=True)
+        return lambda ids, count: decoder.generate(ids, max_new_tokens=count).token_ids
 
     return {COMPILED: compiled(None), f"dpace, compiled blocks of {drafter.block_size}": compiled(drafter)}
 

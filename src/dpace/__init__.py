@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from dpace.data.chat import encode_chat
     from dpace.data.prompts import Prompt, PromptParts, read_prompts, split_prompts
     from dpace.data.responses import Response, read_responses, write_responses
-    from dpace.decode import Generation, Paces, custom_generate, generate, generate_batch, generate_plain, stream
+    from dpace.decode import (
+        Decoder,
+        Generation,
+        Paces,
+        custom_generate,
+        generate,
+        generate_batch,
+        generate_plain,
+        stream,
+    )
     from dpace.drafter import Drafter, load_drafter
     from dpace.flags import read_recipe, write_recipe
     from dpace.locate import find_target
@@ -36,7 +45,7 @@ _NAMES = {
     "data.chat": "encode_chat",
     "data.prompts": "Prompt PromptParts read_prompts split_prompts",
     "data.responses": "Response read_responses write_responses",
-    "decode": "Generation Paces custom_generate generate generate_batch generate_plain stream",
+    "decode": "Decoder Generation Paces custom_generate generate generate_batch generate_plain stream",
     "drafter": "Drafter load_drafter",
     "flags": "read_recipe write_recipe",
     "locate": "find_target",
@@ -51,6 +60,7 @@ _PLACES = {name: f"dpace.{module}" for module, names in _NAMES.items() for name 
 __all__ = [  # noqa: F822, PLE0604
     "Acceptance",
     "BenchConfig",
+    "Decoder",
     "Drafter",
     "DrafterConfig",
     "Generation",

@@ -187,6 +187,8 @@ class Target:
 
         Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
+        if torch.compiler.is_compiling():
+            return self.head.logits(hidden)
         layer = self.model.get_output_embeddings()
         product = packed_product(layer) if isinstance(layer, PackedLinear) else self._packed_head.product
         if product is None:

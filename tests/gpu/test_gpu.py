@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dpace.blocks import build_blocks, dense_mask, flex_mask
 from dpace.config import LossConfig
-from dpace.decode import Paces, generate, generate_batch, generate_plain
+from dpace.decode import Decoder, Paces, generate, generate_plain
 from dpace.drafter import load_drafter
 from dpace.fast.speed_up import speed_up
 from dpace.head import Head
@@ -134,15 +134,12 @@ def test_compiled_steps_are_compiled_once(pair, language_prompts, is_drafted):
 
     target, drafter = pair
     rows = encode(target, language_prompts[:14])
-
-    def decode(row):
-        return generate_batch(target, drafter if is_drafted else None, [row], max_new_tokens=24, compile=True)[0]
-
+    decoder = Decoder(target, drafter if is_drafted else None, compile=True)
     for row in rows[:2]:
-        decode(row)
+        decoder.generate(row, max_new_tokens=24)
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found = [decode(row).token_ids for row in rows[2:]]
+        found = [decoder.generate(row, max_new_tokens=24).token_ids for row in rows[2:]]
     assert found == [generate_plain(target, row, max_new_tokens=24).token_ids for row in rows[2:]]
     assert not counters["stats"]["unique_graphs"] and not counters["inductor"]["cudagraph_skips"]
 

@@ -2,7 +2,9 @@ import jaxtyping
 import pytest
 import torch
 
+from dpace.decode import Decoder
 from dpace.decode.batch import generate_batch
+from dpace.decode.fixed import FixedBatch
 from dpace.decode.loop import generate, generate_plain
 from dpace.fast.cache import RaggedLayer
 from tests.conftest import make_drafter, make_target
@@ -103,32 +105,93 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.compile
-def test_compiled_steps_of_fixed_shapes(
-    unchecked_types, monkeypatch, language_target, language_drafter, language_prompts
-):
-    """Traced, with the shapes that CUDA graphs need; rows that are done wait for the others."""
-    compiled, graphs = torch.compile, []
+@pytest.fixture
+def graphs(monkeypatch, unchecked_types):
+    """The graphs that are traced, with the shapes that CUDA graphs need; nothing may break one in two."""
+    compiled, found = torch.compile, []
 
     def backend(graph, _inputs):
-        graphs.append(graph)
+        found.append(graph)
         return graph
 
-    monkeypatch.setattr(
-        torch, "compile", lambda step, disable, **_: compiled(step, backend=backend, dynamic=False, disable=disable)
-    )
+    def traced(step, **_):
+        return compiled(step, backend=backend, dynamic=False, fullgraph=True)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", traced)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_compiled_steps_of_fixed_shapes(temperature, graphs, language_target, language_drafter, language_prompts):
+    """Rows that are done wait for the others."""
     rows = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:54]]
     rows[1] = rows[1][1:]
     plain = [generate_plain(language_target, row, max_new_tokens=30, stop_token_ids=[]).token_ids for row in rows]
-    options = {"max_new_tokens": 30, "stop_token_ids": [plain[0][6]], "temperature": 1.0, "seed": 3}
+    options = {"max_new_tokens": 30, "stop_token_ids": [plain[0][6]], "temperature": temperature, "seed": 3}
     expected = [facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows, **options)]
-    found = generate_batch(language_target, language_drafter, rows, **options, compile=True)
+    decoder = Decoder(language_target, language_drafter, compile=True)
+    found = decoder.generate_batch(rows, **options)
     assert [facts(out)[:2] for out in found] == expected
-    num_graphs = len(graphs)
-    generate_batch(language_target, language_drafter, rows[::-1], **options, compile=True)
-    assert len(graphs) == num_graphs == 2, "one for each model, whatever the prompts"
-    (alone_too,) = generate_batch(language_target, language_drafter, rows[:1], **options, compile=True)
+    assert len(graphs) == 2
+    assert [facts(out)[:2] for out in decoder.generate_batch(rows[::-1], **options)] == [
+        facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows[::-1], **options)
+    ]
+    assert len(graphs) == 2, "one for each model, whatever the prompts"
+    alone_too = decoder.generate(rows[0], **options)
     assert facts(alone_too)[:2] == expected[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_calls_with_other_prompts_compile_nothing_again(graphs, monkeypatch, language_target, language_drafter):
+    """Twelve calls, three lengths of prompts: two graphs, and one copy to the host in a step."""
+    waits, tolist, steps = [], torch.Tensor.tolist, []
+    decoder = Decoder(language_target, language_drafter, compile=True, max_length=200)
+    verify = FixedBatch.verify
+
+    def counted(self, blocks):
+        before = len(waits)
+        verify(self, blocks)
+        steps.append(len(waits) - before)
+
+    monkeypatch.setattr(FixedBatch, "verify", counted)
+    for number in range(12):
+        prompt = [5 + (number + place) % 40 for place in range((7, 30, 90)[number % 3])]
+        options = {"max_new_tokens": 20, "stop_token_ids": []}
+        expected = generate_plain(language_target, prompt, **options).token_ids
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda self: waits.append(1) or tolist(self))
+            found = decoder.generate(prompt, **options)
+        assert found.token_ids == expected
+        if number == 0:
+            num_graphs = len(graphs)
+    assert len(graphs) == num_graphs == 2 and set(steps) == {1} and len(steps) > 24
+
+
+def test_a_longer_text_gets_larger_caches(monkeypatch, language_target, language_drafter):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr("dpace.decode.batch.COMPILED_COLUMNS", 16)
+    decoder, options = Decoder(language_target, language_drafter, compile=True), {"stop_token_ids": []}
+    columns = []
+    for count in (10, 20, 10):
+        expected = generate_plain(language_target, [5, 6, 7], max_new_tokens=count, **options).token_ids
+        assert decoder.generate([5, 6, 7], max_new_tokens=count, **options).token_ids == expected
+        columns.append(decoder.columns)
+    assert columns == [16, 32, 32]
+
+
+@pytest.mark.parametrize("with_drafter", [True, False])
+def test_a_decoder_without_compiled_steps(with_drafter, language_target, language_drafter):
+    """What is learned in a call is known in the next."""
+    decoder = Decoder(language_target, language_drafter if with_drafter else None)
+    expected = generate_plain(language_target, [5, 6, 7], max_new_tokens=12)
+    assert decoder.generate([5, 6, 7], max_new_tokens=12).token_ids == expected.token_ids
+    assert [out.token_ids for out in decoder.generate_batch([[5, 6, 7]], max_new_tokens=12)] == [expected.token_ids]
+    if with_drafter:
+        pace = decoder.paces.get(language_target, language_drafter)
+        decoder.generate([5, 6, 7], max_new_tokens=12)
+        assert decoder.paces.get(language_target, language_drafter) is pace
 
 
 def test_one_prompt_and_none():

@@ -7,7 +7,7 @@ import torch
 
 from dpace.config import BenchConfig
 from dpace.data.prompts import Prompt
-from dpace.measure import compiled
+from dpace.decode import Decoder
 from dpace.measure.benchmark import bench
 from dpace.measure.compiled import CompiledPlain, find_compiled
 from dpace.measure.results import read_results
@@ -31,14 +31,14 @@ def target():
 def calls(monkeypatch):
     """Nothing is compiled; the longest lengths that were asked for are."""
     found = []
-    inner = compiled.generate_batch
+    generate = Decoder.generate
 
-    def generate_batch(target, drafter, prompts, *, compile, **options):
-        found.append((options["max_new_tokens"], compile))
-        return inner(target, drafter, prompts, compile=compile, **options)
+    def counted(self, token_ids, **options):
+        found.append((options["max_new_tokens"], self.compile))
+        return generate(self, token_ids, **options)
 
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
-    monkeypatch.setattr(compiled, "generate_batch", generate_batch)
+    monkeypatch.setattr(Decoder, "generate", counted)
     return found
 
 
@@ -79,7 +79,7 @@ def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_pat
     def fail(*_, **__):
         raise torch._dynamo.exc.TorchDynamoException("no compiler\nis here")
 
-    monkeypatch.setattr(compiled, "generate_batch", fail)
+    monkeypatch.setattr(Decoder, "generate", fail)
     results = bench(target, {"d": make_drafter(target)}, PROMPTS, CONFIG, tmp_path)
     assert all(row.compiled is None for row in results.rows)
     assert "left out: no compiler is here\n" in capsys.readouterr().err

@@ -134,6 +134,11 @@ class RaggedLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., : self.end, :] for buffer in self._buffers)
         return self.keys, self.values
 
+    def forget(self) -> None:
+        """Begin new texts in the same buffers; what they hold is hidden until it is overwritten."""
+        if self.is_initialized:
+            self.keys, self.values = (buffer[..., :0, :] for buffer in self._buffers)
+
     def batch_select_indices(self, indices):
         """Keep the given rows.
 
@@ -167,6 +172,11 @@ class RaggedCache(DynamicCache):
             )
         super().__init__(config=config)
         self.layers: Any = [RaggedLayer(capacity) for _ in layers]
+
+    def forget(self) -> None:
+        """Begin new texts in the same buffers."""
+        for layer in self.layers:
+            layer.forget()
 
     def place(self, columns: Int[Tensor, "batch new"], end: int) -> None:
         """Make the next forward pass write its tokens to `columns` and read the columns before `end`."""

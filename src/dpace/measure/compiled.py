@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dpace.config import BenchConfig
-from dpace.decode import Generation, generate_batch, generate_plain
+from dpace.decode import Decoder, Generation, generate_plain
 from dpace.decode.batch import compiled_columns
 from dpace.progress import printable
 from dpace.target import Target
@@ -25,7 +25,7 @@ class CompiledPlain:
     """
 
     def __init__(self, target: Target):
-        self.target = target
+        self.target, self.decoder = target, Decoder(target, None, compile=True)
         self._ready: set[int] = set()
 
     def can_decode(self, token_ids: Sequence[int], max_new_tokens: int) -> bool:
@@ -62,7 +62,7 @@ class CompiledPlain:
         import torch._dynamo
 
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return generate_batch(self.target, None, [token_ids], **options, compile=True)[0]
+            return self.decoder.generate(token_ids, **options)
 
 
 def find_compiled(target: Target, config: BenchConfig) -> CompiledPlain | None:
