@@ -27,26 +27,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from study_report import ALWAYS, Cell, find_cells, step_seconds, write_report
 from study_trials import distillation_temperature, two_taps
 
 from dpace.compare import heldout_set, measure_cells, train_cells
 from dpace.config import Recipe
 from dpace.data.dataset import ResponseDataset
+from dpace.data.feature_files import keep_on_disk
 from dpace.data.prompts import split_prompts
 from dpace.data.responses import Response, write_responses
 from dpace.demo.make_prompts import make
 from dpace.drafter import Drafter
 from dpace.flags import read_recipe
-from dpace.ledger import hold, write_json, write_text, writing
+from dpace.ledger import hold, write_json, write_text
 from dpace.measure.results import has_heldout
 from dpace.objective import make_weigh, with_objective
-from dpace.provenance import hash_json
 from dpace.recipes import RECIPES
 from dpace.target import Target
-from dpace.train.identity import data_of, refuse_other_run, settings_of, target_of
+from dpace.train.identity import refuse_other_run, settings_of
 from dpace.train.run import choose_conversations
 from dpace.verbs import load_target
 
@@ -103,6 +101,8 @@ STEP_COST = {"dpace-on-policy": 1.6, "16-anchors": 2.0} | {
     name: 1.3 for name, candidate in CANDIDATES.items() if "+" in candidate.objective
 }
 NUM_VALIDATION = 24
+LIMIT_BYTES = 20e9
+"""Most bytes of hidden states on disk."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def estimate(plan: Plan, cells: Iterable[Cell]) -> float:
     parts = {"answers": 0.0, "features": 0.0, "training": 0.0, "measuring": 0.0}
     if not is_answered(plan):
         parts["answers"] = (train + heldout) * ANSWER_SECONDS
-    if not list(plan.output.glob("features-*-train.safetensors")):
+    if not (plan.output / "features").exists():
         parts["features"] = (train + heldout) * FEATURE_SECONDS
     found = find_cells(plan.output)
     waiting = [cell for cell in cells if cell not in found]
@@ -236,24 +236,6 @@ def answer(plan: Plan, target: Target) -> tuple[list[Response], list[Response], 
     return train, validation, heldout
 
 
-def keep_on_disk(plan: Plan, target: Target, dataset: ResponseDataset, name: str, recipe: Recipe) -> None:
-    """Read the hidden states of a dataset from a file, or compute and write them."""
-    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
-    facts = [target_of(target), data_of(dataset, dataset), list(layer_ids)]
-    key = hash_json(facts)
-    path = plan.output / f"features-{len(layer_ids)}-{name}.safetensors"
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                dataset.features = [file.get_tensor(str(number)) for number in range(len(dataset))]
-                return
-    limit, with_head_input = plan.recipe.train.feature_cache_gib * 2**30, name == "train"
-    if dataset.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_head_input):
-        with writing(path) as unfinished:
-            tensors = {str(number): row for number, row in enumerate(dataset.features or ())}
-            save_file(tensors, unfinished, metadata={"key": key})
-
-
 def refuse_other_study(plan: Plan) -> None:
     """Refuse an output folder whose study has other sizes."""
     path = plan.output / "study.json"
@@ -267,8 +249,10 @@ def make_sets(
     """Make the datasets to train, to validate and to measure on, with their hidden states."""
     train, validation, heldout = answers
     datasets, test_set = choose_conversations(train, validation, recipe), heldout_set(heldout, recipe)
-    for dataset, name in ((datasets[0], "train"), (datasets[1], "validation"), (test_set, "heldout")):
-        keep_on_disk(plan, target, dataset, name, recipe)
+    layer_ids, folder = Drafter.layer_ids(target, **vars(recipe.drafter)), plan.output / "features"
+    for dataset in (*datasets, test_set):
+        is_trained_on = dataset is datasets[0]  # by some with soft labels
+        keep_on_disk(target, dataset, layer_ids, folder, with_head_input=is_trained_on, limit_bytes=LIMIT_BYTES)
     return datasets, test_set
 
 

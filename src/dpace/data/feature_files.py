@@ -127,11 +127,11 @@ def keep_on_disk(
     with hold(place) if ranks.is_first() else contextlib.nullcontext():
         missing = ranks.from_first(lambda: _prepare(place, facts, names))
         if missing:
-            wanted = {name: i for i, name in enumerate(names) if name in missing}
+            wanted, lengths = {name: i for i, name in enumerate(names) if name in missing}, dataset.lengths.tolist()
             row_bytes = bytes_of_token(target, len(target_layer_ids) + with_head_input, dtype)
-            size = row_bytes * sum(int(dataset.lengths[i]) for i in wanted.values())
+            size = row_bytes * sum(lengths[i] for i in wanted.values())
             ranks.from_first(lambda: _refuse_size(size, limit_bytes, place))
-            mine = ranks.share(sorted(wanted.values(), key=lambda i: (int(dataset.lengths[i]), names[i])))
+            mine = ranks.share(sorted(wanted.values(), key=lambda i: (lengths[i], names[i])))
             make = _ask(servers, target, target_layer_ids, dataset.token_ids(min(wanted.values()))) if servers else None
             make = make or partial(_read, target, target_layer_ids, with_head_input)
             _compute(make, dataset, place, mine, names, dtype)
