@@ -6,11 +6,16 @@
     python benchmarks/study.py --stage report
 
 FOLDER has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train` to train on, `gsm8k`, `math500` and
-`mbpp` to measure on. The demo's notes are the fourth kind of text. `screen` trains every candidate with one seed and
-the middle budget; `final` trains those named, `dflash` and `dpace` with all seeds and budgets; `report` writes tables
-and figures of what is there. `--dry-run` says how long a stage takes on two quiet cores. A stage takes hours and may be
-killed at any time: the same command goes on. `--scale 0.01` is a miniature that shows that everything works, and no
-more; give it an `--output` of its own.
+`mbpp` to measure on. The demo's notes are the fourth kind of text.
+
+- `screen` trains every candidate with one seed and the middle budget.
+- `final` trains those named, `dflash` and `dpace` with all seeds and budgets.
+- `costs` times steps of all in turn, on a quiet machine.
+- `report` writes tables and figures of what is there.
+
+`--dry-run` says how long a stage takes on two quiet cores. A stage takes hours and may be killed at any time: the same
+command goes on. `--scale 0.01` is a miniature that shows that everything works, and no more; give it an `--output` of
+its own.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import random
 import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study_report import ALWAYS, Cell, find_cells, step_seconds, write_report
+from study_report import ALWAYS, OURS, Cell, find_cells, step_seconds, write_report
 from study_trials import distillation_temperature, two_taps
 
 from dpace.compare import heldout_set, measure_cells, train_cells
@@ -44,8 +50,11 @@ from dpace.measure.results import has_heldout
 from dpace.objective import make_weigh, with_objective
 from dpace.recipes import RECIPES
 from dpace.target import Target
+from dpace.train.arguments import training_arguments
 from dpace.train.identity import refuse_other_run, settings_of
 from dpace.train.run import choose_conversations
+from dpace.train.trainer import DrafterTrainer
+from dpace.validity import ValidityHead
 from dpace.verbs import load_target
 
 
@@ -81,6 +90,7 @@ CANDIDATES = {
     "5-features": Candidate("dpace", {"drafter.num_features": 5}),
 }
 """By the study's names; where a name has no objective, it is D-PACE."""
+TIMED_STEPS, TIMED_ROUNDS = 5, 5
 BLOCKS, SEEDS, SMALLEST_BUDGET = (8, 16), (0, 1, 2), 25
 KINDS = {
     # kind: file to train on, file to measure on, prompts to train and validate on, prompts to measure on
@@ -277,9 +287,45 @@ def run_cells(plan: Plan, target: Target, cells: Sequence[Cell]) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def time_steps(plan: Plan, target: Target, dataset: ResponseDataset, cell: Cell) -> list[float]:
+    """Take a few training steps of a cell, and give the seconds of all but the first."""
+    recipe, candidate = plan.recipe_of(cell), CANDIDATES[cell.objective]
+    config = replace(recipe.train, max_steps=TIMED_STEPS, logging_steps=1, save_steps=TIMED_STEPS + 1)
+    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
+    dataset = copy.copy(dataset)
+    dataset.num_anchors = config.num_anchors
+    nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)
+    with candidate.trial(), tempfile.TemporaryDirectory() as folder:
+        drafter = Drafter.from_target(target, seed=0, **shape)
+        if recipe.loss.validity != "off":
+            drafter.attach_validity(ValidityHead(target.hidden_size))
+        args = training_arguments(config, Path(folder), device=target.device, has_validation=False)
+        weigh = make_weigh(recipe.loss, cell.block)
+        trainer = DrafterTrainer(drafter, target, dataset, nothing, args, recipe.loss, weigh, config)
+        trainer.train()
+    return [entry["step_seconds"] for entry in trainer.state.log_history if "step_seconds" in entry][1:]
+
+
+def measure_costs(plan: Plan, target: Target, names: Sequence[str], blocks: Sequence[int]) -> None:
+    """Time the steps of all candidates in turn, and write `costs.json`: the median of each round over D-PACE's."""
+    datasets, _ = make_sets(plan, target, answer(plan, target), plan.recipe)
+    names = [
+        name for name in dict.fromkeys([*ALWAYS, *names]) if "drafter.num_features" not in CANDIDATES[name].changes
+    ]
+    costs: dict[str, dict[str, list[float]]] = {str(block): {name: [] for name in names} for block in blocks}
+    for number in range(TIMED_ROUNDS):
+        for block in blocks:
+            order = names[number * 5 % len(names) :] + names[: number * 5 % len(names)]
+            cells = {name: Cell(name, block, plan.budgets[1], 0) for name in order}
+            found = {name: statistics.median(time_steps(plan, target, datasets[0], cells[name])) for name in order}
+            for name in names:
+                costs[str(block)][name].append(found[name] / found[OURS])
+    write_json(plan.output / "costs.json", costs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("answers", "screen", "final", "report"), default="screen")
+    parser.add_argument("--stage", choices=("answers", "screen", "final", "costs", "report"), default="screen")
     parser.add_argument("--data", type=Path, help="folder with the prompts")
     parser.add_argument("--output", type=Path, help="folder of answers, features, drafters and report: dpace-study")
     parser.add_argument("--objectives", nargs="+", choices=CANDIDATES, help="screen: all by default")
@@ -295,6 +341,8 @@ def main() -> None:
     if args.stage == "report":
         print(f"written: {write_report(plan.output, list(CANDIDATES))}")
         return
+    if args.stage == "costs":
+        return measure_costs(plan, load_target(plan.recipe), args.objectives or list(CANDIDATES), args.blocks)
     cells = [] if args.stage == "answers" else choose_cells(plan, args)
     refuse_other_study(plan)
     for cell in cells:  # before any work

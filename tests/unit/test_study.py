@@ -61,6 +61,9 @@ def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
         gain = found.gain_in_equal_seconds("spec-auf", "dpace", 16, steps)
         assert gain == pytest.approx([-1 / (length + 1)] * 3)  # the other one has twice the steps: one token more
     assert found.step_cost("spec-auf", "dpace", 16) == 2
+    (output / "costs.json").write_text(json.dumps({"16": {"dpace": [1.0, 1.0, 1.0], "spec-auf": [1.1, 1.2, 3.0]}}))
+    timed = importlib.import_module("study_report").Study(output, list(study.CANDIDATES))
+    assert timed.step_cost("spec-auf", "dpace", 16) == 1.2
 
 
 def test_the_report_has_every_objective_and_both_figures(study, output):
