@@ -5,7 +5,7 @@
 
 TARGET is the base model, and `--text` a JSONL file with `turns` and `reference` in another style, on which a copy is
 fine-tuned. The base's drafter then learns from the copy's own answers to the demo's training prompts, beside a drafter
-that starts from nothing. Tau is measured on the demo's test prompts, as the copy answers them. Each part is kept in the
+that starts from nothing. Tau is measured on the demo's held-out prompts, as the copy answers them. Each part is kept in the
 folder: the same command goes on after it.
 """
 
@@ -85,8 +85,8 @@ def answers_of(target: Target, prompts: list[Prompt], folder: Path) -> list[Resp
 
 
 def test_prompts() -> list[Prompt]:
-    """Give the first prompts of each set of the demo's test part."""
-    rows = [row for kind in ("notes", "problems") for row in islice(make(kind, "test"), NUM_TEST)]
+    """Give the first prompts of each set of the demo's held-out part."""
+    rows = [row for kind in ("notes", "problems") for row in islice(make(kind, "heldout"), NUM_TEST)]
     return [Prompt(row["id"], row["set"], [row["messages"]]) for row in rows]
 
 

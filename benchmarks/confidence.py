@@ -52,7 +52,7 @@ def main() -> None:
     paces = {name: OnePace(costs) for name in WAYS}
     print("| set | softmax, tokens/s | validity, tokens/s | ratio |\n|---|---|---|---|")
     for kind in ("notes", "problems"):
-        rows = list(islice(make(kind, "test"), args.prompts + 1))
+        rows = list(islice(make(kind, "heldout"), args.prompts + 1))
         tokens, seconds = (np.zeros((args.prompts, 2)) for _ in range(2))
         for number, row in enumerate(rows):
             ids = encode_chat(target, row["messages"])
