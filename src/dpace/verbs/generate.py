@@ -77,6 +77,8 @@ def run(args: list[str]) -> None:
     show(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     tau = generation.acceptance.tau if generation.accepted_lengths else None
     _tell(len(generation.token_ids), generation.num_decode_tokens, generation.decode_seconds, tau)
+    if config.compile:
+        print("the steps were compiled in that time: dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
     if config.drafter is None:
         print("next:", command("demo"), "(trains a drafter, which makes this faster)", file=sys.stderr)
 
