@@ -5,8 +5,8 @@
 
 TARGET is the base model, and `--text` a JSONL file with `turns` and `reference` in another style, on which a copy is
 fine-tuned. The base's drafter then learns from the copy's own answers to the demo's training prompts, beside a drafter
-that starts from nothing. Tau is measured on the demo's held-out prompts, as the copy answers them. Each part is kept in the
-folder: the same command goes on after it.
+that starts from nothing. Tau is measured on the demo's held-out prompts, as the copy answers them. Each part is kept in
+the folder: the same command goes on after it.
 """
 
 import argparse
