@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import dpace.decode.batch
+import dpace.decode.rows
 import dpace.decode.loop
 import dpace.measure.check
 import dpace.measure.own_text
@@ -130,7 +130,7 @@ def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path,
     assert main(["check", *flags]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("pass") == 9 and "checking" in printed.err
-    monkeypatch.setattr(dpace.decode.batch, "verify_draft", lambda draft, own: len(draft))
+    monkeypatch.setattr(dpace.decode.rows, "verify_draft", lambda draft, own: len(draft))
     assert main(["check", *flags]) == 1
     printed = capsys.readouterr()
     assert ", batch, token" in printed.out and "failed: text at temperature 0 (float32)" in printed.err
