@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import dpace.decode.rows
 import dpace.decode.loop
+import dpace.decode.rows
 import dpace.measure.check
 import dpace.measure.own_text
 import dpace.views
