@@ -90,7 +90,7 @@ CANDIDATES = {
     "5-features": Candidate("dpace", {"drafter.num_features": 5}),
 }
 """By the study's names; where a name has no objective, it is D-PACE."""
-TIMED_STEPS, TIMED_ROUNDS = 5, 5
+TIMED_STEPS, TIMED_ROUNDS = 5, 4
 BLOCKS, SEEDS, SMALLEST_BUDGET = (8, 16), (0, 1, 2), 25
 KINDS = {
     # kind: file to train on, file to measure on, prompts to train and validate on, prompts to measure on
@@ -199,6 +199,7 @@ def choose_cells(plan: Plan, args: argparse.Namespace) -> list[Cell]:
     else:
         names, budgets, seeds = args.objectives or [], plan.budgets, args.seeds
     names = dict.fromkeys([*ALWAYS, *names])
+    budgets = [steps for steps in budgets if not args.steps or steps in args.steps]
     return [
         Cell(name, block, steps, seed) for seed in seeds for block in args.blocks for steps in budgets for name in names
     ]
@@ -330,6 +331,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of answers, features, drafters and report: dpace-study")
     parser.add_argument("--objectives", nargs="+", choices=CANDIDATES, help="screen: all by default")
     parser.add_argument("--blocks", nargs="+", type=int, choices=BLOCKS, default=BLOCKS)
+    parser.add_argument("--steps", nargs="+", type=int, help="final: only these of the budgets")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of prompts and steps")
     parser.add_argument("--target", help="another target than the recipe's")

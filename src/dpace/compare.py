@@ -4,7 +4,6 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +71,7 @@ def compare(target: Target, config: CompareConfig, init: Drafter | None = None) 
     recipes = make_recipes(config)
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
     refuse_other_cells(config, init)
-    with hold(folder) if ranks.is_first() else nullcontext():
+    with hold(folder):
         ranks.from_first(lambda: claim(folder, *FILES))
         return _run(target, config, recipes, cells, init)
 
@@ -93,7 +92,7 @@ def _run(
     rows, decode = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline)), None
     if config.bench.num_prompts != 0:
         drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
-        with hold(folder / "decode") if ranks.is_first() else nullcontext():
+        with hold(folder / "decode"):
             decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
     results = CompareResults(
         target=target.name,

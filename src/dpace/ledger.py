@@ -13,6 +13,8 @@ from typing import Any
 
 import filelock
 
+from dpace import ranks
+
 MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
@@ -228,14 +230,16 @@ def cut_unfinished(path: Path) -> None:
 def hold(folder: str | Path) -> Iterator[None]:
     """Keep other processes from writing to a folder inside the `with` block; makes the folder.
 
-    What killed processes left unfinished there is removed. A process that is killed holds nothing. A process may hold
-    a folder again that it holds already.
+    What killed processes left unfinished there is removed, and they hold nothing. A process may hold a folder twice. Of
+    several ranks the first one holds it for all.
 
     Raises:
         ValueError: another process holds the folder; the message says which.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not ranks.is_first():
+        yield
+        return
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     holder, lock = folder / HOLDER, filelock.FileLock(folder / LOCK, is_singleton=True)
     is_held = lock.is_locked
     try:

@@ -4,7 +4,6 @@ A folder has a subfolder for each target, choice of layers and dtype. Its safete
 named by the hash of its tokens: answers may be added, and a run that was killed goes on with what is missing.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -124,7 +123,7 @@ def keep_on_disk(
     facts = [_identity(target), list(target_layer_ids), with_head_input, dtype, "vllm" if servers else "dpace"]
     place = Path(folder) / hash_json(facts)[:16]
     names = [_name(dataset, i) for i in range(len(dataset))]
-    with hold(place) if ranks.is_first() else contextlib.nullcontext():
+    with hold(place):
         missing = ranks.from_first(lambda: _prepare(place, facts, names))
         if missing:
             wanted, lengths = {name: i for i, name in enumerate(names) if name in missing}, dataset.lengths.tolist()
@@ -132,8 +131,9 @@ def keep_on_disk(
             size = row_bytes * sum(lengths[i] for i in wanted.values())
             ranks.from_first(lambda: _refuse_size(size, limit_bytes, place))
             mine = ranks.share(sorted(wanted.values(), key=lambda i: (lengths[i], names[i])))
-            make = _ask(servers, target, target_layer_ids, dataset.token_ids(min(wanted.values()))) if servers else None
-            make = make or partial(_read, target, target_layer_ids, with_head_input)
+            make = partial(_read, target, target_layer_ids, with_head_input)
+            if servers:
+                make = _ask(servers, target, target_layer_ids, dataset.token_ids(mine[0] if mine else 0))
             _compute(make, dataset, place, mine, names, dtype)
         ranks.barrier()
     dataset.features = FeatureFiles(place, names, target.head.weight.dtype)

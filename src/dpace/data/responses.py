@@ -68,7 +68,7 @@ def answer_prompts(
     if config.server and config.source == "own":
         raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
     path, by_id = Path(path), {prompt.id: prompt for prompt in prompts}
-    with hold(path.parent) if ranks.is_first() else contextlib.nullcontext():
+    with hold(path.parent):
         servers = ServerAnswers(target, config) if config.server else None
         meta = find_meta(target, config, servers.described if servers else None)
         waiting = ranks.from_first(lambda: _prepare(target, prompts, path, config, meta))

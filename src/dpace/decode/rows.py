@@ -62,7 +62,9 @@ class Buffers:
 
     def __init__(self, target: Target, drafter: Drafter | None, capacity: int):
         self.target, self.capacity = RaggedCache(target.config, capacity), capacity
-        self.drafter: Any = drafter and RaggedCache(drafter.config, drafter.block_size + capacity)
+        self.drafter: Any = None
+        if drafter is not None:
+            self.drafter = RaggedCache(drafter.config, drafter.block_size + capacity)
 
     def keep(self, indices: Int[Tensor, " row"]) -> None:
         """Keep some rows."""
@@ -98,7 +100,7 @@ class Batch:
         drafter: Drafter | None,
         rows: list[Row],
         captured: list[Tensor],
-        buffers: "Buffers | None" = None,
+        buffers: Buffers | None = None,
     ):
         self.target, self.drafter, self.rows, self.captured = target, drafter, rows, captured
         self.buffers = buffers or Buffers(target, drafter, 1 + max(row.limit for row in rows))

@@ -1,6 +1,5 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +60,7 @@ def run(args: list[str]) -> None:
         return
     target = load_target(recipe)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
-    with hold(recipe.output) if ranks.is_first() else nullcontext():
+    with hold(recipe.output):
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     ranks.end()
     if not ranks.is_first():

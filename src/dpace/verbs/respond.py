@@ -1,7 +1,6 @@
 """Let the target answer the prompts."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from dpace import ranks
@@ -33,7 +32,7 @@ def run(args: list[str]) -> None:
     if is_dry:
         ranks.from_first(look)
         return ranks.end()
-    with hold(recipe.output) if ranks.is_first() else nullcontext():
+    with hold(recipe.output):
         if ranks.is_first():
             claim(recipe.output, path.name, meta_path(path).name)
         ranks.from_first(look)
