@@ -22,7 +22,7 @@ from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, Train
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
 from dpace.fast.speed_up import speed_up
-from dpace.spec import LAYER_TENSORS
+from dpace.engines.tensors import LAYER_TENSORS
 from dpace.target import Target
 
 VOCAB = 64
@@ -77,6 +77,16 @@ def make_target(family: str, seed: int = 0, **changes) -> Target:
 def make_drafter(target: Target, seed: int = 0, **options) -> Drafter:
     options = {"num_layers": 2, "num_features": 2, "block_size": 4, "mask_token_id": MASK, "seed": seed, **options}
     return Drafter.from_target(target, **options).eval()
+
+
+def make_with_convolutions(target: Target, **options) -> Drafter:
+    """A drafter whose convolutions do something."""
+    drafter = make_drafter(target, conv_kernel_size=2, **options)
+    with torch.no_grad():
+        for name, parameter in drafter.named_parameters():
+            if "_conv." in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return drafter
 
 
 class Oracle:

@@ -1,6 +1,7 @@
 """The DFlash drafter: making, checking, saving and loading it."""
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from dpace.ledger import UNFINISHED, sync
 from dpace.loading import one_line, read_config, refuse_infinite, refuse_mismatch, share
 from dpace.mask_token import check_mask_token, choose_mask_token
 from dpace.modeling_dflash import DFlashDraftModel
-from dpace.spec import SPECIAL_TOKENS, DrafterSpec
+from dpace.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, rope_of
 from dpace.target import Target
 from dpace.validity import ValidityHead, load_validity
 
@@ -104,6 +105,7 @@ class Drafter(DFlashDraftModel):
         target_layer_ids: Sequence[int] | None = None,
         mask_token_id: int | None = None,
         norm_scale: float = 1.0,
+        conv_kernel_size: int = 0,
         seed: int = 0,
     ) -> "Drafter":
         """Make an untrained drafter with the target's width, heads, feed-forward and rotary embedding.
@@ -117,6 +119,7 @@ class Drafter(DFlashDraftModel):
             target_layer_ids: ids of these layers, instead of `num_features`.
             mask_token_id: by default `choose_mask_token`.
             norm_scale: initial value of the final norm's weights; small values start near the uniform distribution.
+            conv_kernel_size: slots that DFlash2's convolutions read, 2 or more; 0 for DFlash's network.
             seed: seed of the initial weights.
 
         Raises:
@@ -142,6 +145,8 @@ class Drafter(DFlashDraftModel):
             embed_scale=target.embed_scale,
             logit_scale=target.head.multiplier,
             softcap=target.head.softcap,
+            conv_kernel_size=conv_kernel_size,
+            conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
             special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
         )
         spec.check()
@@ -231,6 +236,7 @@ class Drafter(DFlashDraftModel):
         drafter, info = loaded
         refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
         refuse_infinite(what, drafter, fix)
+        drafter.refuse_trained_selector()
         if Path(folder).is_dir():
             drafter.attach_validity(load_validity(folder, drafter.config.hidden_size))
         return loaded if output_loading_info else drafter
@@ -283,18 +289,3 @@ def load_drafter(folder: str | Path, target: Target, *, confidence: DraftConfide
     drafter.confidence = confidence
     speed_up(drafter)
     return drafter
-
-
-def rope_of(config) -> dict:
-    """Give the drafter's rotary embedding: that of the target's full-attention layers.
-
-    The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
-    rotation with the target's base, as in the published drafters of Qwen3.5 and later.
-    """
-    default = {"rope_type": "default", "rope_theta": 10000.0}
-    rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}
-    rope = {**rope.get("full_attention", rope)}
-    is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
-    if is_partial or any(name.startswith("mrope") for name in rope):
-        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return rope

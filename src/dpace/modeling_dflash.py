@@ -5,12 +5,13 @@
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, Qwen3Config
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -61,6 +62,64 @@ class DFlashAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+class DFlashConvolution(nn.Module):
+    """Short convolutions over the slots of a block, before and after a part of a layer.
+
+    A slot then sees the slots before it:
+    `out[i, c] = sum over t of (base[t, c] + added[i, t, c // group]) x[i - t, c]`, with 0 before the block's first
+    slot. `added` is a projection of the input, for both sides at once. The initial weights change nothing.
+
+    Source: DFlash2, z-lab/dflash.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.block_size, self.group = config.block_size, config.dflash_config["conv_group_size"]
+        taps, width = config.dflash_config["conv_kernel_size"], config.hidden_size
+        self.base_kernel = nn.Parameter(torch.empty(2, taps, width))
+        self.kernel_projection = nn.Linear(width, 2 * taps * width // self.group, bias=False)
+
+    def initialize(self):
+        """Let the slot itself be all that counts."""
+        taps, width = self.base_kernel.shape[1:]
+        init.zeros_(self.kernel_projection.weight)
+        init.copy_(self.base_kernel, torch.eye(taps)[:1, :, None].expand(2, taps, width))
+
+    def forward(self, rows, part: Callable[[Tensor], Tensor]):
+        """Compute `part` of the convolved rows, and convolve its output; all are "batch query hidden".
+
+        The query is one block or its beginning, or several whole blocks.
+        """
+        taps = self.base_kernel.shape[1]
+        added = self.kernel_projection(rows).unflatten(-1, (2, taps, -1, 1))
+        return self._convolve(part(self._convolve(rows, added, 0)), added, 1)
+
+    def _convolve(self, rows, added, side: int):
+        num_slots = min(self.block_size, rows.shape[1])
+        x = rows.unflatten(-1, (-1, self.group))
+        base = self.base_kernel[side].unflatten(-1, (-1, self.group))
+        out = torch.addcmul(base[0] * x, added[:, :, side, 0], x)
+        for tap in range(1, base.shape[0]):
+            blocks = x.unflatten(1, (-1, num_slots))
+            before = nn.functional.pad(blocks, (0, 0, 0, 0, tap, 0))[:, :, :num_slots].flatten(1, 2)
+            out = torch.addcmul(out + base[tap] * before, added[:, :, side, tap], before)
+        return out.flatten(-2)
+
+
+class NeutralSelector(nn.Module):
+    """Weights of a DFlash2 candidate selector that changes no choice, which engines want beside convolutions.
+
+    DFlash2 adds to each candidate's logit how well it follows the token before; here that is 0.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        for name in ("predecessor_codebook", "successor_codebook"):
+            self.register_buffer(name, torch.zeros(config.vocab_size, 1))
+        self.hidden_projection = nn.Module()
+        self.hidden_projection.register_buffer("weight", torch.zeros(1, config.hidden_size))
+
+
 class DFlashLayer(GradientCheckpointingLayer):
     """A pre-norm decoder layer; the features enter its attention without the input norm."""
 
@@ -68,13 +127,29 @@ class DFlashLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = DFlashAttention(config, layer)
         self.mlp = Qwen3MLP(config)
+        self.attention_conv = DFlashConvolution(config) if has_convolutions(config) else None
+        self.mlp_conv = DFlashConvolution(config) if has_convolutions(config) else None
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden, context, rope, mask, cache):
         """Add attention and feed-forward to `hidden`."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), context, rope, mask, cache)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+        def attend(rows):
+            return self.self_attn(rows, context, rope, mask, cache)
+
+        hidden = hidden + around(self.attention_conv, self.input_layernorm(hidden), attend)
+        return hidden + around(self.mlp_conv, self.post_attention_layernorm(hidden), self.mlp)
+
+
+def has_convolutions(config: Any) -> bool:
+    """Say whether a drafter has DFlash2's convolutions."""
+    return bool((getattr(config, "dflash_config", None) or {}).get("conv_kernel_size"))
+
+
+def around(convolution: DFlashConvolution | None, rows: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute a part of a layer, between its convolutions where the drafter has them."""
+    return part(rows) if convolution is None else convolution(rows, part)
 
 
 def refuse_variants(config: Mapping[str, Any]) -> None:
@@ -100,8 +175,9 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
 class DFlashDraftModel(Qwen3PreTrainedModel):
     """Qwen3 layers over `[anchor, mask, ...]` that attend to the target's features.
 
-    It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. The arguments of
-    `forward` are named as in transformers' DFlash generation, which takes this class as `assistant_model`.
+    It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. With
+    `conv_kernel_size` in the config it is DFlash2's network without a selector. The arguments of `forward` are named as
+    in transformers' DFlash generation, which takes this class as `assistant_model`.
 
     Raises:
         ValueError: a config without block size, mask token or layer ids, or of a variant that this network does not
@@ -130,7 +206,27 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        if has_convolutions(config):
+            self.candidate_selector = NeutralSelector(config)
         self.post_init()
+
+    def refuse_trained_selector(self):
+        """Refuse weights of a candidate selector that would change choices.
+
+        Raises:
+            ValueError: they are not 0.
+        """
+        if has_convolutions(self.config) and any(bool(part.any()) for part in self.candidate_selector.buffers()):
+            raise ValueError(
+                "this DFlash2 drafter has a trained candidate selector, which this network does not run; serve it with "
+                "the project that trained it"
+            )
+
+    def _init_weights(self, module):
+        """Initialize a module; called by transformers, for a part before its whole."""
+        super()._init_weights(module)
+        if isinstance(module, DFlashConvolution):
+            module.initialize()
 
     def forward(
         self, noise_embeds, context_hidden_states, position_ids, attention_mask=None, cache: Cache | None = None, **_

@@ -88,6 +88,7 @@ RANGES = {
         "target_layer_ids": COUNT_OR_NONE,
         "mask_token_id": COUNT_OR_NONE,
         "norm_scale": POSITIVE,
+        "conv_kernel_size": Range(2, 1000, also=(0,)),
     },
     "LossConfig": {
         "alpha": FRACTION,

@@ -13,28 +13,8 @@ from dpace.loading import need_count, need_number, take_object
 from dpace.modeling_dflash import refuse_variants
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TENSORS = {
-    "fc": (("hidden", "feature"), "fc"),
-    "hidden_norm": (("hidden",), "enc.output_norm"),
-    "norm": (("hidden",), "output_norm"),
-}
-LAYER_TENSORS = {
-    "input_layernorm": (("hidden",), "attn_norm"),
-    "self_attn.q_proj": (("query", "hidden"), "attn_q"),
-    "self_attn.k_proj": (("key", "hidden"), "attn_k"),
-    "self_attn.v_proj": (("key", "hidden"), "attn_v"),
-    "self_attn.o_proj": (("hidden", "query"), "attn_output"),
-    "self_attn.q_norm": (("head",), "attn_q_norm"),
-    "self_attn.k_norm": (("head",), "attn_k_norm"),
-    "post_attention_layernorm": (("hidden",), "ffn_norm"),
-    "mlp.gate_proj": (("inner", "hidden"), "ffn_gate"),
-    "mlp.up_proj": (("inner", "hidden"), "ffn_up"),
-    "mlp.down_proj": (("hidden", "inner"), "ffn_down"),
-}
-"""Published name of each weight, its axes, and llama.cpp's name.
-
-`query` is heads x head_dim, `key` the same for key heads.
-"""
+CONV_GROUP_SIZE = 16
+"""Channels that share what a convolution adds to its taps, as published."""
 
 LayerIdFault = Literal["order", "range", "last"]
 
@@ -53,27 +33,6 @@ def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int
     if num_target_layers - 1 in ids:
         faults.append("last")
     return faults
-
-
-def tensor_axes(num_layers: int) -> dict[str, tuple[str, ...]]:
-    """Give the axes of every tensor of a drafter, by its published name."""
-    return {name: axes for name, (axes, _) in _all_tensors(num_layers).items()}
-
-
-def gguf_names(num_layers: int) -> dict[str, str]:
-    """Give llama.cpp's name of every tensor, by its published name.
-
-    Nothing is permuted, because the drafter's rotary embedding is NeoX's.
-    """
-    return {name: theirs for name, (_, theirs) in _all_tensors(num_layers).items()}
-
-
-def _all_tensors(num_layers: int) -> dict[str, tuple[tuple[str, ...], str]]:
-    tensors = {f"{name}.weight": (axes, f"{theirs}.weight") for name, (axes, theirs) in TENSORS.items()}
-    for layer in range(num_layers):
-        for name, (axes, theirs) in LAYER_TENSORS.items():
-            tensors[f"layers.{layer}.{name}.weight"] = axes, f"blk.{layer}.{theirs}.weight"
-    return tensors
 
 
 @dataclass(frozen=True)
@@ -105,6 +64,10 @@ class DrafterSpec:
     logit_scale: float = 1.0
     softcap: float | None = None
     """Cap of the target's logits: a logit x becomes softcap * tanh(x / softcap)."""
+    conv_kernel_size: int = 0
+    """Slots that a convolution reads, itself included, as in DFlash2; 0 without convolutions."""
+    conv_group_size: int = 0
+    """Channels that share what a convolution adds to its taps; 0 without convolutions."""
     record: dict[str, Any] = field(default_factory=dict, compare=False)
     """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
     special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -120,6 +83,23 @@ class DrafterSpec:
         """Indices into transformers' `hidden_states`, where 0 is the embedding: one more than the layer."""
         return [layer + 1 for layer in self.target_layer_ids]
 
+    @property
+    def architecture(self) -> str:
+        """Name of the network's class, by which engines choose their own."""
+        return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
+
+    @property
+    def second(self) -> dict[str, int]:
+        """The values that DFlash2 adds, under their published names; empty without convolutions.
+
+        The selector is one that changes no choice (`NeutralSelector`); llama.cpp wants k (k + 1) <= hidden size.
+        """
+        if not self.conv_kernel_size:
+            return {}
+        top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= self.hidden_size), 2)
+        sizes = {"conv_kernel_size": self.conv_kernel_size, "conv_group_size": self.conv_group_size}
+        return {**sizes, "selector_rank": 1, "selector_top_k": top_k}
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
         """Read a `config.json` in the published layout.
@@ -131,12 +111,17 @@ class DrafterSpec:
                 network is a variant that dpace does not support.
         """
         nested = take_object(config, "dflash_config")
-        if (config.get("architectures") or [""])[0].startswith("DFlash2") or "selector_rank" in nested:
+        if nested.get("selector_rank") not in (None, 1):
             raise ValueError(
-                "this is a DFlash2 drafter (convolutions and a candidate selector); dpace supports DFlash only: "
-                "serve it with the project that trained it"
+                f"this is a DFlash2 drafter with a candidate selector of rank {nested['selector_rank']}; dpace runs "
+                "DFlash2's convolutions but no selector: serve it with the project that trained it"
             )
         refuse_variants(config)
+        is_second = (config.get("architectures") or [""])[0].startswith("DFlash2")
+        convolutions = {
+            name: need_count(nested, name) if is_second or name in nested else 0
+            for name in ("conv_kernel_size", "conv_group_size")
+        }
         num_layers, num_target_layers = (need_count(config, key) for key in ("num_hidden_layers", "num_target_layers"))
         block_size = _either(config, nested, "block_size")
         layer_ids = _either(config, nested, "target_layer_ids") or build_target_layer_ids(num_target_layers, num_layers)
@@ -160,6 +145,7 @@ class DrafterSpec:
             embed_scale=need_number({"input_embedding_scale": 1.0, **config}, "input_embedding_scale"),
             logit_scale=need_number({"output_multiplier": 1.0, **config}, "output_multiplier"),
             softcap=config.get("final_logit_softcapping"),
+            **convolutions,
             record=take_object(config, "dpace"),
             special_token_ids={name: config[name] for name in SPECIAL_TOKENS if name in config},
         )
@@ -191,7 +177,7 @@ class DrafterSpec:
                 **named,
                 "block_size": self.block_size,
                 "num_target_layers": self.num_target_layers,
-                "dflash_config": named,
+                "dflash_config": named | self.second,
                 "is_causal": False,
                 **extra,
             },
@@ -205,7 +191,7 @@ class DrafterSpec:
         """
         config = {
             **written,
-            "architectures": ["DFlashDraftModel"],
+            "architectures": [self.architecture],
             "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
             "rope_theta": self.rope["rope_theta"],
             "head_dim": self.head_dim,
@@ -271,6 +257,21 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
             "the drafter's config has no rope_theta; engines would silently take 10000: add the target's value"
         )
     return {"rope_type": "default", **rope, "rope_theta": as_float32(need_number({"rope_theta": theta}, "rope_theta"))}
+
+
+def rope_of(config) -> dict:
+    """Give the drafter's rotary embedding: that of the target's full-attention layers.
+
+    The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
+    rotation with the target's base, as in the published drafters of Qwen3.5 and later.
+    """
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}
+    rope = {**rope.get("full_attention", rope)}
+    is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
+    if is_partial or any(name.startswith("mrope") for name in rope):
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope
 
 
 def as_float32(value: float) -> float:

@@ -1,6 +1,7 @@
 import inspect
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from transformers import DynamicCache
 from dpace.blocks import build_blocks, dense_mask
 from dpace.drafter import Drafter
 from dpace.mask_token import check_mask_token, choose_mask_token
-from dpace.modeling_dflash import DFlashAttention, DFlashDraftModel, DFlashLayer
+from dpace.modeling_dflash import DFlashAttention, DFlashConvolution, DFlashDraftModel, DFlashLayer
 from dpace.views import blocks_hidden
-from tests.conftest import MASK, make_drafter, make_target, make_tokenizer
+from tests.conftest import MASK, make_drafter, make_with_convolutions, make_target, make_tokenizer
 
 
 def hidden_of_blocks(drafter, target, token_ids, features, anchors):
@@ -30,9 +31,10 @@ def hidden_of_blocks(drafter, target, token_ids, features, anchors):
     return hidden.unflatten(1, blocks.labels.shape[1:])[0]
 
 
+@pytest.mark.parametrize("make", [make_drafter, make_with_convolutions])
 @torch.no_grad()
-def test_training_view_equals_cached_view(random_target):
-    drafter = make_drafter(random_target)
+def test_training_view_equals_cached_view(make, random_target):
+    drafter = make(random_target)
     token_ids = torch.randint(4, 64, (1, 24))
     features = random_target.features(token_ids, drafter.target_layer_ids)
     anchors = [5, 6, 9, 15, 23]
@@ -184,3 +186,36 @@ def test_an_unused_row_is_preferred_and_none_free_is_said():
     target.tokenizer.chat_template += "<|reserved_0|>"
     with pytest.raises(ValueError, match="no token of"):
         choose_mask_token(target)
+
+
+def test_a_convolution_is_what_its_formula_says():
+    """Two blocks of three slots, four channels in two groups, written out by hand."""
+    config = SimpleNamespace(hidden_size=4, block_size=3, dflash_config={"conv_kernel_size": 2, "conv_group_size": 2})
+    convolution = DFlashConvolution(config)
+    base, projection = torch.randn(2, 2, 4), torch.randn(8, 4)
+    convolution.load_state_dict({"base_kernel": base, "kernel_projection.weight": projection})
+    rows = torch.randn(1, 6, 4)
+    added = (rows @ projection.T).view(6, 2, 2, 2)  # slot, side, tap, group
+
+    def by_hand(x, side):
+        out = torch.zeros(6, 4)
+        for i in range(6):
+            for c in range(4):
+                for tap in range(2):
+                    if i % 3 >= tap:
+                        out[i, c] += (base[side, tap, c] + added[i, side, tap, c // 2]) * x[i - tap, c]
+        return out
+
+    found = convolution(rows, lambda x: x.tanh())
+    torch.testing.assert_close(found[0], by_hand(by_hand(rows[0], 0).tanh(), 1))
+    part = convolution(rows[:, :2], lambda x: x.tanh())  # the beginning of a block
+    torch.testing.assert_close(part, found[:, :2])
+
+
+@torch.no_grad()
+def test_convolutions_start_as_nothing(random_target):
+    drafter = make_drafter(random_target, conv_kernel_size=2)
+    plain = make_drafter(random_target)
+    plain.load_state_dict({name: drafter.state_dict()[name] for name in plain.state_dict()})
+    inputs = torch.randn(2, 4, 48), torch.randn(2, 3, 96), torch.arange(7)[None]
+    torch.testing.assert_close(drafter(*inputs), plain(*inputs))

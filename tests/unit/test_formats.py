@@ -39,10 +39,11 @@ from tests.rows import make_bench, make_row
 TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
 """More than any response here has, so that no engine drafts less at the end."""
-KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.1)}
+KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.1), "convolutions": (1.5, 6.1)}
 """Drafters of blocks of 6, by tau.
 
-The first shows exactness only, the second also wrong features, the third long runs, up to whole blocks."""
+The first shows exactness only, the second also wrong features, the third long runs, up to whole blocks. The fourth has
+DFlash2's convolutions."""
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
@@ -66,7 +67,9 @@ def folders(folder, language_target, language_responses, tmp_path_factory) -> di
     recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, max_steps=60, batch_size=6, num_anchors=24))
     datasets = make_datasets(language_target, language_responses[50:56], [], recipe)
     train(language_target, *datasets, recipe, made / "overfitted")
-    return {"random": made / "random", "half-trained": folder, "overfitted": made / "overfitted"}
+    second = replace(recipe, drafter=replace(recipe.drafter, conv_kernel_size=2))
+    train(language_target, *datasets, second, made / "convolutions")
+    return {kind: made / kind for kind in KINDS} | {"half-trained": folder}
 
 
 @pytest.fixture
@@ -88,17 +91,18 @@ def edit(folder: Path, path: Path, **changes) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("to", "kind"), [*((to, "half-trained") for to in TO_READ), ("gguf", "convolutions")])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("to", TO_READ)
-def test_out_and_in_again_is_the_same_drafter(to, dtype, do_export, folder, language_folder, tmp_path):
-    done = do_export(to, dtype=dtype)
+def test_out_and_in_again_is_the_same_drafter(to, kind, dtype, do_export, folders, language_folder, tmp_path):
+    folder = folders[kind]
+    done = do_export(to, kind, dtype=dtype)
     weights = read_folder(folder)[1]
-    assert done.num_tensors == len(weights) == 25 and done.acceptance.tau > 1.5
+    assert done.num_tensors == len(weights) == (25 if kind == "half-trained" else 36) and done.acceptance.tau > 1.5
     assert (done.rounding == 0) == (dtype is None) and done.rounding < 0.01
     again = import_drafter(done.path, tmp_path / "again", target=str(language_folder))
     files = load_file(tmp_path / "again" / "model.safetensors")
     for name, tensor in weights.items():
-        is_fp32 = dtype is None or (to == "gguf" and tensor.dim() == 1)
+        is_fp32 = dtype is None or (to == "gguf" and tensor.dim() != 2)
         expected = tensor if is_fp32 else tensor.to(dtype)
         assert files[name].dtype == expected.dtype and torch.equal(files[name], expected), name
     assert again.spec == read_folder(folder)[0]
@@ -215,7 +219,8 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         ({"rope_theta": 1.0}, "rope_theta is .* make them equal"),
         ({"rope_theta": None, "rope_parameters": None}, "no rope_theta; engines would silently take 10000"),
         ({"head_dim": None}, "no head_dim"),
-        ({"architectures": ["DFlash2DraftModel"]}, "DFlash2"),
+        ({"architectures": ["DFlash2DraftModel"]}, "no conv_kernel_size"),
+        ({"dflash_config": {"selector_rank": 256}}, "candidate selector of rank 256"),
         ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "only full attention"),
         ({"is_causal": True}, "only full attention"),
         ({"dflash_config": {"causal": True}}, "dflash_config.causal"),
@@ -226,6 +231,22 @@ def test_scaled_rope_and_scales_survive(tmp_path):
 def test_what_is_not_known_is_not_taken_over(changes, reason, folder, tmp_path):
     with pytest.raises(ValueError, match=reason):
         read_drafter(edit(folder, tmp_path / "x", **changes))
+
+
+def test_a_trained_selector_is_refused(folders, tmp_path):
+    shutil.copytree(folders["convolutions"], tmp_path / "x")
+    weights = load_file(tmp_path / "x" / "model.safetensors")
+    weights["candidate_selector.successor_codebook"][3] = 1
+    save_file(weights, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="trained candidate selector"):
+        import_drafter(tmp_path / "x", tmp_path / "out")
+    with pytest.raises(ValueError, match="trained candidate selector"):
+        Drafter.from_pretrained(tmp_path / "x")
+
+
+def test_speculators_has_no_convolutions(do_export):
+    with pytest.raises(ValueError, match="format of speculators has none"):
+        do_export("speculators", "convolutions")
 
 
 def test_embeddings_of_its_own_and_missing_folders_are_refused(folder, tmp_path):
@@ -321,7 +342,9 @@ def test_transformers_decodes_with_the_exported_folder_as_we_do(
 @pytest.mark.parametrize("kind", KINDS)
 def test_zlabs_class_and_loop_take_the_folder(kind, expected, do_export, language_target, prompts):
     zlab = importlib.import_module("dflash.model")
-    theirs, info = zlab.DFlashDraftModel.from_pretrained(do_export("zlab", kind).path, output_loading_info=True)
+    path = do_export("zlab", kind).path
+    kind_of_network = getattr(zlab, json.loads((path / "config.json").read_text())["architectures"][0])
+    theirs, info = kind_of_network.from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
     def decode(inputs):

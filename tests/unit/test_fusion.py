@@ -13,7 +13,7 @@ from dpace.fast.cache import make_cache
 from dpace.fast.fusion import FusedDraftLayer, FusedLayer, fuse_layers
 from dpace.fast.packing import PackedLinear, pack_linears
 from dpace.target import Target
-from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_drafter, make_target
+from tests.conftest import _SHAPE, FAMILIES, VOCAB, make_drafter, make_target, make_with_convolutions
 
 KNOWN = {
     **{name: FAMILIES[name] for name in ("llama3.1", "smollm2", "qwen3")},
@@ -82,8 +82,9 @@ def test_a_step_passes_by_the_decoders_own_code(monkeypatch):
     assert len(calls) == 3
 
 
-def test_the_drafters_layers(tmp_path, language_target):
-    make_drafter(language_target).save_pretrained(tmp_path)
+@pytest.mark.parametrize("make", [make_drafter, make_with_convolutions])
+def test_the_drafters_layers(make, tmp_path, language_target):
+    make(language_target).save_pretrained(tmp_path)
     drafter = load_drafter(tmp_path, language_target)
     assert {type(layer) for layer in drafter.layers} == {FusedDraftLayer}
     plain = copy.deepcopy(drafter)  # copies are not fused

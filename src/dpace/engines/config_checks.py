@@ -49,6 +49,7 @@ CONFIG_CHECKS = (
     Check("rope agreement", "fails", probe.rope_agreement, FIX_MAKE_EQUAL),
     Check("rope layout", "fails", probe.rope_layout, "remove these keys: the layout rotates halves of whole heads"),
     Check("head_dim", "fails", probe.head_dim, "write the value: engines assume 128 without it"),
+    Check("convolutions", "fails", probe.convolutions, "write the kernel and group size that the tensors have"),
     Check("num_attention_heads", "fails", probe.size("num_attention_heads", "query", "head"), FIX_WRITE_TENSORS),
     Check("num_key_value_heads", "fails", probe.size("num_key_value_heads", "key", "head"), FIX_WRITE_TENSORS),
     Check("intermediate_size", "fails", probe.size("intermediate_size", "inner"), FIX_WRITE_TENSORS),

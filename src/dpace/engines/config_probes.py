@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter import rope_of
 from dpace.engines.folder import mapping
 from dpace.engines.subject import Observation, Probe, Subject, none_of, some
 from dpace.mask_token import check_mask_token
-from dpace.spec import LayerIdFault, find_layer_id_faults
+from dpace.spec import LayerIdFault, find_layer_id_faults, rope_of
 from dpace.target import Target
 
 SCALES = ("final_logit_softcapping", "input_embedding_scale", "output_multiplier")
@@ -97,8 +96,18 @@ def architecture(subject: Subject) -> Observation:
     found = [subject.config.get("architectures"), subject.config.get("model_type")]
     if "speculators_model_type" in subject.config:
         return Observation(False, "the layout of speculators", "the published layout")
-    expected = [["DFlashDraftModel"], "qwen3"]
+    expected = [["DFlash2DraftModel" if subject.has_convolutions else "DFlashDraftModel"], "qwen3"]
     return Observation(found == expected, f"{found[0]}, {found[1]}", f"{expected[0]}, {expected[1]}")
+
+
+def convolutions(subject: Subject) -> Observation | None:
+    """Compare the sizes of convolutions with those of the tensors."""
+    if not subject.has_convolutions:
+        return None
+    found = [subject.nested.get("conv_kernel_size"), subject.nested.get("conv_group_size")]
+    taps, width, kernels = (subject.size(axis) or 0 for axis in ("tap", "hidden", "kernel"))
+    expected = [taps, 2 * taps * width // max(1, kernels)]
+    return Observation(found == expected, found, expected)
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:

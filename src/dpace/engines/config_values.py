@@ -47,6 +47,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             _expect(place, name, f"an integer in 1 .. {MAX_SIZE}", lambda value: _is_count(value, 1, MAX_SIZE))
         for name in LAYERS:
             _expect(place, name, f"an integer in 1 .. {MAX_LAYERS}", lambda value: _is_count(value, 1, MAX_LAYERS))
+        for name in ("conv_kernel_size", "conv_group_size"):
+            _expect(place, name, f"an integer in 0 .. {MAX_SIZE}", lambda value: _is_count(value, 0, MAX_SIZE))
         _expect(place, "mask_token_id", "a token id", lambda value: _is_count(value, 0, MAX_SIZE))
         _expect(
             place,

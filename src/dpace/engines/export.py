@@ -89,6 +89,11 @@ def export(
         target_name = str(Path(target_name).resolve())
     spec, weights = read_folder(folder)
     spec.check()
+    if to == "speculators" and spec.conv_kernel_size:
+        raise ValueError(
+            f"{folder} has convolutions, and the format of speculators has none; vLLM and SGLang read the published "
+            "layout, which `dpace train` writes"
+        )
     original = load_drafter(folder, target)
     tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
     written = tensors["fc.weight"].dtype
@@ -221,7 +226,7 @@ def _cast(
     """Turn weights into the dtype to write; give them and the largest relative change of a tensor."""
     cast, errors = {}, [0.0]
     for name, tensor in tensors.items():
-        wanted = torch.float32 if has_fp32_vectors and tensor.dim() == 1 else dtype or tensor.dtype
+        wanted = torch.float32 if has_fp32_vectors and tensor.dim() != 2 else dtype or tensor.dtype
         cast[name] = tensor.to(wanted).contiguous()
         errors.append(float((cast[name].double() - tensor.double()).norm() / tensor.double().norm().clamp_min(1e-30)))
     return cast, max(errors)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dpace.engines.tensors import tensor_axes
 from dpace.progress import printable
-from dpace.spec import tensor_axes
 
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names in transformers' own container, and the published ones."""
@@ -70,10 +70,15 @@ class DrafterFolder:
         """Number of layers that have a tensor."""
         return 1 + max((int(found[1]) for name in self.tensors if (found := LAYER_NAME.match(name))), default=-1)
 
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether there are tensors of DFlash2's convolutions."""
+        return "layers.0.mlp_conv.base_kernel" in self.tensors
+
     @cached_property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of each tensor that there should be."""
-        return tensor_axes(self.num_layers)
+        return tensor_axes(self.num_layers, has_convolutions=self.has_convolutions)
 
     def size(self, axis: str) -> int | None:
         """Give the length of an axis; None where the tensors that have it differ."""

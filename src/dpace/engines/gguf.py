@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dpace.engines.config_values import check_spec
 from dpace.engines.speculators import integers
+from dpace.engines.tensors import gguf_names
 from dpace.progress import printable
-from dpace.spec import DrafterSpec, as_float32, gguf_names
+from dpace.spec import DrafterSpec, as_float32
 
 ARCHITECTURE = "dflash"
 BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error)
@@ -41,7 +42,7 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
     Args:
         path: of the new file.
         spec: of the drafter.
-        tensors: its weights; matrices float32, float16 or bfloat16, vectors float32, which llama.cpp's norms need.
+        tensors: its weights; matrices float32, float16 or bfloat16, all others float32, as llama.cpp needs them.
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
 
     Raises:
@@ -73,7 +74,7 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
             _copy(writer, field)
     _write_fields(writer, spec)
     writer.add_file_type(_FILE_TYPES[tensors["fc.weight"].dtype])
-    for ours, name in gguf_names(spec.num_layers).items():
+    for ours, name in gguf_names(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0).items():
         tensor = tensors[ours].detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
             data = tensor.view(torch.uint8).numpy()
@@ -130,6 +131,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
         "attention.key_length": spec.head_dim,
         "attention.value_length": spec.head_dim,
         "block_size": spec.block_size,
+        **spec.second,
     }.items():
         writer.add_uint32(f"{ARCHITECTURE}.{name}", number)
     scales: dict[str, float] = {
@@ -198,12 +200,15 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         embed_scale=get("embedding_scale", 1.0),
         logit_scale=get("logit_scale", 1.0),
         softcap=get("final_logit_softcapping", 0.0) or None,
+        conv_kernel_size=get("conv_kernel_size", 0),
+        conv_group_size=get("conv_group_size", 0),
     )
     try:
         check_spec(spec)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    names = {theirs: ours for ours, theirs in gguf_names(spec.num_layers).items()}
+    known = gguf_names(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
+    names = {theirs: ours for ours, theirs in known.items()}
     return spec, {names.get(tensor.name, tensor.name): _weights(tensor) for tensor in reader.tensors}
 
 

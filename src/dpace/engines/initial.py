@@ -49,6 +49,7 @@ def _options_of(spec: DrafterSpec) -> dict[str, object]:
         "num_features": len(spec.target_layer_ids),
         "target_layer_ids": spec.target_layer_ids,
         "mask_token_id": spec.mask_token_id,
+        "conv_kernel_size": spec.conv_kernel_size,
     }
 
 

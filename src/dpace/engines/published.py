@@ -11,7 +11,8 @@ from dpace.drafter import Drafter
 from dpace.engines.config_values import check_config, check_spec
 from dpace.engines.folder import read_files
 from dpace.engines.speculators import of_speculators
-from dpace.spec import DrafterSpec, tensor_axes
+from dpace.engines.tensors import tensor_axes
+from dpace.spec import DrafterSpec
 
 
 def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
@@ -62,7 +63,9 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     sizes = {"hidden": spec.hidden_size, "head": spec.head_dim, "inner": spec.intermediate_size}
     sizes |= {"query": spec.num_heads * spec.head_dim, "key": spec.num_key_value_heads * spec.head_dim}
     sizes["feature"] = len(spec.target_layer_ids) * spec.hidden_size
-    axes = tensor_axes(spec.num_layers)
+    sizes |= {"vocab": spec.vocab_size, "rank": 1, "side": 2, "tap": spec.conv_kernel_size}
+    sizes["kernel"] = 2 * spec.conv_kernel_size * (spec.hidden_size // max(1, spec.conv_group_size))
+    axes = tensor_axes(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
     missing, unknown = sorted(axes.keys() - tensors.keys()), sorted(tensors.keys() - axes.keys())
     if missing or unknown:
         raise ValueError(
@@ -86,6 +89,7 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
             raise ValueError(f"{name} has values that are not finite; copy it again, or take an earlier checkpoint")
     drafter = _build(spec)
     drafter.load_state_dict(tensors, assign=True)
+    drafter.refuse_trained_selector()
     return drafter.requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from dpace.engines.config_checks import FIX_COPY_AGAIN
 from dpace.engines.folder import published_name
 from dpace.engines.subject import Check, Observation, Subject, none_of, some
+from dpace.engines.tensors import SELECTOR_TENSORS
 
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}
 MAX_MATRIX_RMS = 1.0
@@ -69,6 +70,9 @@ def _tensor_shapes(subject: Subject) -> Observation:
         "head": head,
         "inner": config.get("intermediate_size", 0),
     }
+    kernel, group = (subject.nested.get(key) or 0 for key in ("conv_kernel_size", "conv_group_size"))
+    by_config |= {"vocab": len(subject.target.head.weight), "rank": 1, "side": 2, "tap": kernel}
+    by_config["kernel"] = 2 * kernel * (by_config["hidden"] // max(1, group))
     by_config["feature"] = len(subject.value("target_layer_ids") or ()) * by_config["hidden"]
     expected = {axis: subject.size(axis) or length for axis, length in by_config.items()}
     wrong = [
@@ -84,7 +88,8 @@ def _finite(subject: Subject) -> Observation:
 
 
 def _zero(subject: Subject) -> Observation:
-    return none_of([name for name, tensor in subject.tensors.items() if not tensor.any()])
+    zero = [name for name, tensor in subject.tensors.items() if not tensor.any()]
+    return none_of([name for name in zero if name not in SELECTOR_TENSORS])
 
 
 def _exploded(subject: Subject) -> Observation:

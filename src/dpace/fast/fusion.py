@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dpace.fast.attention import attend_in_groups
 from dpace.fast.packing import PackedLinear, is_plain, join, pack, unpack
 from dpace.fast.snapshot import Snapshot
-from dpace.modeling_dflash import DFlashLayer
+from dpace.modeling_dflash import DFlashLayer, around
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Layer classes of transformers with the computation of `FusedLayer`; `fuse_layers` also tests the first layer."""
@@ -159,8 +159,12 @@ class _Fused:
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Add attention and feed-forward to `hidden`."""
         hidden = hidden + self.out(attended.flatten(2))
-        gate, up = self.gate_up(self.norm(hidden, 1)).chunk(2, -1)
-        return hidden + self.down(self.activation(gate) * up)
+        return hidden + self.feed_forward(self.norm(hidden, 1))
+
+    def feed_forward(self, rows: Tensor) -> Tensor:
+        """Compute the feed-forward part of normalized rows."""
+        gate, up = self.gate_up(rows).chunk(2, -1)
+        return self.down(self.activation(gate) * up)
 
 
 def _pack(linears: list[nn.Linear]) -> Any:
@@ -215,10 +219,16 @@ class FusedDraftLayer(DFlashLayer):
             return super().forward(hidden, context, rope, mask, cache)
         attention: Any = modules["self_attn"]
         rotation = fused.rotation(rope)
-        query, key, value = fused.heads(torch.cat([context, fused.norm(hidden, 0)], dim=1), rotation)
-        if cache is not None:
-            key, value = cache.update(key, value, attention.layer)
-        return fused.finish(hidden, attend_in_groups(query[:, :, context.shape[1] :], key, value, mask))
+
+        def attend(rows):
+            query, key, value = fused.heads(torch.cat([context, rows], dim=1), rotation)
+            if cache is not None:
+                key, value = cache.update(key, value, attention.layer)
+            attended = attend_in_groups(query[:, :, context.shape[1] :], key, value, mask)
+            return fused.out(attended.flatten(2))
+
+        hidden = hidden + around(self.attention_conv, fused.norm(hidden, 0), attend)
+        return hidden + around(self.mlp_conv, fused.norm(hidden, 1), fused.feed_forward)
 
 
 @functools.cache
