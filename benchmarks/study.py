@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from study_report import ALWAYS, OURS, Cell, find_cells, step_seconds, write_report
-from study_trials import distillation_temperature, two_taps
+from study_trials import distillation_temperature
 
 from dpace.compare import heldout_set, measure_cells, train_cells
 from dpace.config import Recipe
@@ -85,7 +85,7 @@ CANDIDATES = {
     "dpace+validity": Candidate("dpace+validity"),
     "vat+mix+validity": Candidate("vat+mix+validity"),
     "16-anchors": Candidate("dpace", {"train.num_anchors": 16}),
-    "two-taps": Candidate("dpace", trial=two_taps),
+    "two-taps": Candidate("dpace", {"drafter.conv_kernel_size": 2}),
     "dpace+kl-soft": Candidate("dpace+kl", trial=partial(distillation_temperature, 2.0)),
     "5-features": Candidate("dpace", {"drafter.num_features": 5}),
 }
