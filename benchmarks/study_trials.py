@@ -12,6 +12,7 @@ import torch
 import dpace.train.scoring as scoring
 from dpace.loss import frozen_head_nll
 
+
 @contextlib.contextmanager
 def distillation_temperature(temperature: float) -> Iterator[None]:
     """Train on distributions of logits divided by a temperature; losses grow by its square, as in distillation.

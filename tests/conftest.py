@@ -21,8 +21,8 @@ from transformers import (
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
 from dpace.data.responses import Response
 from dpace.drafter import Drafter
-from dpace.fast.speed_up import speed_up
 from dpace.engines.tensors import LAYER_TENSORS
+from dpace.fast.speed_up import speed_up
 from dpace.target import Target
 
 VOCAB = 64

@@ -114,8 +114,7 @@ class Drafter(DFlashDraftModel):
             target: the model to draft for.
             num_layers: number of decoder layers of the drafter.
             block_size: number of slots in a block, the anchor included.
-            num_features: number of target layers that give features, chosen by the published rule; by default
-                `num_layers`.
+            num_features: number of target layers that give features, by the published rule; `num_layers` by default.
             target_layer_ids: ids of these layers, instead of `num_features`.
             mask_token_id: by default `choose_mask_token`.
             norm_scale: initial value of the final norm's weights; small values start near the uniform distribution.

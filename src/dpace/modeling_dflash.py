@@ -107,9 +107,9 @@ class DFlashConvolution(nn.Module):
 
 
 class NeutralSelector(nn.Module):
-    """Weights of a DFlash2 candidate selector that changes no choice, which engines want beside convolutions.
+    """Weights of a candidate selector that changes no choice; engines want one beside convolutions.
 
-    DFlash2 adds to each candidate's logit how well it follows the token before; here that is 0.
+    DFlash2's selector adds to a candidate's logit how well it follows the token before; here that is 0.
     """
 
     def __init__(self, config: Any):

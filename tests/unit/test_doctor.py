@@ -21,7 +21,7 @@ from dpace.engines.run_checks import RUN_CHECKS
 from dpace.engines.serving import serve_command
 from dpace.engines.weight_checks import WEIGHT_CHECKS
 from dpace.target import Target
-from tests.conftest import make_drafter, make_target, make_tokenizer
+from tests.conftest import make_drafter, make_target, make_tokenizer, make_with_convolutions
 
 Q, K, V = (f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")
 NORM, UP, GATE = "layers.1.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "layers.1.mlp.gate_proj.weight"
@@ -123,6 +123,24 @@ def rounded(config, tensors):
     tensors.update({name: old.bfloat16() for name, old in tensors.items()})
 
 
+def convolved(**sizes):
+    """Convolutions that do nothing, and sizes that the config says."""
+
+    def change(config, tensors):
+        config["architectures"] = ["DFlash2DraftModel"]
+        config["dflash_config"] |= {"selector_rank": 1, "selector_top_k": 4} | sizes
+        width, selector = 48, "candidate_selector."
+        for name in ("attention_conv", "mlp_conv"):
+            for layer in range(2):
+                tensors[f"layers.{layer}.{name}.base_kernel"] = torch.ones(2, 2, width)
+                tensors[f"layers.{layer}.{name}.kernel_projection.weight"] = torch.ones(2 * 2 * width // 16, width)
+        codebooks = ("predecessor_codebook", "successor_codebook")
+        tensors |= {selector + name: torch.zeros(64, 1) for name in codebooks}
+        tensors[f"{selector}hidden_projection.weight"] = torch.zeros(1, width)
+
+    return change
+
+
 def one_value(value):
     def make(old):
         old.view(-1)[3] = value
@@ -147,6 +165,7 @@ FAULTS = [
     ("half of each head rotated", keys(partial_rotary_factor=0.5), "rope layout"),
     ("head_dim missing", without("head_dim"), "head_dim"),
     ("head_dim 128", keys(head_dim=128), "head_dim"),
+    ("convolutions of another size", convolved(conv_kernel_size=3, conv_group_size=16), "convolutions"),
     ("heads halved", keys(num_attention_heads=2), "num_attention_heads"),
     ("key heads as many as heads", keys(num_key_value_heads=4), "num_key_value_heads"),
     ("another feed-forward", keys(intermediate_size=128), "intermediate_size"),
@@ -250,8 +269,9 @@ def test_a_broken_file_is_named_and_the_rest_is_examined(fault, folder, language
 def test_good_drafters_pass(family, dtype, tmp_path):
     target = make_target(family)
     target.tokenizer = make_tokenizer()
-    make_drafter(target).to(dtype).save_pretrained(tmp_path)
-    assert not named(tmp_path, target)
+    for make in (make_drafter, make_with_convolutions):
+        make(target).to(dtype).save_pretrained(tmp_path)
+        assert not named(tmp_path, target)
 
 
 def test_a_trained_drafter_passes_all_checks(folder, language_target, language_responses):

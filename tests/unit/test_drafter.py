@@ -13,7 +13,7 @@ from dpace.drafter import Drafter
 from dpace.mask_token import check_mask_token, choose_mask_token
 from dpace.modeling_dflash import DFlashAttention, DFlashConvolution, DFlashDraftModel, DFlashLayer
 from dpace.views import blocks_hidden
-from tests.conftest import MASK, make_drafter, make_with_convolutions, make_target, make_tokenizer
+from tests.conftest import MASK, make_drafter, make_target, make_tokenizer, make_with_convolutions
 
 
 def hidden_of_blocks(drafter, target, token_ids, features, anchors):

@@ -12,7 +12,6 @@ import torch
 from dpace.head import Head
 from dpace.measure.results import Heldout, write_heldout
 from dpace.metrics import Acceptance
-from tests.conftest import make_drafter
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LENGTHS = {25: 4, 100: 6, 400: 8}
@@ -72,26 +71,6 @@ def test_the_report_has_every_objective_and_both_figures(study, output):
     for name in ("tau", "gain"):
         assert f"](study-{name}.svg)" in text
         assert "spec-auf" in (output / "report" / f"study-{name}.svg").read_text()
-
-
-def test_taps_see_the_slot_before_within_a_block_and_start_as_nothing(study, language_target):
-    trials = importlib.import_module("study_trials")
-    taps, x = trials.TwoTaps(hidden_size=1, block_size=2), torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
-    assert torch.equal(taps.around(x, lambda y: y), x)
-    taps.base_kernel.data[0, 1] = 10
-    assert torch.equal(taps.around(x, lambda y: y), torch.tensor([[[1.0], [12.0], [3.0], [34.0]]]))
-    taps.kernel_projection.data = torch.tensor([[1.0], [0.0], [0.0], [0.0]])  # of the slot itself, before
-    assert torch.equal(taps.around(x, lambda y: y), torch.tensor([[[2.0], [16.0], [12.0], [50.0]]]))
-
-    plain = make_drafter(language_target, block_size=4)
-    with trials.two_taps():
-        ours = make_drafter(language_target, block_size=4)
-    assert ours.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    width = language_target.hidden_size
-    inputs = torch.randn(1, 8, width), torch.randn(1, 5, 2 * width), torch.arange(13)[None]
-    with torch.no_grad():
-        outs = [drafter(*inputs).last_hidden_state for drafter in (ours, plain)]
-    torch.testing.assert_close(*outs)
 
 
 def test_soft_labels_at_a_temperature(study, monkeypatch):

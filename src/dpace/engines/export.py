@@ -89,11 +89,6 @@ def export(
         target_name = str(Path(target_name).resolve())
     spec, weights = read_folder(folder)
     spec.check()
-    if to == "speculators" and spec.conv_kernel_size:
-        raise ValueError(
-            f"{folder} has convolutions, and the format of speculators has none; vLLM and SGLang read the published "
-            "layout, which `dpace train` writes"
-        )
     original = load_drafter(folder, target)
     tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
     written = tensors["fc.weight"].dtype
