@@ -5,9 +5,12 @@ Run in a process of its own (`python -m tests.second_device`): torch then takes 
 
 import copy
 import json
+import tempfile
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -176,6 +179,42 @@ def _copy_from(source, to, non_blocking=False):
 kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
 
 
+def others_loops(target, token_ids, num_layers: int) -> dict:
+    """The loops of z-lab and transformers, on layers as transformers has them, with a random drafter of their own."""
+    import dflash.model as zlab
+    from transformers import AutoModel
+
+    from tests.conftest import make_drafter
+
+    model = copy.deepcopy(target.model).bfloat16()
+    model.config._attn_implementation = "sdpa"
+    model = model.to(NAME)
+    prompt = torch.tensor([token_ids], device=NAME)
+    zlab._cuda_time = time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        make_drafter(target, num_layers=num_layers).save_pretrained(folder)
+        options = {"dtype": torch.bfloat16}
+        theirs = zlab.DFlashDraftModel.from_pretrained(folder, **options).eval().to(NAME)
+        assistant = AutoModel.from_pretrained(folder, trust_remote_code=True, **options).eval().to(NAME)
+
+    def run_zlab(max_new_tokens, stop_token_ids):
+        found = zlab.dflash_generate(theirs, model, prompt, max_new_tokens, None, 0.0, return_stats=True)
+        return [SimpleNamespace(accepted_lengths=found.acceptance_lengths)]
+
+    def run_transformers(max_new_tokens, stop_token_ids):
+        passes = []
+        hook = model.register_forward_hook(lambda *_: passes.append(1))
+        options = {"assistant_model": assistant, "speculation_type": "dflash", "do_sample": False}
+        options |= {"attention_mask": torch.ones_like(prompt), "eos_token_id": -1}
+        try:
+            model.generate(prompt, max_new_tokens=max_new_tokens, **options)
+        finally:
+            hook.remove()
+        return [SimpleNamespace(accepted_lengths=passes[1:])]
+
+    return {"z-lab": run_zlab, "transformers": run_transformers}
+
+
 def main() -> None:
     """Decode, measure and train on both devices; print what was different, and the waits of each part."""
     register()
@@ -277,6 +316,8 @@ def main() -> None:
         deep = make_target("qwen3", num_hidden_layers=36, layer_types=36 * ["full_attention"])
         fast = Target(load(deep.model, torch.bfloat16)), load(make_drafter(deep, num_layers=5), torch.bfloat16)
         steps["36 layers"] = count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)])
+        for name, loop in others_loops(deep, prompts[0], 5).items():
+            steps[f"36 layers, {name}"] = count_steps(device, loop)
     print(json.dumps(found))
 
 

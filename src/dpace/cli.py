@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if is_help else 2
     verb = argv[0]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: they fill a log
     try:
         with _sigterm_as_interrupt():
             module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")

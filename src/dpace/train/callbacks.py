@@ -136,6 +136,7 @@ class TrainingBar(ProgressCallback):
     def __init__(self, name: str):
         super().__init__()
         self.name, self.numbers = name, {}
+        self.had_others = True
         self.lines: PlainLines | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -144,6 +145,7 @@ class TrainingBar(ProgressCallback):
             self.lines = PlainLines(self.name, state.max_steps, state.global_step)
         else:
             super().on_train_begin(args, state, control, **kwargs)
+        self.had_others = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # one bar for each checkpoint's file would break up ours
         if self.training_bar is not None:
             self.training_bar.set_description(self.name)
@@ -159,7 +161,8 @@ class TrainingBar(ProgressCallback):
         """Close the bar."""
         if not self.lines:
             super().on_train_end(args, state, control, **kwargs)
-        transformers.utils.logging.enable_progress_bar()
+        if self.had_others:
+            transformers.utils.logging.enable_progress_bar()
 
     def on_log(self, args, state, control, logs=None, **_):
         """Show the latest numbers."""
