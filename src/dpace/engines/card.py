@@ -91,6 +91,8 @@ def _facts(spec: DrafterSpec, target: str, weights: str) -> str:
         "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
         "weights": weights,
     }
+    if spec.conv_kernel_size:
+        facts["convolutions"] = f"over {spec.conv_kernel_size} slots, as in DFlash2, with a candidate selector of zeros"
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 
