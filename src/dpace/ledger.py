@@ -278,7 +278,7 @@ def refuse_others(folder: str | Path, *names: str) -> set[str]:
         if (folder / name).exists() and name not in written:
             raise ValueError(
                 f"{folder / name} was not written by dpace and would be overwritten; name another folder with "
-                "--output, or move that file away"
+                f"--output, move that file away, or copy {MARKER} too where it comes from another folder of dpace"
             )
     return written
 
