@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dpace import ranks
 from dpace.ledger import read_object
 
 NUM_NAMED = 3
@@ -82,6 +83,7 @@ def refuse_infinite(what: str, model: torch.nn.Module, fix: str) -> None:
 
 def _is_wrong(value: Any) -> bool:
     """Say whether a tensor has a value that is not finite; quantized ones are not looked at."""
+    value = ranks.local(value)
     if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or not value.is_floating_point():
         return False
     return not bool((value if value.element_size() > 1 else value.float()).isfinite().all())

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpace import ranks
 from dpace.fast.packing import is_plain
 from dpace.head import Head
 
@@ -44,7 +45,7 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
         decoder.register_forward_hook(lambda _module, _args, out: seen.update(decoded=out.last_hidden_state)),
     ]
     try:
-        table = model.get_input_embeddings().weight
+        table = ranks.whole(model.get_input_embeddings().weight)
         token = torch.tensor([[config.vocab_size // 2]], device=table.device)
         logits = model(token, use_cache=False).logits.to(table.device).float().flatten()
     finally:
@@ -62,7 +63,7 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
             "pass theirs to the head unchanged: choose another target"
         )
     scale = _find_scale(model, first.float(), table[token[0, 0]].float(), "input embedding")
-    weight = head_module.weight.to(table.device)  # a copy where the layers are spread over devices
+    weight = ranks.whole(head_module.weight).to(table.device)  # a copy where the layers are spread over devices
     softcap = getattr(config, "final_logit_softcapping", None)
     raw = weight.float() @ last.float()
     uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
@@ -72,7 +73,8 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
 def _refuse_quantized_tables(model: Any, head_module: Any) -> None:
     """Refuse an embedding or head that is no table of plain numbers."""
     for part, module in (("input embedding", model.get_input_embeddings()), ("LM head", head_module)):
-        if not is_plain(getattr(module, "weight", None)):
+        weight = getattr(module, "weight", None)
+        if not (is_plain(weight) or ranks.is_spread(weight)):
             raise ValueError(
                 f"the {part} of {type(model).__name__} is quantized ({type(module).__name__}); drafters share it as a "
                 "table of plain numbers: choose a checkpoint that quantizes the layers only"

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import dpace
+from dpace import ranks
 from dpace.device import describe
 
 FINGERPRINT_VALUES = 64
@@ -68,6 +69,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     tensors = [part for item in model.state_dict().items() for part in _plain(*item)]
     for name, tensor in sorted(tensors, key=operator.itemgetter(0)):
+        tensor = ranks.whole(tensor)  # one at a time
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         stride = max(1, -(-flat.numel() // FINGERPRINT_VALUES))
@@ -77,7 +79,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a tensor, or those that a quantized one is made of."""
-    if is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor) and not ranks.is_spread(tensor):
         for part in tensor.__tensor_flatten__()[0]:
             yield from _plain(f"{name}.{part}", getattr(tensor, part))
     elif isinstance(tensor, torch.Tensor):

@@ -33,6 +33,11 @@ def share(items: Sequence[T]) -> list[T]:
     return list(items[rank() :: num_ranks()])
 
 
+def num_short(items: Sequence[Any]) -> int:
+    """Count how many items fewer this rank's part has than the first one's, where all have to keep step."""
+    return -(-len(items) // num_ranks()) - len(share(items))
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if num_ranks() > 1:
@@ -76,6 +81,27 @@ def from_first(work: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def is_spread(tensor: Any) -> bool:
+    """Say whether the parts of a tensor lie on several ranks."""
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """Give the part of a tensor that lies on this rank."""
+    return tensor.to_local() if is_spread(tensor) else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """Gather a tensor that is spread over the ranks, which must all be here; others are given as they are."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def end() -> None:

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpace.config import Device, DeviceMap
 from dpace.device import default_dtype, find_device
@@ -25,6 +20,7 @@ from dpace.fast.snapshot import look_again
 from dpace.fast.speed_up import speed_up
 from dpace.fast.stack import FusedStack, stack_layers
 from dpace.probe import find_layers, find_tables
+from dpace.provenance import weights_fingerprint
 from dpace.target_files import open_target
 
 MIN_SHARED = 16
@@ -112,6 +108,11 @@ class Target:
         if len(parts) > 2 and parts[-2] == "snapshots":
             return parts[-3].split("--")[-1]
         return Path(self.name).name
+
+    @property
+    def sha256(self) -> str:
+        """What tells its weights from others."""
+        return weights_fingerprint(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -253,12 +254,7 @@ class Target:
             Features, detached, in the dtype of the target. `feature` is `len(target_layer_ids) * hidden`, and `hidden`
             more with `with_head_input`.
         """
-        boundary = self.rotation_boundary
-        if boundary and len(token_ids) > 1 and token_ids.shape[1] > boundary:
-            raise ValueError(
-                f"a text has {token_ids.shape[1]} tokens; past {boundary} this target rotates all positions of a batch "
-                f"anew: cut texts with --train.max-length {boundary}"
-            )
+        self._refuse_rotation(token_ids)
         num_shared = shared_prefix(token_ids.tolist())
         saved = num_shared * (len(token_ids) - 1) / token_ids.numel() if num_shared >= MIN_SHARED else 0
         if saved < MIN_SAVED or num_shared == token_ids.shape[1] or self.cache_ability == "append":
@@ -269,6 +265,17 @@ class Target:
             repeat_rows(layer, len(token_ids))
         rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_head_input=with_head_input, cache=cache)
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
+
+    def stand_by(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+        """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
+
+    def _refuse_rotation(self, token_ids: Tensor) -> None:
+        boundary = self.rotation_boundary
+        if boundary and len(token_ids) > 1 and token_ids.shape[1] > boundary:
+            raise ValueError(
+                f"a text has {token_ids.shape[1]} tokens; past {boundary} this target rotates all positions of a batch "
+                f"anew: cut texts with --train.max-length {boundary}"
+            )
 
     def _run(self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None) -> Tensor:
         """Run the model up to the last of the layers, or up to the head's input."""

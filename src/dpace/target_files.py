@@ -19,10 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dpace.config import DeviceMap
+from dpace.config import DeviceMap, TargetShard
 from dpace.ledger import read_object
 from dpace.loading import LIBRARY_ERRORS, attention_of, one_line, refuse_infinite, refuse_mismatch
 from dpace.locate import find_target
+from dpace.target_shards import distribution
 
 FIX = "download or copy the target again"
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -94,7 +95,12 @@ def _find_adapter(name: str) -> Path | None:
 
 
 def open_target(
-    name: str, *, dtype: torch.dtype, device: torch.device, device_map: DeviceMap = None
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: DeviceMap = None,
+    shard: TargetShard = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a target's model and tokenizer; no code that a checkpoint names is run.
 
@@ -103,6 +109,7 @@ def open_target(
         dtype: of the weights that are not quantized.
         device: where the model is put.
         device_map: `auto` spreads the layers over all GPUs instead.
+        shard: how it is spread over the ranks of this command, see `dpace.target_shards`.
 
     Raises:
         OSError: there is no readable model of that name.
@@ -110,35 +117,21 @@ def open_target(
             package that is missing; GPUs without room for all layers; see `find_places`.
     """
     what, places = f"the target {name}", find_places(name)
-    if device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "--device-map auto gives one process all GPUs, and torchrun starts several; start one process, or leave "
-            "--device-map out"
-        )
     config, quantized = places.config, getattr(places.config, "quantization_config", None)
+    _refuse_kind(what, places, quantized, device_map, shard)
     with one_line(what, FIX):
         tokenizer = AutoTokenizer.from_pretrained(places.tokenizer, trust_remote_code=False)
-    if quantized is not None and places.adapter:
-        raise ValueError(
-            f"{what} is an adapter of {places.base}, whose weights are quantized; merging would round them anew: merge "
-            "it into the model before it was quantized, and name the merged model"
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(
-            f"{what} is of the kind {config.model_type}, which transformers has no decoder for; name a causal LM, or a "
-            "model for images and text"
-        )
     spread: Any = device_map or ({"": device} if quantized is not None else None)
+    auto, attention = _choose_class(config)
+    over_ranks = distribution(shard, auto, config)
     with one_line(what, FIX) if quantized is None else _explained(what, quantized):
-        has_text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        mapping = MODEL_FOR_CAUSAL_LM_MAPPING if has_text_only else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        auto = AutoModelForCausalLM if has_text_only else AutoModelForImageTextToText
         loaded: Any = auto.from_pretrained(
             places.base,
             config=config,
             dtype=dtype,
             device_map=spread,
-            attn_implementation=attention_of(mapping.get(type(config), None)),
+            distributed_config=over_ranks,
+            attn_implementation=attention,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -150,7 +143,44 @@ def open_target(
     if places.adapter:
         model = _merge(what, model, places.adapter)
         model.config._name_or_path = name
-    return model if spread else model.to(device), tokenizer
+    return model if spread or over_ranks else model.to(device), tokenizer
+
+
+def _refuse_kind(what: str, places: Places, quantized: Any, device_map: DeviceMap, shard: TargetShard) -> None:
+    """Refuse a target that cannot be loaded in the way that is asked for, before it is read.
+
+    Raises:
+        ValueError: names the reason and what to do.
+    """
+    config = places.config
+    if device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "--device-map auto gives one process all GPUs, and torchrun starts several; start one process, or leave "
+            "--device-map out"
+        )
+    if quantized is not None and places.adapter:
+        raise ValueError(
+            f"{what} is an adapter of {places.base}, whose weights are quantized; merging would round them anew: merge "
+            "it into the model before it was quantized, and name the merged model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"{what} is of the kind {config.model_type}, which transformers has no decoder for; name a causal LM, or a "
+            "model for images and text"
+        )
+    if shard != "none" and (quantized is not None or places.adapter or device_map):
+        raise ValueError(
+            f"--train.target-shard {shard} spreads plain weights only, and {what} is quantized, an adapter, or spread "
+            "by --device-map; leave one of them out"
+        )
+
+
+def _choose_class(config: Any) -> tuple[Any, str]:
+    """Choose the auto class of a model, and its attention code."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM, attention_of(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return AutoModelForImageTextToText, attention_of(kind)
 
 
 @contextmanager

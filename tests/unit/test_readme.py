@@ -80,7 +80,7 @@ class ParsedError(Exception):
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_commands_are_understood(command, tmp_path, monkeypatch):
     words = shlex.split(command, comments=True)
-    words = words[words.index("dpace.cli") :] if words[0] == "torchrun" else words
+    words = words[words.index("dpace.cli") :] if words[0] in ("torchrun", "accelerate") else words
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     elif words[0] == "python" and words[1] == "-m":

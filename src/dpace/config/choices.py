@@ -28,6 +28,7 @@ Width = Literal["auto", "full"] | int
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
+TargetShard = Literal["none", "fsdp", "tp"]
 Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dpace.config.choices import Confidence, ObjectiveName, Reduction, TokenLoss, Validity
+from dpace.config.choices import Confidence, ObjectiveName, Reduction, TargetShard, TokenLoss, Validity
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TrainConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw (the paper's), or muon for the matrices.
-    Muon is better for short trainings; its steps are slower, and it does not work with sharded weights."""
+    Muon is better for short trainings; its steps are slower."""
     learning_rate: float = 6e-4
     """Highest learning rate of the schedule (the paper: 6e-4)."""
     num_epochs: float = 6.0
@@ -122,6 +122,10 @@ class TrainConfig:
     """Most GiB of disk that are added to feature_files."""
     feature_servers: tuple[str, ...] = ()
     """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
+    target_shard: TargetShard = "none"
+    """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
+    none: each rank has all. fsdp: a layer is gathered where it runs. tp: each matrix is split, and all ranks run all
+    texts; the fastest links only."""
     torch_compile: bool = False
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False

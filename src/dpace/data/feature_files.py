@@ -6,6 +6,7 @@ named by the hash of its tokens: answers may be added, and a run that was killed
 
 import hashlib
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from dpace import ranks
 from dpace.data.dataset import FEATURE_BATCH, ResponseDataset, pad
 from dpace.ledger import hold, write_json, writing
 from dpace.progress import progress_bar
-from dpace.provenance import hash_json, weights_fingerprint
+from dpace.provenance import hash_json
 from dpace.target import Target
 
 Make = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -135,13 +136,16 @@ def keep_on_disk(
             if servers:
                 make = _ask(servers, target, target_layer_ids, dataset.token_ids(mine[0] if mine else 0))
             _compute(make, dataset, place, mine, names, dtype)
+            most = math.ceil(math.ceil(len(wanted) / ranks.num_ranks()) / FEATURE_BATCH)  # of a rank's batches
+            for _ in range(0 if servers else most - math.ceil(len(mine) / FEATURE_BATCH)):
+                target.stand_by(target_layer_ids, with_head_input=with_head_input)
         ranks.barrier()
     dataset.features = FeatureFiles(place, names, target.head.weight.dtype)
 
 
 def _identity(target: Target) -> list[str]:
     """Say what the hidden states of a text depend on."""
-    return [weights_fingerprint(target.model), str(target.model.dtype)]
+    return [target.sha256, str(target.model.dtype)]
 
 
 def _name(dataset: ResponseDataset, index: int) -> str:

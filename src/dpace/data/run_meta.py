@@ -10,7 +10,7 @@ from dpace.config import RespondConfig
 from dpace.data.chat import ChatTokenizer, tokenizer_hashes
 from dpace.data.prompts import Prompt
 from dpace.ledger import read_text, unique_keys, write_json
-from dpace.provenance import find_versions, hash_file, hash_json, weights_fingerprint
+from dpace.provenance import find_versions, hash_file, hash_json
 from dpace.target import Target
 
 WAYS_OUT = {
@@ -106,7 +106,7 @@ def find_meta(
         origin = {
             "revision": getattr(target.model.config, "_commit_hash", None),
             "dtype": str(target.model.dtype),
-            "target_sha256": weights_fingerprint(target.model),
+            "target_sha256": target.sha256,
         }
     return {
         "target": target.name,

@@ -22,7 +22,7 @@ from dpace.measure.results import SEED_RULE, BenchResults, Provenance, write_res
 from dpace.measure.rows import COMPILED, PLAIN, ResponseRecord
 from dpace.measure.timing import StepTimers
 from dpace.progress import progress_bar
-from dpace.provenance import find_hardware, find_versions, hash_json, weights_fingerprint
+from dpace.provenance import find_hardware, find_versions, hash_json
 from dpace.target import Target
 
 Engines = dict[tuple[str, Width | None], Drafter | CompiledPlain | None]
@@ -191,7 +191,7 @@ def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfi
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         prompt_seeds=SEED_RULE,
-        target_weights_sha256=weights_fingerprint(target.model),
+        target_weights_sha256=target.sha256,
         drafter_configs={name: _hash_config(drafter) for name, drafter in drafters.items()},
         thinking=target.thinking,
         **tokenizer_hashes(target),

@@ -101,6 +101,8 @@ def heldout_acceptance(
         results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])
     drafter.train(was_training)
     if over_ranks:
+        for _ in range(ranks.num_short(indices) if dataset.features is None else 0):
+            target.stand_by(drafter.target_layer_ids)
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
     return Acceptance.of_prompts([results[i] for i in indices])
 

@@ -16,7 +16,6 @@ from dpace.decode import generate_plain
 from dpace.decode.sampling import Sampler
 from dpace.measure.divergence import Divergence, describe, find_divergence
 from dpace.measure.parity import Finding
-from dpace.provenance import weights_fingerprint
 from dpace.target import Target
 
 NUM_REREAD = 8
@@ -100,7 +99,7 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
     Returns:
         Whether the target is the one that answered, and whether the text is its own.
     """
-    now = {"target_sha256": weights_fingerprint(target.model), **tokenizer_hashes(target)}
+    now = {"target_sha256": target.sha256, **tokenizer_hashes(target)}
     if meta.get("source") == "servers":
         now.pop("target_sha256")
     other = [key.removesuffix("_sha256") for key in now if meta.get(key) != now[key]]

@@ -1,5 +1,6 @@
 """A Trainer with checkpoints all or nothing and without pickle, and with numbers that stay finite."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
+from dpace import ranks
 from dpace.drafter import Drafter
 from dpace.ledger import write_text
 from dpace.loading import refuse_infinite
@@ -27,6 +29,7 @@ from dpace.train.checkpoints import (
     write_optimizer,
     write_random,
 )
+from dpace.train.sharding import gather_weights, scatter_weights, shard, sharded_by_dpace, wants_shards
 from dpace.validity import load_validity
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
@@ -37,17 +40,32 @@ class CheckpointedTrainer(Trainer):
 
     Its own are written in place, so a killed process leaves half of one, which is then taken; and they are pickled.
     Training ends at the first loss, gradient or weight that is NaN or infinite, before it reaches a checkpoint.
+
+    Where accelerate's configuration asks for FSDP2, a copy of the drafter is sharded and trained. The drafter itself
+    stays whole on each rank, and gets the weights for measuring, for checkpoints and at the end. So the files are the
+    same as those of one process.
+
+    Memory, of a rank among n: a whole drafter, and a share 1/n of weights, gradients and moments.
     """
 
-    drafter: Drafter
+    model: Any
+    """What is trained: the drafter, or its sharded copy."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, drafter: Drafter, **kwargs):
+        self.drafter, self.is_sharded = drafter, wants_shards()
+        with sharded_by_dpace():
+            super().__init__(model=copy.deepcopy(drafter) if self.is_sharded else drafter, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "accelerate's configuration asks for FSDP or DeepSpeed, whose sharded weights dpace cannot keep in "
-                "checkpoints; start with `torchrun`, which gives each process a whole drafter"
-            )
+            raise ValueError("accelerate was set up with FSDP or DeepSpeed in this process before; let dpace set it up")
+        if self.is_sharded:
+            self.model.attach_validity(None)  # the drafter's own is trained
+            shard(self.model)
+            self.is_distributed_loading_by_transformers = True  # the Trainer then leaves placement and gradients to it
+
+    def gather(self) -> None:
+        """Bring the weights as they are into `drafter`; all ranks must be here."""
+        if self.is_sharded:
+            gather_weights(self.model, self.drafter)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run forward and backward of a micro-batch.
@@ -62,7 +80,7 @@ class CheckpointedTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Give the norm of the gradient; one that is not finite is refused before the step is taken."""
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = ranks.whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         if not math.isfinite(float(norm)):
             self._refuse_step(f"the gradient of step {self.state.global_step + 1} has the norm {float(norm)}")
         return norm
@@ -93,6 +111,7 @@ class CheckpointedTrainer(Trainer):
 
     def _write_checkpoint(self, *, has_optimizer: bool) -> None:
         """Write a checkpoint, which training can go on from only with the optimizer's state."""
+        self.gather()
         self.refuse_infinite_weights()
         checkpoints, step = Path(str(self.args.output_dir)), self.state.global_step
         best = self.state.best_global_step
@@ -106,11 +125,12 @@ class CheckpointedTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if has_optimizer:
                 write_random(unfinished, self.args.process_index)
+            if has_optimizer and (self.is_sharded or self.is_world_process_zero()):
+                keep = unfinished if self.is_world_process_zero() else None
+                write_optimizer(keep, self.optimizer, self.lr_scheduler)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self.drafter.save_pretrained(unfinished)
-                if has_optimizer:
-                    write_optimizer(unfinished, self.optimizer, self.lr_scheduler)
                 self.write_state(unfinished / STATE)
                 folder = finish(checkpoints, step)
                 prune(checkpoints, folder, best_folder)
@@ -135,12 +155,15 @@ class CheckpointedTrainer(Trainer):
         """Read the weights, into the tensors that the optimizer knows."""
         folder, head = Path(resume_from_checkpoint), self.drafter.validity
         self.drafter.load_state_dict(load_file(folder / "model.safetensors"))
+        if self.is_sharded:
+            scatter_weights(self.drafter, self.model)
         kept = load_validity(folder, self.drafter.config.hidden_size)
         if head is not None and kept is not None:
             head.load_state_dict(kept.state_dict())
 
     def load_best(self) -> None:
-        """Read the weights of the best step, if one was measured."""
+        """Read the weights of the best step, if one was measured; else take those of the last one."""
+        self.gather()
         if self.state.best_global_step:
             best = checkpoint_folder(Path(str(self.args.output_dir)), self.state.best_global_step)
             self._load_from_checkpoint(str(best))

@@ -15,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dpace import ranks
 from dpace.device import read_random_state, set_random_state
 from dpace.ledger import UNFINISHED, sweep, sync, write_json
 from dpace.loading import share
 from dpace.provenance import hash_file
+from dpace.train.sharding import take_share
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 MOMENTS, STEPS = "optimizer.safetensors", "optimizer.json"
@@ -146,26 +149,43 @@ def _rotate(checkpoints: Path, keep: set[Path | None]) -> None:
             shutil.rmtree(path)
 
 
-def write_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Write the state of optimizer and schedule: tensors as safetensors, the rest as JSON."""
+def write_optimizer(folder: Path | None, optimizer: Any, scheduler: Any) -> None:
+    """Write the state of optimizer and schedule: tensors as safetensors, the rest as JSON.
+
+    Sharded tensors are gathered one at a time. All ranks must then be here, and those without a folder write nothing.
+    """
     state = optimizer.state_dict()
     tensors, others = {}, {}
     for number, entry in state["state"].items():
         for name, value in entry.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.detach().contiguous()
+                whole = ranks.whole(value.detach())
+                if folder is not None:
+                    tensors[f"{number}.{name}"] = whole.cpu().contiguous()
             else:
                 others[f"{number}.{name}"] = value
+    if folder is None:
+        return
     save_file(tensors, folder / MOMENTS)
     rest = {"others": others, "groups": state["param_groups"], "scheduler": scheduler.state_dict()}
     write_json(folder / STEPS, rest)
 
 
 def read_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Give optimizer and schedule the state that `write_optimizer` wrote."""
+    """Give optimizer and schedule the state that `write_optimizer` wrote.
+
+    Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.
+    """
     rest = json.loads((folder / STEPS).read_bytes())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**load_file(folder / MOMENTS), **rest["others"]}.items():
+    with safe_open(folder / MOMENTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            number, _, name = key.partition(".")
+            value, parameter = file.get_tensor(key), parameters[int(number)]
+            share = take_share(value, parameter) if value.shape == parameter.shape else value
+            state.setdefault(int(number), {})[name] = share
+    for key, value in rest["others"].items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]

@@ -27,10 +27,12 @@ def finish(
     dataset: ResponseDataset,
     validation: ResponseDataset,
     recipe: Recipe,
-    run: Mapping[str, Any],
+    run: Mapping[str, Any] | None,
     memory: PeakMemory,
 ) -> None:
     """Calibrate a trained drafter, and write it with what it was made from.
+
+    All ranks calibrate, since the target may need all of them.
 
     Args:
         folder: of the run; `provenance.json`, which says that the drafter is finished, comes last.
@@ -40,16 +42,21 @@ def finish(
         dataset: what was trained on.
         validation: what the checkpoint was chosen by, and the confidences are fitted to.
         recipe: every setting.
-        run: what `run.json` holds.
+        run: what `run.json` holds; None on ranks that do not write.
         memory: measured since training began.
     """
+    temperature = fit_confidence_temperature(drafter, target, validation)
+    reliability = measure_reliability(drafter, target, validation)
+    if run is None:
+        return
     sha256 = run.get(OBJECTIVE_SHA256)
     objective = {"objective": recipe.loss.objective} | ({"objective_sha256": sha256} if sha256 else {})
-    drafter.config.dpace = {**_record(drafter, target, trainer, validation, recipe), **objective}
+    record = {"confidence_temperature": temperature, **_record(target, trainer, validation, recipe)}
+    drafter.config.dpace = {**record, **objective}
     start = {"init": recipe.drafter.init, "init_sha256": run["init_sha256"]}
     provenance = {**_provenance(target, trainer, dataset), **objective, **start, "peak_memory_bytes": memory.bytes}
     if drafter.validity is not None:
-        provenance["reliability"] = measure_reliability(drafter, target, validation)
+        provenance["reliability"] = reliability
     _write_folder(folder, drafter, trainer, provenance)
 
 
@@ -61,15 +68,12 @@ def _write_folder(folder: Path, drafter: Drafter, trainer: CheckpointedTrainer, 
         write_json(folder / "provenance.json", provenance, indent=2)
 
 
-def _record(
-    drafter: Drafter, target: Target, trainer: CheckpointedTrainer, validation: ResponseDataset, recipe: Recipe
-) -> dict:
-    """Give what the drafter's config records: temperature, what it was trained for, and its tau.
+def _record(target: Target, trainer: CheckpointedTrainer, validation: ResponseDataset, recipe: Recipe) -> dict:
+    """Give what the drafter's config records: what it was trained for, and its tau.
 
     `dpace doctor` compares with it; engines ignore it.
     """
     record = {
-        "confidence_temperature": fit_confidence_temperature(drafter, target, validation),
         "target": target.short_name,
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "thinking": recipe.thinking,

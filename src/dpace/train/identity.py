@@ -21,7 +21,7 @@ from dpace.ledger import read_object, write_json
 from dpace.loading import fingerprint
 from dpace.loss import Weigh
 from dpace.objective import objective_sha256
-from dpace.provenance import hash_file, weights_fingerprint
+from dpace.provenance import hash_file
 from dpace.target import Target
 
 RUN_FILE = "run.json"
@@ -34,6 +34,7 @@ NO_RESULT = {
     "train.feature_files",
     "train.feature_files_gib",
     "train.gradient_checkpointing",
+    "train.target_shard",
 }
 """Settings that change no result: a run goes on with other values of them."""
 EARLIER = {"init_sha256": None, "train.feature_dtype": "target", "train.feature_servers": False}
@@ -78,7 +79,7 @@ def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, 
 def target_of(target: Target) -> dict[str, Any]:
     """Give what identifies a target and how its text is made."""
     return {
-        "target_sha256": weights_fingerprint(target.model),
+        "target_sha256": target.sha256,
         **tokenizer_hashes(target),
         "thinking": target.thinking,
         "dtype": str(target.model.dtype).removeprefix("torch."),

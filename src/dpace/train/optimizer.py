@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpace import ranks
+from dpace.train.sharding import take_share
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
 
@@ -38,7 +41,8 @@ class MuonAdamW(torch.optim.AdamW):
     `buffer = momentum * buffer + (1 - momentum) * grad`; the step is `orthogonalize` of the Nesterov mix of the two,
     times `0.2 * sqrt(max(rows, columns))`, so that it is as long as AdamW's and takes the same learning rate.
 
-    Memory: one buffer a matrix, two a vector.
+    Memory: one buffer a matrix, two a vector. Of sharded matrices, one at a time is whole on each rank: the iteration
+    needs all of it, and each rank computes it, as without shards.
 
     Source: Muon as above; the scale from Liu et al. (arXiv 2502.16982), section 2.2.
     """
@@ -74,6 +78,6 @@ class MuonAdamW(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
         buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        update = orthogonalize(grad.lerp(buffer, momentum))
+        update = take_share(orthogonalize(ranks.whole(grad.lerp(buffer, momentum))), parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)

@@ -187,9 +187,10 @@ def train(
     options: Any = {"device": target.device, "has_validation": bool(len(validation))}
     args = training_arguments(config, folder / "checkpoints", **options)
     with ExitStack() as held:
+        facts, run = target_of(target), None
         found: list[Any] = [None, None]
         if args.process_index == 0:
-            run = describe_run(target_of(target), dataset, validation, recipe, weigh, init)
+            run = describe_run(facts, dataset, validation, recipe, weigh, init)
             found = _open_folder(folder, run, held)
         if args.world_size > 1:
             distributed.broadcast_object_list(found, src=0)
@@ -197,13 +198,12 @@ def train(
             return Drafter.from_pretrained(folder).to(target.device)
         drafter = _make_drafter(target, dataset, recipe, init)
         trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, checked, config)
-        if args.process_index == 0:
+        if run is not None:
             write_run(folder, run)
             write_recipe(recipe, folder / "recipe.yaml")
         memory = PeakMemory(target.device)
         _take_steps(trainer, drafter, found[1])
-        if args.process_index == 0:
-            finish(folder, drafter, target, trainer, dataset, validation, recipe, run, memory)
+        finish(folder, drafter, target, trainer, dataset, validation, recipe, run, memory)
     return drafter
 
 

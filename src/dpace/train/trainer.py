@@ -74,7 +74,7 @@ class DrafterTrainer(CheckpointedTrainer):
         config: TrainConfig,
     ):
         super().__init__(
-            model=drafter,
+            drafter,
             args=args,
             train_dataset=dataset,
             eval_dataset=validation,
@@ -92,7 +92,6 @@ class DrafterTrainer(CheckpointedTrainer):
         self.use_muon, self.on_policy_share = config.optimizer == "muon", config.on_policy_share
         self.group_by_length, self.dataset = config.group_by_length, dataset
         self.target, self.validation, self.loss_config = target, validation, loss
-        self.drafter = drafter
         self.weigh = weigh
         self.head, self.head_index = target.head, None
         if loss.vocabulary == "seen":
@@ -113,7 +112,7 @@ class DrafterTrainer(CheckpointedTrainer):
         is_new = self.optimizer is None
         if is_new and self.use_muon:
             args = self.args
-            named = self.drafter.named_parameters()
+            named = self.model.named_parameters()
             self.optimizer = MuonAdamW(named, lr=args.learning_rate, weight_decay=args.weight_decay)
         optimizer: Any = super().create_optimizer(model)
         if is_new and self.drafter.validity is not None:
@@ -139,7 +138,7 @@ class DrafterTrainer(CheckpointedTrainer):
         inputs: Any = self._prepare_inputs(batch)
         names = {"share": share, "with_head_input": self.loss_config.needs_target_probs}
         with self.compute_loss_context_manager():
-            return redraw(inputs, self.drafter, self.target, self.head, self.head_index, **names)
+            return redraw(inputs, self.model, self.target, self.head, self.head_index, **names)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         """Count the items of a whole optimizer step, over its micro-batches and all ranks."""
@@ -165,7 +164,7 @@ class DrafterTrainer(CheckpointedTrainer):
                     parameter.grad = self._over_ranks(parameter.grad) / self.accelerator.num_processes
         if self.loss_config.reduction == "weights" and self.accelerator.sync_gradients:
             total = float(self._over_ranks(self._step_weight).clamp_min(torch.finfo(torch.float32).tiny))
-            for parameter in self.drafter.parameters():
+            for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(total)
             self._step_weight = torch.zeros_like(self._step_weight)
@@ -233,6 +232,7 @@ class DrafterTrainer(CheckpointedTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure tau of the validation responses with its 95 % interval and log it."""
+        self.gather()
         self.refuse_infinite_weights()
         acceptance = heldout_acceptance(self.drafter, self.target, self.validation, over_ranks=True)
         low, high = acceptance.interval()

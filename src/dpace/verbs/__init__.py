@@ -6,28 +6,35 @@
 from pathlib import Path
 from typing import Any
 
+from dpace import ranks
+from dpace.config import TargetShard
 
-def load_target(config: Any, dtype: str | None = None):
+
+def load_target(config: Any, dtype: str | None = None, shard: TargetShard = "none"):
     """Find and load the target that a verb's options name.
 
     Args:
         config: has `target` and, where the verb has these options, `dtype`, `device`, `device_map` and `thinking`.
         dtype: replaces the option of that name.
+        shard: how it is spread over several ranks.
     """
     check_target(config)
     import torch
 
     from dpace.locate import find_target
+    from dpace.sharded_target import ShardedTarget
     from dpace.target import Target
 
     name = dtype or getattr(config, "dtype", "auto")
-    return Target.load(
-        find_target(config.target),
-        dtype=None if name == "auto" else getattr(torch, name),
-        device=getattr(config, "device", "auto"),
-        device_map=getattr(config, "device_map", None),
-        thinking=getattr(config, "thinking", False),
-    )
+    options: Any = {
+        "dtype": None if name == "auto" else getattr(torch, name),
+        "device": getattr(config, "device", "auto"),
+        "device_map": getattr(config, "device_map", None),
+        "thinking": getattr(config, "thinking", False),
+    }
+    if shard != "none" and ranks.num_ranks() > 1:
+        return ShardedTarget.load_share(find_target(config.target), shard, **options)
+    return Target.load(find_target(config.target), **options)
 
 
 def load_chat(config: Any):

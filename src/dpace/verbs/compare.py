@@ -19,6 +19,11 @@ def run(args: list[str]) -> None:
     from dpace.train.arguments import check_trackers
 
     config, init = start_from(config, given_options(CompareConfig, "compare", args))
+    if config.train.target_shard != "none":
+        raise ValueError(
+            f"--train.target-shard is {config.train.target_shard}, and `dpace compare` decodes, which needs the whole "
+            "target on each rank; leave it out, or train each objective with `dpace train`"
+        )
     num_cells = refuse_other_cells(config, init)
     check_trackers(config.train.report_to)
     announce(_first_lines(config, num_cells), is_dry=is_dry)

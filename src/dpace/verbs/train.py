@@ -52,7 +52,7 @@ def run(args: list[str]) -> None:
     announce(say_training(settled, known_conversations(*datasets, settled), folder), is_dry=is_dry)
     if is_dry:
         return
-    target = load_target(recipe)
+    target = load_target(recipe, shard=recipe.train.target_shard)
     facts = target_of(target)
     refuse_other_answers(meta, facts, path, respond)
     refuse_other_run(folder, facts)

@@ -1,0 +1,105 @@
+"""Train a drafter whose weights, gradients and moments are spread over the ranks (FSDP2).
+
+Accelerate's own configuration asks for it: `accelerate launch --use_fsdp --fsdp_version 2`, or a file of its settings.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import str_to_bool
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from dpace import ranks
+
+USE_FSDP = "ACCELERATE_USE_FSDP"
+"""Variable by which `accelerate launch` asks its processes for FSDP."""
+RESHARD = "FSDP_RESHARD_AFTER_FORWARD"
+
+
+def wants_shards() -> bool:
+    """Say whether accelerate's configuration asks for FSDP2; a single rank always has all weights.
+
+    Raises:
+        ValueError: DeepSpeed, the first version of FSDP, or an option of it that dpace does not have.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "accelerate's configuration asks for DeepSpeed, whose checkpoints dpace cannot write; choose FSDP with "
+            "fsdp_version 2, or start with `torchrun`, which gives each process a whole drafter"
+        )
+    if not _is_set(USE_FSDP) or ranks.num_ranks() == 1:
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(
+            f"accelerate's configuration has fsdp_version {version}, and dpace trains with 2 only; start with "
+            "`accelerate launch --use_fsdp --fsdp_version 2`"
+        )
+    for name, way in (
+        ("fsdp_offload_params", "leave it out: the weights are spread over the ranks instead"),
+        ("fsdp_activation_checkpointing", "take --train.gradient-checkpointing"),
+    ):
+        if _is_set(name.upper()):
+            raise ValueError(f"accelerate's configuration sets {name}, which dpace does not have; {way}")
+    return True
+
+
+def _is_set(name: str, default: str = "false") -> bool:
+    """Read a variable of `accelerate launch`."""
+    return bool(str_to_bool(os.environ.get(name, default)))
+
+
+@contextmanager
+def sharded_by_dpace() -> Iterator[None]:
+    """Keep accelerate from sharding by itself: it cannot on a CPU, and on a GPU all would be in bf16."""
+    asked = os.environ.pop(USE_FSDP, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[USE_FSDP] = asked
+
+
+def shard(model: Any) -> None:
+    """Spread a drafter over all ranks, in place: each layer by itself, and the rest together.
+
+    Memory: a rank's share of weights, gradients and moments, and the whole weights of a layer and of the rest while
+    they compute. Under bf16 autocast the layers' bf16 weights are kept from forward to backward.
+    """
+    mesh = init_device_mesh(model.device.type, (ranks.num_ranks(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=_is_set(RESHARD, "true"))
+    fully_shard(model, mesh=mesh)
+    model.config.distributed_config = DistributedConfig(fsdp_size=ranks.num_ranks())  # the Trainer looks for both
+    model._is_fsdp_managed_module = True
+
+
+@torch.no_grad()
+def gather_weights(model: nn.Module, drafter: nn.Module) -> None:
+    """Copy a sharded drafter's weights into a whole one; all ranks must be here.
+
+    Memory: one tensor beyond both.
+    """
+    for share, whole in zip(model.parameters(), drafter.parameters(), strict=True):
+        whole.copy_(ranks.whole(share))
+
+
+@torch.no_grad()
+def scatter_weights(drafter: nn.Module, model: nn.Module) -> None:
+    """Copy a whole drafter's weights into a sharded one, where each rank keeps its share."""
+    for whole, share in zip(drafter.parameters(), model.parameters(), strict=True):
+        share.copy_(take_share(whole, share))
+
+
+def take_share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Take this rank's share of a tensor, as `like` is spread; all of it where that is whole."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
