@@ -296,6 +296,14 @@ def test_without_any_server_the_call_ends_and_the_same_call_goes_on(start, chat,
     assert write_responses(chat, PROMPTS, path, at(start("sglang"))) == own[0.0]
 
 
+def test_where_all_is_answered_no_server_is_asked(start, chat, own, tmp_path):
+    stub, path = start(), tmp_path / "r.jsonl"
+    config = at(stub)
+    write_responses(chat, PROMPTS, path, config)
+    num_asked, stub.fault = len(stub.seen), lambda *_: (503, {})
+    assert write_responses(chat, PROMPTS, path, config) == own[0.0] and len(stub.seen) == num_asked
+
+
 @pytest.mark.parametrize("status", [400, 500])
 def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, chat, own, tmp_path, capsys):
     bad = own[0.0][4].token_ids[: own[0.0][4].response_spans[0][0]]

@@ -18,7 +18,7 @@ from dpace.data.continuous import answer_here
 from dpace.data.conversation import count_tokens, is_answer, take_own
 from dpace.data.from_servers import Row, ServerAnswers
 from dpace.data.prompts import Prompt
-from dpace.data.run_meta import check_meta, check_unchanged, find_meta, meta_path, read_meta, write_meta
+from dpace.data.run_meta import check_meta, check_unchanged, find_meta, has_all, meta_path, read_meta, write_meta
 from dpace.ledger import claim, cut_unfinished, hold, naming, refuse_others
 from dpace.progress import progress_bar
 from dpace.target import Target
@@ -69,8 +69,10 @@ def answer_prompts(
         raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
     path, by_id = Path(path), {prompt.id: prompt for prompt in prompts}
     with hold(path.parent):
-        servers = ServerAnswers(target, config) if config.server else None
-        meta = find_meta(target, config, servers.described if servers else None)
+        is_asked = bool(config.server) and not ranks.from_first(lambda: has_all(path, prompts))
+        servers = ServerAnswers(target, config) if is_asked else None
+        described = servers.described if servers else read_meta(path).get("servers") if config.server else None
+        meta = find_meta(target, config, described)
         waiting = ranks.from_first(lambda: _prepare(target, prompts, path, config, meta))
         if waiting:
             mine = [by_id[name] for name in ranks.share(waiting)]

@@ -144,6 +144,16 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
             raise ValueError(f"{path} was made with {key} {old.get(key)!r}{names}, not {meta[key]!r}; {way}{other}")
 
 
+def has_all(path: Path, prompts: Sequence[Prompt]) -> bool:
+    """Say whether each of these prompts, and no other, was answered."""
+    old = read_meta(path) if path.exists() else {}
+    return bool(old.get("complete")) and not old.get("left_out") and old.get("prompts_sha256") == _hash(prompts)
+
+
+def _hash(prompts: Sequence[Prompt]) -> str:
+    return hash_json([asdict(prompt) for prompt in prompts])
+
+
 def check_unchanged(path: Path) -> None:
     """Refuse a complete file of responses that was changed after it was written.
 
@@ -166,7 +176,7 @@ def write_meta(path: Path, meta: dict[str, Any], prompts: Sequence[Prompt], *, i
     state = {
         "complete": is_complete,
         "num_prompts": len(prompts),
-        "prompts_sha256": hash_json([asdict(prompt) for prompt in prompts]),
+        "prompts_sha256": _hash(prompts),
         "responses_sha256": hash_file(path) if is_complete else None,
     }
     if {key: old.get(key) for key in state} == state and all(old.get(key) == meta[key] for key in meta if key in KINDS):
