@@ -12,6 +12,7 @@ second baseline: a drafter that beats only plain decoding in eager mode saves wh
 import argparse
 import contextlib
 import copy
+import json
 import multiprocessing
 import statistics
 import sys
@@ -27,12 +28,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from dpace.config import Width
 from dpace.data.chat import encode_chat
 from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.decode import Decoder, Paces, generate, generate_plain
 from dpace.decode.drafting import make_drafting
 from dpace.decode.loop import speculative_steps
 from dpace.decode.request import make_continuation
+from dpace.draft_vocabulary import DraftHead
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import answer, make_server
@@ -80,6 +83,27 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
     ways["T=1: plain"] = lambda ids, count: generate_plain(target, ids, max_new_tokens=count, **sampled).token_ids
     for rule in ("equality", "speculative"):
         ways[f"T=1: dpace, auto, {rule}"] = ours(drafter, width="auto", verify_rule=rule, **sampled)
+    return ways
+
+
+def cheaper_ways(target: Target, folder: Path, block_size: int) -> dict[str, Way]:
+    """Make the ways that show what a draft vocabulary and weights in 16 bits save.
+
+    The weights in fp32 are those of the best checkpoint, where training has left it.
+    """
+    folders, state = {"any token": folder}, folder / "trainer_state.json"
+    if state.exists():
+        best = folder / "checkpoints" / f"checkpoint-{json.loads(state.read_text())['best_global_step']}"
+        folders |= {"any token, weights in fp32": best} if best.exists() else {}
+    ways: dict[str, Way] = {}
+    for mark, place in folders.items():
+        drafter, paces = load_drafter(place, target, all_tokens=True), Paces()
+        for width in ("auto", "full"):
+
+            def run(ids, count, drafter=drafter, width: Width = width, paces=paces):
+                return generate(target, drafter, ids, max_new_tokens=count, width=width, paces=paces).token_ids
+
+            ways[f"dpace, {'auto' if width == 'auto' else f'blocks of {block_size}'}, {mark}"] = run
     return ways
 
 
@@ -213,24 +237,33 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
     """Profile decoding: the time in both models' layers, in the LM head, and in everything else."""
     seconds: Counter = Counter()
     calls: Counter = Counter()
+    inside: list[str] = []
 
     def timed(owner: Any, name: str, label: str):
         inner = getattr(owner, name)
 
         def run(*args, **kwargs):
+            if inside:
+                return inner(*args, **kwargs)
+            inside.append(label)
             start = time.perf_counter()
             result = inner(*args, **kwargs)
             seconds[label] += time.perf_counter() - start
             calls[label] += 1
+            inside.clear()
             return result
 
         setattr(owner, name, run)
+        return owner, name, inner
 
     paces = Paces()
     paces.get(target, drafter)  # measures the steps now, so that this is not timed below
-    timed(target, "hidden", "target's layers")
-    timed(target, "logits", "LM head, drafts and verification")
-    timed(drafter, "forward", "drafter's layers")
+    changed = [
+        timed(target, "hidden", "target's layers"),
+        timed(target, "logits", "LM head, verification"),
+        timed(DraftHead, "logits", "LM head, drafts"),
+        timed(drafter, "forward", "drafter's layers"),
+    ]
     total, parts, num_calls = 0.0, Counter(), Counter()
     for ids in prompts:
         text = make_continuation(target, ids, max_new_tokens=count, stop_token_ids=[])
@@ -244,8 +277,8 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
         total += time.perf_counter() - start
         parts.update(seconds)
         num_calls.update(calls)
-    for owner, name in ((target, "hidden"), (target, "logits"), (drafter, "forward")):
-        delattr(owner, name)
+    for owner, name, inner in changed:
+        setattr(owner, name, inner)
     parts["everything else"] = total - sum(parts.values())
     table = Table("part", "share", "calls", "ms per call", title="time of decoding, width auto", box=SIMPLE_HEAD)
     for label, value in parts.items():
@@ -273,7 +306,8 @@ def main() -> None:
     chosen = first_of_each_set(read_prompts(demo_path("heldout")), options.prompts)
     prompts = [(prompt.set, encode_chat(target, prompt.turns[0])) for prompt in chosen]
     console().print(profile(target, drafter, [ids for _, ids in prompts], options.tokens))
-    ways = {**our_ways(target, drafter), **other_ways(target, drafter, options.drafter)}
+    ways = our_ways(target, drafter) | cheaper_ways(target, Path(options.drafter), drafter.block_size)
+    ways |= other_ways(target, drafter, options.drafter)
     if options.compile or target.device.type != "cpu":
         ways |= compiled_ways(target, drafter)
     with tempfile.TemporaryDirectory() as folder:

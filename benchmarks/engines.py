@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     target = Target.load(options.target)
-    drafter = load_drafter(options.drafter, target)
+    drafter = load_drafter(options.drafter, target, all_tokens=True)
     chosen = first_of_each_set(read_prompts(demo_path("heldout")), options.prompts)
     prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 128
 
 def main(target_name: str, drafter_folder: str) -> int:
     target = Target.load(target_name)
-    ours = load_drafter(drafter_folder, target)
+    ours = load_drafter(drafter_folder, target, all_tokens=True)
     theirs, info = zlab.DFlashDraftModel.from_pretrained(
         drafter_folder, dtype=target.model.dtype, output_loading_info=True
     )

@@ -273,4 +273,4 @@ def language_drafter_folder(language_target, language_responses, tmp_path_factor
 @pytest.fixture(scope="session")
 def language_drafter(language_drafter_folder) -> Drafter:
     """The same drafter, loaded."""
-    return Drafter.from_pretrained(language_drafter_folder).eval()
+    return Drafter.from_pretrained(language_drafter_folder, dtype=torch.float32).eval()

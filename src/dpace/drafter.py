@@ -16,12 +16,14 @@ from torch import Tensor, nn
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
 from dpace.config import DraftConfidence
+from dpace.draft_vocabulary import DraftVocabulary, load_vocabulary
 from dpace.fast.speed_up import speed_up
 from dpace.ledger import UNFINISHED, sync
 from dpace.loading import one_line, read_config, refuse_infinite, refuse_mismatch, share
 from dpace.mask_token import check_mask_token, choose_mask_token
 from dpace.modeling_dflash import DFlashDraftModel
-from dpace.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, rope_of
+from dpace.probe import rope_of
+from dpace.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
 from dpace.target import Target
 from dpace.validity import ValidityHead, load_validity
 
@@ -39,6 +41,8 @@ class Drafter(DFlashDraftModel):
     """Kept out of the state dict, so that exports and engines do not see it."""
     confidence: DraftConfidence = "softmax"
     """What width `auto` takes for how likely a slot is accepted."""
+    vocabulary: DraftVocabulary | None = None
+    """The tokens that decoding drafts; None for all."""
 
     def attach_validity(self, head: ValidityHead | None) -> None:
         """Take a validity head along: `save_pretrained` writes it, and it moves with the drafter."""
@@ -73,10 +77,9 @@ class Drafter(DFlashDraftModel):
 
     @property
     def confidence_temperature(self) -> float:
-        """The divisor of logits for confidences, fitted on responses; 1 where it was not fitted.
-
-        Other engines ignore it.
-        """
+        """The divisor of logits for confidences, fitted on responses; 1 where it was not fitted."""
+        if self.vocabulary is not None:
+            return self.vocabulary.confidence_temperature
         return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
 
     def confidences(
@@ -90,8 +93,7 @@ class Drafter(DFlashDraftModel):
         if self.confidence == "validity" and self.validity is not None and hidden is not None:
             return self.validity.confidences(hidden)
         logits = logits.float()
-        # In place, because allocating new memory is slow.
-        odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()
+        odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()  # in place is fast
         return odds.sum(-1).reciprocal_().tolist()
 
     @classmethod
@@ -240,17 +242,19 @@ class Drafter(DFlashDraftModel):
             drafter.attach_validity(load_validity(folder, drafter.config.hidden_size))
         return loaded if output_loading_info else drafter
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, *, dtype: torch.dtype | None = None, **kwargs):
         """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
 
-        transformers needs the code to load the folder. Each file is written all or nothing, the config last.
+        transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
-            super().save_pretrained(aside, **kwargs)
+            tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+            super().save_pretrained(aside, state_dict=tensors, **kwargs)
             path = Path(aside) / "config.json"
-            config = self.spec.published(json.loads(path.read_text()))
+            written = {"dtype": str(dtype or self.dtype).removeprefix("torch.")}
+            config = self.spec.published(json.loads(path.read_text()) | written)
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             shutil.copy(dpace.modeling_dflash.__file__, aside)
             if self.validity is not None:
@@ -261,7 +265,9 @@ class Drafter(DFlashDraftModel):
                 written.replace(folder / written.name)
 
 
-def load_drafter(folder: str | Path, target: Target, *, confidence: DraftConfidence = "softmax") -> Drafter:
+def load_drafter(
+    folder: str | Path, target: Target, *, confidence: DraftConfidence = "softmax", all_tokens: bool = False
+) -> Drafter:
     """Read a drafter's folder for decoding with a target.
 
     The drafter gets the target's dtype and device, and is in eval mode.
@@ -271,6 +277,7 @@ def load_drafter(folder: str | Path, target: Target, *, confidence: DraftConfide
         target: its target.
         confidence: how width `auto` estimates that a slot is accepted: by the calibrated `softmax`, or by the
             `validity` head.
+        all_tokens: draft any token, as other engines do, also where the folder has a draft vocabulary that pays here.
 
     Raises:
         ValueError: no such folder, damaged weights, a drafter for another target, or one without a validity head where
@@ -282,9 +289,12 @@ def load_drafter(folder: str | Path, target: Target, *, confidence: DraftConfide
     DrafterSpec.from_config({"rms_norm_eps": 1e-6, **read_config(folder)})
     drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     drafter.check_target(target)
-    drafter = drafter.to(target.device)
+    drafter.to(target.device)
     if confidence == "validity" and drafter.validity is None:
         raise ValueError(f"{folder} has no validity head; train one with --loss.validity stopped, or use softmax")
     drafter.confidence = confidence
+    vocabulary = load_vocabulary(folder, len(target.head.weight))
+    if vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
+        drafter.vocabulary = vocabulary
     speed_up(drafter)
     return drafter

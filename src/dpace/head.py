@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
@@ -28,6 +28,13 @@ class Head(NamedTuple):
         if self.multiplier != 1:
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def part(self, token_ids: Int[Tensor, " choice"]) -> tuple["Head", Int[Tensor, " vocab"]]:
+        """Copy the rows of some tokens, and say where the row of each token is; -1 where it has none."""
+        token_ids = token_ids.to(self.weight.device)
+        index = torch.full_like(self.weight[:, 0], -1, dtype=torch.long)
+        index[token_ids] = torch.arange(len(token_ids), device=index.device)
+        return self._replace(weight=self.weight[token_ids].contiguous()), index
 
     def slope(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"] | None:
         """Compute the derivative of the cap, given the capped logits; None without a cap."""

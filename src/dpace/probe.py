@@ -1,4 +1,4 @@
-"""Find the embedding and the LM head of a model by running one token, or refuse the model."""
+"""Find layers, embedding, LM head and rotary embedding of a model, or refuse the model."""
 
 from typing import Any
 
@@ -92,3 +92,18 @@ def _find_scale(model: Any, computed: Tensor, table: Tensor, part: str) -> float
             f"{error:.2g}); dpace drafters can share scaled tables only: choose another target"
         )
     return 1.0 if abs(ratio - 1) < tolerance else ratio
+
+
+def rope_of(config) -> dict:
+    """Give the drafter's rotary embedding: that of the target's full-attention layers.
+
+    The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
+    rotation with the target's base, as in the published drafters of Qwen3.5 and later.
+    """
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}
+    rope = {**rope.get("full_attention", rope)}
+    is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
+    if is_partial or any(name.startswith("mrope") for name in rope):
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope

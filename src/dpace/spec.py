@@ -259,21 +259,6 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": "default", **rope, "rope_theta": as_float32(need_number({"rope_theta": theta}, "rope_theta"))}
 
 
-def rope_of(config) -> dict:
-    """Give the drafter's rotary embedding: that of the target's full-attention layers.
-
-    The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
-    rotation with the target's base, as in the published drafters of Qwen3.5 and later.
-    """
-    default = {"rope_type": "default", "rope_theta": 10000.0}
-    rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}
-    rope = {**rope.get("full_attention", rope)}
-    is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
-    if is_partial or any(name.startswith("mrope") for name in rope):
-        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return rope
-
-
 def as_float32(value: float) -> float:
     """Give the shortest decimal that is the same number in fp32: 1e-05, not 9.999999747378752e-06.
 

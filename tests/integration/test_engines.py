@@ -60,7 +60,7 @@ def test_engine_verifies_as_often_as_we_do(
     """With neighbouring layers as controls: the text stays, the numbers of verifications do not."""
     python_of(engine)
     prompts = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:56]]
-    drafter = load_drafter(language_drafter_folder, language_target)
+    drafter = load_drafter(language_drafter_folder, language_target, all_tokens=True)
     ours = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in prompts]
     settings = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": drafter.block_size - 1, "max_model_len": 256}
     request = {"target": str(language_folder), "prompts": prompts, **settings}

@@ -68,8 +68,8 @@ def test_an_objective_of_ones_own_is_recorded(language_target, language_response
     assert (run["loss.objective"], run["loss.objective_sha256"]) == (name, sha256)
     for record in (json.loads((tmp_path / "own" / "provenance.json").read_text()), ours.config.dpace):
         assert (record["objective"], record["objective_sha256"]) == (name, sha256)
-    card = {"to": "zlab", "name": "a/b", "target_name": "c/d", "license": "mit", "dtype": torch.float32}
-    write_card(tmp_path, ours.spec, **card, source=tmp_path / "own", drafter=ours)
+    card = {"to": "zlab", "name": "a/b", "target_name": "c/d", "license": "mit", "dtype": torch.bfloat16}
+    write_card(tmp_path, ours.spec, **card, is_rounded=False, source=tmp_path / "own", drafter=ours)
     assert name in (tmp_path / "README.md").read_text() and sha256 in (tmp_path / "README.md").read_text()
 
     (tmp_path / "own" / "run.json").write_text(json.dumps(run | {"loss.objective_sha256": "0" * 64}))

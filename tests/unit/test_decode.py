@@ -8,6 +8,7 @@ from dpace.data.chat import encode_chat
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.costs import StepCosts
 from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
+from dpace.draft_vocabulary import DraftVocabulary
 from tests.conftest import EOS, MASK, Oracle, make_drafter, make_target
 
 
@@ -102,22 +103,29 @@ def chi_square(counts, probs):
 
 
 @pytest.mark.parametrize(
-    ("rule", "width", "filters"),
+    ("rule", "width", "filters", "drafted"),
     [
-        ("equality", "auto", {"temperature": 1.4, "top_p": 0.8}),
-        ("speculative", "full", {}),
-        ("speculative", "auto", {"top_k": 3}),
+        ("equality", "auto", {"temperature": 1.4, "top_p": 0.8}, None),
+        ("speculative", "full", {}, None),
+        ("speculative", "auto", {"top_k": 3}, None),
+        ("equality", "full", {}, [1, 3]),
+        ("speculative", "full", {}, [1, 3]),
+        ("speculative", "auto", {"top_p": 0.9}, [1, 3]),
     ],
 )
 @pytest.mark.parametrize("samples", [300, pytest.param(1500, marks=pytest.mark.slow)])
-def test_output_distribution_when_sampling(rule, width, filters, samples, monkeypatch):
-    """Chi-square of the joint distribution of the 2nd and 3rd token against the target's, on a tiny vocabulary."""
+def test_output_distribution_when_sampling(rule, width, filters, drafted, samples, monkeypatch):
+    """Chi-square of the joint distribution of the 2nd and 3rd token against the target's, on a tiny vocabulary.
+
+    Also where only some tokens, and those of the prompt, are drafted.
+    """
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
     monkeypatch.setattr("dpace.decode.pace.Pace._learn_slowness", lambda *_: None)  # steps do not take these seconds
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)
     drafter = make_drafter(target, block_size=4, num_layers=1, num_features=1)
+    drafter.vocabulary = DraftVocabulary(drafted) if drafted else None
     start, temperature = [4, 5, 6], filters.get("temperature", 1.0)
     sampler = Sampler(**{"temperature": 1.0, **filters})
 

@@ -119,8 +119,8 @@ def prefixed(_, tensors):
 
 
 def rounded(config, tensors):
-    config["dtype"] = "bfloat16"
-    tensors.update({name: old.bfloat16() for name, old in tensors.items()})
+    config["dtype"] = "float16"
+    tensors.update({name: old.half() for name, old in tensors.items()})
 
 
 def convolved(**sizes):
@@ -210,11 +210,15 @@ FAULTS = [
     ("trained on thinking", record(thinking=True), "thinking"),
     ("trained in bf16", record(dtype="bfloat16"), "target dtype"),
     ("dtype in the config only", keys(dtype="float16"), "dtype"),
-    ("one tensor in bf16", tensor(UP, lambda old: old.bfloat16()), "dtype"),
+    ("one tensor in fp32", tensor(UP, lambda old: old.float()), "dtype"),
     ("names with a prefix", prefixed, "tensor names"),
     ("a tensor lost", drop("layers.0.mlp.up_proj"), "missing tensors"),
-    ("a tensor too many", tensor("mask_hidden", lambda _: torch.ones(48)), "extra tensors"),
-    ("a random head", tensor("lm_head.weight", lambda _: torch.randn(64, 48)), "own embedding, stored embedding"),
+    ("a tensor too many", tensor("mask_hidden", lambda _: torch.ones(48).bfloat16()), "extra tensors"),
+    (
+        "a random head",
+        tensor("lm_head.weight", lambda _: torch.randn(64, 48).bfloat16()),
+        "own embedding, stored embedding",
+    ),
     ("q and k swapped in one layer", swap(Q, K), "tensor shapes"),
     ("a matrix turned", tensor(UP, lambda old: old.T), "tensor shapes"),
     ("a NaN", tensor("layers.0.self_attn.q_norm.weight", lambda old: old * float("nan")), "finite"),
@@ -304,7 +308,7 @@ def test_scaling_of_rope_and_logits_is_compared(tmp_path):
 
 
 def test_an_embedding_of_the_targets_own_is_only_superfluous(folder, language_target):
-    edit(folder, tensor("lm_head.weight", lambda _: language_target.head.weight))
+    edit(folder, tensor("lm_head.weight", lambda _: language_target.head.weight.bfloat16()))
     assert named(folder, language_target) == {"stored embedding"}
 
 
@@ -342,7 +346,7 @@ def test_what_no_file_shows_is_found_by_the_accepted_length(fault, folder, langu
     assert wrong - {"drafts anything"} == {"accepted length"}, diagnoses[-1]
 
 
-def test_on_other_responses_or_in_bf16_tau_must_reach_the_interval(folder, language_target, language_responses):
+def test_on_other_responses_or_in_fp16_tau_must_reach_the_interval(folder, language_target, language_responses):
     write_responses(folder, language_responses[:20])  # trained on, and not among the recorded ones
     assert not named(folder, language_target)
     write_responses(folder, language_responses)

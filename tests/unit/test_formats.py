@@ -48,9 +48,13 @@ quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWar
 
 
 @pytest.fixture(scope="session")
-def folder(language_drafter, tmp_path_factory) -> Path:
+def folder(language_drafter_folder, tmp_path_factory) -> Path:
+    """In fp32, and with values that 16 bits change."""
     folder = tmp_path_factory.mktemp("trained") / "drafter"
-    language_drafter.save_pretrained(folder)
+    drafter = Drafter.from_pretrained(language_drafter_folder, dtype=torch.float32).requires_grad_(False)
+    for parameter in drafter.parameters():
+        parameter.mul_(1.001)
+    drafter.save_pretrained(folder)
     return folder
 
 
@@ -327,7 +331,9 @@ def test_transformers_decodes_with_the_exported_folder_as_we_do(
     kind, expected, do_export, language_target, prompts, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    assistant = AutoModel.from_pretrained(do_export("zlab", kind).path, trust_remote_code=True).eval()
+    assistant = AutoModel.from_pretrained(
+        do_export("zlab", kind).path, trust_remote_code=True, dtype=torch.float32
+    ).eval()
     assert "dpace" not in type(assistant).__module__
 
     def decode(inputs):
@@ -344,7 +350,7 @@ def test_zlabs_class_and_loop_take_the_folder(kind, expected, do_export, languag
     zlab = importlib.import_module("dflash.model")
     path = do_export("zlab", kind).path
     kind_of_network = getattr(zlab, json.loads((path / "config.json").read_text())["architectures"][0])
-    theirs, info = kind_of_network.from_pretrained(path, output_loading_info=True)
+    theirs, info = kind_of_network.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
     def decode(inputs):
@@ -423,16 +429,14 @@ def test_llamacpp_refuses_in_one_line(do_export, target_gguf, prompts, tmp_path)
         )
 
 
-def test_the_card_has_measured_rows_of_these_weights_only(
-    do_export, language_target, language_drafter, folder, tmp_path
-):
+def test_the_card_has_measured_rows_of_these_weights_only(language_target, folder, tmp_path):
     source = tmp_path / "run" / "drafter"
     shutil.copytree(folder, source)
     (source / "recipe.yaml").write_text("target: some/target\nloss:\n  objective: dpace\n")
     asked = [Prompt(str(i), "language", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(4)]
     config = BenchConfig(max_new_tokens=12, temperatures=(0.0,), widths=("full",))
-    other = make_drafter(language_target, block_size=6)
-    results = bench(language_target, {"mine": language_drafter, "other": other}, asked, config, source.parent)
+    mine, other = load_drafter(source, language_target), make_drafter(language_target, block_size=6)
+    results = bench(language_target, {"mine": mine, "other": other}, asked, config, source.parent)
     path = export(
         source,
         language_target,

@@ -11,8 +11,8 @@ SOURCE = Path(__file__).parents[2] / "src"
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("dpace/**/*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 ROOMS = """cli verbs compare demo plan engines train report measure decode data servers views drafter mask_token
-    validity sharded_target target target_files target_shards probe objective own_objective loss fast spec
-    modeling_dflash head restarts weights blocks metrics locate flags recipe_file ranges loading ledger
+    validity draft_vocabulary sharded_target target target_files target_shards probe objective own_objective loss fast
+    spec modeling_dflash head restarts weights blocks metrics locate flags recipe_file ranges loading ledger
     provenance progress ranks device config recipes __init__""".split()
 STRANGERS = {  # rooms that stand to the right, and still do not know each other
     "engines": {"train"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 
 import pytest
@@ -12,11 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Trainer, TrainerCallback
 
 from dpace.cli import main
-from dpace.config import DrafterConfig, LossConfig, Recipe, TrainConfig
+from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.data.answers import Response
+from dpace.data.prompts import split_prompts
 from dpace.drafter import Drafter
 from dpace.loading import share
 from dpace.objective import make_weigh
+from dpace.plan.answers import say_answers, typical_tokens
 from dpace.plan.batch import BatchShape, Models
 from dpace.plan.fit import NEAR, find_largest
 from dpace.plan.paper import make_drafter, make_target, on_paper
@@ -176,6 +179,38 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, capsys):
     assert "does not fit in 20 MiB" in said and "makes it fit:" in said
     assert main(["plan", *answered, "--memory", "4 furlongs"]) == 1
     assert "24GiB" in capsys.readouterr().err
+
+
+def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, capsys):
+    """A batch takes as long as its longest answer."""
+    lengths = [3, 9, 1, 1, 5]
+    responses = [Response(str(i), "set", [], [0] * n, [[0, n]]) for i, n in enumerate(lengths)]
+    assert typical_tokens(responses, 2) == (9 + 1 + 5) / 3 and typical_tokens([], 2) == 0
+    path = tmp_path / "out" / "responses.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    recipe = Recipe(target=str(tmp_path / "target"), prompts=PromptsConfig(path=str(tmp_path / "prompts.jsonl")))
+    lines = say_answers(recipe, split_prompts(recipe.prompts), path)
+    (time,) = (line for line in lines if line.startswith("time: "))
+    assert "if all are that long, about " in time and len(time) <= 80
+    path.unlink()
+    assert main(["plan", *answered]) == 0
+    said = capsys.readouterr().out
+    assert "; up to " in said and "no answers yet" in said and "--calibrate" in said
+
+
+def test_some_answers_are_measured_where_there_are_none(language_folder, language_prompts, tmp_path, capsys):
+    path, longest = tmp_path / "prompts.jsonl", 40
+    rows = [{"messages": [{"role": "user", "content": text}], "id": str(i)} for i, text in enumerate(language_prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--target", str(language_folder), "--output", str(tmp_path / "out"), "--prompts.path", str(path)]
+    options += ["--respond.max-new-tokens", str(longest), "--prompts.num-heldout", "4", "--prompts.num-validation", "4"]
+    options += ["--train.batch-size", "2", "--train.max-length", "2000", "--drafter.num-layers", "1"]
+    assert main(["plan", *options, "--calibrate", "--device", "cpu"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if " answers here: " in line)
+    number, mean, limit, conversation = map(int, re.findall(r"\d+", line)[:4])
+    assert 5 <= number <= 8 and 1 < mean < limit == longest and mean < conversation < 100
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tracker, fix", [("wandb", "pip install wandb"), ("abacus", "leave it out")])

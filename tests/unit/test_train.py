@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpace.config import LossConfig
 from dpace.data.dataset import ResponseDataset
 from dpace.decode.loop import generate, generate_plain
-from dpace.drafter import load_drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance, walk
 from dpace.metrics import Acceptance
-from dpace.train.calibration import brier_score
+from dpace.train.calibration import brier_score, fit_confidence_temperature
 from dpace.train.run import make_datasets, train
 from dpace.validity import is_before_miss, validity_losses
 from tests.conftest import LANGUAGE_RECIPE, make_drafter
@@ -42,7 +43,10 @@ def measured(responses):
 
 
 def run(target, responses, folder, **changes):
-    return weights_of(run_recipe(target, responses[:21], responses[50:52], short(**changes), folder))
+    """Train, and give the weights of the best step before they were rounded."""
+    run_recipe(target, responses[:21], responses[50:52], short(**changes), folder)
+    step = json.loads((folder / "trainer_state.json").read_text())["best_global_step"]
+    return weights_of(Drafter.from_pretrained(folder / "checkpoints" / f"checkpoint-{step}"))
 
 
 def test_accumulation_gives_the_same_steps(language_target, language_responses, tmp_path):
@@ -173,6 +177,27 @@ def test_heldout_acceptance_is_that_of_decoding(language_target, language_drafte
     together = Acceptance.of_prompts(decoded)
     assert in_training.rows.tolist() == together.rows.tolist()
     assert in_training.tau == together.tau
+
+
+def test_what_is_measured_is_what_is_written(language_target, language_responses, tmp_path):
+    """In 16 bits, half the size of a checkpoint; tau and the temperature are those of the folder as it is loaded."""
+    written = run_recipe(language_target, language_responses[:21], language_responses[50:], short(), tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-3" / "model.safetensors"
+    exact, rounded = load_file(checkpoint), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in exact.items())
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    num_bytes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in (exact, rounded)]
+    assert num_bytes[0] == 2 * num_bytes[1] > 1.9 * (tmp_path / "model.safetensors").stat().st_size
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["dpace"]["dtype"] == "float32"
+    loaded, data = load_drafter(tmp_path, language_target), measured(language_responses[50:])
+    assert torch.equal(weights_of(loaded), weights_of(written)) and loaded.dtype == torch.float32
+    acceptance = heldout_acceptance(loaded, language_target, data)
+    assert config["dpace"]["tau"] == acceptance.tau and config["dpace"]["tau_interval"] == [*acceptance.interval()]
+    temperature = fit_confidence_temperature(loaded, language_target, data)
+    assert config["dpace"]["confidence_temperature"] == temperature
+    again = run_recipe(language_target, language_responses[:21], language_responses[50:], short(), tmp_path)
+    assert torch.equal(weights_of(again), weights_of(written)) and again.dtype == torch.float32
 
 
 def test_a_long_text_is_measured_in_parts(language_target, language_drafter, language_responses, monkeypatch):

@@ -111,7 +111,7 @@ class TrainConfig:
     """Optimizer steps between two measurements of tau on the validation prompts; the best weights are kept."""
     save_steps: int | None = None
     """Optimizer steps between two checkpoints that training can go on from; eval_steps by default.
-    The newest one and the best weights are kept, which with one being written take less than ten drafters of disk."""
+    The newest one and the best weights are kept, with one being written less than ten times an fp32 drafter."""
     feature_cache_gib: float = 4.0
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
     feature_files: str | None = None

@@ -73,8 +73,8 @@ def generate_batch(
 
     Each step drafts a block for every row and verifies the whole blocks (`width="full"`, `verify_rule="equality"` of
     `generate`). Rows accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text
-    and accepted lengths are those of `generate`, above temperature 0 with the row's own seed. In low precision,
-    rounding depends on the size of the batch.
+    and accepted lengths are those of `generate`, above temperature 0 with the row's own seed; with a draft vocabulary,
+    tokens of other prompts may be drafted too. In low precision, rounding depends on the size of the batch.
 
     Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits
     of one block a row.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dpace.decode.sampling import Sampler
+from dpace.draft_vocabulary import DraftHead
 from dpace.drafter import Drafter
 from dpace.fast.cache import make_cache
 from dpace.target import Target
@@ -91,6 +92,7 @@ def single_steps(
     with torch.inference_mode():
         target.hidden(filler, cache=cache)
     num_features = len(drafter.target_layer_ids) * target.hidden_size
+    draft_head = DraftHead(target, drafter.vocabulary)
     features = torch.zeros(1, filler.shape[1], num_features, device=device, dtype=target.model.dtype)
 
     @torch.inference_mode()
@@ -102,8 +104,8 @@ def single_steps(
             return
         read = features if width == FIRST_DRAFT else features[:, :4]
         hidden = draft_block(drafter, target, filler[:, :size], read)
-        logits = target.logits(hidden[0, 1:])
-        logits.argmax(-1)
+        logits = draft_head.logits(hidden[0, 1:])
+        draft_head.tokens(logits)
         drafter.confidences(logits, hidden[0, 1:])  # waits for the device, as drawing does
 
     return step

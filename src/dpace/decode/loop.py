@@ -15,6 +15,7 @@ from dpace.decode.lookup import PromptLookup
 from dpace.decode.pace import Pace, Paces
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import draw_draft, verify_draft, verify_sampled
+from dpace.draft_vocabulary import DraftHead
 from dpace.drafter import Drafter
 from dpace.fast.cache import go_back, make_cache
 from dpace.fast.rewind import Mark, mark_states, rewind
@@ -40,6 +41,9 @@ class Speculation:
         self.num_read = 0
         self.lookup = PromptLookup(text.text)
         self.samples_draft = drafting.verify_rule == "speculative" and text.sampler.temperature > 0
+        # Processors may allow only tokens outside of a vocabulary, and then no draft could be drawn.
+        is_whole = self.samples_draft and text.sampler.processors
+        self.draft_head = DraftHead(target, None if is_whole else drafter.vocabulary, text.text)
 
     def steps(self) -> Iterator[Step]:
         """Yield the first token, then the tokens that each verification emits."""
@@ -75,13 +79,13 @@ class Speculation:
             return Proposal(torch.tensor([last_and_copied], device=self.target.device))
         block = mask_blocks(self.drafter, self.text.text[-1:], self.drafting.block_size)
         hidden, num_read = self._draft(block)
-        logits = self.target.logits(hidden)
-        tokens, width, draft_probs = logits.float().argmax(-1), len(logits) + 1, None
+        logits = self.draft_head.logits(hidden)
+        tokens, width, draft_probs = self.draft_head.tokens(logits), len(logits) + 1, None
         sampler, pace = self.text.sampler, self.drafting.pace
         if pace is not None:
             width = pace.width(self.drafter.confidences(logits, hidden))
         if self.samples_draft and width > 1:
-            tokens, draft_probs = draw_draft(logits[: width - 1], self.text.text, sampler)
+            tokens, draft_probs = draw_draft(self.draft_head.spread(logits[: width - 1]), self.text.text, sampler)
         block[0, 1:width] = tokens[: width - 1]
         return Proposal(block[:, :width], num_read, draft_probs)
 

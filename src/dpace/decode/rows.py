@@ -10,6 +10,7 @@ from torch import Tensor
 from dpace.decode.generation import Generation
 from dpace.decode.request import Continuation
 from dpace.decode.sampling import verify_draft
+from dpace.draft_vocabulary import DraftHead
 from dpace.drafter import Drafter
 from dpace.fast.cache import RaggedCache
 from dpace.target import Target
@@ -104,6 +105,8 @@ class Batch:
     ):
         self.target, self.drafter, self.rows, self.captured = target, drafter, rows, captured
         self.buffers = buffers or Buffers(target, drafter, 1 + max(row.limit for row in rows))
+        prompts = (token for row in rows for token in row.text.text)
+        self.draft_head = DraftHead(target, drafter.vocabulary if drafter is not None else None, prompts)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.target.device)
@@ -143,8 +146,8 @@ class Batch:
             cache=cache,
         )
         width = min(size, 1 + max(row.text.remaining for row in self.rows))
-        logits = self.target.logits(hidden[:, 1:width].flatten(0, 1))
-        blocks[:, 1:width] = logits.argmax(-1).unflatten(0, (len(blocks), -1))
+        logits = self.draft_head.logits(hidden[:, 1:width].flatten(0, 1))
+        blocks[:, 1:width] = self.draft_head.tokens(logits).unflatten(0, (len(blocks), -1))
         return blocks[:, :width]
 
     def verify(self, blocks: Int[Tensor, "batch slot"]) -> None:

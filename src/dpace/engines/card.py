@@ -33,6 +33,7 @@ def write_card(
     target_name: str,
     license: str,
     dtype: torch.dtype,
+    is_rounded: bool,
     source: Path,
     drafter: Drafter,
 ) -> None:
@@ -46,6 +47,7 @@ def write_card(
         target_name: what the target is called; left out of `base_model` where it is a folder of this machine.
         license: of the weights.
         dtype: of the matrices.
+        is_rounded: whether the export changed their values.
         source: the drafter's own folder. The card has its `recipe.yaml`, and those rows of the `results.json` beside
             the folder that were measured with these weights.
         drafter: as it was measured, in the target's dtype.
@@ -60,7 +62,7 @@ def write_card(
         f"A DFlash drafter for `{as_code(target)}`. It is not a model to use alone: it proposes tokens, and the target "
         "keeps those that it would have written itself.",
         _facts(spec, target, weights),
-        *_results(source, drafter, weights),
+        *_results(source, drafter, weights if is_rounded else None),
         "## How to serve it",
         *card_sections(to, drafter=name, gguf=path.name, target=target, block_size=spec.block_size),
         *_recipe(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
@@ -107,7 +109,7 @@ def _read(path: Path) -> Results | None:
         return None
 
 
-def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
+def _results(source: Path, drafter: Drafter, rounded_to: str | None) -> list[str]:
     """Write what was measured with these weights, and the verification lengths to serve with."""
     results, served = (_read(source.parent / name) for name in RESULT_FILES)
     sections, advice = [], []
@@ -116,7 +118,7 @@ def _results(source: Path, drafter: Drafter, dtype: str) -> list[str]:
         names = [name for name, found in results.drafters.items() if found == weights]
         rows = [row for row in results.rows if row.drafter in names]
         if rows:
-            sections, advice = _measured(results, rows, dtype), list(best_lengths(results, names))
+            sections, advice = _measured(results, rows, rounded_to), list(best_lengths(results, names))
     if isinstance(served, ServerResults):
         advice += served_lengths(served)
     return [*sections, *_advice(advice, isinstance(served, ServerResults))]
@@ -141,7 +143,7 @@ def _advice(advice: list[Advice], is_served: bool) -> list[str]:
     return ["## Verification length", said, "\n".join([head, *lines])]
 
 
-def _measured(results: BenchResults, rows: list[Row], dtype: str) -> list[str]:
+def _measured(results: BenchResults, rows: list[Row], rounded_to: str | None) -> list[str]:
     """Write the table of rows that were measured with these weights."""
     lines = [
         f"| {as_markdown(row.set)} | {row.temperature:g} | {row.width} | {with_interval(row.tau, row.tau_interval)} | "
@@ -156,8 +158,8 @@ def _measured(results: BenchResults, rows: list[Row], dtype: str) -> list[str]:
         + as_markdown(copied_note(rows, start="; "))
         + "."
     )
-    if dtype != results.dtype:
-        measured += f" The weights here are {dtype}, rounded from those that were measured."
+    if rounded_to:
+        measured += f" The weights here are {rounded_to}, rounded from those that were measured."
     head = "| set | T | width | tau | decode_speedup | same text |\n|---|---|---|---|---|---|"
     return ["## Results", measured, "\n".join([head, *lines])]
 

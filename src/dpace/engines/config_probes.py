@@ -8,7 +8,8 @@ from dpace.blocks import build_target_layer_ids
 from dpace.engines.folder import mapping
 from dpace.engines.subject import Observation, Probe, Subject, none_of, some
 from dpace.mask_token import check_mask_token
-from dpace.spec import LayerIdFault, find_layer_id_faults, rope_of
+from dpace.probe import rope_of
+from dpace.spec import LayerIdFault, find_layer_id_faults
 from dpace.target import Target
 
 SCALES = ("final_logit_softcapping", "input_embedding_scale", "output_multiplier")

@@ -89,10 +89,11 @@ def export(
         target_name = str(Path(target_name).resolve())
     spec, weights = read_folder(folder)
     spec.check()
-    original = load_drafter(folder, target)
+    original = load_drafter(folder, target, all_tokens=True)
     tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
     written = tensors["fc.weight"].dtype
     about: Any = {"name": name, "target_name": target_name, "license": license, "dtype": written}
+    about["is_rounded"] = rounding > 0
     logit_error, acceptance = None, None
     with fill(output) as aside:
         path = _write(aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)

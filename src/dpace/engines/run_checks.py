@@ -44,18 +44,19 @@ def _accepts(subject: Subject) -> Observation:
 def _accepted_length(subject: Subject) -> Observation:
     """Compare tau with the interval that training recorded.
 
-    On the very same responses in fp32, where nothing is left to chance, the range is `MAX_TAU_CHANGE` around the
-    recorded tau.
+    On the very same responses with the target in fp32, where nothing is left to chance, the range is `MAX_TAU_CHANGE`
+    around the recorded tau, which is that of the weights in the file.
     """
     if subject.acceptance is None or "tau" not in subject.record:
         return Observation(
             None, "no responses to measure on" if subject.acceptance is None else "training did not record it"
         )
     before, (low, high) = subject.record["tau"], subject.record["tau_interval"]
-    dtypes = {subject.record["dtype"], subject.facts["dtype"], *(str(t.dtype)[6:] for t in subject.tensors.values())}
+    stored = {str(t.dtype).removeprefix("torch.") for t in subject.tensors.values()}
+    is_exact = {subject.record["dtype"], subject.facts["dtype"]} == {"float32"} and stored <= {"float32", "bfloat16"}
     ids = set(subject.record["tau_responses"])
     has_interval = all(type(end) in (int, float) and math.isfinite(end) for end in (low, high))
-    is_same = ids <= {r.id for r in subject.responses} and "train" in subject.recipe and dtypes == {"float32"}
+    is_same = ids <= {r.id for r in subject.responses} and "train" in subject.recipe and is_exact
     if is_same:
         low, high = before * (1 - MAX_TAU_CHANGE), before * (1 + MAX_TAU_CHANGE)
     elif not has_interval:

@@ -51,13 +51,13 @@ def _llamacpp(drafter: str, target: str, count: int) -> str:
 
 def _transformers(drafter: str, target: str, count: int) -> str:
     """Write the line of Python for transformers, which reads the block size from the drafter."""
-    model = f"Drafter.from_pretrained({drafter!r})"
+    model = f"Drafter.from_pretrained({drafter!r}, dtype=model.dtype)"
     return f'model.generate(**inputs, assistant_model={model}, speculation_type="dflash", do_sample=False)'
 
 
 def _zlab(drafter: str, target: str, count: int) -> str:
     """Write the line of Python for z-lab's code, which reads the block size from the drafter."""
-    model = f"DFlashDraftModel.from_pretrained({drafter!r})"
+    model = f"DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype)"
     return f"dflash_generate({model}, model, token_ids, max_new_tokens, stop_token_ids, 0.0)"
 
 

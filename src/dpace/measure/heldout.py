@@ -42,11 +42,11 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
 
 
 def score_conversation(
-    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int
+    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int, token_ids: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Blocks, HeadOutput]]:
     """Draft the blocks of a conversation in parts, and compare the drafts with its text.
 
-    A part has `SCORED_BLOCKS` blocks.
+    A part has `SCORED_BLOCKS` blocks. With `token_ids`, only these tokens are drafted, and no other matches.
 
     Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
     bytes for the dense mask on a CPU.
@@ -54,29 +54,37 @@ def score_conversation(
     Yields:
         Final hidden states, "1 block slot hidden"; the blocks; and what the head gives for them.
     """
+    head, places = (target.head, None) if token_ids is None else target.head.part(token_ids)
     ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
     inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
-    token_ids, features = inputs["token_ids"], inputs["features"]
+    tokens, features = inputs["token_ids"], inputs["features"]
     if features is None:
-        features = target.features(token_ids, drafter.target_layer_ids)
+        features = target.features(tokens, drafter.target_layer_ids)
     for part in torch.arange(inputs["anchors"].shape[1], device=target.device).split(SCORED_BLOCKS):
         chosen = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
         seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
-        text = {"token_ids": token_ids[:, seen], "features": features[:, seen]}
+        text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
         with torch.no_grad():
             hidden, blocks, _ = blocks_hidden(drafter, target, {**chosen, **text}, **ids)
-            out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
+            labels = blocks.labels if places is None else places[blocks.labels]
+            out = frozen_head_nll(hidden, head, labels, blocks.is_scored)
         yield hidden, blocks, out
 
 
 @torch.no_grad()
 def heldout_acceptance(
-    drafter: Drafter, target: Target, dataset: ResponseDataset, *, over_ranks: bool = False
+    drafter: Drafter,
+    target: Target,
+    dataset: ResponseDataset,
+    *,
+    token_ids: Tensor | None = None,
+    over_ranks: bool = False,
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
-    They equal what `dpace.decode.generate` accepts at temperature 0. Each conversation is a row of the result.
+    They equal what `dpace.decode.generate` accepts at temperature 0 with a drafter that drafts any token. Each
+    conversation is a row of the result.
 
     Memory: that of `score_conversation`, one conversation at a time.
 
@@ -84,6 +92,7 @@ def heldout_acceptance(
         drafter: what is measured.
         target: its target.
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
+        token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
         over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
 
     Raises:
@@ -95,7 +104,7 @@ def heldout_acceptance(
     indices = list(range(len(dataset)))
     for i in ranks.share(indices) if over_ranks else indices:
         accepted_from: dict[int, int] = {}
-        for _, blocks, out in score_conversation(drafter, target, dataset, i):
+        for _, blocks, out in score_conversation(drafter, target, dataset, i, token_ids):
             accepted_from |= zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True)
         spans = _spans(dataset.is_response(i).tolist())
         results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])

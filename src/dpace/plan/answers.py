@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.data.answers import read_responses
+from dpace.data.answers import Response, read_responses
 from dpace.data.prompts import Prompt, PromptParts
 from dpace.device import find_device
 from dpace.locate import find_target
@@ -21,7 +21,7 @@ def say_answers(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
         ValueError: the disk has no room for the answers.
     """
     prompts = [*parts.train, *parts.validation, *parts.heldout]
-    done = {response.id for response in read_responses(path)} if path.exists() else set()
+    done = {response.id: response for response in read_responses(path)} if path.exists() else {}
     waiting = [prompt for prompt in prompts if prompt.id not in done]
     if recipe.respond.source == "own":
         return [prompts_line(parts), f"answers: {len(done):,} kept, {len(waiting):,} taken from the prompts"]
@@ -32,7 +32,10 @@ def say_answers(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
         where = f" at each of {count(len(config.server), 'server')}"
     else:
         seconds = decoding_seconds(recipe, turns, config.max_new_tokens, config.batch_size)
-        time = [f"time: about {duration(seconds)} if all are that long"]
+        time = [f"time: up to {duration(seconds)} if all are that long"]
+        if typical := typical_tokens(list(done.values()), config.batch_size):
+            seconds = decoding_seconds(recipe, turns, typical, config.batch_size)
+            time = [f"{time[0]}, about {duration(seconds)} if like those kept"]
     disk = check_disk(path.parent, BYTES_PER_TOKEN * tokens, "make room, or name another folder with --output")
     return [
         prompts_line(parts),
@@ -62,12 +65,29 @@ def say_decoding(recipe: Recipe, prompts: Sequence[Prompt], *, max_new_tokens: i
     ]
 
 
-def decoding_seconds(recipe: Recipe, answers: int, max_new_tokens: int, batch_size: int) -> float:
-    """Estimate the seconds of plain decoding, by the weights that a step reads and its products."""
+def typical_tokens(responses: Sequence[Response], batch_size: int) -> float:
+    """Give the mean length in tokens of the longest answer of each batch, which takes its time.
+
+    It is 0 without answers.
+
+    Args:
+        responses: in the order in which they were answered.
+        batch_size: answered at once.
+    """
+    lengths = [end - start for response in responses for start, end in response.response_spans]
+    longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
+    return sum(longest) / max(1, len(longest))
+
+
+def decoding_seconds(recipe: Recipe, answers: int, num_tokens: int | float, batch_size: int) -> float:
+    """Estimate the seconds of plain decoding, by the weights that a step reads and its products.
+
+    All answers have `num_tokens` tokens.
+    """
     place = find_place(recipe)
     with on_paper():
         model = make_target(read_shape(find_target(recipe.target)), place.dtype).model
         sizes = [(parameter.numel(), parameter.nbytes) for parameter in model.parameters()]
     flops, bandwidth = measure_speed(find_device(recipe.device), place.dtype)
     step = sum(nbytes for _, nbytes in sizes) / bandwidth + 2 * batch_size * sum(n for n, _ in sizes) / flops
-    return -(-answers // batch_size) * max_new_tokens * step
+    return -(-answers // batch_size) * num_tokens * step

@@ -1,31 +1,43 @@
-"""A few real steps on this machine, beside what was planned."""
+"""A few real steps and answers on this machine, beside what was planned."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dpace.config import Recipe
+from dpace.data.prompts import Prompt
+from dpace.data.static_batch import answer_batches
 from dpace.device import find_device, synchronize
 from dpace.drafter import Drafter
 from dpace.locate import find_target
 from dpace.loss import block_loss
 from dpace.plan.batch import Models, make_inputs
-from dpace.plan.facts import duration, size
-from dpace.plan.training import TrainingPlan
+from dpace.plan.facts import count, duration, size
+from dpace.plan.paper import read_shape
+from dpace.plan.training import TrainingPlan, known_conversations, plan_training
 from dpace.target import Target
 from dpace.train.callbacks import PeakMemory
+from dpace.train.run import choose_conversations
 from dpace.train.scoring import score_batch
 from dpace.weights import uniform_weights
 
 NUM_STEPS = 3
 """Steps that are taken; the first one is not timed."""
+NUM_ANSWERS = 8
+"""Prompts that are answered where there are no answers yet."""
 
 
-def calibrate(recipe: Recipe, plan: TrainingPlan) -> str:
+def calibrate(recipe: Recipe, plan: TrainingPlan, prompts: Sequence[Prompt] = ()) -> list[str]:
     """Take real steps of the largest micro-batch on this machine, and compare them with a plan.
 
     Memory is what the process takes more than before it loaded the target; on a GPU, what is allocated.
+
+    Args:
+        recipe: every setting.
+        plan: of it.
+        prompts: some of these are answered, and the lengths give another plan; none where answers are known.
 
     Raises:
         ValueError: the plan is for a device that is not here.
@@ -52,9 +64,27 @@ def calibrate(recipe: Recipe, plan: TrainingPlan) -> str:
     found = (peak.bytes or 0) - (0 if plan.place.is_cuda else at_start)
     step = min(seconds[1:])
     total = "" if plan.num_steps is None else f", {duration(step * plan.num_steps)} for all steps"
-    return (
+    measured = (
         f"measured here: {step:.3g} s for the largest step{total}; memory {size(found)}, "
         f"{found / plan.step.step_bytes:.2f} times the plan"
+    )
+    return [measured, *([_answer_some(recipe, plan, target, prompts)] if prompts else [])]
+
+
+def _answer_some(recipe: Recipe, plan: TrainingPlan, target: Target, prompts: Sequence[Prompt]) -> str:
+    """Answer some prompts, and say how long they are and what all steps take at these lengths."""
+    chosen = prompts[:: -(-len(prompts) // NUM_ANSWERS)]
+    responses = [response for batch in answer_batches(target, chosen, recipe.respond) for response in batch]
+    lengths = [end - start for response in responses for start, end in response.response_spans]
+    sample = known_conversations(*choose_conversations(responses, [], recipe), recipe)
+    means = {"mean_tokens": sample.mean_tokens, "mean_blocks": sample.mean_blocks}
+    again = plan_training(
+        recipe, read_shape(find_target(recipe.target)), plan.conversations._replace(**means), plan.place
+    )
+    time = "" if again.seconds is None else f": about {duration(again.seconds)} for all steps"
+    return (
+        f"{count(len(lengths), 'answer')} here: {sum(lengths) / len(lengths):.0f} tokens on average, of up to "
+        f"{recipe.respond.max_new_tokens}, in conversations of {sample.mean_tokens:.0f}{time}"
     )
 
 

@@ -47,7 +47,8 @@ def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
     if plan.stored_bytes:
         kept = f"on disk ({size(plan.stored_bytes)})"
     rate = f"{plan.flops_per_second / 1e12:.3g} TFLOP/s{'' if place.is_here else ', assumed'}"
-    time = "time unknown" if plan.seconds is None else f"about {duration(plan.seconds)} at {rate}"
+    about = "about" if known.is_known else "up to"  # all conversations are then as long as they may be
+    time = "time unknown" if plan.seconds is None else f"{about} {duration(plan.seconds)} at {rate}"
     return [
         f"training: {steps} of {batch}, {of}",
         f"drafter: {step.drafter_parameters / 1e6:.4g} M parameters, {size(plan.drafter_bytes)}; hidden states {kept}",

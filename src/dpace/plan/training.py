@@ -74,6 +74,7 @@ class TrainingPlan:
     stored_bytes: int
     """Bytes of disk that they take."""
     drafter_bytes: int
+    """Bytes of the finished drafter's file."""
     disk_bytes: int
     flops_per_second: float
     seconds_per_step: float
@@ -187,7 +188,8 @@ def plan_training(recipe: Recipe, config: PretrainedConfig, conversations: Conve
     once = step.flops["target"] / shape.batch_size * target_share * (conversations.number or 0)
     if not is_kept:
         per_step, once = per_step + step.flops["target"] * target_share, 0.0
-    drafter_bytes = 4 * step.drafter_parameters
+    moments = 1 if recipe.train.optimizer == "muon" else 2
+    checkpoint_bytes, drafter_bytes = 4 * (1 + moments) * step.drafter_parameters, 2 * step.drafter_parameters
     return TrainingPlan(
         place=place,
         conversations=conversations,
@@ -198,7 +200,7 @@ def plan_training(recipe: Recipe, config: PretrainedConfig, conversations: Conve
         kept_bytes=kept,
         stored_bytes=stored,
         drafter_bytes=drafter_bytes,
-        disk_bytes=drafter_bytes * (6 if recipe.train.optimizer == "muon" else 8),  # two checkpoints, two drafters
+        disk_bytes=2 * (checkpoint_bytes + drafter_bytes),  # each beside the one that it replaces
         flops_per_second=speed,
         seconds_per_step=per_step / speed,
         seconds=None if steps is None else (per_step * steps + once) / speed,

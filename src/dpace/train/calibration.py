@@ -17,7 +17,9 @@ MAX_CALIBRATION_ROWS = 1500
 
 
 @torch.no_grad()
-def fit_confidence_temperature(drafter: Drafter, target: Target, dataset: ResponseDataset) -> float:
+def fit_confidence_temperature(
+    drafter: Drafter, target: Target, dataset: ResponseDataset, token_ids: Tensor | None = None
+) -> float:
     """Find the temperature at which the drafter's confidence best says whether a slot is accepted.
 
     The slots are those that decoding reaches: all slots before them are right. At most `MAX_CALIBRATION_ROWS` are used.
@@ -28,22 +30,24 @@ def fit_confidence_temperature(drafter: Drafter, target: Target, dataset: Respon
         drafter: a trained drafter.
         target: its target.
         dataset: responses that were not trained on, every token an anchor.
+        token_ids: the only tokens that are drafted; by default all.
 
     Returns:
         The temperature, above 1 for a drafter that is too sure; 1 without a response.
     """
     was_training = drafter.training
     drafter.eval()
+    head = target.head if token_ids is None else target.head.part(token_ids)[0]
     logits, matches, count = [], [], 0
     for i in range(len(dataset)):
         reached = []
-        for hidden, blocks, out in score_conversation(drafter, target, dataset, i):
+        for hidden, blocks, out in score_conversation(drafter, target, dataset, i, token_ids):
             slots = torch.arange(drafter.block_size, device=target.device)
             is_reached = blocks.is_scored & (slots <= out.accepted_lengths[..., None] + 1)
             reached.append((hidden[is_reached], out.is_match[is_reached]))
         rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
         share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scaled = target.head.logits(rows[::share]).float()
+        scaled = head.logits(rows[::share]).float()
         logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
         matches.append(is_right[::share])
         count += len(matches[-1])

@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpace.config import Recipe
 from dpace.data.chat import tokenizer_hashes
 from dpace.data.dataset import ResponseDataset
+from dpace.draft_vocabulary import MAX_TAU_LOSS, DraftVocabulary
 from dpace.drafter import Drafter
 from dpace.ledger import write_json
+from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.rows import defined
+from dpace.metrics import Acceptance
 from dpace.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.train.calibration import fit_confidence_temperature, measure_reliability
@@ -17,6 +22,9 @@ from dpace.train.callbacks import PeakMemory
 from dpace.train.checkpointed import CheckpointedTrainer, room_for
 from dpace.train.checkpoints import STATE
 from dpace.train.identity import OBJECTIVE_SHA256
+
+SERVED = torch.bfloat16
+"""Dtype of a finished drafter's weights, as of most published ones; engines in bf16 read it as it is."""
 
 
 def finish(
@@ -30,13 +38,13 @@ def finish(
     run: Mapping[str, Any] | None,
     memory: PeakMemory,
 ) -> None:
-    """Calibrate a trained drafter, and write it with what it was made from.
+    """Round a trained drafter to 16 bits, measure it, and write it with what it was made from.
 
-    All ranks calibrate, since the target may need all of them.
+    What is measured is what is written. All ranks call this, since the target may need them; the first one writes.
 
     Args:
         folder: of the run; `provenance.json`, which says that the drafter is finished, comes last.
-        drafter: the trained one.
+        drafter: the trained one; its weights are rounded in place, and stay in fp32.
         target: its target.
         trainer: has the log.
         dataset: what was trained on.
@@ -45,30 +53,72 @@ def finish(
         run: what `run.json` holds; None on ranks that do not write.
         memory: measured since training began.
     """
+    round_weights(drafter)
+    acceptance = heldout_acceptance(drafter, target, validation, over_ranks=True) if len(validation) else None
+    vocabulary = _find_vocabulary(drafter, target, acceptance, dataset, validation, recipe)
     temperature = fit_confidence_temperature(drafter, target, validation)
     reliability = measure_reliability(drafter, target, validation)
+    if vocabulary is not None:
+        token_ids = vocabulary.token_ids
+        vocabulary.confidence_temperature = fit_confidence_temperature(drafter, target, validation, token_ids)
     if run is None:
         return
     sha256 = run.get(OBJECTIVE_SHA256)
     objective = {"objective": recipe.loss.objective} | ({"objective_sha256": sha256} if sha256 else {})
-    record = {"confidence_temperature": temperature, **_record(target, trainer, validation, recipe)}
+    record = {"confidence_temperature": temperature, **_record(target, acceptance, validation, recipe)}
     drafter.config.dpace = {**record, **objective}
     start = {"init": recipe.drafter.init, "init_sha256": run["init_sha256"]}
     provenance = {**_provenance(target, trainer, dataset), **objective, **start, "peak_memory_bytes": memory.bytes}
     if drafter.validity is not None:
         provenance["reliability"] = reliability
-    _write_folder(folder, drafter, trainer, provenance)
+    _write_folder(folder, drafter, vocabulary, trainer, provenance)
 
 
-def _write_folder(folder: Path, drafter: Drafter, trainer: CheckpointedTrainer, provenance: dict[str, Any]) -> None:
+@torch.no_grad()
+def round_weights(drafter: Drafter) -> None:
+    """Round all weights to numbers that `SERVED` has; the validity head stays as it is."""
+    for parameter in drafter.parameters():
+        parameter.copy_(parameter.to(SERVED))
+
+
+def _find_vocabulary(
+    drafter: Drafter,
+    target: Target,
+    acceptance: Acceptance | None,
+    dataset: ResponseDataset,
+    validation: ResponseDataset,
+    recipe: Recipe,
+) -> DraftVocabulary | None:
+    """Give the tokens of the training text as a draft vocabulary, where the drafter needs no others.
+
+    None where tau of the validation responses falls by more than `MAX_TAU_LOSS`, or is not known. None for a drafter
+    that started from another one, which has learned tokens of other texts.
+    """
+    if acceptance is None or recipe.drafter.init is not None:
+        return None
+    vocabulary = DraftVocabulary([*dataset.seen_tokens.tolist(), *target.stop_token_ids])
+    token_ids = vocabulary.token_ids
+    tau = heldout_acceptance(drafter, target, validation, token_ids=token_ids, over_ranks=True).tau
+    return vocabulary if tau >= (1 - MAX_TAU_LOSS) * acceptance.tau else None
+
+
+def _write_folder(
+    folder: Path,
+    drafter: Drafter,
+    vocabulary: DraftVocabulary | None,
+    trainer: CheckpointedTrainer,
+    provenance: dict[str, Any],
+) -> None:
     """Write the finished drafter; `provenance.json`, which says that it is finished, comes last."""
     with room_for("the drafter", folder):
-        drafter.save_pretrained(folder)
+        drafter.save_pretrained(folder, dtype=SERVED)
+        if vocabulary is not None:
+            vocabulary.save(folder)
         trainer.write_state(folder / STATE)
         write_json(folder / "provenance.json", provenance, indent=2)
 
 
-def _record(target: Target, trainer: CheckpointedTrainer, validation: ResponseDataset, recipe: Recipe) -> dict:
+def _record(target: Target, acceptance: Acceptance | None, validation: ResponseDataset, recipe: Recipe) -> dict:
     """Give what the drafter's config records: what it was trained for, and its tau.
 
     `dpace doctor` compares with it; engines ignore it.
@@ -79,12 +129,10 @@ def _record(target: Target, trainer: CheckpointedTrainer, validation: ResponseDa
         "thinking": recipe.thinking,
         **tokenizer_hashes(target),
     }
-    measured = [entry for entry in trainer.state.log_history if "eval_tau" in entry]
-    if measured:
-        best = max(measured, key=lambda entry: entry["eval_tau"])
+    if acceptance is not None:
         record |= {
-            "tau": best["eval_tau"],
-            "tau_interval": [defined(best["eval_tau_low"]), defined(best["eval_tau_high"])],
+            "tau": acceptance.tau,
+            "tau_interval": list(map(defined, acceptance.interval())),
             "tau_responses": validation.ids,
         }
     return record

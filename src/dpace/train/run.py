@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 from transformers import TrainerState
 
@@ -14,6 +15,7 @@ from dpace.data.corpus import Corpus
 from dpace.data.dataset import ResponseDataset
 from dpace.data.feature_files import keep_on_disk
 from dpace.data.responses import Response
+from dpace.draft_vocabulary import VOCABULARY_FILE
 from dpace.drafter import Drafter
 from dpace.flags import write_recipe
 from dpace.ledger import claim, hold
@@ -37,7 +39,7 @@ from dpace.train.identity import (
 from dpace.train.trainer import DrafterTrainer
 from dpace.validity import VALIDITY_FILE, ValidityHead
 
-DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VALIDITY_FILE)
+DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VALIDITY_FILE, VOCABULARY_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
 """What `train` writes into a drafter's folder."""
 
@@ -161,7 +163,7 @@ def train(
 
     Memory: drafter, its gradient and the optimizer's moments in fp32; the target; features of a batch, or of all
     conversations where they are kept; O(batch x block tokens x (tokens + block tokens)) bytes for the dense mask on
-    CPU; the loss as `frozen_head_nll` says. Disk: less than ten times the drafter's size.
+    CPU; the loss as `frozen_head_nll` says. Disk: less than ten times the drafter's size in fp32.
 
     Args:
         target: the frozen target.
@@ -173,7 +175,8 @@ def train(
         init: a trained drafter to start from, with the recipe's size, as `engines.initial.start_from` gives both.
 
     Returns:
-        The best drafter by tau of the validation responses; the last one where there are none.
+        The best drafter by tau of the validation responses, or the last one where there are none, in fp32 with its
+        weights rounded as in the file.
 
     Raises:
         ValueError: the text contains the mask token; the folder holds another run, files that dpace did not write, or
@@ -195,7 +198,7 @@ def train(
         if args.world_size > 1:
             distributed.broadcast_object_list(found, src=0)
         if found[0]:
-            return Drafter.from_pretrained(folder).to(target.device)
+            return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
         drafter = _make_drafter(target, dataset, recipe, init)
         trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, checked, config)
         if run is not None:

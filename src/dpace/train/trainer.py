@@ -13,7 +13,6 @@ from dpace.config import LossConfig, TrainConfig
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.data.order import GroupedSampler
 from dpace.drafter import Drafter
-from dpace.head import Head
 from dpace.loss import Weigh, block_loss, count_items
 from dpace.measure.heldout import heldout_acceptance
 from dpace.target import Target
@@ -95,7 +94,7 @@ class DrafterTrainer(CheckpointedTrainer):
         self.weigh = weigh
         self.head, self.head_index = target.head, None
         if loss.vocabulary == "seen":
-            self.head, self.head_index = _seen_head(target, dataset)
+            self.head, self.head_index = target.head.part(dataset.seen_tokens)
         self._sums: dict[str, Tensor] = {}
         self._step_weight = torch.zeros((), device=target.device)
 
@@ -241,12 +240,3 @@ class DrafterTrainer(CheckpointedTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def _seen_head(target: Target, dataset: ResponseDataset) -> tuple[Head, Tensor]:
-    """Give the head's rows of the tokens in the training text, and where each token's row is."""
-    tokens = dataset.seen_tokens
-    index = torch.full((len(target.head.weight),), -1, dtype=torch.long)
-    index[tokens] = torch.arange(len(tokens))
-    device = target.device
-    return target.head._replace(weight=target.head.weight[tokens.to(device)].contiguous()), index.to(device)

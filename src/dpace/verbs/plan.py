@@ -19,7 +19,8 @@ class PlanConfig(Recipe):
     """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
     By default what is free on this machine."""
     calibrate: bool = False
-    """Also load the target, take a few real steps here, and compare."""
+    """Also load the target, take a few real steps here, and compare.
+    Where there are no answers yet, a few prompts are answered too, and the plan is made with their lengths."""
 
 
 def read_memory(text: str) -> int:
@@ -39,6 +40,7 @@ def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     config = parse(PlanConfig, "plan", args)
     memory = read_memory(config.memory) if config.memory else None
+    from dpace.data.prompts import split_prompts
     from dpace.locate import find_target
     from dpace.plan.calibrate import calibrate
     from dpace.plan.conversations import find_conversations
@@ -54,8 +56,12 @@ def run(args: list[str]) -> None:
     plan = plan_training(recipe, shape, conversations, place)
     lines = [*training_lines(plan, recipe.train), *memory_lines(plan.step)]
     lines += say_what_fits(plan, recipe.train)
+    prompts = [] if conversations.is_known or not conversations.number else split_prompts(recipe.prompts).train
+    if not conversations.is_known:
+        lines.append("no answers yet: every length above is the longest that the recipe allows")
+        lines.append("measure them: `dpace respond`, or --calibrate, which answers a few prompts")
     print("\n".join(lines), flush=True)
     if config.calibrate:
-        print(calibrate(recipe, plan))
+        print("\n".join(calibrate(recipe, plan, prompts if recipe.respond.source == "target" else ())))
     is_answered = (Path(recipe.output) / "responses.jsonl").exists()
     print("next:", next_command("train" if is_answered else "respond", recipe, args))
