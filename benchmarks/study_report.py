@@ -215,11 +215,11 @@ def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: s
         figure, axes = plt.subplots(1, num, figsize=(4.2 * num, 3.9), **shape)
         for axis, block in zip(axes[0], study.blocks, strict=True):
             names = study.in_all_budgets(block) or study.objectives
+            every = {name: [(steps, value(name, block, steps)) for steps in study.budgets] for name in names}
+            known = {name: [(s, v) for s, v in points if v] for name, points in every.items()}
+            names = [name for name in names if known[name]]
             for place, name in enumerate(names):
-                points = [(steps, value(name, block, steps)) for steps in study.budgets]
-                points = [(steps, found) for steps, found in points if found]
-                if not points:
-                    continue
+                points = known[name]
                 shift = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not cover each other
                 where, middle = [steps * shift for steps, _ in points], np.array([found for _, found in points])
                 ends = np.abs(middle[:, 1:] - middle[:, :1]).T

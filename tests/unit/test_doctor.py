@@ -129,14 +129,16 @@ def convolved(**sizes):
     def change(config, tensors):
         config["architectures"] = ["DFlash2DraftModel"]
         config["dflash_config"] |= {"selector_rank": 1, "selector_top_k": 4} | sizes
-        width, selector = 48, "candidate_selector."
+        width, selector, dtype = 48, "candidate_selector.", tensors["fc.weight"].dtype
         for name in ("attention_conv", "mlp_conv"):
             for layer in range(2):
-                tensors[f"layers.{layer}.{name}.base_kernel"] = torch.ones(2, 2, width)
-                tensors[f"layers.{layer}.{name}.kernel_projection.weight"] = torch.ones(2 * 2 * width // 16, width)
+                tensors[f"layers.{layer}.{name}.base_kernel"] = torch.ones(2, 2, width, dtype=dtype)
+                tensors[f"layers.{layer}.{name}.kernel_projection.weight"] = torch.ones(
+                    2 * 2 * width // 16, width, dtype=dtype
+                )
         codebooks = ("predecessor_codebook", "successor_codebook")
-        tensors |= {selector + name: torch.zeros(64, 1) for name in codebooks}
-        tensors[f"{selector}hidden_projection.weight"] = torch.zeros(1, width)
+        tensors |= {selector + name: torch.zeros(64, 1, dtype=dtype) for name in codebooks}
+        tensors[f"{selector}hidden_projection.weight"] = torch.zeros(1, width, dtype=dtype)
 
     return change
 

@@ -190,8 +190,7 @@ def train(
     options: Any = {"device": target.device, "has_validation": bool(len(validation))}
     args = training_arguments(config, folder / "checkpoints", **options)
     with ExitStack() as held:
-        facts, run = target_of(target), None
-        found: list[Any] = [None, None]
+        facts, run, found = target_of(target), None, list[Any]([None, None])
         if args.process_index == 0:
             run = describe_run(facts, dataset, validation, recipe, weigh, init)
             found = _open_folder(folder, run, held)
