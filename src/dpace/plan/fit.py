@@ -96,6 +96,7 @@ def say_what_fits(plan: TrainingPlan, train: TrainConfig) -> list[str]:
     if not ways:
         anchors = largest("num_anchors", reshape(shape, "batch_size", 1), checkpointing=True)
         together = f"--train.batch-size 1 --train.gradient-checkpointing --train.num-anchors {anchors}"
-        ways = [together if anchors else "a smaller target, more memory, or several GPUs with --train.target-shard fsdp"]
+        other = "a smaller target, more memory, or several GPUs with --train.target-shard fsdp"
+        ways = [together if anchors else other]
     needed = size(plan.peak_bytes)
     return [f"does not fit in {memory}: it needs {needed}. Each of these makes it fit:", *(f"  {way}" for way in ways)]
