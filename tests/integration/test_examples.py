@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpace.config import Recipe, RespondConfig
+from dpace.config import Recipe
 from dpace.flags import parse
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -36,7 +36,6 @@ def test_the_notebook_runs(tmp_path):
     assert "lossless" in said and re.search(r"^tau \d", said, flags=re.MULTILINE)
 
 
-@pytest.mark.xfail(not hasattr(RespondConfig(), "server"), reason="no --respond.server yet", strict=True)
 @pytest.mark.parametrize("name", ["cluster/train.sbatch", "cluster/sky.yaml"])
 def test_what_a_cluster_starts_is_understood(name):
     """Its dpace commands have verbs and flags that exist."""

@@ -46,10 +46,9 @@ def run(args: list[str]) -> None:
 def _first_lines(config: CompareConfig, num_cells: int) -> list[str]:
     """Say what will be answered, trained and measured."""
     from dpace.data.prompts import split_prompts
+    from dpace.plan.conversations import find_conversations
     from dpace.plan.facts import prompts_line
     from dpace.plan.lines import say_training
-    from dpace.plan.training import unknown_conversations
 
-    parts = split_prompts(config.prompts)
-    conversations = unknown_conversations(config, len(parts.train), len(parts.validation))
-    return [prompts_line(parts), *say_training(config, conversations, config.output, drafters=num_cells)]
+    lines = say_training(config, find_conversations(config), config.output, drafters=num_cells)
+    return [prompts_line(split_prompts(config.prompts)), *lines]
