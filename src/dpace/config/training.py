@@ -25,8 +25,8 @@ class DrafterConfig:
     norm_scale: float = 1.0
     """Initial weights of the final norm, above 0; small ones start near a uniform distribution (docs/training.md)."""
     conv_kernel_size: int = 0
-    """Slots of a block that convolutions in each layer read, as in DFlash2: 2 helps short trainings; 0 for none, as in DFlash.
-    docs/engines.md says which engines run them."""
+    """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
+    2 helps short trainings; docs/engines.md says which engines run them."""
 
 
 @dataclass(frozen=True)
