@@ -57,7 +57,7 @@ def finish(
     acceptance = heldout_acceptance(drafter, target, validation, over_ranks=True) if len(validation) else None
     vocabulary = _find_vocabulary(drafter, target, acceptance, dataset, validation, recipe)
     temperature = fit_confidence_temperature(drafter, target, validation)
-    reliability = measure_reliability(drafter, target, validation)
+    reliability = measure_reliability(drafter, target, validation) if drafter.validity is not None else None
     if vocabulary is not None:
         token_ids = vocabulary.token_ids
         vocabulary.confidence_temperature = fit_confidence_temperature(drafter, target, validation, token_ids)
@@ -69,7 +69,7 @@ def finish(
     drafter.config.dpace = {**record, **objective}
     start = {"init": recipe.drafter.init, "init_sha256": run["init_sha256"]}
     provenance = {**_provenance(target, trainer, dataset), **objective, **start, "peak_memory_bytes": memory.bytes}
-    if drafter.validity is not None:
+    if reliability is not None:
         provenance["reliability"] = reliability
     _write_folder(folder, drafter, vocabulary, trainer, provenance)
 
