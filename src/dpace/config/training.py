@@ -111,7 +111,7 @@ class TrainConfig:
     """Optimizer steps between two measurements of tau on the validation prompts; the best weights are kept."""
     save_steps: int | None = None
     """Optimizer steps between two checkpoints that training can go on from; eval_steps by default.
-    The newest one and the best weights are kept, with one being written less than ten times an fp32 drafter."""
+    The newest one and the best weights are kept. All take less disk than ten drafters in fp32."""
     feature_cache_gib: float = 4.0
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
     feature_files: str | None = None
@@ -125,7 +125,7 @@ class TrainConfig:
     target_shard: TargetShard = "none"
     """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
     none: each rank has all. fsdp: a layer is gathered where it runs. tp: each matrix is split, and all ranks run all
-    texts; the fastest links only."""
+    texts; take it only where fast links connect the GPUs."""
     torch_compile: bool = False
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False
