@@ -62,11 +62,6 @@ class HeadOutput(NamedTuple):
     is_match: Bool[Tensor, "batch block slot"]
     """Whether the slot is scored and that choice is the label."""
 
-    @property
-    def accepted_lengths(self) -> Int[Tensor, "batch block"]:
-        """Draft tokens that greedy verification accepts: the matches from slot 1 to the first miss."""
-        return self.is_match[..., 1:].int().cumprod(-1).sum(-1)
-
 
 def _uniform(slots: Slots) -> Tensor:
     return uniform_weights(slots.is_scored)

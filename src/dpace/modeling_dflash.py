@@ -85,17 +85,17 @@ class DFlashConvolution(nn.Module):
         init.zeros_(self.kernel_projection.weight)
         init.copy_(self.base_kernel, torch.eye(taps)[:1, :, None].expand(2, taps, width))
 
-    def forward(self, rows, part: Callable[[Tensor], Tensor]):
+    def forward(self, rows, part: Callable[[Tensor], Tensor], block_size: int | None = None):
         """Compute `part` of the convolved rows, and convolve its output; all are "batch query hidden".
 
-        The query is one block or its beginning, or several whole blocks.
+        The query is one block or its beginning, or several whole blocks of `block_size` slots.
         """
+        num_slots = min(block_size or self.block_size, rows.shape[1])
         taps = self.base_kernel.shape[1]
         added = self.kernel_projection(rows).unflatten(-1, (2, taps, -1, 1))
-        return self._convolve(part(self._convolve(rows, added, 0)), added, 1)
+        return self._convolve(part(self._convolve(rows, added, 0, num_slots)), added, 1, num_slots)
 
-    def _convolve(self, rows, added, side: int):
-        num_slots = min(self.block_size, rows.shape[1])
+    def _convolve(self, rows, added, side: int, num_slots: int):
         x = rows.unflatten(-1, (-1, self.group))
         base = self.base_kernel[side].unflatten(-1, (-1, self.group))
         out = torch.addcmul(base[0] * x, added[:, :, side, 0], x)
@@ -132,14 +132,14 @@ class DFlashLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden, context, rope, mask, cache):
+    def forward(self, hidden, context, rope, mask, cache, block_size=None):
         """Add attention and feed-forward to `hidden`."""
 
         def attend(rows):
             return self.self_attn(rows, context, rope, mask, cache)
 
-        hidden = hidden + around(self.attention_conv, self.input_layernorm(hidden), attend)
-        return hidden + around(self.mlp_conv, self.post_attention_layernorm(hidden), self.mlp)
+        hidden = hidden + around(self.attention_conv, self.input_layernorm(hidden), attend, block_size)
+        return hidden + around(self.mlp_conv, self.post_attention_layernorm(hidden), self.mlp, block_size)
 
 
 def has_convolutions(config: Any) -> bool:
@@ -147,9 +147,14 @@ def has_convolutions(config: Any) -> bool:
     return bool((getattr(config, "dflash_config", None) or {}).get("conv_kernel_size"))
 
 
-def around(convolution: DFlashConvolution | None, rows: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+def around(
+    convolution: DFlashConvolution | None,
+    rows: Tensor,
+    part: Callable[[Tensor], Tensor],
+    block_size: int | None = None,
+) -> Tensor:
     """Compute a part of a layer, between its convolutions where the drafter has them."""
-    return part(rows) if convolution is None else convolution(rows, part)
+    return part(rows) if convolution is None else convolution(rows, part, block_size)
 
 
 def refuse_variants(config: Mapping[str, Any]) -> None:
@@ -229,7 +234,14 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             module.initialize()
 
     def forward(
-        self, noise_embeds, context_hidden_states, position_ids, attention_mask=None, cache: Cache | None = None, **_
+        self,
+        noise_embeds,
+        context_hidden_states,
+        position_ids,
+        attention_mask=None,
+        cache: Cache | None = None,
+        block_size: int | None = None,
+        **_,
     ) -> BaseModelOutput:
         """Compute the hidden states of blocks.
 
@@ -240,6 +252,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or None where
                 every slot sees everything, as when one block is drafted. A 2-D padding mask is also accepted.
             cache: receives keys and values of the context and the slots; the caller removes those of the slots.
+            block_size: slots of each block, where several are drafted; by default the config's.
 
         Returns:
             `last_hidden_state`, "batch query hidden": the LM head's input.
@@ -250,7 +263,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         hidden = noise_embeds.to(self.dtype)
         rope = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
-            hidden = layer(hidden, context, rope, attention_mask, cache)
+            hidden = layer(hidden, context, rope, attention_mask, cache, block_size)
         return BaseModelOutput(last_hidden_state=self.norm(hidden))
 
 

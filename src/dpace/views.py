@@ -31,6 +31,7 @@ def draft_block(
     position_ids: Int[Tensor, "rows new"] | None = None,
     attention_mask: Any = None,
     cache: Any = None,
+    block_size: int | None = None,
 ) -> Float[Tensor, "batch slot hidden"]:
     """Compute the hidden states of blocks, which the target's head turns into drafts.
 
@@ -45,6 +46,7 @@ def draft_block(
             whole text.
         attention_mask: as in `DFlashDraftModel.forward`; by default every slot sees everything.
         cache: receives keys and values of the features and the slots; the caller removes those of the slots.
+        block_size: slots of each of several blocks; by default the drafter's.
     """
     if position_ids is None:
         position_ids = torch.arange(features.shape[1] + blocks.shape[1], device=blocks.device)[None]
@@ -54,6 +56,7 @@ def draft_block(
         position_ids=position_ids,
         attention_mask=attention_mask,
         cache=cache,
+        block_size=block_size,
     ).last_hidden_state
 
 
@@ -100,6 +103,7 @@ def blocks_hidden(
         features[..., :num_features],
         position_ids=torch.cat([context_ids, blocks.position_ids.flatten(1)], dim=1),
         attention_mask=make_mask(blocks, num_context),
+        block_size=blocks.block_size,
     ).unflatten(1, blocks.labels.shape[1:])
     if not with_target_hidden:
         return hidden, blocks, None

@@ -210,6 +210,8 @@ def test_a_convolution_is_what_its_formula_says():
     torch.testing.assert_close(found[0], by_hand(by_hand(rows[0], 0).tanh(), 1))
     part = convolution(rows[:, :2], lambda x: x.tanh())  # the beginning of a block
     torch.testing.assert_close(part, found[:, :2])
+    of_two = torch.cat([convolution(block, lambda x: x.tanh()) for block in rows.split(2, dim=1)], dim=1)
+    torch.testing.assert_close(convolution(rows, lambda x: x.tanh(), 2), of_two)  # three blocks of two slots
 
 
 @torch.no_grad()

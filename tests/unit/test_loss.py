@@ -14,6 +14,7 @@ from dpace.config import LossConfig, Objective, TokenLoss
 from dpace.fast import head_scores
 from dpace.head import Head
 from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll, frozen_head_nll_reference
+from dpace.measure.heldout import leading_matches
 from dpace.objective import make_weigh, with_objective
 
 OBJECTIVES = get_args(Objective)
@@ -155,17 +156,18 @@ def test_end_to_end_tv_is_dpace_of_the_overlap_without_smoothing():
     torch.testing.assert_close(grad, states.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_accepted_lengths_are_the_greedy_prefix():
+@torch.no_grad()
+def test_leading_matches_are_the_greedy_prefix():
     states, head, labels, is_scored = problem(vocab=3)
-    with torch.no_grad():
-        out = frozen_head_nll(states, head, labels, is_scored)
+    out = frozen_head_nll(states, head, labels, is_scored)
+    found = leading_matches(states, head, labels, is_scored)
     for b, n in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
         length = 0
         while (
             length < 5 and is_scored[b, n, length + 1] and out.top_tokens[b, n, length + 1] == labels[b, n, length + 1]
         ):
             length += 1
-        assert out.accepted_lengths[b, n] == length
+        assert found[b, n].tolist() == [1 <= slot <= length for slot in range(6)]
 
 
 def test_settings_that_do_not_fit_are_refused():

@@ -23,11 +23,12 @@ from tests.conftest import LANGUAGE_RECIPE, make_drafter
 
 
 def short(**changes):
-    """A recipe of a few steps."""
+    """A recipe of a few steps; blocks that grow have 8 slots in the end."""
+    drafter = replace(LANGUAGE_RECIPE.drafter, block_size=8 if changes.get("grow_blocks") else 6)
     config = replace(
         LANGUAGE_RECIPE.train, **{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes}
     )
-    return replace(LANGUAGE_RECIPE, train=config)
+    return replace(LANGUAGE_RECIPE, drafter=drafter, train=config)
 
 
 def weights_of(drafter):
@@ -50,19 +51,22 @@ def run(target, responses, folder, **changes):
 
 
 def test_accumulation_gives_the_same_steps(language_target, language_responses, tmp_path):
-    """21 conversations: the last step of an epoch is uneven. Anchors are drawn where decoding restarts, too."""
-    whole = run(language_target, language_responses, tmp_path / "a", batch_size=8, on_policy_share=1.0)
-    parts = {"batch_size": 1, "gradient_accumulation_steps": 8, "on_policy_share": 1.0}
-    split = run(language_target, language_responses, tmp_path / "b", **parts)
+    """21 conversations: the last step of an epoch is uneven. Blocks grow, and some start where decoding restarts."""
+    changes = {"grow_blocks": True, "on_policy_share": 1.0}
+    whole = run(language_target, language_responses, tmp_path / "a", batch_size=8, **changes)
+    parts = {"batch_size": 1, "gradient_accumulation_steps": 8}
+    split = run(language_target, language_responses, tmp_path / "b", **parts, **changes)
     torch.testing.assert_close(split, whole, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize(("optimizer", "on_policy_share"), [("adamw", 0.0), ("muon", 1.0)])
+@pytest.mark.parametrize(
+    ("optimizer", "on_policy_share", "grow_blocks"), [("adamw", 0.0, False), ("muon", 1.0, False), ("adamw", 0.0, True)]
+)
 def test_a_resumed_run_ends_with_the_same_weights(
-    optimizer, on_policy_share, language_target, language_responses, tmp_path, monkeypatch
+    optimizer, on_policy_share, grow_blocks, language_target, language_responses, tmp_path, monkeypatch
 ):
     changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "optimizer": optimizer}
-    changes["on_policy_share"] = on_policy_share
+    changes |= {"on_policy_share": on_policy_share, "grow_blocks": grow_blocks}
     whole = run(language_target, language_responses, tmp_path / "whole", **changes)
 
     from dpace.train.trainer import DrafterTrainer
@@ -319,6 +323,7 @@ CANDIDATES = {
     "expected-passes": {"objective": "expected-passes"},
     "alpha annealed": {"alpha": 0.5, "alpha_end": 0.1},
     "on-policy anchors": {},
+    "growing blocks": {},
     "vat whole": {"objective": "vat", "token_loss": "mix", "validity": "joint"},
 }
 
@@ -327,10 +332,9 @@ CANDIDATES = {
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_candidates_learn(name, language_target, language_responses, tmp_path):
     """Each on its own trains the tiny drafter, which starts below 1.5."""
-    changes = {"on_policy_share": 0.5} if name == "on-policy anchors" else {}
-    recipe = replace(
-        LANGUAGE_RECIPE, loss=LossConfig(**CANDIDATES[name]), train=replace(LANGUAGE_RECIPE.train, **changes)
-    )
+    changes = {"on-policy anchors": {"on_policy_share": 0.5}, "growing blocks": {"grow_blocks": True}}.get(name, {})
+    recipe = short(**(vars(LANGUAGE_RECIPE.train) | changes))
+    recipe = replace(recipe, loss=LossConfig(**CANDIDATES[name]))
     drafter = run_recipe(language_target, language_responses[:50], language_responses[50:], recipe, tmp_path)
     tau = heldout_acceptance(drafter, language_target, measured(language_responses[50:])).tau
     print(f"{name}: tau {tau:.2f}")

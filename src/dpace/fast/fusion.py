@@ -211,12 +211,12 @@ class FusedDraftLayer(DFlashLayer):
 
     fused: _Fused | None
 
-    def forward(self, hidden, context, rope, mask, cache):
+    def forward(self, hidden, context, rope, mask, cache, block_size=None):
         """Compute the output of a `DFlashLayer`, whose own code also runs for masks that differ by slot."""
         fused, modules = self.fused, self._modules
         is_shared = mask is None or (isinstance(mask, Tensor) and mask.shape[1:3] == (1, 1))
         if fused is None or not is_shared or not fused.is_usable(hidden):
-            return super().forward(hidden, context, rope, mask, cache)
+            return super().forward(hidden, context, rope, mask, cache, block_size)
         attention: Any = modules["self_attn"]
         rotation = fused.rotation(rope)
 
@@ -227,8 +227,8 @@ class FusedDraftLayer(DFlashLayer):
             attended = attend_in_groups(query[:, :, context.shape[1] :], key, value, mask)
             return fused.out(attended.flatten(2))
 
-        hidden = hidden + around(self.attention_conv, fused.norm(hidden, 0), attend)
-        return hidden + around(self.mlp_conv, fused.norm(hidden, 1), fused.feed_forward)
+        hidden = hidden + around(self.attention_conv, fused.norm(hidden, 0), attend, block_size)
+        return hidden + around(self.mlp_conv, fused.norm(hidden, 1), fused.feed_forward, block_size)
 
 
 @functools.cache

@@ -4,13 +4,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace import ranks
 from dpace.blocks import Blocks
 from dpace.data.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
-from dpace.loss import HeadOutput, frozen_head_nll
+from dpace.head import Head
+from dpace.loss import frozen_head_nll
 from dpace.metrics import Acceptance
 from dpace.target import Target
 from dpace.views import blocks_hidden
@@ -41,9 +43,31 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
     return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
 
 
+def leading_matches(
+    hidden: Float[Tensor, "batch block slot hidden"],
+    head: Head,
+    labels: Int[Tensor, "batch block slot"],
+    is_scored: Bool[Tensor, "batch block slot"],
+) -> Bool[Tensor, "batch block slot"]:
+    """Find the slots of each block that greedy verification accepts: those before its first wrong draft.
+
+    Equals what `frozen_head_nll` gives, up to each block's first miss. It goes slot by slot through the blocks that are
+    right so far. So about tau rows of a block are multiplied with the head, and not all its slots.
+    """
+    is_accepted, is_right = torch.zeros_like(is_scored), torch.ones_like(is_scored[..., 0])
+    for slot in range(1, labels.shape[-1]):
+        is_right = is_right & is_scored[..., slot]
+        if not is_right.any():
+            break
+        at = slice(slot, slot + 1)
+        is_right = frozen_head_nll(hidden[..., at, :], head, labels[..., at], is_right[..., None]).is_match[..., 0]
+        is_accepted[..., slot] = is_right
+    return is_accepted
+
+
 def score_conversation(
     drafter: Drafter, target: Target, dataset: ResponseDataset, index: int, token_ids: Tensor | None = None
-) -> Iterator[tuple[Tensor, Blocks, HeadOutput]]:
+) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
     """Draft the blocks of a conversation in parts, and compare the drafts with its text.
 
     A part has `SCORED_BLOCKS` blocks. With `token_ids`, only these tokens are drafted, and no other matches.
@@ -52,7 +76,7 @@ def score_conversation(
     bytes for the dense mask on a CPU.
 
     Yields:
-        Final hidden states, "1 block slot hidden"; the blocks; and what the head gives for them.
+        Final hidden states, "1 block slot hidden"; the blocks; and their `leading_matches`.
     """
     head, places = (target.head, None) if token_ids is None else target.head.part(token_ids)
     ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
@@ -68,8 +92,8 @@ def score_conversation(
         with torch.no_grad():
             hidden, blocks, _ = blocks_hidden(drafter, target, {**chosen, **text}, **ids)
             labels = blocks.labels if places is None else places[blocks.labels]
-            out = frozen_head_nll(hidden, head, labels, blocks.is_scored)
-        yield hidden, blocks, out
+            is_accepted = leading_matches(hidden, head, labels, blocks.is_scored)
+        yield hidden, blocks, is_accepted
 
 
 @torch.no_grad()
@@ -104,8 +128,8 @@ def heldout_acceptance(
     indices = list(range(len(dataset)))
     for i in ranks.share(indices) if over_ranks else indices:
         accepted_from: dict[int, int] = {}
-        for _, blocks, out in score_conversation(drafter, target, dataset, i, token_ids):
-            accepted_from |= zip(blocks.anchors[0].tolist(), out.accepted_lengths[0].tolist(), strict=True)
+        for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
+            accepted_from |= zip(blocks.anchors[0].tolist(), is_accepted[0].sum(-1).tolist(), strict=True)
         spans = _spans(dataset.is_response(i).tolist())
         results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])
     drafter.train(was_training)

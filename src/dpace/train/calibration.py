@@ -9,7 +9,6 @@ from dpace.data.dataset import ResponseDataset
 from dpace.drafter import Drafter
 from dpace.measure.heldout import score_conversation
 from dpace.target import Target
-from dpace.validity import is_before_miss
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 1500
@@ -41,10 +40,10 @@ def fit_confidence_temperature(
     logits, matches, count = [], [], 0
     for i in range(len(dataset)):
         reached = []
-        for hidden, blocks, out in score_conversation(drafter, target, dataset, i, token_ids):
+        for hidden, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
             slots = torch.arange(drafter.block_size, device=target.device)
-            is_reached = blocks.is_scored & (slots <= out.accepted_lengths[..., None] + 1)
-            reached.append((hidden[is_reached], out.is_match[is_reached]))
+            is_reached = blocks.is_scored & (slots <= is_accepted.sum(-1, keepdim=True) + 1)
+            reached.append((hidden[is_reached], is_accepted[is_reached]))
         rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
         share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
         scaled = head.logits(rows[::share]).float()
@@ -88,9 +87,8 @@ def measure_reliability(drafter: Drafter, target: Target, dataset: ResponseDatas
     per_row = max(1, MAX_CALIBRATION_ROWS // max(1, len(dataset)) // (drafter.block_size - 1))
     for i in range(len(dataset)):
         parts = []
-        for hidden, blocks, out in score_conversation(drafter, target, dataset, i):
+        for hidden, blocks, is_accepted in score_conversation(drafter, target, dataset, i):
             whole = blocks.is_scored[0, :, 1:].all(-1)
-            is_accepted = is_before_miss(out.is_match, blocks.is_scored)
             parts.append((hidden[0, whole, 1:], is_accepted[0, whole, 1:].cpu()))
         rows, is_accepted = (torch.cat(values) for values in zip(*parts, strict=True))
         chosen = slice(None, None, max(1, len(rows) // per_row))

@@ -56,4 +56,4 @@ def redraw(
         draw_anchors(rate, of_row, num_anchors=count, share=share, seed=draw)
         for rate, of_row, count, draw in zip(rates, is_response.cpu(), counts, draws, strict=True)
     ]
-    return batch | vars(build_blocks(batch["token_ids"], is_response, anchors, drafter.block_size))
+    return batch | vars(build_blocks(batch["token_ids"], is_response, anchors, blocks.block_size))

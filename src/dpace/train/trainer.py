@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from dpace.config import LossConfig, TrainConfig
@@ -18,6 +18,7 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.target import Target
 from dpace.train.callbacks import StepClock, TrackerGuard, TrainingBar
 from dpace.train.checkpointed import CheckpointedTrainer
+from dpace.train.growth import block_size_at, cut_blocks
 from dpace.train.optimizer import MuonAdamW
 from dpace.train.redraw import redraw
 from dpace.train.scoring import score_batch
@@ -89,6 +90,7 @@ class DrafterTrainer(CheckpointedTrainer):
         self.add_callback(self.step_clock)
         self.model_accepts_loss_kwargs = False
         self.use_muon, self.on_policy_share = config.optimizer == "muon", config.on_policy_share
+        self.grow_blocks, self.num_anchors = config.grow_blocks, config.num_anchors
         self.group_by_length, self.dataset = config.group_by_length, dataset
         self.target, self.validation, self.loss_config = target, validation, loss
         self.weigh = weigh
@@ -120,14 +122,19 @@ class DrafterTrainer(CheckpointedTrainer):
         return optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Take the micro-batches of a step; with `on_policy_share`, draw their anchors anew."""
+        """Take the micro-batches of a step, and draw their anchors anew where blocks are short or `on_policy_share`."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.drafter.validity is not None:
             self.drafter.validity.zero_grad()  # the base class zeroes the drafter's own gradients only
-        share = self.on_policy_share * self.progress
-        if share:
+        share, block_size = self.on_policy_share * self.progress, self.drafter.block_size
+        slots = block_size_at(self.progress, block_size) if self.grow_blocks else block_size
+        if share or slots < block_size:
             started = time.perf_counter()
-            batches = [self._redraw(batch, share) for batch in batches]
+            if slots < block_size:
+                num_anchors = self.num_anchors * block_size // slots
+                batches = [cut_blocks(batch, slots, num_anchors) for batch in batches]
+            if share:
+                batches = [self._redraw(batch, share) for batch in batches]
             num_items = self._get_num_items_in_batch(batches, device)
             self.step_clock.seconds_before = time.perf_counter() - started
         return batches, num_items
@@ -200,12 +207,10 @@ class DrafterTrainer(CheckpointedTrainer):
     def _add_to_log(self, out, is_scored):
         """Add up what is logged as means."""
         self._step_weight += out.weights.sum()
-        sums = {
-            "losses": out.losses.detach().sum()[None],
-            "weights": out.weights.sum((0, 1)),
-            "matches": out.is_match.float().sum((0, 1)),
-            "nll": out.nll.sum((0, 1)),
-            "slots": is_scored.float().sum((0, 1)),
+        by_slot = {"weights": out.weights, "matches": out.is_match, "nll": out.nll, "slots": is_scored}
+        missing = self.drafter.block_size - is_scored.shape[-1]  # slots that shorter blocks lack
+        sums = {"losses": out.losses.detach().sum()[None]} | {
+            name: nn.functional.pad(values.float().sum((0, 1)), (0, missing)) for name, values in by_slot.items()
         }
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
