@@ -11,7 +11,8 @@ from tests.conftest import VOCAB, make_drafter, make_with_convolutions
 
 
 @pytest.mark.parametrize(
-    ("block_size", "sizes"), [(3, [3] * 6), (8, [4] * 3 + [8] * 3), (10, [5] * 3 + [10] * 3), (16, [4, 4, 8, 8, 16, 16])]
+    ("block_size", "sizes"),
+    [(3, [3] * 6), (8, [4] * 3 + [8] * 3), (10, [5] * 3 + [10] * 3), (16, [4, 4, 8, 8, 16, 16])],
 )
 def test_sizes_are_halves_in_equal_parts(block_size, sizes):
     assert [block_size_at(step / 6, block_size) for step in range(6)] == sizes
