@@ -122,7 +122,7 @@ class DrafterTrainer(CheckpointedTrainer):
         return optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Take the micro-batches of a step, and draw their anchors anew where blocks are short or `on_policy_share`."""
+        """Take the micro-batches of a step; draw their anchors anew for short blocks or `on_policy_share`."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.drafter.validity is not None:
             self.drafter.validity.zero_grad()  # the base class zeroes the drafter's own gradients only
