@@ -96,7 +96,7 @@ class TrainConfig:
     """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
     grow_blocks: bool = False
     """Train on short blocks first: of 4 slots, then of twice as many, up to block_size, in equal parts of the steps.
-    A step has as many slots as ever, so short blocks are more; docs/objectives.md says what it gains."""
+    A step has as many slots as ever, in more blocks; docs/objectives.md says what it gains."""
     on_policy_share: float = 0.0
     """Share of the blocks, 0 to 1, that are drawn where decoding restarts, at the end of training; it grows from 0.
     Each step then drafts twice; docs/objectives.md says how the places are estimated."""
