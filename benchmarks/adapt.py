@@ -17,18 +17,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from dpace.demo.make_prompts import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.config import DrafterConfig, RespondConfig
-from dpace.data.dataset import ResponseDataset
-from dpace.data.prompts import Prompt, demo_path, read_prompts
-from dpace.data.responses import Response, write_responses
-from dpace.demo.make_prompts import make
-from dpace.demo.recipe import DemoConfig, demo_recipe
 from dpace.drafter import load_drafter
 from dpace.engines.initial import start_from
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import tau_gain
+from dpace.prompts.prompts import Prompt, demo_path, read_prompts
+from dpace.respond.responses import Response, write_responses
+from dpace.studies.demo import DemoConfig, demo_recipe
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 

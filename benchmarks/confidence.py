@@ -13,16 +13,16 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from dpace.demo.make_prompts import make
 
-from dpace.data.chat import encode_chat
 from dpace.decode import Paces, generate
 from dpace.decode.costs import StepCosts, measure_costs
 from dpace.decode.pace import Pace
-from dpace.demo.make_prompts import make
 from dpace.drafter import load_drafter
-from dpace.locate import find_target
 from dpace.metrics import decode_speedup
 from dpace.target import Target
+from dpace.target.chat import encode_chat
+from dpace.target.locate import find_target
 
 WAYS = ("softmax", "validity")
 

@@ -54,9 +54,8 @@ def read(folder: Path) -> None:
     """Read them up to the first batch, and say what it took."""
     import torch
 
-    from dpace.data.corpus import load_corpus
-    from dpace.data.dataset import ResponseDataset, collate
-    from dpace.data.order import GroupedSampler, padding
+    from dpace.batches.corpus import load_corpus
+    from dpace.batches.dataset import GroupedSampler, ResponseDataset, collate, padding
     from dpace.train.identity import data_of
 
     before, start, used = status("VmRSS"), time.perf_counter(), time.process_time()

@@ -29,20 +29,19 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from dpace.config import Width
-from dpace.data.chat import encode_chat
-from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.decode import Decoder, Paces, generate, generate_plain
-from dpace.decode.drafting import make_drafting
-from dpace.decode.loop import speculative_steps
+from dpace.decode.loop import make_drafting, speculative_steps
 from dpace.decode.request import make_continuation
-from dpace.draft_vocabulary import DraftHead
 from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.vocabulary import DraftHead
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import answer, make_server
 from dpace.fast.packing import pack_linears
-from dpace.progress import progress_bar
+from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console
+from dpace.system.progress import progress_bar
 from dpace.target import Target
+from dpace.target.chat import encode_chat
 
 Way = Callable[[list[int], int], list[int]]
 """Function from a prompt and a number of tokens to the response."""

@@ -37,15 +37,15 @@ from transformers import AutoModel
 
 import dpace
 from dpace.config import Format
-from dpace.data.chat import encode_chat
-from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.export import export
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
+from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console
 from dpace.target import Target
+from dpace.target.chat import encode_chat
 
 CHILD = Path(__file__).with_name("engines_child.py")
 

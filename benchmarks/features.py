@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from dpace.data.dataset import ResponseDataset
-from dpace.data.feature_files import keep_on_disk
-from dpace.data.responses import Response
+from dpace.batches.dataset import ResponseDataset
+from dpace.batches.feature_files import keep_on_disk
 from dpace.drafter import Drafter
-from dpace.locate import find_target
+from dpace.respond.responses import Response
 from dpace.target import Target
+from dpace.target.locate import find_target
 
 ROUNDS = 3
 LIMIT = 2.0**40

@@ -25,16 +25,16 @@ from gpu_step import PROMPT_TOKENS, peak_flops, time_training
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dpace.config import Recipe
-from dpace.data.chat import encode_chat
-from dpace.data.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.device import default_dtype, find_device
 from dpace.drafter import Drafter, load_drafter
 from dpace.fast.speed_up import speed_up
-from dpace.flags import parse
-from dpace.ledger import write_text
-from dpace.locate import find_drafter, find_target
-from dpace.provenance import find_hardware, find_versions
+from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
+from dpace.recipes.flags import parse
+from dpace.system.device import default_dtype, find_device
+from dpace.system.ledger import write_text
+from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
+from dpace.target.chat import encode_chat
+from dpace.target.locate import find_drafter, find_target
 
 RECIPE, SMALL = "qwen3-4b-3l", "Qwen/Qwen3-0.6B"
 _QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960}

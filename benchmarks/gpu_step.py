@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
-from dpace.data.answers import Response
-from dpace.data.dataset import ResponseDataset
-from dpace.device import synchronize
 from dpace.drafter import Drafter
-from dpace.objective import make_weigh
+from dpace.loss.objective import make_weigh
 from dpace.plan.training import Place, known_conversations, plan_training
+from dpace.respond.answers import Response
+from dpace.system.device import synchronize
 from dpace.target import Target
-from dpace.train.arguments import training_arguments
 from dpace.train.callbacks import PeakMemory
-from dpace.train.trainer import DrafterTrainer
+from dpace.train.trainer import DrafterTrainer, training_arguments
 
 PARTS = ("batch", "features", "mask", "drafter forward", "loss", "backward", "optimizer")
 WARM_UP = 10

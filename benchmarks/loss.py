@@ -19,9 +19,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from dpace.device import find_device, synchronize
-from dpace.head import Head
 from dpace.loss import Slots, block_loss, frozen_head_nll
+from dpace.system.device import find_device, synchronize
+from dpace.target.head import Head
 from dpace.train.callbacks import PeakMemory
 from dpace.weights import dpace_weights
 

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from dpace.data.dataset import ResponseDataset, collate
-from dpace.data.responses import Response
-from dpace.device import synchronize
+from dpace.batches.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
-from dpace.flags import read_recipe
-from dpace.locate import find_target
+from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
-from dpace.objective import make_weigh
+from dpace.loss.objective import make_weigh
 from dpace.recipes import RECIPES
+from dpace.recipes.flags import read_recipe
+from dpace.respond.responses import Response
+from dpace.system.device import synchronize
 from dpace.target import Target
+from dpace.target.locate import find_target
 from dpace.train.optimizer import MuonAdamW
-from dpace.views import blocks_hidden
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
 NUM_TOKENS, NUM_PROMPT_TOKENS = 260, 180

@@ -20,18 +20,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dpace.config import Recipe
-from dpace.data.prompts import Prompt, read_prompts
-from dpace.data.public_sets import SETS, read_sets
-from dpace.data.responses import write_responses
 from dpace.drafter import load_drafter
-from dpace.flags import read_recipe
-from dpace.locate import TARGET_ID, find_target
 from dpace.measure.benchmark import bench
-from dpace.measure.results import BenchResults
-from dpace.measure.rows import Row
+from dpace.measure.results import BenchResults, Row
+from dpace.prompts.prompts import Prompt, read_prompts
+from dpace.prompts.public_sets import SETS, read_sets
 from dpace.recipes import RECIPES
+from dpace.recipes.flags import read_recipe
 from dpace.report.tables import console, results_table
+from dpace.respond.responses import write_responses
 from dpace.target import Target
+from dpace.target.locate import TARGET_ID, find_target
 from dpace.train.identity import target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dpace.demo.run import ALL_SETS
 from dpace.measure.results import BenchResults, read_results
-from dpace.report.figures import SERIES, drawing, svg, whole_ticks
+from dpace.report.plots import SERIES, drawing, svg, whole_ticks
+from dpace.studies.demo import ALL_SETS
 
 SAME = "--series-7: #8a9097; background: var(--page);"
 LIGHT = "--page: #fff; --ink: #1c2024; --soft: #5b6570; --line: #d9dee3; --series-0: #1f6fb4; --series-1: #d9650a;"

@@ -17,9 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dpace.config import RespondConfig
-from dpace.data.chat import ChatTokenizer
-from dpace.data.prompts import Prompt
-from dpace.data.responses import answer_prompts
+from dpace.prompts.prompts import Prompt
+from dpace.respond.responses import answer_prompts
+from dpace.target.chat import ChatTokenizer
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 NUM_PROMPTS = {1: 40, 2: 80, 4: 160, 8: 320, 16: 640, 32: 1280}

@@ -33,28 +33,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpace.demo.make_prompts import make
 from study_report import ALWAYS, OURS, Cell, find_cells, step_seconds, write_report
 from study_trials import distillation_temperature
 
-from dpace.compare import heldout_set, measure_cells, train_cells
+from dpace.batches.dataset import ResponseDataset
+from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
-from dpace.data.dataset import ResponseDataset
-from dpace.data.feature_files import keep_on_disk
-from dpace.data.prompts import split_prompts
-from dpace.data.responses import Response, write_responses
-from dpace.demo.make_prompts import make
 from dpace.drafter import Drafter
-from dpace.flags import read_recipe
-from dpace.ledger import hold, write_json, write_text
+from dpace.drafter.validity import ValidityHead
+from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.results import has_heldout
-from dpace.objective import make_weigh, with_objective
+from dpace.prompts.prompts import split_prompts
 from dpace.recipes import RECIPES
+from dpace.recipes.flags import read_recipe
+from dpace.respond.responses import Response, write_responses
+from dpace.studies.compare import heldout_set, measure_cells, train_cells
+from dpace.system.ledger import hold, write_json, write_text
 from dpace.target import Target
-from dpace.train.arguments import training_arguments
 from dpace.train.identity import refuse_other_run, settings_of
 from dpace.train.run import choose_conversations
-from dpace.train.trainer import DrafterTrainer
-from dpace.validity import ValidityHead
+from dpace.train.trainer import DrafterTrainer, training_arguments
 from dpace.verbs import load_target
 
 

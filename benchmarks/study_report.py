@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpace.ledger import write_text
 from dpace.measure.results import has_heldout, read_heldout, read_log
 from dpace.metrics import Acceptance, resample_taus
-from dpace.report.figures import SERIES, SOFT, drawing, standalone, svg
+from dpace.report.plots import SERIES, SOFT, drawing, standalone, svg
+from dpace.system.ledger import write_text
 
 BASELINE, OURS = ALWAYS = "dflash", "dpace"
 FILES = ("study.md", "study-tau.svg", "study-gain.svg")

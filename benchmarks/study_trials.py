@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-import dpace.train.scoring as scoring
+import dpace.train.trainer as scoring
 from dpace.loss import frozen_head_nll
 
 

@@ -13,11 +13,11 @@ import time
 import dflash.model as zlab
 import torch
 
-from dpace.data.chat import encode_chat
-from dpace.data.prompts import demo_path, read_prompts
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import load_drafter
+from dpace.prompts.prompts import demo_path, read_prompts
 from dpace.target import Target
+from dpace.target.chat import encode_chat
 
 MAX_NEW_TOKENS = 128
 

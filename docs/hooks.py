@@ -57,7 +57,7 @@ def generated_pages() -> dict[str, str]:
 
 def serve_page() -> str:
     """Write how each engine serves a drafter, as model cards say it."""
-    from dpace.engines.serving import card_sections
+    from dpace.engines.card import card_sections
 
     about: Any = {"drafter": "dpace-out/drafter", "target": "Qwen/Qwen3-4B", "gguf": "drafter.gguf", "block_size": 16}
     parts = [
@@ -107,7 +107,7 @@ def options_of(verb: str) -> type:
         return found.args[0]
     finally:
         module.parse = real
-    raise ValueError(f"dpace {verb} does not read its options with dpace.flags.parse")
+    raise ValueError(f"dpace {verb} does not read its options with dpace.recipes.flags.parse")
 
 
 class _Found(Exception):
@@ -188,7 +188,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 def values_of(owner: type, name: str, kind: Any) -> str:
     """Say what an option takes: its range, its names or its type."""
-    from dpace.ranges import RANGES
+    from dpace.recipes.ranges import RANGES
 
     range_ = next((RANGES[c.__name__][name] for c in owner.__mro__ if name in RANGES.get(c.__name__, ())), None)
     if range_ is None:

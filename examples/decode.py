@@ -5,12 +5,12 @@ python examples/decode.py dpace-demo/dpace demo#notes/heldout/1
 
 import sys
 
-from dpace.data.chat import encode_chat
-from dpace.data.prompts import find_prompt
 from dpace.decode import generate, generate_plain
 from dpace.drafter import load_drafter
-from dpace.locate import TARGET_ID, find_target
+from dpace.prompts.prompts import find_prompt
 from dpace.target import Target
+from dpace.target.chat import encode_chat
+from dpace.target.locate import TARGET_ID, find_target
 
 target = Target.load(find_target(TARGET_ID))
 drafter = load_drafter(sys.argv[1], target)

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
-from dpace.data.responses import Response
 from dpace.drafter import Drafter
-from dpace.engines.tensors import LAYER_TENSORS
+from dpace.engines.folder import LAYER_TENSORS
 from dpace.fast.speed_up import speed_up
+from dpace.respond.responses import Response
 from dpace.target import Target
 
 VOCAB = 64
@@ -240,8 +240,8 @@ def language_prompts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def language_responses(language_target, language_prompts, tmp_path_factory) -> list[Response]:
-    from dpace.data.prompts import Prompt
-    from dpace.data.responses import write_responses
+    from dpace.prompts.prompts import Prompt
+    from dpace.respond.responses import write_responses
 
     prompts = [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts)]
     path = tmp_path_factory.mktemp("responses") / "responses.jsonl"

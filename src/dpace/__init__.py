@@ -16,9 +16,6 @@ if TYPE_CHECKING:
         RespondConfig,
         TrainConfig,
     )
-    from dpace.data.chat import encode_chat
-    from dpace.data.prompts import Prompt, PromptParts, read_prompts, split_prompts
-    from dpace.data.responses import Response, read_responses, write_responses
     from dpace.decode import (
         Decoder,
         Generation,
@@ -30,25 +27,28 @@ if TYPE_CHECKING:
         stream,
     )
     from dpace.drafter import Drafter, load_drafter
-    from dpace.flags import read_recipe, write_recipe
-    from dpace.locate import find_target
     from dpace.loss import Slots
     from dpace.measure.heldout import heldout_acceptance
     from dpace.metrics import Acceptance
+    from dpace.prompts.prompts import Prompt, PromptParts, read_prompts, split_prompts
+    from dpace.recipes.flags import read_recipe, write_recipe
+    from dpace.respond.responses import Response, read_responses, write_responses
     from dpace.target import Target
+    from dpace.target.chat import encode_chat
+    from dpace.target.locate import find_target
     from dpace.train import make_datasets, train
 
 __version__ = "0.1.0"
 
 _NAMES = {
     "config": "BenchConfig DrafterConfig LossConfig PromptsConfig Recipe RespondConfig TrainConfig",
-    "data.chat": "encode_chat",
-    "data.prompts": "Prompt PromptParts read_prompts split_prompts",
-    "data.responses": "Response read_responses write_responses",
+    "target.chat": "encode_chat",
+    "prompts.prompts": "Prompt PromptParts read_prompts split_prompts",
+    "respond.responses": "Response read_responses write_responses",
     "decode": "Decoder Generation Paces custom_generate generate generate_batch generate_plain stream",
     "drafter": "Drafter load_drafter",
-    "flags": "read_recipe write_recipe",
-    "locate": "find_target",
+    "recipes.flags": "read_recipe write_recipe",
+    "target.locate": "find_target",
     "loss": "Slots",
     "measure.heldout": "heldout_acceptance",
     "metrics": "Acceptance",

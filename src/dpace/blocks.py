@@ -92,7 +92,7 @@ def draw_anchors(
     the number of positions that `sample_anchors` draws from (weighted sampling by keys, Efraimidis and Spirakis 2006).
 
     Args:
-        rates: how often decoding restarts at each position, 0 or more; see `dpace.restarts.restart_rates`.
+        rates: how often decoding restarts at each position, 0 or more; see `dpace.loss.restarts.restart_rates`.
         is_response: tokens that the target wrote.
         num_anchors: number of anchors, at most `T`.
         share: 0 for uniform ones, up to 1 for rates alone.

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         if reason is None:  # a bug of dpace, which the traceback shows
             raise
         _say(verb, reason)
-        from dpace.flags import UsageError
+        from dpace.recipes.flags import UsageError
 
         return 2 if isinstance(error, UsageError) else 1
     return 0
@@ -132,7 +132,7 @@ def _is_unread() -> bool:
 
 def _say(verb: str, reason: str) -> None:
     """Print a reason in one line that cannot steer a terminal."""
-    from dpace.progress import printable
+    from dpace.system.progress import printable
 
     line = " ".join(part.strip() for part in reason.split("\n") if part.strip())
     print(f"dpace {verb}: {printable(line)}", file=sys.stderr)

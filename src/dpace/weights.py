@@ -150,7 +150,7 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
         ValueError: `gamma` not above 0.
 
     Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification. Its verification
-    head is `dpace.validity`, its mixed labels are the token loss `mix`.
+    head is `dpace.drafter.validity`, its mixed labels are the token loss `mix`.
     """
     _check_gamma(gamma)
     index = is_scored.cumsum(-1) - 1

@@ -13,12 +13,12 @@ from dpace.blocks import build_blocks, dense_mask, flex_mask
 from dpace.config import LossConfig
 from dpace.decode import Decoder, Paces, generate, generate_plain
 from dpace.drafter import load_drafter
+from dpace.drafter.views import draft_block
 from dpace.fast.speed_up import speed_up
-from dpace.head import Head
 from dpace.loss import block_loss, frozen_head_nll, frozen_head_nll_reference
-from dpace.objective import make_weigh
+from dpace.loss.objective import make_weigh
 from dpace.target import Target
-from dpace.views import draft_block
+from dpace.target.head import Head
 from tests.conftest import FAMILIES, LANGUAGE_RECIPE, make_drafter
 
 pytestmark = [

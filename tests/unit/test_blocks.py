@@ -16,7 +16,7 @@ from dpace.blocks import (
     visibility,
     visible_tiles,
 )
-from tests.memory import PeakBytes
+from tests.support.memory import PeakBytes
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 
 from dpace.cli import VERBS
 from dpace.config import Engine, LossConfig, Objective
-from dpace.engines.serving import serve_command
+from dpace.engines.card import serve_command
 from dpace.loss import Slots
-from dpace.objective import make_weigh
+from dpace.loss.objective import make_weigh
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dpace"

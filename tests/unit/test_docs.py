@@ -11,7 +11,7 @@ import yaml
 
 from dpace.cli import VERBS
 from dpace.config import CompareConfig, Recipe
-from dpace.measure.rows import ResponseRecord, Row
+from dpace.measure.results import ResponseRecord, Row
 
 ROOT = Path(__file__).parents[2]
 

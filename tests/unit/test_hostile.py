@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from dpace.cli import VERBS, main
-from tests.hostile import CASES, Case
+from tests.support.hostile import CASES, Case
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ GRAPH = {m: imports(m, path.read_text(), path.name == "__init__.py") for m, path
 def test_every_form_of_import_is_seen():
     inner = "def f():\n    from . import sampling\n    from ..data.chat import x"
     text = f"import dpace.loss\nfrom dpace import target\n{inner}"
-    expected = {"dpace.loss", "dpace.target", "dpace.decode.sampling", "dpace.data.chat"}
+    expected = {"dpace.loss", "dpace.target", "dpace.decode.sampling", "dpace.target.chat"}
     assert imports("dpace.decode.loop", text, is_package=False) == expected
     assert imports("dpace.decode", "from .loop import generate\nfrom . import pace", is_package=True) == {
         "dpace.decode.loop",

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dpace.cli import VERBS, main
-from dpace.data.prompts import read_prompts
+from dpace.prompts.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,13 +92,13 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
     elif words[0] in ("sbatch", "sky"):
         assert all((ROOT / word).exists() for word in words if word.startswith("examples/"))
     elif words[0] in ("dpace", "dpace.cli"):
-        import dpace.flags
+        import dpace.recipes.flags
         import dpace.verbs.import_
 
         def parse(config_class, verb, args):
             raise ParsedError(real_parse(config_class, verb, args))
 
-        real_parse = dpace.flags.parse
+        real_parse = dpace.recipes.flags.parse
         name = f"dpace.verbs.{'import_' if words[1] == 'import' else words[1]}"
         __import__(name)
         monkeypatch.setattr(f"{name}.parse", parse)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpace.blocks import build_blocks, sample_anchors
-from dpace.restarts import expected_passes, expected_passes_weights, passes_weights, restart_rates, survival
+from dpace.loss.restarts import expected_passes, expected_passes_weights, passes_weights, restart_rates, survival
 from dpace.weights import (
     chain_reward_weights,
     dflash_gamma,

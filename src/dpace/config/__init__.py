@@ -21,10 +21,18 @@ from dpace.config.choices import (
     is_objective,
     is_own,
 )
-from dpace.config.data import PromptsConfig, RespondConfig, SamplingConfig
-from dpace.config.measuring import BenchConfig, CheckConfig
-from dpace.config.recipe import CompareConfig, Recipe
-from dpace.config.training import DrafterConfig, LossConfig, TrainConfig
+from dpace.config.options import (
+    BenchConfig,
+    CheckConfig,
+    CompareConfig,
+    DrafterConfig,
+    LossConfig,
+    PromptsConfig,
+    Recipe,
+    RespondConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "BenchConfig",

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from dpace.decode.sampling import Sampler
-from dpace.draft_vocabulary import DraftHead
 from dpace.drafter import Drafter
+from dpace.drafter.views import draft_block
+from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import make_cache
 from dpace.target import Target
-from dpace.views import draft_block
 
 FILLER_TOKENS = 128
 """Number of tokens before the timed steps."""

@@ -6,12 +6,11 @@ from typing import Any, Unpack
 import torch
 
 from dpace.config import Width
-from dpace.decode.batch import compiled_columns, decode_rows, generate_batch
+from dpace.decode.batch import Buffers, compiled_columns, decode_rows, generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.loop import generate, generate_plain
 from dpace.decode.pace import Paces
 from dpace.decode.request import SamplingOptions
-from dpace.decode.rows import Buffers
 from dpace.drafter import Drafter
 from dpace.target import Target
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from dpace.device import synchronize
 from dpace.metrics import Acceptance
+from dpace.system.device import synchronize
 
 
 class Step(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpace.config import SamplingConfig
 from dpace.decode.sampling import Sampler
-from dpace.ranges import check_ranges
+from dpace.recipes.ranges import check_ranges
 from dpace.target import Target
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from dpace.config import VerifyRule, Width
-from dpace.decode.drafting import make_drafting
 from dpace.decode.generation import Step
-from dpace.decode.loop import speculative_steps
+from dpace.decode.loop import make_drafting, speculative_steps
 from dpace.decode.pace import Paces
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import Sampler

@@ -1,24 +1,235 @@
-"""Write a drafter's model card: what it is, its results, how it was trained and how to serve it."""
+"""Write a drafter's model card: what it is, its results, how it was trained and how to serve it.
 
+Say the best verification length in each engine that was measured, or that nothing is gained.
+
+How each engine serves a drafter: what its option counts, its command and its part of the card.
+"""
+
+import json
+import shlex
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
-from dpace.config import Format
+from dpace.config import Engine, Format
 from dpace.drafter import Drafter
-from dpace.engines.best_lengths import Advice, best_lengths, served_lengths
+from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe
-from dpace.engines.serving import card_sections
-from dpace.ledger import write_text
-from dpace.loading import fingerprint
-from dpace.measure.results import RESULT_FILES, BenchResults, Results, ServerResults, read_results
-from dpace.measure.rows import Row
-from dpace.report.cells import copied_note, with_interval
-from dpace.report.markdown import as_code, as_markdown
-from dpace.spec import DrafterSpec
+from dpace.measure.results import RESULT_FILES, BenchResults, Results, Row, ServerResults, read_results
+from dpace.report.cells import as_code, as_markdown, copied_note, prediction_advice, verdict, with_interval
+from dpace.system.ledger import write_text
+from dpace.system.loading import fingerprint
+
+NO_GAIN, UNKNOWN = "no gain", "too few prompts to tell"
+DEMO_DRAFTER = "dpace"
+"""Name of the drafter that `dpace demo` runs in llama.cpp."""
+
+
+class Advice(NamedTuple):
+    """The best verification length in one situation."""
+
+    engine: str
+    set: str
+    temperature: float
+    concurrency: int
+    best: str
+    """A number of tokens, the known one included; or `auto`, `no gain`, or why it is not known."""
+    speedup: str
+    """decode_speedup there; of the fastest length where nothing is gained."""
+
+
+def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Advice]:
+    """Choose among what `dpace bench` and `dpace demo` measured and predicted.
+
+    Args:
+        results: of the benchmark.
+        drafters: names in `results` of the drafter.
+    """
+    rows = [row for row in results.rows if row.drafter in drafters]
+    for name, temperature in dict.fromkeys((row.set, row.temperature) for row in rows):
+        yield _measured_best_lengths([row for row in rows if (row.set, row.temperature) == (name, temperature)])
+    for prediction in results.predictions:
+        if prediction.drafter in drafters and prediction.concurrency > 1:
+            width, speedup = prediction_advice(prediction)
+            best = f"{NO_GAIN if width is None else width} (predicted)"
+            yield Advice(
+                "dpace", prediction.set, prediction.temperature, prediction.concurrency, best, f"{speedup:.2f}"
+            )
+    for row in results.llamacpp or () if DEMO_DRAFTER in drafters else ():
+        ratio, size = row.tokens_per_second / row.plain_tokens_per_second, rows[0].block_size
+        best = f"{size if ratio > 1 else NO_GAIN} ({row.num_responses} prompts)"
+        yield Advice("llama.cpp", row.set, 0.0, 1, best, f"{ratio:.2f}")
+
+
+def _measured_best_lengths(rows: Sequence[Row]) -> Advice:
+    """Choose among rows of one set and temperature; only an interval above 1 is a gain."""
+    found = {id(row): verdict(row.decode_speedup_interval) for row in rows}
+    faster = [row for row in rows if found[id(row)] == "faster"]
+    row = max(faster or rows, key=lambda row: row.decode_speedup or 0)
+    best = f"{row.block_size}, whole drafts" if row.width == "full" else str(row.width)
+    if not faster:
+        best = UNKNOWN if "too few prompts" in found.values() else NO_GAIN
+    speedup = with_interval(row.decode_speedup, row.decode_speedup_interval)
+    return Advice("dpace", row.set, row.temperature, 1, best, speedup)
+
+
+def served_lengths(results: ServerResults) -> Iterator[Advice]:
+    """Say what servers gained with the length that they ran with; nothing where there was no plain server."""
+    engine = results.servers["drafter"].engine
+    for row in results.rows:
+        if row.decode_speedup is None:
+            continue
+        found = verdict(row.decode_speedup_interval)
+        ran = str(len(row.histogram)) if row.histogram else "as it was started"
+        best = ran if found == "faster" else UNKNOWN if found == "too few prompts" else NO_GAIN
+        speedup = with_interval(row.decode_speedup, row.decode_speedup_interval)
+        yield Advice(engine, row.set, row.temperature, row.concurrency, best, speedup)
+
+
+class Serving(NamedTuple):
+    """How one engine serves a drafter."""
+
+    num_counted: Callable[[int], int]
+    """What the engine's option counts in a block of this size: its draft tokens or all its slots."""
+    command: Callable[[str, str, int], str]
+    """The command, or the line of Python, from drafter, target and `num_counted`."""
+    card: str
+    """Part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where there is none."""
+
+
+def _draft_tokens(block_size: int) -> int:
+    """Count the draft tokens of a block."""
+    return block_size - 1
+
+
+def _slots(block_size: int) -> int:
+    """Count the slots of a block: the anchor and the draft tokens."""
+    return block_size
+
+
+def _vllm(drafter: str, target: str, count: int) -> str:
+    """Write vLLM's command."""
+    config = json.dumps({"method": "dflash", "model": drafter, "num_speculative_tokens": count})
+    return shlex.join(["vllm", "serve", target, "--speculative-config", config])
+
+
+def _sglang(drafter: str, target: str, count: int) -> str:
+    """Write SGLang's command."""
+    words = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", "DFLASH"]
+    words += ["--speculative-draft-model-path", drafter, "--speculative-dflash-block-size", str(count)]
+    return shlex.join(words)
+
+
+def _llamacpp(drafter: str, target: str, count: int) -> str:
+    """Write llama.cpp's command; only files in its own format can be named."""
+    gguf = drafter if drafter.endswith(".gguf") else "DRAFTER.gguf"
+    words = ["llama-server", "-m", "TARGET.gguf", "-md", gguf, "--spec-type", "draft-dflash"]
+    return shlex.join([*words, "--spec-draft-n-max", str(count)])
+
+
+def _transformers(drafter: str, target: str, count: int) -> str:
+    """Write the line of Python for transformers, which reads the block size from the drafter."""
+    model = f"Drafter.from_pretrained({drafter!r}, dtype=model.dtype)"
+    return f'model.generate(**inputs, assistant_model={model}, speculation_type="dflash", do_sample=False)'
+
+
+def _zlab(drafter: str, target: str, count: int) -> str:
+    """Write the line of Python for z-lab's code, which reads the block size from the drafter."""
+    model = f"DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype)"
+    return f"dflash_generate({model}, model, token_ids, max_new_tokens, stop_token_ids, 0.0)"
+
+
+ENGINES: dict[Engine, Serving] = {
+    "vllm": Serving(
+        _draft_tokens,
+        _vllm,
+        """**vLLM**
+
+```bash
+{command}
+```
+""",
+    ),
+    "sglang": Serving(
+        _slots,
+        _sglang,
+        """**SGLang** (not run by us)
+
+```bash
+{command}
+```
+""",
+    ),
+    "llamacpp": Serving(
+        _draft_tokens,
+        _llamacpp,
+        """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
+
+```bash
+{command}
+```
+
+`TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
+""",
+    ),
+    "transformers": Serving(
+        _slots,
+        _transformers,
+        """**transformers** (5.15 or newer, one prompt at a time)
+
+```python
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{target}")
+target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto").eval()
+drafter = AutoModel.from_pretrained("{drafter}", trust_remote_code=True, dtype=target.dtype).eval()
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+options = {{"speculation_type": "dflash", "do_sample": False, "max_new_tokens": 256}}
+output = target.generate(**inputs, assistant_model=drafter, **options)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+""",
+    ),
+    "zlab": Serving(_slots, _zlab, ""),
+}
+"""Source: the engines' own documentation; docs/results-engines.md says which were run."""
+
+CARD_ENGINES: dict[Format, tuple[Engine, ...]] = {"speculators": ("vllm",), "gguf": ("llamacpp",)}
+"""Engines that a model card has commands for; those of the published layout for all other formats."""
+PUBLISHED_ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "transformers")
+CONVERSION = (
+    "For llama.cpp: `dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf`."
+)
+"""What a model card of the published layout says of llama.cpp."""
+
+
+def serve_command(engine: Engine, drafter: str, target: str, block_size: int) -> str:
+    """Give the command, or the line of Python, with which an engine drafts whole blocks."""
+    serving = ENGINES[engine]
+    return serving.command(drafter, target, serving.num_counted(block_size))
+
+
+def card_sections(to: Format, *, drafter: str, gguf: str, target: str, block_size: int) -> list[str]:
+    """Write the parts of a model card that say how to serve the drafter.
+
+    Args:
+        to: format that was written.
+        drafter: name that engines are given for it.
+        gguf: name of the drafter's GGUF file, for llama.cpp.
+        target: name of the target.
+        block_size: slots of a block.
+    """
+    sections = []
+    for engine in CARD_ENGINES.get(to, PUBLISHED_ENGINES):
+        command = serve_command(engine, gguf if engine == "llamacpp" else drafter, target, block_size)
+        sections.append(ENGINES[engine].card.format(drafter=drafter, target=target, command=command).rstrip())
+    return sections if to in CARD_ENGINES else [*sections, CONVERSION.format(target=target)]
+
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 _LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}

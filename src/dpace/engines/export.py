@@ -1,11 +1,16 @@
 """Write a drafter in the format of an engine, and read it back.
 
 All that is written is read again and compared with what was to be written, before it takes its place.
+
+Write the files of a folder aside, and move them into place when they have been compared.
 """
 
+import contextlib
 import json
+import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +22,85 @@ from torch import Tensor
 from dpace.config import Format
 from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.views import draft_block, mask_blocks
 from dpace.engines.card import write_card
-from dpace.engines.config_values import MAX_LAYERS
 from dpace.engines.gguf import read_gguf, write_gguf
-from dpace.engines.place import check_place, fill
-from dpace.engines.published import make_drafter, read_folder
+from dpace.engines.published import MAX_LAYERS, make_drafter, read_folder
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
-from dpace.spec import DrafterSpec
+from dpace.system.ledger import HOLDER, LOCK, UNFINISHED, claim, hold, refuse_others
 from dpace.target import Target
-from dpace.target_files import find_places
-from dpace.views import draft_block, mask_blocks
+from dpace.target.files import find_places
+
+IDENTIFYING = ("config.json", "README.md", "model.safetensors")
+"""Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
+MODE = 0o644
+"""Everyone may read what is exported: servers run as other users."""
+
+
+def check_place(output: Path, *others: tuple[str, Path]) -> None:
+    """Refuse a folder that is not dpace's to write to.
+
+    Args:
+        output: the folder; it may be missing.
+        others: what is read, with its place.
+
+    Raises:
+        ValueError: the output is one of these places, or holds another program's files.
+    """
+    for what, place in others:
+        if place.exists() and output.resolve() == place.resolve():
+            raise ValueError(f"the output {output} is {what}; name another folder with --output")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output {output} is a file; name a folder with --output")
+    refuse_others(output, *IDENTIFYING)
+
+
+@contextlib.contextmanager
+def fill(output: Path) -> Iterator[Path]:
+    """Yield an empty folder, whose files take their place in `output` at the end of the `with` block.
+
+    Where the block fails, nothing is left behind. A killed process leaves the old files or the new ones: while they
+    are exchanged, there is no `config.json`, without which no engine reads the folder.
+
+    Raises:
+        ValueError: files of another program would be overwritten, or another process writes there.
+    """
+    existed = output.exists()
+    try:
+        with hold(output), tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=output) as aside:
+            yield Path(aside)
+            _move(Path(aside), output)
+    except BaseException:
+        _leave_nothing(output, existed)
+        raise
+
+
+def _move(aside: Path, output: Path) -> None:
+    """Move all files, the config last."""
+    files = sorted(aside.iterdir(), key=lambda file: file.name == "config.json")
+    for file in files:
+        file.chmod(MODE)
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    claim(output, *(file.name for file in files))
+    if files and files[-1].name == "config.json":
+        (output / "config.json").unlink(missing_ok=True)
+    for file in files:
+        file.replace(output / file.name)
+
+
+def _leave_nothing(output: Path, existed: bool) -> None:
+    """Remove what `hold` made, where there is nothing else."""
+    if existed or not output.is_dir():
+        return
+    if {file.name for file in output.iterdir()} <= {LOCK, HOLDER}:
+        shutil.rmtree(output, ignore_errors=True)
+
 
 MAX_LOGIT_ERROR = 1e-5
 """Largest relative difference of logits; the same weights give the same ones up to the order of sums."""

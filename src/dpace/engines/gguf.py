@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.engines.config_values import check_spec
+from dpace.drafter.spec import DrafterSpec, as_float32
+from dpace.engines.folder import gguf_names
+from dpace.engines.published import check_spec
 from dpace.engines.speculators import integers
-from dpace.engines.tensors import gguf_names
-from dpace.progress import printable
-from dpace.spec import DrafterSpec, as_float32
+from dpace.system.progress import printable
 
 ARCHITECTURE = "dflash"
 BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error)

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from dpace.config import Recipe
 from dpace.drafter import Drafter
+from dpace.drafter.spec import DrafterSpec
 from dpace.engines.export import count_layers, read_drafter
-from dpace.locate import find_drafter, find_target
-from dpace.spec import DrafterSpec
+from dpace.target.locate import find_drafter, find_target
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 

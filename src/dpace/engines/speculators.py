@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from dpace.drafter.spec import DrafterSpec, need
 from dpace.engines.folder import mapping, read_config
-from dpace.spec import DrafterSpec, need
 
 
 def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: list[str], dtype: str) -> dict[str, Any]:

@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dpace import ranks
+from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
-from dpace.data.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
-from dpace.head import Head
+from dpace.drafter.views import blocks_hidden
 from dpace.loss import frozen_head_nll
 from dpace.metrics import Acceptance
+from dpace.system import ranks
 from dpace.target import Target
-from dpace.views import blocks_hidden
+from dpace.target.head import Head
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""

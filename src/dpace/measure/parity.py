@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpace.data.dataset import ResponseDataset, collate
-from dpace.data.responses import Response
+from dpace.batches.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
+from dpace.drafter.views import blocks_hidden, draft_block, mask_blocks
+from dpace.respond.responses import Response
 from dpace.target import Target
-from dpace.views import blocks_hidden, draft_block, mask_blocks
 
 MAX_RELATIVE_ERROR = 1e-3
 """Largest relative difference, in fp32, between hidden states that are computed in two ways."""

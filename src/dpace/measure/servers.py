@@ -8,16 +8,26 @@ from pathlib import Path
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.data.chat import ChatTokenizer, encode_chat, tokenizer_hashes
-from dpace.data.prompts import Prompt, first_of_each_set
-from dpace.ledger import claim
-from dpace.measure.records import Records
-from dpace.measure.results import SEED_RULE, ServerAddress, ServerResults, ServerSetup, write_results
-from dpace.measure.rows import PLAIN, GroupRecord, Interval, ServerRow, SideRecord, estimate_of
+from dpace.measure.benchmark import Records
+from dpace.measure.results import (
+    PLAIN,
+    SEED_RULE,
+    GroupRecord,
+    Interval,
+    ServerAddress,
+    ServerResults,
+    ServerRow,
+    ServerSetup,
+    SideRecord,
+    estimate_of,
+    write_results,
+)
 from dpace.metrics import Acceptance, decode_speedup
-from dpace.progress import progress_bar
-from dpace.servers.apis import Answer, Counts, Server
-from dpace.servers.engines import connect
+from dpace.prompts.prompts import Prompt, first_of_each_set
+from dpace.servers.apis import Answer, Counts, Server, connect
+from dpace.system.ledger import claim
+from dpace.system.progress import progress_bar
+from dpace.target.chat import ChatTokenizer, encode_chat, tokenizer_hashes
 
 DRAFTER = "drafter"
 """Name of the side with the drafter; the other one is `PLAIN`."""

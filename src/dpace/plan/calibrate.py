@@ -7,20 +7,19 @@ from typing import Any
 import torch
 
 from dpace.config import Recipe
-from dpace.data.prompts import Prompt
-from dpace.data.static_batch import answer_batches
-from dpace.device import find_device, synchronize
 from dpace.drafter import Drafter
-from dpace.locate import find_target
 from dpace.loss import block_loss
-from dpace.plan.batch import Models, make_inputs
-from dpace.plan.facts import count, duration, size
-from dpace.plan.paper import read_shape
+from dpace.plan.lines import count, duration, size
+from dpace.plan.step import Models, make_inputs, read_shape
 from dpace.plan.training import TrainingPlan, known_conversations, plan_training
+from dpace.prompts.prompts import Prompt
+from dpace.respond.static_batch import answer_batches
+from dpace.system.device import find_device, synchronize
 from dpace.target import Target
+from dpace.target.locate import find_target
 from dpace.train.callbacks import PeakMemory
 from dpace.train.run import choose_conversations
-from dpace.train.scoring import score_batch
+from dpace.train.trainer import score_batch
 from dpace.weights import uniform_weights
 
 NUM_STEPS = 3

@@ -1,23 +1,64 @@
-"""Plan a training: conversations, steps, memory, disk and time, before a weight is loaded."""
+"""Plan a training: conversations, steps, memory, disk and time, before a weight is loaded.
+
+The conversations of a recipe, as far as they are known before its training.
+
+How fast this machine multiplies and reads memory, measured in a moment.
+"""
 
 import math
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from transformers import PretrainedConfig
 
+from dpace.batches.corpus import load_corpus
+from dpace.batches.dataset import ResponseDataset
+from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe, TrainConfig
-from dpace.data.dataset import ResponseDataset
-from dpace.data.feature_files import bytes_of_token
-from dpace.device import find_device
 from dpace.drafter import Drafter
-from dpace.plan.batch import BatchShape, Models, StepPlan
-from dpace.plan.paper import make_drafter, make_target, on_paper
-from dpace.plan.speed import ASSUMED_GPU_FLOPS, measure_speed
-from dpace.plan.step import PaperStep
+from dpace.plan.step import BatchShape, Models, PaperStep, StepPlan, make_drafter, make_target, on_paper
+from dpace.prompts.prompts import split_prompts
+from dpace.system.device import find_device
+from dpace.train.run import choose_conversations
+
+ASSUMED_GPU_FLOPS = 3e14
+"""Operations a second that are assumed for a GPU that is not at hand: a third of an H100's in bf16."""
+MOMENT = 0.1
+"""Seconds of one measurement."""
+
+
+class Speed(NamedTuple):
+    """Speed of a machine."""
+
+    flops: float
+    """Floating-point operations a second, in products of the training's size."""
+    bytes_per_second: float
+    """Memory that is read in a second."""
+
+
+def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
+    """Time a product and a sum on a device, for a fifth of a second."""
+    a = torch.ones(512, 1024, device=device, dtype=dtype)
+    b = torch.ones(1024, 1024, device=device, dtype=dtype)
+    block = torch.ones(2**24, device=device)
+    return Speed(2 * a.numel() * len(b) / _seconds(lambda: a @ b), block.nbytes / _seconds(block.sum))
+
+
+def _seconds(work) -> float:
+    """Time one call: the least of those that fit into a moment, which other programs disturb least."""
+    work()
+    best, end = float("inf"), time.perf_counter() + MOMENT
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        float(work().flatten()[0])  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return best
+
 
 CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
@@ -105,7 +146,7 @@ def find_place(recipe: Recipe, *, memory: int | None = None) -> Place:
         memory: bytes to plan for, of a GPU where no device is named; by default what is free on this machine.
 
     Raises:
-        ValueError: see `dpace.device.find_device`.
+        ValueError: see `dpace.system.device.find_device`.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     has_gpu = found is not None
@@ -233,3 +274,20 @@ def _copies_bytes(target: Any, config: PretrainedConfig) -> int:
     published = config.get_text_config(decoder=True).dtype
     is_short = str(published).removeprefix("torch.") in ("float16", "bfloat16")
     return matrices * (2 if is_short else 4)
+
+
+def find_conversations(recipe: Recipe) -> Conversations:
+    """Read the answers of a recipe, else count its prompts, else know nothing of them.
+
+    Raises:
+        ValueError: prompts or answers that cannot be read.
+    """
+    if recipe.prompts.path != "demo" and not Path(recipe.prompts.path).exists():
+        return unknown_conversations(recipe, None, 0)
+    parts = split_prompts(recipe.prompts)
+    path = Path(recipe.output) / "responses.jsonl"
+    if path.exists():
+        answered, validation = load_corpus(path, recipe.prompts)
+        if len(answered) == len(parts.train):
+            return known_conversations(*choose_conversations(answered, validation, recipe), recipe)
+    return unknown_conversations(recipe, len(parts.train), len(parts.validation))

@@ -8,12 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dpace.batches.corpus import Corpus
+from dpace.batches.dataset import GroupedSampler, ResponseDataset, padding
 from dpace.config import Recipe
-from dpace.data.corpus import Corpus
-from dpace.data.dataset import ResponseDataset
-from dpace.data.order import GroupedSampler, padding
-from dpace.data.prompts import Split
-from dpace.progress import printable
+from dpace.prompts.prompts import Split
+from dpace.system.progress import printable
 
 NUM_SHOWN = 2
 """Conversations that are shown."""

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.measure.results import BenchResults, CompareResults, ServerResults
-from dpace.measure.rows import Comparison, Prediction, Row
+from dpace.measure.results import BenchResults, CompareResults, Comparison, Prediction, Row, ServerResults
 from dpace.report.cells import (
+    CONTEXT_COLUMNS,
     PAIR_COLUMNS,
     RESULT_COLUMNS,
     SERVER_COLUMNS,
@@ -20,11 +20,11 @@ from dpace.report.cells import (
     compared_columns,
     compiled_note,
     copied_note,
+    find_parts,
+    one_line,
     prediction_columns,
     result_columns,
 )
-from dpace.report.contexts import CONTEXT_COLUMNS, find_parts
-from dpace.report.markdown import one_line
 
 MAX_SLOTS, MAX_WIDTHS = 15, 7
 """Columns of slots and of verification lengths that fit 80 characters."""

@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from dpace.progress import printable
+from dpace.system.progress import printable
 
 TIMEOUT_SECONDS = 600.0
 """Longest silence of a server: a long prompt on a CPU takes minutes until the first token."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpace.data.dataset import ResponseDataset
+from dpace.batches.dataset import ResponseDataset
 from dpace.drafter import Drafter
 from dpace.measure.heldout import score_conversation
 from dpace.target import Target

@@ -13,8 +13,8 @@ import transformers
 from torch import distributed
 from transformers import ProgressCallback, TrainerCallback
 
-from dpace.device import synchronize
-from dpace.progress import PlainLines, is_terminal
+from dpace.system.device import synchronize
+from dpace.system.progress import PlainLines, is_terminal
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""

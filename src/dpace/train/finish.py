@@ -6,21 +6,20 @@ from typing import Any
 
 import torch
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
-from dpace.data.chat import tokenizer_hashes
-from dpace.data.dataset import ResponseDataset
-from dpace.draft_vocabulary import MAX_TAU_LOSS, DraftVocabulary
 from dpace.drafter import Drafter
-from dpace.ledger import write_json
+from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftVocabulary
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.rows import defined
+from dpace.measure.results import defined
 from dpace.metrics import Acceptance
-from dpace.provenance import find_hardware, find_versions
+from dpace.system.ledger import write_json
+from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
+from dpace.target.chat import tokenizer_hashes
 from dpace.train.calibration import fit_confidence_temperature, measure_reliability
 from dpace.train.callbacks import PeakMemory
-from dpace.train.checkpointed import CheckpointedTrainer, room_for
-from dpace.train.checkpoints import STATE
+from dpace.train.checkpoints import STATE, CheckpointedTrainer, room_for
 from dpace.train.identity import OBJECTIVE_SHA256
 
 SERVED = torch.bfloat16

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
-from dpace.data.chat import tokenizer_hashes
-from dpace.data.dataset import ResponseDataset
 from dpace.drafter import Drafter
-from dpace.ledger import read_object, write_json
-from dpace.loading import fingerprint
 from dpace.loss import Weigh
-from dpace.objective import objective_sha256
-from dpace.provenance import hash_file
+from dpace.loss.objective import objective_sha256
+from dpace.system.ledger import read_object, write_json
+from dpace.system.loading import fingerprint
+from dpace.system.provenance import hash_file
 from dpace.target import Target
+from dpace.target.chat import tokenizer_hashes
 
 RUN_FILE = "run.json"
 NO_RESULT = {

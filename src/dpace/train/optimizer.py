@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpace import ranks
+from dpace.system import ranks
 from dpace.train.sharding import take_share
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

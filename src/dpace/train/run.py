@@ -10,22 +10,21 @@ import torch
 from torch import distributed
 from transformers import TrainerState
 
+from dpace.batches.corpus import Corpus
+from dpace.batches.dataset import ResponseDataset
+from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
-from dpace.data.corpus import Corpus
-from dpace.data.dataset import ResponseDataset
-from dpace.data.feature_files import keep_on_disk
-from dpace.data.responses import Response
-from dpace.draft_vocabulary import VOCABULARY_FILE
 from dpace.drafter import Drafter
-from dpace.flags import write_recipe
-from dpace.ledger import claim, hold
+from dpace.drafter.validity import VALIDITY_FILE, ValidityHead
+from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
-from dpace.objective import make_weigh, name_own
+from dpace.loss.objective import make_weigh, name_own
+from dpace.recipes.flags import write_recipe
+from dpace.respond.responses import Response
+from dpace.system.ledger import claim, hold
 from dpace.target import Target
-from dpace.train.arguments import training_arguments
 from dpace.train.callbacks import PeakMemory, SaveOnInterrupt
-from dpace.train.checkpointed import CheckpointedTrainer
-from dpace.train.checkpoints import STATE, find_newest
+from dpace.train.checkpoints import STATE, CheckpointedTrainer, find_newest
 from dpace.train.finish import finish
 from dpace.train.identity import (
     RUN_FILE,
@@ -36,8 +35,7 @@ from dpace.train.identity import (
     target_of,
     write_run,
 )
-from dpace.train.trainer import DrafterTrainer
-from dpace.validity import VALIDITY_FILE, ValidityHead
+from dpace.train.trainer import DrafterTrainer, training_arguments
 
 DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VALIDITY_FILE, VOCABULARY_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")

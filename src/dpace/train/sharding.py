@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from dpace import ranks
+from dpace.system import ranks
 
 USE_FSDP = "ACCELERATE_USE_FSDP"
 """Variable by which `accelerate launch` asks its processes for FSDP."""

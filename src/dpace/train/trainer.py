@@ -1,28 +1,159 @@
-"""A thin Hugging Face Trainer with the frozen-head loss."""
+"""A thin Hugging Face Trainer with the frozen-head loss.
+
+Turn a recipe's training settings into arguments of transformers' Trainer.
+
+The forward pass of a training step.
+"""
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from dpace.batches.dataset import GroupedSampler, ResponseDataset, collate
+from dpace.blocks import Blocks
 from dpace.config import LossConfig, TrainConfig
-from dpace.data.dataset import ResponseDataset, collate
-from dpace.data.order import GroupedSampler
 from dpace.drafter import Drafter
-from dpace.loss import Weigh, block_loss, count_items
+from dpace.drafter.validity import validity_losses
+from dpace.drafter.views import blocks_hidden
+from dpace.loss import HeadOutput, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
+from dpace.system.device import TILED, default_dtype
 from dpace.target import Target
+from dpace.target.head import Head
 from dpace.train.callbacks import StepClock, TrackerGuard, TrainingBar
-from dpace.train.checkpointed import CheckpointedTrainer
-from dpace.train.growth import block_size_at, cut_blocks
+from dpace.train.checkpoints import CheckpointedTrainer
 from dpace.train.optimizer import MuonAdamW
-from dpace.train.redraw import redraw
-from dpace.train.scoring import score_batch
-from dpace.validity import validity_losses
+from dpace.train.redraw import block_size_at, cut_blocks, redraw
+
+PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}
+"""Packages of trackers, where they have another name."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that transformers does not know or that is not installed, before any work.
+
+    Raises:
+        ValueError: names it, and what to do.
+    """
+    for name in names:
+        if name in ("all", "none"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"--train.report-to has {name!r}, which transformers does not know; choose some of "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}, or leave it out"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"--train.report-to has {name}, and its package is not installed: run `pip install "
+                f"{PACKAGES.get(name, name)}`, or leave it out"
+            )
+
+
+def training_arguments(
+    config: TrainConfig, folder: Path, *, device: torch.device, has_validation: bool
+) -> TrainingArguments:
+    """Turn a recipe into arguments of transformers' Trainer.
+
+    Training is in fp32 on a CPU, and in bf16 with fp32 master weights on an accelerator.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # it hides them; `CheckpointedTrainer` refuses them
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps or config.eval_steps,
+        metric_for_best_model="eval_tau" if has_validation else None,
+        greater_is_better=True,
+        bf16=default_dtype(device) == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        torch_compile=config.torch_compile,
+        activation_checkpointing=config.gradient_checkpointing,
+        remove_unused_columns=False,
+        disable_tqdm=False,
+        report_to=list(config.report_to),
+        dataloader_pin_memory=device.type in TILED,
+    )
+    assert arguments.device.type == device.type
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs by torchrun, a process each; never DataParallel
+    return arguments
+
+
+def score_batch(
+    model: Any,
+    target: Target,
+    inputs: dict[str, Any],
+    config: LossConfig,
+    *,
+    drafter: Drafter,
+    head: Head,
+    head_index: Tensor | None,
+    weigh: Weigh,
+    progress: float = 0.0,
+    make_mask: Callable[[Blocks, int], Any] | None = None,
+    chunk_bytes: int | None = None,
+) -> tuple[HeadOutput, Blocks, Tensor]:
+    """Run the forward pass of a micro-batch, up to the weighted loss of each block.
+
+    Args:
+        model: the drafter, or its wrapper in training.
+        target: its target.
+        inputs: a batch of `collate`.
+        config: the loss.
+        drafter: what `model` wraps.
+        head: the target's, or its rows of the tokens that `head_index` knows.
+        head_index: the row of each token in `head`; None where it has all.
+        weigh: computes the weights.
+        progress: share of the training that is done.
+        make_mask: see `blocks_hidden`.
+        chunk_bytes: see `frozen_head_nll`.
+
+    Returns:
+        What the head gives, the blocks, and the drafter's hidden states.
+    """
+    hidden, blocks, target_hidden = blocks_hidden(
+        model,
+        target,
+        inputs,
+        mask_token_id=drafter.mask_token_id,
+        target_layer_ids=drafter.target_layer_ids,
+        with_target_hidden=config.needs_target_probs,
+        make_mask=make_mask,
+    )
+    labels = blocks.labels if head_index is None else head_index[blocks.labels]
+    out = frozen_head_nll(
+        hidden,
+        head,
+        labels,
+        blocks.is_scored,
+        weigh=lambda slots: weigh(
+            slots._replace(anchors=blocks.anchors, is_response=inputs["is_response"], progress=progress)
+        ),
+        token_loss=config.token_loss,
+        target_hidden=target_hidden,
+        chunk_bytes=chunk_bytes,
+    )
+    return out, blocks, hidden
 
 
 class _Schedule(TrainerCallback):

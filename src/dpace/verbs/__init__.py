@@ -6,8 +6,8 @@
 from pathlib import Path
 from typing import Any
 
-from dpace import ranks
 from dpace.config import TargetShard
+from dpace.system import ranks
 
 
 def load_target(config: Any, dtype: str | None = None, shard: TargetShard = "none"):
@@ -21,9 +21,9 @@ def load_target(config: Any, dtype: str | None = None, shard: TargetShard = "non
     check_target(config)
     import torch
 
-    from dpace.locate import find_target
-    from dpace.sharded_target import ShardedTarget
     from dpace.target import Target
+    from dpace.target.locate import find_target
+    from dpace.target.sharded import ShardedTarget
 
     name = dtype or getattr(config, "dtype", "auto")
     options: Any = {
@@ -40,8 +40,8 @@ def load_target(config: Any, dtype: str | None = None, shard: TargetShard = "non
 def load_chat(config: Any):
     """Find and load the tokenizer of the target that a verb's options name, without its weights."""
     check_target(config)
-    from dpace.data.chat import ChatTokenizer
-    from dpace.locate import find_target
+    from dpace.target.chat import ChatTokenizer
+    from dpace.target.locate import find_target
 
     return ChatTokenizer.load(find_target(config.target), config.thinking)
 

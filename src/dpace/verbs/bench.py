@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpace import ranks
 from dpace.config import Recipe
-from dpace.flags import PROMPT, command, parse
-from dpace.ledger import hold
-from dpace.plan.facts import announce, take_dry_run
-from dpace.progress import show
+from dpace.plan.lines import announce, take_dry_run
+from dpace.recipes.flags import PROMPT, command, parse
+from dpace.system import ranks
+from dpace.system.ledger import hold
+from dpace.system.progress import show
 from dpace.verbs import load_chat, load_target
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def run(args: list[str]) -> None:
     """Run `dpace bench`."""
     args, is_dry = take_dry_run(args)
     recipe = parse(MeasureConfig, "bench", args)
-    from dpace.data.prompts import split_prompts
-    from dpace.data.public_sets import read_sets
     from dpace.drafter import load_drafter
-    from dpace.locate import find_drafter
     from dpace.measure.benchmark import bench
-    from dpace.report.advice import faster_sets
+    from dpace.prompts.prompts import split_prompts
+    from dpace.prompts.public_sets import read_sets
+    from dpace.report.cells import faster_sets
+    from dpace.target.locate import find_drafter
 
     if recipe.bench.sets:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
@@ -73,8 +73,7 @@ def run(args: list[str]) -> None:
 
 def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
     """Print the tables and the advice."""
-    from dpace.report.advice import advice
-    from dpace.report.contexts import says_more
+    from dpace.report.cells import advice, says_more
     from dpace.report.tables import (
         console,
         contexts_table,
@@ -98,8 +97,8 @@ def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
 
 def _first_lines(recipe: Recipe, prompts: list, num_drafters: int) -> list[str]:
     """Say what will be decoded."""
-    from dpace.data.prompts import first_of_each_set
-    from dpace.plan.answers import say_decoding
+    from dpace.plan.lines import say_decoding
+    from dpace.prompts.prompts import first_of_each_set
 
     settings, widths = recipe.bench, len(recipe.bench.widths)
     return say_decoding(

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dpace.config import CheckConfig
-from dpace.flags import parse
-from dpace.plan.facts import announce, take_dry_run
+from dpace.plan.lines import announce, take_dry_run
+from dpace.recipes.flags import parse
 from dpace.verbs import load_target
 
 
@@ -12,12 +12,11 @@ def run(args: list[str]) -> None:
     """Run `dpace check`."""
     args, is_dry = take_dry_run(args)
     config = parse(CheckConfig, "check", args)
-    from dpace.data.prompts import first_of_each_set, read_heldout
     from dpace.drafter import load_drafter
-    from dpace.locate import find_drafter
-    from dpace.measure.check import check
-    from dpace.measure.own_text import check_responses, read_greedy
+    from dpace.measure.check import check, check_responses, read_greedy
+    from dpace.prompts.prompts import first_of_each_set, read_heldout
     from dpace.report.tables import check_table, console
+    from dpace.target.locate import find_drafter
 
     prompts = read_heldout(config.prompts)
     folder = find_drafter(config.drafter)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dpace import ranks
 from dpace.config import CompareConfig
-from dpace.flags import PROMPT, command, given_options, parse
-from dpace.plan.facts import announce, take_dry_run
+from dpace.plan.lines import announce, take_dry_run
+from dpace.recipes.flags import PROMPT, command, given_options, parse
+from dpace.system import ranks
 from dpace.verbs import load_target
 
 
@@ -13,10 +13,10 @@ def run(args: list[str]) -> None:
     """Run `dpace compare`."""
     args, is_dry = take_dry_run(args)
     config = parse(CompareConfig, "compare", args)
-    from dpace.compare import compare, refuse_other_cells
     from dpace.engines.initial import start_from
     from dpace.report.tables import compare_table, console
-    from dpace.train.arguments import check_trackers
+    from dpace.studies.compare import compare, refuse_other_cells
+    from dpace.train.trainer import check_trackers
 
     config, init = start_from(config, given_options(CompareConfig, "compare", args))
     if config.train.target_shard != "none":
@@ -45,10 +45,9 @@ def run(args: list[str]) -> None:
 
 def _first_lines(config: CompareConfig, num_cells: int) -> list[str]:
     """Say what will be answered, trained and measured."""
-    from dpace.data.prompts import split_prompts
-    from dpace.plan.conversations import find_conversations
-    from dpace.plan.facts import prompts_line
-    from dpace.plan.lines import say_training
+    from dpace.plan.lines import prompts_line, say_training
+    from dpace.plan.training import find_conversations
+    from dpace.prompts.prompts import split_prompts
 
     lines = say_training(config, find_conversations(config), config.output, drafters=num_cells)
     return [prompts_line(split_prompts(config.prompts)), *lines]

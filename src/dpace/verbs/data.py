@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import next_command, parse
+from dpace.recipes.flags import next_command, parse
 
 
 def run(args: list[str]) -> None:
     """Run `dpace data`."""
     recipe = parse(Recipe, "data", args)
-    from dpace.data.corpus import load_corpus
-    from dpace.data.prompts import split_ids
-    from dpace.data.run_meta import read_meta
+    from dpace.batches.corpus import load_corpus
+    from dpace.prompts.prompts import split_ids
     from dpace.report.data_page import prompts_page, responses_page
     from dpace.report.tables import console
+    from dpace.respond.responses import read_meta
 
     path = Path(recipe.output) / "responses.jsonl"
     console().print(prompts_page(split_ids(recipe.prompts)))
@@ -23,7 +23,7 @@ def run(args: list[str]) -> None:
         return
     from transformers import AutoTokenizer
 
-    from dpace.locate import find_target
+    from dpace.target.locate import find_target
 
     train, _ = load_corpus(path, recipe.prompts)
     tokenizer = AutoTokenizer.from_pretrained(find_target(recipe.target), trust_remote_code=False)

@@ -3,21 +3,21 @@
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import command, parse
-from dpace.ledger import claim, hold
-from dpace.plan.facts import announce, take_dry_run
+from dpace.plan.lines import announce, take_dry_run
+from dpace.recipes.flags import command, parse
+from dpace.system.ledger import claim, hold
 
 
 def run(args: list[str]) -> None:
     """Run `dpace demo`."""
-    from dpace.demo.recipe import DemoConfig, demo_recipe
+    from dpace.studies.demo import DemoConfig, demo_recipe
 
     args, is_dry = take_dry_run(args)
     config = parse(DemoConfig, "demo", args)
 
-    from dpace.demo.run import run_demo, summary
-    from dpace.locate import find_target
     from dpace.report.tables import console, results_table, slots_table
+    from dpace.studies.demo import run_demo, summary
+    from dpace.target.locate import find_target
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
@@ -41,10 +41,9 @@ def run(args: list[str]) -> None:
 
 def _first_lines(recipe: Recipe, *, drafters: int) -> list[str]:
     """Say what will be answered, trained and measured."""
-    from dpace.data.prompts import split_prompts
-    from dpace.plan.facts import prompts_line
-    from dpace.plan.lines import say_training
+    from dpace.plan.lines import prompts_line, say_training
     from dpace.plan.training import unknown_conversations
+    from dpace.prompts.prompts import split_prompts
 
     parts = split_prompts(recipe.prompts)
     conversations = unknown_conversations(recipe, len(parts.train), len(parts.validation))

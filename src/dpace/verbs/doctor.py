@@ -3,18 +3,17 @@
 from dataclasses import dataclass
 
 from dpace.config import DeviceMap, Engine
-from dpace.flags import command, first_as, parse
+from dpace.recipes.flags import command, first_as, parse
 from dpace.verbs import load_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace doctor`."""
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
-    from dpace.engines.doctor import diagnose
-    from dpace.engines.run_checks import RUN_CHECKS
-    from dpace.engines.serving import serve_command
-    from dpace.locate import find_drafter
+    from dpace.doctor.doctor import RUN_CHECKS, diagnose
+    from dpace.engines.card import serve_command
     from dpace.report.tables import console, doctor_table
+    from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
     target = load_target(config)

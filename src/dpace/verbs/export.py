@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpace.config import DeviceMap, Format
-from dpace.flags import first_as, parse
+from dpace.recipes.flags import first_as, parse
 from dpace.verbs import load_target
 
 
@@ -13,10 +13,10 @@ def run(args: list[str]) -> None:
     config = parse(ExportConfig, "export", first_as("drafter", args))
     import torch
 
-    from dpace.data.chat import encode_chat
-    from dpace.data.prompts import first_of_each_set, read_heldout
     from dpace.engines.export import export, push
-    from dpace.locate import find_drafter
+    from dpace.prompts.prompts import first_of_each_set, read_heldout
+    from dpace.target.chat import encode_chat
+    from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
     target = load_target(config, "auto")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dpace.config import DeviceMap, DraftConfidence, Dtype, SamplingConfig, VerifyRule
-from dpace.flags import command, parse
-from dpace.progress import show
+from dpace.recipes.flags import command, parse
+from dpace.system.progress import show
 from dpace.verbs import load_target
 
 
@@ -53,11 +53,11 @@ def run(args: list[str]) -> None:
         )
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
-    from dpace.data.chat import encode_chat
-    from dpace.data.prompts import find_prompt
     from dpace.decode import generate, generate_batch, generate_plain
     from dpace.drafter import load_drafter
-    from dpace.locate import find_drafter
+    from dpace.prompts.prompts import find_prompt
+    from dpace.target.chat import encode_chat
+    from dpace.target.locate import find_drafter
 
     messages = find_prompt(config.prompt) if config.prompt else []
     folder = None if config.drafter is None else find_drafter(config.drafter)
@@ -104,8 +104,8 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
     """
     import time
 
-    from dpace.data.chat import encode_chat
     from dpace.decode import Paces, stream
+    from dpace.target.chat import encode_chat
 
     is_one_answer, paces = bool(messages), Paces()
     while True:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dpace.flags import command, first_as, parse
+from dpace.recipes.flags import command, first_as, parse
 
 
 def run(args: list[str]) -> None:
@@ -10,7 +10,7 @@ def run(args: list[str]) -> None:
     config = parse(ImportConfig, "import", first_as("source", args))
     from dpace.engines.export import import_drafter
     from dpace.engines.speculators import verifier_name
-    from dpace.locate import find_drafter, find_target
+    from dpace.target.locate import find_drafter, find_target
 
     source = find_drafter(config.source, "--source")
     name = config.target or verifier_name(source)

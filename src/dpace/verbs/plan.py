@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import next_command, parse
+from dpace.recipes.flags import next_command, parse
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,12 @@ def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     config = parse(PlanConfig, "plan", args)
     memory = read_memory(config.memory) if config.memory else None
-    from dpace.data.prompts import split_prompts
-    from dpace.locate import find_target
     from dpace.plan.calibrate import calibrate
-    from dpace.plan.conversations import find_conversations
-    from dpace.plan.fit import say_what_fits
-    from dpace.plan.lines import memory_lines, training_lines
-    from dpace.plan.paper import read_shape
-    from dpace.plan.training import find_place, plan_training
+    from dpace.plan.lines import memory_lines, say_what_fits, training_lines
+    from dpace.plan.step import read_shape
+    from dpace.plan.training import find_conversations, find_place, plan_training
+    from dpace.prompts.prompts import split_prompts
+    from dpace.target.locate import find_target
 
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     place = find_place(recipe, memory=memory)

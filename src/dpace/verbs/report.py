@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpace.flags import first_as, parse
+from dpace.recipes.flags import first_as, parse
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from dpace import ranks
 from dpace.config import Recipe
-from dpace.flags import next_command, parse
-from dpace.ledger import claim, hold
-from dpace.plan.facts import announce, take_dry_run
-from dpace.progress import show
+from dpace.plan.lines import announce, take_dry_run
+from dpace.recipes.flags import next_command, parse
+from dpace.system import ranks
+from dpace.system.ledger import claim, hold
+from dpace.system.progress import show
 from dpace.verbs import check_target, load_chat, load_target
 
 
@@ -16,10 +16,9 @@ def run(args: list[str]) -> None:
     """Run `dpace respond`."""
     args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "respond", args)
-    from dpace.data.prompts import split_prompts
-    from dpace.data.responses import answer_prompts
-    from dpace.data.run_meta import check_meta, known_settings, meta_path
-    from dpace.plan.answers import say_answers
+    from dpace.plan.lines import say_answers
+    from dpace.prompts.prompts import split_prompts
+    from dpace.respond.responses import answer_prompts, check_meta, known_settings, meta_path
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"

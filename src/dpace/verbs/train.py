@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.flags import command, given_options, next_command, parse
-from dpace.plan.facts import announce, take_dry_run
+from dpace.plan.lines import announce, take_dry_run
+from dpace.recipes.flags import command, given_options, next_command, parse
 from dpace.verbs import load_target
 
 
@@ -16,13 +16,12 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "train", args)
     from torch import distributed
 
-    from dpace.data.corpus import load_corpus
-    from dpace.data.run_meta import read_meta
+    from dpace.batches.corpus import load_corpus
     from dpace.engines.initial import start_from
-    from dpace.objective import make_weigh
+    from dpace.loss.objective import make_weigh
     from dpace.plan.lines import say_training
     from dpace.plan.training import known_conversations
-    from dpace.train.arguments import check_trackers
+    from dpace.respond.responses import read_meta
     from dpace.train.identity import (
         data_of,
         init_of,
@@ -33,6 +32,7 @@ def run(args: list[str]) -> None:
         target_of,
     )
     from dpace.train.run import choose_conversations, keep_features, train
+    from dpace.train.trainer import check_trackers
 
     make_weigh(recipe.loss, recipe.drafter.block_size)  # refuses an objective of one's own before any work
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)

@@ -1,0 +1,1 @@
+"""What a training step reads: conversations, their features, and batches of blocks."""

@@ -1,0 +1,222 @@
+"""Keep responses ready to train on in an Arrow file, which all ranks map into memory.
+
+`responses.jsonl` is what `dpace respond` writes and people read. `corpus.arrow` beside it is made from it and from the
+prompts, and is made again where these changed.
+"""
+
+import json
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pyarrow
+
+from dpace.config import PromptsConfig
+from dpace.prompts.prompts import prompt_files, split_ids
+from dpace.respond.answers import Response, iterate_responses
+from dpace.system.ledger import claim, naming, writing
+from dpace.system.provenance import hash_file
+
+NAME, LOCK = "corpus.arrow", ".dpace.corpus.lock"
+FORMAT = 1
+"""Version of the file; another one is made again."""
+BATCH_ROWS = 1000
+"""Conversations that are in memory together while the file is written."""
+MADE_FROM = b"dpace"
+"""Key of the file's metadata that tells what it was made from."""
+SCHEMA = pyarrow.schema(
+    {
+        "id": pyarrow.string(),
+        "part": pyarrow.int8(),
+        "place": pyarrow.int32(),
+        "token_ids": pyarrow.list_(pyarrow.int32()),
+        "response_spans": pyarrow.list_(pyarrow.int32()),
+        "length": pyarrow.int32(),
+    }
+)
+"""Columns: `part` and `place` are those of the prompt, `response_spans` has start and end in turn."""
+
+
+class Corpus:
+    """Conversations as token ids with the spans that the target wrote.
+
+    Memory: 20 bytes a conversation where the batches are mapped from a file.
+
+    Args:
+        batches: of `SCHEMA`.
+        order: numbers of the rows to give, in their order; all by default.
+    """
+
+    def __init__(self, batches: Sequence[pyarrow.RecordBatch], order: np.ndarray | None = None):
+        batches = [batch for batch in batches if len(batch)]
+        self._ids = [batch.column("id") for batch in batches]
+        self._tokens, self._spans = ([_lists(b.column(n)) for b in batches] for n in ("token_ids", "response_spans"))
+        self._starts = np.cumsum([0, *map(len, batches)])
+        self._order = np.arange(self._starts[-1]) if order is None else order
+        lengths = [np.diff(offsets) for offsets, _ in self._tokens]
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *lengths])[self._order]
+        """Tokens of each conversation."""
+
+    @classmethod
+    def of(cls, responses: Iterable[Response]) -> "Corpus":
+        """Make a corpus in memory."""
+        return cls([_batch([(response, 0, i) for i, response in enumerate(responses)])])
+
+    def __len__(self):
+        """Count the conversations."""
+        return len(self._order)
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """Give the batch of a conversation, and its row there."""
+        row = int(self._order[number])
+        batch = bisect_right(self._starts, row) - 1
+        return batch, row - int(self._starts[batch])
+
+    def id(self, number: int) -> str:
+        """Give the id of a conversation."""
+        batch, row = self._find(number)
+        return self._ids[batch][row].as_py()
+
+    def token_ids(self, number: int) -> np.ndarray:
+        """Give the tokens of a conversation, without a copy."""
+        batch, row = self._find(number)
+        offsets, values = self._tokens[batch]
+        return values[offsets[row] : offsets[row + 1]]
+
+    def spans(self, number: int) -> np.ndarray:
+        """Give the spans [start, end) of a conversation, "span 2", without a copy."""
+        batch, row = self._find(number)
+        offsets, values = self._spans[batch]
+        return values[offsets[row] : offsets[row + 1]].reshape(-1, 2)
+
+    def num_anchors(self, max_length: int) -> np.ndarray:
+        """Count for each conversation the places in its first tokens that a block can start from."""
+        counts = [np.zeros(0, np.int64)]
+        for offsets, values in self._spans:
+            start, end = values[offsets[0] : offsets[-1]].reshape(-1, 2).astype(np.int64).T
+            row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets) // 2)
+            of_span = np.maximum(np.minimum(end, max_length) - start - 1, 0)
+            counts.append(np.bincount(row, of_span, len(offsets) - 1).astype(np.int64))
+        return np.concatenate(counts)[self._order]
+
+    def tokens_of(self, numbers: np.ndarray, max_length: int) -> Iterator[np.ndarray]:
+        """Yield the first tokens of chosen conversations, many at once, in any order."""
+        rows = np.sort(self._order[numbers])
+        for batch, (offsets, values) in enumerate(self._tokens):
+            first, last = np.searchsorted(rows, self._starts[batch : batch + 2])
+            is_chosen = np.zeros(len(offsets) - 1, bool)
+            is_chosen[rows[first:last] - self._starts[batch]] = True
+            lengths = np.diff(offsets)
+            within = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)
+            yield values[offsets[0] : offsets[-1]][np.repeat(is_chosen, lengths) & (within < max_length)]
+
+
+def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Give the offsets and the values of a column of lists, without a copy."""
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def _batch(rows: Sequence[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
+    """Put responses with the part and the place of their prompts into columns."""
+    responses = [response for response, _, _ in rows]
+    columns = [
+        pyarrow.array([response.id for response in responses], pyarrow.string()),
+        pyarrow.array([part for _, part, _ in rows], pyarrow.int8()),
+        pyarrow.array([place for _, _, place in rows], pyarrow.int32()),
+        _list_column(responses, [response.token_ids for response in responses]),
+        _list_column(responses, [_merge(response.response_spans) for response in responses]),
+        pyarrow.array([len(response.token_ids) for response in responses], pyarrow.int32()),
+    ]
+    return pyarrow.record_batch(columns, schema=SCHEMA)
+
+
+def _list_column(responses: Sequence[Response], lists: Sequence[list[int]]) -> pyarrow.ListArray:
+    """Make a column of lists; an `array` takes a list of integers ten times as fast as Arrow does."""
+    values = array("i")
+    for response, integers in zip(responses, lists, strict=True):
+        try:
+            values.fromlist(integers)
+        except OverflowError as error:
+            raise ValueError(
+                f"the answer {response.id!r} has the token {max(integers)}, expected one below {2**31}; write the "
+                "answers again with `dpace respond`"
+            ) from error
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.frombuffer(values, np.int32)))
+
+
+def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
+    """Join spans that touch, leave out empty ones, and flatten them."""
+    merged: list[int] = []
+    for start, end in sorted(map(tuple, spans)):
+        if end <= start:
+            continue
+        if merged and start <= merged[-1]:
+            merged[-1] = max(merged[-1], end)
+        else:
+            merged += [start, end]
+    return merged
+
+
+def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus]:
+    """Map the responses to the prompts of training and of validation, in the order of the prompts.
+
+    The first process to come makes the file where there is none of this kind; others wait for it.
+
+    Args:
+        responses: `responses.jsonl`.
+        prompts: what was answered.
+
+    Raises:
+        ValueError: prompts or responses that cannot be read, or a `corpus.arrow` that dpace did not write.
+        OSError: the disk is full.
+    """
+    path = responses.with_name(NAME)
+    made_from = {
+        "format": FORMAT,
+        "responses": hash_file(responses),
+        "prompts": json.loads(json.dumps(asdict(prompts))),
+        "files": {str(file): hash_file(file) for file in prompt_files(prompts)},
+    }
+    with naming(path), filelock.FileLock(path.with_name(LOCK)):
+        found = _open(path, made_from)
+        if found is None:
+            claim(path.parent, path.name)
+            _write(path, responses, prompts, made_from)
+            found = _open(path, made_from)
+    assert found is not None
+    parts, places = (np.concatenate([np.zeros(0, np.int32), *(b.column(n) for b in found)]) for n in ("part", "place"))
+    chosen = [np.flatnonzero(parts == part) for part in range(2)]
+    train, validation = (Corpus(found, rows[np.argsort(places[rows])]) for rows in chosen)
+    return train, validation
+
+
+def _open(path: Path, made_from: dict[str, Any]) -> list[pyarrow.RecordBatch] | None:
+    """Map a file into memory; None where it was made from something else."""
+    if not path.is_file():
+        return None
+    try:
+        file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        if json.loads((file.schema.metadata or {}).get(MADE_FROM, b"0")) != made_from:
+            return None
+        return [file.get_batch(i) for i in range(file.num_record_batches)]
+    except (pyarrow.ArrowException, OSError, ValueError):  # cut or damaged: it is made again
+        return None
+
+
+def _write(path: Path, responses: Path, prompts: PromptsConfig, made_from: dict[str, Any]) -> None:
+    """Write the file, all or nothing, a batch at a time."""
+    known = {
+        name: (part, place) for part, names in enumerate(split_ids(prompts)[:2]) for place, name in enumerate(names)
+    }
+    rows = ((r, *known[r.id]) for r in iterate_responses(responses) if r.id in known)
+    schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
+    with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
+        while batch := list(islice(rows, BATCH_ROWS)):
+            file.write_batch(_batch(batch))

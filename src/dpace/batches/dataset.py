@@ -1,0 +1,190 @@
+"""Make batches of conversations with the blocks of an epoch.
+
+The target's features are kept with them where they fit in memory.
+
+Choose the order of an epoch's conversations, so that those of a step are about equally long.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dpace.batches.corpus import Corpus
+from dpace.blocks import build_blocks, sample_anchors
+from dpace.respond.answers import Response
+from dpace.system.progress import progress_bar
+from dpace.target import Target
+
+FEATURE_BATCH = 16
+"""Number of conversations whose features are computed together, where all are kept."""
+
+
+class ResponseDataset(torch.utils.data.Dataset):
+    """Conversations with their anchors, drawn anew each epoch from `(seed, epoch, id)`.
+
+    Memory: that of the corpus, and the features where they are kept (tokens x feature x bytes of the target's dtype).
+    """
+
+    def __init__(self, responses: Corpus | Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
+        self.epoch, self.max_length, self.num_anchors, self.seed = 0, max_length, num_anchors, seed
+        self.features: Sequence[Tensor] | None = None
+        self.corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
+        self.chosen = np.flatnonzero(self.corpus.num_anchors(max_length))
+        """Numbers of the corpus's conversations that have an anchor."""
+
+    def with_seed(self, seed: int) -> "ResponseDataset":
+        """Give the same conversations and features with other anchors."""
+        other = copy.copy(self)
+        other.seed, other.epoch = seed, 0
+        return other
+
+    @property
+    def num_skipped(self) -> int:
+        """Count the conversations without an anchor."""
+        return len(self.corpus) - len(self)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the conversations."""
+        return [self.corpus.id(number) for number in self.chosen.tolist()]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each conversation, prompt included."""
+        return np.minimum(self.corpus.lengths[self.chosen], self.max_length)
+
+    @property
+    def seen_tokens(self) -> Int[Tensor, " token"]:
+        """The different tokens of all conversations, ascending."""
+        is_seen = np.zeros(0, bool)
+        for tokens in self.corpus.tokens_of(self.chosen, self.max_length):
+            missing = int(tokens.max(initial=-1)) + 1 - len(is_seen)
+            is_seen = np.pad(is_seen, (0, max(0, missing)))
+            is_seen[tokens] = True
+        return torch.from_numpy(np.flatnonzero(is_seen))
+
+    def token_ids(self, index: int) -> Int[Tensor, " seq"]:
+        """Give the tokens of a conversation."""
+        tokens = self.corpus.token_ids(int(self.chosen[index]))[: self.max_length]
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def is_response(self, index: int) -> Bool[Tensor, " seq"]:
+        """Say which tokens of a conversation the target wrote."""
+        flags = torch.zeros(min(int(self.corpus.lengths[self.chosen[index]]), self.max_length), dtype=torch.bool)
+        for start, end in self.corpus.spans(int(self.chosen[index])).tolist():
+            flags[start:end] = True
+        return flags
+
+    def keep_features(
+        self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
+    ) -> bool:
+        """Compute the features of every conversation once, and say whether they fit in memory.
+
+        They are those of `Target.features`; nothing is computed where they pass the limit.
+        """
+        num_layers = len(target_layer_ids) + with_head_input
+        size = int(self.lengths.sum()) * num_layers * target.hidden_size * target.head.weight.element_size()
+        if size > limit_bytes:
+            return False
+        lengths = self.lengths.tolist()
+        order = sorted(range(len(self)), key=lengths.__getitem__)
+        kept: dict[int, Tensor] = {}
+        with progress_bar() as bar:
+            task = bar.add_task("reading hidden states", total=len(self), info="")
+            for start in range(0, len(order), FEATURE_BATCH):
+                batch = order[start : start + FEATURE_BATCH]
+                token_ids = pad([self.token_ids(i) for i in batch]).to(target.device)
+                features = target.features(token_ids, target_layer_ids, with_head_input=with_head_input).cpu()
+                kept |= {i: row[: lengths[i]].clone() for i, row in zip(batch, features, strict=True)}
+                bar.advance(task, len(batch))
+        self.features = [kept[i] for i in range(len(self))]
+        return True
+
+    def __len__(self):
+        """Count the conversations."""
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Give one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
+        is_response, response_id = self.is_response(index), self.corpus.id(int(self.chosen[index]))
+        seed = (self.seed, self.epoch, response_id)
+        return {
+            "token_ids": self.token_ids(index),
+            "is_response": is_response,
+            "anchors": sample_anchors(is_response, num_anchors=self.num_anchors, seed=seed),
+            "features": None if self.features is None else self.features[index],
+            "draw": int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:7]),
+        }
+
+
+def pad(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows of different lengths, padded with 0 on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
+    """Pad conversations on the right and cut their blocks."""
+    token_ids, is_response = (pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
+    blocks = build_blocks(token_ids, is_response, [row["anchors"] for row in rows], block_size)
+    features = None if rows[0]["features"] is None else pad([row["features"] for row in rows])
+    draws = torch.tensor([row["draw"] for row in rows])
+    return {"token_ids": token_ids, "is_response": is_response, "features": features, "draw": draws, **vars(blocks)}
+
+
+WINDOW_STEPS = 64
+"""Steps whose conversations are sorted together: 2 to 5 % of a batch of 8 is then padding, and half of it without."""
+SPREAD = 0.03
+"""Lengths are changed at random by at most this share before sorting, so that steps differ from epoch to epoch."""
+
+
+def grouped_order(lengths: np.ndarray, step_size: int, *, seed: tuple[int, int]) -> np.ndarray:
+    """Order conversations so that those of a step are about equally long, and steps at random.
+
+    Conversations are shuffled, sorted by length within windows of `WINDOW_STEPS` steps, and cut into steps, which are
+    shuffled. Conversations that fill no step come last.
+
+    Args:
+        lengths: tokens of each conversation.
+        step_size: conversations of an optimizer step, over all ranks and micro-batches; the order depends on no other
+            split of a step.
+        seed: of the run, and the epoch.
+    """
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(lengths))
+    keys = lengths * generator.uniform(1 - SPREAD, 1 + SPREAD, len(lengths))
+    window = WINDOW_STEPS * step_size
+    parts = [shuffled[start : start + window] for start in range(0, len(lengths), window)]
+    order = np.concatenate([np.zeros(0, np.int64), *(part[np.argsort(keys[part])] for part in parts)])
+    num_steps = len(order) // step_size
+    left_over = np.sort(generator.choice(len(order), len(order) - num_steps * step_size, replace=False))
+    steps = np.delete(order, left_over).reshape(num_steps, step_size)
+    return np.concatenate([steps[generator.permutation(num_steps)].ravel(), order[left_over]])
+
+
+class GroupedSampler(torch.utils.data.Sampler[int]):
+    """Gives a dataset's conversations in `grouped_order`, another one each epoch."""
+
+    def __init__(self, dataset: ResponseDataset, step_size: int):
+        self.dataset, self.step_size = dataset, step_size
+
+    def __len__(self):
+        """Count the conversations."""
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of the conversations in the order of the dataset's epoch."""
+        seed = (self.dataset.seed, self.dataset.epoch)
+        return iter(grouped_order(self.dataset.lengths, self.step_size, seed=seed).tolist())
+
+
+def padding(lengths: np.ndarray, order: np.ndarray, batch_size: int) -> float:
+    """Compute the share of padding in batches of conversations taken in an order, 0 to 1."""
+    batches = [lengths[order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+    read = sum(int(batch.max()) * len(batch) for batch in batches)
+    return 1 - sum(int(batch.sum()) for batch in batches) / max(1, read)

@@ -1,0 +1,342 @@
+"""Options of the drafter, the loss and the optimizer.
+
+Options of prompts, answers and sampling.
+
+Options of measuring and of proofs.
+
+A recipe: all options from prompts to a measured drafter.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpace.config.choices import (
+    Confidence,
+    Device,
+    DeviceMap,
+    Dtype,
+    ObjectiveName,
+    Reduction,
+    TargetShard,
+    TokenLoss,
+    Validity,
+    Width,
+)
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Size of the drafter; the rest of its shape follows the target."""
+
+    init: str | None = None
+    """Folder or Hub id of a trained drafter to start from; size and mask token are then its own (docs/adapt.md)."""
+    num_layers: int = 3
+    """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
+    block_size: int = 16
+    """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
+    num_features: int | None = None
+    """Number of target layers whose hidden states the drafter reads; num_layers by default."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published."""
+    mask_token_id: int | None = None
+    """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
+    norm_scale: float = 1.0
+    """Initial weights of the final norm, above 0; small ones start near a uniform distribution (docs/training.md)."""
+    conv_kernel_size: int = 0
+    """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
+    2 helps short trainings; docs/engines.md says which engines run them."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss that training minimizes."""
+
+    objective: ObjectiveName = "dpace"
+    """How much each slot of a block counts in the loss; docs/objectives.md says when to use which.
+    One of these names, or package.module:function for your own; the module is looked for in this folder too."""
+    token_loss: TokenLoss = "nll"
+    """Loss of one slot.
+    nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
+    lk: -log of the overlap of both distributions. mix: half nll, half kl."""
+    confidence: Confidence = "token"
+    """How D-PACE estimates that a slot is accepted.
+    token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
+    alpha: float = 0.5
+    """Smoothing of D-PACE's weights, 0 to 1 (the paper: 0.5; 0.3 to 0.7 work about as well)."""
+    alpha_end: float | None = None
+    """Value that alpha reaches at the end of training, in a straight line; alpha stays as it is by default."""
+    gamma: float | None = None
+    """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
+    base: float = 0.8
+    """Weight of a slot relative to the one before it, for the objective medusa."""
+    reduction: Reduction = "anchors"
+    """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
+    anchors: blocks, then conversations. batch (the paper's code): conversations. slots: scored slots. weights: the
+    weights' sum."""
+    validity: Validity = "off"
+    """Train a validity head too: one linear layer that says which slots come before the first wrong one.
+    stopped: the drafter learns nothing from it. joint: it does, as in VAT (arXiv 2608.30135)."""
+    vocabulary: Literal["all", "seen"] = "all"
+    """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
+
+    chunk_mib: int | None = None
+    """MiB of logits that the loss computes at once, 1 or more; lower it where memory is short.
+    By default 4 on a CPU and 1024 on an accelerator, and more for token losses that need whole rows."""
+
+    @property
+    def needs_target_probs(self) -> bool:
+        """Whether the loss compares with the target's distribution, which takes its last hidden states too."""
+        return self.token_loss != "nll" or self.confidence == "overlap"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimizer and its schedule; the defaults are the paper's."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (the paper's), or muon for the matrices.
+    Muon is better for short trainings; its steps are slower."""
+    learning_rate: float = 6e-4
+    """Highest learning rate of the schedule (the paper: 6e-4)."""
+    num_epochs: float = 6.0
+    """Passes over the training conversations (the paper: 6)."""
+    max_steps: int = -1
+    """Number of optimizer steps; replaces num_epochs where it is above 0."""
+    warmup_ratio: float = 0.04
+    """Fraction of the steps in which the learning rate rises, before a cosine to 0 (the paper: 0.04)."""
+    batch_size: int = 2
+    """Conversations in a micro-batch on each device (the paper: 2 per step)."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step."""
+    group_by_length: bool = True
+    """Give each step conversations of about the same length, which saves padding; off is the paper's random order."""
+    num_anchors: int = 512
+    """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
+    grow_blocks: bool = False
+    """Train on short blocks first: of 4 slots, then of twice as many, up to block_size, in equal parts of the steps.
+    A step has as many slots as ever, in more blocks; docs/objectives.md says what it gains."""
+    on_policy_share: float = 0.0
+    """Share of the blocks, 0 to 1, that are drawn where decoding restarts, at the end of training; it grows from 0.
+    Each step then drafts twice; docs/objectives.md says how the places are estimated."""
+    max_length: int = 3072
+    """Length in tokens at which conversations are cut (the paper: 3072)."""
+    max_grad_norm: float = 1.0
+    """Norm at which the gradient is clipped (the paper: 1)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (the paper: 0)."""
+    seed: int = 42
+    """Seed for the initial weights, the order of conversations and the choice of blocks (the paper: 42)."""
+    logging_steps: int = 10
+    """Optimizer steps between two entries of the log."""
+    eval_steps: int = 500
+    """Optimizer steps between two measurements of tau on the validation prompts; the best weights are kept."""
+    save_steps: int | None = None
+    """Optimizer steps between two checkpoints that training can go on from; eval_steps by default.
+    The newest one and the best weights are kept. All take less disk than ten drafters in fp32."""
+    feature_cache_gib: float = 4.0
+    """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
+    feature_files: str | None = None
+    """Folder that keeps these hidden states on disk, for all epochs, ranks and later runs; by default none does."""
+    feature_dtype: Literal["target", "bfloat16", "float8"] = "target"
+    """How they are kept there: as the target gives them, or rounded to 16 bits, or to 8 with a scale for each token."""
+    feature_files_gib: float = 100.0
+    """Most GiB of disk that are added to feature_files."""
+    feature_servers: tuple[str, ...] = ()
+    """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
+    target_shard: TargetShard = "none"
+    """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
+    none: each rank has all. fsdp: a layer is gathered where it runs. tp: each matrix is split, and all ranks run all
+    texts; take it only where fast links connect the GPUs."""
+    torch_compile: bool = False
+    """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
+    gradient_checkpointing: bool = False
+    """Compute the drafter's activations again in the backward pass, which saves memory and costs time."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that get the log too, if installed: tensorboard, wandb, trackio and others that transformers knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the tokens of a response are chosen, and how many there are at most."""
+
+    max_new_tokens: int = 256
+    """Length of the response in tokens; it is shorter only where a stop token comes first."""
+    temperature: float = 0.0
+    """Sampling temperature, 0 or more; 0 always takes the most likely token (greedy)."""
+    top_k: int = 0
+    """Sample only from this number of most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens whose probabilities sum to this value, above 0 to 1; 1 keeps all."""
+    min_p: float = 0.0
+    """Sample only from tokens with at least this fraction of the highest probability, 0 to 1; 0 keeps all."""
+    seed: int | None = None
+    """Seed for sampling at a temperature above 0; torch's global random generator by default."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where the prompts come from, and which of them are kept for measuring."""
+
+    path: str = "demo"
+    """JSONL, JSON or parquet file, or a dataset on the Hub as OWNER/NAME:SPLIT; `demo` comes with dpace.
+    docs/data.md lists the keys that a row may have."""
+    heldout_path: str | None = None
+    """JSONL file of prompts to measure on, none of which may be a training prompt.
+    By default `demo` has its own file; for other prompts, a random part is taken out of `path` before training."""
+    num_heldout: int = 64
+    """Prompts taken out of `path` to measure on, at most a tenth of them; unused where held-out prompts have a file."""
+    num_validation: int = 32
+    """Prompts taken out of training, at most a tenth of them, to choose the best checkpoint by."""
+    limit: int | None = None
+    """Number of prompts to train on, from the start of the file; all of them by default."""
+    decontaminate: tuple[str, ...] = ()
+    """Public datasets (see --bench.sets), or files of prompts, that no training prompt may repeat.
+    A prompt is left out where it shares 13 words in a row with one of theirs."""
+    near_duplicates: float | None = None
+    """Leave out training prompts that nearly repeat an earlier or a held-out one; needs the package datasketch.
+    The value is the least share of common word runs, above 0 to 1; 0.8 is usual. By default only copies of held-out
+    prompts are left out."""
+
+
+@dataclass(frozen=True)
+class RespondConfig:
+    """How the target answers the prompts that a drafter is trained and measured on."""
+
+    source: Literal["target", "own"] = "target"
+    """Where the answers come from.
+    target: the target writes them. own: the prompts' file has them, as a reply at the end of each conversation."""
+    max_new_tokens: int = 2048
+    """Longest response in tokens (2048 in DFlash's benchmark)."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 (greedy) gives the text that speculative decoding reproduces."""
+    batch_size: int = 32
+    """Number of prompts that are answered together, in this process or by each server; lower it where memory is short.
+    """
+    seed: int = 0
+    """Seed for sampling at a temperature above 0; each prompt draws with a seed of its own that follows from it."""
+    server: tuple[str, ...] = ()
+    """Addresses of running servers of the target that answer instead, http://host:port: vLLM, SGLang or llama.cpp.
+    The environment variable DPACE_API_KEY has the key where they want one."""
+    retry_seconds: float = 600.0
+    """Time in which a server that fails or is busy is asked again, with growing waits, before it is given up."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured, and how."""
+
+    drafters: tuple[str, ...] = ()
+    """Folders or Hub ids of the drafters to measure and compare; the drafter in the output folder by default."""
+    sets: tuple[str, ...] = ()
+    """Public datasets instead of the held-out prompts; the paper's are gsm8k math500 humaneval mbpp mt_bench alpaca.
+    Others: speed_bench (by category), speed_bench_1k, _2k, _8k, _16k and _32k (long prompts), and redhat."""
+    sets_dir: str | None = None
+    """Folder with a NAME.jsonl for each of `sets`, which may then have any name; the Hugging Face Hub by default."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Sampling temperatures to measure at (the paper: 0 and 1)."""
+    max_new_tokens: int = 2048
+    """Longest response in tokens."""
+    num_prompts: int | None = None
+    """Most prompts to take from each dataset; all by default."""
+    widths: tuple[Width, ...] = ("full", "auto")
+    """Verification lengths to measure.
+    full: whole drafts, as tau is defined. auto: as `dpace generate`, the number of drafted or copied tokens that is
+    fastest on this machine. An integer: that number of tokens, the known one included."""
+    predict: bool = False
+    """Also predict the speedup at each verification length and concurrency, and check it on a few prompts."""
+    compiled: Literal["auto", "always", "never"] = "auto"
+    """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
+    auto: on an accelerator only."""
+    server: str | None = None
+    """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
+    plain_server: str | None = None
+    """Address of a server of the same target without a drafter, as the baseline of --bench.server."""
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of requests at the same time, for servers and predictions."""
+    seed: int = 0
+    """Seed for sampling at a temperature above 0."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Prove that a drafter does not change the text; the exit code is 1 where it does.
+
+    The baseline (decoding without a drafter) must equal `generate` of transformers. In fp32, texts must equal the
+    baseline token for token: greedy, and sampled with the same seed; for several block sizes, verification lengths,
+    verify rules and batches. Sampled tokens and pairs must have the target's distribution (chi-square). No block may
+    see its future. A block in training must equal the block when serving, with the same accepted lengths.
+
+    In bf16, every difference in the text is listed with the target's margin, which tells a tie from a bug.
+    """
+
+    target: str
+    """Folder or Hub id of the target."""
+    drafter: str
+    """Folder or Hub id of the drafter."""
+    prompts: str = "demo"
+    """JSONL file of prompts; `demo` is the held-out dataset that comes with dpace."""
+    num_prompts: int = 4
+    """Prompts to take from each dataset of the file."""
+    max_new_tokens: int = 64
+    """Longest response in tokens."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Precisions of the weights to check in."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+    seed: int = 0
+    """Seed for sampling."""
+    responses: str | None = None
+    """File of responses to read again: greedy answers of `dpace respond` must be the target's own, token for token."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings, from prompts to a measured drafter.
+
+    A recipe is a YAML file of options, or the name of one that comes with dpace (`dpace --help` lists them);
+    command-line flags override it.
+    """
+
+    target: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Folder or Hub id of the target: the model that is made faster and whose text stays the same."""
+    output: str = "dpace-out"
+    """Folder that everything is written to."""
+    thinking: bool = False
+    """Turn thinking on, for chat templates that offer it; the paper's numbers are without."""
+    dtype: Dtype = "auto"
+    """Precision of the target's weights.
+    auto: bf16 on an accelerator; fp32 on a CPU, where texts are equal token for token."""
+    device: Device = "auto"
+    """Where to compute.
+    auto: the accelerator that torch finds, else the CPU. Choose one of several with CUDA_VISIBLE_DEVICES."""
+    device_map: DeviceMap = None
+    """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """Prompts to train on and to measure on."""
+    respond: RespondConfig = field(default_factory=RespondConfig)
+    """How the target answers the prompts."""
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    """Size of the drafter."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss that training minimizes."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimizer and its schedule."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """What is measured, and how."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(Recipe):
+    """Train one recipe with several objectives and seeds, and compare the drafters."""
+
+    output: str = "dpace-compare"
+    """Folder that everything is written to; the same command continues an interrupted run in it."""
+    objectives: tuple[str, ...] = ("dpace", "dflash", "uniform")
+    """Values of loss.objective; append +kl, +lk or +mix for the token loss, +overlap for the confidence,
+    +validity for a joint validity head: dpace+kl+overlap, vat+mix+validity."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
+    baseline: str = "dflash"
+    """Objective that the others are compared with; it is trained too where `objectives` lacks it."""
+    wide: bool = False
+    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""

@@ -1,1 +1,0 @@
-"""Prompts, the target's answers to them, and the dataset of blocks."""

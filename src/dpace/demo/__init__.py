@@ -1,1 +1,0 @@
-"""The demo: its prompts, its recipe and its run."""

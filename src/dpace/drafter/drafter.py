@@ -1,0 +1,300 @@
+"""The DFlash drafter: making, checking, saving and loading it."""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import dpace.modeling_dflash
+from dpace.blocks import build_target_layer_ids
+from dpace.config import DraftConfidence
+from dpace.drafter.mask_token import check_mask_token, choose_mask_token
+from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
+from dpace.drafter.validity import ValidityHead, load_validity
+from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary
+from dpace.fast.speed_up import speed_up
+from dpace.modeling_dflash import DFlashDraftModel
+from dpace.system.ledger import UNFINISHED, sync
+from dpace.system.loading import one_line, read_config, refuse_infinite, refuse_mismatch, share
+from dpace.target import Target
+from dpace.target.probe import rope_of
+
+TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight"}
+"""Tensors of the target that some projects write into a drafter's file; they are not used."""
+
+
+class Drafter(DFlashDraftModel):
+    """A DFlash network that fits a target and drafts a block in one pass.
+
+    `save_pretrained` writes the published layout, which z-lab's `DFlashDraftModel` and the engines load unchanged.
+    """
+
+    validity: ValidityHead | None = None
+    """Kept out of the state dict, so that exports and engines do not see it."""
+    confidence: DraftConfidence = "softmax"
+    """What width `auto` takes for how likely a slot is accepted."""
+    vocabulary: DraftVocabulary | None = None
+    """The tokens that decoding drafts; None for all."""
+
+    def attach_validity(self, head: ValidityHead | None) -> None:
+        """Take a validity head along: `save_pretrained` writes it, and it moves with the drafter."""
+        self.__dict__["validity"] = head
+
+    def _apply(self, fn, recurse=True):
+        """Move or convert; the validity head, in fp32, only moves."""
+        result = super()._apply(fn, recurse)
+        if self.validity is not None:
+            self.validity.to(self.device)
+        return result
+
+    @property
+    def spec(self) -> DrafterSpec:
+        """All that an engine must know about it, apart from its weights."""
+        return DrafterSpec.from_config(self.config.to_dict())
+
+    @property
+    def block_size(self) -> int:
+        """Number of slots in a block, the anchor included."""
+        return self.config.block_size
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token in slots that are not drafted yet."""
+        return self.config.mask_token_id
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        """0-based target layers whose outputs are the features."""
+        return self.config.target_layer_ids
+
+    @property
+    def confidence_temperature(self) -> float:
+        """The divisor of logits for confidences, fitted on responses; 1 where it was not fitted."""
+        if self.vocabulary is not None:
+            return self.vocabulary.confidence_temperature
+        return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
+
+    def confidences(
+        self, logits: Float[Tensor, "draft vocab"], hidden: Float[Tensor, "draft hidden"] | None = None
+    ) -> list[float]:
+        """Estimate how likely each slot's token is accepted, given that the tokens before it are.
+
+        That is the calibrated probability of its most likely token; with `confidence` `validity`, what the validity
+        head reads from the slots' last hidden states.
+        """
+        if self.confidence == "validity" and self.validity is not None and hidden is not None:
+            return self.validity.confidences(hidden)
+        logits = logits.float()
+        odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()  # in place is fast
+        return odds.sum(-1).reciprocal_().tolist()
+
+    @classmethod
+    def from_target(
+        cls,
+        target: Target,
+        *,
+        num_layers: int = 3,
+        block_size: int = 16,
+        num_features: int | None = None,
+        target_layer_ids: Sequence[int] | None = None,
+        mask_token_id: int | None = None,
+        norm_scale: float = 1.0,
+        conv_kernel_size: int = 0,
+        seed: int = 0,
+    ) -> "Drafter":
+        """Make an untrained drafter with the target's width, heads, feed-forward and rotary embedding.
+
+        Args:
+            target: the model to draft for.
+            num_layers: number of decoder layers of the drafter.
+            block_size: number of slots in a block, the anchor included.
+            num_features: number of target layers that give features, by the published rule; `num_layers` by default.
+            target_layer_ids: ids of these layers, instead of `num_features`.
+            mask_token_id: by default `choose_mask_token`.
+            norm_scale: initial value of the final norm's weights; small values start near the uniform distribution.
+            conv_kernel_size: slots that DFlash2's convolutions read, 2 or more; 0 for DFlash's network.
+            seed: seed of the initial weights.
+
+        Raises:
+            ValueError: a layer id, block size or mask token that cannot work with this target.
+        """
+        config, heads = target.config, target.config.num_attention_heads
+        ids = {"num_features": num_features, "target_layer_ids": target_layer_ids}
+        spec = DrafterSpec(
+            block_size=block_size,
+            mask_token_id=choose_mask_token(target) if mask_token_id is None else mask_token_id,
+            target_layer_ids=tuple(cls.layer_ids(target, num_layers=num_layers, **ids)),
+            num_target_layers=target.num_layers,
+            vocab_size=len(target.head.weight),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=num_layers,
+            num_heads=heads,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+            rope=rope_of(config),
+            max_position_embeddings=config.max_position_embeddings,
+            embed_scale=target.embed_scale,
+            logit_scale=target.head.multiplier,
+            softcap=target.head.softcap,
+            conv_kernel_size=conv_kernel_size,
+            conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
+            special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
+        )
+        spec.check()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drafter: Any = cls(spec.config())
+        nn.init.constant_(drafter.norm.weight, norm_scale)
+        drafter.check_target(target)
+        return drafter if drafter.device == target.device else drafter.to(target.device)
+
+    def start_for(self, target: Target) -> "Drafter":
+        """Copy this drafter as the start of a training for a target, in fp32 and on the target's device.
+
+        Vocabulary, scales and cap become the target's: no weight of the drafter depends on them, and fine-tuned targets
+        often have some more tokens.
+
+        Raises:
+            ValueError: see `check_target`.
+        """
+        spec = replace(
+            self.spec,
+            vocab_size=len(target.head.weight),
+            embed_scale=target.embed_scale,
+            logit_scale=target.head.multiplier,
+            softcap=target.head.softcap,
+            record={},
+        )
+        with torch.random.fork_rng():
+            drafter: Any = Drafter(spec.config())
+        drafter.load_state_dict(self.state_dict())
+        drafter.check_target(target)
+        return drafter.to(target.device)
+
+    @staticmethod
+    def layer_ids(
+        target: Target,
+        *,
+        num_layers: int,
+        num_features: int | None = None,
+        target_layer_ids: Sequence[int] | None = None,
+        **_,
+    ) -> list[int]:
+        """Give the layers whose outputs are the features, for the same arguments as `from_target`."""
+        return list(target_layer_ids or build_target_layer_ids(target.num_layers, num_features or num_layers))
+
+    def check_target(self, target: Target) -> None:
+        """Refuse a target that this drafter cannot draft for.
+
+        Raises:
+            ValueError: names the value found, the value expected and what to do.
+        """
+        spec = self.spec
+        facts = [
+            ("hidden_size", spec.hidden_size, target.hidden_size),
+            ("vocab_size", spec.vocab_size, len(target.head.weight)),
+            ("num_target_layers", spec.num_target_layers, target.num_layers),
+        ]
+        for name, found, expected in facts:
+            if found != expected:
+                raise ValueError(
+                    f"the drafter's {name} is {found} and the target {target.name} has {expected}: "
+                    "the drafter was trained for another target; train one for this target with `dpace train`"
+                )
+        if target.cache_ability == "append":
+            raise ValueError(
+                f"{type(target.model).__name__} cannot read several tokens at once behind a text that it has read, so "
+                "it cannot verify drafts: decode it without a drafter"
+            )
+        spec.check()
+        check_mask_token(self.mask_token_id, target)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, output_loading_info: bool = False, **kwargs):
+        """Read a drafter's folder: every tensor, in its shape and finite, from safetensors.
+
+        Raises:
+            ValueError: a config that no drafter has, or weights that are damaged or do not fit it; names the value or
+                the tensors.
+            OSError: a file that is missing or cannot be read.
+        """
+        what, fix = f"the drafter {folder}", "train it, or copy it again"
+        if Path(folder).is_dir():
+            read_config(folder)
+        options = {**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        with one_line(what, fix):
+            loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
+        drafter, info = loaded
+        refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
+        refuse_infinite(what, drafter, fix)
+        drafter.refuse_trained_selector()
+        if Path(folder).is_dir():
+            drafter.attach_validity(load_validity(folder, drafter.config.hidden_size))
+        return loaded if output_loading_info else drafter
+
+    def save_pretrained(self, save_directory, *, dtype: torch.dtype | None = None, **kwargs):
+        """Write `config.json` and `model.safetensors` in the published layout, and the network's code.
+
+        transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
+            tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+            super().save_pretrained(aside, state_dict=tensors, **kwargs)
+            path = Path(aside) / "config.json"
+            written = {"dtype": str(dtype or self.dtype).removeprefix("torch.")}
+            config = self.spec.published(json.loads(path.read_text()) | written)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            shutil.copy(dpace.modeling_dflash.__file__, aside)
+            if self.validity is not None:
+                self.validity.save(aside)
+            for written in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
+                share(written)
+                sync(written)
+                written.replace(folder / written.name)
+
+
+def load_drafter(
+    folder: str | Path, target: Target, *, confidence: DraftConfidence = "softmax", all_tokens: bool = False
+) -> Drafter:
+    """Read a drafter's folder for decoding with a target.
+
+    The drafter gets the target's dtype and device, and is in eval mode.
+
+    Args:
+        folder: of the drafter.
+        target: its target.
+        confidence: how width `auto` estimates that a slot is accepted: by the calibrated `softmax`, or by the
+            `validity` head.
+        all_tokens: draft any token, as other engines do, also where the folder has a draft vocabulary that pays here.
+
+    Raises:
+        ValueError: no such folder, damaged weights, a drafter for another target, or one without a validity head where
+            it is asked for.
+    """
+    if not (Path(folder) / "config.json").exists():
+        raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
+    # Refuses values of the wrong kind before a network is made of them; a missing epsilon is transformers' default.
+    DrafterSpec.from_config({"rms_norm_eps": 1e-6, **read_config(folder)})
+    drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
+    drafter.check_target(target)
+    drafter.to(target.device)
+    if confidence == "validity" and drafter.validity is None:
+        raise ValueError(f"{folder} has no validity head; train one with --loss.validity stopped, or use softmax")
+    drafter.confidence = confidence
+    vocabulary = load_vocabulary(folder, len(target.head.weight))
+    if vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
+        drafter.vocabulary = vocabulary
+    speed_up(drafter)
+    return drafter

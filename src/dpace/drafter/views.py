@@ -1,0 +1,112 @@
+"""The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dpace.blocks import Blocks, dense_mask, flex_mask
+from dpace.drafter import Drafter
+from dpace.system.device import TILED
+from dpace.target import Target
+
+
+def mask_blocks(
+    drafter: Drafter, anchor_ids: Sequence[int], block_size: int | None = None
+) -> Int[Tensor, "batch slot"]:
+    """Make the drafter's input for drafting: one block a row, the anchor's token and then mask tokens."""
+    size = block_size or drafter.block_size
+    rows = [[anchor, *[drafter.mask_token_id] * (size - 1)] for anchor in anchor_ids]
+    return torch.tensor(rows, device=drafter.device)
+
+
+def draft_block(
+    drafter: Any,
+    target: Target,
+    blocks: Int[Tensor, "batch slot"],
+    features: Float[Tensor, "batch context feature"],
+    *,
+    position_ids: Int[Tensor, "rows new"] | None = None,
+    attention_mask: Any = None,
+    cache: Any = None,
+    block_size: int | None = None,
+) -> Float[Tensor, "batch slot hidden"]:
+    """Compute the hidden states of blocks, which the target's head turns into drafts.
+
+    All drafting goes through this function.
+
+    Args:
+        drafter: a `Drafter`, or its wrapper in training.
+        target: its target.
+        blocks: tokens of the slots, see `mask_blocks`; several blocks of a text follow one another.
+        features: features of the tokens before the anchor that are not in the cache yet.
+        position_ids: absolute positions of these tokens, then of the slots; by default the features are those of a
+            whole text.
+        attention_mask: as in `DFlashDraftModel.forward`; by default every slot sees everything.
+        cache: receives keys and values of the features and the slots; the caller removes those of the slots.
+        block_size: slots of each of several blocks; by default the drafter's.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(features.shape[1] + blocks.shape[1], device=blocks.device)[None]
+    return drafter(
+        noise_embeds=target.embed(blocks),
+        context_hidden_states=features,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        cache=cache,
+        block_size=block_size,
+    ).last_hidden_state
+
+
+def blocks_hidden(
+    drafter: Any,
+    target: Target,
+    inputs: dict[str, Any],
+    *,
+    mask_token_id: int,
+    target_layer_ids: Sequence[int],
+    with_target_hidden: bool = False,
+    make_mask: Callable[[Blocks, int], Any] | None = None,
+) -> tuple[Tensor, Blocks, Tensor | None]:
+    """Run the drafter over all blocks of a batch at once: the training forward pass.
+
+    Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask, where `flex_attention` has no
+    kernel (`dpace.system.device.TILED`).
+
+    Args:
+        drafter: a `Drafter`, or its wrapper in training.
+        target: its target.
+        inputs: a batch of `dpace.batches.dataset.collate`.
+        mask_token_id: the token in slots that are not drafted yet.
+        target_layer_ids: layers whose outputs are the features.
+        with_target_hidden: give the input of the target's head too.
+        make_mask: gives the attention mask; by default `flex_mask` on a GPU and `dense_mask` elsewhere.
+
+    Returns:
+        Final hidden states, "batch block slot hidden"; the blocks; and with `with_target_hidden`, the input of the
+        target's head where it predicts each slot, of the same shape (otherwise None).
+    """
+    blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
+    token_ids, features = inputs["token_ids"], inputs["features"]
+    if features is None:
+        features = target.features(token_ids, target_layer_ids, with_head_input=with_target_hidden)
+    num_features = len(target_layer_ids) * target.hidden_size
+    batch, num_context = token_ids.shape
+    make_mask = make_mask or (flex_mask if token_ids.device.type in TILED else dense_mask)
+    context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
+    hidden = draft_block(
+        drafter,
+        target,
+        blocks.input_ids(mask_token_id).flatten(1, 2),
+        features[..., :num_features],
+        position_ids=torch.cat([context_ids, blocks.position_ids.flatten(1)], dim=1),
+        attention_mask=make_mask(blocks, num_context),
+        block_size=blocks.block_size,
+    ).unflatten(1, blocks.labels.shape[1:])
+    if not with_target_hidden:
+        return hidden, blocks, None
+    before = (blocks.position_ids - 1).clamp(0, num_context - 1)
+    rows = torch.arange(batch, device=token_ids.device)[:, None, None]
+    return hidden, blocks, features[..., num_features:][rows, before]

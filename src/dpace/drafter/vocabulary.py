@@ -1,0 +1,133 @@
+"""The draft vocabulary: the tokens that a drafter proposes on a CPU, a part of the target's.
+
+A draft passes through the target's head, which on a CPU takes as long as reading its rows. Only the rows of the tokens
+of the training texts, and of the prompt, are read for it. The target verifies with all of its tokens, so the text is
+the same; a token outside is never drafted.
+
+The tokens stand in `draft_vocabulary.json` beside the weights: engines that do not know it load the drafter unchanged.
+
+Source: FR-Spec (arXiv 2502.14856), which takes the most frequent tokens.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dpace.fast.packing import Product, Snapshot, pack
+from dpace.system.ledger import read_object, write_json
+from dpace.target import Target
+
+VOCABULARY_FILE = "draft_vocabulary.json"
+MIN_SAVING = 0.03
+"""Least share of the weights that a step reads which a draft vocabulary has to save."""
+MAX_TAU_LOSS = 0.01
+"""Largest relative loss of tau on the validation responses with which it is written; it is less than what is saved."""
+
+
+class DraftVocabulary:
+    """The tokens that may be drafted, with a copy of the head's rows for them.
+
+    Memory: the copy, from the first draft on, in 16 bits where no value changes.
+
+    Args:
+        token_ids: any order, at least one.
+        confidence_temperature: as `Drafter.confidence_temperature`, for logits of these tokens alone.
+    """
+
+    def __init__(self, token_ids: Iterable[int], confidence_temperature: float = 1.0):
+        self.known, self.confidence_temperature = frozenset(token_ids), confidence_temperature
+        self.token_ids = torch.tensor(sorted(self.known))
+        self._snapshot: Snapshot | None = None
+
+    def __reduce__(self):
+        return DraftVocabulary, (self.known, self.confidence_temperature)
+
+    def product(self, target: Target) -> Product:
+        """Give the product of rows with the head's rows of these tokens, made again when the head has changed."""
+        weight = target.head.weight
+        if self._snapshot is not None:
+            self._snapshot.look_again()
+        if self._snapshot is None or self._snapshot.weights[0] is not weight or not self._snapshot.is_same():
+            part = weight.detach()[self.token_ids.to(weight.device)].contiguous()
+            self._product: Product = pack(part) or (lambda rows: rows @ part.T)
+            self._snapshot = Snapshot([weight])
+        return self._product
+
+    def pays(self, target: Target, num_weights: int) -> bool:
+        """Say whether it saves at least `MIN_SAVING` of the weights that a step with a draft reads, on a CPU.
+
+        Args:
+            target: verifies.
+            num_weights: of the drafter.
+        """
+        rows, width = target.head.weight.shape
+        read = sum(weight.numel() for weight in target.layers.parameters()) + 2 * rows * width + num_weights
+        return target.device.type == "cpu" and (rows - len(self.token_ids)) * width >= MIN_SAVING * read
+
+    def save(self, folder: str | Path) -> None:
+        """Write `draft_vocabulary.json`."""
+        values = {"confidence_temperature": self.confidence_temperature, "token_ids": self.token_ids.tolist()}
+        write_json(Path(folder) / VOCABULARY_FILE, values)
+
+
+def load_vocabulary(folder: str | Path, num_tokens: int) -> DraftVocabulary | None:
+    """Read the draft vocabulary of a drafter's folder; None where it has none.
+
+    Raises:
+        ValueError: the file does not have token ids from 0 to `num_tokens - 1` and a temperature above 0.
+    """
+    path = Path(folder) / VOCABULARY_FILE
+    if not path.exists():
+        return None
+    fix = "copy it again, or remove the file"
+    values: dict[str, Any] = read_object(path, fix)
+    token_ids, temperature = values.get("token_ids", []), values.get("confidence_temperature")
+    is_list = isinstance(token_ids, list) and bool(token_ids)
+    if not is_list or not all(type(token) is int and 0 <= token < num_tokens for token in token_ids):
+        raise ValueError(f"{path} does not have a list of token_ids in 0 .. {num_tokens - 1}; {fix}")
+    if type(temperature) is not float or not 0 < temperature < math.inf:
+        raise ValueError(f"{path} has the confidence_temperature {temperature!r:.50}, expected one above 0; {fix}")
+    return DraftVocabulary(token_ids, temperature)
+
+
+class DraftHead:
+    """The target's head for drafts: of all tokens, or of the draft vocabulary and a prompt's tokens.
+
+    Args:
+        target: has the head.
+        vocabulary: None for all tokens.
+        prompt: further tokens that may be drafted.
+    """
+
+    def __init__(self, target: Target, vocabulary: DraftVocabulary | None, prompt: Iterable[int] = ()):
+        self.target = target
+        self.token_ids: Int[Tensor, " choice"] | None = None
+        if vocabulary is not None:
+            more = torch.tensor(sorted(set(prompt) - vocabulary.known), dtype=torch.long)
+            self.token_ids = torch.cat([vocabulary.token_ids, more]).to(target.device)
+            self._product = vocabulary.product(target)
+            self._more = target.head.weight[more.to(target.device)]
+
+    def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row choice"]:
+        """Compute the logits of the tokens that may be drafted."""
+        if self.token_ids is None:
+            return self.target.logits(hidden)
+        rows = hidden.to(self._more.dtype)
+        return self.target.head.finish(torch.cat([self._product(rows), rows @ self._more.T], dim=-1))
+
+    def tokens(self, logits: Float[Tensor, "row choice"]) -> Int[Tensor, " row"]:
+        """Give the most likely token of each row."""
+        best = logits.float().argmax(-1)
+        return best if self.token_ids is None else self.token_ids[best]
+
+    def spread(self, logits: Float[Tensor, "row choice"]) -> Float[Tensor, "row vocab"]:
+        """Give the logits of all tokens: minus infinity for those that are not drafted."""
+        if self.token_ids is None:
+            return logits
+        whole = logits.new_full((len(logits), len(self.target.head.weight)), -torch.inf)
+        return whole.index_copy_(1, self.token_ids, logits)

@@ -1,0 +1,192 @@
+"""Token losses and their gradients through the frozen LM head, tile by tile, without keeping logits."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dpace.config import TokenLoss
+from dpace.system.device import TILED
+from dpace.target.head import TINY, Head
+
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
+"""Bytes of fp32 logits that exist at once: enough to fit a core's cache, and enough to keep a GPU busy."""
+MIN_SOFT_ROWS = 384
+"""Least number of rows that soft losses compute at once; they need whole rows, and fewer make the products slower."""
+SOFT_COPIES = 6
+"""Number of fp32 tensors of the logits' size that soft losses need."""
+
+
+class _Scores(NamedTuple):
+    """Losses, statistics and gradient of some rows; all are "rows 1" but `grad`."""
+
+    losses: Tensor
+    nll: Tensor
+    overlap: Tensor | None
+    top_tokens: Tensor
+    grad: Tensor | None
+    """Gradient of `losses` with respect to the rows, "rows hidden"; None where none is needed."""
+
+
+def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, needs_grad: bool) -> _Scores:
+    """Compute the cross-entropy with the labels, `num_columns` tokens of the vocabulary at a time.
+
+    The gradient, `softmax @ W - W[label]`, is attention of the rows over the vocabulary with the head as keys and
+    values. It is computed as in FlashAttention (arXiv 2205.14135): sums relative to a running maximum, scaled again
+    where it grows. The label's own token is left out of the sums, so that the gradient does not cancel in rows where
+    the drafter is certain.
+    """
+    weight, operands = head.weight, rows.to(head.weight.dtype)
+    none = torch.zeros(labels.shape, device=rows.device)
+    grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
+    sums = _Sums(torch.full_like(none, -torch.inf), none, none.clone(), torch.zeros_like(labels), grad)
+    add_tile = _compiled_add_tile() if rows.device.type in TILED else _add_tile
+    for start in range(0, len(weight), num_columns):
+        part = head._replace(weight=weight[start : start + num_columns])
+        sums = add_tile(sums, part, operands, labels - start, torch.full_like(labels, start), needs_grad)
+    peak, label_logits, others, top_tokens, grad = sums
+    total = others + (label_logits - peak).exp()
+    nll = peak + total.log() - label_logits
+    if not needs_grad:
+        return _Scores(nll, nll, None, top_tokens, None)
+    slope = head.slope(label_logits)
+    other_prob = others / total if slope is None else others / total * slope
+    grad = grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
+    return _Scores(nll, nll, None, top_tokens, grad)
+
+
+class _Sums(NamedTuple):
+    """What is known of some rows after a part of the vocabulary; all are "rows 1" but `grad`."""
+
+    peak: Tensor
+    """The highest logit."""
+    label_logits: Tensor
+    others: Tensor
+    """Sum of exp(logit - peak) of all tokens but the label."""
+    top_tokens: Tensor
+    grad: Tensor
+    """Sum of exp(logit - peak) times the head's row, "rows hidden"; one 0 where no gradient is needed."""
+
+
+def _add_tile(sums: _Sums, part: Head, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
+    """Add the tokens of a part of the head; `column` is the label's, which may lie in another part."""
+    logits = part.logits(operands).float()
+    highest, index = logits.max(-1, keepdim=True)
+    top_tokens = torch.where(highest > sums.peak, index + start, sums.top_tokens)
+    peak = torch.maximum(sums.peak, highest)
+    rescale = (sums.peak - peak).exp_()
+    inside = column.clamp(0, len(part.weight) - 1)
+    is_here = column == inside
+    column_logits = logits.gather(-1, inside)
+    label_logits = torch.where(is_here, column_logits, sums.label_logits)
+    slope = part.slope(logits) if needs_grad else None
+    logits.scatter_(-1, inside, column_logits.masked_fill(is_here, -torch.inf))
+    exps = logits.sub_(peak).exp_()
+    others = sums.others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
+    if not needs_grad:
+        return _Sums(peak, label_logits, others, top_tokens, sums.grad)
+    exps = exps if slope is None else exps.mul_(slope)
+    grad = sums.grad.mul_(rescale).add_(exps.to(part.weight.dtype) @ part.weight)
+    return _Sums(peak, label_logits, others, top_tokens, grad)
+
+
+@functools.cache
+def _compiled_add_tile():
+    """Fuse all between the two products; sizes are symbols, since every batch has another number of rows."""
+    return torch.compile(_add_tile, dynamic=True)
+
+
+def _soft_scores(
+    rows: Tensor, target_rows: Tensor, head: Head, labels: Tensor, token_loss: TokenLoss, needs_grad: bool
+) -> _Scores:
+    """Compute the token loss against the target's distribution, and the overlap of both distributions.
+
+    This needs whole rows of both.
+    """
+    logits = head.logits(rows).float()
+    slope = head.slope(logits) if needs_grad else None
+    log_probs, log_target = logits.log_softmax(-1), head.logits(target_rows).float().log_softmax(-1)
+    probs, target_probs = log_probs.exp(), log_target.exp()
+    overlap = torch.minimum(probs, target_probs).sum(-1, keepdim=True)
+    nll, top_tokens = -log_probs.gather(-1, labels), logits.argmax(-1, keepdim=True)
+    if token_loss == "nll":
+        losses, grad = nll, probs.scatter_add_(-1, labels, -torch.ones_like(nll))
+    elif token_loss in ("kl", "mix"):
+        losses = (target_probs * log_target.sub_(log_probs)).sum(-1, keepdim=True)
+        grad = probs.sub_(target_probs)
+        if token_loss == "mix":  # d nll = probs - onehot, so half of the target's share moves to the label
+            losses = (losses + nll) / 2
+            grad = grad.add_(target_probs, alpha=0.5).scatter_add_(-1, labels, -torch.ones_like(nll) / 2)
+    else:  # d overlap / d probs is 1 where the drafter's probability is below the target's, else 0
+        losses = -overlap.clamp_min(TINY).log()
+        falls_short = (probs < target_probs).float()
+        share = (probs * falls_short).sum(-1, keepdim=True)
+        grad = probs.mul_(share - falls_short).div_(overlap.clamp_min(TINY))
+    if not needs_grad:
+        return _Scores(losses, nll, overlap, top_tokens, None)
+    grad = grad if slope is None else grad.mul_(slope)
+    return _Scores(losses, nll, overlap, top_tokens, (grad.to(head.weight.dtype) @ head.weight) * head.multiplier)
+
+
+class TokenLosses(torch.autograd.Function):
+    """Token losses of all slots, whose gradient is computed in the forward pass.
+
+    Both are computed for a chunk of the scored rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, multiplier, softcap, labels, is_scored, token_loss, target_hidden, chunk_bytes):
+        """Compute losses, nll, overlap and top tokens of all slots.
+
+        Arguments as in `dpace.loss.frozen_head_nll`.
+        """
+        head, device, needs_grad = Head(weight, multiplier, softcap), hidden.device, ctx.needs_input_grad[0]
+        losses, nll, overlap = (torch.full(is_scored.shape, fill, device=device) for fill in (0.0, 0.0, 1.0))
+        top_tokens = torch.full_like(labels, -1)
+        grad = torch.zeros_like(hidden) if needs_grad else None
+        num_logits = chunk_bytes // 4
+        num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(weight)
+        for chosen in is_scored.flatten().nonzero()[:, 0].split(max(1, num_rows)):
+
+            def select(x, chosen=chosen):
+                return x.flatten(0, 2)[chosen]
+
+            rows, row_labels = select(hidden), select(labels)[:, None]
+            if target_hidden is None:
+                scores = _hard_scores(rows, head, row_labels, max(1, num_logits // max(1, len(rows))), needs_grad)
+            else:
+                scores = _soft_scores(rows, select(target_hidden), head, row_labels, token_loss, needs_grad)
+            for values, whole in zip(scores, (losses, nll, overlap, top_tokens, grad), strict=True):
+                if values is not None and whole is not None:
+                    whole.view(is_scored.numel(), -1)[chosen] = values.to(whole.dtype)
+            del scores  # frees memory before the next chunk is computed
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(nll, overlap, top_tokens)
+        return losses, nll, overlap, top_tokens
+
+    @staticmethod
+    def backward(ctx, grad_losses, *_):
+        """Scale the kept gradient by the gradient of each slot's loss."""
+        (grad,) = ctx.saved_tensors
+        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8
+
+
+def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool) -> int:
+    """Choose how many bytes of fp32 logits exist at once: the amount that makes the products fast.
+
+    It does not depend on free memory, so that a resumed run computes the same bits.
+
+    Args:
+        weight: the head's weight.
+        is_soft: whether the loss compares with the target's distribution.
+    """
+    return wanted_chunk_bytes(weight, weight.device.type == "cpu", is_soft=is_soft)
+
+
+def wanted_chunk_bytes(weight: Float[Tensor, "vocab hidden"], is_cpu: bool, *, is_soft: bool) -> int:
+    """Give the bytes of `default_chunk_bytes` for a weight that may be on paper."""
+    wanted = CPU_CHUNK_BYTES if is_cpu else GPU_CHUNK_BYTES
+    return max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight)) if is_soft else wanted

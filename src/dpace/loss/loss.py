@@ -1,0 +1,233 @@
+"""Losses of drafted blocks through the target's frozen LM head, and their reductions.
+
+No logits are kept.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dpace.config import Reduction, TokenLoss
+from dpace.loss.head_scores import TokenLosses, default_chunk_bytes
+from dpace.target.head import TINY, Head
+from dpace.weights import uniform_weights
+
+REDUCTIONS = get_args(Reduction)
+
+
+class Slots(NamedTuple):
+    """Facts about the slots that their weights are computed from.
+
+    All are detached, and "batch block slot" where nothing else is said.
+    """
+
+    is_scored: Tensor
+    """Bool: the slot counts."""
+    token_probs: Tensor
+    """Probability that the drafter gives to the target's token; 1 where not scored."""
+    is_match: Tensor
+    """Bool: the drafter's greedy choice is the target's token."""
+    overlap: Tensor | None
+    """Sum over tokens of the smaller of the drafter's and the target's probability; 1 where not scored.
+
+    This is how often speculative sampling accepts the slot. None without `target_hidden`.
+    """
+    anchors: Tensor | None = None
+    """Int, "batch block": position of each block in its text. None outside of training, as the next one."""
+    is_response: Tensor | None = None
+    """Bool, "batch seq": tokens that the target wrote."""
+    progress: float = 0.0
+    """Share of the training that is done, 0 to 1."""
+
+
+Weigh = Callable[[Slots], Float[Tensor, "batch block slot"]]
+
+
+class HeadOutput(NamedTuple):
+    """Losses and statistics from one pass through the head.
+
+    All but `losses` are detached. Values are 0 (`top_tokens`: -1) where a slot is not scored.
+    """
+
+    losses: Float[Tensor, "batch block"]
+    """Sum over slots of weight times token loss, in nats; carries the gradient to the hidden states."""
+    nll: Float[Tensor, "batch block slot"]
+    """Negative log-likelihood of the label, whatever the token loss."""
+    weights: Float[Tensor, "batch block slot"]
+    top_tokens: Int[Tensor, "batch block slot"]
+    """The drafter's greedy choice."""
+    is_match: Bool[Tensor, "batch block slot"]
+    """Whether the slot is scored and that choice is the label."""
+
+
+def _uniform(slots: Slots) -> Tensor:
+    return uniform_weights(slots.is_scored)
+
+
+def _check_token_loss(token_loss: TokenLoss, target_hidden: Tensor | None) -> None:
+    if token_loss not in get_args(TokenLoss):
+        raise ValueError(f"token_loss is {token_loss!r}; choose one of {', '.join(get_args(TokenLoss))}")
+    if token_loss != "nll" and target_hidden is None:
+        raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
+
+
+def frozen_head_nll(
+    hidden: Float[Tensor, "batch block slot hidden"],
+    head: Head,
+    labels: Int[Tensor, "batch block slot"],
+    is_scored: Bool[Tensor, "batch block slot"],
+    *,
+    weigh: Weigh = _uniform,
+    token_loss: TokenLoss = "nll",
+    target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
+    chunk_bytes: int | None = None,
+) -> HeadOutput:
+    """Compute the weighted loss of each block; equals `frozen_head_nll_reference`.
+
+    The head is frozen, so the gradient of a row's cross-entropy with respect to its hidden state is
+    `(softmax - onehot) @ W`. It is computed together with the loss, tile by tile of rows and vocabulary: logits,
+    running sums, gradient, then the logits are dropped. That takes two products with the head; no logits are kept or
+    recomputed, and rows that are not scored are never multiplied. The weights then scale the rows' gradients. With
+    `target_hidden`, a third product computes the target's logits, and tiles are whole rows. Statistics are fp32 for
+    operands of any dtype.
+
+    With `q` the drafter's and `p` the target's distribution at a slot, its token loss is
+
+    - `nll`: `-log q[label]`, the paper's;
+    - `kl`: `sum of p log(p / q)`, soft labels;
+    - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
+      2602.23881);
+    - `mix`: half `nll`, half `kl`: hard and soft labels together, as in VAT (arXiv 2608.30135); the halves are ours.
+
+    Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
+
+    Args:
+        hidden: the drafter's final hidden states.
+        head: the frozen head; no gradient reaches it.
+        labels: the target's token at each slot; ignored where not scored.
+        is_scored: slots that count.
+        weigh: computes weights from `Slots`, see `dpace.weights`; called once, its result detached.
+        token_loss: `nll`, `kl`, `lk` or `mix`.
+        target_hidden: input of the target's own head where it predicts each slot; `nll` without
+            `Slots.overlap` does not need it.
+        chunk_bytes: size of the logits that exist at once, by default `default_chunk_bytes`; changes results by
+            rounding only.
+
+    Returns:
+        See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
+
+    Raises:
+        ValueError: unknown `token_loss`, or one that needs `target_hidden`.
+    """
+    _check_token_loss(token_loss, target_hidden)
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(head.weight, is_soft=target_hidden is not None)
+    # Outside torch.compile's graphs: rows are chosen by a mask, and every new count of them would recompile.
+    apply: Any = torch.compiler.disable(TokenLosses.apply)
+    losses, nll, overlap, top_tokens = apply(hidden, *head, labels, is_scored, token_loss, target_hidden, chunk_bytes)
+    return _weighted(losses, nll, None if target_hidden is None else overlap, top_tokens, labels, is_scored, weigh)
+
+
+def _weighted(losses, nll, overlap, top_tokens, labels, is_scored, weigh: Weigh) -> HeadOutput:
+    """Weigh the slots' token losses."""
+    is_match = (top_tokens == labels) & is_scored
+    weights = weigh(Slots(is_scored, torch.exp(-nll), is_match, overlap)).detach().float()
+    return HeadOutput((weights * losses).sum(-1), nll, weights, top_tokens, is_match)
+
+
+def frozen_head_nll_reference(
+    hidden: Float[Tensor, "batch block slot hidden"],
+    head: Head,
+    labels: Int[Tensor, "batch block slot"],
+    is_scored: Bool[Tensor, "batch block slot"],
+    *,
+    weigh: Weigh = _uniform,
+    token_loss: TokenLoss = "nll",
+    target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
+) -> HeadOutput:
+    """Compute `frozen_head_nll` in plain PyTorch: all logits at once, gradient by autograd.
+
+    For tests and for readers.
+    """
+    _check_token_loss(token_loss, target_hidden)
+    logits = head.logits(hidden).float()
+    labels = labels.where(is_scored, 0)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    nll = nll.view(labels.shape).where(is_scored, 0.0)
+    losses, overlap = nll, None
+    if target_hidden is not None:
+        log_q, log_p = logits.log_softmax(-1), head.logits(target_hidden).float().log_softmax(-1)
+        accepted = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
+        overlap = accepted.detach().where(is_scored, 1.0)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        of_loss = {"nll": nll, "kl": kl, "lk": -accepted.log(), "mix": (nll + kl) / 2}
+        losses = of_loss[token_loss].where(is_scored, 0.0)
+    top_tokens = logits.argmax(-1).where(is_scored, -1)
+    return _weighted(losses, nll.detach(), overlap, top_tokens, labels, is_scored, weigh)
+
+
+def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> Int[Tensor, ""]:
+    """Count the items that a reduction divides by.
+
+    Items are sequences for `batch`, sequences with an anchor for `anchors`, and scored slots for `slots`.
+
+    Raises:
+        ValueError: unknown reduction, or `weights`, which divides by the sum of `HeadOutput.weights`.
+    """
+    if reduction == "batch":
+        return torch.tensor(len(is_scored), device=is_scored.device)
+    if reduction == "anchors":
+        return is_scored.flatten(1).any(-1).sum()
+    if reduction == "slots":
+        return is_scored.sum()
+    if reduction == "weights":
+        raise ValueError(
+            "the reduction `weights` divides by the sum of the weights, which is known only after the forward pass; "
+            "pass the sum of HeadOutput.weights to block_loss as num_items"
+        )
+    raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+
+
+def block_loss(
+    losses: Float[Tensor, "batch block"],
+    is_scored: Bool[Tensor, "batch block slot"],
+    *,
+    reduction: str = "anchors",
+    num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
+) -> Float[Tensor, ""]:
+    """Reduce the losses of blocks to the scalar that training minimizes.
+
+    `l[b, n]` is the weighted loss of block `n` of sequence `b`, and `A[b]` the number of its blocks with a scored slot.
+    Sums run over all data of one optimizer step.
+
+    - `anchors`: `sum over b of (sum over n of l[b, n]) / A[b] / sequences with an anchor`. Every sequence counts the
+      same (SpecForge since #848).
+    - `batch`: `sum of l / sequences` (the paper's code, and SpecForge at that time).
+    - `slots`: `sum of l / scored slots` (speculators).
+    - `weights`: `sum of l / sum of weights`, a weighted mean (TorchSpec, Model-Optimizer, SpecForge's DFlash path). It
+      cancels the growth of D-PACE's weights with confidence.
+
+    Args:
+        losses: from `frozen_head_nll`.
+        is_scored: slots that count.
+        reduction: one of the names above.
+        num_items: `count_items` summed over the whole step (all ranks, all accumulated micro-batches); for `weights`,
+            the sum of `HeadOutput.weights`. The results of all parts then add up to the loss of the whole step, for any
+            split. By default the items of this batch alone are counted, which `weights` does not allow.
+
+    Returns:
+        A scalar in nats, 0 (with a zero gradient) for a batch without a scored slot.
+
+    Raises:
+        ValueError: unknown reduction, or `weights` without `num_items`.
+    """
+    if num_items is None:
+        num_items = count_items(is_scored, reduction)
+    elif reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+    if reduction == "anchors":
+        losses = losses / is_scored.any(-1).sum(-1, keepdim=True).clamp_min(1)
+    return losses.sum() / torch.as_tensor(num_items, device=losses.device).float().clamp_min(TINY)

@@ -1,0 +1,265 @@
+"""The weights function of each named objective.
+
+An objective of the user's own: found by name, told from others by its source, and checked.
+
+Its function takes `dpace.loss.Slots` and returns weights, "batch block slot", finite and not negative.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from dpace import weights as W
+from dpace.config import LossConfig, Objective, TokenLoss, is_objective, is_own
+from dpace.loss import Slots, Weigh
+from dpace.loss.restarts import expected_passes_weights
+from dpace.system.provenance import hash_json
+
+
+def load_own(name: str) -> Weigh:
+    """Import the function of an objective `package.module:function`.
+
+    The module is looked for in the working folder too. Its code is run.
+
+    Raises:
+        ValueError: there is no such module or function, the module cannot be imported, or it is no function.
+    """
+    module_name, _, path = name.partition(":")
+    with _working_folder():
+        try:
+            found: Any = importlib.import_module(module_name)
+        except Exception as error:  # the user's code may raise anything
+            if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+                raise ValueError(
+                    f"--loss.objective {name}: there is no module {error.name}; run dpace in the folder that has it, "
+                    "or add that folder to PYTHONPATH"
+                ) from error
+            raise ValueError(
+                f"--loss.objective {name}: {module_name} cannot be imported, {_words(error)}; repair the module"
+            ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"--loss.objective {name}: {module_name} has no {path}; name a function that it defines")
+        found = getattr(found, part)
+    return _require_function(found, name)
+
+
+@contextmanager
+def _working_folder() -> Iterator[None]:
+    """Let imports find modules in the working folder, as `python -m` does."""
+    before = sys.path[:]
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _words(error: Exception) -> str:
+    """Write an exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _require_function(value: object, name: str) -> Weigh:
+    if not inspect.isfunction(value):
+        raise ValueError(
+            f"the objective {name} is {type(value).__name__}, expected a function; write one with `def` that takes "
+            "dpace.Slots and returns the weights"
+        )
+    return value
+
+
+def name_of(weigh: Callable) -> str:
+    """Give the name of a function, `package.module:function`.
+
+    Raises:
+        ValueError: it is no function.
+    """
+    function: Any = _require_function(weigh, repr(weigh))
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def source_sha256(weigh: Weigh) -> str:
+    """Hash what a function computes with: its source, its default values and those that it took along.
+
+    The source is that of its whole module, since it may call others there; in a script or a notebook, that of the
+    function alone.
+
+    Raises:
+        ValueError: the source is not on disk, or a value is neither a number nor a text.
+    """
+    function: Any = inspect.unwrap(weigh)
+    name = name_of(function)
+    try:
+        is_script = function.__module__ == "__main__"
+        source = inspect.getsource(function if is_script else sys.modules[function.__module__])
+    except (OSError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"the objective {name} has no source on disk, which tells one run from another; write it into a file"
+        ) from error
+    held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    try:
+        values = {key: cell.cell_contents for key, cell in held.items()}
+        return hash_json([source, values, function.__defaults__, function.__kwdefaults__])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the objective {name} holds values that cannot be recorded, {_words(error)}; let it take numbers and "
+            "texts only, and put the rest into its module"
+        ) from error
+
+
+def checked(weigh: Weigh, name: str) -> Weigh:
+    """Check the weights of an objective each time, and set those of slots that are not scored to 0.
+
+    Raises:
+        ValueError: when called: weights of another shape or type, or at a scored slot negative or not finite.
+    """
+
+    def weigh_checked(slots: Slots) -> Tensor:
+        weights = weigh(slots)
+        shape, fix = tuple(slots.is_scored.shape), "return one weight for each slot"
+        if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"the objective {name} gives {found}, expected a tensor {shape} of weights; {fix}")
+        weights = weights.detach().float().where(slots.is_scored, 0.0)
+        is_wrong = ~(weights.isfinite() & (weights >= 0))
+        if bool(is_wrong.any()):
+            value = float(weights[is_wrong][0])
+            raise ValueError(f"the objective {name} gives the weight {value:g}, expected 0 or more and finite; mend it")
+        return weights
+
+    return weigh_checked
+
+
+def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> None:
+    """Call an objective on a small random batch, before any work.
+
+    Raises:
+        ValueError: it fails, or see `checked`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, block_size)
+    is_scored = torch.ones(shape, dtype=torch.bool)
+    is_scored[..., 0] = False
+    is_scored[0, 1, block_size // 2 :] = False
+    is_scored[1, 2] = False  # a padding block
+    probs, overlap = (torch.rand(shape, generator=generator).where(is_scored, 1.0) for _ in range(2))
+    is_match = (torch.rand(shape, generator=generator) < probs) & is_scored
+    anchors = torch.tensor([[0, 1, 4], [2, 5, 0]])
+    is_response = torch.ones(2, 5 + block_size, dtype=torch.bool)
+    slots = Slots(is_scored, probs, is_match, overlap if has_overlap else None, anchors, is_response)
+    try:
+        checked(weigh, name)(slots)
+    except ValueError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"the objective {name} fails on a batch of shape {shape}, {_words(error)}; it gets dpace.Slots"
+        ) from error
+
+
+def with_objective(loss: LossConfig, name: str) -> LossConfig:
+    """Set the objective from a name such as `dpace`, `dpace+kl+overlap` or `package.module:function`.
+
+    All other settings stay as they are.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    objective, *parts = name.split("+")
+    changes = {"token_loss": "nll", "confidence": "token"}
+    for part in parts:
+        named = {"overlap": {"confidence": "overlap"}, "validity": {"validity": "joint"}}
+        changes |= named.get(part, {"token_loss": part})
+    if not is_objective(objective) or changes["token_loss"] not in get_args(TokenLoss):
+        raise ValueError(
+            f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or your own as "
+            "package.module:function, and add +kl, +lk or +mix for that token loss, +overlap for that confidence, and "
+            "+validity for a joint validity head"
+        )
+    return replace(loss, objective=objective, **changes)
+
+
+def name_own(loss: LossConfig, weigh: Weigh | None) -> LossConfig:
+    """Set the objective to the name of a function of one's own, if there is one.
+
+    Raises:
+        ValueError: it is no function.
+    """
+    return loss if weigh is None else replace(loss, objective=name_of(weigh))
+
+
+def objective_sha256(loss: LossConfig, weigh: Weigh | None = None) -> str | None:
+    """Hash the source of an objective of one's own; None for those of dpace.
+
+    Args:
+        loss: names the objective.
+        weigh: its function, where it is at hand; otherwise it is imported by its name.
+
+    Raises:
+        ValueError: see `own_objective.load_own` and `own_objective.source_sha256`.
+    """
+    if weigh is None and not is_own(loss.objective):
+        return None
+    return source_sha256(weigh or load_own(loss.objective))
+
+
+def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) -> Weigh:
+    """Make the weights function of an objective, for `frozen_head_nll`.
+
+    With confidence `overlap`, `frozen_head_nll` needs `target_hidden`. One's own objective is tried out on a small
+    batch, and its weights are checked each time.
+
+    Args:
+        config: names the objective, and has its settings.
+        block_size: slots in a block.
+        weigh: the function of one's own objective; otherwise it is imported by its name.
+
+    Raises:
+        ValueError: see `own_objective`.
+    """
+    if weigh is not None or is_own(config.objective):
+        weigh = weigh or load_own(config.objective)
+        try_out(weigh, config.objective, block_size=block_size, has_overlap=config.needs_target_probs)
+        return checked(weigh, config.objective)
+    gamma = config.gamma or W.dflash_gamma(block_size)
+
+    def alpha(slots: Slots) -> float:
+        end = config.alpha if config.alpha_end is None else config.alpha_end
+        return config.alpha + (end - config.alpha) * slots.progress
+
+    def confidence(slots: Slots) -> Tensor:
+        if config.confidence == "token":
+            return slots.token_probs
+        if slots.overlap is None:
+            raise ValueError("confidence 'overlap' compares with the target's distribution and needs target_hidden")
+        return slots.overlap
+
+    functions: dict[str, Weigh] = {
+        "dpace": lambda s: W.dpace_weights(confidence(s), s.is_scored, alpha(s)),
+        "dpace-confidence-only": lambda s: W.dpace_confidence_only_weights(confidence(s), s.is_scored, alpha(s)),
+        "dpace-continuation-only": lambda s: W.dpace_continuation_only_weights(confidence(s), s.is_scored, alpha(s)),
+        "dpace-exact": lambda s: W.dpace_exact_weights(confidence(s), s.is_scored, alpha(s)),
+        "expected-passes": lambda s: _expected_passes(confidence(s), s, alpha(s)),
+        "chain-reward": lambda s: W.chain_reward_weights(confidence(s), s.is_scored),
+        "vat": lambda s: W.vat_weights(s.is_match, s.is_scored, gamma),
+        "spec-auf": lambda s: W.spec_auf_weights(s.is_match, s.is_scored),
+        "dflash": lambda s: W.dflash_weights(s.is_scored, gamma),
+        "uniform": lambda s: W.uniform_weights(s.is_scored),
+        "medusa": lambda s: W.head_weights(s.is_scored, config.base),
+    }
+    return functions[config.objective]
+
+
+def _expected_passes(confidence: Tensor, slots: Slots, alpha: float) -> Tensor:
+    if slots.anchors is None or slots.is_response is None:
+        raise ValueError("the objective expected-passes needs the blocks' places in the text: Slots.anchors")
+    return expected_passes_weights(confidence, slots.is_scored, slots.anchors, slots.is_response, alpha)

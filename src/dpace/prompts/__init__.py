@@ -1,0 +1,1 @@
+"""Prompts: files, public sets, formats and overlaps."""

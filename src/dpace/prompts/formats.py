@@ -1,0 +1,268 @@
+"""Read prompts and conversations from JSONL, JSON, parquet and datasets on the Hub."""
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpace.system.ledger import read_jsonl, read_text, unique_keys
+
+KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
+"""Keys that a prompt may stand under; a table that has several is read by the first."""
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles that others call differently."""
+SUFFIXES = (".jsonl", ".json", ".parquet")
+MAX_JSON_BYTES = 2**32
+"""Bytes of the largest JSON file with one list; JSONL and parquet files may be larger."""
+MAX_SHOWN = 60
+"""Characters of a wrong value that a message shows."""
+HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to be answered."""
+
+    id: str
+    """Name of the prompt, unique within its file."""
+    set: str
+    """Name of the dataset that the prompt belongs to; results are reported by dataset."""
+    turns: list[list[dict[str, str]]]
+    """Messages of each turn; the target answers after each turn."""
+    answer: str | None = None
+    """The reply to the last turn that the file has, if any."""
+
+
+class _Row(NamedTuple):
+    """A row of a file or a dataset."""
+
+    number: int
+    """Counted from 1."""
+    where: str
+    """Its place, for messages."""
+    value: dict[str, Any]
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Read prompts from a file or the Hub.
+
+    A row has `messages` or `conversations` (roles and contents, or `from` and `value`), `turns` (user texts, answered
+    one after the other), `instruction` (with `input`), or `prompt` (one user text). It may also have `id` and `set`. A
+    reply at the end of a conversation, or `output` of an instruction, becomes `Prompt.answer`.
+
+    Args:
+        path: of a JSONL, JSON or parquet file, or a dataset on the Hub: OWNER/NAME, OWNER/NAME:SPLIT or
+            OWNER/NAME:CONFIG:SPLIT; the split is `train` by default.
+
+    Raises:
+        ValueError: file and row of what cannot be read, an empty prompt, an id that occurs twice, or an empty file.
+    """
+    return list(iterate_prompts(path))
+
+
+def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
+    """Read prompts as `read_prompts` does, one at a time."""
+    hub, ids = _hub_id(path), set()
+    is_table = hub is not None or Path(path).suffix == ".parquet"
+    default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
+    for row in _hub_rows(hub) if hub else _file_rows(Path(path)):
+        prompt = _parse(row, default_set, is_table)
+        if prompt.id in ids and is_table:  # whose rows nobody can change
+            prompt = Prompt(f"{prompt.id}#{row.number}", *list(vars(prompt).values())[1:])
+        if prompt.id in ids:
+            raise ValueError(f"{row.where}: the id {prompt.id!r} occurs twice, expected unique ids; change one of them")
+        ids.add(prompt.id)
+        yield prompt
+    if not ids:
+        raise ValueError(f"{path} holds no prompt; write one JSON object on each line with {_names(KINDS)}")
+
+
+def load_from_hub(path: str, config: str | None, split: str, way_out: str, file: str | None = None) -> Any:
+    """Download the rows of a dataset from the Hub.
+
+    Args:
+        path: repository.
+        config: configuration in it.
+        split: part of the dataset.
+        way_out: what to do without the Hub, for the message.
+        file: the only file of the repository to read.
+
+    Raises:
+        ValueError: the Hub does not give it.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, config, split=split, data_files=file)
+    except Exception as error:  # the Hub's errors share no narrower class
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the Hub does not give the dataset {path} ({type(error).__name__}: {reason}); check the network, or "
+            f"{way_out}"
+        ) from error
+
+
+def _hub_id(path: str | Path) -> dict[str, Any] | None:
+    """Take a name apart that stands for a dataset on the Hub; None for a file."""
+    match = HUB_ID.fullmatch(path) if isinstance(path, str) else None
+    if match is None or Path(match["path"]).exists() or Path(match["path"]).suffix in SUFFIXES:
+        return None
+    return match.groupdict()
+
+
+def _hub_rows(hub: dict[str, Any]) -> Iterator[_Row]:
+    """Yield the rows of a dataset on the Hub."""
+    split = hub["split"] or "train"
+    for number, row in enumerate(load_from_hub(hub["path"], hub["config"], split, "name a file of prompts"), start=1):
+        yield _Row(number, f"{hub['path']} ({split}), row {number}", row)
+
+
+def _file_rows(path: Path) -> Iterator[_Row]:
+    """Yield the rows of a file by its ending: parquet, JSON, else JSONL."""
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix == ".json" and _is_list(path):
+        rows = _read_list(path)
+        yield from (_Row(number, f"{path}, entry {number}", row) for number, row in enumerate(rows, start=1))
+    else:
+        yield from (_Row(number, f"{path}:{number}", row) for number, row in read_jsonl(path))
+
+
+def _is_list(path: Path) -> bool:
+    """Say whether a file begins as a list of JSON does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON file that holds one list of objects."""
+    text = read_text(path, "a JSON file", max_bytes=MAX_JSON_BYTES)
+    try:
+        rows = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fix it, or write a JSONL file") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, entry {number}: expected a JSON object, found {type(row).__name__}; fix it")
+    return rows
+
+
+def _parquet_rows(path: Path) -> Iterator[_Row]:
+    """Yield the rows of a parquet file; only columns that a prompt is read from."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            known = {*KINDS, "input", "output", "id", "set"}
+            columns = [name for name in file.schema_arrow.names if name in known]
+            others = dict.fromkeys(name for name in file.schema_arrow.names if name not in known)
+            for batch in file.iter_batches(256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _Row(number, f"{path}, row {number}", row if columns else others)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot read {path}: {reason}; name a parquet file, or write a JSONL file") from error
+
+
+def _parse(row: _Row, default_set: str, is_table: bool) -> Prompt:
+    """Turn a row into a prompt."""
+    value, where = row.value, row.where
+    kinds = [key for key in KINDS if (value.get(key) is not None if is_table else key in value)]
+    kinds = kinds[:1] if is_table else kinds
+    if len(kinds) != 1:
+        found = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, value)) or "nothing"
+        raise ValueError(f"{where}: expected {_names(KINDS)}, found {found}; fix the line")
+    (kind,) = kinds
+    answer = None
+    if kind in ("messages", "conversations"):
+        messages = [_read_message(message, kind, where, is_table) for message in _read_list_of(value, kind, where)]
+        if messages[-1]["role"] == "assistant":
+            answer = messages.pop()["content"]
+        turns = [messages]
+    elif kind == "turns":
+        turns = [_said(text, kind, where) for text in _read_list_of(value, kind, where)]
+    elif kind == "instruction":
+        text = _check_text(value[kind], f"{where}: `{kind}`")
+        given = _check_text(value.get("input") or "", f"{where}: `input`")
+        answer = _check_text(value.get("output") or "", f"{where}: `output`")
+        turns = [_said(text + (f"\n\nInput:\n{given}" if given else ""), kind, where)]
+    else:
+        turns = [_said(value[kind], kind, where)]
+    for turn in turns:
+        if not turn or turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
+            raise ValueError(
+                f"{where}: a turn ends without a text of the user, expected one that is not empty; fix the line"
+            )
+    name = _check_name(value, "id", str(row.number), where, is_table)
+    return Prompt(name, _check_name(value, "set", default_set, where, is_table), turns, answer or None)
+
+
+def _read_list_of(row: dict, kind: str, where: str) -> list:
+    """Check that a value is a list with an entry."""
+    value = row[kind]
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: `{kind}` is {_shown(value)}, expected a list; fix the line")
+    if not value:
+        raise ValueError(f"{where}: `{kind}` is empty, expected one or more texts; fix the line")
+    return value
+
+
+def _said(text: Any, kind: str, where: str) -> list[dict[str, str]]:
+    """Make a turn of one text of the user."""
+    return [{"role": "user", "content": _check_text(text, f"{where}: `{kind}`")}]
+
+
+def _read_message(message: Any, kind: str, where: str, is_table: bool) -> dict[str, str]:
+    """Read a message: a role and a text in either spelling; the first may have other texts too."""
+    if isinstance(message, dict) and "from" in message and "value" in message:
+        message = {"role": message["from"], "content": message["value"]}
+    if isinstance(message, dict) and is_table:  # where a key that one message has stands in all
+        message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if not isinstance(message, dict) or not message.get("role") or "content" not in message:
+        raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
+    owner = "of a message" if kind == "messages" else f"of a message in `{kind}`"
+    texts: dict[str, Any] = {key: _check_text(value, f"{where}: `{key}` {owner}") for key, value in message.items()}
+    texts["role"] = ROLES.get(texts["role"], texts["role"])
+    return texts
+
+
+def _check_text(value: Any, where: str) -> str:
+    """Check that a value is a text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {_shown(value)}, expected a text; fix the line")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half a character, {value[error.start]!a}; fix the line") from error
+    return value
+
+
+def _check_name(row: dict, key: str, default: str, where: str, is_table: bool) -> str:
+    """Read an id or the name of a set: a text or a number."""
+    value = row.get(key, default)
+    value = default if value is None and is_table else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, str) and not is_number or value == "":
+        raise ValueError(f"{where}: `{key}` is {_shown(value)}, expected a text or a number; fix the line")
+    return _check_text(str(value), f"{where}: `{key}`")
+
+
+def _names(keys: Sequence[str]) -> str:
+    """List keys in words."""
+    *rest, last = (f"`{key}`" for key in keys)
+    return f"{', '.join(rest)} or {last}"
+
+
+def _shown(value: Any) -> str:
+    """Write a value for a message."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

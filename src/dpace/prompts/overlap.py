@@ -1,0 +1,97 @@
+"""Find prompts that say what other prompts say: of public sets word for word, of each other nearly."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpace.prompts.formats import Prompt, read_prompts
+from dpace.prompts.public_sets import SETS, read_sets
+
+RUN_WORDS = 13
+"""Words in a row that two texts have in common only where one is copied (GPT-3, arXiv 2005.14165, appendix C)."""
+SHINGLE_WORDS = 5
+"""Words in a row that near duplicates are compared by."""
+
+
+class PublicTexts:
+    """The word runs of public sets, each with the prompt that has it.
+
+    A run that several of their prompts have, such as "Please reason step by step", tells nothing and is left out.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        prompts = [prompt for name in names for prompt in _read(name)]
+        runs = [(prompt.id, _runs(_user_text(prompt), RUN_WORDS)) for prompt in prompts]
+        counts = Counter(run for _, found in runs for run in found)
+        self._owners = {run: owner for owner, found in runs for run in found if counts[run] == 1}
+        self._whole = {_words(_user_text(prompt)): prompt.id for prompt in prompts}
+
+    def find(self, prompt: Prompt) -> str | None:
+        """Give the id of the public prompt that shares a run of words with a prompt; None where there is none."""
+        text = _user_text(prompt)
+        if owner := self._whole.get(_words(text)):
+            return owner
+        return next((self._owners[run] for run in _runs(text, RUN_WORDS) if run in self._owners), None)
+
+
+def _read(name: str) -> list[Prompt]:
+    """Read all prompts of a public set, or those of a file."""
+    return read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
+
+
+def public_files(names: Sequence[str]) -> list[Path]:
+    """Give those of the names that are files."""
+    return [Path(name) for name in names if name not in SETS]
+
+
+def sign(prompt: Prompt) -> Any:
+    """Give the MinHash signature of a prompt's words.
+
+    Raises:
+        ImportError: datasketch is not installed.
+    """
+    from datasketch import MinHash
+
+    signature = MinHash(num_perm=128, seed=1)
+    signature.update_batch([" ".join(run).encode() for run in _runs(_user_text(prompt), SHINGLE_WORDS)])
+    return signature
+
+
+def find_near(signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, str]:
+    """Find prompts that nearly repeat an earlier one that is kept.
+
+    Args:
+        signed: ids and what `sign` gives; those to be kept in any case come first.
+        threshold: least share of the word runs of both that both have (Jaccard), as MinHash estimates it.
+
+    Returns:
+        For each such prompt, the id of the earlier one.
+    """
+    from datasketch import MinHashLSH
+
+    index, kept, near = MinHashLSH(threshold=threshold, num_perm=128), {}, {}
+    for name, signature in signed:
+        found = [str(other) for other in index.query(signature) if kept[other].jaccard(signature) >= threshold]
+        if found:
+            near[name] = min(found)
+        else:
+            index.insert(name, signature)
+            kept[name] = signature
+    return near
+
+
+def _user_text(prompt: Prompt) -> str:
+    """Join what the user says; system prompts and examples are alike in many prompts."""
+    return "\n".join(turn[-1]["content"] for turn in prompt.turns)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+def _runs(text: str, size: int) -> set[tuple[str, ...]]:
+    """Give all runs of words; the whole text where it is shorter."""
+    words = _words(text)
+    return {words[i : i + size] for i in range(max(1, len(words) - size + 1))}

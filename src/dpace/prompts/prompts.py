@@ -1,0 +1,248 @@
+"""Read the prompts that the target answers, and split them into parts."""
+
+import hashlib
+import json
+import random
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from dpace.config import PromptsConfig
+from dpace.prompts.formats import Prompt, iterate_prompts, read_prompts
+from dpace.prompts.overlap import PublicTexts, find_near, public_files, sign
+
+__all__ = [
+    "Prompt",
+    "PromptParts",
+    "Split",
+    "canonical",
+    "demo_path",
+    "find_prompt",
+    "first_of_each_set",
+    "prompt_files",
+    "read_heldout",
+    "read_prompts",
+    "split_ids",
+    "split_prompts",
+]
+
+
+def demo_path(part: str) -> Path:
+    """Give the file of the demo's prompts, `train` or `heldout`."""
+    return Path(str(files("dpace") / "demo" / f"{part}.jsonl"))
+
+
+class PromptParts(NamedTuple):
+    """Prompts by their purpose; no prompt is in two parts."""
+
+    train: list[Prompt]
+    validation: list[Prompt]
+    """Prompts that choose the best checkpoint; may be empty."""
+    heldout: list[Prompt]
+    """Prompts that reported numbers are measured on; nothing is chosen by them."""
+
+
+class Split(NamedTuple):
+    """Ids of prompts by their purpose, and why others are left out."""
+
+    train: list[str]
+    validation: list[str]
+    heldout: list[str]
+    names: dict[str, str]
+    """New ids of held-out prompts whose own ones are those of training prompts."""
+    dropped: dict[str, dict[str, str]]
+    """By the reason: ids of prompts that are left out, each with the prompt that it is like."""
+    num_answers: int
+    """Prompts that come with an answer."""
+
+
+class _Light(NamedTuple):
+    """What is kept of a prompt while prompts are split; a million of them fit in memory."""
+
+    id: str
+    key: bytes
+    """Hash of what it says."""
+
+
+def split_prompts(config: PromptsConfig) -> PromptParts:
+    """Read the prompts and split them into three parts.
+
+    Without a file of held-out prompts, a fixed random tenth (at most `num_heldout`) is taken out of the training
+    prompts. Then a tenth of the remaining ones (at most `num_validation`) is taken out for validation. Prompts that
+    begin with the same turn count as one, since the target's answer to it is the same.
+
+    Raises:
+        ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to
+            train on.
+    """
+    path, heldout_path = _sources(config)
+    prompts = read_prompts(path)
+    heldout = read_prompts(heldout_path) if heldout_path else None
+    split = _split(prompts, heldout, config)
+    for reason, names in split.dropped.items():
+        if names:
+            print(f"{len(names)} prompts are {reason} and are left out", file=sys.stderr)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    own = by_id if heldout is None else {prompt.id: prompt for prompt in heldout}
+    return PromptParts(
+        [by_id[name] for name in split.train],
+        [by_id[name] for name in split.validation],
+        [replace(own[name], id=split.names.get(name, name)) for name in split.heldout],
+    )
+
+
+def split_ids(config: PromptsConfig) -> Split:
+    """Split prompts as `split_prompts` does, and keep only their ids in memory."""
+    path, heldout_path = _sources(config)
+    return _split(iterate_prompts(path), read_prompts(heldout_path) if heldout_path else None, config)
+
+
+def prompt_files(config: PromptsConfig) -> list[Path]:
+    """Give the files that the split depends on."""
+    files = [path for path in _sources(config) if path is not None]
+    return [path for path in [*map(Path, files), *public_files(config.decontaminate)] if path.is_file()]
+
+
+def _sources(config: PromptsConfig) -> tuple[str | Path, str | Path | None]:
+    """Name where the prompts come from, and those that are held out."""
+    is_demo = config.path == "demo"
+    path = demo_path("train") if is_demo else config.path
+    return path, config.heldout_path or (demo_path("heldout") if is_demo else None)
+
+
+def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: PromptsConfig) -> Split:
+    """Split prompts; see `split_prompts`."""
+    public, signatures, dropped = None, {}, {}
+    if config.decontaminate:
+        public = PublicTexts(config.decontaminate)
+    rest, num_answers, of_public = [], 0, {}
+    for prompt in prompts:
+        rest.append(_light(prompt))
+        num_answers += prompt.answer is not None
+        if public and (like := public.find(prompt)):
+            of_public[prompt.id] = like
+        if config.near_duplicates:
+            signatures[prompt.id] = sign(prompt)
+    copies: dict[str, str] = {}
+    if heldout is not None:
+        taken = _without_copies([_light(prompt) for prompt in heldout], copies)
+        _refuse_shared(taken, rest, config)
+        names = _rename([light.id for light in taken], {light.id for light in rest})
+    else:
+        num_found, names = len(rest), {}
+        taken, rest = _take_out(rest, config.num_heldout, copies, seed=0)
+        if not taken:
+            raise ValueError(
+                f"--prompts.num-heldout {config.num_heldout} and {config.path} with {num_found} prompts give no "
+                "held-out ones, expected 1 or more and at least 10 different prompts; add prompts, or name a file of "
+                "held-out prompts with --prompts.heldout-path"
+            )
+    validation, rest = _take_out(rest, config.num_validation, copies, seed=1)
+    dropped["copies of held-out or validation prompts"] = copies
+    train, chosen = ([light.id for light in part if light.id not in of_public] for part in (rest, validation))
+    dropped["in the public sets"] = of_public
+    if config.near_duplicates:
+        own = {} if heldout is None else {names.get(p.id, p.id): sign(p) for p in heldout}
+        known = own or {light.id: signatures[light.id] for light in taken}
+        known |= {name: signatures[name] for name in chosen}
+        near = find_near([*known.items(), *((name, signatures[name]) for name in train)], config.near_duplicates)
+        dropped["nearly the same as others"] = {name: like for name, like in near.items() if name not in known}
+        train = [name for name in train if name not in near]
+    return Split(train[: config.limit], chosen, [light.id for light in taken], names, dropped, num_answers)
+
+
+def _light(prompt: Prompt) -> _Light:
+    return _Light(prompt.id, hashlib.blake2b(canonical(prompt).encode(), digest_size=16).digest())
+
+
+def _refuse_shared(heldout: Sequence[_Light], prompts: Sequence[_Light], config: PromptsConfig) -> None:
+    """Refuse a held-out prompt that is trained on."""
+    texts = {light.key: light.id for light in prompts}
+    shared = next((light for light in heldout if light.key in texts), None)
+    if shared:
+        path, heldout_path = _sources(config)
+        raise ValueError(
+            f"the held-out prompt {shared.id!r} of {heldout_path} is also a training prompt, {texts[shared.key]!r} of "
+            f"{path}; remove it from one of the files"
+        )
+
+
+def canonical(prompt: Prompt) -> str:
+    """Give the same text for prompts whose first turn says the same.
+
+    The order of keys, white space around a text, and Unicode's ways of writing one character do not count.
+    """
+    messages = [{key: unicodedata.normalize("NFC", m[key]).strip() for key in m} for m in prompt.turns[0]]
+    return json.dumps(messages, sort_keys=True)
+
+
+def _take_out(
+    prompts: list[_Light], limit: int, copies: dict[str, str], *, seed: int
+) -> tuple[list[_Light], list[_Light]]:
+    """Split off a random tenth of the different prompts, at most `limit`.
+
+    Returns:
+        The chosen prompts, whose copies are added to `copies`, and the rest.
+    """
+    keys = list(dict.fromkeys(light.key for light in prompts))
+    chosen = {keys[i] for i in random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))}
+    taken = _without_copies([light for light in prompts if light.key in chosen], copies)
+    return taken, [light for light in prompts if light.key not in chosen]
+
+
+def _without_copies(prompts: Sequence[_Light], copies: dict[str, str]) -> list[_Light]:
+    """Keep the first of prompts that say the same; add the others to `copies`."""
+    kept: dict[bytes, _Light] = {}
+    for light in prompts:
+        if kept.setdefault(light.key, light) is not light:
+            copies[light.id] = kept[light.key].id
+    return list(kept.values())
+
+
+def _rename(heldout: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """Give held-out prompts ids that no training prompt has."""
+    names = {name: name for name in heldout}
+    others = taken | set(names)
+    for name in taken & set(names):
+        while names[name] in others:
+            names[name] = f"heldout/{names[name]}"
+        others.add(names[name])
+    return names
+
+
+def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """Choose the first `limit` prompts of each dataset, in their order; all of them for None."""
+    counts: dict[str, int] = {}
+    chosen = []
+    for prompt in prompts:
+        counts[prompt.set] = counts.get(prompt.set, 0) + 1
+        if limit is None or counts[prompt.set] <= limit:
+            chosen.append(prompt)
+    return chosen
+
+
+def find_prompt(text: str) -> list[dict[str, str]]:
+    """Find the messages that a text stands for.
+
+    `FILE#ID` is a prompt of a file and `demo#ID` one of the demo's held-out prompts; other text is the user's message.
+
+    Raises:
+        ValueError: the file has no prompt of that id; the message names one that it has.
+    """
+    name, _, prompt_id = text.partition("#")
+    if name != "demo" and not name.endswith(".jsonl"):
+        return [{"role": "user", "content": text}]
+    prompts = read_heldout(name)
+    for prompt in prompts:
+        if prompt.id == prompt_id:
+            return prompt.turns[0]
+    raise ValueError(f"{name} has no prompt with the id {prompt_id!r}; name one that it has, such as {prompts[0].id!r}")
+
+
+def read_heldout(name: str) -> list[Prompt]:
+    """Read a file of prompts as `read_prompts` does, or for `demo` the demo's held-out prompts."""
+    return read_prompts(demo_path("heldout") if name == "demo" else name)

@@ -1,0 +1,179 @@
+"""Read public datasets of prompts in the formats that published tables use."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpace.prompts.formats import Prompt, load_from_hub, read_prompts
+from dpace.system.ledger import read_jsonl
+
+MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+SHUFFLE_SEED = 0
+WAY_OUT = "name a folder of JSONL files with --bench.sets-dir"
+NOT_THERE = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
+"""How SPEED-Bench's rows begin whose text lies in another dataset."""
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A public dataset of prompts, as published tables use it."""
+
+    path: str
+    """Repository on the Hugging Face Hub."""
+    name: str | None
+    """Configuration in the repository."""
+    split: str
+    turns: Callable[[dict[str, Any]], list[str]]
+    """Turns a row into the user's texts."""
+    num_prompts: int | None
+    """Number of prompts that published tables use; all for None."""
+    category: Callable[[dict[str, Any]], str] | None = None
+    """Gives a row's category; results are then listed by `NAME/CATEGORY`."""
+    files: tuple[str, ...] = ()
+    """Files of the repository, where it has no configurations; a file's name is the category of its rows."""
+
+
+def _speed_bench(name: str) -> PublicSet:
+    """Describe a configuration of SPEED-Bench, also as NVIDIA's script writes it: `messages` for `turns`."""
+    return PublicSet(
+        "nvidia/SPEED-Bench",
+        name,
+        "test",
+        lambda row: list(row["turns"]) if "turns" in row else [message["content"] for message in row["messages"]],
+        None,
+        category=lambda row: row["category"],
+    )
+
+
+REDHAT_SUBSETS = "HumanEval math_reasoning qa question rag summarization tool_call translation writing".split()
+SETS = {
+    "gsm8k": PublicSet("openai/gsm8k", "main", "test", lambda row: [row["question"] + MATH_SUFFIX], 128),
+    "math500": PublicSet("HuggingFaceH4/MATH-500", None, "test", lambda row: [row["problem"] + MATH_SUFFIX], 128),
+    "humaneval": PublicSet(
+        "openai/openai_humaneval",
+        None,
+        "test",
+        lambda row: [
+            "Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{row['prompt']}\n```"
+        ],
+        164,
+    ),
+    "mbpp": PublicSet("google-research-datasets/mbpp", "sanitized", "test", lambda row: [row["prompt"]], 128),
+    "mt_bench": PublicSet("HuggingFaceH4/mt_bench_prompts", None, "train", lambda row: list(row["prompt"]), 80),
+    "alpaca": PublicSet(
+        "tatsu-lab/alpaca",
+        None,
+        "train",
+        lambda row: [row["instruction"] + (f"\n\nInput:\n{row['input']}" if row["input"] else "")],
+        128,
+    ),
+    "speed_bench": _speed_bench("qualitative"),
+    **{f"speed_bench_{size}": _speed_bench(f"throughput_{size}") for size in ("1k", "2k", "8k", "16k", "32k")},
+    "redhat": PublicSet(
+        "RedHatAI/speculator_benchmarks",
+        None,
+        "train",
+        lambda row: [row["prompt"]] if isinstance(row["prompt"], str) else list(row["prompt"]),
+        None,
+        category=lambda row: row["category"],
+        files=tuple(f"{name}.jsonl" for name in REDHAT_SUBSETS),
+    ),
+}
+"""The paper's six datasets, SPEED-Bench and the sets of Red Hat's speculators.
+
+Source: `dflash/benchmark.py` of z-lab/dflash; alpaca: its `model/utils.py` before commit 6e61414. SPEED-Bench
+(arXiv 2604.09557): the card of nvidia/SPEED-Bench. Red Hat's: `scripts/evaluate` of vllm-project/speculators.
+"""
+
+
+def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whole: bool = False) -> list[Prompt]:
+    """Read public datasets, shuffled with a fixed seed and cut to the published number of prompts.
+
+    Args:
+        names: keys of `SETS`, or with a folder the names of its files.
+        folder: has `NAME.jsonl` with prompts as `read_prompts` takes them; the Hugging Face Hub by default. For sets
+            with categories it may also have the files that their authors publish or write.
+        is_whole: all prompts, not the published number of them.
+
+    Raises:
+        ValueError: an unknown name, a file that cannot be read, no answer from the Hub, or a set without any text.
+    """
+    prompts = []
+    for name in names:
+        known = SETS.get(name)
+        if known is None and folder is None:
+            raise ValueError(
+                f"there is no public dataset {name!r}; choose from {', '.join(SETS)}, or name a folder with "
+                "--bench.sets-dir"
+            )
+        files = _published_files(name, known, Path(folder)) if folder is not None and known else []
+        if folder is not None and not files:
+            rows = [replace(prompt, set=name) for prompt in read_prompts(Path(folder) / f"{name}.jsonl")]
+        else:
+            assert known is not None
+            found = _read_files(files) if files else _download(known)
+            rows = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(found)])
+        random.Random(SHUFFLE_SEED).shuffle(rows)
+        prompts += rows[: known.num_prompts if known and not is_whole else None]
+    return prompts
+
+
+def _published_files(name: str, known: PublicSet, folder: Path) -> list[Path]:
+    """Find a set's files in a folder as their authors name them; none for sets without categories."""
+    if known.category is None or (folder / f"{name}.jsonl").exists():
+        return []
+    return [folder / file for file in known.files or (f"{known.name}.jsonl",) if (folder / file).exists()]
+
+
+def _read_files(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Read the rows of JSONL files; a row without a category gets its file's name."""
+    for path in files:
+        for _, row in read_jsonl(path):
+            yield {"category": path.stem, **row}
+
+
+def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Leave out the rows whose text is not in the dataset, and say how many those are."""
+    kept = [p for p in prompts if not any(NOT_THERE in m["content"] for turn in p.turns for m in turn)]
+    if len(kept) < len(prompts):
+        fix = "NVIDIA's prepare.py for SPEED-Bench fetches them; name its folder with --bench.sets-dir"
+        lost = f"{len(prompts) - len(kept)} of the {len(prompts)} rows of {name} have their text in other datasets"
+        if not kept:
+            raise ValueError(f"{lost}, so none is left; {fix}")
+        print(f"{lost} and are left out; {fix}", file=sys.stderr)
+    return kept
+
+
+def _read_row(name: str, number: int, row: Any) -> Prompt:
+    """Turn a row of a dataset into a prompt."""
+    known, category = SETS[name], None
+    try:
+        texts = known.turns(row)
+        turns = [[{"role": "user", "content": text}] for text in texts if text.strip()]
+        category = known.category(row) if known.category else None
+    except (KeyError, TypeError, AttributeError) as error:
+        turns = []
+        reason = f" ({type(error).__name__}: {error})"
+    else:
+        reason = ""
+    if not turns:
+        raise ValueError(
+            f"row {number} of {known.path} has no text where {name} has its prompts{reason}; the dataset has "
+            "changed: name a folder of JSONL files with --bench.sets-dir"
+        )
+    return Prompt(f"{name}/{number}", f"{name}/{category}" if category else name, turns)
+
+
+def _download(source: PublicSet) -> Any:
+    """Download the rows of a dataset from the Hub."""
+    if not source.files:
+        return load_from_hub(source.path, source.name, source.split, WAY_OUT)
+    rows = []
+    for file in source.files:
+        found = load_from_hub(source.path, None, source.split, WAY_OUT, file)
+        rows += [{"category": Path(file).stem, **row} for row in found]
+    return rows

@@ -1,0 +1,1 @@
+"""The target's answers to prompts, in process and by servers."""

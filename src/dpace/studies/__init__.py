@@ -1,0 +1,1 @@
+"""The two verbs that do everything: compare and demo."""

@@ -1,0 +1,241 @@
+"""Train one recipe with several objectives and seeds, and say which one drafts best."""
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+from dpace.batches.dataset import ResponseDataset
+from dpace.config import CompareConfig, Recipe
+from dpace.drafter import Drafter, load_drafter
+from dpace.loss.objective import make_weigh, with_objective
+from dpace.measure.benchmark import bench, pool_seeds
+from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.results import (
+    HELDOUT_FILE,
+    ComparedRow,
+    CompareResults,
+    Heldout,
+    has_heldout,
+    read_heldout,
+    read_log,
+    write_heldout,
+    write_results,
+)
+from dpace.prompts.prompts import Prompt, split_prompts
+from dpace.report.plots import plot_acceptance, plot_tau, plot_weights
+from dpace.respond.responses import Response, write_responses
+from dpace.system import ranks
+from dpace.system.ledger import claim, hold
+from dpace.target import Target
+from dpace.train.identity import init_of, refuse_other_run, settings_of, target_of
+from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
+
+Cell = tuple[str, int]
+"""An objective and a seed."""
+FILES = ("results.json", "tau.png", "acceptance.png", "weights.png")
+"""What `compare` writes into its folder itself."""
+
+
+def compare(target: Target, config: CompareConfig, init: Drafter | None = None) -> CompareResults:
+    """Train every objective with every seed, measure all on the same held-out prompts, and write results.
+
+    For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
+    the held-out responses, which are the target's greedy text and choose nothing. `decode_speedup` is measured by
+    decoding with the drafters of the first seed (`bench.num_prompts` of each set; 0 leaves it out). A finished cell is
+    kept: the same call goes on after it.
+
+    Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
+    `decode/` with the results of decoding, `results.json`, and the plots `tau.png`, `acceptance.png` and `weights.png`.
+
+    Disk: each cell is a drafter and at most two checkpoints, so seven times its fp32 size.
+
+    Args:
+        target: the model.
+        config: recipe, objectives, seeds and baseline.
+        init: a drafter that all start from, see `train`.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: an unknown objective, a cell's folder with another run, files that dpace did not write, or another
+            process that is writing there.
+    """
+    folder = Path(config.output)
+    recipes = make_recipes(config)
+    cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
+    refuse_other_cells(config, init)
+    with hold(folder):
+        ranks.from_first(lambda: claim(folder, *FILES))
+        return _run(target, config, recipes, cells, init)
+
+
+def _run(
+    target: Target, config: CompareConfig, recipes: dict[Cell, Recipe], cells: dict[Cell, Path], init: Drafter | None
+) -> CompareResults:
+    """Respond, train, measure and draw, each where it is not done."""
+    folder, parts = Path(config.output), split_prompts(config.prompts)
+    names = list(dict.fromkeys(name for name, _ in cells))
+    prompts = [*parts.train, *parts.validation, *parts.heldout]
+    responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
+    by_id = {response.id: response for response in responses}
+    answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
+    datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
+    train_cells(target, recipes, cells, datasets, init)
+    measure_cells(target, config, cells.values(), heldout_set(heldout, config))
+    rows, decode = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline)), None
+    if config.bench.num_prompts != 0:
+        drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
+        with hold(folder / "decode"):
+            decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
+    results = CompareResults(
+        target=target.name,
+        baseline=config.baseline,
+        seeds=list(config.seeds),
+        reduction=config.loss.reduction,
+        rows=rows,
+        decode=decode,
+    )
+    ranks.from_first(lambda: _write(folder, results, cells))
+    return results
+
+
+def _write(folder: Path, results: CompareResults, cells: dict[Cell, Path]) -> None:
+    """Write the results and draw them."""
+    write_results(folder / "results.json", results)
+    logs: dict[str, list] = {}
+    for (name, _), cell in cells.items():
+        logs.setdefault(name, []).append(read_log(cell))
+    plot_tau(logs, folder / "tau.png")
+    plot_weights({name: log[0] for name, log in logs.items()}, folder / "weights.png")
+    plot_acceptance(results.rows, folder / "acceptance.png")
+
+
+def refuse_other_cells(config: CompareConfig, init: Drafter | None = None) -> int:
+    """Refuse a folder in which an objective was trained with other settings, and count the drafters.
+
+    Raises:
+        ValueError: see `make_recipes`; or a cell with another run.
+    """
+    recipes = make_recipes(config)
+    for (name, seed), recipe in recipes.items():
+        refuse_other_run(Path(config.output) / name / f"seed-{seed}", {**settings_of(recipe), **init_of(init)})
+    return len(recipes)
+
+
+def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
+    """Make the recipe of each cell, in the order in which they are trained.
+
+    Raises:
+        ValueError: an unknown objective, or one's own that cannot be found or gives wrong weights.
+    """
+    names = list(dict.fromkeys([*config.objectives, config.baseline]))
+    losses = {name: with_objective(config.loss, name) for name in names}
+    for loss in losses.values():
+        make_weigh(loss, config.drafter.block_size)
+    recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
+    return {
+        (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))
+        for seed in config.seeds
+        for name, loss in losses.items()
+    }
+
+
+def train_cells(
+    target: Target,
+    recipes: Mapping[Cell, Recipe],
+    cells: Mapping[Cell, Path],
+    datasets: tuple[ResponseDataset, ResponseDataset],
+    init: Drafter | None = None,
+) -> None:
+    """Train the drafters that are not finished.
+
+    Args:
+        target: the model.
+        recipes: of each cell; all drafters read the same target layers.
+        cells: the folder of each.
+        datasets: of `choose_conversations`; features that they have are used, and kept here otherwise.
+        init: a drafter that all start from, see `train`.
+    """
+    facts = target_of(target)
+    runs = {key: describe_run(facts, *datasets, recipe, init) for key, recipe in recipes.items()}
+    untrained = ranks.from_first(lambda: [key for key in cells if not is_trained(cells[key], runs[key])])
+    if not untrained:
+        return
+    dataset, measured = datasets
+    if dataset.features is None:
+        # One set of features for all; the target's last hidden states are kept too where any objective needs them.
+        widest = max((recipes[key] for key in untrained), key=lambda recipe: recipe.loss.needs_target_probs)
+        keep_features(target, *datasets, widest)
+    for number, key in enumerate(untrained, start=1):
+        if ranks.is_first():
+            print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
+        train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key], init=init)
+
+
+def heldout_set(heldout: Sequence[Response], recipe: Recipe) -> ResponseDataset:
+    """Make the dataset that `measure_cells` takes, without features."""
+    return ResponseDataset(heldout, max_length=recipe.train.max_length, num_anchors=None, seed=0)
+
+
+def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_set: ResponseDataset) -> None:
+    """Measure the drafters that have no heldout.json.
+
+    Args:
+        target: their target.
+        recipe: of any of them; all read the same target layers.
+        folders: of the drafters.
+        test_set: of `heldout_set`; features that it has are used, and kept here otherwise.
+    """
+    unmeasured = ranks.from_first(lambda: [folder for folder in folders if not has_heldout(folder)])
+    if not unmeasured:
+        return
+    if test_set.features is None:
+        layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+        test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
+    for folder in unmeasured:
+        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, over_ranks=True)
+        ranks.from_first(partial(_write_heldout, folder, Heldout.of(test_set.ids, acceptance)))
+
+
+def _write_heldout(folder: Path, measured: Heldout) -> None:
+    with hold(folder):
+        claim(folder, HELDOUT_FILE)
+        write_heldout(folder, measured)
+
+
+def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:
+    """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
+    names = list(dict.fromkeys(name for name, _ in cells))
+    seeds = list(dict.fromkeys(seed for _, seed in cells))
+    measured = {key: read_heldout(folder) for key, folder in cells.items()}
+    costs = {name: _training_costs([cells[name, seed] for seed in seeds]) for name in names}
+    rows = []
+    for set_name in dict.fromkeys(prompt.set for prompt in heldout):
+        ids = [prompt.id for prompt in heldout if prompt.set == set_name]
+        found = {key: of_cell.acceptance(ids) for key, of_cell in measured.items()}
+        known = {key: acceptance for key, acceptance in found.items() if acceptance}
+        if not known:
+            continue
+        if len(known) < len(found):
+            raise ValueError(
+                f"some drafters were measured on {set_name} and others were not; remove every heldout.json in "
+                f"{cells[names[0], seeds[0]].parent.parent}, and the same command measures all again"
+            )
+        by_seed = {name: [known[name, seed] for seed in seeds] for name in names}
+        of_set = [pool_seeds(set_name, name, len(ids), by_seed[name], by_seed[baseline], costs[name]) for name in names]
+        rows += sorted(of_set, key=lambda row: -(row.tau or 0))
+    return rows
+
+
+def _training_costs(folders: Sequence[Path]) -> tuple[float | None, int | None]:
+    """Median seconds of a training step, and peak memory, of drafters."""
+    logs = [read_log(folder) for folder in folders]
+    provenance = [json.loads((folder / "provenance.json").read_text()) for folder in folders]
+    seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]
+    peak = max((of_cell["peak_memory_bytes"] or 0 for of_cell in provenance), default=0)
+    return statistics.median(seconds) if seconds else None, peak or None

@@ -1,0 +1,300 @@
+"""Write files all or nothing, keep others out while writing, and leave alone what dpace did not write."""
+
+import codecs
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from dpace.system import ranks
+
+MARKER = ".dpace.json"
+"""In each folder that dpace writes to: the names of the files that it wrote."""
+LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
+"""In a folder that a process writes to: the lock, and who holds it."""
+MAX_LINE_BYTES = 64 * 2**20
+"""Bytes of the longest line of a JSONL file that is read."""
+
+
+def read_text(path: str | Path, what: str, *, max_bytes: int = MAX_LINE_BYTES) -> str:
+    """Read a file in UTF-8.
+
+    Args:
+        path: of a regular file: devices and pipes may have no end.
+        what: what the file should be, for the message, such as "a YAML file of options".
+        max_bytes: of the largest file that is read.
+
+    Raises:
+        ValueError: the file is missing, is none, is larger, or is not in UTF-8.
+    """
+    path = Path(path)
+    try:
+        _check_regular(path, what)
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"cannot read {path}: it has more than {max_bytes:,} bytes; name {what}")
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}; name {what} in UTF-8") from error
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: of the file.
+        fix: what to do where it cannot be read, for the message.
+
+    Raises:
+        ValueError: it is not a JSON object.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {fix}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected an object; {fix}")
+    return value
+
+
+def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[int, dict]]:
+    """Yield the number and the object of each line that is not blank.
+
+    A line ends with a line feed only: other characters that Unicode calls line ends may stand in a text.
+
+    Args:
+        path: a regular file.
+        is_growing: leave out a last line that its writer has not finished.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is not a JSON object, names a key twice, or is too long.
+    """
+    for number, line in enumerate(_read_lines(Path(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, _read_line(line, f"{path}:{number}")
+        except ValueError:
+            if is_growing and not line.endswith(b"\n"):
+                return
+            raise
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """Read the lines of a file, each with its line feed; a byte order mark is left out."""
+    try:
+        _check_regular(path, "a JSONL file")
+        with path.open("rb") as file:
+            number, line = 1, file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+            while line:
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"{path}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
+                    )
+                yield line
+                number, line = number + 1, file.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}; name a JSONL file in UTF-8") from error
+
+
+def _check_regular(path: Path, what: str) -> None:
+    """Refuse what may have no end."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise ValueError(f"cannot read {path}: it is {kind}; name {what}")
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def _read_line(line: bytes, where: str) -> dict:
+    """Read one line of a JSONL file."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # undecodable, no JSON, an endless number, a deep list
+        raise ValueError(f"{where}: the line is not JSON ({error}); fix or remove it") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}; fix or remove the line")
+    return row
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, and refuse a key that stands in it twice; a hook of `json.loads`."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return row
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an OSError inside the `with` block name this file; errors of a full disk name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file all or nothing; a file that holds this text already is left alone."""
+    path, data = Path(path), text.encode("utf-8")
+    if path.is_file() and path.read_bytes() == data:
+        return
+    with writing(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a path to write to; what is there at the end of the `with` block takes the file's place.
+
+    A full disk or a killed process leaves the file as it was before.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        with naming(path):
+            yield unfinished
+            sync(unfinished)
+            unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int = 1) -> None:
+    """Write a value as JSON, all or nothing.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+UNFINISHED = ".unfinished"
+"""How the names of files and folders end that are not written to their end; they begin with a dot."""
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk and not only on its way."""
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows has no such call for folders
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what killed processes left unfinished in a folder.
+
+    `hold` does so; in folders inside the held one call it yourself.
+    """
+    for path in Path(folder).glob(f".*{UNFINISHED}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def cut_unfinished(path: Path) -> None:
+    """Cut off a last line that a killed process left unfinished.
+
+    A last line that lacks only its line end gets it.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    if not data or data.endswith(b"\n"):
+        return
+    start = data.rfind(b"\n") + 1
+    try:
+        json.loads(data[start:])
+    except ValueError:
+        with path.open("rb+") as file:
+            file.truncate(start)
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+@contextlib.contextmanager
+def hold(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder inside the `with` block; makes the folder.
+
+    What killed processes left unfinished there is removed, and they hold nothing. A process may hold a folder twice. Of
+    several ranks the first one holds it for all.
+
+    Raises:
+        ValueError: another process holds the folder; the message says which.
+    """
+    if not ranks.is_first():
+        yield
+        return
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    holder, lock = folder / HOLDER, filelock.FileLock(folder / LOCK, is_singleton=True)
+    is_held = lock.is_locked
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(
+            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output"
+        ) from error
+    try:
+        command = " ".join(["dpace", *sys.argv[1:2]])
+        with naming(holder):
+            holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
+        if not is_held:
+            sweep(folder)
+        yield
+    finally:
+        if not is_held:
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_others(folder: str | Path, *names: str) -> set[str]:
+    """Refuse to write over files that dpace did not write, and give the names of those that it wrote.
+
+    Raises:
+        ValueError: one of the names exists and was not written by dpace.
+    """
+    folder = Path(folder)
+    marker = folder / MARKER
+    try:
+        written = set(json.loads(marker.read_text())["files"]) if marker.exists() else set()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        written = set()
+    for name in names:
+        if (folder / name).exists() and name not in written:
+            raise ValueError(
+                f"{folder / name} was not written by dpace and would be overwritten; name another folder with "
+                f"--output, move that file away, or copy {MARKER} too where it comes from another folder of dpace"
+            )
+    return written
+
+
+def claim(folder: str | Path, *names: str) -> None:
+    """Say that dpace writes these files of a folder, and refuse to write over others.
+
+    Args:
+        folder: made where it is missing.
+        names: of files and folders in it.
+
+    Raises:
+        ValueError: one of them exists and was not written by dpace.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = refuse_others(folder, *names)
+    if not written.issuperset(names):
+        write_json(folder / MARKER, {"files": sorted(written | set(names))})

@@ -1,0 +1,154 @@
+"""Load only weights that the model expects: every tensor, in its shape, with finite values."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dpace.system import ranks
+from dpace.system.ledger import read_object
+
+NUM_NAMED = 3
+"""Most tensors that a message names."""
+LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
+"""What transformers raises for a config with values of the wrong kind."""
+COPY = "copy the config from where the drafter was trained"
+
+
+@contextmanager
+def one_line(what: str, fix: str) -> Iterator[None]:
+    """Turn what transformers raises for files that it cannot read into one line.
+
+    Raises:
+        ValueError: damaged weights, or a config that its own class refuses.
+        OSError: a file that is missing or cannot be read.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot load {what}: {reason[:300]}; {fix}") from error
+
+
+def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, unknown: Collection[str] = ()) -> None:
+    """Refuse a model whose file lacks tensors, has others, or has them in other shapes.
+
+    transformers fills what is missing with random numbers.
+
+    Args:
+        what: the model, for the message.
+        found: what `from_pretrained` gives with `output_loading_info`.
+        fix: what to do.
+        unknown: tensors of the file that the model does not know and must not have; a target's may have some, for other
+            heads.
+
+    Raises:
+        ValueError: names the first few tensors.
+    """
+    shapes = sorted(f"{name} is {list(a)}, expected {list(b)}" for name, a, b in found["mismatched_keys"])
+    faults = [
+        ("lack", sorted(found["missing_keys"])),
+        ("have unknown", sorted(unknown)),
+        ("have other shapes:", shapes),
+        ("could not be read:", sorted(map(str, found.get("error_msgs") or ()))),
+    ]
+    for fault, names in faults:
+        if names:
+            more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+            raise ValueError(f"the weights of {what} {fault} {', '.join(names[:NUM_NAMED])}{more}; {fix}")
+
+
+@torch.no_grad()
+def refuse_infinite(what: str, model: torch.nn.Module, fix: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        ValueError: names the first few tensors.
+    """
+    state = model.state_dict()
+    names = [name for name, value in state.items() if _is_wrong(value)]
+    if names:
+        more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+        raise ValueError(f"{what} has NaN or infinity in {', '.join(names[:NUM_NAMED])}{more}; {fix}")
+
+
+def _is_wrong(value: Any) -> bool:
+    """Say whether a tensor has a value that is not finite; quantized ones are not looked at."""
+    value = ranks.local(value)
+    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or not value.is_floating_point():
+        return False
+    return not bool((value if value.element_size() > 1 else value.float()).isfinite().all())
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the `config.json` of a drafter's folder.
+
+    Raises:
+        ValueError: it is not a JSON object.
+        OSError: it cannot be read.
+    """
+    return read_object(Path(folder) / "config.json", "train the drafter, or copy it again")
+
+
+def need(config: Mapping[str, Any], key: str) -> Any:
+    """Read a required value."""
+    if config.get(key) is None:
+        raise ValueError(f"the drafter's config has no {key}; copy it from where the drafter was trained")
+    return config[key]
+
+
+def need_count(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
+    """Read a required integer."""
+    value = need(config, key)
+    if type(value) is not int or not least <= value < 2**31:
+        raise ValueError(f"{key} is {value!r}, expected an integer of {least} or more; {COPY}")
+    return value
+
+
+def need_number(config: Mapping[str, Any], key: str) -> float:
+    """Read a required number above 0."""
+    value = need(config, key)
+    if type(value) not in (int, float) or not 0 < value < 1e38:
+        raise ValueError(f"{key} is {value!r}, expected a number above 0; {COPY}")
+    return float(value)
+
+
+def take_object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Read an object; an empty one where the config has none."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} is {value!r}, expected an object; {COPY}")
+    return dict(value or {})
+
+
+def attention_of(model_class: Any) -> str:
+    """Choose the attention code of a model: torch's own, where its class supports it.
+
+    It is passed explicitly, since a config may name another one, also one that has to be downloaded.
+    """
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Compute the sha256 of the weights, which identifies a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def share(path: Path) -> None:
+    """Let others read a file as the umask says; some libraries write for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

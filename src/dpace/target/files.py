@@ -1,0 +1,316 @@
+"""A target's files: weights and tokenizer, also quantized, over several devices, or as a LoRA adapter.
+
+How a target's weights are spread over the ranks of a training, so that none needs room for all.
+
+transformers reads the files: each rank reads its own share of each tensor. The table of the embedding and that of the
+LM head are whole on each rank, since the drafter's own steps need them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from dpace.config import DeviceMap, TargetShard
+from dpace.system import ranks
+from dpace.system.ledger import read_object
+from dpace.system.loading import LIBRARY_ERRORS, attention_of, one_line, refuse_infinite, refuse_mismatch
+from dpace.target.locate import find_target
+from dpace.target.probe import find_layers
+
+MOST_KEPT = 1.5
+"""Most that a rank may keep of the layers, relative to an even share."""
+
+
+def distribution(shard: TargetShard, model_class: Any, config: Any) -> DistributedConfig | None:
+    """Say how `from_pretrained` is to spread a model; None where a rank has all of it.
+
+    Args:
+        shard: `fsdp` gathers a decoder layer where it runs and frees it afterwards; `tp` splits each matrix as
+            transformers' plan for the class says.
+        model_class: an auto class of transformers.
+        config: of the model.
+
+    Raises:
+        ValueError: `tp` over a number of ranks that does not divide the heads.
+    """
+    num_ranks = ranks.num_ranks()
+    if shard == "none" or num_ranks == 1:
+        return None
+    ranks.barrier()  # joins the group, with the backend of this machine
+    text = config.get_text_config(decoder=True)
+    if shard == "tp":
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        if heads % num_ranks:
+            raise ValueError(
+                f"--train.target-shard tp splits the target's {heads} heads of keys and values over the {num_ranks} "
+                "ranks, which must divide them; start as many, or take fsdp"
+            )
+        return DistributedConfig(tp_size=num_ranks, tp_plan="auto")
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    layers = find_layers(model, model.get_decoder(), text)
+    name = next(name for name, module in model.named_modules() if module is layers)
+    return DistributedConfig(fsdp_size=num_ranks, fsdp_plan={f"{name}.*": "free_full_weight"})
+
+
+def keep_tables(model: Any) -> None:
+    """Gather all but the decoder layers, and let them stay whole.
+
+    The model's `state_dict` must not be asked for afterwards: it shards them again.
+
+    Raises:
+        ValueError: transformers left more of the layers on each rank than 1.5 times its share.
+    """
+    model.requires_grad_(False)
+    layers = find_layers(model, model.get_decoder(), model.config.get_text_config(decoder=True))
+    sizes = [(len(ranks.local(p).flatten()), p.numel()) for p in layers.parameters()]
+    kept, total = (sum(column) for column in zip(*sizes, strict=True))
+    if kept * ranks.num_ranks() > MOST_KEPT * total:
+        raise ValueError(
+            f"--train.target-shard leaves {kept / total:.0%} of the layers of {type(model).__name__} on each of "
+            f"{ranks.num_ranks()} ranks: transformers has no plan that splits them; take fsdp, or none"
+        )
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and id(module) not in inside:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+
+
+FIX = "download or copy the target again"
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+class Places(NamedTuple):
+    """Where the parts of a target are."""
+
+    config: Any
+    """Config of the base."""
+    base: str
+    """Folder or Hub id of config and weights."""
+    adapter: str | None
+    """Folder of the LoRA adapter that is merged into them."""
+    tokenizer: str
+
+
+def find_places(name: str) -> Places:
+    """Read the config of a target, and find base and adapter where it is an adapter.
+
+    Raises:
+        OSError: there is no readable config of that name.
+        ValueError: the same; or an adapter that is not LoRA's, or whose base is not named or not found.
+    """
+    folder = _find_adapter(name)
+    if folder is None:
+        with one_line(f"the target {name}", FIX):
+            return Places(AutoConfig.from_pretrained(name, trust_remote_code=False), name, None, name)
+    what = f"the target {name} is an adapter (adapter_config.json)"
+    settings = read_object(folder / "adapter_config.json", FIX)
+    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    if kind != "LORA":
+        raise ValueError(f"{what} of kind {kind!r:.50}, expected LORA; merge it yourself, and name the merged model")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{what} that names no base model; merge it yourself, and name the merged model")
+    try:
+        base = find_target(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (*LIBRARY_ERRORS, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{what} of {base}, which cannot be read ({reason}); download that model, or merge the adapter where it is "
+            "(peft's merge_and_unload), and name the merged model"
+        ) from error
+    has_tokenizer = (folder / "tokenizer_config.json").exists()
+    return Places(config, base, str(folder), str(folder) if has_tokenizer else base)
+
+
+def _find_adapter(name: str) -> Path | None:
+    """Find the folder of an adapter; None for a model that has weights or a config of its own."""
+    folder = Path(name)
+    if folder.is_dir():
+        is_whole = any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+        return None if is_whole or not (folder / "adapter_config.json").exists() else folder
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError:
+        import huggingface_hub
+
+        try:
+            allowed = ["adapter_*.json", "adapter_*.safetensors", "*token*", "vocab*", "merges.txt", "*.jinja"]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed))
+        except (OSError, ValueError):  # the first error says what is wrong
+            return None
+        return folder if (folder / "adapter_config.json").exists() else None
+    except LIBRARY_ERRORS:
+        pass
+    return None
+
+
+def open_target(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: DeviceMap = None,
+    shard: TargetShard = "none",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a target's model and tokenizer; no code that a checkpoint names is run.
+
+    Args:
+        name: folder or Hub id, of a model or a LoRA adapter.
+        dtype: of the weights that are not quantized.
+        device: where the model is put.
+        device_map: `auto` spreads the layers over all GPUs instead.
+        shard: how it is spread over the ranks of this command, see `dpace.target.files`.
+
+    Raises:
+        OSError: there is no readable model of that name.
+        ValueError: weights that are missing, in other shapes, or not finite; a class that transformers does not have; a
+            package that is missing; GPUs without room for all layers; see `find_places`.
+    """
+    what, places = f"the target {name}", find_places(name)
+    config, quantized = places.config, getattr(places.config, "quantization_config", None)
+    _refuse_kind(what, places, quantized, device_map, shard)
+    with one_line(what, FIX):
+        tokenizer = AutoTokenizer.from_pretrained(places.tokenizer, trust_remote_code=False)
+    spread: Any = device_map or ({"": device} if quantized is not None else None)
+    auto, attention = _choose_class(config)
+    over_ranks = distribution(shard, auto, config)
+    with one_line(what, FIX) if quantized is None else _explained(what, quantized):
+        loaded: Any = auto.from_pretrained(
+            places.base,
+            config=config,
+            dtype=dtype,
+            device_map=spread,
+            distributed_config=over_ranks,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    model, info = loaded
+    refuse_mismatch(what, info, FIX)
+    _refuse_offloaded(what, model)
+    refuse_infinite(what, model, FIX)
+    if places.adapter:
+        model = _merge(what, model, places.adapter)
+        model.config._name_or_path = name
+    return model if spread or over_ranks else model.to(device), tokenizer
+
+
+def _refuse_kind(what: str, places: Places, quantized: Any, device_map: DeviceMap, shard: TargetShard) -> None:
+    """Refuse a target that cannot be loaded in the way that is asked for, before it is read.
+
+    Raises:
+        ValueError: names the reason and what to do.
+    """
+    config = places.config
+    if device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "--device-map auto gives one process all GPUs, and torchrun starts several; start one process, or leave "
+            "--device-map out"
+        )
+    if quantized is not None and places.adapter:
+        raise ValueError(
+            f"{what} is an adapter of {places.base}, whose weights are quantized; merging would round them anew: merge "
+            "it into the model before it was quantized, and name the merged model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"{what} is of the kind {config.model_type}, which transformers has no decoder for; name a causal LM, or a "
+            "model for images and text"
+        )
+    if shard != "none" and (quantized is not None or places.adapter or device_map):
+        raise ValueError(
+            f"--train.target-shard {shard} spreads plain weights only, and {what} is quantized, an adapter, or spread "
+            "by --device-map; leave one of them out"
+        )
+
+
+def _choose_class(config: Any) -> tuple[Any, str]:
+    """Choose the auto class of a model, and its attention code."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM, attention_of(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return AutoModelForImageTextToText, attention_of(kind)
+
+
+@contextmanager
+def _explained(what: str, quantized: Any) -> Iterator[None]:
+    """Say which package or device a quantized target lacks.
+
+    Raises:
+        ValueError: names the method and what transformers says that it needs.
+    """
+    try:
+        yield
+    except (*LIBRARY_ERRORS, ImportError, SafetensorError) as error:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{what} is quantized ({getattr(method, 'value', method)}) and cannot be loaded here: {reason}; install "
+            "what is missing, or name the model that is not quantized"
+        ) from error
+
+
+def _refuse_offloaded(what: str, model: Any) -> None:
+    """Refuse a model that was put on GPUs in part only.
+
+    Raises:
+        ValueError: names the number of parts that found no room.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    outside = [part for part, place in places.items() if place in ("cpu", "disk")]
+    if outside and len(outside) < len(places) or "disk" in places.values():
+        raise ValueError(
+            f"{what} does not fit into the GPUs: {len(outside)} of its {len(places)} parts would stay outside and be "
+            "copied in at every step; use more GPUs, or a quantized target"
+        )
+
+
+def _merge(what: str, model: Any, folder: str) -> Any:
+    """Add a LoRA adapter to the weights of its base.
+
+    Raises:
+        ValueError: peft is missing, or the adapter does not fit.
+    """
+    try:
+        import peft  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"{what} is a LoRA adapter, and the package peft, which merges it, is missing: run `pip install peft`, or "
+            "name a merged model"
+        ) from error
+    with one_line(what, "train the adapter for this base, or name a merged model"):
+        config = peft.PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        adapted: Any = peft.PeftModel(model, config)
+        found = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder, device="cpu"))
+    missing = [key for key in found.missing_keys if "lora_" in key]
+    refuse_mismatch(what, {"missing_keys": missing, "mismatched_keys": ()}, FIX, unknown=found.unexpected_keys)
+    tables = [name for name in adapted.targeted_module_names if name.endswith(("lm_head", "embed_tokens"))]
+    if tables and model.config.get_text_config(decoder=True).tie_word_embeddings:
+        raise ValueError(
+            f"{what} is a LoRA adapter that changes {tables[0]}, which embedding and head share, so both would "
+            "change; untie them when training, or name a merged model"
+        )
+    merged = adapted.merge_and_unload()
+    refuse_infinite(what, merged, FIX)
+    return merged

@@ -1,0 +1,109 @@
+"""Find layers, embedding, LM head and rotary embedding of a model, or refuse the model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpace.fast.packing import is_plain
+from dpace.system import ranks
+from dpace.target.head import Head
+
+
+def find_layers(model: Any, decoder: nn.Module, config: Any) -> nn.ModuleList:
+    """Find the list of decoder layers.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    candidates = [child for child in lists if len(child) == config.num_hidden_layers]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(candidates)} lists of {config.num_hidden_layers} decoder "
+            "layers; choose a target made of embedding, exactly one such list, norm and LM head"
+        )
+    return candidates[0]
+
+
+@torch.no_grad()
+def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: Any) -> tuple[float, Head]:
+    """Run one token to find the scale of the embedding and the LM head.
+
+    Raises:
+        ValueError: the model applies more than a scale to its embedding, or more than a scale and a cap to its logits.
+    """
+    seen = {}
+    head_module = model.get_output_embeddings()
+    _refuse_quantized_tables(model, head_module)
+    hooks = [
+        layers[0].register_forward_pre_hook(
+            lambda _module, args, kwargs: seen.update(first=args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        ),
+        head_module.register_forward_pre_hook(lambda _module, args: seen.update(last=args[0])),
+        decoder.register_forward_hook(lambda _module, _args, out: seen.update(decoded=out.last_hidden_state)),
+    ]
+    try:
+        table = ranks.whole(model.get_input_embeddings().weight)
+        token = torch.tensor([[config.vocab_size // 2]], device=table.device)
+        logits = model(token, use_cache=False).logits.to(table.device).float().flatten()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name, bias = type(model).__name__, getattr(head_module, "bias", None)
+    if bias is not None and bool(bias.any()):
+        raise ValueError(
+            f"the LM head of {name} has a bias; dpace drafters share a head without one: choose another target"
+        )
+    first, last, decoded = (seen[name].to(table.device).flatten() for name in ("first", "last", "decoded"))
+    if not torch.equal(decoded, last):
+        raise ValueError(
+            f"{name} changes its hidden states between decoder and LM head; dpace drafters "
+            "pass theirs to the head unchanged: choose another target"
+        )
+    scale = _find_scale(model, first.float(), table[token[0, 0]].float(), "input embedding")
+    weight = ranks.whole(head_module.weight).to(table.device)  # a copy where the layers are spread over devices
+    softcap = getattr(config, "final_logit_softcapping", None)
+    raw = weight.float() @ last.float()
+    uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
+    return scale, Head(weight, _find_scale(model, uncapped, raw, "LM head"), softcap)
+
+
+def _refuse_quantized_tables(model: Any, head_module: Any) -> None:
+    """Refuse an embedding or head that is no table of plain numbers."""
+    for part, module in (("input embedding", model.get_input_embeddings()), ("LM head", head_module)):
+        weight = getattr(module, "weight", None)
+        if not (is_plain(weight) or ranks.is_spread(weight)):
+            raise ValueError(
+                f"the {part} of {type(model).__name__} is quantized ({type(module).__name__}); drafters share it as a "
+                "table of plain numbers: choose a checkpoint that quantizes the layers only"
+            )
+
+
+def _find_scale(model: Any, computed: Tensor, table: Tensor, part: str) -> float:
+    """Compute the factor between the model's values and the plain table's; 1 where equal up to rounding."""
+    ratio = float(computed @ table / (table @ table))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
+    error = float((computed - ratio * table).norm() / computed.norm())
+    if not error <= tolerance:
+        raise ValueError(
+            f"the {part} of {type(model).__name__} is more than a scaled table (relative difference "
+            f"{error:.2g}); dpace drafters can share scaled tables only: choose another target"
+        )
+    return 1.0 if abs(ratio - 1) < tolerance else ratio
+
+
+def rope_of(config) -> dict:
+    """Give the drafter's rotary embedding: that of the target's full-attention layers.
+
+    The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
+    rotation with the target's base, as in the published drafters of Qwen3.5 and later.
+    """
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    rope: dict[str, Any] = {**(getattr(config, "rope_parameters", None) or default)}
+    rope = {**rope.get("full_attention", rope)}
+    is_partial = rope.pop("partial_rotary_factor", None) not in (None, 1.0)
+    if is_partial or any(name.startswith("mrope") for name in rope):
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope

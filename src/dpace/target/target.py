@@ -1,0 +1,297 @@
+"""The frozen target: features, embedding and LM head of any decoder-only Hugging Face model."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpace.config import Device, DeviceMap
+from dpace.fast.cache import CacheAbility, probe_cache, repeat_rows
+from dpace.fast.fusion import FusedStack, stack_layers
+from dpace.fast.packing import Packed, PackedLinear, look_again, packed_product
+from dpace.fast.speed_up import speed_up
+from dpace.system.device import default_dtype, find_device
+from dpace.system.provenance import weights_fingerprint
+from dpace.target.files import open_target
+from dpace.target.probe import find_layers, find_tables
+
+MIN_SHARED = 16
+"""Least number of shared first tokens that are worth a forward pass of their own."""
+MIN_SAVED = 1 / 8
+"""Least share of tokens that this has to save: on a CPU, 0.09 takes 1.03 times as long, and 0.19 takes 0.94."""
+
+
+def shared_prefix(rows: list[list[int]]) -> int:
+    """Count the first tokens that all rows share."""
+    first, last = min(rows), max(rows)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+class _StopForward(Exception):
+    """Raised to end a forward pass that runs for its features only."""
+
+
+class Target:
+    """A causal LM whose text is kept; it is never trained.
+
+    Args:
+        model: decoder layers, a norm and an LM head; it is put in eval mode and its parameters are frozen.
+        tokenizer: its tokenizer; only needed for text.
+
+    Raises:
+        ValueError: the model has no list of decoder layers, or its embedding or head is more than a scaled table.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.model: Any = model.eval().requires_grad_(False)  # transformers types its models too narrowly
+        self.tokenizer: Any = tokenizer
+        self.thinking = False  # passed to chat templates that have this switch
+        self.config = model.config.get_text_config(decoder=True)
+        self.decoder: Any = model.get_decoder()
+        self.layers = find_layers(self.model, self.decoder, self.config)
+        self.embed_scale, self.head = find_tables(self.model, self.decoder, self.layers, self.config)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Device = "auto",
+        device_map: DeviceMap = None,
+        thinking: bool = False,
+    ) -> "Target":
+        """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
+
+        Memory: the weights; on a CPU twice, where there is room (see `dpace.fast.packing`).
+
+        Args:
+            name: folder or Hub id, of a model or of a LoRA adapter, which is merged.
+            dtype: dtype of the weights; by default bf16 on a GPU, and fp32 on a CPU, where texts are then equal token
+                for token.
+            thinking: turn thinking on in chat templates that have this switch.
+            device: `auto` is this process's accelerator (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
+            device_map: `auto` spreads the layers over all GPUs.
+
+        No code that a checkpoint names is run, and attention is torch's own whatever the config names.
+
+        Raises:
+            OSError: there is no readable model of that name.
+            ValueError: see `dpace.target.files.open_target`.
+        """
+        place = find_device(device)
+        model, tokenizer = open_target(name, dtype=dtype or default_dtype(place), device=place, device_map=device_map)
+        speed_up(model)
+        target = cls(model, tokenizer)
+        target.thinking = thinking
+        return target
+
+    @property
+    def name(self) -> str:
+        """The model's Hub id, or the full path of its folder; empty for a model made in memory."""
+        name = self.model.config._name_or_path
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+    @property
+    def short_name(self) -> str:
+        """The model's own name, without owner, folder or revision; empty for a model made in memory."""
+        parts = Path(self.name).parts
+        # In the Hugging Face cache: models--owner--name/snapshots/revision
+        if len(parts) > 2 and parts[-2] == "snapshots":
+            return parts[-3].split("--")[-1]
+        return Path(self.name).name
+
+    @property
+    def sha256(self) -> str:
+        """What tells its weights from others."""
+        return weights_fingerprint(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where all that a target takes and gives is; its layers may be on others."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the layers are on several devices."""
+        return len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of one layer's output."""
+        return self.config.hidden_size
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end a response, from the generation config."""
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else self.config.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    @property
+    def rotation_boundary(self) -> int | None:
+        """Text length behind which all positions of a batch are rotated anew (longrope, dynamic); else None."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") not in ("longrope", "dynamic"):
+            return None
+        original = rope.get("original_max_position_embeddings")
+        original = original or getattr(self.config, "original_max_position_embeddings", None)
+        return original or self.config.max_position_embeddings
+
+    def hidden(
+        self,
+        token_ids: Int[Tensor, "batch seq"],
+        *,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Run the decoder and its final norm, and give the LM head's input.
+
+        Args:
+            token_ids: new tokens, which follow those in the cache.
+            cache: receives their keys and values.
+            attention_mask: "batch 1 seq key", added to the scores; by default each token sees itself and those before
+                it.
+            position_ids: by default the positions after the cached tokens.
+        """
+        hidden = self._stack and self._stack.run(token_ids, cache, attention_mask, position_ids)
+        if hidden is not None:
+            return hidden
+        kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state.to(self.device)
+
+    @functools.cached_property
+    def _stack(self) -> FusedStack | None:
+        """All layers in one loop; None where they are not fused."""
+        return stack_layers(self.decoder)
+
+    @functools.cached_property
+    def cache_ability(self) -> CacheAbility:
+        """What its caches can do after a rejected draft; tried out once, when it is first asked for."""
+        return probe_cache(self)
+
+    def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row vocab"]:
+        """Compute logits of a few rows for decoding; equal to `head.logits` up to rounding.
+
+        Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
+        """
+        if torch.compiler.is_compiling():
+            return self.head.logits(hidden)
+        layer = self.model.get_output_embeddings()
+        product = packed_product(layer) if isinstance(layer, PackedLinear) else self._packed_head.product
+        if product is None:
+            return self.head.logits(hidden)
+        return self.head.finish(product(hidden.to(self.head.weight.dtype)))
+
+    @functools.cached_property
+    def _packed_head(self) -> Packed:
+        """The head with a packed copy of its weight, for models whose own layer has none."""
+        return Packed(self.head.weight)
+
+    def look_again(self) -> None:
+        """Compare weights with those that fast copies were made of; changed ones are read themselves."""
+        stack = [] if self._stack is None else [self._stack.source]
+        head = [self._packed_head] if "_packed_head" in vars(self) else []
+        look_again(self.model, *head, *stack)
+
+    def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
+        """Compute the input embeddings as the first layer sees them."""
+        weight = self.model.get_input_embeddings().weight
+        return nn.functional.embedding(token_ids, weight) * self.embed_scale
+
+    @contextmanager
+    def capture(self, target_layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
+        """Collect the outputs of chosen layers while the model runs inside the `with` block.
+
+        After each forward pass the yielded list holds the last outputs, in the order of `target_layer_ids`. Layer `i`
+        is the 0-based decoder layer, whose output is `hidden_states[i + 1]` of transformers.
+        """
+        captured: list[Tensor] = [torch.empty(0)] * len(target_layer_ids)
+
+        def keep(index):
+            def hook(_module, _args, output):
+                captured[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
+
+            return hook
+
+        hooks = [self.layers[layer].register_forward_hook(keep(i)) for i, layer in enumerate(target_layer_ids)]
+        try:
+            yield captured
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def features(
+        self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int], *, with_head_input: bool = False
+    ) -> Float[Tensor, "batch seq feature"]:
+        """Concatenate the outputs of the chosen layers; higher layers and the LM head do not run.
+
+        Rows may be padded on the right: the model is causal, so real tokens do not see the padding. A beginning that
+        all rows share, such as a system prompt with examples, is read once.
+
+        Memory: O(tokens x feature) for the result, and one layer's activations.
+
+        Args:
+            token_ids: any text.
+            target_layer_ids: 0-based decoder layers whose output is used.
+            with_head_input: run all layers and append the LM head's input.
+
+        Returns:
+            Features, detached, in the dtype of the target. `feature` is `len(target_layer_ids) * hidden`, and `hidden`
+            more with `with_head_input`.
+        """
+        self._refuse_rotation(token_ids)
+        num_shared = shared_prefix(token_ids.tolist())
+        saved = num_shared * (len(token_ids) - 1) / token_ids.numel() if num_shared >= MIN_SHARED else 0
+        if saved < MIN_SAVED or num_shared == token_ids.shape[1] or self.cache_ability == "append":
+            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input, cache=None)
+        cache: Any = DynamicCache(config=self.config)
+        shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_head_input=with_head_input, cache=cache)
+        for layer in cache.layers if with_head_input else cache.layers[: max(target_layer_ids) + 1]:
+            repeat_rows(layer, len(token_ids))
+        rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_head_input=with_head_input, cache=cache)
+        return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
+
+    def stand_by(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+        """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
+
+    def _refuse_rotation(self, token_ids: Tensor) -> None:
+        boundary = self.rotation_boundary
+        if boundary and len(token_ids) > 1 and token_ids.shape[1] > boundary:
+            raise ValueError(
+                f"a text has {token_ids.shape[1]} tokens; past {boundary} this target rotates all positions of a batch "
+                f"anew: cut texts with --train.max-length {boundary}"
+            )
+
+    def _run(self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None) -> Tensor:
+        """Run the model up to the last of the layers, or up to the head's input."""
+        head_input = []
+
+        def stop(_module, args, _output=None):
+            head_input.extend(args if with_head_input else ())
+            raise _StopForward
+
+        with self.capture(target_layer_ids) as captured:
+            if with_head_input:
+                handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
+            else:
+                handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
+            try:
+                self.model(token_ids, cache=cache, use_cache=cache is not None)
+            except _StopForward:
+                pass
+            finally:
+                handle.remove()
+            return torch.cat([*captured, *(rows.to(self.device) for rows in head_input)], dim=-1)

@@ -1,0 +1,81 @@
+"""Records and rows of results with everything that a test does not care about filled in."""
+
+from dataclasses import replace
+from typing import Any
+
+from dpace.measure.results import BenchResults, Hardware, Published, ResponseRecord, Row, Versions
+
+_RESPONSE = ResponseRecord(
+    drafter="dpace",
+    width="full",
+    set="s",
+    id="0",
+    turn=0,
+    temperature=0.0,
+    prompt_tokens=5,
+    token_ids=[1, 2, 3, 4, 5],
+    accepted_lengths=[0, 2],
+    widths=[3, 3],
+    num_copied=0,
+    histogram=[1, 0, 1],
+    num_without_bonus=0,
+    decode_tokens=4,
+    decode_seconds=1.0,
+    prefill_seconds=0.5,
+    same_text=True,
+)
+_ROW = Row(
+    drafter="dpace",
+    width="full",
+    set="s",
+    temperature=0.0,
+    num_responses=1,
+    block_size=3,
+    histogram=[1, 0, 1],
+    num_without_bonus=0,
+    tau=2.0,
+    tau_interval=(1.5, 2.5),
+    acceptance_rate=0.5,
+    reach_rate=[0.5, 0.5],
+    slot_acceptance_rate=[0.5, 1.0],
+    share_copied=0.0,
+    tokens_per_second=4.0,
+    plain_tokens_per_second=2.0,
+    decode_speedup=2.0,
+    decode_speedup_interval=(None, None),
+    published=Published(tau=2.0, decode_speedup=2.0),
+    num_same_text=1,
+    responses=[],
+    plain_responses=[],
+    examples=[],
+)
+
+
+def make_response(**changes: Any) -> ResponseRecord:
+    return replace(_RESPONSE, **changes)
+
+
+def make_plain(**changes: Any) -> ResponseRecord:
+    nothing = {"accepted_lengths": [], "widths": [], "histogram": []}
+    return replace(_RESPONSE, **{"drafter": "plain", "width": None, **nothing, **changes})
+
+
+def make_row(**changes: Any) -> Row:
+    return replace(_ROW, **{"responses": [make_response()], "plain_responses": [make_plain()], **changes})
+
+
+def make_bench(*rows: Row, **changes: Any) -> BenchResults:
+    found = BenchResults(
+        target="t",
+        drafters={"dpace": "0" * 64},
+        max_new_tokens=16,
+        seed=0,
+        engine="dpace.decode.loop",
+        dtype="float32",
+        hardware=Hardware(device="a processor", cores=2, torch_threads=2),
+        versions=Versions(dpace="0.1.0", torch="2", transformers="5", python="3.11"),
+        rows=list(rows) or [make_row()],
+        comparisons=[],
+        predictions=[],
+    )
+    return replace(found, **changes)

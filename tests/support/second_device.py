@@ -1,0 +1,325 @@
+"""A second device in plain Python, which computes on the CPU and knows what was done on it.
+
+Run in a process of its own (`python -m tests.support.second_device`): torch then takes it for the machine's accelerator.
+"""
+
+import copy
+import json
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "abacus"
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select"}
+"""Operations whose result the host has to wait for, beside copies to the CPU."""
+KERNELS = {nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, torch.rms_norm}
+"""Functions that a GPU computes in one kernel, and torch's own composition in many."""
+SOURCE = str(Path(__file__).parents[2] / "src")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the second device; its numbers are those of `raw`, on the CPU."""
+
+    @staticmethod
+    def __new__(cls, raw):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, raw.shape, raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=f"{NAME}:0"
+        )
+
+    def __init__(self, raw):
+        self.raw = raw
+
+    def __repr__(self):
+        return f"OnDevice({self.raw})"
+
+    def tolist(self):
+        """A copy to the host, as of any device."""
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+class _Kernels(TorchFunctionMode):
+    """Computes `KERNELS` in one operation where no gradient is needed.
+
+    As on a GPU, attention first copies a mask of truth values, or one whose rows begin at odd addresses.
+    """
+
+    def __init__(self, operations: Counter):
+        super().__init__()
+        self.operations = operations
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in KERNELS or torch.is_grad_enabled() or not isinstance(args[0], OnDevice):
+            return func(*args, **(kwargs or {}))
+        self.operations[func.__name__] += 1
+        mask = (kwargs or {}).get("attn_mask")
+        if mask is not None:
+            self.operations["copies of masks"] += mask.dtype == torch.bool or any(x % 8 for x in mask.stride()[:-1])
+        return compute(func, args, kwargs or {})
+
+
+class SecondDevice(TorchDispatchMode):
+    """Computes on the device inside the `with` block, counts operations, and finds tensors left behind.
+
+    Attributes:
+        operations: those that are no views, by name.
+        waits: places of dpace at which the host waits for the device, by `file: line`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.waits = Counter(), Counter()
+        self.kernels = _Kernels(self.operations)
+
+    def __enter__(self):
+        self.kernels.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self.kernels.__exit__(*raised)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        ours = [x for x in tensors if isinstance(x, OnDevice)]
+        place = kwargs.get("device")
+        is_made_here = place is not None and torch.device(place).type == NAME
+        if not ours and not is_made_here:
+            return func(*args, **kwargs)
+        name = func._schema.name
+        is_copy = name in ("aten::_to_copy", "aten::copy_")
+        behind = [x for x in tensors if not isinstance(x, OnDevice) and x.dim()]
+        assert not behind or is_copy, f"{name}: a tensor of shape {tuple(behind[0].shape)} was left on the CPU"
+        is_read = place is not None and not is_made_here
+        is_read |= name == "aten::copy_" and not isinstance(args[0], OnDevice)
+        has_mask = name.startswith("aten::index") and any(
+            x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)
+        )
+        if name in WAITS or is_read or has_mask:
+            self.waits[_place()] += 1
+        if not func.is_view and name != "aten::_unsafe_view":
+            self.operations[name.removeprefix("aten::")] += 1
+        return compute(func, args, kwargs)
+
+
+def compute(func, args, kwargs):
+    """Run an operation on the raw tensors; views and results in place stay what they were on the device."""
+    ours = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)}
+    by_raw = {id(x.raw): x for x in ours.values()}
+    goes_to = kwargs.get("device")
+    stays = torch.device(goes_to).type == NAME if goes_to is not None else bool(ours)
+    name = func._schema.name if hasattr(func, "_schema") else func.__name__
+    if name == "aten::copy_":
+        stays = isinstance(args[0], OnDevice)
+    if goes_to is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs.pop("pin_memory", None)
+
+    def unwrap(x):
+        return x.raw if isinstance(x, OnDevice) else x
+
+    def wrap(x):
+        return by_raw.get(id(x), OnDevice(x)) if isinstance(x, torch.Tensor) and stays else x
+
+    out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    if name == "aten::copy_":
+        return args[0]
+    return tree_map(wrap, out)
+
+
+def _place() -> str:
+    """The innermost line of dpace that the host is at; the name of a library's file where dpace is not running."""
+    frames = traceback.extract_stack()[:-2]
+    inside = [f for f in frames if f.filename.startswith(SOURCE)]
+    return f"{Path(inside[-1].filename).name}: {inside[-1].line}" if inside else Path(frames[-1].filename).name
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """What torch asks a device's module for; random numbers are the CPU's."""
+
+    def get_rng_state(self, device=None):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, device=None):
+        torch.set_rng_state(state)
+
+    def synchronize(self, device=None):
+        pass
+
+
+def register() -> None:
+    """Make it the accelerator of this process."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    torch.accelerator.synchronize = lambda device=None: None
+    # What torch itself asks for below the dispatch mode, as `torch.tensor(..., device=...)` does.
+    kernels.impl(
+        "empty_strided", lambda size, stride, dtype=None, **_: OnDevice(torch.empty_strided(size, stride, dtype=dtype))
+    )
+    kernels.impl("_copy_from", _copy_from)
+
+
+def _copy_from(source, to, non_blocking=False):
+    return compute(torch.ops.aten.copy_.default, (to, source), {})
+
+
+kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
+
+
+def others_loops(target, token_ids, num_layers: int) -> dict:
+    """The loops of z-lab and transformers, on layers as transformers has them, with a random drafter of their own."""
+    import dflash.model as zlab
+    from transformers import AutoModel
+
+    from tests.conftest import make_drafter
+
+    model = copy.deepcopy(target.model).bfloat16()
+    model.config._attn_implementation = "sdpa"
+    model = model.to(NAME)
+    prompt = torch.tensor([token_ids], device=NAME)
+    zlab._cuda_time = time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        make_drafter(target, num_layers=num_layers).save_pretrained(folder)
+        options = {"dtype": torch.bfloat16}
+        theirs = zlab.DFlashDraftModel.from_pretrained(folder, **options).eval().to(NAME)
+        assistant = AutoModel.from_pretrained(folder, trust_remote_code=True, **options).eval().to(NAME)
+
+    def run_zlab(max_new_tokens, stop_token_ids):
+        found = zlab.dflash_generate(theirs, model, prompt, max_new_tokens, None, 0.0, return_stats=True)
+        return [SimpleNamespace(accepted_lengths=found.acceptance_lengths)]
+
+    def run_transformers(max_new_tokens, stop_token_ids):
+        passes = []
+        hook = model.register_forward_hook(lambda *_: passes.append(1))
+        options = {"assistant_model": assistant, "speculation_type": "dflash", "do_sample": False}
+        options |= {"attention_mask": torch.ones_like(prompt), "eos_token_id": -1}
+        try:
+            model.generate(prompt, max_new_tokens=max_new_tokens, **options)
+        finally:
+            hook.remove()
+        return [SimpleNamespace(accepted_lengths=passes[1:])]
+
+    return {"z-lab": run_zlab, "transformers": run_transformers}
+
+
+def main() -> None:
+    """Decode, measure and train on both devices; print what was different, and the waits of each part."""
+    register()
+    torch.inference_mode = torch.no_grad  # which counts versions, as wrapped tensors need
+    import dpace.target.probe
+    from dpace.batches.dataset import ResponseDataset, collate
+    from dpace.decode import Paces, generate, generate_batch, generate_plain
+    from dpace.drafter.views import blocks_hidden
+    from dpace.fast.speed_up import speed_up
+    from dpace.loss import block_loss, frozen_head_nll
+    from dpace.measure.heldout import heldout_acceptance
+    from dpace.respond.responses import Response
+    from dpace.target import Target
+    from tests.conftest import make_drafter, make_target
+
+    dpace.target.probe._refuse_quantized_tables = lambda *_: None  # takes a tensor of another class for a quantized one
+    generator = torch.Generator
+    torch.Generator = lambda device="cpu": generator()  # torch makes none for a device in Python
+    prompts = [[5, 6, 7, 8, 9], [9, 8, 7], [5, 9, 5, 9, 5, 9, 5]]
+    texts = [[5, 9, 11, 7, 12, 5, 9, 11, 7, 12, 40, 41], [7, 8, 30, 31, 32, 33, 34]]
+    responses = [
+        Response(id=str(i), set="a", messages=[], token_ids=text, response_spans=[[3, len(text)]])
+        for i, text in enumerate(texts)
+    ]
+
+    def step(target, drafter):
+        """One step of training."""
+        data = ResponseDataset(responses, max_length=64, num_anchors=4, seed=0)
+        batch = {k: v if v is None else v.to(target.device) for k, v in collate([data[0], data[1]], 4).items()}
+        ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+        optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3)
+        hidden, blocks, seen = blocks_hidden(drafter, target, batch, with_target_hidden=True, **ids)
+        for token_loss, more in (("nll", None), ("kl", seen)):
+            out = frozen_head_nll(
+                hidden, target.head, blocks.labels, blocks.is_scored, token_loss=token_loss, target_hidden=more
+            )
+            block_loss(out.losses, blocks.is_scored).backward(retain_graph=True)
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
+        optimizer.step()
+        return drafter
+
+    def weights(drafter):
+        return [round(float(p.detach().sum().cpu()), 3) for p in drafter.parameters()]
+
+    def measure(target, drafter):
+        data = ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
+        return heldout_acceptance(drafter, target, data).rows.tolist()
+
+    def count_steps(device, run):
+        """Steps, waits, and operations of a step by name; those of reading the prompts are left out."""
+        counted = []
+        for num_tokens in (1, 5):
+            device.operations.clear(), device.waits.clear()
+            generations = run(max_new_tokens=num_tokens, stop_token_ids=[])
+            steps = max(len(g.accepted_lengths) for g in generations)
+            counted.append(device.operations.copy())
+        counted[1].subtract(counted[0])
+        operations = {name: count / steps for name, count in counted[1].items() if count}
+        return {"steps": steps, "waits": dict(device.waits), "operations": operations}
+
+    def load(model, dtype=None):
+        """The same model as it is loaded on the device: in plain layers, then made faster."""
+        kind, config = type(model), copy.deepcopy(model.config)
+        config._attn_implementation = "sdpa"
+        loaded = kind(config).eval().requires_grad_(False)
+        loaded.load_state_dict(model.state_dict())
+        loaded = loaded.to(dtype or model.dtype).to(NAME)
+        assert speed_up(loaded).is_fused
+        return loaded
+
+    short, paces = {"max_new_tokens": 12}, Paces()
+    parts = {
+        "plain": lambda t, d: generate_plain(t, prompts[0], **short).token_ids,
+        "full": lambda t, d: generate(t, d, prompts[0], width="full", **short).token_ids,
+        "auto": lambda t, d: generate(t, d, prompts[0], width="auto", paces=paces, **short).token_ids,
+        "batch": lambda t, d: [g.token_ids for g in generate_batch(t, d, prompts, **short)],
+        "measure": measure,
+        "train": step,
+    }
+    target, drafter = make_target("qwen3"), make_drafter(make_target("qwen3"))
+    expected = {name: part(target, drafter) for name, part in parts.items() if name != "train"}
+    state = {k: v.clone() for k, v in drafter.state_dict().items()}
+    expected["train"] = weights(step(target, drafter))
+    drafter.load_state_dict(state)
+    found = {}
+    with SecondDevice() as device:
+        fast = Target(load(target.model)), load(drafter)
+        for name, part in parts.items():
+            device.operations.clear(), device.waits.clear()
+            result = part(fast[0], drafter.to(NAME) if name == "train" else fast[1])
+            found[name] = {"operations": sum(device.operations.values()), "waits": dict(device.waits)}
+            result = weights(result) if name == "train" else result
+            found[name]["is_same"] = result == expected[name]
+        steps = found["steps"] = {
+            "full": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)]),
+            "auto": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="auto", paces=paces, **n)]),
+            "8 rows": count_steps(device, lambda **n: generate_batch(*fast, 4 * prompts[:2], **n)),
+        }
+        deep = make_target("qwen3", num_hidden_layers=36, layer_types=36 * ["full_attention"])
+        fast = Target(load(deep.model, torch.bfloat16)), load(make_drafter(deep, num_layers=5), torch.bfloat16)
+        steps["36 layers"] = count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)])
+        for name, loop in others_loops(deep, prompts[0], 5).items():
+            steps[f"36 layers, {name}"] = count_steps(device, loop)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Training on several ranks, for test_sharded.py: `torchrun tests/support/sharded.py WAY JOB FOLDER`."""
+
+import gc
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from dpace.batches import feature_files
+from dpace.config import LossConfig, Recipe, TargetShard
+from dpace.drafter import Drafter
+from dpace.loss import REDUCTIONS
+from dpace.respond.responses import Response
+from dpace.system import ranks
+from dpace.target import Target
+from dpace.target.sharded import ShardedTarget
+from dpace.train import run
+from dpace.train.sharding import USE_FSDP, wants_shards
+from dpace.train.trainer import DrafterTrainer
+
+JOBS = (*REDUCTIONS, "muon", "validity", "again")
+RESUMED = ("muon", "validity")
+FSDP = {USE_FSDP: "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+"""What `accelerate launch --use_fsdp --fsdp_version 2` sets."""
+
+
+def make_jobs(recipe: Recipe, num_ranks: int) -> dict[str, Recipe]:
+    """Every reduction, both optimizers, and what runs the drafter or its gradient in another way."""
+    size = recipe.train.batch_size // num_ranks
+    base = replace(recipe, train=replace(recipe.train, batch_size=size))
+    jobs = {name: replace(base, loss=LossConfig(reduction=name)) for name in REDUCTIONS}
+    halves = {"batch_size": size // 2, "gradient_accumulation_steps": 2}
+    jobs["muon"] = replace(base, train=replace(base.train, optimizer="muon", **halves))
+    jobs["validity"] = replace(base, loss=LossConfig(reduction="weights", validity="joint"))
+    again = {"gradient_checkpointing": True, "on_policy_share": 0.5, "max_grad_norm": 0.1}
+    jobs["again"] = replace(base, train=replace(base.train, **again))
+    return jobs
+
+
+def train_all(target: Target, responses: list[Response], recipe: Recipe, folder: Path, names: Sequence[str]) -> None:
+    """Train each job for a few steps, with tau measured on an odd number of responses."""
+    jobs = make_jobs(recipe, ranks.num_ranks())
+    for name in names:
+        job = jobs[name]
+        datasets = run.make_datasets(target, responses[:-3], responses[-3:], job)
+        drafter = run.train(target, *datasets, job, folder / name)
+        assert not any(isinstance(parameter, DTensor) for parameter in drafter.parameters())
+        ranks.barrier()  # rank 0 writes the folder
+        kept = Drafter.from_pretrained(folder / name)
+        for mine, other in ((drafter.parameters(), kept.parameters()), (drafter.buffers(), kept.buffers())):
+            assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def interrupt(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
+    """End a training by SIGTERM to one rank, and go on: the same weights and moments as without, bit by bit."""
+
+    class Signal(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 1 and args.process_index == args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def start(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.callback_handler.callbacks.insert(0, Signal())
+
+    made = DrafterTrainer.__init__
+    for name in RESUMED:
+        job = make_jobs(recipe, ranks.num_ranks())[name]
+        datasets = run.make_datasets(target, responses[:-3], responses[-3:], job)
+        try:
+            with mock.patch.object(DrafterTrainer, "__init__", start):
+                run.train(target, *datasets, job, folder / f"{name}-again")
+        except KeyboardInterrupt:
+            assert (folder / f"{name}-again" / "checkpoints" / "checkpoint-1").exists()
+        else:
+            raise AssertionError("it was not interrupted")
+        run.train(target, *datasets, job, folder / f"{name}-again")
+        ranks.barrier()
+        last = f"checkpoints/checkpoint-{recipe.train.max_steps}"
+        for file in ("model.safetensors", f"{last}/optimizer.safetensors"):
+            found, expected = (load_file(folder / each / file) for each in (f"{name}-again", name))
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(value, expected[key]) for key, value in found.items()), file
+
+
+def is_spread(trainer: DrafterTrainer) -> None:
+    """Check that a rank has its share of weights, gradients and moments only."""
+    num_ranks = dist.get_world_size()
+    model = trainer.model
+    assert isinstance(model, FSDPModule) and all(isinstance(layer, FSDPModule) for layer in model.layers)
+    for parameter in model.parameters():
+        state = trainer.optimizer.state[parameter]
+        for tensor in (parameter, *(value for value in state.values() if value.ndim)):
+            assert isinstance(tensor, DTensor)
+            assert len(tensor.to_local()) <= -(-len(tensor) // num_ranks)
+
+
+def train_sharded(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
+    """Train all jobs with shards of the drafter."""
+    ended = mock.patch.object(DrafterTrainer, "load_best", autospec=True, side_effect=DrafterTrainer.load_best)
+    with ended as trained:
+        train_all(target, responses, recipe, folder, JOBS)
+    assert len(trained.call_args_list) == len(JOBS)
+    for call in trained.call_args_list:
+        is_spread(call.args[0])
+    for variable, value, message in (
+        ("FSDP_VERSION", "1", "2 only"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "--train.gradient-checkpointing"),
+    ):
+        with mock.patch.dict(os.environ, {variable: value}), pytest.raises(ValueError, match=message):
+            wants_shards()
+
+
+def check_target(shard: TargetShard, name: str, whole: Target) -> ShardedTarget:
+    """Load the shares of a target: the same features for other texts on each rank, from its share of the layers."""
+    target, num_ranks, rank = ShardedTarget.load_share(name, shard), dist.get_world_size(), dist.get_rank()
+    kept = sum(ranks.local(parameter).numel() for parameter in target.layers.parameters())
+    assert kept <= 1.02 / num_ranks * sum(parameter.numel() for parameter in whole.layers.parameters())
+    assert target.sha256 == whole.sha256 and torch.equal(target.head.weight, whole.head.weight)
+    text = torch.randint(4, 30, (2 + rank, 9 + 3 * rank))
+    for with_head_input in (False, True):
+        options = {"target_layer_ids": [1, 3], "with_head_input": with_head_input}
+        expected = whole.features(text, **options)
+        torch.testing.assert_close(target.features(text, **options), expected, rtol=1e-4, atol=1e-5)
+    if rank:
+        torch.testing.assert_close(target.features(text, [1]), whole.features(text, [1]), rtol=1e-4, atol=1e-5)
+    else:
+        target.stand_by([1])
+    return target
+
+
+def train_on_shares(name: str, whole: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
+    """Train on the shares of a target, with hidden states of each step, and of an odd number of texts on disk."""
+    for shard in ("fsdp", "tp"):
+        heads = whole.config.num_key_value_heads
+        if shard == "tp" and heads % dist.get_world_size():
+            with pytest.raises(ValueError, match=f"{heads} heads"):
+                ShardedTarget.load_share(name, shard)
+            continue
+        target = check_target(shard, name, whole)
+        train_all(target, responses, recipe, folder / shard, ["anchors", "validity"])
+        dataset = run.make_datasets(whole, responses[:3], [], recipe)[0]
+        for each in (target, whole):
+            path = folder / shard / type(each).__name__
+            with mock.patch.object(feature_files, "FEATURE_BATCH", 1):
+                feature_files.keep_on_disk(each, dataset, [1, 3], path, limit_bytes=2.0**30)
+            assert dataset.features is not None
+            for i in range(len(dataset)):
+                expected = whole.features(dataset.token_ids(i)[None], [1, 3])[0]
+                torch.testing.assert_close(dataset.features[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def main(way: str, job: Path, folder: Path) -> None:
+    """Do one part of the work on all ranks."""
+    name, responses, recipe = pickle.loads(job.read_bytes())
+    target = Target.load(name)
+    ranks.barrier()
+    if way != "whole":
+        os.environ |= FSDP
+    if way == "whole":
+        train_all(target, responses, recipe, folder / way, RESUMED)
+    elif way == "resume":
+        train_all(target, responses, recipe, folder / way, RESUMED)
+        interrupt(target, responses, recipe, folder / way)
+    elif way == "drafter":
+        train_sharded(target, responses, recipe, folder / way)
+    else:
+        train_on_shares(name, target, responses, recipe, folder)
+    gc.collect()  # what still holds process groups: one that outlives Python's end aborts now and then
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,228 @@
+"""What was written comes back from every format, and what is trained on is what the files say."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpace.batches.corpus import Corpus, load_corpus
+from dpace.batches.dataset import ResponseDataset
+from dpace.blocks import sample_anchors
+from dpace.config import PromptsConfig, Recipe, RespondConfig
+from dpace.prompts.prompts import Prompt, read_prompts, split_ids, split_prompts
+from dpace.report.data_page import prompts_page, responses_page
+from dpace.report.tables import console
+from dpace.respond.answers import Response, read_responses
+from dpace.respond.responses import write_responses
+from tests.conftest import EOS, make_target, make_tokenizer
+
+EVERYTHING = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i <= 0xDFFF]
+TEXTS = ["".join(EVERYTHING[i : i + 50_000]) for i in range(0, len(EVERYTHING), 50_000)]
+
+
+def write_rows(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_bytes(json.dumps(rows, ensure_ascii=False).encode())
+    else:
+        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_every_character_of_unicode_comes_back(ending, tmp_path):
+    name = write_rows(tmp_path / f"p.{ending}", [{"prompt": f"?{text}"} for text in TEXTS])
+    assert [prompt.turns[0][0]["content"] for prompt in read_prompts(name)] == [f"?{text}" for text in TEXTS]
+
+
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+SPELLINGS = [
+    {"messages": [*ASKED, {"role": "assistant", "content": "a"}]},
+    {"conversations": [*ASKED, {"role": "assistant", "content": "a"}]},
+    {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "q", "weight": None},
+            {"from": "gpt", "value": "a"},
+        ]
+    },
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_spellings_say_the_same(ending, tmp_path):
+    for row in SPELLINGS:
+        (prompt,) = read_prompts(write_rows(tmp_path / f"p.{ending}", [row]))
+        assert (prompt.id, prompt.turns, prompt.answer) == ("1", [ASKED], "a")
+    row = {"instruction": "Sort.", "input": "2, 1", "output": "1, 2"}
+    (prompt,) = read_prompts(write_rows(tmp_path / f"p.{ending}", [row]))
+    assert (prompt.turns[0][0]["content"], prompt.answer) == ("Sort.\n\nInput:\n2, 1", "1, 2")
+
+
+def test_tables_are_taken_as_they_are(tmp_path):
+    """Several kinds, ids twice, and keys that only some messages have."""
+    messages = [{"role": "user", "content": "q"}, {"role": "user", "content": "q2", "name": "n"}]
+    rows = [{"id": "x", "prompt": "other", "messages": messages}, {"id": "x", "prompt": "p", "messages": None}]
+    first, second = read_prompts(write_rows(tmp_path / "p.parquet", rows))
+    assert (first.id, second.id) == ("x", "x#2") and first.turns == [messages]
+    assert second.turns == [[{"role": "user", "content": "p"}]]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("p.parquet", b"PAR1", "p.parquet: .*; name a parquet file"),
+        ("p.json", b"[1]", "p.json, entry 1: expected a JSON object, found int; "),
+        ("p.json", b'[{"prompt": "a"}', r"p.json is not JSON .*; fix it"),
+        ("p.json", b'[{"prompt": "a", "prompt": "b"}]', "'prompt' is given twice.*; "),
+        (
+            "p.jsonl",
+            b'{"conversations": [{"from": "gpt", "value": 3}]}',
+            "p.jsonl:1: `content` of a message in .* is 3",
+        ),
+        ("p.jsonl", b'{"instruction": "a", "output": []}', "."),
+    ],
+)
+def test_other_files_are_refused_in_one_line(name, data, words, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    if words == ".":
+        assert read_prompts(tmp_path / name)[0].answer is None
+        return
+    with pytest.raises(ValueError, match=words) as error:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """30 prompts, and answers to most of them in another order."""
+    prompts = tmp_path / "p.jsonl"
+    write_rows(prompts, [{"prompt": f"q{i}", "id": f"p{i}"} for i in range(30)])
+    rows = [Response(f"p{i}", "s", [], list(range(i + 3)), [[1, 2 + i // 2]]) for i in range(29, 2, -1)]
+    write_rows(tmp_path / "responses.jsonl", [asdict(row) for row in rows])
+    return tmp_path / "responses.jsonl", PromptsConfig(path=str(prompts))
+
+
+def as_rows(corpus):
+    return [(corpus.id(i), corpus.token_ids(i).tolist(), corpus.spans(i).tolist()) for i in range(len(corpus))]
+
+
+def test_the_corpus_is_what_the_files_say_and_is_made_again_when_they_change(files):
+    path, config = files
+    by_id = {response.id: response for response in read_responses(path)}
+    split = split_ids(config)
+    parts = [as_rows(corpus) for corpus in load_corpus(path, config)]
+    for rows, ids in zip(parts, split[:2], strict=True):
+        assert rows == [(i, by_id[i].token_ids, by_id[i].response_spans) for i in ids if i in by_id]
+    assert [[prompt.id for prompt in part] for part in split_prompts(config)] == list(map(list, split[:3]))
+    made = path.with_name("corpus.arrow")
+    first, written = made.read_bytes(), made.stat().st_mtime_ns
+    load_corpus(path, config)
+    assert made.stat().st_mtime_ns == written
+    made.write_bytes(first[: len(first) // 2])
+    assert as_rows(load_corpus(path, config)[0]) == parts[0]
+    assert len(load_corpus(path, replace(config, limit=4))[0]) <= 4
+    path.write_text(path.read_text().replace('"token_ids": [0, ', '"token_ids": [7, '))
+    assert load_corpus(path, config)[0].token_ids(0)[0] == 7
+    made.write_text("another's")
+    path.with_name(".dpace.json").unlink()
+    with pytest.raises(ValueError, match="was not written by dpace"):
+        load_corpus(path, config)
+
+
+SPANS = st.lists(st.integers(0, 12), max_size=8).map(sorted).map(lambda x: list(zip(x[::2], x[1::2], strict=False)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(spans=st.lists(SPANS, max_size=4), max_length=st.integers(2, 14))
+def test_anchors_are_counted_without_looking_at_tokens(spans, max_length):
+    responses = [Response(str(i), "", [], list(range(12)), list(map(list, s))) for i, s in enumerate(spans)]
+    corpus = Corpus.of(responses)
+    expected = [len(sample_anchors(r.is_response[:max_length])) for r in responses]
+    assert corpus.num_anchors(max_length).tolist() == expected
+    dataset = ResponseDataset(corpus, max_length=max_length, num_anchors=None, seed=0)
+    kept = [r for r, count in zip(responses, expected, strict=True) if count]
+    assert dataset.ids == [r.id for r in kept]
+    assert [dataset.is_response(i).tolist() for i in range(len(dataset))] == [r.is_response[:max_length] for r in kept]
+    assert dataset.seen_tokens.tolist() == list(range(min(12, max_length))) * bool(kept)
+
+
+def test_own_answers_are_scored_where_the_template_puts_them(tmp_path):
+    """The template ends an answer with the stop token; two answers of a conversation have two spans."""
+    target = make_target("qwen3")
+    target.tokenizer = make_tokenizer()
+    target.tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'ask ' if m.role == 'user' else 'answer ' }}{{ m.content }} "
+        "{{ '<eos> ' if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}{{ 'answer' }}{% endif %}"
+    )
+    said = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4")]
+    turn = [{"role": role, "content": content} for role, content in said]
+    config = RespondConfig(source="own")
+    (response,) = write_responses(target, [Prompt("a", "s", [turn], "w5 w6")], tmp_path / "r.jsonl", config)
+    scored = [response.token_ids[start:end] for start, end in response.response_spans]
+    assert scored == [target.tokenizer("w3")["input_ids"] + [EOS], target.tokenizer("w5 w6")["input_ids"] + [EOS]]
+    assert response.messages[-1] == {"role": "assistant", "content": "w5 w6"}
+    target.tokenizer.chat_template = target.tokenizer.chat_template.replace("'answer' }}{% endif", "'w9' }}{% endif")
+    (other,) = write_responses(target, [Prompt("a", "s", [turn[:1]], "w5")], tmp_path / "o" / "r.jsonl", config)
+    assert other.token_ids[-2:] == [*target.tokenizer("w5")["input_ids"], EOS], "the prompt is not the text's beginning"
+    with pytest.raises(ValueError, match="set --respond.source as it was"):
+        write_responses(target, [Prompt("a", "s", [turn])], tmp_path / "o" / "r.jsonl", RespondConfig())
+    with pytest.raises(ValueError, match="prompt b has no reply at its end"):
+        write_responses(target, [Prompt("b", "s", [turn])], tmp_path / "b" / "r.jsonl", config)
+
+
+PUBLIC = "Seven tall dwarfs walked over the green hill and sang about their silver hammers all day long"
+
+
+def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
+    """Where 13 words in a row are the same; a phrase of many public prompts does not count."""
+    phrase = "please think about it step by step and then put your answer into a box"
+    public = [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?"]
+    rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?"]
+    config = PromptsConfig(
+        path=write_rows(tmp_path / "p.jsonl", [{"prompt": text} for text in rows]),
+        decontaminate=(write_rows(tmp_path / "public.jsonl", [{"prompt": text} for text in public]),),
+        num_heldout=1,
+        num_validation=0,
+    )
+    split = split_ids(config)
+    assert split.dropped["in the public sets"] == {"41": "1", "42": "3"} and "43" in split.train + split.heldout
+    assert not {"41", "42"} & set(split.train)
+    split_prompts(config)
+    assert "2 prompts are in the public sets and are left out" in capsys.readouterr().err
+
+
+def test_near_duplicates_are_left_out(tmp_path):
+    pytest.importorskip("datasketch")
+    words = [f"w{i}" for i in range(400)]
+    texts = [" ".join(words[i * 30 : i * 30 + 30]) for i in range(12)]
+    rows = [*texts, texts[0] + " too", texts[1].replace("w31", "x")]
+    heldout = write_rows(tmp_path / "h.jsonl", [{"prompt": texts[5] + " ?!"}, {"prompt": texts[7] + " indeed"}])
+    config = PromptsConfig(
+        path=write_rows(tmp_path / "p.jsonl", [{"prompt": text} for text in rows]),
+        heldout_path=heldout,
+        num_validation=0,
+        near_duplicates=0.7,
+    )
+    split = split_ids(config)
+    assert set(split.dropped["nearly the same as others"]) == {"6", "8", "13", "14"}
+
+
+def test_one_page_says_what_is_there(files, capsys):
+    path, config = files
+    corpus, _ = load_corpus(path, config)
+    recipe = replace(Recipe(), train=replace(Recipe().train, batch_size=4, max_length=20))
+    page = responses_page(corpus, recipe, {"max_new_tokens": 10}, make_tokenizer())
+    console().print(prompts_page(split_ids(config)), page)
+    shown = capsys.readouterr().out
+    lengths = np.concatenate([np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))])
+    assert f"{(lengths == 10).sum()} at --respond.max-new-tokens 10" in shown
+    assert f"{(corpus.lengths > 20).sum()} conversations are cut" in shown and "padding in batches of 4" in shown
+    assert "25 to train on, 2 for validation, 3 held out" in shown and "⟦" in shown

@@ -1,0 +1,248 @@
+"""The target's hidden states on disk are those that it computes, whatever happens to the process or the files."""
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from hs_connectors.fp8_utils import quantize_tensor_to_fp8
+from safetensors.torch import load_file, save_file
+
+from dpace.batches import feature_files
+from dpace.batches.dataset import ResponseDataset
+from dpace.batches.feature_files import keep_on_disk
+from dpace.target import Target
+from dpace.train.run import make_datasets, train
+from tests.conftest import LANGUAGE_RECIPE
+from tests.support.crash import kill, operations_of
+
+LAYERS = [1, 3]
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """Several files from few texts: one for each batch of four."""
+    monkeypatch.setattr(feature_files, "SHARD_BYTES", 1)
+    monkeypatch.setattr(feature_files, "FEATURE_BATCH", 4)
+
+
+@pytest.fixture
+def keep(language_target, language_responses, tmp_path):
+    """Keep the first texts on disk, and give the dataset."""
+
+    def keep(count=10, **options):
+        dataset = ResponseDataset(language_responses[:count], max_length=64, num_anchors=4, seed=0)
+        keep_on_disk(language_target, dataset, LAYERS, tmp_path / "kept", **{"limit_bytes": 1e9, **options})
+        return dataset
+
+    return keep
+
+
+@pytest.fixture
+def no_target(monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("the target was asked")
+
+    return lambda: monkeypatch.setattr(Target, "features", refuse)
+
+
+def computed(target, dataset, **options):
+    rows = [target.features(dataset.token_ids(i)[None], LAYERS, **options)[0] for i in range(len(dataset))]
+    return [row.float() for row in rows]
+
+
+@pytest.mark.parametrize("with_head_input", [False, True])
+def test_rows_are_those_of_the_target(with_head_input, keep, language_target):
+    dataset = keep(with_head_input=with_head_input)
+    for found, expected in zip(
+        dataset.features, computed(language_target, dataset, with_head_input=with_head_input), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "relative", "share"), [("bfloat16", 2**-8, 0.5), ("float8", 2**-4, 0.25)])
+def test_rounded_rows_are_near_and_smaller(dtype, relative, share, keep, language_target, tmp_path):
+    dataset = keep(dtype=dtype)
+    for found, expected in zip(dataset.features, computed(language_target, dataset), strict=True):
+        smallest = expected.abs().amax(-1, keepdim=True) * 2**-15  # of float8, in the scale of the token
+        assert ((found - expected).abs() <= relative * expected.abs() + smallest).all() and found.dtype == torch.float32
+    whole = sum(row.nbytes for row in computed(language_target, dataset))
+    found = sum(path.stat().st_size for path in (tmp_path / "kept").rglob("*.safetensors"))
+    assert share * whole <= found <= (share + 0.1) * whole
+
+
+def test_only_new_texts_are_computed(keep, no_target, language_target, monkeypatch):
+    keep(6)
+    asked, features = [], Target.features
+
+    def counted(self, token_ids, *args, **kwargs):
+        asked.append(len(token_ids))
+        return features(self, token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Target, "features", counted)
+    keep(10)
+    assert sum(asked) == 4
+    no_target()
+    assert len(keep(10).features) == 10 and len(keep(3).features) == 3
+
+
+def test_training_reads_the_same(language_target, language_responses, tmp_path):
+    """Bit by bit where nothing is rounded, with the batches that also compute the rows in memory."""
+    config = replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, num_anchors=4)
+    weights = []
+    for files in (None, str(tmp_path / "kept")):
+        recipe = replace(LANGUAGE_RECIPE, train=replace(config, feature_files=files))
+        datasets = make_datasets(language_target, language_responses[:8], language_responses[50:52], recipe)
+        train(language_target, *datasets, recipe, tmp_path / str(files is None))
+        exact = load_file(tmp_path / str(files is None) / "checkpoints" / "checkpoint-2" / "model.safetensors")
+        weights.append(torch.cat([weight.flatten() for weight in exact.values()]))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-5)
+    assert list((tmp_path / "kept").rglob("*.safetensors"))
+
+
+def test_killed_it_goes_on(keep, language_target, tmp_path):
+    folder = tmp_path / "kept"
+    operations = operations_of(lambda: keep(6), folder)
+    assert len(operations) > 6
+    for at in range(1, len(operations), 2):
+        shutil.rmtree(folder)
+        kill(lambda: keep(6), folder, at)
+        dataset = keep(6)
+        for found, expected in zip(dataset.features, computed(language_target, dataset), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert not list(folder.rglob("*.unfinished"))
+
+
+def test_a_damaged_file_is_named(keep, tmp_path):
+    dataset = keep()
+    path = dataset.features.places[dataset.features.names[0]]
+    data = path.read_bytes()
+    path.write_bytes(data[:-3] + bytes(byte ^ 1 for byte in data[-3:]))
+    with pytest.raises(ValueError, match=f"{path.name} is damaged; delete it"):
+        list(keep().features)
+    for cut in (data[:50], b"", data[:-4]):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match="delete it, and the same command computes its rows again"):
+            keep()
+    path.unlink()
+    assert len(list(keep().features)) == 10
+
+
+def test_more_than_the_limit_or_the_disk_is_refused_before_any_work(keep, no_target, monkeypatch, language_target):
+    no_target()
+    with pytest.raises(ValueError, match=r"need .* GiB and 0.0 GiB --train.feature-files-gib allows; raise it"):
+        keep(limit_bytes=100.0)
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="are free on the disk of .*; make room"):
+        keep()
+
+
+def test_a_dtype_without_files_is_refused(language_target, language_responses):
+    recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, feature_dtype="float8"))
+    with pytest.raises(ValueError, match="--train.feature-dtype and .* are for hidden states on disk"):
+        make_datasets(language_target, language_responses[:8], [], recipe)
+
+
+class Vllm(BaseHTTPRequestHandler):
+    """A vLLM that writes hidden states, as its `ExampleHiddenStatesConnector` does; `fault` spoils what it gives."""
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "m"}]})
+
+    def do_POST(self):
+        stub = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["model"] == "m" and body["max_tokens"] == 1
+        ids = torch.tensor(body["prompt"])
+        with stub.lock:
+            rows = Target.features(stub.target, ids[None], [i + stub.shift for i in LAYERS])[0]
+            stub.count += 1
+            path = stub.folder / f"{stub.count}.safetensors"
+        hidden = rows.unflatten(-1, (len(LAYERS), -1))
+        if stub.fault == "cut":
+            hidden, ids = hidden[1:], ids[1:]
+        if stub.fault == "another text":
+            ids = ids + 1
+        if stub.fault == "not finite":
+            hidden[-1] = torch.nan
+        tensors = {"hidden_states": hidden, "token_ids": ids}
+        if stub.fault == "float8":
+            tensors["hidden_states"], tensors["hidden_states_scales"] = quantize_tensor_to_fp8(hidden)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        if stub.fault == "torn":
+            path.write_bytes(path.read_bytes()[:100])
+        if stub.fault == "gone":
+            path.unlink()
+        named = {"another file": "/etc/passwd", "no file": None}.get(stub.fault, str(path))
+        self.reply({"choices": [{}], "kv_transfer_params": {"hidden_states_path": named}})
+
+
+@pytest.fixture
+def vllm(language_target, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Vllm)
+    server.target, server.folder, server.lock = language_target, tmp_path / "shared", threading.Lock()
+    server.count, server.fault, server.shift = 0, "", 0
+    server.folder.mkdir()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def url(server):
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.mark.parametrize("fault", ["", "float8"])
+def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
+    vllm.fault = fault
+    dataset = keep(servers=[url(vllm), url(vllm)])
+    for found, expected in zip(dataset.features, computed(language_target, dataset), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.07 if fault else 1e-4, atol=1e-2 if fault else 1e-5)
+    assert vllm.count == len(dataset) + 1 and not list(vllm.folder.iterdir())
+    keep(servers=[url(vllm)])
+    assert vllm.count == len(dataset) + 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    {
+        "cut": "wrote hidden states of the shape .* expected .*: tokens, layers, width",
+        "another text": "wrote the hidden states of another text",
+        "not finite": "not finite",
+        "torn": "cannot be read",
+        "gone": "is not seen here; let both share that folder",
+        "another file": "names no file of hidden states",
+        "no file": "names no file of hidden states",
+    }.items(),
+)
+def test_what_a_server_does_wrong_is_one_line(fault, said, keep, vllm):
+    vllm.fault = fault
+    with pytest.raises(ValueError, match=said) as refused:
+        keep(servers=[url(vllm)])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_server_with_other_layers_is_refused(keep, vllm):
+    vllm.shift = -1
+    with pytest.raises(
+        ValueError, match=r"other hidden states for layer 1 .*eagle_aux_hidden_state_layer_ids \[2, 4\]"
+    ):
+        keep(servers=[url(vllm)])
+    with pytest.raises(ValueError, match="give no input of the LM head"):
+        keep(servers=[url(vllm)], with_head_input=True)

@@ -1,0 +1,72 @@
+"""benchmarks/gpu.py at tiny size, on a CPU."""
+
+import argparse
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpace.drafter import Drafter
+from dpace.target import Target
+from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_target
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def tiny(**changes):
+    changes = {"batch_size": 2, "num_anchors": 6, "max_length": 40, **changes}
+    return replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **changes))
+
+
+def test_parts_of_a_step_add_up(gpu):
+    """Also where a step has several micro-batches, and every part took some time."""
+    drafter, found = gpu.time_training(make_target("qwen3"), tiny(gradient_accumulation_steps=2), 4, peak=1e12)
+    assert isinstance(drafter, Drafter) and found["steps"] == 2
+    assert set(found["part_seconds"]) == set(importlib.import_module("gpu_step").PARTS)
+    assert all(seconds > 0 for seconds in found["part_seconds"].values())
+    assert found["step_seconds"] == pytest.approx(sum(found["part_seconds"].values()), rel=0.5)
+    assert found["tokens_per_second"] == pytest.approx(2 * 2 * 40 / found["step_seconds"])
+    assert found["mfu"] == pytest.approx(found["tflops_per_step"] / found["step_seconds"])
+    assert 0 < found["planned_memory_bytes"] < found["peak_memory_bytes"]  # which is the whole process on a CPU
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the loops of others
+def test_a_report_has_all_tables(gpu, monkeypatch, language_folder):
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "TOKENS", 6)
+    monkeypatch.setattr(gpu, "PROMPTS_OF_SET", 1)
+    target = Target.load(str(language_folder))
+    options = argparse.Namespace(steps=2, peak_tflops=None, drafter=None)
+    found = gpu.measure_all(target, tiny(), options, is_compiled=False)
+    page = gpu.markdown({"target": "tiny", "tests": {"passed": True, "summary": "3 passed"}, **found})
+    assert {"plain", "dpace, auto"} < {row["way"] for row in found["decoding"]["rows"]}
+    assert "compiled" in found["decoding"]["skipped"]
+    for part in (*found["training"]["part_seconds"], "3 passed", "planned", "| plain |", "--peak-tflops"):
+        assert part in page
+
+
+def test_the_first_name_that_fits_gives_the_peak(gpu):
+    assert gpu.peak_flops("NVIDIA H100 PCIe", None) == 756e12
+    assert gpu.peak_flops("NVIDIA L40S", None) == 362e12
+    assert gpu.peak_flops("a processor", None) is None
+    assert gpu.peak_flops("NVIDIA L4", 100.0) == 1e14
+
+
+def test_compiled_plain_decoding_is_a_baseline(gpu, monkeypatch):
+    """Of both kinds of decoding; the ways that sample have no compiled one to be compared with."""
+    monkeypatch.setattr("torch.compile", lambda step, **_: step)
+    decode = importlib.import_module("decode")
+    target = make_target("qwen3")
+    ways = decode.our_ways(target, make_drafter(target)) | decode.compiled_ways(target, make_drafter(target))
+    names = ("plain", decode.COMPILED, "dpace, auto", "T=1: plain", "dpace, compiled blocks of 4")
+    found = decode.measure({name: ways[name] for name in names}, [("s", [5, 6, 7])], rounds=1, count=8)
+    rows = {row[0]: row for row in decode.rows_of(found, "s")}
+    assert rows[decode.COMPILED][3] == rows["plain"][2] == "1.00" and rows["plain"][3] and not rows["T=1: plain"][3]
+    assert all(row[-1] == "1/1" for row in rows.values())

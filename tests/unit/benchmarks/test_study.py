@@ -1,0 +1,88 @@
+"""The study's recipes and its report; the study itself takes hours and is run by hand."""
+
+import importlib
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpace.measure.results import Heldout, write_heldout
+from dpace.metrics import Acceptance
+from dpace.target.head import Head
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+LENGTHS = {25: 4, 100: 6, 400: 8}
+"""Tokens a verification emits with each budget: a line over the logarithm of the steps."""
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("study")
+
+
+@pytest.fixture
+def output(study, tmp_path):
+    """Two objectives that learn the same in a step, where a step of `spec-auf` takes twice as long."""
+    plan = study.make_plan(tmp_path, None, 1.0)
+    for name, seconds in {"dflash": 1.0, "dpace": 1.0, "spec-auf": 2.0}.items():
+        for steps, length in LENGTHS.items():
+            for seed in (0, 1):
+                folder = plan.folder(study.Cell(name, 16, steps, seed))
+                folder.mkdir(parents=True)
+                rows = Acceptance(np.eye(16, dtype=int)[[length - 1] * 8], 16, np.zeros(8, int))
+                write_heldout(folder, Heldout.of([f"{kind}/heldout/{i}" for kind in study.KINDS for i in (0, 1)], rows))
+                log = {"log_history": [{"step": steps, "step_seconds": seconds * (1 + seed)}]}
+                (folder / "trainer_state.json").write_text(json.dumps(log))
+                facts = {"target": "a/b", "conversations": 9, "versions": {"torch": "2"}}
+                facts["hardware"] = {"cores": 2, "device": "x"}
+                (folder / "provenance.json").write_text(json.dumps(facts))
+    return tmp_path
+
+
+def test_each_candidate_is_a_recipe_of_its_own(study, tmp_path):
+    plan = study.make_plan(tmp_path, None, 1.0)
+    runs = [
+        (plan.recipe_of(study.Cell(name, 16, 25, 0)), candidate.trial is nullcontext or name)
+        for name, candidate in study.CANDIDATES.items()
+    ]
+    assert all(runs.count(run) == 1 for run in runs)
+    assert {later / former for former, later in zip(plan.budgets, plan.budgets[1:], strict=False)} == {4}
+
+
+def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
+    found = importlib.import_module("study_report").Study(output, list(study.CANDIDATES))
+    for steps, length in LENGTHS.items():
+        assert found.gain("spec-auf", "dpace", 16, steps) == (0, 0, 0)
+        gain = found.gain_in_equal_seconds("spec-auf", "dpace", 16, steps)
+        assert gain == pytest.approx([-1 / (length + 1)] * 3)  # the other one has twice the steps: one token more
+    assert found.step_cost("spec-auf", "dpace", 16) == 2
+    (output / "costs.json").write_text(json.dumps({"16": {"dpace": [1.0, 1.0, 1.0], "spec-auf": [1.1, 1.2, 3.0]}}))
+    timed = importlib.import_module("study_report").Study(output, list(study.CANDIDATES))
+    assert timed.step_cost("spec-auf", "dpace", 16) == 1.2
+
+
+def test_the_report_has_every_objective_and_both_figures(study, output):
+    text = importlib.import_module("study_report").write_report(output, list(study.CANDIDATES)).read_text()
+    assert "--stage final --objectives spec-auf" in text and text.count("| spec-auf |") == 6
+    for name in ("tau", "gain"):
+        assert f"](study-{name}.svg)" in text
+        assert "spec-auf" in (output / "report" / f"study-{name}.svg").read_text()
+
+
+def test_soft_labels_at_a_temperature(study, monkeypatch):
+    """The gradient is that of the cross-entropy between the softened distributions, times the temperature."""
+    trials, scoring = importlib.import_module("study_trials"), importlib.import_module("dpace.train.trainer")
+    generator = torch.Generator().manual_seed(0)
+    hidden, theirs = (torch.randn(1, 1, 2, 4, generator=generator) for _ in range(2))
+    head = Head(torch.randn(6, 4, generator=generator))
+    hidden.requires_grad_()
+    labels, is_scored = torch.zeros(1, 1, 2, dtype=torch.long), torch.ones(1, 1, 2, dtype=torch.bool)
+    with trials.distillation_temperature(2.0):
+        out = scoring.frozen_head_nll(hidden, head, labels, is_scored, token_loss="kl", target_hidden=theirs)
+    out.losses.sum().backward()
+    p, q = ((states @ head.weight.T / 2).softmax(-1) for states in (theirs, hidden.detach()))
+    torch.testing.assert_close(hidden.grad, 2 * (q - p) @ head.weight)

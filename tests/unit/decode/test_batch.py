@@ -1,0 +1,242 @@
+import jaxtyping
+import pytest
+import torch
+
+from dpace.decode import Decoder
+from dpace.decode.batch import FixedBatch, generate_batch
+from dpace.decode.loop import generate, generate_plain
+from dpace.fast.cache import RaggedLayer
+from tests.conftest import make_drafter, make_target
+
+LENGTHS = [7, 1, 12, 3, 7]
+
+
+def prompts(lengths=LENGTHS):
+    return [
+        torch.randint(4, 64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed, length in enumerate(lengths)
+    ]
+
+
+def alone(target, drafter, rows, **options):
+    return [generate(target, drafter, row, width="full", **options) for row in rows]
+
+
+def facts(generation):
+    return generation.token_ids, generation.accepted_lengths, generation.emitted_lengths, generation.widths
+
+
+@pytest.mark.parametrize("block_size", [2, 5])
+@pytest.mark.parametrize("family", ["llama3.1", "qwen3", "smollm2"], indirect=True)
+def test_texts_are_those_of_one_at_a_time(random_target, block_size):
+    drafter = make_drafter(random_target, block_size=block_size)
+    options = {"max_new_tokens": 25, "stop_token_ids": []}
+    ours = generate_batch(random_target, drafter, prompts(), **options)
+    plain = [generate_plain(random_target, row, **options).token_ids for row in prompts()]
+    assert [out.token_ids for out in ours] == plain
+    assert [facts(out) for out in ours] == [facts(out) for out in alone(random_target, drafter, prompts(), **options)]
+    plainly = generate_batch(random_target, None, prompts(), **options)
+    assert [facts(out) for out in plainly] == [(text, [], [], []) for text in plain]
+    one = generate_batch(random_target, None, prompts()[:1], **options)
+    assert [facts(out) for out in one] == [(plain[0], [], [], [])]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_eager_attention_and_positions_up_to_the_limit():
+    """The limit of positions is reached by one row, while another still needs whole blocks."""
+    target = make_target("qwen3", max_position_embeddings=32, _attn_implementation="eager")
+    drafter = make_drafter(target, block_size=8)
+    options = {"max_new_tokens": 12, "stop_token_ids": []}
+    ours = generate_batch(target, drafter, prompts([20, 4]), **options)
+    assert [out.token_ids for out in ours] == [
+        generate_plain(target, row, **options).token_ids for row in prompts([20, 4])
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 9, 20])
+def test_a_trained_drafter_is_accepted_as_alone(language_target, language_drafter, language_prompts, limit):
+    """Rows accept different numbers of tokens, and end by a stop token or by the limit, inside blocks."""
+    encode = language_target.tokenizer
+    rows = [encode(f"ask {question} answer")["input_ids"] for question in language_prompts[50:56]]
+    rows[1] = encode("w7 w9")["input_ids"] + rows[1]
+    texts = [generate_plain(language_target, row, max_new_tokens=20, stop_token_ids=[]).token_ids for row in rows]
+    for stops in ([], [texts[0][3], texts[1][6], texts[2][11]]):
+        options = {"max_new_tokens": limit, "stop_token_ids": stops}
+        ours = generate_batch(language_target, language_drafter, rows, **options)
+        assert [facts(out) for out in ours] == [
+            facts(out) for out in alone(language_target, language_drafter, rows, **options)
+        ]
+        ends = [min([limit, *(text.index(stop) + 1 for stop in stops if stop in text)]) for text in texts]
+        assert [out.token_ids for out in ours] == [text[:end] for text, end in zip(texts, ends, strict=True)]
+    if limit == 20:
+        assert len(set(ends)) > 2
+        accepted = [length for out in ours for length in out.accepted_lengths]
+        assert sum(accepted) > 20 and len(set(accepted)) > 2  # else nothing is tested
+
+
+def test_what_a_row_has_not_written_is_never_seen(monkeypatch):
+    """Large numbers in the unwritten columns change nothing, also after rows have left the batch."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target)
+    first = generate_plain(target, prompts()[0], max_new_tokens=5, stop_token_ids=[]).token_ids
+    options = {"max_new_tokens": 12, "stop_token_ids": first[-1:]}
+    expected = [facts(out) for out in generate_batch(target, drafter, prompts(), **options)]
+    update, num_rows = RaggedLayer.update, set()
+
+    def spoil_first(self, key_states, value_states, *rest, **kwargs):
+        num_rows.add(len(key_states))
+        if not self.is_initialized:
+            update(self, key_states, value_states)
+            for buffer in self._buffers:
+                buffer.fill_(1e3)
+        return update(self, key_states, value_states, *rest, **kwargs)
+
+    monkeypatch.setattr(RaggedLayer, "update", spoil_first)
+    assert [facts(out) for out in generate_batch(target, drafter, prompts(), **options)] == expected
+    assert len(num_rows) > 1
+
+
+@pytest.fixture
+def unchecked_types():
+    """The type checks of these tests cannot be traced by torch.compile."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def graphs(monkeypatch, unchecked_types):
+    """The graphs that are traced, with the shapes that CUDA graphs need; nothing may break one in two."""
+    compiled, found = torch.compile, []
+
+    def backend(graph, _inputs):
+        found.append(graph)
+        return graph
+
+    def traced(step, **_):
+        return compiled(step, backend=backend, dynamic=False, fullgraph=True)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", traced)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_compiled_steps_of_fixed_shapes(temperature, graphs, language_target, language_drafter, language_prompts):
+    """Rows that are done wait for the others."""
+    rows = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:54]]
+    rows[1] = rows[1][1:]
+    plain = [generate_plain(language_target, row, max_new_tokens=30, stop_token_ids=[]).token_ids for row in rows]
+    options = {"max_new_tokens": 30, "stop_token_ids": [plain[0][6]], "temperature": temperature, "seed": 3}
+    expected = [facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows, **options)]
+    decoder = Decoder(language_target, language_drafter, compile=True)
+    found = decoder.generate_batch(rows, **options)
+    assert [facts(out)[:2] for out in found] == expected
+    assert len(graphs) == 2
+    assert [facts(out)[:2] for out in decoder.generate_batch(rows[::-1], **options)] == [
+        facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows[::-1], **options)
+    ]
+    assert len(graphs) == 2, "one for each model, whatever the prompts"
+    alone_too = decoder.generate(rows[0], **options)
+    assert facts(alone_too)[:2] == expected[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_calls_with_other_prompts_compile_nothing_again(graphs, monkeypatch, language_target, language_drafter):
+    """Twelve calls, three lengths of prompts: two graphs, and one copy to the host in a step."""
+    waits, tolist, steps = [], torch.Tensor.tolist, []
+    decoder = Decoder(language_target, language_drafter, compile=True, max_length=200)
+    verify = FixedBatch.verify
+
+    def counted(self, blocks):
+        before = len(waits)
+        verify(self, blocks)
+        steps.append(len(waits) - before)
+
+    monkeypatch.setattr(FixedBatch, "verify", counted)
+    for number in range(12):
+        prompt = [5 + (number + place) % 40 for place in range((7, 30, 90)[number % 3])]
+        options = {"max_new_tokens": 20, "stop_token_ids": []}
+        expected = generate_plain(language_target, prompt, **options).token_ids
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda self: waits.append(1) or tolist(self))
+            found = decoder.generate(prompt, **options)
+        assert found.token_ids == expected
+        if number == 0:
+            num_graphs = len(graphs)
+    assert len(graphs) == num_graphs == 2 and set(steps) == {1} and len(steps) > 24
+
+
+def test_a_longer_text_gets_larger_caches(monkeypatch, language_target, language_drafter):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr("dpace.decode.batch.COMPILED_COLUMNS", 16)
+    decoder, options = Decoder(language_target, language_drafter, compile=True), {"stop_token_ids": []}
+    columns = []
+    for count in (10, 20, 10):
+        expected = generate_plain(language_target, [5, 6, 7], max_new_tokens=count, **options).token_ids
+        assert decoder.generate([5, 6, 7], max_new_tokens=count, **options).token_ids == expected
+        columns.append(decoder.columns)
+    assert columns == [16, 32, 32]
+
+
+@pytest.mark.parametrize("with_drafter", [True, False])
+def test_a_decoder_without_compiled_steps(with_drafter, language_target, language_drafter):
+    """What is learned in a call is known in the next."""
+    decoder = Decoder(language_target, language_drafter if with_drafter else None)
+    expected = generate_plain(language_target, [5, 6, 7], max_new_tokens=12)
+    assert decoder.generate([5, 6, 7], max_new_tokens=12).token_ids == expected.token_ids
+    assert [out.token_ids for out in decoder.generate_batch([[5, 6, 7]], max_new_tokens=12)] == [expected.token_ids]
+    if with_drafter:
+        pace = decoder.paces.get(language_target, language_drafter)
+        decoder.generate([5, 6, 7], max_new_tokens=12)
+        assert decoder.paces.get(language_target, language_drafter) is pace
+
+
+def test_one_prompt_and_none():
+    target = make_target("gemma3")
+    drafter = make_drafter(target)
+    (ours,) = generate_batch(target, drafter, prompts([30]), max_new_tokens=10, stop_token_ids=[])
+    assert facts(ours) == facts(alone(target, drafter, prompts([30]), max_new_tokens=10, stop_token_ids=[])[0])
+    assert generate_batch(target, drafter, [], max_new_tokens=10) == []
+
+
+def test_seeds_give_the_texts_of_one_at_a_time():
+    target = make_target("qwen3")
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight.mul_(0.05)
+    drafter = make_drafter(target)
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "stop_token_ids": []}
+    ours = generate_batch(target, drafter, prompts(), seed=5, **options)
+    one_by_one = [alone(target, drafter, [row], seed=5 + i, **options)[0] for i, row in enumerate(prompts())]
+    assert [facts(out) for out in ours] == [facts(out) for out in one_by_one]
+    same = generate_batch(target, drafter, prompts([5]) * 2, seed=5, **options)
+    assert same[0].token_ids != same[1].token_ids
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"], indirect=True)
+def test_sliding_windows_are_refused(random_target):
+    with pytest.raises(ValueError, match="one prompt at a time with `generate`"):
+        generate_batch(random_target, make_drafter(random_target), prompts(), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "match"),
+    [
+        ([[5], []], {}, "empty"),
+        ([[5], [5] * 250], {}, "limit of 256"),
+        ([[5], [6]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[5], [6]], {"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_bad_requests(rows, options, match):
+    target = make_target("qwen3")
+    with pytest.raises(ValueError, match=match):
+        generate_batch(target, make_drafter(target), rows, **{"max_new_tokens": 10, **options})
+
+
+def test_an_attention_without_4d_masks_is_refused():
+    target = make_target("qwen3")
+    target.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        generate_batch(target, make_drafter(target), prompts(), max_new_tokens=4)

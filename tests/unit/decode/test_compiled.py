@@ -1,0 +1,94 @@
+"""Plain decoding with compiled steps as a second baseline; what is compiled is in test_batch.py and tests/gpu."""
+
+import json
+
+import pytest
+import torch
+
+from dpace.config import BenchConfig
+from dpace.decode import Decoder
+from dpace.measure.benchmark import CompiledPlain, bench, find_compiled
+from dpace.measure.results import CompiledBaseline, read_results
+from dpace.prompts.prompts import Prompt
+from dpace.report.tables import results_table
+from tests.conftest import make_drafter, make_target, make_tokenizer
+from tests.support.rows import make_bench, make_row
+
+PROMPTS = [Prompt(str(i), "s", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(3)]
+CONFIG = BenchConfig(max_new_tokens=12, temperatures=(0.0, 1.0), widths=("full",), compiled="always")
+
+
+@pytest.fixture
+def target():
+    target = make_target("qwen3")
+    target.tokenizer = make_tokenizer()
+    return target
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Nothing is compiled; the longest lengths that were asked for are."""
+    found = []
+    generate = Decoder.generate
+
+    def counted(self, token_ids, **options):
+        found.append((options["max_new_tokens"], self.compile))
+        return generate(self, token_ids, **options)
+
+    monkeypatch.setattr("torch.compile", lambda step, **_: step)
+    monkeypatch.setattr(Decoder, "generate", counted)
+    return found
+
+
+def test_it_is_measured_on_an_accelerator_or_where_asked_for(target):
+    wanted = {choice: find_compiled(target, BenchConfig(compiled=choice)) for choice in ("auto", "always", "never")}
+    assert [choice for choice, found in wanted.items() if found] == ["always"]
+
+
+def test_both_baselines_are_in_the_results(target, calls, tmp_path):
+    """Same texts, no drafter among the rows, nothing decoded twice; old files have no such column."""
+    drafter = make_drafter(target)
+    results = bench(target, {"d": drafter}, PROMPTS, CONFIG, tmp_path)
+    assert [row.drafter for row in results.rows] == ["d", "d"]
+    for row in results.rows:
+        assert row.compiled and row.compiled.num_same_text == row.num_responses == 3
+        assert row.compiled.decode_speedup == pytest.approx(row.tokens_per_second / row.compiled.tokens_per_second)
+    assert read_results(tmp_path / "results.json") == results
+    number = len(calls)
+    assert number == 1 + 2 * 3 and all(compile for _, compile in calls), "one to compile, one for each prompt"
+    again = bench(target, {"d": drafter}, PROMPTS, CONFIG, tmp_path)
+    assert len(calls) == number and again.rows[0].compiled == results.rows[0].compiled
+    path = tmp_path / "results.json"
+    old = json.loads(path.read_text())
+    for row in old["rows"]:
+        del row["compiled"]
+    path.write_text(json.dumps(old))
+    assert [row.compiled for row in read_results(path).rows] == [None, None]
+
+
+def test_steps_of_another_length_are_compiled_before_they_are_timed(calls):
+    plain = CompiledPlain(make_target("qwen3", max_position_embeddings=512))
+    for length in (12, 13, 300, 299):
+        plain.decode([5, 6, 7], max_new_tokens=length, stop_token_ids=list(range(64)))
+    assert [length for length, _ in calls] == [12, 12, 13, 300, 300, 299]
+
+
+def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):
+    def fail(*_, **__):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\nis here")
+
+    monkeypatch.setattr(Decoder, "generate", fail)
+    results = bench(target, {"d": make_drafter(target)}, PROMPTS, CONFIG, tmp_path)
+    assert all(row.compiled is None for row in results.rows)
+    assert "left out: no compiler is here\n" in capsys.readouterr().err
+
+
+def test_tables_name_it_where_it_was_measured():
+    found = CompiledBaseline(
+        tokens_per_second=3.0, decode_speedup=1.33, decode_speedup_interval=(None, None), num_same_text=1
+    )
+    shown = results_table(make_bench(make_row(compiled=found)))
+    assert "s 1.33 at T=0" in str(shown.caption)
+    wide = results_table(make_bench(make_row(compiled=found), make_row()), wide=True)
+    assert [list(column.cells) for column in wide.columns[-2:]] == [["3.0", "-"], ["1.33", "-"]]
+    assert not results_table(make_bench()).caption

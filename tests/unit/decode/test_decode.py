@@ -1,0 +1,314 @@
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from dpace.decode import Paces, generate, generate_plain
+from dpace.decode.costs import StepCosts
+from dpace.decode.sampling import Sampler, verify_draft, verify_sampled
+from dpace.drafter.vocabulary import DraftVocabulary
+from dpace.target.chat import encode_chat
+from tests.conftest import EOS, MASK, Oracle, make_drafter, make_target
+
+
+def prompt(length=7, seed=0):
+    return torch.randint(4, 64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("seeds", "length"), [([0], 20), pytest.param([0, 1, 2], 30, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_greedy_text_is_the_targets(random_target, block_size, seeds, length):
+    drafter = make_drafter(random_target, block_size=block_size)
+    for seed in seeds:
+        options = {"max_new_tokens": length, "stop_token_ids": []}
+        plain = generate_plain(random_target, prompt(seed=seed), **options)
+        for way in ({"width": "full"}, {"width": "full", "block_size": 2}, {"width": "auto"}):
+            ours = generate(random_target, drafter, prompt(seed=seed), **options, **way)
+            assert ours.token_ids == plain.token_ids
+
+
+def test_plain_decoding_is_transformers_own(random_target):
+    ids = torch.tensor([prompt()])
+    expected = random_target.model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = generate_plain(random_target, prompt(), max_new_tokens=20, stop_token_ids=[])
+    assert found.token_ids == expected[0, 7:].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+def test_transformers_own_dflash_generation_takes_the_drafter():
+    target = make_target("smollm2")
+    drafter = make_drafter(target)
+    ids = torch.tensor([prompt()])
+    out = target.model.generate(
+        ids, assistant_model=drafter, speculation_type="dflash", max_new_tokens=20, do_sample=False, eos_token_id=None
+    )
+    assert out[0, 7:].tolist() == generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[]).token_ids
+
+
+@pytest.mark.parametrize(
+    ("is_wrong", "expected"),
+    [
+        (lambda n: False, [3, 3, 3, 3, 3]),
+        (lambda n: True, [0] * 20),
+        (lambda n: n % 3 == 2, [2, 2, 2, 2, 2, 2, 2]),
+    ],
+    ids=["always", "never", "sometimes"],
+)
+def test_fake_drafters(monkeypatch, is_wrong, expected):
+    target = make_target("qwen3")
+    drafter = make_drafter(target)
+    plain = generate_plain(target, prompt(), max_new_tokens=40, stop_token_ids=[])
+    Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong)
+    ours = generate(target, drafter, prompt(), max_new_tokens=21, stop_token_ids=[], width="full")
+    assert ours.token_ids == plain.token_ids[:21]
+    assert ours.accepted_lengths[: len(expected) - 1] == expected[:-1]
+    assert sum(ours.emitted_lengths) == 20
+
+
+@pytest.mark.parametrize("stop_at", range(1, 9))
+def test_stop_tokens_inside_a_block(monkeypatch, stop_at):
+    target = make_target("qwen3")
+    drafter = make_drafter(target)
+    plain = generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[])
+    stop = plain.token_ids[stop_at]
+    end = plain.token_ids.index(stop) + 1
+    Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, lambda n: False)
+    ours = generate(target, drafter, prompt(), max_new_tokens=20, stop_token_ids=[stop], width="full")
+    assert ours.token_ids == plain.token_ids[:end]
+    assert sum(ours.emitted_lengths) == end - 1 == ours.acceptance.num_emitted_tokens
+    assert generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[stop]).token_ids == ours.token_ids
+
+
+@pytest.mark.parametrize("limit", range(1, 10))
+def test_length_limits_inside_a_block(monkeypatch, limit):
+    target = make_target("qwen3")
+    drafter = make_drafter(target)
+    plain = generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[])
+    Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, lambda n: False)
+    ours = generate(target, drafter, prompt(), max_new_tokens=limit, stop_token_ids=[], width="full")
+    assert ours.token_ids == plain.token_ids[:limit]
+    assert sum(ours.emitted_lengths) == limit - 1 == ours.acceptance.num_emitted_tokens
+
+
+def chi_square(counts, probs):
+    """p-value of counts against probabilities, rare cells together."""
+    expected = probs.flatten().double() * counts.sum()
+    common = expected >= 5
+    found = torch.cat([counts.flatten()[common], counts.flatten()[~common].sum()[None]]).double()
+    wanted = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-9)])
+    return chisquare(found, wanted * found.sum() / wanted.sum()).pvalue
+
+
+@pytest.mark.parametrize(
+    ("rule", "width", "filters", "drafted"),
+    [
+        ("equality", "auto", {"temperature": 1.4, "top_p": 0.8}, None),
+        ("speculative", "full", {}, None),
+        ("speculative", "auto", {"top_k": 3}, None),
+        ("equality", "full", {}, [1, 3]),
+        ("speculative", "full", {}, [1, 3]),
+        ("speculative", "auto", {"top_p": 0.9}, [1, 3]),
+    ],
+)
+@pytest.mark.parametrize("samples", [300, pytest.param(1500, marks=pytest.mark.slow)])
+def test_output_distribution_when_sampling(rule, width, filters, drafted, samples, monkeypatch):
+    """Chi-square of the joint distribution of the 2nd and 3rd token against the target's, on a tiny vocabulary.
+
+    Also where only some tokens, and those of the prompt, are drafted.
+    """
+    monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
+    monkeypatch.setattr("dpace.decode.pace.Pace._learn_slowness", lambda *_: None)  # steps do not take these seconds
+    target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight.mul_(0.2)
+    drafter = make_drafter(target, block_size=4, num_layers=1, num_features=1)
+    drafter.vocabulary = DraftVocabulary(drafted) if drafted else None
+    start, temperature = [4, 5, 6], filters.get("temperature", 1.0)
+    sampler = Sampler(**{"temperature": 1.0, **filters})
+
+    def probs(tokens):
+        with torch.no_grad():
+            return sampler.probs(sampler.scores(target.model(torch.tensor([tokens])).logits[0, -1:], tokens))[0]
+
+    first = probs(start)
+    joint = torch.stack([first[t] * probs([*start, t]) for t in range(8)])
+    third = torch.stack([torch.stack([joint[a, b] * probs([*start, a, b]) for b in range(8)]) for a in range(8)]).sum(0)
+    counts, accepted = torch.zeros(8, 8), 0
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 3, "stop_token_ids": [], "verify_rule": rule, "width": width, "paces": Paces()}
+    for _ in range(samples):
+        out = generate(target, drafter, start, **options, **{"temperature": temperature, **filters})
+        counts[out.token_ids[1], out.token_ids[2]] += 1
+        accepted += sum(out.accepted_lengths)
+    assert accepted > samples / 20  # else nothing is tested
+    assert not counts[third == 0].any()
+    assert chi_square(counts, third) > 0.01
+
+
+def test_speculative_sampling_accepts_the_overlap():
+    """By Monte Carlo on one slot: acceptance is `sum of min(p, q)`, and what is emitted is distributed as `p`."""
+    torch.manual_seed(0)
+    p, q = (torch.softmax(2 * torch.randn(6), -1) for _ in range(2))
+    sampler = Sampler(1.0, seed=1)
+    counts, accepted, samples = torch.zeros(6), 0, 4000
+    for _ in range(samples):
+        draft = int(torch.multinomial(q, 1, generator=sampler.generator))
+        number, token = verify_sampled([draft], q[None], torch.stack([p, p]), sampler)
+        counts[draft if number else token] += 1
+        accepted += number
+    overlap = float(torch.minimum(p, q).sum())
+    assert abs(accepted / samples - overlap) < 4 * (overlap * (1 - overlap) / samples) ** 0.5
+    assert chi_square(counts, p) > 0.01
+
+
+@pytest.mark.parametrize(
+    "filters", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9}]
+)
+def test_filters_are_those_of_transformers(filters):
+    """The distribution of the first token is the one that `model.generate` draws from."""
+    target = make_target("qwen3")
+    ids = torch.tensor([prompt()])
+    settings = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, **filters}
+    out = target.model.generate(
+        ids,
+        do_sample=True,
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        output_scores=True,
+        eos_token_id=None,
+        **settings,
+    )
+    sampler = Sampler(**{"temperature": 1.0, **filters})
+    scores = sampler.scores(target.model(ids).logits[0, -1:].detach(), prompt())
+    torch.testing.assert_close(sampler.probs(scores), out.scores[0].softmax(-1))
+
+
+def test_settings_outside_their_range_are_refused():
+    for settings in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 2.0}):
+        with pytest.raises(ValueError, match="must be >= 0"):
+            Sampler(**settings)
+
+
+@pytest.mark.parametrize("confidence", [0.2, 0.6, 0.99])
+@pytest.mark.parametrize("wrong", [0, 2, 3, 1])
+def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
+    """Whatever the drafter is and says, and whatever the costs, the text is the target's and the caches stay right."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target, block_size=6)
+    plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[])
+    costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
+    monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: costs)
+    monkeypatch.setattr("dpace.decode.pace.PromptLookup.propose", lambda *_: (0, []))
+    is_wrong = {0: lambda n: False, 1: lambda n: True}.get(wrong, lambda n: n % wrong == 0)
+    Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong, confidence)
+    ours = generate(target, drafter, prompt(), max_new_tokens=50, stop_token_ids=[], width="auto")
+    assert ours.token_ids == plain.token_ids[:50]
+    assert all(a < w for a, w in zip(ours.accepted_lengths, ours.widths, strict=True))
+    if wrong == 1:  # nothing is ever accepted: soon hardly anything is drafted
+        assert sum(width > 1 for width in ours.widths) < 10
+    if wrong == 0 and confidence == 0.99:
+        assert sum(ours.accepted_lengths) > 35
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("rule", ["equality", "speculative"])
+@pytest.mark.parametrize("is_copied", [lambda k: True, lambda k: k % 3 > 0], ids=["always", "in between"])
+def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
+    """The text stays the same and the drafter's later features are right, with copies only and with drafts between."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target, block_size=6)
+    monkeypatch.setattr(
+        "dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.1, 1.2, 1.3, 1.4, 1.5], 0.1)
+    )
+    steps = itertools.count()
+
+    def plan(_, match, count, num_unread):
+        return (count + 1, False) if count and is_copied(next(steps)) else (1, True)
+
+    monkeypatch.setattr("dpace.decode.pace.Pace.plan", plan)
+    seen = []
+    forward = drafter.forward
+    monkeypatch.setattr(drafter, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
+    options = {"max_new_tokens": 60, "stop_token_ids": [], "temperature": temperature, "seed": 3}
+    ours = generate(target, drafter, prompt() * 4, width="auto", verify_rule=rule, **options)
+    if rule == "equality" or temperature == 0:
+        assert ours.token_ids == generate_plain(target, prompt() * 4, **options).token_ids
+    assert 0 < ours.num_copied <= sum(ours.accepted_lengths)
+    text = prompt() * 4 + ours.token_ids
+    assert len(seen) > 2
+    for inputs in seen:  # positions follow each other without gaps, and features are those of the text
+        end = int(inputs["position_ids"][0, -6])
+        features = inputs["context_hidden_states"]
+        expected = target.features(torch.tensor([text[:end]]), drafter.target_layer_ids)[:, -features.shape[1] :]
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert sum(inputs["context_hidden_states"].shape[1] for inputs in seen) == end
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 2.0, "top_k": 9, "min_p": 0.01}, {"temperature": 1.6, "top_p": 0.97}]
+)
+def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, language_drafter, language_prompts):
+    """Also above temperature 0, with any width: the position's random numbers are the same."""
+    options = {"temperature": 1.0, **filters, "max_new_tokens": 24, "stop_token_ids": []}
+    accepted, texts = 0, set()
+    for seed, question in enumerate(language_prompts[50:54]):
+        ids = language_target.tokenizer(f"ask {question} answer")["input_ids"]
+        plain = generate_plain(language_target, ids, seed=seed, **options).token_ids
+        for how in ({"width": "full"}, {"width": "full", "block_size": 3}, {"width": "auto"}):
+            ours = generate(language_target, language_drafter, ids, seed=seed, **options, **how)
+            assert ours.token_ids == plain
+            accepted += sum(ours.accepted_lengths)
+        texts |= {tuple(generate_plain(language_target, ids, seed=s, **options).token_ids) for s in (seed, seed + 9)}
+    assert accepted > 20 and len(texts) > 4  # else nothing is tested
+
+
+def test_a_seed_repeats_speculative_sampling():
+    target = make_target("qwen3")
+    drafter = make_drafter(target)
+    options = {"temperature": 1.0, "seed": 5, "width": "full", "verify_rule": "speculative"}
+    runs = [generate(target, drafter, prompt(), max_new_tokens=20, **options).token_ids for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_verify_counts_the_prefix():
+    assert verify_draft([1, 2, 3], [1, 2, 4, 9]) == 2
+    assert verify_draft([1, 2], [1, 2, 3]) == 2
+    assert verify_draft([5], [6, 7]) == 0
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "options", "match"),
+    [
+        ([], {}, "empty"),
+        ([5] * 250, {"max_new_tokens": 10}, "limit of 256"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([5], {"max_new_tokens": 5, "temperature": -1.0}, "temperature"),
+        ([5], {"max_new_tokens": 5, "block_size": 99}, "blocks of 2 to"),
+    ],
+)
+def test_bad_requests(token_ids, options, match):
+    target = make_target("qwen3")
+    with pytest.raises(ValueError, match=match):
+        generate(target, make_drafter(target), token_ids, **options)
+    assert EOS in target.stop_token_ids and MASK not in target.stop_token_ids
+
+
+def test_a_fixed_width_drafts_whole_blocks_and_verifies_their_beginning(
+    language_target, language_drafter, language_prompts
+):
+    """So the accepted lengths are those of whole blocks, cut; that is what `dpace bench --predict` counts on."""
+    ids = encode_chat(language_target, [{"role": "user", "content": language_prompts[51]}])
+    options = {"max_new_tokens": 40, "stop_token_ids": []}
+    plain = generate_plain(language_target, ids, **options)
+    for width in (2, 3, language_drafter.block_size):
+        ours = generate(language_target, language_drafter, ids, width=width, **options)
+        assert ours.token_ids == plain.token_ids
+        assert max(ours.widths) == width and 0 < max(ours.accepted_lengths) < width
+    whole = generate(language_target, language_drafter, ids, width="full", **options)
+    assert whole.accepted_lengths == ours.accepted_lengths
+    for width in (1, language_drafter.block_size + 1):
+        with pytest.raises(ValueError, match="tokens to verify"):
+            generate(language_target, language_drafter, ids, width=width, **options)

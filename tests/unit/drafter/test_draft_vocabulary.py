@@ -1,0 +1,137 @@
+"""Drafts of some tokens only: the text, what is drafted, what is measured, and when it is used."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+from dpace.batches.dataset import ResponseDataset
+from dpace.decode import generate, generate_batch, generate_plain
+from dpace.decode.loop import Speculation, make_drafting
+from dpace.decode.request import Continuation
+from dpace.decode.sampling import Sampler
+from dpace.drafter import load_drafter
+from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftHead, DraftVocabulary, load_vocabulary
+from dpace.measure.heldout import heldout_acceptance
+from dpace.train.calibration import fit_confidence_temperature
+from tests.conftest import LANGUAGE_RECIPE, make_target
+from tests.unit.train.test_train import run_recipe, short
+
+
+@pytest.fixture
+def drafter(language_drafter):
+    """A copy that may draft a part of the tokens."""
+    return copy.deepcopy(language_drafter)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_the_head_with_all_other_tokens_left_out(family, dtype):
+    """With the prompt's tokens, caps and scales; and again after the head has changed."""
+    target = make_target(family)
+    target.model.to(dtype)
+    target.head = target.head._replace(weight=target.model.get_output_embeddings().weight)
+    vocabulary, hidden = DraftVocabulary([9, 2, 33]), torch.randn(5, target.hidden_size, dtype=dtype)
+    for change in (1.0, -2.0):
+        with torch.no_grad():
+            target.head.weight.mul_(change)
+        head, whole = DraftHead(target, vocabulary, [2, 7, 7]), target.head.logits(hidden).float()
+        allowed = [2, 7, 9, 33]
+        expected = torch.full_like(whole, -torch.inf)
+        expected[:, allowed] = whole[:, allowed]
+        found = head.logits(hidden)
+        torch.testing.assert_close(head.spread(found).float(), expected, rtol=2e-2, atol=2e-2)
+        assert found.shape == (5, 4) and torch.equal(head.tokens(found), head.spread(found).float().argmax(-1))
+    with_all = DraftHead(target, None)
+    assert with_all.spread(with_all.logits(hidden)).shape == whole.shape
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_the_text_is_the_targets_and_only_these_tokens_are_drafted(options, language_target, drafter, language_prompts):
+    drafter.vocabulary = DraftVocabulary(range(20, 45))
+    prompts = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:53]]
+    num_accepted = 0
+    for width in ("full", "auto"):
+        for ids in prompts:
+            ours = generate(language_target, drafter, ids, max_new_tokens=30, width=width, **options)
+            assert ours.token_ids == generate_plain(language_target, ids, max_new_tokens=30, **options).token_ids
+            place = 1
+            for accepted, emitted in zip(ours.accepted_lengths, ours.emitted_lengths, strict=True):
+                drafted = ours.token_ids[place : place + accepted]
+                assert width == "auto" or set(drafted) <= {*range(20, 45), *ids}
+                place, num_accepted = place + emitted, num_accepted + accepted
+    assert num_accepted > 10
+    together = generate_batch(language_target, drafter, prompts, max_new_tokens=30, **options)
+    for number, (one, ids) in enumerate(zip(together, prompts, strict=True)):
+        own = {**options, "seed": options["seed"] + number} if options else {}
+        assert one.token_ids == generate_plain(language_target, ids, max_new_tokens=30, **own).token_ids
+
+
+def test_what_is_measured_is_what_decoding_accepts(language_target, drafter, language_responses):
+    """On responses, with the tokens of their prompts among the others."""
+    responses = language_responses[50:56]
+    prompt_ids = {token for r in responses for token in r.token_ids[: r.response_spans[0][0]]}
+    drafter.vocabulary = DraftVocabulary(prompt_ids | set(range(30, 45)))
+    data = ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
+    found = heldout_acceptance(drafter, language_target, data, token_ids=drafter.vocabulary.token_ids)
+    decoded = []
+    for response in responses:
+        ((start, end),) = response.response_spans
+        ids = response.token_ids[:start]
+        one = generate(language_target, drafter, ids, max_new_tokens=end - start, width="full")
+        decoded.append(one.acceptance.counts.tolist())
+    assert found.rows.tolist() == decoded
+    assert found.tau < heldout_acceptance(drafter, language_target, data).tau
+
+
+def test_training_writes_it_where_it_loses_no_tau(language_target, language_responses, tmp_path, monkeypatch):
+    """And it is loaded where it pays."""
+    parts = language_target, language_responses[:21], language_responses[50:]
+    run_recipe(*parts, short(), tmp_path / "a")
+    seen = {token for response in language_responses[:21] for token in response.token_ids}
+    path = tmp_path / "a" / VOCABULARY_FILE
+    written = json.loads(path.read_text())
+    assert written["token_ids"] == sorted(seen | set(language_target.stop_token_ids))
+    monkeypatch.setattr("dpace.drafter.vocabulary.MIN_SAVING", 0.5)
+    assert load_drafter(tmp_path / "a", language_target).vocabulary is None
+    monkeypatch.setattr("dpace.drafter.vocabulary.MIN_SAVING", -1.0)
+    assert load_drafter(tmp_path / "a", language_target, all_tokens=True).vocabulary is None
+    loaded = load_drafter(tmp_path / "a", language_target).vocabulary
+    assert loaded is not None and loaded.known == seen | set(language_target.stop_token_ids)
+    data = ResponseDataset(language_responses[50:], max_length=64, num_anchors=None, seed=0)
+    ours = load_drafter(tmp_path / "a", language_target)
+    temperature = fit_confidence_temperature(ours, language_target, data, loaded.token_ids)
+    assert ours.confidence_temperature == written["confidence_temperature"] == temperature
+    for values, message in (({"token_ids": [3, 64]}, r"0 \.\. 63; copy"), ({"confidence_temperature": 0}, "above 0")):
+        path.write_text(json.dumps(written | values))
+        with pytest.raises(ValueError, match=message):
+            load_vocabulary(tmp_path / "a", 64)
+    monkeypatch.setattr("dpace.train.finish.MAX_TAU_LOSS", -0.5)
+    run_recipe(*parts, short(), tmp_path / "b")
+    assert not (tmp_path / "b" / VOCABULARY_FILE).exists()
+    run_recipe(*parts[:2], [], short(), tmp_path / "c")
+    assert not (tmp_path / "c" / VOCABULARY_FILE).exists()
+
+
+def test_speculative_sampling_with_processors_drafts_any_token(language_target, drafter):
+    """They may allow only tokens that the vocabulary does not have."""
+    drafter.vocabulary = DraftVocabulary([30, 31])
+    processors = LogitsProcessorList([lambda ids, scores: scores])
+    for given, rule, is_whole in ((processors, "speculative", True), (None, "speculative", False)):
+        text = Continuation([5, 6, 7], 3, 9, set(), Sampler(1.0, processors=given, seed=0))
+        drafting = make_drafting(language_target, drafter, 1.0, width="full", verify_rule=rule)
+        head = Speculation(language_target, drafter, text, drafting, []).draft_head
+        assert (head.token_ids is None) == is_whole
+
+
+def test_a_drafter_that_started_from_another_has_none(language_target, language_drafter, language_responses, tmp_path):
+    from dpace.train.run import make_datasets, train
+
+    recipe = short()
+    recipe = replace(recipe, drafter=replace(LANGUAGE_RECIPE.drafter, init="before"))
+    datasets = make_datasets(language_target, language_responses[:21], language_responses[50:], recipe)
+    train(language_target, *datasets, recipe, tmp_path, init=language_drafter)
+    assert (tmp_path / "provenance.json").exists() and not (tmp_path / VOCABULARY_FILE).exists()

@@ -1,0 +1,79 @@
+"""A model card names a verification length only where an interval says that it gains."""
+
+from dataclasses import replace
+
+import pytest
+
+from dpace.engines.card import NO_GAIN, UNKNOWN, best_lengths, served_lengths
+from dpace.measure.results import LlamacppRow, Prediction, ServerAddress, ServerResults, ServerRow
+from tests.support.rows import make_bench, make_row
+
+FASTER, SLOWER, UNCLEAR, FEW = (1.1, 1.4), (0.5, 0.9), (0.9, 1.2), (None, None)
+
+
+def advice(*rows, **changes):
+    return list(best_lengths(replace(make_bench(*rows), **changes), ["dpace"]))
+
+
+@pytest.mark.parametrize(
+    ("whole", "auto", "best"),
+    [
+        ((1.3, FASTER), (1.2, FASTER), "3, whole drafts"),
+        ((1.3, FASTER), (1.4, FASTER), "auto"),
+        ((1.5, UNCLEAR), (1.2, FASTER), "auto"),
+        ((0.7, SLOWER), (1.1, UNCLEAR), NO_GAIN),
+        ((2.0, FEW), (1.2, FEW), UNKNOWN),
+    ],
+)
+def test_the_fastest_length_with_a_gain_is_chosen(whole, auto, best):
+    rows = [
+        make_row(width=width, decode_speedup=speedup, decode_speedup_interval=ends)
+        for width, (speedup, ends) in {"full": whole, "auto": auto}.items()
+    ]
+    other = make_row(drafter="other", decode_speedup=9.0, decode_speedup_interval=FASTER)
+    (found,) = advice(*rows, other)
+    assert found[:5] == ("dpace", "s", 0.0, 1, best)
+
+
+@pytest.mark.parametrize(("speedups", "best"), [([1.1, 1.3], "3"), ([0.9, 0.8], NO_GAIN)])
+def test_several_prompts_have_what_was_predicted(speedups, best):
+    about = {"drafter": "dpace", "set": "s", "temperature": 0.0, "widths": [2, 3], "measured": [None, None]}
+    predictions = [Prediction(concurrency=count, speedups=speedups, **about) for count in (1, 4)]
+    found = advice(make_row(), predictions=predictions)
+    assert found[1:] == [("dpace", "s", 0.0, 4, f"{best} (predicted)", f"{max(speedups):.2f}")]
+
+
+@pytest.mark.parametrize(("drafted", "best"), [(50.0, "3"), (10.0, NO_GAIN)])
+def test_llamacpp_has_a_row_of_its_own(drafted, best):
+    row = LlamacppRow(
+        set="s", plain_tokens_per_second=20.0, tokens_per_second=drafted, num_same_text=3, num_responses=3, threads=2
+    )
+    found = advice(make_row(), llamacpp=[row])
+    assert found[1][:5] == ("llama.cpp", "s", 0.0, 1, f"{best} (3 prompts)")
+    assert not list(best_lengths(replace(make_bench(make_row()), llamacpp=[row]), ["other"]))
+
+
+@pytest.mark.parametrize(("ends", "best"), [(FASTER, "3"), (UNCLEAR, NO_GAIN), (FEW, UNKNOWN)])
+def test_a_server_has_the_length_that_it_ran_with(ends, best):
+    row = ServerRow(
+        set="s",
+        temperature=0.0,
+        concurrency=8,
+        tokens_per_second=1.0,
+        throughput=1.0,
+        first_seconds=(0.1, 0.2),
+        num_responses=6,
+        tau=2.0,
+        tau_interval=FEW,
+        num_verifications=2,
+        histogram=[1, 0, 1],
+        reach_rate=[0.5, 0.5],
+        decode_speedup=1.2,
+        decode_speedup_interval=ends,
+        num_same_text=6,
+    )
+    servers = {"drafter": ServerAddress(url="http://a:1", engine="vllm")}
+    results = ServerResults(target="t", servers=servers, max_new_tokens=9, seed=0, rows=[row])
+    (found,) = served_lengths(results)
+    assert found[:5] == ("vllm", "s", 0.0, 8, best)
+    assert not list(served_lengths(replace(results, rows=[replace(row, decode_speedup=None)])))

@@ -1,0 +1,544 @@
+"""What is exported is the drafter, for each engine that runs here; what others wrote is taken over as it is."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+import dpace.engines.export
+import dpace.modeling_dflash
+import dpace.studies.demo
+from dpace.cli import main
+from dpace.config import BenchConfig, DrafterConfig, Recipe
+from dpace.decode.loop import generate, generate_plain
+from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.export import export, import_drafter, read_drafter
+from dpace.engines.gguf import read_gguf
+from dpace.engines.llamacpp import run_llamacpp
+from dpace.engines.published import read_folder
+from dpace.measure.benchmark import bench
+from dpace.prompts.prompts import Prompt
+from dpace.target import Target
+from dpace.train.run import make_datasets, train
+from tests.conftest import EOS, LANGUAGE_RECIPE, make_drafter, make_target, write_target_gguf
+from tests.support.rows import make_bench, make_row
+
+TO_READ = ["zlab", "speculators", "gguf"]
+MAX_NEW_TOKENS = 40
+"""More than any response here has, so that no engine drafts less at the end."""
+KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.1), "convolutions": (1.5, 6.1)}
+"""Drafters of blocks of 6, by tau.
+
+The first shows exactness only, the second also wrong features, the third long runs, up to whole blocks. The fourth has
+DFlash2's convolutions."""
+quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+
+
+@pytest.fixture(scope="session")
+def folder(language_drafter_folder, tmp_path_factory) -> Path:
+    """In fp32, and with values that 16 bits change."""
+    folder = tmp_path_factory.mktemp("trained") / "drafter"
+    drafter = Drafter.from_pretrained(language_drafter_folder, dtype=torch.float32).requires_grad_(False)
+    for parameter in drafter.parameters():
+        parameter.mul_(1.001)
+    drafter.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(language_target, language_prompts) -> list[list[int]]:
+    return [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:56]]
+
+
+@pytest.fixture(scope="session")
+def folders(folder, language_target, language_responses, tmp_path_factory) -> dict[str, Path]:
+    """A drafter of each kind; the overfitted one has been trained on the responses to the very prompts."""
+    made = tmp_path_factory.mktemp("kinds")
+    make_drafter(language_target, block_size=6).save_pretrained(made / "random")
+    recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, max_steps=60, batch_size=6, num_anchors=24))
+    datasets = make_datasets(language_target, language_responses[50:56], [], recipe)
+    train(language_target, *datasets, recipe, made / "overfitted")
+    second = replace(recipe, drafter=replace(recipe.drafter, conv_kernel_size=2))
+    train(language_target, *datasets, second, made / "convolutions")
+    return {kind: made / kind for kind in KINDS} | {"half-trained": folder}
+
+
+@pytest.fixture
+def do_export(language_target, folders, target_gguf, prompts, tmp_path):
+    def run(to, kind="half-trained", **options):
+        settings = {"output": tmp_path / to, "name": "tiny-dflash", "target_name": "some/target"}
+        settings |= {"target_gguf": target_gguf, "prompts": prompts, "max_new_tokens": 20}
+        return export(folders[kind], language_target, to=to, **{**settings, **options})
+
+    return run
+
+
+def edit(folder: Path, path: Path, **changes) -> Path:
+    """A copy with another config; None removes a key."""
+    shutil.copytree(folder, path)
+    config = json.loads((path / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(("to", "kind"), [*((to, "half-trained") for to in TO_READ), ("gguf", "convolutions")])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_out_and_in_again_is_the_same_drafter(to, kind, dtype, do_export, folders, language_folder, tmp_path):
+    folder = folders[kind]
+    done = do_export(to, kind, dtype=dtype)
+    weights = read_folder(folder)[1]
+    assert done.num_tensors == len(weights) == (25 if kind == "half-trained" else 36) and done.acceptance.tau > 1.5
+    assert (done.rounding == 0) == (dtype in (None, weights["fc.weight"].dtype)) and done.rounding < 0.01
+    again = import_drafter(done.path, tmp_path / "again", target=str(language_folder))
+    files = load_file(tmp_path / "again" / "model.safetensors")
+    for name, tensor in weights.items():
+        expected = tensor.to(torch.float32 if to == "gguf" and tensor.dim() != 2 else dtype or tensor.dtype)
+        assert files[name].dtype == expected.dtype and torch.equal(files[name], expected), name
+    assert again.spec == read_folder(folder)[0]
+
+
+def test_save_is_export(do_export, folder):
+    for to in ("zlab", "sglang", "vllm"):
+        path = do_export(to).path
+        for name in ("model.safetensors", "modeling_dflash.py"):
+            assert (path / name).read_bytes() == (folder / name).read_bytes()
+        configs = [json.loads((where / "config.json").read_text()) for where in (path, folder)]
+        assert configs[0] == configs[1]
+
+
+def test_each_engine_is_told_in_its_own_counting(do_export, language_drafter):
+    ids = language_drafter.target_layer_ids
+    config = json.loads((do_export("zlab").path / "config.json").read_text())
+    assert config["dflash_config"]["target_layer_ids"] == config["target_layer_ids"] == ids
+    assert config["block_size"] == 6 and config["auto_map"]["AutoModel"] == "modeling_dflash.DFlashDraftModel"
+    config = json.loads((do_export("speculators").path / "config.json").read_text())
+    assert config["aux_hidden_state_layer_ids"] == [i + 1 for i in ids]
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "some/target"
+    assert config["sliding_window_non_causal"] is True
+    assert config["transformer_layer_config"]["head_dim"] == 32
+    fields = gguf.GGUFReader(do_export("gguf").path).fields
+    assert fields["dflash.target_layers"].contents() == [i + 1 for i in ids]
+    assert fields["dflash.block_size"].contents() == 6 and fields["dflash.attention.causal"].contents() is False
+    assert fields["tokenizer.ggml.mask_token_id"].contents() == language_drafter.mask_token_id
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == EOS
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 64
+
+
+def test_a_file_that_says_something_else_is_refused(do_export, monkeypatch):
+    right = dpace.engines.export.speculators_config
+
+    def shifted(spec, **options):
+        config = right(spec, **options)
+        return config | {"aux_hidden_state_layer_ids": list(spec.target_layer_ids)}
+
+    monkeypatch.setattr(dpace.engines.export, "speculators_config", shifted)
+    with pytest.raises(ValueError, match="does not read back as it was written .target_layer_ids"):
+        do_export("speculators")
+    monkeypatch.setattr(
+        dpace.engines.export,
+        "save_file",
+        lambda tensors, path, **_: save_file({**tensors, "norm.weight": tensors["norm.weight"] * 2}, path),
+    )
+    monkeypatch.setattr(dpace.engines.export, "speculators_config", right)
+    with pytest.raises(ValueError, match="norm.weight"):
+        do_export("speculators")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target_layer_ids": (1, 5)}, "output of layer 5 is normalized"),
+        ({"target_layer_ids": (3, 1)}, "vLLM sorts them"),
+        ({"target_layer_ids": (1, 1)}, "train with ascending ids"),
+        ({"block_size": 1}, "at least one draft slot"),
+        ({"mask_token_id": 64}, "outside the target's embedding"),
+    ],
+)
+def test_what_no_engine_can_serve_is_refused(changes, reason, folder):
+    spec = DrafterSpec(**{**vars(read_folder(folder)[0]), **changes})
+    with pytest.raises(ValueError, match=reason):
+        spec.check()
+
+
+def test_other_spellings_are_read(folder, tmp_path):
+    expected, weights = read_folder(folder)
+    ids, mask = list(expected.target_layer_ids), expected.mask_token_id
+    nested = {"block_size": 6, "target_layer_ids": ids, "mask_token_id": mask}
+    no_top = {"block_size": None, "target_layer_ids": None, "mask_token_id": None}
+    old_rope = {"rope_parameters": None, "rope_scaling": None, "rope_theta": expected.rope["rope_theta"]}
+    for number, changes in enumerate(
+        [
+            {"dflash_config": nested, **no_top},
+            {"dflash_config": None},
+            old_rope,
+            {"is_causal": None, "rope_theta": None},
+        ]
+    ):
+        assert read_folder(edit(folder, tmp_path / str(number), **changes))[0] == expected
+    for number, rename in enumerate(
+        [
+            lambda name: f"model.{name}",
+            lambda name: {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}.get(
+                name, name
+            ),
+        ]
+    ):
+        other = edit(folder, tmp_path / f"names{number}")
+        save_file({rename(name): tensor for name, tensor in weights.items()}, other / "model.safetensors")
+        again = import_drafter(other, tmp_path / f"again{number}")
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+
+
+def test_scaled_rope_and_scales_survive(tmp_path):
+    for family in ("llama3.1", "gemma2"):
+        drafter = make_drafter(make_target(family))
+        drafter.save_pretrained(tmp_path / family)
+        again = read_drafter(tmp_path / family)
+        assert again.spec == drafter.spec
+        ids = torch.arange(12)[None]
+        assert torch.equal(*(torch.stack(d.rotary_emb(torch.zeros(1), ids)) for d in (drafter, again)))
+    assert again.spec.embed_scale > 1 and again.spec.softcap
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dflash_config": {"block_size": 8}}, "block_size is 8 in dflash_config and 6 at the top level"),
+        ({"rope_theta": 1.0}, "rope_theta is .* make them equal"),
+        ({"rope_theta": None, "rope_parameters": None}, "no rope_theta; engines would silently take 10000"),
+        ({"head_dim": None}, "no head_dim"),
+        ({"architectures": ["DFlash2DraftModel"]}, "no conv_kernel_size"),
+        ({"dflash_config": {"selector_rank": 256}}, "candidate selector of rank 256"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "only full attention"),
+        ({"is_causal": True}, "only full attention"),
+        ({"dflash_config": {"causal": True}}, "dflash_config.causal"),
+        ({"num_hidden_layers": 3}, "missing .*layers.2"),
+        ({"intermediate_size": 32}, "shape"),
+    ],
+)
+def test_what_is_not_known_is_not_taken_over(changes, reason, folder, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        read_drafter(edit(folder, tmp_path / "x", **changes))
+
+
+def test_a_trained_selector_is_refused(folders, tmp_path):
+    shutil.copytree(folders["convolutions"], tmp_path / "x")
+    weights = load_file(tmp_path / "x" / "model.safetensors")
+    weights["candidate_selector.successor_codebook"][3] = 1
+    save_file(weights, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="trained candidate selector"):
+        import_drafter(tmp_path / "x", tmp_path / "out")
+    with pytest.raises(ValueError, match="trained candidate selector"):
+        Drafter.from_pretrained(tmp_path / "x")
+
+
+def test_speculators_has_no_convolutions(do_export):
+    with pytest.raises(ValueError, match="format of speculators has none"):
+        do_export("speculators", "convolutions")
+
+
+def test_embeddings_of_its_own_and_missing_folders_are_refused(folder, tmp_path):
+    own = edit(folder, tmp_path / "own")
+    weights = load_file(own / "model.safetensors")
+    save_file({**weights, "embed_tokens.weight": torch.zeros(64, 48)}, own / "model.safetensors")
+    with pytest.raises(ValueError, match="unknown .'embed_tokens.weight'"):
+        import_drafter(own, tmp_path / "out")
+    with pytest.raises(ValueError, match="not a drafter's folder"):
+        import_drafter(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="own folder"):
+        import_drafter(own, own)
+
+
+def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, target_gguf, tmp_path):
+    with pytest.raises(ValueError, match="--target-gguf"):
+        do_export("gguf", target_gguf=None)
+    with pytest.raises(ValueError, match="there is no file"):
+        do_export("gguf", target_gguf=tmp_path / "nothing.gguf")
+    other = write_target_gguf(
+        make_target("qwen3", num_hidden_layers=5, layer_types=["full_attention"] * 5), tmp_path / "other.gguf"
+    )
+    with pytest.raises(ValueError, match="num_target_layers 5 and the drafter's target 6"):
+        do_export("gguf", target_gguf=other)
+    with pytest.raises(ValueError, match="architecture 'qwen3'"):
+        import_drafter(target_gguf, tmp_path / "out", target=str(language_folder))
+    path = do_export("gguf").path
+    with pytest.raises(ValueError, match="--target"):
+        import_drafter(path, tmp_path / "out")
+    data = gguf.quants.quantize(np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    tensor = type("Tensor", (), {"name": "fc.weight", "tensor_type": gguf.GGMLQuantizationType.Q8_0, "data": data})
+    with pytest.raises(ValueError, match="quantized .Q8_0"):
+        dpace.engines.gguf._weights(tensor)
+    rope = {**read_gguf(path, num_target_layers=6)[0].rope, "rope_type": "llama3"}
+    spec = DrafterSpec(**{**vars(read_gguf(path, num_target_layers=6)[0]), "rope": rope})
+    with pytest.raises(ValueError, match="rope_type is 'llama3'"):
+        dpace.engines.gguf.write_gguf(tmp_path / "x.gguf", spec, {}, target_gguf=target_gguf)
+
+
+def decode_and_count(target: Target, decode, token_ids: list[int]) -> tuple[list[int], int]:
+    """Text and verifications of a loop that calls our target: its forward passes after the first."""
+    calls = []
+    hook = target.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        output = decode(torch.tensor([token_ids]))
+    finally:
+        hook.remove()
+    return output[0, len(token_ids) :].tolist(), len(calls) - 1
+
+
+def our_steps(target: Target, drafter: Drafter, prompts) -> list[tuple[list[int], int]]:
+    """The same of our decoder."""
+    done = [generate(target, drafter, token_ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for token_ids in prompts]
+    return [(out.token_ids, len(out.widths)) for out in done]
+
+
+@pytest.fixture(scope="session")
+def expected(folders, language_target, prompts) -> dict[str, list[tuple[list[int], int]]]:
+    """What our decoder does with each kind of drafter."""
+    return {
+        kind: our_steps(language_target, load_drafter(path, language_target), prompts) for kind, path in folders.items()
+    }
+
+
+def test_kinds_of_drafters_are_what_their_names_say(expected, language_target, prompts):
+    plain = [
+        generate_plain(language_target, token_ids, max_new_tokens=MAX_NEW_TOKENS).token_ids for token_ids in prompts
+    ]
+    for kind, (low, high) in KINDS.items():
+        texts, steps = zip(*expected[kind], strict=True)
+        assert list(texts) == plain
+        assert low <= sum(len(text) - 1 for text in texts) / sum(steps) < high, kind
+
+
+@quiet
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_decodes_with_the_exported_folder_as_we_do(
+    kind, expected, do_export, language_target, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assistant = AutoModel.from_pretrained(
+        do_export("zlab", kind).path, trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    assert "dpace" not in type(assistant).__module__
+
+    def decode(inputs):
+        options = {"assistant_model": assistant, "speculation_type": "dflash", "do_sample": False}
+        options |= {"attention_mask": torch.ones_like(inputs), "max_new_tokens": MAX_NEW_TOKENS}
+        return language_target.model.generate(inputs, **options)
+
+    assert [decode_and_count(language_target, decode, token_ids) for token_ids in prompts] == expected[kind]
+
+
+@quiet
+@pytest.mark.parametrize("kind", KINDS)
+def test_zlabs_class_and_loop_take_the_folder(kind, expected, do_export, language_target, prompts):
+    zlab = importlib.import_module("dflash.model")
+    path = do_export("zlab", kind).path
+    kind_of_network = getattr(zlab, json.loads((path / "config.json").read_text())["architectures"][0])
+    theirs, info = kind_of_network.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+    def decode(inputs):
+        return zlab.dflash_generate(theirs.eval(), language_target.model, inputs, MAX_NEW_TOKENS, [EOS], 0.0)
+
+    assert [decode_and_count(language_target, decode, token_ids) for token_ids in prompts] == expected[kind]
+
+
+def test_neighbouring_layers_take_other_numbers_of_verifications(folder, language_target, prompts, tmp_path):
+    """What the engines' tests would see if a layer were numbered otherwise."""
+    layer_ids, steps = read_folder(folder)[0].target_layer_ids, {}
+    for offset in (-1, 0, 1):
+        ids = [i + offset for i in layer_ids]
+        named = {"dflash_config": {"target_layer_ids": ids}, "target_layer_ids": ids}
+        drafter = load_drafter(edit(folder, tmp_path / str(offset), **named), language_target)
+        steps[offset] = sum(count for _, count in our_steps(language_target, drafter, prompts))
+    assert steps[0] not in (steps[-1], steps[1])
+
+
+def test_the_bundled_module_needs_torch_and_transformers_only():
+    source = Path(dpace.modeling_dflash.__file__).read_text()
+    imported = re.findall(r"^\s*(?:from|import) (\w+)", source, flags=re.MULTILINE)
+    assert set(imported) - sys.stdlib_module_names == {"torch", "transformers"}
+
+
+def llamacpp_steps(target_gguf: Path, path: Path, prompts) -> list[tuple[list[int], int]]:
+    """The same of llama.cpp, which tells how many tokens it drafted: 5 for each verification of a whole block."""
+    options = {"drafter_gguf": path, "num_draft_tokens": 5}
+    answers = run_llamacpp(target_gguf, prompts, max_new_tokens=MAX_NEW_TOKENS, **options)
+    assert all(answer.num_drafted % 5 == 0 for answer in answers)
+    return [(answer.token_ids, answer.num_drafted // 5) for answer in answers]
+
+
+HALF_PRECISION = [("half-trained", torch.float16), ("half-trained", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, None) for kind in KINDS), *HALF_PRECISION])
+def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, language_target, target_gguf, prompts):
+    ours = expected[kind]
+    if dtype:
+        ours = our_steps(
+            language_target, load_drafter(do_export("zlab", kind, dtype=dtype).path, language_target), prompts
+        )
+    theirs = llamacpp_steps(target_gguf, do_export("gguf", kind, dtype=dtype).path, prompts)
+    assert [text for text, _ in theirs] == [text for text, _ in ours]
+    near_ties = kind == "half-trained"  # a tie may fall the other way, which moves one verification
+    assert all(abs(a - b) <= near_ties for (_, a), (_, b) in zip(theirs, ours, strict=True))
+
+
+def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
+    """Neighbouring layers change the number of verifications, in llama.cpp as here: the numbering is the same one."""
+    spec, weights = read_folder(folder)
+    found, ours = {}, {}
+    for offset in (-1, 0, 1):
+        shifted = replace(spec, target_layer_ids=tuple(i + offset for i in spec.target_layer_ids))
+        path = tmp_path / f"{offset}.gguf"
+        dpace.engines.gguf.write_gguf(path, shifted, weights, target_gguf=target_gguf)
+        texts, found[offset] = zip(*llamacpp_steps(target_gguf, path, prompts), strict=True)
+        drafter = dpace.engines.published.make_drafter(shifted, weights)
+        our_texts, ours[offset] = zip(*our_steps(language_target, drafter, prompts), strict=True)
+        assert texts == our_texts
+
+    def distance(a: int, b: int) -> int:
+        return sum(abs(x - y) for x, y in zip(found[a], ours[b], strict=True))
+
+    assert distance(0, 0) <= 1  # a near tie may fall the other way
+    for offset in (-1, 1):
+        assert distance(offset, offset) <= 1 < 3 <= min(distance(0, offset), distance(offset, 0))
+
+
+def test_llamacpp_refuses_in_one_line(do_export, target_gguf, prompts, tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="llama.cpp ended with code"):
+        run_llamacpp(
+            target_gguf, prompts[:1], max_new_tokens=4, drafter_gguf=tmp_path / "broken.gguf", num_draft_tokens=5
+        )
+
+
+def test_the_card_has_measured_rows_of_these_weights_only(language_target, folder, tmp_path):
+    source = tmp_path / "run" / "drafter"
+    shutil.copytree(folder, source)
+    (source / "recipe.yaml").write_text("target: some/target\nloss:\n  objective: dpace\n")
+    asked = [Prompt(str(i), "language", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(4)]
+    config = BenchConfig(max_new_tokens=12, temperatures=(0.0,), widths=("full",))
+    mine, other = load_drafter(source, language_target), make_drafter(language_target, block_size=6)
+    results = bench(language_target, {"mine": mine, "other": other}, asked, config, source.parent)
+    path = export(
+        source,
+        language_target,
+        to="zlab",
+        output=tmp_path / "card",
+        name="me/tiny-DFlash",
+        target_name="some/target",
+        license="mit",
+    ).path
+    card = (path / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert (
+        front["base_model"] == "some/target" and front["license"] == "mit" and front["library_name"] == "transformers"
+    )
+    assert "dflash" in front["tags"] and "vllm" in front["tags"]
+    rows = re.findall(r"^\| language .*$", text, flags=re.MULTILINE)
+    assert len(rows) == 1 and f"{results.rows[0].tau:.2f} [" in rows[0]
+    assert (
+        "objective `dpace` ([D-PACE]" in text
+        and "rounded from" not in text
+        and '"num_speculative_tokens": 5' in text
+        and "not run by us" in text
+    )
+    assert re.search(r"^\| dpace \| language \| 0 \| 1 \| too few prompts to tell \|", text, flags=re.MULTILINE)
+    assert str(tmp_path) not in card
+    path = export(
+        source,
+        language_target,
+        to="zlab",
+        output=tmp_path / "other",
+        name="x",
+        target_name="some/target",
+        dtype=torch.float16,
+    ).path
+    assert "float16, rounded from those that were measured" in (path / "README.md").read_text()
+
+
+@quiet
+def test_the_cards_transformers_commands_run(language_folder, folder, language_target, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = export(
+        folder,
+        language_target,
+        to="zlab",
+        output=tmp_path / "out",
+        name=str(tmp_path / "out"),
+        target_name="some/target",
+    ).path
+    (code,) = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(), flags=re.DOTALL)
+    code = code.replace("some/target", str(language_folder)).replace('"..."', '"w3 w51"').replace(": 256", ": 20")
+    exec(compile(code, "README.md", "exec"), {})
+    ids = language_target.tokenizer("ask w3 w51 answer")["input_ids"]
+    plain = generate_plain(language_target, ids, max_new_tokens=20).token_ids
+    expected = language_target.tokenizer.decode(plain, skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_path, capsys, monkeypatch):
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[50:52]))
+    out = tmp_path / "tiny-dflash-gguf"
+    flags = [str(folder), "--target", str(language_folder), "--prompts", str(asked), "--max-new-tokens", "12"]
+    flags += ["--to", "gguf", "--output", str(out), "--dtype", "float16"]
+    assert main(["export", *flags]) == 1
+    assert "--target-gguf" in capsys.readouterr().err
+    uploads = []
+
+    class Api:
+        def create_repo(self, repo, exist_ok):
+            uploads.append(repo)
+            return f"https://example.org/{repo}"
+
+        def upload_folder(self, folder_path, repo_id, commit_message):
+            uploads.append(sorted(path.name for path in Path(folder_path).iterdir()))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert main(["export", *flags, "--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]) == 0
+    printed = capsys.readouterr().out
+    assert "25 of 25 tensors read back bit for bit; rounded by at most" in printed
+    assert "equal on 2 of 2 prompts" in printed and "uploaded: https://example.org/me/tiny-dflash" in printed
+    (written,) = out.glob("dflash-*-float16.gguf")
+    assert uploads == ["me/tiny-dflash", ["README.md", written.name]]
+    assert f"-md {written.name} --spec-type draft-dflash --spec-draft-n-max 5" in (out / "README.md").read_text()
+    again = tmp_path / "again"
+    assert main(["import", str(written), "--output", str(again), "--target", str(language_folder)]) == 0
+    assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
+    assert main(["import", str(tmp_path / "nothing"), "--output", str(again)]) == 1
+    assert "nothing is missing, expected a folder or a Hub id" in capsys.readouterr().err
+
+
+def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):
+    asked = [Prompt(t, "language", [[{"role": "user", "content": t}]]) for t in language_prompts[50:56]]
+    recipe = Recipe(target="tiny", drafter=DrafterConfig(block_size=6), bench=BenchConfig(max_new_tokens=20))
+    arguments = (language_target, folder, asked, recipe)
+    monkeypatch.setattr(dpace.studies.demo, "find_target_gguf", lambda: target_gguf)
+    assert dpace.studies.demo.serve_in_llamacpp(*arguments) == []  # this GGUF file is not this target's
+    monkeypatch.setattr(dpace.studies.demo, "TARGET_ID", "tiny")
+    monkeypatch.setattr(dpace.studies.demo, "find_target_gguf", lambda: None)
+    assert dpace.studies.demo.serve_in_llamacpp(*arguments) == []
+    monkeypatch.setattr(dpace.studies.demo, "find_target_gguf", lambda: target_gguf)
+    (served,) = dpace.studies.demo.serve_in_llamacpp(*arguments)
+    assert served.num_same_text == served.num_responses == 3
+    assert served.tokens_per_second > 0 and served.plain_tokens_per_second > 0
+    (line,) = dpace.studies.demo.summary(make_bench(make_row(drafter="x"), llamacpp=[served]))[1:]
+    assert line.startswith("language: llama.cpp (f16") and line.endswith("3 of 3 texts equal")

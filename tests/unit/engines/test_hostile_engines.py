@@ -1,0 +1,689 @@
+"""Hostile files, folders and servers for five verbs: one clear line, or a right result."""
+
+import json
+import os
+import shutil
+import struct
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpace.cli import main
+from dpace.measure.results import write_results
+from tests.conftest import make_drafter
+from tests.support.rows import make_bench, make_plain, make_response, make_row
+
+ESC = "\x1b[31m"
+BARS = ("Loading weights", "Writing model shards", "asking servers", "examining")
+NOT_WRITTEN = "was not written by dpace"
+
+
+@pytest.fixture(autouse=True)
+def _known_target(monkeypatch, language_target):
+    """The verbs load the target from memory, where the test does not break its folder."""
+    for verb in ("doctor", "export"):
+        monkeypatch.setattr(f"dpace.verbs.{verb}.load_target", lambda *_, **__: language_target)
+    monkeypatch.setattr("dpace.target.locate.find_target", str)
+
+
+@pytest.fixture(scope="module")
+def source(language_target, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile") / "drafter"
+    make_drafter(language_target, block_size=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path) -> Path:
+    shutil.copytree(source, tmp_path / "drafter")
+    return tmp_path / "drafter"
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that a folder holds, and the folders in it."""
+    files = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in files}
+
+
+def refused(args: list[str], capsys, *expected: str) -> str:
+    """The verb ends with 1 or 2, one line on stderr at its end, no traceback and nothing that steers a terminal."""
+    capsys.readouterr()
+    assert main(args) in (1, 2)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and "\x1b" not in out
+    assert len(own_lines(err)) == 1 and own_lines(err)[0].startswith("dpace "), err
+    for words in expected:
+        assert words in err, err
+    return err
+
+
+def own_lines(text: str) -> list[str]:
+    """What dpace wrote, without the progress bars of others."""
+    return [line for line in text.strip().splitlines() if line and not any(bar in line for bar in BARS)]
+
+
+# --- configs and weights: import refuses each in one line, doctor shows a table ---------------------------------------
+
+
+def config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        found = json.loads(path.read_text())
+        for name, value in changes.items():
+            if name in ("target_layer_ids", "mask_token_id", "block_size"):
+                found.get("dflash_config", {}).pop(name, None)
+            found[name] = value
+        path.write_text(json.dumps(found))
+
+    return change
+
+
+def raw(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def weights(make):
+    def change(folder):
+        path = folder / "model.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        make(tensors)
+        save_file(tensors, path)
+
+    return change
+
+
+def fifo(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def header(value: object) -> bytes:
+    text = json.dumps(value).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def index(value: object):
+    return raw("model.safetensors.index.json", json.dumps(value).encode())
+
+
+WRONG = {
+    "null": None,
+    "text": "x",
+    "negative": -1,
+    "zero": 0,
+    "huge": 10**12,
+    "list": [],
+    "object": {},
+    "fraction": 1.5,
+    "true": True,
+}
+NAMES = ["hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "target_layer_ids", "rope_parameters"]
+FOLDERS = {
+    **{f"{name} is {kind}": config(**{name: value}) for name in NAMES for kind, value in WRONG.items()},
+    "config is a list": raw("config.json", b"[]"),
+    "config is cut": raw("config.json", b'{"block_size": 6,'),
+    "config is deep": raw("config.json", b"[" * 100_000),
+    "config is no UTF-8": raw("config.json", b'{"a": "\xff"}'),
+    "config is empty": raw("config.json", b""),
+    "config has an endless number": raw("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"),
+    "config is a pipe": fifo("config.json"),
+    "dflash_config is a list": config(dflash_config=[1]),
+    "architectures is a number": config(architectures=5),
+    "architectures of numbers": config(architectures=[5]),
+    "rope of no known type": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
+    "rope of a text": config(rope_parameters={"rope_type": "default", "rope_theta": "x"}, rope_theta=None),
+    "eps is a text": config(rms_norm_eps="x"),
+    "eps is nothing": config(rms_norm_eps=0),
+    "layer ids of texts": config(target_layer_ids=["0", "1"]),
+    "layers out of the target": config(target_layer_ids=[1, 99]),
+    "mask token outside": config(mask_token_id=10**6),
+    "softcap of nothing": config(final_logit_softcapping="x"),
+    "weights are empty": raw("model.safetensors", b""),
+    "weights are noise": raw("model.safetensors", bytes(range(256)) * 40),
+    "weights have a giant header": raw("model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
+    "weights point outside": raw(
+        "model.safetensors", header({"fc.weight": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 10**9]}})
+    ),
+    "weights are a list": raw("model.safetensors", header([])),
+    "weights are a pipe": fifo("model.safetensors"),
+    "index is a list": index([]),
+    "index names numbers": index({"weight_map": {"a": 1}}),
+    "index leads elsewhere": index({"weight_map": {"a": "../../secret.safetensors"}}),
+    "index names a pickle": index({"weight_map": {"a": "model.bin"}}),
+    "a tensor is missing": weights(lambda tensors: tensors.pop("fc.weight")),
+    "a tensor too many": weights(lambda tensors: tensors.update({f"{ESC}.weight": torch.zeros(2)})),
+    "a layer of a thousand digits": weights(lambda t: t.update({"layers." + "9" * 1000 + ".x": torch.zeros(2)})),
+    "a tensor has another shape": weights(lambda tensors: tensors.update({"norm.weight": torch.zeros(3)})),
+    "a tensor is not finite": weights(lambda tensors: tensors["norm.weight"].fill_(float("nan"))),
+    "a tensor holds integers": weights(lambda t: t.update({"norm.weight": torch.ones(48, dtype=torch.int64)})),
+    "a mask embedding of its own": raw("mask_embedding.pt", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
+}
+STANDS_IN = {
+    "target_layer_ids is null",
+    "target_layer_ids is list",
+    "rope_parameters is null",
+    "rope_parameters is object",
+}
+"""The other spelling, or the published rule, gives the value."""
+
+
+@pytest.mark.parametrize("fault", FOLDERS)
+def test_import_refuses_a_folder_in_one_line(fault, folder, tmp_path, capsys):
+    FOLDERS[fault](folder)
+    before = {path.name for path in folder.iterdir()}
+    args = ["import", str(folder), "--output", str(tmp_path / "out")]
+    if fault in STANDS_IN:
+        assert main(args) in (0, 1)
+    else:
+        refused(args, capsys)
+        assert not (tmp_path / "out").exists()
+    assert {path.name for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("fault", FOLDERS)
+def test_doctor_shows_a_table_for_any_folder(fault, folder, capsys):
+    FOLDERS[fault](folder)
+    code = main(["doctor", str(folder), "--target", "t"])
+    out, err = capsys.readouterr()
+    assert code in (0, 1) and "Traceback" not in err and "\x1b" not in out + err
+    assert "check" in out and ("found" in out)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["[]", "a: &x [1]\nb: *x", "drafter: [", "loss: 5", "\x00", "? [a]\n: b", "drafter: {block_size: " + ESC + "}"],
+    ids=["list", "alias", "cut", "number", "nul", "odd key", "escape"],
+)
+def test_a_recipe_that_cannot_be_read_is_no_trap(recipe, folder, tmp_path, capsys):
+    (folder / "recipe.yaml").write_text(recipe)
+    assert main(["doctor", str(folder), "--target", "t"]) in (0, 1)
+    args = ["export", str(folder), "--target", "t", "--to", "zlab", "--output", str(tmp_path / "o")]
+    assert main([*args, "--num-prompts", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "Traceback" not in err
+
+
+def test_doctor_reads_responses_and_leaves_them(folder, tmp_path, capsys):
+    """Also a file that is still being written, and one that is nothing of the kind."""
+    path = tmp_path / "mine.jsonl"
+    for text in ('{"id": "a"', '{"a": 1}\n{"b"', "no JSON at all\nmore\n", "\xff\n", '{"id": 5, "token_ids": "x"}\n'):
+        path.write_bytes(text.encode("latin-1"))
+        assert main(["doctor", str(folder), "--target", "t", "--responses", str(path)]) in (0, 1)
+        assert path.read_bytes() == text.encode("latin-1")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafter_gguf(source, language_target, target_gguf, tmp_path_factory) -> bytes:
+    from dpace.engines.export import export
+
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    options = {"to": "gguf", "output": out, "name": "x", "target_name": "some/target", "target_gguf": target_gguf}
+    return export(source, language_target, **options).path.read_bytes()
+
+
+GGUF = {
+    "empty": lambda data: b"",
+    "only its magic": lambda data: data[:4],
+    "another magic": lambda data: b"GGML" + data[4:],
+    "version 99": lambda data: data[:4] + struct.pack("<I", 99) + data[8:],
+    "endless tensors": lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:],
+    "endless values": lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:],
+    "a giant key": lambda data: data[:24] + struct.pack("<Q", 2**62) + data[32:],
+    "an endless array": lambda data: data[:8] + struct.pack("<QQQcIIQ", 0, 1, 1, b"x", 9, 4, 2**40),
+    "an array of many": lambda data: data[:8] + struct.pack("<QQQcIIQ", 0, 1, 1, b"x", 9, 0, 9999) + bytes(9999),
+    "noise": lambda data: b"GGUF" + bytes(range(256)) * 30,
+    **{f"cut at {share} %": lambda data, share=share: data[: len(data) * share // 100] for share in (1, 5, 30, 60, 99)},
+    "other bytes": lambda data: data[:200] + bytes(byte ^ 0x5A for byte in data[200:2000]) + data[2000:],
+}
+
+
+@pytest.mark.parametrize("fault", GGUF)
+def test_damaged_gguf_files_are_refused(
+    fault, drafter_gguf, language_folder, source, target_gguf, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("dpace.engines.gguf.MAX_READS", 9000)
+    path = tmp_path / "d.gguf"
+    path.write_bytes(GGUF[fault](drafter_gguf))
+    refused(["import", str(path), "--output", str(tmp_path / "a"), "--target", str(language_folder)], capsys)
+    path.write_bytes(GGUF[fault](target_gguf.read_bytes()))
+    args = ["export", str(source), "--target", "t", "--to", "gguf", "--output", str(tmp_path / "b")]
+    if not fault.startswith(("cut at 30", "cut at 60", "cut at 99", "other")):  # its header is whole: only it is read
+        refused([*args, "--target-gguf", str(path), "--num-prompts", "0"], capsys)
+        assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "a").exists()
+
+
+# --- folders of others ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["export", "import"])
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors", "the target", "its own", "a file"])
+def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, tmp_path, capsys):
+    out = tmp_path / "theirs"
+    if name == "the target":
+        shutil.copytree(language_folder, out)
+    elif name == "its own":
+        out = folder
+    elif name == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / name).write_text("mine")
+    before = tree(out) if out.is_dir() else out.read_text()
+    args = [verb, str(folder), "--output", str(out), "--target", str(out if name == "the target" else language_folder)]
+    refused([*args, *(["--to", "zlab", "--num-prompts", "0"] if verb == "export" else [])], capsys, "--output")
+    assert (tree(out) if out.is_dir() else out.read_text()) == before
+
+
+def test_a_failed_comparison_leaves_nothing_and_a_second_export_replaces_the_first(
+    folder, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    args = ["export", str(folder), "--target", "t", "--to", "zlab", "--output", str(out), "--num-prompts", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dpace.engines.export._is_same", lambda *_: False)
+        refused(args, capsys, "does not read back")
+    assert not out.exists()
+    assert main(args) == 0
+    first = tree(out)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir() if not path.name.startswith(".")} == {0o644}
+    with monkeypatch.context() as patch:
+        patch.setattr("dpace.engines.export._is_same", lambda *_: False)
+        refused(args, capsys, "does not read back")
+    assert tree(out) == first
+    assert main(args) == 0 and tree(out) == first
+
+
+def test_a_full_disk_leaves_the_old_files(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    args = ["import", str(folder), "--output", str(out)]
+    assert main(args) == 0
+    first = tree(out)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpace.drafter.Drafter.save_pretrained", fail)
+    refused(args, capsys, "No space left")
+    assert tree(out) == first
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(folder, tmp_path, capsys):
+    import subprocess
+    import sys
+
+    out = tmp_path / "out"
+    code = f"from dpace.system.ledger import hold\nwith hold({str(out)!r}):\n    print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        refused(["import", str(folder), "--output", str(out)], capsys, "is writing to", f"process {other.pid}")
+        other.communicate("\n")
+    assert main(["import", str(folder), "--output", str(out)]) == 0
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+NAME = f"{ESC}a|b`c`<script>alert(1)</script>\n# d [bold]e[/bold] $x$ \\"
+
+
+def edit(**changes):
+    def change(value):
+        value.update(changes)
+
+    return change
+
+
+def row(**changes):
+    def change(value):
+        value["rows"][0].update(changes)
+
+    return change
+
+
+def response(**changes):
+    def change(value):
+        value["rows"][0]["responses"][0].update(changes)
+
+    return change
+
+
+RESULTS = {
+    "a histogram too long": row(histogram=[1, 2, 3, 4]),
+    "a negative count": row(histogram=[-1, 0, 1]),
+    "a giant count": row(histogram=[10**30, 0, 1]),
+    "a block of nothing": row(block_size=0),
+    "reach rates are missing": row(reach_rate=[]),
+    "plain responses are missing": row(plain_responses=[]),
+    "another width": row(width="x"),
+    "infinity": row(tau=1e999),
+    "a response in no time": response(decode_seconds=0.0),
+    "a response before it began": response(decode_seconds=-1.0),
+    "a response with other counts": response(histogram=[1]),
+    "accepted more than drafted": response(accepted_lengths=[7]),
+    "tokens below zero": response(decode_tokens=-4),
+    "a giant number without a bonus": response(num_without_bonus=10**25),
+    "no rows at all": edit(rows={}),
+    "rows of texts": edit(rows=["x"]),
+    "another version": edit(schema_version=2),
+    "an unknown key": edit(extra=1),
+    "widths without speeds": edit(
+        predictions=[
+            {"drafter": "d", "set": "s", "temperature": 0.0, "concurrency": 1}
+            | {"widths": [2], "speedups": [], "measured": []}
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", RESULTS)
+def test_report_refuses_results_that_contradict_themselves(fault, tmp_path, capsys):
+    write_results(tmp_path / "results.json", make_bench())
+    value = json.loads((tmp_path / "results.json").read_text())
+    RESULTS[fault](value)
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    refused(["report", str(tmp_path)], capsys, "results.json", "measure again")
+    assert not (tmp_path / "report.html").exists()
+
+
+LOGS = {
+    "a step is a text": [{"step": "x", "step_seconds": 1.0}],
+    "no step": [{"eval_tau": 1.0}],
+    "a giant step": [{"step": 10**400, "step_seconds": 1.0}],
+    "tau is a list": [{"step": 1, "eval_tau": []}],
+    "a share is a text": [{"step": 1, "weight_share/1": "x"}],
+    "entries are texts": ["x"],
+    "no list": "x",
+}
+
+
+@pytest.mark.parametrize("fault", LOGS)
+def test_report_refuses_logs_that_are_none(fault, tmp_path, capsys):
+    write_results(tmp_path / "results.json", make_bench())
+    (tmp_path / "dpace").mkdir()
+    (tmp_path / "dpace" / "trainer_state.json").write_text(json.dumps({"log_history": LOGS[fault]}))
+    refused(["report", str(tmp_path)], capsys, "trainer_state.json")
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    """In the page, in the Markdown and in the terminal's tables."""
+    from dpace.report.tables import console, doctor_table, results_table, slots_table
+
+    named = [make_row(set=NAME, drafter=NAME, responses=[make_response(set=NAME)], plain_responses=[make_plain()])]
+    results = make_bench(*named, drafters={NAME: "0" * 64}, target=f"t/{NAME}")
+    write_results(tmp_path / "results.json", results)
+    assert main(["report", str(tmp_path)]) == 0
+    page, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    for text in (page, markdown):
+        assert "<script" not in text and "\x1b" not in text
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all("\n# d" not in line for line in lines) and "\\|b" in markdown and "\n# d" not in markdown
+    capsys.readouterr()
+    console().print(results_table(results), slots_table(results))
+    console().print(doctor_table([(NAME, "fails", NAME, NAME, NAME)], NAME))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "[bold]e[/bold]" in out
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_report_leaves_pages_of_others(name, tmp_path, capsys):
+    write_results(tmp_path / "results.json", make_bench())
+    (tmp_path / name).write_text("mine")
+    refused(["report", str(tmp_path)], capsys, name, NOT_WRITTEN)
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    assert main(["report", str(tmp_path)]) == 0 and main(["report", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("output", ["report.md", ".", "a\x00b.html", "results.json/x.html"])
+def test_report_refuses_places_that_are_none(output, tmp_path, capsys):
+    write_results(tmp_path / "results.json", make_bench())
+    before = tree(tmp_path)
+    refused(["report", str(tmp_path), "--output", f"{tmp_path}/{output}"], capsys)
+    assert tree(tmp_path) == before
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------
+
+
+class Broken(BaseHTTPRequestHandler):
+    """llama.cpp's server, or what a test makes of it."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.server.page(self) if self.path == "/props" else self.send_error(404)
+
+    def do_POST(self):
+        self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.reply(self)
+
+
+def send(handler, body: bytes, status=200, **headers):
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def events(*parts, end=True):
+    done = [{"content": "", "tokens": [], "stop": True, "stop_type": "limit", "timings": {"predicted_n": 1}}]
+    lines = [
+        part if isinstance(part, bytes) else json.dumps(part).encode() for part in (*parts, *(done if end else ()))
+    ]
+    return lambda handler: send(handler, b"".join(b"data: " + line + b"\n\n" for line in lines))
+
+
+def endless(line: bytes):
+    def reply(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(line * 1000)
+        except OSError:
+            return
+
+    return reply
+
+
+def trickle(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    try:
+        while True:
+            handler.wfile.write(b":")
+            handler.wfile.flush()
+            threading.Event().wait(0.05)
+    except OSError:
+        return
+
+
+def drop(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "999")
+    handler.end_headers()
+    handler.wfile.write(b'data: {"tokens": [5]}\n\n')
+
+
+TOKEN = {"content": "x", "tokens": [5], "stop": False}
+REPLIES = {
+    "nothing": (events(end=False), "broke off"),
+    "only its end": (events(), "no token"),
+    "no end": (events(TOKEN, TOKEN, end=False), "broke off after 2 tokens"),
+    "a line that is cut": (events(TOKEN, b'{"tokens": [5', end=False), "not JSON"),
+    "fewer bytes than promised": (drop, "broke off"),
+    "a token outside": (events({**TOKEN, "tokens": [64]}), "0 .. 63"),
+    "a token below zero": (events({**TOKEN, "tokens": [-1]}), "0 .. 63"),
+    "a token that is text": (events({**TOKEN, "tokens": ["5"]}), "0 .. 63"),
+    "a token that is true": (events({**TOKEN, "tokens": [True]}), "0 .. 63"),
+    "tokens that are text": (events({**TOKEN, "tokens": "12"}), "list of tokens"),
+    "tokens that are a number": (events({**TOKEN, "tokens": 7}), "list of tokens"),
+    "more than asked": (events(*[TOKEN] * 30), "expected at most"),
+    "another model": (events({**TOKEN, "model": "other"}), "'other', expected 'm'"),
+    "a model that is a list": (events({**TOKEN, "model": ["m"]}), "expected 'm'"),
+    "an event that is a list": (events([1]), "expected an object"),
+    "an event that is a number": (events(b"5"), "expected an object"),
+    "an event that is deep": (events(b"[" * 100_000), "not JSON"),
+    "an error": (events({"error": f"{ESC}no"}), "with the error"),
+    "timings that are a text": (events(TOKEN, {"stop": True, "timings": "x"}, end=False), "does not send"),
+    "timings without numbers": (events(TOKEN, {"stop": True, "timings": {"draft_n": 1}}, end=False), "does not send"),
+    "timings below zero": (
+        events(TOKEN, {"stop": True, "timings": {"draft_n": -1, "predicted_n": 1, "draft_n_accepted": 0}}, end=False),
+        "does not send",
+    ),
+    "a prompt that was cut": (events(TOKEN, {"stop": True, "truncated": True}, end=False), "cut the prompt"),
+    "a page instead": (lambda handler: send(handler, b"<html>"), "broke off"),
+    "a refusal": (lambda handler: send(handler, f"{ESC}no".encode(), 400), "refuses (400)"),
+    "a refusal without end": (lambda handler: send(handler, b"x" * 10**6, 500), "refuses (500)"),
+    "bytes without end": (endless(b": \n"), "goes on"),
+    "a line without end": (endless(b"x" * 1000), "goes on"),
+    "events without end": (endless(b"data: {}\n\n"), "/completion"),
+    "a trickle": (trickle, "not done after"),
+    "another host": (lambda handler: send(handler, b"", 302, Location="http://127.0.0.2:9/x"), "another host"),
+    "a password elsewhere": (
+        lambda handler: send(handler, b"", 303, Location="http://u:secret@127.0.0.2:9/x"),
+        "another host",
+    ),
+}
+
+
+@pytest.fixture
+def start():
+    running = []
+
+    def make(reply, page=lambda handler: send(handler, b'{"model_alias": "m"}')):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+        server.daemon_threads, server.block_on_close = True, False
+        server.reply, server.page = reply, page
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+        return f"127.0.0.1:{server.server_port}"
+
+    yield make
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def ask(language_folder, tmp_path, monkeypatch):
+    """The command that measures a server; its bounds are those of a test."""
+    monkeypatch.setattr("dpace.servers.transport.TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("dpace.servers.transport.SECONDS_PER_TOKEN", 0.05)
+    monkeypatch.setattr("dpace.servers.transport.PAGE_SECONDS", 1.0)
+    monkeypatch.setattr("dpace.servers.transport.MAX_PAGE_BYTES", 2**18)
+    heldout, prompts = tmp_path / "heldout.jsonl", tmp_path / "prompts.jsonl"
+    heldout.write_text('{"id": "h", "prompt": "w1 w2"}\n')
+    prompts.write_text('{"id": "p", "prompt": "w3 w4"}\n')
+
+    def command(address: str) -> list[str]:
+        options = {"target": language_folder, "output": tmp_path / "out", "prompts.path": prompts}
+        options |= {"prompts.heldout-path": heldout, "bench.server": address, "bench.max-new-tokens": 8}
+        options |= {"bench.concurrencies": "1", "bench.temperatures": "0"}
+        return ["bench", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+    return command
+
+
+@pytest.mark.parametrize("fault", REPLIES)
+def test_what_is_no_answer_is_an_error(fault, start, ask, tmp_path, capsys):
+    reply, words = REPLIES[fault]
+    err = refused(ask(f"http://user:secret@{start(reply)}"), capsys, words)
+    assert "secret" not in err and "\x1b" not in err
+    assert not (tmp_path / "out" / "servers.json").exists()
+
+
+PAGES = {
+    "a list": lambda handler: send(handler, b"[]"),
+    "no JSON": lambda handler: send(handler, b"<html>"),
+    "deep": lambda handler: send(handler, b"[" * 100_000),
+    "without end": endless(b"x"),
+    "a trickle": trickle,
+    "another host": lambda handler: send(handler, b"", 301, Location="https://127.0.0.2:9/props"),
+    "a circle": lambda handler: send(handler, b"", 302, Location="/props"),
+    "a hang": lambda handler: threading.Event().wait(3),
+    "no HTTP": lambda handler: handler.wfile.write(b"\x00\x01\x02\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("fault", PAGES)
+def test_what_is_no_server_is_an_error(fault, start, ask, capsys):
+    refused(ask(f"http://{start(events(TOKEN), PAGES[fault])}"), capsys)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:9",
+        "ftp://127.0.0.1",
+        "file:///etc/passwd",
+        "http://",
+        "http://[::1",
+        "http://a:b:c",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://127.0.0.1:9?key=secret",
+        "http://127.0.0.1:9/#secret",
+        "http://user:secret@127.0.0.1:9",
+        "http://127.0.0.1\r\nX: y",
+        "http://\u2024\u2024.invalid",
+        f"http://a{ESC}b",
+    ],
+)
+def test_addresses_that_are_none_are_refused_and_show_no_password(address, ask, capsys):
+    assert "secret" not in refused(ask(address), capsys, "http://")
+
+
+def test_a_right_server_is_measured_and_its_password_is_not_kept(start, ask, tmp_path):
+    seen = []
+
+    def reply(handler):
+        seen.append(handler.headers.get("Authorization"))
+        events(TOKEN)(handler)
+
+    assert main(ask(f"http://user:secret@{start(reply)}")) == 0
+    assert set(seen) == {"Basic dXNlcjpzZWNyZXQ="}
+    text = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    assert "secret" not in text and "user" not in text and '"model": "m"' in text and "seed + i" in text
+
+
+def test_each_prompt_has_its_own_seed(start, language_target, tmp_path):
+    """And the same one on both sides."""
+    from dpace.config import BenchConfig
+    from dpace.measure.servers import bench_servers
+    from dpace.prompts.prompts import Prompt
+    from dpace.target.chat import ChatTokenizer
+
+    asked = {}
+
+    def reply(handler):
+        asked.setdefault(handler.server.server_port, []).append(handler.body["seed"])
+        events(TOKEN)(handler)
+
+    urls = [f"http://{start(reply)}" for _ in range(2)]
+    prompts = [Prompt(str(i), "s", [[{"role": "user", "content": "w1"}]]) for i in range(3)]
+    config = BenchConfig(temperatures=(1.0,), concurrencies=(1,), max_new_tokens=4, seed=7)
+    results = bench_servers(ChatTokenizer("t", language_target.tokenizer), *urls, prompts, config, tmp_path)
+    assert [seeds[1:] for seeds in asked.values()] == [[7, 8, 9]] * 2  # the first is a warm-up
+    assert results.prompt_seeds and replace(results, rows=[]).seed == 7
+
+
+def test_there_are_many_cases():
+    count = 2 * len(FOLDERS) + 2 * len(GGUF) + 12 + len(RESULTS) + len(LOGS) + len(REPLIES) + len(PAGES)
+    assert count >= 120

@@ -1,0 +1,130 @@
+"""A training that starts from a trained drafter, in any layout, has its weights, its size and its mask token."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpace.cli import main
+from dpace.config import DrafterConfig, Recipe
+from dpace.drafter import Drafter
+from dpace.engines.export import export
+from dpace.engines.initial import start_from
+from dpace.recipes.flags import given_options
+from dpace.system.loading import fingerprint
+from dpace.train.identity import read_run
+from dpace.train.run import make_datasets, train
+from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_target
+
+FEW_STEPS = replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=1, logging_steps=1)
+
+
+def recipe_from(init, target_folder, **changes) -> Recipe:
+    drafter = DrafterConfig(init=str(init), **changes)
+    return replace(LANGUAGE_RECIPE, target=str(target_folder), drafter=drafter, train=FEW_STEPS)
+
+
+@pytest.mark.parametrize("layout", ["dpace", "specforge", "speculators"])
+def test_every_layout_gives_the_same_start(
+    layout, language_target, language_folder, language_drafter_folder, language_drafter, tmp_path
+):
+    source = language_drafter_folder
+    if layout == "speculators":
+        source = tmp_path / "exported"
+        export(language_drafter_folder, language_target, to=layout, output=source, name="x", target_name="x")
+    elif layout == "specforge":  # which keeps the block size at the top level, and no mark of dpace
+        source = shutil.copytree(language_drafter_folder, tmp_path / "other")
+        config = json.loads((source / "config.json").read_text())
+        config = {name: value for name, value in config.items() if name not in ("dpace", "mask_token_id")}
+        (source / "config.json").write_text(json.dumps(config))
+    recipe, init = start_from(recipe_from(source, language_folder), given=())
+    shape = recipe.drafter
+    assert (shape.num_layers, shape.block_size, shape.num_features) == (2, 6, 2)
+    assert list(shape.target_layer_ids) == language_drafter.target_layer_ids
+    assert shape.mask_token_id == language_drafter.mask_token_id
+    assert fingerprint(init.float()) == fingerprint(language_drafter)
+
+
+def test_training_goes_on_where_the_drafter_stood_and_says_so(
+    language_target, language_folder, language_drafter_folder, language_drafter, language_responses, tmp_path
+):
+    recipe, init = start_from(recipe_from(language_drafter_folder, language_folder), given=())
+    datasets = make_datasets(language_target, language_responses[:40], language_responses[50:], recipe)
+    train(language_target, *datasets, recipe, tmp_path / "d", init=init)
+    log = json.loads((tmp_path / "d" / "trainer_state.json").read_text())["log_history"]
+    trained = next(entry["eval_tau"] for entry in log if "eval_tau" in entry)
+    assert trained > 0.8 * language_drafter.config.dpace["tau"] > 1.5
+    assert read_run(tmp_path / "d")["init_sha256"] == fingerprint(init)
+    provenance = json.loads((tmp_path / "d" / "provenance.json").read_text())
+    assert provenance["init"] == str(language_drafter_folder) and provenance["init_sha256"] == fingerprint(init)
+    for other in (None, make_drafter(language_target)):
+        changed = recipe if other else replace(recipe, drafter=replace(recipe.drafter, init=None))
+        with pytest.raises(ValueError, match="other weights to start from"):
+            train(language_target, *datasets, changed, tmp_path / "d", init=other)
+
+
+@pytest.mark.parametrize(
+    "flag, value, own",
+    [("num-layers", 5, 2), ("block-size", 16, 6), ("mask-token-id", 9, 3), ("target-layer-ids", 0, "1 3")],
+)
+def test_an_option_that_contradicts_is_refused_with_both_values(
+    flag, value, own, language_folder, language_drafter_folder
+):
+    """Also where it is the default of a training from nothing."""
+    args = [f"--drafter.{flag}", str(value)]
+    option = flag.replace("-", "_")
+    recipe = recipe_from(language_drafter_folder, language_folder)
+    recipe = replace(recipe, drafter=replace(recipe.drafter, **{option: (value,) if "ids" in flag else value}))
+    with pytest.raises(ValueError, match=f"--drafter.{flag} is {value}, but .* has {own}"):
+        start_from(recipe, given_options(Recipe, "train", args))
+    start_from(recipe, given=())
+
+
+def test_recipes_and_flags_name_what_they_set(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("drafter:\n  block_size: 16\nthinking: true\n")
+    given = given_options(Recipe, "train", [str(path), "--max-steps=3", "--drafter.num-layers", "2"])
+    assert given == {"drafter.block_size", "thinking", "train.max_steps", "drafter.num_layers"}
+
+
+def test_a_drafter_for_another_target_or_without_its_init_is_refused(
+    language_target, language_folder, language_drafter_folder, language_responses, tmp_path
+):
+    recipe, init = start_from(recipe_from(language_drafter_folder, language_folder), given=())
+    with pytest.raises(ValueError, match="trained for another target"):
+        init.start_for(make_target("qwen3", hidden_size=64))
+    datasets = make_datasets(language_target, language_responses[:8], [], recipe)
+    with pytest.raises(ValueError, match="dpace.engines.initial.start_from"):
+        train(language_target, *datasets, recipe, tmp_path / "d")
+
+
+def test_more_tokens_in_the_target_do_not_matter(language_drafter):
+    """Fine-tuning often adds some; the drafter has no table of its own."""
+    larger = make_target("qwen3", vocab_size=72)
+    start = language_drafter.to(torch.bfloat16).start_for(larger)
+    language_drafter.float()
+    assert start.spec.vocab_size == 72 and start.dtype == torch.float32 and not start.spec.record
+
+
+def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, tmp_path, monkeypatch, capsys):
+    """Read from the cache, which is what a download fills."""
+    commit = "1" * 40
+    repo = tmp_path / "hub" / "models--someone--drafter"
+    shutil.copytree(language_drafter_folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", "someone/drafter", "--output", "imported"]) == 0
+    assert fingerprint(Drafter.from_pretrained("imported")) == fingerprint(
+        Drafter.from_pretrained(language_drafter_folder)
+    )
+    answer = ["generate", "--target", str(language_folder), "--prompt", "w3 w51", "--max-new-tokens", "4"]
+    assert main([*answer, "--drafter", "someone/drafter"]) == 0
+    assert main([*answer, "--drafter", "someone/other"]) == 1
+    assert "--drafter someone/other is no folder, and the Hub does not" in capsys.readouterr().err
+    assert main([*answer, "--drafter", "imported/other"]) == 1
+    assert "--drafter imported/other is missing" in capsys.readouterr().err

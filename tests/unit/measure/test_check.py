@@ -1,0 +1,192 @@
+"""The checks pass where they should, and fail for each kind of bug that they are for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dpace.decode.batch
+import dpace.decode.loop
+import dpace.drafter.views
+import dpace.measure.check
+from dpace.blocks import dense_mask
+from dpace.cli import main
+from dpace.config import CheckConfig, RespondConfig
+from dpace.decode import generate_plain
+from dpace.decode.sampling import verify_draft
+from dpace.measure.check import (
+    SIGNIFICANCE,
+    Divergence,
+    check,
+    check_distribution,
+    check_plain,
+    check_responses,
+    read_greedy,
+    uniformity,
+)
+from dpace.prompts.prompts import Prompt
+from dpace.respond.responses import write_responses
+from dpace.target.chat import encode_chat
+from tests.conftest import make_drafter, make_target
+
+CONFIG = CheckConfig("target", "drafter", num_prompts=2, max_new_tokens=12)
+LONG = replace(CONFIG, num_prompts=4, max_new_tokens=24)
+sizes = pytest.mark.parametrize("config", [CONFIG, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
+
+
+@pytest.fixture
+def prompts(language_prompts) -> list[Prompt]:
+    return [
+        Prompt(str(i), "language", [[{"role": "user", "content": text}]])
+        for i, text in enumerate(language_prompts[50:])
+    ]
+
+
+def failed(findings) -> list[str]:
+    return [finding.name for finding in findings if not finding.is_passed]
+
+
+@sizes
+def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts, config):
+    findings = check(language_target, language_drafter, prompts, config)
+    assert not failed(findings) and len(findings) == 8
+    counts = (n * config.num_prompts for n in (1, 6, 5))
+    assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
+    assert not failed(check(language_target, make_drafter(language_target), prompts, config))
+
+
+def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):
+    monkeypatch.setattr(
+        dpace.decode.loop, "verify_draft", lambda draft, own: min(len(draft), verify_draft(draft, own) + 1)
+    )
+    found = failed(check(language_target, language_drafter, prompts, CONFIG))
+    assert {"accepted lengths in training are those of decoding"} <= set(found)
+
+
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_another_distribution_is_found(language_target, language_drafter, prompts, monkeypatch, is_whole):
+    def keep_all(draft, draft_probs, target_probs, sampler):
+        return len(draft), int(target_probs[len(draft)].argmax())
+
+    monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
+    config = replace(LONG, num_prompts=12)
+    if is_whole:  # nothing else fails
+        found = check(language_target, language_drafter, prompts, config)
+    else:
+        encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
+        found = check_distribution(language_target, language_drafter, encoded, config, lambda info: None)
+    assert failed(found) == ["distribution, rule speculative"]
+
+
+def test_a_cache_that_keeps_a_rejected_token_is_found(language_target, language_drafter, prompts, monkeypatch):
+    crop = dpace.fast.cache.PreallocatedLayer.crop
+
+    def late(self, length):
+        return crop(self, length + 1 if length < -1 else length)
+
+    monkeypatch.setattr(dpace.fast.cache.PreallocatedLayer, "crop", late)
+    found = check(language_target, make_drafter(language_target), prompts, CONFIG)
+    assert "text at temperature 0" in failed(found) and "NOT A TIE" in found[1].detail
+
+
+def test_a_leak_is_found(language_target, language_drafter, prompts, monkeypatch):
+    def leaky(blocks, num_context):
+        mask = dense_mask(blocks, num_context).clone()
+        mask[..., :num_context] = True
+        return mask
+
+    monkeypatch.setattr(dpace.drafter.views, "dense_mask", leaky)
+    assert "no leak from the future" in failed(check(language_target, language_drafter, prompts, CONFIG))
+
+
+@sizes
+def test_only_the_text_is_checked_in_bf16(prompts, language_target, config):
+    target = make_target("smollm2")
+    target.model.to(torch.bfloat16)
+    target = dpace.measure.check.Target(target.model, language_target.tokenizer)
+    drafter = make_drafter(target).to(torch.bfloat16)
+    findings = check(target, drafter, prompts, config)
+    names = ["plain decoding is generate of transformers", "text at temperature 0", "text at temperature 1, same seed"]
+    assert [finding.name for finding in findings] == names
+    assert not failed(findings), findings
+
+
+def test_ties_are_told_from_bugs():
+    assert Divergence("a", "b", 0, (1, 2), margin=0.03, noise=0.02).is_tie
+    assert not Divergence("a", "b", 0, (1, 2), margin=0.5, noise=0.02).is_tie
+
+
+def test_p_values_are_uniform_where_nothing_is_wrong():
+    generator = torch.Generator().manual_seed(0)
+    p_values = torch.tensor([uniformity(torch.rand(400, 2, generator=generator), 4) for _ in range(400)])
+    assert abs(float((p_values < 0.1).float().mean()) - 0.1) < 0.05
+    skewed = torch.rand(400, 1, generator=generator) ** 1.5
+    assert uniformity(skewed, 10) < SIGNIFICANCE
+
+
+def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # texts in one line
+    language_drafter.save_pretrained(tmp_path / "drafter")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[50:52]))
+    flags = ["--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", str(path)]
+    flags += ["--max-new-tokens", "12"]
+    assert main(["check", *flags]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("pass") == 9 and "checking" in printed.err
+    monkeypatch.setattr(dpace.decode.batch, "verify_draft", lambda draft, own: len(draft))
+    assert main(["check", *flags]) == 1
+    printed = capsys.readouterr()
+    assert ", batch, token" in printed.out and "failed: text at temperature 0 (float32)" in printed.err
+
+
+def test_a_baseline_that_is_not_the_targets_is_found(language_target, prompts, monkeypatch):
+    """As where `respond` once took over the target's penalties."""
+    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts[:2]]
+    assert check_plain(language_target, prompts[:2], encoded, 12).is_passed
+
+    def other(target, token_ids, **options):
+        out = generate_plain(target, token_ids, **options)
+        out.token_ids[3] = (out.token_ids[3] + 1) % 64
+        return out
+
+    monkeypatch.setattr(dpace.measure.check, "generate_plain", other)
+    finding = check_plain(language_target, prompts[:2], encoded, 12)
+    assert not finding.is_passed and "token 3" in finding.detail and "NOT A TIE" in finding.detail
+
+
+def test_kept_responses_are_read_again(language_target, prompts, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    write_responses(language_target, prompts, path, RespondConfig(max_new_tokens=12))
+    responses, meta = read_greedy(path)
+    assert not failed(check_responses(language_target, responses, meta))
+    text = "responses are the target's greedy text"
+    for change in ("token", "cut", "past the end", "vocabulary"):
+        changed = []
+        for response in responses:
+            token_ids, ((start, end),) = list(response.token_ids), response.response_spans
+            if change == "cut":
+                token_ids, end = token_ids[: end - 2], end - 2
+            elif change == "past the end":
+                token_ids[start + 1] = language_target.stop_token_ids[0]
+            else:
+                token_ids[start + 2] = token_ids[start + 2] + 1 if change == "token" else 64
+            changed.append(replace(response, token_ids=token_ids, response_spans=[[start, end]]))
+        findings = check_responses(language_target, changed, meta)
+        assert failed(findings) == [text], change
+        assert "NOT A TIE" in findings[1].detail
+    assert failed(check_responses(language_target, responses, {**meta, "target_sha256": "0"})) == [
+        "responses are of this target"
+    ]
+
+
+def test_only_greedy_responses_can_be_read_again(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text(json.dumps({"id": "a", "set": "s", "messages": [], "token_ids": [1], "response_spans": []}) + "\n")
+    with pytest.raises(ValueError, match="does not tell temperature"):
+        read_greedy(path)
+    meta = {"temperature": 0.5, "max_new_tokens": 2, "dtype": "torch.float32", "target_sha256": "0"}
+    path.with_name("responses.meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="sampled at temperature 0.5"):
+        read_greedy(path)

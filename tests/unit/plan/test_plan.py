@@ -1,0 +1,258 @@
+"""What is said before a run starts: memory, steps and disk, and that nothing starts with `--dry-run`."""
+
+import json
+import os
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Trainer, TrainerCallback
+
+from dpace.cli import main
+from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
+from dpace.drafter import Drafter
+from dpace.loss.objective import make_weigh
+from dpace.plan.lines import NEAR, find_largest, say_answers, typical_tokens
+from dpace.plan.step import BatchShape, Models, PaperStep, make_drafter, make_target, on_paper
+from dpace.plan.training import num_steps
+from dpace.prompts.prompts import split_prompts
+from dpace.respond.answers import Response
+from dpace.system.loading import share
+from dpace.system.progress import progress_bar
+from dpace.target import Target
+from dpace.train.callbacks import TrackerGuard
+from dpace.train.run import choose_conversations
+from dpace.train.trainer import DrafterTrainer, training_arguments
+
+SHAPES = {
+    "many small blocks": (
+        Qwen3Config(
+            vocab_size=4000, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+        ),
+        DrafterConfig(num_layers=2, block_size=8, num_features=3),
+        LossConfig(vocabulary="seen"),
+        TrainConfig(optimizer="muon", batch_size=6, num_anchors=16, max_steps=2),
+    ),
+    "long blocks, AdamW": (
+        Qwen3Config(
+            vocab_size=9000, hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6,
+            num_key_value_heads=2, head_dim=64, tie_word_embeddings=False,
+        ),
+        DrafterConfig(num_layers=3, block_size=16),
+        LossConfig(objective="dflash"),
+        TrainConfig(batch_size=2, num_anchors=64, max_steps=2, feature_cache_gib=0.0),
+    ),
+    "soft labels, checkpointing": (
+        LlamaConfig(
+            vocab_size=3000, hidden_size=256, intermediate_size=700, num_hidden_layers=7, num_attention_heads=8,
+            num_key_value_heads=8, tie_word_embeddings=True,
+        ),
+        DrafterConfig(num_layers=2, block_size=10),
+        LossConfig(token_loss="kl"),
+        TrainConfig(batch_size=3, num_anchors=40, max_steps=2, gradient_checkpointing=True),
+    ),
+}  # fmt: skip
+NUM_TOKENS, NUM_ANSWERED = 120, 80
+
+
+def make_real_drafter(target: Target, recipe: Recipe) -> Drafter:
+    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
+    return Drafter.from_target(target, **shape)
+
+
+def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
+    """Peak in bytes of what torch's allocator gave while the real Trainer took two steps, and rows of the head.
+
+    The profiler is told by the allocator itself, and knows nothing of operations.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, target.config.vocab_size - 1, (12, NUM_TOKENS), generator=generator).tolist()
+    spans = [[NUM_TOKENS - NUM_ANSWERED, NUM_TOKENS]]
+    responses = [Response(str(i), "set", [], row, spans) for i, row in enumerate(ids)]
+    datasets = choose_conversations(responses, [], recipe)
+    drafter = make_real_drafter(target, recipe)
+    arguments = training_arguments(recipe.train, folder, device=target.device, has_validation=False)
+    weigh = make_weigh(recipe.loss, drafter.block_size)
+    trainer = DrafterTrainer(drafter, target, *datasets, arguments, recipe.loss, weigh, recipe.train)
+    trainer._save_checkpoint = lambda *_, **__: None
+    held = {p.untyped_storage()._cdata: p.nbytes for p in [*target.model.parameters(), *drafter.parameters()]}
+    held[trainer.head.weight.untyped_storage()._cdata] = trainer.head.weight.nbytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live, peak = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return sum(held.values()) + peak, len(trainer.head.weight)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "many small blocks" else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES]
+)
+def test_the_plan_is_near_the_measured_peak(name, tmp_path):
+    config, drafter, loss, train = SHAPES[name]
+    recipe = Recipe(drafter=drafter, loss=loss, train=train)
+    target = Target(AutoModelForCausalLM.from_config(config))
+    measured, num_rows = measured_bytes(target, recipe, tmp_path)
+    shape = BatchShape(train.batch_size, NUM_TOKENS, min(train.num_anchors, NUM_ANSWERED - 1))
+    if loss.vocabulary == "seen":
+        shape = shape._replace(num_head_rows=num_rows)
+    with on_paper() as mode:
+        paper = make_target(config, torch.float32)
+        step = PaperStep(Models(paper, make_drafter(paper, vars(drafter)), recipe, is_cuda=False), mode)
+    plan = step.plan(shape)
+    assert plan.step_bytes == pytest.approx(measured, rel=0.15)
+    assert plan.drafter_parameters == sum(p.numel() for p in make_real_drafter(target, recipe).parameters())
+
+
+@given(weights=st.integers(0, 50), slope=st.integers(1, 20), bend=st.integers(0, 100), room=st.integers(0, 3000))
+def test_the_largest_that_fits(weights, slope, bend, room):
+    """Whatever the convex peak is: the number found fits, and one that is a sixteenth larger does not."""
+    peaks = {value: max(weights + slope * value, slope * 2 * value - bend) for value in range(1, 101)}
+    found = find_largest(peaks.__getitem__, room, 1, 100)
+    assert found == 0 and peaks[1] > room or peaks[found] <= room
+    assert found == 0 or found == 100 or peaks[min(100, found + max(1, found // NEAR))] > room
+
+
+@pytest.mark.parametrize("changes", [{"num_epochs": 2.5}, {"max_steps": 7}, {"gradient_accumulation_steps": 4}])
+def test_steps_are_counted_as_the_trainer_counts_them(changes, tmp_path):
+    train = TrainConfig(**{"num_epochs": 1.0, "batch_size": 3, **changes})
+    arguments = training_arguments(train, tmp_path, device=torch.device("cpu"), has_validation=False)
+    for conversations in (1, 2, 13, 24, 25):
+        rows = torch.utils.data.DataLoader(list(range(conversations)), batch_size=3)  # pyright: ignore
+        trainer = Trainer(torch.nn.Linear(1, 1), arguments)
+        counted = trainer.set_initial_training_values(arguments, rows)
+        assert num_steps(train, conversations) == counted[-1]
+
+
+def write_answered(folder, config) -> list[str]:
+    """A recipe's folder with answers, and a target of which there is only the config."""
+    config.save_pretrained(folder / "target")
+    messages = [[{"role": "user", "content": f"question {i}"}] for i in range(20)]
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"messages": m, "id": str(i)}) + "\n" for i, m in enumerate(messages))
+    )
+    ids = [[5 + (i + j) % 50 for j in range(40)] for i in range(20)]
+    rows = [asdict(Response(str(i), "prompts", messages[i], ids[i], [[10, 40]])) for i in range(20)]
+    out = folder / "out"
+    out.mkdir()
+    (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "responses.meta.json").write_text(json.dumps({"complete": True, "thinking": False, "num_prompts": 20}))
+    return ["--target", str(folder / "target"), "--output", str(out), "--prompts.path", str(folder / "prompts.jsonl")]
+
+
+@pytest.fixture
+def answered(tmp_path) -> list[str]:
+    return write_answered(tmp_path, SHAPES["many small blocks"][0])
+
+
+def files(folder) -> dict:
+    """What is written, but for the answers in the form in which they are read fast."""
+    names = ("corpus.arrow", ".dpace.json", ".dpace.corpus.lock")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in names}
+
+
+@pytest.mark.parametrize("verb", ["respond", "train", "compare", "bench"])
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(verb, answered, tmp_path, capsys):
+    """There are no weights, so that any work would fail."""
+    before = files(tmp_path)
+    options = answered if verb != "respond" else [*answered, "--output", str(tmp_path / "other")]
+    assert main([verb, *options, "--dry-run"]) == 0, capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 6 and all(len(line.replace(str(tmp_path), "")) <= 80 for line in lines), lines
+    assert files(tmp_path) == before
+
+
+def test_plan_needs_no_weights_and_says_what_to_change(answered, capsys):
+    assert main(["plan", *answered, "--memory", "20MiB", "--device", "cpu"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "does not fit in 20 MiB" in said and "makes it fit:" in said
+    assert main(["plan", *answered, "--memory", "4 furlongs"]) == 1
+    assert "24GiB" in capsys.readouterr().err
+
+
+def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, capsys):
+    """A batch takes as long as its longest answer."""
+    lengths = [3, 9, 1, 1, 5]
+    responses = [Response(str(i), "set", [], [0] * n, [[0, n]]) for i, n in enumerate(lengths)]
+    assert typical_tokens(responses, 2) == (9 + 1 + 5) / 3 and typical_tokens([], 2) == 0
+    path = tmp_path / "out" / "responses.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    recipe = Recipe(target=str(tmp_path / "target"), prompts=PromptsConfig(path=str(tmp_path / "prompts.jsonl")))
+    lines = say_answers(recipe, split_prompts(recipe.prompts), path)
+    (time,) = (line for line in lines if line.startswith("time: "))
+    assert "if all are that long, about " in time and len(time) <= 80
+    path.unlink()
+    assert main(["plan", *answered]) == 0
+    said = capsys.readouterr().out
+    assert "; up to " in said and "no answers yet" in said and "--calibrate" in said
+
+
+def test_some_answers_are_measured_where_there_are_none(language_folder, language_prompts, tmp_path, capsys):
+    path, longest = tmp_path / "prompts.jsonl", 40
+    rows = [{"messages": [{"role": "user", "content": text}], "id": str(i)} for i, text in enumerate(language_prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--target", str(language_folder), "--output", str(tmp_path / "out"), "--prompts.path", str(path)]
+    options += ["--respond.max-new-tokens", str(longest), "--prompts.num-heldout", "4", "--prompts.num-validation", "4"]
+    options += ["--train.batch-size", "2", "--train.max-length", "2000", "--drafter.num-layers", "1"]
+    assert main(["plan", *options, "--calibrate", "--device", "cpu"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if " answers here: " in line)
+    number, mean, limit, conversation = map(int, re.findall(r"\d+", line)[:4])
+    assert 5 <= number <= 8 and 1 < mean < limit == longest and mean < conversation < 100
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tracker, fix", [("wandb", "pip install wandb"), ("abacus", "leave it out")])
+def test_a_tracker_is_missed_before_any_work(tracker, fix, answered, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dpace.train.trainer.get_available_reporting_integrations", list)
+    assert main(["train", *answered, "--train.report-to", tracker]) == 1
+    assert fix in capsys.readouterr().err and not (tmp_path / "out" / "drafter").exists()
+
+
+def test_a_full_disk_is_seen_before_any_work(answered, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dpace.plan.lines.free_disk", lambda _: 1000)
+    for verb in ("train", "compare"):
+        assert main([verb, *answered]) == 1
+        assert "make room" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "drafter").exists()
+
+
+def test_a_tracker_that_fails_is_one_line():
+    class Failing(TrainerCallback):
+        def on_log(self, *args, **kwargs):
+            raise KeyError("no key")
+
+    guard = TrackerGuard(Failing())
+    guard.on_step_end(None, None, None)
+    with pytest.raises(ValueError, match="leave it out of --train.report-to"):
+        guard.on_log(None, None, None)
+
+
+def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("dpace.system.progress.time.monotonic", lambda: float(next(clock)))
+    with progress_bar() as bar:
+        task = bar.add_task("working", total=12, info="")
+        for i in range(12):
+            bar.update(task, advance=1, info=f"at {i}")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("working:")]
+    assert [line.split(" of ")[0] for line in lines] == [f"working: {n}" for n in (1, 4, 7, 10, 12)]
+    assert "ETA 0:01:" in lines[0] and lines[0].endswith("; at 0") and "ETA" not in lines[-1]
+
+
+def test_others_can_read_what_is_written(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = tmp_path / "weights"
+        path.touch(0o600)
+        share(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640

@@ -1,0 +1,100 @@
+import json
+import re
+
+import pytest
+from dpace.demo import make_prompts
+
+from dpace.config import PromptsConfig
+from dpace.prompts.prompts import demo_path, find_prompt, read_prompts, split_prompts
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_three_forms_of_a_line(tmp_path):
+    messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "c"}]
+    path = write(
+        tmp_path / "p.jsonl", {"prompt": "a"}, "", {"turns": ["b", "b2"], "id": "x"}, {"messages": messages, "set": "s"}
+    )
+    first, second, third = read_prompts(path)
+    assert (first.id, first.set, first.turns) == ("1", "p", [[{"role": "user", "content": "a"}]])
+    assert second.id == "x" and [t[0]["content"] for t in second.turns] == ["b", "b2"]
+    assert third.set == "s" and third.turns == [messages]
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (["{broken"], r"p.jsonl:1: the line is not JSON"),
+        ([{"prompt": "a"}, [1]], r"p.jsonl:2: expected a JSON object, found list"),
+        ([{"text": "a"}], r"p.jsonl:1: expected `messages`.*found text"),
+        ([{"prompt": " "}], r"not empty"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p.jsonl:2: the id '1' occurs twice"),
+        ([{"messages": [{"role": "user"}]}], r"no text in `content`"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], r"ends without a text of the user"),
+        ([{"turns": []}], r"`turns` is empty"),
+        ([], r"holds no prompt"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path, rows, match):
+    with pytest.raises(ValueError, match=match):
+        read_prompts(write(tmp_path / "p.jsonl", *rows))
+
+
+def test_one_prompt_of_a_file(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"})
+    assert find_prompt(f"{path}#y") == [{"role": "user", "content": "b"}]
+    assert find_prompt("what is 3 # 4?") == [{"role": "user", "content": "what is 3 # 4?"}]
+    assert len(find_prompt("demo#notes/heldout/1")) == 5
+    with pytest.raises(ValueError, match="id 'z'; name one that it has, such as 'x'"):
+        find_prompt(f"{path}#z")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing.jsonl"):
+        read_prompts(tmp_path / "nothing.jsonl")
+
+
+def test_a_fixed_share_is_held_out(tmp_path):
+    path = str(write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(40))))
+    parts = split_prompts(PromptsConfig(path=path))
+    assert [len(part) for part in parts] == [33, 3, 4]
+    assert len({prompt.id for part in parts for prompt in part}) == 40
+    assert split_prompts(PromptsConfig(path=path)) == parts
+    assert [len(part) for part in split_prompts(PromptsConfig(path=path, num_validation=0))] == [36, 0, 4]
+    with pytest.raises(ValueError, match="at least 10"):
+        split_prompts(PromptsConfig(path=str(write(tmp_path / "few.jsonl", {"prompt": "a"}))))
+
+
+def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(10)))
+    other = write(tmp_path / "h.jsonl", {"prompt": "q3"})
+    with pytest.raises(ValueError, match="also a training prompt"):
+        split_prompts(PromptsConfig(path=str(path), heldout_path=str(other)))
+
+
+def test_demo_parts_share_no_text_and_no_value():
+    for pools in (make_prompts.NOTES, make_prompts.PROBLEMS):
+        for name, values in pools["train"].items():
+            assert not set(values.split("|")) & set(pools["heldout"][name].split("|")), name
+    parts = [{p.turns[-1][-1]["content"] for p in read_prompts(demo_path(part))} for part in ("train", "heldout")]
+    assert not parts[0] & parts[1]
+    numbers = [{n for text in part for n in re.findall(r"\d+", text)} for part in parts]
+    assert not numbers[0] & numbers[1]
+
+
+def test_demo_files_are_what_the_script_writes(tmp_path):
+    make_prompts.main([str(tmp_path), "train", "heldout", "tuning"])
+    texts = {}
+    for part in ("train", "heldout", "tuning"):
+        texts[part] = {p.turns[-1][-1]["content"] for p in read_prompts(tmp_path / f"{part}.jsonl")}
+        if part != "tuning":
+            assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
+    assert len(texts["heldout"]) == 100 and not texts["heldout"] & (texts["train"] | texts["tuning"])
+
+
+def test_a_wrong_part_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="train, heldout or tuning"):
+        make_prompts.main([str(tmp_path), "all"])

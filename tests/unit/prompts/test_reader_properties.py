@@ -1,0 +1,165 @@
+"""Whatever a drafter's files and a server's events hold, readers give a value or a ValueError or OSError."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from dpace.doctor.doctor import diagnose
+from dpace.engines.export import export, read_drafter
+from dpace.servers.apis import LlamacppServer, SglangServer, VllmServer
+from dpace.servers.transport import Address
+from tests.conftest import make_drafter
+
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(FEW, max_examples=150)
+SCALARS = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+
+
+@pytest.fixture(scope="module")
+def source(language_target, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("properties") / "drafter"
+    make_drafter(language_target, block_size=4).save_pretrained(folder)
+    return folder
+
+
+def read(path: Path) -> None:
+    try:
+        read_drafter(path, num_target_layers=6)
+    except (ValueError, OSError) as error:
+        assert str(error) and len(str(error)) < 2000
+
+
+@MANY
+@given(data=st.data())
+def test_configs(source, data, tmp_path_factory):
+    """One or two values of any type, at the top or in an object of the config."""
+    folder = tmp_path_factory.getbasetemp() / "config"
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        places = [config, *(value for value in config.values() if isinstance(value, dict))]
+        place = data.draw(st.sampled_from(places))
+        if place:
+            place[data.draw(st.sampled_from(sorted(place)))] = data.draw(VALUES)
+    (folder / "config.json").write_text(json.dumps(config))
+    read(folder)
+
+
+@FEW
+@given(data=st.data())
+def test_doctor(source, data, language_target, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "doctor"
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    config[data.draw(st.sampled_from(sorted(config)))] = data.draw(VALUES)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert all("\n" not in d.found + d.expected for d in diagnose(folder, language_target))
+
+
+def garbled(data, whole: bytes) -> bytes:
+    """Cut, and other bytes at a few places near the start, where the numbers are."""
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(0, 4))):
+        place = data.draw(st.integers(0, min(3000, len(whole) - 1)))
+        changed[place] = data.draw(st.integers(0, 255))
+    return bytes(changed[: data.draw(st.sampled_from([len(whole), *range(0, len(whole), len(whole) // 40)]))])
+
+
+@MANY
+@given(data=st.data())
+def test_safetensors(source, data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "weights"
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").write_bytes(garbled(data, (source / "model.safetensors").read_bytes()))
+    read(folder)
+
+
+@pytest.fixture(scope="module")
+def whole_gguf(source, language_target, target_gguf, tmp_path_factory) -> bytes:
+    options = {"to": "gguf", "output": tmp_path_factory.mktemp("g"), "name": "x", "target_name": "some/target"}
+    return export(source, language_target, target_gguf=target_gguf, **options).path.read_bytes()
+
+
+@MANY
+@given(data=st.data())
+def test_gguf(whole_gguf, data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "d.gguf"
+    path.write_bytes(garbled(data, whole_gguf))
+    read(path)
+
+
+KEYS = (
+    "choices token_ids finish_reason model tokens stop stop_type timings predicted_n draft_n draft_n_accepted "
+    "meta_info output_ids completion_tokens spec_verify_ct spec_accept_histogram spec_accept_token_num truncated "
+    "text content tokens_predicted usage stop_reason matched"
+).split()
+EVENTS = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(st.integers(0, 63), max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("kind", [VllmServer, SglangServer, LlamacppServer])
+@MANY
+@given(events=st.lists(st.none() | st.dictionaries(st.sampled_from(KEYS), EVENTS, max_size=5), max_size=4))
+def test_events_of_servers(kind, events, monkeypatch):
+    monkeypatch.setattr(Address, "get", lambda *_: '{"data": [{"id": "m"}]}')
+    monkeypatch.setattr(Address, "events", lambda *_: (event for event in events))
+    try:
+        answer = kind("http://x", 64).answer([1, 2], 8, 0.0, 0)
+    except ValueError as error:
+        assert "http://x" in str(error) and "\n" not in str(error)
+    else:
+        assert 0 < len(answer.token_ids) <= 8 and all(type(t) is int and 0 <= t < 64 for t in answer.token_ids)
+        counts = answer.counts
+        assert counts is None or min(counts.num_verifications, counts.num_accepted) >= 0
+
+
+def ends_with(reason: object) -> dict:
+    """An answer that ends in every spelling."""
+    return {"choices": [{"token_ids": [1], "finish_reason": reason}], "output_ids": [1]} | {
+        "meta_info": {"finish_reason": reason}
+    }
+
+
+@pytest.mark.parametrize("kind", [VllmServer, SglangServer, LlamacppServer])
+@example(event=ends_with([1]))
+@example(event=ends_with({"type": {}}))
+@MANY
+@given(event=st.dictionaries(st.sampled_from(KEYS), EVENTS, max_size=6))
+def test_whole_answers_of_servers(kind, event, monkeypatch):
+    monkeypatch.setattr(Address, "get", lambda *_: '{"data": [{"id": "m"}]}')
+    monkeypatch.setattr(Address, "post", lambda *_: event)
+    try:
+        answer = kind("http://x", 64).answer_whole([1, 2], 8, 0.0, 0)
+    except ValueError as error:
+        assert "http://x" in str(error) and "\n" not in str(error)
+    else:
+        assert len(answer.token_ids) <= 8 and all(type(t) is int and 0 <= t < 64 for t in answer.token_ids)
+        assert answer.token_ids or isinstance(answer.text, str)
+
+
+@MANY
+@given(number=st.text(alphabet="0123456789e.+-na", max_size=12), labels=st.text(max_size=12))
+def test_counters_of_vllm(number, labels, monkeypatch):
+    text = "".join(
+        f"vllm:spec_decode_{name}_total{{{labels}}} {number}\n"
+        for name in ("num_drafts", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+    )
+    monkeypatch.setattr(Address, "get", lambda _, path: '{"data": [{"id": "m"}]}' if path.endswith("models") else text)
+    try:
+        VllmServer("http://x", 64).counters()
+    except ValueError as error:
+        assert "/metrics" in str(error)

@@ -1,0 +1,201 @@
+"""Properties of every reader of text files: what was written comes back, and anything else is a ValueError."""
+
+import json
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dpace.config
+from dpace.config import PromptsConfig, Recipe
+from dpace.prompts.prompts import canonical, read_prompts, split_prompts
+from dpace.recipes.flags import read_recipe, recipe_flags, write_recipe
+from dpace.recipes.ranges import RANGES, check_ranges
+from dpace.respond.responses import KINDS, Response, read_meta, read_responses
+from dpace.studies.demo import DemoConfig
+from dpace.system.progress import printable
+from dpace.verbs.export import ExportConfig
+from dpace.verbs.generate import GenerateConfig
+
+SETTINGS = settings(deadline=None, max_examples=60)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+SAID = TEXT.filter(str.strip)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries({"role": SAID, "content": TEXT})
+ROW = st.one_of(
+    st.fixed_dictionaries({"prompt": SAID}),
+    st.fixed_dictionaries({"turns": st.lists(SAID, min_size=1, max_size=3)}),
+    st.fixed_dictionaries(
+        {"messages": st.lists(MESSAGE, max_size=3).map(lambda m: [*m, {"role": "user", "content": "?"}])}
+    ),
+)
+RESPONSE = st.tuples(SAID, SAID, st.lists(MESSAGE, max_size=3), st.lists(st.integers(0, 2**31), min_size=1, max_size=9))
+ODD = st.sampled_from(
+    [*"{}[]\"\\\n\r\0:,'&*!|>-#%@`", "\u2028", "\u0085", "prompt", "turns", "id", "train", "seed", "null", "1e9"]
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("readers") / "x.jsonl"
+
+
+@SETTINGS
+@given(rows=st.lists(ROW, min_size=1, max_size=4), is_ascii=st.booleans())
+def test_prompts_come_back(path, rows, is_ascii):
+    """Every character of Unicode, line ends of other standards among them."""
+    path.write_bytes("".join(json.dumps(row, ensure_ascii=is_ascii) + "\n" for row in rows).encode())
+    for prompt, row in zip(read_prompts(path), rows, strict=True):
+        texts = row.get("turns") or ([row["prompt"]] if "prompt" in row else None)
+        expected = [[{"role": "user", "content": text}] for text in texts] if texts else [row["messages"]]
+        assert prompt.turns == expected
+
+
+@SETTINGS
+@given(value=JSON, key=st.sampled_from(["prompt", "turns", "messages", "id", "set"]))
+def test_other_prompts_are_refused_with_their_line(path, value, key):
+    path.write_text(json.dumps({"prompt": "a"} | {key: value} if key in ("id", "set") else {key: value}) + "\n")
+    try:
+        prompts = read_prompts(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}:1: ") and ";" in str(error)
+    else:
+        assert all(m["content"].encode() for turn in prompts[0].turns for m in turn[-1:])
+
+
+@pytest.mark.parametrize("read", [read_prompts, read_responses, recipe_flags], ids=lambda read: read.__name__)
+@SETTINGS
+@given(parts=st.lists(ODD | st.text(max_size=2), max_size=12), data=st.binary(max_size=8))
+def test_any_bytes_are_read_or_refused(path, read, parts, data):
+    path.write_bytes("".join(parts).encode("utf-8", "surrogatepass") + data)
+    try:
+        read(path)
+    except ValueError as error:
+        assert str(path) in str(error) and ";" in str(error)
+
+
+@SETTINGS
+@given(rows=st.lists(RESPONSE, max_size=3, unique_by=lambda row: row[0]), cut=st.integers(1, 200))
+def test_responses_come_back(path, rows, cut):
+    """Also where the last line was cut, which then is left out; the file stays as it is."""
+    responses = [Response(*row, [[len(row[3]) // 2, len(row[3])]]) for row in rows]
+    data = "".join(json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in responses).encode()
+    path.write_bytes(data)
+    assert read_responses(path) == responses
+    last = data[: len(data) - 1].rfind(b"\n") + 1
+    path.write_bytes(data[: max(last, len(data) - 1 - cut)])
+    assert read_responses(path) == responses[:-1]
+    assert path.read_bytes() == data[: max(last, len(data) - 1 - cut)]
+
+
+@SETTINGS
+@given(key=st.sampled_from([entry.name for entry in fields(Response)]), value=JSON)
+def test_other_responses_are_refused_with_their_line(path, key, value):
+    row = {"id": "a", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[1, 3]], key: value}
+    path.write_text(json.dumps(row) + "\n")
+    try:
+        (response,) = read_responses(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}:1: ") and ";" in str(error)
+    else:
+        assert len(response.is_response) == len(response.token_ids)
+
+
+@SETTINGS
+@given(value=JSON | st.dictionaries(st.sampled_from(list(KINDS)), JSON))
+def test_meta_is_read_or_refused(path, value):
+    path.with_suffix(".meta.json").write_text(json.dumps(value))
+    try:
+        assert read_meta(path) == value or value != value or "NaN" in json.dumps(value)
+    except ValueError as error:
+        assert "x.meta.json" in str(error) and ";" in str(error)
+    finally:
+        path.with_suffix(".meta.json").unlink()
+    assert read_meta(path) == {}
+
+
+@SETTINGS
+@given(
+    output=SAID.filter(lambda text: "\0" not in text),
+    limit=st.none() | st.integers(1, 10**9),
+    rate=st.floats(1e-30, 1e30),
+)
+def test_recipes_come_back(path, output, limit, rate):
+    recipe = Recipe(output=output, target=output)
+    recipe = replace(
+        recipe, prompts=replace(recipe.prompts, limit=limit), train=replace(recipe.train, learning_rate=rate)
+    )
+    write_recipe(recipe, path.with_suffix(".yaml"))
+    assert read_recipe(path.with_suffix(".yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1:30", "010", "no", "null", "~", "2024-01-01", "-x", "--y", "=", "<<", "0x1", ".5"]
+)
+def test_texts_that_look_like_something_else_come_back(path, text):
+    write_recipe(Recipe(output=text), path.with_suffix(".yaml"))
+    assert read_recipe(path.with_suffix(".yaml")).output == text
+
+
+@SETTINGS
+@given(text=st.text())
+def test_nothing_steers_a_terminal(text):
+    shown = printable(text)
+    assert not any(character < " " and character not in "\n\t" or "\x7f" <= character < "\xa0" for character in shown)
+    assert "\u202e" not in shown and shown == shown.encode().decode()
+    if text.isprintable():
+        assert shown == text
+
+
+def test_every_number_has_a_range():
+    """A new option is checked, or this test says that it is not."""
+    configs = [c for c in vars(dpace.config).values() if is_dataclass(c)] + [GenerateConfig, ExportConfig, DemoConfig]
+    for config in configs:
+        for name, kind in get_type_hints(config).items():
+            is_known = any(name in RANGES.get(c.__name__, ()) for c in config.__mro__)
+            assert is_known == bool({int, float} & kinds_in(kind)), (config.__name__, name)
+
+
+def kinds_in(kind) -> set:
+    return {kind}.union(*(kinds_in(inner) for inner in get_args(kind) if get_origin(kind) is not Literal))
+
+
+def test_the_defaults_are_in_range():
+    check_ranges(Recipe())
+    check_ranges(GenerateConfig(target="a"))
+
+
+def write_prompts(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_copies_stay_in_one_part(path, capsys):
+    """Under other ids, with keys in another order, and with white space around."""
+    rows = []
+    for i in range(40):
+        rows.append({"id": f"a{i}", "messages": [{"role": "user", "content": f"q{i}"}]})
+        rows.append({"id": f"b{i}", "messages": [{"content": f" q{i}\n", "role": "user"}]})
+        rows.append({"id": f"c{i}", "turns": [f"q{i}", "and then?"]})
+    parts = split_prompts(PromptsConfig(path=write_prompts(path, rows)))
+    texts = [{canonical(prompt) for prompt in part} for part in parts]
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    assert [len(part) for part in parts] == [3 * 33, 3, 4], (
+        "a copy is measured once and trained on as often as it is there"
+    )
+    assert "14 prompts are copies of held-out or validation prompts and are left out" in capsys.readouterr().err
+
+
+def test_held_out_ids_are_never_those_of_training(path):
+    train = write_prompts(path, [{"id": i, "prompt": f"q{n}"} for n, i in enumerate(["x", "heldout/x", *range(9)])])
+    heldout = [{"id": "x", "prompt": "h1"}, {"id": "heldout/heldout/x", "prompt": "h2"}]
+    other = write_prompts(path.with_name("h.jsonl"), heldout)
+    parts = split_prompts(PromptsConfig(path=train, heldout_path=other))
+    ids = [prompt.id for part in parts for prompt in part]
+    assert len(set(ids)) == len(ids) == 13

@@ -1,0 +1,116 @@
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import dpace
+from dpace.cli import main
+from dpace.config import BenchConfig, Recipe, TrainConfig
+from dpace.recipes import RECIPES
+from dpace.recipes.flags import UsageError, command, next_command, parse, read_recipe, write_recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_parse_and_are_found_by_name(name, capsys):
+    recipe = read_recipe(RECIPES[name])
+    assert recipe != Recipe()
+    assert parse(Recipe, "train", [name]) == recipe
+    changed = parse(Recipe, "train", [name, "--train.seed", "7"])
+    assert next_command("bench", changed, [name]) == f"dpace bench {name} --train.seed 7"
+    assert main(["--help"]) == 0 and name in capsys.readouterr().out
+
+
+def test_a_recipe_of_no_name_is_refused():
+    with pytest.raises(UsageError, match="no recipe named 'qwen3-4b'; .*qwen3-4b-3l"):
+        parse(Recipe, "train", ["qwen3-4b"])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--lr", "--train.learning-rate"),
+        ("--train.bs", "--train.batch-size"),
+        ("--learning-rat", "--train.learning-rate"),
+        ("--epochs", "--train.num-epochs"),
+        ("--qqq", None),
+    ],
+)
+def test_a_near_miss_suggests_the_option(given, meant):
+    with pytest.raises(UsageError, match=given) as caught:
+        parse(Recipe, "train", [given, "3"])
+    assert re.findall(r"did you mean (\S+)\?", str(caught.value)) == ([meant] if meant else [])
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dpace {dpace.__version__}\n"
+
+
+def test_a_written_recipe_reads_back(tmp_path):
+    recipe = read_recipe(RECIPES["demo-cpu"])
+    write_recipe(recipe, tmp_path / "r.yaml")
+    assert read_recipe(tmp_path / "r.yaml") == recipe
+
+
+def test_passwords_of_addresses_are_written_nowhere(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("respond:\n  server: [http://ann:secret@a:1]\n")
+    args = [str(path), "--bench.server", "https://bob:secret@b:2/x@y"]
+    recipe = parse(Recipe, "train", args)
+    assert recipe.respond.server == ("http://ann:secret@a:1",)
+    shown = next_command("train", recipe, args) + command("train", *args)
+    write_recipe(recipe, tmp_path / "written.yaml")
+    shown += (tmp_path / "written.yaml").read_text()
+    assert "secret" not in shown and "https://b:2/x@y" in shown and "http://a:1" in shown
+
+
+def test_an_unknown_setting_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1e-3\n")
+    with pytest.raises(
+        ValueError, match="r.yaml: there is no option 'train.learning_rat'; did you mean train.learning_rate"
+    ):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_broken_recipe_is_one_line_and_exit_1(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("a: [1")
+    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert "cannot read the recipe" in capsys.readouterr().err
+
+
+def test_exit_codes_of_usage(capsys):
+    assert main(["--help"]) == 0 and "usage: dpace" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["fly"]) == 2 and "unknown verb 'fly'" in capsys.readouterr().err
+
+
+def test_config_and_help_import_no_torch():
+    code = "import sys, dpace.cli, dpace.config; dpace.cli.main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_commands_are_quoted_for_a_shell():
+    words = ["dpace", "generate", "--prompt", 'say "hi" #1', "--top-k", "2", "--thinking"]
+    text = command("generate", prompt='say "hi" #1', top_k=2, thinking=True, drafter=None, stream=False)
+    assert shlex.split(text) == words and command("report", "my out") == "dpace report 'my out'"
+
+
+def test_the_next_verb_is_told_the_same_settings(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("output: my out\ntrain:\n  max_steps: 5\nthinking: true\nprompts:\n  limit: 3\n")
+    runs = (
+        ("bench", []),
+        ("bench", ["--sets", "gsm8k", "alpaca", "--predict", "--widths", "full", "3"]),
+        ("respond", [str(path), "--batch-size", "4", "--no-thinking", "--prompts.limit", "None"]),
+        ("train", [str(path), "--seed", "1", "--output", "other"]),
+    )
+    for verb, args in runs:
+        recipe = parse(Recipe, verb, args)
+        _, following, *rest = shlex.split(next_command("train", recipe, args))
+        assert following == "train" and parse(Recipe, following, rest) == recipe
+    assert next_command("train", Recipe(), []) == "dpace train"
+    recipe = Recipe(output="a b", train=TrainConfig(max_steps=9), bench=BenchConfig(predict=True))
+    expected = "dpace bench --output 'a b' --train.max-steps 9 --bench.predict"
+    assert sorted(shlex.split(next_command("bench", recipe, []))) == sorted(shlex.split(expected))

@@ -1,0 +1,169 @@
+"""Tables fit 80 columns with the verdict first, whatever the names are; advice follows from the verdicts."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from dpace.measure.results import (
+    ComparedRow,
+    CompareResults,
+    Comparison,
+    Prediction,
+    ServerAddress,
+    ServerResults,
+    ServerRow,
+    write_results,
+)
+from dpace.report.cells import advice, faster_sets, find_parts, says_more
+from dpace.report.page import contexts, write_report
+from dpace.report.tables import (
+    compare_table,
+    console,
+    contexts_table,
+    drafters_table,
+    predictions_table,
+    results_table,
+    servers_table,
+    slots_table,
+)
+from dpace.train.callbacks import TrainingBar
+from tests.support.rows import make_bench, make_plain, make_response, make_row
+
+INTERVAL = (0.987, 12.345)
+NAMES = {"set": "speed_bench/multilingual", "drafter": "dpace+lk+overlap", "temperature": 0.6}
+GAIN = (0.1234, -0.0567, 0.2345)
+
+
+def tables():
+    """One of each kind, with long names, blocks of 16 and two-digit speedups."""
+    row = make_row(
+        **NAMES,
+        block_size=16,
+        reach_rate=[1.0] * 15,
+        responses=[make_response(prompt_tokens=3000, histogram=[1] * 16)],
+        tau=12.34,
+        tau_interval=INTERVAL,
+        decode_speedup=10.0,
+        decode_speedup_interval=INTERVAL,
+        tokens_per_second=1234.5,
+        num_same_text=880,
+        num_responses=880,
+        share_copied=0.5,
+        width="auto",
+    )
+    bench = make_bench(row, row)
+    yield "no clear difference", lambda wide: results_table(bench, wide)
+    yield None, lambda wide: slots_table(bench, wide)
+    yield None, lambda wide: contexts_table(bench, wide)
+    pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
+    yield "no clear difference", lambda wide: drafters_table([pair], wide)
+    widths = list(range(2, 17))
+    prediction = Prediction(**NAMES, concurrency=128, widths=widths, speedups=[0.9] * 15, measured=[10.25] * 15)
+    yield "do not use", lambda wide: predictions_table([prediction], wide)
+    compared = ComparedRow(
+        **NAMES,
+        num_prompts=3,
+        block_size=3,
+        histogram=[1, 0, 1],
+        tau=2.0,
+        tau_interval=INTERVAL,
+        tau_by_seed=[2.0] * 3,
+        reach_rate=[0.5, 0.5],
+        gain=GAIN,
+        gain_by_seed=[0.1, None, 0.1],
+        step_seconds=12.3,
+        peak_memory_bytes=2**34,
+    )
+    results = CompareResults(
+        target="t", baseline="dflash", seeds=[0, 1, 2], reduction="anchors", rows=[compared], decode=bench
+    )
+    yield "no clear difference", lambda wide: compare_table(results, wide)
+    served = ServerRow(
+        set=NAMES["set"],
+        temperature=0.6,
+        concurrency=128,
+        tokens_per_second=1234.5,
+        throughput=123456.7,
+        first_seconds=(10.0, 20.0),
+        plain_tokens_per_second=1234.5,
+        plain_throughput=123456.7,
+        plain_first_seconds=(10.0, 20.0),
+        num_responses=880,
+        tau=12.3,
+        tau_interval=INTERVAL,
+        num_verifications=9,
+        histogram=None,
+        reach_rate=None,
+        decode_speedup=10.0,
+        decode_speedup_interval=INTERVAL,
+        num_same_text=880,
+    )
+    address = ServerAddress(url="http://localhost:8001", engine="vllm")
+    both = ServerResults(target="t", servers={"drafter": address}, max_new_tokens=3, seed=0, rows=[served])
+    yield "no clear difference", lambda wide: servers_table(both, wide)
+
+
+@pytest.mark.parametrize("verdict, table", list(tables()))
+def test_tables_fit_80_columns_with_the_verdict_first(verdict, table, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    console().print(table(False))
+    narrow = capsys.readouterr().out
+    assert all(len(line.rstrip()) <= 80 for line in narrow.splitlines()) and "…" not in narrow
+    if verdict:
+        assert re.search(rf"^ {verdict} ", narrow, re.MULTILINE)
+    console(wide=True).print(table(True))
+    wide = capsys.readouterr().out
+    assert max(map(len, wide.splitlines())) <= 240 and "…" not in wide
+    assert set(re.findall(r"\d+\.\d\d", narrow)) <= set(re.findall(r"\d+\.\d\d", wide))
+
+
+def test_advice_follows_from_the_verdicts():
+    def results(**intervals):
+        return make_bench(*(make_row(set=name, decode_speedup_interval=ends) for name, ends in intervals.items()))
+
+    mixed = results(a=(1.1, 1.3), b=(0.7, 0.9))
+    assert faster_sets(mixed) == ["a"] and "on a, but not on b: decode that without" in advice(mixed)
+    assert advice(results(a=(1.1, 1.3))) == "faster than plain decoding on a"
+    assert "nothing here is faster than plain decoding: decode without this drafter" in advice(results(a=(0.7, 0.9)))
+    assert "nothing here is clearly faster" in advice(results(a=(0.7, 0.9), b=(0.9, 1.1)))
+    assert "measure more prompts" in advice(results(a=(None, None)))
+
+
+def test_categories_and_lengths_are_in_one_table_with_thinking(tmp_path):
+    """Two benchmarks of one drafter: the same rows, and a column for each."""
+
+    def measure(thinking: bool, lengths: list[int]):
+        responses = [make_response(id=str(n), prompt_tokens=n) for n in lengths]
+        plain = [make_plain(id=str(n), prompt_tokens=n) for n in lengths]
+        names = ("speed_bench/math", "speed_bench/coding")
+        rows = [make_row(set=name, responses=responses, plain_responses=plain) for name in names]
+        return make_bench(*rows, thinking=thinking)
+
+    off, on = measure(False, [1023, 1024, 40_000]), measure(True, [1024])
+    names = [part.name for part in find_parts([off, on])]
+    bins = ["context below 1k", "context 1k to 2k", "context 32k and more"]
+    assert names == ["speed_bench/math", "speed_bench/coding", *bins]
+    headings, *rows = contexts([off, on]).rows
+    assert headings[-2:] == ["tau, thinking off", "tau, thinking on"]
+    assert [row[-1] for row in rows][2:] == ["-", "2.00", "-"]
+    assert sum(len(found) for part in find_parts([off]) for found in part.responses.values()) == 2 * 6
+    other = make_bench(make_row(set="speed_bench/math"), drafters={"dpace": "1" * 64})
+    assert len(find_parts([off, other])) == 2 + 3 + 2, "another drafter of the same name has rows of its own"
+    assert says_more([off]) and not says_more([make_bench()]) and says_more([make_bench(thinking=True), make_bench()])
+    for name, results in (("off", off), ("on", on)):
+        (tmp_path / name).mkdir()
+        write_results(tmp_path / name / "results.json", results)
+    page, markdown = write_report([tmp_path / "off", tmp_path / "on"], tmp_path / "report.html")
+    assert page.read_text().count("<h2>Category and context length</h2>") == 1
+    assert "| context 1k to 2k | 0 | dpace | 1 | 2.00 | 2.00 |" in markdown.read_text()
+
+
+def test_the_bar_shows_validation_tau_first():
+    """What stands first is what 80 columns have room for."""
+    shown = []
+    bar = TrainingBar("dpace")
+    bar.training_bar = SimpleNamespace(set_postfix=lambda numbers: shown.append(list(numbers)))
+    bar.on_log(None, None, None, logs={"loss": 3.2, "tokens_per_second": 900.0})
+    bar.on_log(None, None, None, logs={"eval_tau": 2.3})
+    assert shown == [["loss", "tokens/s"], ["validation tau", "loss", "tokens/s"]]

@@ -1,0 +1,446 @@
+"""Answers of running servers are those of this process, whatever the servers and the processes suffer."""
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dpace.config import RespondConfig
+from dpace.decode.loop import generate_plain
+from dpace.measure.check import check_responses, read_greedy
+from dpace.prompts.prompts import Prompt
+from dpace.respond import from_servers
+from dpace.respond.continuous import answer_continuously, gives_same_texts
+from dpace.respond.responses import answer_prompts, read_meta, read_responses, write_responses
+from dpace.respond.static_batch import answer_batches, generate_responses
+from dpace.servers.transport import Address, Unavailable
+from dpace.system import ranks
+from dpace.system.ledger import claim
+from dpace.target.chat import ChatTokenizer
+from tests.conftest import EOS
+from tests.support.crash import Disk, Killed
+from tests.unit.respond.test_run_meta import make_small
+
+ROOT = Path(__file__).parents[3]
+CONFIG = RespondConfig(max_new_tokens=8, batch_size=4, retry_seconds=20.0)
+SEEDS = {"vllm": "seed", "llama.cpp": "seed", "sglang": "sampling_seed"}
+PAGES = {
+    "vllm": {"/version": {"version": "1"}, "/v1/models": {"data": [{"id": "m"}]}},
+    "sglang": {"/get_server_info": {"model_path": "m"}},
+    "llama.cpp": {"/props": {"model_alias": "m"}},
+}
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    """Every fourth has two turns."""
+    texts = [f"w{i} w{(7 * i) % 50}" for i in range(count)]
+    return [
+        Prompt(str(i), "s", [[{"role": "user", "content": text}]] * (1 + (i % 4 == 3))) for i, text in enumerate(texts)
+    ]
+
+
+PROMPTS = make_prompts(10)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers in one engine's words with what the target itself says."""
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, status: int, body, headers=()):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        page = PAGES[self.server.engine].get(self.path)
+        self.send(200 if page else 404, page or {})
+
+    def do_POST(self):
+        stub = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        stub.seen.append((time.monotonic(), self.headers.get("Authorization")))
+        prompt, sampling = body.get("prompt") or body["input_ids"], body.get("sampling_params", body)
+        length = next(sampling[name] for name in ("max_tokens", "max_new_tokens", "n_predict") if name in sampling)
+        with stub.lock:
+            stub.running += 1
+            stub.most_running = max(stub.most_running, stub.running)
+            fault = stub.fault(prompt, length)
+        if stub.rush and length > 1:
+            stub.rush.wait(5)  # until as many requests are here
+        try:
+            if fault:
+                return self.send(*fault)
+            with stub.model:
+                config = replace(CONFIG, max_new_tokens=length, temperature=sampling["temperature"])
+                (tokens,) = generate_responses(stub.target, [prompt], config, [sampling[SEEDS[stub.engine]]])
+            self.send(200, stub.words(prompt, tokens))
+        finally:
+            with stub.lock:
+                stub.running -= 1
+
+
+class Stub(ThreadingHTTPServer):
+    """A server of one engine; `fault(prompt, length)` gives the reply of a request that fails."""
+
+    daemon_threads, block_on_close = True, False
+    model = threading.Lock()  # of all stubs: they have one model
+
+    def __init__(self, target, engine="llama.cpp", fault=lambda *_: None, *, rush=None, is_text=False, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.target, self.engine, self.fault, self.rush, self.is_text = target, engine, fault, rush, is_text
+        self.seen, self.lock, self.running, self.most_running = [], threading.Lock(), 0, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+    def words(self, prompt, tokens):
+        tokenizer, is_stop = self.target.tokenizer, tokens[-1] == EOS
+        inside = tokens[: len(tokens) - is_stop]
+        text = tokenizer.decode(prompt + inside)[len(tokenizer.decode(prompt)) :]
+        shown = [] if self.is_text else tokens
+        reason = "stop" if is_stop else "length"
+        if self.engine == "vllm":
+            choice = {"text": text, "token_ids": shown, "finish_reason": reason, "stop_reason": None}
+            return {"model": "m", "choices": [choice], "usage": {"completion_tokens": len(tokens)}}
+        if self.engine == "sglang":
+            meta = {"completion_tokens": len(tokens), "finish_reason": {"type": reason, "matched": EOS}}
+            return {"text": text, "output_ids": shown, "meta_info": meta}
+        kind = {"stop": "eos", "length": "limit"}[reason]
+        return {"content": text, "tokens": shown, "stop": True, "stop_type": kind, "tokens_predicted": len(tokens)}
+
+
+@pytest.fixture(scope="module")
+def target():
+    """Whose answers end early now and then."""
+    target = make_small(seed=3)
+    target.model.get_output_embeddings().weight.data.mul_(20)
+    return target
+
+
+@pytest.fixture
+def chat(target):
+    """The same target without weights."""
+    return ChatTokenizer("", target.tokenizer, stop_token_ids=[EOS], context=64)
+
+
+@pytest.fixture
+def start(target, monkeypatch):
+    monkeypatch.setattr(from_servers, "FIRST_WAIT", 0.01)
+    running = []
+
+    def make(*args, **options) -> Stub:
+        running.append(Stub(target, *args, **options))
+        return running[-1]
+
+    yield make
+    for stub in running:
+        stub.close()
+
+
+@pytest.fixture(scope="module")
+def own(target, tmp_path_factory):
+    """The answers of this process, by temperature."""
+    folder = tmp_path_factory.mktemp("own")
+    return {
+        temperature: write_responses(
+            target, PROMPTS, folder / f"{temperature}" / "responses.jsonl", replace(CONFIG, temperature=temperature)
+        )
+        for temperature in (0.0, 1.0)
+    }
+
+
+def at(*stubs: Stub, **options) -> RespondConfig:
+    return replace(CONFIG, server=tuple(stub.url for stub in stubs), **options)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("engine", PAGES)
+def test_servers_give_what_this_process_gives(engine, temperature, start, chat, own, tmp_path):
+    """Also sampled, since each prompt has its seed; several servers share the prompts."""
+    stubs, path = [start(engine), start(engine)], tmp_path / "responses.jsonl"
+    assert write_responses(chat, PROMPTS, path, at(*stubs, temperature=temperature)) == own[temperature]
+    assert all(len(stub.seen) > 1 for stub in stubs)
+    for line in lines_of(path):
+        reasons = ["stop" if line["token_ids"][end - 1] == EOS else "length" for _, end in line["response_spans"]]
+        assert line["finish_reasons"] == reasons[-1:] or line["finish_reasons"][-len(reasons) :] == reasons
+        assert (line["engine"], line["model"]) == (engine, "m")
+    meta = read_meta(path)
+    assert meta["source"] == "servers" and meta["servers"] == [{"engine": engine, "model": "m"}] and meta["complete"]
+
+
+def test_some_answers_end_early(own):
+    """Or the tests here would say nothing about stop tokens."""
+    ends = [one.token_ids[-1] == EOS for responses in own.values() for one in responses]
+    assert any(ends) and not all(ends)
+
+
+def test_sampled_answers_are_those_of_plain_decoding_with_the_prompts_seed(target, own, tmp_path):
+    """So they do not depend on the batch."""
+    seeds = []
+    for response, prompt in zip(own[1.0], PROMPTS, strict=True):
+        seeds.append(from_servers.Conversation(target, prompt, CONFIG).seed)
+        start, end = response.response_spans[0]
+        if len(prompt.turns) == 1:
+            options = {"max_new_tokens": 8, "temperature": 1.0, "seed": seeds[-1]}
+            expected = generate_plain(target, response.token_ids[:start], **options).token_ids
+            assert response.token_ids[start:end] == expected
+    assert len(set(seeds)) == len(PROMPTS)
+    config = replace(CONFIG, temperature=1.0, batch_size=3)
+    assert write_responses(target, PROMPTS[5:], tmp_path / "r.jsonl", config) == own[1.0][5:]
+
+
+def test_continuous_batching_gives_the_same_texts(target, own):
+    """It is for GPUs; here it runs on a CPU."""
+    found = [one for some in answer_continuously(target, PROMPTS, CONFIG) for one in some]
+    assert sorted(found, key=lambda one: one.id) == own[0.0]
+
+
+@pytest.mark.parametrize("words", ["other texts", "cannot do it"])
+def test_continuous_batching_that_gives_other_texts_is_not_used(words, target, monkeypatch, capsys):
+    def other(target, prompts, config):
+        if words == "cannot do it":
+            raise ValueError("no paged attention")
+        yield [replace(one, token_ids=[1]) for one in next(answer_batches(target, prompts, config))]
+
+    monkeypatch.setattr("dpace.respond.continuous.answer_continuously", other)
+    assert not gives_same_texts(target, PROMPTS[:2], CONFIG) and words in capsys.readouterr().err
+    monkeypatch.setattr("dpace.respond.continuous.answer_continuously", answer_batches)
+    assert gives_same_texts(target, PROMPTS[:2], CONFIG)
+
+
+@pytest.mark.parametrize("engine", PAGES)
+def test_texts_are_turned_back_into_their_tokens_or_left_out(engine, start, chat, own, tmp_path, capsys):
+    stub, path = start(engine, is_text=True), tmp_path / "responses.jsonl"
+    assert write_responses(chat, PROMPTS, path, at(stub)) == own[0.0]
+    words, odd = stub.words, own[0.0][2].token_ids
+
+    def lose(prompt, tokens):
+        reply = words(prompt, tokens)
+        if odd[: len(prompt)] == prompt and len(tokens) > 1:  # one word that the tokenizer does not have
+            text = json.dumps(reply)
+            return json.loads(text.replace(': " w', ': " ?w', 1))
+        return reply
+
+    stub.words = lose
+    left_out = answer_prompts(chat, PROMPTS, tmp_path / "two" / "responses.jsonl", at(stub))
+    assert list(left_out.values()) == [1] and "prompt 2 is left out: given as a text" in capsys.readouterr().err
+    found = read_responses(tmp_path / "two" / "responses.jsonl")
+    assert sorted(found, key=lambda one: one.id) == [one for one in own[0.0] if one.id != "2"]
+    assert read_meta(tmp_path / "two")["left_out"] == left_out
+
+
+def test_requests_at_once_are_bounded_by_the_batch_size(start, chat, own, tmp_path):
+    stub = start(rush=threading.Barrier(4))
+    prompts = [prompt for prompt in PROMPTS if len(prompt.turns) == 1]
+    assert len(prompts) == 8 and len(write_responses(chat, prompts, tmp_path / "r.jsonl", at(stub))) == 8
+    assert stub.most_running == 4
+
+
+def test_a_server_that_is_busy_is_asked_again_after_as_long_as_it_wants(start, chat, own, tmp_path):
+    cut = (200, {}, [("Content-Length", "99")])
+    faults = iter([None, *[(status, {}, [("Retry-After", "1")]) for status in (429, 503)], (500, {}), (502, {}), cut])
+    stub = start(fault=lambda *_: next(faults, None))
+    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(stub, batch_size=1)) == own[0.0]
+    times = [when for when, _ in stub.seen]
+    assert times[2] - times[1] >= 0.99 and times[3] - times[2] >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [("7", 7, 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 1e6, 1e10)],
+)
+def test_retry_after_is_seconds_or_a_date(value, low, high, start):
+    address = Address(start(fault=lambda *_: (503, {}, [("Retry-After", value)])).url)
+    with pytest.raises(Unavailable) as error:
+        address.post("/completion", {"prompt": [1], "n_predict": 1}, 1)
+    assert error.value.retry_after is not None and low <= error.value.retry_after <= high
+
+
+def test_a_server_that_dies_leaves_its_prompts_to_the_others(start, chat, own, tmp_path):
+    dying = start()
+    dying.fault = lambda *_: len(dying.seen) > 2 and (503, {}) or None
+    config = at(dying, start("vllm"), retry_seconds=0.1)
+    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0]
+
+
+def test_without_any_server_the_call_ends_and_the_same_call_goes_on(start, chat, own, tmp_path):
+    stub, path = start(), tmp_path / "r.jsonl"
+    stub.fault = lambda *_: len(stub.seen) > 5 and (503, {}) or None
+    with pytest.raises(ValueError, match=r"refuses \(503\).*asked again for 0.1 seconds; finished answers are kept"):
+        write_responses(chat, PROMPTS, path, at(stub, retry_seconds=0.1))
+    assert 0 < len(read_responses(path)) < len(PROMPTS) and read_meta(path)["complete"] is False
+    assert write_responses(chat, PROMPTS, path, at(start("sglang"))) == own[0.0]
+
+
+def test_where_all_is_answered_no_server_is_asked(start, chat, own, tmp_path):
+    stub, path = start(), tmp_path / "r.jsonl"
+    config = at(stub)
+    write_responses(chat, PROMPTS, path, config)
+    num_asked, stub.fault = len(stub.seen), lambda *_: (503, {})
+    assert write_responses(chat, PROMPTS, path, config) == own[0.0] and len(stub.seen) == num_asked
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, chat, own, tmp_path, capsys):
+    bad = own[0.0][4].token_ids[: own[0.0][4].response_spans[0][0]]
+    stub = start(fault=lambda prompt, _: (status, {"error": "too odd"}) if prompt == bad else None)
+    config = at(stub, retry_seconds=0.3, batch_size=1)
+    found = write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config)
+    assert found == [one for one in own[0.0] if one.id != "4"]
+    assert "prompt 4 is left out: " in capsys.readouterr().err
+    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == found, "where it is the only one left, too"
+    stub.fault = lambda *_: None
+    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0], "the same call asks it again"
+
+
+def test_a_server_that_refuses_everything_is_an_error(start, chat, tmp_path):
+    with pytest.raises(ValueError, match=r"refuses \(400\): .*no tokens here"):
+        write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(start(fault=lambda *_: (400, "no tokens here"))))
+
+
+def test_answers_that_are_cut_or_end_elsewhere_are_left_out(start, chat, tmp_path):
+    stub = start("sglang")
+    meta = {"completion_tokens": 1, "finish_reason": {"type": "length"}}
+    stub.words = lambda *_: {"text": "", "output_ids": [5], "meta_info": meta}
+    with pytest.raises(ValueError, match="no prompt was answered: cut by the server"):
+        write_responses(chat, PROMPTS[:2], tmp_path / "a" / "r.jsonl", at(stub))
+    meta["finish_reason"] = {"type": "stop", "matched": 5}
+    with pytest.raises(ValueError, match="not known to be a stop token"):
+        write_responses(chat, PROMPTS[:2], tmp_path / "b" / "r.jsonl", at(stub))
+
+
+def test_the_key_is_sent_and_is_neither_shown_nor_kept(start, chat, tmp_path, monkeypatch, capsys):
+    """Also where a server repeats it."""
+    key = "sk-verysecretkey123"
+    monkeypatch.setenv("DPACE_API_KEY", key)
+    bad = [4, 8, 20, 5]
+    stub = start(fault=lambda prompt, length: (400, f"{'x ' * 140}{key}") if prompt == bad and length > 1 else None)
+    monkeypatch.setitem(PAGES["llama.cpp"], "/props", {"model_alias": f"m {key}"})
+    assert len(write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(stub))) == len(PROMPTS) - 1
+    assert {sent for _, sent in stub.seen} == {f"Bearer {key}"}
+    shown = "".join(path.read_text() for path in tmp_path.iterdir()) + "".join(capsys.readouterr())
+    assert "***" in shown and "sk-" not in shown
+    stub.fault = lambda *_: (401, key)
+    with pytest.raises(ValueError, match=r"refuses \(401\).*set DPACE_API_KEY") as error:
+        write_responses(chat, make_prompts(12), tmp_path / "r.jsonl", at(stub))
+    assert key not in str(error.value)
+    monkeypatch.setenv("DPACE_API_KEY", f"{key}\nX: y")
+    with pytest.raises(ValueError, match="DPACE_API_KEY has characters") as error:
+        Address("http://x")
+    assert key not in str(error.value)
+
+
+def test_answers_of_servers_can_be_read_again_by_the_target(target, start, chat, tmp_path):
+    """Servers do not tell which weights they have; the text does."""
+    write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(start()))
+    responses, meta = read_greedy(tmp_path / "r.jsonl")
+    assert all(finding.is_passed for finding in check_responses(target, responses, meta))
+    assert not check_responses(make_small(seed=4), responses, meta)[-1].is_passed
+
+
+def test_a_file_of_this_process_is_not_continued_by_servers(target, start, chat, tmp_path):
+    write_responses(target, PROMPTS[:2], tmp_path / "r.jsonl", CONFIG)
+    with pytest.raises(ValueError, match="answered by this process, not by servers"):
+        write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(start()))
+
+
+def test_twenty_kills_lose_and_double_nothing(start, chat, own, tmp_path):
+    """At any file operation, half of them with a torn line; each call goes on where the last one was killed."""
+    stub, rng, path = start(), random.Random(0), tmp_path / "out" / "responses.jsonl"
+    config, num_killed = at(stub, batch_size=1), 0
+    for number in range(30):
+        disk = Disk(tmp_path, rng.randrange(5), is_torn=number % 2 == 1)
+        try:
+            with disk.watching():
+                write_responses(chat, PROMPTS[: 1 + number // 2], path, config)
+        except Killed:
+            num_killed += 1
+    assert num_killed >= 20
+    assert write_responses(chat, PROMPTS, path, config) == own[0.0]
+    assert Counter(line["id"] for line in lines_of(path)) == Counter(prompt.id for prompt in PROMPTS)
+
+
+def test_what_killed_ranks_left_is_collected_once(target, own, tmp_path):
+    """Files of three ranks, of which one was appended already and one ends with a torn line."""
+    path = tmp_path / "responses.jsonl"
+    write_responses(target, PROMPTS, path, CONFIG)
+    lines = sorted(path.read_text().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
+    path.write_text("".join(lines[:4]))
+    claim(tmp_path, *(f"responses.rank-{rank}.jsonl" for rank in range(3)))
+    for rank, text in enumerate(["".join(lines[2:4]), "".join(lines[4:6]) + lines[6][:30], "".join(lines[6:8])]):
+        (tmp_path / f"responses.rank-{rank}.jsonl").write_text(text)
+    assert write_responses(target, PROMPTS, path, CONFIG) == own[0.0]
+    assert len(lines_of(path)) == len(PROMPTS) and not list(tmp_path.glob("*rank*"))
+
+
+def test_answers_that_come_before_anyone_waits_for_them_count(start, chat, own, tmp_path, monkeypatch):
+    """As where the threads are faster than the one that started them."""
+
+    class Eager:
+        def __init__(self, target, daemon):
+            self.start = target
+
+    config = at(start())
+    monkeypatch.setattr(from_servers, "threading", SimpleNamespace(**{**vars(threading), "Thread": Eager}))
+    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0]
+
+
+def test_ranks_share_everything_once(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(ranks.share(range(10)))
+    assert sorted(sum(shares, [])) == list(range(10)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_again_and_again_lose_and_double_nothing(target, start, tmp_path):
+    target.model.save_pretrained(tmp_path / "target")
+    target.tokenizer.save_pretrained(tmp_path / "target")
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"w{i % 50} w{i // 50}"}) + "\n" for i in range(400))
+    )
+    stub = start(fault=lambda *_: time.sleep(0.02))
+    words = ["respond", "--target", str(tmp_path / "target"), "--prompts.path", str(tmp_path / "p.jsonl")]
+    words += ["--server", stub.url, "--max-new-tokens", "8", "--output", str(tmp_path / "out")]
+    code = "import sys, dpace.respond.responses, dpace.cli; print(flush=True); sys.exit(dpace.cli.main(sys.argv[1:]))"
+    rng, killed, pipes = random.Random(0), 0, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for _ in range(20):
+        with subprocess.Popen([sys.executable, "-c", code, *words], **pipes) as process:
+            assert process.stdout and process.stdout.readline()
+            try:
+                process.wait(rng.uniform(0.3, 1.5))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+            process.communicate()
+    done = subprocess.run([sys.executable, "-c", code, *words], **pipes)
+    assert done.returncode == 0, done.stderr
+    ids = Counter(line["id"] for line in lines_of(tmp_path / "out" / "responses.jsonl"))
+    print(f"{killed} kills")
+    assert killed > 4 and len(ids) == 400 and set(ids.values()) == {1}

@@ -1,0 +1,103 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from dpace.config import RespondConfig
+from dpace.decode.loop import generate_plain
+from dpace.prompts.prompts import Prompt
+from dpace.respond.responses import read_responses, write_responses
+from dpace.target.chat import encode_chat
+from tests.conftest import make_tokenizer
+
+CONFIG = RespondConfig(max_new_tokens=12, batch_size=4)
+
+
+@pytest.fixture
+def prompts(language_prompts):
+    return [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts[:8])]
+
+
+def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tmp_path):
+    for response, prompt in zip(
+        write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True
+    ):
+        token_ids = encode_chat(language_target, prompt.turns[0])
+        expected = generate_plain(language_target, token_ids, max_new_tokens=12).token_ids
+        ((start, end),) = response.response_spans
+        assert response.token_ids == token_ids + expected and (start, end) == (len(token_ids), len(response.token_ids))
+        assert sum(response.is_response) == len(expected)
+
+
+def test_prompts_with_a_shared_beginning(random_target, tmp_path):
+    """Read once for the batch; every family, of which some have sliding windows."""
+    random_target.tokenizer = make_tokenizer()
+    example = [{"role": "user", "content": "w1 w2 w3 " * 6}, {"role": "assistant", "content": "w4"}]
+    texts = ["w5 w6", "w9", "w7 w8 w9 w10 w11"]
+    prompts = [Prompt(str(i), "s", [[*example, {"role": "user", "content": text}]]) for i, text in enumerate(texts)]
+    for response, prompt in zip(
+        write_responses(random_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True
+    ):
+        token_ids = encode_chat(random_target, prompt.turns[0])
+        assert response.token_ids == token_ids + generate_plain(random_target, token_ids, max_new_tokens=12).token_ids
+
+
+def test_an_interrupted_call_goes_on(language_target, prompts, tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    whole = write_responses(language_target, prompts, path, CONFIG)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:20])  # killed while writing
+    answered = []
+    generate = language_target.model.generate
+    monkeypatch.setattr(
+        language_target.model, "generate", lambda ids, **k: answered.append(len(ids)) or generate(ids, **k)
+    )
+    assert write_responses(language_target, prompts, path, CONFIG) == whole
+    assert answered == [4]
+    assert read_responses(path) and len(path.read_text().splitlines()) == 8
+
+
+def test_a_last_line_without_its_end_is_kept(language_target, prompts, tmp_path):
+    """A file written by hand is not a killed process's."""
+    path = tmp_path / "r.jsonl"
+    whole = write_responses(language_target, prompts, path, CONFIG)
+    path.write_text(path.read_text().rstrip("\n"))
+    assert read_responses(path) == whole and not path.read_text().endswith("\n"), "reading changes nothing"
+    assert write_responses(language_target, prompts, path, CONFIG) == whole and path.read_text().endswith("\n")
+
+
+def test_other_settings_are_refused(language_target, prompts, tmp_path):
+    write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
+    with pytest.raises(ValueError, match="temperature 0.0, not 1.0"):
+        write_responses(language_target, prompts, tmp_path / "r.jsonl", replace(CONFIG, temperature=1.0))
+
+
+def test_answers_to_other_texts_are_refused(language_target, prompts, tmp_path):
+    write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
+    changed = [replace(prompts[0], turns=[[{"role": "user", "content": "w9 w52"}]]), *prompts[1:]]
+    with pytest.raises(ValueError, match="id '0', but to another text"):
+        write_responses(language_target, changed, tmp_path / "r.jsonl", CONFIG)
+
+
+def test_two_turns_keep_both_spans(language_target, tmp_path):
+    turns = [[{"role": "user", "content": text}] for text in ("w3 w51", "w5 w52")]
+    (response,) = write_responses(language_target, [Prompt("a", "s", turns)], tmp_path / "r.jsonl", CONFIG)
+    assert [m["role"] for m in response.messages] == ["user", "assistant"] * 2
+    assert response.response_spans[-1][1] == len(response.token_ids)
+
+
+def test_over_long_prompt_is_refused_before_work(language_target, tmp_path):
+    prompt = Prompt("long", "s", [[{"role": "user", "content": "w1 " * 300}]])
+    with pytest.raises(ValueError, match="prompt long has .* tokens"):
+        write_responses(language_target, [prompt], tmp_path / "r.jsonl", CONFIG)
+
+
+def test_tokenizer_without_template(language_target, monkeypatch):
+    monkeypatch.setattr(language_target.tokenizer, "chat_template", None)
+    assert encode_chat(language_target, [{"role": "user", "content": "w1 w2"}]) == [7, 8]
+
+
+def test_rows_without_tokens_are_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "a", "messages": []}) + "\n")
+    with pytest.raises(ValueError, match="r.jsonl:1"):
+        read_responses(tmp_path / "r.jsonl")

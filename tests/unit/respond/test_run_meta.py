@@ -1,0 +1,266 @@
+"""Responses are of one run: what made them is kept, and other ones are refused with the setting that differs."""
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpace.config import RespondConfig
+from dpace.prompts.prompts import Prompt
+from dpace.respond.responses import read_meta, read_responses, write_responses
+from dpace.system.ledger import hold
+from dpace.system.provenance import hash_file, weights_fingerprint
+from dpace.target import Target
+from dpace.target.chat import encode_chat
+from tests.conftest import EOS, PAD, make_tokenizer
+
+CONFIG = RespondConfig(max_new_tokens=4, batch_size=3)
+PROMPTS = [Prompt(str(i), "s", [[{"role": "user", "content": f"w{i} w5"}]]) for i in range(7)]
+
+
+def make_small(seed: int = 0) -> Target:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        **sizes,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    return Target(LlamaForCausalLM(config), make_tokenizer())
+
+
+@pytest.fixture
+def target() -> Target:
+    return make_small()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out" / "responses.jsonl"
+
+
+def test_the_meta_file_tells_what_made_the_responses(target, path):
+    write_responses(target, PROMPTS, path, CONFIG)
+    meta = read_meta(path)
+    assert meta == read_meta(path.parent) and meta["complete"] is True and meta["num_prompts"] == 7
+    assert meta["responses_sha256"] == hash_file(path) and meta["target_sha256"] == weights_fingerprint(target.model)
+    before = {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
+    write_responses(
+        target, PROMPTS, path, replace(CONFIG, batch_size=1, seed=5)
+    )  # greedy answers do not depend on them
+    write_responses(target, PROMPTS[:3], path, CONFIG)
+    assert before == {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
+
+
+def test_more_prompts_go_on(target, path):
+    write_responses(target, PROMPTS[:4], path, CONFIG)
+    first = path.read_bytes()
+    write_responses(target, PROMPTS, path, CONFIG)
+    assert path.read_bytes().startswith(first) and read_meta(path)["num_prompts"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": 0.5}, r"temperature 0.0, not 0.5; set --respond.temperature as it was"),
+        ({"max_new_tokens": 5}, r"max_new_tokens 4, not 5; set --respond.max-new-tokens as it was"),
+        ("thinking", r"thinking False, not True; set --thinking as it was"),
+        ("weights", r"target_sha256 '\w+' \(target .*\), not '\w+'"),
+        ("one weight", r"target_sha256"),
+        ("dtype", r"dtype 'torch.float32', not 'torch.bfloat16'; set --dtype as it was"),
+        ("template", r"chat_template_sha256"),
+        ("tokenizer", r"tokenizer_sha256"),
+    ],
+)
+def test_another_run_is_refused_by_name(target, path, change, words):
+    write_responses(target, PROMPTS, path, CONFIG)
+    files = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    config = replace(CONFIG, **change) if isinstance(change, dict) else CONFIG
+    if change == "thinking":
+        target.thinking = True
+    elif change == "weights":
+        target = make_small(seed=1)
+    elif change == "one weight":
+        target = copy.deepcopy(target)
+        target.model.model.norm.weight.data[0] += 1
+    elif change == "dtype":
+        target = Target(make_small().model.to(torch.bfloat16), target.tokenizer)
+    elif change == "template":
+        target.tokenizer.chat_template += " "
+    elif change == "tokenizer":
+        target.tokenizer.add_tokens(["more"])
+    with pytest.raises(ValueError, match=f"was made with {words}"):
+        write_responses(target, PROMPTS, path, config)
+    assert files == {file.name: file.read_bytes() for file in path.parent.iterdir()}
+
+
+def test_another_seed_is_another_run_when_sampling(target, path):
+    config = replace(CONFIG, temperature=1.0)
+    write_responses(target, PROMPTS, path, config)
+    with pytest.raises(ValueError, match="seed 0, not 1; set --respond.seed as it was"):
+        write_responses(target, PROMPTS, path, replace(config, seed=1))
+
+
+def test_changed_responses_are_refused(target, path):
+    write_responses(target, PROMPTS, path, CONFIG)
+    path.write_bytes(path.read_bytes().replace(b'"token_ids": [', b'"token_ids":  ['))
+    with pytest.raises(ValueError, match="was changed after dpace wrote it"):
+        write_responses(target, PROMPTS, path, CONFIG)
+
+
+def test_responses_of_unknown_origin_are_refused(target, path):
+    write_responses(target, PROMPTS, path, CONFIG)
+    path.with_name("responses.meta.json").unlink()
+    with pytest.raises(ValueError, match=r"has no responses.meta.json that tells what made it"):
+        write_responses(target, PROMPTS, path, CONFIG)
+
+
+def test_another_writer_is_told(target, path):
+    code = f"from dpace.system.ledger import hold\nwith hold({str(path.parent)!r}): print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
+            write_responses(target, PROMPTS, path, CONFIG)
+        other.communicate("\n")
+    with hold(path.parent):  # held by this process: no obstacle
+        assert len(write_responses(target, PROMPTS, path, CONFIG)) == 7
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_every_crash_point_reaches_the_same_end(target, path, after, monkeypatch, tmp_path):
+    """A full disk at each file operation; the same call then gives the undisturbed files, bit by bit."""
+    whole = tmp_path / "whole" / "responses.jsonl"
+    write_responses(target, PROMPTS, whole, CONFIG)
+    left = [after]
+    fsync, replace_file = os.fsync, type(path).replace
+
+    def fails():
+        left[0] -= 1
+        if left[0] == -1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", lambda file: (fails(), fsync(file)))
+    monkeypatch.setattr(type(path), "replace", lambda self, to: (fails(), replace_file(self, to)))
+    try:
+        write_responses(target, PROMPTS, path, CONFIG)
+    except OSError as error:
+        assert str(path.parent) in str(error.filename)
+    else:
+        assert after > 6, "there are no more file operations"
+    if path.exists() and after % 2:  # and a line of which half was written
+        with path.open("ab") as file:
+            file.write(b'{"id": "9", "se')
+    write_responses(target, PROMPTS, path, CONFIG)
+    for name in ("responses.jsonl", "responses.meta.json"):
+        assert (path.parent / name).read_bytes() == (whole.parent / name).read_bytes()
+    assert not list(path.parent.glob("*unfinished*"))
+
+
+def test_every_turn_counts_against_the_context(target, path):
+    turns = [[{"role": "user", "content": "w1 " * 10}] for _ in range(5)]
+    prompt = Prompt("long", "s", turns)
+    with pytest.raises(ValueError, match="prompt long has 6. tokens; with 5 answers of up to 4 new tokens"):
+        write_responses(target, [*PROMPTS, prompt], path, CONFIG)
+    assert not path.exists(), "refused before work starts"
+    assert write_responses(target, [replace(prompt, turns=turns[:3])], path, CONFIG)
+
+
+def test_odd_characters_come_back(target, path):
+    text = "w1 \u2028 w2 \u2029 \u0085 \x0b \x1c \ufeff \U0001f600 w3"
+    prompt = Prompt("a\u2028b", "s", [[{"role": "user", "content": text}]])
+    written = write_responses(target, [prompt], path, CONFIG)
+    assert read_responses(path) == written and written[0].messages[0]["content"] == text
+    assert path.read_bytes().count(b"\n") == 1
+
+
+def test_sigterm_is_an_interrupt(tmp_path):
+    code = "\n".join(
+        [
+            "import sys, time, types, dpace.cli",
+            "def run(args):",
+            "    print('ready', flush=True)",
+            "    time.sleep(60)",
+            "sys.modules['dpace.verbs.respond'] = types.SimpleNamespace(run=run)",
+            "sys.exit(dpace.cli.main(['respond']))",
+        ]
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+            assert process.stdout and process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == expected
+        assert err == "dpace respond: interrupted; finished work is kept: run the same command to continue\n"
+
+
+def test_a_reader_that_has_enough_is_no_failure():
+    code = "\n".join(
+        [
+            "import sys, types, dpace.cli",
+            "def run(args):",
+            "    while True: print('x' * 99)",
+            "sys.modules['dpace.verbs.respond'] = types.SimpleNamespace(run=run)",
+            "sys.exit(dpace.cli.main(['respond']))",
+        ]
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout and process.stderr and process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=30) == 141
+
+
+def test_half_a_character_is_refused(target, path):
+    with pytest.raises(ValueError, match="half a character"):
+        encode_chat(target, [{"role": "user", "content": "w1 \udc80"}])
+
+
+@pytest.mark.slow
+def test_killed_processes_lose_nothing(target, tmp_path):
+    """`dpace respond` is killed at random moments, then run to its end: the files are the undisturbed ones."""
+    target.model.save_pretrained(tmp_path / "target")
+    target.tokenizer.save_pretrained(tmp_path / "target")
+    rows = [json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(50)]
+    (tmp_path / "p.jsonl").write_text("".join(rows))
+    flags = ["--target", str(tmp_path / "target"), "--prompts.path", str(tmp_path / "p.jsonl"), "--batch-size", "2"]
+    code = (
+        "import sys, torch, transformers, dpace.cli; print('ready', flush=True); sys.exit(dpace.cli.main(sys.argv[1:]))"
+    )
+
+    def start(folder):
+        command = [sys.executable, "-c", code, "respond", *flags, "--max-new-tokens", "24", "--output", str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        return process
+
+    rng, killed = random.Random(0), 0
+    for name, number in (("whole", None), ("killed", signal.SIGKILL), ("ended", signal.SIGTERM)):
+        for _ in range(6 if number else 0):
+            process = start(tmp_path / name)
+            time.sleep(rng.uniform(0.2, 3))
+            process.send_signal(number)
+            process.communicate()
+            killed += process.returncode in (-signal.SIGKILL, 143)
+        processes = [start(tmp_path / name), start(tmp_path / name)]  # one of two writes, the other is told
+        errors = [process.communicate()[1] for process in processes]
+        codes = sorted(process.returncode for process in processes)
+        assert codes in ([0, 0], [0, 1]), errors
+        assert codes == [0, 0] or any("is writing to" in error for error in errors)
+    assert killed > 3
+    for name in ("responses.jsonl", "responses.meta.json"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == whole == (tmp_path / "ended" / name).read_bytes()

@@ -1,0 +1,134 @@
+"""One recipe, several objectives and seeds, on the tiny target."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe, RespondConfig
+from dpace.measure.results import read_results
+from dpace.prompts.prompts import Prompt
+from dpace.report.tables import compare_table, console
+from dpace.studies.compare import compare
+from dpace.studies.demo import compare_heldout, summary
+from tests.conftest import LANGUAGE_RECIPE
+from tests.support.rows import make_bench
+
+OWN = "examples.objective:weigh+kl"
+
+
+@pytest.fixture
+def config(language_prompts, tmp_path) -> CompareConfig:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    recipe = {field.name: getattr(LANGUAGE_RECIPE, field.name) for field in fields(Recipe)}
+    return CompareConfig(
+        **{
+            **recipe,
+            "output": str(tmp_path / "out"),
+            "prompts": PromptsConfig(path=str(path)),
+            "train": replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=2, num_anchors=4),
+            "bench": BenchConfig(temperatures=(0.0,), max_new_tokens=12, num_prompts=2),
+            "objectives": ("dpace+kl+overlap", OWN),
+            "seeds": (0, 1),
+        }
+    )
+
+
+def test_compare(config, language_target, tmp_path, capsys):
+    results = compare(language_target, config)
+    names = {"dpace+kl+overlap", OWN, "dflash"}
+    assert read_results(tmp_path / "out" / "results.json") == results
+    assert {row.drafter for row in results.rows} == names
+    assert [row.tau for row in results.rows] == sorted((row.tau for row in results.rows), reverse=True)
+    for row in results.rows:
+        assert len(row.tau_by_seed) == 2 and row.num_prompts == 6 and row.step_seconds > 0
+        if row.drafter == "dflash":
+            assert row.gain == (0, 0, 0)
+    console(True).print(compare_table(results, True))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and "over dflash" in printed
+    for name in ("tau.png", "acceptance.png", "weights.png", "results.json", "decode/results.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+
+    greedy = {row.drafter: row for row in results.decode.rows}
+    assert set(greedy) == names and all(row.num_same_text == 2 for row in greedy.values())
+
+
+def test_fewer_steps_than_logging_steps(config, language_target, tmp_path):
+    """The last step is logged too, so each row has its seconds."""
+    train = replace(config.train, max_steps=2, eval_steps=2, logging_steps=100)
+    bench = replace(config.bench, num_prompts=0)
+    config = replace(config, objectives=("dflash",), seeds=(0,), train=train, bench=bench)
+    results = compare(language_target, config)
+    assert [row.drafter for row in results.rows] == ["dflash"] and results.rows[0].step_seconds > 0
+    assert compare(language_target, config) == results
+
+
+def test_a_cell_of_another_run_is_refused_before_any_work(config, language_target, tmp_path, monkeypatch):
+    train = replace(config.train, max_steps=2, eval_steps=2)
+    config = replace(
+        config, objectives=("dflash",), seeds=(0,), train=train, bench=replace(config.bench, num_prompts=0)
+    )
+    compare(language_target, config)
+    monkeypatch.setattr("dpace.studies.compare.write_responses", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="train.max_steps 2, not 3"):
+        compare(language_target, replace(config, train=replace(train, max_steps=3)))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("mine")
+    with pytest.raises(ValueError, match="results.json was not written by dpace"):
+        compare(language_target, replace(config, output=str(tmp_path / "other")))
+
+
+def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
+    """All objectives see the same blocks from the same weights; a cell that was cut off goes on alone."""
+    from dpace.train.trainer import DrafterTrainer
+
+    config = replace(config, objectives=("uniform",), bench=replace(config.bench, num_prompts=0))
+    compute_loss, seen = DrafterTrainer.compute_loss, []
+
+    def watched(self, model, inputs, *args, **kwargs):
+        first = next(self.drafter.parameters()).detach().clone() if not self.state.global_step else None
+        seen.append((inputs["anchors"], inputs["labels"], first))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DrafterTrainer, "compute_loss", watched)
+    whole = compare(language_target, config)
+    steps = config.train.max_steps
+    assert len(seen) == 4 * steps  # 2 objectives, 2 seeds
+    for seed in range(2):
+        ours, theirs = (seen[start : start + steps] for start in (2 * seed * steps, (2 * seed + 1) * steps))
+        for (anchors, labels, first), (other_anchors, other_labels, other_first) in zip(ours, theirs, strict=True):
+            assert torch.equal(anchors, other_anchors) and torch.equal(labels, other_labels)
+            assert first is None or torch.equal(first, other_first)
+    assert not torch.equal(seen[0][1], seen[2 * steps][1])
+
+    cell = tmp_path / "out" / "uniform" / "seed-1"
+    for name in ("provenance.json", "heldout.json"):
+        (cell / name).unlink()
+    seen.clear()
+    again = compare(language_target, config)
+    assert len(seen) == 0  # its checkpoint of the last step was there
+    assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
+    with pytest.raises(ValueError, match="train.learning_rate 0.005, not 0.0001"):
+        compare(language_target, replace(config, train=replace(config.train, learning_rate=1e-4)))
+
+
+def test_the_demo_compares_on_all_held_out_prompts(language_target, language_drafter, language_prompts, tmp_path):
+    """A row for each set and objective and for all sets together; the same drafter twice gives a gain of 0."""
+    turns = ([{"role": "user", "content": text}] for text in language_prompts[50:58])
+    prompts = [Prompt(str(i), f"set{i % 2}", [turn]) for i, turn in enumerate(turns)]
+    recipe = replace(LANGUAGE_RECIPE, output=str(tmp_path), respond=RespondConfig(max_new_tokens=16))
+    arguments = language_target, {"dpace": language_drafter, "dflash": language_drafter}, prompts, prompts[2:], recipe
+    rows = compare_heldout(*arguments)
+    assert rows is not None and [(row.set, row.drafter, row.num_prompts) for row in rows] == [
+        (name, drafter, count)
+        for name, count in (("set0", 3), ("set1", 3), ("all", 6))
+        for drafter in ("dpace", "dflash")
+    ]
+    assert all(row.gain == (0, 0, 0) for row in rows)
+    assert [sum(counts) for counts in zip(*(row.histogram for row in rows[:4:2]), strict=True)] == rows[4].histogram
+    lines = summary(make_bench(heldout=rows))
+    assert "all 6 held-out prompts: tau of D-PACE over DFlash's decay +0.0 % [+0.0, +0.0]" in lines
+    assert compare_heldout(language_target, {"dpace": language_drafter}, prompts, prompts, recipe) is None

@@ -1,0 +1,241 @@
+"""Whatever file operation a run dies at, the same call ends as an undisturbed run does."""
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpace.cli import main
+from dpace.config import BenchConfig, CompareConfig, PromptsConfig, RespondConfig
+from dpace.engines.export import export
+from dpace.measure.results import write_results
+from dpace.prompts.prompts import Prompt
+from dpace.respond.responses import write_responses
+from dpace.studies.compare import compare
+from dpace.train.run import make_datasets, train
+from tests.conftest import LANGUAGE_RECIPE
+from tests.support.crash import GROWING, fill, kill, operations_of
+from tests.unit.measure.test_results import SERVERS
+
+UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
+"""What tells of this process alone; Python's random numbers, which training does not use, among it."""
+FAULTS = ("full", "torn", "")
+"""What happens at an operation: no room from there on, half of its file, or nothing any more."""
+TORN = ("open", "append", "save", "fsync")
+"""Operations that may leave half of a file."""
+ALL = [
+    "train",
+    "respond",
+    "compare",
+    "bench",
+    "export zlab",
+    "export speculators",
+    "export gguf",
+    "export over another",
+]
+ALL += ["import zlab", "import speculators", "import gguf", "report"]
+QUICK = {"train", "respond", "bench", "export gguf", "import zlab", "report"}
+"""One of each kind; `compare` makes runs of other verbs, and the formats share how they are written."""
+
+
+class Runs:
+    """Tiny runs of the verbs, again and again into new folders."""
+
+    def __init__(self, target, target_folder, target_gguf, prompts, responses, drafter_folder, folder):
+        self.target, self.target_folder, self.target_gguf = target, target_folder, target_gguf
+        self.prompts, self.responses, self.drafter = prompts, responses, drafter_folder
+        config = replace(LANGUAGE_RECIPE.train, max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, batch_size=4)
+        self.recipe = replace(LANGUAGE_RECIPE, train=config)
+        self.prompts_file, self.folder = folder / "prompts.jsonl", folder
+        self.prompts_file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts[:20]))
+
+    def prepare(self, name: str, output: Path) -> None:
+        """Make what a run starts from."""
+        output.parent.mkdir(exist_ok=True)
+        if name == "export over another":
+            shutil.copytree(self.exported("speculators"), output)
+
+    def __call__(self, name: str, output: Path) -> None:
+        verb, *words = name.split()
+        getattr(self, verb if verb != "import" else "import_")(output, *words)
+
+    def train(self, output: Path) -> None:
+        datasets = make_datasets(self.target, self.responses[:8], self.responses[50:52], self.recipe)
+        train(self.target, *datasets, self.recipe, output / "drafter")
+
+    def respond(self, output: Path) -> None:
+        prompts = [Prompt(str(i), "x", [[{"role": "user", "content": p}]]) for i, p in enumerate(self.prompts[:6])]
+        config = RespondConfig(max_new_tokens=6, batch_size=2)
+        write_responses(self.target, prompts, output / "responses.jsonl", config)
+
+    def compare(self, output: Path) -> None:
+        options = {name: getattr(self.recipe, name) for name in ("drafter", "loss", "train")}
+        config = CompareConfig(
+            **options,
+            output=str(output),
+            prompts=PromptsConfig(path=str(self.prompts_file), num_heldout=2, num_validation=2),
+            respond=RespondConfig(max_new_tokens=12),
+            bench=BenchConfig(num_prompts=1, max_new_tokens=4, widths=("full",)),
+            objectives=("dflash",),
+            baseline="dflash",
+            seeds=(0,),
+        )
+        compare(self.target, config)
+
+    def bench(self, output: Path) -> None:
+        flags = f"--bench.drafters {self.drafter} --bench.max-new-tokens 4 --bench.widths full 2 --bench.temperatures 0"
+        self.main("bench", f"--prompts.path {self.prompts_file} --prompts.num-heldout 2 --output {output} {flags}")
+
+    def export(self, output: Path, *words: str) -> None:
+        if words == ("over", "another"):
+            words = ("zlab", "--dtype", "bfloat16")
+        flags = f"--target-gguf {self.target_gguf} --num-prompts 0 --output {output}"
+        self.main("export", f"{self.drafter} --to {' '.join(words)} {flags}")
+
+    def import_(self, output: Path, source: str) -> None:
+        self.main("import", f"{self.exported(source)} --output {output}")
+
+    def report(self, output: Path) -> None:
+        results = self.folder / "results"
+        results.mkdir(exist_ok=True)
+        write_results(results / "servers.json", SERVERS)
+        self.command("report", str(results), "--output", str(output / "report.html"))
+
+    def exported(self, to: str) -> Path:
+        """The drafter for an engine, written once; the GGUF file for llama.cpp."""
+        folder = self.folder / to
+        if not folder.exists():
+            options = {"name": "d", "target_name": str(self.target_folder), "target_gguf": self.target_gguf}
+            export(self.drafter, self.target, to=to, output=folder, **options)
+        return next(folder.glob("*.gguf"), folder)
+
+    def command(self, *words: str) -> None:
+        """Run a verb, and raise what it says when it fails: its last words, in one line."""
+        with redirect_stderr(io.StringIO()) as said:
+            code = main(list(words))
+        if code:
+            assert "Traceback" not in said.getvalue(), said.getvalue()
+            raise OSError(said.getvalue().strip().rsplit("\n", 1)[-1])
+
+    def main(self, verb: str, words: str) -> None:
+        self.command(verb, *words.split(), "--target", str(self.target_folder))
+
+
+@pytest.fixture(scope="session")
+def runs(
+    language_target,
+    language_folder,
+    target_gguf,
+    language_prompts,
+    language_responses,
+    language_drafter_folder,
+    tmp_path_factory,
+) -> Runs:
+    made = language_target, language_folder, target_gguf, language_prompts, language_responses, language_drafter_folder
+    return Runs(*made, tmp_path_factory.mktemp("crash"))
+
+
+def end_state(folder: Path) -> dict:
+    """All that a run leaves, without times and versions; weights as bytes."""
+    state: dict = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name in (".dpace.lock", "manifest.json"):
+            state[name] = None
+        elif path.suffix == ".safetensors":
+            state[name] = {key: bits(value) for key, value in load_file(path).items()}
+        elif path.suffix == ".json":
+            state[name] = without_unused(json.loads(path.read_text()))
+        elif path.match("bench-*.jsonl"):
+            state[name] = last_of_each(path)
+        else:
+            state[name] = path.read_bytes()
+    return json.loads(json.dumps(state, default=repr).replace(str(folder), "FOLDER"))
+
+
+def bits(tensor: torch.Tensor) -> list:
+    return [str(tensor.dtype), tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()]
+
+
+def last_of_each(path: Path) -> list[str]:
+    """Records of a benchmark: an unfinished prompt was measured again in all ways, and the last ones count."""
+    records: dict = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        key = tuple(record.get(name) for name in ("drafter", "width", "set", "id", "turn", "temperature"))
+        records.pop(str(key), None)
+        records[str(key)] = line
+    return list(records.values())
+
+
+def without_unused(value):
+    if isinstance(value, dict):
+        return {k: without_unused(v) for k, v in value.items() if k not in UNUSED}
+    return [without_unused(item) for item in value] if isinstance(value, list) else value
+
+
+def operations(runs: Runs, name: str, folder: Path) -> list[str]:
+    """Run undisturbed, to the end, and name the file operations."""
+    return operations_of(lambda: runs(name, folder), folder)
+
+
+def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[str]], list[tuple[int, str]]]) -> None:
+    """Die at each point, or have no room from there on, run again, and compare.
+
+    `DPACE_CRASH_TABLE` names a file that gets the table.
+    """
+    undisturbed, folder, rows = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out", []
+    runs.prepare(name, undisturbed)
+    points = choose(operations(runs, name, undisturbed))
+    expected = end_state(undisturbed)
+    for point, fault in points:
+        runs.prepare(name, folder)
+        stop = fill if fault == "full" else partial(kill, is_torn=fault == "torn")
+        operation = stop(partial(runs, name, folder), folder, point)
+        operations(runs, name, folder)
+        found = end_state(folder)
+        differing = sorted(path for path in {*expected, *found} if expected.get(path, 0) != found.get(path, 0))
+        what = re.sub(r"[0-9]{2,}[.]", "PID.", operation) + (fault and f", {fault}")
+        rows.append(f"{point:4d}  {what:76s} {'; '.join(differing) or 'same'}")
+        shutil.rmtree(folder)
+    table = f"{name}, {len(rows)} points\n" + "\n".join(rows)
+    if os.environ.get("DPACE_CRASH_TABLE"):
+        with open(os.environ["DPACE_CRASH_TABLE"], "a") as file:
+            file.write(table + "\n")
+    print(table)
+    assert all(row.endswith(" same") for row in rows), table
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
+def test_a_run_that_dies_goes_on_to_the_same_end(name, runs, tmp_path):
+    """A spread of all operations: the disk gets full, half of a file is left, or nothing happens."""
+
+    def spread(found: list[str]) -> list[tuple[int, str]]:
+        points = (round(i * (len(found) - 1) / (len(FAULTS) - 1)) for i in range(len(FAULTS)))
+        return list(zip(points, FAULTS, strict=True))
+
+    check_points(runs, name, tmp_path, spread)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_every_operation(name, runs, tmp_path):
+    """Each one does not happen, leaves half of its file, or is the first that finds no room."""
+
+    def every(found: list[str]) -> list[tuple[int, str]]:
+        of_fault = {"": tuple(found), "torn": TORN, "full": GROWING}
+        return [(at, fault) for fault in of_fault for at, what in enumerate(found) if what.startswith(of_fault[fault])]
+
+    check_points(runs, name, tmp_path, every)

@@ -1,0 +1,115 @@
+"""Real processes that are killed, ended and started twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def flags(language_folder, language_prompts, tmp_path_factory):
+    """A run of some seconds."""
+    folder = tmp_path_factory.mktemp("prompts")
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    options = {"target": language_folder, "prompts.path": path, "respond.max-new-tokens": 32, "drafter.num-layers": 2}
+    options |= {"drafter.block-size": 6, "train.max-steps": 60, "train.eval-steps": 2, "train.batch-size": 8}
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def start(*words, num_ranks=1) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    command = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "dpace.cli", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not come")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    for verb in ("respond", "train"):
+        code, text = end(start(verb, *flags, "--output", str(out)))
+        assert code == 0, text
+    return out
+
+
+def test_random_kills(undisturbed, flags, tmp_path):
+    """SIGKILL at random moments, until the run has ended in spite of them."""
+    rng, kills, out = random.Random(0), [], str(tmp_path / "out")
+    for verb, low, high in (("respond", 3.0, 9.0), ("train", 5.0, 14.0)):
+        for _ in range(8):
+            process = start(verb, *flags, "--output", out)
+            try:
+                process.wait(timeout=rng.uniform(low, high))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills.append(verb)
+            code, text = process.communicate()[1:] and (process.returncode, "")
+            if code == 0:
+                break
+        code, text = end(start(verb, *flags, "--output", out))
+        assert code == 0, text
+    print(f"{len(kills)} kills: {kills}")
+    for name in ("responses.jsonl", "drafter/model.safetensors", "drafter/recipe.yaml", "drafter/run.json"):
+        expected = (undisturbed / name).read_bytes().replace(str(undisturbed).encode(), out.encode())
+        assert (tmp_path / "out" / name).read_bytes() == expected, name
+
+
+def test_two_processes_at_once(undisturbed, flags, tmp_path):
+    """The second is told who writes; the first goes on, until it is ended with a checkpoint."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in undisturbed.glob("responses.*"):
+        (out / path.name).write_bytes(path.read_bytes())
+    words = ["train", *flags, "--output", str(out), "--train.max-steps", "2000"]
+    first = start(*words)
+    wait_for(out / "drafter" / "run.json", first)
+    code, text = end(start(*words))
+    assert code == 1 and f"process {first.pid}" in text and "Traceback" not in text, text
+    first.send_signal(signal.SIGTERM)
+    code, text = end(first)
+    assert "go on with" in text and list((out / "drafter" / "checkpoints").glob("checkpoint-*")), text
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_process_or_to_torchrun(name, num_ranks, undisturbed, flags, tmp_path):
+    """A checkpoint of the step, a command to go on with, no traceback of ours; and it goes on."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in undisturbed.glob("responses.*"):
+        (out / path.name).write_bytes(path.read_bytes())
+    words = ["train", *flags, "--output", str(out), "--train.eval-steps", "1000", "--train.max-steps", "400"]
+    process = start(*words, num_ranks=num_ranks)
+    wait_for(out / "drafter" / "recipe.yaml", process)
+    time.sleep(2)
+    process.send_signal(getattr(signal, name))
+    code, text = end(process)
+    assert code != 0 and "go on with: dpace train --target" in text, text
+    (checkpoint,) = (out / "drafter" / "checkpoints").glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.split("-")[1]) < 400
+    code, text = end(start(*words, num_ranks=num_ranks))
+    assert code == 0, text

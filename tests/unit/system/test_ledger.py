@@ -1,0 +1,67 @@
+"""Files are written whole or not at all, by one process at a time, and never over what dpace did not write."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dpace.system.ledger import claim, hold, read_jsonl, write_json, write_text
+
+
+def test_every_character_stays_in_its_line(tmp_path):
+    text = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n\n" + json.dumps({"n": 2}) + "\n")
+    assert list(read_jsonl(path)) == [(1, {"text": text}), (3, {"n": 2})]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    before = path.stat()
+    write_json(path, {"a": 1})
+    assert path.stat().st_mtime_ns == before.st_mtime_ns, "what is there already is not written again"
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "other")
+    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, float("nan"))
+
+
+def test_one_writer_at_a_time(tmp_path):
+    lines = ["import time", "from dpace.system.ledger import hold", f"with hold({str(tmp_path)!r}):"]
+    code = "\n".join([*lines, "    print('held', flush=True)", "    time.sleep(60)"])
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"), hold(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    for _ in range(50):  # a killed process holds nothing
+        try:
+            with hold(tmp_path):
+                return
+        except ValueError:
+            time.sleep(0.1)
+    raise AssertionError("the lock of a killed process was never free")
+
+
+def test_what_dpace_did_not_write_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text("the user's")
+    with pytest.raises(ValueError, match=r"config.json was not written by dpace"):
+        claim(tmp_path, "config.json", "README.md")
+    claim(tmp_path, "README.md")
+    (tmp_path / "README.md").write_text("ours")
+    claim(tmp_path, "README.md", "results.json")
+    (tmp_path / "results.json").write_text("ours too")
+    claim(tmp_path, "results.json")

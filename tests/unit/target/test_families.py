@@ -1,0 +1,185 @@
+"""Greedy text equals `model.generate` on every family, with drafts that are sometimes right, or is refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+from dpace.config import RespondConfig
+from dpace.decode import Paces, generate, generate_batch, generate_plain
+from dpace.respond.static_batch import generate_responses
+from dpace.target import Target
+from tests.conftest import Oracle, make_drafter
+from tests.support.families import (
+    ALWAYS,
+    CONFIGS,
+    MORE,
+    NOT_BATCHED,
+    NOT_DRAFTED_FOR,
+    SHAPE,
+    VOCAB,
+    make_more,
+    make_sharp_target,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+LENGTH = 30
+SHARED = [(7 * i) % 59 + 4 for i in range(20)]
+"""A beginning of several prompts, longer than the windows."""
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def target(family):
+    return make_sharp_target(family)
+
+
+def own_text(target, prompt: list[int]) -> list[int]:
+    """The target's greedy text by transformers' own `generate`, made once for each prompt."""
+    texts = vars(target).setdefault("own_texts", {})
+    if tuple(prompt) not in texts:
+        texts[tuple(prompt)] = make_own_text(target, prompt)
+    return texts[tuple(prompt)]
+
+
+def make_own_text(target, prompt: list[int]) -> list[int]:
+    out = target.model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong_every", [((3,), (1, 3, 100)), pytest.param([(1, 2, 3, 100)] * 2, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_plain_and_drafted_text_is_the_targets(family, target, wrong_every, monkeypatch):
+    """Drafts that are right, wrong, and wrong in between; prompts shorter and longer than the windows."""
+    accepted = 0
+    for prompt, everies in zip(([5, 9, 12, 7, 30], SHARED), wrong_every, strict=True):
+        text = own_text(target, prompt)
+        assert len(set(text)) > 3, "a text that repeats itself shows nothing"
+        assert generate_plain(target, prompt, max_new_tokens=LENGTH).token_ids == text
+        if family in NOT_DRAFTED_FOR:
+            with pytest.raises(ValueError, match=NOT_DRAFTED_FOR[family]):
+                make_drafter(target, target_layer_ids=[0, 2])
+            continue
+        for every in everies:
+            with monkeypatch.context() as patch:
+                drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
+                Oracle(patch, drafter, target, prompt + text, lambda n, every=every: n % every == every - 1)
+                out = generate(target, drafter, prompt, max_new_tokens=LENGTH, width="full")
+                assert out.token_ids == text
+                accepted += sum(out.accepted_lengths)
+    assert family in NOT_DRAFTED_FOR or accepted > 40
+
+
+def test_width_auto_and_streams_keep_the_text(family, target):
+    if family in NOT_DRAFTED_FOR:
+        pytest.skip(NOT_DRAFTED_FOR[family])
+    drafter, paces = make_drafter(target, block_size=4, target_layer_ids=[0, 2]), Paces()
+    prompt = SHARED + SHARED  # so that something is copied
+    text = own_text(target, prompt)
+    assert generate(target, drafter, prompt, max_new_tokens=LENGTH, paces=paces).token_ids == text
+
+
+def test_batches_keep_the_text_or_are_refused(family, target):
+    prompts = [SHARED, SHARED[:7], [5, 9, 12]]
+    drafter = None if family in NOT_DRAFTED_FOR else make_drafter(target, block_size=4, target_layer_ids=[0, 2])
+    if family in NOT_BATCHED or family in NOT_DRAFTED_FOR:
+        with pytest.raises(ValueError, match="full attention"):
+            generate_batch(target, drafter, prompts, max_new_tokens=LENGTH)
+        return
+    found = generate_batch(target, drafter, prompts, max_new_tokens=LENGTH)
+    assert [out.token_ids for out in found] == [own_text(target, prompt) for prompt in prompts]
+
+
+def test_answers_are_the_targets_own(family, target):
+    """In one batch, of different lengths, with a beginning that all share and without."""
+    for prompts in ([[*SHARED, *rest] for rest in ([5], [9, 12, 7, 30], [40, 41])], [[5, 9], SHARED, [12] * 9]):
+        answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH))
+        assert answers == [own_text(target, prompt) for prompt in prompts]
+
+
+def test_features_do_not_depend_on_what_is_read_together(family, target):
+    prompts = torch.tensor([[*SHARED, 5, 9], [*SHARED, 12, 7], [*SHARED, 40, 41]])
+    together = target.features(prompts, [0, 2], with_head_input=True)
+    for row, prompt in zip(together, prompts, strict=True):
+        torch.testing.assert_close(
+            row, target.features(prompt[None], [0, 2], with_head_input=True)[0], rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+)
+def test_experts_and_vision_language_models_keep_their_text(name, monkeypatch):
+    """Drafts of which every third token is wrong, behind a text longer than the windows."""
+    target = make_more(name)
+    text = own_text(target, SHARED)[:16]
+    assert len(set(text)) > 3, "a text that repeats itself shows nothing"
+    drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])
+    Oracle(monkeypatch, drafter, target, SHARED + text, lambda n: n % 3 == 2)
+    out = generate(target, drafter, SHARED, max_new_tokens=16, width="full")
+    assert out.token_ids == text and sum(out.accepted_lengths) > 5
+
+
+def test_layers_that_are_not_found_are_refused():
+    config = Llama4TextConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=64)
+    with pytest.raises(ValueError, match="Llama4ForCausalLM has 0 lists of 4 decoder layers"):
+        Target(AutoModelForCausalLM.from_config(config))
+
+
+def test_longrope_is_followed_on_either_side_and_refused_across():
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    target = make_sharp_target("phi3", **changes)
+    drafter = make_drafter(target, block_size=4, target_layer_ids=[0, 2])
+    for prompt, length in ((SHARED[:5], 27), (SHARED + SHARED, LENGTH)):
+        text = own_text(target, prompt)[:length]
+        assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
+    with pytest.raises(ValueError, match="ask for at most 12 tokens"):
+        generate_plain(target, SHARED, max_new_tokens=13)
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        generate_batch(target, drafter, [SHARED[:5], SHARED + SHARED], max_new_tokens=5)
+    with pytest.raises(ValueError, match="--train.max-length 32"):
+        target.features(torch.tensor([SHARED + SHARED] * 2), [0, 2])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "cohere2"])
+@pytest.mark.parametrize("part", ["layers.1", "lm_head", "embed_tokens", "norm"])
+def test_weights_that_are_changed_in_place_are_seen(family, part):
+    """Also through `.data`, which torch does not count; fused layers, packed layers and the head read the new ones."""
+    target = make_sharp_target(family)
+    before = generate_plain(target, SHARED, max_new_tokens=LENGTH).token_ids
+    for name, weight in target.model.named_parameters():
+        if part in name:
+            weight.data.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
+    found = generate_plain(target, SHARED, max_new_tokens=LENGTH).token_ids
+    fresh = AutoModelForCausalLM.from_config(target.model.config).eval()
+    fresh.load_state_dict(target.model.state_dict())
+    assert found == own_text(Target(fresh), SHARED) != before
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_answers_do_not_depend_on_the_length_of_others(kind):
+    """Where the longest text of a batch would choose the rotation of all."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6} if kind == "longrope" else {"factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **factors}
+    family, boundary = ("phi3", "original_") if kind == "longrope" else ("llama", "")
+    target = make_sharp_target(family, rope_parameters=rope, **{f"{boundary}max_position_embeddings": 32})
+    prompts = [SHARED, [5, 9, 3], SHARED + SHARED, [5, 9]]
+    answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH))
+    assert answers == [own_text(target, prompt) for prompt in prompts]
+
+
+def test_a_head_with_a_bias_is_refused():
+    target = make_sharp_target("llama")
+    head = target.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.full((VOCAB,), 1e-4))
+    with pytest.raises(ValueError, match="has a bias"):
+        Target(target.model)
+
+
+def test_vocabulary_of_the_oracle():
+    assert VOCAB == 64  # which `Oracle` knows

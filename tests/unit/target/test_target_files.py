@@ -1,0 +1,263 @@
+"""Targets that people have: LoRA adapters, quantized, for images too, on several devices; or a reason in one line."""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+import transformers
+from accelerate import dispatch_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from dpace.decode import generate, generate_plain
+from dpace.engines.export import count_layers
+from dpace.fast.speed_up import speed_up
+from dpace.system.provenance import weights_fingerprint
+from dpace.target import Target
+from dpace.target.files import find_places
+from tests.conftest import make_drafter, make_tokenizer
+from tests.support.families import SHAPE, make_sharp_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+PROMPT, LENGTH = [5, 9, 12, 7, 30], 20
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+"""A shape that can be quantized in blocks."""
+
+
+def write(model, folder):
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A target and its folder; tests change copies."""
+    target = make_sharp_target("llama", **WIDE)
+    return target, write(target.model, tmp_path_factory.mktemp("base") / "base")
+
+
+def assert_decodes(target, expected=None):
+    """Drafted and plain text are those of transformers, and hidden states do not depend on the padding."""
+    ids = torch.tensor([PROMPT])
+    text = target.model.generate(ids, max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)[0, 5:].tolist()
+    assert len(set(text)) > 3 and (expected is None or text == expected)
+    assert generate_plain(target, PROMPT, max_new_tokens=LENGTH).token_ids == text
+    drafter = make_drafter(target, block_size=4, target_layer_ids=[0, 2])
+    assert generate(target, drafter, PROMPT, max_new_tokens=LENGTH, width="full").token_ids == text
+    padded = target.features(torch.tensor([PROMPT + [0, 0]]), [0, 2])
+    torch.testing.assert_close(padded[:, :5], target.features(ids, [0, 2]), rtol=1e-3, atol=1e-3)
+    assert len(weights_fingerprint(target.model)) == 64
+    return text
+
+
+# adapters
+
+
+def write_adapter(folder, base_folder, **changes):
+    """An adapter as peft writes it, without peft: rank 2 on one layer's query projection."""
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_folder)}
+    settings |= {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], **changes}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(1)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    weights = {f"{name}A.weight": torch.randn(2, 128), f"{name}B.weight": torch.randn(128, 2)}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def test_a_lora_adapter_is_merged(base, tmp_path):
+    pytest.importorskip("peft")
+    original, folder = base
+    down, up = write_adapter(tmp_path / "lora", folder).values()
+    target = Target.load(str(tmp_path / "lora"))
+    expected = dict(original.model.state_dict())
+    changed = "model.layers.1.self_attn.q_proj.weight"
+    expected[changed] = expected[changed] + 2 * up @ down  # lora_alpha / r
+    for name, weight in target.model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], msg=name)
+    assert target.name == str(tmp_path / "lora") and target.layers[1].fused
+    assert assert_decodes(target) != assert_decodes(original)
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    weights["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"] = weights.popitem()[1]
+    save_file(weights, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lack base_model.model.model.layers.1") as refused:
+        Target.load(str(tmp_path / "lora"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "of kind 'PREFIX_TUNING', expected LORA"),
+        ({"base_model_name_or_path": None}, "names no base model"),
+        ({"base_model_name_or_path": "/no/such/model"}, "of /no/such/model, which cannot be read"),
+        ({}, "peft, which merges it, is missing: run `pip install peft`"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_one_line(changes, reason, base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    write_adapter(tmp_path / "lora", base[1], **changes)
+    with pytest.raises(ValueError, match=reason) as refused:
+        Target.load(str(tmp_path / "lora"))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_of_a_quantized_base_is_refused_and_its_layers_are_counted(base, tmp_path):
+    folder = shutil.copytree(base[1], tmp_path / "base")
+    write_adapter(tmp_path / "lora", folder)
+    assert count_layers(str(tmp_path / "lora")) == 4
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="whose weights are quantized; merging would round them anew"):
+        Target.load(str(tmp_path / "lora"))
+    shutil.copy(folder / "model.safetensors", tmp_path / "lora")  # whole weights: no adapter any more
+    assert find_places(str(folder)).adapter is None
+
+
+# quantized targets
+
+
+def write_fp8(base, folder):
+    """Weights of the layers in 8 bits with one scale for each block of 128 x 128, as DeepSeek's and Qwen's are."""
+    shutil.copytree(base[1], folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "proj" in name]:
+        scale = weights[name].abs().max() / 448
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    change_config(folder, quantization_config=settings)
+    return folder
+
+
+def test_fp8_is_read_with_its_scales(base, tmp_path):
+    """On a CPU, transformers turns it back into plain weights."""
+    target = Target.load(str(write_fp8(base, tmp_path / "fp8")))
+    weight = base[0].model.model.layers[1].mlp.up_proj.weight
+    found = target.model.model.layers[1].mlp.up_proj.weight.float()
+    assert 0 < (found - weight).norm() / weight.norm() < 0.05
+    assert_decodes(target)
+
+
+@pytest.mark.parametrize("method", ["bnb-4", "torchao-int8"])
+def test_quantized_layers_run_as_they_are(method, base, tmp_path):
+    if method == "bnb-4":
+        pytest.importorskip("bitsandbytes")
+        config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    else:
+        quantization = pytest.importorskip("torchao.quantization")
+        config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    options = {"quantization_config": config, "device_map": {"": "cpu"}, "dtype": torch.float32}
+    quantized = AutoModelForCausalLM.from_pretrained(base[1], **options)
+    target = Target.load(str(write(quantized, tmp_path / "quantized")))
+    layer = target.layers[0].self_attn.q_proj
+    assert type(layer) is type(quantized.model.layers[0].self_attn.q_proj)
+    assert type(layer.weight) is type(quantized.model.layers[0].self_attn.q_proj.weight)
+    assert not hasattr(target.layers[0], "fused")
+    assert_decodes(target)
+
+
+def test_a_missing_package_is_named(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
+    folder = shutil.copytree(base[1], tmp_path / "awq")
+    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
+    with pytest.raises(ValueError, match=r"is quantized \(awq\).*pip install gptqmodel") as refused:
+        Target.load(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens"])
+def test_a_quantized_table_is_refused(part):
+    target = make_sharp_target("llama")
+    module = target.model.get_submodule(part)
+    module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"is quantized \((Embedding|PackedLinear)\); drafters share it"):
+        Target(target.model)
+
+
+# devices
+
+
+def test_hooks_of_accelerate_run_in_every_pass(base):
+    """A layer that fused code or a packed product would pass by is seen as a hook that did not run."""
+    expected = assert_decodes(base[0])
+    model = AutoModelForCausalLM.from_pretrained(base[1])
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
+    places = dict.fromkeys([*parts, *(f"model.layers.{i}" for i in range(4))], "cpu")
+    model = dispatch_model(model, places, force_hooks=True)
+    assert not any(speed_up(model))
+    target, ran = Target(model), []
+    for layer in target.layers:
+        forward = layer._hf_hook.pre_forward
+        layer._hf_hook.pre_forward = lambda *a, forward=forward, **kw: (ran.append(1), forward(*a, **kw))[1]
+    assert_decodes(target, expected)
+    ran.clear()
+    generate_plain(target, PROMPT, max_new_tokens=LENGTH)
+    assert len(ran) == 4 * LENGTH
+
+
+def test_device_map_of_one_device_is_a_plain_target(base, monkeypatch):
+    target = Target.load(str(base[1]), device_map="auto")
+    assert not target.is_spread and target.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun starts several"):
+        Target.load(str(base[1]), device_map="auto")
+
+
+@pytest.mark.parametrize("outside, is_refused", [(0, False), (3, True), (8, False)])
+def test_a_target_that_is_in_part_on_no_gpu_is_refused(outside, is_refused, base, monkeypatch):
+    """8 of 8: there is no GPU."""
+    places = {f"part {i}": "cpu" if i < outside else 0 for i in range(8)}
+    load = AutoModelForCausalLM.from_pretrained
+
+    def load_in_parts(*args, **options):
+        model, info = load(*args, **options)
+        model.hf_device_map = places
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_in_parts)
+    if is_refused:
+        with pytest.raises(ValueError, match="3 of its 8 parts would stay outside"):
+            Target.load(str(base[1]), device_map="auto")
+    else:
+        Target.load(str(base[1]), device_map="auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_two_gpus_give_the_same_text(base):
+    """Not run by us: no machine with two GPUs."""
+    expected = assert_decodes(Target.load(str(base[1]), dtype=torch.float32))
+    places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1"], 0)
+    places |= dict.fromkeys(["model.layers.2", "model.layers.3", "model.norm", "lm_head"], 1)
+    model = AutoModelForCausalLM.from_pretrained(base[1], device_map=places, dtype=torch.float32)
+    target = Target(model)
+    assert target.is_spread and target.head.weight.device == target.device
+    assert_decodes(target, expected)
+
+
+# text of models that also read images
+
+
+def test_a_vision_language_model_is_used_for_text(tmp_path):
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 48, "intermediate_size": 32}
+    vision |= {"patch_size": 8, "deepstack_visual_indexes": [0]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+    torch.manual_seed(3)
+    text = {**SHAPE, "rope_parameters": rope, "initializer_range": 0.25}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=60, video_token_id=61)
+    model = AutoModelForImageTextToText.from_config(config)
+    write(model, tmp_path / "vl")
+    target = Target.load(str(tmp_path / "vl"))
+    assert type(target.model).__name__ == "Qwen3VLForConditionalGeneration" and count_layers(str(tmp_path / "vl")) == 4
+    assert_decodes(target)

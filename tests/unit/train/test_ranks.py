@@ -1,0 +1,142 @@
+"""A step is the same on any number of ranks and however it is accumulated."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpace.config import LossConfig
+from dpace.loss import REDUCTIONS
+from tests.conftest import LANGUAGE_RECIPE
+from tests.support import ranks
+
+RECIPE = replace(
+    LANGUAGE_RECIPE,
+    train=replace(
+        LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=1, num_anchors=5, feature_cache_gib=0.0
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def responses(language_responses):
+    """Conversations with 5 anchors, and every third with a single one."""
+    rows = language_responses[:14]
+    return [
+        replace(r, response_spans=[[start, start + 2] for start, _ in r.response_spans]) if i % 3 == 0 else r
+        for i, r in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(language_target, responses, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks") / "one"
+    write_prompts(responses, folder.parent)
+    ranks.answer_all(language_target, responses, RECIPE, folder)
+    ranks.train_all(language_target, responses, RECIPE, folder, 1)
+    ranks.measure_all(language_target, responses, RECIPE, folder, 1)
+    return folder
+
+
+def write_prompts(responses, folder):
+    folder.mkdir(exist_ok=True)
+    rows = [json.dumps({"id": one.id, "prompt": one.messages[0]["content"]}) + "\n" for one in responses]
+    (folder / "prompts.jsonl").write_text("".join(rows))
+
+
+def without_seconds(path):
+    """What a benchmark found out, apart from times and from what measured it."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {name: strip(one) for name, one in value.items() if name in COUNTED}
+        return [strip(one) for one in value] if isinstance(value, list) else value
+
+    return strip(json.loads(path.read_text()))
+
+
+COUNTED = {"rows", "decode", "responses", "id", "turn", "token_ids", "accepted_lengths"}
+COUNTED |= {"set", "drafter", "width", "temperature", "tau", "histogram", "num_prompts", "num_same_text", "gain"}
+
+
+def assert_same(one, other):
+    """Loss, gradient norm and the weights after two steps; nothing that one has may be missing in the other."""
+    first, second = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other))
+    num_steps = 0
+    for mine, reference in zip(second, first, strict=True):
+        assert set(mine) == set(reference)
+        if "loss" not in reference:
+            continue
+        num_steps += 1
+        for key in ("loss", "grad_norm", "nll"):
+            assert mine[key] == pytest.approx(reference[key], rel=1e-4), key
+    assert num_steps == 2
+    path = Path("checkpoints", "checkpoint-2", "model.safetensors")  # before they are rounded
+    found, expected = (load_file(folder / path) for folder in (other, one))
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_missing_key_is_not_the_same(on_one_rank, tmp_path):
+    shutil.copytree(on_one_rank / "anchors", tmp_path / "cut")
+    state = json.loads((tmp_path / "cut" / "trainer_state.json").read_text())
+    assert_same(on_one_rank / "anchors", tmp_path / "cut")
+    del state["log_history"][0]["grad_norm"]
+    (tmp_path / "cut" / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(AssertionError):
+        assert_same(on_one_rank / "anchors", tmp_path / "cut")
+
+
+def test_the_reduction_weights_divides_the_gradient_as_it_divides_the_loss(on_one_rank):
+    """In the first step, where the sum of losses is the same: `slots` and `weights` differ by what they divide by."""
+    first = {
+        name: json.loads((on_one_rank / name / "trainer_state.json").read_text())["log_history"][0]
+        for name in ("slots", "weights")
+    }
+    by_loss, by_gradient = (first["weights"][key] / first["slots"][key] for key in ("loss", "grad_norm"))
+    assert by_gradient == pytest.approx(by_loss, rel=1e-3) and by_loss != pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
+    """Uneven anchors, ranks and micro-batches without any, every reduction; and FSDP2 the same gradient."""
+    write_prompts(responses, tmp_path)
+    job, folder = tmp_path / "job.pickle", tmp_path / "ranks"
+    job.write_bytes(pickle.dumps((str(language_folder), responses, RECIPE)))
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    done = subprocess.run(
+        [*command, str(root / "tests" / "ranks.py"), str(job), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for reduction in REDUCTIONS:
+        assert_same(on_one_rank / reduction, folder / reduction)
+    for path in folder.glob("answers-*/*.jsonl"):  # line by line in the same order
+        assert path.read_bytes() == (on_one_rank / path.relative_to(folder)).read_bytes()
+    assert len(list(folder.glob("answers-*/*.jsonl"))) == 2
+    for name in ("bench", "compare"):
+        assert without_seconds(folder / name / "results.json") == without_seconds(on_one_rank / name / "results.json")
+    assert not list(folder.rglob("*.rank-*")) and len(list(folder.glob("features/*/*.safetensors"))) >= num_ranks
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulation_gives_the_same_steps(reduction, size, on_one_rank, language_target, responses, tmp_path):
+    """Micro-batches of 1, some without an anchor, and of 2."""
+    config = replace(RECIPE.train, batch_size=size, gradient_accumulation_steps=8 // size)
+    recipe = replace(RECIPE, train=config, loss=LossConfig(reduction=reduction))
+    empty = ranks.ResponseDataset([], max_length=8, num_anchors=None, seed=0)
+    ranks.train(language_target, ranks.make_dataset(responses, RECIPE), empty, recipe, tmp_path)
+    assert_same(on_one_rank / reduction, tmp_path)

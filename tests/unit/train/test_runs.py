@@ -1,0 +1,317 @@
+"""A run goes on only with the same data, target and settings, and nothing of it or of others is lost."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpace.cli import main
+from dpace.train.checkpoints import find_newest, is_whole
+from dpace.train.identity import read_run
+from dpace.train.run import make_datasets, train
+from dpace.train.trainer import DrafterTrainer
+from tests.conftest import LANGUAGE_RECIPE
+
+
+def recipe_of(**changes):
+    config = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "num_anchors": 4, "batch_size": 4, **changes}
+    return replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **config))
+
+
+def run(target, responses, folder, *, start=0, **changes):
+    recipe = recipe_of(**changes)
+    datasets = make_datasets(target, responses[start : start + 8], responses[50:52], recipe)
+    return train(target, *datasets, recipe, folder)
+
+
+def files_of(folder):
+    """When each file was written; the lock is touched by whoever looks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".dpace.lock")
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(language_target, language_responses, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "drafter"
+    run(language_target, language_responses, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "drafter")
+    return tmp_path / "drafter"
+
+
+def test_a_finished_run_is_read_and_not_written(copied, language_target, language_responses):
+    before = files_of(copied)
+    again = run(language_target, language_responses, copied)
+    assert files_of(copied) == before
+    assert not [path for path in before if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert (
+        again.confidence_temperature
+        == json.loads((copied / "config.json").read_text())["dpace"]["confidence_temperature"]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"logging_steps": 3}, {"feature_cache_gib": 0.0}, {"gradient_checkpointing": True}]
+)
+def test_settings_that_change_no_result_go_on(changes, copied, language_target, language_responses):
+    (copied / "provenance.json").unlink()
+    run(language_target, language_responses, copied, **changes)
+    assert (copied / "provenance.json").exists()
+
+
+OTHERS = {
+    "seed": (lambda t, r: {"seed": 7}, "train.seed 42, not 7"),
+    "answers": (lambda t, r: {"start": 1}, "other training answers"),
+}
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_run_is_refused_naming_one_difference(other, is_finished, copied, language_target, language_responses):
+    change, message = OTHERS[other]
+    if not is_finished:
+        (copied / "provenance.json").unlink()
+    before = files_of(copied)
+    with pytest.raises(ValueError, match=message) as refused:
+        run(language_target, language_responses, copied, **change(language_target, language_responses))
+    assert files_of(copied) == before and len(str(refused.value)) < 300 + len(str(copied))
+
+
+def test_another_target_is_refused(copied, language_target, language_responses):
+    weight = language_target.head.weight
+    kept = weight.clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(1.01)
+        with pytest.raises(ValueError, match="other weights of the target"):
+            run(language_target, language_responses, copied)
+        weight.copy_(kept)
+        language_target.thinking = True
+        with pytest.raises(ValueError, match="thinking false, not true"):
+            run(language_target, language_responses, copied)
+    finally:
+        language_target.thinking = False
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checkpoints", "recipe.yaml", "run.json"])
+def test_files_of_others_are_not_touched(name, tmp_path, language_target, language_responses):
+    folder = tmp_path / "drafter"
+    folder.mkdir()
+    (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match="drafter"):
+        run(language_target, language_responses, folder)
+    assert (folder / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped", "manifest"])
+def test_a_damaged_checkpoint_is_not_taken(damage, copied, language_target, language_responses, capsys):
+    (copied / "provenance.json").unlink()
+    last = copied / "checkpoints" / "checkpoint-4"
+    expected = (copied / "model.safetensors").read_bytes()
+    path = last / "optimizer.safetensors"
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "manifest":
+        (last / "manifest.json").write_text("{")
+    else:
+        path.write_bytes(data[:-9] if damage == "cut" else data[:-9] + b"x" + data[-8:])
+    (copied / "checkpoints" / ".checkpoint-9.unfinished").mkdir()
+    assert not is_whole(last)
+    run(language_target, language_responses, copied)
+    assert "checkpoint-4 is not whole" in capsys.readouterr().err
+    assert is_whole(last) and (copied / "model.safetensors").read_bytes() == expected
+    assert not list(copied.rglob("*.unfinished"))
+
+
+def test_the_best_checkpoint_is_found_where_the_folder_was_moved(finished, tmp_path, language_target):
+    shutil.copytree(finished, tmp_path / "moved")
+    newest = find_newest(tmp_path / "moved" / "checkpoints")
+    assert newest == tmp_path / "moved" / "checkpoints" / "checkpoint-4"
+    for folder in newest.parent.iterdir():
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["best_global_step"] in (2, 4)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_ends_training(
+    what, value, tmp_path, language_target, language_responses, monkeypatch
+):
+    """The last good checkpoint stays."""
+    compute_loss = DrafterTrainer.compute_loss
+
+    def spoilt(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 3 and what == "loss":
+            return loss * value
+        if self.state.global_step == 3 and what == "gradient":
+            self.drafter.norm.weight.register_hook(lambda grad: grad + value)
+        return loss
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 4 and what == "weights":
+            with torch.no_grad():
+                monkeypatch.drafter.norm.weight[0] = value
+
+    from dpace.train import callbacks
+
+    monkeypatch.setattr(DrafterTrainer, "compute_loss", spoilt)
+    real = callbacks.StepClock.on_step_end
+    init = DrafterTrainer.__init__
+
+    def watched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        monkeypatch.drafter = self.drafter
+
+    monkeypatch.setattr(DrafterTrainer, "__init__", watched)
+    monkeypatch.setattr(
+        callbacks.StepClock, "on_step_end", lambda s, *a, **k: real(s, *a, **k) or on_step_end(s, *a, **k)
+    )
+    with pytest.raises(ValueError, match=r"step 4.*lower --train.learning-rate"):
+        run(language_target, language_responses, tmp_path / "d")
+    assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-2")
+    assert not (tmp_path / "d" / "checkpoints" / "checkpoint-4").exists()
+    assert not (tmp_path / "d" / "provenance.json").exists()
+
+
+def test_a_learning_rate_out_of_reason_is_no_success(tmp_path, language_target, language_responses):
+    with pytest.raises(ValueError, match="lower --train.learning-rate"):
+        run(language_target, language_responses, tmp_path / "d", learning_rate=1e30, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_the_step_and_the_run_goes_on(
+    name, finished, tmp_path, language_target, language_responses, monkeypatch
+):
+    compute_loss = DrafterTrainer.compute_loss
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), getattr(signal, name))
+            os.kill(os.getpid(), getattr(signal, name))  # torchrun sends it on at once
+        return compute_loss(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "compute_loss", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "d")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-3")
+    run(language_target, language_responses, tmp_path / "d")
+    assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_one_writer(copied, language_target, language_responses):
+    (copied / "provenance.json").unlink()
+    lines = [
+        "import time",
+        "from dpace.system.ledger import hold",
+        f"with hold({str(copied)!r}):",
+        " print('', flush=True)",
+    ]
+    code = "\n".join([*lines, " time.sleep(60)"])
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout and other.stdout.readline()
+            with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
+                run(language_target, language_responses, copied)
+        finally:
+            other.kill()
+
+
+@pytest.mark.parametrize("place", ["optimizer.json", "model.safetensors", "manifest.json", "provenance.json"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    place, finished, tmp_path, language_target, language_responses, monkeypatch
+):
+    """Full when step 4 is saved, or after it; a whole checkpoint stays, and nothing half written takes room."""
+    fsync = os.fsync
+
+    def full(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if place in path and ("checkpoint-2" not in path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device; make room") as refused:
+            run(language_target, language_responses, tmp_path / "d")
+    assert "\n" not in str(refused.value) and not list((tmp_path / "d").rglob("*.unfinished"))
+    assert any(map(is_whole, (tmp_path / "d" / "checkpoints").iterdir()))
+    run(language_target, language_responses, tmp_path / "d")
+    assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def answered(language_folder, language_prompts, tmp_path_factory):
+    """The flags of a run whose prompts are answered."""
+    folder = tmp_path_factory.mktemp("verbs")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[:30]))
+    flags = ["--target", str(language_folder), "--prompts.path", str(prompts), "--respond.max-new-tokens", "16"]
+    flags += ["--drafter.num-layers", "1", "--drafter.block-size", "4", "--train.max-steps", "2"]
+    flags += ["--train.logging-steps", "100", "--train.num-anchors", "4"]
+    assert main(["respond", *flags, "--output", str(folder / "out")]) == 0
+    return folder / "out", flags
+
+
+def change_meta(out, **changes):
+    path = out / "responses.meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+ANSWERS = {
+    "half": (lambda out: change_meta(out, complete=False), [], "run the same `dpace respond` command again"),
+    "no meta": (lambda out: (out / "responses.meta.json").unlink(), [], "no meta file"),
+    "bad meta": (lambda out: (out / "responses.meta.json").write_text("{"), [], "responses.meta.json"),
+    "changed": (lambda out: change_meta(out, responses_sha256="0" * 64), [], "was changed"),
+    "thinking": (lambda out: None, ["--thinking"], "thinking false, not true"),
+    "dtype": (lambda out: None, ["--dtype", "bfloat16"], 'dtype "float32", not "bfloat16"'),
+    "template": (lambda out: change_meta(out, chat_template_sha256="0" * 64), [], "other chat template"),
+    "tokenizer": (lambda out: change_meta(out, tokenizer_sha256="0" * 64), [], "other tokenizer"),
+    "weights": (lambda out: change_meta(out, target_sha256="0" * 64), [], "other weights of the target"),
+}
+
+
+@pytest.mark.parametrize("fault", ANSWERS)
+def test_answers_that_are_not_the_targets_are_refused(fault, answered, tmp_path, capsys):
+    out, flags = answered
+    change, extra, message = ANSWERS[fault]
+    shutil.copytree(out, tmp_path / "out")
+    change(tmp_path / "out")
+    assert main(["train", *flags, "--output", str(tmp_path / "out"), *extra]) == 1
+    error = capsys.readouterr().err
+    assert message in error and not (tmp_path / "out" / "drafter").exists()
+    assert len([line for line in error.splitlines() if line.startswith("dpace train:")]) == 1
+
+
+def test_train_twice_and_with_more_answers(answered, tmp_path, capsys):
+    """The second time reads what is there; with other answers the old weights are not passed off as new."""
+    out, flags = answered
+    shutil.copytree(out, tmp_path / "out")
+    flags = [*flags, "--output", str(tmp_path / "out")]
+    assert main(["train", *flags]) == 0
+    before = files_of(tmp_path / "out" / "drafter")
+    assert main(["train", *flags, "--train.logging-steps", "5"]) == 0
+    assert files_of(tmp_path / "out" / "drafter") == before
+    capsys.readouterr()
+    assert main(["train", *flags, "--prompts.limit", "9"]) == 1
+    assert "other training answers" in capsys.readouterr().err
+    assert files_of(tmp_path / "out" / "drafter") == before
+    assert read_run(tmp_path / "out" / "drafter")["train.max_steps"] == 2

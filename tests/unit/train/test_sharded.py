@@ -1,0 +1,85 @@
+"""Training is the same with whole drafters on all ranks, with sharded ones, and in one process."""
+
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpace.cli import main
+from dpace.config import Recipe
+from dpace.target import Target
+from dpace.target.files import keep_tables, open_target
+from dpace.verbs import load_target
+from tests.conftest import LANGUAGE_RECIPE
+from tests.support import sharded
+
+STEPS = {"max_steps": 3, "eval_steps": 2, "logging_steps": 1, "num_anchors": 4, "warmup_ratio": 0.0}
+RECIPE = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **STEPS, feature_cache_gib=0.0))
+CLOSE = 1e-5
+LAST = Path("checkpoints", "checkpoint-3", "model.safetensors")
+"""Weights before they are rounded."""
+ROOT = Path(__file__).parents[3]
+
+
+WAYS = {"whole": ["whole"], "drafter": ["drafter"], "resume": ["resume"], "target": ["fsdp", "tp"]}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(language_target, language_responses, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    sharded.train_all(language_target, language_responses[:19], RECIPE, folder, sharded.JOBS)
+    return folder
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_folder, language_responses, tmp_path):
+    """Every reduction, both optimizers, validity head, accumulation, checkpointing, SIGTERM; shares of the target."""
+    job, folder = tmp_path / "job.pickle", tmp_path / "ranks"
+    job.write_bytes(pickle.dumps((str(language_folder), language_responses[:19], RECIPE)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "sharded.py"), way, str(job), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{way} on {num_ranks} ranks: {time.monotonic() - started:.0f} seconds, {cpu_seconds:.0f} of a core")
+    for part in (folder / name for name in WAYS[way] if (folder / name).exists()):
+        trained = [name for name in sharded.JOBS if (part / name / "provenance.json").exists()]
+        assert len(trained) == (len(sharded.JOBS) if way == "drafter" else 2)
+        for name in trained:
+            found, expected = (load_file(path / name / LAST) for path in (part, on_one_rank))
+            assert found.keys() == expected.keys()
+            difference = max(float((value - expected[key]).abs().max()) for key, value in found.items())
+            print(part.name, name, difference)
+            assert difference <= CLOSE, (part.name, name)
+
+
+def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, monkeypatch, capsys):
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="spreads plain weights only"):
+        open_target(str(language_folder), dtype=torch.float32, device=device, device_map="auto", shard="fsdp")
+    assert main(["compare", "--target", str(language_folder), "--train.target-shard", "fsdp"]) == 1
+    assert "decodes, which needs the whole target" in capsys.readouterr().err
+    alone = load_target(Recipe(target=str(language_folder)), shard="tp")  # one rank has all of it
+    assert type(alone) is Target
+
+
+def test_a_rule_that_splits_nothing_is_refused(language_target, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="leaves 100% of the layers"):
+        keep_tables(language_target.model)

@@ -1,0 +1,340 @@
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpace.batches.dataset import ResponseDataset
+from dpace.config import LossConfig
+from dpace.decode.loop import generate, generate_plain
+from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.validity import is_before_miss, validity_losses
+from dpace.measure import heldout
+from dpace.measure.heldout import heldout_acceptance, walk
+from dpace.metrics import Acceptance
+from dpace.train.calibration import brier_score, fit_confidence_temperature
+from dpace.train.run import make_datasets, train
+from tests.conftest import LANGUAGE_RECIPE, make_drafter
+
+
+def short(**changes):
+    """A recipe of a few steps; blocks that grow have 8 slots in the end."""
+    drafter = replace(LANGUAGE_RECIPE.drafter, block_size=8 if changes.get("grow_blocks") else 6)
+    config = replace(
+        LANGUAGE_RECIPE.train, **{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes}
+    )
+    return replace(LANGUAGE_RECIPE, drafter=drafter, train=config)
+
+
+def weights_of(drafter):
+    return torch.cat([p.detach().flatten() for p in drafter.parameters()])
+
+
+def run_recipe(target, responses, heldout, recipe, folder):
+    return train(target, *make_datasets(target, responses, heldout, recipe), recipe, folder)
+
+
+def measured(responses):
+    return ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
+
+
+def run(target, responses, folder, **changes):
+    """Train, and give the weights of the best step before they were rounded."""
+    run_recipe(target, responses[:21], responses[50:52], short(**changes), folder)
+    step = json.loads((folder / "trainer_state.json").read_text())["best_global_step"]
+    return weights_of(Drafter.from_pretrained(folder / "checkpoints" / f"checkpoint-{step}"))
+
+
+def test_accumulation_gives_the_same_steps(language_target, language_responses, tmp_path):
+    """21 conversations: the last step of an epoch is uneven. Blocks grow, and some start where decoding restarts."""
+    changes = {"grow_blocks": True, "on_policy_share": 1.0}
+    whole = run(language_target, language_responses, tmp_path / "a", batch_size=8, **changes)
+    parts = {"batch_size": 1, "gradient_accumulation_steps": 8}
+    split = run(language_target, language_responses, tmp_path / "b", **parts, **changes)
+    torch.testing.assert_close(split, whole, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "on_policy_share", "grow_blocks"), [("adamw", 0.0, False), ("muon", 1.0, False), ("adamw", 0.0, True)]
+)
+def test_a_resumed_run_ends_with_the_same_weights(
+    optimizer, on_policy_share, grow_blocks, language_target, language_responses, tmp_path, monkeypatch
+):
+    changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "optimizer": optimizer}
+    changes |= {"on_policy_share": on_policy_share, "grow_blocks": grow_blocks}
+    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+
+    from dpace.train.trainer import DrafterTrainer
+
+    compute_loss, calls = DrafterTrainer.compute_loss, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "resumed", **changes)
+    calls.clear()
+    monkeypatch.setattr(
+        DrafterTrainer, "compute_loss", lambda s, *a, **k: calls.append(s.state.global_step) or compute_loss(s, *a, **k)
+    )
+    resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert calls[0] == 3
+    assert torch.equal(resumed, whole)
+
+
+def test_checkpoints_apart_from_measurements(language_target, language_responses, tmp_path, monkeypatch):
+    """The best weights are kept at every measurement; a run that is killed goes on from the last checkpoint."""
+    from dpace.train.checkpoints import CheckpointedTrainer, has_optimizer
+
+    changes = {"max_steps": 8, "eval_steps": 1, "save_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    kept = {p.name for p in (tmp_path / "whole" / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-8", f"checkpoint-{state['best_global_step']}"}
+    write, disk = CheckpointedTrainer._write_checkpoint, []
+
+    def interrupted(self, *, has_optimizer):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        write(self, has_optimizer=has_optimizer)
+        folders = list((tmp_path / "resumed" / "checkpoints").iterdir())
+        disk.append(sum(3 if (f / "optimizer.safetensors").exists() else 1 for f in folders))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointedTrainer, "_write_checkpoint", interrupted)
+        patch.setattr(
+            "dpace.train.trainer.heldout_acceptance",
+            lambda *_, **__: SimpleNamespace(tau=float(next(taus)), interval=lambda: (0.0, 9.0)),
+        )
+        taus = iter(range(1, 99))  # each measurement is the best one
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert max(disk) + 3 < 10, "drafters on the disk, with a checkpoint being written"
+    folders = {p.name: has_optimizer(p) for p in (tmp_path / "resumed" / "checkpoints").iterdir()}
+    assert folders == {"checkpoint-3": True, "checkpoint-4": False}
+    steps = []
+    monkeypatch.setattr(
+        CheckpointedTrainer, "_write_checkpoint", lambda s, **k: steps.append(s.state.global_step) or write(s, **k)
+    )
+    run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert steps[0] > 3 and not [p for p in (tmp_path / "resumed").rglob("*.unfinished")]
+    assert len(whole)
+
+
+def test_ctrl_c_saves_the_step(language_target, language_responses, tmp_path, monkeypatch):
+    from dpace.train.trainer import DrafterTrainer
+
+    changes = {"max_steps": 6, "eval_steps": 6, "batch_size": 4}
+    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+    compute_loss = DrafterTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert (tmp_path / "resumed" / "checkpoints" / "checkpoint-4").is_dir()
+    assert not (tmp_path / "resumed" / "provenance.json").exists()
+    resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert torch.equal(resumed, whole)
+
+
+def test_features_kept_in_memory_change_nothing(language_target, language_responses, tmp_path):
+    runs = [run(language_target, language_responses, tmp_path / str(gib), feature_cache_gib=gib) for gib in (0.0, 1.0)]
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=2e-5)
+
+
+def test_training_learns(language_target, language_drafter, language_responses):
+    acceptance = heldout_acceptance(language_drafter, language_target, measured(language_responses[50:]))
+    assert acceptance.tau > 2.0
+    untrained = make_drafter(language_target, block_size=6, mask_token_id=3)
+    assert heldout_acceptance(untrained, language_target, measured(language_responses[50:])).tau < 1.5
+
+
+def test_heldout_acceptance_is_that_of_decoding(language_target, language_drafter, language_responses):
+    """What is measured in training is what decoding accepts, response by response."""
+    responses = language_responses[50:]
+    in_training = heldout_acceptance(language_drafter, language_target, measured(responses))
+    decoded = []
+    for response in responses:
+        ((start, end),) = response.response_spans
+        generation = generate(
+            language_target, language_drafter, response.token_ids[:start], max_new_tokens=end - start, width="full"
+        )
+        assert generation.token_ids == response.token_ids[start:end]
+        decoded.append(generation.acceptance)
+    together = Acceptance.of_prompts(decoded)
+    assert in_training.rows.tolist() == together.rows.tolist()
+    assert in_training.tau == together.tau
+
+
+def test_what_is_measured_is_what_is_written(language_target, language_responses, tmp_path):
+    """In 16 bits, half the size of a checkpoint; tau and the temperature are those of the folder as it is loaded."""
+    written = run_recipe(language_target, language_responses[:21], language_responses[50:], short(), tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-3" / "model.safetensors"
+    exact, rounded = load_file(checkpoint), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in exact.items())
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    num_bytes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in (exact, rounded)]
+    assert num_bytes[0] == 2 * num_bytes[1] > 1.9 * (tmp_path / "model.safetensors").stat().st_size
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["dpace"]["dtype"] == "float32"
+    loaded, data = load_drafter(tmp_path, language_target), measured(language_responses[50:])
+    assert torch.equal(weights_of(loaded), weights_of(written)) and loaded.dtype == torch.float32
+    acceptance = heldout_acceptance(loaded, language_target, data)
+    assert config["dpace"]["tau"] == acceptance.tau and config["dpace"]["tau_interval"] == [*acceptance.interval()]
+    temperature = fit_confidence_temperature(loaded, language_target, data)
+    assert config["dpace"]["confidence_temperature"] == temperature
+    again = run_recipe(language_target, language_responses[:21], language_responses[50:], short(), tmp_path)
+    assert torch.equal(weights_of(again), weights_of(written)) and again.dtype == torch.float32
+
+
+def test_a_long_text_is_measured_in_parts(language_target, language_drafter, language_responses, monkeypatch):
+    """The same accepted lengths however many blocks are drafted at once, from features kept or computed."""
+    data = measured(language_responses[50:54])
+    whole = heldout_acceptance(language_drafter, language_target, data)
+    monkeypatch.setattr(heldout, "SCORED_BLOCKS", 3)
+    assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
+    assert data.keep_features(language_target, language_drafter.target_layer_ids, limit_bytes=2.0**30)
+    assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
+
+
+def test_walk_by_hand():
+    accepted_from = {10: 2, 11: 0, 13: 0, 14: 3}
+    # 10 accepts 11, 12, bonus 13; 13 accepts none, bonus 14; 14 accepts 15, 16 and the text ends there
+    acceptance = walk(accepted_from, (10, 17), block_size=4)
+    assert acceptance.counts.tolist() == [1, 0, 2, 0] and acceptance.num_emitted_tokens == 6
+
+
+def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
+    recipe = replace(short(), loss=LossConfig(vocabulary="seen"))
+    run_recipe(language_target, language_responses[:20], language_responses[50:52], recipe, tmp_path)
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    shares = [log[0][f"weight_share/{k}"] for k in range(1, 6)]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert {"loss", "nll", "slot_accuracy/1"} <= set(log[0])
+    assert any("eval_tau" in entry for entry in log)
+    for name in ("config.json", "model.safetensors", "recipe.yaml", "provenance.json"):
+        assert (tmp_path / name).exists()
+
+
+def test_the_last_step_is_measured_and_can_be_kept(language_target, language_responses, tmp_path):
+    """Also where it is no multiple of eval_steps; without validation responses the last drafter is kept."""
+    run(language_target, language_responses, tmp_path / "a", max_steps=3, eval_steps=2)
+    state = json.loads((tmp_path / "a" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_tau" in entry] == [2, 3]
+    run_recipe(language_target, language_responses[:8], [], short(max_steps=3), tmp_path / "b")
+    state = json.loads((tmp_path / "b" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and not any("eval_tau" in entry for entry in state["log_history"])
+
+
+def test_another_recipe_in_the_same_folder_is_refused(language_target, language_responses, tmp_path):
+    run(language_target, language_responses, tmp_path)
+    with pytest.raises(ValueError, match="train.max_steps 3, not 4"):
+        run(language_target, language_responses, tmp_path, max_steps=4)
+
+
+def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, language_responses, tmp_path):
+    empty = [replace(language_responses[0], response_spans=[])]
+    with pytest.raises(ValueError, match="nothing to train on"):
+        run_recipe(language_target, empty, language_responses[50:52], short(), tmp_path)
+    spoilt = [replace(language_responses[0], token_ids=[3, *language_responses[0].token_ids[1:]])]
+    with pytest.raises(ValueError, match="contains the mask token 3"):
+        run_recipe(language_target, spoilt, language_responses[50:52], short(), tmp_path)
+
+
+def test_a_tracker_gets_the_log(language_target, language_responses, tmp_path, monkeypatch):
+    """Through transformers' Trainer."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    run(language_target, language_responses, tmp_path / "drafter", report_to=("tensorboard",))
+    (written,) = tmp_path.glob("**/events.out.tfevents.*")
+    assert b"tau" in written.read_bytes()
+
+
+def test_a_validity_head_is_trained_kept_beside_the_weights_and_can_set_the_width(
+    language_target, language_responses, tmp_path
+):
+    """With `stopped` the drafter is the one without it, bit by bit; with `joint` it is not."""
+    folders = {name: tmp_path / name for name in ("off", "stopped", "joint")}
+    weights = {}
+    for name, folder in folders.items():
+        recipe = replace(short(max_steps=4, eval_steps=4), loss=LossConfig(validity=name))
+        drafter = run_recipe(language_target, language_responses[:20], language_responses[50:54], recipe, folder)
+        weights[name] = weights_of(drafter)
+    assert torch.equal(weights["off"], weights["stopped"]) and not torch.equal(weights["off"], weights["joint"])
+    assert not (folders["off"] / "validity.json").exists()
+    plain, ours = (load_drafter(folders[name], language_target) for name in ("off", "stopped"))
+    assert plain.state_dict().keys() == ours.state_dict().keys() and plain.validity is None
+    assert ours.validity is not None and ours.validity.weight.abs().sum() > 0
+    table = json.loads((folders["stopped"] / "provenance.json").read_text())["reliability"]
+    assert [row["slot"] for row in table] == [1, 2, 3, 4, 5]
+    for row in table:
+        assert 0 <= row["accepted"] <= 1 and 0 <= row["validity_brier"] <= 1 and 0 <= row["softmax_brier"] <= 1
+
+    with pytest.raises(ValueError, match="off has no validity head"):
+        load_drafter(folders["off"], language_target, confidence="validity")
+    ours = load_drafter(folders["stopped"], language_target, confidence="validity")
+    prompt = language_responses[50].token_ids[:8]
+    assert (
+        generate(language_target, ours, prompt, max_new_tokens=12).token_ids
+        == generate_plain(language_target, prompt, max_new_tokens=12).token_ids
+    )
+    hidden = torch.randn(5, language_target.hidden_size)
+    reach = torch.tensor(ours.confidences(torch.zeros(5, 64), hidden)).cumprod(0)
+    torch.testing.assert_close(reach, ours.validity(hidden).sigmoid().cummin(0).values)
+    (folders["stopped"] / "validity.json").write_text('{"weight": [1, NaN], "bias": 0}')
+    with pytest.raises(ValueError, match="validity.json"):
+        load_drafter(folders["stopped"], language_target)
+
+
+def test_validity_losses_by_hand():
+    """Slots 1, 2 are right, 3 is not scored, 4 is wrong, 5 right: so 1 and 2 are before the first miss."""
+    is_scored = torch.tensor([[[False, True, True, False, True, True]]])
+    is_match = torch.tensor([[[False, True, True, False, False, True]]])
+    assert is_before_miss(is_match, is_scored)[0, 0].tolist() == [False, True, True, False, False, False]
+    odds = torch.tensor([[[9.0, 1.0, 2.0, 9.0, -1.0, 3.0]]])
+    expected = (softplus(-1) + softplus(-2) + softplus(-1) + softplus(3)) / 4
+    assert float(validity_losses(odds, is_match, is_scored)) == pytest.approx(expected)
+    assert brier_score(torch.tensor([0.5, 1.0]), torch.tensor([True, False])) == 0.625
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+CANDIDATES = {
+    "d-pace": {},
+    "expected-passes": {"objective": "expected-passes"},
+    "alpha annealed": {"alpha": 0.5, "alpha_end": 0.1},
+    "on-policy anchors": {},
+    "growing blocks": {},
+    "vat whole": {"objective": "vat", "token_loss": "mix", "validity": "joint"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_candidates_learn(name, language_target, language_responses, tmp_path):
+    """Each on its own trains the tiny drafter, which starts below 1.5."""
+    changes = {"on-policy anchors": {"on_policy_share": 0.5}, "growing blocks": {"grow_blocks": True}}.get(name, {})
+    recipe = short(**(vars(LANGUAGE_RECIPE.train) | changes))
+    recipe = replace(recipe, loss=LossConfig(**CANDIDATES[name]))
+    drafter = run_recipe(language_target, language_responses[:50], language_responses[50:], recipe, tmp_path)
+    tau = heldout_acceptance(drafter, language_target, measured(language_responses[50:])).tau
+    print(f"{name}: tau {tau:.2f}")
+    assert tau > 2.0
