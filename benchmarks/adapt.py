@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from dpace.demo.make_prompts import make
+from make_prompts import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpace.batches.dataset import ResponseDataset

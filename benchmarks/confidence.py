@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from dpace.demo.make_prompts import make
+from make_prompts import make
 
 from dpace.decode import Paces, generate
 from dpace.decode.costs import StepCosts, measure_costs

@@ -1,8 +1,8 @@
 """Write the demo's prompts: maintenance notes to turn into JSON tickets, and word problems.
 
-    python -m dpace.demo.make_prompts FOLDER PART...
+    python benchmarks/make_prompts.py FOLDER PART...
 
-writes `FOLDER/PART.jsonl` for each part: `train`, `heldout` (the two files beside this one) or `tuning`.
+writes `FOLDER/PART.jsonl` for each part: `train`, `heldout` (the files of `src/dpace/studies`) or `tuning`.
 
 Training and held-out parts draw from disjoint pools of machines, places, faults, names, numbers, objects and sentence
 patterns, so no note and no value of a held-out prompt is in the training part. The tuning part has other prompts from
@@ -201,7 +201,7 @@ def make(kind, part, count=None):
 def main(arguments):
     """Write the parts named after the folder."""
     if len(arguments) < 2 or not set(arguments[1:]) <= set(SEEDS):
-        sys.exit("usage: python -m dpace.demo.make_prompts FOLDER PART...; a part is train, heldout or tuning")
+        sys.exit("usage: python benchmarks/make_prompts.py FOLDER PART...; a part is train, heldout or tuning")
     folder, *parts = arguments
     Path(folder).mkdir(parents=True, exist_ok=True)
     for part in parts:

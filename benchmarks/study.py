@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpace.demo.make_prompts import make
+from make_prompts import make
 from study_report import ALWAYS, OURS, Cell, find_cells, step_seconds, write_report
 from study_trials import distillation_temperature
 

@@ -16,7 +16,7 @@ import dpace
 from dpace.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
-DATA = ["py.typed", "demo/train.jsonl", "demo/heldout.jsonl", "report/report.html.jinja"]
+DATA = ["py.typed", "studies/train.jsonl", "studies/heldout.jsonl", "report/report.html.jinja"]
 
 
 def run(*words: str | Path, **options) -> str:

@@ -1,4 +1,4 @@
-"""Training on several ranks, for test_ranks.py: `torchrun tests/support/ranks.py JOB FOLDER`, and the same functions on one."""
+"""Training on several ranks, for test_ranks.py: `torchrun tests/support/ranks.py JOB FOLDER`, and the same on one."""
 
 import copy
 import gc

@@ -1,6 +1,7 @@
 """A second device in plain Python, which computes on the CPU and knows what was done on it.
 
-Run in a process of its own (`python -m tests.support.second_device`): torch then takes it for the machine's accelerator.
+Run in a process of its own (`python -m tests.support.second_device`): torch then takes it for the machine's
+accelerator.
 """
 
 import copy

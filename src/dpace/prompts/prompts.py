@@ -33,7 +33,7 @@ __all__ = [
 
 def demo_path(part: str) -> Path:
     """Give the file of the demo's prompts, `train` or `heldout`."""
-    return Path(str(files("dpace") / "demo" / f"{part}.jsonl"))
+    return Path(str(files("dpace") / "studies" / f"{part}.jsonl"))
 
 
 class PromptParts(NamedTuple):

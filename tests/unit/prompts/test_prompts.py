@@ -1,11 +1,16 @@
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
-from dpace.demo import make_prompts
 
 from dpace.config import PromptsConfig
 from dpace.prompts.prompts import demo_path, find_prompt, read_prompts, split_prompts
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+
+import make_prompts  # noqa: E402
 
 
 def write(path, *rows):
