@@ -25,8 +25,8 @@ demo: $(BIN)/.installed  ## train a drafter for a real LLM and show what it gain
 test: setup  ## run the tests, a process for each core (ARGS='-m slow' for the ones on the real model)
 	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-check: setup  ## lint, format check and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/hadolint docker/*
+check: setup  ## lint, format check, types, and who may import whom
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/hadolint docker/*
 
 $(BIN)/.docs: $(BIN)/.installed
 	$(BIN)/pip install -q -e '.[docs]'

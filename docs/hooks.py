@@ -30,9 +30,20 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Let links of the repository be links of the site."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let links of the repository be links of the site; refuse paths of the repository that are not there."""
+    from mkdocs.exceptions import PluginError
+
+    for path in repository_paths(markdown):
+        if not (ROOT / path).exists():
+            raise PluginError(f"{page.file.src_path} names {path}, which does not exist")
     return site_links(markdown)
+
+
+def repository_paths(text: str) -> list[str]:
+    """Find the paths of the repository that a page names, in links and as `path`."""
+    linked = re.findall(rf"\]\((?:\.\./)*((?:{'|'.join(map(re.escape, ELSEWHERE))})[^)#]*)", text)
+    return linked + re.findall(r"`((?:src/dpace|tests|benchmarks|examples|docker|docs)/[^` ]*)`", text)
 
 
 def site_links(text: str) -> str:
