@@ -49,7 +49,7 @@ MEMORY = {
     "respond": "lower --respond.batch-size or --respond.max-new-tokens",
     "train": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
     "compare": "lower --train.batch-size, --train.num-anchors, --train.max-length or --loss.chunk-mib",
-    "bench": "lower --bench.max-new-tokens or --bench.concurrencies",
+    "bench": "lower --bench.max-new-tokens",
 }
 """Options that take less memory, by verb."""
 LESS_MEMORY = "free memory, choose a smaller target, or lower --max-new-tokens where the verb has it"

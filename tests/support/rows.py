@@ -76,6 +76,5 @@ def make_bench(*rows: Row, **changes: Any) -> BenchResults:
         versions=Versions(dpace="0.1.0", torch="2", transformers="5", python="3.11"),
         rows=list(rows) or [make_row()],
         comparisons=[],
-        predictions=[],
     )
     return replace(found, **changes)

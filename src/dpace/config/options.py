@@ -242,8 +242,6 @@ class BenchConfig:
     """Verification lengths to measure.
     full: whole drafts, as tau is defined. auto: as `dpace generate`, the number of drafted or copied tokens that is
     fastest on this machine. An integer: that number of tokens, the known one included."""
-    predict: bool = False
-    """Also predict the speedup at each verification length and concurrency, and check it on a few prompts."""
     compiled: Literal["auto", "always", "never"] = "auto"
     """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
     auto: on an accelerator only."""
@@ -252,7 +250,7 @@ class BenchConfig:
     plain_server: str | None = None
     """Address of a server of the same target without a drafter, as the baseline of --bench.server."""
     concurrencies: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of requests at the same time, for servers and predictions."""
+    """Numbers of requests at the same time, with --bench.server."""
     seed: int = 0
     """Seed for sampling at a temperature above 0."""
 

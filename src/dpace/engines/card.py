@@ -20,7 +20,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe
 from dpace.measure.results import RESULT_FILES, BenchResults, Results, Row, ServerResults, read_results
-from dpace.report.cells import as_code, as_markdown, copied_note, prediction_advice, verdict, with_interval
+from dpace.report.cells import as_code, as_markdown, copied_note, verdict, with_interval
 from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
 
@@ -43,7 +43,7 @@ class Advice(NamedTuple):
 
 
 def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Advice]:
-    """Choose among what `dpace bench` and `dpace demo` measured and predicted.
+    """Choose among what `dpace bench` and `dpace demo` measured.
 
     Args:
         results: of the benchmark.
@@ -52,13 +52,6 @@ def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Adv
     rows = [row for row in results.rows if row.drafter in drafters]
     for name, temperature in dict.fromkeys((row.set, row.temperature) for row in rows):
         yield _measured_best_lengths([row for row in rows if (row.set, row.temperature) == (name, temperature)])
-    for prediction in results.predictions:
-        if prediction.drafter in drafters and prediction.concurrency > 1:
-            width, speedup = prediction_advice(prediction)
-            best = f"{NO_GAIN if width is None else width} (predicted)"
-            yield Advice(
-                "dpace", prediction.set, prediction.temperature, prediction.concurrency, best, f"{speedup:.2f}"
-            )
     for row in results.llamacpp or () if DEMO_DRAFTER in drafters else ():
         ratio, size = row.tokens_per_second / row.plain_tokens_per_second, rows[0].block_size
         best = f"{size if ratio > 1 else NO_GAIN} ({row.num_responses} prompts)"

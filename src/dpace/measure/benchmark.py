@@ -21,7 +21,6 @@ from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.decode.batch import compiled_columns
 from dpace.decode.streaming import TextPieces
 from dpace.drafter import Drafter
-from dpace.measure.predict import StepTimers, predict
 from dpace.measure.results import (
     COMPILED,
     PLAIN,
@@ -413,7 +412,7 @@ def bench(
     }
     engines: Engines = {(PLAIN, None): None, **drafted, **_compiled(target, config)}
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
-    timers, is_warm = StepTimers(target, drafters, prompts, config), False
+    is_warm = False
     mine = ranks.share(list(enumerate(jobs)))
     with progress_bar() as bar:
         task = bar.add_task("decoding", total=len(mine), info="")
@@ -425,23 +424,12 @@ def bench(
                 options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": seeds[prompt.id]}
                 for record in _measure(target, engines, prompt, temperature, paces, options, rotation=number):
                     records.add(record)
-                timers.run(prompt.set, temperature)
             bar.update(task, advance=1, info=_so_far(records.rows))
     records.collect()
     block_sizes = {way: drafter.block_size for way, drafter in drafted.items()}
     rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes)
-    results = BenchResults(**vars(about), rows=rows, comparisons=compare_drafters(rows), predictions=[])
-    return ranks.from_first(lambda: _write(results, folder / "results.json", prompts, config, timers))
-
-
-def _write(
-    results: BenchResults, path: Path, prompts: Sequence[Prompt], config: BenchConfig, timers: StepTimers
-) -> BenchResults:
-    """Write results, and once more with the predictions: nothing that happens while predicting loses them."""
-    write_results(path, results)
-    if timers.drafters:
-        results = replace(results, predictions=predict(results, prompts, config, timers))
-        write_results(path, results)
+    results = BenchResults(**vars(about), rows=rows, comparisons=compare_drafters(rows))
+    ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
 
 

@@ -192,22 +192,6 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """Predicted decode_speedup by verify width, with what was measured."""
-
-    drafter: str
-    set: str
-    temperature: float
-    concurrency: int
-    """Prompts at once."""
-    widths: list[int]
-    speedups: list[float]
-    """Predicted, one a width."""
-    measured: list[float | None]
-    """One a width; None where that was not measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LlamacppRow:
     """What llama.cpp made of the exported drafter, on one set."""
 
@@ -305,7 +289,7 @@ MAX_COUNT = 2**53
 """Largest count that every reader of JSON keeps exactly."""
 
 
-def check_rows(rows: list[Row], predictions: list[Prediction]) -> None:
+def check_rows(rows: list[Row]) -> None:
     """Refuse rows of `dpace bench` whose numbers contradict each other.
 
     Raises:
@@ -321,10 +305,6 @@ def check_rows(rows: list[Row], predictions: list[Prediction]) -> None:
             _check_response(response, row.block_size, f"{where}.responses[{place}]")
         for place, response in enumerate(row.plain_responses):
             _check_times(response, f"{where}.plain_responses[{place}]")
-    for number, prediction in enumerate(predictions):
-        sizes = {len(prediction.widths), len(prediction.speedups), len(prediction.measured)}
-        where = f"predictions[{number}].widths"
-        _expect(len(sizes) == 1 and 0 not in sizes, where, prediction.widths, "as many as speedups and measured")
 
 
 def check_compared(rows: list[ComparedRow]) -> None:
@@ -418,7 +398,6 @@ class BenchResults(Provenance):
     """One for each drafter, width, set and temperature."""
     comparisons: list[Comparison]
     """Every drafter against the first."""
-    predictions: list[Prediction]
     llamacpp: list[LlamacppRow] | None = optional()
     """What `dpace demo` measured in llama.cpp."""
     heldout: list[ComparedRow] | None = optional()
@@ -514,6 +493,9 @@ def read_results(path: Path) -> Results:
         _refuse(path, f"{found}, expected {SCHEMA_VERSION}", MEASURE_AGAIN)
     kinds = (BenchResults, CompareResults, ServerResults)
     kind = max(kinds, key=lambda kind: len(value.keys() & {entry.name for entry in fields(kind)}))
+    for of_bench in (value, value.get("decode")):
+        if isinstance(of_bench, dict):
+            of_bench.pop("predictions", None)  # of other widths, in files of older versions
     try:
         results = from_json(kind, value)
         _check(results)
@@ -527,7 +509,7 @@ def _check(results: Results) -> None:
     if isinstance(results, ServerResults):
         return check_served(results.rows)
     if isinstance(results, BenchResults):
-        check_rows(results.rows, results.predictions)
+        check_rows(results.rows)
         return check_compared(results.heldout or [])
     check_compared(results.rows)
     if results.decode:

@@ -19,7 +19,6 @@ from dpace.measure.results import (
     Comparison,
     Estimate,
     Interval,
-    Prediction,
     ResponseRecord,
     Row,
     ServerRow,
@@ -195,48 +194,6 @@ SERVER_COLUMNS = (
 
 def _server_verdict(row: ServerRow) -> str:
     return verdict(row.decode_speedup_interval) if row.num_same_text is not None else "no baseline"
-
-
-def prediction_advice(prediction: Prediction) -> tuple[int | None, float]:
-    """Give the width that is predicted to be fastest, None where no width gains; and its decode_speedup."""
-    best = max(range(len(prediction.speedups)), key=prediction.speedups.__getitem__)
-    speedup = prediction.speedups[best]
-    return (prediction.widths[best] if speedup > 1 else None), speedup
-
-
-def _best_width(prediction: Prediction) -> str:
-    width, _ = prediction_advice(prediction)
-    return "do not use" if width is None else f"width {width}"
-
-
-def prediction_columns(widths: Sequence[int], kept: Sequence[int]) -> list[Column]:
-    """Make the columns of predictions: the best width first, then one for each width.
-
-    Args:
-        widths: of the predictions.
-        kept: those that a narrow table shows; it shows no measured numbers.
-    """
-
-    def writer(place: int, with_measured: bool) -> Callable[[Prediction], str]:
-        def write(row: Prediction) -> str:
-            found = row.measured[place]
-            measured = "" if found is None or not with_measured else f" ({found:.2f})"
-            return f"{row.speedups[place]:.2f}{measured}"
-
-        return write
-
-    columns = [
-        Column("best", _best_width, is_text=True),
-        _SET,
-        _T,
-        _DRAFTER,
-        Column("at once", lambda row: str(row.concurrency)),
-    ]
-    for place, width in enumerate(widths):
-        columns.append(Column(str(width), writer(place, True), shown="wide"))
-        if width in kept:
-            columns.append(Column(str(width), writer(place, False), shown="narrow"))
-    return columns
 
 
 def compared_columns(baseline: str, speeds: dict[tuple[str, str], Row]) -> list[Column]:

@@ -29,14 +29,13 @@ from dpace.report.cells import (
     compared_columns,
     copied_note,
     find_parts,
-    prediction_columns,
     result_columns,
     rows_of,
     says_more,
     verdict,
     with_interval,
 )
-from dpace.report.plots import Section, describe_errors, lengths, scatter, slots, tau_curves, weights, widths
+from dpace.report.plots import Section, lengths, scatter, slots, tau_curves, weights, widths
 from dpace.system.ledger import claim, hold, refuse_others, write_text
 from dpace.system.progress import printable
 
@@ -81,19 +80,6 @@ def contexts(benchmarks: Sequence[BenchResults]) -> Section:
         "prompts of the drafter by their length in tokens (1k is 1024), earlier turns included."
     )
     return Section("Category and context length", text, rows_of(CONTEXT_COLUMNS, find_parts(benchmarks)))
-
-
-def concurrency(results: BenchResults) -> Section:
-    """Make the table of predicted speeds with several prompts at once."""
-    text = (
-        "Predicted decode_speedup by the number of tokens verified at once. The baseline is plain decoding of as many "
-        "prompts at once. Numbers in parentheses were measured."
-    )
-    several = [prediction for prediction in results.predictions if prediction.concurrency > 1]
-    text += describe_errors(several, "predictions for several prompts")
-    return Section(
-        "Prompts at once", text, rows_of(prediction_columns(results.predictions[0].widths, ()), results.predictions)
-    )
 
 
 def paired(results: BenchResults) -> Section:
@@ -247,9 +233,9 @@ def _benchmark(results: BenchResults) -> list[Section]:
         sections.append(heldout(results))
     if results.comparisons:
         sections.append(paired(results))
-    sections += [slots(results), lengths(results), widths(results)]
-    if len({prediction.concurrency for prediction in results.predictions}) > 1:
-        sections.append(concurrency(results))
+    sections += [slots(results), lengths(results)]
+    if any(isinstance(row.width, int) for row in results.rows):
+        sections.append(widths(results))
     return [*sections, scatter(results), *examples(results)]
 
 

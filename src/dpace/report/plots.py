@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 
 from dpace.config import Objective
-from dpace.measure.results import BenchResults, ComparedRow, Example, Prediction, Row
+from dpace.measure.results import BenchResults, ComparedRow, Example, Row
 from dpace.report.cells import one_line
 
 PANEL_INCHES = 4.4, 3.3
@@ -185,53 +185,27 @@ def lengths(results: BenchResults) -> Section:
 
 
 def widths(results: BenchResults) -> Section:
-    """Draw speed against verification length, predicted for one prompt at a time, and what was measured."""
-    predictions = [p for p in results.predictions if p.concurrency == 1]
+    """Draw the measured speed against the verification length."""
 
     def draw(axes, rows):
         for number, row in enumerate(rows):
-            key = (row.drafter, row.set, row.temperature)
-            for p in (p for p in predictions if (p.drafter, p.set, p.temperature) == key):
-                axes.plot(p.widths, p.speedups, color=f"C{number}", label=f"{_label(row)}, predicted")
+            points = []
             for other in results.rows:
-                (low, high), value = other.decode_speedup_interval, other.decode_speedup
-                if (other.drafter, other.set, other.temperature) != key or other.width == "auto" or value is None:
-                    continue
-                error = None if low is None or high is None else [[max(0, value - low)], [max(0, high - value)]]
-                width = row.block_size if other.width == "full" else other.width
-                what = "measured" if other is row and number == 0 else None
-                axes.errorbar([width], [value], error, fmt="s", ms=5, color=f"C{number}", capsize=3, label=what)
+                is_same = (other.drafter, other.set, other.temperature) == (row.drafter, row.set, row.temperature)
+                if is_same and other.width != "auto" and other.decode_speedup is not None:
+                    low, high = other.decode_speedup_interval
+                    value = other.decode_speedup
+                    width = row.block_size if other.width == "full" else other.width
+                    points.append((width, value, value - (low or value), (high or value) - value))
+            lengths, values, below, above = zip(*sorted(points), strict=True) if points else ([], [], [], [])
+            axes.errorbar(lengths, values, (below, above), fmt="s-", ms=5, color=f"C{number}", label=_label(row))
         axes.axhline(1, color=SOFT, lw=1)
         axes.set(xlabel="tokens verified at once")
         whole_ticks(axes)
 
-    text = (
-        "The lines predict decode_speedup when only the first tokens of each draft are verified. They follow from the "
-        "accepted lengths of whole drafts, and from the time that a step of each length takes on this machine. The "
-        "squares were measured."
-    )
-    text += describe_errors(predictions)
+    text = "Measured decode_speedup when only the first tokens of each draft are verified, with 95 % intervals."
     figures = panels(results.whole_blocks, draw, "decode_speedup")
     return Section("Speed against verification length", text, figures=figures)
-
-
-def describe_errors(predictions: Sequence[Prediction], what: str = "predictions") -> str:
-    """Say how far off predictions were; empty where none was checked.
-
-    Whole drafts of one prompt do not count: the other predictions are derived from them.
-    """
-    errors = [
-        abs(predicted / found - 1)
-        for p in predictions
-        for width, predicted, found in zip(p.widths, p.speedups, p.measured, strict=True)
-        if found and (p.concurrency > 1 or width < p.widths[-1])
-    ]
-    if not errors:
-        return ""
-    return (
-        f" The {len(errors)} {what} that were also measured are off by {np.mean(errors):.1%} on average, "
-        f"{max(errors):.1%} at most."
-    )
 
 
 def scatter(results: BenchResults) -> Section:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.measure.results import BenchResults, CompareResults, Comparison, Prediction, Row, ServerResults
+from dpace.measure.results import BenchResults, CompareResults, Comparison, Row, ServerResults
 from dpace.report.cells import (
     CONTEXT_COLUMNS,
     PAIR_COLUMNS,
@@ -22,12 +22,11 @@ from dpace.report.cells import (
     copied_note,
     find_parts,
     one_line,
-    prediction_columns,
     result_columns,
 )
 
-MAX_SLOTS, MAX_WIDTHS = 15, 7
-"""Columns of slots and of verification lengths that fit 80 characters."""
+MAX_SLOTS = 15
+"""Columns of slots that fit 80 characters."""
 
 
 def console(wide: bool = False) -> Console:
@@ -102,17 +101,6 @@ def drafters_table(comparisons: Sequence[Comparison], wide: bool = False) -> Tab
     """Make one line for each drafter but the first: against it, on the same prompts."""
     title = f"compared with {comparisons[0].baseline} on the same prompts, with 95 % intervals"
     return _table(PAIR_COLUMNS, comparisons, title, wide=wide)
-
-
-def predictions_table(predictions: Sequence[Prediction], wide: bool = False) -> Table:
-    """Make one line for each drafter, set, temperature and concurrency: predicted decode_speedup by width.
-
-    A wide table has what was measured beside the predictions.
-    """
-    widths = predictions[0].widths
-    title = "predicted decode_speedup by verification length" + (" (measured in parentheses)" if wide else "")
-    caption = "with several prompts at once, the baseline is plain decoding of as many"
-    return _table(prediction_columns(widths, spread(widths, MAX_WIDTHS)), predictions, title, caption, wide=wide)
 
 
 def contexts_table(results: BenchResults, wide: bool = False) -> Table:

@@ -78,7 +78,6 @@ def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
         console,
         contexts_table,
         drafters_table,
-        predictions_table,
         results_table,
         slots_table,
     )
@@ -86,8 +85,6 @@ def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
     tables = [results_table(results, recipe.wide), slots_table(results, recipe.wide)]
     if results.comparisons:
         tables.append(drafters_table(results.comparisons, recipe.wide))
-    if results.predictions:
-        tables.append(predictions_table(results.predictions, recipe.wide))
     if says_more([results]):
         tables.append(contexts_table(results, recipe.wide))
     console(recipe.wide).print(*tables)

@@ -299,7 +299,7 @@ def test_bad_requests(token_ids, options, match):
 def test_a_fixed_width_drafts_whole_blocks_and_verifies_their_beginning(
     language_target, language_drafter, language_prompts
 ):
-    """So the accepted lengths are those of whole blocks, cut; that is what `dpace bench --predict` counts on."""
+    """So the accepted lengths are those of whole blocks, cut."""
     ids = encode_chat(language_target, [{"role": "user", "content": language_prompts[51]}])
     options = {"max_new_tokens": 40, "stop_token_ids": []}
     plain = generate_plain(language_target, ids, **options)

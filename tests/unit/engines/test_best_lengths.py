@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dpace.engines.card import NO_GAIN, UNKNOWN, best_lengths, served_lengths
-from dpace.measure.results import LlamacppRow, Prediction, ServerAddress, ServerResults, ServerRow
+from dpace.measure.results import LlamacppRow, ServerAddress, ServerResults, ServerRow
 from tests.support.rows import make_bench, make_row
 
 FASTER, SLOWER, UNCLEAR, FEW = (1.1, 1.4), (0.5, 0.9), (0.9, 1.2), (None, None)
@@ -33,14 +33,6 @@ def test_the_fastest_length_with_a_gain_is_chosen(whole, auto, best):
     other = make_row(drafter="other", decode_speedup=9.0, decode_speedup_interval=FASTER)
     (found,) = advice(*rows, other)
     assert found[:5] == ("dpace", "s", 0.0, 1, best)
-
-
-@pytest.mark.parametrize(("speedups", "best"), [([1.1, 1.3], "3"), ([0.9, 0.8], NO_GAIN)])
-def test_several_prompts_have_what_was_predicted(speedups, best):
-    about = {"drafter": "dpace", "set": "s", "temperature": 0.0, "widths": [2, 3], "measured": [None, None]}
-    predictions = [Prediction(concurrency=count, speedups=speedups, **about) for count in (1, 4)]
-    found = advice(make_row(), predictions=predictions)
-    assert found[1:] == [("dpace", "s", 0.0, 4, f"{best} (predicted)", f"{max(speedups):.2f}")]
 
 
 @pytest.mark.parametrize(("drafted", "best"), [(50.0, "3"), (10.0, NO_GAIN)])

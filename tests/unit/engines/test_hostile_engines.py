@@ -380,12 +380,6 @@ RESULTS = {
     "rows of texts": edit(rows=["x"]),
     "another version": edit(schema_version=2),
     "an unknown key": edit(extra=1),
-    "widths without speeds": edit(
-        predictions=[
-            {"drafter": "d", "set": "s", "temperature": 0.0, "concurrency": 1}
-            | {"widths": [2], "speedups": [], "measured": []}
-        ]
-    ),
 }
 
 

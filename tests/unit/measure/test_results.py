@@ -18,7 +18,6 @@ from dpace.measure.results import (
     GroupRecord,
     Heldout,
     LlamacppRow,
-    Prediction,
     ServerAddress,
     ServerResults,
     ServerRow,
@@ -43,9 +42,6 @@ BENCH = make_bench(
         Comparison(
             **WHERE, width="full", drafter="b", baseline="a", tau_gain=(None,) * 3, speed_ratio=(1.0, None, None)
         )
-    ],
-    predictions=[
-        Prediction(**WHERE, drafter="dpace", concurrency=1, widths=[2, 3], speedups=[1.0, 2.0], measured=[None, 2.0])
     ],
 )
 DEMO = make_bench(
@@ -104,9 +100,7 @@ def test_what_is_written_is_read(name, tmp_path):
 def test_the_keys_of_the_file_are_kept():
     """Scripts read them; a key of another name is another schema version."""
     bench = to_json(BENCH)
-    top = (
-        "target drafters max_new_tokens seed engine dtype hardware versions schema_version rows comparisons predictions"
-    )
+    top = "target drafters max_new_tokens seed engine dtype hardware versions schema_version rows comparisons"
     assert " ".join(bench) == top and bench["schema_version"] == 1
     row = "drafter width set temperature num_responses block_size histogram num_without_bonus tau tau_interval"
     row += " acceptance_rate reach_rate slot_acceptance_rate share_copied tokens_per_second plain_tokens_per_second"
@@ -240,6 +234,13 @@ def test_a_wrong_key_is_named(tmp_path):
     path.write_text(json.dumps(value))
     with pytest.raises(ValueError, match=r"tau missing in rows\[0\]"):
         read_results(path)
+
+
+def test_predictions_of_older_versions_are_left_out(tmp_path):
+    value = to_json(COMPARE)
+    value["decode"]["predictions"] = [{"drafter": "dpace", "widths": [2, 3]}]
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    assert read_results(tmp_path / "results.json") == COMPARE
 
 
 def test_a_folder_without_results_is_told(tmp_path):

@@ -102,7 +102,7 @@ def test_the_next_verb_is_told_the_same_settings(tmp_path):
     path.write_text("output: my out\ntrain:\n  max_steps: 5\nthinking: true\nprompts:\n  limit: 3\n")
     runs = (
         ("bench", []),
-        ("bench", ["--sets", "gsm8k", "alpaca", "--predict", "--widths", "full", "3"]),
+        ("bench", ["--sets", "gsm8k", "alpaca", "--compiled", "never", "--widths", "full", "3"]),
         ("respond", [str(path), "--batch-size", "4", "--no-thinking", "--prompts.limit", "None"]),
         ("train", [str(path), "--seed", "1", "--output", "other"]),
     )
@@ -111,6 +111,6 @@ def test_the_next_verb_is_told_the_same_settings(tmp_path):
         _, following, *rest = shlex.split(next_command("train", recipe, args))
         assert following == "train" and parse(Recipe, following, rest) == recipe
     assert next_command("train", Recipe(), []) == "dpace train"
-    recipe = Recipe(output="a b", train=TrainConfig(max_steps=9), bench=BenchConfig(predict=True))
-    expected = "dpace bench --output 'a b' --train.max-steps 9 --bench.predict"
+    recipe = Recipe(output="a b", train=TrainConfig(max_steps=9), bench=BenchConfig(compiled="never"))
+    expected = "dpace bench --output 'a b' --train.max-steps 9 --bench.compiled never"
     assert sorted(shlex.split(next_command("bench", recipe, []))) == sorted(shlex.split(expected))

@@ -38,12 +38,11 @@ def test_the_page_has_every_section(folder, tmp_path):
         "Speed",
         "Acceptance by slot",
         "Accepted lengths",
-        "Speed against verification length",
         "Prompt by prompt",
         "Best and slowest responses",
         "Provenance",
     ]
-    assert text.count("<svg") == text.count("</svg>") == 4 * 2 and "<mark>" in text and "viewport" in text
+    assert text.count("<svg") == text.count("</svg>") == 3 * 2 and "<mark>" in text and "viewport" in text
     assert len(set(re.findall('<svg[^>]* width="([^"]*)"', text))) == 1 and "prefers-color-scheme: dark" in text
     assert "#5eed" not in text and re.search(r"Written on 20\d\d-\d\d-\d\d by <code>dpace report", text)
     assert "&lt;" in text and "<0>" not in text  # what prompts hold is text
@@ -143,7 +142,7 @@ def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
     prompts = [
         Prompt(str(i), "s", [[{"role": "user", "content": text}]]) for i, text in enumerate(language_prompts[:7])
     ]
-    config = BenchConfig(max_new_tokens=1, temperatures=(0.0,), predict=False)
+    config = BenchConfig(max_new_tokens=1, temperatures=(0.0,))
     drafters = {"a": language_drafter, "b": language_drafter}
     results = bench(language_target, drafters, prompts, config, tmp_path)
     row = read_results(tmp_path / "results.json").rows[0]

@@ -9,7 +9,6 @@ from dpace.measure.results import (
     ComparedRow,
     CompareResults,
     Comparison,
-    Prediction,
     ServerAddress,
     ServerResults,
     ServerRow,
@@ -22,7 +21,6 @@ from dpace.report.tables import (
     console,
     contexts_table,
     drafters_table,
-    predictions_table,
     results_table,
     servers_table,
     slots_table,
@@ -58,9 +56,6 @@ def tables():
     yield None, lambda wide: contexts_table(bench, wide)
     pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
     yield "no clear difference", lambda wide: drafters_table([pair], wide)
-    widths = list(range(2, 17))
-    prediction = Prediction(**NAMES, concurrency=128, widths=widths, speedups=[0.9] * 15, measured=[10.25] * 15)
-    yield "do not use", lambda wide: predictions_table([prediction], wide)
     compared = ComparedRow(
         **NAMES,
         num_prompts=3,
