@@ -230,6 +230,7 @@ class FixedBatch(Batch):
     def prefill(self) -> None:
         """Read the prompts, emit the first tokens, and put the state of the loop on the device."""
         super().prefill()
+        self.has_drafted = False
         self.limits = self._tensor([[row.limit] for row in self.rows])
         self._place()
 
@@ -242,8 +243,9 @@ class FixedBatch(Batch):
         """Draft one block a row, see `Batch.draft`."""
         if self.drafter is None:
             return self.anchors
-        # The first features are those of whole prompts and have another shape, for which nothing is compiled.
-        step = self.draft_step if self.features.shape[1] == self.drafter.block_size else draft_step
+        # The first draft reads prompts, of any length, and makes the drafter's cache, which no graph may do.
+        step = self.draft_step if self.has_drafted else draft_step
+        self.has_drafted = True
         cache, state = self.buffers.drafter, (self.anchors, self.starts, self.positions, self.features)
         return step(self.drafter, self.target, cache, *state)
 

@@ -2,10 +2,13 @@ import jaxtyping
 import pytest
 import torch
 
+from dpace.cli import main
 from dpace.decode import Decoder
 from dpace.decode.batch import FixedBatch, generate_batch
 from dpace.decode.loop import generate, generate_plain
 from dpace.fast.cache import RaggedLayer
+from dpace.target import Target
+from dpace.target.chat import encode_chat
 from tests.conftest import make_drafter, make_target
 
 LENGTHS = [7, 1, 12, 3, 7]
@@ -166,6 +169,21 @@ def test_calls_with_other_prompts_compile_nothing_again(graphs, monkeypatch, lan
         if number == 0:
             num_graphs = len(graphs)
     assert len(graphs) == num_graphs == 2 and set(steps) == {1} and len(steps) > 24
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_a_prompt_as_short_as_a_block_is_compiled_too(graphs, language_folder, tmp_path, capsys):
+    """The first draft is never compiled: it makes the drafter's cache, and reads a prompt of any length."""
+    target = Target.load(str(language_folder))
+    flags = ["generate", "--target", str(language_folder), "--prompt", "w3 w51", "--max-new-tokens", "12"]
+    assert main(flags) == 0
+    answer = capsys.readouterr().out
+    assert len(encode_chat(target, [{"role": "user", "content": "w3 w51"}])) == 4
+    for block_size in (3, 4, 5):
+        make_drafter(target, block_size=block_size).save_pretrained(tmp_path / str(block_size))
+        assert main([*flags, "--drafter", str(tmp_path / str(block_size)), "--compile"]) == 0
+        assert capsys.readouterr().out == answer
+    assert graphs
 
 
 def test_a_longer_text_gets_larger_caches(monkeypatch, language_target, language_drafter):
