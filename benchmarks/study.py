@@ -49,7 +49,7 @@ from dpace.recipes import RECIPES
 from dpace.recipes.flags import read_recipe
 from dpace.respond.responses import Response, write_responses
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
-from dpace.system.ledger import hold, write_json, write_text
+from dpace.system.ledger import lock_folder, write_json, write_text
 from dpace.target import Target
 from dpace.train.identity import refuse_other_run, settings_of
 from dpace.train.run import choose_conversations
@@ -356,7 +356,7 @@ def main() -> None:
     estimate(plan, cells)
     if args.dry_run:
         return
-    with hold(plan.output):
+    with lock_folder(plan.output):
         run_cells(plan, load_target(plan.recipe), cells)
 
 

@@ -20,7 +20,7 @@ import pyarrow
 from dpace.config import PromptsConfig
 from dpace.prompts.prompts import prompt_files, split_ids
 from dpace.respond.answers import Response, iterate_responses
-from dpace.system.ledger import claim, naming, writing
+from dpace.system.ledger import naming_file, register_files, writing
 from dpace.system.provenance import hash_file
 
 NAME, LOCK = "corpus.arrow", ".dpace.corpus.lock"
@@ -184,10 +184,10 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
         "prompts": json.loads(json.dumps(asdict(prompts))),
         "files": {str(file): hash_file(file) for file in prompt_files(prompts)},
     }
-    with naming(path), filelock.FileLock(path.with_name(LOCK)):
+    with naming_file(path), filelock.FileLock(path.with_name(LOCK)):
         found = _open(path, made_from)
         if found is None:
-            claim(path.parent, path.name)
+            register_files(path.parent, path.name)
             _write(path, responses, prompts, made_from)
             found = _open(path, made_from)
     assert found is not None

@@ -28,7 +28,7 @@ from torch import Tensor
 from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, pad
 from dpace.servers.transport import Address
 from dpace.system import ranks
-from dpace.system.ledger import hold, write_json, writing
+from dpace.system.ledger import lock_folder, write_json, writing
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import hash_json
 from dpace.target import Target
@@ -234,7 +234,7 @@ def keep_on_disk(
     facts = [_identity(target), list(target_layer_ids), with_head_input, dtype, "vllm" if servers else "dpace"]
     place = Path(folder) / hash_json(facts)[:16]
     names = [_name(dataset, i) for i in range(len(dataset))]
-    with hold(place):
+    with lock_folder(place):
         missing = ranks.from_first(lambda: _prepare(place, facts, names))
         if missing:
             wanted, lengths = {name: i for i, name in enumerate(names) if name in missing}, dataset.lengths.tolist()

@@ -22,8 +22,8 @@ from dpace.drafter.validity import ValidityHead, load_validity
 from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
-from dpace.system.ledger import UNFINISHED, sync
-from dpace.system.loading import one_line, read_config, refuse_infinite, refuse_mismatch, share
+from dpace.system.ledger import UNFINISHED, make_readable, sync
+from dpace.system.loading import read_config, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.target import Target
 from dpace.target.probe import rope_of
 
@@ -232,7 +232,7 @@ class Drafter(DFlashDraftModel):
         if Path(folder).is_dir():
             read_config(folder)
         options = {**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True}
-        with one_line(what, fix):
+        with translate_library_errors(what, fix):
             loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
         drafter, info = loaded
         refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
@@ -260,7 +260,7 @@ class Drafter(DFlashDraftModel):
             if self.validity is not None:
                 self.validity.save(aside)
             for written in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
-                share(written)
+                make_readable(written)
                 sync(written)
                 written.replace(folder / written.name)
 

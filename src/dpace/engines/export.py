@@ -1,16 +1,11 @@
 """Write a drafter in the format of an engine, and read it back.
 
 All that is written is read again and compared with what was to be written, before it takes its place.
-
-Write the files of a folder aside, and move them into place when they have been compared.
 """
 
-import contextlib
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +24,15 @@ from dpace.engines.gguf import read_gguf, write_gguf
 from dpace.engines.published import MAX_LAYERS, make_drafter, read_folder
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
-from dpace.system.ledger import HOLDER, LOCK, UNFINISHED, claim, hold, refuse_others
+from dpace.system.ledger import filling, refuse_foreign_files
 from dpace.target import Target
 from dpace.target.files import find_places
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
-MODE = 0o644
-"""Everyone may read what is exported: servers run as other users."""
 
 
-def check_place(output: Path, *others: tuple[str, Path]) -> None:
+def refuse_output(output: Path, *others: tuple[str, Path]) -> None:
     """Refuse a folder that is not dpace's to write to.
 
     Args:
@@ -54,52 +47,7 @@ def check_place(output: Path, *others: tuple[str, Path]) -> None:
             raise ValueError(f"the output {output} is {what}; name another folder with --output")
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {output} is a file; name a folder with --output")
-    refuse_others(output, *IDENTIFYING)
-
-
-@contextlib.contextmanager
-def fill(output: Path) -> Iterator[Path]:
-    """Yield an empty folder, whose files take their place in `output` at the end of the `with` block.
-
-    Where the block fails, nothing is left behind. A killed process leaves the old files or the new ones: while they
-    are exchanged, there is no `config.json`, without which no engine reads the folder.
-
-    Raises:
-        ValueError: files of another program would be overwritten, or another process writes there.
-    """
-    existed = output.exists()
-    try:
-        with hold(output), tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=output) as aside:
-            yield Path(aside)
-            _move(Path(aside), output)
-    except BaseException:
-        _leave_nothing(output, existed)
-        raise
-
-
-def _move(aside: Path, output: Path) -> None:
-    """Move all files, the config last."""
-    files = sorted(aside.iterdir(), key=lambda file: file.name == "config.json")
-    for file in files:
-        file.chmod(MODE)
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    claim(output, *(file.name for file in files))
-    if files and files[-1].name == "config.json":
-        (output / "config.json").unlink(missing_ok=True)
-    for file in files:
-        file.replace(output / file.name)
-
-
-def _leave_nothing(output: Path, existed: bool) -> None:
-    """Remove what `hold` made, where there is nothing else."""
-    if existed or not output.is_dir():
-        return
-    if {file.name for file in output.iterdir()} <= {LOCK, HOLDER}:
-        shutil.rmtree(output, ignore_errors=True)
+    refuse_foreign_files(output, *IDENTIFYING)
 
 
 MAX_LOGIT_ERROR = 1e-5
@@ -168,7 +116,7 @@ def export(
     about: Any = {"name": name, "target_name": target_name, "license": license, "dtype": written}
     about["is_rounded"] = rounding > 0
     logit_error, acceptance = None, None
-    with fill(output) as aside:
+    with filling(output) as aside:
         path = _write(aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
         write_card(path, spec, to=to, source=folder, drafter=original, **about)
         again = read_drafter(path, num_target_layers=target.num_layers)
@@ -194,12 +142,12 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
         ValueError: a drafter that dpace does not know or that cannot be served, or a target that cannot be read.
     """
     source, output = Path(source), Path(output)
-    check_place(output, ("the drafter's own folder", source), ("the target's folder", Path(target or source)))
+    refuse_output(output, ("the drafter's own folder", source), ("the target's folder", Path(target or source)))
     num_target_layers = None if target is None else count_layers(target)
     drafter = read_drafter(source, num_target_layers=num_target_layers)
     spec = drafter.spec
     spec.check()
-    with fill(output) as aside:
+    with filling(output) as aside:
         drafter.save_pretrained(aside)
         _compare(output, spec, drafter.state_dict(), read_drafter(aside))
     return drafter
@@ -256,7 +204,7 @@ def _check_request(folder: Path, output: Path, target_name: str, *, to: Format, 
             "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
             "--target-gguf"
         )
-    check_place(output, ("the drafter's own folder", folder), ("the target's folder", Path(target_name)))
+    refuse_output(output, ("the drafter's own folder", folder), ("the target's folder", Path(target_name)))
     if verifier_name(folder):
         raise ValueError(
             f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"

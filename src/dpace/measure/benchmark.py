@@ -46,7 +46,7 @@ from dpace.metrics import Acceptance, decode_speedup, published_speedup, publish
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.recipes.recipe_file import from_json, to_json
 from dpace.system import ranks
-from dpace.system.ledger import claim, cut_unfinished, read_jsonl, write_text
+from dpace.system.ledger import cut_unfinished_line, read_jsonl, register_files, write_text
 from dpace.system.loading import fingerprint
 from dpace.system.progress import printable, progress_bar
 from dpace.system.provenance import find_hardware, find_versions, hash_json
@@ -311,8 +311,8 @@ class Records(Generic[Record]):
 
     def _open(self, first: dict[str, Any]) -> None:
         """Begin the file, or take it up with what several ranks have left."""
-        claim(self.path.parent, self.path.name)
-        cut_unfinished(self.path)
+        register_files(self.path.parent, self.path.name)
+        cut_unfinished_line(self.path)
         lines = list(read_jsonl(self.path)) if self.path.exists() else []
         if not lines:
             write_text(self.path, json.dumps(first) + "\n")
@@ -323,7 +323,7 @@ class Records(Generic[Record]):
     def _collect_parts(self) -> None:
         """Append what ranks have measured; a kill in between leaves lines twice, of which the last count."""
         for part in sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")):
-            cut_unfinished(part)
+            cut_unfinished_line(part)
             with self.path.open("ab") as file:
                 file.write(part.read_bytes())
             part.unlink()
@@ -402,7 +402,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     for drafter in drafters.values():
         drafter.check_target(target)
-    ranks.from_first(lambda: claim(folder, "results.json"))
+    ranks.from_first(lambda: register_files(folder, "results.json"))
     about = _provenance(target, drafters, config)
     records, paces = ResponseRecords(folder / "bench.jsonl", about, prompts), Paces()
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}

@@ -25,7 +25,7 @@ from dpace.measure.results import (
 from dpace.metrics import Acceptance, decode_speedup
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.servers.apis import Answer, Counts, Server, connect
-from dpace.system.ledger import claim
+from dpace.system.ledger import register_files
 from dpace.system.progress import progress_bar
 from dpace.target.chat import ChatTokenizer, encode_chat, tokenizer_hashes
 
@@ -68,7 +68,7 @@ def bench_servers(
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
     sides = {side: connect(url, vocab_size) for side, url in urls.items()}
     setup = _setup(chat, sides, config)
-    claim(folder, SERVERS_FILE)
+    register_files(folder, SERVERS_FILE)
     records = Records(Path(folder) / "servers.jsonl", setup, prompts, GroupRecord)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)

@@ -35,7 +35,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.head_scores import SOFT_COPIES, wanted_chunk_bytes
-from dpace.system.loading import attention_of, one_line
+from dpace.system.loading import attention_of, translate_library_errors
 from dpace.target import Target
 from dpace.target.files import find_places
 from dpace.target.head import Head
@@ -251,7 +251,7 @@ def read_shape(name: str) -> PretrainedConfig:
         OSError: there is no readable config of that name.
         ValueError: a config that transformers does not know.
     """
-    with one_line(f"the config of {name}", "name the folder or the Hub id of a causal LM"):
+    with translate_library_errors(f"the config of {name}", "name the folder or the Hub id of a causal LM"):
         config = find_places(name).config
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"transformers has no causal LM for {type(config).__name__}")
@@ -276,7 +276,7 @@ def make_target(config: PretrainedConfig, dtype: torch.dtype) -> PaperTarget:
         ValueError: a config that its own class refuses.
     """
     attention = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    with one_line(f"a model of {type(config).__name__}", "name another target"):
+    with translate_library_errors(f"a model of {type(config).__name__}", "name another target"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         model.tie_weights()
     return PaperTarget(model)

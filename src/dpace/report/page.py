@@ -36,7 +36,7 @@ from dpace.report.cells import (
     with_interval,
 )
 from dpace.report.plots import Section, lengths, scatter, slots, tau_curves, weights, widths
-from dpace.system.ledger import claim, hold, refuse_others, write_text
+from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
 from dpace.system.progress import printable
 
 
@@ -187,8 +187,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     called = command("report", *folders, output=path)
     page = _template().render(sections=sections, title=title, date=date, command=called)
     about = f"Written on {date} by `{as_code(called)}`."
-    with hold(path.parent):
-        claim(path.parent, path.name, markdown.name)
+    with lock_folder(path.parent):
+        register_files(path.parent, path.name, markdown.name)
         write_text(path, page)
         write_text(markdown, "\n".join([f"# {as_markdown(title)}", "", about, "", to_markdown(sections)]))
     return [path, markdown]
@@ -202,7 +202,7 @@ def _check_path(path: Path) -> Path:
         what = "is a folder" if path.is_dir() else "is where the Markdown would be" if path.name else "is no file"
         raise ValueError(f"the output {path} {what}; name an HTML file with --output, such as report.html")
     markdown = path.with_suffix(".md")
-    refuse_others(path.parent, path.name, markdown.name)
+    refuse_foreign_files(path.parent, path.name, markdown.name)
     return markdown
 
 

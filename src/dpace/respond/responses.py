@@ -20,7 +20,16 @@ from dpace.respond.continuous import answer_here
 from dpace.respond.conversation import count_tokens, is_answer, take_own
 from dpace.respond.from_servers import Row, ServerAnswers
 from dpace.system import ranks
-from dpace.system.ledger import claim, cut_unfinished, hold, naming, read_text, refuse_others, unique_keys, write_json
+from dpace.system.ledger import (
+    cut_unfinished_line,
+    lock_folder,
+    naming_file,
+    read_text,
+    refuse_foreign_files,
+    register_files,
+    unique_keys,
+    write_json,
+)
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import find_versions, hash_file, hash_json
 from dpace.target import Target
@@ -242,7 +251,7 @@ def answer_prompts(
     if config.server and config.source == "own":
         raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
     path, by_id = Path(path), {prompt.id: prompt for prompt in prompts}
-    with hold(path.parent):
+    with lock_folder(path.parent):
         is_asked = bool(config.server) and not ranks.from_first(lambda: has_all(path, prompts))
         servers = ServerAnswers(target, config) if is_asked else None
         described = servers.described if servers else read_meta(path).get("servers") if config.server else None
@@ -271,8 +280,8 @@ def _prepare(
     target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
 ) -> list[str]:
     """Check what is there, and give the ids of the prompts that wait for an answer, the short ones first."""
-    claim(path.parent, path.name, meta_path(path).name)
-    cut_unfinished(path)
+    register_files(path.parent, path.name, meta_path(path).name)
+    cut_unfinished_line(path)
     check_meta(path, meta)
     done = {response.id: response for response in read_responses(path)} if path.exists() else {}
     if _append_parts(path, set(done)):
@@ -287,7 +296,7 @@ def _prepare(
     if waiting:
         write_meta(path, meta, prompts, is_complete=False)
         if ranks.num_ranks() > 1:
-            claim(path.parent, *(_part(path, number).name for number in range(ranks.num_ranks())))
+            register_files(path.parent, *(_part(path, number).name for number in range(ranks.num_ranks())))
     elif done:
         check_unchanged(path)
     return [name for name, _ in sorted(waiting, key=lambda item: item[1])]
@@ -307,7 +316,7 @@ def _finish(
 
 def _write_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> int:
     """Append answers to a file, wait for the disk whenever some came, and count them."""
-    with progress_bar() as bar, naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
+    with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
         task, num_tokens, num_rows = bar.add_task("answering prompts", total=num_prompts, info=""), 0, 0
         for some in rows:
             file.write("".join(json.dumps(asdict(one) | more, ensure_ascii=False) + "\n" for one, more in some))
@@ -332,15 +341,15 @@ def _append_parts(path: Path, done: set[str]) -> bool:
     file has already is left out: its part was appended before the kill.
     """
     parts = sorted(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"), key=lambda part: (len(part.name), part.name))
-    refuse_others(path.parent, *(part.name for part in parts))
+    refuse_foreign_files(path.parent, *(part.name for part in parts))
     for part in parts:
-        cut_unfinished(part)
+        cut_unfinished_line(part)
     with contextlib.ExitStack() as files:
         opened = [files.enter_context(part.open(encoding="utf-8", newline="\n")) for part in parts]
         lines = [line for group in zip_longest(*opened) for line in group if line]
     lines = [line for line in lines if json.loads(line)["id"] not in done]
     if lines:
-        with naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())

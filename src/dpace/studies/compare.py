@@ -29,7 +29,7 @@ from dpace.prompts.prompts import Prompt, split_prompts
 from dpace.report.plots import plot_acceptance, plot_tau, plot_weights
 from dpace.respond.responses import Response, write_responses
 from dpace.system import ranks
-from dpace.system.ledger import claim, hold
+from dpace.system.ledger import lock_folder, register_files
 from dpace.target import Target
 from dpace.train.identity import init_of, refuse_other_run, settings_of, target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
@@ -69,8 +69,8 @@ def compare(target: Target, config: CompareConfig, init: Drafter | None = None) 
     recipes = make_recipes(config)
     cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
     refuse_other_cells(config, init)
-    with hold(folder):
-        ranks.from_first(lambda: claim(folder, *FILES))
+    with lock_folder(folder):
+        ranks.from_first(lambda: register_files(folder, *FILES))
         return _run(target, config, recipes, cells, init)
 
 
@@ -90,7 +90,7 @@ def _run(
     rows, decode = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline)), None
     if config.bench.num_prompts != 0:
         drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
-        with hold(folder / "decode"):
+        with lock_folder(folder / "decode"):
             decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
     results = CompareResults(
         target=target.name,
@@ -203,8 +203,8 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
 
 
 def _write_heldout(folder: Path, measured: Heldout) -> None:
-    with hold(folder):
-        claim(folder, HELDOUT_FILE)
+    with lock_folder(folder):
+        register_files(folder, HELDOUT_FILE)
         write_heldout(folder, measured)
 
 

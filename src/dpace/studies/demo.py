@@ -26,7 +26,7 @@ from dpace.recipes.flags import read_recipe
 from dpace.report.cells import percent, verdict
 from dpace.report.plots import plot_acceptance, plot_weights
 from dpace.respond.responses import write_responses
-from dpace.system.ledger import claim
+from dpace.system.ledger import register_files
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.target.locate import TARGET_ID, find_target, find_target_gguf
@@ -91,7 +91,7 @@ def run_demo(config: DemoConfig) -> BenchResults:
     recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
     for name in objectives:  # before any work
         refuse_other_run(folder / name, settings_of(recipes[name]))
-    claim(folder, "results.json", "acceptance.png", "weights.png")
+    register_files(folder, "results.json", "acceptance.png", "weights.png")
     target = Target.load(find_target(recipe.target))
     prompts = [*parts.train, *parts.validation]
     responses = write_responses(target, prompts, folder / "responses.jsonl", recipe.respond)

@@ -44,16 +44,16 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def describe(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """Name the device as its maker does."""
     if device.type == "cpu":
-        return find_processor()
+        return processor_name()
     module = torch.get_device_module(device)
-    name = module.get_device_name(device) if hasattr(module, "get_device_name") else find_processor()
+    name = module.get_device_name(device) if hasattr(module, "get_device_name") else processor_name()
     return name if device.type == "cuda" else f"{device.type}, {name}"
 
 
-def find_processor() -> str:
+def processor_name() -> str:
     """Name the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

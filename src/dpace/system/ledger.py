@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
 """In a folder that a process writes to: the lock, and who holds it."""
+UNFINISHED = ".unfinished"
+"""How the names of files and folders end that are not written to their end; they begin with a dot."""
 MAX_LINE_BYTES = 64 * 2**20
 """Bytes of the longest line of a JSONL file that is read."""
 
@@ -136,7 +139,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def naming_file(path: str | Path) -> Iterator[None]:
     """Let an OSError inside the `with` block name this file; errors of a full disk name none."""
     try:
         yield
@@ -157,13 +160,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Give a path to write to; what is there at the end of the `with` block takes the file's place.
+    """Yield a path to write to; what is there at the end of the `with` block takes the file's place.
 
     A full disk or a killed process leaves the file as it was before.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
-        with naming(path):
+        with naming_file(path):
             yield unfinished
             sync(unfinished)
             unfinished.replace(path)
@@ -180,10 +183,6 @@ def write_json(path: str | Path, value: Any, *, indent: int = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
-UNFINISHED = ".unfinished"
-"""How the names of files and folders end that are not written to their end; they begin with a dot."""
-
-
 def sync(path: str | Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk and not only on its way."""
     if os.name == "nt" and Path(path).is_dir():
@@ -195,10 +194,10 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
-def sweep(folder: str | Path) -> None:
+def remove_unfinished(folder: str | Path) -> None:
     """Remove what killed processes left unfinished in a folder.
 
-    `hold` does so; in folders inside the held one call it yourself.
+    `lock_folder` does so; in folders inside the held one call it yourself.
     """
     for path in Path(folder).glob(f".*{UNFINISHED}"):
         if path.is_dir():
@@ -207,7 +206,7 @@ def sweep(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def cut_unfinished(path: Path) -> None:
+def cut_unfinished_line(path: Path) -> None:
     """Cut off a last line that a killed process left unfinished.
 
     A last line that lacks only its line end gets it.
@@ -227,14 +226,14 @@ def cut_unfinished(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from writing to a folder inside the `with` block; makes the folder.
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder inside the `with` block; make the folder.
 
-    What killed processes left unfinished there is removed, and they hold nothing. A process may hold a folder twice. Of
-    several ranks the first one holds it for all.
+    What killed processes left unfinished there is removed; their locks are gone. A process may lock a folder twice. Of
+    several ranks the first one locks it for all.
 
     Raises:
-        ValueError: another process holds the folder; the message says which.
+        ValueError: another process has locked the folder; the message says which.
     """
     if not ranks.is_first():
         yield
@@ -251,10 +250,10 @@ def hold(folder: str | Path) -> Iterator[None]:
         ) from error
     try:
         command = " ".join(["dpace", *sys.argv[1:2]])
-        with naming(holder):
+        with naming_file(holder):
             holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
         if not is_held:
-            sweep(folder)
+            remove_unfinished(folder)
         yield
     finally:
         if not is_held:
@@ -262,8 +261,8 @@ def hold(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def refuse_others(folder: str | Path, *names: str) -> set[str]:
-    """Refuse to write over files that dpace did not write, and give the names of those that it wrote.
+def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
+    """Refuse to write over files that dpace did not write, and return the names of those that it wrote.
 
     Raises:
         ValueError: one of the names exists and was not written by dpace.
@@ -283,8 +282,8 @@ def refuse_others(folder: str | Path, *names: str) -> set[str]:
     return written
 
 
-def claim(folder: str | Path, *names: str) -> None:
-    """Say that dpace writes these files of a folder, and refuse to write over others.
+def register_files(folder: str | Path, *names: str) -> None:
+    """Note that dpace writes these files of a folder, and refuse to write over others.
 
     Args:
         folder: made where it is missing.
@@ -295,6 +294,60 @@ def claim(folder: str | Path, *names: str) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = refuse_others(folder, *names)
+    written = refuse_foreign_files(folder, *names)
     if not written.issuperset(names):
         write_json(folder / MARKER, {"files": sorted(written | set(names))})
+
+
+@contextlib.contextmanager
+def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool = True) -> Iterator[Path]:
+    """Yield an empty folder, whose files move into `folder` at the end of the `with` block.
+
+    Files that belong together are written so: aside, then onto the disk, then into place. Where the block fails, the
+    old files stay, and a folder that was not there before is not there after. A process that is killed leaves the old
+    files, the new ones, or, while they are exchanged, no file `last`, without which nothing reads the folder. The same
+    call then writes it whole.
+
+    Args:
+        folder: made where it is missing.
+        last: name of the file that makes the folder valid; it is removed first and moved last.
+        is_guarded: lock the folder, and refuse to write over files that dpace did not write. Without it both are the
+            caller's.
+
+    Raises:
+        ValueError: files of another program would be overwritten, or another process writes there.
+        OSError: there is no room.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        guard = lock_folder(folder) if is_guarded else contextlib.nullcontext()
+        with guard, tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
+            yield Path(aside)
+            _move_files(Path(aside), folder, last=last, is_guarded=is_guarded)
+    except BaseException:
+        if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, HOLDER}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _move_files(aside: Path, folder: Path, *, last: str, is_guarded: bool) -> None:
+    """Move all files from one folder to the other, `last` after the others."""
+    files = sorted(aside.iterdir(), key=lambda file: (file.name == last, file.name))
+    for file in files:
+        make_readable(file)
+        sync(file)
+    if is_guarded:
+        register_files(folder, *(file.name for file in files))
+    (folder / last).unlink(missing_ok=True)
+    for file in files:
+        file.replace(folder / file.name)
+    sync(folder)
+
+
+def make_readable(path: Path) -> None:
+    """Let others read a file as the umask says; some libraries write for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -1,7 +1,6 @@
 """Load only weights that the model expects: every tensor, in its shape, with finite values."""
 
 import hashlib
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ COPY = "copy the config from where the drafter was trained"
 
 
 @contextmanager
-def one_line(what: str, fix: str) -> Iterator[None]:
+def translate_library_errors(what: str, fix: str) -> Iterator[None]:
     """Turn what transformers raises for files that it cannot read into one line.
 
     Raises:
@@ -145,10 +144,3 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def share(path: Path) -> None:
-    """Let others read a file as the umask says; some libraries write for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)

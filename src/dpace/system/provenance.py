@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import dpace
 from dpace.system import ranks
-from dpace.system.device import describe
+from dpace.system.device import device_name
 
 FINGERPRINT_VALUES = 64
 """Values of each tensor that the fingerprint of weights reads."""
@@ -53,7 +53,7 @@ def find_versions() -> Versions:
 
 def find_hardware(device: torch.device) -> Hardware:
     """Name the device, and count cores and threads."""
-    return Hardware(device=describe(device), cores=os.cpu_count(), torch_threads=torch.get_num_threads())
+    return Hardware(device=device_name(device), cores=os.cpu_count(), torch_threads=torch.get_num_threads())
 
 
 def hash_json(value: Any) -> str:

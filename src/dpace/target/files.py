@@ -30,7 +30,13 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from dpace.config import DeviceMap, TargetShard
 from dpace.system import ranks
 from dpace.system.ledger import read_object
-from dpace.system.loading import LIBRARY_ERRORS, attention_of, one_line, refuse_infinite, refuse_mismatch
+from dpace.system.loading import (
+    LIBRARY_ERRORS,
+    attention_of,
+    refuse_infinite,
+    refuse_mismatch,
+    translate_library_errors,
+)
 from dpace.target.locate import find_target
 from dpace.target.probe import find_layers
 
@@ -119,7 +125,7 @@ def find_places(name: str) -> Places:
     """
     folder = _find_adapter(name)
     if folder is None:
-        with one_line(f"the target {name}", FIX):
+        with translate_library_errors(f"the target {name}", FIX):
             return Places(AutoConfig.from_pretrained(name, trust_remote_code=False), name, None, name)
     what = f"the target {name} is an adapter (adapter_config.json)"
     settings = read_object(folder / "adapter_config.json", FIX)
@@ -188,12 +194,12 @@ def open_target(
     what, places = f"the target {name}", find_places(name)
     config, quantized = places.config, getattr(places.config, "quantization_config", None)
     _refuse_kind(what, places, quantized, device_map, shard)
-    with one_line(what, FIX):
+    with translate_library_errors(what, FIX):
         tokenizer = AutoTokenizer.from_pretrained(places.tokenizer, trust_remote_code=False)
     spread: Any = device_map or ({"": device} if quantized is not None else None)
     auto, attention = _choose_class(config)
     over_ranks = distribution(shard, auto, config)
-    with one_line(what, FIX) if quantized is None else _explained(what, quantized):
+    with translate_library_errors(what, FIX) if quantized is None else _explained(what, quantized):
         loaded: Any = auto.from_pretrained(
             places.base,
             config=config,
@@ -298,7 +304,7 @@ def _merge(what: str, model: Any, folder: str) -> Any:
             f"{what} is a LoRA adapter, and the package peft, which merges it, is missing: run `pip install peft`, or "
             "name a merged model"
         ) from error
-    with one_line(what, "train the adapter for this base, or name a merged model"):
+    with translate_library_errors(what, "train the adapter for this base, or name a merged model"):
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         adapted: Any = peft.PeftModel(model, config)

@@ -153,7 +153,7 @@ class TrainingBar(ProgressCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar on."""
         if self.lines:
-            self.lines.move(state.global_step, ", ".join(f"{name} {value}" for name, value in self.numbers.items()))
+            self.lines.update(state.global_step, ", ".join(f"{name} {value}" for name, value in self.numbers.items()))
         else:
             super().on_step_end(args, state, control, **kwargs)
 

@@ -30,8 +30,8 @@ from dpace.drafter import Drafter
 from dpace.drafter.validity import load_validity
 from dpace.system import ranks
 from dpace.system.device import read_random_state, set_random_state
-from dpace.system.ledger import UNFINISHED, sweep, sync, write_json, write_text
-from dpace.system.loading import refuse_infinite, share
+from dpace.system.ledger import UNFINISHED, make_readable, remove_unfinished, sync, write_json, write_text
+from dpace.system.loading import refuse_infinite
 from dpace.system.provenance import hash_file
 from dpace.train.sharding import gather_weights, scatter_weights, shard, sharded_by_dpace, take_share, wants_shards
 
@@ -54,7 +54,7 @@ def finish(checkpoints: Path, step: int) -> Path:
     unfinished, folder = unfinished_folder(checkpoints, step), checkpoint_folder(checkpoints, step)
     files = {}
     for path in sorted(unfinished.iterdir()):
-        share(path)
+        make_readable(path)
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     write_json(unfinished / MANIFEST, {"step": step, "files": files})
@@ -95,7 +95,7 @@ def find_newest(checkpoints: Path) -> Path | None:
     """
     if not checkpoints.is_dir():
         return None
-    sweep(checkpoints)
+    remove_unfinished(checkpoints)
     steps = {
         int(match[1]): path
         for path in checkpoints.iterdir()

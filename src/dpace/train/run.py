@@ -21,7 +21,7 @@ from dpace.loss import Weigh
 from dpace.loss.objective import make_weigh, name_own
 from dpace.recipes.flags import write_recipe
 from dpace.respond.responses import Response
-from dpace.system.ledger import claim, hold
+from dpace.system.ledger import lock_folder, register_files
 from dpace.target import Target
 from dpace.train.callbacks import PeakMemory, SaveOnInterrupt
 from dpace.train.checkpoints import STATE, CheckpointedTrainer, find_newest
@@ -210,8 +210,8 @@ def train(
 def _open_folder(folder: Path, run: Mapping[str, Any], held: ExitStack) -> list[Any]:
     """Hold a folder for a run; say whether the run is finished, and give its newest checkpoint."""
     is_trained(folder, run)  # before a folder is made
-    held.enter_context(hold(folder))
-    claim(folder, *FILES)
+    held.enter_context(lock_folder(folder))
+    register_files(folder, *FILES)
     return [is_trained(folder, run), find_newest(folder / "checkpoints")]
 
 

@@ -8,8 +8,8 @@ from dpace.config import Recipe
 from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import PROMPT, command, parse
 from dpace.system import ranks
-from dpace.system.ledger import hold
-from dpace.system.progress import show
+from dpace.system.ledger import lock_folder
+from dpace.system.progress import print_text
 from dpace.verbs import load_chat, load_target
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run(args: list[str]) -> None:
         return
     target = load_target(recipe)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
-    with hold(recipe.output):
+    with lock_folder(recipe.output):
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     ranks.end()
     if not ranks.is_first():
@@ -88,8 +88,8 @@ def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
     if says_more([results]):
         tables.append(contexts_table(results, recipe.wide))
     console(recipe.wide).print(*tables)
-    show(advice(results))
-    show(f"written: {recipe.output}/results.json")
+    print_text(advice(results))
+    print_text(f"written: {recipe.output}/results.json")
 
 
 def _first_lines(recipe: Recipe, prompts: list, num_drafters: int) -> list[str]:
@@ -114,7 +114,7 @@ def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:
 
     chat, settings = load_chat(recipe), recipe.bench
     servers = settings.server or "", settings.plain_server
-    with hold(recipe.output):
+    with lock_folder(recipe.output):
         results = bench_servers(chat, *servers, prompts, settings, recipe.output)
     console(recipe.wide).print(servers_table(results, recipe.wide))
     print(f"written: {recipe.output}/servers.json")

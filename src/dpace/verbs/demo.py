@@ -5,7 +5,7 @@ from pathlib import Path
 from dpace.config import Recipe
 from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import command, parse
-from dpace.system.ledger import claim, hold
+from dpace.system.ledger import lock_folder, register_files
 
 
 def run(args: list[str]) -> None:
@@ -24,8 +24,8 @@ def run(args: list[str]) -> None:
     lines = _first_lines(recipe, drafters=1 if config.quick else 2)
     if is_dry:
         return announce(lines, is_dry=True)
-    with hold(output):
-        claim(output, "results.json", "acceptance.png", "weights.png")
+    with lock_folder(output):
+        register_files(output, "results.json", "acceptance.png", "weights.png")
         announce(lines, is_dry=False)
         results = run_demo(config)
     console(config.wide).print(results_table(results, config.wide), slots_table(results, config.wide))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dpace.config import DeviceMap, DraftConfidence, Dtype, SamplingConfig, VerifyRule
 from dpace.recipes.flags import command, parse
-from dpace.system.progress import show
+from dpace.system.progress import print_text
 from dpace.verbs import load_target
 
 
@@ -74,7 +74,7 @@ def run(args: list[str]) -> None:
         (generation,) = generate_batch(target, drafter, [token_ids], **options, compile=True)
     else:
         generation = generate(target, drafter, token_ids, **options, **speculative)
-    show(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+    print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     tau = generation.acceptance.tau if generation.accepted_lengths else None
     _tell(len(generation.token_ids), generation.num_decode_tokens, generation.decode_seconds, tau)
     if config.compile:
@@ -126,7 +126,7 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
         token_ids = encode_chat(target, messages)
         for piece in stream(target, drafter, token_ids, **options, paces=paces, on_step=keep):
             text += piece
-            show(piece, end="")
+            print_text(piece, end="")
         print()
         first, *others = (len(step.token_ids) for step in steps)
         _tell(first + sum(others), sum(others), times[-1] - times[0], sum(others) / len(others) if others else None)

@@ -7,8 +7,8 @@ from dpace.config import Recipe
 from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import next_command, parse
 from dpace.system import ranks
-from dpace.system.ledger import claim, hold
-from dpace.system.progress import show
+from dpace.system.ledger import lock_folder, register_files
+from dpace.system.progress import print_text
 from dpace.verbs import check_target, load_chat, load_target
 
 
@@ -31,9 +31,9 @@ def run(args: list[str]) -> None:
     if is_dry:
         ranks.from_first(look)
         return ranks.end()
-    with hold(recipe.output):
+    with lock_folder(recipe.output):
         if ranks.is_first():
-            claim(recipe.output, path.name, meta_path(path).name)
+            register_files(recipe.output, path.name, meta_path(path).name)
         ranks.from_first(look)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
         answered = sum(prompt.answer is not None for prompt in prompts)
@@ -47,5 +47,5 @@ def run(args: list[str]) -> None:
         return
     for reason, count in left_out.items():
         print(f"{count} prompts have no answer: {reason}", file=sys.stderr)
-    show(f"{len(prompts) - sum(left_out.values())} responses in {path}")
-    show(f"next: {next_command('train', recipe, args)}")
+    print_text(f"{len(prompts) - sum(left_out.values())} responses in {path}")
+    print_text(f"next: {next_command('train', recipe, args)}")

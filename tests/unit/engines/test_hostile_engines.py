@@ -325,7 +325,8 @@ def test_a_folder_that_another_process_writes_to_is_refused(folder, tmp_path, ca
     import sys
 
     out = tmp_path / "out"
-    code = f"from dpace.system.ledger import hold\nwith hold({str(out)!r}):\n    print('held', flush=True); input()"
+    code = "from dpace.system.ledger import lock_folder\n"
+    code += f"with lock_folder({str(out)!r}):\n    print('held', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:

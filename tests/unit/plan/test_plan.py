@@ -21,7 +21,7 @@ from dpace.plan.step import BatchShape, Models, PaperStep, make_drafter, make_ta
 from dpace.plan.training import num_steps
 from dpace.prompts.prompts import split_prompts
 from dpace.respond.answers import Response
-from dpace.system.loading import share
+from dpace.system.ledger import make_readable
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.train.callbacks import TrackerGuard
@@ -252,7 +252,7 @@ def test_others_can_read_what_is_written(tmp_path):
     try:
         path = tmp_path / "weights"
         path.touch(0o600)
-        share(path)
+        make_readable(path)
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640

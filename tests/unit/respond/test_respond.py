@@ -24,7 +24,7 @@ from dpace.respond.responses import answer_prompts, read_meta, read_responses, w
 from dpace.respond.static_batch import answer_batches, generate_responses
 from dpace.servers.transport import Address, Unavailable
 from dpace.system import ranks
-from dpace.system.ledger import claim
+from dpace.system.ledger import register_files
 from dpace.target.chat import ChatTokenizer
 from tests.conftest import EOS
 from tests.support.crash import Disk, Killed
@@ -390,7 +390,7 @@ def test_what_killed_ranks_left_is_collected_once(target, own, tmp_path):
     write_responses(target, PROMPTS, path, CONFIG)
     lines = sorted(path.read_text().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
     path.write_text("".join(lines[:4]))
-    claim(tmp_path, *(f"responses.rank-{rank}.jsonl" for rank in range(3)))
+    register_files(tmp_path, *(f"responses.rank-{rank}.jsonl" for rank in range(3)))
     for rank, text in enumerate(["".join(lines[2:4]), "".join(lines[4:6]) + lines[6][:30], "".join(lines[6:8])]):
         (tmp_path / f"responses.rank-{rank}.jsonl").write_text(text)
     assert write_responses(target, PROMPTS, path, CONFIG) == own[0.0]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.respond.responses import read_meta, read_responses, write_responses
-from dpace.system.ledger import hold
+from dpace.system.ledger import lock_folder
 from dpace.system.provenance import hash_file, weights_fingerprint
 from dpace.target import Target
 from dpace.target.chat import encode_chat
@@ -128,14 +128,15 @@ def test_responses_of_unknown_origin_are_refused(target, path):
 
 
 def test_another_writer_is_told(target, path):
-    code = f"from dpace.system.ledger import hold\nwith hold({str(path.parent)!r}): print('held', flush=True); input()"
+    code = "from dpace.system.ledger import lock_folder\n"
+    code += f"with lock_folder({str(path.parent)!r}): print('held', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
         assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
             write_responses(target, PROMPTS, path, CONFIG)
         other.communicate("\n")
-    with hold(path.parent):  # held by this process: no obstacle
+    with lock_folder(path.parent):  # held by this process: no obstacle
         assert len(write_responses(target, PROMPTS, path, CONFIG)) == 7
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dpace.system.device import default_dtype, describe, find_device, find_processor
+from dpace.system.device import default_dtype, device_name, find_device, processor_name
 
 WAITS_OF_A_TRAINING_STEP = {
     "target.py: num_shared = shared_prefix(token_ids.tolist())",  # where texts begin alike, they are read once
@@ -62,4 +62,4 @@ def test_a_device_that_is_not_here_is_refused():
     with pytest.raises(ValueError, match=f"finds no {absent} here; choose one of: auto, .*cpu"):
         find_device(absent)
     cpu = find_device("cpu")
-    assert default_dtype(cpu) == torch.float32 and describe(cpu) == find_processor()
+    assert default_dtype(cpu) == torch.float32 and device_name(cpu) == processor_name()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpace.system.ledger import claim, hold, read_jsonl, write_json, write_text
+from dpace.system.ledger import lock_folder, read_jsonl, register_files, write_json, write_text
 
 
 def test_every_character_stays_in_its_line(tmp_path):
@@ -37,19 +37,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    lines = ["import time", "from dpace.system.ledger import hold", f"with hold({str(tmp_path)!r}):"]
+    lines = ["import time", "from dpace.system.ledger import lock_folder", f"with lock_folder({str(tmp_path)!r}):"]
     code = "\n".join([*lines, "    print('held', flush=True)", "    time.sleep(60)"])
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout and other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"), hold(tmp_path):
+        with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"), lock_folder(tmp_path):
             pass
     finally:
         other.kill()
         other.communicate()
     for _ in range(50):  # a killed process holds nothing
         try:
-            with hold(tmp_path):
+            with lock_folder(tmp_path):
                 return
         except ValueError:
             time.sleep(0.1)
@@ -59,9 +59,9 @@ def test_one_writer_at_a_time(tmp_path):
 def test_what_dpace_did_not_write_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("the user's")
     with pytest.raises(ValueError, match=r"config.json was not written by dpace"):
-        claim(tmp_path, "config.json", "README.md")
-    claim(tmp_path, "README.md")
+        register_files(tmp_path, "config.json", "README.md")
+    register_files(tmp_path, "README.md")
     (tmp_path / "README.md").write_text("ours")
-    claim(tmp_path, "README.md", "results.json")
+    register_files(tmp_path, "README.md", "results.json")
     (tmp_path / "results.json").write_text("ours too")
-    claim(tmp_path, "results.json")
+    register_files(tmp_path, "results.json")

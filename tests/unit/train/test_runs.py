@@ -221,8 +221,8 @@ def test_one_writer(copied, language_target, language_responses):
     (copied / "provenance.json").unlink()
     lines = [
         "import time",
-        "from dpace.system.ledger import hold",
-        f"with hold({str(copied)!r}):",
+        "from dpace.system.ledger import lock_folder",
+        f"with lock_folder({str(copied)!r}):",
         " print('', flush=True)",
     ]
     code = "\n".join([*lines, " time.sleep(60)"])
