@@ -41,7 +41,6 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.drafter.validity import ValidityHead
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.results import has_heldout
 from dpace.prompts.prompts import split_prompts
@@ -73,18 +72,12 @@ CANDIDATES = {
     "dpace": Candidate("dpace"),
     "dpace-0.3": Candidate("dpace", {"loss.alpha": 0.3}),
     "dpace-0.5-to-0.1": Candidate("dpace", {"loss.alpha_end": 0.1}),
-    "dpace-on-policy": Candidate("dpace", {"train.on_policy_share": 0.5}),
-    "expected-passes": Candidate("expected-passes"),
     "dpace+kl": Candidate("dpace+kl"),
     "dpace+kl+overlap": Candidate("dpace+kl+overlap"),
     "dpace+mix": Candidate("dpace+mix"),
     "spec-auf": Candidate("spec-auf"),
     "vat": Candidate("vat"),
     "dflash+mix": Candidate("dflash+mix"),
-    "dpace+validity": Candidate("dpace+validity"),
-    "dpace+validity-stopped": Candidate("dpace", {"loss.validity": "stopped"}),
-    "dflash+validity": Candidate("dflash+validity"),
-    "vat+mix+validity": Candidate("vat+mix+validity"),
     "16-anchors": Candidate("dpace", {"train.num_anchors": 16}),
     "growing-blocks": Candidate("dpace", {"train.grow_blocks": True}),
     "dflash-growing-blocks": Candidate("dflash", {"train.grow_blocks": True}),
@@ -111,9 +104,7 @@ MAX_CHARACTERS = 600
 ANSWER_SECONDS, FEATURE_SECONDS = 0.9, 0.3
 STEP_SECONDS = {8: 0.5, 16: 0.85}
 MEASURE_SECONDS = {8: 0.25, 16: 0.55}
-STEP_COST = {"dpace-on-policy": 1.6, "16-anchors": 2.0} | {
-    name: 1.3 for name, candidate in CANDIDATES.items() if "+" in candidate.objective
-}
+STEP_COST = {"16-anchors": 2.0} | {name: 1.3 for name, candidate in CANDIDATES.items() if "+" in candidate.objective}
 NUM_VALIDATION = 24
 LIMIT_BYTES = 20e9
 """Most bytes of hidden states on disk."""
@@ -302,8 +293,6 @@ def time_steps(plan: Plan, target: Target, dataset: ResponseDataset, cell: Cell)
     nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)
     with candidate.trial(), tempfile.TemporaryDirectory() as folder:
         drafter = Drafter.from_target(target, seed=0, **shape)
-        if recipe.loss.validity != "off":
-            drafter.attach_validity(ValidityHead(target.hidden_size))
         args = training_arguments(config, Path(folder), device=target.device, has_validation=False)
         weigh = make_weigh(recipe.loss, cell.block)
         trainer = DrafterTrainer(drafter, target, dataset, nothing, args, recipe.loss, weigh, config)

@@ -3,19 +3,16 @@
 The rule of which tokens a slot sees is written once, in `visibility`.
 """
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 MASK_TILE = 128
 """Number of queries, and of keys, that `flex_attention` skips or computes together."""
-TINY = 1e-300
-"""Least number that is divided by, and whose logarithm is taken."""
 
 
 def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[int]:
@@ -76,38 +73,6 @@ def sample_anchors(
     if num_anchors is not None and num_anchors < len(positions):
         positions = sorted(random.Random(repr(seed)).sample(positions, num_anchors))
     return torch.tensor(positions, dtype=torch.long)
-
-
-def draw_anchors(
-    rates: Float[Tensor, " seq"],
-    is_response: Bool[Tensor, " seq"],
-    *,
-    num_anchors: int,
-    share: float,
-    seed: object = 0,
-) -> Int[Tensor, " anchor"]:
-    """Draw anchors, more often where decoding restarts.
-
-    Positions are drawn without replacement in proportion to `(1 - share) / T + share * rate / sum of rates`, with `T`
-    the number of positions that `sample_anchors` draws from (weighted sampling by keys, Efraimidis and Spirakis 2006).
-
-    Args:
-        rates: how often decoding restarts at each position, 0 or more; see `dpace.loss.restarts.restart_rates`.
-        is_response: tokens that the target wrote.
-        num_anchors: number of anchors, at most `T`.
-        share: 0 for uniform ones, up to 1 for rates alone.
-        seed: as in `sample_anchors`.
-
-    Returns:
-        Ascending positions, without repetition.
-    """
-    positions = sample_anchors(is_response).tolist()
-    found = rates[positions].double().tolist() if positions else []
-    total, draw = max(sum(found), TINY), random.Random(repr(seed))
-    chances = [(1 - share) / len(positions) + share * rate / total for rate in found]
-    keys = [math.log(draw.random() or TINY) / max(chance, TINY) for chance in chances]
-    chosen = sorted(range(len(positions)), key=lambda i: -keys[i])[:num_anchors]
-    return torch.tensor(sorted(positions[i] for i in chosen), dtype=torch.long)
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,8 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
     Raises:
         ValueError: `gamma` not above 0.
 
-    Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification. Its verification
-    head is `dpace.drafter.validity`, its mixed labels are the token loss `mix`.
+    Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification. Its mixed
+    labels are the token loss `mix`.
     """
     _check_gamma(gamma)
     index = is_scored.cumsum(-1) - 1
@@ -225,7 +225,7 @@ def uniform_weights(is_scored: IsScored) -> Weights:
 
 
 @torch.no_grad()
-def head_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
+def medusa_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
     """Weigh slots by `base ** slot`, as Medusa weighs its heads.
 
     Args:

@@ -81,7 +81,6 @@ def range_cases() -> Iterator[Case]:
         "train.batch-size": "0",
         "train.gradient-accumulation-steps": "0",
         "train.num-anchors": "0",
-        "train.on-policy-share": "-0.1 1.1 nan",
         "train.max-length": "1",
         "train.max-grad-norm": "-1 inf",
         "train.weight-decay": "-1 nan",

@@ -30,8 +30,8 @@ from dpace.train import run
 from dpace.train.sharding import USE_FSDP, wants_shards
 from dpace.train.trainer import DrafterTrainer
 
-JOBS = (*REDUCTIONS, "muon", "validity", "again")
-RESUMED = ("muon", "validity")
+JOBS = (*REDUCTIONS, "muon", "growing", "again")
+RESUMED = ("muon", "growing")
 FSDP = {USE_FSDP: "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch --use_fsdp --fsdp_version 2` sets."""
 
@@ -43,8 +43,9 @@ def make_jobs(recipe: Recipe, num_ranks: int) -> dict[str, Recipe]:
     jobs = {name: replace(base, loss=LossConfig(reduction=name)) for name in REDUCTIONS}
     halves = {"batch_size": size // 2, "gradient_accumulation_steps": 2}
     jobs["muon"] = replace(base, train=replace(base.train, optimizer="muon", **halves))
-    jobs["validity"] = replace(base, loss=LossConfig(reduction="weights", validity="joint"))
-    again = {"gradient_checkpointing": True, "on_policy_share": 0.5, "max_grad_norm": 0.1}
+    growing = replace(base.train, grow_blocks=True)
+    jobs["growing"] = replace(base, drafter=replace(base.drafter, block_size=8), train=growing)
+    again = {"gradient_checkpointing": True, "max_grad_norm": 0.1}
     jobs["again"] = replace(base, train=replace(base.train, **again))
     return jobs
 
@@ -152,7 +153,7 @@ def train_on_shares(name: str, whole: Target, responses: list[Response], recipe:
                 ShardedTarget.load_share(name, shard)
             continue
         target = check_target(shard, name, whole)
-        train_all(target, responses, recipe, folder / shard, ["anchors", "validity"])
+        train_all(target, responses, recipe, folder / shard, ["anchors", "growing"])
         dataset = run.make_datasets(whole, responses[:3], [], recipe)[0]
         for each in (target, whole):
             path = folder / shard / type(each).__name__

@@ -10,7 +10,6 @@ from dpace.blocks import (
     build_blocks,
     build_target_layer_ids,
     dense_mask,
-    draw_anchors,
     flex_mask,
     sample_anchors,
     visibility,
@@ -120,28 +119,3 @@ def test_the_mask_of_a_long_text_takes_little_memory(batch, num_blocks, mib):
 def test_block_of_one_is_refused():
     with pytest.raises(ValueError, match="block_size"):
         build_blocks(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool), [torch.tensor([0])], 1)
-
-
-def test_anchors_are_drawn_in_proportion_to_rates():
-    """Half of the draws are uniform, half are by rate; of one anchor the frequencies are the chances."""
-    is_response = torch.tensor([False, True, True, True, True, True, False])
-    rates, num_draws = torch.tensor([9.0, 0.0, 3.0, 1.0, 0.0, 9.0, 9.0]), 4000
-    options = {"num_anchors": 1, "share": 0.5}
-    drawn = [int(draw_anchors(rates, is_response, seed=i, **options)) for i in range(num_draws)]
-    expected = {1: 0.125, 2: 0.125 + 0.375, 3: 0.125 + 0.125, 4: 0.125}
-    for position, chance in expected.items():
-        assert drawn.count(position) / num_draws == pytest.approx(chance, abs=0.03)
-    assert set(drawn) == set(expected)
-
-
-def test_drawn_anchors_are_distinct_and_depend_on_the_seed_only():
-    is_response = torch.arange(40) > 3
-    rates = torch.rand(40)
-    options = {"num_anchors": 12, "share": 1.0}
-    first = draw_anchors(rates, is_response, seed=7, **options)
-    assert torch.equal(first, draw_anchors(rates, is_response, seed=7, **options))
-    assert first.tolist() == sorted(set(first.tolist())) and len(first) == 12
-    assert set(first.tolist()) <= set(sample_anchors(is_response).tolist())
-    everywhere = draw_anchors(torch.zeros(40), is_response, num_anchors=99, share=1.0)
-    assert torch.equal(everywhere, sample_anchors(is_response))
-    assert not len(draw_anchors(rates, torch.zeros(40, dtype=torch.bool), **options))

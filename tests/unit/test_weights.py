@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpace.blocks import build_blocks, sample_anchors
-from dpace.loss.restarts import expected_passes, expected_passes_weights, passes_weights, restart_rates, survival
+from dpace.blocks import build_blocks
 from dpace.weights import (
     chain_reward_weights,
     dflash_gamma,
@@ -15,7 +14,7 @@ from dpace.weights import (
     dpace_continuation_only_weights,
     dpace_exact_weights,
     dpace_weights,
-    head_weights,
+    medusa_weights,
     spec_auf_weights,
     uniform_weights,
     vat_weights,
@@ -138,7 +137,7 @@ def test_schedules():
     torch.testing.assert_close(
         dflash_weights(flags, gamma=4.0)[0, 0], torch.tensor([0, 1, math.exp(-1 / 4), 0, math.exp(-3 / 4)])
     )
-    torch.testing.assert_close(head_weights(flags)[0, 0], torch.tensor([0, 0.8, 0.64, 0, 0.8**4]))
+    torch.testing.assert_close(medusa_weights(flags)[0, 0], torch.tensor([0, 0.8, 0.64, 0, 0.8**4]))
     torch.testing.assert_close(uniform_weights(flags)[0, 0], torch.tensor([0.0, 1, 1, 0, 1]))
     assert [dflash_gamma(size) for size in (16, 10, 8)] == [7, 5, 4]
 
@@ -193,125 +192,3 @@ def test_vat_and_spec_auf_where_all_or_none_match():
     assert torch.equal(spec_auf_weights(everywhere, everywhere), uniform_weights(everywhere))
     assert torch.equal(vat_weights(none, everywhere, gamma=3.0), dflash_weights(everywhere, gamma=3.0))
     assert spec_auf_weights(none, everywhere)[0, 0].tolist() == [0, 1, 0, 0, 0]
-
-
-def loop_over_the_response(q, is_response, alpha):
-    """The recurrences of N and v, and the weights, written as loops; `q[t]` are the probabilities of the block at t."""
-    size, seq = len(q[0]), len(is_response)
-
-    def starts(t):
-        return t + 1 < seq and is_response[t] and is_response[t + 1]
-
-    def reach(t, a):
-        if a > size - 1 or not all(t + i < seq and is_response[t + i] for i in range(a + 1)):
-            return 0.0
-        return math.prod((1 - alpha) * q[t][i] + alpha for i in range(1, a + 1))
-
-    to_go = [0.0] * (seq + size + 1)
-    for t in reversed(range(seq)):
-        if starts(t):
-            to_go[t] = 1 + sum((reach(t, a) - reach(t, a + 1)) * to_go[t + a + 1] for a in range(size))
-    visits = [0.0] * (seq + size + 1)
-    for t in range(seq):
-        visits[t] += starts(t) and not (t and is_response[t - 1])
-        for a in range(size if starts(t) else 0):
-            if t + a + 1 < seq and starts(t + a + 1):
-                visits[t + a + 1] += visits[t] * (reach(t, a) - reach(t, a + 1))
-    mean = sum(visits) / max(1, sum(map(starts, range(seq))))
-    weights = [[0.0] * size for _ in range(seq)]
-    for t in filter(starts, range(seq)):
-        for k in range(1, size):
-            terms = (reach(t, m) * max(0.0, to_go[t + m] - to_go[t + m + 1]) for m in range(k, size))
-            is_reached = all(t + i < seq and is_response[t + i] for i in range(k + 1))
-            weights[t][k] = is_reached * visits[t] / mean * sum(terms) / mean
-    return to_go[:seq], visits[:seq], weights
-
-
-def whole_text(is_response, size, seed=0):
-    """Every anchor of one text, with random probabilities."""
-    flags = torch.tensor([is_response])
-    blocks = build_blocks(torch.zeros_like(flags).long(), flags, [sample_anchors(flags[0])], size)
-    probs = torch.rand(blocks.labels.shape, generator=torch.Generator().manual_seed(seed))
-    return probs, blocks, flags
-
-
-@given(st.lists(st.booleans(), min_size=2, max_size=24), st.integers(2, 6), st.floats(0, 1), st.integers(0, 99))
-def test_expected_passes_by_loops(is_response, size, alpha, seed):
-    """Also for several responses in one text, whose blocks must not reach into each other."""
-    probs, blocks, flags = whole_text(is_response, size, seed)
-    weights = expected_passes_weights(probs, blocks.is_scored, blocks.anchors, flags, alpha)
-    if not blocks.is_block.any():
-        assert not weights.any()
-        return
-    q = {int(t): probs[0, n].tolist() for n, t in enumerate(blocks.anchors[0])}
-    to_go, visits, expected = loop_over_the_response(
-        [q.get(t, [0.0] * size) for t in range(len(flags[0]))], is_response, alpha
-    )
-    passes = expected_passes(survival(probs, blocks.is_scored, alpha), blocks.anchors, blocks.is_block, flags)
-    assert passes.to_go[0].tolist() == pytest.approx(to_go, rel=1e-4, abs=1e-5)
-    assert passes.visits[0].tolist() == pytest.approx(visits, rel=1e-4, abs=1e-5)
-    for n, t in enumerate(blocks.anchors[0].tolist()):
-        assert weights[0, n].tolist() == pytest.approx(expected[t], rel=1e-3, abs=1e-4)
-
-
-def test_expected_passes_are_the_gradient_of_the_number_of_passes():
-    """By autograd through the recurrence, where no saving is negative: up to one factor for the whole text."""
-    probs, blocks, flags = whole_text([False] + [True] * 20, 4)
-    probs = 0.5 + 0.3 * probs
-    log_q = probs.double().log().requires_grad_()
-    reach = log_q[0].exp().where(blocks.is_scored[0], 0.0)
-    reach = torch.cat([torch.ones(len(reach), 1), reach[:, 1:].cumprod(-1), torch.zeros(len(reach), 1)], dim=1)
-    to_go = [torch.zeros(())] * 30
-    for n, t in reversed(list(enumerate(blocks.anchors[0].tolist()))):
-        to_go[t] = 1 + sum(((reach[n, a] - reach[n, a + 1]) * to_go[t + a + 1] for a in range(4)), torch.zeros(()))
-    assert all(a >= b for a, b in zip(to_go[1:], to_go[2:], strict=False))
-    to_go[1].backward()
-    weights = expected_passes_weights(probs, blocks.is_scored, blocks.anchors, flags, alpha=0.0)
-    mean = float(to_go[1].detach()) / len(blocks.anchors[0])
-    torch.testing.assert_close(weights.double() * mean**2, -log_q.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_constant_visits_and_savings_give_d_pace_back():
-    flags = scored([1, 1, 1, 0])
-    reach = survival(block(Q).float(), flags, 0.5)
-    ones = torch.ones_like(reach)
-    torch.testing.assert_close(passes_weights(reach, ones[..., 0], ones), dpace_weights(block(Q), flags, 0.5))
-    # the same from a long text whose blocks are all alike, far from its ends
-    _, blocks, is_response = whole_text([True] * 200, 5)
-    probs = torch.tensor([0.0, *Q]).expand(blocks.labels.shape)
-    weights = expected_passes_weights(probs, blocks.is_scored, blocks.anchors, is_response)
-    torch.testing.assert_close(weights[0, 100], dpace_weights(block(Q), scored([1] * 4))[0, 0], rtol=0.02, atol=0)
-
-
-def test_positions_between_anchors_take_the_nearest_ones_block():
-    probs, blocks, flags = whole_text([True] * 12, 4)
-    few = torch.tensor([[2, 8, 0]])
-    is_block = torch.tensor([[True, True, False]])
-    nearest = torch.tensor([[0] * 6 + [1] * 5])  # of 5 both are as near
-    reach = survival(probs, blocks.is_scored)[:, [2, 8, 0]]
-    ours = expected_passes(reach, few, is_block, flags)
-    whole = expected_passes(reach[0, nearest], blocks.anchors, blocks.is_block, flags)
-    for mine, reference in zip(ours, whole, strict=True):
-        torch.testing.assert_close(mine, reference)
-
-
-@given(st.lists(st.booleans(), min_size=2, max_size=20), st.integers(2, 5), st.integers(0, 99))
-def test_restart_rates_by_loops(is_response, size, seed):
-    probs, blocks, flags = whole_text(is_response, size, seed)
-    chosen = torch.arange(0, blocks.labels.shape[1], 2)  # every other anchor
-    anchors, is_scored = blocks.anchors[:, chosen], blocks.is_scored[:, chosen]
-    rates = restart_rates(probs[:, chosen], is_scored, anchors, flags)[0].tolist()
-    found: dict[int, list[float]] = {}
-    for n, s in enumerate(anchors[0].tolist() if is_scored.any() else []):
-        q = probs[0, 2 * n].tolist()
-        for a in range(size):
-            t = s + a + 1
-            if all(i < len(is_response) and is_response[i] for i in range(s, t + 2)):
-                stop = math.prod(q[1 : a + 1]) * (1 - q[a + 1] if a + 1 < size else 1)
-                found.setdefault(t, []).append(stop)
-    known = {t: sum(rates) / len(rates) for t, rates in found.items()}
-    mean = sum(known.values()) / max(1, len(known))
-    for t, rate in enumerate(rates):
-        is_anchor = t + 1 < len(is_response) and is_response[t] and is_response[t + 1]
-        first = is_anchor and not (t and is_response[t - 1])
-        assert rate == pytest.approx(1 if first else is_anchor * known.get(t, mean), abs=1e-5)

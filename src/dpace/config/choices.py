@@ -8,7 +8,6 @@ Objective = Literal[
     "dpace-confidence-only",
     "dpace-continuation-only",
     "dpace-exact",
-    "expected-passes",
     "chain-reward",
     "vat",
     "spec-auf",
@@ -20,8 +19,6 @@ ObjectiveName = Objective | str
 """An objective of dpace, or `package.module:function` for one's own."""
 TokenLoss = Literal["nll", "kl", "lk", "mix"]
 Confidence = Literal["token", "overlap"]
-DraftConfidence = Literal["softmax", "validity"]
-Validity = Literal["off", "stopped", "joint"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full"] | int

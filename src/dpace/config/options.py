@@ -19,7 +19,6 @@ from dpace.config.choices import (
     Reduction,
     TargetShard,
     TokenLoss,
-    Validity,
     Width,
 )
 
@@ -73,9 +72,6 @@ class LossConfig:
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
     anchors: blocks, then conversations. batch (the paper's code): conversations. slots: scored slots. weights: the
     weights' sum."""
-    validity: Validity = "off"
-    """Train a validity head too: one linear layer that says which slots come before the first wrong one.
-    stopped: the drafter learns nothing from it. joint: it does, as in VAT (arXiv 2608.30135)."""
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
@@ -115,9 +111,6 @@ class TrainConfig:
     grow_blocks: bool = False
     """Train on short blocks first: of 4 slots, then of twice as many, up to block_size, in equal parts of the steps.
     A step has as many slots as ever, in more blocks; docs/objectives.md says what it gains."""
-    on_policy_share: float = 0.0
-    """Share of the blocks, 0 to 1, that are drawn where decoding restarts, at the end of training; it grows from 0.
-    Each step then drafts twice; docs/objectives.md says how the places are estimated."""
     max_length: int = 3072
     """Length in tokens at which conversations are cut (the paper: 3072)."""
     max_grad_norm: float = 1.0
@@ -330,8 +323,8 @@ class CompareConfig(Recipe):
     output: str = "dpace-compare"
     """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: tuple[str, ...] = ("dpace", "dflash", "uniform")
-    """Values of loss.objective; append +kl, +lk or +mix for the token loss, +overlap for the confidence,
-    +validity for a joint validity head: dpace+kl+overlap, vat+mix+validity."""
+    """Values of loss.objective; append +kl, +lk or +mix for the token loss and +overlap for the
+    confidence: dpace+kl+overlap."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: str = "dflash"

@@ -106,7 +106,7 @@ def single_steps(
         hidden = draft_block(drafter, target, filler[:, :size], read)
         logits = draft_head.logits(hidden[0, 1:])
         draft_head.tokens(logits)
-        drafter.confidences(logits, hidden[0, 1:])  # waits for the device, as drawing does
+        drafter.confidences(logits)  # waits for the device, as drawing does
 
     return step
 

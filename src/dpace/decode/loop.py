@@ -159,7 +159,7 @@ class Speculation:
         tokens, width, draft_probs = self.draft_head.tokens(logits), len(logits) + 1, None
         sampler, pace = self.text.sampler, self.drafting.pace
         if pace is not None:
-            width = pace.width(self.drafter.confidences(logits, hidden))
+            width = pace.width(self.drafter.confidences(logits))
         if self.samples_draft and width > 1:
             tokens, draft_probs = draw_draft(self.draft_head.spread(logits[: width - 1]), self.text.text, sampler)
         block[0, 1:width] = tokens[: width - 1]

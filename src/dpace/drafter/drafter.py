@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
-from dpace.config import DraftConfidence
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
-from dpace.drafter.validity import ValidityHead, load_validity
 from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
@@ -37,23 +35,8 @@ class Drafter(DFlashDraftModel):
     `save_pretrained` writes the published layout, which z-lab's `DFlashDraftModel` and the engines load unchanged.
     """
 
-    validity: ValidityHead | None = None
-    """Kept out of the state dict, so that exports and engines do not see it."""
-    confidence: DraftConfidence = "softmax"
-    """What width `auto` takes for how likely a slot is accepted."""
     vocabulary: DraftVocabulary | None = None
     """The tokens that decoding drafts; None for all."""
-
-    def attach_validity(self, head: ValidityHead | None) -> None:
-        """Take a validity head along: `save_pretrained` writes it, and it moves with the drafter."""
-        self.__dict__["validity"] = head
-
-    def _apply(self, fn, recurse=True):
-        """Move or convert; the validity head, in fp32, only moves."""
-        result = super()._apply(fn, recurse)
-        if self.validity is not None:
-            self.validity.to(self.device)
-        return result
 
     @property
     def spec(self) -> DrafterSpec:
@@ -82,16 +65,11 @@ class Drafter(DFlashDraftModel):
             return self.vocabulary.confidence_temperature
         return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
 
-    def confidences(
-        self, logits: Float[Tensor, "draft vocab"], hidden: Float[Tensor, "draft hidden"] | None = None
-    ) -> list[float]:
+    def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
         """Estimate how likely each slot's token is accepted, given that the tokens before it are.
 
-        That is the calibrated probability of its most likely token; with `confidence` `validity`, what the validity
-        head reads from the slots' last hidden states.
+        That is the calibrated probability of its most likely token.
         """
-        if self.confidence == "validity" and self.validity is not None and hidden is not None:
-            return self.validity.confidences(hidden)
         logits = logits.float()
         odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()  # in place is fast
         return odds.sum(-1).reciprocal_().tolist()
@@ -238,8 +216,6 @@ class Drafter(DFlashDraftModel):
         refuse_mismatch(what, info, fix, unknown=info["unexpected_keys"] - TARGET_TABLES)
         refuse_infinite(what, drafter, fix)
         drafter.refuse_trained_selector()
-        if Path(folder).is_dir():
-            drafter.attach_validity(load_validity(folder, drafter.config.hidden_size))
         return loaded if output_loading_info else drafter
 
     def save_pretrained(self, save_directory, *, dtype: torch.dtype | None = None, **kwargs):
@@ -257,17 +233,13 @@ class Drafter(DFlashDraftModel):
             config = self.spec.published(json.loads(path.read_text()) | written)
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             shutil.copy(dpace.modeling_dflash.__file__, aside)
-            if self.validity is not None:
-                self.validity.save(aside)
             for written in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
                 make_readable(written)
                 sync(written)
                 written.replace(folder / written.name)
 
 
-def load_drafter(
-    folder: str | Path, target: Target, *, confidence: DraftConfidence = "softmax", all_tokens: bool = False
-) -> Drafter:
+def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:
     """Read a drafter's folder for decoding with a target.
 
     The drafter gets the target's dtype and device, and is in eval mode.
@@ -275,13 +247,10 @@ def load_drafter(
     Args:
         folder: of the drafter.
         target: its target.
-        confidence: how width `auto` estimates that a slot is accepted: by the calibrated `softmax`, or by the
-            `validity` head.
         all_tokens: draft any token, as other engines do, also where the folder has a draft vocabulary that pays here.
 
     Raises:
-        ValueError: no such folder, damaged weights, a drafter for another target, or one without a validity head where
-            it is asked for.
+        ValueError: no such folder, damaged weights, or a drafter for another target.
     """
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
@@ -290,9 +259,6 @@ def load_drafter(
     drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     drafter.check_target(target)
     drafter.to(target.device)
-    if confidence == "validity" and drafter.validity is None:
-        raise ValueError(f"{folder} has no validity head; train one with --loss.validity stopped, or use softmax")
-    drafter.confidence = confidence
     vocabulary = load_vocabulary(folder, len(target.head.weight))
     if vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
         drafter.vocabulary = vocabulary

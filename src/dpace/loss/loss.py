@@ -35,10 +35,6 @@ class Slots(NamedTuple):
 
     This is how often speculative sampling accepts the slot. None without `target_hidden`.
     """
-    anchors: Tensor | None = None
-    """Int, "batch block": position of each block in its text. None outside of training, as the next one."""
-    is_response: Tensor | None = None
-    """Bool, "batch seq": tokens that the target wrote."""
     progress: float = 0.0
     """Share of the training that is done, 0 to 1."""
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from dpace import weights as W
 from dpace.config import LossConfig, Objective, TokenLoss, is_objective, is_own
 from dpace.loss import Slots, Weigh
-from dpace.loss.restarts import expected_passes_weights
 from dpace.system.provenance import hash_json
 
 
@@ -153,9 +152,7 @@ def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> N
     is_scored[1, 2] = False  # a padding block
     probs, overlap = (torch.rand(shape, generator=generator).where(is_scored, 1.0) for _ in range(2))
     is_match = (torch.rand(shape, generator=generator) < probs) & is_scored
-    anchors = torch.tensor([[0, 1, 4], [2, 5, 0]])
-    is_response = torch.ones(2, 5 + block_size, dtype=torch.bool)
-    slots = Slots(is_scored, probs, is_match, overlap if has_overlap else None, anchors, is_response)
+    slots = Slots(is_scored, probs, is_match, overlap if has_overlap else None)
     try:
         checked(weigh, name)(slots)
     except ValueError:
@@ -177,13 +174,12 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     objective, *parts = name.split("+")
     changes = {"token_loss": "nll", "confidence": "token"}
     for part in parts:
-        named = {"overlap": {"confidence": "overlap"}, "validity": {"validity": "joint"}}
-        changes |= named.get(part, {"token_loss": part})
+        changes |= {"confidence": "overlap"} if part == "overlap" else {"token_loss": part}
     if not is_objective(objective) or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
             f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or your own as "
-            "package.module:function, and add +kl, +lk or +mix for that token loss, +overlap for that confidence, and "
-            "+validity for a joint validity head"
+            "package.module:function, and add +kl, +lk or +mix for that token loss, and +overlap for that "
+            "confidence"
         )
     return replace(loss, objective=objective, **changes)
 
@@ -248,18 +244,11 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) 
         "dpace-confidence-only": lambda s: W.dpace_confidence_only_weights(confidence(s), s.is_scored, alpha(s)),
         "dpace-continuation-only": lambda s: W.dpace_continuation_only_weights(confidence(s), s.is_scored, alpha(s)),
         "dpace-exact": lambda s: W.dpace_exact_weights(confidence(s), s.is_scored, alpha(s)),
-        "expected-passes": lambda s: _expected_passes(confidence(s), s, alpha(s)),
         "chain-reward": lambda s: W.chain_reward_weights(confidence(s), s.is_scored),
         "vat": lambda s: W.vat_weights(s.is_match, s.is_scored, gamma),
         "spec-auf": lambda s: W.spec_auf_weights(s.is_match, s.is_scored),
         "dflash": lambda s: W.dflash_weights(s.is_scored, gamma),
         "uniform": lambda s: W.uniform_weights(s.is_scored),
-        "medusa": lambda s: W.head_weights(s.is_scored, config.base),
+        "medusa": lambda s: W.medusa_weights(s.is_scored, config.base),
     }
     return functions[config.objective]
-
-
-def _expected_passes(confidence: Tensor, slots: Slots, alpha: float) -> Tensor:
-    if slots.anchors is None or slots.is_response is None:
-        raise ValueError("the objective expected-passes needs the blocks' places in the text: Slots.anchors")
-    return expected_passes_weights(confidence, slots.is_scored, slots.anchors, slots.is_response, alpha)

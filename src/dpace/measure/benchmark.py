@@ -539,7 +539,7 @@ def _provenance(target: Target, drafters: dict[str, Drafter], config: BenchConfi
 def _hash_config(drafter: Drafter) -> str:
     """Hash what the drafter's config says about decoding."""
     spec = {name: value for name, value in vars(drafter.spec).items() if name not in ("record", "special_token_ids")}
-    other: dict[str, Any] = {} if drafter.confidence == "softmax" else {"confidence": drafter.confidence}
+    spec["confidence_temperature"] = drafter.confidence_temperature
     if drafter.vocabulary is not None:
-        other["draft_vocabulary"] = drafter.vocabulary.token_ids.tolist()
-    return hash_json(spec | {"confidence_temperature": drafter.confidence_temperature} | other)
+        spec["draft_vocabulary"] = drafter.vocabulary.token_ids.tolist()
+    return hash_json(spec)

@@ -98,7 +98,7 @@ def _take_step(
             return models.drafter(**inputs)
 
     for _ in range(models.recipe.train.gradient_accumulation_steps):
-        out, blocks, _ = score_batch(
+        out, blocks = score_batch(
             draft,
             models.target,
             kept or make_inputs(plan.conversations.shape, models),

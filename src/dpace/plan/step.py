@@ -432,7 +432,7 @@ class _PaperRun:
             with tracker.part(FEATURES):
                 inputs = make_inputs(self.shape, models)
             with tracker.part(HEAD), counter:
-                out, blocks, _ = score_batch(
+                out, blocks = score_batch(
                     self._draft,
                     models.target,
                     inputs,

@@ -105,7 +105,6 @@ RANGES = {
         "batch_size": COUNT,
         "gradient_accumulation_steps": COUNT,
         "num_anchors": COUNT,
-        "on_policy_share": FRACTION,
         "max_length": Range(2, LARGEST),
         "max_grad_norm": NOT_NEGATIVE,
         "weight_decay": NOT_NEGATIVE,

@@ -16,9 +16,9 @@ from typing import Any
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answers import Response, read_responses
-from dpace.respond.continuous import answer_here
 from dpace.respond.conversation import count_tokens, is_answer, take_own
 from dpace.respond.from_servers import Row, ServerAnswers
+from dpace.respond.static_batch import answer_batches
 from dpace.system import ranks
 from dpace.system.ledger import (
     cut_unfinished_line,
@@ -265,7 +265,7 @@ def answer_prompts(
                 rows = ([(take_own(target, prompt), {})] for prompt in mine)
             else:
                 assert isinstance(target, Target), "a tokenizer alone answers nothing"
-                rows = ([(one, {}) for one in some] for some in answer_here(target, mine, config))
+                rows = ([(one, {}) for one in some] for some in answer_batches(target, mine, config))
             part = path if ranks.num_ranks() == 1 else _part(path, ranks.rank())
             num_written = _write_rows(rows, part, len(mine))
             num_left_out = servers.left_out.total() if servers else 0

@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from dpace.drafter import Drafter
-from dpace.drafter.validity import load_validity
 from dpace.system import ranks
 from dpace.system.device import read_random_state, set_random_state
 from dpace.system.ledger import UNFINISHED, make_readable, remove_unfinished, sync, write_json, write_text
@@ -257,7 +256,6 @@ class CheckpointedTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("accelerate was set up with FSDP or DeepSpeed in this process before; let dpace set it up")
         if self.is_sharded:
-            self.model.attach_validity(None)  # the drafter's own is trained
             shard(self.model)
             self.is_distributed_loading_by_transformers = True  # the Trainer then leaves placement and gradients to it
 
@@ -352,13 +350,9 @@ class CheckpointedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Read the weights, into the tensors that the optimizer knows."""
-        folder, head = Path(resume_from_checkpoint), self.drafter.validity
-        self.drafter.load_state_dict(load_file(folder / "model.safetensors"))
+        self.drafter.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"))
         if self.is_sharded:
             scatter_weights(self.drafter, self.model)
-        kept = load_validity(folder, self.drafter.config.hidden_size)
-        if head is not None and kept is not None:
-            head.load_state_dict(kept.state_dict())
 
     def load_best(self) -> None:
         """Read the weights of the best step, if one was measured; else take those of the last one."""

@@ -17,7 +17,7 @@ from dpace.system.ledger import write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.train.calibration import fit_confidence_temperature, measure_reliability
+from dpace.train.calibration import fit_confidence_temperature
 from dpace.train.callbacks import PeakMemory
 from dpace.train.checkpoints import STATE, CheckpointedTrainer, room_for
 from dpace.train.identity import OBJECTIVE_SHA256
@@ -56,7 +56,6 @@ def finish(
     acceptance = heldout_acceptance(drafter, target, validation, over_ranks=True) if len(validation) else None
     vocabulary = _find_vocabulary(drafter, target, acceptance, dataset, validation, recipe)
     temperature = fit_confidence_temperature(drafter, target, validation)
-    reliability = measure_reliability(drafter, target, validation) if drafter.validity is not None else None
     if vocabulary is not None:
         token_ids = vocabulary.token_ids
         vocabulary.confidence_temperature = fit_confidence_temperature(drafter, target, validation, token_ids)
@@ -68,14 +67,12 @@ def finish(
     drafter.config.dpace = {**record, **objective}
     start = {"init": recipe.drafter.init, "init_sha256": run["init_sha256"]}
     provenance = {**_provenance(target, trainer, dataset), **objective, **start, "peak_memory_bytes": memory.bytes}
-    if reliability is not None:
-        provenance["reliability"] = reliability
     _write_folder(folder, drafter, vocabulary, trainer, provenance)
 
 
 @torch.no_grad()
 def round_weights(drafter: Drafter) -> None:
-    """Round all weights to numbers that `SERVED` has; the validity head stays as it is."""
+    """Round all weights to numbers that `SERVED` has."""
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
 

@@ -15,7 +15,6 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.drafter.validity import VALIDITY_FILE, ValidityHead
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
 from dpace.loss.objective import make_weigh, name_own
@@ -37,7 +36,7 @@ from dpace.train.identity import (
 )
 from dpace.train.trainer import DrafterTrainer, training_arguments
 
-DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VALIDITY_FILE, VOCABULARY_FILE)
+DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VOCABULARY_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
 """What `train` writes into a drafter's folder."""
 
@@ -232,8 +231,6 @@ def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init
             f"the training text contains the mask token {drafter.mask_token_id}; "
             f"name a token that no text contains {way}"
         )
-    if recipe.loss.validity != "off":
-        drafter.attach_validity(ValidityHead(drafter.config.hidden_size).to(drafter.device))
     return drafter
 
 

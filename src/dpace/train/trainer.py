@@ -21,17 +21,16 @@ from dpace.batches.dataset import GroupedSampler, ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.config import LossConfig, TrainConfig
 from dpace.drafter import Drafter
-from dpace.drafter.validity import validity_losses
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import HeadOutput, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system.device import TILED, default_dtype
 from dpace.target import Target
 from dpace.target.head import Head
+from dpace.train.anchors import block_size_at, cut_blocks
 from dpace.train.callbacks import StepClock, TrackerGuard, TrainingBar
 from dpace.train.checkpoints import CheckpointedTrainer
 from dpace.train.optimizer import MuonAdamW
-from dpace.train.redraw import block_size_at, cut_blocks, redraw
 
 PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}
 """Packages of trackers, where they have another name."""
@@ -112,7 +111,7 @@ def score_batch(
     progress: float = 0.0,
     make_mask: Callable[[Blocks, int], Any] | None = None,
     chunk_bytes: int | None = None,
-) -> tuple[HeadOutput, Blocks, Tensor]:
+) -> tuple[HeadOutput, Blocks]:
     """Run the forward pass of a micro-batch, up to the weighted loss of each block.
 
     Args:
@@ -129,7 +128,7 @@ def score_batch(
         chunk_bytes: see `frozen_head_nll`.
 
     Returns:
-        What the head gives, the blocks, and the drafter's hidden states.
+        What the head gives, and the blocks.
     """
     hidden, blocks, target_hidden = blocks_hidden(
         model,
@@ -146,14 +145,12 @@ def score_batch(
         head,
         labels,
         blocks.is_scored,
-        weigh=lambda slots: weigh(
-            slots._replace(anchors=blocks.anchors, is_response=inputs["is_response"], progress=progress)
-        ),
+        weigh=lambda slots: weigh(slots._replace(progress=progress)),
         token_loss=config.token_loss,
         target_hidden=target_hidden,
         chunk_bytes=chunk_bytes,
     )
-    return out, blocks, hidden
+    return out, blocks
 
 
 class _Schedule(TrainerCallback):
@@ -220,7 +217,7 @@ class DrafterTrainer(CheckpointedTrainer):
         self.step_clock = StepClock()
         self.add_callback(self.step_clock)
         self.model_accepts_loss_kwargs = False
-        self.use_muon, self.on_policy_share = config.optimizer == "muon", config.on_policy_share
+        self.use_muon = config.optimizer == "muon"
         self.grow_blocks, self.num_anchors = config.grow_blocks, config.num_anchors
         self.group_by_length, self.dataset = config.group_by_length, dataset
         self.target, self.validation, self.loss_config = target, validation, loss
@@ -240,42 +237,25 @@ class DrafterTrainer(CheckpointedTrainer):
         return GroupedSampler(self.dataset, step_size)
 
     def create_optimizer(self, model=None):
-        """Make AdamW as transformers does, or Muon; the validity head has a group of its own."""
-        is_new = self.optimizer is None
-        if is_new and self.use_muon:
+        """Make AdamW as transformers does, or Muon."""
+        if self.optimizer is None and self.use_muon:
             args = self.args
             named = self.model.named_parameters()
             self.optimizer = MuonAdamW(named, lr=args.learning_rate, weight_decay=args.weight_decay)
-        optimizer: Any = super().create_optimizer(model)
-        if is_new and self.drafter.validity is not None:
-            group = {"params": list(self.drafter.validity.parameters()), "weight_decay": 0.0}
-            optimizer.add_param_group(group | ({"momentum": None} if self.use_muon else {}))
-        return optimizer
+        return super().create_optimizer(model)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Take the micro-batches of a step; draw their anchors anew for short blocks or `on_policy_share`."""
+        """Take the micro-batches of a step; draw their anchors anew for short blocks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.drafter.validity is not None:
-            self.drafter.validity.zero_grad()  # the base class zeroes the drafter's own gradients only
-        share, block_size = self.on_policy_share * self.progress, self.drafter.block_size
+        block_size = self.drafter.block_size
         slots = block_size_at(self.progress, block_size) if self.grow_blocks else block_size
-        if share or slots < block_size:
+        if slots < block_size:
             started = time.perf_counter()
-            if slots < block_size:
-                num_anchors = self.num_anchors * block_size // slots
-                batches = [cut_blocks(batch, slots, num_anchors) for batch in batches]
-            if share:
-                batches = [self._redraw(batch, share) for batch in batches]
+            num_anchors = self.num_anchors * block_size // slots
+            batches = [cut_blocks(batch, slots, num_anchors) for batch in batches]
             num_items = self._get_num_items_in_batch(batches, device)
             self.step_clock.seconds_before = time.perf_counter() - started
         return batches, num_items
-
-    def _redraw(self, batch: dict[str, Any], share: float) -> dict[str, Any]:
-        """Draw the anchors of a micro-batch anew; features are computed once for both draftings."""
-        inputs: Any = self._prepare_inputs(batch)
-        names = {"share": share, "with_head_input": self.loss_config.needs_target_probs}
-        with self.compute_loss_context_manager():
-            return redraw(inputs, self.model, self.target, self.head, self.head_index, **names)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         """Count the items of a whole optimizer step, over its micro-batches and all ranks."""
@@ -295,10 +275,6 @@ class DrafterTrainer(CheckpointedTrainer):
         After a step's last one, with the reduction `weights`, divide the gradient by the sum of the weights.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.drafter.validity is not None and self.accelerator.sync_gradients:
-            for parameter in self.drafter.validity.parameters():  # DDP does not know them
-                if parameter.grad is not None:
-                    parameter.grad = self._over_ranks(parameter.grad) / self.accelerator.num_processes
         if self.loss_config.reduction == "weights" and self.accelerator.sync_gradients:
             total = float(self._over_ranks(self._step_weight).clamp_min(torch.finfo(torch.float32).tiny))
             for parameter in self.model.parameters():
@@ -315,7 +291,7 @@ class DrafterTrainer(CheckpointedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a micro-batch, in nats; `Trainer` calls this."""
         drafter, config = self.drafter, self.loss_config
-        out, blocks, hidden = score_batch(
+        out, blocks = score_batch(
             model,
             self.target,
             inputs,
@@ -328,11 +304,7 @@ class DrafterTrainer(CheckpointedTrainer):
             chunk_bytes=config.chunk_mib and config.chunk_mib * 2**20,
         )
         self._add_to_log(out, blocks.is_scored)
-        losses = out.losses
-        if drafter.validity is not None:
-            log_odds = drafter.validity(hidden if config.validity == "joint" else hidden.detach())
-            losses = losses + validity_losses(log_odds, out.is_match, blocks.is_scored)
-        loss = block_loss(losses, blocks.is_scored, reduction=config.reduction, num_items=num_items_in_batch)
+        loss = block_loss(out.losses, blocks.is_scored, reduction=config.reduction, num_items=num_items_in_batch)
         return loss * self.accelerator.num_processes  # DDP averages gradients over ranks
 
     def _add_to_log(self, out, is_scored):

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from dpace.config import DeviceMap, DraftConfidence, Dtype, SamplingConfig, VerifyRule
+from dpace.config import DeviceMap, Dtype, SamplingConfig, VerifyRule
 from dpace.recipes.flags import command, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
@@ -30,9 +30,6 @@ class GenerateConfig(SamplingConfig):
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     width: Literal["auto", "full"] = "auto"
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
-    confidence: DraftConfidence = "softmax"
-    """How width auto estimates that a slot is accepted.
-    softmax: by the drafter's calibrated probabilities. validity: by its validity head."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
@@ -64,7 +61,7 @@ def run(args: list[str]) -> None:
     target = load_target(config)
     options: Any = {field.name: getattr(config, field.name) for field in fields(SamplingConfig)}
     speculative: Any = {"width": config.width, "verify_rule": config.verify_rule}
-    drafter = load_drafter(folder, target, confidence=config.confidence) if folder else None
+    drafter = load_drafter(folder, target) if folder else None
     if config.stream and drafter:
         return _chat(target, drafter, messages, {**options, **speculative})
     token_ids = encode_chat(target, messages)

@@ -38,12 +38,6 @@ def run(function, states, head, labels, is_scored, **options):
     return out, states.grad
 
 
-def placed(weigh):
-    """An objective that is told where the blocks of `problem` stand, as in training."""
-    places = {"anchors": torch.arange(0, 10, 2).expand(3, -1), "is_response": torch.ones(3, 16, dtype=torch.bool)}
-    return lambda slots: weigh(slots._replace(**places))
-
-
 def assert_equal(ours, theirs):
     """Values and gradients of two runs."""
     (our_out, our_grad), (their_out, their_grad) = ours, theirs
@@ -57,7 +51,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("chunk_bytes", [4, 300, None])
 def test_equals_the_plain_reference(objective, head, chunk_bytes):
     data = problem(head=head)
-    weigh = placed(make_weigh(LossConfig(objective=objective), block_size=6))
+    weigh = make_weigh(LossConfig(objective=objective), block_size=6)
     ours = run(frozen_head_nll, *data, weigh=weigh, chunk_bytes=chunk_bytes)
     assert_equal(ours, run(frozen_head_nll_reference, *data, weigh=weigh))
     assert not ours[1][1].any() and not ours[1][:, :, 0].any()

@@ -19,9 +19,8 @@ from dpace.decode.loop import generate_plain
 from dpace.measure.check import check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond import from_servers
-from dpace.respond.continuous import answer_continuously, gives_same_texts
 from dpace.respond.responses import answer_prompts, read_meta, read_responses, write_responses
-from dpace.respond.static_batch import answer_batches, generate_responses
+from dpace.respond.static_batch import generate_responses
 from dpace.servers.transport import Address, Unavailable
 from dpace.system import ranks
 from dpace.system.ledger import register_files
@@ -211,25 +210,6 @@ def test_sampled_answers_are_those_of_plain_decoding_with_the_prompts_seed(targe
     assert len(set(seeds)) == len(PROMPTS)
     config = replace(CONFIG, temperature=1.0, batch_size=3)
     assert write_responses(target, PROMPTS[5:], tmp_path / "r.jsonl", config) == own[1.0][5:]
-
-
-def test_continuous_batching_gives_the_same_texts(target, own):
-    """It is for GPUs; here it runs on a CPU."""
-    found = [one for some in answer_continuously(target, PROMPTS, CONFIG) for one in some]
-    assert sorted(found, key=lambda one: one.id) == own[0.0]
-
-
-@pytest.mark.parametrize("words", ["other texts", "cannot do it"])
-def test_continuous_batching_that_gives_other_texts_is_not_used(words, target, monkeypatch, capsys):
-    def other(target, prompts, config):
-        if words == "cannot do it":
-            raise ValueError("no paged attention")
-        yield [replace(one, token_ids=[1]) for one in next(answer_batches(target, prompts, config))]
-
-    monkeypatch.setattr("dpace.respond.continuous.answer_continuously", other)
-    assert not gives_same_texts(target, PROMPTS[:2], CONFIG) and words in capsys.readouterr().err
-    monkeypatch.setattr("dpace.respond.continuous.answer_continuously", answer_batches)
-    assert gives_same_texts(target, PROMPTS[:2], CONFIG)
 
 
 @pytest.mark.parametrize("engine", PAGES)

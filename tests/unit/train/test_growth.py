@@ -6,7 +6,7 @@ import torch
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks, sample_anchors
 from dpace.drafter.views import blocks_hidden
-from dpace.train.redraw import block_size_at, cut_blocks
+from dpace.train.anchors import block_size_at, cut_blocks
 from tests.conftest import VOCAB, make_drafter, make_with_convolutions
 
 

@@ -115,7 +115,7 @@ def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_fold
     root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
-        [*command, str(root / "tests" / "ranks.py"), str(job), str(folder)],
+        [*command, str(root / "tests" / "support" / "ranks.py"), str(job), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"},
         capture_output=True,
         text=True,

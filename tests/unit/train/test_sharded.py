@@ -42,13 +42,13 @@ def on_one_rank(language_target, language_responses, tmp_path_factory):
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_folder, language_responses, tmp_path):
-    """Every reduction, both optimizers, validity head, accumulation, checkpointing, SIGTERM; shares of the target."""
+    """Every reduction, both optimizers, growing blocks, accumulation, checkpointing, SIGTERM; shares of the target."""
     job, folder = tmp_path / "job.pickle", tmp_path / "ranks"
     job.write_bytes(pickle.dumps((str(language_folder), language_responses[:19], RECIPE)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "sharded.py"), way, str(job), str(folder)],
+        [*command, str(ROOT / "tests" / "support" / "sharded.py"), way, str(job), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
         capture_output=True,
         text=True,

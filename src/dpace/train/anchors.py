@@ -1,0 +1,42 @@
+"""Choose the blocks of a training step: train on short blocks first, and on more of them."""
+
+from typing import Any
+
+from dpace.blocks import build_blocks, sample_anchors
+
+LEAST_SLOTS = 4
+"""Slots of the shortest blocks. Not tuned: other values were not compared."""
+
+
+def block_size_at(progress: float, block_size: int) -> int:
+    """Choose the size of the blocks at a point of a training whose blocks grow.
+
+    The sizes are `block_size` and its halves, as long as they have `LEAST_SLOTS`: 4, 8 and 16 for 16. Each is trained
+    for an equal part of the steps, the shortest first.
+
+    Args:
+        progress: share of the steps that are done, from 0 to below 1.
+        block_size: slots of the drafter's blocks.
+    """
+    sizes = [block_size]
+    while sizes[0] // 2 >= LEAST_SLOTS:
+        sizes.insert(0, sizes[0] // 2)
+    return sizes[min(int(progress * len(sizes)), len(sizes) - 1)]
+
+
+def cut_blocks(batch: dict[str, Any], block_size: int, num_anchors: int) -> dict[str, Any]:
+    """Draw the anchors of a batch anew, for blocks of another size.
+
+    Each conversation's draw has a seed of its own, so a resumed run draws the same anchors.
+
+    Args:
+        batch: of `dpace.batches.dataset.collate`.
+        block_size: slots of a block.
+        num_anchors: most blocks of a conversation.
+    """
+    token_ids, is_response, draws = batch["token_ids"], batch["is_response"], batch["draw"].tolist()
+    anchors = [
+        sample_anchors(row, num_anchors=num_anchors, seed=("growing", draw))
+        for row, draw in zip(is_response, draws, strict=True)
+    ]
+    return batch | vars(build_blocks(token_ids, is_response, anchors, block_size))
