@@ -19,6 +19,8 @@ COPIED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "change
 """Pages that are files of the repository's root."""
 ELSEWHERE = ("LICENSE", "SECURITY.md", "CITATION.cff", "Makefile", "recipes", "examples", "benchmarks", "src", "tests")
 """Places of the repository that the site does not have; links to them become plain text."""
+ENGINE_COMMANDS = "<!-- commands of the engines -->"
+"""Stands in a page where the commands of `engine_commands` go."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -37,6 +39,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for path in repository_paths(markdown):
         if not (ROOT / path).exists():
             raise PluginError(f"{page.file.src_path} names {path}, which does not exist")
+    if ENGINE_COMMANDS in markdown:
+        markdown = markdown.replace(ENGINE_COMMANDS, engine_commands())
     return site_links(markdown)
 
 
@@ -59,29 +63,19 @@ def generated_pages() -> dict[str, str]:
     """Write all generated pages, by path below docs/."""
     return {
         **{page: (ROOT / source).read_text() for page, source in COPIED.items()},
-        "serve.md": serve_page(),
         "reference/cli.md": cli_page(),
         "reference/recipe.md": recipe_page(),
         "reference/results.md": results_page(),
     }
 
 
-def serve_page() -> str:
+def engine_commands() -> str:
     """Write how each engine serves a drafter, as model cards say it."""
     from dpace.engines.card import card_sections
 
     about: Any = {"drafter": "dpace-out/drafter", "target": "Qwen/Qwen3-4B", "gguf": "drafter.gguf", "block_size": 16}
-    parts = [
-        "# Serve a drafter",
-        "These commands are for a drafter of Qwen3-4B with blocks of 16, in the folder `dpace-out/drafter`. The model "
-        "card that `dpace export` writes has them for yours, and so has `dpace doctor --engine`. "
-        "[engines.md](engines.md) says what goes wrong, and [the results](results-engines.md) say what was run.",
-        *card_sections("vllm", **about),
-        *card_sections("gguf", **about),
-        "In dpace itself, `dpace generate --drafter dpace-out/drafter` answers a prompt, with `--stream` it is a chat.",
-    ]
-    text = re.sub(r"^\*\*([^*]+)\*\* ?(.*)$", r"## \1\n\n\2", "\n\n".join(parts), flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", text) + "\n"
+    text = "\n\n".join([*card_sections("vllm", **about), *card_sections("gguf", **about)])
+    return re.sub(r"^\*\*([^*]+)\*\* ?(.*)$", r"### \1\n\n\2", text, flags=re.MULTILINE)
 
 
 def cli_page() -> str:
@@ -152,7 +146,7 @@ def results_page() -> str:
 
     parts = [
         "# Keys of result files",
-        "Each table is a JSON object. [File formats](../formats.md) says which file holds which. "
+        "Each table is a JSON object. [measuring.md](../measuring.md#files) says which file holds which. "
         "Where a value is `null`, its meaning says why.",
     ]
     waiting, seen = [BenchResults, CompareResults, ServerResults, Heldout], []

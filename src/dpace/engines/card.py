@@ -190,7 +190,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     ),
     "zlab": Serving(_slots, _zlab, ""),
 }
-"""Source: the engines' own documentation; docs/results-engines.md says which were run."""
+"""Source: the engines' own documentation; docs/results-decoding.md says which were run."""
 
 CARD_ENGINES: dict[Format, tuple[Engine, ...]] = {"speculators": ("vllm",), "gguf": ("llamacpp",)}
 """Engines that a model card has commands for; those of the published layout for all other formats."""

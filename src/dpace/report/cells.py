@@ -250,7 +250,7 @@ def advice(results: BenchResults) -> str:
         start = "nothing here is faster than plain decoding: decode without this drafter, or"
     else:
         start = "nothing here is clearly faster than plain decoding: measure more prompts, or"
-    return f"{start} train longer or on more prompts (docs/training.md)"
+    return f"{start} train longer or on more prompts (docs/train.md)"
 
 
 EDGES = (1024, 2048, 4096, 8192, 16384, 32768)
