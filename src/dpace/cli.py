@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         if reason is None:  # a bug of dpace, which the traceback shows
             raise
         _say(verb, reason)
-        from dpace.recipes.flags import UsageError
+        from dpace.recipes.validation import UsageError
 
         return 2 if isinstance(error, UsageError) else 1
     return 0

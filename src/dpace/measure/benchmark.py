@@ -44,7 +44,7 @@ from dpace.measure.results import (
 )
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
 from dpace.prompts.prompts import Prompt, first_of_each_set
-from dpace.recipes.recipe_file import from_json, to_json
+from dpace.recipes.validation import from_json, to_json
 from dpace.system import ranks
 from dpace.system.ledger import cut_unfinished_line, read_jsonl, register_files, write_text
 from dpace.system.loading import fingerprint

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from dpace.config import Width
 from dpace.metrics import Acceptance, published_tau
-from dpace.recipes.recipe_file import from_json, optional, to_json
+from dpace.recipes.validation import from_json, optional, to_json
 from dpace.servers.apis import Counts
 from dpace.system.ledger import write_json
 from dpace.system.provenance import Hardware, Versions

@@ -12,7 +12,8 @@ from typing import Any, get_type_hints
 
 from dpace.config import Recipe
 from dpace.recipes import RECIPES
-from dpace.recipes.ranges import UsageError, check_ranges
+from dpace.recipes.ranges import check_ranges
+from dpace.recipes.validation import UsageError
 from dpace.system.ledger import write_text
 
 RECIPE_ENDS = (".yaml", ".yml")

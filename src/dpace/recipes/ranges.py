@@ -9,12 +9,9 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
 from dpace.config import Objective, is_objective
+from dpace.recipes.validation import UsageError
 
 LARGEST = 2**31 - 1
-
-
-class UsageError(ValueError):
-    """A flag that is unknown, or whose value is none of its values."""
 
 
 class Range(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dpace.recipes.recipe_file import from_json
+from dpace.recipes.validation import from_json
 from dpace.system.ledger import read_jsonl
 
 

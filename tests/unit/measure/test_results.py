@@ -30,7 +30,7 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.metrics import Acceptance
-from dpace.recipes.recipe_file import from_json, to_json
+from dpace.recipes.validation import from_json, to_json
 from dpace.servers.apis import Counts
 from tests.support.rows import make_bench, make_plain, make_response, make_row
 
@@ -198,7 +198,7 @@ def test_a_changed_file_is_read_or_refused_in_one_line(name, data, tmp_path_fact
         ('{"schema_version": 2}', "schema_version 2, expected 1"),
         ('{"schema_version": true}', "schema_version True, expected 1"),
         ('{"schema_version": "1"}', "schema_version '1', expected 1"),
-        ('{"schema_version": 1}', "missing, expected"),
+        ('{"schema_version": 1}', "is missing, expected"),
         ('{"schema_version": 1, "rows": NaN}', "NaN is no JSON number"),
         ("[" * 100_000, "not JSON"),
         ('{"schema_version": ' + "1" * 5000 + "}", "not JSON"),
@@ -221,7 +221,7 @@ def test_a_wrong_key_is_named(tmp_path):
     value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
     path = tmp_path / "results.json"
     path.write_text(json.dumps(value))
-    place = r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected 'auto' or 'full' or an integer or null"
+    place = r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected one of auto, full or an integer or null"
     with pytest.raises(ValueError, match=place):
         read_results(path)
     value = to_json(COMPARE)
@@ -232,7 +232,7 @@ def test_a_wrong_key_is_named(tmp_path):
     value = to_json(BENCH)
     value["rows"][0]["new"] = value["rows"][0].pop("tau")
     path.write_text(json.dumps(value))
-    with pytest.raises(ValueError, match=r"tau missing in rows\[0\]"):
+    with pytest.raises(ValueError, match=r"there is no key 'rows\[0\].new'"):
         read_results(path)
 
 
