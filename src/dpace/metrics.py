@@ -1,10 +1,17 @@
-"""Turn accepted lengths into tau, rates and intervals, the same for training and decoding."""
+"""Turn accepted lengths, tokens and seconds into tau, rates and speedups with their intervals.
+
+Training, decoding and servers are measured by the same functions. Every interval here is a bootstrap over prompts, and
+over training seeds where there are several: `resample_sums` and `interval_ends`.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+NUM_RESAMPLES = 2000
+"""Bootstrap samples of an interval."""
 MIN_PROMPTS = 6
 """Least number of prompts for a 95 % interval: with five, all lie on one side of the median one time in sixteen."""
 
@@ -118,45 +125,65 @@ class Acceptance:
         with np.errstate(invalid="ignore", divide="ignore"):
             return reached[1:] / reached[:-1]
 
-    def interval(self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap the interval of tau over prompts.
-
-        Args:
-            confidence: share of resamples inside, in (0, 1).
-            num_resamples: number of bootstrap samples.
-            seed: seed of the resampling.
+    def interval(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> tuple[float, float]:
+        """Bootstrap the 95 % interval of tau over prompts.
 
         Returns:
             Lower and upper end, in tokens; (nan, nan) without a verification, and for one prompt, which says nothing
             of others.
         """
-        if not self.num_verifications or len(self.rows) < 2:
+        if not self.num_verifications:
             return float("nan"), float("nan")
-        generator = np.random.default_rng(seed)
-        picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
-        emitted = self.emitted_tokens[picks].sum(-1)
-        verifications = self.rows.sum(-1)[picks].sum(-1)
-        taus = emitted / np.maximum(verifications, 1)
-        low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return float(low), float(high)
+        return ratio_interval(self.emitted_tokens, self.rows.sum(-1), num_resamples=num_resamples, seed=seed)
 
-    def reach_interval(
-        self, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap the interval of `reach_rate` over prompts: lower and upper end for each slot."""
-        generator = np.random.default_rng(seed)
-        picks = generator.integers(len(self.rows), size=(num_resamples, len(self.rows)))
-        reached = self.rows[picks].sum(1)[:, ::-1].cumsum(-1)[:, ::-1]
-        rates = reached[:, 1:] / np.maximum(reached[:, :1], 1)
-        low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-        return low, high
+    def reach_interval(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Bootstrap the 95 % interval of `reach_rate` over prompts: lower and upper end for each slot."""
+        counts = resample_sums(self.rows.T[:, None], num_resamples=num_resamples, seed=seed)
+        reached = counts[::-1].cumsum(0)[::-1]
+        return interval_ends(reached[1:] / np.maximum(reached[:1], 1))
 
 
-def _resampled_ratio(tops: np.ndarray, bottoms: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Resample prompts, and divide totals of `tops` by those of `bottoms`, both quantities by prompt."""
-    picks = np.random.default_rng(seed).integers(tops.shape[-1], size=(num_resamples, tops.shape[-1]))
-    sums = [np.stack([row[picks].sum(-1) for row in rows]) for rows in (tops, bottoms)]
-    return sums[0] / np.maximum(sums[1], 1e-12)
+def resample_sums(values: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Sum quantities over resamples of their prompts and training seeds: the bootstrap of every interval.
+
+    A resample draws prompts, and seeds, with replacement, the same ones for all quantities. So quantiles of any
+    function of the sums are an interval of it, paired where the function compares sides. Few seeds say little about
+    others, and the interval is then too narrow.
+
+    Args:
+        values: "... seed prompt"; what has no seeds has an axis of one there.
+        num_resamples: number of bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        The sums, "... resample".
+    """
+    generator = np.random.default_rng(seed)
+    num_seeds, num_prompts = values.shape[-2:]
+    prompts = generator.integers(num_prompts, size=(num_resamples, num_prompts))
+    seeds = generator.integers(num_seeds, size=(num_resamples, num_seeds))
+    by_seed = np.stack([values[..., i, :].take(prompts, -1).sum(-1) for i in range(num_seeds)], -1)
+    return np.take_along_axis(by_seed, np.broadcast_to(seeds, (*by_seed.shape[:-2], *seeds.shape)), -1).sum(-1)
+
+
+def interval_ends(samples: np.ndarray) -> tuple[Any, Any]:
+    """Return the ends of the 95 % interval of bootstrap samples, "... resample": two arrays, or two numbers."""
+    low, high = np.quantile(samples.T, [0.025, 0.975], axis=0)
+    return (low, high) if samples.ndim > 1 else (float(low), float(high))
+
+
+def ratio_interval(
+    tops: Sequence[int] | np.ndarray,
+    bottoms: Sequence[int] | np.ndarray,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap the 95 % interval of a ratio of totals of counts, both by prompt; (nan, nan) for fewer than two."""
+    if len(tops) < 2:
+        return float("nan"), float("nan")
+    sums = resample_sums(np.stack([tops, bottoms])[:, None], num_resamples=num_resamples, seed=seed)
+    return interval_ends(sums[0] / np.maximum(sums[1], 1))
 
 
 def decode_speedup(
@@ -165,9 +192,9 @@ def decode_speedup(
     plain_tokens: Sequence[float | int],
     plain_seconds: Sequence[float | int],
     *,
-    num_resamples: int = 2000,
+    num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
-) -> tuple[float, float | None, float | None]:
+) -> tuple[float, float, float]:
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
     Args:
@@ -176,21 +203,23 @@ def decode_speedup(
         plain_tokens: decoded without a drafter, for the same prompts in the same order.
         plain_seconds: decode time of these tokens.
         num_resamples: number of bootstrap samples of prompts.
-        seed: seed of the resampling.
+        seed: of the resampling.
 
     Returns:
-        The speedup and the ends of its 95 % interval, which are None for fewer than `MIN_PROMPTS`; nan and None where a
+        The speedup and the ends of its 95 % interval, which are nan for fewer than `MIN_PROMPTS`; all are nan where a
         side decoded nothing.
     """
-    tops, bottoms = np.array([tokens, plain_tokens], float), np.array([seconds, plain_seconds], float)
-    if not tops.sum(-1).all():
-        return float("nan"), None, None
-    value = tops.sum(-1) / bottoms.sum(-1)
+    totals = np.array([[tokens, plain_tokens], [seconds, plain_seconds]], float)  # axes: quantity, side, prompt
+    sums = totals.sum(-1)
+    if not sums[0].all():
+        return float("nan"), float("nan"), float("nan")
+    rates = sums[0] / sums[1]
+    speedup = float(rates[0] / rates[1])
     if len(tokens) < MIN_PROMPTS:
-        return float(value[0] / value[1]), None, None
-    ratios = _resampled_ratio(tops, bottoms, num_resamples, seed)
-    low, high = np.quantile(ratios[0] / np.maximum(ratios[1], 1e-12), [0.025, 0.975])
-    return float(value[0] / value[1]), float(low), float(high)
+        return speedup, float("nan"), float("nan")
+    resampled = resample_sums(totals[:, :, None], num_resamples=num_resamples, seed=seed)
+    samples = resampled[0] / np.maximum(resampled[1], 1e-12)
+    return speedup, *interval_ends(samples[0] / np.maximum(samples[1], 1e-12))
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
@@ -223,16 +252,18 @@ def published_speedup(
 
 
 def tau_gain(
-    ours: Sequence[Acceptance], theirs: Sequence[Acceptance], *, num_resamples: int = 2000, seed: int = 0
+    ours: Sequence[Acceptance],
+    theirs: Sequence[Acceptance],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """Compute how much larger one tau is than another on the same prompts, as a ratio minus 1.
 
     Args:
         ours: one for each training seed, each with one row a prompt.
         theirs: of the same seeds and prompts, in the same order.
-        num_resamples: paired bootstrap samples of prompts, and of seeds where there are several: a resample takes the
-            same prompts and seeds for both sides. Few seeds say little about others, and the interval is then too
-            narrow.
+        num_resamples: paired bootstrap samples of prompts and seeds, see `resample_sums`.
         seed: of the resampling.
 
     Returns:
@@ -254,17 +285,13 @@ def tau_gain(
     gain = float(tau[0] / tau[1] - 1)
     if shapes[0][0] < 2:
         return gain, float("nan"), float("nan")
-    low, high = np.quantile(taus[0] / np.maximum(taus[1], 1e-12) - 1, [0.025, 0.975])
-    return gain, float(low), float(high)
+    return gain, *interval_ends(taus[0] / np.maximum(taus[1], 1e-12) - 1)
 
 
 def resample_taus(
-    sides: Sequence[Sequence[Acceptance]], *, num_resamples: int = 2000, seed: int = 0
+    sides: Sequence[Sequence[Acceptance]], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the taus of several sides, and resample their prompts and seeds together.
-
-    A bootstrap of two levels: a resample draws prompts, and training seeds, with replacement. All sides get the same
-    ones, so quantiles of any function of the resampled taus are a paired interval of it.
+    """Compute the taus of several sides, and resample their prompts and seeds together, see `resample_sums`.
 
     Args:
         sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.
@@ -274,16 +301,12 @@ def resample_taus(
     Returns:
         The pooled tau of each side, " side", nan where it has no verification; and the resampled ones, "side resample".
     """
-    # axes: side, emitted tokens or verifications, seed, prompt
+    # axes: emitted tokens or verifications, side, seed, prompt
     totals = np.array(
-        [[[a.emitted_tokens for a in side], [a.rows.sum(-1) for a in side]] for side in sides],
+        [[[a.emitted_tokens for a in side] for side in sides], [[a.rows.sum(-1) for a in side] for side in sides]],
         dtype=float,
     )
-    generator = np.random.default_rng(seed)
-    prompts = generator.integers(totals.shape[3], size=(num_resamples, totals.shape[3]))
-    seeds = generator.integers(totals.shape[2], size=(num_resamples, totals.shape[2]))
-    by_seed = np.stack([totals[:, :, i][..., prompts].sum(-1) for i in range(totals.shape[2])], axis=-1)
-    picked = np.take_along_axis(by_seed, np.broadcast_to(seeds, (*by_seed.shape[:2], *seeds.shape)), axis=-1).sum(-1)
-    emitted, verifications = np.moveaxis(totals.sum((-2, -1)), 1, 0)
+    emitted, verifications = totals.sum((-2, -1))
     tau = np.divide(emitted, verifications, out=np.full(len(sides), np.nan), where=verifications > 0)
-    return tau, picked[:, 0] / np.maximum(picked[:, 1], 1e-12)
+    resampled = resample_sums(totals, num_resamples=num_resamples, seed=seed)
+    return tau, resampled[0] / np.maximum(resampled[1], 1e-12)

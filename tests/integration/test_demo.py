@@ -66,5 +66,5 @@ def test_the_main_job_on_smollm2(tmp_path, capsys):
     greedy = {row.set: row for row in results.rows if row.temperature == 0}
     assert all(row.num_same_text == row.num_responses for row in greedy.values())
     assert greedy["notes"].tau > 1.5
-    for name in ("acceptance.png", "weights.png", "dpace/model.safetensors"):
+    for name in ("acceptance.svg", "weights.svg", "dpace/model.safetensors"):
         assert (out / name).stat().st_size > 1000

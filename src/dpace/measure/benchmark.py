@@ -38,8 +38,7 @@ from dpace.measure.results import (
     ServerSetup,
     acceptance_of,
     defined,
-    estimate_of,
-    interval_of,
+    nullable,
     write_results,
 )
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
@@ -144,7 +143,7 @@ def _compare_compiled(ours: Sequence[ResponseRecord], compiled: Sequence[Respons
     return CompiledBaseline(
         tokens_per_second=sum(tokens) / sum(seconds),
         decode_speedup=defined(speedup),
-        decode_speedup_interval=(low, high),
+        decode_speedup_interval=nullable((low, high)),
         num_same_text=sum(r.same_text for r in theirs),
     )
 
@@ -169,7 +168,7 @@ def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRe
         histogram=acceptance.counts.tolist(),
         num_without_bonus=acceptance.total_without_bonus,
         tau=defined(acceptance.tau),
-        tau_interval=interval_of(acceptance.interval()) if is_several else (None, None),
+        tau_interval=nullable(acceptance.interval()) if is_several else (None, None),
         acceptance_rate=defined(acceptance.acceptance_rate),
         reach_rate=acceptance.reach_rate.tolist(),
         slot_acceptance_rate=[defined(x) for x in acceptance.slot_acceptance_rate.tolist()],
@@ -177,7 +176,7 @@ def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRe
         tokens_per_second=sum(sides[0][0]) / sum(sides[0][1]),
         plain_tokens_per_second=sum(sides[1][0]) / sum(sides[1][1]),
         decode_speedup=defined(speedup),
-        decode_speedup_interval=(ends[0], ends[1]),
+        decode_speedup_interval=nullable(ends),
         published=published,
         num_same_text=sum(r.same_text for r in ours),
         responses=ours,
@@ -206,8 +205,8 @@ def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
                 width=row.width,
                 drafter=row.drafter,
                 baseline=base.drafter,
-                tau_gain=estimate_of(tau_gain([row.acceptance], [base.acceptance])),
-                speed_ratio=estimate_of(ratio),
+                tau_gain=nullable(tau_gain([row.acceptance], [base.acceptance])),
+                speed_ratio=nullable(ratio),
             )
         )
     return comparisons
@@ -241,10 +240,10 @@ def pool_seeds(
         block_size=pooled.block_size,
         histogram=pooled.counts.tolist(),
         tau=defined(pooled.tau),
-        tau_interval=interval_of(pooled.interval()),
+        tau_interval=nullable(pooled.interval()),
         tau_by_seed=[tau for tau, _ in taus],
         reach_rate=pooled.reach_rate.tolist(),
-        gain=estimate_of(tau_gain(ours, theirs)),
+        gain=nullable(tau_gain(ours, theirs)),
         gain_by_seed=[tau / base - 1 if tau and base else None for tau, base in taus],
         step_seconds=step_seconds,
         peak_memory_bytes=peak_memory_bytes,

@@ -7,7 +7,7 @@ What the files of a measurement hold: responses, groups of requests, and rows ma
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -34,15 +34,9 @@ def defined(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def interval_of(ends: tuple[float, float]) -> Interval:
-    """Replace undefined ends by None."""
-    return defined(ends[0]), defined(ends[1])
-
-
-def estimate_of(numbers: tuple[float, float | None, float | None]) -> Estimate:
-    """Replace an undefined number and undefined ends of its interval by None."""
-    value, low, high = (None if x is None else defined(x) for x in numbers)
-    return value, low, high
+def nullable(numbers: Iterable[float]) -> tuple[Any, ...]:
+    """Replace those of several numbers that have no value by None."""
+    return tuple(map(defined, numbers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,15 @@ from dpace.measure.results import (
     PLAIN,
     SEED_RULE,
     GroupRecord,
-    Interval,
     ServerAddress,
     ServerResults,
     ServerRow,
     ServerSetup,
     SideRecord,
-    estimate_of,
+    nullable,
     write_results,
 )
-from dpace.metrics import Acceptance, decode_speedup
+from dpace.metrics import Acceptance, decode_speedup, ratio_interval
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.servers.apis import Answer, Counts, Server, connect
 from dpace.system.ledger import register_files
@@ -195,12 +194,16 @@ def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:
     speedup, ends, num_same_text = None, (None, None), None
     if all(PLAIN in turn for turn in turns):
         plain = _Pooled([turn[PLAIN] for turn in turns])
-        found = decode_speedup(ours.decode_tokens, ours.decode_seconds, plain.decode_tokens, plain.decode_seconds)
-        speedup, *ends = estimate_of(found)
+        speedup, *ends = nullable(
+            decode_speedup(ours.decode_tokens, ours.decode_seconds, plain.decode_tokens, plain.decode_seconds)
+        )
         num_same_text = sum(a == b for a, b in zip(ours.token_ids, plain.token_ids, strict=True))
     by_group = [Counts.pooled([c for turn in group.turns if (c := turn[DRAFTER].counts)]) for group in groups]
     counts = [pooled for pooled in by_group if pooled]
     pooled = Counts.pooled(counts)
+    verifications = [c.num_verifications for c in counts]
+    emitted = [c.num_accepted + c.num_verifications for c in counts]
+    tau_interval = ratio_interval(emitted, verifications)
     histogram = pooled.histogram if pooled else None
     first = groups[0]
     return ServerRow(
@@ -215,7 +218,7 @@ def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:
         plain_first_seconds=plain and plain.first_quantiles,
         num_responses=len(ours.token_ids),
         tau=pooled.num_accepted / pooled.num_verifications + 1 if pooled and pooled.num_verifications else None,
-        tau_interval=_tau_interval(counts),
+        tau_interval=nullable(tau_interval),
         num_verifications=pooled.num_verifications if pooled else None,
         histogram=histogram,
         reach_rate=Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
@@ -237,14 +240,3 @@ class _Pooled:
         first_seconds = [seconds for side in sides for seconds in side.first_seconds]
         median, late = np.quantile(first_seconds, [0.5, 0.95]).tolist()
         self.first_quantiles: tuple[float, float] = median, late
-
-
-def _tau_interval(counts: Sequence[Counts]) -> Interval:
-    """Resample groups; None for fewer than two."""
-    if len(counts) < 2:
-        return None, None
-    emitted = np.array([[c.num_accepted + c.num_verifications, c.num_verifications] for c in counts])
-    picks = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
-    sums = emitted[picks].sum(1)
-    low, high = np.quantile(sums[:, 0] / np.maximum(1, sums[:, 1]), [0.025, 0.975]).tolist()
-    return low, high

@@ -23,7 +23,7 @@ from dpace.measure.results import (
     Row,
     ServerRow,
     acceptance_of,
-    interval_of,
+    nullable,
 )
 from dpace.system.progress import printable
 
@@ -280,7 +280,7 @@ class Part:
             return "-"
         acceptance = acceptance_of(found, self.block_size)
         is_several = len({response.id for response in found}) > 1
-        ends = interval_of(acceptance.interval()) if is_several else (None, None)
+        ends = nullable(acceptance.interval()) if is_several else (None, None)
         return with_interval(acceptance.tau if acceptance.counts.sum() else None, ends)
 
 

@@ -35,7 +35,16 @@ from dpace.report.cells import (
     verdict,
     with_interval,
 )
-from dpace.report.plots import Section, lengths, scatter, slots, tau_curves, weights, widths
+from dpace.report.plots import (
+    Section,
+    acceptance_by_slot,
+    accepted_lengths,
+    by_objective,
+    slot_weights,
+    speed_by_response,
+    speed_by_width,
+    tau_curves,
+)
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
 from dpace.system.progress import printable
 
@@ -217,7 +226,8 @@ def sections_of(results: Results, folder: Path) -> list[Section]:
     paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
     logs = {str(path.parent.relative_to(folder)): read_log(path.parent) for path in paths}
     if logs:
-        sections += [tau_curves(logs), weights(logs)]
+        groups = by_objective(logs)
+        sections += [tau_curves(groups), slot_weights(groups)]
     return [*sections, provenance(benchmark, results.target, folder)]
 
 
@@ -233,10 +243,10 @@ def _benchmark(results: BenchResults) -> list[Section]:
         sections.append(heldout(results))
     if results.comparisons:
         sections.append(paired(results))
-    sections += [slots(results), lengths(results)]
+    sections += [acceptance_by_slot(results.whole_blocks), accepted_lengths(results)]
     if any(isinstance(row.width, int) for row in results.rows):
-        sections.append(widths(results))
-    return [*sections, scatter(results), *examples(results)]
+        sections.append(speed_by_width(results))
+    return [*sections, speed_by_response(results), *examples(results)]
 
 
 def to_markdown(sections: Sequence[Section]) -> str:

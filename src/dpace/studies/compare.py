@@ -26,7 +26,7 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.prompts.prompts import Prompt, split_prompts
-from dpace.report.plots import plot_acceptance, plot_tau, plot_weights
+from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights, tau_curves
 from dpace.respond.responses import Response, write_responses
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, register_files
@@ -36,7 +36,7 @@ from dpace.train.run import choose_conversations, describe_run, is_trained, keep
 
 Cell = tuple[str, int]
 """An objective and a seed."""
-FILES = ("results.json", "tau.png", "acceptance.png", "weights.png")
+FILES = ("results.json", "tau.svg", "acceptance.svg", "weights.svg")
 """What `compare` writes into its folder itself."""
 
 
@@ -49,7 +49,7 @@ def compare(target: Target, config: CompareConfig, init: Drafter | None = None) 
     kept: the same call goes on after it.
 
     Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
-    `decode/` with the results of decoding, `results.json`, and the plots `tau.png`, `acceptance.png` and `weights.png`.
+    `decode/` with the results of decoding, `results.json`, and the plots `tau.svg`, `acceptance.svg` and `weights.svg`.
 
     Disk: each cell is a drafter and at most two checkpoints, so seven times its fp32 size.
 
@@ -110,9 +110,9 @@ def _write(folder: Path, results: CompareResults, cells: dict[Cell, Path]) -> No
     logs: dict[str, list] = {}
     for (name, _), cell in cells.items():
         logs.setdefault(name, []).append(read_log(cell))
-    plot_tau(logs, folder / "tau.png")
-    plot_weights({name: log[0] for name, log in logs.items()}, folder / "weights.png")
-    plot_acceptance(results.rows, folder / "acceptance.png")
+    save_figures(tau_curves(logs), folder / "tau.svg")
+    save_figures(slot_weights(logs), folder / "weights.svg")
+    save_figures(acceptance_by_slot(results.rows), folder / "acceptance.svg")
 
 
 def refuse_other_cells(config: CompareConfig, init: Drafter | None = None) -> int:

@@ -24,7 +24,7 @@ from dpace.prompts.prompts import Prompt, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.flags import read_recipe
 from dpace.report.cells import percent, verdict
-from dpace.report.plots import plot_acceptance, plot_weights
+from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights
 from dpace.respond.responses import write_responses
 from dpace.system.ledger import register_files
 from dpace.target import Target
@@ -78,8 +78,8 @@ NUM_SERVED = 3
 def run_demo(config: DemoConfig) -> BenchResults:
     """Respond, train with each objective, measure, and write what was found.
 
-    Writes into the output folder: `responses.jsonl`, one folder a drafter, `results.json`, `acceptance.png` and
-    `weights.png`.
+    Writes into the output folder: `responses.jsonl`, one folder a drafter, `results.json`, `acceptance.svg` and
+    `weights.svg`.
 
     Returns:
         What `results.json` holds.
@@ -91,7 +91,7 @@ def run_demo(config: DemoConfig) -> BenchResults:
     recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
     for name in objectives:  # before any work
         refuse_other_run(folder / name, settings_of(recipes[name]))
-    register_files(folder, "results.json", "acceptance.png", "weights.png")
+    register_files(folder, "results.json", "acceptance.svg", "weights.svg")
     target = Target.load(find_target(recipe.target))
     prompts = [*parts.train, *parts.validation]
     responses = write_responses(target, prompts, folder / "responses.jsonl", recipe.respond)
@@ -110,8 +110,8 @@ def run_demo(config: DemoConfig) -> BenchResults:
     served = serve_in_llamacpp(target, folder / "dpace", parts.heldout, recipe)
     results = replace(results, llamacpp=served or None)
     write_results(folder / "results.json", results)
-    plot_acceptance(results.whole_blocks, folder / "acceptance.png")
-    plot_weights({name: read_log(folder / name) for name in drafters}, folder / "weights.png")
+    save_figures(acceptance_by_slot(results.whole_blocks), folder / "acceptance.svg")
+    save_figures(slot_weights({name: [read_log(folder / name)] for name in drafters}), folder / "weights.svg")
     return results
 
 

@@ -36,7 +36,7 @@ def run(args: list[str]) -> None:
     console(config.wide).print(compare_table(results, config.wide))
     output = Path(config.output)
     print(
-        f"written: {output}/results.json, tau.png, acceptance.png, weights.png, a drafter for each objective and seed"
+        f"written: {output}/results.json, tau.svg, acceptance.svg, weights.svg, a drafter for each objective and seed"
     )
     best = output / results.rows[0].drafter / f"seed-{config.seeds[0]}"
     options = {"target": config.target, "drafter": best, "thinking": config.thinking}

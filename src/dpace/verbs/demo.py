@@ -25,13 +25,13 @@ def run(args: list[str]) -> None:
     if is_dry:
         return announce(lines, is_dry=True)
     with lock_folder(output):
-        register_files(output, "results.json", "acceptance.png", "weights.png")
+        register_files(output, "results.json", "acceptance.svg", "weights.svg")
         announce(lines, is_dry=False)
         results = run_demo(config)
     console(config.wide).print(results_table(results, config.wide), slots_table(results, config.wide))
     for line in summary(results):
         print(line)
-    print(f"\nwritten: {output}/results.json, acceptance.png, weights.png, and the drafter in {output}/dpace")
+    print(f"\nwritten: {output}/results.json, acceptance.svg, weights.svg, and the drafter in {output}/dpace")
     prompt = f"{config.prompts or 'demo'}#{results.rows[0].responses[0].id}"
     print(
         "next:",

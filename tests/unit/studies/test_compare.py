@@ -49,7 +49,7 @@ def test_compare(config, language_target, tmp_path, capsys):
     console(True).print(compare_table(results, True))
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "over dflash" in printed
-    for name in ("tau.png", "acceptance.png", "weights.png", "results.json", "decode/results.json"):
+    for name in ("tau.svg", "acceptance.svg", "weights.svg", "results.json", "decode/results.json"):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
     greedy = {row.drafter: row for row in results.decode.rows}
