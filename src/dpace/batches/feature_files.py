@@ -93,14 +93,15 @@ class ServerFeatures:
             return str(json.loads(page)["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{address.url}/v1/models answers {address.words(page)}, expected a list of models; is it vLLM?"
+                f"{address.url}/v1/models answers {address.short(page)}, expected a list of models; is it vLLM?"
             ) from error
 
     def _ask(self, number: int, text: Tensor) -> Tensor:
         place = number % len(self.addresses)
         address, token_ids = self.addresses[place], text.tolist()
         body = {"model": self.models[place], "prompt": token_ids, "max_tokens": 1, "temperature": 0.0}
-        reply = address.post("/v1/completions", body | {"return_token_ids": True}, 1 + len(token_ids))
+        (reply,) = address.events("/v1/completions", body | {"return_token_ids": True}, 1 + len(token_ids))
+        assert reply is not None, "without a stream, the answer is one event"
         params: Any = reply.get("kv_transfer_params")
         path = params.get("hidden_states_path") if isinstance(params, dict) else None
         if not isinstance(path, str) or not path.endswith(".safetensors"):
@@ -111,9 +112,9 @@ class ServerFeatures:
         try:
             sample = self.transfer.get_generated(params)
         except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{address.words(path)} of {address.url} cannot be read ({error}); see its log") from error
+            raise ValueError(f"{address.short(path)} of {address.url} cannot be read ({error}); see its log") from error
         if sample is None:
-            raise ValueError(f"{address.words(path)} of {address.url} is not seen here; let both share that folder")
+            raise ValueError(f"{address.short(path)} of {address.url} is not seen here; let both share that folder")
         rows = self._check(address, sample, token_ids)
         self.transfer.delete(path)  # which holds these tokens' hidden states, so it is no other file
         return rows

@@ -1,19 +1,20 @@
 """Let running servers of the target answer prompts: several servers, many requests at each.
 
-The tokens of a server's answer, as the target would have kept them, or why they are not known.
+Prompts come in; rows for `responses.jsonl` go out, in the order in which they come. All workers take from one queue of
+prompts. What a server sends is turned into the tokens that the target would have kept, or the prompt is left out.
 """
 
 import contextlib
-import heapq
-import itertools
 import queue
-import random
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import tenacity
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
@@ -25,6 +26,15 @@ from dpace.system.progress import printable
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer
 
+FIRST_WAIT = 0.5
+LONGEST_WAIT = 30.0
+"""Seconds until a worker whose request failed sends another: doubled with each failure, and less by chance."""
+OF_PROMPT = (400, 413, 422)
+"""HTTP statuses that refuse one prompt; others refuse all of them."""
+
+Row = tuple[Response, dict[str, Any]]
+"""An answer, and what else its line says: engine, model, and for each turn `stop` or `length`."""
+
 
 class NotItsTokens(ValueError):
     """The answer's tokens are not known, or the answer does not end where the target's would."""
@@ -33,7 +43,7 @@ class NotItsTokens(ValueError):
 def tokens_of_answer(
     answer: Answer, prompt: Sequence[int], target: Target | ChatTokenizer, max_new_tokens: int
 ) -> tuple[list[int], str]:
-    """Give the tokens of an answer, its stop token included, and `stop` or `length`.
+    """Return the tokens of an answer, its stop token included, and `stop` or `length`.
 
     Raises:
         NotItsTokens: a text that cannot be turned into the tokens that made it; a stop token that is not the target's;
@@ -68,22 +78,37 @@ def _tokenize(answer: Answer, prompt: list[int], tokenizer: Any) -> list[int]:
     return tokens
 
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds until a request that failed is sent again: doubled with each failure, and up to half of it less by chance."""
-OF_PROMPT = (400, 413, 422)
-"""HTTP statuses that refuse one prompt; others refuse all of them."""
+@dataclass
+class _Job:
+    """A prompt on its way."""
 
-Row = tuple[Response, dict[str, Any]]
-"""An answer, and what else its line says: engine, model, and for each turn `stop` or `length`."""
+    conversation: Conversation
+    reasons: list[str] = field(default_factory=list)
+    """Why each answer ended."""
+    failing_since: float | None = None
+    """When a request for it failed first."""
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """A prompt that gets no answer."""
+
+    prompt_id: str
+    reason: str
+    """The same for all prompts of a kind."""
+    detail: str
+
+
+Result = Row | _LeftOut | BaseException
 
 
 class ServerAnswers:
     """Running servers, each asked no more than `batch_size` prompts at any time.
 
-    A prompt that a server cannot answer now goes to whichever server is free first, after a wait that doubles with each
-    failure. A server that asks to wait (`Retry-After`) rests as long. After `retry_seconds` of failures a prompt is
-    left out where the server still answers a prompt of one token. A server that does not is given up, and with the last
-    one the call ends.
+    A prompt that a server cannot answer now goes back to the queue, from which any server may take it; who asked for it
+    waits, longer with each failure in a row. A server that asks to wait (`Retry-After`) rests as long. After
+    `retry_seconds` of failures a prompt is left out where the server still answers a prompt of one token. A server that
+    does not is given up, and with the last one the call ends.
 
     Args:
         target: its tokenizer and its chat template make the prompts; the servers get and give token ids.
@@ -94,14 +119,15 @@ class ServerAnswers:
     """
 
     def __init__(self, target: Target | ChatTokenizer, config: RespondConfig):
-        self.target, self.config = target, config
+        self.target = target
+        self.config = config
         self.servers = [connect(url, len(target.tokenizer)) for url in config.server]
         self.left_out: Counter[str] = Counter()
         """Prompts without an answer, by the reason."""
 
     @property
     def described(self) -> list[dict[str, str | None]]:
-        """Say which engine serves which model, without addresses, which may change."""
+        """Engine and model of each kind of server, without addresses, which may change."""
         return [dict(pairs) for pairs in dict.fromkeys(tuple(_describe(server).items()) for server in self.servers)]
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
@@ -113,196 +139,186 @@ class ServerAnswers:
         jobs = [_Job(Conversation(self.target, prompt, self.config)) for prompt in prompts]
         for server in self.servers if jobs else ():
             with contextlib.suppress(Unavailable):  # which is asked again
-                _try_out(server, jobs[0])
-        board = _Board(jobs)
-        sites = [_Site(server, board, self.config, self.left_out) for server in self.servers]
-        board.num_sites = len(sites)
-        for site in sites:
+                _ask_one_token(server, jobs[0])
+        waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        is_over = threading.Event()
+        for job in jobs:
+            waiting.put(job)
+        pools = [_ServerPool(server, self.config, waiting, results, is_over) for server in self.servers]
+        for pool in pools:
             for _ in range(min(self.config.batch_size, len(jobs))):
-                threading.Thread(target=site.work, daemon=True).start()  # ends with the process, whatever it waits for
+                threading.Thread(target=pool.work, daemon=True).start()  # ends with the process, whatever it waits for
         try:
-            yield from board.results()
+            yield from self._collect(results, pools, len(jobs))
         finally:
-            board.stop()
+            is_over.set()
+            waiting.put(None)
+
+    def _collect(
+        self, results: queue.SimpleQueue[Result], pools: Sequence["_ServerPool"], num_open: int
+    ) -> Iterator[list[Row]]:
+        """Yield what came since the last time, until every prompt has its end."""
+        while num_open:
+            found = [results.get()]
+            while not results.empty():
+                found.append(results.get())
+            if rows := [result for result in found if isinstance(result, tuple)]:
+                yield rows
+            for result in found:
+                if isinstance(result, Unavailable):  # whose server is given up
+                    if all(pool.is_given_up for pool in pools):
+                        raise ValueError(
+                            f"{result}; it was asked again for {self.config.retry_seconds:g} seconds; finished answers "
+                            "are kept: run the same command to go on"
+                        )
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    num_open -= 1
+                if isinstance(result, _LeftOut):
+                    self._leave_out(result)
+
+    def _leave_out(self, prompt: _LeftOut) -> None:
+        """Count a prompt without an answer; the first one of each reason is printed at once."""
+        self.left_out[prompt.reason] += 1
+        if self.left_out[prompt.reason] == 1:
+            print(printable(f"prompt {prompt.prompt_id} is left out: {prompt.detail}"), file=sys.stderr)
 
 
-def _try_out(server: Server, job: "_Job") -> None:
+def _ask_one_token(server: Server, job: _Job) -> None:
     """Ask for one token after the first one of a prompt, which a server that works gives for any prompt."""
-    server.answer_whole(job.conversation.ask()[:1], 1, 0.0, 0)
+    server.answer(job.conversation.ask()[:1], 1, 0.0, 0, stream=False)
 
 
 def _describe(server: Server) -> dict[str, str | None]:
-    return {"engine": server.engine, "model": server.model and server.address.words(server.model)}
+    return {"engine": server.engine, "model": server.model and server.address.short(server.model)}
 
 
-class _Job:
-    """A prompt on its way."""
+class _ServerPool:
+    """A server, and the threads that ask it.
 
-    def __init__(self, conversation: Conversation):
-        self.conversation = conversation
-        self.reasons: list[str] = []
-        """Why each answer ended."""
-        self.first_failure, self.num_failures = 0.0, 0
+    Args:
+        server: whom they ask.
+        config: of the answers.
+        waiting: prompts without an answer; None ends the threads.
+        results: what became of each prompt; also `Unavailable` for a server that is given up, and any error that ends
+            the call.
+        is_over: ends the waits of all threads.
+    """
 
-
-class _Board:
-    """The prompts that wait and the answers that came, for all threads."""
-
-    def __init__(self, jobs: Sequence[_Job]):
-        self.waiting, self.num_open, self.num_sites = deque(jobs), len(jobs), 0
-        self.num_jobs = len(jobs)
-        self.delayed: list[tuple[float, int, _Job]] = []
-        self.numbers, self.changed, self.is_over = itertools.count(), threading.Condition(), threading.Event()
-        self.came: queue.SimpleQueue[Row | BaseException | None] = queue.SimpleQueue()
-
-    def next(self) -> _Job | None:
-        """Wait for a prompt; None where none is left."""
-        with self.changed:
-            while self.num_open and not self.is_over.is_set():
-                wait = self.delayed[0][0] - time.monotonic() if self.delayed else None
-                if wait is not None and wait <= 0:
-                    return heapq.heappop(self.delayed)[-1]
-                if self.waiting:
-                    return self.waiting.popleft()
-                self.changed.wait(wait)
-        return None
-
-    def put_back(self, job: _Job, seconds: float = 0.0) -> None:
-        """Let a prompt wait again, at least so long."""
-        with self.changed:
-            heapq.heappush(self.delayed, (time.monotonic() + seconds, next(self.numbers), job))
-            self.changed.notify()
-
-    def close(self, row: Row | None) -> None:
-        """End a prompt, with its answer or without one."""
-        with self.changed:
-            self.num_open -= 1
-            self.came.put(row)
-            if not self.num_open:
-                self.changed.notify_all()
-
-    def give_up_site(self, error: Unavailable, seconds: float) -> None:
-        """Go on with one server less; without any, end."""
-        with self.changed:
-            self.num_sites -= 1
-        if not self.num_sites:
-            kept = "finished answers are kept: run the same command to go on"
-            self.stop(ValueError(f"{error}; it was asked again for {seconds:g} seconds; {kept}"))
-
-    def stop(self, error: BaseException | None = None) -> None:
-        """Let no thread take another prompt."""
-        with self.changed:
-            self.is_over.set()
-            self.came.put(error)
-            self.changed.notify_all()
-
-    def results(self) -> Iterator[list[Row]]:
-        """Yield what came since the last time, until all prompts are ended."""
-        left = self.num_jobs  # and not those still open: the threads may have answered some by now
-        while left:
-            found = [self.came.get()]
-            while not self.came.empty():
-                found.append(self.came.get())
-            left -= len(found)
-            if rows := [one for one in found if isinstance(one, tuple)]:
-                yield rows
-            for one in found:
-                if isinstance(one, BaseException):
-                    raise one
-
-
-class _Site:
-    """One server, as its threads see it."""
-
-    def __init__(self, server: Server, board: _Board, config: RespondConfig, left_out: Counter[str]):
-        self.server, self.board, self.config, self.left_out = server, board, config, left_out
-        self.rest_until, self.is_given_up = 0.0, False
-        self.failing_since = 0.0
-        """When the failures began that no answer has come after; 0 where there is none."""
+    def __init__(
+        self,
+        server: Server,
+        config: RespondConfig,
+        waiting: queue.SimpleQueue[_Job | None],
+        results: queue.SimpleQueue[Result],
+        is_over: threading.Event,
+    ):
+        self.server = server
+        self.config = config
+        self.waiting = waiting
+        self.results = results
+        self.is_over = is_over
+        self.is_given_up = False
+        self.rests_until = 0.0
+        self.failing_since: float | None = None
+        """When the failures began that no answer has come after."""
 
     def work(self) -> None:
         """Answer prompts until none is left or the server is given up; a thread's work."""
-        num_failures = 0  # of this thread, one after the other
-        while job := self.board.next():
-            rest = self.rest_until - time.monotonic()
-            if self.is_given_up or rest > 0:
-                self.board.put_back(job)
-                if self.is_given_up:
-                    return
-                self.board.is_over.wait(rest)
-                continue
-            try:
-                self._ask(job)
-                num_failures = 0
-            except Unavailable as error:
-                num_failures += 1
-                self.board.is_over.wait(self._retry(job, error, num_failures))
-            except NotItsTokens as error:
-                self._leave_out(job, str(error), str(error))
-            except Refused as error:
-                if error.status in OF_PROMPT:
-                    self._leave_out(job, f"refused by the server with status {error.status}", str(error))
-                else:
-                    self.board.stop(error)
-            except BaseException as error:
-                self.board.stop(error)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unavailable),
+            wait=tenacity.wait_random_exponential(FIRST_WAIT, min(LONGEST_WAIT, self.config.retry_seconds)),
+            sleep=tenacity.sleep_using_event(self.is_over),
+        )
+        try:
+            while retrying(self._answer_next):
+                pass
+        except BaseException as error:
+            self.results.put(error)
 
-    def _ask(self, job: _Job) -> None:
+    def _answer_next(self) -> bool:
+        """Answer the next prompt.
+
+        Returns:
+            Whether there may be another one for this server.
+
+        Raises:
+            Unavailable: the server does not answer now; the prompt is back in the queue.
+        """
+        job = self.waiting.get()
+        rest = self.rests_until - time.monotonic()
+        if job is None or self.is_given_up or self.is_over.is_set():
+            self.waiting.put(job)
+            return False
+        if rest > 0:
+            self.waiting.put(job)
+            self.is_over.wait(rest)
+            return True
+        try:
+            self.results.put(self._ask(job))
+        except NotItsTokens as error:
+            self._leave_out(job, str(error), error)
+        except Refused as error:
+            if error.status not in OF_PROMPT:
+                raise
+            self._leave_out(job, f"refused by the server with status {error.status}", error)
+        except Unavailable as error:
+            return self._postpone(job, error)
+        return True
+
+    def _ask(self, job: _Job) -> Row:
         """Answer the turns of a prompt that have no answer yet."""
-        conversation, config = job.conversation, self.config
+        conversation = job.conversation
+        length = self.config.max_new_tokens
         while not conversation.is_answered:
             token_ids = conversation.ask()
-            answer = self.server.answer_whole(token_ids, config.max_new_tokens, config.temperature, conversation.seed)
-            self.failing_since = 0.0
-            tokens, reason = tokens_of_answer(answer, token_ids, conversation.target, config.max_new_tokens)
+            answer = self.server.answer(token_ids, length, self.config.temperature, conversation.seed, stream=False)
+            self.failing_since = None
+            tokens, reason = tokens_of_answer(answer, token_ids, conversation.target, length)
             conversation.add(token_ids, tokens)
             job.reasons.append(reason)
-        self.board.close((conversation.response, {**_describe(self.server), "finish_reasons": job.reasons}))
+        return conversation.response, {**_describe(self.server), "finish_reasons": job.reasons}
 
-    def _retry(self, job: _Job, error: Unavailable, num_failures: int) -> float:
-        """Put a prompt back, leave it out, or give the server up; give the seconds for the thread to wait."""
-        now, limit = time.monotonic(), self.config.retry_seconds
-        job.first_failure, job.num_failures = job.first_failure or now, job.num_failures + 1
+    def _postpone(self, job: _Job, error: Unavailable) -> bool:
+        """Put a prompt back; after `retry_seconds` of failures leave it out or give the server up.
+
+        Returns:
+            As `_answer_next`, where the prompt is left out or the server given up.
+
+        Raises:
+            Unavailable: the one that is given, where another attempt is due.
+        """
+        now = time.monotonic()
+        limit = self.config.retry_seconds
+        job.failing_since = job.failing_since or now
         self.failing_since = self.failing_since or now
-        left = limit - (now - job.first_failure)
-        is_over = now - self.failing_since >= limit
-        works = (left <= 0 or is_over) and self._works(job)
-        if works:
-            self.failing_since = 0.0
-        if left <= 0 and works:
-            self._leave_out(job, "the server fails for it, and not for others", str(error))
-            return 0.0
-        if is_over and not works:
-            job.first_failure, job.num_failures = 0.0, 0
-            self.board.put_back(job)
-            if not self.is_given_up:
-                self.is_given_up = True
-                self.board.give_up_site(error, limit)
-            return 0.0
-        longest = max(left, limit - (now - (self.failing_since or now)))
+        is_late = now - job.failing_since >= limit
+        is_server_late = now - self.failing_since >= limit
+        if (is_late or is_server_late) and self._works(job):
+            self.failing_since = None
+            if is_late:
+                self._leave_out(job, "the server fails for it, and not for others", error)
+                return True
+        elif is_server_late:
+            job.failing_since = None
+            self.waiting.put(job)
+            self.is_given_up = True
+            self.results.put(error)
+            return False
+        self.waiting.put(job)
         if error.retry_after:
-            self.rest_until = max(self.rest_until, now + min(error.retry_after, longest))
-        self.board.put_back(job, min(_wait(job.num_failures), longest))
-        return min(_wait(num_failures), longest)
+            self.rests_until = now + min(error.retry_after, limit)
+        raise error
 
     def _works(self, job: _Job) -> bool:
         """Try out whether the server fails or this prompt."""
         try:
-            _try_out(self.server, job)
+            _ask_one_token(self.server, job)
         except ValueError:
             return False
         return True
 
-    def _leave_out(self, job: _Job, reason: str, detail: str) -> None:
-        """End a prompt without an answer; the first one of each reason is told at once."""
-        with self.board.changed:
-            self.left_out[reason] += 1
-            is_first = self.left_out[reason] == 1
-        if is_first:
-            print(printable(f"prompt {job.conversation.prompt.id} is left out: {detail}"), file=sys.stderr)
-        self.board.close(None)
-
-
-def _wait(num_failures: int) -> float:
-    """Give the seconds until the next attempt."""
-    return min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(num_failures - 1, 10)) * random.uniform(0.5, 1.0)
+    def _leave_out(self, job: _Job, reason: str, error: Exception) -> None:
+        self.results.put(_LeftOut(job.conversation.prompt.id, reason, str(error)))

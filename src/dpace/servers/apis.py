@@ -1,25 +1,25 @@
 """Ask a running server one prompt, and refuse what is no answer to it.
 
-How vLLM, SGLang and llama.cpp are asked, and what they report of verifications.
+vLLM, SGLang and llama.cpp are asked in their own terms; what each of them replies becomes a `Reply`, and one or many
+of these an `Answer`: token ids, times, why it ended, and the verifications that the server reports.
 """
 
 import contextlib
 import json
-import operator
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from itertools import pairwise, zip_longest
 from pathlib import PurePath
-from typing import Any, NoReturn
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from dpace.servers.transport import Address, Refused, Unavailable
 
-BROKEN = (KeyError, TypeError, AttributeError, IndexError, OverflowError, ValueError)
+UNREADABLE = (KeyError, TypeError, AttributeError, IndexError, OverflowError, ValueError, RecursionError)
 """What reading a reply raises that is not what the engine sends."""
 UNNAMED = "gpt-3.5-turbo"
 """How llama.cpp calls a model that has no name."""
@@ -39,27 +39,47 @@ class Counts:
         """Pool."""
         histogram = None
         if self.histogram and other.histogram:
-            longest = max(len(self.histogram), len(other.histogram))
-            pairs = (np.pad(h, (0, longest - len(h))) for h in (self.histogram, other.histogram))
-            histogram = np.sum(list(pairs), 0).tolist()
+            histogram = [a + b for a, b in zip_longest(self.histogram, other.histogram, fillvalue=0)]
         return Counts(
             self.num_verifications + other.num_verifications, self.num_accepted + other.num_accepted, histogram
         )
 
     def __sub__(self, before: "Counts") -> "Counts":
         """What came after an earlier reading of the same counters."""
-        histogram = None
-        if self.histogram:
-            old = (before.histogram or []) + [0] * (len(self.histogram) - len(before.histogram or []))
-            histogram = [a - b for a, b in zip(self.histogram, old, strict=True)]
-        return Counts(
-            self.num_verifications - before.num_verifications, self.num_accepted - before.num_accepted, histogram
-        )
+        histogram = [-count for count in before.histogram or [0]]
+        return self + Counts(-before.num_verifications, -before.num_accepted, histogram)
 
     @staticmethod
     def pooled(parts: Sequence["Counts"]) -> "Counts | None":
         """All together; None without any."""
-        return reduce(operator.add, parts) if parts else None
+        return sum(parts[1:], parts[0]) if parts else None
+
+
+class Reply(BaseModel):
+    """What one event of a server says, or its answer in one piece; None is what it does not say."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    tokens: list[int] | None = None
+    is_all: bool = False
+    """Whether `tokens` are all so far, and not those after the last event."""
+    end: str | None = None
+    """Why the answer ends with this event; None where it goes on."""
+    text: str | None = None
+    num_tokens: NonNegativeInt | None = None
+    """Tokens that the server has written."""
+    stop_token: int | None = None
+    """Token that ended the text."""
+    num_verifications: NonNegativeInt | None = None
+    num_accepted: NonNegativeInt = 0
+    histogram: list[NonNegativeInt] | None = None
+
+    @property
+    def counts(self) -> Counts | None:
+        """Verifications, where the event has them."""
+        if self.num_verifications is None:
+            return None
+        return Counts(self.num_verifications, self.num_accepted, self.histogram)
 
 
 @dataclass(frozen=True)
@@ -106,31 +126,38 @@ class Server(ABC):
     """What the server calls its model, where it says so."""
 
     def __init__(self, url: str, vocab_size: int | None = None):
-        self.address, self.vocab_size = Address(url), vocab_size
+        self.address = Address(url)
         self.url = self.address.url
+        self.vocab_size = vocab_size
 
     @abstractmethod
     def request(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> tuple[str, dict]:
-        """Path and body of a streamed request for plain sampling at a temperature, without any filter."""
+        """Return path and body of a request for plain sampling at a temperature, without any filter."""
 
     @abstractmethod
-    def read(self, event: dict, token_ids: list[int]) -> Counts | None:
-        """Add an event's tokens to those so far; counts where the event has them."""
+    def read(self, event: dict) -> Reply:
+        """Take an event apart.
 
-    @abstractmethod
-    def end(self, event: dict) -> str | None:
-        """Give the reason why the answer ends with this event; None where it goes on."""
-
-    @abstractmethod
-    def text(self, event: dict) -> tuple[str, int | None, int | None]:
-        """Give text, number of tokens and stop token of an answer in one piece, each None if not told."""
+        Raises:
+            ValueError: what is none of this engine's; or another one of `UNREADABLE`.
+        """
 
     def counters(self) -> Counts | None:
-        """All verifications since the server began, for servers whose responses tell nothing."""
+        """Return all verifications since the server began, for servers whose responses tell nothing."""
         return None
 
-    def answer(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> Answer:
-        """Send one prompt and read its response, token by token, to the end.
+    def answer(
+        self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int, *, stream: bool = True
+    ) -> Answer:
+        """Send one prompt and read its response to the end.
+
+        Args:
+            token_ids: of the prompt.
+            max_new_tokens: of the response.
+            temperature: 0 for greedy text.
+            seed: of the draws.
+            stream: let the tokens come one by one, whose times are wanted. In one piece they are less work for both
+                sides, and a text without tokens is an answer too.
 
         Raises:
             Refused: the server refuses the request.
@@ -138,132 +165,74 @@ class Server(ABC):
             ValueError: it sends no token, more than asked or one outside the vocabulary, or answers with another model.
         """
         path, body = self.request(token_ids, max_new_tokens, temperature, seed)
-        started, first, last, counts, response, reason = time.perf_counter(), None, 0.0, None, [], None
-        with contextlib.closing(self.address.events(path, body, max_new_tokens)) as events:
-            for event in events:
-                if event is None:
-                    reason = reason or "done"
-                    break
-                with self._reading(event):
-                    counts, reason = self.read(event, response) or counts, self.end(event) or reason
-                if len(response) > max_new_tokens:
-                    self._refuse_length(len(response), max_new_tokens)
-                if response:
-                    last = time.perf_counter() - started
-                    first = first or last
-        reason = self._check_end(reason, len(response))
-        if first is None:
-            self._refuse_silence(token_ids)
-        self._check_tokens(response)
-        return Answer(response, first or last, last, counts, reason)
-
-    def answer_whole(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> Answer:
-        """Send one prompt and read its response in one piece, which is less work for both sides.
-
-        Raises:
-            Refused, Unavailable, ValueError: as `answer`. A text without tokens is an answer.
-        """
-        path, body = self.request(token_ids, max_new_tokens, temperature, seed)
-        started, response = time.perf_counter(), []
-        event = self.address.post(path, body | {"stream": False}, max_new_tokens)
-        seconds = time.perf_counter() - started
-        with self._reading(event):
-            counts, reason = self.read(event, response), self.end(event)
-            text, num_tokens, stop_token = self.text(event)
-        num_found = len(response) or num_tokens or 0
-        if num_found > max_new_tokens:
-            self._refuse_length(num_found, max_new_tokens)
-        reason = self._check_end(reason, num_found)
-        if not response and not text and not num_tokens:
-            self._refuse_silence(token_ids)
-        self._check_tokens(response)
-        told = {"text": None if response else text, "num_tokens": num_tokens, "stop_token": stop_token}
-        return Answer(response, seconds, seconds, counts, reason, **told)
-
-    @contextlib.contextmanager
-    def _reading(self, event: dict) -> Iterator[None]:
-        """Check which model answers, and turn what is no answer into one line."""
-        try:
-            self._check_model(event)
-            yield
-        except BROKEN as error:
-            say = self.address.words
-            raise ValueError(
-                f"{self.url} sent {say(json.dumps(event))}, which {self.engine} does not send ({say(error)}); see the "
-                "server's log, and which version runs"
-            ) from error
-
-    def _check_end(self, reason: str | None, num_tokens: int) -> str:
-        """Refuse an answer that has no end, or that the server gave up."""
-        if reason is None:
-            raise Unavailable(
-                f"{self.url} broke off after {num_tokens} tokens, without the mark of the end; is the server still "
-                "running?"
-            )
-        if reason in ("abort", "error"):
-            raise Unavailable(f"{self.url} ended its answer with {reason!r}; see the server's log")
-        return reason
-
-    def _refuse_length(self, found: int, expected: int) -> NoReturn:
-        raise ValueError(
-            f"{self.url} sent {found} tokens, expected at most {expected}, as it was asked for; see which version runs"
-        )
-
-    def _refuse_silence(self, prompt: Sequence[int]) -> NoReturn:
-        raise ValueError(f"{self.url} sent no token for a prompt of {len(prompt)} tokens; see the server's log")
-
-    def _check_model(self, event: dict) -> None:
-        """Refuse an answer of another model than the one that was found, or that answered first."""
-        found = event.get("model")
-        if found is None or found == UNNAMED:
-            return
-        self.model = self.model or text_of(found)
-        if found not in (self.model, PurePath(self.model).name):
-            raise ValueError(f"the answer is of the model {found!r}, expected {self.model!r}")
-
-    def _check_tokens(self, response: list[Any]) -> None:
-        """Refuse tokens that the target does not have."""
-        for token in response:
-            if type(token) is not int or token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
+        started = time.perf_counter()
+        with contextlib.closing(self.address.events(path, body | {"stream": stream}, max_new_tokens)) as events:
+            answer = self._collect(events, max_new_tokens, started)
+        if not answer.token_ids and (stream or not (answer.text or answer.num_tokens)):
+            raise ValueError(f"{self.url} sent no token for a prompt of {len(token_ids)} tokens; see the server's log")
+        for token in answer.token_ids:
+            if not 0 <= token < (self.vocab_size or token + 1):
                 raise ValueError(
-                    f"{self.url} sent the token {self.address.words(token)}, expected one in 0 .. "
+                    f"{self.url} sent the token {self.address.short(token)}, expected one in 0 .. "
                     f"{(self.vocab_size or 0) - 1}; it serves another model than --target"
                 )
+        return answer
 
+    def _collect(self, events: Iterable[dict | None], max_new_tokens: int, started: float) -> Answer:
+        """Put an answer together from its events; None is the mark of the end."""
+        tokens: list[int] = []
+        first_seconds = seconds = 0.0
+        counts = end = None
+        reply = Reply()
+        for event in events:
+            if event is None:
+                end = end or "done"
+                break
+            reply = self._read(event)
+            if reply.is_all:
+                tokens.clear()
+            tokens += reply.tokens or ()
+            if (count := len(tokens) or reply.num_tokens or 0) > max_new_tokens:
+                raise ValueError(
+                    f"{self.url} sent {count} tokens, expected at most {max_new_tokens}, as it was asked for; see "
+                    "which version runs"
+                )
+            seconds = time.perf_counter() - started
+            first_seconds = first_seconds or (seconds if tokens else 0.0)
+            counts = reply.counts or counts
+            end = reply.end or end
+        if end is None:
+            raise Unavailable(
+                f"{self.url} broke off after {len(tokens)} tokens, without the mark of the end; is the server still "
+                "running?"
+            )
+        if end in ("abort", "error"):
+            raise Unavailable(f"{self.url} ended its answer with {end!r}; see the server's log")
+        text = None if tokens else reply.text
+        return Answer(tokens, first_seconds, seconds, counts, end, text, reply.num_tokens, reply.stop_token)
 
-def text_of(value: object) -> str:
-    """Give a value that has to be text and not empty."""
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"found {value!r}, expected a name")
-    return value
+    def _read(self, event: dict) -> Reply:
+        """Check which model answers, and turn what is no answer into one line."""
+        try:
+            self._check_model(event.get("model"))
+            return self.read(event)
+        except UNREADABLE as error:
+            reason = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise ValueError(
+                f"{self.url} sent {self.address.short(json.dumps(event))}, which {self.engine} does not send "
+                f"({self.address.short(reason)}); see the server's log, and which version runs"
+            ) from error
 
-
-def told(value: object, kind: type) -> Any:
-    """Give a value that has to be of a type, or is not there."""
-    if value is not None and type(value) is not kind:
-        raise ValueError(f"found {value!r}, expected {kind.__name__}")
-    return value
-
-
-def number_of(value: object) -> int:
-    """Give a value that has to be a count."""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"found {value!r}, expected a count")
-    return value
-
-
-def tokens_of(value: object) -> list[Any]:
-    """Give a value that has to be a list, of tokens that are checked later; None is an empty one."""
-    if value is not None and not isinstance(value, list):
-        raise ValueError(f"found {value!r}, expected a list of tokens")
-    return value or []
-
-
-def histogram_of(value: object) -> list[int] | None:
-    """Give a value that has to be a list of counts, or is not there."""
-    if value is not None and not isinstance(value, list):
-        raise ValueError(f"found {value!r}, expected a list of counts")
-    return [number_of(count) for count in value] if value else None
+    def _check_model(self, name: object) -> None:
+        """Refuse an answer of another model than the one that was found, or that answered first."""
+        if name is None or name == UNNAMED:
+            return
+        self.model = self.model or str(name)
+        if name not in (self.model, PurePath(self.model).name):
+            raise ValueError(f"the answer is of the model {name!r}, expected {self.model!r}")
 
 
 MODEL_KEYS = ("model_alias", "served_model_name", "model_path")
@@ -282,10 +251,10 @@ class VllmServer(Server):
         super().__init__(url, vocab_size)
         page = self.address.get("/v1/models")
         try:
-            self.model = text_of(json.loads(page)["data"][0]["id"])
-        except (*BROKEN, RecursionError) as error:
+            self.model = json.loads(page)["data"][0]["id"].strip()
+        except UNREADABLE as error:
             raise ValueError(
-                f"{self.url}/v1/models answers {self.address.words(page)}, expected a list of models; is it vLLM's "
+                f"{self.url}/v1/models answers {self.address.short(page)}, expected a list of models; is it vLLM's "
                 "server?"
             ) from error
 
@@ -303,58 +272,47 @@ class VllmServer(Server):
             "repetition_penalty": 1.0,
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
-            "stream": True,
             "return_token_ids": True,
         }
         return "/v1/completions", body
 
-    def read(self, event, token_ids):
+    def read(self, event):
         """See `Server`."""
-        for choice in event.get("choices", ()):
-            token_ids += tokens_of(choice.get("token_ids"))
-
-    def end(self, event):
-        """See `Server`."""
-        found = (told(choice.get("finish_reason"), str) for choice in event.get("choices", ()))
-        return next(filter(None, found), None)
-
-    def text(self, event):
-        """See `Server`."""
-        (choice,), usage = event["choices"], event.get("usage") or {}
+        choice = (event.get("choices") or [{}])[0]
+        usage = event.get("usage") or {}
         stop = choice.get("stop_reason")  # a token's number, or a text to stop at; None for the end of the sequence
-        return told(choice.get("text"), str) or "", told(usage.get("completion_tokens"), int), told(stop, int)
+        return Reply(
+            tokens=choice.get("token_ids"),
+            end=choice.get("finish_reason"),
+            text=choice.get("text"),
+            num_tokens=usage.get("completion_tokens"),
+            stop_token=stop,
+        )
 
     def counters(self):
         """See `Server`."""
-        text = self.address.get("/metrics")
-        try:
-            return self._read_counters(text)
-        except BROKEN as error:
-            raise ValueError(
-                f"{self.url}/metrics has counters that cannot be read ({self.address.words(error)}); see which version "
-                "runs"
-            ) from error
-
-    def _read_counters(self, text: str) -> Counts | None:
-        """Find the counters of speculative decoding in the page."""
+        page = self.address.get("/metrics")
 
         def values(name: str) -> list[tuple[str, int]]:
             pattern = rf"^vllm:spec_decode_{name}_total(?:\{{([^}}]*)\}})? ([0-9.e+]+)$"
-            found = re.findall(pattern, text, re.MULTILINE)
-            return [(labels, round(float(value))) for labels, value in found]
+            return [(labels, round(float(value))) for labels, value in re.findall(pattern, page, re.MULTILINE)]
 
-        drafts = values("num_drafts")
-        if not drafts:
-            return None
-        reached: dict[int, int] = {}
-        for labels, value in values("num_accepted_tokens_per_pos"):
-            position = re.search(r'position="(\d+)"', labels)
-            if position:
-                reached[int(position[1])] = reached.get(int(position[1]), 0) + value
-        total = sum(value for _, value in drafts)
-        reach = [total, *(reached[i] for i in sorted(reached)), 0]
-        histogram = [a - b for a, b in zip(reach, reach[1:], strict=False)] if reached else None
-        return Counts(total, sum(value for _, value in values("num_accepted_tokens")), histogram)
+        try:
+            drafts = values("num_drafts")
+            reached: Counter[int] = Counter()
+            for labels, value in values("num_accepted_tokens_per_pos"):
+                if position := re.search(r'position="(\d+)"', labels):
+                    reached[int(position[1])] += value
+            total = sum(value for _, value in drafts)
+            reach = [total, *(reached[i] for i in sorted(reached)), 0]
+            histogram = [a - b for a, b in pairwise(reach)] if reached else None
+            num_accepted = sum(value for _, value in values("num_accepted_tokens"))
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{self.url}/metrics has counters that cannot be read ({self.address.short(error)}); see which version "
+                "runs"
+            ) from error
+        return Counts(total, num_accepted, histogram) if drafts else None
 
 
 class SglangServer(Server):
@@ -377,34 +335,29 @@ class SglangServer(Server):
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
         }
-        return "/generate", {"input_ids": list(token_ids), "sampling_params": sampling, "stream": True}
+        return "/generate", {"input_ids": list(token_ids), "sampling_params": sampling}
 
-    def read(self, event, token_ids):
+    def read(self, event):
         """See `Server`."""
-        meta, new = event.get("meta_info", {}), tokens_of(event.get("output_ids"))
-        if len(new) == meta.get("completion_tokens"):
-            token_ids.clear()  # the event has all so far, unless the server was told to send the rest only
-        token_ids += new
-        if not meta.get("spec_verify_ct"):
-            return None
-        verified = number_of(meta["spec_verify_ct"])
-        histogram = histogram_of(meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram"))
-        accepted = meta.get("spec_accept_token_num", meta.get("spec_num_correct_drafts"))
-        if accepted is None:
-            accepted = max(0, number_of(meta["completion_tokens"]) - 1 - verified)
-        return Counts(verified, number_of(accepted), histogram)
-
-    def end(self, event):
-        """See `Server`."""
-        reason = event.get("meta_info", {}).get("finish_reason")
-        return told(reason["type"] if isinstance(reason, dict) else reason, str)
-
-    def text(self, event):
-        """See `Server`."""
-        meta = event.get("meta_info", {})
+        meta = event.get("meta_info") or {}
+        tokens = event.get("output_ids") or []
         reason = meta.get("finish_reason")
-        stop = reason.get("matched") if isinstance(reason, dict) else None
-        return told(event.get("text"), str) or "", told(meta.get("completion_tokens"), int), told(stop, int)
+        is_object = isinstance(reason, dict)
+        verified = meta.get("spec_verify_ct") or None
+        accepted = meta.get("spec_accept_token_num", meta.get("spec_num_correct_drafts"))
+        if verified and accepted is None:
+            accepted = max(0, meta["completion_tokens"] - 1 - verified)
+        return Reply(
+            tokens=tokens,
+            is_all=len(tokens) == meta.get("completion_tokens"),  # unless it was told to send the rest only
+            end=reason["type"] if is_object else reason,
+            text=event.get("text"),
+            num_tokens=meta.get("completion_tokens"),
+            stop_token=reason.get("matched") if is_object else None,
+            num_verifications=verified,
+            num_accepted=accepted or 0,
+            histogram=meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram") or None,
+        )
 
 
 class LlamacppServer(Server):
@@ -428,36 +381,44 @@ class LlamacppServer(Server):
             "repeat_penalty": 1.0,
             "cache_prompt": False,
             "return_tokens": True,
-            "stream": True,
         }
         return "/completion", body
 
-    def read(self, event, token_ids):
-        """See `Server`."""
-        token_ids += tokens_of(event.get("tokens"))
-        timings = event.get("timings") or {}
-        if not isinstance(timings, dict):
-            raise ValueError(f"timings is {timings!r}, expected an object")
-        if not event.get("stop") or "draft_n" not in timings:
-            return None
-        for name in ("predicted_n", "draft_n", "draft_n_accepted"):
-            number_of(timings[name])
-        emitted = timings["predicted_n"] - 1  # the first token is the prompt's
-        verifications = max(1, emitted - timings["draft_n_accepted"])  # each emits what it accepts and one more
-        if event.get("stop_type") == "eos" and timings["draft_n"] % verifications:
-            # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
-            verifications += timings["draft_n"] % (verifications + 1) == 0
-        return Counts(verifications, max(0, emitted - verifications))
-
-    def end(self, event):
+    def read(self, event):
         """See `Server`."""
         if event.get("truncated"):
             raise ValueError("the server cut the prompt: give it a longer context")
-        return (told(event.get("stop_type"), str) or "done") if event.get("stop") else None
+        counts = None
+        timings = event.get("timings") or {}
+        if event.get("stop") and timings.get("draft_n") is not None:
+            counts = _Timings(**timings).count(is_eos=event.get("stop_type") == "eos")
+        return Reply(
+            tokens=event.get("tokens"),
+            end=(event.get("stop_type") or "done") if event.get("stop") else None,
+            text=event.get("content"),
+            num_tokens=event.get("tokens_predicted"),
+            num_verifications=counts and counts.num_verifications,
+            num_accepted=counts.num_accepted if counts else 0,
+        )
 
-    def text(self, event):
-        """See `Server`."""
-        return told(event.get("content"), str) or "", told(event.get("tokens_predicted"), int), None
+
+class _Timings(BaseModel):
+    """What llama.cpp's server says at the end of an answer."""
+
+    model_config = ConfigDict(strict=True)
+
+    predicted_n: NonNegativeInt
+    draft_n: NonNegativeInt
+    draft_n_accepted: NonNegativeInt
+
+    def count(self, *, is_eos: bool) -> Counts:
+        """Compute the number of verifications, of which each emits what it accepts and one more token."""
+        emitted = self.predicted_n - 1  # the first token is the prompt's
+        verifications = max(1, emitted - self.draft_n_accepted)
+        if is_eos and self.draft_n % verifications:
+            # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
+            verifications += self.draft_n % (verifications + 1) == 0
+        return Counts(verifications, max(0, emitted - verifications))
 
 
 def connect(url: str, vocab_size: int | None = None) -> Server:

@@ -141,9 +141,9 @@ def ends_with(reason: object) -> dict:
 @given(event=st.dictionaries(st.sampled_from(KEYS), EVENTS, max_size=6))
 def test_whole_answers_of_servers(kind, event, monkeypatch):
     monkeypatch.setattr(Address, "get", lambda *_: '{"data": [{"id": "m"}]}')
-    monkeypatch.setattr(Address, "post", lambda *_: event)
+    monkeypatch.setattr(Address, "events", lambda *_: (one for one in [event]))
     try:
-        answer = kind("http://x", 64).answer_whole([1, 2], 8, 0.0, 0)
+        answer = kind("http://x", 64).answer([1, 2], 8, 0.0, 0, stream=False)
     except ValueError as error:
         assert "http://x" in str(error) and "\n" not in str(error)
     else:

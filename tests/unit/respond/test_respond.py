@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -256,7 +255,7 @@ def test_a_server_that_is_busy_is_asked_again_after_as_long_as_it_wants(start, c
 def test_retry_after_is_seconds_or_a_date(value, low, high, start):
     address = Address(start(fault=lambda *_: (503, {}, [("Retry-After", value)])).url)
     with pytest.raises(Unavailable) as error:
-        address.post("/completion", {"prompt": [1], "n_predict": 1}, 1)
+        list(address.events("/completion", {"prompt": [1], "n_predict": 1}, 1))
     assert error.value.retry_after is not None and low <= error.value.retry_after <= high
 
 
@@ -375,18 +374,6 @@ def test_what_killed_ranks_left_is_collected_once(target, own, tmp_path):
         (tmp_path / f"responses.rank-{rank}.jsonl").write_text(text)
     assert write_responses(target, PROMPTS, path, CONFIG) == own[0.0]
     assert len(lines_of(path)) == len(PROMPTS) and not list(tmp_path.glob("*rank*"))
-
-
-def test_answers_that_come_before_anyone_waits_for_them_count(start, chat, own, tmp_path, monkeypatch):
-    """As where the threads are faster than the one that started them."""
-
-    class Eager:
-        def __init__(self, target, daemon):
-            self.start = target
-
-    config = at(start())
-    monkeypatch.setattr(from_servers, "threading", SimpleNamespace(**{**vars(threading), "Thread": Eager}))
-    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0]
 
 
 def test_ranks_share_everything_once(monkeypatch):

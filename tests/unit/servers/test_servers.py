@@ -197,6 +197,16 @@ def test_without_a_plain_server_there_is_no_speedup(start, chat, tmp_path):
     assert row.tau == 2.0 and row.decode_speedup is None and shown_row(tmp_path)["verdict"] == "no baseline"
 
 
+def test_each_prompt_has_its_own_seed(start, chat, tmp_path):
+    """And the same one on both sides."""
+    sides = [start("vllm", drafts=True), start("vllm")]
+    config = BenchConfig(temperatures=(1.0,), concurrencies=(1,), max_new_tokens=9, seed=7)
+    results = bench_servers(chat, *(side.url for side in sides), prompts(), config, tmp_path)
+    for side in sides:
+        assert [body["seed"] for _, body in side.bodies[1:]] == [7, 8, 9]  # the first is a warm-up
+    assert results.prompt_seeds and results.seed == 7
+
+
 def test_a_server_that_drafts_nothing_has_no_tau(start, chat, tmp_path):
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
     (row,) = bench_servers(chat, start("vllm").url, None, prompts(), config, tmp_path).rows
@@ -239,5 +249,5 @@ def test_the_verb_wants_the_server_for_a_baseline(capsys):
 )
 def test_llamacpp_verifications_without_a_bonus_token_are_counted(stop, predicted, drafted, accepted, expected):
     timings = {"predicted_n": predicted, "draft_n": drafted, "draft_n_accepted": accepted}
-    counts = LlamacppServer("http://x").read({"stop": True, "stop_type": stop, "timings": timings}, [])
+    counts = LlamacppServer("http://x").read({"stop": True, "stop_type": stop, "timings": timings}).counts
     assert counts is not None and (counts.num_verifications, counts.num_accepted) == expected
