@@ -1,7 +1,7 @@
 """What a drafter of the base model is worth for a fine-tuned copy of it, before and after some training steps.
 
     dpace demo --quick --output /tmp/demo
-    python benchmarks/adapt.py TARGET /tmp/demo/dpace --text gsm8k_train.jsonl --output /tmp/adapt
+    python benchmarks/adapt.py TARGET /tmp/demo/dpace/seed-42 --text gsm8k_train.jsonl --output /tmp/adapt
 
 TARGET is the base model, and `--text` a JSONL file with `turns` and `reference` in another style, on which a copy is
 fine-tuned. The base's drafter then learns from the copy's own answers to the demo's training prompts, beside a drafter
@@ -27,8 +27,9 @@ from dpace.engines.initial import start_from
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import tau_gain
 from dpace.prompts.prompts import Prompt, demo_path, read_prompts
+from dpace.recipes import RECIPES
+from dpace.recipes.flags import read_recipe
 from dpace.respond.responses import Response, write_responses
-from dpace.studies.demo import DemoConfig, demo_recipe
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
-    demo, out = demo_recipe(DemoConfig()), args.output
+    demo, out = read_recipe(RECIPES["demo-cpu"]), args.output
     demo = replace(demo, target=args.target, train=replace(demo.train, learning_rate=args.learning_rate))
     fine_tune(args.target, args.text, out / "copy")
     target, tests = Target.load(str(out / "copy")), test_prompts()

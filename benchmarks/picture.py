@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dpace.measure.results import BenchResults, read_results
+from dpace.measure.results import BenchResults, CompareResults, read_results
 from dpace.report.plots import SERIES, drawing, svg, whole_ticks
-from dpace.studies.demo import ALL_SETS
+from dpace.studies.compare import ALL_SETS
 
 SAME = "--series-7: #8a9097; background: var(--page);"
 LIGHT = "--page: #fff; --ink: #1c2024; --soft: #5b6570; --line: #d9dee3; --series-0: #1f6fb4; --series-1: #d9650a;"
@@ -38,13 +38,10 @@ def draw_speeds(axis, results: BenchResults) -> None:
     axis.margins(y=0.35)  # room for the legend
 
 
-def draw_positions(axis, results: BenchResults) -> None:
-    """Draw the share of drafts whose first tokens are all accepted, a line for each objective and set.
-
-    On all held-out prompts where the demo walked through their answers, else on those that it decoded.
-    """
-    for row in [row for row in results.heldout or () if row.set != ALL_SETS] or results.whole_blocks:
-        if row.temperature == 0 and row.drafter in OBJECTIVES:
+def draw_positions(axis, results: CompareResults) -> None:
+    """Draw the share of drafts whose first tokens are all accepted, a line for each objective and set."""
+    for row in results.rows:
+        if row.set != ALL_SETS and row.drafter in OBJECTIVES:
             name, color, line = OBJECTIVES[row.drafter]
             slots = range(1, row.block_size)
             axis.plot(slots, row.reach_rate, line, marker="o", ms=3.5, color=color, label=name)
@@ -57,11 +54,11 @@ def draw_positions(axis, results: BenchResults) -> None:
 def main(folder: str, path: str) -> None:
     """Write the picture."""
     results = read_results(Path(folder) / "results.json")
-    if not isinstance(results, BenchResults):
+    if not isinstance(results, CompareResults) or results.decode is None:
         sys.exit(f"{folder} has no results of `dpace demo`")
     with drawing() as plt:
         figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
-        draw_speeds(axes[0], results)
+        draw_speeds(axes[0], results.decode)
         draw_positions(axes[1], results)
         for axis in axes:
             axis.grid(alpha=0.6, axis="y")

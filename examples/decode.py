@@ -1,6 +1,6 @@
 """Decode a prompt with the drafter that `dpace demo` trained.
 
-python examples/decode.py dpace-demo/dpace demo#notes/heldout/1
+python examples/decode.py dpace-demo/dpace/seed-42 demo#notes/heldout/1
 """
 
 import sys

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     verb = argv[0]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: they fill a log
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # bars of transformers and others fill a log
+            os.environ.setdefault(name, "1")
     try:
         with _sigterm_as_interrupt():
             module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")

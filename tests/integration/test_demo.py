@@ -63,8 +63,8 @@ def test_the_main_job_on_smollm2(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "lossless" in text and "next: dpace generate" in text
     results = read_results(out / "results.json")
-    greedy = {row.set: row for row in results.rows if row.temperature == 0}
+    greedy = {row.set: row for row in results.decode.rows if row.temperature == 0}
     assert all(row.num_same_text == row.num_responses for row in greedy.values())
     assert greedy["notes"].tau > 1.5
-    for name in ("acceptance.svg", "weights.svg", "dpace/model.safetensors"):
+    for name in ("acceptance.svg", "weights.svg", "report.html", "dpace/seed-42/model.safetensors"):
         assert (out / name).stat().st_size > 1000

@@ -83,4 +83,4 @@ def test_the_quick_demo_runs_from_the_wheel_alone(built, tmp_path):
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     text = run(bin / "dpace", "demo", "--quick", env=clean, cwd=tmp_path)
     assert "lossless" in text
-    assert (tmp_path / "dpace-demo-quick" / "dpace" / "model.safetensors").exists()
+    assert (tmp_path / "dpace-demo-quick" / "dpace" / "seed-42" / "model.safetensors").exists()

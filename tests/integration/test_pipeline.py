@@ -12,7 +12,7 @@ from dpace.measure.results import read_log, read_results
 from dpace.prompts.prompts import Prompt
 from dpace.report.cells import verdict
 from dpace.report.plots import acceptance_by_slot, slot_weights
-from dpace.studies.demo import summary
+from dpace.studies.demo import decoding_summary
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts)
     assert sum(greedy.histogram) == sum(len(r.accepted_lengths) for r in greedy.responses)
     sections = [acceptance_by_slot(results.whole_blocks), slot_weights({"drafter": [read_log(out / "drafter")]})]
     assert all("<path" in panel for section in sections for panel in section.figures)
-    assert "24 of 24 responses" in summary(results)[0]
+    assert "24 of 24 responses" in decoding_summary(results)[0]
 
     flags = ["--target", str(language_folder), "--prompt", language_prompts[0], "--max-new-tokens", "20"]
     texts = []

@@ -385,7 +385,7 @@ class Provenance(BenchSetup):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResults(Provenance):
-    """results.json of `dpace bench` and `dpace demo`."""
+    """results.json of `dpace bench`, and what `dpace compare` and `dpace demo` decoded."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     rows: list[Row]
@@ -394,8 +394,6 @@ class BenchResults(Provenance):
     """Every drafter against the first."""
     llamacpp: list[LlamacppRow] | None = optional()
     """What `dpace demo` measured in llama.cpp."""
-    heldout: list[ComparedRow] | None = optional()
-    """Its objectives on all held-out prompts, by the walk: each set, then all together; the baseline is dflash."""
 
     @property
     def whole_blocks(self) -> list[Row]:
@@ -415,7 +413,7 @@ class BenchResults(Provenance):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareResults:
-    """results.json of `dpace compare`."""
+    """results.json of `dpace compare` and `dpace demo`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     target: str
@@ -424,7 +422,7 @@ class CompareResults:
     seeds: list[int]
     reduction: str
     rows: list[ComparedRow]
-    """One for each objective and set."""
+    """One for each objective and set; those of all sets together come last where there are several."""
     decode: BenchResults | None
     """What decoding with the drafters of the first seed gave; None where that was left out."""
 
@@ -503,8 +501,7 @@ def _check(results: Results) -> None:
     if isinstance(results, ServerResults):
         return check_served(results.rows)
     if isinstance(results, BenchResults):
-        check_rows(results.rows)
-        return check_compared(results.heldout or [])
+        return check_rows(results.rows)
     check_compared(results.rows)
     if results.decode:
         _check(results.decode)

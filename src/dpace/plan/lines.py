@@ -13,10 +13,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dpace.config import Recipe, TrainConfig
+from dpace.config import CompareConfig, Recipe, TrainConfig
 from dpace.plan.step import BatchShape, StepPlan, make_target, on_paper, read_shape
-from dpace.plan.training import Conversations, TrainingPlan, find_place, measure_speed, plan_training
-from dpace.prompts.prompts import Prompt, PromptParts
+from dpace.plan.training import (
+    Conversations,
+    TrainingPlan,
+    find_conversations,
+    find_place,
+    measure_speed,
+    plan_training,
+)
+from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.answers import Response, read_responses
 from dpace.system.device import find_device
 from dpace.target.locate import find_target
@@ -117,6 +124,12 @@ def say_training(recipe: Recipe, conversations: Conversations, folder: str | Pat
     if not plan.fits:
         lines.append("it may not fit in memory: `dpace plan` says what to lower")
     return [*lines, disk]
+
+
+def comparison_lines(config: CompareConfig, num_drafters: int) -> list[str]:
+    """Say what will be answered, trained and measured."""
+    lines = say_training(config, find_conversations(config), config.output, drafters=num_drafters)
+    return [prompts_line(split_prompts(config.prompts)), *lines]
 
 
 def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:

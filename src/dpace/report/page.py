@@ -137,15 +137,6 @@ def comparison(results: CompareResults) -> Section:
     return Section(f"Objectives, {Path(results.target).name}", text, rows)
 
 
-def heldout(results: BenchResults) -> Section:
-    """Make the table of the demo's objectives on all held-out prompts."""
-    text = (
-        "Mean acceptance length (tau) on all held-out prompts at temperature 0: a walk through the target's own "
-        "answers, which gives what decoding whole drafts would. Intervals are 95 %, by paired bootstrap over prompts."
-    )
-    return Section("All held-out prompts", text, rows_of(compared_columns("dflash", {}), results.heldout or ()))
-
-
 def provenance(results: BenchResults | None, target: str, folder: Path) -> Section:
     """List what made the numbers."""
     written = max((folder / name).stat().st_mtime for name in RESULT_FILES if (folder / name).exists())
@@ -239,8 +230,6 @@ def benchmark_of(results: Results) -> BenchResults | None:
 
 def _benchmark(results: BenchResults) -> list[Section]:
     sections = [headline(results), speeds(results)]
-    if results.heldout:
-        sections.append(heldout(results))
     if results.comparisons:
         sections.append(paired(results))
     sections += [acceptance_by_slot(results.whole_blocks), accepted_lengths(results)]

@@ -1,6 +1,12 @@
-"""Train one recipe with several objectives and seeds, and say which one drafts best."""
+"""Train one recipe with several objectives and seeds, and measure which one drafts best.
 
+A recipe, objectives and seeds come in; a drafter for each objective and seed, `results.json` and plots go out.
+`dpace compare` and `dpace demo` both run this.
+"""
+
+import errno
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,18 +35,20 @@ from dpace.prompts.prompts import Prompt, split_prompts
 from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights, tau_curves
 from dpace.respond.responses import Response, write_responses
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, register_files
+from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.target import Target
 from dpace.train.identity import init_of, refuse_other_run, settings_of, target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 Cell = tuple[str, int]
 """An objective and a seed."""
+ALL_SETS = "all"
+"""Name of all sets together, in the rows of several sets."""
 FILES = ("results.json", "tau.svg", "acceptance.svg", "weights.svg")
 """What `compare` writes into its folder itself."""
 
 
-def compare(target: Target, config: CompareConfig, init: Drafter | None = None) -> CompareResults:
+def compare(target: Target, config: CompareConfig, *, init: Drafter | None = None) -> CompareResults:
     """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
@@ -62,50 +70,43 @@ def compare(target: Target, config: CompareConfig, init: Drafter | None = None) 
         What `results.json` holds.
 
     Raises:
-        ValueError: an unknown objective, a cell's folder with another run, files that dpace did not write, or another
-            process that is writing there.
+        ValueError: see `check_output`; or another process is writing there.
+        OSError: see `check_output`.
     """
     folder = Path(config.output)
-    recipes = make_recipes(config)
-    cells = {key: folder / key[0] / f"seed-{key[1]}" for key in recipes}
-    refuse_other_cells(config, init)
+    recipes = check_output(config, init)
+    cells = {cell: cell_folder(folder, cell) for cell in recipes}
     with lock_folder(folder):
         ranks.from_first(lambda: register_files(folder, *FILES))
-        return _run(target, config, recipes, cells, init)
-
-
-def _run(
-    target: Target, config: CompareConfig, recipes: dict[Cell, Recipe], cells: dict[Cell, Path], init: Drafter | None
-) -> CompareResults:
-    """Respond, train, measure and draw, each where it is not done."""
-    folder, parts = Path(config.output), split_prompts(config.prompts)
-    names = list(dict.fromkeys(name for name, _ in cells))
-    prompts = [*parts.train, *parts.validation, *parts.heldout]
-    responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
-    by_id = {response.id: response for response in responses}
-    answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
-    datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
-    train_cells(target, recipes, cells, datasets, init)
-    measure_cells(target, config, cells.values(), heldout_set(heldout, config))
-    rows, decode = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline)), None
-    if config.bench.num_prompts != 0:
-        drafters = {name: load_drafter(cells[name, config.seeds[0]], target) for name in names}
-        with lock_folder(folder / "decode"):
-            decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
-    results = CompareResults(
-        target=target.name,
-        baseline=config.baseline,
-        seeds=list(config.seeds),
-        reduction=config.loss.reduction,
-        rows=rows,
-        decode=decode,
-    )
-    ranks.from_first(lambda: _write(folder, results, cells))
+        parts = split_prompts(config.prompts)
+        prompts = [*parts.train, *parts.validation, *parts.heldout]
+        responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
+        by_id = {response.id: response for response in responses}
+        answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
+        datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
+        train_cells(target, recipes, cells, datasets, init=init)
+        measure_cells(target, config, cells.values(), heldout_set(heldout, config))
+        rows = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline))
+        decode = None
+        if config.bench.num_prompts != 0:
+            first_seed = config.seeds[0]
+            drafters = {name: load_drafter(cells[name, seed], target) for name, seed in cells if seed == first_seed}
+            with lock_folder(folder / "decode"):
+                decode = bench(target, drafters, parts.heldout, config.bench, folder / "decode")
+        results = CompareResults(
+            target=target.name,
+            baseline=config.baseline,
+            seeds=list(config.seeds),
+            reduction=config.loss.reduction,
+            rows=rows,
+            decode=decode,
+        )
+        ranks.from_first(lambda: _write_and_draw(folder, results, cells))
     return results
 
 
-def _write(folder: Path, results: CompareResults, cells: dict[Cell, Path]) -> None:
-    """Write the results and draw them."""
+def _write_and_draw(folder: Path, results: CompareResults, cells: Mapping[Cell, Path]) -> None:
+    """Write `FILES`."""
     write_results(folder / "results.json", results)
     logs: dict[str, list] = {}
     for (name, _), cell in cells.items():
@@ -115,16 +116,26 @@ def _write(folder: Path, results: CompareResults, cells: dict[Cell, Path]) -> No
     save_figures(acceptance_by_slot(results.rows), folder / "acceptance.svg")
 
 
-def refuse_other_cells(config: CompareConfig, init: Drafter | None = None) -> int:
-    """Refuse a folder in which an objective was trained with other settings, and count the drafters.
+def cell_folder(output: str | Path, cell: Cell) -> Path:
+    """Return the folder of a drafter."""
+    return Path(output) / cell[0] / f"seed-{cell[1]}"
+
+
+def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cell, Recipe]:
+    """Refuse an output folder that cannot be written to, before any work; return the recipe of each cell.
 
     Raises:
-        ValueError: see `make_recipes`; or a cell with another run.
+        ValueError: see `make_recipes`; files that dpace did not write; or a cell with another run.
+        OSError: a file stands where the folder is to be.
     """
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+    refuse_foreign_files(folder, *FILES)
     recipes = make_recipes(config)
-    for (name, seed), recipe in recipes.items():
-        refuse_other_run(Path(config.output) / name / f"seed-{seed}", {**settings_of(recipe), **init_of(init)})
-    return len(recipes)
+    for cell, recipe in recipes.items():
+        refuse_other_run(cell_folder(folder, cell), {**settings_of(recipe), **init_of(init)})
+    return recipes
 
 
 def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
@@ -150,6 +161,7 @@ def train_cells(
     recipes: Mapping[Cell, Recipe],
     cells: Mapping[Cell, Path],
     datasets: tuple[ResponseDataset, ResponseDataset],
+    *,
     init: Drafter | None = None,
 ) -> None:
     """Train the drafters that are not finished.
@@ -162,19 +174,19 @@ def train_cells(
         init: a drafter that all start from, see `train`.
     """
     facts = target_of(target)
-    runs = {key: describe_run(facts, *datasets, recipe, init) for key, recipe in recipes.items()}
-    untrained = ranks.from_first(lambda: [key for key in cells if not is_trained(cells[key], runs[key])])
+    runs = {cell: describe_run(facts, *datasets, recipe, init=init) for cell, recipe in recipes.items()}
+    untrained = ranks.from_first(lambda: [cell for cell in cells if not is_trained(cells[cell], runs[cell])])
     if not untrained:
         return
     dataset, measured = datasets
     if dataset.features is None:
         # One set of features for all; the target's last hidden states are kept too where any objective needs them.
-        widest = max((recipes[key] for key in untrained), key=lambda recipe: recipe.loss.needs_target_probs)
+        widest = max((recipes[cell] for cell in untrained), key=lambda recipe: recipe.loss.needs_target_probs)
         keep_features(target, *datasets, widest)
-    for number, key in enumerate(untrained, start=1):
+    for number, cell in enumerate(untrained, start=1):
         if ranks.is_first():
-            print(f"{number} of {len(untrained)}: {key[0]}, seed {key[1]}", file=sys.stderr)
-        train(target, dataset.with_seed(key[1]), measured, recipes[key], cells[key], init=init)
+            print(f"{number} of {len(untrained)}: {cell[0]}, seed {cell[1]}", file=sys.stderr)
+        train(target, dataset.with_seed(cell[1]), measured, recipes[cell], cells[cell], init=init)
 
 
 def heldout_set(heldout: Sequence[Response], recipe: Recipe) -> ResponseDataset:
@@ -202,26 +214,33 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         ranks.from_first(partial(_write_heldout, folder, Heldout.of(test_set.ids, acceptance)))
 
 
-def _write_heldout(folder: Path, measured: Heldout) -> None:
+def _write_heldout(folder: Path, heldout: Heldout) -> None:
     with lock_folder(folder):
         register_files(folder, HELDOUT_FILE)
-        write_heldout(folder, measured)
+        write_heldout(folder, heldout)
 
 
-def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:
-    """Make one row for each set that has responses and objective, all seeds pooled, the best first."""
+def make_rows(cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:
+    """Make one row for each set that has responses and objective, all seeds pooled, the best first.
+
+    Where there are several sets, the rows of all of them together come last, as `ALL_SETS`.
+    """
     names = list(dict.fromkeys(name for name, _ in cells))
     seeds = list(dict.fromkeys(seed for _, seed in cells))
-    measured = {key: read_heldout(folder) for key, folder in cells.items()}
+    measured = {cell: read_heldout(folder) for cell, folder in cells.items()}
     costs = {name: _training_costs([cells[name, seed] for seed in seeds]) for name in names}
+    ids_of: dict[str, list[str]] = {}
+    for prompt in heldout:
+        ids_of.setdefault(prompt.set, []).append(prompt.id)
+    if len(ids_of) > 1:
+        ids_of[ALL_SETS] = [prompt.id for prompt in heldout]
     rows = []
-    for set_name in dict.fromkeys(prompt.set for prompt in heldout):
-        ids = [prompt.id for prompt in heldout if prompt.set == set_name]
-        found = {key: of_cell.acceptance(ids) for key, of_cell in measured.items()}
-        known = {key: acceptance for key, acceptance in found.items() if acceptance}
+    for set_name, ids in ids_of.items():
+        of_cells = {cell: heldout.acceptance(ids) for cell, heldout in measured.items()}
+        known = {cell: acceptance for cell, acceptance in of_cells.items() if acceptance}
         if not known:
             continue
-        if len(known) < len(found):
+        if len(known) < len(cells):
             raise ValueError(
                 f"some drafters were measured on {set_name} and others were not; remove every heldout.json in "
                 f"{cells[names[0], seeds[0]].parent.parent}, and the same command measures all again"
@@ -233,7 +252,7 @@ def make_rows(cells: dict[Cell, Path], heldout: Sequence[Prompt], baseline: str)
 
 
 def _training_costs(folders: Sequence[Path]) -> tuple[float | None, int | None]:
-    """Median seconds of a training step, and peak memory, of drafters."""
+    """Compute the median seconds of a training step, and the peak memory in bytes, of drafters."""
     logs = [read_log(folder) for folder in folders]
     provenance = [json.loads((folder / "provenance.json").read_text()) for folder in folders]
     seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]

@@ -1,6 +1,6 @@
 """Run the demo: from prompts to a measured drafter, on a CPU, in minutes.
 
-Options of the demo, and the recipe that follows from them.
+It is `dpace compare` with the recipe `demo-cpu`, and it decodes with llama.cpp too where that is installed.
 """
 
 import tempfile
@@ -11,27 +11,20 @@ from typing import Any
 
 import torch
 
-from dpace.batches.dataset import ResponseDataset
-from dpace.config import Recipe
-from dpace.drafter import Drafter, load_drafter
+from dpace.config import CompareConfig, Recipe
 from dpace.engines.export import export
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
-from dpace.measure.benchmark import bench, pool_seeds
-from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.results import BenchResults, ComparedRow, Heldout, LlamacppRow, read_log, write_results
+from dpace.measure.results import BenchResults, ComparedRow, CompareResults, LlamacppRow, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.flags import read_recipe
 from dpace.report.cells import percent, verdict
-from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights
-from dpace.respond.responses import write_responses
-from dpace.system.ledger import register_files
+from dpace.studies.compare import cell_folder, compare
+from dpace.system.ledger import lock_folder
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.target.locate import TARGET_ID, find_target, find_target_gguf
-from dpace.train.identity import refuse_other_run, settings_of, target_of
-from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 
 @dataclass(frozen=True)
@@ -52,105 +45,51 @@ class DemoConfig:
     """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
 
 
-def demo_recipe(config: DemoConfig) -> Recipe:
-    """Read the recipe that the demo runs, `demo-cpu`, and shorten it for `quick`."""
-    recipe = read_recipe(RECIPES["demo-cpu"])
-    output = config.output or ("dpace-demo-quick" if config.quick else recipe.output)
-    recipe = replace(recipe, output=output, target=config.target or recipe.target)
-    if config.prompts:
-        recipe = replace(recipe, prompts=replace(recipe.prompts, path=config.prompts))
-    if config.quick:
-        recipe = replace(
-            recipe,
-            prompts=replace(recipe.prompts, limit=72),
-            train=replace(recipe.train, max_steps=60, eval_steps=60),
-            bench=replace(recipe.bench, num_prompts=3, max_new_tokens=64),
-        )
-    return recipe
-
-
-ALL_SETS = "all"
-"""Name of all sets together, in the rows of the held-out prompts."""
 NUM_SERVED = 3
 """Prompts of each set that llama.cpp decodes."""
 
 
-def run_demo(config: DemoConfig) -> BenchResults:
-    """Respond, train with each objective, measure, and write what was found.
+def demo_recipe(config: DemoConfig) -> CompareConfig:
+    """Read the recipe that the demo compares with, `demo-cpu`, and shorten it for `quick`."""
+    recipe = read_recipe(RECIPES["demo-cpu"])
+    if config.prompts:
+        recipe = replace(recipe, prompts=replace(recipe.prompts, path=config.prompts))
+    objectives = ("dpace", "dflash")
+    if config.quick:
+        objectives = ("dpace",)
+        recipe = replace(
+            recipe,
+            output="dpace-demo-quick",
+            prompts=replace(recipe.prompts, limit=72),
+            train=replace(recipe.train, max_steps=60, eval_steps=60),
+            bench=replace(recipe.bench, num_prompts=3, max_new_tokens=64),
+        )
+    recipe = replace(recipe, target=config.target or recipe.target, output=config.output or recipe.output)
+    return CompareConfig(
+        **vars(recipe), objectives=objectives, baseline=objectives[-1], seeds=(recipe.train.seed,), wide=config.wide
+    )
 
-    Writes into the output folder: `responses.jsonl`, one folder a drafter, `results.json`, `acceptance.svg` and
-    `weights.svg`.
+
+def drafter_folder(recipe: CompareConfig) -> Path:
+    """Return the folder of the drafter that D-PACE trained."""
+    return cell_folder(recipe.output, ("dpace", recipe.seeds[0]))
+
+
+def run_demo(config: DemoConfig) -> CompareResults:
+    """Respond, train with each objective, measure, and write what was found, as `compare` does.
 
     Returns:
-        What `results.json` holds.
+        What `results.json` holds; `decode.llamacpp` has what llama.cpp gave.
     """
     recipe = demo_recipe(config)
-    folder = Path(recipe.output)
-    parts = split_prompts(recipe.prompts)
-    objectives = ["dpace"] if config.quick else ["dpace", "dflash"]
-    recipes = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in objectives}
-    for name in objectives:  # before any work
-        refuse_other_run(folder / name, settings_of(recipes[name]))
-    register_files(folder, "results.json", "acceptance.svg", "weights.svg")
     target = Target.load(find_target(recipe.target))
-    prompts = [*parts.train, *parts.validation]
-    responses = write_responses(target, prompts, folder / "responses.jsonl", recipe.respond)
-    count = len(parts.train)
-    datasets = choose_conversations(responses[:count], responses[count:], recipe)
-    facts = target_of(target)
-    runs = {name: describe_run(facts, *datasets, recipes[name]) for name in objectives}
-    untrained = [name for name in objectives if not is_trained(folder / name, runs[name])]
-    if untrained:
-        keep_features(target, *datasets, recipe)
-        for name in untrained:
-            train(target, *datasets, recipes[name], folder / name)
-    drafters = {name: load_drafter(folder / name, target) for name in objectives}
-    compared = compare_heldout(target, drafters, [*prompts, *parts.heldout], parts.heldout, recipe)
-    results = replace(bench(target, drafters, parts.heldout, recipe.bench, folder), heldout=compared)
-    served = serve_in_llamacpp(target, folder / "dpace", parts.heldout, recipe)
-    results = replace(results, llamacpp=served or None)
-    write_results(folder / "results.json", results)
-    save_figures(acceptance_by_slot(results.whole_blocks), folder / "acceptance.svg")
-    save_figures(slot_weights({name: [read_log(folder / name)] for name in drafters}), folder / "weights.svg")
+    results = compare(target, recipe)
+    served = serve_in_llamacpp(target, drafter_folder(recipe), split_prompts(recipe.prompts).heldout, recipe)
+    if served and results.decode:
+        results = replace(results, decode=replace(results.decode, llamacpp=served))
+        with lock_folder(recipe.output):
+            write_results(Path(recipe.output) / "results.json", results)
     return results
-
-
-def compare_heldout(
-    target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], heldout: Sequence[Prompt], recipe: Recipe
-) -> list[ComparedRow] | None:
-    """Compare the objectives on all held-out prompts, by the walk through the target's own answers.
-
-    Args:
-        target: the model.
-        drafters: by objective; the last is the baseline.
-        prompts: all that the folder's responses.jsonl holds or will hold.
-        heldout: those to compare on.
-        recipe: of the demo.
-
-    Returns:
-        A row for each set and objective, then those of all sets together; None for a single objective.
-    """
-    if len(drafters) < 2:
-        return None
-    responses = write_responses(target, prompts, Path(recipe.output) / "responses.jsonl", recipe.respond)
-    ids = {prompt.id for prompt in heldout}
-    answered = [response for response in responses if response.id in ids]
-    dataset = ResponseDataset(answered, max_length=recipe.train.max_length, num_anchors=None, seed=0)
-    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
-    dataset.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
-    found = {
-        name: Heldout.of(dataset.ids, heldout_acceptance(drafter, target, dataset))
-        for name, drafter in drafters.items()
-    }
-    *_, baseline = drafters
-    rows = []
-    for set_name in [*dict.fromkeys(prompt.set for prompt in heldout), ALL_SETS]:
-        chosen = [prompt.id for prompt in heldout if set_name in (prompt.set, ALL_SETS)]
-        taken = {name: of_drafter.acceptance(chosen) for name, of_drafter in found.items()}
-        theirs = taken[baseline]
-        if theirs is not None:  # every answer of the set may be a single token
-            rows += [pool_seeds(set_name, n, len(chosen), [ours], [theirs]) for n, ours in taken.items() if ours]
-    return rows
 
 
 def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], recipe: Recipe) -> list[LlamacppRow]:
@@ -164,56 +103,85 @@ def serve_in_llamacpp(target: Any, folder: Path, heldout: Sequence[Prompt], reci
         return []
     chosen = first_of_each_set(heldout, NUM_SERVED)
     prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
-    options: dict[str, Any] = {"max_new_tokens": recipe.bench.max_new_tokens, "num_threads": torch.get_num_threads()}
-    about: dict[str, Any] = {"name": "dpace-dflash", "target_name": recipe.target, "target_gguf": target_gguf}
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as work:
-        done = export(folder, target, to="gguf", output=Path(work) / "dflash", dtype=torch.float16, **about)
         f16 = Path(work) / "target.gguf"
         write_f16(target_gguf, f16)
-        plain = run_llamacpp(f16, prompts, **options)
-        drafts = recipe.drafter.block_size - 1
-        drafted = run_llamacpp(f16, prompts, drafter_gguf=done.path, num_draft_tokens=drafts, **options)
+        drafter = export(
+            folder,
+            target,
+            to="gguf",
+            output=Path(work) / "dflash",
+            dtype=torch.float16,
+            name="dpace-dflash",
+            target_name=recipe.target,
+            target_gguf=target_gguf,
+        )
+        plain, drafted = (
+            run_llamacpp(
+                f16,
+                prompts,
+                drafter_gguf=drafter_gguf,
+                num_draft_tokens=recipe.drafter.block_size - 1,
+                max_new_tokens=recipe.bench.max_new_tokens,
+                num_threads=threads,
+            )
+            for drafter_gguf in (None, drafter.path)
+        )
     rows = []
     for name in dict.fromkeys(prompt.set for prompt in chosen):
-        pairs = [(a, b) for p, a, b in zip(chosen, plain, drafted, strict=True) if p.set == name]
+        of_set = [number for number, prompt in enumerate(chosen) if prompt.set == name]
         speeds = [
-            sum(len(a.token_ids) - 1 for a in side) / sum(a.decode_seconds for a in side)
-            for side in zip(*pairs, strict=True)
+            sum(len(side[i].token_ids) - 1 for i in of_set) / sum(side[i].decode_seconds for i in of_set)
+            for side in (plain, drafted)
         ]
         rows.append(
             LlamacppRow(
                 set=name,
                 plain_tokens_per_second=speeds[0],
                 tokens_per_second=speeds[1],
-                num_same_text=sum(a.token_ids == b.token_ids for a, b in pairs),
-                num_responses=len(pairs),
-                threads=options["num_threads"],
+                num_same_text=sum(plain[i].token_ids == drafted[i].token_ids for i in of_set),
+                num_responses=len(of_set),
+                threads=threads,
             )
         )
     return rows
 
 
-def summary(results: BenchResults) -> list[str]:
-    """Say what the demo found: about the text, the speed, and the gain of D-PACE."""
+FINDINGS = {
+    "faster": "makes decoding faster",
+    "slower": "makes decoding slower",
+    "too few prompts": "had too few prompts to tell",
+}
+
+
+def decoding_summary(results: BenchResults) -> list[str]:
+    """Write what decoding with the D-PACE drafter gave: the text, and the speed of each set."""
     same, total = results.num_same_text, results.num_responses
     lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
-    ways: dict[Any, str] = {
-        "full": "the D-PACE drafter alone",
-        "auto": "`dpace generate`",  # drafts, and copies of the text
-    }
+    ways = {"full": "the D-PACE drafter alone", "auto": "`dpace generate`"}  # which drafts, and copies of the text
     for row in results.rows:
         if row.drafter == "dpace" and row.width in ways and row.temperature == 0:
-            words = {"faster": "makes decoding faster", "slower": "makes decoding slower"}
-            words["too few prompts"] = "had too few prompts to tell"
-            found = words.get(verdict(row.decode_speedup_interval), "makes no clear difference")
-            lines.append(f"{row.set}: {ways[row.width]} {found} (decode_speedup {row.decode_speedup or 0:.2f}, T=0)")
-    for row in results.heldout or ():
-        if row.set == ALL_SETS and row.drafter == "dpace":
-            found = f"tau of D-PACE over DFlash's decay {percent(row.gain)}"
-            lines.append(f"all {row.num_prompts} held-out prompts: {found}")
+            effect = FINDINGS.get(verdict(row.decode_speedup_interval), "makes no clear difference")
+            speedup = f"decode_speedup {row.decode_speedup or 0:.2f}, T=0"
+            lines.append(f"{row.set}: {ways[row.width]} {effect} ({speedup})")
     for row in results.llamacpp or ():
-        found = "faster" if row.tokens_per_second > row.plain_tokens_per_second else "slower"
+        effect = "faster" if row.tokens_per_second > row.plain_tokens_per_second else "slower"
         speeds = f"{row.tokens_per_second:.1f} tokens/s, {row.plain_tokens_per_second:.1f} without"
         same = f"{row.num_same_text} of {row.num_responses} texts equal"
-        lines.append(f"{row.set}: llama.cpp (f16) is {found} with it: {speeds}; {same}")
+        lines.append(f"{row.set}: llama.cpp (f16) is {effect} with it: {speeds}; {same}")
     return lines
+
+
+def gain_summary(rows: Sequence[ComparedRow]) -> list[str]:
+    """Write what D-PACE gained over DFlash's decay, on all sets together; nothing where only one was trained."""
+    ours = [row for row in rows if row.drafter == "dpace"]
+    if len(ours) == len(rows):
+        return []
+    return [f"all {ours[-1].num_prompts} held-out prompts: tau of D-PACE over DFlash's decay {percent(ours[-1].gain)}"]
+
+
+def summary(results: CompareResults) -> list[str]:
+    """Write what the demo found: about the text, the speed, and the gain of D-PACE."""
+    assert results.decode, "the demo's recipe decodes"
+    return [*decoding_summary(results.decode), *gain_summary(results.rows)]

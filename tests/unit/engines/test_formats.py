@@ -540,5 +540,5 @@ def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, 
     (served,) = dpace.studies.demo.serve_in_llamacpp(*arguments)
     assert served.num_same_text == served.num_responses == 3
     assert served.tokens_per_second > 0 and served.plain_tokens_per_second > 0
-    (line,) = dpace.studies.demo.summary(make_bench(make_row(drafter="x"), llamacpp=[served]))[1:]
+    (line,) = dpace.studies.demo.decoding_summary(make_bench(make_row(drafter="x"), llamacpp=[served]))[1:]
     assert line.startswith("language: llama.cpp (f16") and line.endswith("3 of 3 texts equal")

@@ -6,14 +6,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe, RespondConfig
-from dpace.measure.results import read_results
-from dpace.prompts.prompts import Prompt
+from dpace.cli import main
+from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
+from dpace.measure.results import CompareResults, read_results
 from dpace.report.tables import compare_table, console
 from dpace.studies.compare import compare
-from dpace.studies.demo import compare_heldout, summary
 from tests.conftest import LANGUAGE_RECIPE
-from tests.support.rows import make_bench
 
 OWN = "examples.objective:weigh+kl"
 
@@ -115,20 +113,13 @@ def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_p
         compare(language_target, replace(config, train=replace(config.train, learning_rate=1e-4)))
 
 
-def test_the_demo_compares_on_all_held_out_prompts(language_target, language_drafter, language_prompts, tmp_path):
-    """A row for each set and objective and for all sets together; the same drafter twice gives a gain of 0."""
-    turns = ([{"role": "user", "content": text}] for text in language_prompts[50:58])
-    prompts = [Prompt(str(i), f"set{i % 2}", [turn]) for i, turn in enumerate(turns)]
-    recipe = replace(LANGUAGE_RECIPE, output=str(tmp_path), respond=RespondConfig(max_new_tokens=16))
-    arguments = language_target, {"dpace": language_drafter, "dflash": language_drafter}, prompts, prompts[2:], recipe
-    rows = compare_heldout(*arguments)
-    assert rows is not None and [(row.set, row.drafter, row.num_prompts) for row in rows] == [
-        (name, drafter, count)
-        for name, count in (("set0", 3), ("set1", 3), ("all", 6))
-        for drafter in ("dpace", "dflash")
-    ]
-    assert all(row.gain == (0, 0, 0) for row in rows)
-    assert [sum(counts) for counts in zip(*(row.histogram for row in rows[:4:2]), strict=True)] == rows[4].histogram
-    lines = summary(make_bench(heldout=rows))
-    assert "all 6 held-out prompts: tau of D-PACE over DFlash's decay +0.0 % [+0.0, +0.0]" in lines
-    assert compare_heldout(language_target, {"dpace": language_drafter}, prompts, prompts, recipe) is None
+def test_all_start_from_another_drafter(config, language_folder, language_drafter_folder, tmp_path, capsys):
+    """Through the command line: one drafter to start from, for each objective."""
+    flags = ["--target", str(language_folder), "--output", str(tmp_path / "out"), "--prompts.path", config.prompts.path]
+    flags += ["--train.max-steps", "1", "--train.num-anchors", "4", "--respond.max-new-tokens", "12"]
+    flags += ["--objectives", "dpace", "--seeds", "0", "--bench.num-prompts", "0", "--drafter.init"]
+    assert main(["compare", *flags, str(language_drafter_folder)]) == 0, capsys.readouterr().err
+    results = read_results(tmp_path / "out" / "results.json")
+    assert isinstance(results, CompareResults) and all((row.tau or 0) > 2 for row in results.rows)
+    run = json.loads((tmp_path / "out" / "dflash" / "seed-0" / "run.json").read_text())
+    assert len(run["init_sha256"]) == 64
