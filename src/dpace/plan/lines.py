@@ -128,8 +128,9 @@ def say_training(recipe: Recipe, conversations: Conversations, folder: str | Pat
 
 def comparison_lines(config: CompareConfig, num_drafters: int) -> list[str]:
     """Say what will be answered, trained and measured."""
+    parts = split_prompts(config.prompts)
     lines = say_training(config, find_conversations(config), config.output, drafters=num_drafters)
-    return [prompts_line(split_prompts(config.prompts)), *lines]
+    return [prompts_line(parts), *lines]
 
 
 def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
