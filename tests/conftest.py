@@ -1,12 +1,16 @@
 """Tiny models of real config classes, built in memory, and a tiny target trained on a synthetic language."""
 
+import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +26,7 @@ from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, Train
 from dpace.drafter import Drafter
 from dpace.engines.folder import LAYER_TENSORS
 from dpace.fast.speed_up import speed_up
-from dpace.respond.responses import Response
+from dpace.respond.responses import Response, read_responses, write_responses
 from dpace.target import Target
 
 VOCAB = 64
@@ -158,12 +162,24 @@ def language_text(rng: random.Random) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def language_target() -> Target:
-    """A target that has learned the synthetic language, so that a drafter can."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"]())
-    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Let one process of a test run fill a folder, which all its processes then read."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+def train_on_language(model, tokenizer) -> None:
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(200):
@@ -176,6 +192,21 @@ def language_target() -> Target:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def language_target(make_once) -> Target:
+    """A target that has learned the synthetic language, so that a drafter can."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"]())
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+
+    def fill(folder: Path) -> None:
+        train_on_language(model, tokenizer)
+        save_file(model.state_dict(), folder / "weights.safetensors")
+
+    model.load_state_dict(load_file(make_once("language", fill) / "weights.safetensors"))
     speed_up(model)  # as `Target.load` does
     return Target(model, tokenizer)
 
@@ -239,13 +270,15 @@ def language_prompts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def language_responses(language_target, language_prompts, tmp_path_factory) -> list[Response]:
+def language_responses(language_target, language_prompts, make_once) -> list[Response]:
     from dpace.prompts.prompts import Prompt
-    from dpace.respond.responses import write_responses
 
     prompts = [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts)]
-    path = tmp_path_factory.mktemp("responses") / "responses.jsonl"
-    return write_responses(language_target, prompts, path, RespondConfig(max_new_tokens=32))
+
+    def fill(folder: Path) -> None:
+        write_responses(language_target, prompts, folder / "responses.jsonl", RespondConfig(max_new_tokens=32))
+
+    return read_responses(make_once("responses", fill) / "responses.jsonl")
 
 
 LANGUAGE_RECIPE = Recipe(
@@ -259,15 +292,16 @@ LANGUAGE_RECIPE = Recipe(
 
 
 @pytest.fixture(scope="session")
-def language_drafter_folder(language_target, language_responses, tmp_path_factory) -> Path:
+def language_drafter_folder(language_target, language_responses, make_once) -> Path:
     """A drafter that accepts well above chance, as training writes it."""
     from dpace.train.run import make_datasets, train
 
-    folder = tmp_path_factory.mktemp("drafter")
-    recipe = replace(LANGUAGE_RECIPE, output=str(folder))
-    datasets = make_datasets(language_target, language_responses[:50], language_responses[50:], recipe)
-    train(language_target, *datasets, recipe, folder / "drafter")
-    return folder / "drafter"
+    def fill(folder: Path) -> None:
+        recipe = replace(LANGUAGE_RECIPE, output=str(folder))
+        datasets = make_datasets(language_target, language_responses[:50], language_responses[50:], recipe)
+        train(language_target, *datasets, recipe, folder / "drafter")
+
+    return make_once("trained", fill) / "drafter"
 
 
 @pytest.fixture(scope="session")

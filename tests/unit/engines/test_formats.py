@@ -64,15 +64,19 @@ def prompts(language_target, language_prompts) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def folders(folder, language_target, language_responses, tmp_path_factory) -> dict[str, Path]:
+def folders(folder, language_target, language_responses, make_once) -> dict[str, Path]:
     """A drafter of each kind; the overfitted one has been trained on the responses to the very prompts."""
-    made = tmp_path_factory.mktemp("kinds")
-    make_drafter(language_target, block_size=6).save_pretrained(made / "random")
-    recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, max_steps=60, batch_size=6, num_anchors=24))
-    datasets = make_datasets(language_target, language_responses[50:56], [], recipe)
-    train(language_target, *datasets, recipe, made / "overfitted")
-    second = replace(recipe, drafter=replace(recipe.drafter, conv_kernel_size=2))
-    train(language_target, *datasets, second, made / "convolutions")
+
+    def fill(made: Path) -> None:
+        make_drafter(language_target, block_size=6).save_pretrained(made / "random")
+        config = replace(LANGUAGE_RECIPE.train, max_steps=60, batch_size=6, num_anchors=24)
+        recipe = replace(LANGUAGE_RECIPE, train=config)
+        datasets = make_datasets(language_target, language_responses[50:56], [], recipe)
+        train(language_target, *datasets, recipe, made / "overfitted")
+        second = replace(recipe, drafter=replace(recipe.drafter, conv_kernel_size=2))
+        train(language_target, *datasets, second, made / "convolutions")
+
+    made = make_once("kinds", fill)
     return {kind: made / kind for kind in KINDS} | {"half-trained": folder}
 
 

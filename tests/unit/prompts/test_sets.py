@@ -1,15 +1,14 @@
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 
+import datasets
 import pyarrow.parquet
 import pytest
 
 from dpace.prompts.public_sets import MATH_SUFFIX, NOT_THERE, REDHAT_SUBSETS, SETS, read_sets
-from tests.support.hub import FakeHub
 
 ROWS = {
     "gsm8k": {"question": "1 + 1?"},
@@ -89,10 +88,10 @@ CARDS = {
 """Configurations that a repository's card names."""
 
 
-def test_the_hub_gives_the_same(tmp_path):
-    """Through the library `datasets` and HTTP.
+def test_the_hub_gives_the_same(tmp_path, monkeypatch, capsys):
+    """The library `datasets` finds each file by the name, configuration and split that are asked for.
 
-    The library finds each file by the name, configuration and split that are asked for."""
+    Here in folders, as it finds them in repositories of the Hub."""
     for name, (file, rows) in REPOSITORIES.items():
         path = tmp_path / "hub" / name / file
         path.parent.mkdir(parents=True)
@@ -110,23 +109,21 @@ def test_the_hub_gives_the_same(tmp_path):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             for other in REDHAT_SUBSETS if name.startswith("RedHat") else ():
                 (path.parent / f"{other}.jsonl").write_text(path.read_text())
-    hub = FakeHub(tmp_path / "hub")
-    script = (
-        "import dataclasses, json; from dpace.prompts.public_sets import read_sets\n"
-        f"print(json.dumps([dataclasses.asdict(prompt) for prompt in read_sets({[*PAPER, 'speed_bench', 'redhat']})]))"
-    )
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    hub.shutdown()
-    hub.server_close()
-    assert done.returncode == 0, done.stderr[-2000:]
-    prompts = json.loads(done.stdout)
+    load_dataset = datasets.load_dataset
+
+    def load(path, *args, **options):
+        return load_dataset(str(tmp_path / "hub" / path), *args, cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prompts = [asdict(prompt) for prompt in read_sets([*PAPER, "speed_bench", "redhat"])]
     counts = {name: sum(prompt["set"] == name for prompt in prompts) for name in PAPER}
     assert counts == {name: SETS[name].num_prompts for name in PAPER}
     others = Counter(prompt["set"] for prompt in prompts if prompt["set"] not in PAPER)
     redhat = {f"redhat/{name}": 4 for name in REDHAT_SUBSETS}
     assert others == {"speed_bench/coding": 3, "speed_bench/math": 3, **redhat}
-    assert "1 of the 7 rows of speed_bench have their text in other datasets and are left out" in done.stderr
+    assert (
+        "1 of the 7 rows of speed_bench have their text in other datasets and are left out" in capsys.readouterr().err
+    )
     texts = {prompt["set"]: prompt["turns"][0][0]["content"] for prompt in prompts}
     assert texts["gsm8k"].endswith("+ 1?" + MATH_SUFFIX) and texts["math500"].endswith("^2$?" + MATH_SUFFIX)
     assert texts["mbpp"].startswith("Write f") and "def f" in texts["humaneval"] and texts["alpaca"].startswith("Sort")
