@@ -39,6 +39,7 @@ from dpace.measure.results import (
     acceptance_of,
     defined,
     nullable,
+    tau_interval_of,
     write_results,
 )
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
@@ -150,7 +151,6 @@ def _compare_compiled(ours: Sequence[ResponseRecord], compiled: Sequence[Respons
 
 def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
     acceptance, first = acceptance_of(ours, block_size), ours[0]
-    is_several = len({r.id for r in ours}) > 1  # turns of one prompt say nothing of others
     assert first.width is not None  # only plain decoding has none
     sides = _tokens_and_seconds(ours), _tokens_and_seconds(plain)
     speedup, *ends = decode_speedup(*sides[0], *sides[1])
@@ -168,7 +168,7 @@ def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRe
         histogram=acceptance.counts.tolist(),
         num_without_bonus=acceptance.total_without_bonus,
         tau=defined(acceptance.tau),
-        tau_interval=nullable(acceptance.interval()) if is_several else (None, None),
+        tau_interval=tau_interval_of(ours, block_size),
         acceptance_rate=defined(acceptance.acceptance_rate),
         reach_rate=acceptance.reach_rate.tolist(),
         slot_acceptance_rate=[defined(x) for x in acceptance.slot_acceptance_rate.tolist()],

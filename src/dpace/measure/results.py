@@ -90,6 +90,13 @@ def acceptance_of(responses: list[ResponseRecord], block_size: int) -> Acceptanc
     return Acceptance([response.histogram for response in responses], block_size, counts)
 
 
+def tau_interval_of(responses: list[ResponseRecord], block_size: int) -> Interval:
+    """Bootstrap the 95 % interval of tau; None for turns of one prompt, which say nothing of others."""
+    if len({response.id for response in responses}) < 2:
+        return None, None
+    return nullable(acceptance_of(responses, block_size).interval())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """The two numbers as published tables define them."""

@@ -1,4 +1,4 @@
-"""Show on one page what a drafter is trained on, and what is left out and why."""
+"""Show on one page what a drafter is trained on, and what is left out and why: `dpace data`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,39 +43,20 @@ def responses_page(corpus: Corpus, recipe: Recipe, meta: Mapping[str, Any], toke
     """
     config = recipe.train
     dataset = ResponseDataset(corpus, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
-    facts = [f"{len(corpus)} answers, {int(corpus.lengths.sum()):,} tokens with their prompts"]
-    facts += [
-        f"{count} {what}"
-        for what, count in {
-            f"conversations are cut at --train.max-length {config.max_length}": int(
-                (corpus.lengths > config.max_length).sum()
-            ),
-            "have no two tokens of an answer in a row, and are left out": dataset.num_skipped,
-            "answers repeat another one token for token": _count_repeated(corpus),
-        }.items()
-        if count
+    answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
+    num_cut = int((corpus.lengths > config.max_length).sum())
+    counts = {
+        f"conversations are cut at --train.max-length {config.max_length}": num_cut,
+        "have no two tokens of an answer in a row, and are left out": dataset.num_skipped,
+        "answers repeat another one token for token": _count_repeated(corpus),
+    }
+    facts = [
+        f"{len(corpus)} answers, {int(corpus.lengths.sum()):,} tokens with their prompts",
+        *(f"{count} {what}" for what, count in counts.items() if count),
+        _answer_ends(answers, meta),
+        _padding(dataset, recipe),
     ]
-    return Group(
-        Text("\n".join([*facts, _ends(corpus, meta), _padding(dataset, recipe)])),
-        _lengths(corpus),
-        *_preview(corpus, tokenizer),
-    )
-
-
-def _answer_lengths(corpus: Corpus) -> list[np.ndarray]:
-    """Give the lengths of each conversation's answers."""
-    return [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
-
-
-def _ends(corpus: Corpus, meta: Mapping[str, Any]) -> str:
-    """Say why answers end."""
-    if meta.get("source") == "own":
-        return "the answers came with the prompts"
-    lengths, limit = np.concatenate([np.zeros(0, int), *_answer_lengths(corpus)]), meta.get("max_new_tokens")
-    if limit is None:
-        return "why answers end is unknown: there is no responses.meta.json"
-    cut = int((lengths == limit).sum())
-    return f"{len(lengths) - cut} answers end by themselves, {cut} at --respond.max-new-tokens {limit}"
+    return Group(Text("\n".join(facts)), _length_table(corpus, answers), *_preview(corpus, tokenizer))
 
 
 def _count_repeated(corpus: Corpus) -> int:
@@ -87,8 +68,21 @@ def _count_repeated(corpus: Corpus) -> int:
     return len(corpus) - len(seen)
 
 
+def _answer_ends(answers: list[np.ndarray], meta: Mapping[str, Any]) -> str:
+    """Tell why answers end."""
+    limit = meta.get("max_new_tokens")
+    if meta.get("source") == "own":
+        return "the answers came with the prompts"
+    if limit is None:
+        return "why answers end is unknown: there is no responses.meta.json"
+    num_cut = sum(int((lengths == limit).sum()) for lengths in answers)
+    return (
+        f"{sum(map(len, answers)) - num_cut} answers end by themselves, {num_cut} at --respond.max-new-tokens {limit}"
+    )
+
+
 def _padding(dataset: ResponseDataset, recipe: Recipe) -> str:
-    """Say how much of the batches is padding."""
+    """Tell how much of the batches is padding."""
     size = recipe.train.batch_size
     if size == 1 or not len(dataset):
         return "batches of 1 have no padding"
@@ -99,13 +93,13 @@ def _padding(dataset: ResponseDataset, recipe: Recipe) -> str:
     return f"padding in batches of {size}: {now:.0%} ({other:.0%} with the other --train.group-by-length)"
 
 
-def _lengths(corpus: Corpus) -> Table:
+def _length_table(corpus: Corpus, answers: list[np.ndarray]) -> Table:
     """Show the spread of lengths."""
     table = Table("tokens", *QUANTILES, box=None)
-    answers = np.array([lengths.sum() for lengths in _answer_lengths(corpus)] or [0])
+    answered = np.array([lengths.sum() for lengths in answers] or [0])
     whole = corpus.lengths if len(corpus) else np.zeros(1, int)
-    for name, values in {"prompts": whole - answers, "answers": answers, "conversations": whole}.items():
-        table.add_row(name, *(f"{np.quantile(values, q):.0f}" for q in QUANTILES.values()))
+    for name, values in {"prompts": whole - answered, "answers": answered, "conversations": whole}.items():
+        table.add_row(name, *(f"{length:.0f}" for length in np.quantile(values, list(QUANTILES.values()))))
     return table
 
 
@@ -113,12 +107,14 @@ def _preview(corpus: Corpus, tokenizer: Any) -> Iterator[RenderableType]:
     """Show some conversations; the tokens that are trained on stand between ⟦ and ⟧."""
     for number in np.linspace(0, len(corpus) - 1, min(NUM_SHOWN, len(corpus))).astype(int).tolist():
         yield Text(f"\n{printable(corpus.id(number))}, with what is trained on between ⟦ and ⟧:", "bold")
-        tokens, shown, end = corpus.token_ids(number), Text(), 0
+        tokens = corpus.token_ids(number)
+        text = Text()
+        end = 0
         for start, stop in corpus.spans(number).tolist():
             before = printable(tokenizer.decode(tokens[end:start].tolist()))
-            shown.append(f"...{before[-SHOWN_CHARACTERS:]}" if len(before) > SHOWN_CHARACTERS else before)
+            text.append(f"...{before[-SHOWN_CHARACTERS:]}" if len(before) > SHOWN_CHARACTERS else before)
             answer = printable(tokenizer.decode(tokens[start:stop].tolist()))
             cut = f"{answer[:SHOWN_CHARACTERS]}..." if len(answer) > SHOWN_CHARACTERS else answer
-            shown.append(f"⟦{cut}⟧", "green")
+            text.append(f"⟦{cut}⟧", "green")
             end = stop
-        yield shown
+        yield text

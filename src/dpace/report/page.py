@@ -1,10 +1,12 @@
 """Write results and training logs as one HTML page that needs no network, and as Markdown.
 
-What a page says about results: a section each, made from their rows.
+In come the folders of `dpace demo`, `bench` and `compare`. Each result becomes sections, made from its rows: a heading,
+what to read from it, and a table or plots. The page and the Markdown write the same sections, the Markdown without
+plots.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -29,9 +31,9 @@ from dpace.report.cells import (
     compared_columns,
     copied_note,
     find_parts,
+    has_parts,
+    page_rows,
     result_columns,
-    rows_of,
-    says_more,
     verdict,
     with_interval,
 )
@@ -42,120 +44,10 @@ from dpace.report.plots import (
     by_objective,
     slot_weights,
     speed_by_response,
-    speed_by_width,
     tau_curves,
 )
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
 from dpace.system.progress import printable
-
-
-def headline(results: BenchResults) -> Section:
-    """Say in one sentence a set what a user gets."""
-    lines = []
-    for name in dict.fromkeys(row.set for row in results.rows):
-        greedy = [row for row in results.rows if row.set == name and row.temperature == 0]
-        if not greedy:
-            continue
-        as_used = [row for row in greedy if row.width == "auto"] or greedy  # not the best of all that was tried
-        best = max(as_used, key=lambda row: row.decode_speedup or 0)
-        speed = with_interval(best.decode_speedup, best.decode_speedup_interval)
-        copied = f"; {best.share_copied:.0%} of the tokens were copied from the text" if best.share_copied else ""
-        found = verdict(best.decode_speedup_interval)
-        lines.append(
-            f"{name}: {found}, decode_speedup {speed} with {best.drafter}, width {best.width}, at temperature 0{copied}"
-        )
-    lines.append(f"Altogether: {advice(results)}")
-    lines.append(f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text")
-    return Section(f"Decoding {Path(results.target).name}", ". ".join(lines) + ".")
-
-
-def speeds(results: BenchResults) -> Section:
-    """Make the table by set and temperature."""
-    text = (
-        "tau is the mean acceptance length: the tokens that one pass of the target emits, averaged over verifications. "
-        "With width auto, passes without a draft count too"
-        + copied_note(results.rows, start="; ")
-        + ". decode_speedup divides the tokens a second with the drafter by those of plain decoding; reading the "
-        "prompt is not counted. Brackets hold 95 % intervals, by bootstrap over prompts. The starred columns follow "
-        "published tables: the mean over responses of their means, and the ratio of mean seconds a token."
-    )
-    return Section("Speed", text, rows_of(result_columns(results.rows), results.rows))
-
-
-def contexts(benchmarks: Sequence[BenchResults]) -> Section:
-    """Make the table by category and by length of the context, with thinking on and off side by side."""
-    text = (
-        "tau of whole drafts, with 95 % intervals by bootstrap over prompts. A set's categories come first, then all "
-        "prompts of the drafter by their length in tokens (1k is 1024), earlier turns included."
-    )
-    return Section("Category and context length", text, rows_of(CONTEXT_COLUMNS, find_parts(benchmarks)))
-
-
-def paired(results: BenchResults) -> Section:
-    """Make the table of drafters against the first one."""
-    rows = rows_of(PAIR_COLUMNS, results.comparisons)
-    title = f"Compared with {results.comparisons[0].baseline}"
-    return Section(title, "Differences on the same prompts, with 95 % intervals of the paired difference.", rows)
-
-
-def servers(results: ServerResults) -> Section:
-    """Make the table of a benchmark of running servers."""
-    names = ", ".join(f"{side}: {server.engine}" for side, server in results.servers.items())
-    text = (
-        f"{names}. tau is the mean acceptance length that the server reports. tok/s counts the tokens of a request "
-        "after its first one. Throughput counts all requests together, with the time to read their prompts. TTFT is "
-        "the time to the first token, as median and 95th percentile."
-    )
-    rows = rows_of(SERVER_COLUMNS, results.rows)
-    return Section(f"Servers, {Path(results.target).name}", text, rows)
-
-
-def examples(results: BenchResults) -> list[Section]:
-    """Show the fastest and the slowest response of each set, with what came from the drafter."""
-    first = results.rows[0].drafter
-    rows = [row for row in results.whole_blocks if row.temperature == 0 and row.drafter == first]
-    chosen = [(row.set, example) for row in rows for example in row.examples]
-    if not chosen:
-        return []
-    text = (
-        "Marked text was proposed by the drafter and accepted, one mark a verification. All other text is the target's "
-        "own next token."
-    )
-    return [Section("Best and slowest responses", text, examples=chosen)]
-
-
-def comparison(results: CompareResults) -> Section:
-    """Make the table of `dpace compare`."""
-    seeds = ", ".join(map(str, results.seeds))
-    text = (
-        f"Mean acceptance length (tau) on held-out prompts at temperature 0, reduction {results.reduction}, seeds "
-        f"{seeds}. Intervals are 95 %, by paired bootstrap over prompts and seeds."
-    )
-    decoded = results.decode.rows if results.decode else []
-    speeds = {(row.set, row.drafter): row for row in decoded if row.temperature == 0}
-    rows = rows_of(compared_columns(results.baseline, speeds), results.rows)
-    return Section(f"Objectives, {Path(results.target).name}", text, rows)
-
-
-def provenance(results: BenchResults | None, target: str, folder: Path) -> Section:
-    """List what made the numbers."""
-    written = max((folder / name).stat().st_mtime for name in RESULT_FILES if (folder / name).exists())
-    date = datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d")
-    rows = [["", ""], ["folder", str(folder)], ["results written", date], ["target", target]]
-    if results:
-        rows += [["dtype", results.dtype], ["engine", results.engine], ["seed", _seed(results)]]
-        rows.append(["max_new_tokens", str(results.max_new_tokens)])
-        for name, facts in (("hardware", vars(results.hardware)), ("versions", vars(results.versions))):
-            rows.append([name, ", ".join(f"{key} {value}" for key, value in facts.items())])
-        if results.target_weights_sha256:
-            rows.append(["sha256 of the target's weights", results.target_weights_sha256[:16]])
-        rows += [[f"sha256 of {name}", digest[:16]] for name, digest in results.drafters.items()]
-    return Section("Provenance", "", rows)
-
-
-def _seed(results: BenchResults) -> str:
-    """Say which seed each prompt had."""
-    return f"{results.seed}" + (f"; {results.prompt_seeds}" if results.prompt_seeds else "")
 
 
 def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
@@ -175,11 +67,11 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
         OSError: a file that cannot be read or written.
     """
     path = Path(path)
-    markdown = _check_path(path)
+    markdown = _markdown_path(path)
     found = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
     sections = [section for results, folder in found for section in sections_of(results, folder)]
-    benchmarks = [b for results, _ in found if (b := benchmark_of(results))]
-    if says_more(benchmarks):
+    benchmarks = [benchmark for results, _ in found if (benchmark := benchmark_of(results))]
+    if has_parts(benchmarks):
         sections.insert(1, contexts(benchmarks))
     targets = dict.fromkeys(Path(results.target).name for results, _ in found)
     title = f"Drafters for {', '.join(targets)}"
@@ -194,8 +86,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     return [path, markdown]
 
 
-def _check_path(path: Path) -> Path:
-    """Refuse a place that the page cannot have, before anything is read; give the Markdown's place."""
+def _markdown_path(path: Path) -> Path:
+    """Return the place of the Markdown; refuse one that the page cannot have, before anything is read."""
     if "\0" in str(path):
         raise ValueError("the output has a character that no file's name has; name an HTML file with --output")
     if path.is_dir() or not path.name or path.suffix == ".md":
@@ -206,36 +98,138 @@ def _check_path(path: Path) -> Path:
     return markdown
 
 
-def sections_of(results: Results, folder: Path) -> list[Section]:
-    """Make all that results, and the training logs beside them, have to show."""
-    if isinstance(results, ServerResults):
-        return [servers(results)]
-    sections = [comparison(results)] if isinstance(results, CompareResults) else []
-    benchmark = benchmark_of(results)
-    if benchmark:
-        sections += _benchmark(benchmark)
-    paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
-    logs = {str(path.parent.relative_to(folder)): read_log(path.parent) for path in paths}
-    if logs:
-        groups = by_objective(logs)
-        sections += [tau_curves(groups), slot_weights(groups)]
-    return [*sections, provenance(benchmark, results.target, folder)]
-
-
 def benchmark_of(results: Results) -> BenchResults | None:
     """Take what decoding gave; None for servers, and where nothing was decoded."""
     decoded = results.decode if isinstance(results, CompareResults) else results
     return decoded if isinstance(decoded, BenchResults) and decoded.rows else None
 
 
-def _benchmark(results: BenchResults) -> list[Section]:
-    sections = [headline(results), speeds(results)]
-    if results.comparisons:
-        sections.append(paired(results))
-    sections += [acceptance_by_slot(results.whole_blocks), accepted_lengths(results)]
-    if any(isinstance(row.width, int) for row in results.rows):
-        sections.append(speed_by_width(results))
-    return [*sections, speed_by_response(results), *examples(results)]
+def sections_of(results: Results, folder: Path) -> Iterator[Section]:
+    """Yield all that results, and the training logs beside them, have to show."""
+    if isinstance(results, ServerResults):
+        yield servers(results)
+        return
+    if isinstance(results, CompareResults):
+        yield comparison(results)
+    benchmark = benchmark_of(results)
+    if benchmark:
+        yield headline(benchmark)
+        yield speeds(benchmark)
+        if benchmark.comparisons:
+            yield paired(benchmark)
+        yield acceptance_by_slot(benchmark.whole_blocks)
+        yield accepted_lengths(benchmark)
+        yield speed_by_response(benchmark)
+        yield from examples(benchmark)
+    paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
+    if paths:
+        groups = by_objective({str(path.parent.relative_to(folder)): read_log(path.parent) for path in paths})
+        yield tau_curves(groups)
+        yield slot_weights(groups)
+    yield provenance(benchmark, results.target, folder)
+
+
+def headline(results: BenchResults) -> Section:
+    """Tell in one sentence a set what a user gets."""
+    lines = []
+    for name in dict.fromkeys(row.set for row in results.rows):
+        greedy = [row for row in results.rows if row.set == name and row.temperature == 0]
+        if not greedy:
+            continue
+        as_used = [row for row in greedy if row.width == "auto"] or greedy  # not the best of all that was tried
+        best = max(as_used, key=lambda row: row.decode_speedup or 0)
+        speed = with_interval(best.decode_speedup, best.decode_speedup_interval)
+        copied = f"; {best.share_copied:.0%} of the tokens were copied from the text" if best.share_copied else ""
+        lines.append(
+            f"{name}: {verdict(best.decode_speedup_interval)}, decode_speedup {speed} with {best.drafter}, "
+            f"width {best.width}, at temperature 0{copied}"
+        )
+    lines.append(f"Altogether: {advice(results)}")
+    lines.append(f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text")
+    return Section(f"Decoding {Path(results.target).name}", ". ".join(lines) + ".")
+
+
+def speeds(results: BenchResults) -> Section:
+    """Make the table by set and temperature."""
+    text = (
+        "tau is the mean acceptance length: the tokens that one pass of the target emits, averaged over verifications. "
+        "With width auto, passes without a draft count too"
+        + copied_note(results.rows, start="; ")
+        + ". decode_speedup divides the tokens a second with the drafter by those of plain decoding; reading the "
+        "prompt is not counted. Brackets hold 95 % intervals, by bootstrap over prompts. The starred columns follow "
+        "published tables: the mean over responses of their means, and the ratio of mean seconds a token."
+    )
+    return Section("Speed", text, page_rows(result_columns(results.rows), results.rows))
+
+
+def contexts(benchmarks: Sequence[BenchResults]) -> Section:
+    """Make the table by category and by length of the context, with thinking on and off side by side."""
+    text = (
+        "tau of whole drafts, with 95 % intervals by bootstrap over prompts. A set's categories come first, then all "
+        "prompts of the drafter by their length in tokens (1k is 1024), earlier turns included."
+    )
+    return Section("Category and context length", text, page_rows(CONTEXT_COLUMNS, find_parts(benchmarks)))
+
+
+def paired(results: BenchResults) -> Section:
+    """Make the table of drafters against the first one."""
+    title = f"Compared with {results.comparisons[0].baseline}"
+    text = "Differences on the same prompts, with 95 % intervals of the paired difference."
+    return Section(title, text, page_rows(PAIR_COLUMNS, results.comparisons))
+
+
+def servers(results: ServerResults) -> Section:
+    """Make the table of a benchmark of running servers."""
+    names = ", ".join(f"{side}: {server.engine}" for side, server in results.servers.items())
+    text = (
+        f"{names}. tau is the mean acceptance length that the server reports. tok/s counts the tokens of a request "
+        "after its first one. Throughput counts all requests together, with the time to read their prompts. TTFT is "
+        "the time to the first token, as median and 95th percentile."
+    )
+    return Section(f"Servers, {Path(results.target).name}", text, page_rows(SERVER_COLUMNS, results.rows))
+
+
+def examples(results: BenchResults) -> Iterator[Section]:
+    """Show the fastest and the slowest response of each set, with what came from the drafter."""
+    first = results.rows[0].drafter
+    rows = [row for row in results.whole_blocks if row.temperature == 0 and row.drafter == first]
+    chosen = [(row.set, example) for row in rows for example in row.examples]
+    text = (
+        "Marked text was proposed by the drafter and accepted, one mark a verification. All other text is the target's "
+        "own next token."
+    )
+    if chosen:
+        yield Section("Best and slowest responses", text, examples=chosen)
+
+
+def comparison(results: CompareResults) -> Section:
+    """Make the table of `dpace compare`."""
+    seeds = ", ".join(map(str, results.seeds))
+    text = (
+        f"Mean acceptance length (tau) on held-out prompts at temperature 0, reduction {results.reduction}, seeds "
+        f"{seeds}. Intervals are 95 %, by paired bootstrap over prompts and seeds."
+    )
+    columns = compared_columns(results.baseline, results.decode.rows if results.decode else ())
+    return Section(f"Objectives, {Path(results.target).name}", text, page_rows(columns, results.rows))
+
+
+def provenance(results: BenchResults | None, target: str, folder: Path) -> Section:
+    """List what made the numbers."""
+    written = max((folder / name).stat().st_mtime for name in RESULT_FILES if (folder / name).exists())
+    date = datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d")
+    facts = {"folder": str(folder), "results written": date, "target": target}
+    if results:
+        facts |= {
+            "dtype": results.dtype,
+            "engine": results.engine,
+            "seed": "; ".join(filter(None, (str(results.seed), results.prompt_seeds))),
+            "max_new_tokens": str(results.max_new_tokens),
+        }
+        for name, group in (("hardware", vars(results.hardware)), ("versions", vars(results.versions))):
+            facts[name] = ", ".join(f"{key} {value}" for key, value in group.items())
+        hashes = {"the target's weights": results.target_weights_sha256, **results.drafters}
+        facts |= {f"sha256 of {name}": digest[:16] for name, digest in hashes.items() if digest}
+    return Section("Provenance", "", [["", ""], *map(list, facts.items())])
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -244,9 +238,8 @@ def to_markdown(sections: Sequence[Section]) -> str:
     for section in sections:
         lines += [f"## {as_markdown(section.title)}", "", as_markdown(section.text), ""]
         if section.rows:
-            head, *body = [[as_markdown(cell) for cell in row] for row in section.rows]
-            lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-            lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
+            head, *body = ["| " + " | ".join(map(as_markdown, row)) + " |" for row in section.rows]
+            lines += [head, "|" + "---|" * len(section.rows[0]), *body, ""]
         for set_name, example in section.examples:
             text = "".join(f"[{piece}]" if is_draft else piece for piece, is_draft in example.pieces)
             about = f"{set_name}, {example.what}: {example.id}"
@@ -255,20 +248,20 @@ def to_markdown(sections: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    """Keep an interval together where the browser breaks lines."""
-    return re.sub(r" %|(?<=,) (?=[^\[]*\])", lambda found: found[0].replace(" ", "\u00a0"), text)
-
-
-def _finalize(value: object) -> object:
-    """Show control characters; the SVG, which is marked as safe, has none."""
-    return printable(value) if type(value) is str else value
-
-
 def _template():
     import jinja2
 
     source = (files("dpace") / "report" / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize)
-    environment.filters["cell"] = _cell
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_show_controls)
+    environment.filters["cell"] = _keep_interval
     return environment.from_string(source)
+
+
+def _show_controls(value: object) -> object:
+    """Show control characters; the SVG, which is marked as safe, has none."""
+    return printable(value) if type(value) is str else value
+
+
+def _keep_interval(text: str) -> str:
+    """Keep an interval together where the browser breaks lines."""
+    return re.sub(r" %|(?<=,) (?=[^\[]*\])", lambda match: match[0].replace(" ", "\u00a0"), text)

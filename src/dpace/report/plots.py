@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from dpace.config import Objective
 from dpace.measure.results import BenchResults, ComparedRow, Example, Row
 from dpace.report.cells import one_line
 from dpace.system.ledger import write_text
 
-OBJECTIVES = get_args(Objective)
 PANEL_INCHES = 4.4, 3.3
 """Size of every panel, so that they stand side by side."""
 MAX_SCATTER = 400
@@ -70,88 +68,62 @@ class Section:
 def acceptance_by_slot(rows: Sequence[Row] | Sequence[ComparedRow]) -> Section:
     """Draw the reach rate by slot, with intervals where the responses are known."""
 
-    def draw(axes, row: Row | ComparedRow, color: str) -> None:
-        slots = np.arange(1, row.block_size)
-        axes.plot(slots, row.reach_rate, marker="o", ms=3, color=color, label=_row_label(row))
-        if isinstance(row, Row) and len(row.responses) > 1:
-            low, high = row.acceptance.reach_interval()
-            axes.fill_between(slots, low, high, color=color, alpha=0.15, lw=0)
+    def draw(axes, of_set: list[Row | ComparedRow]) -> None:
+        for row in of_set:
+            slots = range(1, row.block_size)
+            (line,) = axes.plot(slots, row.reach_rate, marker="o", ms=3, label=_row_label(row))
+            if isinstance(row, Row) and len(row.responses) > 1:
+                low, high = row.acceptance.reach_interval()
+                axes.fill_between(slots, low, high, color=line.get_color(), alpha=0.15, lw=0)
         axes.set(xlabel="slot", ylim=(0, 1.02))
-        whole_ticks(axes, slots.tolist())
+        whole_ticks(axes, range(1, of_set[0].block_size))
 
     text = "The share of verifications that accepted slots 1 to k of a whole draft, with 95 % intervals over prompts."
-    return Section("Acceptance by slot", text, figures=_panels_by_set(rows, draw, "reach rate"))
+    return Section("Acceptance by slot", text, figures=draw_panels(_by_set(rows), draw, "reach rate"))
 
 
 def accepted_lengths(results: BenchResults) -> Section:
     """Draw the histogram of accepted lengths."""
 
-    def draw(axes, rows: list[Row]) -> None:
-        width = 0.8 / len(rows)
-        for number, row in enumerate(rows):
+    def draw(axes, of_set: list[Row]) -> None:
+        width = 0.8 / len(of_set)
+        for number, row in enumerate(of_set):
             counts = np.array(row.histogram, float)
-            place = np.arange(len(counts)) + (number - (len(rows) - 1) / 2) * width
-            axes.bar(place, counts / max(1, counts.sum()), width, color=f"C{number}", label=_row_label(row))
+            place = np.arange(len(counts)) + (number - (len(of_set) - 1) / 2) * width
+            axes.bar(place, counts / max(1, counts.sum()), width, label=_row_label(row))
         axes.set(xlabel="accepted draft tokens")
-        whole_ticks(axes, range(len(rows[0].histogram)))
+        whole_ticks(axes, range(len(of_set[0].histogram)))
 
     text = "How many tokens of a whole draft a verification accepted."
     panels = draw_panels(_by_set(results.whole_blocks), draw, "share of verifications")
     return Section("Accepted lengths", text, figures=panels)
 
 
-def speed_by_width(results: BenchResults) -> Section:
-    """Draw the measured speed against the verification length."""
-
-    def draw(axes, row: Row, color: str) -> None:
-        way = row.drafter, row.set, row.temperature
-        points = []
-        for other in results.rows:
-            value = other.decode_speedup
-            if (other.drafter, other.set, other.temperature) != way or other.width == "auto" or value is None:
-                continue
-            low, high = other.decode_speedup_interval
-            width = row.block_size if other.width == "full" else other.width
-            points.append((width, value, max(0, value - (low or value)), max(0, (high or value) - value)))
-        columns = np.array(sorted(points)).reshape(-1, 4).T
-        axes.errorbar(*columns[:2], columns[2:], fmt="s-", ms=5, color=color, capsize=3, label=_row_label(row))
-        axes.set(xlabel="tokens verified at once")
-        whole_ticks(axes)
-
-    text = "Measured decode_speedup when only the first tokens of each draft are verified, with 95 % intervals."
-    panels = _panels_by_set(results.whole_blocks, draw, "decode_speedup", base=1.0)
-    return Section("Speed against verification length", text, figures=panels)
-
-
 def speed_by_response(results: BenchResults) -> Section:
     """Draw one point a response."""
 
-    def draw(axes, row: Row, color: str) -> None:
-        points = [
-            (ours.published_tau, speedup)
-            for ours, plain in zip(row.responses, row.plain_responses, strict=True)
-            if ours.accepted_lengths and (speedup := ours.speedup_over(plain)) is not None
-        ]
-        taus, speedups = np.array(points[:MAX_SCATTER]).reshape(-1, 2).T
-        axes.scatter(taus, speedups, s=14, alpha=0.7, color=color, label=_row_label(row))
+    def draw(axes, of_set: list[Row]) -> None:
+        for row in of_set:
+            points = [
+                (ours.published_tau, speedup)
+                for ours, plain in zip(row.responses, row.plain_responses, strict=True)
+                if ours.accepted_lengths and (speedup := ours.speedup_over(plain)) is not None
+            ]
+            axes.scatter(*np.array(points[:MAX_SCATTER]).reshape(-1, 2).T, s=14, alpha=0.7, label=_row_label(row))
+        axes.axhline(1, color=SOFT, lw=1)
         axes.set(xlabel="tau of the response")
 
     text = "Each point is one response, decoded with whole drafts verified."
-    panels = _panels_by_set(results.whole_blocks, draw, "decode_speedup", base=1.0)
+    panels = draw_panels(_by_set(results.whole_blocks), draw, "decode_speedup")
     return Section("Prompt by prompt", text, figures=panels)
 
 
 def by_objective(logs: Mapping[str, list[dict]]) -> dict[str, list[list[dict]]]:
-    """Group logs by the drafter's folder without its seed, in the order of `dpace.config.Objective`.
-
-    A log is the `log_history` of `trainer_state.json`.
-    """
+    """Group logs, each the `log_history` of `trainer_state.json`, by the drafter's folder without its seed."""
     groups: dict[str, list[list[dict]]] = {}
     for name, log in logs.items():
         groups.setdefault(name.partition("/")[0], []).append(log)
-    known = {name: place for place, name in enumerate(OBJECTIVES)}
-    order = sorted(groups, key=lambda name: known.get(name.partition("+")[0], len(known)))
-    return {name: groups[name] for name in order}
+    return groups
 
 
 def tau_curves(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:
@@ -264,20 +236,6 @@ def draw_panels(content: Mapping[str, Any], draw: Callable[[Any, Any], None], yl
         for _, axis in made:
             axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
         return [svg(figure) for figure, _ in made]
-
-
-def _panels_by_set(
-    rows: Sequence[Any], draw: Callable[[Any, Any, str], None], ylabel: str, base: float | None = None
-) -> list[str]:
-    """Draw one panel for each set, where `draw` gets the axes, a row and its color; and a line at `base`."""
-
-    def draw_rows(axes, of_set: list) -> None:
-        for number, row in enumerate(of_set):
-            draw(axes, row, f"C{number}")
-        if base is not None:
-            axes.axhline(base, color=SOFT, lw=1)
-
-    return draw_panels(_by_set(rows), draw_rows, ylabel)
 
 
 def _by_set(rows: Sequence[Any]) -> dict[str, list]:

@@ -1,6 +1,6 @@
 """Tables of results for the terminal: in 80 columns, or with all that is known where they may be wide."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +12,30 @@ from rich.table import Table
 from dpace.measure.results import BenchResults, CompareResults, Comparison, Row, ServerResults
 from dpace.report.cells import (
     CONTEXT_COLUMNS,
+    DRAFTER,
     PAIR_COLUMNS,
-    RESULT_COLUMNS,
     SERVER_COLUMNS,
+    SET,
+    TEMPERATURE,
     Column,
-    chosen,
     compared_columns,
     compiled_note,
     copied_note,
     find_parts,
     one_line,
     result_columns,
+    shown_columns,
 )
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
+STYLES = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}
+"""Of the lines of `dpace doctor`, by result."""
 
 
 def console(wide: bool = False) -> Console:
-    """Make the console for tables: as wide as the terminal, and at least 80 columns, or 240 if wide."""
+    """Return the console for tables: as wide as the terminal, and at least 80 columns, or 240 if wide."""
     return Console(width=max(240 if wide else 80, Console().width))
-
-
-def _broken(heading: str) -> str:
-    """Break a heading before its unit, or else at its first space."""
-    return heading.replace(" [", "\n[") if " [" in heading else heading.replace(" ", "\n", 1)
-
-
-def plain(text: str) -> str:
-    """Write a text that the terminal shows as it is: in one line, and no markup of rich."""
-    return escape(one_line(text))
-
-
-def shown(cells: Sequence[str]) -> list[str]:
-    """Write cells that the terminal shows as they are."""
-    return [plain(cell) for cell in cells]
-
-
-def spread(values: Sequence[int], limit: int) -> list[int]:
-    """Choose at most `limit` values, evenly, with the first and the last."""
-    if len(values) <= limit:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (limit - 1))] for i in range(limit)]
-
-
-def _table(columns: Iterable[Column], rows: Iterable[Any], title: str, caption: str = "", *, wide: bool) -> Table:
-    """Make a table; names may be folded over lines, numbers are never cut."""
-    table = Table(title=plain(title), caption=plain(caption) or None, box=SIMPLE_HEAD, padding=0)
-    kept = chosen(columns, wide)
-    for column in kept:
-        heading = plain(column.heading) if wide else "\n".join(map(plain, _broken(column.heading).split("\n")))
-        is_name = column.heading in ("set", "drafter", "objective", "category")
-        justify = "left" if column.is_text else "right"
-        table.add_column(heading, justify=justify, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis")
-    for row in rows:
-        table.add_row(*shown([column.write(row) for column in kept]))
-    return table
 
 
 def results_table(results: BenchResults, wide: bool = False) -> Table:
@@ -84,17 +52,24 @@ def results_table(results: BenchResults, wide: bool = False) -> Table:
 
 
 def slots_table(results: BenchResults, wide: bool = False) -> Table:
-    """Show how often the drafts of a block are all accepted up to each slot, in percent."""
+    """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot, in percent.
+
+    A narrow table has at most `MAX_SLOTS` slots, evenly chosen, with the first and the last.
+    """
     rows = results.whole_blocks
-    slots = list(range(1, max((row.block_size for row in rows), default=1)))
-    columns = [column for column in RESULT_COLUMNS if column.heading in ("set", "T", "drafter")]
-    columns += [Column(f"{slot:>3}", _reached(slot)) for slot in (slots if wide else spread(slots, MAX_SLOTS))]
+    last = max((row.block_size for row in rows), default=1) - 1
+    slots = list(range(1, last + 1))
+    if last > MAX_SLOTS and not wide:
+        slots = [1 + round(i * (last - 1) / (MAX_SLOTS - 1)) for i in range(MAX_SLOTS)]
+
+    def reach(slot: int) -> Column:
+        def write(row: Row) -> str:  # a drafter's blocks may be shorter
+            return f"{100 * row.reach_rate[slot - 1]:.0f}" if slot < row.block_size else ""
+
+        return Column(f"{slot:>3}", write)
+
+    columns = [SET, TEMPERATURE, DRAFTER, *map(reach, slots)]
     return _table(columns, rows, "reach rate in %: slots 1..k all accepted", wide=wide)
-
-
-def _reached(slot: int) -> Callable[[Row], str]:
-    """Make what writes the reach rate of a slot; empty where a drafter's blocks are shorter."""
-    return lambda row: f"{100 * row.reach_rate[slot - 1]:.0f}" if slot < row.block_size else ""
 
 
 def drafters_table(comparisons: Sequence[Comparison], wide: bool = False) -> Table:
@@ -116,35 +91,60 @@ def servers_table(results: ServerResults, wide: bool = False) -> Table:
 
 def compare_table(results: CompareResults, wide: bool = False) -> Table:
     """Make one line for each set and objective: tau, its gain, and what training and decoding took."""
-    decoded = results.decode.rows if results.decode else []
-    speeds = {(row.set, row.drafter): row for row in decoded if row.temperature == 0}
+    columns = compared_columns(results.baseline, results.decode.rows if results.decode else ())
     seeds = ", ".join(map(str, results.seeds))
     title = f"{Path(results.target).name}, reduction {results.reduction}, seeds {seeds}, T=0"
-    return _table(compared_columns(results.baseline, speeds), results.rows, title, wide=wide)
-
-
-def _texts(title: str, *headings: str) -> Table:
-    """Make a table of texts, which are folded over lines."""
-    table = Table(title=plain(title), box=SIMPLE_HEAD, padding=0)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+    return _table(columns, results.rows, title, wide=wide)
 
 
 def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
     """Make one line for each check: whether it passed, name, cases, detail."""
-    table = _texts(title, "", "check", "cases", "found")
+    table = _text_table(title, "", "check", "cases", "found")
     for name, cases, is_passed, detail in findings:
-        table.add_row(*shown(["pass" if is_passed else "FAIL", name, cases, detail]))
+        table.add_row(*map(plain, ["pass" if is_passed else "FAIL", name, cases, detail]))
     return table
 
 
 def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str) -> Table:
     """Make one line for each check: result, name, found, expected and, where it is not right, what to do."""
-    table = _texts(title, "", "check", "found", "expected", "to do")
+    table = _text_table(title, "", "check", "found", "expected", "to do")
     for name, result, found, expected, fix in diagnoses:
-        is_wrong = result in ("fails", "warns")
-        style = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}.get(result, "")
-        words = result.upper() if result == "fails" else result
-        table.add_row(*shown([words, name, found, expected if is_wrong else "", fix]), style=style)
+        cells = [
+            result.upper() if result == "fails" else result,
+            name,
+            found,
+            expected if result in ("fails", "warns") else "",
+            fix,
+        ]
+        table.add_row(*map(plain, cells), style=STYLES.get(result, ""))
+    return table
+
+
+def plain(text: str) -> str:
+    """Write a text that the terminal shows as it is: in one line, and no markup of rich."""
+    return escape(one_line(text))
+
+
+def _table(columns: Iterable[Column], rows: Iterable[Any], title: str, caption: str = "", *, wide: bool) -> Table:
+    """Make a table; names may be folded over lines, numbers are never cut."""
+    table = Table(title=plain(title), caption=plain(caption) or None, box=SIMPLE_HEAD, padding=0)
+    kept = shown_columns(columns, wide)
+    for column in kept:
+        heading = column.heading
+        if not wide:  # broken before its unit, or else at its first space
+            heading = heading.replace(" [", "\n[") if " [" in heading else heading.replace(" ", "\n", 1)
+        heading = "\n".join(map(plain, heading.split("\n")))
+        is_name = column.heading in ("set", "drafter", "objective", "category")
+        justify = "left" if column.is_text else "right"
+        table.add_column(heading, justify=justify, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis")
+    for row in rows:
+        table.add_row(*(plain(column.write(row)) for column in kept))
+    return table
+
+
+def _text_table(title: str, *headings: str) -> Table:
+    """Make a table of texts, which are folded over lines."""
+    table = Table(title=plain(title), box=SIMPLE_HEAD, padding=0)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     return table

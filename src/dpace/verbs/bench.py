@@ -73,7 +73,7 @@ def run(args: list[str]) -> None:
 
 def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
     """Print the tables and the advice."""
-    from dpace.report.cells import advice, says_more
+    from dpace.report.cells import advice, has_parts
     from dpace.report.tables import (
         console,
         contexts_table,
@@ -85,7 +85,7 @@ def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
     tables = [results_table(results, recipe.wide), slots_table(results, recipe.wide)]
     if results.comparisons:
         tables.append(drafters_table(results.comparisons, recipe.wide))
-    if says_more([results]):
+    if has_parts([results]):
         tables.append(contexts_table(results, recipe.wide))
     console(recipe.wide).print(*tables)
     print_text(advice(results))

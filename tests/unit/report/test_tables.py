@@ -14,7 +14,7 @@ from dpace.measure.results import (
     ServerRow,
     write_results,
 )
-from dpace.report.cells import advice, faster_sets, find_parts, says_more
+from dpace.report.cells import advice, faster_sets, find_parts, has_parts
 from dpace.report.page import contexts, write_report
 from dpace.report.tables import (
     compare_table,
@@ -145,7 +145,7 @@ def test_categories_and_lengths_are_in_one_table_with_thinking(tmp_path):
     assert sum(len(found) for part in find_parts([off]) for found in part.responses.values()) == 2 * 6
     other = make_bench(make_row(set="speed_bench/math"), drafters={"dpace": "1" * 64})
     assert len(find_parts([off, other])) == 2 + 3 + 2, "another drafter of the same name has rows of its own"
-    assert says_more([off]) and not says_more([make_bench()]) and says_more([make_bench(thinking=True), make_bench()])
+    assert has_parts([off]) and not has_parts([make_bench()]) and has_parts([make_bench(thinking=True), make_bench()])
     for name, results in (("off", off), ("on", on)):
         (tmp_path / name).mkdir()
         write_results(tmp_path / name / "results.json", results)

@@ -210,7 +210,7 @@ def test_each_prompt_has_its_own_seed(start, chat, tmp_path):
 def test_a_server_that_drafts_nothing_has_no_tau(start, chat, tmp_path):
     config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
     (row,) = bench_servers(chat, start("vllm").url, None, prompts(), config, tmp_path).rows
-    assert row.tau is None and shown_row(tmp_path)["tau [95 %]"] == "not told"
+    assert row.tau is None and shown_row(tmp_path)["tau [95 %]"] == "-"
 
 
 def test_groups_keep_servers_busy(start, chat, tmp_path):
