@@ -28,7 +28,7 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import tau_gain
 from dpace.prompts.prompts import Prompt, demo_path, read_prompts
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import read_recipe
+from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, write_responses
 from dpace.target import Target
 from dpace.train.run import make_datasets, train

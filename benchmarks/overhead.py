@@ -24,7 +24,7 @@ from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import read_recipe
+from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target

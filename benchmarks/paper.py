@@ -26,7 +26,7 @@ from dpace.measure.results import BenchResults, Row
 from dpace.prompts.prompts import Prompt, read_prompts
 from dpace.prompts.public_sets import SETS, read_sets
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import read_recipe
+from dpace.recipes.recipe_file import read_recipe
 from dpace.report.tables import console, results_table
 from dpace.respond.responses import write_responses
 from dpace.target import Target

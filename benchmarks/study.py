@@ -45,7 +45,7 @@ from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.results import has_heldout
 from dpace.prompts.prompts import split_prompts
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import read_recipe
+from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response, write_responses
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
 from dpace.system.ledger import lock_folder, write_json, write_text

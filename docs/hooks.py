@@ -102,7 +102,7 @@ def options_of(verb: str) -> type:
     """Find the dataclass of a verb's options: what the verb gives to `parse`, which is replaced meanwhile."""
     module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
 
-    def parse(config_class: type, *_: Any) -> None:
+    def parse(config_class: type, *_: Any, **__: Any) -> None:
         raise _Found(config_class)
 
     real, module.parse = module.parse, parse
@@ -164,10 +164,10 @@ def results_page() -> str:
 
 def options_table(kind: type, chosen: list, prefix: str = "", join: str = "_") -> str:
     """Write options as a table."""
-    hints, texts, rows = get_type_hints(kind), meanings(kind), []
+    hints, texts, rows = get_type_hints(kind, include_extras=True), meanings(kind), []
     for field in chosen:
         name = prefix + field.name.replace("_", join)
-        rows.append([f"`{name}`", values_of(kind, field.name, hints[field.name]), default_of(field), texts[field.name]])
+        rows.append([f"`{name}`", type_words(hints[field.name]), default_of(field), texts[field.name]])
     return table(["option", "values", "default", "meaning"], rows)
 
 
@@ -191,19 +191,13 @@ def meanings(kind: type) -> dict[str, str]:
     return found
 
 
-def values_of(owner: type, name: str, kind: Any) -> str:
-    """Say what an option takes: its range, its names or its type."""
-    from dpace.recipes.ranges import RANGES
-
-    range_ = next((RANGES[c.__name__][name] for c in owner.__mro__ if name in RANGES.get(c.__name__, ())), None)
-    if range_ is None:
-        return type_words(kind)
-    is_list = any(get_origin(option) is tuple for option in (kind, *get_args(kind)))
-    return f"list: {range_}" if is_list else str(range_)
-
-
 def type_words(kind: Any) -> str:
-    """Say what a value is, in words of JSON."""
+    """Return what a value is: its range or its form where the type says it, else in words of JSON."""
+    if description := next(
+        (note.description for note in getattr(kind, "__metadata__", ()) if hasattr(note, "description")), None
+    ):
+        return description
+    kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
     options, origin = get_args(kind), get_origin(kind)
     if origin is Literal:
         return ", ".join(f"`{option}`" for option in options)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dpace.measure.heldout import heldout_acceptance
     from dpace.metrics import Acceptance
     from dpace.prompts.prompts import Prompt, PromptParts, read_prompts, split_prompts
-    from dpace.recipes.flags import read_recipe, write_recipe
+    from dpace.recipes.recipe_file import read_recipe, write_recipe
     from dpace.respond.responses import Response, read_responses, write_responses
     from dpace.target import Target
     from dpace.target.chat import encode_chat
@@ -47,7 +47,7 @@ _NAMES = {
     "respond.responses": "Response read_responses write_responses",
     "decode": "Decoder Generation Paces custom_generate generate generate_batch generate_plain stream",
     "drafter": "Drafter load_drafter",
-    "recipes.flags": "read_recipe write_recipe",
+    "recipes.recipe_file": "read_recipe write_recipe",
     "target.locate": "find_target",
     "loss": "Slots",
     "measure.heldout": "heldout_acceptance",

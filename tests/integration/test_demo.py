@@ -8,8 +8,9 @@ import pytest
 
 import dpace.target.locate
 from dpace.cli import main
+from dpace.config import DemoConfig
 from dpace.measure.results import read_results
-from dpace.studies.demo import DemoConfig, demo_recipe
+from dpace.studies.demo import demo_recipe
 
 
 def test_the_demo_runs_its_recipe():

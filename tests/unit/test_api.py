@@ -14,7 +14,7 @@ import torch
 import dpace
 from dpace.engines.card import write_card
 from dpace.loss.objective import make_weigh, source_sha256
-from dpace.recipes.flags import write_recipe
+from dpace.recipes.recipe_file import write_recipe
 from dpace.train.run import make_datasets
 from tests.conftest import LANGUAGE_RECIPE
 

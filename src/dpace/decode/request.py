@@ -6,11 +6,12 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import ValidationError
 from torch import Tensor
 
 from dpace.config import SamplingConfig
 from dpace.decode.sampling import Sampler
-from dpace.recipes.ranges import check_ranges
+from dpace.recipes.validation import explain
 from dpace.target import Target
 
 
@@ -96,8 +97,10 @@ def make_continuation(
     """
     values: dict[str, Any] = {**options}
     stop_token_ids = values.pop("stop_token_ids", None)
-    config = SamplingConfig(**values)
-    check_ranges(config, prefix="")
+    try:
+        config = SamplingConfig(**values)
+    except ValidationError as error:
+        raise ValueError(f"{explain(error, SamplingConfig)}; change it, or leave it out for the default") from error
     prompt = torch.as_tensor(token_ids).flatten().tolist()
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpace import weights as W
-from dpace.config import LossConfig, Objective, TokenLoss, is_objective, is_own
+from dpace.config import LossConfig, Objective, TokenLoss, is_own
 from dpace.loss import Slots, Weigh
 from dpace.system.provenance import hash_json
 
@@ -175,7 +175,7 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     changes = {"token_loss": "nll", "confidence": "token"}
     for part in parts:
         changes |= {"confidence": "overlap"} if part == "overlap" else {"token_loss": part}
-    if not is_objective(objective) or changes["token_loss"] not in get_args(TokenLoss):
+    if not (objective in get_args(Objective) or is_own(objective)) or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
             f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or your own as "
             "package.module:function, and add +kl, +lk or +mix for that token loss, and +overlap for that "

@@ -1,146 +1,199 @@
-"""Turn recipes and command-line flags into configs, and configs into recipes and commands."""
+"""Turn a verb's arguments into its options, and options into the commands of other verbs.
+
+What comes in is a recipe, which may stand first, and flags that override it; what goes out is an instance of a class of
+`dpace.config`, the help of a verb, or one line that says what is wrong.
+"""
 
 import contextlib
+import inspect
 import io
 import os
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import ValidationError
 
 from dpace.config import Recipe
 from dpace.recipes import RECIPES
-from dpace.recipes.ranges import check_ranges
-from dpace.recipes.validation import UsageError
-from dpace.system.ledger import write_text
+from dpace.recipes.recipe_file import read_recipe, read_settings, without_passwords
+from dpace.recipes.validation import UsageError, explain
 
-RECIPE_ENDS = (".yaml", ".yml")
 PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""
+Options = TypeVar("Options")
 
 
-def parse(config_class, verb: str, args: list[str]):
+def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Sequence[str] | None = None) -> Options:
     """Read a verb's options from a recipe, which may stand first, and flags that override it.
 
     The recipe is a YAML file, or the name of one that comes with dpace.
 
+    Args:
+        config_class: a dataclass of options, some of which may be groups of options.
+        verb: of dpace.
+        args: of the command line, behind the verb.
+        groups: that the verb reads, and that its help lists; by default all of them.
+
     Raises:
-        UsageError: an unknown flag, a value of another type, or an unknown name of a recipe.
+        UsageError: an unknown flag, a flag whose value has another type, or an unknown name of a recipe or objective.
         ValueError: a recipe that cannot be read, or a value outside its range.
+        SystemExit: after `--help`.
     """
-    recipe, path = [], _recipe_path(args, config_class)
-    if path is not None:
-        recipe, args = recipe_flags(path, config_class), args[1:]
-    own = [_with_group(config_class, verb, arg) for arg in args]
-    return _read_flags(config_class, [*recipe, *own], verb)
+    if not {"-h", "--help", "--help-all"}.isdisjoint(args):
+        known = _groups(config_class)
+        shown = known if groups is None or "--help-all" in args else groups
+        _print_help(config_class, verb, [name for name in known if name not in shown])
+    import tyro
+
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output), _wide_terminal():
+            return tyro.cli(config_class, prog=f"dpace {verb}", args=_full_flags(config_class, verb, args))
+    except SystemExit as end:
+        raise _refusal(end, output.getvalue(), config_class, verb) from end
+
+
+def _groups(config_class: type) -> dict[str, type]:
+    """Return the dataclass of each group of options, by name."""
+    kinds = get_type_hints(config_class).items()
+    return {name: kind for name, kind in kinds if isinstance(kind, type) and is_dataclass(kind)}
+
+
+def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
+    """Print the options of a verb, and a line for each group that it does not read.
+
+    Raises:
+        SystemExit: always.
+    """
+    import tyro
+
+    kinds = _groups(config_class)
+    hidden: Any = [(name, Annotated[kinds[name], tyro.conf.Suppress], kinds[name]()) for name in others]
+    shown = make_dataclass(config_class.__name__, hidden, bases=(config_class,), frozen=True)
+    for paragraph in inspect.cleandoc(config_class.__doc__ or "").split("\n\n"):
+        print(textwrap.fill(paragraph, shutil.get_terminal_size().columns), end="\n\n")
+    with contextlib.suppress(SystemExit):
+        tyro.cli(shown, prog=f"dpace {verb}", description="", args=["--help"])
+    if others:
+        print("other options of recipes, which --help-all lists:")
+        for name in others:
+            print(f"  --{name + '.*':<11} {inspect.cleandoc(kinds[name].__doc__ or '')}")
+    raise SystemExit(0)
+
+
+def _full_flags(config_class: type, verb: str, args: list[str]) -> list[str]:
+    """Return all options as flags with their full names, those of a recipe before those that override them."""
+    path = _recipe_path(args, config_class)
+    recipe = recipe_flags(path, config_class) if path else []
+    return [*recipe, *(_with_group(config_class, verb, arg) for arg in args[path is not None :])]
 
 
 def _recipe_path(args: list[str], config_class: type) -> str | Path | None:
     """Find the recipe that stands first; None where flags begin at once."""
-    if not args or args[0].startswith("-"):
+    if not args or args[0].startswith("-") or not issubclass(config_class, Recipe):
         return None
-    if args[0].endswith(RECIPE_ENDS):
+    if args[0].endswith((".yaml", ".yml")):
         return args[0]
-    if not issubclass(config_class, Recipe):
-        return None
     if args[0] not in RECIPES:
         raise UsageError(f"there is no recipe named {args[0]!r}; name a YAML file, or one of {', '.join(RECIPES)}")
     return RECIPES[args[0]]
 
 
-def _read_flags(config_class, args: list[str], verb: str):
-    """Read flags, and say in one line what is wrong with them."""
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), _wide({"-h", "--help"}.isdisjoint(args)):
-            config = tyro.cli(config_class, prog=f"dpace {verb}".strip(), args=args)
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-        raise UsageError(_one_line(said.getvalue(), verb, config_class)) from end
-    check_ranges(config)
-    return config
+def _with_group(config_class: type, verb: str, arg: str) -> str:
+    """Add a verb's own group where a flag leaves it out: `dpace bench --sets` means `--bench.sets`."""
+    names, groups = get_type_hints(config_class), _groups(config_class)
+    flag = re.match(r"--(?:no-)?([\w-]+)", arg)
+    name = flag[1].replace("-", "_") if flag else ""
+    is_own = name not in names and verb in groups and name in get_type_hints(groups[verb])
+    return f"--{verb}.{arg.removeprefix('--')}" if is_own else arg
 
 
 @contextlib.contextmanager
-def _wide(is_wide: bool) -> Iterator[None]:
+def _wide_terminal() -> Iterator[None]:
     """Keep tyro from breaking words at the width of the terminal."""
-    before = os.environ.get("COLUMNS")
-    if is_wide:
-        os.environ["COLUMNS"] = "10000"
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
     try:
         yield
     finally:
-        if is_wide:
-            os.environ.pop("COLUMNS")
-        if before is not None:
-            os.environ["COLUMNS"] = before
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
-def _one_line(said: str, verb: str, config_class: type) -> str:
+def _refusal(end: SystemExit, output: str, config_class: type, verb: str) -> ValueError:
+    """Return in one line why tyro ended.
+
+    Args:
+        end: how it did, while it handled an error of pydantic where a value has the right type and is refused.
+        output: what it printed.
+        config_class: the options.
+        verb: of dpace.
+    """
+    error: BaseException | None = end
+    while error and not isinstance(error, ValidationError):
+        error = error.__context__
+    if not error:
+        return UsageError(_one_line(output, config_class, verb))
+    group, kind = next(
+        ((f"{n}.", k) for n, k in _groups(config_class).items() if k.__name__ == error.title), ("", config_class)
+    )
+    name, _, reason = explain(error, kind).partition(" ")
+    flag = f"--{group}{name.partition('[')[0]}".replace("_", "-")
+    is_objective = {"literal_error", "string_pattern_mismatch"} <= {found["type"] for found in error.errors()}
+    refusal = UsageError if is_objective else ValueError
+    return refusal(f"{flag} {reason}; change it, or leave it out for the default")
+
+
+def _one_line(output: str, config_class: type, verb: str) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant."""
     sections: list[list[str]] = [[]]
-    for line in said.splitlines():
+    for line in output.splitlines():
         if line.startswith(("╭", "╰")) or not line.strip("│|─- "):  # a border or a rule, in Unicode or ASCII
             sections.append([])
         else:
             sections[-1].append(line.strip("│| "))
-    found = [section for section in sections if section]
-    if "╭" not in said:  # there the title is a section
-        found = found[1:]
-    words = " ".join(found[0]).removesuffix(".") if found else "the flags cannot be read"
-    meant = next((line.split()[0] for section in found[1:] for line in section if line.startswith("--")), "")
-    meant = _abbreviated(words, verb, config_class) or meant
-    hint = f"did you mean {meant}? " if meant and meant not in words else ""
-    return f"{words}; {hint}`dpace {verb} --help` lists the options"
+    sections = [section for section in sections if section]
+    if "╭" not in output:  # there the title is a section
+        sections = sections[1:]
+    problem = " ".join(sections[0]).removesuffix(".") if sections else "the flags cannot be read"
+    meant = next((line.split()[0] for section in sections[1:] for line in section if line.startswith("--")), "")
+    meant = _abbreviated(problem, config_class, verb) or meant
+    hint = f"did you mean {meant}? " if meant and meant not in problem else ""
+    return f"{problem}; {hint}`dpace {verb} --help` lists the options"
 
 
-def _abbreviated(words: str, verb: str, config_class: type) -> str:
+def _abbreviated(problem: str, config_class: type, verb: str) -> str:
     """Find the option whose initials an unknown one has, such as --lr; empty where there is none."""
-    unknown = re.match(r"Unrecognized options: --(?:([\w-]+)\.)?([a-z]+)\b", words)
+    unknown = re.match(r"Unrecognized options: --(?:([\w-]+)\.)?([a-z]+)\b", problem)
     if not unknown:
         return ""
     paths = [path.rpartition(".") for path in _option_names(config_class)]
     paths.sort(key=lambda path: path[0] != (unknown[1] or verb))
-    fits = (f"--{group}{dot}{name}" for group, dot, name in paths if _initials(name) == unknown[2])
+    fits = (f"--{group}{dot}{name}" for group, dot, name in paths if re.sub(r"(\w)\w*-?", r"\1", name) == unknown[2])
     return next(fits, "")
-
-
-def _initials(name: str) -> str:
-    """Give the first letters of an option's words."""
-    return "".join(word[0] for word in name.split("-"))
 
 
 def _option_names(config_class: type, prefix: str = "") -> Iterator[str]:
     """Yield the names of all options as flags have them, those of groups behind the group's name."""
-    for name, kind in get_type_hints(config_class).items():
+    groups = _groups(config_class)
+    for name in get_type_hints(config_class):
         path = f"{prefix}{name}".replace("_", "-")
-        yield from _option_names(kind, f"{path}.") if is_dataclass(kind) and isinstance(kind, type) else [path]
+        yield from _option_names(groups[name], f"{path}.") if name in groups else [path]
 
 
-def _with_group(config_class, verb: str, arg: str) -> str:
-    """Add a verb's own group where a flag leaves it out: `dpace bench --sets` means `--bench.sets`."""
-    groups: dict[str, Any] = {field.name: field.default_factory for field in fields(config_class)}
-    name = arg.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    if not arg.startswith("--") or name in groups or verb not in groups:
-        return arg
-    is_own = name in {field.name for field in fields(groups[verb])}
-    prefix = f"--{verb}.no-" if arg.startswith("--no-") else f"--{verb}."
-    return prefix + arg.removeprefix("--").removeprefix("no-") if is_own else arg
-
-
-def given_options(config_class, verb: str, args: list[str]) -> set[str]:
-    """Name the options that a recipe or a flag sets, such as `drafter.block_size`.
+def given_options(config_class: type, verb: str, args: list[str]) -> set[str]:
+    """Return the names of the options that a recipe or a flag sets, such as `drafter.block_size`.
 
     Its arguments are those of `parse`.
     """
-    path = _recipe_path(args, config_class)
-    flags = recipe_flags(path, config_class) if path is not None else []
-    flags += [_with_group(config_class, verb, arg) for arg in args[path is not None :]]
+    flags = _full_flags(config_class, verb, args)
     return {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
 
 
@@ -150,27 +203,22 @@ def first_as(name: str, args: list[str]) -> list[str]:
 
 
 def command(verb: str, *values: Any, **flags: Any) -> str:
-    """Give a command to copy into a shell.
+    """Return a command to copy into a shell, without the passwords of addresses.
 
     Args:
         verb: of dpace.
         values: what stands before the flags.
         flags: by name; True stands for the flag alone, None and False leave it out.
     """
-    words = ["dpace", verb, *(without_password(str(value)) for value in values)]
+    words = ["dpace", verb, *map(str, values)]
     for name, value in flags.items():
         if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [without_password(str(value))])]
-    return shlex.join(words)
-
-
-def without_password(text: str) -> str:
-    """Leave user and password out of an address; other texts stay."""
-    return re.sub(r"^(https?://)[^/]*@", r"\1", text)
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(without_passwords(words))
 
 
 def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
-    """Give the command that runs another verb with the same settings.
+    """Return the command that runs another verb with the same settings.
 
     It names the recipe file that was given, and each setting that differs from that file by its full name, which all
     verbs that take a recipe know.
@@ -182,64 +230,35 @@ def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
     """
     path = _recipe_path(args, Recipe)
     base = read_recipe(path) if path else Recipe()
-    return command(verb, *(args[:1] if path else []), *_flags(_changes(asdict(recipe), asdict(base)), ""))
+    return command(verb, *(args[:1] if path else []), *_flags(_changes(asdict(recipe), asdict(base))))
 
 
 def _changes(values: dict, base: dict) -> dict:
-    """Keep the settings that differ from `base`, group by group."""
+    """Return the settings that differ from `base`, group by group."""
     changed = {name: _changes(value, base[name]) for name, value in values.items() if isinstance(value, dict)}
     changed |= {name: value for name, value in values.items() if name not in changed and value != base[name]}
     return {name: value for name, value in changed.items() if value != {}}
 
 
-def recipe_flags(path: str | Path, config_class: type = Recipe) -> list[str]:
-    """Turn a YAML recipe into the flags that it stands for, `--group.name value`.
+def recipe_flags(path: str | Path, config_class: type[Recipe] = Recipe) -> list[str]:
+    """Return the flags that a YAML recipe stands for, `--group.name value`.
 
     Raises:
         ValueError: see `dpace.recipes.recipe_file.read_settings`.
     """
-    from dpace.recipes.recipe_file import read_settings
-
-    return list(_flags(read_settings(path, config_class), ""))
+    return list(_flags(read_settings(path, config_class)))
 
 
-def _flags(values: dict, prefix: str) -> Iterator[str]:
+def _flags(values: dict, prefix: str = "") -> Iterator[str]:
     """Yield the flags and values of nested settings."""
     for name, value in values.items():
         flag = f"{prefix}{name}".replace("_", "-")
         if isinstance(value, dict):
             yield from _flags(value, f"{flag}.")
         elif isinstance(value, bool):
-            yield f"--{flag}" if value else f"--{prefix.replace('_', '-')}no-{name.replace('_', '-')}"
+            yield f"--{flag}" if value else f"--{prefix}no-{name.replace('_', '-')}"
         elif isinstance(value, str) and value.startswith("-"):
             yield f"--{flag}={value}"
         else:
             yield f"--{flag}"
             yield from map(str, value if isinstance(value, list | tuple) else [value])
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe.
-
-    Raises:
-        ValueError: the file, the key and the value of what is wrong.
-    """
-    return _read_flags(Recipe, recipe_flags(path), "")
-
-
-def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every value, defaults too, so that the file alone repeats the run; passwords are left out."""
-    import json
-
-    from dpace.recipes.recipe_file import dump_settings
-
-    write_text(path, dump_settings(_without_passwords(json.loads(json.dumps(asdict(recipe))))))
-
-
-def _without_passwords(value: Any) -> Any:
-    """Leave passwords out of all addresses in nested settings."""
-    if isinstance(value, dict):
-        return {name: _without_passwords(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_passwords(item) for item in value]
-    return without_password(value) if isinstance(value, str) else value

@@ -13,13 +13,14 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from dpace.config import STRICT
 from dpace.system.progress import printable
 
 Kind = TypeVar("Kind")
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
 MAX_VALUE = 60
 """Characters of a wrong value that a message shows."""
 
@@ -60,7 +61,7 @@ def from_json(kind: type[Kind], value: Any) -> Kind:
             finite; one line with the key, such as `rows[3].tau`, the value and what was expected.
     """
     try:
-        (checked,) = _adapter(kind).validate_json(json.dumps([value]))
+        (checked,) = _adapter(kind).validate_json(json.dumps([value], ensure_ascii=False).encode())
     except ValidationError as error:
         raise ValueError(explain(error, kind, skip=1)) from error
     return checked
@@ -81,7 +82,6 @@ def explain(error: ValidationError, kind: type, *, skip: int = 0) -> str:
         skip: number of keys that lead to it.
     """
     first = min(error.errors(include_url=False), key=lambda found: found["type"] == "missing")  # a typo says more
-    cause = first.get("ctx", {}).get("error")
     name, group, hint = _find(kind, first["loc"][skip:])
     keys = [entry.name for entry in fields(group)] if is_dataclass(group) else []
     match first["type"]:
@@ -90,12 +90,10 @@ def explain(error: ValidationError, kind: type, *, skip: int = 0) -> str:
         case "unexpected_keyword_argument":
             group_name, dot, key = name.rpartition(".")
             close = difflib.get_close_matches(key, keys, n=1)
-            meant = f"did you mean {group_name}{dot}{close[0]}?" if close else f"expected {', '.join(keys)}"
-            return f"there is no key {quoted(name)}; {meant}"
+            meant = f"did you mean {group_name}{dot}{close[0]}?" if close else f"there are {', '.join(keys)}"
+            return f"there is no key {quoted(name)} ({meant})"
         case "value_error":  # of a check in dpace.config, whose message goes on from the name
-            return f"{name} {cause}"
-        case "json_invalid":
-            return f"it cannot be read ({cause}), expected JSON"
+            return f"{name} {first.get('ctx', {})['error']}"
     return f"{name or 'the file'} is {quoted(first['input'])}, expected {expected(hint)}"
 
 

@@ -5,45 +5,26 @@ It is `dpace compare` with the recipe `demo-cpu`, and it decodes with llama.cpp 
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpace.config import CompareConfig, Recipe
+from dpace.config import CompareConfig, DemoConfig, Recipe
 from dpace.engines.export import export
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
 from dpace.measure.results import BenchResults, ComparedRow, CompareResults, LlamacppRow, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import read_recipe
+from dpace.recipes.recipe_file import read_recipe
 from dpace.report.cells import percent, verdict
 from dpace.studies.compare import cell_folder, compare
 from dpace.system.ledger import lock_folder
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.target.locate import TARGET_ID, find_target, find_target_gguf
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Train a drafter for a real LLM on this machine and show what it gains."""
-
-    quick: bool = False
-    """Use fewer prompts and steps, and only the objective dpace: 4 minutes at most on two cores, instead of 15."""
-    prompts: str | None = None
-    """JSONL file of your own prompts; the demo's prompts by default."""
-    target: str | None = None
-    """Folder or Hub id of the target; SmolLM2-135M-Instruct by default."""
-    output: str | None = None
-    """Folder that everything is written to; dpace-demo, or dpace-demo-quick with --quick, by default.
-
-    The same command continues an interrupted run in it."""
-    wide: bool = False
-    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
-
 
 NUM_SERVED = 3
 """Prompts of each set that llama.cpp decodes."""

@@ -18,7 +18,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
 from dpace.loss.objective import make_weigh, name_own
-from dpace.recipes.flags import write_recipe
+from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Response
 from dpace.system.ledger import lock_folder, register_files
 from dpace.target import Target

@@ -1,8 +1,9 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic.dataclasses import dataclass
 
 from dpace.config import Recipe
 from dpace.plan.lines import announce, take_dry_run

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dpace.config import DemoConfig
 from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import command, parse
 from dpace.system.ledger import refuse_foreign_files
@@ -11,8 +12,6 @@ PAGES = ("report.html", "report.md")
 
 def run(args: list[str]) -> None:
     """Run `dpace demo`."""
-    from dpace.studies.demo import DemoConfig, demo_recipe, drafter_folder, run_demo, summary
-
     args, is_dry = take_dry_run(args)
     config = parse(DemoConfig, "demo", args)
 
@@ -20,6 +19,7 @@ def run(args: list[str]) -> None:
     from dpace.report.page import write_report
     from dpace.report.tables import compare_table, console, results_table, slots_table
     from dpace.studies.compare import check_output
+    from dpace.studies.demo import demo_recipe, drafter_folder, run_demo, summary
 
     recipe = demo_recipe(config)
     num_drafters, output = len(check_output(recipe)), Path(recipe.output)

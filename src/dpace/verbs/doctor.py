@@ -1,8 +1,8 @@
 """Say what would go wrong when an engine serves a drafter."""
 
-from dataclasses import dataclass
+from pydantic.dataclasses import dataclass
 
-from dpace.config import DeviceMap, Engine
+from dpace.config import STRICT, DeviceMap, Engine, Text
 from dpace.recipes.flags import command, first_as, parse
 from dpace.verbs import load_target
 
@@ -33,7 +33,7 @@ def run(args: list[str]) -> None:
     print("next:", command("check", target=config.target, drafter=config.drafter))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DoctorConfig:
     """Say what would go wrong when an engine serves a drafter.
 
@@ -43,13 +43,13 @@ class DoctorConfig:
     where it loads. docs/doctor.md lists the checks and what breaks where one fails.
     """
 
-    drafter: str
+    drafter: Text
     """Folder or Hub id of the drafter; given first, or with this flag."""
-    target: str
+    target: Text
     """Folder or Hub id of the target."""
     engine: Engine | None = None
     """Engine that will serve the drafter; its start command is printed, set to draft whole blocks."""
-    responses: str | None = None
+    responses: Text | None = None
     """responses.jsonl to measure tau on; by default, the one in the drafter's folder or in the two above it."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""

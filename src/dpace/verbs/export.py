@@ -1,9 +1,10 @@
 """Write a drafter in the format of an engine."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from dpace.config import DeviceMap, Format
+from pydantic.dataclasses import dataclass
+
+from dpace.config import STRICT, Count, CountOrZero, DeviceMap, Format, Text
 from dpace.recipes.flags import first_as, parse
 from dpace.verbs import load_target
 
@@ -46,7 +47,7 @@ def run(args: list[str]) -> None:
     print(f"next: start an engine with a command of {config.output}/README.md")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ExportConfig:
     """Write a drafter in the format of an engine, with a model card.
 
@@ -56,27 +57,27 @@ class ExportConfig:
     prompts must be the same.
     """
 
-    drafter: str
+    drafter: Text
     """Folder or Hub id of the drafter; given first, or with this flag."""
-    target: str
+    target: Text
     """Folder or Hub id of the target, which the model card and the config of speculators name too."""
     to: Format
     """Format to write: zlab, sglang and vllm are the files that `dpace train` writes; gguf is for llama.cpp."""
-    output: str
+    output: Text
     """Folder that the files are written to."""
-    target_gguf: str | None = None
+    target_gguf: Text | None = None
     """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
-    license: str = "other"
+    license: Text = "other"
     """License of the weights for the model card, by the Hub's short name, such as apache-2.0."""
-    prompts: str = "demo"
+    prompts: Text = "demo"
     """JSONL file of prompts to compare accepted lengths on; `demo` is the held-out dataset that comes with dpace."""
-    num_prompts: int = 2
+    num_prompts: CountOrZero = 2
     """Prompts to take from each dataset of the file; 0 compares only the weights."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest response in tokens."""
-    push: str | None = None
+    push: Text | None = None
     """Repository on the Hugging Face Hub to upload the folder to; no upload by default."""

@@ -1,10 +1,12 @@
 """Answer one prompt, or chat, with or without a drafter."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Literal
 
-from dpace.config import DeviceMap, Dtype, SamplingConfig, VerifyRule
+from pydantic.dataclasses import dataclass
+
+from dpace.config import DeviceMap, Dtype, SamplingConfig, Text, VerifyRule
 from dpace.recipes.flags import command, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
@@ -14,11 +16,11 @@ from dpace.verbs import load_target
 class GenerateConfig(SamplingConfig):
     """Answer one prompt, or chat, with or without a drafter."""
 
-    target: str
+    target: Text
     """Folder or Hub id of the target."""
-    prompt: str | None = None
+    prompt: Text | None = None
     """Text to answer, or FILE.jsonl#ID for a prompt of a file (demo#ID: the demo's); --stream without it is a chat."""
-    drafter: str | None = None
+    drafter: Text | None = None
     """Folder or Hub id of the drafter; the target decodes alone without it."""
     stream: bool = False
     """Show the text while it is written; needs a drafter."""

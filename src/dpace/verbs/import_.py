@@ -1,7 +1,8 @@
 """Read a drafter that another project trained, and write it for dpace."""
 
-from dataclasses import dataclass
+from pydantic.dataclasses import dataclass
 
+from dpace.config import STRICT, Text
 from dpace.recipes.flags import command, first_as, parse
 
 
@@ -21,16 +22,16 @@ def run(args: list[str]) -> None:
     print("next:", command("check", target=name or "TARGET", drafter=config.output))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ImportConfig:
     """Read a drafter that another project trained, and write it for dpace, weights bit for bit.
 
     Usage: dpace import SOURCE --output FOLDER.
     """
 
-    source: str
+    source: Text
     """Folder or Hub id of z-lab, SpecForge or speculators, or a GGUF file (f32, f16, bf16); given first, or by flag."""
-    output: str
+    output: Text
     """Folder that the drafter is written to."""
-    target: str | None = None
+    target: Text | None = None
     """Folder or Hub id of the target; needed for GGUF files, and for speculators folders whose target has moved."""

@@ -1,10 +1,12 @@
 """Say what a recipe takes before it is run: memory by part, disk, tokens, steps and time."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
-from dpace.config import Recipe
+from pydantic.dataclasses import dataclass
+
+from dpace.config import Recipe, Text
 from dpace.recipes.flags import next_command, parse
 
 
@@ -15,7 +17,7 @@ class PlanConfig(Recipe):
     It reads the target's config.json only, and computes the training step on tensors without values.
     """
 
-    memory: str | None = None
+    memory: Text | None = None
     """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
     By default what is free on this machine."""
     calibrate: bool = False

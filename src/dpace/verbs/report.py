@@ -1,21 +1,23 @@
 """Write one HTML page from the folders that other verbs wrote."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic.dataclasses import dataclass
+
+from dpace.config import STRICT, OneOrMore, Text
 from dpace.recipes.flags import first_as, parse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ReportConfig:
     """Write report.html, one page that needs no network, and the same as Markdown.
 
     Usage: dpace report FOLDER [FOLDER ...].
     """
 
-    folders: tuple[str, ...]
+    folders: OneOrMore[Text]
     """Folders that demo, bench or compare wrote; given first, or with this flag."""
-    output: str | None = None
+    output: Text | None = None
     """HTML file to write; report.html in the first folder by default."""
 
 

@@ -221,7 +221,7 @@ def test_a_wrong_key_is_named(tmp_path):
     value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
     path = tmp_path / "results.json"
     path.write_text(json.dumps(value))
-    place = r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected one of auto, full or an integer or null"
+    place = r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected one of auto, full or an integer"
     with pytest.raises(ValueError, match=place):
         read_results(path)
     value = to_json(COMPARE)
@@ -232,7 +232,7 @@ def test_a_wrong_key_is_named(tmp_path):
     value = to_json(BENCH)
     value["rows"][0]["new"] = value["rows"][0].pop("tau")
     path.write_text(json.dumps(value))
-    with pytest.raises(ValueError, match=r"there is no key 'rows\[0\].new'"):
+    with pytest.raises(ValueError, match=r"there is no key 'rows\[0\].new' \(there are drafter, "):
         read_results(path)
 
 

@@ -9,7 +9,9 @@ import dpace
 from dpace.cli import main
 from dpace.config import BenchConfig, Recipe, TrainConfig
 from dpace.recipes import RECIPES
-from dpace.recipes.flags import UsageError, command, next_command, parse, read_recipe, write_recipe
+from dpace.recipes.flags import command, next_command, parse
+from dpace.recipes.recipe_file import read_recipe, write_recipe
+from dpace.recipes.validation import UsageError
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,7 +71,7 @@ def test_passwords_of_addresses_are_written_nowhere(tmp_path):
 def test_an_unknown_setting_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1e-3\n")
     with pytest.raises(
-        ValueError, match="r.yaml: there is no option 'train.learning_rat'; did you mean train.learning_rate"
+        ValueError, match="r.yaml: there is no key 'train.learning_rat' .did you mean train.learning_rate"
     ):
         read_recipe(tmp_path / "r.yaml")
 

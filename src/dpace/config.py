@@ -1,52 +1,127 @@
-"""Options of the drafter, the loss and the optimizer.
+"""Every option: its type, its range or choices, its default and where the default comes from.
 
-Options of prompts, answers and sampling.
-
-Options of measuring and of proofs.
-
-A recipe: all options from prompts to a measured drafter.
+The classes are pydantic's: a value of another type, outside its range, or of an unknown option raises a
+`pydantic.ValidationError` (a ValueError) when an instance is made, by a recipe, by flags or in Python.
+`dpace.recipes.validation` turns it into one line. Imports no torch, so that `--help` answers at once.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
-from dpace.config.choices import (
-    Confidence,
-    Device,
-    DeviceMap,
-    Dtype,
-    ObjectiveName,
-    Reduction,
-    TargetShard,
-    TokenLoss,
-    Width,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""No unknown keys, no conversions between types, finite numbers."""
+LARGEST = 2**31 - 1
+"""What most integers are at most."""
 
 
-@dataclass(frozen=True)
+def integer(low: int, high: int = LARGEST) -> Any:
+    """Return the range of an integer, with its words for messages and pages."""
+    words = f"of {low} or more" if high == LARGEST else f"from {low} to {high}"
+    return Field(ge=low, le=high, description=f"an integer {words}")
+
+
+Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$", description="a text that is not empty")]
+Count = Annotated[int, integer(1)]
+CountOrZero = Annotated[int, integer(0)]
+Size = Annotated[int, integer(1, 1000)]
+Seed = Annotated[int, integer(0, 2**32 - 1)]
+Positive = Annotated[float, Field(gt=0, description="a number above 0")]
+PositiveOrZero = Annotated[float, Field(ge=0, description="a number of 0 or more")]
+Fraction = Annotated[float, Field(gt=0, le=1, description="a number from above 0 to 1")]
+FractionOrZero = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return the entries of a list; a value that stands alone is its only one."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _refuse_twice(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse a list that has an entry twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"has {value!r} twice, expected different values")
+    return values
+
+
+def _refuse_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse an empty list."""
+    if not values:
+        raise ValueError("is empty, expected one or more values")
+    return values
+
+
+def _refuse_descending(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse numbers in another order."""
+    if list(values) != sorted(values):
+        raise ValueError(f"is {values}, expected numbers in ascending order")
+    return values
+
+
+Entry = TypeVar("Entry")
+Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice)]
+OneOrMore = Annotated[Entries[Entry], AfterValidator(_refuse_empty)]
+
+Objective = Literal[
+    "dpace",
+    "dpace-confidence-only",
+    "dpace-continuation-only",
+    "dpace-exact",
+    "chain-reward",
+    "vat",
+    "spec-auf",
+    "dflash",
+    "uniform",
+    "medusa",
+]
+OWN_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
+ObjectiveName = Objective | Annotated[str, Field(pattern=OWN_OBJECTIVE, description="package.module:function")]
+"""An objective of dpace, or `package.module:function` for one's own."""
+TokenLoss = Literal["nll", "kl", "lk", "mix"]
+Confidence = Literal["token", "overlap"]
+Reduction = Literal["anchors", "batch", "slots", "weights"]
+VerifyRule = Literal["equality", "speculative"]
+Width = Literal["auto", "full"] | Count
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceMap = Literal["auto"] | None
+TargetShard = Literal["none", "fsdp", "tp"]
+Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
+Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
+
+
+def is_own(objective: str) -> bool:
+    """Return whether an objective's name is of the form `package.module:function`."""
+    return re.fullmatch(OWN_OBJECTIVE, objective) is not None
+
+
+@dataclass(frozen=True, config=STRICT)
 class DrafterConfig:
     """Size of the drafter; the rest of its shape follows the target."""
 
-    init: str | None = None
+    init: Text | None = None
     """Folder or Hub id of a trained drafter to start from; size and mask token are then its own (docs/adapt.md)."""
-    num_layers: int = 3
+    num_layers: Size = 3
     """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
-    block_size: int = 16
+    block_size: Annotated[int, integer(2, 1000)] = 16
     """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
-    num_features: int | None = None
+    num_features: Size | None = None
     """Number of target layers whose hidden states the drafter reads; num_layers by default."""
-    target_layer_ids: tuple[int, ...] | None = None
+    target_layer_ids: Annotated[Entries[CountOrZero], AfterValidator(_refuse_descending)] | None = None
     """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published."""
-    mask_token_id: int | None = None
+    mask_token_id: CountOrZero | None = None
     """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
-    norm_scale: float = 1.0
+    norm_scale: Positive = 1.0
     """Initial weights of the final norm, above 0; small ones start near a uniform distribution (docs/training.md)."""
-    conv_kernel_size: int = 0
+    conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/engines.md says which engines run them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LossConfig:
     """Loss that training minimizes."""
 
@@ -60,13 +135,13 @@ class LossConfig:
     confidence: Confidence = "token"
     """How D-PACE estimates that a slot is accepted.
     token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
-    alpha: float = 0.5
+    alpha: FractionOrZero = 0.5
     """Smoothing of D-PACE's weights, 0 to 1 (the paper: 0.5; 0.3 to 0.7 work about as well)."""
-    alpha_end: float | None = None
+    alpha_end: FractionOrZero | None = None
     """Value that alpha reaches at the end of training, in a straight line; alpha stays as it is by default."""
-    gamma: float | None = None
+    gamma: Positive | None = None
     """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
-    base: float = 0.8
+    base: Positive = 0.8
     """Weight of a slot relative to the one before it, for the objective medusa."""
     reduction: Reduction = "anchors"
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
@@ -75,7 +150,7 @@ class LossConfig:
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
-    chunk_mib: int | None = None
+    chunk_mib: Count | None = None
     """MiB of logits that the loss computes at once, 1 or more; lower it where memory is short.
     By default 4 on a CPU and 1024 on an accelerator, and more for token losses that need whole rows."""
 
@@ -85,56 +160,56 @@ class LossConfig:
         return self.token_loss != "nll" or self.confidence == "overlap"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """Optimizer and its schedule; the defaults are the paper's."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw (the paper's), or muon for the matrices.
     Muon is better for short trainings; its steps are slower."""
-    learning_rate: float = 6e-4
+    learning_rate: Positive = 6e-4
     """Highest learning rate of the schedule (the paper: 6e-4)."""
-    num_epochs: float = 6.0
+    num_epochs: Positive = 6.0
     """Passes over the training conversations (the paper: 6)."""
-    max_steps: int = -1
+    max_steps: Literal[-1] | Count = -1
     """Number of optimizer steps; replaces num_epochs where it is above 0."""
-    warmup_ratio: float = 0.04
+    warmup_ratio: FractionOrZero = 0.04
     """Fraction of the steps in which the learning rate rises, before a cosine to 0 (the paper: 0.04)."""
-    batch_size: int = 2
+    batch_size: Count = 2
     """Conversations in a micro-batch on each device (the paper: 2 per step)."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Micro-batches in an optimizer step."""
     group_by_length: bool = True
     """Give each step conversations of about the same length, which saves padding; off is the paper's random order."""
-    num_anchors: int = 512
+    num_anchors: Count = 512
     """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
     grow_blocks: bool = False
     """Train on short blocks first: of 4 slots, then of twice as many, up to block_size, in equal parts of the steps.
     A step has as many slots as ever, in more blocks; docs/objectives.md says what it gains."""
-    max_length: int = 3072
+    max_length: Annotated[int, integer(2)] = 3072
     """Length in tokens at which conversations are cut (the paper: 3072)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveOrZero = 1.0
     """Norm at which the gradient is clipped (the paper: 1)."""
-    weight_decay: float = 0.0
+    weight_decay: PositiveOrZero = 0.0
     """Decoupled weight decay (the paper: 0)."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed for the initial weights, the order of conversations and the choice of blocks (the paper: 42)."""
-    logging_steps: int = 10
+    logging_steps: Count = 10
     """Optimizer steps between two entries of the log."""
-    eval_steps: int = 500
+    eval_steps: Count = 500
     """Optimizer steps between two measurements of tau on the validation prompts; the best weights are kept."""
-    save_steps: int | None = None
+    save_steps: Count | None = None
     """Optimizer steps between two checkpoints that training can go on from; eval_steps by default.
     The newest one and the best weights are kept. All take less disk than ten drafters in fp32."""
-    feature_cache_gib: float = 4.0
+    feature_cache_gib: PositiveOrZero = 4.0
     """GiB of memory for the target's hidden states; they are computed again in every epoch where they need more."""
-    feature_files: str | None = None
+    feature_files: Text | None = None
     """Folder that keeps these hidden states on disk, for all epochs, ranks and later runs; by default none does."""
     feature_dtype: Literal["target", "bfloat16", "float8"] = "target"
     """How they are kept there: as the target gives them, or rounded to 16 bits, or to 8 with a scale for each token."""
-    feature_files_gib: float = 100.0
+    feature_files_gib: PositiveOrZero = 100.0
     """Most GiB of disk that are added to feature_files."""
-    feature_servers: tuple[str, ...] = ()
+    feature_servers: Entries[Text] = ()
     """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
     target_shard: TargetShard = "none"
     """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
@@ -144,111 +219,111 @@ class TrainConfig:
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False
     """Compute the drafter's activations again in the backward pass, which saves memory and costs time."""
-    report_to: tuple[str, ...] = ()
+    report_to: Entries[Text] = ()
     """Trackers that get the log too, if installed: tensorboard, wandb, trackio and others that transformers knows."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SamplingConfig:
     """How the tokens of a response are chosen, and how many there are at most."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Length of the response in tokens; it is shorter only where a stop token comes first."""
-    temperature: float = 0.0
+    temperature: PositiveOrZero = 0.0
     """Sampling temperature, 0 or more; 0 always takes the most likely token (greedy)."""
-    top_k: int = 0
+    top_k: CountOrZero = 0
     """Sample only from this number of most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Fraction = 1.0
     """Sample only from the most likely tokens whose probabilities sum to this value, above 0 to 1; 1 keeps all."""
-    min_p: float = 0.0
+    min_p: FractionOrZero = 0.0
     """Sample only from tokens with at least this fraction of the highest probability, 0 to 1; 0 keeps all."""
-    seed: int | None = None
+    seed: Annotated[int, integer(0, 2**63 - 1)] | None = None
     """Seed for sampling at a temperature above 0; torch's global random generator by default."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PromptsConfig:
     """Where the prompts come from, and which of them are kept for measuring."""
 
-    path: str = "demo"
+    path: Text = "demo"
     """JSONL, JSON or parquet file, or a dataset on the Hub as OWNER/NAME:SPLIT; `demo` comes with dpace.
     docs/data.md lists the keys that a row may have."""
-    heldout_path: str | None = None
+    heldout_path: Text | None = None
     """JSONL file of prompts to measure on, none of which may be a training prompt.
     By default `demo` has its own file; for other prompts, a random part is taken out of `path` before training."""
-    num_heldout: int = 64
+    num_heldout: CountOrZero = 64
     """Prompts taken out of `path` to measure on, at most a tenth of them; unused where held-out prompts have a file."""
-    num_validation: int = 32
+    num_validation: CountOrZero = 32
     """Prompts taken out of training, at most a tenth of them, to choose the best checkpoint by."""
-    limit: int | None = None
+    limit: Count | None = None
     """Number of prompts to train on, from the start of the file; all of them by default."""
-    decontaminate: tuple[str, ...] = ()
+    decontaminate: Entries[Text] = ()
     """Public datasets (see --bench.sets), or files of prompts, that no training prompt may repeat.
     A prompt is left out where it shares 13 words in a row with one of theirs."""
-    near_duplicates: float | None = None
+    near_duplicates: Fraction | None = None
     """Leave out training prompts that nearly repeat an earlier or a held-out one; needs the package datasketch.
     The value is the least share of common word runs, above 0 to 1; 0.8 is usual. By default only copies of held-out
     prompts are left out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RespondConfig:
     """How the target answers the prompts that a drafter is trained and measured on."""
 
     source: Literal["target", "own"] = "target"
     """Where the answers come from.
     target: the target writes them. own: the prompts' file has them, as a reply at the end of each conversation."""
-    max_new_tokens: int = 2048
+    max_new_tokens: Count = 2048
     """Longest response in tokens (2048 in DFlash's benchmark)."""
-    temperature: float = 0.0
+    temperature: PositiveOrZero = 0.0
     """Sampling temperature; 0 (greedy) gives the text that speculative decoding reproduces."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Number of prompts that are answered together, in this process or by each server; lower it where memory is short.
     """
-    seed: int = 0
+    seed: Seed = 0
     """Seed for sampling at a temperature above 0; each prompt draws with a seed of its own that follows from it."""
-    server: tuple[str, ...] = ()
+    server: Entries[Text] = ()
     """Addresses of running servers of the target that answer instead, http://host:port: vLLM, SGLang or llama.cpp.
     The environment variable DPACE_API_KEY has the key where they want one."""
-    retry_seconds: float = 600.0
+    retry_seconds: PositiveOrZero = 600.0
     """Time in which a server that fails or is busy is asked again, with growing waits, before it is given up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class BenchConfig:
     """What is measured, and how."""
 
-    drafters: tuple[str, ...] = ()
+    drafters: Entries[Text] = ()
     """Folders or Hub ids of the drafters to measure and compare; the drafter in the output folder by default."""
-    sets: tuple[str, ...] = ()
+    sets: Entries[Text] = ()
     """Public datasets instead of the held-out prompts; the paper's are gsm8k math500 humaneval mbpp mt_bench alpaca.
     Others: speed_bench (by category), speed_bench_1k, _2k, _8k, _16k and _32k (long prompts), and redhat."""
-    sets_dir: str | None = None
+    sets_dir: Text | None = None
     """Folder with a NAME.jsonl for each of `sets`, which may then have any name; the Hugging Face Hub by default."""
-    temperatures: tuple[float, ...] = (0.0, 1.0)
+    temperatures: OneOrMore[PositiveOrZero] = (0.0, 1.0)
     """Sampling temperatures to measure at (the paper: 0 and 1)."""
-    max_new_tokens: int = 2048
+    max_new_tokens: Count = 2048
     """Longest response in tokens."""
-    num_prompts: int | None = None
+    num_prompts: CountOrZero | None = None
     """Most prompts to take from each dataset; all by default."""
-    widths: tuple[Width, ...] = ("full", "auto")
+    widths: OneOrMore[Width] = ("full", "auto")
     """Verification lengths to measure.
     full: whole drafts, as tau is defined. auto: as `dpace generate`, the number of drafted or copied tokens that is
     fastest on this machine. An integer: that number of tokens, the known one included."""
     compiled: Literal["auto", "always", "never"] = "auto"
     """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
     auto: on an accelerator only."""
-    server: str | None = None
+    server: Text | None = None
     """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
-    plain_server: str | None = None
+    plain_server: Text | None = None
     """Address of a server of the same target without a drafter, as the baseline of --bench.server."""
-    concurrencies: tuple[int, ...] = (1, 2, 4, 8)
+    concurrencies: OneOrMore[Annotated[int, integer(1, 4096)]] = (1, 2, 4, 8)
     """Numbers of requests at the same time, with --bench.server."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed for sampling at a temperature above 0."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CheckConfig:
     """Prove that a drafter does not change the text; the exit code is 1 where it does.
 
@@ -260,27 +335,27 @@ class CheckConfig:
     In bf16, every difference in the text is listed with the target's margin, which tells a tie from a bug.
     """
 
-    target: str
+    target: Text
     """Folder or Hub id of the target."""
-    drafter: str
+    drafter: Text
     """Folder or Hub id of the drafter."""
-    prompts: str = "demo"
+    prompts: Text = "demo"
     """JSONL file of prompts; `demo` is the held-out dataset that comes with dpace."""
-    num_prompts: int = 4
+    num_prompts: Count = 4
     """Prompts to take from each dataset of the file."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest response in tokens."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    dtypes: OneOrMore[Literal["float32", "bfloat16"]] = ("float32",)
     """Precisions of the weights to check in."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed for sampling."""
-    responses: str | None = None
+    responses: Text | None = None
     """File of responses to read again: greedy answers of `dpace respond` must be the target's own, token for token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """All settings, from prompts to a measured drafter.
 
@@ -288,9 +363,9 @@ class Recipe:
     command-line flags override it.
     """
 
-    target: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    target: Text = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Folder or Hub id of the target: the model that is made faster and whose text stays the same."""
-    output: str = "dpace-out"
+    output: Text = "dpace-out"
     """Folder that everything is written to."""
     thinking: bool = False
     """Turn thinking on, for chat templates that offer it; the paper's numbers are without."""
@@ -302,17 +377,17 @@ class Recipe:
     auto: the accelerator that torch finds, else the CPU. Choose one of several with CUDA_VISIBLE_DEVICES."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    prompts: PromptsConfig = PromptsConfig()
     """Prompts to train on and to measure on."""
-    respond: RespondConfig = field(default_factory=RespondConfig)
+    respond: RespondConfig = RespondConfig()
     """How the target answers the prompts."""
-    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    drafter: DrafterConfig = DrafterConfig()
     """Size of the drafter."""
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = LossConfig()
     """Loss that training minimizes."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = TrainConfig()
     """Optimizer and its schedule."""
-    bench: BenchConfig = field(default_factory=BenchConfig)
+    bench: BenchConfig = BenchConfig()
     """What is measured, and how."""
 
 
@@ -320,14 +395,32 @@ class Recipe:
 class CompareConfig(Recipe):
     """Train one recipe with several objectives and seeds, and compare the drafters."""
 
-    output: str = "dpace-compare"
+    output: Text = "dpace-compare"
     """Folder that everything is written to; the same command continues an interrupted run in it."""
-    objectives: tuple[str, ...] = ("dpace", "dflash", "uniform")
+    objectives: OneOrMore[Text] = ("dpace", "dflash", "uniform")
     """Values of loss.objective; append +kl, +lk or +mix for the token loss and +overlap for the
     confidence: dpace+kl+overlap."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: OneOrMore[Seed] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
-    baseline: str = "dflash"
+    baseline: Text = "dflash"
     """Objective that the others are compared with; it is trained too where `objectives` lacks it."""
+    wide: bool = False
+    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DemoConfig:
+    """Train a drafter for a real LLM on this machine and show what it gains."""
+
+    quick: bool = False
+    """Use fewer prompts and steps, and only the objective dpace: 4 minutes at most on two cores, instead of 15."""
+    prompts: Text | None = None
+    """JSONL file of your own prompts; the demo's prompts by default."""
+    target: Text | None = None
+    """Folder or Hub id of the target; SmolLM2-135M-Instruct by default."""
+    output: Text | None = None
+    """Folder that everything is written to; dpace-demo, or dpace-demo-quick with --quick, by default.
+
+    The same command continues an interrupted run in it."""
     wide: bool = False
     """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
