@@ -7,7 +7,6 @@ Sizes and times in words, and the room on a disk; imports no torch.
 Find the largest training that fits into a memory, and say it in a sentence.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from dpace.plan.training import (
 )
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.answers import Response, read_responses
+from dpace.system import ranks
 from dpace.system.device import find_device
 from dpace.target.locate import find_target
 
@@ -40,7 +40,7 @@ def take_dry_run(args: list[str]) -> tuple[list[str], bool]:
 
 def announce(lines: Sequence[str], *, is_dry: bool = False) -> None:
     """Print what will be done: as the result of a dry run, else as a message; by one process of several."""
-    if os.environ.get("RANK", "0") == "0":
+    if ranks.is_first():
         print("\n".join(lines), file=sys.stdout if is_dry else sys.stderr, flush=True)
 
 

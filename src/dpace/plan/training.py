@@ -6,7 +6,6 @@ How fast this machine multiplies and reads memory, measured in a moment.
 """
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from dpace.drafter import Drafter
 from dpace.plan.step import BatchShape, Models, PaperStep, StepPlan, make_drafter, make_target, on_paper
 from dpace.prompts.prompts import split_prompts
 from dpace.system.device import find_device
+from dpace.system.ranks import num_ranks
 from dpace.train.run import choose_conversations
 
 ASSUMED_GPU_FLOPS = 3e14
@@ -158,7 +158,7 @@ def find_place(recipe: Recipe, *, memory: int | None = None) -> Place:
         device = find_device(recipe.device)
         is_cpu = device.type == "cpu"
         memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
-    return Place(is_cuda, dtype, memory, has_gpu or not is_cuda, int(os.environ.get("WORLD_SIZE", "1")))
+    return Place(is_cuda, dtype, memory, has_gpu or not is_cuda, num_ranks())
 
 
 def known_conversations(dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> Conversations:

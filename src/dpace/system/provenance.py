@@ -1,11 +1,11 @@
-"""Versions, hardware and hashes that belong to a measured number."""
+"""Versions, hardware and hashes that belong to a number, and whether two runs are the same."""
 
 import hashlib
 import json
 import operator
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,14 @@ from dpace.system.device import device_name
 
 FINGERPRINT_VALUES = 64
 """Values of each tensor that the fingerprint of weights reads."""
+HASHED = {
+    "init_sha256": "weights to start from",
+    "target_sha256": "weights of the target",
+    "train_sha256": "training answers",
+    "validation_sha256": "validation answers",
+    "loss.objective_sha256": "source of the objective",
+}
+"""What a message calls the thing that a fact is the hash of; by default the fact's name without `_sha256`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +98,35 @@ def hash_file(path: str | Path) -> str:
     """Hash a file: sha256, in hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def same_run(
+    kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out: str, ways: Mapping[str, str] | None = None
+) -> None:
+    """Refuse to go on with files that were made in another way.
+
+    A run is described by facts: its settings, and hashes of what is too long to compare. They are computed once a
+    command, written beside its files, and compared here when the files are found again. Only facts that `now` has are
+    compared, so a command can already refuse what it knows before it loads a model.
+
+    Args:
+        kept: the facts that were written; one that is missing counts as different.
+        now: the facts of this command, as JSON would give them back.
+        what: names the files, up to the word `with`: "out/drafter holds a run".
+        way_out: what the user can do in any case.
+        ways: what the user can do first, for some of the facts: {"seed": "set --respond.seed as it was"}.
+
+    Raises:
+        ValueError: one line, with the first difference: "out/drafter holds a run with train.seed 42, not 7; name
+            another folder with --output". Of hashes it has the first digits.
+    """
+    for name, value in now.items():
+        if name in kept and kept[name] == value:
+            continue
+        found = kept.get(name)
+        difference = f"{name} {json.dumps(found)}, not {json.dumps(value)}"
+        if name.endswith("_sha256"):
+            thing = HASHED.get(name, name.removesuffix("_sha256").replace("_", " "))
+            difference = f"other {thing} (sha256 {str(found)[:12]}, not {str(value)[:12]})"
+        way = f"{ways[name]}, or " if ways and name in ways else ""
+        raise ValueError(f"{what} with {difference}; {way}{way_out}")

@@ -1,6 +1,7 @@
 """Tell the processes of one command apart, as `torchrun` starts them, and let them talk.
 
-All functions also work in a single process, and then start nothing.
+A rank's number is what the launcher says, so asking for it starts nothing. All functions also work in a
+single process, and then import and start nothing.
 """
 
 import os
@@ -19,17 +20,17 @@ def num_ranks() -> int:
 
 
 def rank() -> int:
-    """Give the number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", "0")) if num_ranks() > 1 else 0
 
 
 def is_first() -> bool:
-    """Say whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """Give this rank's part of some work: every n-th item, so that sorted items are shared evenly."""
+    """Return this rank's part of some work: every n-th item, so that sorted items are shared evenly."""
     return list(items[rank() :: num_ranks()])
 
 
@@ -41,26 +42,20 @@ def num_short(items: Sequence[Any]) -> int:
 def barrier() -> None:
     """Wait until all ranks are here."""
     if num_ranks() > 1:
-        _start()
-        from torch import distributed
-
-        distributed.barrier()
+        _join().barrier()
 
 
 def gather(value: T) -> list[T]:
-    """Give every rank the values of all ranks, in their order; they are pickled."""
+    """Return the values of all ranks to each of them, in their order; they are pickled."""
     if num_ranks() == 1:
         return [value]
-    _start()
-    from torch import distributed
-
     values: list[Any] = [None] * num_ranks()
-    distributed.all_gather_object(values, value)
+    _join().all_gather_object(values, value)
     return values
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """Do work on rank 0 only, and give its result to all ranks; they are pickled.
+    """Do work on rank 0 only, and return its result on all ranks; it is pickled.
 
     Raises:
         ValueError: on all ranks, where the work raises it.
@@ -68,23 +63,22 @@ def from_first(work: Callable[[], T]) -> T:
     """
     if num_ranks() == 1:
         return work()
-    _start()
-    from torch import distributed
-
-    told: list[Any] = [None, None]
+    distributed = _join()
+    result: list[Any] = [None, None]
     if is_first():
         try:
-            told[0] = work()
+            result[0] = work()
         except (ValueError, OSError) as error:
-            told[1] = error if isinstance(error, OSError) else ValueError(str(error))
-    distributed.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            result[1] = error if isinstance(error, OSError) else ValueError(str(error))
+    distributed.broadcast_object_list(result, src=0)
+    value, error = result
+    if error is not None:
+        raise error
+    return value
 
 
 def is_spread(tensor: Any) -> bool:
-    """Say whether the parts of a tensor lie on several ranks."""
+    """Return whether the parts of a tensor lie on several ranks."""
     from torch import distributed
 
     if not distributed.is_available() or not distributed.is_initialized():
@@ -95,12 +89,12 @@ def is_spread(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """Give the part of a tensor that lies on this rank."""
+    """Return the part of a tensor that lies on this rank."""
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def whole(tensor: Any) -> Any:
-    """Gather a tensor that is spread over the ranks, which must all be here; others are given as they are."""
+    """Gather a tensor that is spread over the ranks, which must all be here; others are returned as they are."""
     return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
@@ -112,10 +106,14 @@ def end() -> None:
         distributed.destroy_process_group()
 
 
-def _start() -> None:
-    """Join the group of ranks, with the backend that accelerate chooses for this machine."""
+def _join() -> Any:
+    """Join the group of ranks, with the backend that accelerate chooses for this machine; return `torch.distributed`.
+
+    Accelerate's own collectives are not used: on a machine without GPUs, its state takes several processes for one.
+    """
     from accelerate import PartialState
     from torch import distributed
 
     if not distributed.is_initialized():
         PartialState(timeout=PATIENCE)
+    return distributed

@@ -6,7 +6,6 @@ transformers reads the files: each rank reads its own share of each tensor. The 
 LM head are whole on each rank, since the drafter's own steps need them.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,7 +227,7 @@ def _refuse_kind(what: str, places: Places, quantized: Any, device_map: DeviceMa
         ValueError: names the reason and what to do.
     """
     config = places.config
-    if device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device_map and ranks.num_ranks() > 1:
         raise ValueError(
             "--device-map auto gives one process all GPUs, and torchrun starts several; start one process, or leave "
             "--device-map out"

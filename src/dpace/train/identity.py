@@ -20,7 +20,7 @@ from dpace.loss import Weigh
 from dpace.loss.objective import objective_sha256
 from dpace.system.ledger import read_object, write_json
 from dpace.system.loading import fingerprint
-from dpace.system.provenance import hash_file
+from dpace.system.provenance import hash_file, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
 
@@ -40,17 +40,10 @@ NO_RESULT = {
 EARLIER = {"init_sha256": None, "train.feature_dtype": "target", "train.feature_servers": False}
 """What runs of earlier versions did, which did not say so."""
 OBJECTIVE_SHA256 = "loss.objective_sha256"
+HASHES = ("tokenizer_sha256", "chat_template_sha256", "target_sha256")
+WAYS = {"thinking": "thinking", "dtype": "dtype"}
+"""Flags by which a fact about the answers is set; the others are set by --target."""
 OTHER_RUN = "name another folder with --output, or delete that one"
-WORDS = {
-    "init_sha256": "weights to start from",
-    "target_sha256": "weights of the target",
-    "tokenizer_sha256": "tokenizer",
-    "chat_template_sha256": "chat template",
-    "train_sha256": "training answers",
-    "validation_sha256": "validation answers",
-    OBJECTIVE_SHA256: "source of the objective",
-}
-"""What a message calls a hash."""
 
 
 def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
@@ -131,23 +124,13 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
     run = read_run(folder)
     if run is None:
         return False
-    run = {**EARLIER, **run}
-    for name, value in known.items():
-        if name not in run or run[name] != value:
-            raise ValueError(f"{folder} holds a run with {_differs(name, run.get(name), value)}; {OTHER_RUN}")
+    same_run({**EARLIER, **run}, known, f"{folder} holds a run", OTHER_RUN)
     return True
 
 
 def write_run(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Write what the run in a folder depends on."""
     write_json(Path(folder) / RUN_FILE, dict(run))
-
-
-def _differs(name: str, found: Any, wanted: Any) -> str:
-    """Say how two values of one thing differ; of hashes, the first digits."""
-    if name in WORDS:
-        return f"other {WORDS[name]} (sha256 {str(found)[:12]}, not {str(wanted)[:12]})"
-    return f"{name} {json.dumps(found)}, not {json.dumps(wanted)}"
 
 
 def refuse_unfinished_answers(meta: Mapping[str, Any], path: Path, respond: str) -> None:
@@ -190,13 +173,8 @@ def refuse_other_answers(meta: Mapping[str, Any], known: Mapping[str, Any], path
     Raises:
         ValueError: names the first thing that differs, with both values.
     """
-    for name in ("thinking", "dtype", "tokenizer_sha256", "chat_template_sha256", "target_sha256"):
-        if name not in known or name not in meta:
-            continue
-        found = str(meta[name]).removeprefix("torch.") if name == "dtype" else meta[name]
-        if found != known[name]:
-            raise ValueError(
-                f"the answers in {path} were made with {_differs(name, found, known[name])}; train on the target's own "
-                f"answers: set --{'dtype' if name == 'dtype' else 'thinking' if name == 'thinking' else 'target'} as "
-                f"it was, or write new answers into another folder with `{respond}`"
-            )
+    names = [name for name in ("thinking", "dtype", *HASHES) if name in known and name in meta]
+    answered = {name: str(meta[name]).removeprefix("torch.") if name == "dtype" else meta[name] for name in names}
+    ways = {name: f"train on the target's own answers: set --{WAYS.get(name, 'target')} as it was" for name in names}
+    other = f"write new answers into another folder with `{respond}`"
+    same_run(answered, {name: known[name] for name in names}, f"the answers in {path} were made", other, ways)

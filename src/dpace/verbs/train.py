@@ -1,12 +1,12 @@
 """Train a drafter on the responses."""
 
-import os
 import sys
 from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import command, given_options, next_command, parse
+from dpace.system import ranks
 from dpace.verbs import load_target
 
 
@@ -14,8 +14,6 @@ def run(args: list[str]) -> None:
     """Run `dpace train`."""
     args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "train", args)
-    from torch import distributed
-
     from dpace.batches.corpus import load_corpus
     from dpace.engines.initial import start_from
     from dpace.loss.objective import make_weigh
@@ -60,11 +58,10 @@ def run(args: list[str]) -> None:
         keep_features(target, *datasets, settled)
         train(target, *datasets, settled, folder, init=init)
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if ranks.is_first():
             print(f"checkpoints in {folder / 'checkpoints'}; go on with: {command('train', *args)}", file=sys.stderr)
         raise
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-    if int(os.environ.get("RANK", "0")) == 0:
+    ranks.end()
+    if ranks.is_first():
         print(f"drafter in {folder}")
         print("next:", next_command("bench", recipe, args))
