@@ -246,10 +246,11 @@ def write_target_gguf(target: Target, path: Path) -> Path:
     writer.add_unk_token_id(2)
     writer.add_add_bos_token(False)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
     for ours, (_, theirs) in LAYER_TENSORS.items():
         names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(config.num_hidden_layers)}
     for ours, theirs in names.items():
-        writer.add_tensor(f"{theirs}.weight", weights[f"{ours}.weight"].float().numpy())
+        writer.add_tensor(theirs, weights[ours].float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -29,6 +29,42 @@ TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight"}
 """Tensors of the target that some projects write into a drafter's file; they are not used."""
 
 
+def spec_for(
+    target: Target,
+    *,
+    num_layers: int,
+    block_size: int,
+    mask_token_id: int,
+    target_layer_ids: Sequence[int],
+    conv_kernel_size: int = 0,
+) -> DrafterSpec:
+    """Describe a drafter with the target's width, heads, feed-forward and rotary embedding; see `from_target`."""
+    config = target.config
+    heads = config.num_attention_heads
+    return DrafterSpec(
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=tuple(target_layer_ids),
+        num_target_layers=target.num_layers,
+        vocab_size=len(target.head.weight),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=num_layers,
+        num_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        rope=rope_of(config),
+        max_position_embeddings=config.max_position_embeddings,
+        embed_scale=target.embed_scale,
+        logit_scale=target.head.multiplier,
+        softcap=target.head.softcap,
+        conv_kernel_size=conv_kernel_size,
+        conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
+        special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
+    )
+
+
 class Drafter(DFlashDraftModel):
     """A DFlash network that fits a target and drafts a block in one pass.
 
@@ -104,29 +140,14 @@ class Drafter(DFlashDraftModel):
         Raises:
             ValueError: a layer id, block size or mask token that cannot work with this target.
         """
-        config, heads = target.config, target.config.num_attention_heads
         ids = {"num_features": num_features, "target_layer_ids": target_layer_ids}
-        spec = DrafterSpec(
+        spec = spec_for(
+            target,
+            num_layers=num_layers,
             block_size=block_size,
             mask_token_id=choose_mask_token(target) if mask_token_id is None else mask_token_id,
-            target_layer_ids=tuple(cls.layer_ids(target, num_layers=num_layers, **ids)),
-            num_target_layers=target.num_layers,
-            vocab_size=len(target.head.weight),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=num_layers,
-            num_heads=heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-            rope=rope_of(config),
-            max_position_embeddings=config.max_position_embeddings,
-            embed_scale=target.embed_scale,
-            logit_scale=target.head.multiplier,
-            softcap=target.head.softcap,
+            target_layer_ids=cls.layer_ids(target, num_layers=num_layers, **ids),
             conv_kernel_size=conv_kernel_size,
-            conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
-            special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
         )
         spec.check()
         with torch.random.fork_rng():

@@ -1,17 +1,24 @@
-"""A drafter's description for engines, and its `config.json`."""
+"""A drafter's description for engines, and its `config.json`.
+
+What comes in is a config in any spelling; what goes out is a `DrafterSpec` whose values were checked with pydantic, and
+the config that every engine reads.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 from transformers import Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.blocks import build_target_layer_ids, check_block_size
 from dpace.modeling_dflash import refuse_variants
-from dpace.system.loading import need as need  # engines import it from here
-from dpace.system.loading import need_count, need_number, take_object
 
+MAX_LAYERS = 1000
+"""Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
+COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
@@ -35,6 +42,40 @@ def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int
     return faults
 
 
+def as_float32(value: float) -> float:
+    """Return the shortest decimal that is the same number in fp32: 1e-05, not 9.999999747378752e-06.
+
+    Engines keep these numbers in fp32.
+    """
+    return float(str(np.float32(value)))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # pyright: ignore
+
+
+def _check_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a rotary embedding that transformers does not have; return it with `rope_theta` as in fp32."""
+    kinds = ("default", *ROPE_INIT_FUNCTIONS)
+    for name, value in rope.items():
+        if name in ("rope_type", "type"):
+            is_right, expected = value in kinds, f"one of {', '.join(kinds)}"
+        elif name == "rope_theta":
+            is_right, expected = _is_number(value) and value > 0, "a number above 0"
+        else:
+            numbers = value if isinstance(value, list) else [value]
+            is_right, expected = value in (None, True, False) or all(map(_is_number, numbers)), "a number, or several"
+        if not is_right:
+            raise ValueError(f"{name} is {value!r:.100}, expected {expected}")
+    return {**rope, "rope_theta": as_float32(rope["rope_theta"])}
+
+
+Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
+Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
+Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
+
+
 @dataclass(frozen=True)
 class DrafterSpec:
     """All that an engine must know about a drafter apart from its weights, in this project's conventions.
@@ -42,33 +83,33 @@ class DrafterSpec:
     Embedding and LM head are the target's in every format.
     """
 
-    block_size: int
+    block_size: Count
     """Number of slots, the anchor included; engines that count draft tokens get `num_draft_tokens`."""
-    mask_token_id: int
-    target_layer_ids: tuple[int, ...]
+    mask_token_id: Index
+    target_layer_ids: tuple[Annotated[int, Strict()], ...]
     """0-based layers whose output is used; engines that count the embedding as state 0 get `hidden_state_ids`."""
-    num_target_layers: int
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: dict[str, Any]
+    num_target_layers: LayerCount
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Annotated[LayerCount, Field(alias="num_hidden_layers")]
+    num_heads: Annotated[Count, Field(alias="num_attention_heads")]
+    num_key_value_heads: Count
+    head_dim: Count
+    rms_norm_eps: Annotated[Scale, AfterValidator(as_float32)]
+    rope: Annotated[dict[str, Any], Field(alias="rope_parameters"), AfterValidator(_check_rope)]
     """Rotary embedding, as `rope_parameters` of transformers."""
-    max_position_embeddings: int
-    embed_scale: float = 1.0
+    max_position_embeddings: Count
+    embed_scale: Annotated[Scale, Field(alias="input_embedding_scale")] = 1.0
     """Factor of the target's embedding."""
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    logit_scale: Annotated[Scale, Field(alias="output_multiplier")] = 1.0
+    softcap: Annotated[Scale | None, Field(alias="final_logit_softcapping")] = None
     """Cap of the target's logits: a logit x becomes softcap * tanh(x / softcap)."""
-    conv_kernel_size: int = 0
+    conv_kernel_size: Index = 0
     """Slots that a convolution reads, itself included, as in DFlash2; 0 without convolutions."""
-    conv_group_size: int = 0
+    conv_group_size: Index = 0
     """Channels that share what a convolution adds to its taps; 0 without convolutions."""
-    record: dict[str, Any] = field(default_factory=dict, compare=False)
+    record: Annotated[dict[str, Any], Field(alias="dpace")] = field(default_factory=dict, compare=False)
     """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
     special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
     """Begin, end and padding tokens, where the config has them; no engine takes them from the drafter."""
@@ -101,54 +142,67 @@ class DrafterSpec:
         return {**sizes, "selector_rank": 1, "selector_top_k": top_k}
 
     @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
+        """Make a spec from values under their published names; others are ignored, and None is a missing value.
+
+        Raises:
+            ValueError: a value that no drafter has, or none where one is needed; names it.
+        """
+        values = {name: value for name, value in values.items() if value is not None}
+        try:
+            spec = _SPEC.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            if first["type"] == "missing":
+                raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
+            fault = first["msg"].replace("Input should be", "it should be").replace("Value error, ", "")
+            raise ValueError(f"{name} is {values[name]!r:.100}: {fault}; {COPY_AGAIN}") from error
+        if spec.num_heads % spec.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {spec.num_heads}, expected a multiple of num_key_value_heads, which is "
+                f"{spec.num_key_value_heads}; {COPY_AGAIN}"
+            )
+        return spec
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DrafterSpec":
         """Read a `config.json` in the published layout.
 
         The block size and the rotary embedding may have either spelling.
 
         Raises:
-            ValueError: a value without a safe default is missing, a value is given twice and differently, or the
-                network is a variant that dpace does not support.
+            ValueError: a value without a safe default is missing, a value is given twice and differently, a value that
+                no drafter has, or a variant of the network that dpace does not support.
         """
-        nested = take_object(config, "dflash_config")
+        nested = _read_object(config, "dflash_config")
         if nested.get("selector_rank") not in (None, 1):
             raise ValueError(
                 f"this is a DFlash2 drafter with a candidate selector of rank {nested['selector_rank']}; dpace runs "
                 "DFlash2's convolutions but no selector: serve it with the project that trained it"
             )
         refuse_variants(config)
-        is_second = (config.get("architectures") or [""])[0].startswith("DFlash2")
-        convolutions = {
-            name: need_count(nested, name) if is_second or name in nested else 0
-            for name in ("conv_kernel_size", "conv_group_size")
-        }
-        num_layers, num_target_layers = (need_count(config, key) for key in ("num_hidden_layers", "num_target_layers"))
+        convolutions = {name: nested.get(name) for name in ("conv_kernel_size", "conv_group_size")}
+        is_second = "DFlash2" in str(config.get("architectures"))
+        for name, size in convolutions.items():
+            if is_second and not size:
+                raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}")
         block_size = _either(config, nested, "block_size")
-        layer_ids = _either(config, nested, "target_layer_ids") or build_target_layer_ids(num_target_layers, num_layers)
-        return cls(
-            block_size=need_count({"block_size": 16 if block_size is None else block_size}, "block_size"),
-            mask_token_id=need_count(
-                {"mask_token_id": _either(config, nested, "mask_token_id")}, "mask_token_id", least=0
-            ),
-            target_layer_ids=tuple(layer_ids) if isinstance(layer_ids, list | tuple) else (layer_ids,),
-            num_target_layers=num_target_layers,
-            vocab_size=need_count(config, "vocab_size"),
-            hidden_size=need_count(config, "hidden_size"),
-            intermediate_size=need_count(config, "intermediate_size"),
-            num_layers=num_layers,
-            num_heads=need_count(config, "num_attention_heads"),
-            num_key_value_heads=need_count(config, "num_key_value_heads"),
-            head_dim=need_count(config, "head_dim"),
-            rms_norm_eps=as_float32(need_number(config, "rms_norm_eps")),
-            rope=_rope(config),
-            max_position_embeddings=need_count(config, "max_position_embeddings"),
-            embed_scale=need_number({"input_embedding_scale": 1.0, **config}, "input_embedding_scale"),
-            logit_scale=need_number({"output_multiplier": 1.0, **config}, "output_multiplier"),
-            softcap=config.get("final_logit_softcapping"),
-            **convolutions,
-            record=take_object(config, "dpace"),
-            special_token_ids={name: config[name] for name in SPECIAL_TOKENS if name in config},
+        layer_ids = _either(config, nested, "target_layer_ids")
+        spec = cls.from_values(
+            {
+                **config,
+                **convolutions,
+                "block_size": 16 if block_size is None else block_size,
+                "mask_token_id": _either(config, nested, "mask_token_id"),
+                "target_layer_ids": () if layer_ids is None else layer_ids,
+                "rope_parameters": _read_rope(config),
+                "special_token_ids": {name: config[name] for name in SPECIAL_TOKENS if name in config},
+            }
         )
+        if spec.target_layer_ids:
+            return spec
+        return replace(spec, target_layer_ids=tuple(build_target_layer_ids(spec.num_target_layers, spec.num_layers)))
 
     def config(self) -> Qwen3Config:
         """Make the config of a `Drafter`."""
@@ -241,14 +295,23 @@ def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> A
     return outer if inner is None else inner
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Read an object; an empty one where the config has none."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r:.100}, expected an object; {COPY_AGAIN}")
+    return dict(value or {})
+
+
+def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    rope = take_object(config, "rope_parameters")
+    rope = _read_object(config, "rope_parameters")
     if not rope:
-        old = take_object(config, "rope_scaling")
-        rope = {**old, "rope_type": old.pop("type", old.get("rope_type", "default"))}
+        rope = _read_object(config, "rope_scaling")
+        rope.setdefault("rope_type", rope.get("type", "default"))
         rope.pop("type", None)
-    theta, outer = rope.get("rope_theta"), config.get("rope_theta")
+    theta = rope.get("rope_theta")
+    outer = config.get("rope_theta")
     if theta is not None and outer is not None and theta != outer:
         raise ValueError(f"rope_theta is {theta} in rope_parameters and {outer} at the top level; make them equal")
     theta = outer if theta is None else theta
@@ -256,12 +319,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "the drafter's config has no rope_theta; engines would silently take 10000: add the target's value"
         )
-    return {"rope_type": "default", **rope, "rope_theta": as_float32(need_number({"rope_theta": theta}, "rope_theta"))}
+    return {"rope_type": "default", **rope, "rope_theta": theta}
 
 
-def as_float32(value: float) -> float:
-    """Give the shortest decimal that is the same number in fp32: 1e-05, not 9.999999747378752e-06.
-
-    Engines keep these numbers in fp32.
-    """
-    return float(str(np.float32(value)))
+_SPEC = TypeAdapter(DrafterSpec)

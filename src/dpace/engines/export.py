@@ -17,11 +17,11 @@ from torch import Tensor
 from dpace.config import Format
 from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import MAX_LAYERS, DrafterSpec
 from dpace.drafter.views import draft_block, mask_blocks
 from dpace.engines.card import write_card
 from dpace.engines.gguf import read_gguf, write_gguf
-from dpace.engines.published import MAX_LAYERS, make_drafter, read_folder
+from dpace.engines.published import make_drafter, read_folder
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
 from dpace.system.ledger import filling, refuse_foreign_files

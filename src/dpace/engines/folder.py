@@ -1,8 +1,8 @@
-"""A drafter's folder as it is on disk.
+"""Read a drafter's folder as it is on disk, and name its tensors.
 
-It is read without any model class, so that a broken folder can be examined too.
-
-Names and axes of a drafter's tensors, in the published layout and in llama.cpp's.
+What comes in is a folder, whole or broken; no model class is needed to read it. What goes out are its config, recipe
+and tensors, and why any of them could not be read. Names and axes of the tensors are those of the published layout and
+of llama.cpp.
 """
 
 import json
@@ -18,71 +18,88 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dpace.drafter.spec import DrafterSpec
 from dpace.system.progress import printable
 
 TENSORS = {
-    "fc": (("hidden", "feature"), "fc"),
-    "hidden_norm": (("hidden",), "enc.output_norm"),
-    "norm": (("hidden",), "output_norm"),
+    "fc.weight": ("hidden feature", "fc.weight"),
+    "hidden_norm.weight": ("hidden", "enc.output_norm.weight"),
+    "norm.weight": ("hidden", "output_norm.weight"),
 }
 LAYER_TENSORS = {
-    "input_layernorm": (("hidden",), "attn_norm"),
-    "self_attn.q_proj": (("query", "hidden"), "attn_q"),
-    "self_attn.k_proj": (("key", "hidden"), "attn_k"),
-    "self_attn.v_proj": (("key", "hidden"), "attn_v"),
-    "self_attn.o_proj": (("hidden", "query"), "attn_output"),
-    "self_attn.q_norm": (("head",), "attn_q_norm"),
-    "self_attn.k_norm": (("head",), "attn_k_norm"),
-    "post_attention_layernorm": (("hidden",), "ffn_norm"),
-    "mlp.gate_proj": (("inner", "hidden"), "ffn_gate"),
-    "mlp.up_proj": (("inner", "hidden"), "ffn_up"),
-    "mlp.down_proj": (("hidden", "inner"), "ffn_down"),
+    "input_layernorm.weight": ("hidden", "attn_norm.weight"),
+    "self_attn.q_proj.weight": ("query hidden", "attn_q.weight"),
+    "self_attn.k_proj.weight": ("key hidden", "attn_k.weight"),
+    "self_attn.v_proj.weight": ("key hidden", "attn_v.weight"),
+    "self_attn.o_proj.weight": ("hidden query", "attn_output.weight"),
+    "self_attn.q_norm.weight": ("head", "attn_q_norm.weight"),
+    "self_attn.k_norm.weight": ("head", "attn_k_norm.weight"),
+    "post_attention_layernorm.weight": ("hidden", "ffn_norm.weight"),
+    "mlp.gate_proj.weight": ("inner hidden", "ffn_gate.weight"),
+    "mlp.up_proj.weight": ("inner hidden", "ffn_up.weight"),
+    "mlp.down_proj.weight": ("hidden inner", "ffn_down.weight"),
 }
-"""Published name of each weight, its axes, and llama.cpp's name.
+"""Published name of each tensor, its axes, and llama.cpp's name.
 
 `query` is heads x head_dim, `key` the same for key heads.
 """
 SELECTOR_TENSORS = {
-    "candidate_selector.predecessor_codebook": (("vocab", "rank"), "selector_predecessor.weight"),
-    "candidate_selector.successor_codebook": (("vocab", "rank"), "selector_successor.weight"),
-    "candidate_selector.hidden_projection.weight": (("rank", "hidden"), "selector_hidden.weight"),
+    "candidate_selector.predecessor_codebook": ("vocab rank", "selector_predecessor.weight"),
+    "candidate_selector.successor_codebook": ("vocab rank", "selector_successor.weight"),
+    "candidate_selector.hidden_projection.weight": ("rank hidden", "selector_hidden.weight"),
 }
 CONVOLUTION_TENSORS = {
-    "attention_conv.base_kernel": (("side", "tap", "hidden"), "attn_conv_base"),
-    "attention_conv.kernel_projection.weight": (("kernel", "hidden"), "attn_conv_proj.weight"),
-    "mlp_conv.base_kernel": (("side", "tap", "hidden"), "ffn_conv_base"),
-    "mlp_conv.kernel_projection.weight": (("kernel", "hidden"), "ffn_conv_proj.weight"),
+    "attention_conv.base_kernel": ("side tap hidden", "attn_conv_base"),
+    "attention_conv.kernel_projection.weight": ("kernel hidden", "attn_conv_proj.weight"),
+    "mlp_conv.base_kernel": ("side tap hidden", "ffn_conv_base"),
+    "mlp_conv.kernel_projection.weight": ("kernel hidden", "ffn_conv_proj.weight"),
 }
 """The same of drafters with convolutions; `kernel` is sides x taps x groups of channels."""
 
 
 def tensor_axes(num_layers: int, *, has_convolutions: bool) -> dict[str, tuple[str, ...]]:
-    """Give the axes of every tensor of a drafter, by its published name."""
-    return {name: axes for name, (axes, _) in _all_tensors(num_layers, has_convolutions).items()}
+    """Return the axes of every tensor of a drafter, by its published name."""
+    return {name: tuple(axes.split()) for name, (axes, _) in _all_tensors(num_layers, has_convolutions).items()}
 
 
 def gguf_names(num_layers: int, *, has_convolutions: bool) -> dict[str, str]:
-    """Give llama.cpp's name of every tensor, by its published name.
+    """Return llama.cpp's name of every tensor, by its published name.
 
     Nothing is permuted, because the drafter's rotary embedding is NeoX's.
     """
     return {name: theirs for name, (_, theirs) in _all_tensors(num_layers, has_convolutions).items()}
 
 
-def _all_tensors(num_layers: int, has_convolutions: bool) -> dict[str, tuple[tuple[str, ...], str]]:
-    tensors = {f"{name}.weight": (axes, f"{theirs}.weight") for name, (axes, theirs) in TENSORS.items()}
-    of_layers = {f"{name}.weight": (axes, f"{theirs}.weight") for name, (axes, theirs) in LAYER_TENSORS.items()}
-    if has_convolutions:
-        tensors |= SELECTOR_TENSORS
-        of_layers |= CONVOLUTION_TENSORS
+def _all_tensors(num_layers: int, has_convolutions: bool) -> dict[str, tuple[str, str]]:
+    tensors = TENSORS | (SELECTOR_TENSORS if has_convolutions else {})
+    of_layers = LAYER_TENSORS | (CONVOLUTION_TENSORS if has_convolutions else {})
     for layer in range(num_layers):
-        for name, (axes, theirs) in of_layers.items():
-            tensors[f"layers.{layer}.{name}"] = axes, f"blk.{layer}.{theirs}"
+        tensors |= {f"layers.{layer}.{name}": (axes, f"blk.{layer}.{gguf}") for name, (axes, gguf) in of_layers.items()}
     return tensors
+
+
+def axis_sizes(spec: DrafterSpec) -> dict[str, int]:
+    """Return the length of each axis of a drafter's tensors."""
+    return {
+        "hidden": spec.hidden_size,
+        "feature": len(spec.target_layer_ids) * spec.hidden_size,
+        "query": spec.num_heads * spec.head_dim,
+        "key": spec.num_key_value_heads * spec.head_dim,
+        "head": spec.head_dim,
+        "inner": spec.intermediate_size,
+        "vocab": spec.vocab_size,
+        "rank": 1,
+        "side": 2,
+        "tap": spec.conv_kernel_size,
+        "kernel": 2 * spec.conv_kernel_size * (spec.hidden_size // max(1, spec.conv_group_size)),
+    }
 
 
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names in transformers' own container, and the published ones."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
+UNREADABLE += (yaml.YAMLError, SafetensorError)
+"""What reading a damaged file raises."""
 MAX_BYTES = 2**24
 """Most bytes of a config or a recipe; they have some thousand."""
 LAYER_NAME = re.compile(r"layers\.(\d{1,3})\.")
@@ -108,7 +125,7 @@ class DrafterFolder:
         return mapping(self.config.get("dflash_config"))
 
     def value(self, key: str) -> Any:
-        """Give a key of DFlash, from `dflash_config` or else the top level; None where it is missing."""
+        """Return a key of DFlash, from `dflash_config` or else the top level; None where it is missing."""
         return self.nested.get(key, self.config.get(key))
 
     @property
@@ -143,7 +160,7 @@ class DrafterFolder:
         return tensor_axes(self.num_layers, has_convolutions=self.has_convolutions)
 
     def size(self, axis: str) -> int | None:
-        """Give the length of an axis; None where the tensors that have it differ."""
+        """Return the length of an axis; None where the tensors that have it differ."""
         lengths = {
             length
             for name, axes in self.axes.items()
@@ -169,24 +186,12 @@ def read_files(path: str | Path) -> DrafterFolder:
 
     They are `config.json`, `model.safetensors` (also in shards) and, where there is one, `recipe.yaml`.
     """
-    path, problems = Path(path), {}
-    config = _read(path / "config.json", lambda file: json.loads(_bytes(file)), problems)
+    path = Path(path)
+    problems: dict[str, str] = {}
+    config = _read_named_values(path / "config.json", lambda file: json.loads(_read_small_file(file)), problems)
     recipe = read_recipe(path, problems)
-    stored = _read(path / "model.safetensors", _read_weights, problems)
+    stored = _read_named_values(path / "model.safetensors", _read_weights, problems)
     return DrafterFolder(path, config, recipe, stored, problems)
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read a folder's `config.json`; empty where there is none.
-
-    Raises:
-        ValueError: a file that holds no object; names it.
-    """
-    file, problems = Path(folder) / "config.json", {}
-    config = _read(file, lambda file: json.loads(_bytes(file)), problems) if file.exists() else {}
-    for problem in problems.values():
-        raise ValueError(f"{file} cannot be read ({problem}); copy or export the drafter again")
-    return config
 
 
 def read_recipe(folder: str | Path, problems: dict[str, str]) -> dict[str, Any]:
@@ -194,21 +199,21 @@ def read_recipe(folder: str | Path, problems: dict[str, str]) -> dict[str, Any]:
     file = Path(folder) / "recipe.yaml"
     if not file.exists():
         return {}
-    return _read(file, lambda file: yaml.load(_bytes(file), _PlainLoader), problems)
+    return _read_named_values(file, lambda file: yaml.load(_read_small_file(file), _PlainLoader), problems)
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """Give the value if it is a dict, else an empty one."""
+    """Return the value if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def published_name(name: str) -> str:
-    """Give the name that a tensor has in the published layout."""
+    """Return the name that a tensor has in the published layout."""
     name = name.removeprefix("model.")
     return OTHER_NAMES.get(name, name)
 
 
-def _bytes(file: Path) -> bytes:
+def _read_small_file(file: Path) -> bytes:
     """Read a small regular file; a pipe or a device may have no end."""
     if file.exists() and not file.is_file():
         raise ValueError("it is no regular file")
@@ -217,16 +222,14 @@ def _bytes(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def _read(file: Path, read: Callable[[Path], object], problems: dict[str, str]) -> dict[str, Any]:
+def _read_named_values(file: Path, read: Callable[[Path], object], problems: dict[str, str]) -> dict[str, Any]:
     """Read a file, or note why that is not possible."""
     try:
         content = read(file)
     except FileNotFoundError as error:
         problems[file.name] = f"there is no file {error.filename or file}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problems[file.name] = _words(error)
-    except (yaml.YAMLError, SafetensorError, MemoryError) as error:
-        problems[file.name] = _words(error)
+    except UNREADABLE as error:
+        problems[file.name] = describe_error(error)
     else:
         if isinstance(content, dict):
             return content
@@ -234,8 +237,8 @@ def _read(file: Path, read: Callable[[Path], object], problems: dict[str, str]) 
     return {}
 
 
-def _words(error: BaseException) -> str:
-    """Say what went wrong, in one line."""
+def describe_error(error: BaseException) -> str:
+    """Return what went wrong, in one line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
 
 
@@ -244,7 +247,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     index = file.with_name("model.safetensors.index.json")
     shards = [file.name]
     if index.exists():
-        shards = sorted(set(mapping(json.loads(_bytes(index)))["weight_map"].values()))
+        shards = sorted(set(mapping(json.loads(_read_small_file(index)))["weight_map"].values()))
     tensors = {}
     for name in shards:
         shard = file.with_name(name)

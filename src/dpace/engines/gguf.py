@@ -1,10 +1,13 @@
-"""Write a drafter as a GGUF file for llama.cpp, and read one."""
+"""Write a drafter as a GGUF file for llama.cpp, and read one.
+
+What comes in is a spec with its tensors and any GGUF file of the target, whose tokenizer is repeated; what goes out is
+one file. Reading gives spec and tensors back, bit for bit, or one line about a file that is damaged or another's.
+"""
 
 import contextlib
 import io
 import struct
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.drafter.spec import DrafterSpec, as_float32
-from dpace.engines.folder import gguf_names
-from dpace.engines.published import check_spec
-from dpace.engines.speculators import integers
-from dpace.system.progress import printable
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.folder import describe_error, gguf_names
+from dpace.engines.speculators import to_layer_ids
 
 ARCHITECTURE = "dflash"
 BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error)
 """What reading a damaged file raises in gguf and numpy."""
+SIZES = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "block_size": "block_size",
+}
+"""Published name and llama.cpp's name of each size."""
+SCALES = {
+    "input_embedding_scale": "embedding_scale",
+    "output_multiplier": "logit_scale",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""The same of scales and caps, which are only written where they change something."""
 MAX_READS = 2**21
 """Most numbers and texts before the weights; a vocabulary of 262,144 tokens with its merges takes about 1.1 million."""
 _TYPES = {
@@ -121,31 +139,14 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
 
     The file numbers the target's layers by their input, so one higher than here.
     """
-    for name, number in {
-        "block_count": spec.num_layers,
-        "context_length": spec.max_position_embeddings,
-        "embedding_length": spec.hidden_size,
-        "feed_forward_length": spec.intermediate_size,
-        "attention.head_count": spec.num_heads,
-        "attention.head_count_kv": spec.num_key_value_heads,
-        "attention.key_length": spec.head_dim,
-        "attention.value_length": spec.head_dim,
-        "block_size": spec.block_size,
-        **spec.second,
-    }.items():
-        writer.add_uint32(f"{ARCHITECTURE}.{name}", number)
-    scales: dict[str, float] = {
-        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
-        "rope.freq_base": spec.rope["rope_theta"],
-    }
-    if spec.embed_scale != 1:
-        scales["embedding_scale"] = spec.embed_scale
-    if spec.logit_scale != 1:
-        scales["logit_scale"] = spec.logit_scale
-    if spec.softcap is not None:
-        scales["final_logit_softcapping"] = spec.softcap
-    for name, value in scales.items():
-        writer.add_float32(f"{ARCHITECTURE}.{name}", value)
+    config = spec.config()
+    sizes = {name: getattr(config, ours) for ours, name in SIZES.items()}
+    for name, size in {**sizes, "attention.value_length": spec.head_dim, **spec.second}.items():
+        writer.add_uint32(f"{ARCHITECTURE}.{name}", size)
+    scales = {name: getattr(config, ours) for ours, name in SCALES.items() if hasattr(config, ours)}
+    scales |= {"attention.layer_norm_rms_epsilon": spec.rms_norm_eps, "rope.freq_base": spec.rope["rope_theta"]}
+    for name, scale in scales.items():
+        writer.add_float32(f"{ARCHITECTURE}.{name}", scale)
     int32 = gguf.GGUFValueType.INT32
     name = f"{ARCHITECTURE}.target_layers"
     writer.add_key_value(name, spec.hidden_state_ids, gguf.GGUFValueType.ARRAY, int32)
@@ -168,43 +169,30 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         )
     if num_target_layers is None:
         raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
-    if _value(reader, f"{ARCHITECTURE}.attention.sliding_window", 0) or _value(
-        reader, f"{ARCHITECTURE}.attention.causal", False
-    ):
-        raise ValueError(
-            f"{path} has sliding or causal attention, expected full attention; dpace cannot run this drafter"
-        )
 
     def get(name: str, default: Any = None) -> Any:
         return _value(reader, f"{ARCHITECTURE}.{name}", default)
 
+    if get("attention.sliding_window", 0) or get("attention.causal", False):
+        raise ValueError(
+            f"{path} has sliding or causal attention, expected full attention; dpace cannot run this drafter"
+        )
     tokens = _value(reader, "tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise ValueError(f"{path} has no list of tokens; write or download it again")
-    layers = integers({"target_layers": get("target_layers")}, "target_layers")
-    spec = DrafterSpec(
-        block_size=get("block_size"),
-        mask_token_id=_value(reader, "tokenizer.ggml.mask_token_id"),
-        target_layer_ids=tuple(index - 1 for index in layers),
-        num_target_layers=num_target_layers,
-        vocab_size=len(tokens),
-        hidden_size=get("embedding_length"),
-        intermediate_size=get("feed_forward_length"),
-        num_layers=get("block_count"),
-        num_heads=get("attention.head_count"),
-        num_key_value_heads=get("attention.head_count_kv"),
-        head_dim=get("attention.key_length"),
-        rms_norm_eps=_float32(get, "attention.layer_norm_rms_epsilon"),
-        rope={"rope_type": "default", "rope_theta": _float32(get, "rope.freq_base")},
-        max_position_embeddings=get("context_length"),
-        embed_scale=get("embedding_scale", 1.0),
-        logit_scale=get("logit_scale", 1.0),
-        softcap=get("final_logit_softcapping", 0.0) or None,
-        conv_kernel_size=get("conv_kernel_size", 0),
-        conv_group_size=get("conv_group_size", 0),
-    )
+    values = {
+        **{published: get(name) for published, name in SIZES.items()},
+        **{published: get(name, 0.0) or None for published, name in SCALES.items()},
+        "mask_token_id": _value(reader, "tokenizer.ggml.mask_token_id"),
+        "num_target_layers": num_target_layers,
+        "vocab_size": len(tokens),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
+        "conv_kernel_size": get("conv_kernel_size", 0),
+        "conv_group_size": get("conv_group_size", 0),
+    }
     try:
-        check_spec(spec)
+        spec = DrafterSpec.from_values({**values, "target_layer_ids": to_layer_ids(get("target_layers"))})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     known = gguf_names(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
@@ -227,14 +215,6 @@ def _weights(tensor: Any) -> Tensor:
         return data.view(dtype).reshape(shape)
     except (*BROKEN, RuntimeError) as error:
         raise ValueError(f"{tensor.name} cannot be read ({error}); write or download the file again") from error
-
-
-def _float32(get: Callable[[str], Any], name: str) -> float:
-    """Read a number that engines keep in fp32."""
-    value = get(name)
-    if type(value) not in (int, float):
-        raise ValueError(f"{name} is {value!r:.100}, expected a number; write or download the file again")
-    return as_float32(value)
 
 
 class _Reader(gguf.GGUFReader):
@@ -264,12 +244,9 @@ def _open(path: str | Path) -> gguf.GGUFReader:
             warnings.simplefilter("ignore")  # numpy's, about numbers that no length is
             return _Reader(path)
     except BROKEN as error:
-        raise ValueError(_broken(path, error)) from error
-
-
-def _broken(path: str | Path, error: BaseException) -> str:
-    said = printable(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
-    return f"{path} is no GGUF file, or a damaged one ({said}); write or download it again"
+        raise ValueError(
+            f"{path} is no GGUF file, or a damaged one ({describe_error(error)}); write or download it again"
+        ) from error
 
 
 def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:

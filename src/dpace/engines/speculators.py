@@ -1,10 +1,11 @@
-"""Write and read the `config.json` of speculators."""
+"""Write and read the `config.json` of speculators: from a spec, and to the published layout."""
 
 from pathlib import Path
 from typing import Any
 
-from dpace.drafter.spec import DrafterSpec, need
-from dpace.engines.folder import mapping, read_config
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.folder import mapping
+from dpace.system.loading import read_config
 
 
 def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: list[str], dtype: str) -> dict[str, Any]:
@@ -60,8 +61,8 @@ def verifier_name(folder: str | Path) -> str | None:
     Raises:
         ValueError: a config that cannot be read.
     """
-    verifier = mapping(mapping(read_config(folder).get("speculators_config")).get("verifier"))
-    name = verifier.get("name_or_path")
+    config = read_config(folder) if (Path(folder) / "config.json").exists() else {}
+    name = mapping(mapping(config.get("speculators_config")).get("verifier")).get("name_or_path")
     if name is not None and not isinstance(name, str):
         raise ValueError(
             f"{Path(folder) / 'config.json'} names the target {name!r}, expected text; name it with --target"
@@ -80,7 +81,7 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
         raise ValueError(
             "the format of speculators does not say how many layers the target has; name the target with --target"
         )
-    inner = mapping(need(config, "transformer_layer_config"))
+    inner = mapping(config.get("transformer_layer_config"))
     vocab_size = inner.get("vocab_size")
     if config.get("draft_vocab_size", vocab_size) != vocab_size:
         raise ValueError(
@@ -88,16 +89,19 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
             "drafters with a smaller vocabulary"
         )
     return inner | {
-        "block_size": need(config, "block_size"),
-        "mask_token_id": need(config, "mask_token_id"),
-        "target_layer_ids": [index - 1 for index in integers(config, "aux_hidden_state_layer_ids")],
+        "block_size": config.get("block_size", 0),
+        "mask_token_id": config.get("mask_token_id"),
+        "target_layer_ids": to_layer_ids(config.get("aux_hidden_state_layer_ids")),
         "num_target_layers": num_target_layers,
     }
 
 
-def integers(config: dict[str, Any], key: str) -> list[int]:
-    """Read a required list of integers."""
-    found = need(config, key)
-    if not isinstance(found, list) or not all(type(one) is int for one in found):
-        raise ValueError(f"{key} is {found!r:.200}, expected a list of integers; copy the config again")
-    return found
+def to_layer_ids(hidden_state_ids: object) -> list[int]:
+    """Turn indices into `hidden_states`, where 0 is the embedding, into ids of layers; the inverse of the spec's.
+
+    Raises:
+        ValueError: they are no list of integers.
+    """
+    if not isinstance(hidden_state_ids, list) or not all(type(index) is int for index in hidden_state_ids):
+        raise ValueError(f"layer ids are {hidden_state_ids!r:.200}, expected a list of integers; copy the file again")
+    return [index - 1 for index in hidden_state_ids]

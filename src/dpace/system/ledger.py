@@ -52,14 +52,14 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        fix: what to do where it cannot be read, for the message.
+        fix: what to do where it holds something else, for the message.
 
     Raises:
-        ValueError: it is not a JSON object.
-        OSError: it cannot be read.
+        ValueError: it cannot be read, or is not a JSON object.
     """
+    text = read_text(path, "a JSON file")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); {fix}") from error
     if not isinstance(value, dict):

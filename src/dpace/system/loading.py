@@ -18,7 +18,6 @@ NUM_NAMED = 3
 """Most tensors that a message names."""
 LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
 """What transformers raises for a config with values of the wrong kind."""
-COPY = "copy the config from where the drafter was trained"
 
 
 @contextmanager
@@ -92,41 +91,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the `config.json` of a drafter's folder.
 
     Raises:
-        ValueError: it is not a JSON object.
-        OSError: it cannot be read.
+        ValueError: it cannot be read, or is not a JSON object.
     """
     return read_object(Path(folder) / "config.json", "train the drafter, or copy it again")
-
-
-def need(config: Mapping[str, Any], key: str) -> Any:
-    """Read a required value."""
-    if config.get(key) is None:
-        raise ValueError(f"the drafter's config has no {key}; copy it from where the drafter was trained")
-    return config[key]
-
-
-def need_count(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
-    """Read a required integer."""
-    value = need(config, key)
-    if type(value) is not int or not least <= value < 2**31:
-        raise ValueError(f"{key} is {value!r}, expected an integer of {least} or more; {COPY}")
-    return value
-
-
-def need_number(config: Mapping[str, Any], key: str) -> float:
-    """Read a required number above 0."""
-    value = need(config, key)
-    if type(value) not in (int, float) or not 0 < value < 1e38:
-        raise ValueError(f"{key} is {value!r}, expected a number above 0; {COPY}")
-    return float(value)
-
-
-def take_object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Read an object; an empty one where the config has none."""
-    value = config.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{key} is {value!r}, expected an object; {COPY}")
-    return dict(value or {})
 
 
 def attention_of(model_class: Any) -> str:

@@ -40,7 +40,7 @@ class DoctorConfig:
     Usage: dpace doctor DRAFTER --target TARGET. The exit code is 1 where a check fails.
 
     The config and the weights are read as they are on disk, so that a broken folder can be examined; the drafter is run
-    where it loads. docs/doctor.md lists the checks and what breaks where one fails.
+    where it loads. The page of doctor's checks says what breaks where one fails.
     """
 
     drafter: Text

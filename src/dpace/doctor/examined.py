@@ -1,0 +1,120 @@
+"""A drafter's folder beside its target: what the files hold, and what they should hold.
+
+What comes in is what `dpace.engines.folder` read, and a target. What goes out is compared by `dpace.doctor.checks`: the
+config as it is and as dpace would write it for these tensors, what training recorded, the drafter and its tau.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dpace.batches.dataset import ResponseDataset
+from dpace.config import Engine
+from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.drafter import spec_for
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines.folder import DrafterFolder, axis_sizes, mapping
+from dpace.measure.heldout import heldout_acceptance
+from dpace.metrics import Acceptance
+from dpace.respond.responses import Response
+from dpace.target import Target
+from dpace.target.chat import tokenizer_hashes
+
+MAX_RESPONSES = 8
+"""Number of responses that tau is measured on where training has not recorded which."""
+ABSENT = "absent"
+SIZES = {
+    "num_hidden_layers": ("num_layers", ""),
+    "num_attention_heads": ("num_heads", "query"),
+    "num_key_value_heads": ("num_key_value_heads", "key"),
+    "head_dim": ("head_dim", "head"),
+    "intermediate_size": ("intermediate_size", "inner"),
+}
+"""Keys that the tensors decide: the name in a spec, and the axis whose length it is, in heads for `query` and `key`."""
+
+
+def look_up(config: Mapping[str, Any], path: str) -> Any:
+    """Return the value of a key, or of `group.key`; `ABSENT` where there is none."""
+    *groups, key = path.split(".")
+    for group in groups:
+        config = mapping(config.get(group))
+    return config.get(key, ABSENT)
+
+
+@dataclass
+class ExaminedFolder(DrafterFolder):
+    """A drafter's folder, and what it is compared with."""
+
+    target: Target
+    engine: Engine | None
+    responses: list[Response]
+
+    def measure(self, key: str) -> int | None:
+        """Return one of `SIZES` as the tensors have it; None where they do not agree."""
+        _, axis = SIZES[key]
+        if not axis:
+            return self.num_layers or None
+        length = self.size(axis)
+        unit = (self.size("head") or 0) if axis in ("query", "key") else 1
+        return length // unit if length and unit else None
+
+    @cached_property
+    def expected_spec(self) -> DrafterSpec:
+        """The drafter with these tensors for this target; the config decides sizes on which the tensors differ."""
+        taps = self.size("tap") or 0
+        spec = spec_for(
+            self.target, num_layers=1, block_size=2, mask_token_id=0, target_layer_ids=(0,), conv_kernel_size=taps
+        )
+        for key, (name, _) in SIZES.items():
+            size = self.measure(key) or (self.config.get(key) if key != "head_dim" else None)
+            if type(size) is int and size > 0:
+                spec = replace(spec, **{name: size})
+        groups = self.size("kernel")
+        return replace(spec, conv_group_size=2 * taps * spec.hidden_size // groups) if taps and groups else spec
+
+    @cached_property
+    def expected_config(self) -> dict[str, Any]:
+        """The config that dpace would write for it; None where the tensors do not say."""
+        spec = self.expected_spec
+        config = spec.published(spec.config().to_dict())
+        unknown = {key: None for key in SIZES if key != "head_dim" and self.measure(key) is None}
+        return config | unknown | ({"layer_types": None} if "num_hidden_layers" in unknown else {})
+
+    @cached_property
+    def expected_axes(self) -> dict[str, int]:
+        """Length of each axis of the tensors, as most of them have it."""
+        expected = {axis: self.size(axis) or length for axis, length in axis_sizes(self.expected_spec).items()}
+        return expected | {"hidden": self.target.hidden_size}
+
+    @cached_property
+    def facts(self) -> dict[str, object]:
+        """What training would record today about the target."""
+        return {
+            "target": self.target.short_name,
+            "dtype": str(self.target.model.dtype).removeprefix("torch."),
+            "thinking": self.target.thinking,
+            **tokenizer_hashes(self.target),
+        }
+
+    @cached_property
+    def stored_dtypes(self) -> list[str]:
+        """Names of the dtypes of the tensors."""
+        return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()})
+
+    @cached_property
+    def drafter(self) -> Drafter:
+        """The drafter, loaded as for decoding."""
+        try:
+            return load_drafter(self.path, self.target)
+        except Exception as error:  # transformers and torch share no narrower class for a folder that they refuse
+            raise ValueError(str(error)) from error
+
+    @cached_property
+    def acceptance(self) -> Acceptance | None:
+        """Accepted lengths on the recorded responses, or on the first ones; None without responses."""
+        chosen = [r for r in self.responses if r.id in self.record.get("tau_responses", ())]
+        longest = mapping(self.recipe.get("train")).get("max_length", 10**9)
+        chosen = chosen or self.responses[:MAX_RESPONSES]
+        dataset = ResponseDataset(chosen, max_length=longest, num_anchors=None, seed=0)
+        return heldout_acceptance(self.drafter, self.target, dataset) if len(dataset) else None
