@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from dpace.config import Engine
-from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, WEIGHT_CHECKS, Check, Observation, Probe, first_names
+from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, WEIGHT_CHECKS, Check, Observation, first_names
 from dpace.doctor.examined import SIZES, ExaminedFolder
 from dpace.engines.folder import read_files
 from dpace.measure.parity import check_views
@@ -30,20 +30,16 @@ MAX_TAU_CHANGE = 0.01
 REPORT = "report this to dpace: its code is wrong, not the folder"
 
 
-def compare_views(number: int) -> Probe:
+def compare_views(folder: ExaminedFolder, number: str) -> Observation:
     """Return one finding of `check_views`, on two responses, or on a prompt where there are none."""
-
-    def probe(folder: ExaminedFolder) -> Observation:
-        if folder.target.model.dtype != torch.float32:
-            return Observation(None, "the target is not in fp32, which this check needs")
-        responses = folder.responses[:2]
-        if not responses:
-            token_ids = encode_chat(folder.target, [{"role": "user", "content": "Count from one to twenty, in words."}])
-            responses = [Response("prompt", "doctor", [], token_ids, [[len(token_ids) // 2, len(token_ids)]])]
-        finding = check_views(folder.target, folder.drafter, responses)[number]
-        return Observation(finding.is_passed, finding.detail, "equal up to rounding")
-
-    return probe
+    if folder.target.model.dtype != torch.float32:
+        return Observation(None, "the target is not in fp32, which this check needs")
+    responses = folder.responses[:2]
+    if not responses:
+        token_ids = encode_chat(folder.target, [{"role": "user", "content": "Count from one to twenty, in words."}])
+        responses = [Response("prompt", "doctor", [], token_ids, [[len(token_ids) // 2, len(token_ids)]])]
+    finding = check_views(folder.target, folder.drafter, responses)[int(number)]
+    return Observation(finding.is_passed, finding.detail, "equal up to rounding")
 
 
 def accepts_drafts(folder: ExaminedFolder) -> Observation:
@@ -89,19 +85,14 @@ RUN_CHECKS = (
         "fix what the message names",
         "anything that the checks above did not see",
     ),
-    Check(
-        "no leak from the future",
-        "fails",
-        compare_views(0),
-        REPORT,
-        "tau in training is too good to be true",
-    ),
+    Check("no leak from the future", "fails", compare_views, REPORT, "tau in training is too good to be true", ("0",)),
     Check(
         "training view is serving view",
         "fails",
-        compare_views(1),
+        compare_views,
         REPORT,
         "tau in training is not tau when decoding",
+        ("1",),
     ),
     Check(
         "drafts anything",
@@ -118,8 +109,7 @@ RUN_CHECKS = (
         "tau is not what training recorded: other weights or target, or layers or columns reordered",
     ),
 )
-
-
+"""Checks that run the drafter; the others need it to load."""
 MAX_SHOWN = 300
 """Characters of a value that the table shows."""
 UNSAFE = (*(check.name for check in (*FILE_CHECKS, *WEIGHT_CHECKS)), *SIZES, "hidden_size")
@@ -209,7 +199,7 @@ def _find_responses(folder: Path, target: Target, named: str | Path | None) -> l
 def _run_check(check: Check, folder: ExaminedFolder) -> list[Diagnosis]:
     """Run one check; a value that cannot even be compared is a failure of that check."""
     try:
-        observation = check.probe(folder)
+        observation = check.probe(folder, *check.keys)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         observation = Observation(False, str(error) or type(error).__name__)
         check = check._replace(severity="fails")

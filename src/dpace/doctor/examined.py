@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from dpace.batches.dataset import ResponseDataset
+from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import spec_for
@@ -18,6 +19,7 @@ from dpace.engines.folder import DrafterFolder, axis_sizes, mapping
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
 from dpace.respond.responses import Response
+from dpace.system.device import dtype_name
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
 
@@ -40,6 +42,13 @@ def look_up(config: Mapping[str, Any], path: str) -> Any:
     for group in groups:
         config = mapping(config.get(group))
     return config.get(key, ABSENT)
+
+
+def _rope_of(values: object) -> dict[str, Any]:
+    """Return a rotary embedding under the names of `rope_parameters`; empty where there is none."""
+    rope = {name: value for name, value in mapping(values).items() if name != "partial_rotary_factor"}
+    kind = rope.pop("type", "default")
+    return {"rope_type": kind, **rope} if rope else {}
 
 
 @dataclass
@@ -87,12 +96,41 @@ class ExaminedFolder(DrafterFolder):
         expected = {axis: self.size(axis) or length for axis, length in axis_sizes(self.expected_spec).items()}
         return expected | {"hidden": self.target.hidden_size}
 
+    @property
+    def old_rope(self) -> dict[str, Any]:
+        """The rotary embedding by `rope_theta` and `rope_scaling`; empty without `rope_theta`."""
+        theta = self.config.get("rope_theta")
+        return {} if theta is None else {"rope_theta": theta} | _rope_of(self.config.get("rope_scaling"))
+
+    @property
+    def new_rope(self) -> dict[str, Any]:
+        """The rotary embedding by `rope_parameters`; empty without it."""
+        return _rope_of(self.config.get("rope_parameters"))
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The rotary embedding by the new spelling, or else by the old one."""
+        return self.new_rope or {"rope_type": "default", **self.old_rope}
+
+    @property
+    def expected_rope(self) -> dict[str, Any]:
+        """The target's rotary embedding."""
+        return _rope_of(self.expected_spec.rope)
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """Keys of DFlash as the recipe has them."""
+        options = self.recipe["drafter"]
+        number = options["num_features"] or options["num_layers"]
+        ids = options["target_layer_ids"] or build_target_layer_ids(self.target.num_layers, number)
+        return {"block_size": options["block_size"], "target_layer_ids": list(ids)}
+
     @cached_property
     def facts(self) -> dict[str, object]:
         """What training would record today about the target."""
         return {
             "target": self.target.short_name,
-            "dtype": str(self.target.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.target.model.dtype),
             "thinking": self.target.thinking,
             **tokenizer_hashes(self.target),
         }
@@ -100,7 +138,7 @@ class ExaminedFolder(DrafterFolder):
     @cached_property
     def stored_dtypes(self) -> list[str]:
         """Names of the dtypes of the tensors."""
-        return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()})
+        return sorted({dtype_name(tensor.dtype) for tensor in self.tensors.values()})
 
     @cached_property
     def drafter(self) -> Drafter:

@@ -1,8 +1,8 @@
 """Write a drafter's model card: what it is, its results, how it was trained and how to serve it.
 
-Say the best verification length in each engine that was measured, or that nothing is gained.
-
-How each engine serves a drafter: what its option counts, its command and its part of the card.
+What comes in is a spec, the drafter as it was measured, and the results beside its folder; what goes out is
+`README.md`. It names the best verification length in each engine that was measured, or that nothing is gained, and has
+each engine's command (`ENGINES`), which `dpace doctor` and the documentation print too.
 """
 
 import json
@@ -21,6 +21,7 @@ from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe
 from dpace.measure.results import RESULT_FILES, BenchResults, Results, Row, ServerResults, read_results
 from dpace.report.cells import as_code, as_markdown, copied_note, verdict, with_interval
+from dpace.system.device import dtype_name
 from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
 
@@ -60,25 +61,25 @@ def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Adv
 
 def _measured_best_lengths(rows: Sequence[Row]) -> Advice:
     """Choose among rows of one set and temperature; only an interval above 1 is a gain."""
-    found = {id(row): verdict(row.decode_speedup_interval) for row in rows}
-    faster = [row for row in rows if found[id(row)] == "faster"]
+    verdicts = [verdict(row.decode_speedup_interval) for row in rows]
+    faster = [row for row, seen in zip(rows, verdicts, strict=True) if seen == "faster"]
     row = max(faster or rows, key=lambda row: row.decode_speedup or 0)
     best = f"{row.block_size}, whole drafts" if row.width == "full" else str(row.width)
     if not faster:
-        best = UNKNOWN if "too few prompts" in found.values() else NO_GAIN
+        best = UNKNOWN if "too few prompts" in verdicts else NO_GAIN
     speedup = with_interval(row.decode_speedup, row.decode_speedup_interval)
     return Advice("dpace", row.set, row.temperature, 1, best, speedup)
 
 
 def served_lengths(results: ServerResults) -> Iterator[Advice]:
-    """Say what servers gained with the length that they ran with; nothing where there was no plain server."""
+    """Yield what servers gained with the length that they ran with; nothing where there was no plain server."""
     engine = results.servers["drafter"].engine
     for row in results.rows:
         if row.decode_speedup is None:
             continue
-        found = verdict(row.decode_speedup_interval)
-        ran = str(len(row.histogram)) if row.histogram else "as it was started"
-        best = ran if found == "faster" else UNKNOWN if found == "too few prompts" else NO_GAIN
+        length = str(len(row.histogram)) if row.histogram else "as it was started"
+        outcomes = {"faster": length, "too few prompts": UNKNOWN}
+        best = outcomes.get(verdict(row.decode_speedup_interval), NO_GAIN)
         speedup = with_interval(row.decode_speedup, row.decode_speedup_interval)
         yield Advice(engine, row.set, row.temperature, row.concurrency, best, speedup)
 
@@ -86,22 +87,12 @@ def served_lengths(results: ServerResults) -> Iterator[Advice]:
 class Serving(NamedTuple):
     """How one engine serves a drafter."""
 
-    num_counted: Callable[[int], int]
-    """What the engine's option counts in a block of this size: its draft tokens or all its slots."""
+    num_uncounted: int
+    """Slots of a block that the engine's option leaves out: 1 where it counts the draft tokens only."""
     command: Callable[[str, str, int], str]
-    """The command, or the line of Python, from drafter, target and `num_counted`."""
-    card: str
+    """The command, or the line of Python, from drafter, target and the number of counted slots."""
+    card: str = ""
     """Part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where there is none."""
-
-
-def _draft_tokens(block_size: int) -> int:
-    """Count the draft tokens of a block."""
-    return block_size - 1
-
-
-def _slots(block_size: int) -> int:
-    """Count the slots of a block: the anchor and the draft tokens."""
-    return block_size
 
 
 def _vllm(drafter: str, target: str, count: int) -> str:
@@ -138,7 +129,7 @@ def _zlab(drafter: str, target: str, count: int) -> str:
 
 ENGINES: dict[Engine, Serving] = {
     "vllm": Serving(
-        _draft_tokens,
+        1,
         _vllm,
         """**vLLM**
 
@@ -148,7 +139,7 @@ ENGINES: dict[Engine, Serving] = {
 """,
     ),
     "sglang": Serving(
-        _slots,
+        0,
         _sglang,
         """**SGLang** (not run by us)
 
@@ -158,7 +149,7 @@ ENGINES: dict[Engine, Serving] = {
 """,
     ),
     "llamacpp": Serving(
-        _draft_tokens,
+        1,
         _llamacpp,
         """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
 
@@ -170,7 +161,7 @@ ENGINES: dict[Engine, Serving] = {
 """,
     ),
     "transformers": Serving(
-        _slots,
+        0,
         _transformers,
         """**transformers** (5.15 or newer, one prompt at a time)
 
@@ -188,7 +179,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 """,
     ),
-    "zlab": Serving(_slots, _zlab, ""),
+    "zlab": Serving(0, _zlab),
 }
 """Source: the engines' own documentation; docs/results-decoding.md says which were run."""
 
@@ -202,9 +193,9 @@ CONVERSION = (
 
 
 def serve_command(engine: Engine, drafter: str, target: str, block_size: int) -> str:
-    """Give the command, or the line of Python, with which an engine drafts whole blocks."""
+    """Return the command, or the line of Python, with which an engine drafts whole blocks."""
     serving = ENGINES[engine]
-    return serving.command(drafter, target, serving.num_counted(block_size))
+    return serving.command(drafter, target, block_size - serving.num_uncounted)
 
 
 def card_sections(to: Format, *, drafter: str, gguf: str, target: str, block_size: int) -> list[str]:
@@ -259,7 +250,7 @@ def write_card(
     is_local = Path(target_name).is_dir()
     target = Path(target_name).name if is_local else target_name
     front = _front_matter(to, license, None if is_local else target_name)
-    weights = str(dtype).removeprefix("torch.")
+    weights = dtype_name(dtype)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(Path(name).name)}",
@@ -276,7 +267,7 @@ def write_card(
 
 
 def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str, Any]:
-    """Give the metadata that the Hub reads from a card."""
+    """Return the metadata that the Hub reads from a card."""
     engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"])
     return {
         "library_name": _LIBRARIES.get(to, "transformers"),
@@ -302,7 +293,7 @@ def _facts(spec: DrafterSpec, target: str, weights: str) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 
-def _read(path: Path) -> Results | None:
+def _read_if_possible(path: Path) -> Results | None:
     """Read results; None where there are none that can be read."""
     if not path.exists():
         return None
@@ -315,7 +306,7 @@ def _read(path: Path) -> Results | None:
 
 def _results(source: Path, drafter: Drafter, rounded_to: str | None) -> list[str]:
     """Write what was measured with these weights, and the verification lengths to serve with."""
-    results, served = (_read(source.parent / name) for name in RESULT_FILES)
+    results, served = (_read_if_possible(source.parent / name) for name in RESULT_FILES)
     sections, advice = [], []
     if isinstance(results, BenchResults):
         weights = fingerprint(drafter)
@@ -332,19 +323,19 @@ def _advice(advice: list[Advice], is_served: bool) -> list[str]:
     """Write the table of the best verification lengths."""
     if not advice:
         return []
-    said = (
+    text = (
         "The best verification length is the number of tokens that the target checks in one pass: the known one and "
         "the draft tokens. `auto` chooses it at each step. `no gain`: decode without this drafter there."
     )
     if is_served:
-        said += " Rows of servers are from `servers.json`: a server does not say which weights it drafts with."
+        text += " Rows of servers are from `servers.json`: a server does not say which weights it drafts with."
     head = "| engine | set | T | at once | best verification length | decode_speedup |\n|---|---|---|---|---|---|"
     lines = [
         f"| {line.engine} | {as_markdown(line.set)} | {line.temperature:g} | {line.concurrency} | {line.best} | "
         f"{line.speedup} |"
         for line in advice
     ]
-    return ["## Verification length", said, "\n".join([head, *lines])]
+    return ["## Verification length", text, "\n".join([head, *lines])]
 
 
 def _measured(results: BenchResults, rows: list[Row], rounded_to: str | None) -> list[str]:

@@ -24,12 +24,17 @@ from dpace.engines.gguf import read_gguf, write_gguf
 from dpace.engines.published import make_drafter, read_folder
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.metrics import Acceptance
+from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files
 from dpace.target import Target
 from dpace.target.files import find_places
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
+COMPARED = [name for name, field in DrafterSpec.__dataclass_fields__.items() if field.compare]
+"""What a spec that is read again must have as it was written."""
+MAX_LOGIT_ERROR = 1e-5
+"""Largest relative difference of logits; the same weights give the same ones up to the order of sums."""
 
 
 def refuse_output(output: Path, *others: tuple[str, Path]) -> None:
@@ -48,10 +53,6 @@ def refuse_output(output: Path, *others: tuple[str, Path]) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {output} is a file; name a folder with --output")
     refuse_foreign_files(output, *IDENTIFYING)
-
-
-MAX_LOGIT_ERROR = 1e-5
-"""Largest relative difference of logits; the same weights give the same ones up to the order of sums."""
 
 
 class Exported(NamedTuple):
@@ -112,21 +113,29 @@ def export(
     spec.check()
     original = load_drafter(folder, target, all_tokens=True)
     tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
-    written = tensors["fc.weight"].dtype
-    about: Any = {"name": name, "target_name": target_name, "license": license, "dtype": written}
-    about["is_rounded"] = rounding > 0
-    logit_error, acceptance = None, None
+    logit_error = None
+    acceptance = None
     with filling(output) as aside:
         path = _write(aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
-        write_card(path, spec, to=to, source=folder, drafter=original, **about)
+        write_card(
+            path,
+            spec,
+            to=to,
+            name=name,
+            target_name=target_name,
+            license=license,
+            dtype=tensors["fc.weight"].dtype,
+            is_rounded=rounding > 0,
+            source=folder,
+            drafter=original,
+        )
         again = read_drafter(path, num_target_layers=target.num_layers)
         final = output / path.relative_to(aside)
         _compare(final, spec, tensors, again)
         if prompts:
             reference = original if dtype is None else _for_decoding(spec, tensors, target)
             served = _for_decoding(again.spec, again.state_dict(), target)
-            found = _compare_decoding(final, target, reference, served, prompts, max_new_tokens)
-            logit_error, acceptance = found
+            logit_error, acceptance = _compare_decoding(final, target, reference, served, prompts, max_new_tokens)
     return Exported(final, len(tensors), rounding, logit_error, acceptance)
 
 
@@ -163,8 +172,8 @@ def count_layers(target: str) -> int:
     try:
         count = find_places(target).config.get_text_config(decoder=True).num_hidden_layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, RecursionError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot read the config of the target {target} ({said}); {fix}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot read the config of the target {target} ({reason}); {fix}") from error
     if type(count) is not int or not 1 <= count <= MAX_LAYERS:
         raise ValueError(f"the target {target} has num_hidden_layers {count!r:.50}, expected 1 .. {MAX_LAYERS}; {fix}")
     return count
@@ -181,7 +190,7 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 
 
 def push(folder: str | Path, repo: str) -> str:
-    """Upload a folder to the Hugging Face Hub and give the address.
+    """Upload a folder to the Hugging Face Hub and return the address.
 
     The repository is made where it is missing. Hidden files, dpace's own notes, stay here.
     """
@@ -221,8 +230,8 @@ def _write(
     target_name: str,
     target_gguf: str | Path | None,
 ) -> Path:
-    """Write a drafter's files and give the path that an engine is given."""
-    dtype = _name(tensors["fc.weight"].dtype)
+    """Write a drafter's files and return the path that an engine is given."""
+    dtype = dtype_name(tensors["fc.weight"].dtype)
     if to == "gguf":
         path = output / f"dflash-{Path(target_name).name}-{dtype}.gguf"
         write_gguf(path, spec, tensors, target_gguf=str(target_gguf))
@@ -240,7 +249,7 @@ def _write(
 def _cast(
     tensors: dict[str, Tensor], dtype: torch.dtype | None, *, has_fp32_vectors: bool
 ) -> tuple[dict[str, Tensor], float]:
-    """Turn weights into the dtype to write; give them and the largest relative change of a tensor."""
+    """Turn weights into the dtype to write; return them and the largest relative change of a tensor."""
     cast, errors = {}, [0.0]
     for name, tensor in tensors.items():
         wanted = torch.float32 if has_fp32_vectors and tensor.dim() != 2 else dtype or tensor.dtype
@@ -251,9 +260,8 @@ def _cast(
 
 def _compare(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], again: Drafter) -> None:
     """Refuse a file that differs from what was to be written."""
-    read = vars(again.spec)
-    expected = {name: value for name, value in vars(spec).items() if name in _COMPARED}
-    wrong = [f"{name} {read[name]}, expected {value}" for name, value in expected.items() if read[name] != value]
+    pairs = {name: (getattr(again.spec, name), getattr(spec, name)) for name in COMPARED}
+    wrong = [f"{name} {found}, expected {expected}" for name, (found, expected) in pairs.items() if found != expected]
     wrong += [name for name, tensor in again.state_dict().items() if not _is_same(tensor, tensors[name])]
     if wrong:
         raise ValueError(f"{path} does not read back as it was written ({'; '.join(wrong[:3])}); do not serve it")
@@ -272,8 +280,10 @@ def _compare_decoding(
         )
     results = []
     for number, token_ids in enumerate(prompts):
-        options = {"max_new_tokens": max_new_tokens, "width": "full"}
-        ours, theirs = (generate(target, drafter, token_ids, **options) for drafter in (reference, again))
+        ours, theirs = (
+            generate(target, drafter, token_ids, max_new_tokens=max_new_tokens, width="full")
+            for drafter in (reference, again)
+        )
         if ours.accepted_lengths != theirs.accepted_lengths:
             raise ValueError(
                 f"{path} drafts differently: accepted lengths on prompt {number} are {theirs.accepted_lengths}, "
@@ -302,15 +312,7 @@ def _for_decoding(spec: DrafterSpec, tensors: dict[str, Tensor], target: Target)
 
 
 def _is_same(tensor: Tensor, expected: Tensor) -> bool:
-    """Say whether dtype, shape and every bit are equal."""
+    """Return whether dtype, shape and every bit are equal."""
     if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
         return False
     return torch.equal(*(one.contiguous().view(torch.uint8) for one in (tensor, expected)))
-
-
-def _name(dtype: torch.dtype) -> str:
-    """Give the short name of a dtype."""
-    return str(dtype).removeprefix("torch.")
-
-
-_COMPARED = {name for name, field in DrafterSpec.__dataclass_fields__.items() if field.compare}

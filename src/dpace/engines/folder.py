@@ -129,12 +129,6 @@ class DrafterFolder:
         return self.nested.get(key, self.config.get(key))
 
     @property
-    def rope(self) -> dict[str, Any]:
-        """The rotary embedding by `rope_parameters`, or else by the older keys."""
-        old = {"rope_theta": self.config.get("rope_theta"), **mapping(self.config.get("rope_scaling"))}
-        return mapping(self.config.get("rope_parameters")) or old
-
-    @property
     def record(self) -> dict[str, Any]:
         """What training recorded in the config."""
         return mapping(self.config.get("dpace"))

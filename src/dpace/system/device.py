@@ -31,11 +31,16 @@ def find_device(name: Device = "auto") -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Give the dtype of a target's weights: bf16, and fp32 on a CPU.
+    """Return the dtype of a target's weights: bf16, and fp32 on a CPU.
 
     In fp32 texts are equal token for token.
     """
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as configs have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def synchronize(device: torch.device) -> None:
@@ -45,7 +50,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Name the device as its maker does."""
+    """Return the name of the device as its maker does."""
     if device.type == "cpu":
         return processor_name()
     module = torch.get_device_module(device)
@@ -54,7 +59,7 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """Name the processor."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -63,7 +68,7 @@ def processor_name() -> str:
 
 
 def read_random_state() -> bytes | None:
-    """Give the state of the accelerator's random generator; None without one."""
+    """Return the state of the accelerator's random generator; None without one."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else bytes(torch.get_device_module(found).get_rng_state().tolist())
 

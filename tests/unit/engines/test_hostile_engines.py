@@ -168,8 +168,10 @@ STANDS_IN = {
     "target_layer_ids is list",
     "rope_parameters is null",
     "rope_parameters is object",
+    "architectures is a number",
+    "architectures of numbers",
 }
-"""The other spelling, or the published rule, gives the value."""
+"""The other spelling, or the published rule, gives the value; or nothing reads it."""
 
 
 @pytest.mark.parametrize("fault", FOLDERS)
