@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpace.drafter.spec import DrafterSpec
+from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.progress import printable
 
 TENSORS = {
@@ -165,16 +166,6 @@ class DrafterFolder:
         return lengths.pop() if len(lengths) == 1 else None
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without aliases: a few of them can stand for a text that fills the memory."""
-
-    def compose_node(self, parent, index):
-        """See `yaml.composer.Composer`."""
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("it has an alias (*name), expected values written out")
-        return super().compose_node(parent, index)
-
-
 def read_files(path: str | Path) -> DrafterFolder:
     """Read a drafter's files; those that cannot be read are noted as problems.
 
@@ -193,7 +184,7 @@ def read_recipe(folder: str | Path, problems: dict[str, str]) -> dict[str, Any]:
     file = Path(folder) / "recipe.yaml"
     if not file.exists():
         return {}
-    return _read_named_values(file, lambda file: yaml.load(_read_small_file(file), _PlainLoader), problems)
+    return _read_named_values(file, lambda file: yaml.load(_read_small_file(file), PlainLoader), problems)
 
 
 def mapping(value: object) -> dict[str, Any]:

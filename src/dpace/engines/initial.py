@@ -1,4 +1,4 @@
-"""The drafter that a training starts from, and the settings that follow from it."""
+"""Read the drafter that a training starts from, and give the recipe the settings that follow from it."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -35,14 +35,14 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     for option, value in own.items():
         found = getattr(recipe.drafter, option)
         if f"drafter.{option}" in given and found not in (None, value):
-            _refuse(option, found, f"{name} has {_words(value)}")
+            _refuse(option, found, f"{name} has {_as_flag_value(value)}")
     if "drafter.norm_scale" in given:
         _refuse("norm_scale", recipe.drafter.norm_scale, f"the final norm of {name} is trained")
     return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init
 
 
 def _options_of(spec: DrafterSpec) -> dict[str, object]:
-    """Give the options of a drafter's size that its spec fixes."""
+    """Return the options of a drafter's size that its spec fixes."""
     return {
         "num_layers": spec.num_layers,
         "block_size": spec.block_size,
@@ -55,8 +55,11 @@ def _options_of(spec: DrafterSpec) -> dict[str, object]:
 
 def _refuse(option: str, found: object, reason: str) -> None:
     flag = f"--drafter.{option.replace('_', '-')}"
-    raise ValueError(f"{flag} is {_words(found)}, but {reason}; leave {flag} out, or train without --drafter.init")
+    raise ValueError(
+        f"{flag} is {_as_flag_value(found)}, but {reason}; leave {flag} out, or train without --drafter.init"
+    )
 
 
-def _words(value: object) -> str:
+def _as_flag_value(value: object) -> str:
+    """Return a value as it is written after a flag."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

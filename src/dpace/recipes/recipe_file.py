@@ -38,7 +38,7 @@ def read_settings(path: str | Path, config_class: type[Recipe]) -> dict[str, Any
     """
     text = read_text(path, "a YAML file of options", max_bytes=MAX_BYTES)
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise ValueError(f"cannot read the recipe {path}: {reason}; name a YAML file of options") from error
@@ -67,7 +67,7 @@ def without_passwords(value: Any) -> Any:
     return re.sub(r"^(https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
 
 
-class _Loader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """YAML without aliases and tags, with each key once, and with numbers as YAML 1.2 reads them.
 
     YAML 1.1 reads 1e-3 as a text, 1:30 as 90 and 010 as 8.
@@ -121,11 +121,11 @@ _RESOLVERS = {
 }
 for _kind, (_pattern, _first) in _RESOLVERS.items():
     _characters = [*_first, *([""] if _kind == "null" else [])]
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _characters)
+    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _characters)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that `_Loader` reads back: texts that are no plain words stand in quotes."""
+    """YAML that `PlainLoader` reads back: texts that are no plain words stand in quotes."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:

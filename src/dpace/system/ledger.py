@@ -79,30 +79,23 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
     Raises:
         ValueError: the file cannot be read, or a line is not a JSON object, names a key twice, or is too long.
     """
-    for number, line in enumerate(_read_lines(Path(path)), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, _read_line(line, f"{path}:{number}")
-        except ValueError:
-            if is_growing and not line.endswith(b"\n"):
-                return
-            raise
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    """Read the lines of a file, each with its line feed; a byte order mark is left out."""
+    path = Path(path)
     try:
         _check_regular(path, "a JSONL file")
         with path.open("rb") as file:
-            number, line = 1, file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
-            while line:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(
                         f"{path}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
                     )
-                yield line
-                number, line = number + 1, file.readline(MAX_LINE_BYTES + 1)
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                try:
+                    if line.strip():
+                        yield number, _read_line(line, f"{path}:{number}")
+                except ValueError:
+                    if is_growing and not line.endswith(b"\n"):
+                        return
+                    raise
     except OSError as error:
         raise ValueError(f"cannot read {path}: {_reason(error)}; name a JSONL file in UTF-8") from error
 

@@ -82,10 +82,10 @@ def folders(folder, language_target, language_responses, make_once) -> dict[str,
 
 @pytest.fixture
 def do_export(language_target, folders, target_gguf, prompts, tmp_path):
-    def run(to, kind="half-trained", **options):
+    def run(to, kind="half-trained", folder=None, **options):
         settings = {"output": tmp_path / to, "name": "tiny-dflash", "target_name": "some/target"}
         settings |= {"target_gguf": target_gguf, "prompts": prompts, "max_new_tokens": 20}
-        return export(folders[kind], language_target, to=to, **{**settings, **options})
+        return export(folder or folders[kind], language_target, to=to, **{**settings, **options})
 
     return run
 
@@ -194,17 +194,11 @@ def test_other_spellings_are_read(folder, tmp_path):
         ]
     ):
         assert read_folder(edit(folder, tmp_path / str(number), **changes))[0] == expected
-    for number, rename in enumerate(
-        [
-            lambda name: f"model.{name}",
-            lambda name: {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}.get(
-                name, name
-            ),
-        ]
-    ):
-        other = edit(folder, tmp_path / f"names{number}")
-        save_file({rename(name): tensor for name, tensor in weights.items()}, other / "model.safetensors")
-        again = import_drafter(other, tmp_path / f"again{number}")
+    theirs = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+    for names in ({name: f"model.{name}" for name in weights}, {name: theirs.get(name, name) for name in weights}):
+        other = edit(folder, tmp_path / names["fc.weight"])
+        save_file({names[name]: tensor for name, tensor in weights.items()}, other / "model.safetensors")
+        again = read_drafter(other)
         assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
 
 
@@ -362,17 +356,6 @@ def test_zlabs_class_and_loop_take_the_folder(kind, expected, do_export, languag
     assert [decode_and_count(language_target, decode, token_ids) for token_ids in prompts] == expected[kind]
 
 
-def test_neighbouring_layers_take_other_numbers_of_verifications(folder, language_target, prompts, tmp_path):
-    """What the engines' tests would see if a layer were numbered otherwise."""
-    layer_ids, steps = read_folder(folder)[0].target_layer_ids, {}
-    for offset in (-1, 0, 1):
-        ids = [i + offset for i in layer_ids]
-        named = {"dflash_config": {"target_layer_ids": ids}, "target_layer_ids": ids}
-        drafter = load_drafter(edit(folder, tmp_path / str(offset), **named), language_target)
-        steps[offset] = sum(count for _, count in our_steps(language_target, drafter, prompts))
-    assert steps[0] not in (steps[-1], steps[1])
-
-
 def test_the_bundled_module_needs_torch_and_transformers_only():
     source = Path(dpace.modeling_dflash.__file__).read_text()
     imported = re.findall(r"^\s*(?:from|import) (\w+)", source, flags=re.MULTILINE)
@@ -432,7 +415,7 @@ def test_llamacpp_refuses_in_one_line(do_export, target_gguf, prompts, tmp_path)
         )
 
 
-def test_the_card_has_measured_rows_of_these_weights_only(language_target, folder, tmp_path):
+def test_the_card_has_measured_rows_of_these_weights_only(do_export, language_target, folder, tmp_path):
     source = tmp_path / "run" / "drafter"
     shutil.copytree(folder, source)
     (source / "recipe.yaml").write_text("target: some/target\nloss:\n  objective: dpace\n")
@@ -440,55 +423,30 @@ def test_the_card_has_measured_rows_of_these_weights_only(language_target, folde
     config = BenchConfig(max_new_tokens=12, temperatures=(0.0,), widths=("full",))
     mine, other = load_drafter(source, language_target), make_drafter(language_target, block_size=6)
     results = bench(language_target, {"mine": mine, "other": other}, asked, config, source.parent)
-    path = export(
-        source,
-        language_target,
-        to="zlab",
-        output=tmp_path / "card",
-        name="me/tiny-DFlash",
-        target_name="some/target",
-        license="mit",
-    ).path
-    card = (path / "README.md").read_text()
-    _, front, text = card.split("---\n", 2)
-    front = yaml.safe_load(front)
-    assert (
-        front["base_model"] == "some/target" and front["license"] == "mit" and front["library_name"] == "transformers"
-    )
-    assert "dflash" in front["tags"] and "vllm" in front["tags"]
+
+    def card(**options):
+        path = do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit", prompts=(), **options).path
+        return (path / "README.md").read_text()
+
+    text = card()
+    front = yaml.safe_load(text.split("---\n", 2)[1])
+    assert (front["base_model"], front["license"], front["library_name"]) == ("some/target", "mit", "transformers")
+    assert {"dflash", "vllm"} <= set(front["tags"])
     rows = re.findall(r"^\| language .*$", text, flags=re.MULTILINE)
     assert len(rows) == 1 and f"{results.rows[0].tau:.2f} [" in rows[0]
-    assert (
-        "objective `dpace` ([D-PACE]" in text
-        and "rounded from" not in text
-        and '"num_speculative_tokens": 5' in text
-        and "not run by us" in text
-    )
+    for part in ("objective `dpace` ([D-PACE]", '"num_speculative_tokens": 5', "not run by us"):
+        assert part in text
     assert re.search(r"^\| dpace \| language \| 0 \| 1 \| too few prompts to tell \|", text, flags=re.MULTILINE)
-    assert str(tmp_path) not in card
-    path = export(
-        source,
-        language_target,
-        to="zlab",
-        output=tmp_path / "other",
-        name="x",
-        target_name="some/target",
-        dtype=torch.float16,
-    ).path
-    assert "float16, rounded from those that were measured" in (path / "README.md").read_text()
+    assert str(tmp_path) not in text and "rounded from" not in text
+    assert "float16, rounded from those that were measured" in card(dtype=torch.float16)
 
 
 @quiet
-def test_the_cards_transformers_commands_run(language_folder, folder, language_target, tmp_path, monkeypatch, capsys):
+def test_the_cards_transformers_commands_run(
+    do_export, language_folder, language_target, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    path = export(
-        folder,
-        language_target,
-        to="zlab",
-        output=tmp_path / "out",
-        name=str(tmp_path / "out"),
-        target_name="some/target",
-    ).path
+    path = do_export("zlab", output=tmp_path / "out", name=str(tmp_path / "out"), prompts=()).path
     (code,) = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(), flags=re.DOTALL)
     code = code.replace("some/target", str(language_folder)).replace('"..."', '"w3 w51"').replace(": 256", ": 20")
     exec(compile(code, "README.md", "exec"), {})

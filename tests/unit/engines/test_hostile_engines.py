@@ -95,63 +95,33 @@ def weights(make):
 
 
 def fifo(name):
-    def change(folder):
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    return change
-
-
-def header(value: object) -> bytes:
-    text = json.dumps(value).encode()
-    return struct.pack("<Q", len(text)) + text
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
 
 
 def index(value: object):
     return raw("model.safetensors.index.json", json.dumps(value).encode())
 
 
-WRONG = {
-    "null": None,
-    "text": "x",
-    "negative": -1,
-    "zero": 0,
-    "huge": 10**12,
-    "list": [],
-    "object": {},
-    "fraction": 1.5,
-    "true": True,
-}
-NAMES = ["hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "target_layer_ids", "rope_parameters"]
+WRONG = {"text": "x", "zero": 0, "huge": 10**12, "fraction": 1.5, "true": True}
 FOLDERS = {
-    **{f"{name} is {kind}": config(**{name: value}) for name in NAMES for kind, value in WRONG.items()},
+    **{f"hidden_size is {kind}": config(hidden_size=value) for kind, value in WRONG.items()},
+    **{f"target_layer_ids is {kind}": config(target_layer_ids=value) for kind, value in WRONG.items()},
+    "more layers than fit": config(num_hidden_layers=10**6),
+    "no head_dim": config(head_dim=None),
     "config is a list": raw("config.json", b"[]"),
     "config is cut": raw("config.json", b'{"block_size": 6,'),
     "config is deep": raw("config.json", b"[" * 100_000),
     "config is no UTF-8": raw("config.json", b'{"a": "\xff"}'),
-    "config is empty": raw("config.json", b""),
     "config has an endless number": raw("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"),
     "config is a pipe": fifo("config.json"),
     "dflash_config is a list": config(dflash_config=[1]),
-    "architectures is a number": config(architectures=5),
-    "architectures of numbers": config(architectures=[5]),
     "rope of no known type": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
     "rope of a text": config(rope_parameters={"rope_type": "default", "rope_theta": "x"}, rope_theta=None),
-    "eps is a text": config(rms_norm_eps="x"),
-    "eps is nothing": config(rms_norm_eps=0),
-    "layer ids of texts": config(target_layer_ids=["0", "1"]),
     "layers out of the target": config(target_layer_ids=[1, 99]),
     "mask token outside": config(mask_token_id=10**6),
-    "softcap of nothing": config(final_logit_softcapping="x"),
-    "weights are empty": raw("model.safetensors", b""),
     "weights are noise": raw("model.safetensors", bytes(range(256)) * 40),
     "weights have a giant header": raw("model.safetensors", struct.pack("<Q", 2**62) + b"{}"),
-    "weights point outside": raw(
-        "model.safetensors", header({"fc.weight": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 10**9]}})
-    ),
-    "weights are a list": raw("model.safetensors", header([])),
     "weights are a pipe": fifo("model.safetensors"),
-    "index is a list": index([]),
     "index names numbers": index({"weight_map": {"a": 1}}),
     "index leads elsewhere": index({"weight_map": {"a": "../../secret.safetensors"}}),
     "index names a pickle": index({"weight_map": {"a": "model.bin"}}),
@@ -163,15 +133,6 @@ FOLDERS = {
     "a tensor holds integers": weights(lambda t: t.update({"norm.weight": torch.ones(48, dtype=torch.int64)})),
     "a mask embedding of its own": raw("mask_embedding.pt", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
 }
-STANDS_IN = {
-    "target_layer_ids is null",
-    "target_layer_ids is list",
-    "rope_parameters is null",
-    "rope_parameters is object",
-    "architectures is a number",
-    "architectures of numbers",
-}
-"""The other spelling, or the published rule, gives the value; or nothing reads it."""
 
 
 @pytest.mark.parametrize("fault", FOLDERS)
@@ -179,11 +140,8 @@ def test_import_refuses_a_folder_in_one_line(fault, folder, tmp_path, capsys):
     FOLDERS[fault](folder)
     before = {path.name for path in folder.iterdir()}
     args = ["import", str(folder), "--output", str(tmp_path / "out")]
-    if fault in STANDS_IN:
-        assert main(args) in (0, 1)
-    else:
-        refused(args, capsys)
-        assert not (tmp_path / "out").exists()
+    refused(args, capsys)
+    assert not (tmp_path / "out").exists()
     assert {path.name for path in folder.iterdir()} == before
 
 
@@ -198,8 +156,8 @@ def test_doctor_shows_a_table_for_any_folder(fault, folder, capsys):
 
 @pytest.mark.parametrize(
     "recipe",
-    ["[]", "a: &x [1]\nb: *x", "drafter: [", "loss: 5", "\x00", "? [a]\n: b", "drafter: {block_size: " + ESC + "}"],
-    ids=["list", "alias", "cut", "number", "nul", "odd key", "escape"],
+    ["[]", "a: &x [1]\nb: *x", "drafter: [", "loss: 5", "drafter: {block_size: " + ESC + "}"],
+    ids=["list", "alias", "cut", "number", "escape"],
 )
 def test_a_recipe_that_cannot_be_read_is_no_trap(recipe, folder, tmp_path, capsys):
     (folder / "recipe.yaml").write_text(recipe)
@@ -233,17 +191,13 @@ def drafter_gguf(source, language_target, target_gguf, tmp_path_factory) -> byte
 
 
 GGUF = {
-    "empty": lambda data: b"",
-    "only its magic": lambda data: data[:4],
     "another magic": lambda data: b"GGML" + data[4:],
     "version 99": lambda data: data[:4] + struct.pack("<I", 99) + data[8:],
     "endless tensors": lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:],
-    "endless values": lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:],
     "a giant key": lambda data: data[:24] + struct.pack("<Q", 2**62) + data[32:],
     "an endless array": lambda data: data[:8] + struct.pack("<QQQcIIQ", 0, 1, 1, b"x", 9, 4, 2**40),
     "an array of many": lambda data: data[:8] + struct.pack("<QQQcIIQ", 0, 1, 1, b"x", 9, 0, 9999) + bytes(9999),
-    "noise": lambda data: b"GGUF" + bytes(range(256)) * 30,
-    **{f"cut at {share} %": lambda data, share=share: data[: len(data) * share // 100] for share in (1, 5, 30, 60, 99)},
+    **{f"cut at {share} %": lambda data, share=share: data[: len(data) * share // 100] for share in (0, 1, 60)},
     "other bytes": lambda data: data[:200] + bytes(byte ^ 0x5A for byte in data[200:2000]) + data[2000:],
 }
 
@@ -258,7 +212,7 @@ def test_damaged_gguf_files_are_refused(
     refused(["import", str(path), "--output", str(tmp_path / "a"), "--target", str(language_folder)], capsys)
     path.write_bytes(GGUF[fault](target_gguf.read_bytes()))
     args = ["export", str(source), "--target", "t", "--to", "gguf", "--output", str(tmp_path / "b")]
-    if not fault.startswith(("cut at 30", "cut at 60", "cut at 99", "other")):  # its header is whole: only it is read
+    if fault not in ("cut at 60 %", "other bytes"):  # its header is whole: only it is read
         refused([*args, "--target-gguf", str(path), "--num-prompts", "0"], capsys)
         assert not (tmp_path / "b").exists()
     assert not (tmp_path / "a").exists()
@@ -286,65 +240,23 @@ def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, t
     assert (tree(out) if out.is_dir() else out.read_text()) == before
 
 
-def test_a_failed_comparison_leaves_nothing_and_a_second_export_replaces_the_first(
-    folder, tmp_path, capsys, monkeypatch
-):
+def test_a_failed_comparison_leaves_what_was_there(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     args = ["export", str(folder), "--target", "t", "--to", "zlab", "--output", str(out), "--num-prompts", "0"]
-    with monkeypatch.context() as patch:
-        patch.setattr("dpace.engines.export._is_same", lambda *_: False)
-        refused(args, capsys, "does not read back")
-    assert not out.exists()
-    assert main(args) == 0
-    first = tree(out)
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir() if not path.name.startswith(".")} == {0o644}
-    with monkeypatch.context() as patch:
-        patch.setattr("dpace.engines.export._is_same", lambda *_: False)
-        refused(args, capsys, "does not read back")
-    assert tree(out) == first
-    assert main(args) == 0 and tree(out) == first
-
-
-def test_a_full_disk_leaves_the_old_files(folder, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    args = ["import", str(folder), "--output", str(out)]
-    assert main(args) == 0
-    first = tree(out)
-
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dpace.drafter.Drafter.save_pretrained", fail)
-    refused(args, capsys, "No space left")
-    assert tree(out) == first
-
-
-def test_a_folder_that_another_process_writes_to_is_refused(folder, tmp_path, capsys):
-    import subprocess
-    import sys
-
-    out = tmp_path / "out"
-    code = "from dpace.system.ledger import lock_folder\n"
-    code += f"with lock_folder({str(out)!r}):\n    print('held', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        refused(["import", str(folder), "--output", str(out)], capsys, "is writing to", f"process {other.pid}")
-        other.communicate("\n")
-    assert main(["import", str(folder), "--output", str(out)]) == 0
+    for before in ({}, None):
+        if before is None:
+            assert main(args) == 0
+            before = tree(out)
+        with monkeypatch.context() as patch:
+            patch.setattr("dpace.engines.export._is_same", lambda *_: False)
+            refused(args, capsys, "does not read back")
+        assert (tree(out) if before else out.exists()) == (before or False)
+    assert main(args) == 0 and tree(out) == before
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 NAME = f"{ESC}a|b`c`<script>alert(1)</script>\n# d [bold]e[/bold] $x$ \\"
-
-
-def edit(**changes):
-    def change(value):
-        value.update(changes)
-
-    return change
 
 
 def row(**changes):
@@ -363,23 +275,9 @@ def response(**changes):
 
 RESULTS = {
     "a histogram too long": row(histogram=[1, 2, 3, 4]),
-    "a negative count": row(histogram=[-1, 0, 1]),
-    "a giant count": row(histogram=[10**30, 0, 1]),
-    "a block of nothing": row(block_size=0),
-    "reach rates are missing": row(reach_rate=[]),
-    "plain responses are missing": row(plain_responses=[]),
-    "another width": row(width="x"),
     "infinity": row(tau=1e999),
     "a response in no time": response(decode_seconds=0.0),
-    "a response before it began": response(decode_seconds=-1.0),
-    "a response with other counts": response(histogram=[1]),
     "accepted more than drafted": response(accepted_lengths=[7]),
-    "tokens below zero": response(decode_tokens=-4),
-    "a giant number without a bonus": response(num_without_bonus=10**25),
-    "no rows at all": edit(rows={}),
-    "rows of texts": edit(rows=["x"]),
-    "another version": edit(schema_version=2),
-    "an unknown key": edit(extra=1),
 }
 
 
@@ -395,11 +293,7 @@ def test_report_refuses_results_that_contradict_themselves(fault, tmp_path, caps
 
 LOGS = {
     "a step is a text": [{"step": "x", "step_seconds": 1.0}],
-    "no step": [{"eval_tau": 1.0}],
-    "a giant step": [{"step": 10**400, "step_seconds": 1.0}],
-    "tau is a list": [{"step": 1, "eval_tau": []}],
     "a share is a text": [{"step": 1, "weight_share/1": "x"}],
-    "entries are texts": ["x"],
     "no list": "x",
 }
 
