@@ -29,7 +29,8 @@ from dpace.metrics import tau_gain
 from dpace.prompts.prompts import Prompt, demo_path, read_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.respond.responses import Response, write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import Response
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 

@@ -17,7 +17,7 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
 from dpace.plan.training import Place, known_conversations, plan_training
-from dpace.respond.answers import Response
+from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
 from dpace.train.callbacks import PeakMemory

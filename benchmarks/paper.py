@@ -28,7 +28,7 @@ from dpace.prompts.public_sets import SETS, read_sets
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.tables import console, results_table
-from dpace.respond.responses import write_responses
+from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.locate import TARGET_ID, find_target
 from dpace.train.identity import target_of

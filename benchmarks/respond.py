@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import answer_prompts
+from dpace.respond.answering import answer_prompts
 from dpace.target.chat import ChatTokenizer
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)

@@ -46,7 +46,8 @@ from dpace.measure.results import has_heldout
 from dpace.prompts.prompts import split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.respond.responses import Response, write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import Response
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
 from dpace.system.ledger import lock_folder, write_json, write_text
 from dpace.target import Target

@@ -26,7 +26,8 @@ from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, Train
 from dpace.drafter import Drafter
 from dpace.engines.folder import LAYER_TENSORS
 from dpace.fast.speed_up import speed_up
-from dpace.respond.responses import Response, read_responses, write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import Response, read_responses
 from dpace.target import Target
 
 VOCAB = 64

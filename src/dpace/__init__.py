@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from dpace.metrics import Acceptance
     from dpace.prompts.prompts import Prompt, PromptParts, read_prompts, split_prompts
     from dpace.recipes.recipe_file import read_recipe, write_recipe
-    from dpace.respond.responses import Response, read_responses, write_responses
+    from dpace.respond.answering import write_responses
+    from dpace.respond.responses import Response, read_responses
     from dpace.target import Target
     from dpace.target.chat import encode_chat
     from dpace.target.locate import find_target
@@ -44,7 +45,8 @@ _NAMES = {
     "config": "BenchConfig DrafterConfig LossConfig PromptsConfig Recipe RespondConfig TrainConfig",
     "target.chat": "encode_chat",
     "prompts.prompts": "Prompt PromptParts read_prompts split_prompts",
-    "respond.responses": "Response read_responses write_responses",
+    "respond.answering": "write_responses",
+    "respond.responses": "Response read_responses",
     "decode": "Decoder Generation Paces custom_generate generate generate_batch generate_plain stream",
     "drafter": "Drafter load_drafter",
     "recipes.recipe_file": "read_recipe write_recipe",

@@ -11,7 +11,7 @@ from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt, demo_path, read_prompts
-from dpace.respond.responses import write_responses
+from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.target.locate import TARGET_ID, find_target

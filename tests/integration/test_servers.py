@@ -23,7 +23,7 @@ from dpace.measure.results import ServerRow
 from dpace.measure.servers import bench_servers
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import write_responses
+from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import make_target, make_tokenizer, write_target_gguf

@@ -24,7 +24,8 @@ from dpace.drafter.views import blocks_hidden
 from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll
 from dpace.measure.benchmark import bench
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import Response, write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import Response
 from dpace.studies.compare import compare
 from dpace.system import ranks
 from dpace.target import Target

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpace.batches.corpus import Corpus
 from dpace.blocks import build_blocks, sample_anchors
-from dpace.respond.answers import Response
+from dpace.respond.responses import Response
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 

@@ -17,8 +17,7 @@ from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, WEIGHT_CHECKS, Check
 from dpace.doctor.examined import SIZES, ExaminedFolder
 from dpace.engines.folder import read_files
 from dpace.measure.parity import check_views
-from dpace.respond.answers import read_recorded
-from dpace.respond.responses import Response
+from dpace.respond.responses import Response, read_responses
 from dpace.system.progress import printable, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat
@@ -186,11 +185,11 @@ def _find_responses(folder: Path, target: Target, named: str | Path | None) -> l
     """Read the responses that were named, or those of the training, without changing their file."""
     num_tokens = len(target.head.weight)
     if named:
-        return read_recorded(named, num_tokens)
+        return read_responses(named, num_tokens)
     places = [folder, *folder.resolve().parents[:2]]
     path = next((place / "responses.jsonl" for place in places if (place / "responses.jsonl").is_file()), None)
     try:
-        return read_recorded(path, num_tokens) if path else []
+        return read_responses(path, num_tokens) if path else []
     except ValueError as error:
         print(f"tau is not measured: {printable(str(error))}", file=sys.stderr)
         return []

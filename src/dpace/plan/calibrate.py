@@ -13,7 +13,7 @@ from dpace.plan.lines import count, duration, size
 from dpace.plan.step import Models, make_inputs, read_shape
 from dpace.plan.training import TrainingPlan, known_conversations, plan_training
 from dpace.prompts.prompts import Prompt
-from dpace.respond.static_batch import answer_batches
+from dpace.respond.in_process import answer_batches
 from dpace.system.device import find_device, synchronize
 from dpace.target import Target
 from dpace.target.locate import find_target

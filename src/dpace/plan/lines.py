@@ -23,7 +23,7 @@ from dpace.plan.training import (
     plan_training,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
-from dpace.respond.answers import Response, read_responses
+from dpace.respond.responses import Response, read_responses
 from dpace.system import ranks
 from dpace.system.device import find_device
 from dpace.target.locate import find_target

@@ -1,10 +1,10 @@
-"""A prompt that is being answered, turn by turn."""
+"""A prompt that is being answered, turn by turn: token ids of each turn go out, answers come in, a response results."""
 
 import hashlib
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
-from dpace.respond.answers import Response
+from dpace.respond.responses import Response
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, context_of, encode_answer, encode_chat
 
@@ -19,7 +19,9 @@ class Conversation:
     """
 
     def __init__(self, target: Target | ChatTokenizer, prompt: Prompt, config: RespondConfig):
-        self.target, self.prompt, self.config = target, prompt, config
+        self.target = target
+        self.prompt = prompt
+        self.config = config
         self.messages: list[dict[str, str]] = []
         self.token_ids: list[int] = []
         self.spans: list[list[int]] = []
@@ -33,11 +35,11 @@ class Conversation:
     @property
     def seed(self) -> int:
         """Seed of the next answer, 0 .. 2**31 - 1: it depends on nothing but the option, the id and the turn."""
-        words = f"{self.config.seed}\n{self.num_answers}\n{self.prompt.id}"
-        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") >> 1
+        text = f"{self.config.seed}\n{self.num_answers}\n{self.prompt.id}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
     def ask(self) -> list[int]:
-        """Give the token ids of the next turn, with all that came before it.
+        """Return the token ids of the next turn, with all that came before it.
 
         Raises:
             ValueError: read again through the template, the text has grown past the target's context.
@@ -93,7 +95,7 @@ def count_tokens(target: Target | ChatTokenizer, prompt: Prompt, config: Respond
     return num_first
 
 
-def take_own(target: Target | ChatTokenizer, prompt: Prompt) -> Response:
+def use_own_answers(target: Target | ChatTokenizer, prompt: Prompt) -> Response:
     """Make a response of the answers that a prompt comes with: all that the assistant says in it.
 
     Raises:
@@ -104,7 +106,9 @@ def take_own(target: Target | ChatTokenizer, prompt: Prompt) -> Response:
             f"prompt {prompt.id} has no reply at its end, which --respond.source own trains on; remove the prompt, or "
             "let the target answer with --respond.source target"
         )
-    messages, token_ids, spans = [], [], []
+    messages: list[dict[str, str]] = []
+    token_ids: list[int] = []
+    spans: list[list[int]] = []
     for message in [*prompt.turns[0], {"role": "assistant", "content": prompt.answer}]:
         if message["role"] == "assistant" and messages:
             before, answer = encode_answer(target, messages, message["content"])
@@ -117,7 +121,7 @@ def take_own(target: Target | ChatTokenizer, prompt: Prompt) -> Response:
 
 
 def is_answer(response: Response, prompt: Prompt) -> bool:
-    """Say whether the response answers this very prompt."""
+    """Return whether the response answers this very prompt."""
     start = 0
     for turn in prompt.turns:
         if response.messages[start : start + len(turn)] != turn:

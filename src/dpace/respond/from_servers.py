@@ -18,8 +18,8 @@ import tenacity
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
-from dpace.respond.answers import Response
 from dpace.respond.conversation import Conversation
+from dpace.respond.responses import Response
 from dpace.servers.apis import Answer, Server, connect
 from dpace.servers.transport import Refused, Unavailable
 from dpace.system.progress import printable

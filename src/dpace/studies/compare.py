@@ -33,7 +33,8 @@ from dpace.measure.results import (
 )
 from dpace.prompts.prompts import Prompt, split_prompts
 from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights, tau_curves
-from dpace.respond.responses import Response, write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.target import Target

@@ -18,7 +18,8 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "respond", args)
     from dpace.plan.lines import say_answers
     from dpace.prompts.prompts import split_prompts
-    from dpace.respond.responses import answer_prompts, check_meta, known_settings, meta_path
+    from dpace.respond.answering import answer_prompts
+    from dpace.respond.responses import check_meta, known_settings, meta_path
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"

@@ -18,8 +18,8 @@ from dpace.config import PromptsConfig, Recipe, RespondConfig
 from dpace.prompts.prompts import Prompt, read_prompts, split_ids, split_prompts
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
-from dpace.respond.answers import Response, read_responses
-from dpace.respond.responses import write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import Response, read_responses
 from tests.conftest import EOS, make_target, make_tokenizer
 
 EVERYTHING = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i <= 0xDFFF]
@@ -172,7 +172,7 @@ def test_own_answers_are_scored_where_the_template_puts_them(tmp_path):
     target.tokenizer.chat_template = target.tokenizer.chat_template.replace("'answer' }}{% endif", "'w9' }}{% endif")
     (other,) = write_responses(target, [Prompt("a", "s", [turn[:1]], "w5")], tmp_path / "o" / "r.jsonl", config)
     assert other.token_ids[-2:] == [*target.tokenizer("w5")["input_ids"], EOS], "the prompt is not the text's beginning"
-    with pytest.raises(ValueError, match="set --respond.source as it was"):
+    with pytest.raises(ValueError, match="set --respond.source and --respond.server as they were"):
         write_responses(target, [Prompt("a", "s", [turn])], tmp_path / "o" / "r.jsonl", RespondConfig())
     with pytest.raises(ValueError, match="prompt b has no reply at its end"):
         write_responses(target, [Prompt("b", "s", [turn])], tmp_path / "b" / "r.jsonl", config)

@@ -26,7 +26,7 @@ from dpace.measure.check import (
     uniformity,
 )
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import write_responses
+from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_drafter, make_target
 

@@ -20,7 +20,7 @@ from dpace.plan.lines import NEAR, find_largest, say_answers, typical_tokens
 from dpace.plan.step import BatchShape, Models, PaperStep, make_drafter, make_target, on_paper
 from dpace.plan.training import num_steps
 from dpace.prompts.prompts import split_prompts
-from dpace.respond.answers import Response
+from dpace.respond.responses import Response
 from dpace.system.ledger import make_readable
 from dpace.system.progress import progress_bar
 from dpace.target import Target

@@ -14,7 +14,7 @@ from dpace.prompts.prompts import canonical, read_prompts, split_prompts
 from dpace.recipes.flags import recipe_flags
 from dpace.recipes.recipe_file import read_recipe, write_recipe
 from dpace.recipes.validation import from_json, to_json
-from dpace.respond.responses import KINDS, Response, read_meta, read_responses
+from dpace.respond.responses import Meta, Response, read_meta, read_responses
 from dpace.system.progress import printable
 
 SETTINGS = settings(deadline=None, max_examples=60)
@@ -33,7 +33,9 @@ ROW = st.one_of(
         {"messages": st.lists(MESSAGE, max_size=3).map(lambda m: [*m, {"role": "user", "content": "?"}])}
     ),
 )
-RESPONSE = st.tuples(SAID, SAID, st.lists(MESSAGE, max_size=3), st.lists(st.integers(0, 2**31), min_size=1, max_size=9))
+RESPONSE = st.tuples(
+    SAID, SAID, st.lists(MESSAGE, max_size=3), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
+)
 ODD = st.sampled_from(
     [*"{}[]\"\\\n\r\0:,'&*!|>-#%@`", "\u2028", "\u0085", "prompt", "turns", "id", "train", "seed", "null", "1e9"]
 )
@@ -106,7 +108,7 @@ def test_other_responses_are_refused_with_their_line(path, key, value):
 
 
 @SETTINGS
-@given(value=JSON | st.dictionaries(st.sampled_from(list(KINDS)), JSON))
+@given(value=JSON | st.dictionaries(st.sampled_from(list(Meta.__annotations__)), JSON))
 def test_meta_is_read_or_refused(path, value):
     path.with_suffix(".meta.json").write_text(json.dumps(value))
     try:

@@ -18,8 +18,9 @@ from dpace.decode.loop import generate_plain
 from dpace.measure.check import check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond import from_servers
-from dpace.respond.responses import answer_prompts, read_meta, read_responses, write_responses
-from dpace.respond.static_batch import generate_responses
+from dpace.respond.answering import answer_prompts, write_responses
+from dpace.respond.in_process import generate_responses
+from dpace.respond.responses import read_meta, read_responses
 from dpace.servers.transport import Address, Unavailable
 from dpace.system import ranks
 from dpace.system.ledger import register_files
@@ -343,7 +344,7 @@ def test_answers_of_servers_can_be_read_again_by_the_target(target, start, chat,
 
 def test_a_file_of_this_process_is_not_continued_by_servers(target, start, chat, tmp_path):
     write_responses(target, PROMPTS[:2], tmp_path / "r.jsonl", CONFIG)
-    with pytest.raises(ValueError, match="answered by this process, not by servers"):
+    with pytest.raises(ValueError, match="source 'target', not 'servers'; set --respond.source and"):
         write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(start()))
 
 
@@ -395,7 +396,7 @@ def test_processes_that_are_killed_again_and_again_lose_and_double_nothing(targe
     stub = start(fault=lambda *_: time.sleep(0.02))
     words = ["respond", "--target", str(tmp_path / "target"), "--prompts.path", str(tmp_path / "p.jsonl")]
     words += ["--server", stub.url, "--max-new-tokens", "8", "--output", str(tmp_path / "out")]
-    code = "import sys, dpace.respond.responses, dpace.cli; print(flush=True); sys.exit(dpace.cli.main(sys.argv[1:]))"
+    code = "import sys, dpace.respond.answering, dpace.cli; print(flush=True); sys.exit(dpace.cli.main(sys.argv[1:]))"
     rng, killed, pipes = random.Random(0), 0, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for _ in range(20):
         with subprocess.Popen([sys.executable, "-c", code, *words], **pipes) as process:

@@ -6,7 +6,8 @@ import pytest
 from dpace.config import RespondConfig
 from dpace.decode.loop import generate_plain
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import read_responses, write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import read_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_tokenizer
 

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import read_meta, read_responses, write_responses
+from dpace.respond.answering import write_responses
+from dpace.respond.responses import read_meta, read_responses
 from dpace.system.ledger import lock_folder
 from dpace.system.provenance import hash_file, weights_fingerprint
 from dpace.target import Target

@@ -20,7 +20,7 @@ from dpace.config import BenchConfig, CompareConfig, PromptsConfig, RespondConfi
 from dpace.engines.export import export
 from dpace.measure.results import write_results
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import write_responses
+from dpace.respond.answering import write_responses
 from dpace.studies.compare import compare
 from dpace.train.run import make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from dpace.config import RespondConfig
 from dpace.decode import Paces, generate, generate_batch, generate_plain
-from dpace.respond.static_batch import generate_responses
+from dpace.respond.in_process import generate_responses
 from dpace.target import Target
 from tests.conftest import Oracle, make_drafter
 from tests.support.families import (

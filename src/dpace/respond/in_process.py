@@ -11,8 +11,8 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from dpace.config import RespondConfig
 from dpace.fast.cache import is_full_attention
 from dpace.prompts.prompts import Prompt
-from dpace.respond.answers import Response
 from dpace.respond.conversation import Conversation
+from dpace.respond.responses import Response
 from dpace.target import MIN_SHARED, Target, shared_prefix
 
 

@@ -1,0 +1,195 @@
+"""Let the target answer prompts, and keep its answers as token ids with the spans that it wrote.
+
+Prompts come in, lines of `responses.jsonl` go out: answered in this process or by servers, shared by ranks, and
+continued where an earlier call was interrupted.
+"""
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from dpace.config import RespondConfig
+from dpace.prompts.prompts import Prompt
+from dpace.respond.conversation import count_tokens, is_answer, use_own_answers
+from dpace.respond.from_servers import Row, ServerAnswers
+from dpace.respond.in_process import answer_batches
+from dpace.respond.responses import (
+    Response,
+    check_meta,
+    check_unchanged,
+    find_meta,
+    has_all,
+    meta_path,
+    read_meta,
+    read_responses,
+    write_meta,
+)
+from dpace.system import ranks
+from dpace.system.ledger import cut_unfinished_line, lock_folder, naming_file, refuse_foreign_files, register_files
+from dpace.system.progress import progress_bar
+from dpace.target import Target
+from dpace.target.chat import ChatTokenizer
+
+
+def write_responses(
+    target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: str | Path, config: RespondConfig
+) -> list[Response]:
+    """Answer prompts as `answer_prompts` does, and read the answers.
+
+    Returns:
+        The responses of the given prompts, in their order, without those that servers could not answer.
+    """
+    answer_prompts(target, prompts, path, config)
+    found = {response.id: response for response in read_responses(path)} if Path(path).exists() else {}
+    return [found[prompt.id] for prompt in prompts if prompt.id in found]
+
+
+def answer_prompts(
+    target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: str | Path, config: RespondConfig
+) -> dict[str, int]:
+    """Let the target answer prompts, appending whole lines to a file.
+
+    A prompt whose id is in the file already is not answered again, so an interrupted call continues where it was.
+    Beside the file, `.meta.json` tells what made it and whether it is complete. No other process may write to the
+    folder meanwhile, except the other ranks of this command: each answers its share and writes a file of its own,
+    which rank 0 appends in the end.
+
+    Memory: O(batch_size x tokens) for the target's cache.
+
+    Args:
+        target: the model; its tokenizer is enough where servers answer.
+        prompts: what to answer; one that passes the target's context is refused before work starts.
+        path: `responses.jsonl`.
+        config: servers, length, temperature, batch size, seed.
+
+    Returns:
+        Number of prompts that servers could not answer, by the reason.
+
+    Raises:
+        ValueError: an over-long prompt; the file was made by another target, with other settings or from other
+            prompts, or was not written by dpace; another process is writing to its folder; or no server answers.
+        OSError: the disk is full; the same call goes on when there is room.
+    """
+    if config.server and config.source == "own":
+        raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
+    path = Path(path)
+    with lock_folder(path.parent):
+        servers = None
+        described = read_meta(path).get("servers") if config.server else None
+        if config.server and not ranks.from_first(lambda: has_all(path, prompts)):
+            servers = ServerAnswers(target, config)
+            described = servers.described
+        meta = find_meta(target, config, described)
+        waiting = ranks.from_first(lambda: _prepare(target, prompts, path, config, meta))
+        if waiting:
+            by_id = {prompt.id: prompt for prompt in prompts}
+            mine = [by_id[name] for name in ranks.share(waiting)]
+            rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
+            num_written = _write_rows(rows, path if ranks.num_ranks() == 1 else _part(path, ranks.rank()), len(mine))
+            num_left_out = servers.left_out.total() if servers else 0
+            assert num_written + num_left_out == len(mine), f"{num_written} answers to {len(mine)} prompts"
+        parts = ranks.gather(servers.left_out if servers else Counter())
+        left_out = dict(sum(parts, Counter()))
+        ranks.from_first(lambda: _finish(prompts, path, meta, left_out, bool(waiting)))
+    return left_out
+
+
+def _answer_here(
+    target: Target | ChatTokenizer, prompts: Sequence[Prompt], config: RespondConfig
+) -> Iterator[Sequence[Row]]:
+    """Yield the answers of this process, or those that the prompts come with."""
+    if config.source == "own":
+        yield from ([(use_own_answers(target, prompt), {})] for prompt in prompts)
+        return
+    assert isinstance(target, Target), "a tokenizer alone answers nothing"
+    for batch in answer_batches(target, prompts, config):
+        yield [(response, {}) for response in batch]
+
+
+def _prepare(
+    target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
+) -> list[str]:
+    """Check what is there, and return the ids of the prompts that wait for an answer, the short ones first."""
+    register_files(path.parent, path.name, meta_path(path).name)
+    cut_unfinished_line(path)
+    check_meta(path, meta)
+    done = {response.id: response for response in read_responses(path)} if path.exists() else {}
+    if _append_parts(path, set(done)):
+        done = {response.id: response for response in read_responses(path)}
+    for prompt in prompts:
+        if prompt.id in done and not is_answer(done[prompt.id], prompt):
+            raise ValueError(
+                f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
+                "--output, or delete the file"
+            )
+    waiting = [(prompt.id, count_tokens(target, prompt, config)) for prompt in prompts if prompt.id not in done]
+    if waiting:
+        write_meta(path, meta, prompts, is_complete=False)
+        if ranks.num_ranks() > 1:
+            register_files(path.parent, *(_part(path, number).name for number in range(ranks.num_ranks())))
+    elif done:
+        check_unchanged(path)
+    return [name for name, _ in sorted(waiting, key=lambda item: item[1])]
+
+
+def _finish(
+    prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int], is_new: bool
+) -> None:
+    """Collect what the ranks wrote, and note that the file is complete."""
+    if is_new:
+        _append_parts(path, set())
+        if sum(left_out.values()) == len(prompts):
+            raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
+    if prompts:
+        write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
+
+
+def _write_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> int:
+    """Append answers to a file, wait for the disk whenever some came, and count them."""
+    num_tokens = num_rows = 0
+    with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        task = bar.add_task("answering prompts", total=num_prompts, info="")
+        for batch in rows:
+            file.write("".join(json.dumps(asdict(row) | more, ensure_ascii=False) + "\n" for row, more in batch))
+            file.flush()
+            os.fsync(file.fileno())
+            num_rows += len(batch)
+            num_tokens += sum(end - start for row, _ in batch for start, end in row.response_spans)
+            speed = num_tokens / max(1e-9, bar.tasks[task].elapsed or 1e-9)
+            bar.update(task, advance=len(batch), info=f"{speed:.0f} tokens/s")
+    return num_rows
+
+
+def _part(path: Path, rank: int) -> Path:
+    """Return the file of one rank's answers."""
+    return path.with_name(f"{path.stem}.rank-{rank}{path.suffix}")
+
+
+def _append_parts(path: Path, done: set[str]) -> bool:
+    """Append what the ranks of this call, or of one that was killed, have written, and remove their files.
+
+    Line by line of each rank in turn, which is the order in which one process would have written them. An id that the
+    file has already is left out: its part was appended before the kill.
+    """
+    parts = sorted(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"), key=lambda part: (len(part.name), part.name))
+    refuse_foreign_files(path.parent, *(part.name for part in parts))
+    for part in parts:
+        cut_unfinished_line(part)
+    with contextlib.ExitStack() as files:
+        opened = [files.enter_context(part.open(encoding="utf-8", newline="\n")) for part in parts]
+        lines = [line for group in zip_longest(*opened) for line in group if line]
+    lines = [line for line in lines if json.loads(line)["id"] not in done]
+    if lines:
+        with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    for part in parts:
+        part.unlink()
+    return bool(lines)
