@@ -143,7 +143,7 @@ class DFlashLayer(GradientCheckpointingLayer):
 
 
 def has_convolutions(config: Any) -> bool:
-    """Say whether a drafter has DFlash2's convolutions."""
+    """Return whether a drafter has DFlash2's convolutions."""
     return bool((getattr(config, "dflash_config", None) or {}).get("conv_kernel_size"))
 
 

@@ -83,10 +83,10 @@ def scale(folder: ExaminedFolder, key: str) -> Observation:
 
 
 def off(folder: ExaminedFolder, *keys: str) -> Observation:
-    """Expect that keys are false, null or absent."""
+    """Expect that keys are false, null, 1.0 or absent."""
     found = {key: look_up(folder.config, key) for key in keys}
-    found = {key: value for key, value in found.items() if value and value != ABSENT}
-    return Observation(not found, found or "false", "false or null")
+    found = {key: value for key, value in found.items() if value is True or value not in (None, False, 1.0, ABSENT)}
+    return Observation(not found, found or "false", "false, null or absent")
 
 
 def written(folder: ExaminedFolder, *keys: str) -> Observation:
@@ -164,14 +164,6 @@ def rope_agreement(folder: ExaminedFolder) -> Observation | None:
     return Observation(new | old == new, f"old {old}, new {new}", "equal") if old and new else None
 
 
-def rope_layout(folder: ExaminedFolder) -> Observation:
-    """Look for keys that rotate anything but halves of whole heads."""
-    values = {**folder.config.get("rope_parameters", {}), **folder.config}
-    found = {key: values.get(key) for key in ("rope_interleaved", "partial_rotary_factor")}
-    found = {key: value for key, value in found.items() if value is True or value not in (None, False, 1.0)}
-    return Observation(not found, found or "halves of whole heads", "halves of whole heads")
-
-
 def mask_token(folder: ExaminedFolder) -> Observation:
     """Check that the mask token is in the embedding and not in text."""
     check_mask_token(folder.value("mask_token_id"), folder.target)
@@ -217,9 +209,12 @@ def tensor_shapes(folder: ExaminedFolder) -> Observation:
 def exploded(folder: ExaminedFolder) -> Observation:
     """Look for tensors whose entries are too large to have been trained."""
     limits = {1: MAX_NORM_RMS, 2: MAX_MATRIX_RMS}
-    sizes = {name: float(t.float().square().mean().sqrt()) for name, t in folder.tensors.items() if name not in SHARED}
-    limit = {name: limits.get(folder.tensors[name].dim(), math.inf) for name in sizes}
-    return expect_none([f"{name} {size:.3g}" for name, size in sizes.items() if limit[name] < size < math.inf])
+    wrong = []
+    for name, tensor in folder.tensors.items():
+        size = float(tensor.float().square().mean().sqrt())
+        if name not in SHARED and limits.get(tensor.dim(), math.inf) < size < math.inf:
+            wrong.append(f"{name} {size:.3g}")
+    return expect_none(wrong)
 
 
 COPY_AGAIN = "copy or export the drafter again"
@@ -316,9 +311,15 @@ CONFIG_CHECKS = (
     Check(
         "rope layout",
         "fails",
-        rope_layout,
+        off,
         "remove these keys: the layout rotates halves of whole heads",
         "the layout rotates the halves of whole heads; this target rotates pairs or a part",
+        (
+            "rope_interleaved",
+            "partial_rotary_factor",
+            "rope_parameters.rope_interleaved",
+            "rope_parameters.partial_rotary_factor",
+        ),
     ),
     Check(
         "dflash_config",

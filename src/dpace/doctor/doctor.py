@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from dpace.config import Engine
-from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, WEIGHT_CHECKS, Check, Observation, first_names
-from dpace.doctor.examined import SIZES, ExaminedFolder
+from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, TENSOR_KEYS, WEIGHT_CHECKS, Check, Observation, first_names
+from dpace.doctor.examined import ExaminedFolder
 from dpace.engines.folder import read_files
 from dpace.measure.parity import check_views
 from dpace.respond.responses import Response, read_responses
@@ -111,7 +111,7 @@ RUN_CHECKS = (
 """Checks that run the drafter; the others need it to load."""
 MAX_SHOWN = 300
 """Characters of a value that the table shows."""
-UNSAFE = (*(check.name for check in (*FILE_CHECKS, *WEIGHT_CHECKS)), *SIZES, "hidden_size")
+UNSAFE = (*(check.name for check in (*FILE_CHECKS, *WEIGHT_CHECKS)), *TENSOR_KEYS, "hidden_size")
 """Checks without which a drafter is not loaded: it might not fit into memory."""
 
 
@@ -204,10 +204,9 @@ def _run_check(check: Check, folder: ExaminedFolder) -> list[Diagnosis]:
         check = check._replace(severity="fails")
     if observation is None:
         return []
-    is_right, found, expected = observation
-    result = "skipped" if is_right is None else "passes" if is_right else check.severity
-    fix = check.fix if is_right is False else ""
-    return [Diagnosis(check.name, result, _short(found), _short(expected), fix)]
+    result = "skipped" if observation.is_right is None else "passes" if observation.is_right else check.severity
+    fix = check.fix if observation.is_right is False else ""
+    return [Diagnosis(check.name, result, _short(observation.found), _short(observation.expected), fix)]
 
 
 def _short(value: object) -> str:

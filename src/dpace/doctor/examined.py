@@ -26,14 +26,7 @@ from dpace.target.chat import tokenizer_hashes
 MAX_RESPONSES = 8
 """Number of responses that tau is measured on where training has not recorded which."""
 ABSENT = "absent"
-SIZES = {
-    "num_hidden_layers": ("num_layers", ""),
-    "num_attention_heads": ("num_heads", "query"),
-    "num_key_value_heads": ("num_key_value_heads", "key"),
-    "head_dim": ("head_dim", "head"),
-    "intermediate_size": ("intermediate_size", "inner"),
-}
-"""Keys that the tensors decide: the name in a spec, and the axis whose length it is, in heads for `query` and `key`."""
+NAMES_IN_SPEC = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 
 
 def look_up(config: Mapping[str, Any], path: str) -> Any:
@@ -59,14 +52,22 @@ class ExaminedFolder(DrafterFolder):
     engine: Engine | None
     responses: list[Response]
 
-    def measure(self, key: str) -> int | None:
-        """Return one of `SIZES` as the tensors have it; None where they do not agree."""
-        _, axis = SIZES[key]
-        if not axis:
-            return self.num_layers or None
-        length = self.size(axis)
-        unit = (self.size("head") or 0) if axis in ("query", "key") else 1
-        return length // unit if length and unit else None
+    @cached_property
+    def measured(self) -> dict[str, int | None]:
+        """Keys that the tensors decide, as they have them; None where they do not agree."""
+        head = self.size("head")
+
+        def count_heads(axis: str) -> int | None:
+            length = self.size(axis)
+            return length // head if length and head else None
+
+        return {
+            "num_hidden_layers": self.num_layers or None,
+            "num_attention_heads": count_heads("query"),
+            "num_key_value_heads": count_heads("key"),
+            "head_dim": head,
+            "intermediate_size": self.size("inner"),
+        }
 
     @cached_property
     def expected_spec(self) -> DrafterSpec:
@@ -75,10 +76,10 @@ class ExaminedFolder(DrafterFolder):
         spec = spec_for(
             self.target, num_layers=1, block_size=2, mask_token_id=0, target_layer_ids=(0,), conv_kernel_size=taps
         )
-        for key, (name, _) in SIZES.items():
-            size = self.measure(key) or (self.config.get(key) if key != "head_dim" else None)
+        for key, measured in self.measured.items():
+            size = measured or (self.config.get(key) if key != "head_dim" else None)
             if type(size) is int and size > 0:
-                spec = replace(spec, **{name: size})
+                spec = replace(spec, **{NAMES_IN_SPEC.get(key, key): size})
         groups = self.size("kernel")
         return replace(spec, conv_group_size=2 * taps * spec.hidden_size // groups) if taps and groups else spec
 
@@ -87,7 +88,7 @@ class ExaminedFolder(DrafterFolder):
         """The config that dpace would write for it; None where the tensors do not say."""
         spec = self.expected_spec
         config = spec.published(spec.config().to_dict())
-        unknown = {key: None for key in SIZES if key != "head_dim" and self.measure(key) is None}
+        unknown = {key: None for key, size in self.measured.items() if key != "head_dim" and size is None}
         return config | unknown | ({"layer_types": None} if "num_hidden_layers" in unknown else {})
 
     @cached_property

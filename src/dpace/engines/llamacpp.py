@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
 
 def has_llamacpp() -> bool:
-    """Say whether the package `xllamacpp` is installed."""
+    """Return whether the package `xllamacpp` is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -51,27 +51,25 @@ def run_llamacpp(
         num_threads: more than one is slow where other programs want the cores too.
 
     Raises:
-        ValueError: llama.cpp ended without an answer; its last lines are told.
+        ValueError: llama.cpp ended without an answer; its last lines are in the message.
     """
-    request = {
+    server = {
         "target": str(target_gguf),
-        "drafter": None if drafter_gguf is None else str(drafter_gguf),
-        "prompts": list(prompts),
-        "max_new_tokens": max_new_tokens,
+        "drafter": str(drafter_gguf or ""),
         "num_draft_tokens": num_draft_tokens,
         "num_threads": num_threads,
     }
+    request = {"server": server, "prompts": list(prompts), "max_new_tokens": max_new_tokens}
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "dpace.engines.llamacpp", str(asked), str(answered)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not answered.exists():
+        answers = Path(folder) / "answers.json"
+        command = [sys.executable, "-m", "dpace.engines.llamacpp", str(answers)]
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+        if done.returncode or not answers.exists():
             reason = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
             raise ValueError(
                 f"llama.cpp ended with code {done.returncode} and without an answer; its last lines say why: {reason}"
             )
-        return [Answer(*answer) for answer in json.loads(answered.read_text())]
+        return [Answer(*row) for row in json.loads(answers.read_text())]
 
 
 def make_server(
@@ -90,7 +88,9 @@ def make_server(
     xllamacpp: Any = importlib.import_module("xllamacpp")  # optional, and without types
     params = xllamacpp.CommonParams()
     params.model.path = target
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = 2048, 1, 0
+    params.n_ctx = 2048
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
     params.warmup = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -115,11 +115,10 @@ def answer(server: Any, token_ids: Sequence[int], max_new_tokens: int) -> Answer
 
 def _serve(request: dict) -> list[Answer]:
     """Answer the prompts of a request, after a first answer that is not counted."""
-    settings = {name: request[name] for name in ("num_draft_tokens", "num_threads")}
-    server = make_server(request["target"], request["drafter"], **settings)
-    length, prompts = request["max_new_tokens"], request["prompts"]
-    return [answer(server, ids, length) for ids in [prompts[0], *prompts]][1:]
+    server = make_server(**request["server"])
+    prompts = request["prompts"]
+    return [answer(server, token_ids, request["max_new_tokens"]) for token_ids in [prompts[0], *prompts]][1:]
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(_serve(json.loads(Path(sys.argv[1]).read_text()))))
+    Path(sys.argv[1]).write_text(json.dumps(_serve(json.load(sys.stdin))))

@@ -73,14 +73,14 @@ def refuse_infinite(what: str, model: torch.nn.Module, fix: str) -> None:
         ValueError: names the first few tensors.
     """
     state = model.state_dict()
-    names = [name for name, value in state.items() if _is_wrong(value)]
+    names = [name for name, value in state.items() if _is_infinite(value)]
     if names:
         more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
         raise ValueError(f"{what} has NaN or infinity in {', '.join(names[:NUM_NAMED])}{more}; {fix}")
 
 
-def _is_wrong(value: Any) -> bool:
-    """Say whether a tensor has a value that is not finite; quantized ones are not looked at."""
+def _is_infinite(value: Any) -> bool:
+    """Return whether a tensor has a value that is not finite; quantized ones are not examined."""
     value = ranks.local(value)
     if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or not value.is_floating_point():
         return False

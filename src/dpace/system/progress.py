@@ -40,7 +40,9 @@ class PlainLines:
     """
 
     def __init__(self, name: str, total: int | float, done: int | float = 0):
-        self.name, self.total, self.first = name, total, done
+        self.name = name
+        self.total = total
+        self.first = done
         self.start = time.monotonic()
         self.last: float | None = None
 

@@ -50,7 +50,7 @@ class Versions:
 
 
 def find_versions() -> Versions:
-    """Give the versions of what computes."""
+    """Return the versions of what computes."""
     return Versions(
         dpace=dpace.__version__,
         torch=version("torch"),
@@ -60,7 +60,7 @@ def find_versions() -> Versions:
 
 
 def find_hardware(device: torch.device) -> Hardware:
-    """Name the device, and count cores and threads."""
+    """Return the name of the device, and the numbers of cores and threads."""
     return Hardware(device=device_name(device), cores=os.cpu_count(), torch_threads=torch.get_num_threads())
 
 
@@ -70,12 +70,12 @@ def hash_json(value: Any) -> str:
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Tell weights from others: sha256 over the name, shape, dtype and some values of each tensor.
+    """Hash weights, to know them again: sha256 over the name, shape, dtype and some values of each tensor.
 
     At most `FINGERPRINT_VALUES` values of a tensor are read, evenly spread.
     """
     digest = hashlib.sha256()
-    tensors = [part for item in model.state_dict().items() for part in _plain(*item)]
+    tensors = [part for item in model.state_dict().items() for part in _plain_tensors(*item)]
     for name, tensor in sorted(tensors, key=operator.itemgetter(0)):
         tensor = ranks.whole(tensor)  # one at a time
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
@@ -85,11 +85,11 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a tensor, or those that a quantized one is made of."""
     if is_traceable_wrapper_subclass(tensor) and not ranks.is_spread(tensor):
         for part in tensor.__tensor_flatten__()[0]:
-            yield from _plain(f"{name}.{part}", getattr(tensor, part))
+            yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
     elif isinstance(tensor, torch.Tensor):
         yield name, tensor
 

@@ -1,6 +1,7 @@
 """Weights that do not fit, or are not numbers, are refused by name; no code of a checkpoint runs."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -30,13 +31,8 @@ def change_weights(folder, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def spoil(name, value):
-    def change(weights):
-        weights[name].view(-1)[3] = value
-
-    return change
-
-
+LOADERS = {"target": lambda folder: Target.load(str(folder)), "drafter": Drafter.from_pretrained}
+NAMES = {"target": "model.layers.1.mlp.up_proj.weight", "drafter": "layers.1.mlp.up_proj.weight"}
 FAULTS = {
     "missing": (lambda w, n: w.pop(n), "lack {}"),
     "other shape": (lambda w, n: w.update({n: w[n][:-1].clone()}), r"have other shapes: {} is \["),
@@ -45,16 +41,18 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("kind", ["target", "drafter"])
+@pytest.mark.parametrize("fault", [*FAULTS, "cut"])
+@pytest.mark.parametrize("kind", LOADERS)
 def test_weights_that_do_not_fit_are_refused_by_name(kind, fault, folders, tmp_path):
-    name = {"target": "model.layers.1.mlp.up_proj.weight", "drafter": "layers.1.mlp.up_proj.weight"}[kind]
-    shutil.copytree(folders / kind, tmp_path / kind)
-    change, message = FAULTS[fault]
-    change_weights(tmp_path / kind, lambda weights: change(weights, name))
-    with pytest.raises(ValueError, match=message.format(name)) as refused:
-        Target.load(str(tmp_path / kind)) if kind == "target" else Drafter.from_pretrained(tmp_path / kind)
-    assert "\n" not in str(refused.value) and str(tmp_path / kind) in str(refused.value)
+    folder = shutil.copytree(folders / kind, tmp_path / kind)
+    change, message = FAULTS.get(fault, (None, "damaged|cannot load"))
+    if change:
+        change_weights(folder, lambda weights: change(weights, NAMES[kind]))
+    else:
+        os.truncate(folder / "model.safetensors", 200)
+    with pytest.raises(ValueError, match=message.format(NAMES[kind])) as refused:
+        LOADERS[kind](folder)
+    assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
 
 
 def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path):
@@ -77,43 +75,28 @@ def test_what_fits_is_loaded_as_it_was_written(tied, tmp_path):
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("kind", ["target", "drafter"])
-@pytest.mark.parametrize("size", [0, 7, 200])
-def test_damaged_files_are_one_line(kind, size, folders, tmp_path):
-    shutil.copytree(folders / kind, tmp_path / kind)
-    path = tmp_path / kind / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    target = make_target("qwen3")
-    with pytest.raises(ValueError, match="damaged|cannot load") as refused:
-        Target.load(str(tmp_path / kind)) if kind == "target" else load_drafter(tmp_path / kind, target)
-    assert "\n" not in str(refused.value)
+@pytest.mark.parametrize("value", ["x", -1, 1.5, [], True, 10**30])
+def test_a_hostile_config_is_refused_in_one_line(value, folders, tmp_path):
+    folder = shutil.copytree(folders / "drafter", tmp_path / "d")
+    config, target = json.loads((folder / "config.json").read_text()), make_target("qwen3")
+    for key in ("hidden_size", "target_layer_ids", "rms_norm_eps", "dflash_config", "rope_parameters", "dpace"):
+        if (key, value) in (("target_layer_ids", []), ("rope_parameters", [])):
+            continue  # the published rule, or the other spelling, stands in
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        if key == "rms_norm_eps" and value == 1.5:
+            load_drafter(folder, target)
+            continue
+        with pytest.raises(ValueError) as refused:
+            load_drafter(folder, target)
+        assert "\n" not in str(refused.value), (key, value)
 
 
-HOSTILE = [None, "x", -1, 0, 1.5, [], {}, True, 10**30, "1"]
-KEYS = ["hidden_size", "num_hidden_layers", "block_size", "target_layer_ids", "mask_token_id", "head_dim"]
-KEYS += ["num_attention_heads", "num_key_value_heads", "rms_norm_eps", "dflash_config", "rope_parameters", "dpace"]
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_hostile_config_is_refused_or_harmless(key, folders, tmp_path):
-    """Values of the wrong kind give one line, never a traceback of another kind."""
-    shutil.copytree(folders / "drafter", tmp_path / "d")
-    path = tmp_path / "d" / "config.json"
-    config, target = json.loads(path.read_text()), make_target("qwen3")
-    for value in HOSTILE:
-        path.write_text(json.dumps({**config, key: value}))
-        try:
-            drafter = load_drafter(tmp_path / "d", target)
-        except ValueError as error:
-            assert "\n" not in str(error), (value, error)
-        else:
-            is_valid = key == "block_size" and value is None
-            assert drafter.block_size == 4 or is_valid, (key, value)
-            assert drafter.confidence_temperature == 1.0, (key, value)
-    for text in ("", "[]", "{", "\xff", "[" * 100_000):
-        path.write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match=r"config\.json"):
-            load_drafter(tmp_path / "d", target)
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000])
+def test_a_config_that_is_no_object_is_named(text, folders, tmp_path):
+    folder = shutil.copytree(folders / "drafter", tmp_path / "d")
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_drafter(folder, make_target("qwen3"))
 
 
 def test_no_code_and_no_attention_of_a_config(folders, tmp_path):
