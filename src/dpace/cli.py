@@ -80,23 +80,19 @@ def main(argv: list[str] | None = None) -> int:
             module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
             module.run(argv[1:])
     except KeyboardInterrupt as error:
-        _say(verb, "interrupted; finished work is kept: run the same command to continue")
-        return 143 if isinstance(error, _Terminated) else 130
+        _print_reason(verb, "interrupted; finished work is kept: run the same command to continue")
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             return 141
         reason = _explain(error, verb)
         if reason is None:  # a bug of dpace, which the traceback shows
             raise
-        _say(verb, reason)
+        _print_reason(verb, reason)
         from dpace.recipes.validation import UsageError
 
         return 2 if isinstance(error, UsageError) else 1
     return 0
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a verb as Ctrl-C does."""
 
 
 @contextmanager
@@ -108,7 +104,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+        raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, end)
     try:
@@ -118,7 +114,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _is_unread() -> bool:
-    """Say whether whoever read the output has enough, as `head` has; the rest of it is then dropped."""
+    """Return whether whoever read the output has enough, as `head` has; the rest of it is then dropped."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):  # not a file
@@ -131,7 +127,7 @@ def _is_unread() -> bool:
     return True
 
 
-def _say(verb: str, reason: str) -> None:
+def _print_reason(verb: str, reason: str) -> None:
     """Print a reason in one line that cannot steer a terminal."""
     from dpace.system.progress import printable
 
@@ -140,7 +136,7 @@ def _say(verb: str, reason: str) -> None:
 
 
 def _explain(error: Exception, verb: str) -> str | None:
-    """Say what a user can do about an error; None where it is a bug of dpace."""
+    """Return what a user can do about an error; None where it is a bug of dpace."""
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if isinstance(error, ValueError):
@@ -155,13 +151,13 @@ def _explain(error: Exception, verb: str) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Say whether torch found no memory; on a CPU it raises a plain RuntimeError."""
+    """Return whether torch found no memory; on a CPU it raises a plain RuntimeError."""
     is_cpu = isinstance(error, RuntimeError) and "not enough memory" in str(error)
     return is_cpu or type(error).__name__ == "OutOfMemoryError"
 
 
 def _explain_os_error(error: OSError) -> str:
-    """Name the file and the way out; errors of libraries, which have no number, have their own words."""
+    """Return the file and the way out; errors of libraries, which have no number, have their own words."""
     if error.errno is None or error.strerror is None:
         return str(error)
     name = f"{error.filename}" if error.filename is not None else "a file"

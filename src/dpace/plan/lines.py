@@ -8,7 +8,6 @@ Find the largest training that fits into a memory, and say it in a sentence.
 """
 
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,24 +23,11 @@ from dpace.plan.training import (
 )
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.respond.responses import Response, read_responses
-from dpace.system import ranks
 from dpace.system.device import find_device
 from dpace.target.locate import find_target
 
-DRY_RUN = "--dry-run"
 BYTES_PER_TOKEN = 12
 """Bytes of a token in `responses.jsonl`: its number, and its text."""
-
-
-def take_dry_run(args: list[str]) -> tuple[list[str], bool]:
-    """Take `--dry-run` out of a verb's arguments, and say whether it was there."""
-    return [arg for arg in args if arg != DRY_RUN], DRY_RUN in args
-
-
-def announce(lines: Sequence[str], *, is_dry: bool = False) -> None:
-    """Print what will be done: as the result of a dry run, else as a message; by one process of several."""
-    if ranks.is_first():
-        print("\n".join(lines), file=sys.stdout if is_dry else sys.stderr, flush=True)
 
 
 def size(num_bytes: int | float) -> str:

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 from pydantic.dataclasses import dataclass
 
 from dpace.config import Recipe
-from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import PROMPT, command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
-from dpace.verbs import load_chat, load_target
+from dpace.verbs import announce, load_chat, load_recipe_target, take_dry_run
 
 if TYPE_CHECKING:
     from dpace.measure.results import BenchResults
@@ -28,7 +27,7 @@ class MeasureConfig(Recipe):
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
     args, is_dry = take_dry_run(args)
-    recipe = parse(MeasureConfig, "bench", args)
+    recipe = parse(MeasureConfig, "bench", args, groups=("prompts", "bench"))
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
     from dpace.prompts.prompts import split_prompts
@@ -59,20 +58,19 @@ def run(args: list[str]) -> None:
     announce(_first_lines(recipe, prompts, len(folders)), is_dry=is_dry)
     if is_dry:
         return
-    target = load_target(recipe)
+    target = load_recipe_target(recipe)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
     with lock_folder(recipe.output):
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     ranks.end()
     if not ranks.is_first():
         return
-    _show(results, recipe)
-    drafter = folders[0] if faster_sets(results) else None
-    options = {"target": recipe.target, "drafter": drafter, "thinking": recipe.thinking}
-    print("next:", command("generate", **options, prompt=PROMPT))
+    _print_results(results, recipe)
+    best = folders[0] if faster_sets(results) else None
+    print("next:", command("generate", target=recipe.target, drafter=best, thinking=recipe.thinking, prompt=PROMPT))
 
 
-def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
+def _print_results(results: "BenchResults", recipe: MeasureConfig) -> None:
     """Print the tables and the advice."""
     from dpace.report.cells import advice, has_parts
     from dpace.report.tables import (
@@ -94,7 +92,7 @@ def _show(results: "BenchResults", recipe: MeasureConfig) -> None:
 
 
 def _first_lines(recipe: Recipe, prompts: list, num_drafters: int) -> list[str]:
-    """Say what will be decoded."""
+    """Return what will be decoded, in lines."""
     from dpace.plan.lines import say_decoding
     from dpace.prompts.prompts import first_of_each_set
 
@@ -113,10 +111,10 @@ def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:
     from dpace.measure.servers import bench_servers
     from dpace.report.tables import console, servers_table
 
-    chat, settings = load_chat(recipe), recipe.bench
-    servers = settings.server or "", settings.plain_server
+    settings = recipe.bench
+    chat = load_chat(recipe)
     with lock_folder(recipe.output):
-        results = bench_servers(chat, *servers, prompts, settings, recipe.output)
+        results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
     console(recipe.wide).print(servers_table(results, recipe.wide))
     print(f"written: {recipe.output}/servers.json")
     print("next:", command("report", recipe.output))

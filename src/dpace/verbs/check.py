@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from dpace.config import CheckConfig
-from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import parse
-from dpace.verbs import load_target
+from dpace.verbs import announce, load_target, take_dry_run
 
 
 def run(args: list[str]) -> None:
@@ -41,7 +40,7 @@ def run(args: list[str]) -> None:
         return
     failed = []
     for dtype in config.dtypes:
-        target = load_target(config, dtype)
+        target = load_target(config.target, dtype=dtype, device_map=config.device_map)
         findings = check(target, load_drafter(folder, target), prompts, config)
         if responses and dtype == answered_in:
             findings += check_responses(target, responses, meta)

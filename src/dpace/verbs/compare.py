@@ -1,10 +1,9 @@
 """Train with several objectives and seeds, and compare the drafters."""
 
 from dpace.config import CompareConfig
-from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import PROMPT, command, given_options, parse
 from dpace.system import ranks
-from dpace.verbs import load_target
+from dpace.verbs import announce, load_recipe_target, take_dry_run
 
 
 def run(args: list[str]) -> None:
@@ -28,7 +27,7 @@ def run(args: list[str]) -> None:
     announce(comparison_lines(config, len(recipes)), is_dry=is_dry)
     if is_dry:
         return
-    results = compare(load_target(config), config, init=init)
+    results = compare(load_recipe_target(config), config, init=init)
     ranks.end()
     if not ranks.is_first():
         return

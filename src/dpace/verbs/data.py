@@ -8,7 +8,7 @@ from dpace.recipes.flags import next_command, parse
 
 def run(args: list[str]) -> None:
     """Run `dpace data`."""
-    recipe = parse(Recipe, "data", args)
+    recipe = parse(Recipe, "data", args, groups=("prompts", "train"))
     from dpace.batches.corpus import load_corpus
     from dpace.prompts.prompts import split_ids
     from dpace.report.data_page import prompts_page, responses_page

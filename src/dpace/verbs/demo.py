@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from dpace.config import DemoConfig
-from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import command, parse
 from dpace.system.ledger import refuse_foreign_files
+from dpace.verbs import announce, take_dry_run
 
 PAGES = ("report.html", "report.md")
 

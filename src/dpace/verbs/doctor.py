@@ -16,7 +16,7 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
-    target = load_target(config)
+    target = load_target(config.target, device_map=config.device_map, thinking=config.thinking)
     diagnoses = diagnose(folder, target, engine=config.engine, responses=config.responses)
     measured = {check.name for check in RUN_CHECKS}
     shown = [d for d in diagnoses if d.result != "passes" or d.check in measured]

@@ -20,7 +20,7 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
-    target = load_target(config, "auto")
+    target = load_target(config.target, device_map=config.device_map)
     chosen = first_of_each_set(read_heldout(config.prompts), config.num_prompts)
     prompts = [encode_chat(target, prompt.turns[0]) for prompt in chosen]
     done = export(

@@ -1,8 +1,8 @@
 """Answer one prompt, or chat, with or without a drafter."""
 
 import sys
-from dataclasses import fields
-from typing import Any, Literal
+import time
+from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -10,6 +10,11 @@ from dpace.config import DeviceMap, Dtype, SamplingConfig, Text, VerifyRule
 from dpace.recipes.flags import command, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
+
+if TYPE_CHECKING:
+    from dpace.decode.request import SamplingOptions
+    from dpace.drafter import Drafter
+    from dpace.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,7 @@ def run(args: list[str]) -> None:
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
     from dpace.decode import generate, generate_batch, generate_plain
+    from dpace.decode.request import SamplingOptions
     from dpace.drafter import load_drafter
     from dpace.prompts.prompts import find_prompt
     from dpace.target.chat import encode_chat
@@ -60,30 +66,37 @@ def run(args: list[str]) -> None:
 
     messages = find_prompt(config.prompt) if config.prompt else []
     folder = None if config.drafter is None else find_drafter(config.drafter)
-    target = load_target(config)
-    options: Any = {field.name: getattr(config, field.name) for field in fields(SamplingConfig)}
-    speculative: Any = {"width": config.width, "verify_rule": config.verify_rule}
+    target = load_target(config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
     drafter = load_drafter(folder, target) if folder else None
+    options = SamplingOptions(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        seed=config.seed,
+    )
     if config.stream and drafter:
-        return _chat(target, drafter, messages, {**options, **speculative})
+        return _chat(target, drafter, messages, config, options)
     token_ids = encode_chat(target, messages)
     if drafter is None:
         generation = generate_plain(target, token_ids, **options)
     elif config.compile:
-        (generation,) = generate_batch(target, drafter, [token_ids], **options, compile=True)
+        (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **options)
     else:
-        generation = generate(target, drafter, token_ids, **options, **speculative)
+        rule = config.verify_rule
+        generation = generate(target, drafter, token_ids, width=config.width, verify_rule=rule, **options)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     tau = generation.acceptance.tau if generation.accepted_lengths else None
-    _tell(len(generation.token_ids), generation.num_decode_tokens, generation.decode_seconds, tau)
+    _print_speed(len(generation.token_ids), generation.num_decode_tokens, generation.decode_seconds, tau)
     if config.compile:
         print("the steps were compiled in that time: dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
-    if config.drafter is None:
+    if drafter is None:
         print("next:", command("demo"), "(trains a drafter, which makes this faster)", file=sys.stderr)
 
 
-def _tell(num_tokens: int, num_timed: int, seconds: float, tau: float | None) -> None:
-    """Say on stderr, in one sentence, how long the answer was and how fast it came.
+def _print_speed(num_tokens: int, num_timed: int, seconds: float, tau: float | None) -> None:
+    """Print on stderr, in one sentence, how long the answer was and how fast it came.
 
     Args:
         num_tokens: of the answer.
@@ -96,17 +109,23 @@ def _tell(num_tokens: int, num_timed: int, seconds: float, tau: float | None) ->
     print(f"{num_tokens} token{'' if num_tokens == 1 else 's'}{speed}{gave}", file=sys.stderr)
 
 
-def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> None:
+def _chat(
+    target: "Target",
+    drafter: "Drafter",
+    messages: list[dict[str, str]],
+    config: GenerateConfig,
+    options: "SamplingOptions",
+) -> None:
     """Answer the messages, or the lines that the user types until the end of input.
 
     After each answer, one sentence on stderr says how fast it came.
     """
-    import time
-
     from dpace.decode import Paces, stream
     from dpace.target.chat import encode_chat
 
-    is_one_answer, paces = bool(messages), Paces()
+    is_one_answer = bool(messages)
+    paces = Paces()
+    steps: list[tuple[int, float]] = []  # number of tokens and time of each pass of the target
     while True:
         if not messages or messages[-1]["role"] != "user":
             try:
@@ -116,19 +135,24 @@ def _chat(target, drafter, messages: list[dict[str, str]], options: dict) -> Non
             if not line:
                 continue
             messages.append({"role": "user", "content": line})
-        steps, times, text = [], [], ""
-
-        def keep(step, steps=steps, times=times) -> None:
-            steps.append(step)
-            times.append(time.perf_counter())
-
-        token_ids = encode_chat(target, messages)
-        for piece in stream(target, drafter, token_ids, **options, paces=paces, on_step=keep):
+        steps.clear()
+        text = ""
+        for piece in stream(
+            target,
+            drafter,
+            encode_chat(target, messages),
+            width=config.width,
+            verify_rule=config.verify_rule,
+            paces=paces,
+            on_step=lambda step: steps.append((len(step.token_ids), time.perf_counter())),
+            **options,
+        ):
             text += piece
             print_text(piece, end="")
         print()
-        first, *others = (len(step.token_ids) for step in steps)
-        _tell(first + sum(others), sum(others), times[-1] - times[0], sum(others) / len(others) if others else None)
+        num_verified = sum(length for length, _ in steps[1:])
+        tau = num_verified / (len(steps) - 1) if len(steps) > 1 else None
+        _print_speed(steps[0][0] + num_verified, num_verified, steps[-1][1] - steps[0][1], tau)
         if is_one_answer:
             return
         messages.append({"role": "assistant", "content": text})

@@ -4,18 +4,17 @@ import sys
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import next_command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, register_files
 from dpace.system.progress import print_text
-from dpace.verbs import check_target, load_chat, load_target
+from dpace.verbs import announce, check_target, load_chat, load_recipe_target, take_dry_run
 
 
 def run(args: list[str]) -> None:
     """Run `dpace respond`."""
     args, is_dry = take_dry_run(args)
-    recipe = parse(Recipe, "respond", args)
+    recipe = parse(Recipe, "respond", args, groups=("prompts", "respond"))
     from dpace.plan.lines import say_answers
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
@@ -23,25 +22,25 @@ def run(args: list[str]) -> None:
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
-    check_target(recipe)
+    check_target(recipe.target)
 
-    def look() -> None:
+    def check_and_announce() -> None:
         check_meta(path, known_settings(recipe.respond, thinking=recipe.thinking))
         announce(say_answers(recipe, parts, path), is_dry=is_dry)
 
     if is_dry:
-        ranks.from_first(look)
+        ranks.from_first(check_and_announce)
         return ranks.end()
     with lock_folder(recipe.output):
         if ranks.is_first():
             register_files(recipe.output, path.name, meta_path(path).name)
-        ranks.from_first(look)
+        ranks.from_first(check_and_announce)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
         answered = sum(prompt.answer is not None for prompt in prompts)
         if recipe.respond.source == "target" and answered and ranks.is_first():
             note = "prompts come with an answer, which is left out; --respond.source own would train on it"
             print(f"{answered} {note}", file=sys.stderr)
-        target = load_chat(recipe) if recipe.respond.server else load_target(recipe)
+        target = load_chat(recipe) if recipe.respond.server else load_recipe_target(recipe)
         left_out = answer_prompts(target, prompts, path, recipe.respond)
     ranks.end()
     if not ranks.is_first():

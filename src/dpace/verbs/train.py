@@ -4,16 +4,15 @@ import sys
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.plan.lines import announce, take_dry_run
 from dpace.recipes.flags import command, given_options, next_command, parse
 from dpace.system import ranks
-from dpace.verbs import load_target
+from dpace.verbs import announce, load_recipe_target, take_dry_run
 
 
 def run(args: list[str]) -> None:
     """Run `dpace train`."""
     args, is_dry = take_dry_run(args)
-    recipe = parse(Recipe, "train", args)
+    recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.batches.corpus import load_corpus
     from dpace.engines.initial import start_from
     from dpace.loss.objective import make_weigh
@@ -50,7 +49,7 @@ def run(args: list[str]) -> None:
     announce(say_training(settled, known_conversations(*datasets, settled), folder), is_dry=is_dry)
     if is_dry:
         return
-    target = load_target(recipe, shard=recipe.train.target_shard)
+    target = load_recipe_target(recipe, shard=recipe.train.target_shard)
     facts = target_of(target)
     refuse_other_answers(meta, facts, path, respond)
     refuse_other_run(folder, facts)

@@ -12,6 +12,7 @@ from accelerate import dispatch_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from dpace.cli import main
 from dpace.decode import generate, generate_plain
 from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
@@ -73,6 +74,16 @@ def write_adapter(folder, base_folder, **changes):
     weights = {f"{name}A.weight": torch.randn(2, 128), f"{name}B.weight": torch.randn(128, 2)}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return weights
+
+
+def test_the_command_line_takes_an_adapter(base, tmp_path, capsys):
+    pytest.importorskip("peft")
+    write_adapter(tmp_path / "lora", base[1])
+    assert main(["generate", "--target", str(tmp_path / "lora"), "--prompt", "w3 w4", "--max-new-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() and "4 tokens" in printed.err
+    assert main(["plan", "--target", str(tmp_path / "lora"), "--drafter.num-features", "1", "--device", "cpu"]) == 0
+    assert "next: dpace respond" in capsys.readouterr().out
 
 
 def test_a_lora_adapter_is_merged(base, tmp_path):
