@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from dpace.measure.results import BenchResults, Hardware, Published, ResponseRecord, Row, Versions
+from dpace.measure.records import ResponseRecord
+from dpace.measure.results import BenchResults, ComparedRow, Published, Row, ServerRow
+from dpace.system.provenance import Hardware, Versions
 
 _RESPONSE = ResponseRecord(
     drafter="dpace",
@@ -49,6 +51,39 @@ _ROW = Row(
     plain_responses=[],
     examples=[],
 )
+_COMPARED = ComparedRow(
+    set="s",
+    drafter="dpace",
+    temperature=0.0,
+    num_prompts=1,
+    block_size=3,
+    histogram=[1, 0, 1],
+    tau=2.0,
+    tau_interval=(1.5, 2.5),
+    tau_by_seed=[2.0],
+    reach_rate=[0.5, 0.5],
+    gain=(0.1, 0.0, 0.2),
+    gain_by_seed=[0.1],
+    step_seconds=0.5,
+    peak_memory_bytes=None,
+)
+_SERVED = ServerRow(
+    set="s",
+    temperature=0.0,
+    concurrency=1,
+    tokens_per_second=1.0,
+    throughput=1.0,
+    first_seconds=(0.1, 0.2),
+    num_responses=1,
+    tau=None,
+    tau_interval=(None, None),
+    num_verifications=None,
+    histogram=None,
+    reach_rate=None,
+    decode_speedup=None,
+    decode_speedup_interval=(None, None),
+    num_same_text=None,
+)
 
 
 def make_response(**changes: Any) -> ResponseRecord:
@@ -64,8 +99,16 @@ def make_row(**changes: Any) -> Row:
     return replace(_ROW, **{"responses": [make_response()], "plain_responses": [make_plain()], **changes})
 
 
+def make_compared(**changes: Any) -> ComparedRow:
+    return replace(_COMPARED, **changes)
+
+
+def make_served(**changes: Any) -> ServerRow:
+    return replace(_SERVED, **changes)
+
+
 def make_bench(*rows: Row, **changes: Any) -> BenchResults:
-    found = BenchResults(
+    results = BenchResults(
         target="t",
         drafters={"dpace": "0" * 64},
         max_new_tokens=16,
@@ -77,4 +120,4 @@ def make_bench(*rows: Row, **changes: Any) -> BenchResults:
         rows=list(rows) or [make_row()],
         comparisons=[],
     )
-    return replace(found, **changes)
+    return replace(results, **changes)

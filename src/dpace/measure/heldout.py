@@ -1,4 +1,8 @@
-"""Measure the accepted lengths that decoding would have on known responses, without decoding."""
+"""Measure the accepted lengths that decoding would have on known responses, without decoding.
+
+In come answers that the target wrote greedily. All their blocks are drafted at once, and greedy decoding is followed
+through them; out comes an `Acceptance` with one row a conversation.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,81 +23,6 @@ from dpace.target.head import Head
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""
-
-
-def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:
-    """Follow greedy decoding through a known response: each verification starts where the last one ended.
-
-    Args:
-        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that
-            does not.
-        span: [start, end) of the response; its first token comes from the prefill.
-        block_size: slots of a block.
-
-    Returns:
-        The accepted lengths of `dpace.decode.generate` on this text.
-    """
-    start, end = span
-    accepted_lengths, without_bonus, anchor = [], 0, start
-    while anchor < end - 1:
-        accepted = min(accepted_from[anchor], end - 1 - anchor)
-        without_bonus += anchor + accepted == end - 1
-        accepted_lengths.append(accepted)
-        anchor += accepted + 1
-    return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
-
-
-def leading_matches(
-    hidden: Float[Tensor, "batch block slot hidden"],
-    head: Head,
-    labels: Int[Tensor, "batch block slot"],
-    is_scored: Bool[Tensor, "batch block slot"],
-) -> Bool[Tensor, "batch block slot"]:
-    """Find the slots of each block that greedy verification accepts: those before its first wrong draft.
-
-    Equals what `frozen_head_nll` gives, up to each block's first miss. It goes slot by slot through the blocks that are
-    right so far. So about tau rows of a block are multiplied with the head, and not all its slots.
-    """
-    is_accepted, is_right = torch.zeros_like(is_scored), torch.ones_like(is_scored[..., 0])
-    for slot in range(1, labels.shape[-1]):
-        is_right = is_right & is_scored[..., slot]
-        if not is_right.any():
-            break
-        at = slice(slot, slot + 1)
-        is_right = frozen_head_nll(hidden[..., at, :], head, labels[..., at], is_right[..., None]).is_match[..., 0]
-        is_accepted[..., slot] = is_right
-    return is_accepted
-
-
-def score_conversation(
-    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int, token_ids: Tensor | None = None
-) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
-    """Draft the blocks of a conversation in parts, and compare the drafts with its text.
-
-    A part has `SCORED_BLOCKS` blocks. With `token_ids`, only these tokens are drafted, and no other matches.
-
-    Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
-    bytes for the dense mask on a CPU.
-
-    Yields:
-        Final hidden states, "1 block slot hidden"; the blocks; and their `leading_matches`.
-    """
-    head, places = (target.head, None) if token_ids is None else target.head.part(token_ids)
-    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
-    inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
-    inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
-    tokens, features = inputs["token_ids"], inputs["features"]
-    if features is None:
-        features = target.features(tokens, drafter.target_layer_ids)
-    for part in torch.arange(inputs["anchors"].shape[1], device=target.device).split(SCORED_BLOCKS):
-        chosen = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
-        seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
-        text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
-        with torch.no_grad():
-            hidden, blocks, _ = blocks_hidden(drafter, target, {**chosen, **text}, **ids)
-            labels = blocks.labels if places is None else places[blocks.labels]
-            is_accepted = leading_matches(hidden, head, labels, blocks.is_scored)
-        yield hidden, blocks, is_accepted
 
 
 @torch.no_grad()
@@ -138,6 +67,82 @@ def heldout_acceptance(
             target.stand_by(drafter.target_layer_ids)
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
     return Acceptance.of_prompts([results[i] for i in indices])
+
+
+def score_conversation(
+    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int, token_ids: Tensor | None = None
+) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
+    """Draft the blocks of a conversation in parts, and compare the drafts with its text.
+
+    A part has `SCORED_BLOCKS` blocks. With `token_ids`, only these tokens are drafted, and no other matches.
+
+    Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
+    bytes for the dense mask on a CPU.
+
+    Yields:
+        Final hidden states, "1 block slot hidden"; the blocks; and their `leading_matches`.
+    """
+    head, rows = (target.head, None) if token_ids is None else target.head.part(token_ids)
+    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
+    inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
+    tokens, features = inputs["token_ids"], inputs["features"]
+    if features is None:
+        features = target.features(tokens, drafter.target_layer_ids)
+    for part in torch.arange(inputs["anchors"].shape[1], device=target.device).split(SCORED_BLOCKS):
+        chosen = {name: inputs[name][:, part] for name in Blocks.__dataclass_fields__}
+        seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
+        text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
+        with torch.no_grad():
+            hidden, blocks = blocks_hidden(drafter, target, {**chosen, **text}, **ids)[:2]
+            labels = blocks.labels if rows is None else rows[blocks.labels]
+            is_accepted = leading_matches(hidden, head, labels, blocks.is_scored)
+        yield hidden, blocks, is_accepted
+
+
+def leading_matches(
+    hidden: Float[Tensor, "batch block slot hidden"],
+    head: Head,
+    labels: Int[Tensor, "batch block slot"],
+    is_scored: Bool[Tensor, "batch block slot"],
+) -> Bool[Tensor, "batch block slot"]:
+    """Find the slots of each block that greedy verification accepts: those before its first wrong draft.
+
+    It is what `frozen_head_nll` finds, up to each block's first miss. It goes slot by slot through the blocks that are
+    right so far. So about tau rows of a block are multiplied with the head, and not all its slots.
+    """
+    is_accepted, is_right = torch.zeros_like(is_scored), torch.ones_like(is_scored[..., 0])
+    for slot in range(1, labels.shape[-1]):
+        is_right = is_right & is_scored[..., slot]
+        if not is_right.any():
+            break
+        at = slice(slot, slot + 1)
+        is_right = frozen_head_nll(hidden[..., at, :], head, labels[..., at], is_right[..., None]).is_match[..., 0]
+        is_accepted[..., slot] = is_right
+    return is_accepted
+
+
+def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:
+    """Follow greedy decoding through a known response: each verification starts where the last one ended.
+
+    Args:
+        accepted_from: for each anchor of the response, the draft tokens that agree with the text before the first that
+            does not.
+        span: [start, end) of the response; its first token comes from the prefill.
+        block_size: slots of a block.
+
+    Returns:
+        The accepted lengths of `dpace.decode.generate` on this text.
+    """
+    anchor, end = span
+    accepted_lengths = []
+    without_bonus = 0
+    while anchor < end - 1:
+        accepted = min(accepted_from[anchor], end - 1 - anchor)
+        without_bonus += anchor + accepted == end - 1
+        accepted_lengths.append(accepted)
+        anchor += accepted + 1
+    return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
 
 
 def _spans(is_response: Sequence[bool]) -> list[tuple[int, int]]:

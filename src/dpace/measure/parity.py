@@ -1,4 +1,7 @@
-"""Check that no block sees its future, and that blocks are equal in training and serving."""
+"""Check that no block sees its future, and that blocks are equal in training and serving.
+
+In come a target in fp32, a drafter and some responses; out come findings, also for `dpace doctor`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,23 +41,26 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
     Returns:
         Two findings.
     """
-    leaks, controls, errors = [], [], []
+    leaks = []
+    controls = []
+    errors = []
     for row in ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0):
         inputs: dict[str, Any] = collate([row], drafter.block_size)
         inputs["features"] = target.features(inputs["token_ids"].to(target.device), drafter.target_layer_ids)
         inputs = {name: value.to(target.device) for name, value in inputs.items()}
         number = len(row["anchors"]) // 2
         anchor = int(row["anchors"][number])
-        hidden = _block(drafter, target, inputs, number)
-        is_future = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None] > anchor
-        leaks.append(_relative(_block(drafter, target, _changed(inputs, is_future, target, anchor), number), hidden))
-        is_past = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None] < anchor
-        controls.append(_relative(_block(drafter, target, _changed(inputs, is_past, target, None), number), hidden))
+        hidden = _block_hidden(drafter, target, inputs, number)
+        positions = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None]
+        other_future = _replace_text(inputs, positions > anchor, target, anchor)
+        leaks.append(_relative_error(_block_hidden(drafter, target, other_future, number), hidden))
+        other_past = _replace_text(inputs, positions < anchor, target, None)
+        controls.append(_relative_error(_block_hidden(drafter, target, other_past, number), hidden))
         features = target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids)
         blocks = mask_blocks(drafter, [int(inputs["token_ids"][0, anchor])])
-        served = draft_block(drafter, target, blocks, features)[0]
-        errors.append(_relative(served, hidden))
-    largest_leak, largest_error = max(leaks, default=0.0), max(errors, default=0.0)
+        errors.append(_relative_error(draft_block(drafter, target, blocks, features)[0], hidden))
+    largest_leak = max(leaks, default=0.0)
+    largest_error = max(errors, default=0.0)
     return [
         Finding(
             "no leak from the future",
@@ -72,13 +78,13 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
     ]
 
 
-def _block(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
+def _block_hidden(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
     """Compute the final hidden states of one block, "slot hidden"."""
     ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
     return blocks_hidden(drafter, target, inputs, **ids)[0][0, number]
 
 
-def _changed(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int | None) -> dict[str, Any]:
+def _replace_text(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int | None) -> dict[str, Any]:
     """Change the tokens and features of a batch in some places.
 
     For places after an anchor, the features at the anchor and the labels are changed too.
@@ -99,6 +105,6 @@ def _changed(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int 
     return {**inputs, **new}
 
 
-def _relative(hidden: Tensor, expected: Tensor) -> float:
+def _relative_error(hidden: Tensor, expected: Tensor) -> float:
     """Compute the norm of the difference over the norm."""
     return float((hidden - expected).norm() / expected.norm())

@@ -1,32 +1,41 @@
 """Read and write results.json, servers.json and heldout.json; no other module does.
 
-What numbers of results have to fit together, beyond their types.
-
-What the files of a measurement hold: responses, groups of requests, and rows made from them.
+The dataclasses are the files: a field is a key. Rows come from `dpace.measure.pooling` and `dpace.measure.servers`, and
+are read by the report, the model card and scripts. What is read is checked: keys and types by their annotations, and
+numbers that have to fit together by functions at the end of this file.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from dpace.config import Width
-from dpace.metrics import Acceptance, published_tau
+from dpace.measure.records import (
+    Count,
+    Provenance,
+    ResponseRecord,
+    ServerSetup,
+    acceptance_of,
+)
+from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, optional, to_json
-from dpace.servers.apis import Counts
-from dpace.system.ledger import write_json
-from dpace.system.provenance import Hardware, Versions
+from dpace.system.ledger import read_object, write_json
 
+SCHEMA_VERSION = 1
+RESULT_FILES = ("results.json", "servers.json")
+"""Names under which results are found in a folder."""
+HELDOUT_FILE = "heldout.json"
+MEASURE_AGAIN = "measure again with this version of dpace"
+DRAWN = ("step", "step_seconds", "eval_tau")
+"""Keys of a training log that are drawn, beside `weight_share/SLOT`."""
+MAX_LOGGED = 1e15
+"""Largest number of a training log that is drawn."""
 Interval = tuple[float | None, float | None]
 """Ends of a 95 % interval; None where there are too few prompts for one, or nothing to measure."""
 Estimate = tuple[float | None, float | None, float | None]
 """A number and the ends of its 95 % interval."""
-PLAIN = "plain"
-"""Name of decoding without a drafter."""
-COMPILED = "plain, compiled"
-"""Name of the same with compiled steps."""
 
 
 def defined(value: float) -> float | None:
@@ -37,57 +46,6 @@ def defined(value: float) -> float | None:
 def nullable(numbers: Iterable[float]) -> tuple[Any, ...]:
     """Replace those of several numbers that have no value by None."""
     return tuple(map(defined, numbers))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResponseRecord:
-    """One response, decoded by a drafter or plainly; a line of bench.jsonl."""
-
-    drafter: str
-    """Its name, `PLAIN` or `COMPILED`."""
-    width: Width | None
-    """None for plain decoding."""
-    set: str
-    id: str
-    """The prompt's."""
-    turn: int
-    """Turn of the prompt, from 0."""
-    temperature: float
-    prompt_tokens: int
-    token_ids: list[int]
-    accepted_lengths: list[int]
-    """Accepted draft tokens of each verification, in order; empty for plain decoding, as are the next ones."""
-    widths: list[int]
-    """Tokens that the target read in each."""
-    num_copied: int
-    """Accepted tokens that prompt lookup proposed."""
-    histogram: list[int]
-    """Verifications by accepted length."""
-    num_without_bonus: int
-    """Verifications whose last accepted token ended the text."""
-    decode_tokens: int
-    """Tokens after the first."""
-    decode_seconds: float
-    prefill_seconds: float
-    same_text: bool
-    """It has the tokens of plain decoding."""
-
-    @property
-    def published_tau(self) -> float:
-        """Mean of `accepted_length + 1`, as published tables have it; nan without a verification."""
-        return published_tau([self.accepted_lengths])
-
-    def speedup_over(self, plain: "ResponseRecord") -> float | None:
-        """Divide tokens a second by those of the plain response; None where one of them is a single token."""
-        if not (self.decode_tokens and plain.decode_tokens):
-            return None
-        return self.decode_tokens * plain.decode_seconds / (self.decode_seconds * plain.decode_tokens)
-
-
-def acceptance_of(responses: list[ResponseRecord], block_size: int) -> Acceptance:
-    """Put the verifications of responses together, one histogram a response."""
-    counts = [response.num_without_bonus for response in responses]
-    return Acceptance([response.histogram for response in responses], block_size, counts)
 
 
 def tau_interval_of(responses: list[ResponseRecord], block_size: int) -> Interval:
@@ -144,9 +102,9 @@ class Row:
     temperature: float
     num_responses: int
     block_size: int
-    histogram: list[int]
+    histogram: list[Count]
     """Verifications by accepted length."""
-    num_without_bonus: int
+    num_without_bonus: Count
     tau: float | None
     """Pooled over verifications; None without one."""
     tau_interval: Interval
@@ -214,7 +172,7 @@ class ComparedRow:
     temperature: float
     num_prompts: int
     block_size: int
-    histogram: list[int]
+    histogram: list[Count]
     tau: float | None
     tau_interval: Interval
     tau_by_seed: list[float | None]
@@ -226,34 +184,6 @@ class ComparedRow:
     """Median of the training steps; None where no step was logged."""
     peak_memory_bytes: int | None
     """While training; None where that is not known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SideRecord:
-    """What one server answered to a group of requests; the lists have one entry a request."""
-
-    token_ids: list[list[int]]
-    decode_tokens: list[int]
-    decode_seconds: list[float]
-    first_seconds: list[float]
-    """To the first token."""
-    seconds: float
-    """Until all were answered."""
-    counts: Counts | None
-    """Verifications, as far as the server reports them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupRecord:
-    """Prompts that were sent to servers together; a line of servers.jsonl."""
-
-    set: str
-    ids: list[str]
-    """The prompts'."""
-    temperature: float
-    concurrency: int
-    turns: list[dict[str, SideRecord]]
-    """For each turn the answers by side, `drafter` and `plain`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,117 +207,13 @@ class ServerRow:
     """None where the server does not report verifications, as are the next ones."""
     tau_interval: Interval
     num_verifications: int | None
-    histogram: list[int] | None
+    histogram: list[Count] | None
     reach_rate: list[float] | None
     decode_speedup: float | None
     """None without a plain server."""
     decode_speedup_interval: Interval
     num_same_text: int | None
     """None without a plain server."""
-
-
-MAX_COUNT = 2**53
-"""Largest count that every reader of JSON keeps exactly."""
-
-
-def check_rows(rows: list[Row]) -> None:
-    """Refuse rows of `dpace bench` whose numbers contradict each other.
-
-    Raises:
-        ValueError: names the row and the value.
-    """
-    for number, row in enumerate(rows):
-        where = f"rows[{number}]"
-        _check_histogram(row.histogram, row.block_size, where)
-        _expect(len(row.reach_rate) == row.block_size - 1, f"{where}.reach_rate", row.reach_rate, "one a draft slot")
-        pair = len(row.responses), len(row.plain_responses)
-        _expect(pair[0] == pair[1], f"{where}.responses", pair[0], f"as many as plain_responses, {pair[1]}")
-        for place, response in enumerate(row.responses):
-            _check_response(response, row.block_size, f"{where}.responses[{place}]")
-        for place, response in enumerate(row.plain_responses):
-            _check_times(response, f"{where}.plain_responses[{place}]")
-
-
-def check_compared(rows: list[ComparedRow]) -> None:
-    """Refuse rows of `dpace compare` whose numbers contradict each other."""
-    for number, row in enumerate(rows):
-        _check_histogram(row.histogram, row.block_size, f"rows[{number}]")
-
-
-def check_served(rows: list[ServerRow]) -> None:
-    """Refuse rows of servers whose numbers contradict each other."""
-    for number, row in enumerate(rows):
-        if row.histogram is not None:
-            _check_histogram(row.histogram, len(row.histogram), f"rows[{number}]")
-
-
-def _check_histogram(histogram: list[int], block_size: int, where: str) -> None:
-    is_right = len(histogram) == block_size and all(0 <= count <= MAX_COUNT for count in histogram)
-    _expect(is_right, f"{where}.histogram", histogram, f"{block_size} counts, one for each accepted length")
-
-
-def _check_response(response: ResponseRecord, block_size: int, where: str) -> None:
-    _check_histogram(response.histogram, block_size, where)
-    lengths = response.accepted_lengths
-    _expect(
-        all(0 <= length < block_size for length in lengths), f"{where}.accepted_lengths", lengths, "below block_size"
-    )
-    is_right = 0 <= response.num_without_bonus <= MAX_COUNT
-    _expect(is_right, f"{where}.num_without_bonus", response.num_without_bonus, "a count")
-    _check_times(response, where)
-
-
-def _check_times(response: ResponseRecord, where: str) -> None:
-    tokens, seconds = response.decode_tokens, response.decode_seconds
-    _expect(0 <= tokens <= MAX_COUNT, f"{where}.decode_tokens", tokens, "a count")
-    is_right = 0 <= seconds <= MAX_COUNT and (seconds > 0 or not tokens)
-    _expect(is_right, f"{where}.decode_seconds", seconds, f"the time of {tokens} tokens")
-
-
-def _expect(is_right: bool, where: str, value: object, expected: str) -> None:
-    if not is_right:
-        raise ValueError(f"{where} is {value!r:.60}, expected {expected}")
-
-
-SCHEMA_VERSION = 1
-RESULT_FILES = ("results.json", "servers.json")
-"""Names under which results are found in a folder."""
-MEASURE_AGAIN = "measure again with this version of dpace"
-HELDOUT_FILE = "heldout.json"
-MAX_LOGGED = 1e15
-"""Largest number of a training log that is drawn."""
-SEED_RULE = "seed + i for prompt i, counted from 0"
-"""How each prompt's seed is made, in results."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchSetup:
-    """What was decoded, and how."""
-
-    target: str
-    drafters: dict[str, str]
-    """Hashes of their weights, by name."""
-    max_new_tokens: int
-    seed: int
-    prompt_seeds: str | None = optional()
-    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
-    target_weights_sha256: str | None = optional()
-    """`dpace.system.provenance.weights_fingerprint`."""
-    drafter_configs: dict[str, str] | None = optional()
-    """Hashes of the drafters' configs, by name."""
-    tokenizer_sha256: str | None = optional()
-    chat_template_sha256: str | None = optional()
-    thinking: bool | None = optional()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance(BenchSetup):
-    """What made the numbers; responses have to share it and the prompts to be compared."""
-
-    engine: str
-    dtype: str
-    hardware: Hardware
-    versions: Versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,33 +261,6 @@ class CompareResults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerAddress:
-    """Where a server runs."""
-
-    url: str
-    engine: str
-    """What it turned out to be."""
-    model: str | None = optional()
-    """What it calls its model, where it says so."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSetup:
-    """What answers of servers have to share to be compared, beside the prompts."""
-
-    target: str
-    servers: dict[str, ServerAddress]
-    """By side, `drafter` and `plain`."""
-    max_new_tokens: int
-    seed: int
-    prompt_seeds: str | None = optional()
-    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
-    tokenizer_sha256: str | None = optional()
-    chat_template_sha256: str | None = optional()
-    thinking: bool | None = optional()
-
-
-@dataclass(frozen=True, kw_only=True)
 class ServerResults(ServerSetup):
     """servers.json of `dpace bench --bench.server`."""
 
@@ -485,33 +284,23 @@ def read_results(path: Path) -> Results:
         ValueError: not JSON, of another schema version, or with missing, unknown or wrong keys.
         OSError: a file that cannot be read.
     """
-    value = _load(path, MEASURE_AGAIN)
+    value = read_object(path, MEASURE_AGAIN)
     version = value.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
-        found = f"schema_version {version!r:.40}" if "schema_version" in value else "no schema_version"
-        _refuse(path, f"{found}, expected {SCHEMA_VERSION}", MEASURE_AGAIN)
-    kinds = (BenchResults, CompareResults, ServerResults)
-    kind = max(kinds, key=lambda kind: len(value.keys() & {entry.name for entry in fields(kind)}))
+        what = f"schema_version {version!r:.40}" if "schema_version" in value else "no schema_version"
+        raise ValueError(f"{path}: {what}, expected {SCHEMA_VERSION}; {MEASURE_AGAIN}")
     for of_bench in (value, value.get("decode")):
         if isinstance(of_bench, dict):
-            of_bench.pop("predictions", None)  # of other widths, in files of older versions
+            of_bench.pop("predictions", None)  # of older versions, as the next one
+            of_bench.pop("heldout", None)
+    kinds = (BenchResults, CompareResults, ServerResults)
+    kind = max(kinds, key=lambda kind: len(value.keys() & {entry.name for entry in fields(kind)}))
     try:
         results = from_json(kind, value)
-        _check(results)
+        _check_results(results)
     except ValueError as error:
-        _refuse(path, str(error), MEASURE_AGAIN)
+        raise ValueError(f"{path}: {error}; {MEASURE_AGAIN}") from error
     return results
-
-
-def _check(results: Results) -> None:
-    """Refuse numbers that contradict each other."""
-    if isinstance(results, ServerResults):
-        return check_served(results.rows)
-    if isinstance(results, BenchResults):
-        return check_rows(results.rows)
-    check_compared(results.rows)
-    if results.decode:
-        _check(results.decode)
 
 
 def find_results(folder: Path) -> list[Results]:
@@ -535,8 +324,8 @@ class Heldout:
     ids: list[str]
     """The prompts'."""
     block_size: int
-    histogram: list[list[int]]
-    num_without_bonus: list[int]
+    histogram: list[list[Count]]
+    num_without_bonus: list[Count]
 
     @classmethod
     def of(cls, ids: Sequence[str], acceptance: Acceptance) -> "Heldout":
@@ -576,54 +365,79 @@ def read_heldout(folder: Path) -> Heldout:
         ValueError: not JSON, with missing, unknown or wrong keys, or with rows that do not fit together.
         OSError: a file that cannot be read.
     """
-    path, fix = folder / HELDOUT_FILE, "remove the file: `dpace compare` measures this drafter again"
-    value = _load(path, fix)
+    path = folder / HELDOUT_FILE
+    fix = "remove the file: `dpace compare` measures this drafter again"
+    value = read_object(path, fix)
     try:
         heldout = from_json(Heldout, value)
+        _expect_length(heldout.histogram, len(heldout.ids), "histogram")
+        _expect_length(heldout.num_without_bonus, len(heldout.ids), "num_without_bonus")
+        for number, row in enumerate(heldout.histogram):
+            _expect_length(row, heldout.block_size, f"histogram[{number}]")
     except ValueError as error:
-        _refuse(path, str(error), fix)
-    rows = len(heldout.ids), len(heldout.histogram), len(heldout.num_without_bonus)
-    if len(set(rows)) > 1 or any(len(row) != heldout.block_size for row in heldout.histogram):
-        found = "ids, histogram and num_without_bonus of {}, {} and {} prompts".format(*rows)
-        _refuse(path, f"{found}, expected the same and {heldout.block_size} counts each", fix)
+        raise ValueError(f"{path}: {error}; {fix}") from error
     return heldout
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the training log of a drafter's folder, the `log_history` that the Trainer wrote.
+    """Read the training log of a drafter's folder: `log_history` of `trainer_state.json`.
 
     Raises:
-        ValueError: a file that the Trainer did not write.
+        ValueError: a file that training did not write.
         OSError: a file that cannot be read.
     """
-    path, fix = Path(folder) / "trainer_state.json", "train again, in an empty folder"
-    log = _load(path, fix, allow_nan=True).get("log_history")
+    path = Path(folder) / "trainer_state.json"
+    fix = "train again, in an empty folder"
+    log = read_object(path, fix).get("log_history")
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        _refuse(path, "no list of objects under log_history", fix)
+        raise ValueError(f"{path}: no list of objects under log_history; {fix}")
     for number, entry in enumerate(log):
-        for name, number_found in entry.items():
-            is_drawn = name in ("step", "step_seconds", "eval_tau") or name.startswith("weight_share/")
-            if is_drawn and (type(number_found) not in (int, float) or abs(number_found) > MAX_LOGGED):
-                _refuse(path, f"log_history[{number}].{name} is {number_found!r:.60}, expected a number", fix)
-        if "step" not in entry and any(name in entry for name in ("eval_tau", "step_seconds", "weight_share/1")):
-            _refuse(path, f"log_history[{number}] has no step", fix)
+        drawn = {name: value for name, value in entry.items() if name in DRAWN or name.startswith("weight_share/")}
+        for name, value in drawn.items():
+            if type(value) not in (int, float) or abs(value) > MAX_LOGGED:
+                raise ValueError(f"{path}: log_history[{number}].{name} is {value!r:.60}, expected a number; {fix}")
+        if drawn and "step" not in entry:
+            raise ValueError(f"{path}: log_history[{number}] has no step; {fix}")
     return log
 
 
-def _load(path: Path, fix: str, *, allow_nan: bool = False) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_bytes(), parse_constant=None if allow_nan else _refuse_constant)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"not JSON ({error})", fix)
-    if not isinstance(value, dict):
-        _refuse(path, f"found {type(value).__name__}, expected an object", fix)
-    return value
+def _check_results(results: Results) -> None:
+    """Refuse numbers that contradict each other.
+
+    Raises:
+        ValueError: names the key and what was expected.
+    """
+    if isinstance(results, CompareResults):
+        _check_histograms(results.rows, "rows")
+        if results.decode:
+            _check_results(results.decode)
+    elif isinstance(results, BenchResults):
+        _check_histograms(results.rows, "rows")
+        for number, row in enumerate(results.rows):
+            _check_responses(row, f"rows[{number}]")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+def _check_histograms(rows: Sequence[Row] | Sequence[ComparedRow], key: str) -> None:
+    for number, row in enumerate(rows):
+        _expect_length(row.histogram, row.block_size, f"{key}[{number}].histogram")
+        _expect_length(row.reach_rate, row.block_size - 1, f"{key}[{number}].reach_rate")
 
 
-def _refuse(path: Path, what: str, fix: str) -> NoReturn:
-    raise ValueError(f"{path}: {what}; {fix}")
+def _check_responses(row: Row, where: str) -> None:
+    _expect_length(row.plain_responses, len(row.responses), f"{where}.plain_responses")
+    for number, response in enumerate(row.responses):
+        key = f"{where}.responses[{number}]"
+        _expect_length(response.histogram, row.block_size, f"{key}.histogram")
+        if max(response.accepted_lengths, default=0) >= row.block_size:
+            raise ValueError(f"{key}.accepted_lengths has {max(response.accepted_lengths)}, expected below block_size")
+    for response in (*row.responses, *row.plain_responses):
+        if response.decode_tokens and not response.decode_seconds:
+            raise ValueError(
+                f"{where} has a response {response.id!r:.60} of {response.decode_tokens} tokens in 0 seconds, expected "
+                "the time that they took"
+            )
+
+
+def _expect_length(values: Sequence, length: int, key: str) -> None:
+    if len(values) != length:
+        raise ValueError(f"{key} has {len(values)} entries, expected {length}")

@@ -1,29 +1,24 @@
-"""Ask running servers, and pool their text, speed and accepted lengths, as each of them reports these."""
+"""Measure running servers, one with a drafter and one without, and write servers.json.
 
+In come their addresses and prompts. Both get the same token ids; out come rows with text, speed and accepted lengths,
+as each server reports these.
+"""
+
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.measure.benchmark import Records
-from dpace.measure.results import (
-    PLAIN,
-    SEED_RULE,
-    GroupRecord,
-    ServerAddress,
-    ServerResults,
-    ServerRow,
-    ServerSetup,
-    SideRecord,
-    nullable,
-    write_results,
-)
+from dpace.measure.records import PLAIN, SEED_RULE, GroupRecord, Records, ServerAddress, ServerSetup, SideRecord
+from dpace.measure.results import Estimate, ServerResults, ServerRow, nullable, write_results
 from dpace.metrics import Acceptance, decode_speedup, ratio_interval
 from dpace.prompts.prompts import Prompt, first_of_each_set
-from dpace.servers.apis import Answer, Counts, Server, connect
+from dpace.servers.apis import Counts, Server, connect
 from dpace.system.ledger import register_files
 from dpace.system.progress import progress_bar
 from dpace.target.chat import ChatTokenizer, encode_chat, tokenizer_hashes
@@ -31,6 +26,7 @@ from dpace.target.chat import ChatTokenizer, encode_chat, tokenizer_hashes
 DRAFTER = "drafter"
 """Name of the side with the drafter; the other one is `PLAIN`."""
 SERVERS_FILE = "servers.json"
+"""What the rows are written to."""
 GROUPS_PER_WORKER = 4
 """Requests of a group for each that runs at the same time: the last ones of a group run with fewer beside them."""
 
@@ -72,33 +68,29 @@ def bench_servers(
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
     done = {(r.temperature, r.concurrency, tuple(r.ids)): r for r in records.rows}
-    jobs = [
-        (temperature, concurrency, group)
-        for concurrency in config.concurrencies
-        for temperature in config.temperatures
-        for group in _groups(prompts, concurrency)
-    ]
-    is_warm, chosen = False, []
+    jobs = list(_make_jobs(prompts, config))
+    is_warm = False
     with progress_bar() as bar:
-        task = bar.add_task("asking servers", total=sum(len(group) for *_, group in jobs), info="")
-        for number, (temperature, concurrency, group) in enumerate(jobs):
-            key = temperature, concurrency, tuple(prompt.id for prompt in group)
-            if key not in done:
+        task = bar.add_task("asking servers", total=sum(len(job.prompts) for job in jobs), info="")
+        for number, job in enumerate(jobs):
+            if job.key not in done:
                 if not is_warm:
+                    first_turn = encode_chat(chat, job.prompts[0].turns[0])
                     for server in sides.values():
-                        server.answer(encode_chat(chat, group[0].turns[0]), 16, temperature, config.seed)
+                        server.answer(first_turn, 16, job.temperature, config.seed)
                     is_warm = True
-                done[key] = _ask(chat, sides, group, temperature, concurrency, config, seeds, rotation=number)
-                records.add(done[key])
-            chosen.append(done[key])
-            bar.update(task, advance=len(group), info=f"concurrency {concurrency}")
-    results = ServerResults(**vars(setup), rows=make_rows(chosen))
+                done[job.key] = _ask_servers(
+                    chat, sides, job, max_new_tokens=config.max_new_tokens, seeds=seeds, rotation=number
+                )
+                records.add(done[job.key])
+            bar.update(task, advance=len(job.prompts), info=f"concurrency {job.concurrency}")
+    results = ServerResults(**vars(setup), rows=make_rows([done[job.key] for job in jobs]))
     write_results(Path(folder) / SERVERS_FILE, results)
     return results
 
 
 def _setup(chat: ChatTokenizer, sides: dict[str, Server], config: BenchConfig) -> ServerSetup:
-    """Say all that the answers depend on, apart from the prompts."""
+    """Return all that the answers depend on, apart from the prompts."""
     return ServerSetup(
         target=chat.name,
         servers={side: ServerAddress(url=s.url, engine=s.engine, model=s.model) for side, s in sides.items()},
@@ -110,63 +102,80 @@ def _setup(chat: ChatTokenizer, sides: dict[str, Server], config: BenchConfig) -
     )
 
 
-def _groups(prompts: Sequence[Prompt], concurrency: int) -> Iterator[list[Prompt]]:
+class _Job(NamedTuple):
     """Prompts of one set that are sent together."""
-    size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
-    for name in dict.fromkeys(prompt.set for prompt in prompts):
-        of_set = [prompt for prompt in prompts if prompt.set == name]
-        yield from (of_set[i : i + size] for i in range(0, len(of_set), size))
+
+    temperature: float
+    concurrency: int
+    prompts: list[Prompt]
+
+    @property
+    def key(self) -> tuple[float, int, tuple[str, ...]]:
+        """What tells it from the others."""
+        return self.temperature, self.concurrency, tuple(prompt.id for prompt in self.prompts)
 
 
-def _ask(
+def _make_jobs(prompts: Sequence[Prompt], config: BenchConfig) -> Iterator[_Job]:
+    """Yield the groups of prompts for each concurrency and temperature."""
+    for concurrency, temperature in itertools.product(config.concurrencies, config.temperatures):
+        size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
+        for name in dict.fromkeys(prompt.set for prompt in prompts):
+            of_set = [prompt for prompt in prompts if prompt.set == name]
+            for start in range(0, len(of_set), size):
+                yield _Job(temperature, concurrency, of_set[start : start + size])
+
+
+def _ask_servers(
     chat: ChatTokenizer,
     sides: dict[str, Server],
-    group: Sequence[Prompt],
-    temperature: float,
-    concurrency: int,
-    config: BenchConfig,
-    seeds: Mapping[str, int],
+    job: _Job,
     *,
+    max_new_tokens: int,
+    seeds: Mapping[str, int],
     rotation: int,
 ) -> GroupRecord:
     """Send a group to all sides, turn by turn; the answers to earlier turns are the plain server's."""
-    messages: list[list[dict[str, str]]] = [[] for _ in group]
+    messages: list[list[dict[str, str]]] = [[] for _ in job.prompts]
     names = list(sides)
     names = names[rotation % len(names) :] + names[: rotation % len(names)]
     turns = []
-    for turn in range(max(len(prompt.turns) for prompt in group)):
-        here = [i for i, prompt in enumerate(group) if turn < len(prompt.turns)]
-        for i in here:
-            messages[i] += group[i].turns[turn]
-        encoded = [encode_chat(chat, messages[i]) for i in here]
-        jobs = [(ids, seeds[group[i].id]) for i, ids in zip(here, encoded, strict=True)]
-        asked = {name: _ask_side(sides[name], jobs, temperature, concurrency, config) for name in names}
-        turns.append({name: side for name, (side, _) in asked.items()})
-        answers = asked[PLAIN if PLAIN in asked else DRAFTER][1]
-        for i, answer in zip(here, answers, strict=True):
-            text = chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    for turn in range(max(len(prompt.turns) for prompt in job.prompts)):
+        asked = [i for i, prompt in enumerate(job.prompts) if turn < len(prompt.turns)]
+        requests = []
+        for i in asked:
+            messages[i] += job.prompts[i].turns[turn]
+            requests.append((encode_chat(chat, messages[i]), seeds[job.prompts[i].id]))
+        answers = {name: _ask_server(sides[name], requests, job, max_new_tokens) for name in names}
+        turns.append(answers)
+        plain = answers[PLAIN if PLAIN in answers else DRAFTER]
+        for i, token_ids in zip(asked, plain.token_ids, strict=True):
+            text = chat.tokenizer.decode(token_ids, skip_special_tokens=True)
             messages[i].append({"role": "assistant", "content": text})
     return GroupRecord(
-        set=group[0].set,
-        ids=[prompt.id for prompt in group],
-        temperature=temperature,
-        concurrency=concurrency,
+        set=job.prompts[0].set,
+        ids=[prompt.id for prompt in job.prompts],
+        temperature=job.temperature,
+        concurrency=job.concurrency,
         turns=turns,
     )
 
 
-def _ask_side(
-    server: Server, jobs: Sequence[tuple[list[int], int]], temperature: float, concurrency: int, config: BenchConfig
-) -> tuple[SideRecord, list[Answer]]:
-    """Send prompts, each with its seed, to one server, so many at a time."""
-    before, started = server.counters(), time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as pool:
-        answers = list(pool.map(lambda job: server.answer(job[0], config.max_new_tokens, temperature, job[1]), jobs))
-    seconds, after = time.perf_counter() - started, server.counters()
+def _ask_server(
+    server: Server, requests: Sequence[tuple[list[int], int]], job: _Job, max_new_tokens: int
+) -> SideRecord:
+    """Send prompts, each with its seed, to one server, as many at a time as the job says."""
+    before = server.counters()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(job.concurrency) as pool:
+        answers = list(
+            pool.map(lambda request: server.answer(request[0], max_new_tokens, job.temperature, request[1]), requests)
+        )
+    seconds = time.perf_counter() - started
+    after = server.counters()
     counts = Counts.pooled([answer.counts for answer in answers if answer.counts])
     if before and after and after.num_verifications > before.num_verifications:
         counts = after - before
-    side = SideRecord(
+    return SideRecord(
         token_ids=[answer.token_ids for answer in answers],
         decode_tokens=[answer.decode_tokens for answer in answers],
         decode_seconds=[answer.seconds - answer.first_seconds for answer in answers],
@@ -174,7 +183,6 @@ def _ask_side(
         seconds=seconds,
         counts=counts,
     )
-    return side, answers
 
 
 def make_rows(records: Sequence[GroupRecord]) -> list[ServerRow]:
@@ -189,54 +197,62 @@ def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:
     `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports
     none. Its interval resamples groups, which are prompts at concurrency 1.
     """
-    turns = [turn for group in groups for turn in group.turns]
-    ours, plain = _Pooled([turn[DRAFTER] for turn in turns]), None
-    speedup, ends, num_same_text = None, (None, None), None
-    if all(PLAIN in turn for turn in turns):
-        plain = _Pooled([turn[PLAIN] for turn in turns])
-        speedup, *ends = nullable(
+    first = groups[0]
+    ours = _pool_side(groups, DRAFTER)
+    counts = ours.counts
+    histogram = counts.histogram if counts else None
+    by_group = [found for group in groups if (found := _pool_side([group], DRAFTER).counts)]
+    emitted = [found.num_accepted + found.num_verifications for found in by_group]
+    verifications = [found.num_verifications for found in by_group]
+    plain = _pool_side(groups, PLAIN) if all(PLAIN in turn for group in groups for turn in group.turns) else None
+    speedup: Estimate = (None, None, None)
+    if plain:
+        speedup = nullable(
             decode_speedup(ours.decode_tokens, ours.decode_seconds, plain.decode_tokens, plain.decode_seconds)
         )
-        num_same_text = sum(a == b for a, b in zip(ours.token_ids, plain.token_ids, strict=True))
-    by_group = [Counts.pooled([c for turn in group.turns if (c := turn[DRAFTER].counts)]) for group in groups]
-    counts = [pooled for pooled in by_group if pooled]
-    pooled = Counts.pooled(counts)
-    verifications = [c.num_verifications for c in counts]
-    emitted = [c.num_accepted + c.num_verifications for c in counts]
-    tau_interval = ratio_interval(emitted, verifications)
-    histogram = pooled.histogram if pooled else None
-    first = groups[0]
     return ServerRow(
         set=first.set,
         temperature=first.temperature,
         concurrency=first.concurrency,
-        tokens_per_second=ours.tokens_per_second,
-        throughput=ours.throughput,
-        first_seconds=ours.first_quantiles,
-        plain_tokens_per_second=plain and plain.tokens_per_second,
-        plain_throughput=plain and plain.throughput,
-        plain_first_seconds=plain and plain.first_quantiles,
+        tokens_per_second=_tokens_per_second(ours),
+        throughput=_throughput(ours),
+        first_seconds=_first_quantiles(ours),
+        plain_tokens_per_second=plain and _tokens_per_second(plain),
+        plain_throughput=plain and _throughput(plain),
+        plain_first_seconds=plain and _first_quantiles(plain),
         num_responses=len(ours.token_ids),
-        tau=pooled.num_accepted / pooled.num_verifications + 1 if pooled and pooled.num_verifications else None,
-        tau_interval=nullable(tau_interval),
-        num_verifications=pooled.num_verifications if pooled else None,
+        tau=counts.num_accepted / counts.num_verifications + 1 if counts and counts.num_verifications else None,
+        tau_interval=nullable(ratio_interval(emitted, verifications)),
+        num_verifications=counts.num_verifications if counts else None,
         histogram=histogram,
         reach_rate=Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
-        decode_speedup=speedup,
-        decode_speedup_interval=(ends[0], ends[1]),
-        num_same_text=num_same_text,
+        decode_speedup=speedup[0],
+        decode_speedup_interval=speedup[1:],
+        num_same_text=sum(a == b for a, b in zip(ours.token_ids, plain.token_ids, strict=True)) if plain else None,
     )
 
 
-class _Pooled:
-    """All requests to one side."""
+def _pool_side(groups: Sequence[GroupRecord], name: str) -> SideRecord:
+    """Put all requests to one side together, one after the other."""
+    sides = [turn[name] for group in groups for turn in group.turns]
+    return SideRecord(
+        token_ids=[ids for side in sides for ids in side.token_ids],
+        decode_tokens=[tokens for side in sides for tokens in side.decode_tokens],
+        decode_seconds=[seconds for side in sides for seconds in side.decode_seconds],
+        first_seconds=[seconds for side in sides for seconds in side.first_seconds],
+        seconds=sum(side.seconds for side in sides),
+        counts=Counts.pooled([side.counts for side in sides if side.counts]),
+    )
 
-    def __init__(self, sides: Sequence[SideRecord]):
-        self.token_ids = [ids for side in sides for ids in side.token_ids]
-        self.decode_tokens = [tokens for side in sides for tokens in side.decode_tokens]
-        self.decode_seconds = [seconds for side in sides for seconds in side.decode_seconds]
-        self.tokens_per_second = sum(self.decode_tokens) / max(1e-9, sum(self.decode_seconds))
-        self.throughput = sum(map(len, self.token_ids)) / max(1e-9, sum(side.seconds for side in sides))
-        first_seconds = [seconds for side in sides for seconds in side.first_seconds]
-        median, late = np.quantile(first_seconds, [0.5, 0.95]).tolist()
-        self.first_quantiles: tuple[float, float] = median, late
+
+def _tokens_per_second(side: SideRecord) -> float:
+    return sum(side.decode_tokens) / max(1e-9, sum(side.decode_seconds))
+
+
+def _throughput(side: SideRecord) -> float:
+    return sum(map(len, side.token_ids)) / max(1e-9, side.seconds)
+
+
+def _first_quantiles(side: SideRecord) -> tuple[float, float]:
+    median, late = np.quantile(side.first_seconds, [0.5, 0.95]).tolist()
+    return median, late

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
+from dpace.measure.records import ResponseRecord, acceptance_of
 from dpace.measure.results import (
     BenchResults,
     ComparedRow,
     Estimate,
     Interval,
-    ResponseRecord,
     Row,
     ServerRow,
-    acceptance_of,
     defined,
     tau_interval_of,
 )

@@ -18,8 +18,9 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
 from dpace.loss.objective import make_weigh, with_objective
-from dpace.measure.benchmark import bench, pool_seeds
+from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.pooling import pool_seeds
 from dpace.measure.results import (
     HELDOUT_FILE,
     ComparedRow,

@@ -12,7 +12,8 @@ def run(args: list[str]) -> None:
     args, is_dry = take_dry_run(args)
     config = parse(CheckConfig, "check", args)
     from dpace.drafter import load_drafter
-    from dpace.measure.check import check, check_responses, read_greedy
+    from dpace.measure.check import check
+    from dpace.measure.own_text import check_responses, read_greedy
     from dpace.prompts.prompts import first_of_each_set, read_heldout
     from dpace.report.tables import check_table, console
     from dpace.target.locate import find_drafter

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from dpace.engines.card import NO_GAIN, UNKNOWN, best_lengths, served_lengths
-from dpace.measure.results import LlamacppRow, ServerAddress, ServerResults, ServerRow
-from tests.support.rows import make_bench, make_row
+from dpace.measure.records import ServerAddress
+from dpace.measure.results import LlamacppRow, ServerResults
+from tests.support.rows import make_bench, make_row, make_served
 
 FASTER, SLOWER, UNCLEAR, FEW = (1.1, 1.4), (0.5, 0.9), (0.9, 1.2), (None, None)
 
@@ -47,22 +48,8 @@ def test_llamacpp_has_a_row_of_its_own(drafted, best):
 
 @pytest.mark.parametrize(("ends", "best"), [(FASTER, "3"), (UNCLEAR, NO_GAIN), (FEW, UNKNOWN)])
 def test_a_server_has_the_length_that_it_ran_with(ends, best):
-    row = ServerRow(
-        set="s",
-        temperature=0.0,
-        concurrency=8,
-        tokens_per_second=1.0,
-        throughput=1.0,
-        first_seconds=(0.1, 0.2),
-        num_responses=6,
-        tau=2.0,
-        tau_interval=FEW,
-        num_verifications=2,
-        histogram=[1, 0, 1],
-        reach_rate=[0.5, 0.5],
-        decode_speedup=1.2,
-        decode_speedup_interval=ends,
-        num_same_text=6,
+    row = make_served(
+        concurrency=8, histogram=[1, 0, 1], decode_speedup=1.2, decode_speedup_interval=ends, num_same_text=1
     )
     servers = {"drafter": ServerAddress(url="http://a:1", engine="vllm")}
     results = ServerResults(target="t", servers=servers, max_new_tokens=9, seed=0, rows=[row])

@@ -15,16 +15,8 @@ from dpace.cli import main
 from dpace.config import CheckConfig, RespondConfig
 from dpace.decode import generate_plain
 from dpace.decode.sampling import verify_draft
-from dpace.measure.check import (
-    SIGNIFICANCE,
-    Divergence,
-    check,
-    check_distribution,
-    check_plain,
-    check_responses,
-    read_greedy,
-    uniformity,
-)
+from dpace.measure.check import SIGNIFICANCE, check, check_distribution, uniformity
+from dpace.measure.own_text import Divergence, check_plain, check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
@@ -151,7 +143,7 @@ def test_a_baseline_that_is_not_the_targets_is_found(language_target, prompts, m
         out.token_ids[3] = (out.token_ids[3] + 1) % 64
         return out
 
-    monkeypatch.setattr(dpace.measure.check, "generate_plain", other)
+    monkeypatch.setattr("dpace.measure.own_text.generate_plain", other)
     finding = check_plain(language_target, prompts[:2], encoded, 12)
     assert not finding.is_passed and "token 3" in finding.detail and "NOT A TIE" in finding.detail
 

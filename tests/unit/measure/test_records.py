@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from dpace.measure.benchmark import Records, ResponseRecords
-from dpace.measure.results import GroupRecord, Hardware, Provenance, ServerAddress, ServerSetup, Versions
+from dpace.measure.records import GroupRecord, Provenance, Records, ResponseRecords, ServerAddress, ServerSetup
 from dpace.prompts.prompts import Prompt
+from dpace.system.provenance import Hardware, Versions
 from tests.support.rows import make_plain, make_response
 
 SETUP = Provenance(
@@ -70,7 +70,7 @@ def test_records_of_another_measurement_are_neither_taken_nor_lost(change, tmp_p
 def test_a_file_of_another_measurement_under_this_name_is_refused(tmp_path):
     records = ResponseRecords(tmp_path / "bench.jsonl", SETUP, PROMPTS)
     records.path.write_text('{"target": "another"}\n')
-    with pytest.raises(ValueError, match=r"bench-\w{8}.jsonl:1: it is of another measurement; move the file away"):
+    with pytest.raises(ValueError, match="holds a measurement with target .another., not .t.; move the file away"):
         ResponseRecords(tmp_path / "bench.jsonl", SETUP, PROMPTS)
 
 

@@ -1,27 +1,19 @@
 """results.json, servers.json and heldout.json are read as they were written, or refused in one line."""
 
-import copy
 import json
 import os
-from dataclasses import fields, is_dataclass
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from dpace.measure.records import GroupRecord, ServerAddress, SideRecord
 from dpace.measure.results import (
     BenchResults,
-    ComparedRow,
     CompareResults,
     Comparison,
     Example,
-    GroupRecord,
     Heldout,
     LlamacppRow,
-    ServerAddress,
     ServerResults,
-    ServerRow,
-    SideRecord,
     find_results,
     read_heldout,
     read_log,
@@ -32,7 +24,7 @@ from dpace.measure.results import (
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, to_json
 from dpace.servers.apis import Counts
-from tests.support.rows import make_bench, make_plain, make_response, make_row
+from tests.support.rows import make_bench, make_compared, make_plain, make_response, make_row, make_served
 
 WHERE = {"set": "s", "temperature": 0.0}
 BENCH = make_bench(
@@ -51,40 +43,11 @@ DEMO = make_bench(
         )
     ]
 )
-COMPARED = ComparedRow(
-    **WHERE,
-    drafter="dpace",
-    num_prompts=1,
-    block_size=3,
-    histogram=[1, 0, 1],
-    tau=2.0,
-    tau_interval=(1.5, 2.5),
-    tau_by_seed=[2.0],
-    reach_rate=[0.5, 0.5],
-    gain=(0.1, 0.0, 0.2),
-    gain_by_seed=[0.1],
-    step_seconds=0.5,
-    peak_memory_bytes=None,
-)
-COMPARE = CompareResults(target="t", baseline="dflash", seeds=[0], reduction="mean", rows=[COMPARED], decode=BENCH)
-SERVED = ServerRow(
-    **WHERE,
-    concurrency=1,
-    tokens_per_second=1.0,
-    throughput=1.0,
-    first_seconds=(0.1, 0.2),
-    num_responses=1,
-    tau=None,
-    tau_interval=(None, None),
-    num_verifications=None,
-    histogram=None,
-    reach_rate=None,
-    decode_speedup=None,
-    decode_speedup_interval=(None, None),
-    num_same_text=None,
+COMPARE = CompareResults(
+    target="t", baseline="dflash", seeds=[0], reduction="mean", rows=[make_compared()], decode=BENCH
 )
 ADDRESSES = {"drafter": ServerAddress(url="http://x", engine="vllm")}
-SERVERS = ServerResults(target="t", servers=ADDRESSES, max_new_tokens=9, seed=0, rows=[SERVED])
+SERVERS = ServerResults(target="t", servers=ADDRESSES, max_new_tokens=9, seed=0, rows=[make_served()])
 ALL = {"bench": BENCH, "demo": DEMO, "compare": COMPARE, "servers": SERVERS}
 HELDOUT = Heldout(ids=["a", "b"], block_size=2, histogram=[[1, 2], [3, 4]], num_without_bonus=[0, 1])
 
@@ -114,7 +77,7 @@ def test_the_keys_of_the_file_are_kept():
     assert bench["rows"][1]["tau"] is None and bench["rows"][1]["width"] == 2
     assert "llamacpp" not in bench and len(to_json(DEMO)["llamacpp"]) == 1
     assert " ".join(to_json(COMPARE)) == "schema_version target baseline seeds reduction rows decode"
-    assert not any(key.startswith("plain_") for key in to_json(SERVED))  # without a plain server
+    assert not any(key.startswith("plain_") for key in to_json(make_served()))  # without a plain server
     assert " ".join(to_json(HELDOUT)) == "ids block_size histogram num_without_bonus"
 
 
@@ -141,66 +104,16 @@ def test_every_dataclass_of_the_files_is_kept_as_it_is():
         assert from_json(type(value), json.loads(json.dumps(to_json(value)))) == value
 
 
-def parts(value, path=()):
-    """Every place in a JSON value: where it is."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from parts(item, (*path, key))
-
-
-OTHERS = st.sampled_from([None, True, -1, 10**400, 0.5, "", "full", "\n", [], [1], [[]], {}, {"a": 1}, 1e308])
-
-
-@pytest.mark.parametrize("name", [*ALL, "heldout"])
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_a_changed_file_is_read_or_refused_in_one_line(name, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("changed")
-    path, read = folder / "results.json", lambda: read_results(folder / "results.json")
-    if name == "heldout":
-        path, read = folder / "heldout.json", lambda: read_heldout(folder)
-    value = copy.deepcopy(to_json(ALL.get(name, HELDOUT)))
-    where = data.draw(st.sampled_from([place for place in parts(value) if place]))
-    holder = value
-    for key in where[:-1]:
-        holder = holder[key]
-    change = data.draw(st.sampled_from(["drop", "replace", "add", "truncate", "bytes"]))
-    if change == "drop":
-        del holder[where[-1]]
-    elif change == "replace":
-        holder[where[-1]] = data.draw(OTHERS)
-    elif change == "add" and isinstance(holder, dict):
-        holder[data.draw(st.text(max_size=5))] = 1
-    content = json.dumps(value).encode()
-    if change == "truncate":
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    if change == "bytes":
-        at = data.draw(st.integers(0, len(content)))
-        content = content[:at] + data.draw(st.binary(min_size=1, max_size=4)) + content[at + 1 :]
-    path.write_bytes(content)
-    try:
-        found = read()
-    except ValueError as error:
-        assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 1500
-    else:
-        assert is_dataclass(found) and change != "truncate"
-        write_results(path, found) if name != "heldout" else write_heldout(folder, found)
-        assert read() == found
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "not JSON"),
-        ("[]", "found list, expected an object"),
+        ("[]", "holds list, expected an object"),
         ("{}", "no schema_version, expected 1"),
         ('{"schema_version": 2}', "schema_version 2, expected 1"),
         ('{"schema_version": true}', "schema_version True, expected 1"),
-        ('{"schema_version": "1"}', "schema_version '1', expected 1"),
         ('{"schema_version": 1}', "is missing, expected"),
-        ('{"schema_version": 1, "rows": NaN}', "NaN is no JSON number"),
-        ("[" * 100_000, "not JSON"),
+        ('{"schema_version": 1, "rows": NaN}', "rows is nan, expected a list"),
         ('{"schema_version": ' + "1" * 5000 + "}", "not JSON"),
     ],
 )
@@ -210,10 +123,8 @@ def test_broken_files_are_told(content, message, tmp_path):
     with pytest.raises(ValueError) as caught:
         find_results(tmp_path)
     text = str(caught.value)
-    assert (
-        text.startswith(f"{path}: ") and message in text and text.endswith("measure again with this version of dpace")
-    )
-    assert "\n" not in text
+    assert text.startswith(str(path)) and text.endswith("measure again with this version of dpace")
+    assert message in text and "\n" not in text
 
 
 def test_a_wrong_key_is_named(tmp_path):
@@ -273,7 +184,7 @@ def test_heldout_rows_are_chosen_by_prompt(tmp_path):
     assert chosen.rows.tolist() == [[3, 4]] and chosen.without_bonus.tolist() == [1]
     assert found.acceptance(["other"]) is None
     (tmp_path / "heldout.json").write_text(json.dumps({**to_json(HELDOUT), "block_size": 3}))
-    with pytest.raises(ValueError, match=r"heldout.json: .* 3 counts each; remove the file"):
+    with pytest.raises(ValueError, match=r"heldout.json: histogram\[0\] has 2 entries, expected 3; remove the file"):
         read_heldout(tmp_path)
 
 
@@ -283,7 +194,7 @@ def test_a_log_may_hold_nan_but_has_to_be_a_log(tmp_path):
     assert len(read_log(tmp_path)) == 1
     for content in ("[", "{}", '{"log_history": [1]}'):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"trainer_state.json: .*; train again"):
+        with pytest.raises(ValueError, match="trainer_state.json.*; train again"):
             read_log(tmp_path)
 
 
@@ -291,4 +202,3 @@ def test_each_response_has_one_speedup():
     ours, plain = make_response(decode_tokens=6, decode_seconds=2.0), make_plain(decode_tokens=4, decode_seconds=2.0)
     assert ours.speedup_over(plain) == pytest.approx(1.5)
     assert ours.speedup_over(make_plain(decode_tokens=0)) is None
-    assert {entry.name for entry in fields(ours)} == set(to_json(ours))

@@ -9,10 +9,11 @@ import pytest
 from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
-from dpace.measure.results import ComparedRow, CompareResults, find_results, read_results, write_results
+from dpace.measure.results import CompareResults, find_results, read_results, write_results
 from dpace.prompts.prompts import Prompt
 from dpace.report.cells import copied_note
 from dpace.report.page import sections_of, write_report
+from tests.support.rows import make_compared
 
 CHROMIUM = shutil.which("chromium")
 
@@ -100,22 +101,7 @@ def test_a_browser_shows_it_without_errors(folder, tmp_path):
 
 
 def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
-    row = ComparedRow(
-        set="a",
-        drafter="dpace",
-        temperature=0.0,
-        num_prompts=3,
-        block_size=3,
-        histogram=[1, 0, 1],
-        tau=2.0,
-        tau_interval=(1.9, 2.1),
-        tau_by_seed=[2.0, 2.0],
-        reach_rate=[0.5, 0.5],
-        gain=(0.1, 0.0, 0.2),
-        gain_by_seed=[0.1, None],
-        step_seconds=None,
-        peak_memory_bytes=None,
-    )
+    row = make_compared(set="a", tau_by_seed=[2.0, 2.0], gain_by_seed=[0.1, None], step_seconds=None)
     compared = CompareResults(
         target="t",
         baseline="dflash",

@@ -5,13 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from dpace.measure.records import ServerAddress
 from dpace.measure.results import (
-    ComparedRow,
     CompareResults,
     Comparison,
-    ServerAddress,
     ServerResults,
-    ServerRow,
     write_results,
 )
 from dpace.report.cells import advice, faster_sets, find_parts, has_parts
@@ -26,7 +24,7 @@ from dpace.report.tables import (
     slots_table,
 )
 from dpace.train.callbacks import TrainingBar
-from tests.support.rows import make_bench, make_plain, make_response, make_row
+from tests.support.rows import make_bench, make_compared, make_plain, make_response, make_row, make_served
 
 INTERVAL = (0.987, 12.345)
 NAMES = {"set": "speed_bench/multilingual", "drafter": "dpace+lk+overlap", "temperature": 0.6}
@@ -56,25 +54,14 @@ def tables():
     yield None, lambda wide: contexts_table(bench, wide)
     pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
     yield "no clear difference", lambda wide: drafters_table([pair], wide)
-    compared = ComparedRow(
-        **NAMES,
-        num_prompts=3,
-        block_size=3,
-        histogram=[1, 0, 1],
-        tau=2.0,
-        tau_interval=INTERVAL,
-        tau_by_seed=[2.0] * 3,
-        reach_rate=[0.5, 0.5],
-        gain=GAIN,
-        gain_by_seed=[0.1, None, 0.1],
-        step_seconds=12.3,
-        peak_memory_bytes=2**34,
+    compared = make_compared(
+        **NAMES, tau_interval=INTERVAL, gain=GAIN, gain_by_seed=[0.1, None, 0.1], peak_memory_bytes=2**34
     )
     results = CompareResults(
         target="t", baseline="dflash", seeds=[0, 1, 2], reduction="anchors", rows=[compared], decode=bench
     )
     yield "no clear difference", lambda wide: compare_table(results, wide)
-    served = ServerRow(
+    served = make_served(
         set=NAMES["set"],
         temperature=0.6,
         concurrency=128,
@@ -83,16 +70,12 @@ def tables():
         first_seconds=(10.0, 20.0),
         plain_tokens_per_second=1234.5,
         plain_throughput=123456.7,
-        plain_first_seconds=(10.0, 20.0),
-        num_responses=880,
         tau=12.3,
         tau_interval=INTERVAL,
-        num_verifications=9,
-        histogram=None,
-        reach_rate=None,
         decode_speedup=10.0,
         decode_speedup_interval=INTERVAL,
         num_same_text=880,
+        num_responses=880,
     )
     address = ServerAddress(url="http://localhost:8001", engine="vllm")
     both = ServerResults(target="t", servers={"drafter": address}, max_new_tokens=3, seed=0, rows=[served])

@@ -15,7 +15,7 @@ import pytest
 
 from dpace.config import RespondConfig
 from dpace.decode.loop import generate_plain
-from dpace.measure.check import check_responses, read_greedy
+from dpace.measure.own_text import check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond import from_servers
 from dpace.respond.answering import answer_prompts, write_responses

@@ -1,0 +1,245 @@
+"""Check that a text is the target's own, and tell ties within rounding from bugs.
+
+What comparisons rest on is checked here: plain decoding is transformers' `generate`, and kept responses are the
+target's greedy text. Where a text differs, a `Divergence` has the target's margin there and the size of rounding.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from dpace.decode import generate_plain
+from dpace.decode.sampling import Sampler
+from dpace.fast.cache import make_cache
+from dpace.measure.parity import Finding
+from dpace.prompts.prompts import Prompt
+from dpace.respond.responses import Response, read_meta, read_responses
+from dpace.target import Target
+from dpace.target.chat import tokenizer_hashes
+
+NUM_REREAD = 8
+"""Responses of a file that are read again."""
+MAX_LISTED = 5
+"""Differences that a finding lists."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where a text differs from the target's own."""
+
+    prompt_id: str
+    how: str
+    """Way of decoding, in words."""
+    position: int
+    """Number of the token in the response, from 0."""
+    token_ids: tuple[int | None, int | None]
+    """Token found and token expected; None where the text had ended."""
+    margin: float
+    """How much the target prefers the expected token, as a difference of logits.
+
+    Above temperature 0, the logits include the noise of sampling."""
+    noise: float
+    """Size of rounding here: the largest difference between logits of this text read at once and token by token."""
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether rounding alone can have caused it: both logits may be off by the noise."""
+        return self.margin <= 2 * self.noise
+
+
+def check_plain(
+    target: Target, prompts: Sequence[Prompt], encoded: Sequence[list[int]], max_new_tokens: int
+) -> Finding:
+    """Compare the baseline with `generate` of transformers, greedy, without the generation config."""
+    different = []
+    for prompt, token_ids in zip(prompts, encoded, strict=True):
+        text = generate_plain(target, token_ids, max_new_tokens=max_new_tokens).token_ids
+        expected = _generate(target, token_ids, max_new_tokens)
+        if text != expected:
+            sampler = Sampler(device=target.device)
+            where = prompt.id, "plain decoding"
+            different.append(find_divergence(target, sampler, where, token_ids, text, expected))
+    name = "plain decoding is generate of transformers"
+    return text_finding(target, name, f"{len(prompts)} prompts", len(prompts), different, limit=MAX_LISTED)
+
+
+@torch.inference_mode()
+def _generate(target: Target, token_ids: list[int], max_new_tokens: int) -> list[int]:
+    """Continue a prompt with transformers' own loop."""
+    input_ids = torch.tensor([token_ids], device=target.device)
+    stops = list(target.stop_token_ids)
+    own = target.model.generation_config
+    target.model.generation_config = GenerationConfig()
+    try:
+        out = target.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=next(iter(stops), 0),
+            eos_token_id=stops or None,
+            disable_compile=True,
+        )
+    finally:
+        target.model.generation_config = own
+    return out[0, len(token_ids) :].tolist()
+
+
+def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
+    """Read a file of responses that can be read again, and what made it.
+
+    Raises:
+        ValueError: it cannot be read, is empty, or its answers were sampled.
+    """
+    responses, meta = read_responses(path), read_meta(path)
+    if not responses:
+        raise ValueError(f"{path} has no response; name a file that `dpace respond` wrote with --responses")
+    of_weights = () if meta.get("source") == "servers" else ("dtype", "target_sha256")  # servers do not tell these
+    if missing := [key for key in ("temperature", "max_new_tokens", *of_weights) if key not in meta]:
+        raise ValueError(
+            f"the meta file beside {path} does not tell {', '.join(missing)} of its answers; write them again with "
+            "`dpace respond`"
+        )
+    if meta["temperature"]:
+        raise ValueError(
+            f"{path} was sampled at temperature {meta['temperature']:g}, and only greedy answers can be read again; "
+            "leave --responses out"
+        )
+    return responses, meta
+
+
+def check_responses(target: Target, responses: Sequence[Response], meta: dict[str, Any]) -> list[Finding]:
+    """Read a sample of greedy answers again.
+
+    Every token must be the most likely one after the text before it, and an answer must end at a stop token or where it
+    was cut.
+
+    Args:
+        target: loaded in the precision that the answers were written in.
+        responses: of which a fixed random sample is read.
+        meta: what made them, see `dpace.respond.responses.read_meta`.
+
+    Returns:
+        Whether the target is the one that answered, and whether the text is its own.
+    """
+    now = {"target_sha256": target.sha256, **tokenizer_hashes(target)}
+    if meta.get("source") == "servers":
+        del now["target_sha256"]
+    other = ", ".join(key.removesuffix("_sha256") for key in now if meta.get(key) != now[key])
+    detail = f"another {other} than {meta.get('target')} had" if other else ", ".join(now).replace("_sha256", "")
+    same = Finding("responses are of this target", "hashes", not other, detail)
+    chosen = random.Random(0).sample(list(responses), min(NUM_REREAD, len(responses)))
+    wrong = []
+    num_tokens = 0
+    for response in chosen:
+        for number, (start, end) in enumerate(response.response_spans, start=1):
+            num_tokens += end - start
+            wrong += _reread(target, response, (start, end), f"answer {number}", meta["max_new_tokens"])
+    text = text_finding(
+        target,
+        "responses are the target's greedy text",
+        f"{len(chosen)} responses",
+        num_tokens,
+        wrong,
+        what="tokens are the most likely ones",
+        limit=MAX_LISTED,
+    )
+    return [same, text]
+
+
+@torch.inference_mode()
+def _reread(target: Target, response: Response, span: tuple[int, int], how: str, limit: int) -> list[Divergence]:
+    """Return the tokens of an answer that the target would not have written."""
+    start, end = span
+    where = response.id, how
+    largest = max(response.token_ids[:end], default=0)
+    if start == 0 or largest >= target.head.weight.shape[0]:  # it needs a text before it, and tokens of this target
+        return [Divergence(*where, 0, (largest, None), math.inf, 0.0)]
+    answer = response.token_ids[start:end]
+    text = torch.tensor([response.token_ids[: max(end - 1, start)]], device=target.device)
+    logits = target.head.logits(target.hidden(text)[0, start - 1 :]).float()
+    best = logits.argmax(-1).tolist()[: len(answer)]
+    places = [i for i, (token, own) in enumerate(zip(answer, best, strict=True)) if token != own]
+    noise = 0.0
+    if places:  # that of the whole answer, up to the last difference
+        expected = [*answer[: places[-1]], best[places[-1]]]
+        sampler = Sampler(device=target.device)
+        noise = find_divergence(target, sampler, where, response.token_ids[:start], answer, expected).noise
+    wrong = [
+        Divergence(*where, i, (answer[i], best[i]), float(logits[i, best[i]] - logits[i, answer[i]]), noise)
+        for i in places
+    ]
+    stops = set(target.stop_token_ids)
+    early = next((i + 1 for i, token in enumerate(answer) if token in stops), None)
+    if early is not None and early < len(answer):
+        wrong.append(Divergence(*where, early, (answer[early], None), math.inf, noise))
+    if early is None and len(answer) != limit:
+        wrong.append(Divergence(*where, len(answer), (None, best[-1] if best else 0), math.inf, noise))
+    return wrong
+
+
+@torch.inference_mode()
+def find_divergence(target: Target, sampler: Sampler, where: tuple[str, str], prompt, found, expected) -> Divergence:
+    """Measure how close the target was to choosing the other token."""
+    pairs = itertools.zip_longest(found, expected)
+    position, tokens = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    num_prompt = len(prompt)
+    text = torch.tensor([[*prompt, *expected]], device=target.device)[:, : num_prompt + position]
+    at_once = target.head.logits(target.hidden(text)[0, num_prompt - 1 :]).float()
+    cache, one_by_one = make_cache(target.config, text.shape[1]), []
+    for start, end in [(0, num_prompt), *((i, i + 1) for i in range(num_prompt, num_prompt + position))]:
+        hidden = target.hidden(text[:, start:end], cache=cache)
+        one_by_one.append(target.head.logits(hidden[0, -1:]).float())
+    noise = float((at_once - torch.cat(one_by_one)).abs().max())
+    if None in tokens:
+        return Divergence(*where, position, tokens, math.inf, noise)
+    scores = at_once
+    if sampler.temperature:
+        scores = sampler.probs(at_once).log() - torch.stack(sampler.noise(0, at_once)).log()
+    return Divergence(*where, position, tokens, float(scores[-1, tokens[1]] - scores[-1, tokens[0]]), noise)
+
+
+def describe(target: Target, divergence: Divergence) -> str:
+    """Write a divergence in one line."""
+    words = [
+        "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
+        for token in divergence.token_ids
+    ]
+    kind = "tie" if divergence.is_tie else "NOT A TIE"
+    return (
+        f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {words[0]}, expected {words[1]}, "
+        f"margin {divergence.margin:.2g}, rounding {divergence.noise:.2g}: {kind}"
+    )
+
+
+def text_finding(
+    target: Target,
+    name: str,
+    cases: str,
+    total: int,
+    divergences: Sequence[Divergence],
+    *,
+    what: str = "texts equal",
+    limit: int | None = None,
+) -> Finding:
+    """Make the finding of a check of texts, which passes where every difference is a tie.
+
+    Args:
+        target: whose tokenizer writes the tokens.
+        name: of the check.
+        cases: what was examined, in words.
+        total: number of texts or tokens.
+        divergences: of those that differ.
+        what: was counted, in words.
+        limit: most differences that are listed.
+    """
+    lines = [f"{total - len(divergences)} of {total} {what}"]
+    lines += [describe(target, divergence) for divergence in divergences[:limit]]
+    return Finding(name, cases, all(divergence.is_tie for divergence in divergences), "\n".join(lines))

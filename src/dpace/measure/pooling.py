@@ -1,0 +1,197 @@
+"""Pool finished responses into the rows of results.json.
+
+In come records of single responses, or the acceptance of held-out answers by seed; out come rows with tau, speed and
+their intervals, comparisons of drafters, and examples to show.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from dpace.config import Width
+from dpace.decode.streaming import TextPieces
+from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of
+from dpace.measure.results import (
+    ComparedRow,
+    Comparison,
+    CompiledBaseline,
+    Estimate,
+    Example,
+    Published,
+    Row,
+    defined,
+    nullable,
+    tau_interval_of,
+)
+from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.target import Target
+
+
+def make_rows(
+    target: Target, records: Sequence[ResponseRecord], block_sizes: Mapping[tuple[str, Width], int]
+) -> list[Row]:
+    """Pool records into one row for each set, temperature, drafter and width.
+
+    Args:
+        target: whose tokenizer writes the examples.
+        records: of the same prompts for `PLAIN` and every drafter, and maybe for `COMPILED`.
+        block_sizes: by the drafter's name and the width.
+    """
+    rows = []
+    for temperature, name in sorted({(r.temperature, r.set) for r in records}):
+        of_group = [r for r in records if (r.temperature, r.set) == (temperature, name)]
+        plain = [r for r in of_group if r.drafter == PLAIN]
+        compiled = [r for r in of_group if r.drafter == COMPILED]
+        for (drafter, width), block_size in block_sizes.items():
+            by_prompt = {(r.id, r.turn): r for r in of_group if (r.drafter, r.width) == (drafter, width)}
+            row = _make_row(target, [by_prompt[r.id, r.turn] for r in plain], plain, block_size)
+            rows.append(replace(row, compiled=_compare_compiled(row.responses, compiled)))
+    return rows
+
+
+def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
+    acceptance = acceptance_of(ours, block_size)
+    first = ours[0]
+    assert first.width is not None  # only plain decoding has none
+    speedup = _speedup_over(ours, plain)
+    published = published_speedup(*_tokens_and_seconds(ours), *_tokens_and_seconds(plain))
+    return Row(
+        drafter=first.drafter,
+        width=first.width,
+        set=first.set,
+        temperature=first.temperature,
+        num_responses=len(ours),
+        block_size=block_size,
+        histogram=acceptance.counts.tolist(),
+        num_without_bonus=acceptance.total_without_bonus,
+        tau=defined(acceptance.tau),
+        tau_interval=tau_interval_of(ours, block_size),
+        acceptance_rate=defined(acceptance.acceptance_rate),
+        reach_rate=acceptance.reach_rate.tolist(),
+        slot_acceptance_rate=[defined(x) for x in acceptance.slot_acceptance_rate.tolist()],
+        share_copied=sum(r.num_copied for r in ours) / max(1, sum(r.decode_tokens for r in ours)),
+        tokens_per_second=_tokens_per_second(ours),
+        plain_tokens_per_second=_tokens_per_second(plain),
+        decode_speedup=speedup[0],
+        decode_speedup_interval=speedup[1:],
+        published=Published(
+            tau=defined(published_tau([r.accepted_lengths for r in ours])), decode_speedup=defined(published)
+        ),
+        num_same_text=sum(r.same_text for r in ours),
+        responses=ours,
+        plain_responses=plain,
+        examples=make_examples(target, ours, plain),
+    )
+
+
+def _compare_compiled(ours: Sequence[ResponseRecord], compiled: Sequence[ResponseRecord]) -> CompiledBaseline | None:
+    """Compare with compiled plain decoding; None where it did not decode all of these prompts."""
+    by_prompt = {(r.id, r.turn): r for r in compiled}
+    if not all((r.id, r.turn) in by_prompt for r in ours):
+        return None
+    theirs = [by_prompt[r.id, r.turn] for r in ours]
+    speedup = _speedup_over(ours, theirs)
+    return CompiledBaseline(
+        tokens_per_second=_tokens_per_second(theirs),
+        decode_speedup=speedup[0],
+        decode_speedup_interval=speedup[1:],
+        num_same_text=sum(r.same_text for r in theirs),
+    )
+
+
+def _tokens_and_seconds(responses: Sequence[ResponseRecord]) -> tuple[list[int], list[float]]:
+    return [r.decode_tokens for r in responses], [r.decode_seconds for r in responses]
+
+
+def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
+    return nullable(decode_speedup(*_tokens_and_seconds(ours), *_tokens_and_seconds(theirs)))
+
+
+def _tokens_per_second(responses: Sequence[ResponseRecord]) -> float:
+    return sum(r.decode_tokens for r in responses) / sum(r.decode_seconds for r in responses)
+
+
+def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
+    """Compare every drafter with the first on the same prompts: gain of tau, ratio of tokens a second."""
+    first = {(row.set, row.temperature, row.width): row for row in reversed(rows)}
+    comparisons = []
+    for row in rows:
+        base = first[row.set, row.temperature, row.width]
+        if base is row:
+            continue
+        comparisons.append(
+            Comparison(
+                set=row.set,
+                temperature=row.temperature,
+                width=row.width,
+                drafter=row.drafter,
+                baseline=base.drafter,
+                tau_gain=nullable(tau_gain([row.acceptance], [base.acceptance])),
+                speed_ratio=_speedup_over(row.responses, base.responses),
+            )
+        )
+    return comparisons
+
+
+def pool_seeds(
+    set_name: str,
+    name: str,
+    num_prompts: int,
+    ours: Sequence[Acceptance],
+    theirs: Sequence[Acceptance],
+    costs: tuple[float | None, int | None] = (None, None),
+) -> ComparedRow:
+    """Pool the seeds of one objective, beside those of the baseline.
+
+    Args:
+        set_name: of the prompts.
+        name: of the objective.
+        num_prompts: in the set.
+        ours: held-out acceptance of each seed.
+        theirs: the baseline's, for the same seeds and prompts.
+        costs: seconds of a training step and peak bytes, where they are known.
+    """
+    pooled = Acceptance.pooled(ours)
+    taus = [(defined(a.tau), defined(b.tau)) for a, b in zip(ours, theirs, strict=True)]
+    return ComparedRow(
+        set=set_name,
+        drafter=name,
+        temperature=0.0,
+        num_prompts=num_prompts,
+        block_size=pooled.block_size,
+        histogram=pooled.counts.tolist(),
+        tau=defined(pooled.tau),
+        tau_interval=nullable(pooled.interval()),
+        tau_by_seed=[tau for tau, _ in taus],
+        reach_rate=pooled.reach_rate.tolist(),
+        gain=nullable(tau_gain(ours, theirs)),
+        gain_by_seed=[tau / base - 1 if tau and base else None for tau, base in taus],
+        step_seconds=costs[0],
+        peak_memory_bytes=costs[1],
+    )
+
+
+def make_examples(target: Target, ours: Sequence[ResponseRecord], plain: Sequence[ResponseRecord]) -> list[Example]:
+    """Choose the fastest and the slowest response, and mark what came from the drafter."""
+    speedups = [(a.speedup_over(b), a) for a, b in zip(ours, plain, strict=True) if a.accepted_lengths]
+    order = sorted(((speedup, a) for speedup, a in speedups if speedup is not None), key=lambda pair: pair[0])
+    chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
+    return [
+        Example(
+            id=response.id, what=what, tau=response.published_tau, speedup=speedup, pieces=_pieces(target, response)
+        )
+        for what, (speedup, response) in chosen.items()
+    ]
+
+
+def _pieces(target: Target, response: ResponseRecord) -> list[tuple[str, bool]]:
+    """Cut a response's text into pieces, each with whether it came from the drafter."""
+    text = TextPieces(target.tokenizer)
+    tokens = response.token_ids
+    position = 1
+    pieces = [(text.add(tokens[:1]), False)]
+    for accepted in response.accepted_lengths:
+        for length, is_draft in ((accepted, True), (1, False)):
+            pieces.append((text.add(tokens[position : position + length]), is_draft and length > 0))
+            position += length
+    pieces.append((text.flush(), False))
+    return [(piece, is_draft) for piece, is_draft in pieces if piece]

@@ -1,0 +1,260 @@
+"""Finished responses of a measurement, kept on disk at once, so that an interrupted one goes on after them.
+
+`Records` takes what is measured and how, and gives back what a file holds of it: responses of `dpace bench`, or groups
+of requests to running servers. The rows of results are pooled from these records.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Field
+
+from dpace.config import Width
+from dpace.metrics import Acceptance, published_tau
+from dpace.prompts.prompts import Prompt
+from dpace.recipes.validation import from_json, optional, to_json
+from dpace.servers.apis import Counts
+from dpace.system import ranks
+from dpace.system.ledger import cut_unfinished_line, read_jsonl, register_files, write_text
+from dpace.system.provenance import Hardware, Versions, hash_json, same_run
+
+PLAIN = "plain"
+"""Name of decoding without a drafter."""
+COMPILED = "plain, compiled"
+"""Name of the same with compiled steps."""
+SEED_RULE = "seed + i for prompt i, counted from 0"
+"""How each prompt's seed is made, in results."""
+MAX_COUNT = 2**53
+"""Largest count that every reader of JSON keeps exactly."""
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT, description="a count")]
+Seconds = Annotated[float, Field(ge=0, le=MAX_COUNT, description="a time in seconds")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSetup:
+    """What was decoded, and how."""
+
+    target: str
+    drafters: dict[str, str]
+    """Hashes of their weights, by name."""
+    max_new_tokens: int
+    seed: int
+    prompt_seeds: str | None = optional()
+    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
+    target_weights_sha256: str | None = optional()
+    """`dpace.system.provenance.weights_fingerprint`."""
+    drafter_configs: dict[str, str] | None = optional()
+    """Hashes of the drafters' configs, by name."""
+    tokenizer_sha256: str | None = optional()
+    chat_template_sha256: str | None = optional()
+    thinking: bool | None = optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance(BenchSetup):
+    """What made the numbers; responses have to share it and the prompts to be compared."""
+
+    engine: str
+    dtype: str
+    hardware: Hardware
+    versions: Versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAddress:
+    """Where a server runs."""
+
+    url: str
+    engine: str
+    """What it turned out to be."""
+    model: str | None = optional()
+    """What it calls its model, where it says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSetup:
+    """What answers of servers have to share to be compared, beside the prompts."""
+
+    target: str
+    servers: dict[str, ServerAddress]
+    """By side, `drafter` and `plain`."""
+    max_new_tokens: int
+    seed: int
+    prompt_seeds: str | None = optional()
+    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
+    tokenizer_sha256: str | None = optional()
+    chat_template_sha256: str | None = optional()
+    thinking: bool | None = optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseRecord:
+    """One response, decoded by a drafter or plainly; a line of bench.jsonl."""
+
+    drafter: str
+    """Its name, `PLAIN` or `COMPILED`."""
+    width: Width | None
+    """None for plain decoding."""
+    set: str
+    id: str
+    """The prompt's."""
+    turn: int
+    """Turn of the prompt, from 0."""
+    temperature: float
+    prompt_tokens: int
+    token_ids: list[int]
+    accepted_lengths: list[Count]
+    """Accepted draft tokens of each verification, in order; empty for plain decoding, as are the next ones."""
+    widths: list[int]
+    """Tokens that the target read in each."""
+    num_copied: int
+    """Accepted tokens that prompt lookup proposed."""
+    histogram: list[Count]
+    """Verifications by accepted length."""
+    num_without_bonus: Count
+    """Verifications whose last accepted token ended the text."""
+    decode_tokens: Count
+    """Tokens after the first."""
+    decode_seconds: Seconds
+    prefill_seconds: float
+    same_text: bool
+    """It has the tokens of plain decoding."""
+
+    @property
+    def published_tau(self) -> float:
+        """Mean of `accepted_length + 1`, as published tables have it; nan without a verification."""
+        return published_tau([self.accepted_lengths])
+
+    def speedup_over(self, plain: "ResponseRecord") -> float | None:
+        """Divide tokens a second by those of the plain response; None where one of them is a single token."""
+        if not (self.decode_tokens and plain.decode_tokens):
+            return None
+        return self.decode_tokens * plain.decode_seconds / (self.decode_seconds * plain.decode_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideRecord:
+    """What one server answered to a group of requests; the lists have one entry a request."""
+
+    token_ids: list[list[int]]
+    decode_tokens: list[int]
+    decode_seconds: list[float]
+    first_seconds: list[float]
+    """To the first token."""
+    seconds: float
+    """Until all were answered."""
+    counts: Counts | None
+    """Verifications, as far as the server reports them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecord:
+    """Prompts that were sent to servers together; a line of servers.jsonl."""
+
+    set: str
+    ids: list[str]
+    """The prompts'."""
+    temperature: float
+    concurrency: int
+    turns: list[dict[str, SideRecord]]
+    """For each turn the answers by side, `drafter` and `plain`."""
+
+
+def acceptance_of(responses: Sequence[ResponseRecord], block_size: int) -> Acceptance:
+    """Put the verifications of responses together, one histogram a response."""
+    counts = [response.num_without_bonus for response in responses]
+    return Acceptance([response.histogram for response in responses], block_size, counts)
+
+
+Record = TypeVar("Record", ResponseRecord, GroupRecord)
+
+
+class Records(Generic[Record]):
+    """Finished responses or groups of them, kept in a file whose first line says all that changes them.
+
+    Each way to measure has a file of its own, which its name tells by a hash of that line. So records of other weights,
+    servers or settings are neither taken for new ones nor lost. Each rank of a command adds to a file of its own until
+    `collect`.
+
+    Args:
+        path: of the files, without the hash.
+        setup: what is measured, and how.
+        prompts: their hash is kept with the setup.
+        kind: of the records.
+
+    Raises:
+        ValueError: a line that holds no record; names it.
+    """
+
+    rows: list[Record]
+
+    def __init__(self, path: Path, setup: Provenance | ServerSetup, prompts: Iterable[Prompt], kind: type[Record]):
+        first = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
+        self.kind = kind
+        self.path = path.with_stem(f"{path.stem}-{hash_json(first)[:8]}")
+        self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
+        ranks.from_first(lambda: self._open(first))
+        self.rows = self._read()
+
+    def add(self, record: Record) -> None:
+        """Keep one, on disk at once."""
+        self.rows.append(record)
+        with self.own.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+
+    def collect(self) -> None:
+        """Let all ranks have the records of all of them, in one file."""
+        if ranks.num_ranks() > 1:
+            ranks.barrier()
+            ranks.from_first(self._collect_parts)
+            self.rows = self._read()
+
+    def _open(self, first: dict[str, Any]) -> None:
+        """Begin the file, or take it up with what several ranks have left."""
+        register_files(self.path.parent, self.path.name)
+        cut_unfinished_line(self.path)
+        lines = list(read_jsonl(self.path)) if self.path.exists() else []
+        if not lines:
+            write_text(self.path, json.dumps(first) + "\n")
+        else:
+            same_run(lines[0][1], first, f"{self.path}:1 holds a measurement", "move the file away")
+        self._collect_parts()
+
+    def _collect_parts(self) -> None:
+        """Append what ranks have measured; a kill in between leaves lines twice, of which the last count."""
+        for part in sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")):
+            cut_unfinished_line(part)
+            with self.path.open("ab") as file:
+                file.write(part.read_bytes())
+            part.unlink()
+
+    def _read(self) -> list[Record]:
+        rows = []
+        for number, line in list(read_jsonl(self.path))[1:]:
+            try:
+                rows.append(from_json(self.kind, line))
+            except ValueError as error:
+                raise ValueError(f"{self.path}:{number}: {error}; remove the line, and it is measured again") from error
+        return rows
+
+
+class ResponseRecords(Records[ResponseRecord]):
+    """Responses of a benchmark; of one that was measured twice, after an interruption, the last counts."""
+
+    def __init__(self, path: Path, setup: Provenance, prompts: Iterable[Prompt]):
+        super().__init__(path, setup, prompts, ResponseRecord)
+
+    def of(self, temperatures: Collection[float], prompts: Sequence[Prompt]) -> list[ResponseRecord]:
+        """Return those of these temperatures and prompts, in the order of the prompts, whoever measured them."""
+        place = {prompt.id: number for number, prompt in enumerate(prompts)}
+        chosen = (r for r in self.rows if r.temperature in temperatures and r.id in place)
+        last = {(r.drafter, r.width, r.temperature, r.id, r.turn): r for r in chosen}
+        return sorted(last.values(), key=lambda r: place[r.id])
+
+    def has(self, ways: Iterable[tuple[str, Width | None]], temperature: float, prompt: Prompt) -> bool:
+        """Whether a prompt is done in all ways, by the drafter's name and the width."""
+        done = {(r.drafter, r.width, r.turn) for r in self.of([temperature], [prompt])}
+        return all((*way, turn) in done for way in ways for turn in range(len(prompt.turns)))
