@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from transformers import TrainerCallback
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
@@ -20,8 +20,9 @@ from dpace.plan.training import Place, known_conversations, plan_training
 from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
-from dpace.train.callbacks import PeakMemory
-from dpace.train.trainer import DrafterTrainer, training_arguments
+from dpace.train import loop
+from dpace.train.loop import TrainingLoop
+from dpace.train.progress import PeakMemory
 
 PARTS = ("batch", "features", "mask", "drafter forward", "loss", "backward", "optimizer")
 WARM_UP = 10
@@ -77,58 +78,54 @@ class StepMarks:
         self.moments = []
 
 
-class _EndStep(TrainerCallback):
-    """Ends the marks of a step, and writes no checkpoint."""
+class MarkedLoop(TrainingLoop):
+    """The training loop with a mark at the end of each part of a step; it writes no checkpoint."""
 
-    def __init__(self, marks: StepMarks):
-        self.marks = marks
-
-    def on_step_end(self, args, state, control, **_):
-        """End the step after the optimizer."""
-        self.marks.mark("optimizer")
-        self.marks.end_step()
-        control.should_save = False
-
-
-class MarkedTrainer(DrafterTrainer):
-    """The trainer with a mark at the end of each part of a step."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.marks = StepMarks(self.target.device)
-        self.add_callback(_EndStep(self.marks))
         self.drafter.register_forward_pre_hook(lambda *_: self.marks.mark("mask"))
         self.drafter.register_forward_hook(lambda *_: self.marks.mark("drafter forward"))
 
     @contextlib.contextmanager
-    def marked_features(self):
-        """Mark the target's part inside the `with` block."""
-        inner, target = self.target.features, vars(self.target)
+    def marked(self):
+        """Mark the target's part and the loss inside the `with` block."""
+        features, reduce = self.target.features, loop.block_loss
 
-        def features(*args, **kwargs):
+        def marked_features(*args, **options):
             self.marks.mark("batch")
-            found = inner(*args, **kwargs)
+            found = features(*args, **options)
             self.marks.mark("features")
             return found
 
-        target["features"] = features
-        try:
-            yield
-        finally:
-            del target["features"]
+        def marked_loss(*args, **options):
+            loss = reduce(*args, **options)
+            self.marks.mark("loss")
+            return loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+        with (
+            mock.patch.object(self.target, "features", marked_features),
+            mock.patch.object(loop, "block_loss", marked_loss),
+        ):
+            yield
+
+    def take_step(self, batches):
+        """Mark the start and the end of a step."""
+        self.marks.mark("batch")
+        super().take_step(batches)
+        self.marks.mark("optimizer")
+        self.marks.end_step()
+
+    @contextlib.contextmanager
+    def reduced_over_ranks(self, is_last: bool):
         """Mark the start of a micro-batch and the end of its backward pass."""
         self.marks.mark("batch")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with super().reduced_over_ranks(is_last):
+            yield
         self.marks.mark("backward")
-        return loss
 
-    def compute_loss(self, *args, **kwargs):
-        """Mark the end of the forward pass."""
-        loss = super().compute_loss(*args, **kwargs)
-        self.marks.mark("loss")
-        return loss
+    def save(self, *, with_optimizer: bool) -> None:
+        """Write nothing."""
 
 
 def random_conversations(target: Target, mask_token_id: int, recipe: Recipe, number: int) -> ResponseDataset:
@@ -153,12 +150,12 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
     dataset = random_conversations(target, drafter.mask_token_id, recipe, steps * per_step)
     nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(config, Path(folder), device=device, has_validation=False)
+        timed = replace(recipe, train=config)
         weigh = make_weigh(recipe.loss, drafter.block_size)
-        trainer = MarkedTrainer(drafter, target, dataset, nothing, args, recipe.loss, weigh, config)
-        with trainer.marked_features():
-            trainer.train()
-    counted = trainer.marks.steps[min(WARM_UP, steps // 2) :]
+        run = MarkedLoop(drafter, target, dataset, nothing, timed, weigh=weigh, checkpoints=Path(folder))
+        with run.marked():
+            run.run()
+    counted = run.marks.steps[min(WARM_UP, steps // 2) :]
     seconds = statistics.median(sum(step.values()) for step in counted)
     place = Place(device.type != "cpu", target.model.dtype, memory=0, is_here=False)
     conversations = known_conversations(dataset, nothing, recipe)

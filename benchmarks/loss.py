@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dpace.loss import Slots, block_loss, frozen_head_nll
 from dpace.system.device import find_device, synchronize
 from dpace.target.head import Head
-from dpace.train.callbacks import PeakMemory
+from dpace.train.progress import PeakMemory
 from dpace.weights import dpace_weights
 
 BLOCK_SIZE = 8

@@ -52,8 +52,8 @@ from dpace.studies.compare import heldout_set, measure_cells, train_cells
 from dpace.system.ledger import lock_folder, write_json, write_text
 from dpace.target import Target
 from dpace.train.identity import refuse_other_run, settings_of
+from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
-from dpace.train.trainer import DrafterTrainer, training_arguments
 from dpace.verbs import load_recipe_target
 
 
@@ -294,11 +294,11 @@ def time_steps(plan: Plan, target: Target, dataset: ResponseDataset, cell: Cell)
     nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)
     with candidate.trial(), tempfile.TemporaryDirectory() as folder:
         drafter = Drafter.from_target(target, seed=0, **shape)
-        args = training_arguments(config, Path(folder), device=target.device, has_validation=False)
+        timed = replace(recipe, train=config)
         weigh = make_weigh(recipe.loss, cell.block)
-        trainer = DrafterTrainer(drafter, target, dataset, nothing, args, recipe.loss, weigh, config)
-        trainer.train()
-    return [entry["step_seconds"] for entry in trainer.state.log_history if "step_seconds" in entry][1:]
+        loop = TrainingLoop(drafter, target, dataset, nothing, timed, weigh=weigh, checkpoints=Path(folder))
+        loop.run()
+    return [entry["step_seconds"] for entry in loop.state.log_history if "step_seconds" in entry][1:]
 
 
 def measure_costs(plan: Plan, target: Target, names: Sequence[str], blocks: Sequence[int]) -> None:

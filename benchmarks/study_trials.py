@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-import dpace.train.trainer as scoring
+import dpace.train.loop as scoring
 from dpace.loss import frozen_head_nll
 
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 
 from dpace.batches import feature_files
 from dpace.config import LossConfig, Recipe, TargetShard
@@ -27,8 +26,8 @@ from dpace.system import ranks
 from dpace.target import Target
 from dpace.target.sharded import ShardedTarget
 from dpace.train import run
+from dpace.train.loop import TrainingLoop
 from dpace.train.sharding import USE_FSDP, wants_shards
-from dpace.train.trainer import DrafterTrainer
 
 JOBS = (*REDUCTIONS, "muon", "growing", "again")
 RESUMED = ("muon", "growing")
@@ -67,21 +66,18 @@ def train_all(target: Target, responses: list[Response], recipe: Recipe, folder:
 def interrupt(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
     """End a training by SIGTERM to one rank, and go on: the same weights and moments as without, bit by bit."""
 
-    class Signal(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == 1 and args.process_index == args.world_size - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+    take_step = TrainingLoop.take_step
 
-    def start(self, *args, **kwargs):
-        made(self, *args, **kwargs)
-        self.callback_handler.callbacks.insert(0, Signal())
+    def signalled(self, batches):
+        take_step(self, batches)
+        if self.state.global_step == 1 and ranks.rank() == ranks.num_ranks() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    made = DrafterTrainer.__init__
     for name in RESUMED:
         job = make_jobs(recipe, ranks.num_ranks())[name]
         datasets = run.make_datasets(target, responses[:-3], responses[-3:], job)
         try:
-            with mock.patch.object(DrafterTrainer, "__init__", start):
+            with mock.patch.object(TrainingLoop, "take_step", signalled):
                 run.train(target, *datasets, job, folder / f"{name}-again")
         except KeyboardInterrupt:
             assert (folder / f"{name}-again" / "checkpoints" / "checkpoint-1").exists()
@@ -96,13 +92,13 @@ def interrupt(target: Target, responses: list[Response], recipe: Recipe, folder:
             assert all(torch.equal(value, expected[key]) for key, value in found.items()), file
 
 
-def is_spread(trainer: DrafterTrainer) -> None:
+def is_spread(loop: TrainingLoop) -> None:
     """Check that a rank has its share of weights, gradients and moments only."""
     num_ranks = dist.get_world_size()
-    model = trainer.model
+    model = loop.model
     assert isinstance(model, FSDPModule) and all(isinstance(layer, FSDPModule) for layer in model.layers)
     for parameter in model.parameters():
-        state = trainer.optimizer.state[parameter]
+        state = loop.optimizer.state[parameter]
         for tensor in (parameter, *(value for value in state.values() if value.ndim)):
             assert isinstance(tensor, DTensor)
             assert len(tensor.to_local()) <= -(-len(tensor) // num_ranks)
@@ -110,7 +106,7 @@ def is_spread(trainer: DrafterTrainer) -> None:
 
 def train_sharded(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
     """Train all jobs with shards of the drafter."""
-    ended = mock.patch.object(DrafterTrainer, "load_best", autospec=True, side_effect=DrafterTrainer.load_best)
+    ended = mock.patch.object(TrainingLoop, "run", autospec=True, side_effect=TrainingLoop.run)
     with ended as trained:
         train_all(target, responses, recipe, folder, JOBS)
     assert len(trained.call_args_list) == len(JOBS)

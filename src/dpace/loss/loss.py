@@ -165,13 +165,18 @@ def frozen_head_nll_reference(
     return _weighted(losses, nll.detach(), overlap, top_tokens, labels, is_scored, weigh)
 
 
-def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> Int[Tensor, ""]:
+def count_items(
+    is_scored: Bool[Tensor, "batch block slot"],
+    reduction: str,
+    weights: Float[Tensor, "batch block slot"] | None = None,
+) -> Int[Tensor, ""] | Float[Tensor, ""]:
     """Count the items that a reduction divides by.
 
-    Items are sequences for `batch`, sequences with an anchor for `anchors`, and scored slots for `slots`.
+    Items are sequences for `batch`, sequences with an anchor for `anchors`, scored slots for `slots`, and for
+    `weights` the sum of `HeadOutput.weights`.
 
     Raises:
-        ValueError: unknown reduction, or `weights`, which divides by the sum of `HeadOutput.weights`.
+        ValueError: unknown reduction, or `weights` without them.
     """
     if reduction == "batch":
         return torch.tensor(len(is_scored), device=is_scored.device)
@@ -179,6 +184,8 @@ def count_items(is_scored: Bool[Tensor, "batch block slot"], reduction: str) -> 
         return is_scored.flatten(1).any(-1).sum()
     if reduction == "slots":
         return is_scored.sum()
+    if reduction == "weights" and weights is not None:
+        return weights.sum()
     if reduction == "weights":
         raise ValueError(
             "the reduction `weights` divides by the sum of the weights, which is known only after the forward pass; "

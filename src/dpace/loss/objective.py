@@ -1,8 +1,8 @@
-"""The weights function of each named objective.
+"""The weights of an objective: dpace's own by name, or those of a custom function.
 
-An objective of the user's own: found by name, told from others by its source, and checked.
-
-Its function takes `dpace.loss.Slots` and returns weights, "batch block slot", finite and not negative.
+A custom objective is a function of the user's, named `package.module:function`. It takes `dpace.loss.Slots` and returns
+weights, "batch block slot", finite and not negative. It is found by its name, told from others by its source, tried
+before any work, and its weights are checked each time.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from dpace.loss import Slots, Weigh
 from dpace.system.provenance import hash_json
 
 
-def load_own(name: str) -> Weigh:
+def load_custom(name: str) -> Weigh:
     """Import the function of an objective `package.module:function`.
 
     The module is looked for in the working folder too. Its code is run.
@@ -42,7 +42,7 @@ def load_own(name: str) -> Weigh:
                     "or add that folder to PYTHONPATH"
                 ) from error
             raise ValueError(
-                f"--loss.objective {name}: {module_name} cannot be imported, {_words(error)}; repair the module"
+                f"--loss.objective {name}: {module_name} cannot be imported, {_in_one_line(error)}; repair the module"
             ) from error
     for part in path.split("."):
         if not hasattr(found, part):
@@ -62,7 +62,7 @@ def _working_folder() -> Iterator[None]:
         sys.path[:] = before
 
 
-def _words(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """Write an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -77,7 +77,7 @@ def _require_function(value: object, name: str) -> Weigh:
 
 
 def name_of(weigh: Callable) -> str:
-    """Give the name of a function, `package.module:function`.
+    """Return the name of a function, `package.module:function`.
 
     Raises:
         ValueError: it is no function.
@@ -110,8 +110,8 @@ def source_sha256(weigh: Weigh) -> str:
         return hash_json([source, values, function.__defaults__, function.__kwdefaults__])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the objective {name} holds values that cannot be recorded, {_words(error)}; let it take numbers and "
-            "texts only, and put the rest into its module"
+            f"the objective {name} holds values that cannot be recorded, {_in_one_line(error)}; let it take numbers "
+            "and texts only, and put the rest into its module"
         ) from error
 
 
@@ -159,7 +159,7 @@ def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> N
         raise
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
-            f"the objective {name} fails on a batch of shape {shape}, {_words(error)}; it gets dpace.Slots"
+            f"the objective {name} fails on a batch of shape {shape}, {_in_one_line(error)}; it gets dpace.Slots"
         ) from error
 
 
@@ -177,15 +177,15 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
         changes |= {"confidence": "overlap"} if part == "overlap" else {"token_loss": part}
     if not (objective in get_args(Objective) or is_own(objective)) or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
-            f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or your own as "
+            f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or a custom one as "
             "package.module:function, and add +kl, +lk or +mix for that token loss, and +overlap for that "
             "confidence"
         )
     return replace(loss, objective=objective, **changes)
 
 
-def name_own(loss: LossConfig, weigh: Weigh | None) -> LossConfig:
-    """Set the objective to the name of a function of one's own, if there is one.
+def name_custom(loss: LossConfig, weigh: Weigh | None) -> LossConfig:
+    """Set the objective to the name of a custom function, if there is one.
 
     Raises:
         ValueError: it is no function.
@@ -194,36 +194,36 @@ def name_own(loss: LossConfig, weigh: Weigh | None) -> LossConfig:
 
 
 def objective_sha256(loss: LossConfig, weigh: Weigh | None = None) -> str | None:
-    """Hash the source of an objective of one's own; None for those of dpace.
+    """Hash the source of a custom objective; None for those of dpace.
 
     Args:
         loss: names the objective.
         weigh: its function, where it is at hand; otherwise it is imported by its name.
 
     Raises:
-        ValueError: see `own_objective.load_own` and `own_objective.source_sha256`.
+        ValueError: see `load_custom` and `source_sha256`.
     """
     if weigh is None and not is_own(loss.objective):
         return None
-    return source_sha256(weigh or load_own(loss.objective))
+    return source_sha256(weigh or load_custom(loss.objective))
 
 
 def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) -> Weigh:
     """Make the weights function of an objective, for `frozen_head_nll`.
 
-    With confidence `overlap`, `frozen_head_nll` needs `target_hidden`. One's own objective is tried out on a small
+    With confidence `overlap`, `frozen_head_nll` needs `target_hidden`. A custom objective is tried out on a small
     batch, and its weights are checked each time.
 
     Args:
         config: names the objective, and has its settings.
         block_size: slots in a block.
-        weigh: the function of one's own objective; otherwise it is imported by its name.
+        weigh: the function of a custom objective; otherwise it is imported by its name.
 
     Raises:
-        ValueError: see `own_objective`.
+        ValueError: see `load_custom`, `try_out` and `checked`.
     """
     if weigh is not None or is_own(config.objective):
-        weigh = weigh or load_own(config.objective)
+        weigh = weigh or load_custom(config.objective)
         try_out(weigh, config.objective, block_size=block_size, has_overlap=config.needs_target_probs)
         return checked(weigh, config.objective)
     gamma = config.gamma or W.dflash_gamma(block_size)

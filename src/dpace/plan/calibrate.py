@@ -17,9 +17,9 @@ from dpace.respond.in_process import answer_batches
 from dpace.system.device import find_device, synchronize
 from dpace.target import Target
 from dpace.target.locate import find_target
-from dpace.train.callbacks import PeakMemory
+from dpace.train.loop import score_batch
+from dpace.train.progress import PeakMemory
 from dpace.train.run import choose_conversations
-from dpace.train.trainer import score_batch
 from dpace.weights import uniform_weights
 
 NUM_STEPS = 3

@@ -40,8 +40,8 @@ from dpace.target import Target
 from dpace.target.files import find_places
 from dpace.target.head import Head
 from dpace.target.probe import find_layers
+from dpace.train.loop import score_batch
 from dpace.train.optimizer import MuonAdamW
-from dpace.train.trainer import score_batch
 from dpace.weights import uniform_weights
 
 TARGET, DRAFTER, GRADIENT, MOMENTS = "target", "drafter", "its gradient", "optimizer's moments"

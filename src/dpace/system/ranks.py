@@ -1,7 +1,7 @@
 """Tell the processes of one command apart, as `torchrun` starts them, and let them talk.
 
-A rank's number is what the launcher says, so asking for it starts nothing. All functions also work in a
-single process, and then import and start nothing.
+A rank's number is what the launcher says, so asking for it starts nothing. All functions also work in a single process,
+and then import and start nothing.
 """
 
 import os

@@ -3,9 +3,27 @@
 from typing import Any
 
 from dpace.blocks import build_blocks, sample_anchors
+from dpace.config import TrainConfig
 
 LEAST_SLOTS = 4
 """Slots of the shortest blocks. Not tuned: other values were not compared."""
+
+
+def blocks_of_step(batch: dict[str, Any], progress: float, config: TrainConfig, block_size: int) -> dict[str, Any]:
+    """Return a micro-batch with the blocks that it is trained on: those it has, or shorter ones while blocks grow.
+
+    Blocks of half the size are twice as many, so a step has as many slots at any time.
+
+    Args:
+        batch: of `dpace.batches.dataset.collate`, with blocks of the full size.
+        progress: share of the steps that are done, from 0 to below 1.
+        config: the settings of the training.
+        block_size: slots of the drafter's blocks.
+    """
+    num_slots = block_size_at(progress, block_size) if config.grow_blocks else block_size
+    if num_slots == block_size:
+        return batch
+    return cut_blocks(batch, num_slots, config.num_anchors * block_size // num_slots)
 
 
 def block_size_at(progress: float, block_size: int) -> int:

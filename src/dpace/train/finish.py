@@ -1,73 +1,69 @@
-"""Write a trained drafter with its calibration and provenance."""
+"""Write a trained drafter, rounded, measured and calibrated, with what it was made from."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftVocabulary
-from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.heldout import heldout_acceptance, score_conversation
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
+from dpace.system import ranks
 from dpace.system.ledger import write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
-from dpace.train.calibration import fit_confidence_temperature
-from dpace.train.callbacks import PeakMemory
-from dpace.train.checkpoints import STATE, CheckpointedTrainer, room_for
+from dpace.train.checkpoints import STATE, translate_full_disk, write_state
 from dpace.train.identity import OBJECTIVE_SHA256
+from dpace.train.loop import TrainingLoop
+from dpace.train.progress import PeakMemory
 
+TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
+MAX_CALIBRATION_ROWS = 1500
+"""Number of slots that the temperature is fitted to."""
 SERVED = torch.bfloat16
 """Dtype of a finished drafter's weights, as of most published ones; engines in bf16 read it as it is."""
 
 
-def finish(
-    folder: Path,
-    drafter: Drafter,
-    target: Target,
-    trainer: CheckpointedTrainer,
-    dataset: ResponseDataset,
-    validation: ResponseDataset,
-    recipe: Recipe,
-    run: Mapping[str, Any] | None,
-    memory: PeakMemory,
-) -> None:
+def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], memory: PeakMemory) -> None:
     """Round a trained drafter to 16 bits, measure it, and write it with what it was made from.
 
     What is measured is what is written. All ranks call this, since the target may need them; the first one writes.
 
     Args:
         folder: of the run; `provenance.json`, which says that the drafter is finished, comes last.
-        drafter: the trained one; its weights are rounded in place, and stay in fp32.
-        target: its target.
-        trainer: has the log.
-        dataset: what was trained on.
-        validation: what the checkpoint was chosen by, and the confidences are fitted to.
-        recipe: every setting.
-        run: what `run.json` holds; None on ranks that do not write.
+        loop: has the trained drafter, whose weights are rounded in place, and stay in fp32; and what it was made from.
+        run: what `run.json` holds.
         memory: measured since training began.
     """
+    drafter, target, validation, recipe = loop.drafter, loop.target, loop.validation, loop.recipe
     round_weights(drafter)
     acceptance = heldout_acceptance(drafter, target, validation, over_ranks=True) if len(validation) else None
-    vocabulary = _find_vocabulary(drafter, target, acceptance, dataset, validation, recipe)
+    vocabulary = _find_vocabulary(loop, acceptance)
     temperature = fit_confidence_temperature(drafter, target, validation)
     if vocabulary is not None:
         token_ids = vocabulary.token_ids
         vocabulary.confidence_temperature = fit_confidence_temperature(drafter, target, validation, token_ids)
-    if run is None:
+    if not ranks.is_first():
         return
     sha256 = run.get(OBJECTIVE_SHA256)
     objective = {"objective": recipe.loss.objective} | ({"objective_sha256": sha256} if sha256 else {})
     record = {"confidence_temperature": temperature, **_record(target, acceptance, validation, recipe)}
     drafter.config.dpace = {**record, **objective}
     start = {"init": recipe.drafter.init, "init_sha256": run["init_sha256"]}
-    provenance = {**_provenance(target, trainer, dataset), **objective, **start, "peak_memory_bytes": memory.bytes}
-    _write_folder(folder, drafter, vocabulary, trainer, provenance)
+    provenance = {**_provenance(loop), **objective, **start, "peak_memory_bytes": memory.bytes}
+    with translate_full_disk("the drafter", folder):
+        drafter.save_pretrained(folder, dtype=SERVED)
+        if vocabulary is not None:
+            vocabulary.save(folder)
+        write_state(folder / STATE, loop.state)
+        write_json(folder / "provenance.json", provenance, indent=2)
 
 
 @torch.no_grad()
@@ -77,45 +73,22 @@ def round_weights(drafter: Drafter) -> None:
         parameter.copy_(parameter.to(SERVED))
 
 
-def _find_vocabulary(
-    drafter: Drafter,
-    target: Target,
-    acceptance: Acceptance | None,
-    dataset: ResponseDataset,
-    validation: ResponseDataset,
-    recipe: Recipe,
-) -> DraftVocabulary | None:
-    """Give the tokens of the training text as a draft vocabulary, where the drafter needs no others.
+def _find_vocabulary(loop: TrainingLoop, acceptance: Acceptance | None) -> DraftVocabulary | None:
+    """Return the tokens of the training text as a draft vocabulary, where the drafter needs no others.
 
     None where tau of the validation responses falls by more than `MAX_TAU_LOSS`, or is not known. None for a drafter
     that started from another one, which has learned tokens of other texts.
     """
-    if acceptance is None or recipe.drafter.init is not None:
+    if acceptance is None or loop.recipe.drafter.init is not None:
         return None
-    vocabulary = DraftVocabulary([*dataset.seen_tokens.tolist(), *target.stop_token_ids])
+    vocabulary = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *loop.target.stop_token_ids])
     token_ids = vocabulary.token_ids
-    tau = heldout_acceptance(drafter, target, validation, token_ids=token_ids, over_ranks=True).tau
-    return vocabulary if tau >= (1 - MAX_TAU_LOSS) * acceptance.tau else None
-
-
-def _write_folder(
-    folder: Path,
-    drafter: Drafter,
-    vocabulary: DraftVocabulary | None,
-    trainer: CheckpointedTrainer,
-    provenance: dict[str, Any],
-) -> None:
-    """Write the finished drafter; `provenance.json`, which says that it is finished, comes last."""
-    with room_for("the drafter", folder):
-        drafter.save_pretrained(folder, dtype=SERVED)
-        if vocabulary is not None:
-            vocabulary.save(folder)
-        trainer.write_state(folder / STATE)
-        write_json(folder / "provenance.json", provenance, indent=2)
+    part = heldout_acceptance(loop.drafter, loop.target, loop.validation, token_ids=token_ids, over_ranks=True)
+    return vocabulary if part.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau else None
 
 
 def _record(target: Target, acceptance: Acceptance | None, validation: ResponseDataset, recipe: Recipe) -> dict:
-    """Give what the drafter's config records: what it was trained for, and its tau.
+    """Return what the drafter's config records: what it was trained for, and its tau.
 
     `dpace doctor` compares with it; engines ignore it.
     """
@@ -134,15 +107,58 @@ def _record(target: Target, acceptance: Acceptance | None, validation: ResponseD
     return record
 
 
-def _provenance(target: Target, trainer: CheckpointedTrainer, dataset: ResponseDataset) -> dict:
-    """Give what a drafter was made from, for `provenance.json`."""
+def _provenance(loop: TrainingLoop) -> dict:
+    """Return what a drafter was made from, for `provenance.json`."""
     return {
-        "target": target.name,
-        "target_revision": getattr(target.model.config, "_commit_hash", None),
-        "conversations": len(dataset),
-        "conversations_without_anchor": dataset.num_skipped,
-        "steps": trainer.state.global_step,
-        "best_eval_tau": trainer.state.best_metric,
-        "hardware": vars(find_hardware(target.device)),
+        "target": loop.target.name,
+        "target_revision": getattr(loop.target.model.config, "_commit_hash", None),
+        "conversations": len(loop.dataset),
+        "conversations_without_anchor": loop.dataset.num_skipped,
+        "steps": loop.state.global_step,
+        "best_eval_tau": loop.state.best_metric,
+        "hardware": vars(find_hardware(loop.target.device)),
         "versions": vars(find_versions()),
     }
+
+
+@torch.no_grad()
+def fit_confidence_temperature(
+    drafter: Drafter, target: Target, dataset: ResponseDataset, token_ids: Tensor | None = None
+) -> float:
+    """Find the temperature at which the drafter's confidence best says whether a slot is accepted.
+
+    The slots are those that decoding reaches: all slots before them are right. At most `MAX_CALIBRATION_ROWS` are used.
+    What is minimized, over a grid of quarter octaves, is the cross-entropy between the probability of the drafter's
+    most likely token and whether it is the text's token.
+
+    Args:
+        drafter: a trained drafter.
+        target: its target.
+        dataset: responses that were not trained on, every token an anchor.
+        token_ids: the only tokens that are drafted; by default all.
+
+    Returns:
+        The temperature, above 1 for a drafter that is too sure; 1 without a response.
+    """
+    was_training = drafter.training
+    drafter.eval()
+    head = target.head if token_ids is None else target.head.part(token_ids)[0]
+    logits, matches, count = [], [], 0
+    for i in range(len(dataset)):
+        reached = []
+        for hidden, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
+            slots = torch.arange(drafter.block_size, device=target.device)
+            is_reached = blocks.is_scored & (slots <= is_accepted.sum(-1, keepdim=True) + 1)
+            reached.append((hidden[is_reached], is_accepted[is_reached]))
+        rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
+        share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
+        scaled = head.logits(rows[::share]).float()
+        logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
+        matches.append(is_right[::share])
+        count += len(matches[-1])
+    drafter.train(was_training)
+    if not count:
+        return 1.0
+    log_confidence, is_match = torch.cat(logits, dim=1).clamp_max(-1e-6), torch.cat(matches)
+    errors = -torch.where(is_match, log_confidence, torch.log(-torch.expm1(log_confidence))).mean(-1)
+    return TEMPERATURES[int(errors.argmin())]

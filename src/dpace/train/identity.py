@@ -47,21 +47,21 @@ OTHER_RUN = "name another folder with --output, or delete that one"
 
 
 def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
-    """Give the settings that change what is trained, and the source of one's own objective.
+    """Return the settings that change what is trained, and the source of a custom objective.
 
     Args:
         recipe: every setting.
-        weigh: the function of one's own objective, where it is at hand.
+        weigh: the function of a custom objective, where it is at hand.
 
     Raises:
-        ValueError: one's own objective cannot be found.
+        ValueError: a custom objective cannot be found.
     """
     groups = {name: asdict(getattr(recipe, name)) for name in ("drafter", "loss", "train")}
     named = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     named["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
     sha256 = objective_sha256(recipe.loss, weigh)
-    own = {} if sha256 is None else {OBJECTIVE_SHA256: sha256}
-    return json.loads(json.dumps({name: value for name, value in named.items() if name not in NO_RESULT} | own))
+    source = {} if sha256 is None else {OBJECTIVE_SHA256: sha256}
+    return json.loads(json.dumps({name: value for name, value in named.items() if name not in NO_RESULT} | source))
 
 
 def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, 
 
 
 def target_of(target: Target) -> dict[str, Any]:
-    """Give what identifies a target and how its text is made."""
+    """Return what identifies a target and how its text is made."""
     return {
         "target_sha256": target.sha256,
         **tokenizer_hashes(target),

@@ -1,6 +1,6 @@
-"""Muon for the drafter's matrices and AdamW for its norms, in one optimizer.
+"""The optimizers: AdamW, or Muon for the drafter's matrices with AdamW for its norms.
 
-It needs far fewer steps than AdamW where the budget is small.
+Muon needs far fewer steps than AdamW where the budget is small.
 """
 
 from collections.abc import Iterable
@@ -9,11 +9,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpace.config import TrainConfig
 from dpace.system import ranks
 from dpace.train.sharding import take_share
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of a training; weight decay leaves out norms."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "muon":
+        return MuonAdamW(model.named_parameters(), lr=rate, weight_decay=decay)
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1], "weight_decay": decay},
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
 def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> Float[Tensor, "rows columns"]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
-from transformers import TrainerState
 
 from dpace.batches.corpus import Corpus
 from dpace.batches.dataset import ResponseDataset
@@ -17,24 +15,17 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
-from dpace.loss.objective import make_weigh, name_own
+from dpace.loss.objective import make_weigh, name_custom
 from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Response
+from dpace.system import ranks
 from dpace.system.ledger import lock_folder, register_files
 from dpace.target import Target
-from dpace.train.callbacks import PeakMemory, SaveOnInterrupt
-from dpace.train.checkpoints import STATE, CheckpointedTrainer, find_newest
-from dpace.train.finish import finish
-from dpace.train.identity import (
-    RUN_FILE,
-    data_of,
-    init_of,
-    refuse_other_run,
-    settings_of,
-    target_of,
-    write_run,
-)
-from dpace.train.trainer import DrafterTrainer, training_arguments
+from dpace.train.checkpoints import STATE, find_newest
+from dpace.train.finish import write_finished
+from dpace.train.identity import RUN_FILE, data_of, init_of, refuse_other_run, settings_of, target_of, write_run
+from dpace.train.loop import TrainingLoop
+from dpace.train.progress import PeakMemory
 
 DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VOCABULARY_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
@@ -42,7 +33,7 @@ FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "che
 
 
 def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
-    """Say whether a folder holds the finished drafter of a run.
+    """Return whether a folder holds the finished drafter of a run.
 
     Args:
         folder: it may be missing.
@@ -62,19 +53,19 @@ def describe_run(
     weigh: Weigh | None = None,
     init: Drafter | None = None,
 ) -> dict[str, Any]:
-    """Give all that a drafter depends on; what `run.json` holds.
+    """Describe all that a drafter depends on; what `run.json` holds.
 
     Args:
         target_facts: of `identity.target_of`; computed once for several runs.
         dataset: conversations to train on.
         validation: those that choose the checkpoint.
         recipe: every setting.
-        weigh: the function of one's own objective, where it is at hand.
+        weigh: the function of a custom objective, where it is at hand.
         init: the drafter that training starts from.
     """
-    ranks = {"ranks": distributed.get_world_size() if distributed.is_initialized() else 1}
     settings = settings_of(recipe, weigh)
-    return {**target_facts, **data_of(dataset, validation), **init_of(init), **settings, **ranks}
+    data = data_of(dataset, validation)
+    return {**target_facts, **data, **init_of(init), **settings, "ranks": ranks.num_ranks()}
 
 
 def choose_conversations(
@@ -153,6 +144,7 @@ def train(
     *,
     weigh: Weigh | None = None,
     init: Drafter | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Drafter:
     """Train a drafter and write its folder.
 
@@ -168,8 +160,9 @@ def train(
         validation: for measuring tau during training; best greedy responses. May be empty.
         recipe: every setting.
         folder: receives what `FILES` names.
-        weigh: an objective of one's own, recorded by its name and source.
+        weigh: a custom objective, recorded by its name and source.
         init: a trained drafter to start from, with the recipe's size, as `engines.initial.start_from` gives both.
+        run: of `describe_run`, where it is known; computed by default.
 
     Returns:
         The best drafter by tau of the validation responses, or the last one where there are none, in fp32 with its
@@ -181,37 +174,35 @@ def train(
         OSError: no room on the disk; the same call goes on when there is.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
-    recipe = replace(recipe, loss=name_own(recipe.loss, weigh))
+    recipe = replace(recipe, loss=name_custom(recipe.loss, weigh))
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh)
-    folder, config = Path(folder), recipe.train
-    options: Any = {"device": target.device, "has_validation": bool(len(validation))}
-    args = training_arguments(config, folder / "checkpoints", **options)
-    with ExitStack() as held:
-        facts, run, found = target_of(target), None, list[Any]([None, None])
-        if args.process_index == 0:
-            run = describe_run(facts, dataset, validation, recipe, weigh, init)
-            found = _open_folder(folder, run, held)
-        if args.world_size > 1:
-            distributed.broadcast_object_list(found, src=0)
-        if found[0]:
+    folder = Path(folder)
+    if run is None:
+        target_facts = target_of(target)
+        run = ranks.from_first(lambda: describe_run(target_facts, dataset, validation, recipe, weigh, init))
+    with ExitStack() as locks:
+        is_finished, newest = ranks.from_first(lambda: _open_folder(folder, run, locks))
+        if is_finished:
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
         drafter = _make_drafter(target, dataset, recipe, init)
-        trainer = DrafterTrainer(drafter, target, dataset, validation, args, recipe.loss, checked, config)
-        if run is not None:
+        loop = TrainingLoop(
+            drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"
+        )
+        if ranks.is_first():
             write_run(folder, run)
             write_recipe(recipe, folder / "recipe.yaml")
         memory = PeakMemory(target.device)
-        _take_steps(trainer, drafter, found[1])
-        finish(folder, drafter, target, trainer, dataset, validation, recipe, run, memory)
+        loop.run(newest)
+        write_finished(folder, loop, run, memory)
     return drafter
 
 
-def _open_folder(folder: Path, run: Mapping[str, Any], held: ExitStack) -> list[Any]:
-    """Hold a folder for a run; say whether the run is finished, and give its newest checkpoint."""
+def _open_folder(folder: Path, run: Mapping[str, Any], locks: ExitStack) -> tuple[bool, Path | None]:
+    """Lock a folder for a run; return whether the run is finished, and its newest checkpoint."""
     is_trained(folder, run)  # before a folder is made
-    held.enter_context(lock_folder(folder))
+    locks.enter_context(lock_folder(folder))
     register_files(folder, *FILES)
-    return [is_trained(folder, run), find_newest(folder / "checkpoints")]
+    return is_trained(folder, run), find_newest(folder / "checkpoints")
 
 
 def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init: Drafter | None) -> Drafter:
@@ -232,16 +223,3 @@ def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init
             f"name a token that no text contains {way}"
         )
     return drafter
-
-
-def _take_steps(trainer: CheckpointedTrainer, drafter: Drafter, newest: Path | None) -> None:
-    """Train from a checkpoint, if there is one, to the last step."""
-    interrupt = SaveOnInterrupt()
-    trainer.add_callback(interrupt)
-    state = TrainerState.load_from_json(str(newest / STATE)) if newest else None
-    if state and state.global_step >= state.max_steps:  # only the folder's own files are missing
-        trainer.read_finished(state)
-        return
-    with interrupt.watching():
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    trainer.load_best()

@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.distributed.configuration_utils import DistributedConfig
 
 from dpace.system import ranks
 
@@ -24,7 +23,7 @@ RESHARD = "FSDP_RESHARD_AFTER_FORWARD"
 
 
 def wants_shards() -> bool:
-    """Say whether accelerate's configuration asks for FSDP2; a single rank always has all weights.
+    """Return whether accelerate's configuration asks for FSDP2; a single rank always has all weights.
 
     Raises:
         ValueError: DeepSpeed, the first version of FSDP, or an option of it that dpace does not have.
@@ -77,8 +76,6 @@ def shard(model: Any) -> None:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=_is_set(RESHARD, "true"))
     fully_shard(model, mesh=mesh)
-    model.config.distributed_config = DistributedConfig(fsdp_size=ranks.num_ranks())  # the Trainer looks for both
-    model._is_fsdp_managed_module = True
 
 
 @torch.no_grad()

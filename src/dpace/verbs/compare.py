@@ -14,7 +14,7 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import comparison_lines
     from dpace.report.tables import compare_table, console
     from dpace.studies.compare import cell_folder, check_output, compare
-    from dpace.train.trainer import check_trackers
+    from dpace.train.progress import check_trackers
 
     config, init = start_from(config, given_options(CompareConfig, "compare", args))
     if config.train.target_shard != "none":

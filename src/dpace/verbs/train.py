@@ -28,8 +28,8 @@ def run(args: list[str]) -> None:
         settings_of,
         target_of,
     )
+    from dpace.train.progress import check_trackers
     from dpace.train.run import choose_conversations, keep_features, train
-    from dpace.train.trainer import check_trackers
 
     make_weigh(recipe.loss, recipe.drafter.block_size)  # refuses an objective of one's own before any work
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)

@@ -75,7 +75,7 @@ def test_the_report_has_every_objective_and_both_figures(study, output):
 
 def test_soft_labels_at_a_temperature(study, monkeypatch):
     """The gradient is that of the cross-entropy between the softened distributions, times the temperature."""
-    trials, scoring = importlib.import_module("study_trials"), importlib.import_module("dpace.train.trainer")
+    trials, scoring = importlib.import_module("study_trials"), importlib.import_module("dpace.train.loop")
     generator = torch.Generator().manual_seed(0)
     hidden, theirs = (torch.randn(1, 1, 2, 4, generator=generator) for _ in range(2))
     head = Head(torch.randn(6, 4, generator=generator))

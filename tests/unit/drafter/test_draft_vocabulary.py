@@ -16,7 +16,7 @@ from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftHead, DraftVocabulary, load_vocabulary
 from dpace.measure.heldout import heldout_acceptance
-from dpace.train.calibration import fit_confidence_temperature
+from dpace.train.finish import fit_confidence_temperature
 from tests.conftest import LANGUAGE_RECIPE, make_target
 from tests.unit.train.test_train import run_recipe, short
 

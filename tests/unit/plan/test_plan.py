@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
@@ -24,9 +24,8 @@ from dpace.respond.responses import Response
 from dpace.system.ledger import make_readable
 from dpace.system.progress import progress_bar
 from dpace.target import Target
-from dpace.train.callbacks import TrackerGuard
+from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
-from dpace.train.trainer import DrafterTrainer, training_arguments
 
 SHAPES = {
     "many small blocks": (
@@ -66,7 +65,7 @@ def make_real_drafter(target: Target, recipe: Recipe) -> Drafter:
 
 
 def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
-    """Peak in bytes of what torch's allocator gave while the real Trainer took two steps, and rows of the head.
+    """Peak in bytes of what torch's allocator gave while the real loop took two steps, and rows of the head.
 
     The profiler is told by the allocator itself, and knows nothing of operations.
     """
@@ -76,20 +75,19 @@ def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
     responses = [Response(str(i), "set", [], row, spans) for i, row in enumerate(ids)]
     datasets = choose_conversations(responses, [], recipe)
     drafter = make_real_drafter(target, recipe)
-    arguments = training_arguments(recipe.train, folder, device=target.device, has_validation=False)
     weigh = make_weigh(recipe.loss, drafter.block_size)
-    trainer = DrafterTrainer(drafter, target, *datasets, arguments, recipe.loss, weigh, recipe.train)
-    trainer._save_checkpoint = lambda *_, **__: None
+    loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=folder)
+    loop.save = lambda **_: None
     held = {p.untyped_storage()._cdata: p.nbytes for p in [*target.model.parameters(), *drafter.parameters()]}
-    held[trainer.head.weight.untyped_storage()._cdata] = trainer.head.weight.nbytes
+    held[loop.head.weight.untyped_storage()._cdata] = loop.head.weight.nbytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.train()
+        loop.run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live, peak = 0, 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return sum(held.values()) + peak, len(trainer.head.weight)
+    return sum(held.values()) + peak, len(loop.head.weight)
 
 
 @pytest.mark.parametrize(
@@ -121,14 +119,16 @@ def test_the_largest_that_fits(weights, slope, bend, room):
 
 
 @pytest.mark.parametrize("changes", [{"num_epochs": 2.5}, {"max_steps": 7}, {"gradient_accumulation_steps": 4}])
-def test_steps_are_counted_as_the_trainer_counts_them(changes, tmp_path):
-    train = TrainConfig(**{"num_epochs": 1.0, "batch_size": 3, **changes})
-    arguments = training_arguments(train, tmp_path, device=torch.device("cpu"), has_validation=False)
+def test_steps_are_counted_as_the_loop_counts_them(changes, tmp_path):
+    recipe = Recipe(train=TrainConfig(**{"num_epochs": 1.0, "batch_size": 3, **changes}))
+    target = Target(AutoModelForCausalLM.from_config(SHAPES["many small blocks"][0]))
     for conversations in (1, 2, 13, 24, 25):
-        rows = torch.utils.data.DataLoader(list(range(conversations)), batch_size=3)  # pyright: ignore
-        trainer = Trainer(torch.nn.Linear(1, 1), arguments)
-        counted = trainer.set_initial_training_values(arguments, rows)
-        assert num_steps(train, conversations) == counted[-1]
+        rows = [Response(str(i), "set", [], [5, 6, 7], [[0, 3]]) for i in range(conversations)]
+        datasets = choose_conversations(rows, [], recipe)
+        drafter = make_real_drafter(target, recipe)
+        weigh = make_weigh(recipe.loss, drafter.block_size)
+        loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=tmp_path)
+        assert num_steps(recipe.train, conversations) == loop.state.max_steps
 
 
 def write_answered(folder, config) -> list[str]:
@@ -211,7 +211,7 @@ def test_some_answers_are_measured_where_there_are_none(language_folder, languag
 
 @pytest.mark.parametrize("tracker, fix", [("wandb", "pip install wandb"), ("abacus", "leave it out")])
 def test_a_tracker_is_missed_before_any_work(tracker, fix, answered, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dpace.train.trainer.get_available_reporting_integrations", list)
+    monkeypatch.setattr("dpace.train.progress.get_available_trackers", list)
     assert main(["train", *answered, "--train.report-to", tracker]) == 1
     assert fix in capsys.readouterr().err and not (tmp_path / "out" / "drafter").exists()
 
@@ -222,17 +222,6 @@ def test_a_full_disk_is_seen_before_any_work(answered, tmp_path, capsys, monkeyp
         assert main([verb, *answered]) == 1
         assert "make room" in capsys.readouterr().err
     assert not (tmp_path / "out" / "drafter").exists()
-
-
-def test_a_tracker_that_fails_is_one_line():
-    class Failing(TrainerCallback):
-        def on_log(self, *args, **kwargs):
-            raise KeyError("no key")
-
-    guard = TrackerGuard(Failing())
-    guard.on_step_end(None, None, None)
-    with pytest.raises(ValueError, match="leave it out of --train.report-to"):
-        guard.on_log(None, None, None)
 
 
 def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """Tables fit 80 columns with the verdict first, whatever the names are; advice follows from the verdicts."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +22,6 @@ from dpace.report.tables import (
     servers_table,
     slots_table,
 )
-from dpace.train.callbacks import TrainingBar
 from tests.support.rows import make_bench, make_compared, make_plain, make_response, make_row, make_served
 
 INTERVAL = (0.987, 12.345)
@@ -135,13 +133,3 @@ def test_categories_and_lengths_are_in_one_table_with_thinking(tmp_path):
     page, markdown = write_report([tmp_path / "off", tmp_path / "on"], tmp_path / "report.html")
     assert page.read_text().count("<h2>Category and context length</h2>") == 1
     assert "| context 1k to 2k | 0 | dpace | 1 | 2.00 | 2.00 |" in markdown.read_text()
-
-
-def test_the_bar_shows_validation_tau_first():
-    """What stands first is what 80 columns have room for."""
-    shown = []
-    bar = TrainingBar("dpace")
-    bar.training_bar = SimpleNamespace(set_postfix=lambda numbers: shown.append(list(numbers)))
-    bar.on_log(None, None, None, logs={"loss": 3.2, "tokens_per_second": 900.0})
-    bar.on_log(None, None, None, logs={"eval_tau": 2.3})
-    assert shown == [["loss", "tokens/s"], ["validation tau", "loss", "tokens/s"]]

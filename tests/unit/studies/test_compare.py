@@ -81,17 +81,17 @@ def test_a_cell_of_another_run_is_refused_before_any_work(config, language_targe
 
 def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
     """All objectives see the same blocks from the same weights; a cell that was cut off goes on alone."""
-    from dpace.train.trainer import DrafterTrainer
+    from dpace.train.loop import TrainingLoop
 
     config = replace(config, objectives=("uniform",), bench=replace(config.bench, num_prompts=0))
-    compute_loss, seen = DrafterTrainer.compute_loss, []
+    take_step, seen = TrainingLoop.take_step, []
 
-    def watched(self, model, inputs, *args, **kwargs):
+    def watched(self, batches):
         first = next(self.drafter.parameters()).detach().clone() if not self.state.global_step else None
-        seen.append((inputs["anchors"], inputs["labels"], first))
-        return compute_loss(self, model, inputs, *args, **kwargs)
+        seen.append((batches[0]["anchors"], batches[0]["labels"], first))
+        take_step(self, batches)
 
-    monkeypatch.setattr(DrafterTrainer, "compute_loss", watched)
+    monkeypatch.setattr(TrainingLoop, "take_step", watched)
     whole = compare(language_target, config)
     steps = config.train.max_steps
     assert len(seen) == 4 * steps  # 2 objectives, 2 seeds

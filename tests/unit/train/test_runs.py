@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from dpace.cli import main
+from dpace.loss import block_loss
 from dpace.train.checkpoints import find_newest, is_whole
 from dpace.train.identity import read_run
+from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
-from dpace.train.trainer import DrafterTrainer
 from tests.conftest import LANGUAGE_RECIPE
 
 
@@ -153,35 +154,21 @@ def test_a_number_that_is_not_finite_ends_training(
     what, value, tmp_path, language_target, language_responses, monkeypatch
 ):
     """The last good checkpoint stays."""
-    compute_loss = DrafterTrainer.compute_loss
+    take_step = TrainingLoop.take_step
 
-    def spoilt(self, model, inputs, *args, **kwargs):
-        loss = compute_loss(self, model, inputs, *args, **kwargs)
-        if self.state.global_step == 3 and what == "loss":
-            return loss * value
-        if self.state.global_step == 3 and what == "gradient":
-            self.drafter.norm.weight.register_hook(lambda grad: grad + value)
-        return loss
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 4 and what == "weights":
+    def spoilt(self, batches):
+        is_last = self.state.global_step == 3
+        with monkeypatch.context() as patch:
+            if is_last and what == "loss":
+                patch.setattr("dpace.train.loop.block_loss", lambda *a, **k: value * block_loss(*a, **k))
+            if is_last and what == "gradient":
+                self.drafter.norm.weight.register_hook(lambda grad: grad + value)
+            take_step(self, batches)
+        if is_last and what == "weights":
             with torch.no_grad():
-                monkeypatch.drafter.norm.weight[0] = value
+                self.drafter.norm.weight[0] = value
 
-    from dpace.train import callbacks
-
-    monkeypatch.setattr(DrafterTrainer, "compute_loss", spoilt)
-    real = callbacks.StepClock.on_step_end
-    init = DrafterTrainer.__init__
-
-    def watched(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        monkeypatch.drafter = self.drafter
-
-    monkeypatch.setattr(DrafterTrainer, "__init__", watched)
-    monkeypatch.setattr(
-        callbacks.StepClock, "on_step_end", lambda s, *a, **k: real(s, *a, **k) or on_step_end(s, *a, **k)
-    )
+    monkeypatch.setattr(TrainingLoop, "take_step", spoilt)
     with pytest.raises(ValueError, match=r"step 4.*lower --train.learning-rate"):
         run(language_target, language_responses, tmp_path / "d")
     assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-2")
@@ -198,17 +185,17 @@ def test_a_learning_rate_out_of_reason_is_no_success(tmp_path, language_target, 
 def test_a_signal_saves_the_step_and_the_run_goes_on(
     name, finished, tmp_path, language_target, language_responses, monkeypatch
 ):
-    compute_loss = DrafterTrainer.compute_loss
+    take_step = TrainingLoop.take_step
 
-    def signalled(self, *args, **kwargs):
+    def signalled(self, batches):
         if self.state.global_step == 2:
             os.kill(os.getpid(), getattr(signal, name))
             os.kill(os.getpid(), getattr(signal, name))  # torchrun sends it on at once
-        return compute_loss(self, *args, **kwargs)
+        take_step(self, batches)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", signalled)
+        patch.setattr(TrainingLoop, "take_step", signalled)
         with pytest.raises(KeyboardInterrupt):
             run(language_target, language_responses, tmp_path / "d")
     assert signal.getsignal(signal.SIGTERM) == before

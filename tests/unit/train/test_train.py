@@ -1,11 +1,11 @@
 import json
-import os
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
 from dpace.batches.dataset import ResponseDataset
@@ -15,7 +15,10 @@ from dpace.drafter import Drafter, load_drafter
 from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance, walk
 from dpace.metrics import Acceptance
-from dpace.train.calibration import fit_confidence_temperature
+from dpace.train.checkpoints import TrainingState, has_optimizer
+from dpace.train.finish import fit_confidence_temperature
+from dpace.train.loop import TrainingLoop
+from dpace.train.progress import TrainingBar
 from dpace.train.run import make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE, make_drafter
 
@@ -62,52 +65,67 @@ def test_a_resumed_run_ends_with_the_same_weights(
 ):
     changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "optimizer": optimizer, "grow_blocks": grow_blocks}
     whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+    take_step, steps = TrainingLoop.take_step, []
 
-    from dpace.train.trainer import DrafterTrainer
-
-    compute_loss, calls = DrafterTrainer.compute_loss, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(self.state.global_step)
-        if len(calls) == 6:
+    def watched(self, batches):
+        steps.append(self.state.global_step)
+        if len(steps) == 6:
             raise KeyboardInterrupt
-        return compute_loss(self, *args, **kwargs)
+        take_step(self, batches)
+
+    monkeypatch.setattr(TrainingLoop, "take_step", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run(language_target, language_responses, tmp_path / "resumed", **changes)
+    resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
+    assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
+    assert torch.equal(resumed, whole)
+
+
+def test_an_objective_that_draws_draws_the_same_after_a_resume(
+    language_target, language_responses, tmp_path, monkeypatch
+):
+    recipe = short(max_steps=4, eval_steps=2)
+    datasets = make_datasets(language_target, language_responses[:8], language_responses[50:52], recipe)
+    whole = train(language_target, *datasets, recipe, tmp_path / "whole", weigh=weigh_at_random)
+    take_step = TrainingLoop.take_step
+
+    def interrupted(self, batches):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        take_step(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", interrupted)
+        patch.setattr(TrainingLoop, "take_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(language_target, language_responses, tmp_path / "resumed", **changes)
-    calls.clear()
-    monkeypatch.setattr(
-        DrafterTrainer, "compute_loss", lambda s, *a, **k: calls.append(s.state.global_step) or compute_loss(s, *a, **k)
-    )
-    resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
-    assert calls[0] == 3
-    assert torch.equal(resumed, whole)
+            train(language_target, *datasets, recipe, tmp_path / "resumed", weigh=weigh_at_random)
+    resumed = train(language_target, *datasets, recipe, tmp_path / "resumed", weigh=weigh_at_random)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+def weigh_at_random(slots):
+    return torch.rand(slots.is_scored.shape)
 
 
 def test_checkpoints_apart_from_measurements(language_target, language_responses, tmp_path, monkeypatch):
     """The best weights are kept at every measurement; a run that is killed goes on from the last checkpoint."""
-    from dpace.train.checkpoints import CheckpointedTrainer, has_optimizer
-
     changes = {"max_steps": 8, "eval_steps": 1, "save_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
-    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
+    run(language_target, language_responses, tmp_path / "whole", **changes)
     state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
     kept = {p.name for p in (tmp_path / "whole" / "checkpoints").iterdir()}
     assert kept == {"checkpoint-8", f"checkpoint-{state['best_global_step']}"}
-    write, disk = CheckpointedTrainer._write_checkpoint, []
+    save, disk = TrainingLoop.save, []
 
-    def interrupted(self, *, has_optimizer):
+    def interrupted(self, *, with_optimizer):
         if self.state.global_step == 5:
             raise KeyboardInterrupt
-        write(self, has_optimizer=has_optimizer)
+        save(self, with_optimizer=with_optimizer)
         folders = list((tmp_path / "resumed" / "checkpoints").iterdir())
         disk.append(sum(3 if (f / "optimizer.safetensors").exists() else 1 for f in folders))
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointedTrainer, "_write_checkpoint", interrupted)
+        patch.setattr(TrainingLoop, "save", interrupted)
         patch.setattr(
-            "dpace.train.trainer.heldout_acceptance",
+            "dpace.train.loop.heldout_acceptance",
             lambda *_, **__: SimpleNamespace(tau=float(next(taus)), interval=lambda: (0.0, 9.0)),
         )
         taus = iter(range(1, 99))  # each measurement is the best one
@@ -117,34 +135,9 @@ def test_checkpoints_apart_from_measurements(language_target, language_responses
     folders = {p.name: has_optimizer(p) for p in (tmp_path / "resumed" / "checkpoints").iterdir()}
     assert folders == {"checkpoint-3": True, "checkpoint-4": False}
     steps = []
-    monkeypatch.setattr(
-        CheckpointedTrainer, "_write_checkpoint", lambda s, **k: steps.append(s.state.global_step) or write(s, **k)
-    )
+    monkeypatch.setattr(TrainingLoop, "save", lambda s, **k: steps.append(s.state.global_step) or save(s, **k))
     run(language_target, language_responses, tmp_path / "resumed", **changes)
     assert steps[0] > 3 and not [p for p in (tmp_path / "resumed").rglob("*.unfinished")]
-    assert len(whole)
-
-
-def test_ctrl_c_saves_the_step(language_target, language_responses, tmp_path, monkeypatch):
-    from dpace.train.trainer import DrafterTrainer
-
-    changes = {"max_steps": 6, "eval_steps": 6, "batch_size": 4}
-    whole = run(language_target, language_responses, tmp_path / "whole", **changes)
-    compute_loss = DrafterTrainer.compute_loss
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return compute_loss(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DrafterTrainer, "compute_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(language_target, language_responses, tmp_path / "resumed", **changes)
-    assert (tmp_path / "resumed" / "checkpoints" / "checkpoint-4").is_dir()
-    assert not (tmp_path / "resumed" / "provenance.json").exists()
-    resumed = run(language_target, language_responses, tmp_path / "resumed", **changes)
-    assert torch.equal(resumed, whole)
 
 
 def test_features_kept_in_memory_change_nothing(language_target, language_responses, tmp_path):
@@ -251,13 +244,45 @@ def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, 
         run_recipe(language_target, spoilt, language_responses[50:52], short(), tmp_path)
 
 
-def test_a_tracker_gets_the_log(language_target, language_responses, tmp_path, monkeypatch):
-    """Through transformers' Trainer."""
-    pytest.importorskip("tensorboard")
-    monkeypatch.chdir(tmp_path)
-    run(language_target, language_responses, tmp_path / "drafter", report_to=("tensorboard",))
-    (written,) = tmp_path.glob("**/events.out.tfevents.*")
-    assert b"tau" in written.read_bytes()
+def test_trackers_get_the_log_and_one_that_fails_is_left_out(
+    language_target, language_responses, tmp_path, monkeypatch, capsys
+):
+    class Kept(GeneralTracker):
+        name, requires_logging_directory, tracker = "wandb", False, None
+        entries: ClassVar[list] = []
+
+        def __init__(self, project):
+            self.entries.append(project)
+
+        def store_init_configuration(self, values):
+            self.entries.append(values["train.max_steps"])
+
+        def log(self, values, step=None, **_):
+            self.entries.append((step, sorted(values)))
+
+    class Failing(Kept):
+        def log(self, values, step=None, **_):
+            raise KeyError("no key")
+
+    classes = {"wandb": Kept, "trackio": Failing}
+    monkeypatch.setattr("dpace.train.progress.LOGGER_TYPE_TO_CLASS", classes)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    run(language_target, language_responses, tmp_path, report_to=("trackio", "wandb"))
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 3]
+    expected = [(entry["step"], sorted(set(entry) - {"step"})) for entry in log]
+    assert Kept.entries == ["dpace", 3, "mine", 3, *expected]
+    assert capsys.readouterr().err.count("the tracker trackio failed ('no key'); the training goes on") == 1
+
+
+def test_the_bar_shows_validation_tau_first():
+    """What stands first is what 80 columns have room for."""
+    state = TrainingState(9, global_step=2)
+    state.add_to_log({"loss": 3.2, "tokens_per_second": 900.0, "nll": 1.0})
+    state.add_to_log({"eval_tau": 2.3})
+    shown = {}
+    TrainingBar(SimpleNamespace(update=lambda task, **values: shown.update(values)), 0).move(state)
+    assert shown == {"completed": 2, "info": "validation tau 2.3, loss 3.2, tokens/s 900"}
 
 
 CANDIDATES = {

@@ -1,0 +1,381 @@
+"""The training loop: from conversations and an untrained drafter to its weights after the last step.
+
+A step draws its blocks, scores them through the frozen head, and divides, clips and applies the gradient. Accelerate
+spreads it over the ranks. The drafter is measured every few steps, and checkpoints are written on the way.
+"""
+
+import contextlib
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+from dpace.batches.dataset import GroupedSampler, ResponseDataset, collate
+from dpace.blocks import Blocks
+from dpace.config import LossConfig, Recipe
+from dpace.drafter import Drafter
+from dpace.drafter.views import blocks_hidden
+from dpace.loss import HeadOutput, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.measure.heldout import heldout_acceptance
+from dpace.system import ranks
+from dpace.system.device import TILED, default_dtype, synchronize
+from dpace.system.loading import refuse_infinite
+from dpace.target import Target
+from dpace.target.head import Head
+from dpace.train.anchors import blocks_of_step
+from dpace.train.checkpoints import (
+    TrainingState,
+    checkpoint_folder,
+    read_optimizer,
+    read_state,
+    read_weights,
+    write_checkpoint,
+)
+from dpace.train.optimizer import make_optimizer
+from dpace.train.progress import Interrupt, StepLog, Trackers, training_bar
+from dpace.train.sharding import gather_weights, scatter_weights, shard, sharded_by_dpace, wants_shards
+
+LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
+
+
+def score_batch(
+    model: Any,
+    target: Target,
+    inputs: dict[str, Any],
+    config: LossConfig,
+    *,
+    drafter: Drafter,
+    head: Head,
+    head_index: Tensor | None,
+    weigh: Weigh,
+    progress: float = 0.0,
+    make_mask: Callable[[Blocks, int], Any] | None = None,
+    chunk_bytes: int | None = None,
+) -> tuple[HeadOutput, Blocks]:
+    """Run the forward pass of a micro-batch, up to the weighted loss of each block.
+
+    Args:
+        model: the drafter, or its wrapper in training.
+        target: its target.
+        inputs: a batch of `collate`.
+        config: the loss.
+        drafter: what `model` wraps.
+        head: the target's, or its rows of the tokens that `head_index` knows.
+        head_index: the row of each token in `head`; None where it has all.
+        weigh: computes the weights.
+        progress: share of the training that is done.
+        make_mask: see `blocks_hidden`.
+        chunk_bytes: see `frozen_head_nll`.
+
+    Returns:
+        What the head gives, and the blocks.
+    """
+    hidden, blocks, target_hidden = blocks_hidden(
+        model,
+        target,
+        inputs,
+        mask_token_id=drafter.mask_token_id,
+        target_layer_ids=drafter.target_layer_ids,
+        with_target_hidden=config.needs_target_probs,
+        make_mask=make_mask,
+    )
+    labels = blocks.labels if head_index is None else head_index[blocks.labels]
+    out = frozen_head_nll(
+        hidden,
+        head,
+        labels,
+        blocks.is_scored,
+        weigh=lambda slots: weigh(slots._replace(progress=progress)),
+        token_loss=config.token_loss,
+        target_hidden=target_hidden,
+        chunk_bytes=chunk_bytes,
+    )
+    return out, blocks
+
+
+class TrainingLoop:
+    """Trains a drafter on blocks of a target's responses.
+
+    Where accelerate's configuration asks for FSDP2, a copy of the drafter is sharded and trained. The drafter itself
+    stays whole on each rank, and gets the weights for measuring, for checkpoints and at the end. So the files are the
+    same as those of one process.
+
+    Memory, of a rank among n: a whole drafter with its gradient and moments; sharded, a whole drafter and a share 1/n
+    of weights, gradient and moments.
+
+    Args:
+        drafter: trained in place; in fp32. On an accelerator its forward pass runs in bf16.
+        target: its target.
+        dataset: what is trained on.
+        validation: what tau is measured on; may be empty.
+        recipe: every setting.
+        weigh: computes the weights of slots.
+        checkpoints: folder for them.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Target,
+        dataset: ResponseDataset,
+        validation: ResponseDataset,
+        recipe: Recipe,
+        *,
+        weigh: Weigh,
+        checkpoints: Path,
+    ):
+        self.drafter, self.target = drafter, target
+        self.dataset, self.validation = dataset, validation
+        self.recipe, self.config, self.loss = recipe, recipe.train, recipe.loss
+        self.weigh, self.checkpoints = weigh, checkpoints
+        self.head, self.head_index = target.head, None
+        if self.loss.vocabulary == "seen":
+            self.head, self.head_index = target.head.part(dataset.seen_tokens)
+        self.accelerator = self._make_accelerator()
+        self.loader = self._make_loader()
+        self.steps_per_epoch = math.ceil(len(self.loader) / self.config.gradient_accumulation_steps)
+        num_steps = math.ceil(self.config.num_epochs * self.steps_per_epoch)
+        self.state = TrainingState(max_steps=self.config.max_steps if self.config.max_steps > 0 else num_steps)
+        if self.config.gradient_checkpointing:
+            drafter.activation_checkpointing_enable()
+        self.is_sharded = wants_shards()
+        self.model = copy.deepcopy(drafter) if self.is_sharded else drafter
+        if self.is_sharded:
+            shard(self.model)
+        # Prepared are autocast and compilation, and, without shards, the sum of the gradients over the ranks.
+        self.wrapped: Any = self.accelerator.prepare_model(
+            self.model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
+        )
+        self.optimizer = make_optimizer(self.model, self.config)
+        warmup = math.ceil(self.state.max_steps * self.config.warmup_ratio)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.state.max_steps)
+        self.log = StepLog(drafter.block_size)
+
+    def _make_accelerator(self) -> Accelerator:
+        """Choose the precision: fp32 on a CPU, bf16 with fp32 weights on an accelerator."""
+        device = self.target.device
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the device of a training before this one
+        with sharded_by_dpace():
+            accelerator = Accelerator(
+                cpu=device.type == "cpu",
+                mixed_precision="bf16" if default_dtype(device) == torch.bfloat16 else "no",
+                dynamo_backend="inductor" if self.config.torch_compile else None,
+                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=self.config.seed),
+            )
+        assert accelerator.device.type == device.type
+        return accelerator
+
+    def _make_loader(self) -> Any:
+        """Give each rank its conversations: in random order, or steps of about one length."""
+        config, sampler = self.config, None
+        step_size = config.batch_size * config.gradient_accumulation_steps * ranks.num_ranks()
+        if config.group_by_length and step_size > 1:
+            sampler = GroupedSampler(self.dataset, step_size)
+        return self.accelerator.prepare_data_loader(
+            DataLoader(
+                self.dataset,  # pyright: ignore[reportArgumentType]
+                batch_size=config.batch_size,
+                sampler=sampler,
+                shuffle=sampler is None,
+                collate_fn=partial(collate, block_size=self.drafter.block_size),
+                pin_memory=self.target.device.type in TILED,
+            )
+        )
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, 0 to 1; the same for all micro-batches of a step."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def run(self, newest: Path | None = None) -> None:
+        """Train to the last step, and leave the drafter with the best weights, or the last where none were measured.
+
+        Args:
+            newest: the checkpoint to go on from.
+
+        Raises:
+            ValueError: a loss, gradient or weight that is not finite; an objective that fails.
+            OSError: no room on the disk; the same call goes on when there is.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
+        """
+        if newest is not None:
+            self.read_checkpoint(newest)
+        state, config = self.state, self.config
+        interrupt = Interrupt(self.accelerator)
+        with Trackers(self.recipe) as trackers, training_bar(self.loss.objective, state) as bar, interrupt.watching():
+            for batches in self.batches_of_steps():
+                self.take_step(batches)
+                is_last = state.global_step == state.max_steps
+                is_asked = interrupt.is_asked()
+                is_best = False
+                if is_last or state.global_step % config.logging_steps == 0:
+                    trackers.log(state.add_to_log(self.log.entry(self.accelerator)))
+                if len(self.validation) and (is_last or state.global_step % config.eval_steps == 0):
+                    metrics = self.evaluate()
+                    trackers.log(state.add_to_log(metrics))
+                    is_best = state.note_tau(metrics["eval_tau"])
+                if is_last or is_asked or state.global_step % (config.save_steps or config.eval_steps) == 0:
+                    self.save(with_optimizer=True)
+                elif is_best:
+                    self.save(with_optimizer=False)
+                bar.move(state)
+                if is_asked:
+                    raise KeyboardInterrupt
+        self.gather()
+        if state.best_global_step:
+            self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
+
+    def batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the micro-batches of each step, from where the training stands to its end."""
+        state, accumulation = self.state, self.config.gradient_accumulation_steps
+        while state.global_step < state.max_steps:
+            epoch, num_done = divmod(state.global_step, self.steps_per_epoch)
+            self.dataset.epoch = epoch
+            self.loader.set_epoch(epoch)
+            loader = skip_first_batches(self.loader, num_done * accumulation) if num_done else self.loader
+            batches = iter(loader)
+            for step in range(num_done, min(self.steps_per_epoch, num_done + state.max_steps - state.global_step)):
+                state.epoch = epoch + min(1.0, (step + 1) * accumulation / len(self.loader))
+                yield list(itertools.islice(batches, accumulation))
+
+    def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Take one optimizer step, which is the same however its conversations are split.
+
+        The losses of blocks are only added up. What their sum is divided by, the items of the reduction, is counted
+        over all micro-batches and ranks, and the accumulated gradient is divided by it. The sum of the weights, the
+        divisor of the reduction `weights`, is known only then.
+
+        Args:
+            batches: this rank's micro-batches of `collate`; each rank has as many.
+
+        Raises:
+            ValueError: a loss or gradient that is not finite; the step is not taken then.
+
+        Source: D-PACE (arXiv 2605.18810), equation 9.
+        """
+        started = time.perf_counter()
+        set_seed(self.config.seed + self.state.global_step)  # of an objective that draws: the same after a resume
+        self.wrapped.train()
+        totals = torch.zeros(2, device=self.target.device)  # the sum of the losses, and the items
+        for number, batch in enumerate(batches, start=1):
+            batch = blocks_of_step(batch, self.progress, self.config, self.drafter.block_size)
+            with self.reduced_over_ranks(number == len(batches)):
+                out, blocks = score_batch(
+                    self.wrapped,
+                    self.target,
+                    batch,
+                    self.loss,
+                    drafter=self.drafter,
+                    head=self.head,
+                    head_index=self.head_index,
+                    weigh=self.weigh,
+                    progress=self.progress,
+                    chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
+                )
+                loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
+                loss.backward()
+            totals += torch.stack([loss.detach(), count_items(blocks.is_scored, self.loss.reduction, out.weights)])
+            self.log.add_batch(out, blocks.is_scored)
+        totals = self.over_ranks(totals)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = ranks.whole(get_total_norm(gradients))
+
+        loss, num_items, norm = torch.stack([*totals, norm]).tolist()  # the only wait for the device
+        divisor = max(num_items, torch.finfo(torch.float32).tiny)
+        factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks
+        loss, norm = loss / divisor, norm * factor
+        self.refuse_infinite_step(loss, norm)
+        if self.config.max_grad_norm:
+            factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        synchronize(self.target.device)
+        self.state.global_step += 1
+        seconds = time.perf_counter() - started
+        self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=seconds)
+
+    @contextlib.contextmanager
+    def reduced_over_ranks(self, is_last: bool) -> Iterator[None]:
+        """Let the ranks exchange gradients in the backward pass of a step's last micro-batch only."""
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
+        with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
+            yield
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        total: Any = self.accelerator.reduce(value, reduction="sum")
+        return total
+
+    def refuse_infinite_step(self, loss: float, norm: float) -> None:
+        """Refuse a step that would spoil the weights.
+
+        Raises:
+            ValueError: names the step and the number.
+        """
+        step = self.state.global_step + 1
+        fault = None
+        if not math.isfinite(loss):
+            fault = f"the loss of step {step} is {loss}"
+        elif not math.isfinite(norm):
+            fault = f"the gradient of step {step} has the norm {norm}"
+        if fault:
+            rate = self.config.learning_rate
+            kept = f"the last checkpoint is kept in {self.checkpoints}"
+            raise ValueError(f"{fault}, with the learning rate {rate:g}; {LOWER} ({kept})")
+
+    def gather(self) -> None:
+        """Bring the weights as they are into `drafter`; all ranks must be here.
+
+        Raises:
+            ValueError: a step has spoilt them; names it and the tensors.
+        """
+        if self.is_sharded:
+            gather_weights(self.model, self.drafter)
+        refuse_infinite(f"the drafter after step {self.state.global_step}", self.drafter, LOWER)
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure tau of the validation responses, with its 95 % interval.
+
+        It is what selects the best checkpoint: the loss cannot be compared between steps or objectives, and D-PACE's
+        grows as the drafter gets better.
+        """
+        self.gather()
+        acceptance = heldout_acceptance(self.drafter, self.target, self.validation, over_ranks=True)
+        low, high = acceptance.interval()
+        return {"eval_tau": acceptance.tau, "eval_tau_low": low, "eval_tau_high": high}
+
+    def save(self, *, with_optimizer: bool) -> None:
+        """Write a checkpoint; training can go on from it only with the optimizer's state."""
+        self.gather()
+        moving = (self.optimizer, self.schedule) if with_optimizer else None
+        write_checkpoint(self.checkpoints, self.drafter, self.state, moving, is_sharded=self.is_sharded)
+
+    def read_checkpoint(self, folder: Path) -> None:
+        """Take up the training where a checkpoint left it."""
+        self.state = read_state(folder)
+        self.read_weights(folder)
+        read_optimizer(folder, self.optimizer, self.schedule)
+
+    def read_weights(self, folder: Path) -> None:
+        """Read the weights, into the tensors that the optimizer knows."""
+        read_weights(folder, self.drafter)
+        if self.is_sharded:
+            scatter_weights(self.drafter, self.model)
