@@ -73,24 +73,24 @@ class Corpus:
         return len(self._order)
 
     def _find(self, number: int) -> tuple[int, int]:
-        """Give the batch of a conversation, and its row there."""
+        """Return the batch of a conversation, and its row there."""
         row = int(self._order[number])
         batch = bisect_right(self._starts, row) - 1
         return batch, row - int(self._starts[batch])
 
     def id(self, number: int) -> str:
-        """Give the id of a conversation."""
+        """Return the id of a conversation."""
         batch, row = self._find(number)
         return self._ids[batch][row].as_py()
 
     def token_ids(self, number: int) -> np.ndarray:
-        """Give the tokens of a conversation, without a copy."""
+        """Return the tokens of a conversation, without a copy."""
         batch, row = self._find(number)
         offsets, values = self._tokens[batch]
         return values[offsets[row] : offsets[row + 1]]
 
     def spans(self, number: int) -> np.ndarray:
-        """Give the spans [start, end) of a conversation, "span 2", without a copy."""
+        """Return the spans [start, end) of a conversation, "span 2", without a copy."""
         batch, row = self._find(number)
         offsets, values = self._spans[batch]
         return values[offsets[row] : offsets[row + 1]].reshape(-1, 2)
@@ -118,7 +118,7 @@ class Corpus:
 
 
 def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Give the offsets and the values of a column of lists, without a copy."""
+    """Return the offsets and the values of a column of lists, without a copy."""
     return column.offsets.to_numpy(), column.values.to_numpy()
 
 

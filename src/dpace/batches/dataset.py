@@ -1,8 +1,7 @@
-"""Make batches of conversations with the blocks of an epoch.
+"""Make batches of conversations: a corpus comes in, padded batches with the blocks of an epoch go out.
 
-The target's features are kept with them where they fit in memory.
-
-Choose the order of an epoch's conversations, so that those of a step are about equally long.
+The target's features are kept with them where they fit in memory. The order of an epoch is such that conversations of
+a step are about equally long.
 """
 
 import copy
@@ -32,14 +31,17 @@ class ResponseDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, responses: Corpus | Sequence[Response], *, max_length: int, num_anchors: int | None, seed: int):
-        self.epoch, self.max_length, self.num_anchors, self.seed = 0, max_length, num_anchors, seed
+        self.epoch = 0
+        self.max_length = max_length
+        self.num_anchors = num_anchors
+        self.seed = seed
         self.features: Sequence[Tensor] | None = None
         self.corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
         self.chosen = np.flatnonzero(self.corpus.num_anchors(max_length))
         """Numbers of the corpus's conversations that have an anchor."""
 
     def with_seed(self, seed: int) -> "ResponseDataset":
-        """Give the same conversations and features with other anchors."""
+        """Return the same conversations and features with other anchors."""
         other = copy.copy(self)
         other.seed, other.epoch = seed, 0
         return other
@@ -70,12 +72,12 @@ class ResponseDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.flatnonzero(is_seen))
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:
-        """Give the tokens of a conversation."""
+        """Return the tokens of a conversation."""
         tokens = self.corpus.token_ids(int(self.chosen[index]))[: self.max_length]
         return torch.from_numpy(tokens.astype(np.int64))
 
     def is_response(self, index: int) -> Bool[Tensor, " seq"]:
-        """Say which tokens of a conversation the target wrote."""
+        """Return which tokens of a conversation the target wrote."""
         flags = torch.zeros(min(int(self.corpus.lengths[self.chosen[index]]), self.max_length), dtype=torch.bool)
         for start, end in self.corpus.spans(int(self.chosen[index])).tolist():
             flags[start:end] = True
@@ -84,7 +86,7 @@ class ResponseDataset(torch.utils.data.Dataset):
     def keep_features(
         self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
     ) -> bool:
-        """Compute the features of every conversation once, and say whether they fit in memory.
+        """Compute the features of every conversation once, and return whether they fit in memory.
 
         They are those of `Target.features`; nothing is computed where they pass the limit.
         """
@@ -111,7 +113,7 @@ class ResponseDataset(torch.utils.data.Dataset):
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Give one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
+        """Return one conversation with its anchors of this epoch, and `draw`, the seed of other ones."""
         is_response, response_id = self.is_response(index), self.corpus.id(int(self.chosen[index]))
         seed = (self.seed, self.epoch, response_id)
         return {
@@ -168,7 +170,7 @@ def grouped_order(lengths: np.ndarray, step_size: int, *, seed: tuple[int, int])
 
 
 class GroupedSampler(torch.utils.data.Sampler[int]):
-    """Gives a dataset's conversations in `grouped_order`, another one each epoch."""
+    """A dataset's conversations in `grouped_order`, another one each epoch."""
 
     def __init__(self, dataset: ResponseDataset, step_size: int):
         self.dataset, self.step_size = dataset, step_size

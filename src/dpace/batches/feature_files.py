@@ -3,10 +3,9 @@
 A folder has a subfolder for each target, choice of layers and dtype. Its safetensors files hold a row for each text,
 named by the hash of its tokens: answers may be added, and a run that was killed goes on with what is missing.
 
-Hidden states of a running vLLM, read through the public package `hs-connectors`.
-
-vLLM writes each text's hidden states to a file (its speculative method `extract_hidden_states`), and this process reads
-and removes it. Both must see the same folder.
+This process computes the rows, or running vLLM servers do, through the public package `hs-connectors`: vLLM writes each
+text's hidden states to a file (its speculative method `extract_hidden_states`), and this process reads and removes it.
+Both must see the same folder.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, pad
-from dpace.servers.transport import Address
+from dpace.servers.apis import VllmServer
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, write_json, writing
 from dpace.system.progress import progress_bar
@@ -47,7 +46,7 @@ class ServerFeatures:
             more.
 
     Raises:
-        ValueError: the package is missing, or an address is none.
+        ValueError: the package is missing, or no vLLM answers at an address.
     """
 
     def __init__(self, urls: Sequence[str], target: Target, target_layer_ids: Sequence[int]):
@@ -58,12 +57,13 @@ class ServerFeatures:
                 "--train.feature-servers needs the package hs-connectors; install it with "
                 "`pip install 'dpace[hidden-states]'`"
             ) from error
-        self.addresses, self.target, self.layer_ids = [Address(url) for url in urls], target, list(target_layer_ids)
+        self.servers = [VllmServer(url) for url in urls]
+        self.target = target
+        self.layer_ids = list(target_layer_ids)
         self.transfer = FP8Transfer(Path(), target.head.weight.dtype)
-        self.models = [self._find_model(address) for address in self.addresses]
 
     def __call__(self, texts: Sequence[Tensor]) -> list[Tensor]:
-        """Give the hidden states of texts, each "seq feature", as `Target.features` does.
+        """Return the hidden states of texts, each "seq feature", as `Target.features` does.
 
         Raises:
             ValueError: what a server sends, or writes, is not that.
@@ -83,62 +83,54 @@ class ServerFeatures:
         for layer, error in zip(self.layer_ids, apart.tolist(), strict=True):
             if not error <= MOST_APART:
                 raise ValueError(
-                    f"{self.addresses[0].url} gives other hidden states for layer {layer} than --target ({error:.0%} "
+                    f"{self.servers[0].url} gives other hidden states for layer {layer} than --target ({error:.0%} "
                     f"apart); serve that model with eagle_aux_hidden_state_layer_ids {[i + 1 for i in self.layer_ids]}"
                 )
 
-    def _find_model(self, address: Address) -> str:
-        page = address.get("/v1/models")
-        try:
-            return str(json.loads(page)["data"][0]["id"])
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{address.url}/v1/models answers {address.short(page)}, expected a list of models; is it vLLM?"
-            ) from error
-
     def _ask(self, number: int, text: Tensor) -> Tensor:
-        place = number % len(self.addresses)
-        address, token_ids = self.addresses[place], text.tolist()
-        body = {"model": self.models[place], "prompt": token_ids, "max_tokens": 1, "temperature": 0.0}
-        (reply,) = address.events("/v1/completions", body | {"return_token_ids": True}, 1 + len(token_ids))
-        assert reply is not None, "without a stream, the answer is one event"
-        params: Any = reply.get("kv_transfer_params")
+        """Let one of the servers compute the hidden states of a text."""
+        server = self.servers[number % len(self.servers)]
+        token_ids = text.tolist()
+        body = {"model": server.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0.0}
+        (reply,) = server.address.events("/v1/completions", body | {"return_token_ids": True}, 1 + len(token_ids))
+        params: Any = reply and reply.get("kv_transfer_params")
         path = params.get("hidden_states_path") if isinstance(params, dict) else None
         if not isinstance(path, str) or not path.endswith(".safetensors"):
             raise ValueError(
-                f"{address.url} names no file of hidden states; start vLLM with the speculative method "
+                f"{server.url} names no file of hidden states; start vLLM with the speculative method "
                 "extract_hidden_states and ExampleHiddenStatesConnector"
             )
+        name = server.address.short(path)
         try:
             sample = self.transfer.get_generated(params)
         except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{address.short(path)} of {address.url} cannot be read ({error}); see its log") from error
+            raise ValueError(f"{name} of {server.url} cannot be read ({error}); see its log") from error
         if sample is None:
-            raise ValueError(f"{address.short(path)} of {address.url} is not seen here; let both share that folder")
-        rows = self._check(address, sample, token_ids)
+            raise ValueError(f"{name} of {server.url} is not seen here; let both share that folder")
+        rows = self._check_sample(server.url, sample, token_ids)
         self.transfer.delete(path)  # which holds these tokens' hidden states, so it is no other file
         return rows
 
-    def _check(self, address: Address, sample: dict[str, Tensor], token_ids: list[int]) -> Tensor:
+    def _check_sample(self, url: str, sample: dict[str, Tensor], token_ids: list[int]) -> Tensor:
         """Refuse what are not the hidden states of this text."""
-        hidden, found = sample.get("hidden_states"), sample.get("token_ids")
+        hidden = sample.get("hidden_states", torch.empty(0))
+        found = sample.get("token_ids", torch.empty(0))
         expected = (len(token_ids), len(self.layer_ids), self.target.hidden_size)
-        if hidden is None or tuple(hidden.shape) != expected:
+        if hidden.shape != expected:
             raise ValueError(
-                f"{address.url} wrote hidden states of the shape {None if hidden is None else tuple(hidden.shape)}, "
-                f"expected {expected}: tokens, layers, width; serve the target with "
-                f"eagle_aux_hidden_state_layer_ids {[i + 1 for i in self.layer_ids]}, and with "
-                "--no-enable-prefix-caching and --no-enable-chunked-prefill"
+                f"{url} wrote hidden states of the shape {tuple(hidden.shape)}, expected {expected}: tokens, layers, "
+                f"width; serve the target with eagle_aux_hidden_state_layer_ids {[i + 1 for i in self.layer_ids]}, and "
+                "with --no-enable-prefix-caching and --no-enable-chunked-prefill"
             )
-        if found is None or found.tolist() != token_ids:
-            raise ValueError(f"{address.url} wrote the hidden states of another text; give it a folder of its own")
+        if found.tolist() != token_ids:
+            raise ValueError(f"{url} wrote the hidden states of another text; give it a folder of its own")
         if not bool(torch.isfinite(hidden.float()).all()):
-            raise ValueError(f"{address.url} wrote hidden states that are not finite; see its log")
+            raise ValueError(f"{url} wrote hidden states that are not finite; see its log")
         return hidden.flatten(1).to(self.target.head.weight.dtype)
 
 
-Make = Callable[[Sequence[Tensor]], list[Tensor]]
-"""Gives the hidden states of texts, each "seq feature"."""
+Compute = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Computes the hidden states of texts, each "seq feature"."""
 StoredDtype = Literal["target", "bfloat16", "float8"]
 SHARD_BYTES = 256 * 2**20
 """Size at which a file is written and the next one begun."""
@@ -162,9 +154,10 @@ class FeatureFiles(Sequence[Tensor]):
     """
 
     def __init__(self, folder: Path, names: Sequence[str], dtype: torch.dtype):
-        self.names, self.dtype = list(names), dtype
-        self.places, self.checksums = _index(folder)
-        missing = [name for name in self.names if name not in self.places]
+        self.names = list(names)
+        self.dtype = dtype
+        self.paths, self.checksums = _index_rows(folder)
+        missing = [name for name in self.names if name not in self.paths]
         if missing:
             raise ValueError(
                 f"{folder} lacks the hidden states of {len(missing)} of {len(self.names)} texts; let all ranks see the "
@@ -183,7 +176,7 @@ class FeatureFiles(Sequence[Tensor]):
             ValueError: the file was changed.
         """
         name = self.names[index]
-        path = self.places[name]
+        path = self.paths[name]
         if path not in self.open:
             self.open[path] = safe_open(path, framework="pt").__enter__()
         row = self.open[path].get_tensor(name)
@@ -194,7 +187,7 @@ class FeatureFiles(Sequence[Tensor]):
         return row.to(self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what another process needs: open files are its own."""
+        """Return what another process needs: open files are its own."""
         return {**vars(self), "open": {}}
 
 
@@ -232,45 +225,49 @@ def keep_on_disk(
             "--train.feature-servers give no input of the LM head, which this token loss or confidence needs; leave "
             "them out, or take --loss.token-loss nll"
         )
-    facts = [_identity(target), list(target_layer_ids), with_head_input, dtype, "vllm" if servers else "dpace"]
-    place = Path(folder) / hash_json(facts)[:16]
-    names = [_name(dataset, i) for i in range(len(dataset))]
-    with lock_folder(place):
-        missing = ranks.from_first(lambda: _prepare(place, facts, names))
+    facts = {
+        "target": [target.sha256, str(target.model.dtype)],
+        "layers": list(target_layer_ids),
+        "with_head_input": with_head_input,
+        "dtype": dtype,
+        "by": "vllm" if servers else "dpace",
+    }
+    rows = Path(folder) / hash_json(list(facts.values()))[:16]
+    names = [_hash_text(dataset.token_ids(i)) for i in range(len(dataset))]
+    with lock_folder(rows):
+        missing = ranks.from_first(lambda: _find_missing(rows, facts, names))
         if missing:
-            wanted, lengths = {name: i for i, name in enumerate(names) if name in missing}, dataset.lengths.tolist()
+            lengths = dataset.lengths.tolist()
+            wanted = {name: i for i, name in enumerate(names) if name in missing}
             row_bytes = bytes_of_token(target, len(target_layer_ids) + with_head_input, dtype)
             size = row_bytes * sum(lengths[i] for i in wanted.values())
-            ranks.from_first(lambda: _refuse_size(size, limit_bytes, place))
+            ranks.from_first(lambda: _refuse_size(size, limit_bytes, rows))
             mine = ranks.share(sorted(wanted.values(), key=lambda i: (lengths[i], names[i])))
-            make = partial(_read, target, target_layer_ids, with_head_input)
             if servers:
-                make = _ask(servers, target, target_layer_ids, dataset.token_ids(mine[0] if mine else 0))
-            _compute(make, dataset, place, mine, names, dtype)
+                compute = ServerFeatures(servers, target, target_layer_ids)
+                compute.check(dataset.token_ids(mine[0] if mine else 0))
+            else:
+                compute = partial(_compute_here, target, target_layer_ids, with_head_input)
+            _fill(compute, dataset, rows, mine, names, dtype)
             most = math.ceil(math.ceil(len(wanted) / ranks.num_ranks()) / FEATURE_BATCH)  # of a rank's batches
             for _ in range(0 if servers else most - math.ceil(len(mine) / FEATURE_BATCH)):
                 target.stand_by(target_layer_ids, with_head_input=with_head_input)
         ranks.barrier()
-    dataset.features = FeatureFiles(place, names, target.head.weight.dtype)
+    dataset.features = FeatureFiles(rows, names, target.head.weight.dtype)
 
 
-def _identity(target: Target) -> list[str]:
-    """Say what the hidden states of a text depend on."""
-    return [target.sha256, str(target.model.dtype)]
-
-
-def _name(dataset: ResponseDataset, index: int) -> str:
-    """Name a text by its tokens."""
-    return hashlib.sha256(dataset.token_ids(index).numpy().tobytes()).hexdigest()[:32]
+def _hash_text(token_ids: Tensor) -> str:
+    return hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()[:32]
 
 
 def _checksum(row: Tensor) -> int:
     return zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _index(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
+def _index_rows(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
     """Find the file and the checksum of each row."""
-    places, checksums = {}, {}
+    paths: dict[str, Path] = {}
+    checksums: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -280,30 +277,28 @@ def _index(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
                 f"{path} is no file of hidden states, or a damaged one ({error}); delete it, and the same command "
                 "computes its rows again"
             ) from error
-        places |= dict.fromkeys(found, path)
+        paths |= dict.fromkeys(found, path)
         checksums |= found
-    return places, checksums
+    return paths, checksums
 
 
-def _prepare(place: Path, facts: list[Any], names: Sequence[str]) -> set[str]:
-    """Say what the folder holds, and find the rows that are missing."""
-    write_json(
-        place / "identity.json", dict(zip(("target", "layers", "with_head_input", "dtype", "by"), facts, strict=True))
-    )
-    return set(names) - set(_index(place)[0])
+def _find_missing(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> set[str]:
+    """Write what the folder is for, and find the rows that are missing."""
+    write_json(folder / "identity.json", facts)
+    return set(names) - set(_index_rows(folder)[0])
 
 
 def bytes_of_token(target: Any, num_layers: int, dtype: StoredDtype) -> int:
-    """Give the bytes of a token's hidden states on disk."""
+    """Return the bytes of a token's hidden states on disk."""
     size = {"target": target.head.weight.element_size(), "bfloat16": 2, "float8": 1}[dtype]
     return num_layers * target.hidden_size * size + (4 if dtype == "float8" else 0)
 
 
-def _refuse_size(size: int, limit_bytes: float, place: Path) -> None:
-    free = shutil.disk_usage(place).free
+def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
     limit, what, way = min(
         (limit_bytes, "--train.feature-files-gib allows", "raise it"),
-        (free, f"are free on the disk of {place}", "make room"),
+        (free, f"are free on the disk of {folder}", "make room"),
     )
     if size > limit:
         raise ValueError(
@@ -313,22 +308,22 @@ def _refuse_size(size: int, limit_bytes: float, place: Path) -> None:
         )
 
 
-def _ask(servers: Sequence[str], target: Target, layer_ids: Sequence[int], text: Tensor) -> Make:
-    """Let servers compute rows, after a comparison of one text's with the target's own."""
-    make = ServerFeatures(servers, target, layer_ids)
-    make.check(text)
-    return make
-
-
-def _read(target: Target, layer_ids: Sequence[int], with_head_input: bool, texts: Sequence[Tensor]) -> list[Tensor]:
+def _compute_here(
+    target: Target, layer_ids: Sequence[int], with_head_input: bool, texts: Sequence[Tensor]
+) -> list[Tensor]:
     """Compute rows in this process."""
     token_ids = pad(texts).to(target.device)
     features = target.features(token_ids, layer_ids, with_head_input=with_head_input).cpu()
     return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
 
 
-def _compute(
-    make: Make, dataset: ResponseDataset, place: Path, mine: Sequence[int], names: Sequence[str], dtype: StoredDtype
+def _fill(
+    compute: Compute,
+    dataset: ResponseDataset,
+    folder: Path,
+    mine: Sequence[int],
+    names: Sequence[str],
+    dtype: StoredDtype,
 ) -> None:
     """Compute rows and write them, a file at a time."""
     waiting: dict[str, Tensor] = {}
@@ -336,26 +331,25 @@ def _compute(
         task = bar.add_task("keeping hidden states", total=len(mine), info="")
         for start in range(0, len(mine), FEATURE_BATCH):
             batch = mine[start : start + FEATURE_BATCH]
-            for i, row in zip(batch, make([dataset.token_ids(i) for i in batch]), strict=True):
+            for i, row in zip(batch, compute([dataset.token_ids(i) for i in batch]), strict=True):
                 waiting |= _stored(names[i], row, dtype)
             bar.advance(task, len(batch))
-            if sum(row.nbytes for row in waiting.values()) >= SHARD_BYTES:
-                waiting = _write(place, waiting)
-        _write(place, waiting)
+            is_last = start + FEATURE_BATCH >= len(mine)
+            if is_last or sum(row.nbytes for row in waiting.values()) >= SHARD_BYTES:
+                _write_rows(folder, waiting)
+                waiting = {}
 
 
 def _stored(name: str, row: Tensor, dtype: StoredDtype) -> dict[str, Tensor]:
-    """Give what is written for a row."""
+    """Return what is written for a row."""
     if dtype == "float8":
         scale = (row.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
         return {name: (row.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
     return {name: row.to(torch.bfloat16 if dtype == "bfloat16" else row.dtype).clone()}
 
 
-def _write(place: Path, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write rows as one file, named after the first, and give none."""
-    if rows:
-        checksums = {name: _checksum(row) for name, row in rows.items() if not name.endswith(SCALE)}
-        with writing(place / f"{next(iter(rows))}.safetensors") as unfinished:
-            save_file(rows, unfinished, metadata={"crc32": json.dumps(checksums)})
-    return {}
+def _write_rows(folder: Path, rows: dict[str, Tensor]) -> None:
+    """Write rows as one file, named after the first."""
+    checksums = {name: _checksum(row) for name, row in rows.items() if not name.endswith(SCALE)}
+    with writing(folder / f"{next(iter(rows))}.safetensors") as unfinished:
+        save_file(rows, unfinished, metadata={"crc32": json.dumps(checksums)})

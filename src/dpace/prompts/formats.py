@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,19 +66,20 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
     """Read prompts as `read_prompts` does, one at a time."""
-    hub, ids = _hub_id(path), set()
+    hub = parse_hub_id(path)
+    ids: set[str] = set()
     is_table = hub is not None or Path(path).suffix == ".parquet"
     default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
     for row in _hub_rows(hub) if hub else _file_rows(Path(path)):
         prompt = _parse(row, default_set, is_table)
         if prompt.id in ids and is_table:  # whose rows nobody can change
-            prompt = Prompt(f"{prompt.id}#{row.number}", *list(vars(prompt).values())[1:])
+            prompt = replace(prompt, id=f"{prompt.id}#{row.number}")
         if prompt.id in ids:
             raise ValueError(f"{row.where}: the id {prompt.id!r} occurs twice, expected unique ids; change one of them")
         ids.add(prompt.id)
         yield prompt
     if not ids:
-        raise ValueError(f"{path} holds no prompt; write one JSON object on each line with {_names(KINDS)}")
+        raise ValueError(f"{path} holds no prompt; write one JSON object on each line with {_list_keys(KINDS)}")
 
 
 def load_from_hub(path: str, config: str | None, split: str, way_out: str, file: str | None = None) -> Any:
@@ -106,7 +107,7 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str, file:
         ) from error
 
 
-def _hub_id(path: str | Path) -> dict[str, Any] | None:
+def parse_hub_id(path: str | Path) -> dict[str, Any] | None:
     """Take a name apart that stands for a dataset on the Hub; None for a file."""
     match = HUB_ID.fullmatch(path) if isinstance(path, str) else None
     if match is None or Path(match["path"]).exists() or Path(match["path"]).suffix in SUFFIXES:
@@ -133,7 +134,7 @@ def _file_rows(path: Path) -> Iterator[_Row]:
 
 
 def _is_list(path: Path) -> bool:
-    """Say whether a file begins as a list of JSON does."""
+    """Return whether a file begins as a list of JSON does."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -177,11 +178,10 @@ def _parse(row: _Row, default_set: str, is_table: bool) -> Prompt:
     """Turn a row into a prompt."""
     value, where = row.value, row.where
     kinds = [key for key in KINDS if (value.get(key) is not None if is_table else key in value)]
-    kinds = kinds[:1] if is_table else kinds
-    if len(kinds) != 1:
+    if not kinds or len(kinds) > 1 and not is_table:
         found = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, value)) or "nothing"
-        raise ValueError(f"{where}: expected {_names(KINDS)}, found {found}; fix the line")
-    (kind,) = kinds
+        raise ValueError(f"{where}: expected {_list_keys(KINDS)}, found {found}; fix the line")
+    kind = kinds[0]
     answer = None
     if kind in ("messages", "conversations"):
         messages = [_read_message(message, kind, where, is_table) for message in _read_list_of(value, kind, where)]
@@ -189,14 +189,14 @@ def _parse(row: _Row, default_set: str, is_table: bool) -> Prompt:
             answer = messages.pop()["content"]
         turns = [messages]
     elif kind == "turns":
-        turns = [_said(text, kind, where) for text in _read_list_of(value, kind, where)]
+        turns = [_user_turn(text, kind, where) for text in _read_list_of(value, kind, where)]
     elif kind == "instruction":
         text = _check_text(value[kind], f"{where}: `{kind}`")
         given = _check_text(value.get("input") or "", f"{where}: `input`")
         answer = _check_text(value.get("output") or "", f"{where}: `output`")
-        turns = [_said(text + (f"\n\nInput:\n{given}" if given else ""), kind, where)]
+        turns = [_user_turn(text + (f"\n\nInput:\n{given}" if given else ""), kind, where)]
     else:
-        turns = [_said(value[kind], kind, where)]
+        turns = [_user_turn(value[kind], kind, where)]
     for turn in turns:
         if not turn or turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
             raise ValueError(
@@ -210,13 +210,13 @@ def _read_list_of(row: dict, kind: str, where: str) -> list:
     """Check that a value is a list with an entry."""
     value = row[kind]
     if not isinstance(value, list):
-        raise ValueError(f"{where}: `{kind}` is {_shown(value)}, expected a list; fix the line")
+        raise ValueError(f"{where}: `{kind}` is {_quote(value)}, expected a list; fix the line")
     if not value:
         raise ValueError(f"{where}: `{kind}` is empty, expected one or more texts; fix the line")
     return value
 
 
-def _said(text: Any, kind: str, where: str) -> list[dict[str, str]]:
+def _user_turn(text: Any, kind: str, where: str) -> list[dict[str, str]]:
     """Make a turn of one text of the user."""
     return [{"role": "user", "content": _check_text(text, f"{where}: `{kind}`")}]
 
@@ -238,7 +238,7 @@ def _read_message(message: Any, kind: str, where: str, is_table: bool) -> dict[s
 def _check_text(value: Any, where: str) -> str:
     """Check that a value is a text that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise ValueError(f"{where} is {_shown(value)}, expected a text; fix the line")
+        raise ValueError(f"{where} is {_quote(value)}, expected a text; fix the line")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -252,17 +252,17 @@ def _check_name(row: dict, key: str, default: str, where: str, is_table: bool) -
     value = default if value is None and is_table else value
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not isinstance(value, str) and not is_number or value == "":
-        raise ValueError(f"{where}: `{key}` is {_shown(value)}, expected a text or a number; fix the line")
+        raise ValueError(f"{where}: `{key}` is {_quote(value)}, expected a text or a number; fix the line")
     return _check_text(str(value), f"{where}: `{key}`")
 
 
-def _names(keys: Sequence[str]) -> str:
+def _list_keys(keys: Sequence[str]) -> str:
     """List keys in words."""
     *rest, last = (f"`{key}`" for key in keys)
     return f"{', '.join(rest)} or {last}"
 
 
-def _shown(value: Any) -> str:
+def _quote(value: Any) -> str:
     """Write a value for a message."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from dpace.prompts.formats import Prompt, read_prompts
@@ -22,32 +21,27 @@ class PublicTexts:
     """
 
     def __init__(self, names: Sequence[str]):
-        prompts = [prompt for name in names for prompt in _read(name)]
-        runs = [(prompt.id, _runs(_user_text(prompt), RUN_WORDS)) for prompt in prompts]
-        counts = Counter(run for _, found in runs for run in found)
-        self._owners = {run: owner for owner, found in runs for run in found if counts[run] == 1}
-        self._whole = {_words(_user_text(prompt)): prompt.id for prompt in prompts}
+        prompts = [prompt for name in names for prompt in _read_set(name)]
+        runs_by_id = [(prompt.id, _runs(_user_text(prompt), RUN_WORDS)) for prompt in prompts]
+        counts = Counter(run for _, runs in runs_by_id for run in runs)
+        self._owners = {run: owner for owner, runs in runs_by_id for run in runs if counts[run] == 1}
+        self._whole = {_split_words(_user_text(prompt)): prompt.id for prompt in prompts}
 
     def find(self, prompt: Prompt) -> str | None:
-        """Give the id of the public prompt that shares a run of words with a prompt; None where there is none."""
+        """Return the id of the public prompt that shares a run of words with a prompt; None where there is none."""
         text = _user_text(prompt)
-        if owner := self._whole.get(_words(text)):
+        if owner := self._whole.get(_split_words(text)):
             return owner
         return next((self._owners[run] for run in _runs(text, RUN_WORDS) if run in self._owners), None)
 
 
-def _read(name: str) -> list[Prompt]:
+def _read_set(name: str) -> list[Prompt]:
     """Read all prompts of a public set, or those of a file."""
     return read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
 
 
-def public_files(names: Sequence[str]) -> list[Path]:
-    """Give those of the names that are files."""
-    return [Path(name) for name in names if name not in SETS]
-
-
 def sign(prompt: Prompt) -> Any:
-    """Give the MinHash signature of a prompt's words.
+    """Compute the MinHash signature of a prompt's words.
 
     Raises:
         ImportError: datasketch is not installed.
@@ -63,7 +57,7 @@ def find_near(signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, 
     """Find prompts that nearly repeat an earlier one that is kept.
 
     Args:
-        signed: ids and what `sign` gives; those to be kept in any case come first.
+        signed: ids and what `sign` computes; those to be kept in any case come first.
         threshold: least share of the word runs of both that both have (Jaccard), as MinHash estimates it.
 
     Returns:
@@ -71,11 +65,13 @@ def find_near(signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, 
     """
     from datasketch import MinHashLSH
 
-    index, kept, near = MinHashLSH(threshold=threshold, num_perm=128), {}, {}
+    index = MinHashLSH(threshold=threshold, num_perm=128)
+    kept = {}
+    near = {}
     for name, signature in signed:
-        found = [str(other) for other in index.query(signature) if kept[other].jaccard(signature) >= threshold]
-        if found:
-            near[name] = min(found)
+        alike = [str(other) for other in index.query(signature) if kept[other].jaccard(signature) >= threshold]
+        if alike:
+            near[name] = min(alike)
         else:
             index.insert(name, signature)
             kept[name] = signature
@@ -87,11 +83,11 @@ def _user_text(prompt: Prompt) -> str:
     return "\n".join(turn[-1]["content"] for turn in prompt.turns)
 
 
-def _words(text: str) -> tuple[str, ...]:
+def _split_words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
 def _runs(text: str, size: int) -> set[tuple[str, ...]]:
-    """Give all runs of words; the whole text where it is shorter."""
-    words = _words(text)
+    """Return all runs of words; the whole text where it is shorter."""
+    words = _split_words(text)
     return {words[i : i + size] for i in range(max(1, len(words) - size + 1))}

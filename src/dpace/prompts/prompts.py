@@ -5,6 +5,7 @@ import json
 import random
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -12,27 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpace.config import PromptsConfig
-from dpace.prompts.formats import Prompt, iterate_prompts, read_prompts
-from dpace.prompts.overlap import PublicTexts, find_near, public_files, sign
-
-__all__ = [
-    "Prompt",
-    "PromptParts",
-    "Split",
-    "canonical",
-    "demo_path",
-    "find_prompt",
-    "first_of_each_set",
-    "prompt_files",
-    "read_heldout",
-    "read_prompts",
-    "split_ids",
-    "split_prompts",
-]
+from dpace.prompts.formats import Prompt, iterate_prompts, parse_hub_id, read_prompts
+from dpace.prompts.overlap import PublicTexts, find_near, sign
+from dpace.prompts.public_sets import SETS
 
 
 def demo_path(part: str) -> Path:
-    """Give the file of the demo's prompts, `train` or `heldout`."""
+    """Return the file of the demo's prompts, `train` or `heldout`."""
     return Path(str(files("dpace") / "studies" / f"{part}.jsonl"))
 
 
@@ -102,24 +89,33 @@ def split_ids(config: PromptsConfig) -> Split:
 
 
 def prompt_files(config: PromptsConfig) -> list[Path]:
-    """Give the files that the split depends on."""
-    files = [path for path in _sources(config) if path is not None]
-    return [path for path in [*map(Path, files), *public_files(config.decontaminate)] if path.is_file()]
+    """Return the files that the split depends on; datasets on the Hub are none.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    names = [name for name in (*_sources(config), *config.decontaminate) if name and name not in SETS]
+    names = [name for name in names if not parse_hub_id(name)]
+    for name in names:
+        if not Path(name).is_file():
+            raise ValueError(f"there is no file {name}; name a file of prompts, or a dataset on the Hub as OWNER/NAME")
+    return [Path(name) for name in names]
 
 
-def _sources(config: PromptsConfig) -> tuple[str | Path, str | Path | None]:
-    """Name where the prompts come from, and those that are held out."""
-    is_demo = config.path == "demo"
-    path = demo_path("train") if is_demo else config.path
-    return path, config.heldout_path or (demo_path("heldout") if is_demo else None)
+def _sources(config: PromptsConfig) -> tuple[str, str | None]:
+    """Return where the prompts come from, and those that are held out."""
+    if config.path == "demo":
+        return str(demo_path("train")), config.heldout_path or str(demo_path("heldout"))
+    return config.path, config.heldout_path
 
 
 def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: PromptsConfig) -> Split:
     """Split prompts; see `split_prompts`."""
-    public, signatures, dropped = None, {}, {}
-    if config.decontaminate:
-        public = PublicTexts(config.decontaminate)
-    rest, num_answers, of_public = [], 0, {}
+    public = PublicTexts(config.decontaminate) if config.decontaminate else None
+    rest: list[_Light] = []
+    num_answers = 0
+    of_public: dict[str, str] = {}
+    signatures = {}
     for prompt in prompts:
         rest.append(_light(prompt))
         num_answers += prompt.answer is not None
@@ -128,23 +124,23 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
         if config.near_duplicates:
             signatures[prompt.id] = sign(prompt)
     copies: dict[str, str] = {}
+    names: dict[str, str] = {}
     if heldout is not None:
         taken = _without_copies([_light(prompt) for prompt in heldout], copies)
         _refuse_shared(taken, rest, config)
         names = _rename([light.id for light in taken], {light.id for light in rest})
     else:
-        num_found, names = len(rest), {}
+        num_prompts = len(rest)
         taken, rest = _take_out(rest, config.num_heldout, copies, seed=0)
         if not taken:
             raise ValueError(
-                f"--prompts.num-heldout {config.num_heldout} and {config.path} with {num_found} prompts give no "
+                f"--prompts.num-heldout {config.num_heldout} and {config.path} with {num_prompts} prompts give no "
                 "held-out ones, expected 1 or more and at least 10 different prompts; add prompts, or name a file of "
                 "held-out prompts with --prompts.heldout-path"
             )
     validation, rest = _take_out(rest, config.num_validation, copies, seed=1)
-    dropped["copies of held-out or validation prompts"] = copies
     train, chosen = ([light.id for light in part if light.id not in of_public] for part in (rest, validation))
-    dropped["in the public sets"] = of_public
+    dropped = {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
     if config.near_duplicates:
         own = {} if heldout is None else {names.get(p.id, p.id): sign(p) for p in heldout}
         known = own or {light.id: signatures[light.id] for light in taken}
@@ -172,7 +168,7 @@ def _refuse_shared(heldout: Sequence[_Light], prompts: Sequence[_Light], config:
 
 
 def canonical(prompt: Prompt) -> str:
-    """Give the same text for prompts whose first turn says the same.
+    """Return the same text for prompts whose first turn says the same.
 
     The order of keys, white space around a text, and Unicode's ways of writing one character do not count.
     """
@@ -204,7 +200,7 @@ def _without_copies(prompts: Sequence[_Light], copies: dict[str, str]) -> list[_
 
 
 def _rename(heldout: Sequence[str], taken: set[str]) -> dict[str, str]:
-    """Give held-out prompts ids that no training prompt has."""
+    """Return held-out prompts with ids that no training prompt has."""
     names = {name: name for name in heldout}
     others = taken | set(names)
     for name in taken & set(names):
@@ -216,10 +212,10 @@ def _rename(heldout: Sequence[str], taken: set[str]) -> dict[str, str]:
 
 def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """Choose the first `limit` prompts of each dataset, in their order; all of them for None."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     chosen = []
     for prompt in prompts:
-        counts[prompt.set] = counts.get(prompt.set, 0) + 1
+        counts[prompt.set] += 1
         if limit is None or counts[prompt.set] <= limit:
             chosen.append(prompt)
     return chosen

@@ -17,15 +17,15 @@ def run(args: list[str]) -> None:
 
     path = Path(recipe.output) / "responses.jsonl"
     console().print(prompts_page(split_ids(recipe.prompts)))
-    if not path.exists():
-        print(f"{path} has no answers yet")
+    train = load_corpus(path, recipe.prompts)[0] if path.exists() else None
+    if not train:
+        print(f"{path} has no answers to these prompts")
         print("next:", next_command("respond", recipe, args))
         return
     from transformers import AutoTokenizer
 
     from dpace.target.locate import find_target
 
-    train, _ = load_corpus(path, recipe.prompts)
     tokenizer = AutoTokenizer.from_pretrained(find_target(recipe.target), trust_remote_code=False)
     console().print(responses_page(train, recipe, read_meta(path), tokenizer))
     print("next:", next_command("train", recipe, args))

@@ -18,6 +18,7 @@ def run(args: list[str]) -> None:
     from dpace.loss.objective import make_weigh
     from dpace.plan.lines import say_training
     from dpace.plan.training import known_conversations
+    from dpace.prompts.prompts import prompt_files
     from dpace.respond.responses import read_meta
     from dpace.train.identity import (
         data_of,
@@ -32,6 +33,7 @@ def run(args: list[str]) -> None:
     from dpace.train.run import choose_conversations, keep_features, train
 
     make_weigh(recipe.loss, recipe.drafter.block_size)  # refuses an objective of one's own before any work
+    prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
     if not path.exists():
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")

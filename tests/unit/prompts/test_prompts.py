@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dpace.cli import main
 from dpace.config import PromptsConfig
 from dpace.prompts.prompts import demo_path, find_prompt, read_prompts, split_prompts
 
@@ -57,9 +58,19 @@ def test_one_prompt_of_a_file(tmp_path):
         find_prompt(f"{path}#z")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing.jsonl"):
-        read_prompts(tmp_path / "nothing.jsonl")
+def test_training_says_that_the_file_of_prompts_is_missing(tmp_path, capsys):
+    """And not that its prompts have no answers."""
+    assert main(["train", "--output", str(tmp_path), "--prompts.path", f"{tmp_path}/missing.jsonl"]) == 1
+    assert f"dpace train: there is no file {tmp_path}/missing.jsonl; name" in capsys.readouterr().err
+
+
+def test_answers_to_other_prompts_are_no_data(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(40)))
+    row = {"id": "other", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[1, 3]]}
+    write(tmp_path / "responses.jsonl", row)
+    assert main(["data", "--output", str(tmp_path), "--prompts.path", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "responses.jsonl has no answers to these prompts" in out and "next: dpace respond" in out
 
 
 def test_a_fixed_share_is_held_out(tmp_path):
@@ -98,8 +109,3 @@ def test_demo_files_are_what_the_script_writes(tmp_path):
         if part != "tuning":
             assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
     assert len(texts["heldout"]) == 100 and not texts["heldout"] & (texts["train"] | texts["tuning"])
-
-
-def test_a_wrong_part_is_told(tmp_path):
-    with pytest.raises(SystemExit, match="train, heldout or tuning"):
-        make_prompts.main([str(tmp_path), "all"])

@@ -10,37 +10,7 @@ import pytest
 
 from dpace.prompts.public_sets import MATH_SUFFIX, NOT_THERE, REDHAT_SUBSETS, SETS, read_sets
 
-ROWS = {
-    "gsm8k": {"question": "1 + 1?"},
-    "math500": {"problem": "1 + 1?"},
-    "humaneval": {"prompt": "def f():"},
-    "mbpp": {"prompt": "Write f."},
-    "mt_bench": {"prompt": ["One.", "Two."]},
-    "alpaca": {"instruction": "Sort.", "input": "2, 1"},
-}
-
-
-PAPER = list(ROWS)
-
-
-def test_the_papers_six_in_their_formats(monkeypatch):
-    asked = []
-
-    def load_dataset(path, name, *, split, data_files=None):
-        asked.append((path, name, split))
-        (known,) = (key for key, value in SETS.items() if value.path == path)
-        return [ROWS[known]] * 200
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    prompts = read_sets(PAPER)
-    assert ("google-research-datasets/mbpp", "sanitized", "test") in asked
-    counts = {name: sum(prompt.set == name for prompt in prompts) for name in PAPER}
-    assert counts == {"gsm8k": 128, "math500": 128, "humaneval": 164, "mbpp": 128, "mt_bench": 80, "alpaca": 128}
-    texts = {prompt.set: [message["content"] for turn in prompt.turns for message in turn] for prompt in prompts}
-    assert texts["gsm8k"] == ["1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."]
-    assert texts["humaneval"][0].endswith("passes the tests:\n```python\ndef f():\n```")
-    assert texts["mt_bench"] == ["One.", "Two."] and texts["alpaca"] == ["Sort.\n\nInput:\n2, 1"]
-    assert len({prompt.id for prompt in prompts}) == len(prompts)
+PAPER = ["gsm8k", "math500", "humaneval", "mbpp", "mt_bench", "alpaca"]
 
 
 REPOSITORIES = {
@@ -126,7 +96,8 @@ def test_the_hub_gives_the_same(tmp_path, monkeypatch, capsys):
     )
     texts = {prompt["set"]: prompt["turns"][0][0]["content"] for prompt in prompts}
     assert texts["gsm8k"].endswith("+ 1?" + MATH_SUFFIX) and texts["math500"].endswith("^2$?" + MATH_SUFFIX)
-    assert texts["mbpp"].startswith("Write f") and "def f" in texts["humaneval"] and texts["alpaca"].startswith("Sort")
+    assert texts["mbpp"].startswith("Write f") and texts["humaneval"].endswith("():\n```")
+    assert "\n\nInput:\n2, 1" in "".join(prompt["turns"][0][0]["content"] for prompt in prompts)
     two_turns = ("mt_bench", "speed_bench/coding", "speed_bench/math")
     assert all(len(prompt["turns"]) == 1 + (prompt["set"] in two_turns) for prompt in prompts)
     assert len(set(map(json.dumps, prompts))) == len(prompts) == 756 + 6 + 9 * 4

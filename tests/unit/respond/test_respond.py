@@ -22,7 +22,6 @@ from dpace.respond.answering import answer_prompts, write_responses
 from dpace.respond.in_process import generate_responses
 from dpace.respond.responses import read_meta, read_responses
 from dpace.servers.transport import Address, Unavailable
-from dpace.system import ranks
 from dpace.system.ledger import register_files
 from dpace.target.chat import ChatTokenizer
 from tests.conftest import EOS
@@ -375,15 +374,6 @@ def test_what_killed_ranks_left_is_collected_once(target, own, tmp_path):
         (tmp_path / f"responses.rank-{rank}.jsonl").write_text(text)
     assert write_responses(target, PROMPTS, path, CONFIG) == own[0.0]
     assert len(lines_of(path)) == len(PROMPTS) and not list(tmp_path.glob("*rank*"))
-
-
-def test_ranks_share_everything_once(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    shares = []
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        shares.append(ranks.share(range(10)))
-    assert sorted(sum(shares, [])) == list(range(10)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import pytest
@@ -67,12 +66,6 @@ def test_a_last_line_without_its_end_is_kept(language_target, prompts, tmp_path)
     assert write_responses(language_target, prompts, path, CONFIG) == whole and path.read_text().endswith("\n")
 
 
-def test_other_settings_are_refused(language_target, prompts, tmp_path):
-    write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
-    with pytest.raises(ValueError, match="temperature 0.0, not 1.0"):
-        write_responses(language_target, prompts, tmp_path / "r.jsonl", replace(CONFIG, temperature=1.0))
-
-
 def test_answers_to_other_texts_are_refused(language_target, prompts, tmp_path):
     write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
     changed = [replace(prompts[0], turns=[[{"role": "user", "content": "w9 w52"}]]), *prompts[1:]]
@@ -91,14 +84,3 @@ def test_over_long_prompt_is_refused_before_work(language_target, tmp_path):
     prompt = Prompt("long", "s", [[{"role": "user", "content": "w1 " * 300}]])
     with pytest.raises(ValueError, match="prompt long has .* tokens"):
         write_responses(language_target, [prompt], tmp_path / "r.jsonl", CONFIG)
-
-
-def test_tokenizer_without_template(language_target, monkeypatch):
-    monkeypatch.setattr(language_target.tokenizer, "chat_template", None)
-    assert encode_chat(language_target, [{"role": "user", "content": "w1 w2"}]) == [7, 8]
-
-
-def test_rows_without_tokens_are_named(tmp_path):
-    (tmp_path / "r.jsonl").write_text(json.dumps({"id": "a", "messages": []}) + "\n")
-    with pytest.raises(ValueError, match="r.jsonl:1"):
-        read_responses(tmp_path / "r.jsonl")

@@ -1,13 +1,10 @@
 """Responses are of one run: what made them is kept, and other ones are refused with the setting that differs."""
 
 import copy
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -17,11 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
-from dpace.respond.responses import read_meta, read_responses
-from dpace.system.ledger import lock_folder
+from dpace.respond.responses import read_meta
 from dpace.system.provenance import hash_file, weights_fingerprint
 from dpace.target import Target
-from dpace.target.chat import encode_chat
 from tests.conftest import EOS, PAD, make_tokenizer
 
 CONFIG = RespondConfig(max_new_tokens=4, batch_size=3)
@@ -128,19 +123,6 @@ def test_responses_of_unknown_origin_are_refused(target, path):
         write_responses(target, PROMPTS, path, CONFIG)
 
 
-def test_another_writer_is_told(target, path):
-    code = "from dpace.system.ledger import lock_folder\n"
-    code += f"with lock_folder({str(path.parent)!r}): print('held', flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
-        assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
-            write_responses(target, PROMPTS, path, CONFIG)
-        other.communicate("\n")
-    with lock_folder(path.parent):  # held by this process: no obstacle
-        assert len(write_responses(target, PROMPTS, path, CONFIG)) == 7
-
-
 @pytest.mark.parametrize("after", range(12))
 def test_every_crash_point_reaches_the_same_end(target, path, after, monkeypatch, tmp_path):
     """A full disk at each file operation; the same call then gives the undisturbed files, bit by bit."""
@@ -180,14 +162,6 @@ def test_every_turn_counts_against_the_context(target, path):
     assert write_responses(target, [replace(prompt, turns=turns[:3])], path, CONFIG)
 
 
-def test_odd_characters_come_back(target, path):
-    text = "w1 \u2028 w2 \u2029 \u0085 \x0b \x1c \ufeff \U0001f600 w3"
-    prompt = Prompt("a\u2028b", "s", [[{"role": "user", "content": text}]])
-    written = write_responses(target, [prompt], path, CONFIG)
-    assert read_responses(path) == written and written[0].messages[0]["content"] == text
-    assert path.read_bytes().count(b"\n") == 1
-
-
 def test_sigterm_is_an_interrupt(tmp_path):
     code = "\n".join(
         [
@@ -224,45 +198,3 @@ def test_a_reader_that_has_enough_is_no_failure():
         assert process.stdout and process.stderr and process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(timeout=30) == 141
-
-
-def test_half_a_character_is_refused(target, path):
-    with pytest.raises(ValueError, match="half a character"):
-        encode_chat(target, [{"role": "user", "content": "w1 \udc80"}])
-
-
-@pytest.mark.slow
-def test_killed_processes_lose_nothing(target, tmp_path):
-    """`dpace respond` is killed at random moments, then run to its end: the files are the undisturbed ones."""
-    target.model.save_pretrained(tmp_path / "target")
-    target.tokenizer.save_pretrained(tmp_path / "target")
-    rows = [json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(50)]
-    (tmp_path / "p.jsonl").write_text("".join(rows))
-    flags = ["--target", str(tmp_path / "target"), "--prompts.path", str(tmp_path / "p.jsonl"), "--batch-size", "2"]
-    code = (
-        "import sys, torch, transformers, dpace.cli; print('ready', flush=True); sys.exit(dpace.cli.main(sys.argv[1:]))"
-    )
-
-    def start(folder):
-        command = [sys.executable, "-c", code, "respond", *flags, "--max-new-tokens", "24", "--output", str(folder)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout and process.stdout.readline() == "ready\n"
-        return process
-
-    rng, killed = random.Random(0), 0
-    for name, number in (("whole", None), ("killed", signal.SIGKILL), ("ended", signal.SIGTERM)):
-        for _ in range(6 if number else 0):
-            process = start(tmp_path / name)
-            time.sleep(rng.uniform(0.2, 3))
-            process.send_signal(number)
-            process.communicate()
-            killed += process.returncode in (-signal.SIGKILL, 143)
-        processes = [start(tmp_path / name), start(tmp_path / name)]  # one of two writes, the other is told
-        errors = [process.communicate()[1] for process in processes]
-        codes = sorted(process.returncode for process in processes)
-        assert codes in ([0, 0], [0, 1]), errors
-        assert codes == [0, 0] or any("is writing to" in error for error in errors)
-    assert killed > 3
-    for name in ("responses.jsonl", "responses.meta.json"):
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert (tmp_path / "killed" / name).read_bytes() == whole == (tmp_path / "ended" / name).read_bytes()
