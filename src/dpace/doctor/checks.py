@@ -17,6 +17,7 @@ from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import find_layer_id_faults
 from dpace.engines.folder import SELECTOR_TENSORS, published_name
+from dpace.system.loading import first_names
 
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}
 """Tensors that engines take from the target."""
@@ -49,11 +50,6 @@ class Check(NamedTuple):
     breaks: str
     keys: tuple[str, ...] = ()
     """What the probe is given beside the folder."""
-
-
-def first_names(names: Sequence[str]) -> str:
-    """Return the first three names, and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def expect_none(names: Sequence[str]) -> Observation:

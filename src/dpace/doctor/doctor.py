@@ -13,11 +13,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from dpace.config import Engine
-from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, TENSOR_KEYS, WEIGHT_CHECKS, Check, Observation, first_names
+from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, TENSOR_KEYS, WEIGHT_CHECKS, Check, Observation
 from dpace.doctor.examined import ExaminedFolder
 from dpace.engines.folder import read_files
 from dpace.measure.parity import check_views
 from dpace.respond.responses import Response, read_responses
+from dpace.system.loading import first_names
 from dpace.system.progress import printable, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
 from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
-from dpace.system.ledger import UNFINISHED, make_readable, sync
+from dpace.system.device import dtype_name
+from dpace.system.ledger import filling
 from dpace.system.loading import read_config, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.target import Target
 from dpace.target.probe import rope_of
@@ -244,20 +244,14 @@ class Drafter(DFlashDraftModel):
 
         transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
+        with filling(save_directory, is_guarded=False) as aside:
             tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
             super().save_pretrained(aside, state_dict=tensors, **kwargs)
-            path = Path(aside) / "config.json"
-            written = {"dtype": str(dtype or self.dtype).removeprefix("torch.")}
+            path = aside / "config.json"
+            written = {"dtype": dtype_name(dtype or self.dtype)}
             config = self.spec.published(json.loads(path.read_text()) | written)
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             shutil.copy(dpace.modeling_dflash.__file__, aside)
-            for written in sorted(Path(aside).iterdir(), key=lambda file: file.name == "config.json"):
-                make_readable(written)
-                sync(written)
-                written.replace(folder / written.name)
 
 
 def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:

@@ -1,7 +1,7 @@
 """Load only weights that the model expects: every tensor, in its shape, with finite values."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dpace.system import ranks
 from dpace.system.ledger import read_object
 
-NUM_NAMED = 3
-"""Most tensors that a message names."""
 LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
 """What transformers raises for a config with values of the wrong kind."""
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first three names, and the number of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
@@ -61,8 +64,7 @@ def refuse_mismatch(what: str, found: Mapping[str, Any], fix: str, *, unknown: C
     ]
     for fault, names in faults:
         if names:
-            more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-            raise ValueError(f"the weights of {what} {fault} {', '.join(names[:NUM_NAMED])}{more}; {fix}")
+            raise ValueError(f"the weights of {what} {fault} {first_names(names)}; {fix}")
 
 
 @torch.no_grad()
@@ -75,8 +77,7 @@ def refuse_infinite(what: str, model: torch.nn.Module, fix: str) -> None:
     state = model.state_dict()
     names = [name for name, value in state.items() if _is_infinite(value)]
     if names:
-        more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-        raise ValueError(f"{what} has NaN or infinity in {', '.join(names[:NUM_NAMED])}{more}; {fix}")
+        raise ValueError(f"{what} has NaN or infinity in {first_names(names)}; {fix}")
 
 
 def _is_infinite(value: Any) -> bool:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpace.system.ledger import lock_folder, read_jsonl, register_files, write_json, write_text
+from dpace.system.ledger import filling, lock_folder, read_jsonl, register_files, write_json, write_text
 
 
 def test_every_character_stays_in_its_line(tmp_path):
@@ -65,3 +65,19 @@ def test_what_dpace_did_not_write_is_left_alone(tmp_path):
     register_files(tmp_path, "README.md", "results.json")
     (tmp_path / "results.json").write_text("ours too")
     register_files(tmp_path, "results.json")
+
+
+def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "new"
+    for content in ("old", "new"):
+        with pytest.raises(ZeroDivisionError), filling(folder) as aside:
+            (aside / "config.json").write_text("half")
+            raise ZeroDivisionError
+        assert folder.exists() == (content == "new")
+        with filling(folder) as aside:
+            (aside / "config.json").write_text(content)
+        assert (folder / "config.json").read_text() == content
+    (tmp_path / "config.json").write_text("the user's")
+    with pytest.raises(ValueError, match="was not written by dpace"), filling(tmp_path) as aside:
+        (aside / "config.json").touch()
+    assert (tmp_path / "config.json").read_text() == "the user's"
