@@ -1,40 +1,236 @@
 """Hostile command lines end in one line that names the thing and a way out, before any model is loaded."""
 
+import json
 import re
-from collections import Counter
+import shlex
 
 import pytest
 
 from dpace.cli import VERBS, main
-from tests.support.hostile import CASES, Case
+
+TARGET = "/no/such/target"
+"""What is not refused before ends here, with a line that no case expects."""
 
 
 @pytest.fixture(autouse=True)
-def _no_model(monkeypatch):
-    """No case is to come as far as loading a model."""
-
+def _in_an_empty_folder_without_models(monkeypatch, tmp_path):
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.name))
-def test_one_line(case: Case, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = case.make(tmp_path)
-    assert main(args) == case.code
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert line.startswith(f"dpace {args[0]}: ") and re.search(case.names, line), line
-    assert ";" in line, "there is a way out"
-    assert line.isprintable() and len(line) < 1000 and not printed.out
 
 
-def test_there_are_many():
-    counts = Counter(case.name.partition(":")[0].split()[0] for case in CASES)
-    assert len(CASES) >= 250 and len({case.name for case in CASES}) == len(CASES), counts
+@pytest.fixture
+def refused(capsys):
+    """Run a command line, and compare the one line that it ends with."""
+
+    def run(args: str | list[str], pattern: str, code: int = 1) -> None:
+        args = shlex.split(args) if isinstance(args, str) else args
+        assert main(args) == code
+        printed = capsys.readouterr()
+        (line,) = printed.err.splitlines()
+        assert line.startswith(f"dpace {args[0]}: ") and re.search(pattern, line), line
+        assert ";" in line, "there is a way out"
+        assert line.isprintable() and len(line) < 1000 and not printed.out
+
+    return run
+
+
+FLAGS = {
+    "train --train.learning-rat 1": "learning-rat.*did you mean --train.learning-rate",
+    "train extra": "no recipe named 'extra'",
+    "train --output o extra.yaml": "extra.yaml",
+    "respond --output": "--output",
+    "train --train.batch-size 1.5": "batch-size.*1.5",
+    "train --train.batch-size ''": "batch-size",
+    "respond --dtype float8": "dtype",
+    "train --loss.objective dpce": "--loss.objective is 'dpce', expected one of dpace, .* or package.module:function",
+    "bench --bench.widths wide": "widths.*wide",
+    "respond --thinking 5": "5",
+    "respond --respond 5": "respond",
+    "check --drafter x": "target",
+    "generate --objective dpace --target x": "objective",
+    "respond '\x1b[2J\x07'": r"\\x1b",
+    "respond '\udc80'": "udc80",
+}
+
+
+@pytest.mark.parametrize("line", FLAGS, ids=ascii)
+def test_flags(line, refused):
+    refused(line, FLAGS[line], code=2)
+
+
+RANGES = {
+    "train --train.batch-size=0": "--train.batch-size is 0, expected an integer of 1 or more",
+    "train --drafter.block-size=100000": "is 100000, expected an integer from 2 to 1000",
+    "train --train.learning-rate=0": "--train.learning-rate is 0.0, expected a number above 0",
+    "train --train.learning-rate=inf": "is inf, expected",
+    "train --loss.alpha=1.1": "--loss.alpha is 1.1, expected a number from 0 to 1",
+    "train --train.warmup-ratio=nan": "is nan, expected",
+    "train --train.max-steps=-2": "is -2, expected -1 or an integer of 1 or more",
+    "bench --widths=0": "--bench.widths is 0, expected one of auto, full or an integer of 1 or more",
+    "bench --temperatures 0 0.0": "--bench.temperatures has 0.0 twice",
+    "compare --seeds=-1": "--seeds is -1, expected an integer from 0 to 4294967295",
+    "train --drafter.target-layer-ids 3 1": r"is \(3, 1\), expected numbers in ascending order",
+    "generate --target t --prompt a --top-p 0": "--top-p is 0.0, expected a number from above 0 to 1",
+    "respond --target '  '": "--target is '  ', expected a text that is not empty",
+    "respond --output '\udcff'": "--output is .*udcff",
+}
+
+
+@pytest.mark.parametrize("line", RANGES, ids=ascii)
+def test_ranges(line, refused):
+    refused(line, RANGES[line])
+
+
+OBJECTIVES = {
+    "": "has no weigh",
+    "weigh = 5": "is int, expected a function",
+    "1 / 0": "cannot be imported, ZeroDivisionError",
+    "def weigh(): pass": "fails on a batch.*TypeError",
+    "def weigh(slots): return slots.is_scored.float()[0]": r"gives \(3, 16\), expected a tensor \(2, 3, 16\)",
+    "def weigh(slots): return -slots.is_scored.float()": "gives the weight -1",
+}
+
+
+@pytest.mark.parametrize("body", OBJECTIVES)
+def test_objectives_of_ones_own(body, refused, tmp_path):
+    name = f"hostile_objective_{list(OBJECTIVES).index(body)}"
+    (tmp_path / f"{name}.py").write_text(body)
+    refused(["train", "--target", TARGET, "--loss.objective", f"{name}:weigh"], OBJECTIVES[body])
+    refused("compare --objectives no_such_module:weigh+kl", "there is no module no_such_module")
+
+
+RECIPES = {
+    "a: [1": "cannot read the recipe r.yaml: .*line 1",
+    b"\xff\xfe\x00": "UTF-8|utf-8",
+    "": "holds null",
+    "output: a\n---\noutput: b": "single document",
+    "a: &a [x, x]\nb: *a": "no anchors .* and aliases",
+    "output: !!python/object/apply:os.system [ls]": "no tags .*python/object",
+    "[" * 5000: "levels",
+    f"train: {{seed: {'9' * 5000}}}": "train.seed",
+    "train:\n  seed: 1\n  seed: 2": "line 3.*'seed' is given twice",
+    "1: 2": "key 1",
+    "train:\n  learning_rat: 1": "no key 'train.learning_rat' .did you mean train.learning_rate",
+    "train: {seed: ~}": "train.seed is null",
+    "train: 5": "train is 5",
+    "output: {a: 1}": "output is .*expected a text",
+    "train: {learning_rate: '1'}": "train.learning_rate is '1'",
+    "train: {batch_size: 2.0}": "train.batch_size is 2.0",
+    "train: {seed: 1:30}": "train.seed is '1:30'",
+    "train: {seed: true}": "train.seed is True",
+    "output: no": "output is False.*quotes",
+    "dtype: float31": "dtype is 'float31', expected one of",
+    "bench: {widths: [wide]}": "bench.widths.* is 'wide'",
+    "bench: {temperatures: []}": "temperatures is empty",
+    "train: {learning_rate: .nan}": "learning_rate is nan",
+    'output: "\\ud800"': "surrogates",
+    '"\\e[2J": 1': r"x1b",
+}
+
+
+@pytest.mark.parametrize("text", RECIPES, ids=lambda text: ascii(text)[:40])
+def test_recipes(text, refused, tmp_path):
+    (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused("train r.yaml", RECIPES[text])
+
+
+ROWS = {
+    "": "holds no prompt",
+    "{broken\n": ":1: the line is not JSON",
+    '{"prompt": "a"}\n{"prompt": "b': ":2: the line is not JSON",
+    "[1]\n": ":1: expected a JSON object, found list",
+    b'{"prompt": "\xff"}\n': ":1: the line is not JSON",
+    "[" * 100_000: ":1: the line is not JSON",
+    '{"prompt": "a", "prompt": "b"}\n': "'prompt' is given twice",
+    '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n': ":2: the id '1' occurs twice",
+    '{"prompt": "a"}\n': "at least 10",
+    '{"text": "a"}\n': "found text",
+    '{"prompt": "a", "turns": ["b"]}\n': "`turns` and `prompt`",
+    '{"prompt": null}\n': "`prompt` is null",
+    '{"turns": []}\n': "`turns` is empty",
+    '{"messages": ["a"]}\n': "no `role`",
+    '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n': "`content` of a message",
+    '{"messages": [{"role": "assistant", "content": "a"}]}\n': "without a text of the user",
+    '{"prompt": "a", "id": {"\x1b[2J": 1}}\n': "p.jsonl:1: ",
+    '{"prompt": "a\\ud800"}\n': "half a character",
+}
+
+
+@pytest.mark.parametrize("text", ROWS, ids=lambda text: ascii(text)[:40])
+def test_prompts(text, refused, tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(f"respond --target {TARGET} --prompts.path p.jsonl", ROWS[text])
+
+
+PATHS = {
+    "train no.yaml": "no.yaml",
+    "train r.yaml": "r.yaml.*folder",
+    "train zero.yaml": "device",
+    "train large.yaml": "bytes",
+    "respond --prompts.path no.jsonl": "no.jsonl",
+    "respond --prompts.path r.yaml": "r.yaml: it is a folder",
+    "respond --prompts.path large.yaml": "large.yaml:1: .*bytes",
+    f"respond --prompts.path {'p' * 300}": "ppp.*too long",
+    "respond --output file --prompts.path good.jsonl": "file: File exists",
+    "respond --output file/out --prompts.path good.jsonl": "file",
+    "respond --output foreign --prompts.path good.jsonl": "responses.jsonl was not written by dpace",
+    "respond --output out --prompts.path good.jsonl --prompts.heldout-path heldout.jsonl": (
+        "held-out prompt '7' .*also a training prompt, '4'"
+    ),
+    "respond --target no/such/folder": "there is no folder",
+    "respond --target r.yaml": "has no config.json",
+    "generate --prompt a --target 'a b/c'": "there is no folder",
+    "generate --prompt a --target '\x1b[31mred'": "there is no folder",
+    f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
+    f"check --target {TARGET} --drafter file": "--drafter .*folder",
+    "demo --prompts no.jsonl": "no.jsonl",
+    "demo --output file": "file",
+    f"generate --target {TARGET} --stream": "--stream needs a drafter",
+    f"generate --target {TARGET} --compile --prompt a": "--compile needs --drafter",
+    f"generate --target {TARGET}": "no prompt to answer",
+    f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",
+}
+
+
+@pytest.mark.parametrize("line", PATHS, ids=lambda line: ascii(line)[:60])
+def test_paths(line, refused, tmp_path):
+    (tmp_path / "r.yaml").mkdir()
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(66 * 2**20)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "responses.jsonl").write_text("another's")
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(12)))
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": " q3 ", "id": 7}')
+    refused(line, PATHS[line])
+
+
+RESPONSES = {
+    None: "has no response",
+    "{": "r.meta.json.*delete it",
+    "[]": "r.meta.json holds list",
+    '{"temperature": "0"}': "temperature is",
+    ("response_spans", ((0, 9),)): r"response_spans has \[0, 9\]",
+    ("token_ids", (-1, 2, 3)): "token_ids has -1",
+    ("token_ids", "abc"): "token_ids is 'abc'",
+    ("id", 5): "id is 5",
+}
+
+
+@pytest.mark.parametrize("change", RESPONSES, ids=ascii)
+def test_responses_of_check(change, refused, tmp_path):
+    row = {"id": "a", "set": "s", "messages": [], "token_ids": [1, 2, 3], "response_spans": [[1, 3]]}
+    if isinstance(change, tuple):
+        row |= [change]
+    if isinstance(change, str):
+        (tmp_path / "r.meta.json").write_text(change)
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n" if change else "")
+    refused(f"check --target {TARGET} --drafter . --responses r.jsonl", RESPONSES[change])
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
@@ -46,20 +242,34 @@ def test_a_bug_shows_its_traceback(monkeypatch):
         main(["respond"])
 
 
+ERRORS = {
+    r"/x: No space left on device; make room": OSError(28, "No space left on device", "/x"),
+    r"/x: Permission denied; change": PermissionError(13, "Permission denied", "/x"),
+    r"out of memory \(MemoryError\); ": MemoryError(),
+    r"out of memory .*not enough memory.*; ": RuntimeError("DefaultCPUAllocator: not enough memory: tried 9 bytes"),
+    r"the package wandb .*pip install wandb": ModuleNotFoundError("No module named 'wandb'", name="wandb"),
+    r"a file: Broken pipe; fix this": BrokenPipeError(32, "Broken pipe"),
+    r"a b \\x1b\[2J": ValueError("a\n  b\n \x1b[2J"),
+}
+
+
+@pytest.mark.parametrize("pattern", ERRORS)
+def test_what_a_machine_lacks_is_explained(pattern, monkeypatch, capsys):
+    monkeypatch.setattr("dpace.verbs.respond.run", lambda _: (_ for _ in ()).throw(ERRORS[pattern]))
+    assert main(["respond"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^dpace respond: {pattern}", line), line
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_what_a_machine_lacks(verb, monkeypatch, capsys):
-    module = f"dpace.verbs.{'import_' if verb == 'import' else verb}.run"
-    errors = {
-        r"/x: No space left on device; make room": OSError(28, "No space left on device", "/x"),
-        r"/x: Permission denied; change": PermissionError(13, "Permission denied", "/x"),
-        r"out of memory \(MemoryError\); ": MemoryError(),
-        r"out of memory .*not enough memory.*; ": RuntimeError("DefaultCPUAllocator: not enough memory: tried 9 bytes"),
-        r"the package wandb .*pip install wandb": ModuleNotFoundError("No module named 'wandb'", name="wandb"),
-        r"a file: Broken pipe; fix this": BrokenPipeError(32, "Broken pipe"),
-        r"a b \\x1b\[2J": ValueError("a\n  b\n \x1b[2J"),
-    }
-    for pattern, error in errors.items():
-        monkeypatch.setattr(module, lambda _, error=error: (_ for _ in ()).throw(error))
-        assert main([verb]) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(f"^dpace {verb}: {pattern}", line), line
+def test_help_fits_a_terminal(verb, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    if verb == "respond":
+        assert len(lines) <= 120 and any("--train.*" in line for line in lines)
+        with pytest.raises(SystemExit, match="0"):
+            main([verb, "--help-all"])
+        assert "--train.learning-rate" in capsys.readouterr().out

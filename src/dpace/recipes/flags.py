@@ -76,14 +76,16 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
     kinds = _groups(config_class)
     hidden: Any = [(name, Annotated[kinds[name], tyro.conf.Suppress], kinds[name]()) for name in others]
     shown = make_dataclass(config_class.__name__, hidden, bases=(config_class,), frozen=True)
+    width = shutil.get_terminal_size().columns
     for paragraph in inspect.cleandoc(config_class.__doc__ or "").split("\n\n"):
-        print(textwrap.fill(paragraph, shutil.get_terminal_size().columns), end="\n\n")
+        print(textwrap.fill(paragraph, width), end="\n\n")
     with contextlib.suppress(SystemExit):
         tyro.cli(shown, prog=f"dpace {verb}", description="", args=["--help"])
     if others:
         print("other options of recipes, which --help-all lists:")
         for name in others:
-            print(f"  --{name + '.*':<11} {inspect.cleandoc(kinds[name].__doc__ or '')}")
+            line = f"  --{name + '.*':<11} {kinds[name].__doc__}"
+            print(textwrap.fill(line, width, subsequent_indent=" " * 16))
     raise SystemExit(0)
 
 

@@ -50,12 +50,6 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"dpace {dpace.__version__}\n"
 
 
-def test_a_written_recipe_reads_back(tmp_path):
-    recipe = read_recipe(RECIPES["demo-cpu"])
-    write_recipe(recipe, tmp_path / "r.yaml")
-    assert read_recipe(tmp_path / "r.yaml") == recipe
-
-
 def test_passwords_of_addresses_are_written_nowhere(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("respond:\n  server: [http://ann:secret@a:1]\n")
@@ -68,29 +62,10 @@ def test_passwords_of_addresses_are_written_nowhere(tmp_path):
     assert "secret" not in shown and "https://b:2/x@y" in shown and "http://a:1" in shown
 
 
-def test_an_unknown_setting_is_named(tmp_path):
-    (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 1e-3\n")
-    with pytest.raises(
-        ValueError, match="r.yaml: there is no key 'train.learning_rat' .did you mean train.learning_rate"
-    ):
-        read_recipe(tmp_path / "r.yaml")
-
-
-def test_broken_recipe_is_one_line_and_exit_1(tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text("a: [1")
-    assert main(["train", str(tmp_path / "r.yaml")]) == 1
-    assert "cannot read the recipe" in capsys.readouterr().err
-
-
 def test_exit_codes_of_usage(capsys):
     assert main(["--help"]) == 0 and "usage: dpace" in capsys.readouterr().out
     assert main([]) == 2
     assert main(["fly"]) == 2 and "unknown verb 'fly'" in capsys.readouterr().err
-
-
-def test_config_and_help_import_no_torch():
-    code = "import sys, dpace.cli, dpace.config; dpace.cli.main(['--help']); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_commands_are_quoted_for_a_shell():
@@ -116,3 +91,14 @@ def test_the_next_verb_is_told_the_same_settings(tmp_path):
     recipe = Recipe(output="a b", train=TrainConfig(max_steps=9), bench=BenchConfig(compiled="never"))
     expected = "dpace bench --output 'a b' --train.max-steps 9 --bench.compiled never"
     assert sorted(shlex.split(next_command("bench", recipe, []))) == sorted(shlex.split(expected))
+
+
+def test_help_and_refusals_import_no_torch():
+    """They come at once."""
+    lines = [["--help"], ["respond", "--help"], ["train", "--train.seed", "-1"]]
+    code = f"""import contextlib, sys, dpace.cli
+for args in {lines}:
+    with contextlib.suppress(SystemExit):
+        dpace.cli.main(args)
+assert not {{"torch", "transformers"}} & sys.modules.keys()"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
