@@ -1,10 +1,6 @@
-"""Training on several ranks, for test_ranks.py: `torchrun tests/support/ranks.py JOB FOLDER`, and the same on one."""
+"""Training on several ranks, for test_ranks.py, and the same on one."""
 
 import copy
-import gc
-import os
-import pickle
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
@@ -134,13 +130,11 @@ def sharded_gradient(target: Target, responses: list[Response], recipe: Recipe) 
         torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-if __name__ == "__main__":
-    target_folder, responses, recipe = pickle.loads(Path(sys.argv[1]).read_bytes())
-    target = Target.load(target_folder)
-    answer_all(target, responses, recipe, Path(sys.argv[2]))  # first, since nothing has joined the ranks yet
+def main(name: str, responses: list[Response], recipe: Recipe, folder: Path) -> None:
+    """Do all of it on each rank."""
+    target = Target.load(name)
+    answer_all(target, responses, recipe, folder)  # first, since nothing has joined the ranks yet
     tell_all()
-    train_all(target, responses, recipe, Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
-    measure_all(target, responses, recipe, Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
+    train_all(target, responses, recipe, folder, ranks.num_ranks())
+    measure_all(target, responses, recipe, folder, ranks.num_ranks())
     sharded_gradient(target, responses, recipe)
-    gc.collect()  # what still holds process groups: one that outlives Python's end aborts now and then
-    dist.destroy_process_group()

@@ -1,11 +1,7 @@
 """A step is the same on any number of ranks and however it is accumulated."""
 
 import json
-import os
-import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from dpace.config import LossConfig
 from dpace.loss import REDUCTIONS
 from tests.conftest import LANGUAGE_RECIPE
 from tests.support import ranks
+from tests.support.launch import on_ranks
 
 RECIPE = replace(
     LANGUAGE_RECIPE,
@@ -110,17 +107,8 @@ def test_the_reduction_weights_divides_the_gradient_as_it_divides_the_loss(on_on
 def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
     """Uneven anchors, ranks and micro-batches without any, every reduction; and FSDP2 the same gradient."""
     write_prompts(responses, tmp_path)
-    job, folder = tmp_path / "job.pickle", tmp_path / "ranks"
-    job.write_bytes(pickle.dumps((str(language_folder), responses, RECIPE)))
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    done = subprocess.run(
-        [*command, str(root / "tests" / "support" / "ranks.py"), str(job), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "ranks"
+    on_ranks(num_ranks, ranks.main, str(language_folder), responses, RECIPE, folder)
     for reduction in REDUCTIONS:
         assert_same(on_one_rank / reduction, folder / reduction)
     for path in folder.glob("answers-*/*.jsonl"):  # line by line in the same order

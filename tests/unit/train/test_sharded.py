@@ -1,11 +1,5 @@
 """Training is the same with whole drafters on all ranks, with sharded ones, and in one process."""
 
-import os
-import pickle
-import resource
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +14,13 @@ from dpace.target.files import keep_tables, open_target
 from dpace.verbs import load_recipe_target
 from tests.conftest import LANGUAGE_RECIPE
 from tests.support import sharded
+from tests.support.launch import on_ranks
 
 STEPS = {"max_steps": 3, "eval_steps": 2, "logging_steps": 1, "num_anchors": 4, "warmup_ratio": 0.0}
 RECIPE = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **STEPS, feature_cache_gib=0.0))
 CLOSE = 1e-5
 LAST = Path("checkpoints", "checkpoint-3", "model.safetensors")
 """Weights before they are rounded."""
-ROOT = Path(__file__).parents[3]
 
 
 WAYS = {"whole": ["whole"], "drafter": ["drafter"], "resume": ["resume"], "target": ["fsdp", "tp"]}
@@ -43,21 +37,8 @@ def on_one_rank(language_target, language_responses, tmp_path_factory):
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_folder, language_responses, tmp_path):
     """Every reduction, both optimizers, growing blocks, accumulation, checkpointing, SIGTERM; shares of the target."""
-    job, folder = tmp_path / "job.pickle", tmp_path / "ranks"
-    job.write_bytes(pickle.dumps((str(language_folder), language_responses[:19], RECIPE)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "support" / "sharded.py"), way, str(job), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{way} on {num_ranks} ranks: {time.monotonic() - started:.0f} seconds, {cpu_seconds:.0f} of a core")
+    folder = tmp_path / "ranks"
+    on_ranks(num_ranks, sharded.main, way, str(language_folder), language_responses[:19], RECIPE, folder)
     for part in (folder / name for name in WAYS[way] if (folder / name).exists()):
         trained = [name for name in sharded.JOBS if (part / name / "provenance.json").exists()]
         assert len(trained) == (len(sharded.JOBS) if way == "drafter" else 2)
