@@ -18,7 +18,7 @@ from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.decode.batch import compiled_columns
 from dpace.drafter import Drafter
 from dpace.measure.pooling import compare_drafters, make_rows
-from dpace.measure.records import COMPILED, PLAIN, SEED_RULE, Provenance, ResponseRecord, ResponseRecords
+from dpace.measure.records import COMPILED, PLAIN, SEED_RULE, Provenance, ResponseRecord, ResponseRecords, rotated
 from dpace.measure.results import BenchResults, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.system import ranks
@@ -167,12 +167,10 @@ def _decode_prompt(
 ) -> Iterator[ResponseRecord]:
     """Decode one prompt in every way, and yield a record for each turn and way."""
     messages = []
-    order = list(ways)
-    order = order[rotation % len(order) :] + order[: rotation % len(order)]
     for turn, new_messages in enumerate(prompt.turns):
         messages += new_messages
         token_ids = encode_chat(target, messages)
-        done = {way: ways[way](token_ids, **options) for way in order}
+        done = {way: ways[way](token_ids, **options) for way in rotated(ways, rotation)}
         plain = done[PLAIN, None]
         for (name, width), generation in done.items():
             yield ResponseRecord(

@@ -208,13 +208,13 @@ def find_divergence(target: Target, sampler: Sampler, where: tuple[str, str], pr
 
 def describe(target: Target, divergence: Divergence) -> str:
     """Write a divergence in one line."""
-    words = [
+    tokens = [
         "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
         for token in divergence.token_ids
     ]
     kind = "tie" if divergence.is_tie else "NOT A TIE"
     return (
-        f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {words[0]}, expected {words[1]}, "
+        f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {tokens[0]}, expected {tokens[1]}, "
         f"margin {divergence.margin:.2g}, rounding {divergence.noise:.2g}: {kind}"
     )
 

@@ -29,34 +29,35 @@ SEED_RULE = "seed + i for prompt i, counted from 0"
 """How each prompt's seed is made, in results."""
 MAX_COUNT = 2**53
 """Largest count that every reader of JSON keeps exactly."""
+Way = TypeVar("Way")
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT, description="a count")]
 Seconds = Annotated[float, Field(ge=0, le=MAX_COUNT, description="a time in seconds")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSetup:
-    """What was decoded, and how."""
+class Setup:
+    """What all records of a measurement share; with the prompts, it tells them from those of another one."""
 
     target: str
-    drafters: dict[str, str]
-    """Hashes of their weights, by name."""
     max_new_tokens: int
     seed: int
     prompt_seeds: str | None = optional()
     """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
-    target_weights_sha256: str | None = optional()
-    """`dpace.system.provenance.weights_fingerprint`."""
-    drafter_configs: dict[str, str] | None = optional()
-    """Hashes of the drafters' configs, by name."""
     tokenizer_sha256: str | None = optional()
     chat_template_sha256: str | None = optional()
     thinking: bool | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provenance(BenchSetup):
-    """What made the numbers; responses have to share it and the prompts to be compared."""
+class Provenance(Setup):
+    """What made the numbers of `dpace bench`."""
 
+    drafters: dict[str, str]
+    """Hashes of their weights, by name."""
+    target_weights_sha256: str | None = optional()
+    """`dpace.system.provenance.weights_fingerprint`."""
+    drafter_configs: dict[str, str] | None = optional()
+    """Hashes of the drafters' configs, by name."""
     engine: str
     dtype: str
     hardware: Hardware
@@ -75,19 +76,11 @@ class ServerAddress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSetup:
-    """What answers of servers have to share to be compared, beside the prompts."""
+class ServerSetup(Setup):
+    """What made the numbers of running servers."""
 
-    target: str
     servers: dict[str, ServerAddress]
     """By side, `drafter` and `plain`."""
-    max_new_tokens: int
-    seed: int
-    prompt_seeds: str | None = optional()
-    """`SEED_RULE`; one seed for all in results of older versions, which lack the next ones too."""
-    tokenizer_sha256: str | None = optional()
-    chat_template_sha256: str | None = optional()
-    thinking: bool | None = optional()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +156,13 @@ class GroupRecord:
     """For each turn the answers by side, `drafter` and `plain`."""
 
 
+def rotated(ways: Iterable[Way], number: int) -> list[Way]:
+    """Return the ways to measure in an order that differs from prompt to prompt, so that a drift favours none."""
+    ways = list(ways)
+    start = number % len(ways)
+    return ways[start:] + ways[:start]
+
+
 def acceptance_of(responses: Sequence[ResponseRecord], block_size: int) -> Acceptance:
     """Put the verifications of responses together, one histogram a response."""
     counts = [response.num_without_bonus for response in responses]
@@ -183,17 +183,16 @@ class Records(Generic[Record]):
         path: of the files, without the hash.
         setup: what is measured, and how.
         prompts: their hash is kept with the setup.
-        kind: of the records.
 
     Raises:
         ValueError: a line that holds no record; names it.
     """
 
+    kind: type[Record]
     rows: list[Record]
 
-    def __init__(self, path: Path, setup: Provenance | ServerSetup, prompts: Iterable[Prompt], kind: type[Record]):
+    def __init__(self, path: Path, setup: Setup, prompts: Iterable[Prompt]):
         first = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
-        self.kind = kind
         self.path = path.with_stem(f"{path.stem}-{hash_json(first)[:8]}")
         self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
         ranks.from_first(lambda: self._open(first))
@@ -241,18 +240,23 @@ class Records(Generic[Record]):
         return rows
 
 
+class GroupRecords(Records[GroupRecord]):
+    """Groups of requests to servers."""
+
+    kind = GroupRecord
+
+
 class ResponseRecords(Records[ResponseRecord]):
     """Responses of a benchmark; of one that was measured twice, after an interruption, the last counts."""
 
-    def __init__(self, path: Path, setup: Provenance, prompts: Iterable[Prompt]):
-        super().__init__(path, setup, prompts, ResponseRecord)
+    kind = ResponseRecord
 
     def of(self, temperatures: Collection[float], prompts: Sequence[Prompt]) -> list[ResponseRecord]:
         """Return those of these temperatures and prompts, in the order of the prompts, whoever measured them."""
-        place = {prompt.id: number for number, prompt in enumerate(prompts)}
-        chosen = (r for r in self.rows if r.temperature in temperatures and r.id in place)
+        order = {prompt.id: number for number, prompt in enumerate(prompts)}
+        chosen = (r for r in self.rows if r.temperature in temperatures and r.id in order)
         last = {(r.drafter, r.width, r.temperature, r.id, r.turn): r for r in chosen}
-        return sorted(last.values(), key=lambda r: place[r.id])
+        return sorted(last.values(), key=lambda r: order[r.id])
 
     def has(self, ways: Iterable[tuple[str, Width | None]], temperature: float, prompt: Prompt) -> bool:
         """Whether a prompt is done in all ways, by the drafter's name and the width."""

@@ -309,12 +309,12 @@ def find_results(folder: Path) -> list[Results]:
     Raises:
         ValueError: there is none, or one cannot be read.
     """
-    found = [folder / name for name in RESULT_FILES if (folder / name).exists()]
-    if not found:
+    paths = [folder / name for name in RESULT_FILES if (folder / name).exists()]
+    if not paths:
         raise ValueError(
             f"{folder} has no {' or '.join(RESULT_FILES)}; `dpace demo`, `dpace bench` and `dpace compare` write one"
         )
-    return [read_results(path) for path in found]
+    return [read_results(path) for path in paths]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,16 @@ from typing import NamedTuple
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.measure.records import PLAIN, SEED_RULE, GroupRecord, Records, ServerAddress, ServerSetup, SideRecord
+from dpace.measure.records import (
+    PLAIN,
+    SEED_RULE,
+    GroupRecord,
+    GroupRecords,
+    ServerAddress,
+    ServerSetup,
+    SideRecord,
+    rotated,
+)
 from dpace.measure.results import Estimate, ServerResults, ServerRow, nullable, write_results
 from dpace.metrics import Acceptance, decode_speedup, ratio_interval
 from dpace.prompts.prompts import Prompt, first_of_each_set
@@ -64,7 +73,7 @@ def bench_servers(
     sides = {side: connect(url, vocab_size) for side, url in urls.items()}
     setup = _setup(chat, sides, config)
     register_files(folder, SERVERS_FILE)
-    records = Records(Path(folder) / "servers.jsonl", setup, prompts, GroupRecord)
+    records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
     done = {(r.temperature, r.concurrency, tuple(r.ids)): r for r in records.rows}
@@ -136,8 +145,6 @@ def _ask_servers(
 ) -> GroupRecord:
     """Send a group to all sides, turn by turn; the answers to earlier turns are the plain server's."""
     messages: list[list[dict[str, str]]] = [[] for _ in job.prompts]
-    names = list(sides)
-    names = names[rotation % len(names) :] + names[: rotation % len(names)]
     turns = []
     for turn in range(max(len(prompt.turns) for prompt in job.prompts)):
         asked = [i for i, prompt in enumerate(job.prompts) if turn < len(prompt.turns)]
@@ -145,7 +152,7 @@ def _ask_servers(
         for i in asked:
             messages[i] += job.prompts[i].turns[turn]
             requests.append((encode_chat(chat, messages[i]), seeds[job.prompts[i].id]))
-        answers = {name: _ask_server(sides[name], requests, job, max_new_tokens) for name in names}
+        answers = {name: _ask_server(sides[name], requests, job, max_new_tokens) for name in rotated(sides, rotation)}
         turns.append(answers)
         plain = answers[PLAIN if PLAIN in answers else DRAFTER]
         for i, token_ids in zip(asked, plain.token_ids, strict=True):
@@ -201,9 +208,9 @@ def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:
     ours = _pool_side(groups, DRAFTER)
     counts = ours.counts
     histogram = counts.histogram if counts else None
-    by_group = [found for group in groups if (found := _pool_side([group], DRAFTER).counts)]
-    emitted = [found.num_accepted + found.num_verifications for found in by_group]
-    verifications = [found.num_verifications for found in by_group]
+    by_group = [of_group for group in groups if (of_group := _pool_side([group], DRAFTER).counts)]
+    emitted = [of_group.num_accepted + of_group.num_verifications for of_group in by_group]
+    verifications = [of_group.num_verifications for of_group in by_group]
     plain = _pool_side(groups, PLAIN) if all(PLAIN in turn for group in groups for turn in group.turns) else None
     speedup: Estimate = (None, None, None)
     if plain:

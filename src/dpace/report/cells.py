@@ -40,19 +40,18 @@ class Column(NamedTuple):
     heading: str
     write: Callable[[Any], str]
     is_text: bool = False
-    shown: Literal["always", "narrow", "wide"] = "always"
-    """In which tables: those of 80 columns, or those of `--wide` and of the page."""
+    only: Literal["narrow", "wide"] | None = None
+    """Only in tables of 80 columns, or only in those of `--wide` and of the page; None for both."""
 
 
-def shown_columns(columns: Iterable[Column], wide: bool) -> list[Column]:
+def columns_of(columns: Iterable[Column], wide: bool) -> list[Column]:
     """Choose the columns of a narrow or a wide table."""
-    left_out = "narrow" if wide else "wide"
-    return [column for column in columns if column.shown != left_out]
+    return [column for column in columns if column.only in (None, "wide" if wide else "narrow")]
 
 
 def page_rows(columns: Iterable[Column], rows: Iterable[Any]) -> list[list[str]]:
     """Write the headings and the rows of the wide table, for a page."""
-    kept = shown_columns(columns, wide=True)
+    kept = columns_of(columns, wide=True)
     return [[column.heading for column in kept], *([column.write(row) for column in kept] for row in rows)]
 
 
@@ -145,11 +144,11 @@ SET = Column("set", attrgetter("set"), is_text=True)
 TEMPERATURE = Column("T", lambda row: f"{row.temperature:g}")
 DRAFTER = Column("drafter", attrgetter("drafter"), is_text=True)
 WIDTH = Column("width", lambda row: str(row.width), is_text=True)
-TAU = Column("tau", lambda row: with_interval(row.tau), shown="narrow")
-TAU_INTERVAL = Column("tau [95 %]", lambda row: with_interval(row.tau, row.tau_interval), shown="wide")
+TAU = Column("tau", lambda row: with_interval(row.tau), only="narrow")
+TAU_INTERVAL = Column("tau [95 %]", lambda row: with_interval(row.tau, row.tau_interval), only="wide")
 SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, row.decode_speedup_interval))
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
-PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), shown="wide")
+PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="wide")
 SAME_TEXT = Column("same text", _same_text)
 """Columns of several kinds of rows."""
 
@@ -164,8 +163,8 @@ RESULT_COLUMNS = (
     TAU_INTERVAL,
     RATE,
     PLAIN_RATE,
-    Column("tau*", lambda row: with_interval(row.published.tau), shown="wide"),
-    Column("speedup*", lambda row: with_interval(row.published.decode_speedup), shown="wide"),
+    Column("tau*", lambda row: with_interval(row.published.tau), only="wide"),
+    Column("speedup*", lambda row: with_interval(row.published.decode_speedup), only="wide"),
     SAME_TEXT,
 )
 """What is written of a `Row`; a star marks what published tables have, see `dpace.metrics.published_tau`."""
@@ -182,10 +181,8 @@ def result_columns(rows: Iterable[Row]) -> tuple[Column, ...]:
 
     return (
         *RESULT_COLUMNS,
-        Column(
-            "compiled plain tok/s", lambda row: _rate(row.compiled and row.compiled.tokens_per_second), shown="wide"
-        ),
-        Column("over compiled plain [95 %]", speedup, shown="wide"),
+        Column("compiled plain tok/s", lambda row: _rate(row.compiled and row.compiled.tokens_per_second), only="wide"),
+        Column("over compiled plain [95 %]", speedup, only="wide"),
     )
 
 
@@ -196,8 +193,8 @@ PAIR_COLUMNS = (
     DRAFTER,
     WIDTH,
     Column("tau [95 %]", lambda row: percent(row.tau_gain)),
-    Column("speed ratio", lambda row: with_interval(row.speed_ratio[0]), shown="narrow"),
-    Column("speed ratio [95 %]", lambda row: with_interval(row.speed_ratio[0], row.speed_ratio[1:]), shown="wide"),
+    Column("speed ratio", lambda row: with_interval(row.speed_ratio[0]), only="narrow"),
+    Column("speed ratio [95 %]", lambda row: with_interval(row.speed_ratio[0], row.speed_ratio[1:]), only="wide"),
 )
 """What is written of a `Comparison`."""
 
@@ -216,9 +213,9 @@ SERVER_COLUMNS = (
     TAU_INTERVAL,
     RATE,
     PLAIN_RATE,
-    Column("throughput", lambda row: _rate(row.throughput), shown="wide"),
-    Column("plain throughput", lambda row: _rate(row.plain_throughput), shown="wide"),
-    Column("TTFT s (95 %)", lambda row: "{:.2f} ({:.2f})".format(*row.first_seconds), shown="wide"),
+    Column("throughput", lambda row: _rate(row.throughput), only="wide"),
+    Column("plain throughput", lambda row: _rate(row.plain_throughput), only="wide"),
+    Column("TTFT s (95 %)", lambda row: "{:.2f} ({:.2f})".format(*row.first_seconds), only="wide"),
     SAME_TEXT,
 )
 """What is written of a `ServerRow`."""
@@ -251,13 +248,13 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
         TAU,
         TAU_INTERVAL,
         Column(f"over {baseline} [95 %]", gain),
-        Column("by seed", by_seed, shown="wide"),
-        Column("decode_speedup [95 %]", speedup, shown="wide"),
+        Column("by seed", by_seed, only="wide"),
+        Column("decode_speedup [95 %]", speedup, only="wide"),
         Column("ms/step", lambda row: "-" if row.step_seconds is None else f"{1000 * row.step_seconds:.0f}"),
         Column(
             "peak GiB",
             lambda row: "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
-            shown="wide",
+            only="wide",
         ),
     ]
 

@@ -68,12 +68,12 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     """
     path = Path(path)
     markdown = _markdown_path(path)
-    found = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
-    sections = [section for results, folder in found for section in sections_of(results, folder)]
-    benchmarks = [benchmark for results, _ in found if (benchmark := benchmark_of(results))]
+    measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
+    sections = [section for results, folder in measured for section in sections_of(results, folder)]
+    benchmarks = [benchmark for results, _ in measured if (benchmark := benchmark_of(results))]
     if has_parts(benchmarks):
         sections.insert(1, contexts(benchmarks))
-    targets = dict.fromkeys(Path(results.target).name for results, _ in found)
+    targets = dict.fromkeys(Path(results.target).name for results, _ in measured)
     title = f"Drafters for {', '.join(targets)}"
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     called = command("report", *folders, output=path)

@@ -204,12 +204,11 @@ def standalone(*panels: str) -> str:
     parts = []
     left = height = 0.0
     for panel in panels:
-        head, end, body = panel.partition(">")
-        sizes = {name: float(value) for name, value in re.findall(r' (width|height)="([\d.]+)pt"', head)}
-        head = re.sub(r' (width|height)="([\d.]+)pt"', r' \1="\2"', head)
-        parts.append(f'{head} x="{left:g}"{end}{body}')
-        left += sizes["width"]
-        height = max(height, sizes["height"])
+        sizes = [float(size) for size in re.findall(r'="([\d.]+)pt"', panel)[:2]]  # width and height
+        panel = re.sub(r'="([\d.]+)pt"', r'="\1"', panel, count=2)
+        parts.append(panel.replace("<svg", f'<svg x="{left:g}"', 1))
+        left += sizes[0]
+        height = max(height, sizes[1])
     style = f"<style>{rules} svg {{ background: var(--page); }}</style>"
     size = f'width="{left:g}pt" height="{height:g}pt" viewBox="0 0 {left:g} {height:g}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{style}{"".join(parts)}</svg>\n'

@@ -18,13 +18,13 @@ from dpace.report.cells import (
     SET,
     TEMPERATURE,
     Column,
+    columns_of,
     compared_columns,
     compiled_note,
     copied_note,
     find_parts,
     one_line,
     result_columns,
-    shown_columns,
 )
 
 MAX_SLOTS = 15
@@ -128,7 +128,7 @@ def plain(text: str) -> str:
 def _table(columns: Iterable[Column], rows: Iterable[Any], title: str, caption: str = "", *, wide: bool) -> Table:
     """Make a table; names may be folded over lines, numbers are never cut."""
     table = Table(title=plain(title), caption=plain(caption) or None, box=SIMPLE_HEAD, padding=0)
-    kept = shown_columns(columns, wide)
+    kept = columns_of(columns, wide)
     for column in kept:
         heading = column.heading
         if not wide:  # broken before its unit, or else at its first space

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dpace.measure.records import GroupRecord, Provenance, Records, ResponseRecords, ServerAddress, ServerSetup
+from dpace.measure.records import GroupRecords, Provenance, ResponseRecords, ServerAddress, ServerSetup
 from dpace.prompts.prompts import Prompt
 from dpace.system.provenance import Hardware, Versions
 from tests.support.rows import make_plain, make_response
@@ -79,8 +79,8 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     setup = ServerSetup(
         target="t", servers={"drafter": ServerAddress(url="http://x", engine="vllm")}, max_new_tokens=4, seed=0
     )
-    written = Records(path, setup, PROMPTS, GroupRecord).path
+    written = GroupRecords(path, setup, PROMPTS).path
     with written.open("a") as file:
         file.write('{"set": "s"}\n')
     with pytest.raises(ValueError, match=r"servers-\w{8}.jsonl:2: .* missing, expected .*; remove the line"):
-        Records(path, setup, PROMPTS, GroupRecord)
+        GroupRecords(path, setup, PROMPTS)

@@ -63,7 +63,7 @@ def test_what_is_written_is_read(name, tmp_path):
 def test_the_keys_of_the_file_are_kept():
     """Scripts read them; a key of another name is another schema version."""
     bench = to_json(BENCH)
-    top = "target drafters max_new_tokens seed engine dtype hardware versions schema_version rows comparisons"
+    top = "target max_new_tokens seed drafters engine dtype hardware versions schema_version rows comparisons"
     assert " ".join(bench) == top and bench["schema_version"] == 1
     row = "drafter width set temperature num_responses block_size histogram num_without_bonus tau tau_interval"
     row += " acceptance_rate reach_rate slot_acceptance_rate share_copied tokens_per_second plain_tokens_per_second"
