@@ -13,7 +13,7 @@ import time
 import torch
 
 from dpace.fast import attention
-from dpace.fast.cache import make_cache
+from dpace.fast.cache import TextCache
 from dpace.target import Target
 
 CONTEXTS, WIDTHS = (128, 512, 1500), (1, 4, 8)
@@ -31,7 +31,7 @@ def main(name: str, rounds: int) -> None:
             )
         for context in CONTEXTS:
             token_ids = torch.randint(1000, (1, context))
-            cache = make_cache(target.config, context + max(WIDTHS))
+            cache = TextCache(target.config, context + max(WIDTHS))
             target.hidden(token_ids, cache=cache)
             for width in WIDTHS:
                 times: dict[str, list[float]] = {"sdpa": [], attention.NAME: []}

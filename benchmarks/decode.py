@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from dpace.config import Width
 from dpace.decode import Decoder, Paces, generate, generate_plain
-from dpace.decode.loop import make_drafting, speculative_steps
+from dpace.decode.loop import Speculation
 from dpace.decode.request import make_continuation
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import DraftHead
@@ -258,7 +258,7 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
     paces = Paces()
     paces.get(target, drafter)  # measures the steps now, so that this is not timed below
     changed = [
-        timed(target, "hidden", "target's layers"),
+        timed(target, "read", "target's layers"),
         timed(target, "logits", "LM head, verification"),
         timed(DraftHead, "logits", "LM head, drafts"),
         timed(drafter, "forward", "drafter's layers"),
@@ -266,7 +266,7 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
     total, parts, num_calls = 0.0, Counter(), Counter()
     for ids in prompts:
         text = make_continuation(target, ids, max_new_tokens=count, stop_token_ids=[])
-        steps = speculative_steps(target, drafter, text, make_drafting(target, drafter, 0.0, paces=paces))
+        steps = Speculation(target, drafter, text, paces=paces).steps()
         next(steps)  # reads the prompt
         seconds.clear()
         calls.clear()

@@ -17,7 +17,7 @@ from rich.table import Table
 import dpace.fast.packing
 import dpace.fast.speed_up
 from dpace.drafter import load_drafter
-from dpace.fast.cache import make_cache
+from dpace.fast.cache import TextCache
 from dpace.report.tables import console
 from dpace.target import Target
 
@@ -51,7 +51,7 @@ def main() -> None:
         for width in (1, 4, 8, 200):
             runs = []
             for target, _ in sides.values():
-                cache = make_cache(target.config, CONTEXT + width)
+                cache = TextCache(target.config, CONTEXT + width)
                 target.hidden(tokens[:, :CONTEXT], cache=cache)
 
                 def run(target=target, cache=cache, width=width):

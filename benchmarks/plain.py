@@ -25,7 +25,7 @@ from rich.table import Table
 
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import run_llamacpp
-from dpace.fast.cache import make_cache
+from dpace.fast.cache import TextCache
 from dpace.report.tables import console
 from dpace.target import Target
 
@@ -42,11 +42,11 @@ def time_calls(run: Callable[[], object]) -> float:
 
 def make_runs(target: Target) -> tuple[dict[str, Callable[[], object]], int]:
     """Make what is timed, and count the bytes of the weights that a token reads."""
-    layers = [layer.fused for layer in target.decoder.layers]
+    layers = [layer.fast for layer in target.decoder.layers]
     rows = {size: torch.randn(1, 1, size) for size in (target.hidden_size, target.config.intermediate_size)}
     queries = torch.randn(1, 1, target.decoder.layers[0].self_attn.o_proj.in_features)
     token = torch.zeros(1, 1, dtype=torch.long)
-    cache = make_cache(target.config, CONTEXT + 1)
+    cache = TextCache(target.config, CONTEXT + 1)
     target.hidden(torch.zeros(1, CONTEXT, dtype=torch.long), cache=cache)
     narrow, wide = rows[target.hidden_size], rows[target.config.intermediate_size]
     num_weights = sum(weight.numel() for weight in target.decoder.layers.parameters() if weight.dim() == 2)

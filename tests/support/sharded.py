@@ -134,7 +134,7 @@ def check_target(shard: TargetShard, name: str, whole: Target) -> ShardedTarget:
     if rank:
         torch.testing.assert_close(target.features(text, [1]), whole.features(text, [1]), rtol=1e-4, atol=1e-5)
     else:
-        target.stand_by([1])
+        target.join_features([1])
     return target
 
 

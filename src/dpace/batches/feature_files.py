@@ -251,7 +251,7 @@ def keep_on_disk(
             _fill(compute, dataset, rows, mine, names, dtype)
             most = math.ceil(math.ceil(len(wanted) / ranks.num_ranks()) / FEATURE_BATCH)  # of a rank's batches
             for _ in range(0 if servers else most - math.ceil(len(mine) / FEATURE_BATCH)):
-                target.stand_by(target_layer_ids, with_head_input=with_head_input)
+                target.join_features(target_layer_ids, with_head_input=with_head_input)
         ranks.barrier()
     dataset.features = FeatureFiles(rows, names, target.head.weight.dtype)
 

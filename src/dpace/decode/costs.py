@@ -1,5 +1,6 @@
 """Time the steps of decoding on this machine."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,15 @@ from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.drafter.views import draft_block
 from dpace.drafter.vocabulary import DraftHead
-from dpace.fast.cache import make_cache
+from dpace.fast.cache import TextCache
 from dpace.target import Target
 
 FILLER_TOKENS = 128
 """Number of tokens before the timed steps."""
-DRAFT, FIRST_DRAFT = 0, -1
-"""Kinds of steps beside verifications, whose kind is their width."""
+DRAFT = 0
+"""Kind of a step that drafts behind a few tokens; that of a verification is its width."""
+FIRST_DRAFT = -1
+"""Kind of a step that reads all features before it drafts."""
 NUM_ROUNDS = 5
 """Number of times that each step is timed."""
 
@@ -48,57 +51,59 @@ class StepCosts:
         Returns:
             The width, 1 (none of the draft) to `len(reach) + 1`, and the expected number of emitted tokens.
         """
-        best, best_rate, emitted = (1, 1.0), 1 / (self.draft_seconds + self.verify_seconds[0]), 1.0
-        for width, probability in enumerate(reach, start=2):
-            emitted += probability
-            rate = emitted / (self.draft_seconds + self.verify_seconds[width - 1])
-            if rate > best_rate:
-                best, best_rate = (width, emitted), rate
-        return best
+        emitted = list(itertools.accumulate(reach, initial=1.0))
+        rates = [
+            count / (self.draft_seconds + seconds) for count, seconds in zip(emitted, self.verify_seconds, strict=False)
+        ]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return best + 1, emitted[best]
 
 
 def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0) -> StepCosts:
     """Measure the seconds of decoding steps on this machine; takes about a second for a small model.
+
+    Widths that are not timed are interpolated. A width counts as no slower than a wider one. Steps take turns, and the
+    minimum of `NUM_ROUNDS` rounds counts, because disturbances only make steps slower; one more round warms up.
+
+    Memory: keys and values of `FILLER_TOKENS` tokens, and their features.
 
     Args:
         target: timed while it reads 1 to `block_size` tokens.
         drafter: timed while it drafts a block.
         temperature: above 0, tokens are drawn, which takes longer than choosing the most likely ones.
     """
-    timer = StepTimer([single_steps(target, drafter, temperature=temperature)], drafter.block_size)
-    timer.run_at_least(NUM_ROUNDS)
-    return timer.costs(min)[0]  # the minimum, because disturbances only make steps slower
+    size = drafter.block_size
+    timed = [width for width in sorted({1, 2, 3, 4, 6, 8, 12, 16, size}) if width <= size]
+    step = _make_step(target, drafter, temperature)
+    seconds = {kind: [] for kind in (FIRST_DRAFT, DRAFT, *timed)}
+    for _ in range(NUM_ROUNDS + 1):
+        for kind, rounds in seconds.items():
+            start = time.perf_counter()
+            step(kind)
+            rounds.append(time.perf_counter() - start)
+    least = {kind: min(rounds[1:]) for kind, rounds in seconds.items()}
+    verify_seconds = np.interp(range(1, size + 1), timed, [least[width] for width in timed])
+    verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
+    return StepCosts(verify_seconds.tolist(), least[DRAFT], max(0.0, least[FIRST_DRAFT] - least[DRAFT]))
 
 
-def single_steps(
-    target: Target, drafter: Drafter, *, temperature: float = 0.0, context: int = FILLER_TOKENS
-) -> Callable[[int], None]:
-    """Make a function that runs one step of decoding one prompt.
+def _make_step(target: Target, drafter: Drafter, temperature: float) -> Callable[[int], None]:
+    """Make a function that runs a step behind `FILLER_TOKENS` tokens.
 
     Its argument is the number of tokens to verify, or `DRAFT`, or `FIRST_DRAFT`.
-
-    Memory: keys and values of the context, and its features.
-
-    Args:
-        target: reads 1 to `block_size` tokens.
-        drafter: drafts a block.
-        temperature: temperature of the draws.
-        context: number of tokens before the step.
     """
     sampler = Sampler(temperature, seed=0, device=target.device)
-    device, size = target.device, drafter.block_size
-    filler = torch.full((1, max(context, size)), drafter.mask_token_id, device=device)
-    cache = make_cache(target.config, filler.shape[1] + size)
+    size = drafter.block_size
+    filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id, device=target.device)
+    cache = TextCache(target.config, filler.shape[1] + size)
     with torch.inference_mode():
-        target.hidden(filler, cache=cache)
-    num_features = len(drafter.target_layer_ids) * target.hidden_size
+        _, features = target.read(filler, cache, drafter.target_layer_ids)
     draft_head = DraftHead(target, drafter.vocabulary)
-    features = torch.zeros(1, filler.shape[1], num_features, device=device, dtype=target.model.dtype)
 
     @torch.inference_mode()
     def step(width: int) -> None:
         if width > 0:
-            logits = target.logits(target.hidden(filler[:, :width], cache=cache).flatten(0, 1))
+            logits = target.logits(target.hidden(filler[:, :width], cache)[0])
             sampler.draw(sampler.scores(logits, []), 0).tolist()
             cache.crop(-width)
             return
@@ -109,42 +114,3 @@ def single_steps(
         drafter.confidences(logits)  # waits for the device, as drawing does
 
     return step
-
-
-class StepTimer:
-    """A timer for step functions such as those of `single_steps`, which take turns in each round."""
-
-    def __init__(self, steps: Sequence[Callable[[int], None]], block_size: int):
-        self.steps, self.num_rounds = steps, 0
-        self.widths = [width for width in sorted({1, 2, 3, 4, 6, 8, 12, 16, block_size}) if width <= block_size]
-        self.seconds = [{kind: [] for kind in (FIRST_DRAFT, DRAFT, *self.widths)} for _ in steps]
-
-    def run(self) -> None:
-        """Run one round; the first is a warm-up, which is not counted."""
-        for step, seconds_by_kind in zip(self.steps, self.seconds, strict=True):
-            for kind, seconds in seconds_by_kind.items():
-                start = time.perf_counter()
-                step(kind)
-                if self.num_rounds:
-                    seconds.append(time.perf_counter() - start)
-        self.num_rounds += 1
-
-    def run_at_least(self, num_rounds: int) -> None:
-        """Run rounds until at least `num_rounds` are counted."""
-        while self.num_rounds <= num_rounds:
-            self.run()
-
-    def costs(self, choose: Callable[[Sequence[float]], float]) -> list[StepCosts]:
-        """Give the costs of each function, where `choose` picks one value from its rounds' seconds.
-
-        Widths that were not timed are interpolated. A width counts as no slower than a wider one.
-        """
-        costs = []
-        for seconds_by_kind in self.seconds:
-            seconds = {kind: choose(rounds) for kind, rounds in seconds_by_kind.items()}
-            widths = range(1, self.widths[-1] + 1)
-            verify_seconds = np.interp(widths, self.widths, [seconds[width] for width in self.widths])
-            verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
-            reading = max(0.0, seconds[FIRST_DRAFT] - seconds[DRAFT])
-            costs.append(StepCosts(verify_seconds.tolist(), seconds[DRAFT], reading))
-        return costs

@@ -1,17 +1,18 @@
-"""Decode call after call, and keep what later calls can use."""
+"""Decode prompts call after call, one or several at a time, and keep what later calls can use."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 
 from dpace.config import Width
-from dpace.decode.batch import Buffers, compiled_columns, decode_rows, generate_batch
-from dpace.decode.generation import Generation
+from dpace.decode.batch import Batch, RowCaches, check_batch, compiled_columns
+from dpace.decode.generation import Generation, read_clock
 from dpace.decode.loop import generate, generate_plain
 from dpace.decode.pace import Paces
-from dpace.decode.request import SamplingOptions
+from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.drafter import Drafter
+from dpace.fast.packing import refresh_copies
 from dpace.target import Target
 
 
@@ -42,10 +43,13 @@ class Decoder:
         compile: bool = False,
         max_length: int | None = None,
     ):
-        self.target, self.drafter, self.compile = target, drafter, compile
+        self.target = target
+        self.drafter = drafter
         self.width: Width = width
-        self.columns, self.paces = compiled_columns(max_length or 1), Paces()
-        self._buffers: dict[int, Buffers] = {}
+        self.compile = compile
+        self.columns = compiled_columns(max_length or 1)
+        self.paces = Paces()
+        self._caches: dict[int, RowCaches] = {}
 
     def generate(self, token_ids: Sequence[int], **options: Unpack[SamplingOptions]) -> Generation:
         """Decode one prompt; arguments and errors as in `generate`."""
@@ -57,18 +61,85 @@ class Decoder:
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """Decode several prompts at once; arguments and errors as in `generate_batch`."""
-        if not self.compile:
-            return generate_batch(self.target, self.drafter, prompts, **options)
-        chosen: Any = {"compile": True, "find_buffers": self._find_buffers, **options}
-        return decode_rows(self.target, self.drafter, prompts, **chosen)
+        if len(prompts) == 1 and not self.compile:
+            if self.drafter is None:
+                return [generate_plain(self.target, prompts[0], **options)]
+            return [generate(self.target, self.drafter, prompts[0], width="full", **options)]
+        rows = self._make_rows(prompts, options)
+        if not rows:
+            return []
+        started = read_clock(self.target.device)
+        with torch.inference_mode():
+            caches = self._find_caches(len(rows), 1 + max(row.limit for row in rows))
+            batch = Batch(self.target, self.drafter, list(rows), caches, is_compiled=self.compile)
+            batch.prefill()
+            first = read_clock(self.target.device)
+            batch.drop_done()
+            while batch.rows:
+                batch.step()
+        block_size = 1 if self.drafter is None else self.drafter.block_size
+        end = read_clock(self.target.device)
+        return [
+            Generation.from_steps(row.steps, block_size, prefill_seconds=first - started, decode_seconds=end - first)
+            for row in rows
+        ]
 
-    def _find_buffers(self, num_rows: int, columns: int) -> Buffers:
-        """Give the caches for a number of rows, with room for the longest text so far."""
-        self.columns = max(self.columns, columns)
-        known = self._buffers.get(num_rows)
+    def _make_rows(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[Continuation]:
+        """Check the requests, and give prompt `i` the seed `seed + i`."""
+        if self.drafter is not None:
+            self.drafter.check_target(self.target)
+            refresh_copies(self.drafter)
+        rows = []
+        for number, token_ids in enumerate(prompts):
+            seed = options.get("seed")
+            own: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
+            rows.append(make_continuation(self.target, token_ids, **own))
+        if rows:
+            check_batch(self.target, rows, compile=self.compile)
+        return rows
+
+    def _find_caches(self, num_rows: int, num_tokens: int) -> RowCaches:
+        """Return the caches for a number of rows; compiled steps keep theirs, with room for the longest text so far."""
+        if not self.compile:
+            return RowCaches(self.target, self.drafter, num_tokens)
+        self.columns = max(self.columns, compiled_columns(num_tokens))
+        known = self._caches.get(num_rows)
         if known is None or known.capacity < self.columns:
-            with torch.inference_mode():
-                self._buffers[num_rows] = Buffers(self.target, self.drafter, self.columns)
-        else:
-            known.forget()
-        return self._buffers[num_rows]
+            known = self._caches[num_rows] = RowCaches(self.target, self.drafter, self.columns)
+        return known
+
+
+def generate_batch(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    compile: bool = False,
+    **options: Unpack[SamplingOptions],
+) -> list[Generation]:
+    """Decode several prompts at once with a drafter, each with the text that it gets alone.
+
+    Each step drafts a block for every row and verifies the whole blocks (`width="full"`, `verify_rule="equality"` of
+    `generate`). Rows accept different numbers of tokens, and leave the batch when they are done. In fp32 a row's text
+    and accepted lengths are those of `generate`, above temperature 0 with the row's own seed; with a draft vocabulary,
+    tokens of other prompts may be drafted too. In low precision, rounding depends on the size of the batch.
+
+    Memory: keys and values of the longest prompt, its response and a block, for each row, in target and drafter; logits
+    of one block a row.
+
+    Args:
+        target: the model whose text is kept; for more than one prompt, all its layers must have full attention.
+        drafter: trained for this target; None gives plain decoding, one token a step.
+        prompts: decoded all at once; memory limits their number.
+        compile: `torch.compile` the steps after the first, with fixed shapes and, on a GPU, CUDA graphs. The first call
+            takes a minute or more. For further calls take a `Decoder`, which keeps the caches that graphs refer to.
+        options: see `SamplingOptions`; with a `seed`, prompt `i` draws with `seed + i`.
+
+    Returns:
+        One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
+
+    Raises:
+        ValueError: as `generate`; for more than one prompt also a layer without full attention, or an attention
+            implementation that accepts no 4-D mask.
+    """
+    return Decoder(target, drafter, compile=compile).generate_batch(prompts, **options)

@@ -1,7 +1,7 @@
 """Results of decoding: single steps, and whole responses with their times."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,6 +44,23 @@ class Generation:
     num_copied: int = 0
     """Number of accepted tokens that a prompt lookup proposed instead of the drafter."""
 
+    @classmethod
+    def from_steps(
+        cls, steps: Sequence[Step], block_size: int, *, prefill_seconds: float, decode_seconds: float
+    ) -> "Generation":
+        """Put the steps of a response together, that of the prompt first; with block size 1 nothing was verified."""
+        verified = steps[1:] if block_size > 1 else []
+        return cls(
+            [token for step in steps for token in step.token_ids],
+            [step.accepted for step in verified],
+            [len(step.token_ids) for step in verified],
+            [step.width for step in verified],
+            block_size,
+            prefill_seconds,
+            decode_seconds,
+            sum(step.copied for step in verified),
+        )
+
     @property
     def num_decode_tokens(self) -> int:
         """Number of tokens after the first."""
@@ -65,20 +82,9 @@ def read_clock(device: torch.device) -> float:
 def collect(steps: Iterator[Step], block_size: int, device: torch.device) -> Generation:
     """Run all steps and time them."""
     started = read_clock(device)
-    response = list(next(steps).token_ids)
-    first_seconds = read_clock(device) - started
-    done = list(steps)
-    decode_seconds = read_clock(device) - started - first_seconds
-    for step in done:
-        response += step.token_ids
-    drafted = done if block_size > 1 else []
-    return Generation(
-        response,
-        [step.accepted for step in drafted],
-        [len(step.token_ids) for step in drafted],
-        [step.width for step in drafted],
-        block_size,
-        first_seconds,
-        decode_seconds,
-        sum(step.copied for step in drafted),
+    done = [next(steps)]
+    first = read_clock(device)
+    done += steps
+    return Generation.from_steps(
+        done, block_size, prefill_seconds=first - started, decode_seconds=read_clock(device) - first
     )

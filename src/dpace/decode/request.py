@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dpace.config import SamplingConfig
+from dpace.decode.generation import Step
 from dpace.decode.sampling import Sampler
 from dpace.recipes.validation import explain
 from dpace.target import Target
@@ -32,18 +33,30 @@ class SamplingOptions(TypedDict, total=False):
 class Continuation:
     """A prompt and its response so far."""
 
-    text: list[int]
-    """Token ids of the prompt and of the response so far."""
+    token_ids: list[int]
+    """The prompt and the response so far."""
     num_prompt: int
     max_new_tokens: int
     stops: set[int]
     """Tokens that end the response."""
     sampler: Sampler = field(repr=False)
+    steps: list[Step] = field(default_factory=list)
+    """Steps that emitted the response."""
 
     @property
     def position(self) -> int:
         """Number of tokens of the response so far."""
-        return len(self.text) - self.num_prompt
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def start(self) -> int:
+        """Position of the last token, which is the next block's anchor."""
+        return len(self.token_ids) - 1
+
+    @property
+    def limit(self) -> int:
+        """Position of the last token that may be emitted."""
+        return self.num_prompt + self.max_new_tokens - 1
 
     @property
     def remaining(self) -> int:
@@ -53,31 +66,32 @@ class Continuation:
     @property
     def is_done(self) -> bool:
         """Whether the response is complete: the budget is used, or its last token is a stop token."""
-        return not self.remaining or (self.position > 0 and self.text[-1] in self.stops)
+        return not self.remaining or (self.position > 0 and self.token_ids[-1] in self.stops)
 
     def draw(self, logits: Float[Tensor, "slot vocab"], draft: Sequence[int] = ()) -> Int[Tensor, " slot"]:
         """Draw the target's own tokens, where row `k` follows the text and the first `k` tokens of `draft`.
 
         `draft` may be left out where the sampler has no processors, because only these look at the text.
         """
-        return self.sampler.draw(self.sampler.scores(logits, [*self.text, *draft]), self.position)
+        return self.sampler.draw(self.sampler.scores(logits, [*self.token_ids, *draft]), self.position)
 
-    def take(self, accepted: int, token_ids: Sequence[int]) -> tuple[list[int], int]:
+    def take(self, accepted: int, token_ids: Sequence[int], *, width: int, is_copied: bool = False) -> Step:
         """Append the tokens of a verification, cut at the budget and after the first stop token.
 
         Args:
             accepted: number of draft tokens that were accepted.
             token_ids: these tokens, then the target's next one.
-
-        Returns:
-            The appended tokens, and how many of them are accepted draft tokens.
+            width: number of tokens that the target read.
+            is_copied: whether a prompt lookup proposed them.
         """
         emitted = list(token_ids[: min(accepted + 1, self.remaining)])
         stop = next((i for i, token in enumerate(emitted) if token in self.stops), None)
         if stop is not None:
-            emitted, accepted = emitted[: stop + 1], min(accepted, stop + 1)
-        self.text += emitted
-        return emitted, accepted
+            emitted = emitted[: stop + 1]
+            accepted = min(accepted, stop + 1)
+        self.token_ids += emitted
+        self.steps.append(Step(emitted, accepted, width, accepted if is_copied else 0))
+        return self.steps[-1]
 
 
 def make_continuation(
@@ -95,8 +109,7 @@ def make_continuation(
     Raises:
         ValueError: an empty prompt, a prompt that exceeds the target's context, or an option outside its range.
     """
-    values: dict[str, Any] = {**options}
-    stop_token_ids = values.pop("stop_token_ids", None)
+    values: Any = {name: value for name, value in options.items() if name != "stop_token_ids"}
     try:
         config = SamplingConfig(**values)
     except ValidationError as error:
@@ -117,8 +130,15 @@ def make_continuation(
             f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; past {boundary} "
             f"tokens this target rotates all positions anew: ask for at most {boundary - len(prompt)} tokens"
         )
-    filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
-    sampler = Sampler(config.temperature, **filters, seed=config.seed, device=target.device)
-    target.look_again()
-    stops = set(target.stop_token_ids if stop_token_ids is None else stop_token_ids)
-    return Continuation(prompt, len(prompt), config.max_new_tokens, stops, sampler)
+    sampler = Sampler(
+        config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        seed=config.seed,
+        device=target.device,
+    )
+    target.refresh_copies()
+    stops = options.get("stop_token_ids")
+    stops = target.stop_token_ids if stops is None else stops
+    return Continuation(prompt, len(prompt), config.max_new_tokens, set(stops), sampler)

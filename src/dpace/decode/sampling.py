@@ -31,9 +31,6 @@ class Sampler:
         processors: further transformers processors, which see the tokens before the one that is drawn.
         seed: seed of the draws; by default torch's global generator is used.
         device: device of the logits.
-
-    Raises:
-        ValueError: a setting outside its range.
     """
 
     def __init__(
@@ -47,12 +44,8 @@ class Sampler:
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ):
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
-            raise ValueError(
-                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}; "
-                "temperature and top_k must be >= 0, top_p in (0, 1] and min_p in [0, 1]"
-            )
-        self.temperature, self.processors = temperature, processors or LogitsProcessorList()
+        self.temperature = temperature
+        self.processors = processors or LogitsProcessorList()
         self.warpers = LogitsProcessorList()
         if temperature not in (0, 1):
             self.warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -69,7 +62,8 @@ class Sampler:
     def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
         """Apply all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`."""
         if self.processors:
-            rows, first = [], len(prefix) - len(logits) + 1
+            rows = []
+            first = len(prefix) - len(logits) + 1
             for k, row in enumerate(logits):
                 ids: Any = torch.tensor([prefix[: first + k]], device=logits.device)
                 rows.append(self.processors(ids, row[None].float()))
@@ -96,11 +90,12 @@ class Sampler:
         return chances.argmax(-1)
 
     def noise(self, position: int, rows: Float[Tensor, "slot vocab"]) -> list[Float[Tensor, " vocab"]]:
-        """Give the random numbers of the response's tokens from `position` on, one row for each of `rows`.
+        """Return the random numbers of the response's tokens from `position` on, one row for each of `rows`.
 
         They are drawn a row at a time, so that they do not depend on the number of rows.
         """
-        self._noise, self._first = self._noise[position - self._first :], position
+        self._noise = self._noise[position - self._first :]
+        self._first = position
         while len(self._noise) < len(rows):
             row = torch.empty(rows.shape[1], device=rows.device)
             self._noise.append(row.exponential_(generator=self.generator))
@@ -144,7 +139,8 @@ def draw_draft(
     if not sampler.processors:
         probs = sampler.probs(sampler.scores(logits, text))
         return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
-    drawn, rows = [], []
+    drawn = []
+    rows = []
     for slot in logits:
         probs = sampler.probs(sampler.scores(slot[None], [*text, *drawn]))
         drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))

@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dpace.config import VerifyRule, Width
 from dpace.decode.generation import Step
-from dpace.decode.loop import make_drafting, speculative_steps
+from dpace.decode.loop import Speculation
 from dpace.decode.pace import Paces
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import Sampler
@@ -36,10 +36,9 @@ def stream(
     text is yielded.
     """
     text = make_continuation(target, token_ids, **options)
-    chosen = {"width": width, "verify_rule": verify_rule, "paces": paces}
-    drafting = make_drafting(target, drafter, text.sampler.temperature, **chosen)
+    speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
     pieces = TextPieces(target.tokenizer)
-    for step in speculative_steps(target, drafter, text, drafting):
+    for step in speculation.steps():
         on_step(step)
         piece = pieces.add(step.token_ids)
         if piece:
@@ -57,7 +56,7 @@ class TextPieces:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.token_ids: list[int] = []
-        self._read_from = self._shown = 0
+        self._start = self._num_returned = 0
 
     def _text(self, start: int, end: int) -> str:
         return self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=True)
@@ -65,16 +64,16 @@ class TextPieces:
     def add(self, token_ids: Sequence[int]) -> str:
         """Add tokens and give the text that they add; empty while a character is not whole."""
         self.token_ids += token_ids
-        text = self._text(self._read_from, len(self.token_ids))
-        return "" if not token_ids or text.endswith("\ufffd") else self._show(text)
+        text = self._text(self._start, len(self.token_ids))
+        return "" if not token_ids or text.endswith("\ufffd") else self._return_text(text)
 
     def flush(self) -> str:
         """Give the text that was held back."""
-        return self._show(self._text(self._read_from, len(self.token_ids)))
+        return self._return_text(self._text(self._start, len(self.token_ids)))
 
-    def _show(self, text: str) -> str:
-        piece = text[len(self._text(self._read_from, self._shown)) :]
-        self._read_from, self._shown = self._shown, len(self.token_ids)
+    def _return_text(self, text: str) -> str:
+        piece = text[len(self._text(self._start, self._num_returned)) :]
+        self._start, self._num_returned = self._num_returned, len(self.token_ids)
         return piece
 
 
@@ -109,18 +108,18 @@ def custom_generate(
             raise ValueError("custom_generate was made for another model; make it with Target(model)")
         # Not a named argument: transformers would pass the mask twice.
         _check_call(input_ids, generation_config, model_inputs.get("attention_mask"))
-        num_prompt, eos = input_ids.shape[1], generation_config.eos_token_id
+        num_prompt = input_ids.shape[1]
+        eos = generation_config.eos_token_id
         stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         max_new_tokens = generation_config.max_length - num_prompt
         text = Continuation(input_ids[0].tolist(), num_prompt, max_new_tokens, stops, sampler)
-        chosen = {"width": width, "verify_rule": verify_rule, "paces": paces}
-        drafting = make_drafting(target, drafter, sampler.temperature, **chosen)
-        steps = speculative_steps(target, drafter, text, drafting)
+        target.refresh_copies()
+        speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)
         written = input_ids[0].tolist()
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        for token in (token for step in steps for token in step.token_ids):
+        for token in (token for step in speculation.steps() for token in step.token_ids):
             written.append(token)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))

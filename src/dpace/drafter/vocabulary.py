@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpace.fast.packing import Product, Snapshot, pack
+from dpace.fast.packing import Product, pack, weights_state
 from dpace.system.ledger import read_object, write_json
 from dpace.target import Target
 
@@ -42,7 +42,7 @@ class DraftVocabulary:
     def __init__(self, token_ids: Iterable[int], confidence_temperature: float = 1.0):
         self.known, self.confidence_temperature = frozenset(token_ids), confidence_temperature
         self.token_ids = torch.tensor(sorted(self.known))
-        self._snapshot: Snapshot | None = None
+        self._state: list[tuple[int, int, int]] = []
 
     def __reduce__(self):
         return DraftVocabulary, (self.known, self.confidence_temperature)
@@ -50,12 +50,11 @@ class DraftVocabulary:
     def product(self, target: Target) -> Product:
         """Give the product of rows with the head's rows of these tokens, made again when the head has changed."""
         weight = target.head.weight
-        if self._snapshot is not None:
-            self._snapshot.look_again()
-        if self._snapshot is None or self._snapshot.weights[0] is not weight or not self._snapshot.is_same():
+        state = weights_state([weight])
+        if self._state != state:
             part = weight.detach()[self.token_ids.to(weight.device)].contiguous()
             self._product: Product = pack(part) or (lambda rows: rows @ part.T)
-            self._snapshot = Snapshot([weight])
+            self._state = state
         return self._product
 
     def pays(self, target: Target, num_weights: int) -> bool:

@@ -27,7 +27,7 @@ from dpace.metrics import Acceptance
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files
 from dpace.target import Target
-from dpace.target.files import find_places
+from dpace.target.files import find_target_files
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
@@ -170,7 +170,7 @@ def count_layers(target: str) -> int:
     """
     fix = "name the target's folder or Hub id with --target"
     try:
-        count = find_places(target).config.get_text_config(decoder=True).num_hidden_layers
+        count = find_target_files(target).config.get_text_config(decoder=True).num_hidden_layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot read the config of the target {target} ({reason}); {fix}") from error

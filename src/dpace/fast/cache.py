@@ -1,194 +1,23 @@
-"""Key-value caches in buffers that are allocated once.
+"""Key-value caches in buffers that are allocated once: of one text, and of several texts of different lengths.
 
-Writing a token copies that token only, and dropping the last tokens copies nothing.
-
-Go back in caches whose layers keep a recurrent state, which no crop can undo.
+`TextCache` appends tokens: writing one copies that token only, and dropping the last ones copies nothing. `RaggedCache`
+writes each row's tokens where they belong. `place` and `place_block` say where the next tokens go and return the mask
+that they need, so that a decoding step is the same with both. `probe_cache` finds out what a target's caches can do
+after a rejected draft.
 """
 
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-
-class PreallocatedLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the beginnings of two preallocated buffers.
-
-    New tokens are copied in; going back only sets a length.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity, self.length = capacity, 0
-        self._buffers: list[Any] = [None, None]
-        super().__init__()
-
-    keys: Any = property(lambda self: self._view(0), lambda self, new: self._replace(0, new))
-    values: Any = property(lambda self: self._view(1), lambda self, new: self._replace(1, new))
-
-    def _view(self, index: int) -> Tensor | None:
-        buffer = self._buffers[index]
-        return None if buffer is None else buffer.narrow(2, 0, self.length)
-
-    def _replace(self, index: int, new: Tensor | None) -> None:
-        """Replace a buffer, as `DynamicLayer` does to change its rows; drop it where the new one is empty."""
-        if new is None or not new.numel():
-            self._buffers[index], self.length = None, 0
-        else:
-            self._buffers[index] = new
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Write new keys and values behind the old ones and return views of all."""
-        start, count = self.length, key_states.shape[2]
-        keys, values = self._buffers
-        if keys is None or start + count > keys.shape[2]:
-            keys, values = self._allocate(key_states, value_states)
-        keys.narrow(2, start, count).copy_(key_states)
-        values.narrow(2, start, count).copy_(value_states)
-        self.length = end = start + count
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
-
-    def _allocate(self, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
-        """Make buffers with room for new keys and values behind the old ones."""
-        old, start, end = (self.keys, self.values), self.length, self.length + key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.capacity = max(self.capacity, 2 * end if start else end)
-        self._buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
-        for buffer, kept in zip(self._buffers, old if start else (), strict=False):
-            buffer.narrow(2, 0, start).copy_(kept)
-        return self._buffers
-
-    def get_seq_length(self) -> int:
-        """Give the number of tokens in the cache."""
-        return self.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens."""
-        if tokens_to_remove > 0:
-            super().crop(tokens_to_remove)  # raises with transformers' own explanation
-        self.length = max(0, self.length + tokens_to_remove)
-
-
-def make_cache(config, capacity: int) -> DynamicCache:
-    """Make a cache with room for `capacity` tokens.
-
-    Layers with a sliding window keep transformers' own cache layers, which can also go back.
-
-    Memory: keys and values of `capacity` tokens in every full-attention layer, allocated at once.
-    """
-    cache: Any = DynamicCache(config=config)
-    if not cache.layers:  # a config that does not tell its layers' kinds
-        cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    cache.activate_past_recording()
-    return cache
-
-
-def go_back(cache: DynamicCache, num_tokens: int) -> None:
-    """Drop the last tokens of a cache made by `make_cache`.
-
-    With `num_tokens` 0, only layers with a sliding window have something to do.
-    """
-    if num_tokens or any(type(layer) is not PreallocatedLayer for layer in cache.layers):
-        cache.crop(-num_tokens)
-
-
-def repeat_rows(layer: Any, count: int) -> None:
-    """Let a layer's only row be that of `count` texts that begin alike."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for states in (layer.conv_states, layer.recurrent_states):
-            for index, state in states.items():
-                states[index] = state if state is None else state.repeat_interleave(count, dim=0)
-    if isinstance(layer, DynamicLayer):
-        layer.batch_repeat_interleave(count)
-
-
-def is_full_attention(cache: DynamicCache) -> bool:
-    """Say whether every layer of a cache keeps keys and values of the whole text."""
-    return all(type(layer) in (DynamicLayer, PreallocatedLayer) for layer in cache.layers)
-
-
-class RaggedLayer(DynamicLayer):
-    """A `DynamicLayer` whose rows hold different numbers of tokens.
-
-    Each new token is written to a given column and replaces the token that was there. Columns not written yet are
-    zero, so that a mask is enough to hide them.
-    """
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity = capacity
-        self.rows, self.columns, self.end = torch.empty(0), torch.empty(0), 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Write new keys and values to their columns and return views of the columns before `end`."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            shapes = [(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
-            self._buffers = [key_states.new_zeros(shape) for shape in shapes]
-            for buffer in self._buffers:
-                torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[self.rows, :, self.columns] = new.transpose(1, 2)
-        self.keys, self.values = (buffer[..., : self.end, :] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def forget(self) -> None:
-        """Begin new texts in the same buffers; what they hold is hidden until it is overwritten."""
-        if self.is_initialized:
-            self.keys, self.values = (buffer[..., :0, :] for buffer in self._buffers)
-
-    def batch_select_indices(self, indices):
-        """Keep the given rows.
-
-        A layer that nothing was written to has no rows yet: the drafter's is such a layer right after the prompts were
-        read.
-        """
-        if not self.is_initialized:
-            return
-        self._buffers = [buffer[indices] for buffer in self._buffers]
-        self.keys, self.values = (buffer[..., : self.end, :] for buffer in self._buffers)
-
-
-class RaggedCache(DynamicCache):
-    """A cache for rows of different lengths.
-
-    Call `place` before each forward pass to say where its tokens go.
-
-    Memory: keys and values of `capacity` tokens a row, allocated at once.
-
-    Raises:
-        ValueError: the model has layers that are not full attention.
-    """
-
-    def __init__(self, config, capacity: int):
-        layers = make_cache(config, capacity).layers
-        other = {type(layer).__name__ for layer in layers if type(layer) is not PreallocatedLayer}
-        if other:
-            raise ValueError(
-                f"{config.model_type} has layers that are not full attention ({', '.join(sorted(other))}); a batch "
-                "needs full attention in all layers: decode one prompt at a time with `generate`"
-            )
-        super().__init__(config=config)
-        self.layers: Any = [RaggedLayer(capacity) for _ in layers]
-
-    def forget(self) -> None:
-        """Begin new texts in the same buffers."""
-        for layer in self.layers:
-            layer.forget()
-
-    def place(self, columns: Int[Tensor, "batch new"], end: int) -> None:
-        """Make the next forward pass write its tokens to `columns` and read the columns before `end`."""
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
-        for layer in self.layers:
-            layer.rows, layer.columns, layer.end = rows, columns, end
-
-
-NUM_CONTEXT, NUM_READ = 12, 4
-"""Tokens that `probe_cache` reads before, and in one pass."""
+NUM_CONTEXT = 12
+"""Tokens that `probe_cache` reads first."""
+NUM_READ = 4
+"""Tokens that it then reads in one pass."""
 TOLERANCE = {torch.float32: 1e-3}
 """Relative difference of hidden states that is rounding; `LOW_PRECISION` for other dtypes."""
 LOW_PRECISION = 5e-2
@@ -201,39 +30,242 @@ CacheAbility = Literal["crop", "rewind", "append"]
 """
 
 
-class _State(NamedTuple):
-    """What a layer kept at a moment."""
+class RecurrentState(NamedTuple):
+    """What a recurrent layer kept at a moment."""
 
     layer: Any
     conv_states: dict[int, Tensor | None]
     recurrent_states: dict[int, Tensor]
 
 
-Mark = list[_State]
-"""The recurrent states of a cache at a moment; empty for caches without any."""
+class TextCache(DynamicCache):
+    """The cache of one text.
 
+    Layers with a sliding window or a recurrent state keep transformers' own cache layers.
 
-def mark_states(cache: Any) -> Mark:
-    """Keep the recurrent states of a cache.
-
-    Memory: a copy of them, which does not grow with the text.
+    Memory: keys and values of `capacity` tokens in every full-attention layer, allocated at once.
     """
-    return [
-        _State(
-            layer, dict(layer.conv_states), {i: s.clone() for i, s in layer.recurrent_states.items() if s is not None}
-        )
-        for layer in cache.layers
-        if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.is_recurrent_states_initialized.values())
-    ]
+
+    def __init__(self, config: Any, capacity: int):
+        super().__init__(config=config)
+        layers: list[Any] = self.layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+        self.layers: Any = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in layers]
+        self.activate_past_recording()
+
+    def place(self, positions: Int[Tensor, "1 new"]) -> None:
+        """Return no mask: the next tokens follow those in the cache, and see these and one another as usual."""
+
+    def place_block(self, positions: Int[Tensor, "1 new"], starts: Int[Tensor, "1 1"], block_size: int) -> None:
+        """Return no mask: the slots of a block see all of the cache and of the block."""
+
+    def drop_block(self, block_size: int) -> None:
+        """Drop the slots of a drafted block."""
+        self.crop(-block_size)
+
+    def go_back(self, num_tokens: int) -> None:
+        """Drop the last tokens; with `num_tokens` 0, only layers with a sliding window have something to do."""
+        if num_tokens or any(type(layer) is not PreallocatedLayer for layer in self.layers):
+            self.crop(-num_tokens)
+
+    def recurrent_states(self) -> list[RecurrentState]:
+        """Copy the recurrent states, which no crop can take back; empty for a cache without any.
+
+        Memory: that copy, which does not grow with the text.
+        """
+        return [
+            RecurrentState(
+                layer,
+                dict(layer.conv_states),
+                {i: state.clone() for i, state in layer.recurrent_states.items() if state is not None},
+            )
+            for layer in self.layers
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.is_recurrent_states_initialized.values())
+        ]
+
+    def rewind(self, states: list[RecurrentState], num_tokens: int) -> None:
+        """Take back all `num_tokens` tokens that were read since the states were copied."""
+        self.crop(-num_tokens)
+        for layer, conv_states, recurrent_states in states:
+            layer.conv_states = dict(conv_states)
+            for index, state in recurrent_states.items():
+                layer.recurrent_states[index].copy_(state)
 
 
-def rewind(cache: Any, mark: Mark, num_tokens: int) -> None:
-    """Take back all `num_tokens` tokens that were read since the mark was made."""
-    cache.crop(-num_tokens)
-    for layer, conv_states, recurrent_states in mark:
-        layer.conv_states = dict(conv_states)
-        for index, state in recurrent_states.items():
-            layer.recurrent_states[index].copy_(state)
+class PreallocatedLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys and values are the beginnings of two preallocated buffers.
+
+    New tokens are copied in; going back only sets a length.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.buffers: list[Tensor] = []
+        super().__init__()
+
+    keys: Any = property(lambda self: self._written(0), lambda self, new: None)  # `DynamicLayer` makes empty ones
+    values: Any = property(lambda self: self._written(1), lambda self, new: None)
+
+    def _written(self, index: int) -> Tensor:
+        return self.buffers[index].narrow(2, 0, self.length)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write new keys and values behind the old ones and return views of all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
+        start = self.length
+        count = key_states.shape[2]
+        keys, values = self.buffers
+        keys.narrow(2, start, count).copy_(key_states)
+        values.narrow(2, start, count).copy_(value_states)
+        self.length = end = start + count
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens in the cache."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)  # raises with transformers' own explanation
+        self.length = max(0, self.length + tokens_to_remove)
+
+
+class RaggedCache(DynamicCache):
+    """The cache of several texts of different lengths.
+
+    In a target's cache a token's column is its position, so there are no holes. A query sees the columns up to its own
+    position. A rejected token lies above these until the next block, which begins there and is no shorter, overwrites
+    it. A drafter's cache begins with `num_slots` columns for the slots of a block, which are never kept; a token's
+    column is its position behind these.
+
+    Memory: keys and values of `num_slots + capacity` tokens a row, allocated at the first pass.
+
+    Attributes:
+        end: number of columns that the next passes read, at most all.
+
+    Args:
+        config: of the model.
+        capacity: longest text, in tokens.
+        dtype: of the model.
+        num_slots: slots of a block; 0 for a target.
+
+    Raises:
+        ValueError: the model has layers that are not full attention.
+    """
+
+    def __init__(self, config: Any, capacity: int, dtype: torch.dtype, num_slots: int = 0):
+        layers = TextCache(config, 0).layers
+        other = {type(layer).__name__ for layer in layers if type(layer) is not PreallocatedLayer}
+        if other:
+            raise ValueError(
+                f"{config.model_type} has layers that are not full attention ({', '.join(sorted(other))}); a batch "
+                "needs full attention in all layers: decode one prompt at a time with `generate`"
+            )
+        super().__init__(config=config)
+        self.end = num_slots + capacity
+        self.dtype = dtype
+        self.num_slots = num_slots
+        self.layers: Any = [RaggedLayer(self.end) for _ in layers]
+
+    def place(self, positions: Int[Tensor, "batch new"]) -> Float[Tensor, "batch 1 new column"]:
+        """Write the next pass's tokens to their positions; return the mask that is added to the scores.
+
+        Both `sdpa` and `eager` attention accept such a mask.
+        """
+        self.write_to(positions)
+        is_visible = torch.arange(self.end, device=positions.device) <= positions[..., None]
+        mask = torch.zeros(is_visible.shape, dtype=self.dtype, device=positions.device)
+        return mask.masked_fill(~is_visible, torch.finfo(self.dtype).min)[:, None]
+
+    def place_block(
+        self, positions: Int[Tensor, "batch new"], starts: Int[Tensor, "batch 1"], block_size: int
+    ) -> Bool[Tensor, "batch column"]:
+        """Write the next pass's features to their positions, and its slots to the columns before; return the mask.
+
+        Every slot sees the features of its row's tokens, up to that before the anchor, and the slots.
+        """
+        slots = torch.arange(block_size, device=starts.device).expand(len(starts), -1)
+        self.write_to(torch.cat([self.num_slots + positions, slots], dim=1))
+        return torch.arange(self.end, device=starts.device) < self.num_slots + starts
+
+    def drop_block(self, block_size: int) -> None:
+        """Do nothing: the next block overwrites the slots of a drafted one."""
+
+    def write_to(self, columns: Int[Tensor, "batch new"]) -> None:
+        """Make the next pass write its tokens to these columns."""
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        for layer in self.layers:
+            layer.rows = rows
+            layer.columns = columns
+            layer.end = self.end
+
+
+class RaggedLayer(DynamicLayer):
+    """A `DynamicLayer` whose rows hold different numbers of tokens.
+
+    Each new token is written to a given column and replaces the token that was there. Columns not written yet are
+    zero, so that a mask is enough to hide them.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.rows = torch.empty(0)
+        self.columns = torch.empty(0)
+        self.end = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write new keys and values to their columns and return views of the columns before `end`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            shapes = [(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
+            self.buffers = [key_states.new_zeros(shape) for shape in shapes]
+            for buffer in self.buffers:
+                torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
+        keys, values = self.buffers
+        keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
+        values[self.rows, :, self.columns] = value_states.transpose(1, 2)
+        return keys[..., : self.end, :], values[..., : self.end, :]
+
+    def get_seq_length(self) -> int:
+        """Return 0: what is in the buffers is hidden by masks, or overwritten by the next prompts."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of columns that are read, and the first of them."""
+        return self.end, 0
+
+    def batch_select_indices(self, indices):
+        """Keep the given rows.
+
+        A layer that nothing was written to has no rows yet: the drafter's is such a layer right after the prompts were
+        read.
+        """
+        if self.is_initialized:
+            self.buffers = [buffer[indices] for buffer in self.buffers]
+
+
+def is_full_attention(cache: DynamicCache) -> bool:
+    """Return whether every layer of a cache keeps keys and values of the whole text."""
+    return all(type(layer) in (DynamicLayer, PreallocatedLayer) for layer in cache.layers)
+
+
+def has_full_buffers(cache: Any) -> bool:
+    """Return whether all layers of a cache hold all tokens, in the buffers of this file."""
+    return cache is not None and all(type(layer) in (PreallocatedLayer, RaggedLayer) for layer in cache.layers)
+
+
+def repeat_rows(layer: Any, count: int) -> None:
+    """Let a layer's only row be that of `count` texts that begin alike."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for states in (layer.conv_states, layer.recurrent_states):
+            for index, state in states.items():
+                states[index] = state if state is None else state.repeat_interleave(count, dim=0)
+    if isinstance(layer, DynamicLayer):
+        layer.batch_repeat_interleave(count)
 
 
 @torch.inference_mode()
@@ -245,23 +277,23 @@ def probe_cache(target: Any) -> CacheAbility:
     Args:
         target: a `dpace.target.Target`.
     """
-    if all(type(layer) is PreallocatedLayer for layer in make_cache(target.config, 1).layers):
+    if is_full_attention(TextCache(target.config, 1)):
         return "crop"
     generator = torch.Generator().manual_seed(0)
     vocab_size = len(target.head.weight)
     text = torch.randint(vocab_size, (1, NUM_CONTEXT + NUM_READ), generator=generator).to(target.device)
     other = torch.randint(vocab_size, (1, NUM_READ), generator=generator).to(target.device)
-    kept, rejected = NUM_READ // 2, NUM_READ - NUM_READ // 2
+    kept = NUM_READ // 2
     rest = text[:, NUM_CONTEXT:]
     draft = torch.cat([rest[:, :kept], other[:, kept:]], dim=1)
 
-    def read(part: Tensor, cache: Any, rejected: int = 0) -> Float[Tensor, "seq hidden"]:
+    def read(part: Tensor, cache: TextCache, rejected: int = 0) -> Float[Tensor, "seq hidden"]:
         hidden = target.hidden(part, cache=cache)[0]
-        go_back(cache, rejected)  # exactly once after each pass, as when decoding
+        cache.go_back(rejected)  # exactly once after each pass, as when decoding
         return hidden
 
-    def start() -> Any:
-        cache = make_cache(target.config, NUM_CONTEXT + NUM_READ)
+    def start() -> TextCache:
+        cache = TextCache(target.config, NUM_CONTEXT + NUM_READ)
         read(text[:, :NUM_CONTEXT], cache)
         return cache
 
@@ -278,14 +310,14 @@ def probe_cache(target: Any) -> CacheAbility:
         return "append"
     cache = start()
     try:
-        read(draft, cache, rejected)
+        read(draft, cache, NUM_READ - kept)
         if is_close(read(rest[:, kept:], cache)):
             return "crop"
     except (RuntimeError, NotImplementedError):
         pass
     cache = start()
-    mark = mark_states(cache)
+    states = cache.recurrent_states()
     target.hidden(draft, cache=cache)
-    rewind(cache, mark, NUM_READ)
+    cache.rewind(states, NUM_READ)
     read(rest[:, :kept], cache)
     return "rewind" if is_close(read(rest[:, kept:], cache)) else "append"

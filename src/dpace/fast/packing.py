@@ -1,13 +1,12 @@
-"""Faster linear layers on a CPU, with copies of their weights in a faster layout.
+"""Faster linear layers on a CPU: products with copies of their weights in a faster layout.
 
-Products are the same up to rounding, in half the time or less.
-
-Tell whether weights are still those that copies were made of.
+`pack` takes a weight and returns its product, which equals that of `nn.Linear` up to rounding in half the time or less.
+`pack_linears` lets the linear layers of a model use such products, and `refresh_copies` drops what was made of weights
+that have changed since; decoding calls it once a request.
 """
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,65 +14,108 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-NUM_SAMPLES = 32
-"""Values of each weight that are compared to find changes that torch does not count, as those through `.data`."""
-
-_version = operator.attrgetter("_version")
-
-
-class Snapshot:
-    """Weights at a moment.
-
-    torch counts changes of a tensor, and `is_same` asks it at each product. Changes through `.data` are not counted:
-    `look_again` compares some of the values, once a request.
-
-    Args:
-        weights: what copies are made of, or what is read itself (`is_copied` False): nothing is compared then.
-        parts: further snapshots to include, as they were.
-    """
-
-    def __init__(self, weights: Iterable[Tensor], parts: Iterable["Snapshot"] = (), *, is_copied: bool = True):
-        self.weights = list(weights)
-        self.versions, self.pointers = self._state()
-        self.samples = list(map(_sample, self.weights)) if is_copied else []
-        for part in parts:
-            for name in ("weights", "versions", "pointers", "samples"):
-                getattr(self, name).extend(getattr(part, name))
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        """Give versions and addresses of the weights, which change with their values."""
-        return list(map(_version, self.weights)), list(map(Tensor.data_ptr, self.weights))
-
-    def is_same(self) -> bool:
-        """Say whether no change was counted or seen."""
-        return self._state() == (self.versions, self.pointers)
-
-    def look_again(self) -> None:
-        """Compare sampled values; from a difference on, the weights are not the same any more."""
-        if self.samples and not all(map(torch.equal, map(_sample, self.weights), self.samples)):
-            self.versions = []
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """Take values that are spread over a weight."""
-    values = weight.detach().flatten()
-    return values[:: max(1, len(values) // NUM_SAMPLES)].clone()
-
-
-def look_again(*owners: Any) -> None:
-    """Compare the weights of models with those that their fast copies were made of, where they have any."""
-    for owner in owners:
-        modules = owner.modules() if isinstance(owner, nn.Module) else (owner,)
-        for module in modules:
-            snapshot = vars(module).get("snapshot")
-            if snapshot is not None:
-                snapshot.look_again()
-
-
 ROWS = 8
 """Number of input rows that oneDNN's layout is chosen for; it is faster from one row to some hundreds."""
 Product = Callable[[Tensor], Tensor]
 """Function from rows, "* in", to their product with a packed weight, "* out". Not differentiable."""
+
+
+def pack_linears(module: nn.Module) -> bool:
+    """Make all linear layers inside a module pack their weights at first use; return whether it was done.
+
+    Quantized layers, which have classes or weights of their own, stay as they are. It is not done where `pack` gives no
+    product, or where the copies would take more than half of the free memory.
+
+    Memory: a second copy of the weights, or half of one, see `pack`.
+    """
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter]
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    is_room = 2 * size <= psutil.virtual_memory().available
+    if not is_room or not layers or any(pack(layer.weight[:1, :1]) is None for layer in layers):
+        return False
+    for layer in layers:
+        layer.__class__ = PackedLinear
+    return True
+
+
+def refresh_copies(model: nn.Module) -> None:
+    """Drop what was made of weights that have changed since; a packed copy is made again at its next use.
+
+    One comparison of each weight's id, address and number of changes, as torch counts them. torch does not count
+    changes through `.data`: who edits weights in that way has to load the model again.
+    """
+    for module in model.modules():
+        if isinstance(module, FastModule):
+            module.refresh()
+
+
+def weights_state(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """Return what differs once a weight is exchanged, moved or changed: ids, addresses and numbers of changes."""
+    return [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
+
+
+class FastForm:
+    """A form of a module's weights that its fast code reads, valid until a weight changes.
+
+    Copies of the module do not have it.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.state = weights_state(module.parameters())
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class FastModule(nn.Module):
+    """A module that computes with a fast form of its weights, and with its own code where it has none."""
+
+    fast: Any = None
+
+    def refresh(self) -> None:
+        """Drop the fast form where a weight has changed since it was made."""
+        if self.fast is not None and self.fast.state != weights_state(self.parameters()):
+            self.fast = None
+
+    def is_usable(self, rows: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether a fast form in a dtype may be used: no training, gradient or `torch.compile`, same dtype."""
+        return rows.dtype == dtype and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def _apply(self, *args, **kwargs):
+        """Move or cast the weights, and drop their fast form."""
+        self.fast = None
+        return super()._apply(*args, **kwargs)
+
+
+class PackedWeight(FastForm):
+    """The fast form of a linear layer."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer)
+        self.product = pack(layer.weight, None if layer.bias is None else layer.bias.detach())
+
+
+class PackedLinear(FastModule, nn.Linear):
+    """A linear layer that multiplies with a packed copy of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply as `nn.Linear` does."""
+        if self.is_usable(input, self.weight.dtype) and input.dim() > 1:
+            product = self.product()
+            if product is not None:
+                return product(input)
+        return super().forward(input)
+
+    def product(self) -> Product | None:
+        """Return the product with the packed copy, which is made at the first call; None where there is none."""
+        if self.fast is None:
+            self.fast = PackedWeight(self)
+        return self.fast.product
+
+    def unpack(self) -> None:
+        """Turn the layer back into an `nn.Linear`, without the copy."""
+        vars(self).pop("fast", None)
+        self.__class__: Any = nn.Linear
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
@@ -99,7 +141,8 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
     is_multiplied = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _multiplies_bf16())
     if not is_multiplied or not torch.backends.mkldnn.is_available():
         return None
-    packed, multiply = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), torch.ops.mkldnn._linear_pointwise.default
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda rows: multiply(rows, packed, bias, "none", [], "")
 
 
@@ -121,7 +164,8 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
         if not torch.equal(weight.half().float(), weight):
             return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-    multiply, scale = torch.ops.quantized.linear_dynamic_fp16.default, 2.0**-exponent
+    multiply = torch.ops.quantized.linear_dynamic_fp16.default
+    scale = 2.0**-exponent
     if exact and bias is None:
         return lambda rows: multiply(rows, packed)
 
@@ -132,17 +176,34 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     return product
 
 
+@functools.cache
+def _has_fp16_products() -> bool:
+    """Find out whether FBGEMM is in this build, works on this CPU, and sums in fp32."""
+    rows, weight = torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0)).half().float()
+    try:
+        out = torch.ops.quantized.linear_dynamic_fp16(rows, torch.ops.quantized.linear_prepack_fp16(weight, None))
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(out.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
+
+
+def _multiplies_bf16() -> bool:
+    """Find out whether the CPU has instructions for products in bf16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def join(linears: Sequence[nn.Linear]) -> Product:
     """Make one product that gives the outputs of linear layers side by side, without packing.
 
     The layers' weights become parts of one tensor, which the product reads: there is no second copy.
     """
-    weight, bias = (_join(linears, name) for name in ("weight", "bias"))
+    weight = _join_parameters(linears, "weight")
+    bias = _join_parameters(linears, "bias")
     return lambda rows: nn.functional.linear(rows.flatten(0, -2), weight, bias).view(*rows.shape[:-1], -1)
 
 
-def _join(linears: Sequence[nn.Linear], name: str) -> Any:
-    """Let the layers' parameters of a name be parts of one tensor, and give it; None where they have none."""
+def _join_parameters(linears: Sequence[nn.Linear], name: str) -> Any:
+    """Let the layers' parameters of a name be parts of one tensor, and return it; None where they have none."""
     parts = [getattr(linear, name) for linear in linears]
     if parts[0] is None:
         return None
@@ -153,100 +214,6 @@ def _join(linears: Sequence[nn.Linear], name: str) -> Any:
 
 
 def is_plain(weight: Any) -> bool:
-    """Say whether a weight is a parameter of plain numbers, not of a quantized or distributed kind."""
+    """Return whether a weight is a parameter of plain numbers, not of a quantized or distributed kind."""
     is_own_kind = not isinstance(weight, nn.Parameter) or hasattr(weight, "__tensor_flatten__")
     return not is_own_kind and weight.is_floating_point() and weight.element_size() > 1
-
-
-@functools.cache
-def _has_fp16_products() -> bool:
-    """Say whether FBGEMM is in this build, works on this CPU, and sums in fp32."""
-    rows, weight = torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0)).half().float()
-    try:
-        out = torch.ops.quantized.linear_dynamic_fp16(rows, torch.ops.quantized.linear_prepack_fp16(weight, None))
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.allclose(out.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
-
-
-def _multiplies_bf16() -> bool:
-    """Say whether the CPU has instructions for products in bf16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-class Packed:
-    """A product with a packed copy of a weight, valid until the weight changes.
-
-    Copies of its owner do not have it.
-
-    Args:
-        weight: "out in".
-        bias: " out".
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self._product = pack(weight, None if bias is None else bias.detach())
-        self.snapshot = Snapshot([weight] if bias is None else [weight, bias], is_copied=self._product is not None)
-
-    def __reduce__(self):
-        return type(None), ()
-
-    @property
-    def product(self) -> Product | None:
-        """The product; None where there is none, and once the weight has changed."""
-        return self._product if self.snapshot.is_same() else None
-
-
-class PackedLinear(nn.Linear):
-    """A linear layer that multiplies with a packed copy of its weight until the weight changes."""
-
-    packed: Packed | None = None
-    snapshot: Snapshot | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiply as `nn.Linear` does.
-
-        The layer stays a plain `nn.Linear` under a gradient, in another dtype, and inside `torch.compile`.
-        """
-        needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        is_compiling = torch.compiler.is_compiling()
-        if not needs_grad and not is_compiling and input.dtype == self.weight.dtype and input.dim() > 1:
-            product = packed_product(self)
-            if product is not None:
-                return product(input)
-        return super().forward(input)
-
-
-def packed_product(layer: PackedLinear) -> Product | None:
-    """Give the layer's packed product, made at the first call; None once the weight has changed."""
-    if layer.packed is None:
-        layer.packed = Packed(layer.weight, layer.bias)
-        layer.snapshot = layer.packed.snapshot
-    is_own = layer.packed.snapshot.weights[0] is layer.weight
-    return layer.packed.product if is_own else None
-
-
-def pack_linears(module: nn.Module) -> bool:
-    """Make all linear layers inside a module pack their weights at first use; say whether it was done.
-
-    Quantized layers, which have classes or weights of their own, stay as they are.
-
-    It is not done where `pack` gives no product, or where the copies would take more than half of the free memory.
-
-    Memory: a second copy of the weights, or half of one, see `pack`.
-    """
-    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter]
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    is_room = 2 * size <= psutil.virtual_memory().available
-    if not is_room or not layers or any(pack(layer.weight[:1, :1]) is None for layer in layers):
-        return False
-    for layer in layers:
-        layer.__class__ = PackedLinear
-    return True
-
-
-def unpack(layer: nn.Module) -> None:
-    """Turn a layer back into an `nn.Linear`, without the copy of its weight."""
-    vars(layer).pop("packed", None)
-    vars(layer).pop("snapshot", None)
-    layer.__class__ = nn.Linear

@@ -22,7 +22,7 @@ class SpeedUp(NamedTuple):
 
 
 def speed_up(model: PreTrainedModel) -> SpeedUp:
-    """Make a model faster on its device; weights are packed on a CPU only.
+    """Make a model faster on its device, in eval mode; weights are packed on a CPU only.
 
     Quantized layers stay as they are. So do models with accelerate's hooks, which move what a part reads to its device.
 
@@ -30,5 +30,6 @@ def speed_up(model: PreTrainedModel) -> SpeedUp:
     """
     if any("_hf_hook" in vars(module) for module in model.modules()):
         return SpeedUp(False, False, False)
+    model.eval()
     has_own_attention = isinstance(model, DFlashDraftModel)
     return SpeedUp(pack_linears(model), not has_own_attention and group_heads(model), fuse_layers(model))

@@ -16,7 +16,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import CheckConfig, VerifyRule
 from dpace.decode import Paces, generate, generate_plain
-from dpace.decode.batch import generate_batch
+from dpace.decode.decoder import generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
@@ -99,7 +99,7 @@ def check_texts(
         The findings, and the greedy generations that verified whole blocks.
     """
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
-    ways: dict[str, dict[str, Any]] = {f"blocks of {size}": {"width": "full", "block_size": size} for size in sizes}
+    ways: dict[str, dict[str, Any]] = {f"width {size}": {"width": size} for size in sizes}
     ways["width auto"] = {"width": "auto", "paces": Paces()}
     ways["rule speculative"] = {"width": "full", "verify_rule": "speculative"}
     cases = f"{len(prompts)} prompts x {', '.join(ways)}, batch"
@@ -117,7 +117,7 @@ def check_texts(
                     continue  # its text is another draw from the same distribution
                 out = generate(target, drafter, token_ids, seed=seed, **options, **arguments)
                 texts.append((number, how, out.token_ids))
-                if not temperature and how == f"blocks of {drafter.block_size}":
+                if not temperature and how == f"width {drafter.block_size}":
                     whole.append(out)
             advance(f"texts, T={temperature:g}")
         with contextlib.suppress(ValueError):  # layers or attention without batches, which then cannot be wrong

@@ -15,6 +15,7 @@ from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
+from dpace.fast.packing import refresh_copies
 from dpace.loss import frozen_head_nll
 from dpace.metrics import Acceptance
 from dpace.system import ranks
@@ -53,6 +54,7 @@ def heldout_acceptance(
     """
     was_training = drafter.training
     drafter.eval()
+    refresh_copies(drafter)
     results: dict[int, Acceptance] = {}
     indices = list(range(len(dataset)))
     for i in ranks.share(indices) if over_ranks else indices:
@@ -64,7 +66,7 @@ def heldout_acceptance(
     drafter.train(was_training)
     if over_ranks:
         for _ in range(ranks.num_short(indices) if dataset.features is None else 0):
-            target.stand_by(drafter.target_layer_ids)
+            target.join_features(drafter.target_layer_ids)
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
     return Acceptance.of_prompts([results[i] for i in indices])
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from dpace.decode import generate_plain
 from dpace.decode.sampling import Sampler
-from dpace.fast.cache import make_cache
+from dpace.fast.cache import TextCache
 from dpace.measure.parity import Finding
 from dpace.prompts.prompts import Prompt
 from dpace.respond.responses import Response, read_meta, read_responses
@@ -193,7 +193,7 @@ def find_divergence(target: Target, sampler: Sampler, where: tuple[str, str], pr
     num_prompt = len(prompt)
     text = torch.tensor([[*prompt, *expected]], device=target.device)[:, : num_prompt + position]
     at_once = target.head.logits(target.hidden(text)[0, num_prompt - 1 :]).float()
-    cache, one_by_one = make_cache(target.config, text.shape[1]), []
+    cache, one_by_one = TextCache(target.config, text.shape[1]), []
     for start, end in [(0, num_prompt), *((i, i + 1) for i in range(num_prompt, num_prompt + position))]:
         hidden = target.hidden(text[:, start:end], cache=cache)
         one_by_one.append(target.head.logits(hidden[0, -1:]).float())

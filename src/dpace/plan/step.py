@@ -37,7 +37,7 @@ from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.head_scores import SOFT_COPIES, wanted_chunk_bytes
 from dpace.system.loading import attention_of, translate_library_errors
 from dpace.target import Target
-from dpace.target.files import find_places
+from dpace.target.files import find_target_files
 from dpace.target.head import Head
 from dpace.target.probe import find_layers
 from dpace.train.loop import score_batch
@@ -252,7 +252,7 @@ def read_shape(name: str) -> PretrainedConfig:
         ValueError: a config that transformers does not know.
     """
     with translate_library_errors(f"the config of {name}", "name the folder or the Hub id of a causal LM"):
-        config = find_places(name).config
+        config = find_target_files(name).config
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"transformers has no causal LM for {type(config).__name__}")
         return config

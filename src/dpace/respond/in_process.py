@@ -65,6 +65,7 @@ def generate_responses(
     if len(encoded) > 1 and target.rotation_boundary:
         alone = [[token_ids] for token_ids in encoded]
         return [generate_responses(target, one, config, seeds[i : i + 1])[0] for i, one in enumerate(alone)]
+    target.refresh_copies()
     width = max(map(len, encoded))
     stops = target.stop_token_ids
     pad = stops[0] if stops else 0

@@ -1,4 +1,7 @@
-"""Turn messages into token ids through the target's chat template."""
+"""Turn messages into token ids through the target's chat template.
+
+The target may be here, or only its tokenizer (`ChatTokenizer`), as where a server has the weights.
+"""
 
 import hashlib
 import json
@@ -47,7 +50,7 @@ class ChatTokenizer:
 
 
 def context_of(target: Target | ChatTokenizer) -> int | None:
-    """Give the longest text of a target in tokens; None where it has no limit."""
+    """Return the longest text of a target in tokens; None where it has no limit."""
     if isinstance(target, ChatTokenizer):
         return target.context
     return getattr(target.config, "max_position_embeddings", None)
@@ -107,7 +110,8 @@ def encode_answer(
     Returns:
         The tokens before the answer, and those of the answer.
     """
-    before, stops = encode_chat(target, messages), list(target.stop_token_ids)
+    before = encode_chat(target, messages)
+    stops = list(target.stop_token_ids)
     whole = encode_chat(target, [*messages, {"role": "assistant", "content": answer}], is_answered=True)
     if target.tokenizer.chat_template is not None and whole[: len(before)] == before:
         tokens = whole[len(before) :]

@@ -1,9 +1,8 @@
-"""A target's files: weights and tokenizer, also quantized, over several devices, or as a LoRA adapter.
+"""Read a target's files: weights and tokenizer, also quantized, over several devices or ranks, or as a LoRA adapter.
 
-How a target's weights are spread over the ranks of a training, so that none needs room for all.
-
-transformers reads the files: each rank reads its own share of each tensor. The table of the embedding and that of the
-LM head are whole on each rank, since the drafter's own steps need them.
+In goes a folder or Hub id; out come a transformers model and its tokenizer, or a refusal in one line. transformers
+reads the files; where the weights are spread over the ranks of a training, each rank reads its own share of each
+tensor, and the tables of the embedding and of the LM head are whole on each rank: the drafter's own steps need them.
 """
 
 from collections.abc import Iterator
@@ -43,8 +42,8 @@ MOST_KEPT = 1.5
 """Most that a rank may keep of the layers, relative to an even share."""
 
 
-def distribution(shard: TargetShard, model_class: Any, config: Any) -> DistributedConfig | None:
-    """Say how `from_pretrained` is to spread a model; None where a rank has all of it.
+def plan_distribution(shard: TargetShard, model_class: Any, config: Any) -> DistributedConfig | None:
+    """Plan how `from_pretrained` spreads a model over the ranks; None where a rank has all of it.
 
     Args:
         shard: `fsdp` gathers a decoder layer where it runs and frees it afterwards; `tp` splits each matrix as
@@ -75,7 +74,7 @@ def distribution(shard: TargetShard, model_class: Any, config: Any) -> Distribut
     return DistributedConfig(fsdp_size=num_ranks, fsdp_plan={f"{name}.*": "free_full_weight"})
 
 
-def keep_tables(model: Any) -> None:
+def gather_tables(model: Any) -> None:
     """Gather all but the decoder layers, and let them stay whole.
 
     The model's `state_dict` must not be asked for afterwards: it shards them again.
@@ -103,7 +102,7 @@ FIX = "download or copy the target again"
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
-class Places(NamedTuple):
+class TargetFiles(NamedTuple):
     """Where the parts of a target are."""
 
     config: Any
@@ -115,7 +114,7 @@ class Places(NamedTuple):
     tokenizer: str
 
 
-def find_places(name: str) -> Places:
+def find_target_files(name: str) -> TargetFiles:
     """Read the config of a target, and find base and adapter where it is an adapter.
 
     Raises:
@@ -125,7 +124,7 @@ def find_places(name: str) -> Places:
     folder = _find_adapter(name)
     if folder is None:
         with translate_library_errors(f"the target {name}", FIX):
-            return Places(AutoConfig.from_pretrained(name, trust_remote_code=False), name, None, name)
+            return TargetFiles(AutoConfig.from_pretrained(name, trust_remote_code=False), name, None, name)
     what = f"the target {name} is an adapter (adapter_config.json)"
     settings = read_object(folder / "adapter_config.json", FIX)
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
@@ -143,7 +142,7 @@ def find_places(name: str) -> Places:
             "(peft's merge_and_unload), and name the merged model"
         ) from error
     has_tokenizer = (folder / "tokenizer_config.json").exists()
-    return Places(config, base, str(folder), str(folder) if has_tokenizer else base)
+    return TargetFiles(config, base, str(folder), str(folder) if has_tokenizer else base)
 
 
 def _find_adapter(name: str) -> Path | None:
@@ -188,19 +187,21 @@ def open_target(
     Raises:
         OSError: there is no readable model of that name.
         ValueError: weights that are missing, in other shapes, or not finite; a class that transformers does not have; a
-            package that is missing; GPUs without room for all layers; see `find_places`.
+            package that is missing; GPUs without room for all layers; see `find_target_files`.
     """
-    what, places = f"the target {name}", find_places(name)
-    config, quantized = places.config, getattr(places.config, "quantization_config", None)
-    _refuse_kind(what, places, quantized, device_map, shard)
+    what = f"the target {name}"
+    files = find_target_files(name)
+    config = files.config
+    quantized = getattr(config, "quantization_config", None)
+    _refuse_kind(what, files, quantized, device_map, shard)
     with translate_library_errors(what, FIX):
-        tokenizer = AutoTokenizer.from_pretrained(places.tokenizer, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
     spread: Any = device_map or ({"": device} if quantized is not None else None)
     auto, attention = _choose_class(config)
-    over_ranks = distribution(shard, auto, config)
-    with translate_library_errors(what, FIX) if quantized is None else _explained(what, quantized):
+    over_ranks = plan_distribution(shard, auto, config)
+    with translate_library_errors(what, FIX) if quantized is None else _name_missing_package(what, quantized):
         loaded: Any = auto.from_pretrained(
-            places.base,
+            files.base,
             config=config,
             dtype=dtype,
             device_map=spread,
@@ -214,27 +215,27 @@ def open_target(
     refuse_mismatch(what, info, FIX)
     _refuse_offloaded(what, model)
     refuse_infinite(what, model, FIX)
-    if places.adapter:
-        model = _merge(what, model, places.adapter)
+    if files.adapter:
+        model = _merge_adapter(what, model, files.adapter)
         model.config._name_or_path = name
     return model if spread or over_ranks else model.to(device), tokenizer
 
 
-def _refuse_kind(what: str, places: Places, quantized: Any, device_map: DeviceMap, shard: TargetShard) -> None:
+def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: DeviceMap, shard: TargetShard) -> None:
     """Refuse a target that cannot be loaded in the way that is asked for, before it is read.
 
     Raises:
         ValueError: names the reason and what to do.
     """
-    config = places.config
+    config = files.config
     if device_map and ranks.num_ranks() > 1:
         raise ValueError(
             "--device-map auto gives one process all GPUs, and torchrun starts several; start one process, or leave "
             "--device-map out"
         )
-    if quantized is not None and places.adapter:
+    if quantized is not None and files.adapter:
         raise ValueError(
-            f"{what} is an adapter of {places.base}, whose weights are quantized; merging would round them anew: merge "
+            f"{what} is an adapter of {files.base}, whose weights are quantized; merging would round them anew: merge "
             "it into the model before it was quantized, and name the merged model"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -242,7 +243,7 @@ def _refuse_kind(what: str, places: Places, quantized: Any, device_map: DeviceMa
             f"{what} is of the kind {config.model_type}, which transformers has no decoder for; name a causal LM, or a "
             "model for images and text"
         )
-    if shard != "none" and (quantized is not None or places.adapter or device_map):
+    if shard != "none" and (quantized is not None or files.adapter or device_map):
         raise ValueError(
             f"--train.target-shard {shard} spreads plain weights only, and {what} is quantized, an adapter, or spread "
             "by --device-map; leave one of them out"
@@ -258,8 +259,8 @@ def _choose_class(config: Any) -> tuple[Any, str]:
 
 
 @contextmanager
-def _explained(what: str, quantized: Any) -> Iterator[None]:
-    """Say which package or device a quantized target lacks.
+def _name_missing_package(what: str, quantized: Any) -> Iterator[None]:
+    """Name the package or device that a quantized target lacks.
 
     Raises:
         ValueError: names the method and what transformers says that it needs.
@@ -281,16 +282,16 @@ def _refuse_offloaded(what: str, model: Any) -> None:
     Raises:
         ValueError: names the number of parts that found no room.
     """
-    places = getattr(model, "hf_device_map", None) or {}
-    outside = [part for part, place in places.items() if place in ("cpu", "disk")]
-    if outside and len(outside) < len(places) or "disk" in places.values():
+    devices = getattr(model, "hf_device_map", None) or {}
+    outside = [part for part, device in devices.items() if device in ("cpu", "disk")]
+    if outside and len(outside) < len(devices) or "disk" in devices.values():
         raise ValueError(
-            f"{what} does not fit into the GPUs: {len(outside)} of its {len(places)} parts would stay outside and be "
+            f"{what} does not fit into the GPUs: {len(outside)} of its {len(devices)} parts would stay outside and be "
             "copied in at every step; use more GPUs, or a quantized target"
         )
 
 
-def _merge(what: str, model: Any, folder: str) -> Any:
+def _merge_adapter(what: str, model: Any, folder: str) -> Any:
     """Add a LoRA adapter to the weights of its base.
 
     Raises:
@@ -307,9 +308,9 @@ def _merge(what: str, model: Any, folder: str) -> Any:
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         adapted: Any = peft.PeftModel(model, config)
-        found = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder, device="cpu"))
-    missing = [key for key in found.missing_keys if "lora_" in key]
-    refuse_mismatch(what, {"missing_keys": missing, "mismatched_keys": ()}, FIX, unknown=found.unexpected_keys)
+        unmatched = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder, device="cpu"))
+    missing = [key for key in unmatched.missing_keys if "lora_" in key]
+    refuse_mismatch(what, {"missing_keys": missing, "mismatched_keys": ()}, FIX, unknown=unmatched.unexpected_keys)
     tables = [name for name in adapted.targeted_module_names if name.endswith(("lm_head", "embed_tokens"))]
     if tables and model.config.get_text_config(decoder=True).tie_word_embeddings:
         raise ValueError(

@@ -30,7 +30,7 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def part(self, token_ids: Int[Tensor, " choice"]) -> tuple["Head", Int[Tensor, " vocab"]]:
-        """Copy the rows of some tokens, and say where the row of each token is; -1 where it has none."""
+        """Copy the rows of some tokens, and return the row of each token; -1 where it has none."""
         token_ids = token_ids.to(self.weight.device)
         index = torch.full_like(self.weight[:, 0], -1, dtype=torch.long)
         index[token_ids] = torch.arange(len(token_ids), device=index.device)

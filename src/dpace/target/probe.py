@@ -51,18 +51,20 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
     finally:
         for hook in hooks:
             hook.remove()
-    name, bias = type(model).__name__, getattr(head_module, "bias", None)
+    name = type(model).__name__
+    bias = getattr(head_module, "bias", None)
     if bias is not None and bool(bias.any()):
         raise ValueError(
             f"the LM head of {name} has a bias; dpace drafters share a head without one: choose another target"
         )
-    first, last, decoded = (seen[name].to(table.device).flatten() for name in ("first", "last", "decoded"))
-    if not torch.equal(decoded, last):
+    last = seen["last"].to(table.device).flatten()
+    if not torch.equal(seen["decoded"].to(table.device).flatten(), last):
         raise ValueError(
             f"{name} changes its hidden states between decoder and LM head; dpace drafters "
             "pass theirs to the head unchanged: choose another target"
         )
-    scale = _find_scale(model, first.float(), table[token[0, 0]].float(), "input embedding")
+    first = seen["first"].to(table.device).flatten().float()
+    scale = _find_scale(model, first, table[token[0, 0]].float(), "input embedding")
     weight = ranks.whole(head_module.weight).to(table.device)  # a copy where the layers are spread over devices
     softcap = getattr(config, "final_logit_softcapping", None)
     raw = weight.float() @ last.float()
@@ -95,7 +97,7 @@ def _find_scale(model: Any, computed: Tensor, table: Tensor, part: str) -> float
 
 
 def rope_of(config) -> dict:
-    """Give the drafter's rotary embedding: that of the target's full-attention layers.
+    """Return the drafter's rotary embedding: that of the target's full-attention layers.
 
     The published layout rotates whole heads. For a target that rotates a part of each, or none, that is the default
     rotation with the target's base, as in the published drafters of Qwen3.5 and later.

@@ -1,7 +1,6 @@
 """A target that is spread over the ranks of a training, and runs on all of them together."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from dpace.system import ranks
 from dpace.system.device import default_dtype, find_device
 from dpace.system.provenance import weights_fingerprint
 from dpace.target import Target
-from dpace.target.files import keep_tables, open_target
+from dpace.target.files import gather_tables, open_target
 
 
 class ShardedTarget(Target):
@@ -45,19 +44,22 @@ class ShardedTarget(Target):
             ValueError: as there; or a model that transformers has no plan for.
         """
         place = find_device(device)
-        options: Any = {"device": place, "device_map": device_map, "shard": shard}
-        model, tokenizer = open_target(name, dtype=dtype or default_dtype(place), **options)
+        model, tokenizer = open_target(
+            name, dtype=dtype or default_dtype(place), device=place, device_map=device_map, shard=shard
+        )
         sha256 = weights_fingerprint(model)
-        keep_tables(model)
+        gather_tables(model)
         target = cls(model, tokenizer)
-        target.thinking, target._sha256, target._shard = thinking, sha256, shard
+        target.thinking = thinking
+        target._sha256 = sha256
+        target._shard = shard
         is_tied = target.config.tie_word_embeddings
         target._table = target.head.weight if is_tied else ranks.whole(model.get_input_embeddings().weight)
         return target
 
     @property
     def sha256(self) -> str:
-        """What tells its weights from others; the same as of the whole target."""
+        """Fingerprint of its weights, the same as of the whole target."""
         return self._sha256
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -70,20 +72,20 @@ class ShardedTarget(Target):
 
         A beginning that rows share is read once for each row.
         """
-        options: Any = {"with_head_input": with_head_input, "cache": None}
         self._refuse_rotation(token_ids)
         if self._shard == "fsdp":
-            return self._run(token_ids, target_layer_ids, **options)
-        mine, features = token_ids.tolist(), None
-        texts = ranks.gather(mine)
+            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
+        own = token_ids.tolist()
+        features = token_ids
+        texts = ranks.gather(own)
         for i, text in enumerate(texts):
             if text not in texts[:i]:
-                found = self._run(torch.tensor(text, device=self.device), target_layer_ids, **options)
-                features = found if text == mine else features
-        assert features is not None
+                all_ids = torch.tensor(text, device=self.device)
+                computed = self._run(all_ids, target_layer_ids, with_head_input=with_head_input)
+                features = computed if text == own else features
         return features
 
-    def stand_by(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+    def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
         """Take part in a call of `features` for which this rank has no text."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.features(token, target_layer_ids, with_head_input=with_head_input)

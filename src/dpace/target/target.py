@@ -1,8 +1,7 @@
 """The frozen target: features, embedding and LM head of any decoder-only Hugging Face model."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from dpace.config import Device, DeviceMap
 from dpace.fast.cache import CacheAbility, probe_cache, repeat_rows
-from dpace.fast.fusion import FusedStack, stack_layers
-from dpace.fast.packing import Packed, PackedLinear, look_again, packed_product
+from dpace.fast.fusion import LayerOutputs, stack_layers
+from dpace.fast.packing import PackedLinear, refresh_copies
 from dpace.fast.speed_up import speed_up
 from dpace.system.device import default_dtype, find_device
 from dpace.system.provenance import weights_fingerprint
@@ -40,6 +39,10 @@ class _StopForward(Exception):
 class Target:
     """A causal LM whose text is kept; it is never trained.
 
+    Fast copies of its weights are made (`dpace.fast`). They are compared with the weights once a request: decoding and
+    `features` see changes that torch counts. Changes through `.data` are not seen, and a call of `model` itself sees
+    none before `refresh_copies`: who edits weights in these ways does it at their own risk.
+
     Args:
         model: decoder layers, a norm and an LM head; it is put in eval mode and its parameters are frozen.
         tokenizer: its tokenizer; only needed for text.
@@ -55,7 +58,9 @@ class Target:
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
         self.layers = find_layers(self.model, self.decoder, self.config)
+        refresh_copies(self.model)
         self.embed_scale, self.head = find_tables(self.model, self.decoder, self.layers, self.config)
+        self._stack = stack_layers(self.decoder)
 
     @classmethod
     def load(
@@ -109,7 +114,7 @@ class Target:
 
     @property
     def sha256(self) -> str:
-        """What tells its weights from others."""
+        """Fingerprint of its weights."""
         return weights_fingerprint(self.model)
 
     @property
@@ -148,33 +153,46 @@ class Target:
         original = original or getattr(self.config, "original_max_position_embeddings", None)
         return original or self.config.max_position_embeddings
 
-    def hidden(
+    def read(
         self,
         token_ids: Int[Tensor, "batch seq"],
-        *,
         cache: Cache | None = None,
+        layer_ids: Sequence[int] = (),
+        *,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "batch seq"] | None = None,
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """Run the decoder and its final norm, and give the LM head's input.
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch seq feature"]]:
+        """Run the decoder and its final norm.
 
         Args:
             token_ids: new tokens, which follow those in the cache.
             cache: receives their keys and values.
+            layer_ids: 0-based decoder layers whose outputs are the features.
             attention_mask: "batch 1 seq key", added to the scores; by default each token sees itself and those before
                 it.
             position_ids: by default the positions after the cached tokens.
+
+        Returns:
+            The LM head's input; and the features, `len(layer_ids) * hidden` wide.
         """
-        hidden = self._stack and self._stack.run(token_ids, cache, attention_mask, position_ids)
-        if hidden is not None:
-            return hidden
-        kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
-        return self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state.to(self.device)
+        self._outputs.watch(self.layers, layer_ids)
+        read = self._stack and self._stack.run(token_ids, cache, layer_ids, attention_mask, position_ids)
+        if read:
+            hidden, outputs = read
+        else:
+            kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
+            with self._outputs.record() as found:
+                hidden = self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state.to(self.device)
+                outputs = [found[layer_id].to(self.device) for layer_id in layer_ids]
+        return hidden, torch.cat(outputs, dim=-1) if outputs else hidden[..., :0]
+
+    def hidden(self, token_ids: Int[Tensor, "batch seq"], cache: Cache | None = None) -> Tensor:
+        """Run the decoder and its final norm, and return the LM head's input, "batch seq hidden"; see `read`."""
+        return self.read(token_ids, cache)[0]
 
     @functools.cached_property
-    def _stack(self) -> FusedStack | None:
-        """All layers in one loop; None where they are not fused."""
-        return stack_layers(self.decoder)
+    def _outputs(self) -> LayerOutputs:
+        return LayerOutputs()
 
     @functools.cached_property
     def cache_ability(self) -> CacheAbility:
@@ -186,51 +204,23 @@ class Target:
 
         Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
-        if torch.compiler.is_compiling():
-            return self.head.logits(hidden)
         layer = self.model.get_output_embeddings()
-        product = packed_product(layer) if isinstance(layer, PackedLinear) else self._packed_head.product
+        product = None
+        if isinstance(layer, PackedLinear) and not torch.compiler.is_compiling():
+            product = layer.product()
         if product is None:
             return self.head.logits(hidden)
         return self.head.finish(product(hidden.to(self.head.weight.dtype)))
 
-    @functools.cached_property
-    def _packed_head(self) -> Packed:
-        """The head with a packed copy of its weight, for models whose own layer has none."""
-        return Packed(self.head.weight)
-
-    def look_again(self) -> None:
-        """Compare weights with those that fast copies were made of; changed ones are read themselves."""
-        stack = [] if self._stack is None else [self._stack.source]
-        head = [self._packed_head] if "_packed_head" in vars(self) else []
-        look_again(self.model, *head, *stack)
+    def refresh_copies(self) -> None:
+        """Drop fast copies of weights that have changed; every request calls it once."""
+        refresh_copies(self.model)
+        self._stack = stack_layers(self.decoder)
 
     def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
         """Compute the input embeddings as the first layer sees them."""
         weight = self.model.get_input_embeddings().weight
         return nn.functional.embedding(token_ids, weight) * self.embed_scale
-
-    @contextmanager
-    def capture(self, target_layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
-        """Collect the outputs of chosen layers while the model runs inside the `with` block.
-
-        After each forward pass the yielded list holds the last outputs, in the order of `target_layer_ids`. Layer `i`
-        is the 0-based decoder layer, whose output is `hidden_states[i + 1]` of transformers.
-        """
-        captured: list[Tensor] = [torch.empty(0)] * len(target_layer_ids)
-
-        def keep(index):
-            def hook(_module, _args, output):
-                captured[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
-
-            return hook
-
-        hooks = [self.layers[layer].register_forward_hook(keep(i)) for i, layer in enumerate(target_layer_ids)]
-        try:
-            yield captured
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
     def features(
@@ -253,10 +243,11 @@ class Target:
             more with `with_head_input`.
         """
         self._refuse_rotation(token_ids)
+        self.refresh_copies()
         num_shared = shared_prefix(token_ids.tolist())
         saved = num_shared * (len(token_ids) - 1) / token_ids.numel() if num_shared >= MIN_SHARED else 0
         if saved < MIN_SAVED or num_shared == token_ids.shape[1] or self.cache_ability == "append":
-            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input, cache=None)
+            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
         cache: Any = DynamicCache(config=self.config)
         shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_head_input=with_head_input, cache=cache)
         for layer in cache.layers if with_head_input else cache.layers[: max(target_layer_ids) + 1]:
@@ -264,7 +255,7 @@ class Target:
         rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_head_input=with_head_input, cache=cache)
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 
-    def stand_by(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+    def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
         """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
 
     def _refuse_rotation(self, token_ids: Tensor) -> None:
@@ -275,15 +266,18 @@ class Target:
                 f"anew: cut texts with --train.max-length {boundary}"
             )
 
-    def _run(self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None) -> Tensor:
+    def _run(
+        self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None = None
+    ) -> Tensor:
         """Run the model up to the last of the layers, or up to the head's input."""
-        head_input = []
+        head_input: list[Tensor] = []
 
         def stop(_module, args, _output=None):
             head_input.extend(args if with_head_input else ())
             raise _StopForward
 
-        with self.capture(target_layer_ids) as captured:
+        self._outputs.watch(self.layers, target_layer_ids)
+        with self._outputs.record() as found:
             if with_head_input:
                 handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
             else:
@@ -294,4 +288,5 @@ class Target:
                 pass
             finally:
                 handle.remove()
-            return torch.cat([*captured, *(rows.to(self.device) for rows in head_input)], dim=-1)
+            outputs = [found[layer_id] for layer_id in target_layer_ids]
+            return torch.cat([rows.to(self.device) for rows in (*outputs, *head_input)], dim=-1)

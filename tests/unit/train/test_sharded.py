@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dpace.cli import main
 from dpace.config import Recipe
 from dpace.target import Target
-from dpace.target.files import keep_tables, open_target
+from dpace.target.files import gather_tables, open_target
 from dpace.verbs import load_recipe_target
 from tests.conftest import LANGUAGE_RECIPE
 from tests.support import sharded
@@ -63,4 +63,4 @@ def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, 
 def test_a_rule_that_splits_nothing_is_refused(language_target, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="leaves 100% of the layers"):
-        keep_tables(language_target.model)
+        gather_tables(language_target.model)
