@@ -1,36 +1,34 @@
-"""A plan in lines of at most 80 columns.
+"""Write a plan in lines of at most 80 columns: what a verb will do, and what it takes.
 
-What answering and decoding prompts will take: tokens, disk and time.
-
-Sizes and times in words, and the room on a disk; imports no torch.
-
-Find the largest training that fits into a memory, and say it in a sentence.
+Recipes, prompts and plans come in; lines go out, which a verb prints before it starts. A disk with too little room is
+refused here.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dpace.config import CompareConfig, Recipe, TrainConfig
-from dpace.plan.step import BatchShape, StepPlan, make_target, on_paper, read_shape
+from dpace.config import BenchConfig, CompareConfig, Recipe, TrainConfig
+from dpace.plan.speed import START_SECONDS, Number, TargetSpeed
+from dpace.plan.step import BatchShape
 from dpace.plan.training import (
     Conversations,
     TrainingPlan,
+    expected_lengths,
     find_conversations,
-    find_place,
-    measure_speed,
-    plan_training,
+    find_speed,
+    mean_answer,
+    plan_recipe,
 )
-from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
+from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set, split_prompts
 from dpace.respond.responses import Response, read_responses
-from dpace.system.device import find_device
-from dpace.target.locate import find_target
 
-BYTES_PER_TOKEN = 12
+ANSWER_BYTES = 12
 """Bytes of a token in `responses.jsonl`: its number, and its text."""
+MAKE_ROOM = "make room, or name another folder with --output"
 
 
-def size(num_bytes: int | float) -> str:
+def size(num_bytes: Number) -> str:
     """Write a number of bytes, such as 1.2 GiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if num_bytes < 1024:
@@ -39,7 +37,7 @@ def size(num_bytes: int | float) -> str:
     return f"{num_bytes:.1f} GiB"
 
 
-def duration(seconds: int | float) -> str:
+def duration(seconds: Number) -> str:
     """Write a time in its largest unit that fits, such as 12 min."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * length:
@@ -52,164 +50,60 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def time_line(seconds: Mapping[str, Number], *, is_bound: bool = False) -> str:
+    """Write how long work takes altogether, with the start of the command, and its parts.
+
+    Args:
+        seconds: of each part.
+        is_bound: whether it counts texts as long as they may be.
+    """
+    total = duration(START_SECONDS + sum(seconds.values()))
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if value >= 1)
+    return f"time: {'up to' if is_bound else 'about'} {total}{': ' if parts else ''}{parts}"
+
+
 def prompts_line(parts: PromptParts) -> str:
-    """Say how many prompts each part has."""
-    numbers = (len(part) for part in (parts.train, parts.validation, parts.heldout))
-    return "prompts: {:,} to train, {:,} to choose by, {:,} held out".format(*numbers)
+    """Write how many prompts each part has."""
+    return (
+        f"prompts: {len(parts.train):,} to train, {len(parts.validation):,} to choose by, "
+        f"{len(parts.heldout):,} held out"
+    )
 
 
 def free_disk(folder: str | Path) -> int:
-    """Give the free bytes of the disk that a folder is on or will be on."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the free bytes of the disk that a folder is on or will be on."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
-def written_bytes(folder: str | Path) -> int:
-    """Give the bytes of all files in a folder; 0 where it is missing."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
-def check_disk(folder: str | Path, needed: int, fix: str) -> str:
-    """Refuse a folder whose disk has too little room, and say how much it takes and has.
+def disk_line(folder: str | Path, needed: int) -> str:
+    """Write how much of a disk a folder takes and has, and refuse one with too little room.
 
     Args:
         folder: that will be written to.
         needed: bytes that it will have at most; what it has already counts.
-        fix: what makes it smaller, for the message.
 
     Raises:
         ValueError: there is less room.
     """
     free = free_disk(folder)
-    more = max(0, needed - written_bytes(folder))
+    written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    more = max(0, needed - written)
     if more > free:
-        raise ValueError(f"{folder} will take {size(more)} more, and its disk has {size(free)} free; {fix}")
+        raise ValueError(f"{folder} will take {size(more)} more, and its disk has {size(free)} free; {MAKE_ROOM}")
     return f"disk: up to {size(needed)} in {folder}, {size(free)} free"
 
 
-def say_training(recipe: Recipe, conversations: Conversations, folder: str | Path, *, drafters: int = 1) -> list[str]:
-    """Say what the training of a recipe takes, before the target is loaded.
-
-    Args:
-        recipe: every setting.
-        conversations: as far as they are known.
-        folder: that is written to.
-        drafters: number of drafters that are trained with the same settings.
-
-    Raises:
-        ValueError: the disk has no room for it, or the drafter cannot work with this target.
-    """
-    plan = plan_training(recipe, read_shape(find_target(recipe.target)), conversations, find_place(recipe))
-    disk = check_disk(folder, drafters * plan.disk_bytes, "make room, or name another folder with --output")
-    lines = training_lines(plan, recipe.train)
-    if drafters > 1 and plan.seconds is not None:
-        lines[0] = f"{drafters} x {lines[0]}"
-        lines.append(f"all {drafters} drafters: about {duration(drafters * plan.seconds)}")
-    if not plan.fits:
-        lines.append("it may not fit in memory: `dpace plan` says what to lower")
-    return [*lines, disk]
+def kept_answers(recipe: Recipe) -> dict[str, Response]:
+    """Read the answers that a recipe's folder has, by the prompt's id."""
+    path = Path(recipe.output) / "responses.jsonl"
+    return {response.id: response for response in read_responses(path)} if path.exists() else {}
 
 
-def comparison_lines(config: CompareConfig, num_drafters: int) -> list[str]:
-    """Say what will be answered, trained and measured."""
-    parts = split_prompts(config.prompts)
-    lines = say_training(config, find_conversations(config), config.output, drafters=num_drafters)
-    return [prompts_line(parts), *lines]
-
-
-def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
-    """Say in three lines what a training takes."""
-    step, known, place = plan.step, plan.conversations, plan.place
-    steps = "steps unknown: no prompts yet" if plan.num_steps is None else count(plan.num_steps, "step")
-    batch = train.batch_size * train.gradient_accumulation_steps * place.ranks
-    tokens = known.shape.num_tokens
-    of = "an unknown number of conversations"
-    if known.number is not None:
-        tokens = int(known.number * known.mean_tokens)
-        of = f"{count(known.number, 'conversation')} ({'' if known.is_known else 'up to '}{tokens:,} tokens)"
-    kept = f"kept ({size(plan.kept_bytes)})" if plan.is_kept else "computed in every step"
-    if plan.stored_bytes:
-        kept = f"on disk ({size(plan.stored_bytes)})"
-    rate = f"{plan.flops_per_second / 1e12:.3g} TFLOP/s{'' if place.is_here else ', assumed'}"
-    about = "about" if known.is_known else "up to"  # all conversations are then as long as they may be
-    time = "time unknown" if plan.seconds is None else f"{about} {duration(plan.seconds)} at {rate}"
-    return [
-        f"training: {steps} of {batch}, {of}",
-        f"drafter: {step.drafter_parameters / 1e6:.4g} M parameters, {size(plan.drafter_bytes)}; hidden states {kept}",
-        f"memory: {size(plan.peak_bytes)} at the peak, {size(place.memory)} free ({place.name}); {time}",
-    ]
-
-
-def memory_lines(step: StepPlan) -> list[str]:
-    """Write the memory of a step by part, and its operations."""
-    lines = ["memory at the peak of a training step, computed:"]
-    lines += [f"  {part:<28} {size(number):>10}" for part, number in step.parts.items()]
-    lines.append(f"  {'sum':<28} {size(step.step_bytes):>10}")
-    if step.validation_bytes:
-        lines.append(f"memory while a validation response is scored: {size(step.validation_bytes)}")
-    total = sum(step.flops.values())
-    shares = ", ".join(f"{name} {count / total:.0%}" for name, count in step.flops.items())
-    lines.append(f"operations of the largest step: {total / 1e12:.3g} TFLOP ({shares})")
-    return lines
-
-
-def say_answers(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
-    """Say what `dpace respond` will do.
-
-    Raises:
-        ValueError: the disk has no room for the answers.
-    """
-    prompts = [*parts.train, *parts.validation, *parts.heldout]
-    done = {response.id: response for response in read_responses(path)} if path.exists() else {}
-    waiting = [prompt for prompt in prompts if prompt.id not in done]
-    if recipe.respond.source == "own":
-        return [prompts_line(parts), f"answers: {len(done):,} kept, {len(waiting):,} taken from the prompts"]
-    turns, config = sum(len(prompt.turns) for prompt in waiting), recipe.respond
-    tokens = turns * config.max_new_tokens
-    where, time = "", []
-    if config.server:
-        where = f" at each of {count(len(config.server), 'server')}"
-    else:
-        seconds = decoding_seconds(recipe, turns, config.max_new_tokens, config.batch_size)
-        time = [f"time: up to {duration(seconds)} if all are that long"]
-        if typical := typical_tokens(list(done.values()), config.batch_size):
-            seconds = decoding_seconds(recipe, turns, typical, config.batch_size)
-            time = [f"{time[0]}, about {duration(seconds)} if like those kept"]
-    disk = check_disk(path.parent, BYTES_PER_TOKEN * tokens, "make room, or name another folder with --output")
-    return [
-        prompts_line(parts),
-        f"answers: {len(done):,} kept, {count(turns, 'answer')} to write, up to {config.max_new_tokens} tokens each; "
-        f"{config.batch_size} at once{where}",
-        *time,
-        disk,
-    ]
-
-
-def say_decoding(recipe: Recipe, prompts: Sequence[Prompt], *, max_new_tokens: int, ways: int, what: str) -> list[str]:
-    """Say what decoding prompts one by one, in several ways, will take.
-
-    Args:
-        recipe: names the target and where it runs.
-        prompts: that are decoded.
-        max_new_tokens: longest answer in tokens.
-        ways: number of times that each prompt is decoded.
-        what: says what the ways are.
-    """
-    turns = sum(len(prompt.turns) for prompt in prompts) * ways
-    seconds = decoding_seconds(recipe, turns, max_new_tokens, 1)
-    return [
-        f"prompts: {len(prompts):,}, each decoded {count(ways, 'time')}",
-        f"ways: {what}",
-        f"answers: {turns:,} of up to {max_new_tokens} tokens; at most about {duration(seconds)}",
-    ]
-
-
-def typical_tokens(responses: Sequence[Response], batch_size: int) -> float:
-    """Give the mean length in tokens of the longest answer of each batch, which takes its time.
-
-    It is 0 without answers.
+def batch_tokens(responses: Sequence[Response], batch_size: int) -> Number:
+    """Compute the mean length in tokens of the longest answer of each batch, which takes its time; 0 without answers.
 
     Args:
         responses: in the order in which they were answered.
@@ -220,18 +114,161 @@ def typical_tokens(responses: Sequence[Response], batch_size: int) -> float:
     return sum(longest) / max(1, len(longest))
 
 
-def decoding_seconds(recipe: Recipe, answers: int, num_tokens: int | float, batch_size: int) -> float:
-    """Estimate the seconds of plain decoding, by the weights that a step reads and its products.
+def answering_seconds(recipe: Recipe, target: TargetSpeed, prompts: Sequence[Prompt], num_tokens: Number) -> Number:
+    """Estimate the seconds in which the target reads prompts and writes answers of a length, in batches."""
+    turns = sum(len(prompt.turns) for prompt in prompts)
+    num_read = sum(tokens for tokens, _ in expected_lengths(prompts, recipe, 0))
+    return target.reading_seconds(num_read) + target.decoding_seconds(turns, num_tokens, recipe.respond.batch_size)
 
-    All answers have `num_tokens` tokens.
+
+def answer_lines(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
+    """Write what `dpace respond` will do.
+
+    Raises:
+        ValueError: the disk has no room for the answers.
     """
-    place = find_place(recipe)
-    with on_paper():
-        model = make_target(read_shape(find_target(recipe.target)), place.dtype).model
-        sizes = [(parameter.numel(), parameter.nbytes) for parameter in model.parameters()]
-    flops, bandwidth = measure_speed(find_device(recipe.device), place.dtype)
-    step = sum(nbytes for _, nbytes in sizes) / bandwidth + 2 * batch_size * sum(n for n, _ in sizes) / flops
-    return -(-answers // batch_size) * num_tokens * step
+    kept = kept_answers(recipe)
+    waiting = [prompt for part in parts for prompt in part if prompt.id not in kept]
+    lines = [prompts_line(parts)]
+    if recipe.respond.source == "own":
+        return [*lines, f"answers: {len(kept):,} kept, {len(waiting):,} taken from the prompts"]
+    limit = recipe.respond.max_new_tokens
+    batch_size = recipe.respond.batch_size
+    turns = sum(len(prompt.turns) for prompt in waiting)
+    servers = recipe.respond.server
+    where = f" at each of {count(len(servers), 'server')}" if servers else ""
+    lines.append(
+        f"answers: {len(kept):,} kept, {count(turns, 'answer')} to write, up to {limit} tokens each; "
+        f"{batch_size} at once{where}"
+    )
+    if not servers:
+        target = find_speed(recipe)
+        longest = batch_tokens(list(kept.values()), batch_size)
+        times = [duration(START_SECONDS + answering_seconds(recipe, target, waiting, n)) for n in (limit, longest)]
+        like_kept = f", about {times[1]} if like those kept" if kept else ""
+        lines.append(f"time: up to {times[0]} if all are that long{like_kept}")
+    return [*lines, disk_line(path.parent, ANSWER_BYTES * turns * limit)]
+
+
+def num_decodings(bench: BenchConfig, prompts: Sequence[Prompt], num_drafters: int) -> int:
+    """Count the answers that `dpace.measure.benchmark.bench` decodes."""
+    turns = sum(len(prompt.turns) for prompt in prompts)
+    return turns * len(bench.temperatures) * (1 + num_drafters * len(bench.widths))
+
+
+def decoding_lines(recipe: Recipe, prompts: Sequence[Prompt], *, num_drafters: int) -> list[str]:
+    """Write what `dpace bench` will decode, one prompt at a time, and how long it takes."""
+    bench = recipe.bench
+    prompts = first_of_each_set(prompts, bench.num_prompts)
+    kept = kept_answers(recipe)
+    like_kept = [kept[prompt.id] for prompt in prompts if prompt.id in kept]
+    answers = num_decodings(bench, prompts, num_drafters)
+    left = max(0, answers - records_of(Path(recipe.output)))
+    seconds = find_speed(recipe).decoding_seconds(left, mean_answer(like_kept, bench.max_new_tokens))
+    return [
+        f"prompts: {len(prompts):,}, each at {count(len(bench.temperatures), 'temperature')}, plainly and with "
+        f"{count(num_drafters, 'drafter')} x {count(len(bench.widths), 'width')}",
+        f"answers: {answers:,} of up to {bench.max_new_tokens} tokens, {left:,} left",
+        time_line({"decoding": seconds}, is_bound=not like_kept),
+    ]
+
+
+def records_of(folder: Path) -> int:
+    """Count the answers that benchmarks have kept in a folder."""
+    return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in folder.glob("bench-*.jsonl"))
+
+
+def train_lines(recipe: Recipe, conversations: Conversations, folder: Path) -> list[str]:
+    """Write what the training of a drafter takes.
+
+    Raises:
+        ValueError: the disk has no room for it, or the drafter cannot work with this target.
+    """
+    plan = plan_recipe(recipe, conversations)
+    return [
+        *training_lines(plan, recipe.train),
+        time_line(plan.seconds([folder]), is_bound=not conversations.is_known),
+        disk_line(folder, plan.disk_bytes),
+    ]
+
+
+def comparison_lines(config: CompareConfig, folders: Sequence[Path]) -> list[str]:
+    """Write what `dpace compare` or `dpace demo` takes; what is finished takes no time.
+
+    Args:
+        config: recipe, objectives and seeds.
+        folders: of the drafters.
+
+    Raises:
+        ValueError: the disk has no room for it, or the drafter cannot work with this target.
+    """
+    parts = split_prompts(config.prompts)
+    kept = kept_answers(config)
+    waiting = [prompt for part in parts for prompt in part if prompt.id not in kept]
+    answer_tokens = mean_answer(kept.values(), config.respond.max_new_tokens)
+    plan = plan_recipe(config, find_conversations(config, parts, kept))
+    target = plan.target
+    answers = measuring = 0.0
+    if config.respond.source == "target" and not config.respond.server:
+        longest = batch_tokens(list(kept.values()), config.respond.batch_size) or config.respond.max_new_tokens
+        answers = answering_seconds(config, target, waiting, longest)
+    if unmeasured := [folder for folder in folders if not (folder / "heldout.json").exists()]:
+        heldout = expected_lengths(parts.heldout, config, answer_tokens)
+        blocks = len(unmeasured) * sum(written for _, written in heldout)
+        measuring = target.reading_seconds(sum(tokens for tokens, _ in heldout))
+        measuring += target.seconds_of(blocks * plan.flops["block"])
+    decoded = first_of_each_set(parts.heldout, config.bench.num_prompts)
+    decodings = num_decodings(config.bench, decoded, len(folders) // len(config.seeds))
+    decodings -= records_of(Path(config.output) / "decode")
+    measuring += target.decoding_seconds(decodings, min(config.bench.max_new_tokens, answer_tokens))
+    training = sum(plan.seconds(folders).values())
+    seconds = {"answers": answers, "training": training, "measuring": measuring}
+    lines = training_lines(plan, config.train)
+    if len(folders) > 1:
+        lines[0] = f"{len(folders)} x {lines[0]}"
+    if not plan.fits:
+        lines.append("it may not fit in memory: `dpace plan` says what to lower")
+    return [
+        prompts_line(parts),
+        *lines,
+        time_line(seconds, is_bound=not kept),
+        disk_line(config.output, len(folders) * plan.disk_bytes),
+    ]
+
+
+def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
+    """Write in three lines what a training is."""
+    known = plan.conversations
+    machine = plan.machine
+    steps = "steps unknown: no prompts yet" if plan.num_steps is None else count(plan.num_steps, "step")
+    batch = train.batch_size * train.gradient_accumulation_steps * machine.ranks
+    conversations = "an unknown number of conversations"
+    if known.number is not None:
+        tokens = int(known.number * known.mean_tokens)
+        about = "" if known.is_known else "about "
+        conversations = f"{count(known.number, 'conversation')} ({about}{tokens:,} tokens)"
+    is_stored = plan.features != "computed in every step"
+    features = plan.features + (f" ({size(plan.feature_bytes)})" if is_stored else "")
+    rate = f"{plan.target.speed.flops / 1e12:.3g} TFLOP/s{'' if machine.is_here else ', assumed'}"
+    peak_bytes = plan.memory.peak_bytes + machine.memory - plan.room  # with CUDA's context
+    return [
+        f"training: {steps} of {batch}, {conversations}",
+        f"drafter: {plan.drafter_parameters / 1e6:.4g} M parameters, {size(2 * plan.drafter_parameters)}; "
+        f"hidden states {features}",
+        f"memory: {size(peak_bytes)} at the peak, {size(machine.memory)} free ({machine.name}, {rate})",
+    ]
+
+
+def memory_lines(plan: TrainingPlan) -> list[str]:
+    """Write the memory of a step by part, and its operations."""
+    flops = sum(plan.step_flops.values())
+    shares = ", ".join(f"{name} {number / flops:.0%}" for name, number in plan.step_flops.items() if number)
+    return [
+        "memory at the peak of a training step, computed:",
+        *(f"  {part:<28} {size(number):>10}" for part, number in plan.memory.parts.items()),
+        f"  {'sum':<28} {size(plan.memory.peak_bytes):>10}",
+        f"operations of the largest step: {flops / 1e12:.3g} TFLOP ({shares})",
+    ]
 
 
 LARGEST = {"batch_size": 64, "num_anchors": 4096}
@@ -241,89 +278,80 @@ NEAR = 16
 """The largest value that fits is found to one part in this number."""
 
 
-MOST_LOOKS = 14
-"""Most steps that are looked at between the smallest and the largest value."""
-
-
 def find_largest(peak: Callable[[int], int], room: int, low: int, high: int) -> int:
     """Find about the largest number from `low` to `high` whose peak fits, 0 for none.
 
-    It looks along the chord of the peaks and in the middle, in turn.
-
     Args:
-        peak: gives the bytes for a number; grows with it.
+        peak: computes the bytes of a number; grows with it.
         room: bytes that there are.
         low: the smallest number.
         high: the largest number.
     """
-    at_low, at_high = peak(low), peak(high)
-    if at_low > room:
+    if peak(low) > room:
         return 0
-    if at_high <= room:
+    if peak(high) <= room:
         return high
-    for look in range(MOST_LOOKS):
-        if high - low <= max(1, low // NEAR):
-            break
-        share = 0.5 if look % 2 else (room - at_low) / (at_high - at_low)
-        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
-        at_middle = peak(middle)
-        if at_middle > room:
-            high, at_high = middle, at_middle
+    while high - low > max(1, low // NEAR):
+        middle = (low + high) // 2
+        if peak(middle) > room:
+            high = middle
         else:
-            low, at_low = middle, at_middle
+            low = middle
     return low
 
 
 def reshape(shape: BatchShape, option: str, value: int) -> BatchShape:
-    """Give the largest micro-batch after an option of training was set."""
+    """Return the largest micro-batch after an option of training was set."""
     if option == "batch_size":
         return shape._replace(batch_size=value)
     if option == "num_anchors":
         return shape._replace(num_blocks=value)
-    length, validation = min(shape.num_tokens, value), min(shape.validation_tokens, value)
-    return shape._replace(
-        num_tokens=length,
-        num_blocks=min(shape.num_blocks, length - 1),
-        validation_tokens=validation,
-        validation_blocks=min(shape.validation_blocks, max(0, validation - 1)),
-    )
+    length = min(shape.num_tokens, value)
+    return shape._replace(num_tokens=length, num_blocks=min(shape.num_blocks, length - 1))
 
 
-def say_what_fits(plan: TrainingPlan, train: TrainConfig) -> list[str]:
-    """Say the largest batch and number of anchors that fit, or what to change where none does."""
-    memory, shape = size(plan.place.memory), plan.conversations.shape
+def fit_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
+    """Write the largest batch and number of anchors that fit, or what to change where none does."""
+    shape = plan.conversations.shape
 
-    def largest(option: str, at: BatchShape = shape, checkpointing: bool | None = None) -> int:
-        def peak(value: int) -> int:
-            return plan.paper.look(reshape(at, option, value), checkpointing=checkpointing).peak_bytes
+    def fits(at: BatchShape = shape, **options) -> bool:
+        return plan.paper.plan_memory(at, **options).peak_bytes <= plan.room
 
+    def largest(option: str, at: BatchShape = shape, **options) -> int:
         now = shape.num_tokens if option == "max_length" else getattr(train, option)
         low, high = (now, max(now, LARGEST[option])) if plan.fits else (SMALLEST[option], now)
-        return find_largest(peak, plan.room, low, high)
+        return find_largest(
+            lambda value: plan.paper.plan_memory(reshape(at, option, value), **options).peak_bytes,
+            plan.room,
+            low,
+            high,
+        )
 
     if plan.fits:
-        batch, anchors = largest("batch_size"), largest("num_anchors")
         return [
-            f"fits in {memory}: also --train.batch-size {batch}, or --train.num-anchors {anchors}",
-            f"the loss computes logits in chunks of {size(plan.step.chunk_bytes)} (--loss.chunk-mib)",
+            f"fits in {size(plan.machine.memory)}: also --train.batch-size {largest('batch_size')}, or "
+            f"--train.num-anchors {largest('num_anchors')}",
+            f"the loss computes logits in chunks of {size(plan.memory.chunk_bytes)} (--loss.chunk-mib)",
         ]
-    chunk = plan.step.chunk_bytes
-    while chunk >= 2**21 and plan.paper.look(shape, chunk_bytes=chunk).peak_bytes > plan.room:
-        chunk //= 4
-    found = {option: largest(option) for option in SMALLEST}
     ways = [
         f"--train.{option.replace('_', '-')} {value} instead of {getattr(train, option)}"
-        for option, value in found.items()
-        if value
+        for option in SMALLEST
+        if (value := largest(option))
     ]
-    if plan.paper.look(shape, chunk_bytes=chunk).peak_bytes <= plan.room:
-        ways.append(f"--loss.chunk-mib {chunk // 2**20} instead of {plan.step.chunk_bytes // 2**20}")
-    if not train.gradient_checkpointing and plan.paper.look(shape, checkpointing=True).peak_bytes <= plan.room:
+    chunk = plan.memory.chunk_bytes
+    while chunk >= 2**21 and not fits(chunk_bytes=chunk):
+        chunk //= 4
+    if fits(chunk_bytes=chunk):
+        ways.append(f"--loss.chunk-mib {chunk // 2**20} instead of {plan.memory.chunk_bytes // 2**20}")
+    if not train.gradient_checkpointing and fits(checkpointing=True):
         ways.append("--train.gradient-checkpointing, which costs time")
     if not ways:
         anchors = largest("num_anchors", reshape(shape, "batch_size", 1), checkpointing=True)
         together = f"--train.batch-size 1 --train.gradient-checkpointing --train.num-anchors {anchors}"
         other = "a smaller target, more memory, or several GPUs with --train.target-shard fsdp"
         ways = [together if anchors else other]
-    needed = size(plan.peak_bytes)
-    return [f"does not fit in {memory}: it needs {needed}. Each of these makes it fit:", *(f"  {way}" for way in ways)]
+    needed = size(plan.memory.peak_bytes)
+    return [
+        f"does not fit in {size(plan.machine.memory)}: a step needs {needed}. Each of these makes it fit:",
+        *(f"  {way}" for way in ways),
+    ]

@@ -1,15 +1,13 @@
-"""Plan a training: conversations, steps, memory, disk and time, before a weight is loaded.
+"""Plan a training before a weight is loaded: its conversations, steps, memory, disk and time.
 
-The conversations of a recipe, as far as they are known before its training.
-
-How fast this machine multiplies and reads memory, measured in a moment.
+A recipe, the target's config, and what is known of the prompts and answers come in; a `TrainingPlan` goes out.
 """
 
 import math
-import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -20,51 +18,38 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
-from dpace.plan.step import BatchShape, Models, PaperStep, StepPlan, make_drafter, make_target, on_paper
-from dpace.prompts.prompts import split_prompts
+from dpace.plan.speed import ASSUMED_GPU, Number, Speed, TargetSpeed, comparing_flops, measure_speed
+from dpace.plan.step import (
+    BatchShape,
+    Models,
+    PaperStep,
+    PaperTarget,
+    StepMemory,
+    make_drafter,
+    make_target,
+    on_paper,
+    read_shape,
+)
+from dpace.prompts.prompts import Prompt, PromptParts
+from dpace.respond.responses import Response
 from dpace.system.device import find_device
 from dpace.system.ranks import num_ranks
+from dpace.target.locate import find_target
 from dpace.train.run import choose_conversations
-
-ASSUMED_GPU_FLOPS = 3e14
-"""Operations a second that are assumed for a GPU that is not at hand: a third of an H100's in bf16."""
-MOMENT = 0.1
-"""Seconds of one measurement."""
-
-
-class Speed(NamedTuple):
-    """Speed of a machine."""
-
-    flops: float
-    """Floating-point operations a second, in products of the training's size."""
-    bytes_per_second: float
-    """Memory that is read in a second."""
-
-
-def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
-    """Time a product and a sum on a device, for a fifth of a second."""
-    a = torch.ones(512, 1024, device=device, dtype=dtype)
-    b = torch.ones(1024, 1024, device=device, dtype=dtype)
-    block = torch.ones(2**24, device=device)
-    return Speed(2 * a.numel() * len(b) / _seconds(lambda: a @ b), block.nbytes / _seconds(block.sum))
-
-
-def _seconds(work) -> float:
-    """Time one call: the least of those that fit into a moment, which other programs disturb least."""
-    work()
-    best, end = float("inf"), time.perf_counter() + MOMENT
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        float(work().flatten()[0])  # waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return best
-
 
 CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
+BYTES_PER_TOKEN = 3
+"""Bytes of a prompt's text that a token has at least, on average; more in English."""
+TOKENS_PER_MESSAGE = 8
+"""Tokens that a chat template adds to a message."""
+FeaturePlace = Literal["kept", "on disk", "computed in every step"]
+"""Where the target's features are: in memory, in files, or nowhere."""
+FINAL_MEASUREMENTS = 3
+"""Measurements of tau after the last step: of the rounded weights, of the draft vocabulary, and of confidences."""
 
 
-class Place(NamedTuple):
+class Machine(NamedTuple):
     """Where a training runs."""
 
     is_cuda: bool
@@ -73,7 +58,7 @@ class Place(NamedTuple):
     memory: int
     """Bytes that are free for it."""
     is_here: bool = True
-    """Whether this machine is that place, so that its speed can be measured."""
+    """Whether it is this machine, so that its speed can be measured."""
     ranks: int = 1
 
     @property
@@ -81,64 +66,15 @@ class Place(NamedTuple):
         """The device, for people."""
         return "GPU" if self.is_cuda else "CPU"
 
-
-class Conversations(NamedTuple):
-    """What is known of the conversations that are trained on."""
-
-    number: int | None
-    """None where there are no prompts yet."""
-    shape: BatchShape
-    """Largest micro-batch."""
-    mean_tokens: int | float
-    mean_blocks: int | float
-    validation: int = 0
-    validation_mean_tokens: int | float = 0
-    is_known: bool = False
-    """Whether they are answered; else all lengths are the largest that there may be."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """What a training takes."""
-
-    place: Place
-    conversations: Conversations
-    step: StepPlan
-    paper: PaperStep
-    """To look at steps of other shapes."""
-    num_steps: int | None
-    """Optimizer steps; None where the number of conversations is not known."""
-    is_kept: bool
-    """Whether the features of all conversations are kept, in memory or on disk, and so computed once."""
-    kept_bytes: int
-    """Bytes of memory that they take, or would take."""
-    stored_bytes: int
-    """Bytes of disk that they take."""
-    drafter_bytes: int
-    """Bytes of the finished drafter's file."""
-    disk_bytes: int
-    flops_per_second: float
-    seconds_per_step: float
-    seconds: float | None
-    """Seconds of all steps and of reading the features that are kept."""
-
     @property
-    def room(self) -> int:
-        """Bytes of memory for tensors: on a GPU without CUDA's context."""
-        return self.place.memory - (CONTEXT_BYTES if self.place.is_cuda else 0)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within the memory."""
-        return self.step.peak_bytes <= self.room
-
-    @property
-    def peak_bytes(self) -> int:
-        """Memory that is taken at most, CUDA's context included."""
-        return self.step.peak_bytes + self.place.memory - self.room
+    def speed(self) -> Speed:
+        """Its speed, measured, or assumed where it is not at hand."""
+        if not self.is_here:
+            return ASSUMED_GPU
+        return measure_speed(find_device("auto" if self.is_cuda else "cpu"), self.dtype)
 
 
-def find_place(recipe: Recipe, *, memory: int | None = None) -> Place:
+def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:
     """Find out where a training would run.
 
     Args:
@@ -148,8 +84,7 @@ def find_place(recipe: Recipe, *, memory: int | None = None) -> Place:
     Raises:
         ValueError: see `dpace.system.device.find_device`.
     """
-    found = torch.accelerator.current_accelerator(check_available=True)
-    has_gpu = found is not None
+    has_gpu = torch.accelerator.current_accelerator(check_available=True) is not None
     is_cuda = has_gpu or memory is not None if recipe.device == "auto" else recipe.device != "cpu"
     dtype = torch.bfloat16 if is_cuda else torch.float32
     if recipe.dtype != "auto":
@@ -158,136 +93,268 @@ def find_place(recipe: Recipe, *, memory: int | None = None) -> Place:
         device = find_device(recipe.device)
         is_cpu = device.type == "cpu"
         memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
-    return Place(is_cuda, dtype, memory, has_gpu or not is_cuda, num_ranks())
+    return Machine(is_cuda, dtype, memory, has_gpu or not is_cuda, num_ranks())
+
+
+class Conversations(NamedTuple):
+    """What is known of the conversations that are trained on."""
+
+    number: int | None
+    """None where there are no prompts yet."""
+    shape: BatchShape
+    """Largest micro-batch."""
+    mean_tokens: Number
+    mean_blocks: Number
+    validation_tokens: Number = 0.0
+    """Tokens of all validation conversations."""
+    validation_blocks: Number = 0.0
+    """Their blocks: every token of a response is an anchor there."""
+    is_known: bool = False
+    """Whether they are answered; else the answers' lengths are expected ones."""
 
 
 def known_conversations(dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> Conversations:
-    """Look at the conversations that there are."""
-    tokens, longest = dataset.lengths.tolist(), validation.lengths.tolist()
-    anchors, checked = (x.corpus.num_anchors(x.max_length)[x.chosen].tolist() for x in (dataset, validation))
-    blocks = [min(recipe.train.num_anchors, number) for number in anchors]
-    seen = len(dataset.seen_tokens) if recipe.loss.vocabulary == "seen" else None
-    size = min(recipe.train.batch_size, len(tokens))
+    """Take the lengths of conversations that are answered."""
+    anchors, checked = (part.corpus.num_anchors(part.max_length)[part.chosen] for part in (dataset, validation))
+    rows = len(dataset.seen_tokens) if recipe.loss.vocabulary == "seen" else None
+    blocks = anchors.clip(max=recipe.train.num_anchors)
+    size = min(recipe.train.batch_size, len(dataset))
     return Conversations(
-        number=len(tokens),
-        shape=BatchShape(size, max(tokens), max(blocks), max(longest, default=0), max(checked, default=0), seen),
-        mean_tokens=sum(tokens) / len(tokens),
-        mean_blocks=sum(blocks) / len(blocks),
-        validation=len(longest),
-        validation_mean_tokens=sum(longest) / max(1, len(longest)),
+        number=len(dataset),
+        shape=BatchShape(size, int(dataset.lengths.max()), int(blocks.max()), rows),
+        mean_tokens=float(dataset.lengths.mean()),
+        mean_blocks=float(blocks.mean()),
+        validation_tokens=float(validation.lengths.sum()),
+        validation_blocks=float(checked.sum()),
         is_known=True,
     )
 
 
-def unknown_conversations(recipe: Recipe, num_train: int | None, num_validation: int) -> Conversations:
-    """Take the longest conversations that the recipe allows."""
+def expected_lengths(prompts: Iterable[Prompt], recipe: Recipe, answer_tokens: Number) -> list[tuple[Number, Number]]:
+    """Estimate the tokens of each conversation, and how many of them the target writes, from the prompts' texts.
+
+    Args:
+        prompts: which may be answered or not.
+        recipe: has the length at which conversations are cut.
+        answer_tokens: expected of an answer.
+    """
+    lengths = []
+    for prompt in prompts:
+        messages = [message["content"] for turn in prompt.turns for message in turn]
+        asked = sum(len(text.encode()) / BYTES_PER_TOKEN + TOKENS_PER_MESSAGE for text in messages)
+        answered = len(prompt.turns) * answer_tokens
+        tokens = min(asked + answered, recipe.train.max_length)
+        lengths.append((tokens, min(answered, tokens)))
+    return lengths
+
+
+def expected_conversations(recipe: Recipe, parts: PromptParts | None, answer_tokens: Number) -> Conversations:
+    """Estimate the conversations that prompts will become; without prompts, the longest ones that are allowed.
+
+    The largest micro-batch has answers of the longest length, whatever is expected on average.
+    """
     train = recipe.train
-    longest = train.max_length
-    answered = min(longest, recipe.respond.max_new_tokens)
-    blocks = min(train.num_anchors, answered - 1) or 1
-    checked = (longest, answered - 1) if num_validation or num_train is None else (0, 0)
-    shape = BatchShape(train.batch_size, longest, blocks, *checked)
-    return Conversations(num_train, shape, longest, blocks, num_validation, longest)
+    limit = recipe.respond.max_new_tokens
+    if parts is None:
+        longest = train.max_length
+        blocks = max(1, min(train.num_anchors, longest - 1, limit - 1))
+        return Conversations(None, BatchShape(train.batch_size, longest, blocks), longest, blocks)
+    trained = expected_lengths(parts.train, recipe, answer_tokens)
+    checked = expected_lengths(parts.validation, recipe, answer_tokens)
+    longest, written = map(max, zip(*expected_lengths(parts.train, recipe, limit), strict=True))
+    blocks = max(1, min(train.num_anchors, int(written) - 1))
+    return Conversations(
+        number=len(trained),
+        shape=BatchShape(min(train.batch_size, len(trained)), int(longest), blocks),
+        mean_tokens=sum(tokens for tokens, _ in trained) / len(trained),
+        mean_blocks=sum(max(1.0, min(blocks, written - 1)) for _, written in trained) / len(trained),
+        validation_tokens=sum(tokens for tokens, _ in checked),
+        validation_blocks=sum(written for _, written in checked),
+    )
+
+
+def find_conversations(recipe: Recipe, parts: PromptParts | None, kept: Mapping[str, Response]) -> Conversations:
+    """Take the answers of a recipe, else expect as many as it has prompts, else know nothing of them.
+
+    Args:
+        recipe: every setting.
+        parts: its prompts; None where there are none yet.
+        kept: its answers, by the prompt's id.
+
+    Raises:
+        ValueError: answers that cannot be read.
+    """
+    if parts and kept and all(prompt.id in kept for prompt in parts.train):
+        answered, validation = load_corpus(Path(recipe.output) / "responses.jsonl", recipe.prompts)
+        return known_conversations(*choose_conversations(answered, validation, recipe), recipe)
+    return expected_conversations(recipe, parts, mean_answer(kept.values(), recipe.respond.max_new_tokens))
+
+
+def mean_answer(responses: Iterable[Response], limit: int) -> Number:
+    """Compute the mean length in tokens of answers; `limit`, the longest one, without answers."""
+    lengths = [end - start for response in responses for start, end in response.response_spans]
+    return min(limit, sum(lengths) / len(lengths)) if lengths else limit
 
 
 def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
-    """Count the optimizer steps as the Trainer does."""
+    """Count the optimizer steps as training does."""
     if train.max_steps > 0:
         return train.max_steps
     batches = math.ceil(math.ceil(conversations / ranks) / train.batch_size)
     return math.ceil(train.num_epochs * max(1, math.ceil(batches / train.gradient_accumulation_steps)))
 
 
-def plan_training(recipe: Recipe, config: PretrainedConfig, conversations: Conversations, place: Place) -> TrainingPlan:
+def steps_done(folder: Path) -> int:
+    """Count the steps of a drafter's newest checkpoint; 0 without one."""
+    return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoints/checkpoint-*[0-9]")), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a training takes."""
+
+    machine: Machine
+    target: TargetSpeed
+    conversations: Conversations
+    memory: StepMemory
+    paper: PaperStep
+    """To look at steps of other shapes."""
+    num_steps: int | None
+    """Optimizer steps; None where the number of conversations is not known."""
+    features: FeaturePlace
+    feature_bytes: int
+    """Bytes that the features of all conversations take there, or would take."""
+    drafter_parameters: int
+    disk_bytes: int
+    """Bytes of disk of a drafter and its checkpoints, each beside the one that it replaces."""
+    step_flops: dict[str, Number]
+    """Operations of the largest step, by what does them."""
+    flops: dict[str, Number]
+    """Operations of `features` (those that are computed once for all drafters), of a mean `step`, of all measurements
+    of `tau` during a training, and of drafting a `block` and comparing it."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory for tensors: on a GPU without CUDA's context."""
+        return self.machine.memory - (CONTEXT_BYTES if self.machine.is_cuda else 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the memory."""
+        return self.memory.peak_bytes <= self.room
+
+    def seconds(self, folders: Sequence[Path]) -> dict[str, Number]:
+        """Estimate the seconds that are left of the training of drafters, by kind of work.
+
+        Args:
+            folders: of the drafters; a finished one takes no time, and one with a checkpoint goes on after it.
+        """
+        unfinished = [folder for folder in folders if not (folder / "provenance.json").exists()]
+        steps = sum(max(0, (self.num_steps or 0) - steps_done(folder)) for folder in unfinished)
+        flops = {
+            "hidden states": bool(unfinished) * self.flops["features"],
+            "steps": steps * self.flops["step"],
+            "tau": len(unfinished) * self.flops["tau"],
+        }
+        return {name: self.target.seconds_of(number) for name, number in flops.items()}
+
+
+def plan_training(
+    recipe: Recipe, config: PretrainedConfig, *, conversations: Conversations, machine: Machine
+) -> TrainingPlan:
     """Plan a training from the target's config.
 
     Raises:
         ValueError: a drafter that cannot work with this target; names the option.
     """
+    train = recipe.train
     shape = conversations.shape
     with on_paper() as mode:
-        target = make_target(config, place.dtype)
+        target = make_target(config, machine.dtype)
         drafter = make_drafter(target, vars(recipe.drafter))
-        (kept, is_kept), stored = _kept_features(recipe, target, conversations), 0
-        if recipe.train.feature_files:
-            stored, kept, is_kept = _stored_features(recipe, target, conversations), 0, True
+        features, feature_bytes = _plan_features(recipe, target, conversations)
         paper = PaperStep(
-            Models(target, drafter, recipe, place.is_cuda),
+            Models(target, drafter, recipe, machine.is_cuda),
             mode,
-            copies_bytes=0 if place.is_cuda else _copies_bytes(target, config),
-            kept_bytes=kept if is_kept and not place.is_cuda else 0,
+            copies_bytes=0 if machine.is_cuda else _copies_bytes(target, config),
+            kept_bytes=feature_bytes if features == "kept" and not machine.is_cuda else 0,
         )
-    step = paper.plan(shape)
-    known = conversations.number if recipe.train.max_steps < 0 else conversations.number or 1
-    steps = None if known is None else num_steps(recipe.train, known, place.ranks)
-    speed = ASSUMED_GPU_FLOPS
-    if place.is_here:
-        speed = measure_speed(find_device(recipe.device), place.dtype).flops
-    drafter_share = conversations.mean_blocks / shape.num_blocks
-    target_share = conversations.mean_tokens / shape.num_tokens
-    per_step = step.flops["drafter"] * drafter_share
-    once = step.flops["target"] / shape.batch_size * target_share * (conversations.number or 0)
-    if not is_kept:
-        per_step, once = per_step + step.flops["target"] * target_share, 0.0
-    moments = 1 if recipe.train.optimizer == "muon" else 2
-    checkpoint_bytes, drafter_bytes = 4 * (1 + moments) * step.drafter_parameters, 2 * step.drafter_parameters
+        parameters = sum(parameter.numel() for parameter in drafter.parameters())
+        block_flops = comparing_flops(drafter.block_size, parameters, target.head.weight.numel())
+    step_flops = paper.count_flops(shape)
+    steps = num_steps(train, conversations.number or 0, machine.ranks)
+    tokens_of_step = train.gradient_accumulation_steps * shape.batch_size * shape.num_tokens
+    mean_flops = step_flops["drafter"] * conversations.mean_blocks / shape.num_blocks + step_flops["optimizer"]
+    read_tokens = conversations.validation_tokens
+    if features == "computed in every step":
+        mean_flops += step_flops["target"] * conversations.mean_tokens / shape.num_tokens
+    else:
+        read_tokens += (conversations.number or 0) * conversations.mean_tokens
+    measurements = math.ceil(steps / train.eval_steps) + FINAL_MEASUREMENTS
+    moments = 1 if train.optimizer == "muon" else 2
     return TrainingPlan(
-        place=place,
+        machine=machine,
+        target=target_speed(target, machine),
         conversations=conversations,
-        step=step,
+        memory=paper.plan_memory(shape),
         paper=paper,
-        num_steps=steps,
-        is_kept=is_kept,
-        kept_bytes=kept,
-        stored_bytes=stored,
-        drafter_bytes=drafter_bytes,
-        disk_bytes=2 * (checkpoint_bytes + drafter_bytes),  # each beside the one that it replaces
-        flops_per_second=speed,
-        seconds_per_step=per_step / speed,
-        seconds=None if steps is None else (per_step * steps + once) / speed,
+        num_steps=steps if conversations.number or train.max_steps > 0 else None,
+        features=features,
+        feature_bytes=feature_bytes,
+        drafter_parameters=parameters,
+        disk_bytes=2 * (4 * (1 + moments) + 2) * parameters,
+        step_flops=step_flops,
+        flops={
+            "features": step_flops["target"] * read_tokens / tokens_of_step,
+            "step": mean_flops,
+            "tau": measurements * conversations.validation_blocks * block_flops,
+            "block": block_flops,
+        },
     )
 
 
-def _kept_features(recipe: Recipe, target: Any, conversations: Conversations) -> tuple[int, bool]:
-    """Give the bytes of all features, and whether `ResponseDataset.keep_features` keeps them."""
+def plan_recipe(recipe: Recipe, conversations: Conversations, *, memory: int | None = None) -> TrainingPlan:
+    """Plan a training from its recipe, on this machine or on one with as much memory.
+
+    Raises:
+        ValueError: see `find_machine` and `plan_training`; or there is no such target.
+    """
+    config = read_shape(find_target(recipe.target))
+    return plan_training(recipe, config, conversations=conversations, machine=find_machine(recipe, memory=memory))
+
+
+def find_speed(recipe: Recipe) -> TargetSpeed:
+    """Find out how fast a recipe's target is here, from its config."""
+    machine = find_machine(recipe)
+    with on_paper():
+        target = make_target(read_shape(find_target(recipe.target)), machine.dtype)
+    return target_speed(target, machine)
+
+
+def target_speed(target: PaperTarget, machine: Machine) -> TargetSpeed:
+    """Add up the weights of a target on paper."""
+    weights = list(target.model.parameters())
+    return TargetSpeed(machine.speed, sum(w.numel() for w in weights), sum(w.nbytes for w in weights))
+
+
+def _plan_features(recipe: Recipe, target: Any, conversations: Conversations) -> tuple[FeaturePlace, int]:
+    """Return where `keep_features` keeps the features of all conversations, and their bytes there."""
     layers = len(Drafter.layer_ids(target, **vars(recipe.drafter)))
-    width = target.hidden_size * target.head.weight.element_size()
+    trained_layers = layers + recipe.loss.needs_target_probs
     tokens = (conversations.number or 0) * conversations.mean_tokens
-    size = int(tokens * (layers + recipe.loss.needs_target_probs) * width)
-    is_kept = conversations.number is not None and size <= recipe.train.feature_cache_gib * 2**30
-    checked = int(conversations.validation * conversations.validation_mean_tokens * layers * width)
-    return size + (checked if is_kept else 0), is_kept
-
-
-def _stored_features(recipe: Recipe, target: Any, conversations: Conversations) -> int:
-    """Give the bytes of all features on disk."""
-    layers = len(Drafter.layer_ids(target, **vars(recipe.drafter))) + recipe.loss.needs_target_probs
-    tokens = (conversations.number or 0) * conversations.mean_tokens
-    return int(tokens * bytes_of_token(target, layers, recipe.train.feature_dtype))
+    if recipe.train.feature_files:
+        return "on disk", int(tokens * bytes_of_token(target, trained_layers, recipe.train.feature_dtype))
+    size = tokens * bytes_of_token(target, trained_layers, "target")
+    if conversations.number is None or size > recipe.train.feature_cache_gib * 2**30:
+        return "computed in every step", int(size)
+    return "kept", int(size + conversations.validation_tokens * bytes_of_token(target, layers, "target"))
 
 
 def _copies_bytes(target: Any, config: PretrainedConfig) -> int:
-    """Give the bytes of copies in a faster layout, which a target has on a CPU."""
+    """Compute the bytes of copies in a faster layout, which a target has on a CPU."""
     if target.head.weight.dtype != torch.float32:
         return 0
     matrices = sum(parameter.numel() for parameter in target.layers.parameters() if parameter.ndim == 2)
     published = config.get_text_config(decoder=True).dtype
     is_short = str(published).removeprefix("torch.") in ("float16", "bfloat16")
     return matrices * (2 if is_short else 4)
-
-
-def find_conversations(recipe: Recipe) -> Conversations:
-    """Read the answers of a recipe, else count its prompts, else know nothing of them.
-
-    Raises:
-        ValueError: prompts or answers that cannot be read.
-    """
-    if recipe.prompts.path != "demo" and not Path(recipe.prompts.path).exists():
-        return unknown_conversations(recipe, None, 0)
-    parts = split_prompts(recipe.prompts)
-    path = Path(recipe.output) / "responses.jsonl"
-    if path.exists():
-        answered, validation = load_corpus(path, recipe.prompts)
-        if len(answered) == len(parts.train):
-            return known_conversations(*choose_conversations(answered, validation, recipe), recipe)
-    return unknown_conversations(recipe, len(parts.train), len(parts.validation))

@@ -30,6 +30,7 @@ def run(args: list[str]) -> None:
     recipe = parse(MeasureConfig, "bench", args, groups=("prompts", "bench"))
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
+    from dpace.plan.lines import decoding_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
     from dpace.report.cells import faster_sets
@@ -55,7 +56,7 @@ def run(args: list[str]) -> None:
         raise ValueError(
             f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
         )
-    announce(_first_lines(recipe, prompts, len(folders)), is_dry=is_dry)
+    announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), is_dry=is_dry)
     if is_dry:
         return
     target = load_recipe_target(recipe)
@@ -89,21 +90,6 @@ def _print_results(results: "BenchResults", recipe: MeasureConfig) -> None:
     console(recipe.wide).print(*tables)
     print_text(advice(results))
     print_text(f"written: {recipe.output}/results.json")
-
-
-def _first_lines(recipe: Recipe, prompts: list, num_drafters: int) -> list[str]:
-    """Return what will be decoded, in lines."""
-    from dpace.plan.lines import say_decoding
-    from dpace.prompts.prompts import first_of_each_set
-
-    settings, widths = recipe.bench, len(recipe.bench.widths)
-    return say_decoding(
-        recipe,
-        first_of_each_set(prompts, settings.num_prompts),
-        max_new_tokens=settings.max_new_tokens,
-        ways=len(settings.temperatures) * (1 + num_drafters * widths),
-        what=f"{len(settings.temperatures)} temperatures x (baseline + {num_drafters} drafters x {widths} widths)",
-    )
 
 
 def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:

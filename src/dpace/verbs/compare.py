@@ -22,9 +22,9 @@ def run(args: list[str]) -> None:
             f"--train.target-shard is {config.train.target_shard}, and `dpace compare` decodes, which needs the whole "
             "target on each rank; leave it out, or train each objective with `dpace train`"
         )
-    recipes = check_output(config, init)
+    folders = [cell_folder(config.output, cell) for cell in check_output(config, init)]
     check_trackers(config.train.report_to)
-    announce(comparison_lines(config, len(recipes)), is_dry=is_dry)
+    announce(comparison_lines(config, folders), is_dry=is_dry)
     if is_dry:
         return
     results = compare(load_recipe_target(config), config, init=init)

@@ -18,13 +18,14 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import comparison_lines
     from dpace.report.page import write_report
     from dpace.report.tables import compare_table, console, results_table, slots_table
-    from dpace.studies.compare import check_output
+    from dpace.studies.compare import cell_folder, check_output
     from dpace.studies.demo import demo_recipe, drafter_folder, run_demo, summary
 
     recipe = demo_recipe(config)
-    num_drafters, output = len(check_output(recipe)), Path(recipe.output)
+    output = Path(recipe.output)
+    folders = [cell_folder(output, cell) for cell in check_output(recipe)]
     refuse_foreign_files(output, *PAGES)
-    announce(comparison_lines(recipe, num_drafters), is_dry=is_dry)
+    announce(comparison_lines(recipe, folders), is_dry=is_dry)
     if is_dry:
         return
     results = run_demo(config)

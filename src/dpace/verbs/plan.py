@@ -43,25 +43,25 @@ def run(args: list[str]) -> None:
     config = parse(PlanConfig, "plan", args)
     memory = read_memory(config.memory) if config.memory else None
     from dpace.plan.calibrate import calibrate
-    from dpace.plan.lines import memory_lines, say_what_fits, training_lines
-    from dpace.plan.step import read_shape
-    from dpace.plan.training import find_conversations, find_place, plan_training
+    from dpace.plan.lines import fit_lines, kept_answers, memory_lines, time_line, training_lines
+    from dpace.plan.training import find_conversations, plan_recipe
     from dpace.prompts.prompts import split_prompts
-    from dpace.target.locate import find_target
 
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
-    place = find_place(recipe, memory=memory)
-    shape = read_shape(find_target(recipe.target))
-    conversations = find_conversations(recipe)
-    plan = plan_training(recipe, shape, conversations, place)
-    lines = [*training_lines(plan, recipe.train), *memory_lines(plan.step)]
-    lines += say_what_fits(plan, recipe.train)
-    prompts = [] if conversations.is_known or not conversations.number else split_prompts(recipe.prompts).train
+    has_prompts = recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists()
+    parts = split_prompts(recipe.prompts) if has_prompts else None
+    kept = kept_answers(recipe)
+    conversations = find_conversations(recipe, parts, kept)
+    plan = plan_recipe(recipe, conversations, memory=memory)
+    lines = training_lines(plan, recipe.train)
+    if plan.num_steps is not None:
+        lines.append(time_line(plan.seconds([Path(recipe.output) / "drafter"]), is_bound=not kept))
+    lines += memory_lines(plan) + fit_lines(plan, recipe.train)
+    prompts = parts.train if parts and not conversations.is_known and recipe.respond.source == "target" else []
     if not conversations.is_known:
         lines.append("no answers yet: every length above is the longest that the recipe allows")
         lines.append("measure them: `dpace respond`, or --calibrate, which answers a few prompts")
     print("\n".join(lines), flush=True)
     if config.calibrate:
-        print("\n".join(calibrate(recipe, plan, prompts if recipe.respond.source == "target" else ())))
-    is_answered = (Path(recipe.output) / "responses.jsonl").exists()
-    print("next:", next_command("train" if is_answered else "respond", recipe, args))
+        print("\n".join(calibrate(recipe, plan, prompts)))
+    print("next:", next_command("train" if kept else "respond", recipe, args))

@@ -15,7 +15,7 @@ def run(args: list[str]) -> None:
     """Run `dpace respond`."""
     args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "respond", args, groups=("prompts", "respond"))
-    from dpace.plan.lines import say_answers
+    from dpace.plan.lines import answer_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
     from dpace.respond.responses import check_meta, known_settings, meta_path
@@ -26,7 +26,7 @@ def run(args: list[str]) -> None:
 
     def check_and_announce() -> None:
         check_meta(path, known_settings(recipe.respond, thinking=recipe.thinking))
-        announce(say_answers(recipe, parts, path), is_dry=is_dry)
+        announce(answer_lines(recipe, parts, path), is_dry=is_dry)
 
     if is_dry:
         ranks.from_first(check_and_announce)

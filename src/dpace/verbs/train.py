@@ -16,7 +16,7 @@ def run(args: list[str]) -> None:
     from dpace.batches.corpus import load_corpus
     from dpace.engines.initial import start_from
     from dpace.loss.objective import make_weigh
-    from dpace.plan.lines import say_training
+    from dpace.plan.lines import train_lines
     from dpace.plan.training import known_conversations
     from dpace.prompts.prompts import prompt_files
     from dpace.respond.responses import read_meta
@@ -48,7 +48,7 @@ def run(args: list[str]) -> None:
     facts = {**settings_of(settled), **data_of(*datasets), **init_of(init), "thinking": recipe.thinking}
     refuse_other_run(folder, facts)
     check_trackers(recipe.train.report_to)
-    announce(say_training(settled, known_conversations(*datasets, settled), folder), is_dry=is_dry)
+    announce(train_lines(settled, known_conversations(*datasets, settled), folder), is_dry=is_dry)
     if is_dry:
         return
     target = load_recipe_target(recipe, shard=recipe.train.target_shard)

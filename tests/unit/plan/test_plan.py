@@ -16,7 +16,8 @@ from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan.lines import NEAR, find_largest, say_answers, typical_tokens
+from dpace.plan.lines import NEAR, answer_lines, batch_tokens, find_largest
+from dpace.plan.speed import START_SECONDS, Speed, TargetSpeed, measure_speed
 from dpace.plan.step import BatchShape, Models, PaperStep, make_drafter, make_target, on_paper
 from dpace.plan.training import num_steps
 from dpace.prompts.prompts import split_prompts
@@ -104,9 +105,8 @@ def test_the_plan_is_near_the_measured_peak(name, tmp_path):
     with on_paper() as mode:
         paper = make_target(config, torch.float32)
         step = PaperStep(Models(paper, make_drafter(paper, vars(drafter)), recipe, is_cuda=False), mode)
-    plan = step.plan(shape)
-    assert plan.step_bytes == pytest.approx(measured, rel=0.15)
-    assert plan.drafter_parameters == sum(p.numel() for p in make_real_drafter(target, recipe).parameters())
+    step.count_flops(shape)
+    assert step.plan_memory(shape).peak_bytes == pytest.approx(measured, rel=0.15)
 
 
 @given(weights=st.integers(0, 50), slope=st.integers(1, 20), bend=st.integers(0, 100), room=st.integers(0, 3000))
@@ -181,17 +181,18 @@ def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, cap
     """A batch takes as long as its longest answer."""
     lengths = [3, 9, 1, 1, 5]
     responses = [Response(str(i), "set", [], [0] * n, [[0, n]]) for i, n in enumerate(lengths)]
-    assert typical_tokens(responses, 2) == (9 + 1 + 5) / 3 and typical_tokens([], 2) == 0
+    assert batch_tokens(responses, 2) == (9 + 1 + 5) / 3 and batch_tokens([], 2) == 0
     path = tmp_path / "out" / "responses.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
-    recipe = Recipe(target=str(tmp_path / "target"), prompts=PromptsConfig(path=str(tmp_path / "prompts.jsonl")))
-    lines = say_answers(recipe, split_prompts(recipe.prompts), path)
+    prompts = PromptsConfig(path=str(tmp_path / "prompts.jsonl"))
+    recipe = Recipe(target=str(tmp_path / "target"), output=str(tmp_path / "out"), prompts=prompts)
+    lines = answer_lines(recipe, split_prompts(recipe.prompts), path)
     (time,) = (line for line in lines if line.startswith("time: "))
     assert "if all are that long, about " in time and len(time) <= 80
     path.unlink()
     assert main(["plan", *answered]) == 0
     said = capsys.readouterr().out
-    assert "; up to " in said and "no answers yet" in said and "--calibrate" in said
+    assert "time: up to " in said and "no answers yet" in said and "--calibrate" in said
 
 
 def test_some_answers_are_measured_where_there_are_none(language_folder, language_prompts, tmp_path, capsys):
@@ -207,6 +208,54 @@ def test_some_answers_are_measured_where_there_are_none(language_folder, languag
     number, mean, limit, conversation = map(int, re.findall(r"\d+", line)[:4])
     assert 5 <= number <= 8 and 1 < mean < limit == longest and mean < conversation < 100
     assert not (tmp_path / "out").exists()
+
+
+def test_speed_is_measured_with_the_clock(monkeypatch):
+    """Each look at a clock that stands still in between takes 20 ms."""
+    clock = iter(number / 50 for number in range(10_000))
+    monkeypatch.setattr("dpace.plan.speed.time.perf_counter", lambda: next(clock))
+    speed = measure_speed.__wrapped__(torch.device("cpu"), torch.float32)
+    assert speed == pytest.approx((2 * 512 * 1024 * 1024 * 50, 4 * 2**25 * 50))
+
+
+def test_seconds_follow_from_the_speed():
+    target = TargetSpeed(Speed(flops=1000.0, bytes_per_second=100.0), parameters=50, num_bytes=200)
+    assert target.reading_seconds(30) == 2 * 50 * 30 / 1000
+    assert target.decoding_seconds(1, 10) == 10 * (200 / 100 + 2 * 50 / 1000)
+    assert target.decoding_seconds(9, 10, batch_size=4) == pytest.approx(3 * 10 * (200 / 100 + 2 * 4 * 50 / 1000))
+    assert target.decoding_seconds(-3, 10) == 0
+
+
+def seconds_of(line: str) -> float:
+    """The time that a line announces."""
+    number, unit = re.match(r"time: (?:about|up to) ([\d.]+) (s|min|h|days)", line).groups()  # pyright: ignore
+    return float(number) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[unit]
+
+
+def test_the_announced_time_counts_what_is_left(language_folder, language_prompts, tmp_path, capsys, monkeypatch):
+    """Tokens are bounded by prompt and answer, not by the longest conversation; what is finished takes no time."""
+    monkeypatch.setattr("dpace.plan.training.measure_speed", lambda *_: Speed(1e7, 1e6))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    args = ["compare", "--target", str(language_folder), "--output", str(tmp_path / "out"), "--seeds", "0", "1"]
+    args += ["--prompts.path", str(path), "--respond.max-new-tokens", "8", "--drafter.num-layers", "1"]
+    args += ["--objectives", "dpace", "--train.max-steps", "2", "--train.num-anchors", "4", "--bench.num-prompts", "1"]
+    args += ["--bench.max-new-tokens", "8", "--bench.temperatures", "0"]
+
+    def announced(*more: str) -> float:
+        assert main([*args, *more, "--dry-run"]) == 0, capsys.readouterr().err
+        return seconds_of(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("time: ")))
+
+    first = announced()
+    assert announced("--train.max-length", "100000") == first > 4 * START_SECONDS
+    assert announced("--train.max-steps", "4") > first
+    assert main(args) == 0
+    capsys.readouterr()
+    assert announced() == START_SECONDS
+    for name in ("dpace", "dflash"):  # as a drafter is left that was interrupted before its last step
+        (tmp_path / "out" / name / "seed-1" / "provenance.json").unlink()
+        (tmp_path / "out" / name / "seed-1" / "heldout.json").unlink()
+    assert START_SECONDS < announced() < first / 2
 
 
 @pytest.mark.parametrize("tracker, fix", [("wandb", "pip install wandb"), ("abacus", "leave it out")])
