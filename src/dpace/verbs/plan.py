@@ -59,7 +59,7 @@ def run(args: list[str]) -> None:
     lines += memory_lines(plan) + fit_lines(plan, recipe.train)
     prompts = parts.train if parts and not conversations.is_known and recipe.respond.source == "target" else []
     if not conversations.is_known:
-        lines.append("no answers yet: every length above is the longest that the recipe allows")
+        lines.append("no answers yet: each one counts as long as the recipe allows")
         lines.append("measure them: `dpace respond`, or --calibrate, which answers a few prompts")
     print("\n".join(lines), flush=True)
     if config.calibrate:
