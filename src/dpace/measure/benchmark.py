@@ -69,7 +69,7 @@ def bench(
     for drafter in drafters.values():
         drafter.check_target(target)
     ranks.from_first(lambda: register_files(folder, "results.json"))
-    setup = _setup(target, drafters, config)
+    setup = _bench_setup(target, drafters, config)
     records = ResponseRecords(folder / "bench.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
@@ -109,7 +109,7 @@ def bench(
     return results
 
 
-def _setup(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:
+def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:
     """Return all that the responses depend on, apart from the prompts."""
     return Provenance(
         target=target.name,

@@ -36,19 +36,23 @@ def make_rows(
         records: of the same prompts for `PLAIN` and every drafter, and maybe for `COMPILED`.
         block_sizes: by the drafter's name and the width.
     """
+    by_way: dict[tuple, dict[tuple[str, int], ResponseRecord]] = {}
+    for r in records:
+        by_way.setdefault((r.temperature, r.set, r.drafter, r.width), {})[r.id, r.turn] = r
     rows = []
-    for temperature, name in sorted({(r.temperature, r.set) for r in records}):
-        of_group = [r for r in records if (r.temperature, r.set) == (temperature, name)]
-        plain = [r for r in of_group if r.drafter == PLAIN]
-        compiled = [r for r in of_group if r.drafter == COMPILED]
-        for (drafter, width), block_size in block_sizes.items():
-            by_prompt = {(r.id, r.turn): r for r in of_group if (r.drafter, r.width) == (drafter, width)}
-            row = _make_row(target, [by_prompt[r.id, r.turn] for r in plain], plain, block_size)
-            rows.append(replace(row, compiled=_compare_compiled(row.responses, compiled)))
+    for group in sorted({(r.temperature, r.set) for r in records}):
+        plain = by_way[*group, PLAIN, None]
+        compiled = by_way.get((*group, COMPILED, None), {})
+        for way, block_size in block_sizes.items():
+            ours = [by_way[*group, *way][key] for key in plain]
+            row = _pool_responses(target, ours, list(plain.values()), block_size)
+            if compiled.keys() >= plain.keys():
+                row = replace(row, compiled=_compare_compiled(ours, [compiled[key] for key in plain]))
+            rows.append(row)
     return rows
 
 
-def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
+def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
     acceptance = acceptance_of(ours, block_size)
     first = ours[0]
     assert first.width is not None  # only plain decoding has none
@@ -83,12 +87,8 @@ def _make_row(target: Target, ours: list[ResponseRecord], plain: list[ResponseRe
     )
 
 
-def _compare_compiled(ours: Sequence[ResponseRecord], compiled: Sequence[ResponseRecord]) -> CompiledBaseline | None:
-    """Compare with compiled plain decoding; None where it did not decode all of these prompts."""
-    by_prompt = {(r.id, r.turn): r for r in compiled}
-    if not all((r.id, r.turn) in by_prompt for r in ours):
-        return None
-    theirs = [by_prompt[r.id, r.turn] for r in ours]
+def _compare_compiled(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> CompiledBaseline:
+    """Compare with compiled plain decoding of the same prompts."""
     speedup = _speedup_over(ours, theirs)
     return CompiledBaseline(
         tokens_per_second=_tokens_per_second(theirs),

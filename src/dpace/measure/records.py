@@ -195,8 +195,8 @@ class Records(Generic[Record]):
         first = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
         self.path = path.with_stem(f"{path.stem}-{hash_json(first)[:8]}")
         self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path
-        ranks.from_first(lambda: self._open(first))
-        self.rows = self._read()
+        ranks.from_first(lambda: self._open_file(first))
+        self.rows = self._read_records()
 
     def add(self, record: Record) -> None:
         """Keep one, on disk at once."""
@@ -209,9 +209,9 @@ class Records(Generic[Record]):
         if ranks.num_ranks() > 1:
             ranks.barrier()
             ranks.from_first(self._collect_parts)
-            self.rows = self._read()
+            self.rows = self._read_records()
 
-    def _open(self, first: dict[str, Any]) -> None:
+    def _open_file(self, first: dict[str, Any]) -> None:
         """Begin the file, or take it up with what several ranks have left."""
         register_files(self.path.parent, self.path.name)
         cut_unfinished_line(self.path)
@@ -230,7 +230,7 @@ class Records(Generic[Record]):
                 file.write(part.read_bytes())
             part.unlink()
 
-    def _read(self) -> list[Record]:
+    def _read_records(self) -> list[Record]:
         rows = []
         for number, line in list(read_jsonl(self.path))[1:]:
             try:

@@ -71,7 +71,7 @@ def bench_servers(
     vocab_size = len(chat.tokenizer)
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
     sides = {side: connect(url, vocab_size) for side, url in urls.items()}
-    setup = _setup(chat, sides, config)
+    setup = _server_setup(chat, sides, config)
     register_files(folder, SERVERS_FILE)
     records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
@@ -98,7 +98,7 @@ def bench_servers(
     return results
 
 
-def _setup(chat: ChatTokenizer, sides: dict[str, Server], config: BenchConfig) -> ServerSetup:
+def _server_setup(chat: ChatTokenizer, sides: dict[str, Server], config: BenchConfig) -> ServerSetup:
     """Return all that the answers depend on, apart from the prompts."""
     return ServerSetup(
         target=chat.name,
@@ -195,10 +195,10 @@ def _ask_server(
 def make_rows(records: Sequence[GroupRecord]) -> list[ServerRow]:
     """Pool groups into one row for each set, temperature and concurrency."""
     keys = sorted({(r.temperature, r.set, r.concurrency) for r in records})
-    return [_make_row([r for r in records if (r.temperature, r.set, r.concurrency) == key]) for key in keys]
+    return [_pool_groups([r for r in records if (r.temperature, r.set, r.concurrency) == key]) for key in keys]
 
 
-def _make_row(groups: Sequence[GroupRecord]) -> ServerRow:
+def _pool_groups(groups: Sequence[GroupRecord]) -> ServerRow:
     """Pool groups of one set, temperature and concurrency.
 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports

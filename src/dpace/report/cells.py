@@ -81,12 +81,8 @@ def verdict(speedup_interval: Interval) -> str:
     return _judge(speedup_interval, 1, "faster", "slower")
 
 
-def objective_verdict(row: ComparedRow, baseline: str) -> str:
-    """Judge whether an objective drafts better than the baseline, from the interval of its gain."""
-    return "baseline" if row.drafter == baseline else _judge(row.gain[1:], 0, "better", "worse")
-
-
 def _judge(interval: Interval, border: int, above: str, below: str) -> str:
+    """Tell on which side of a border an interval lies."""
     low, high = interval
     if low is None or high is None:
         return "too few prompts"
@@ -234,6 +230,9 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
         speed = speeds.get((row.set, row.drafter))
         return SPEEDUP.write(speed) if speed else "-"
 
+    def objective_verdict(row: ComparedRow) -> str:
+        return "baseline" if row.drafter == baseline else _judge(row.gain[1:], 0, "better", "worse")
+
     def gain(row: ComparedRow) -> str:
         return "-" if row.drafter == baseline else percent(row.gain)
 
@@ -242,7 +241,7 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
         return "-" if row.drafter == baseline else " ".join(gains)
 
     return [
-        Column("verdict", lambda row: objective_verdict(row, baseline), is_text=True),
+        Column("verdict", objective_verdict, is_text=True),
         SET,
         Column("objective", attrgetter("drafter"), is_text=True),
         TAU,
