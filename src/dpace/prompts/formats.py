@@ -68,14 +68,17 @@ def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
     """Read prompts as `read_prompts` does, one at a time."""
     hub = parse_hub_id(path)
     ids: set[str] = set()
-    is_table = hub is not None or Path(path).suffix == ".parquet"
+    is_table = hub is not None or Path(path).suffix == ".parquet"  # whose rows nobody can change
     default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
     for row in _hub_rows(hub) if hub else _file_rows(Path(path)):
-        prompt = _parse(row, default_set, is_table)
-        if prompt.id in ids and is_table:  # whose rows nobody can change
-            prompt = replace(prompt, id=f"{prompt.id}#{row.number}")
-        if prompt.id in ids:
-            raise ValueError(f"{row.where}: the id {prompt.id!r} occurs twice, expected unique ids; change one of them")
+        try:
+            prompt = _parse(_take_filled(row.value) if is_table else row.value, str(row.number), default_set)
+            if prompt.id in ids and is_table:
+                prompt = replace(prompt, id=f"{prompt.id}#{row.number}")
+            if prompt.id in ids:
+                raise ValueError(f"the id {prompt.id!r} occurs twice, expected unique ids")
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}; fix the line") from error
         ids.add(prompt.id)
         yield prompt
     if not ids:
@@ -162,98 +165,100 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            known = {*KINDS, "input", "output", "id", "set"}
-            columns = [name for name in file.schema_arrow.names if name in known]
-            others = dict.fromkeys(name for name in file.schema_arrow.names if name not in known)
+            names = file.schema_arrow.names
+            if not set(KINDS) & set(names):
+                raise ValueError(
+                    f"{path} has the columns {', '.join(names)}, expected {_list_keys(KINDS)}; name another file"
+                )
+            columns = [name for name in names if name in (*KINDS, "input", "output", "id", "set")]
             for batch in file.iter_batches(256, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _Row(number, f"{path}, row {number}", row if columns else others)
+                    yield _Row(number, f"{path}, row {number}", row)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot read {path}: {reason}; name a parquet file, or write a JSONL file") from error
 
 
-def _parse(row: _Row, default_set: str, is_table: bool) -> Prompt:
+def _take_filled(row: dict[str, Any]) -> dict[str, Any]:
+    """Take what has a value in a row of a table, and of several kinds of prompts the first."""
+    filled = _without_null(row)
+    first = next((key for key in KINDS if key in filled), None)
+    return {key: value for key, value in filled.items() if key not in KINDS or key == first}
+
+
+def _without_null(value: Any) -> Any:
+    """Leave out keys without a value: in a table, a key that one message has stands in all."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
     """Turn a row into a prompt."""
-    value, where = row.value, row.where
-    kinds = [key for key in KINDS if (value.get(key) is not None if is_table else key in value)]
-    if not kinds or len(kinds) > 1 and not is_table:
-        found = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, value)) or "nothing"
-        raise ValueError(f"{where}: expected {_list_keys(KINDS)}, found {found}; fix the line")
+    kinds = [key for key in KINDS if key in row]
+    if len(kinds) != 1:
+        keys = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, row)) or "nothing"
+        raise ValueError(f"expected {_list_keys(KINDS)}, found {keys}")
     kind = kinds[0]
     answer = None
     if kind in ("messages", "conversations"):
-        messages = [_read_message(message, kind, where, is_table) for message in _read_list_of(value, kind, where)]
+        messages = [_parse_message(message, kind) for message in _check_list(row, kind)]
         if messages[-1]["role"] == "assistant":
             answer = messages.pop()["content"]
         turns = [messages]
-    elif kind == "turns":
-        turns = [_user_turn(text, kind, where) for text in _read_list_of(value, kind, where)]
-    elif kind == "instruction":
-        text = _check_text(value[kind], f"{where}: `{kind}`")
-        given = _check_text(value.get("input") or "", f"{where}: `input`")
-        answer = _check_text(value.get("output") or "", f"{where}: `output`")
-        turns = [_user_turn(text + (f"\n\nInput:\n{given}" if given else ""), kind, where)]
     else:
-        turns = [_user_turn(value[kind], kind, where)]
+        texts = _check_list(row, kind) if kind == "turns" else [row[kind]]
+        texts = [_check_text(text, f"`{kind}`") for text in texts]
+        if kind == "instruction":
+            extra = _check_text(row.get("input") or "", "`input`")
+            texts = [texts[0] + (f"\n\nInput:\n{extra}" if extra else "")]
+            answer = _check_text(row.get("output") or "", "`output`")
+        turns = [[{"role": "user", "content": text}] for text in texts]
     for turn in turns:
         if not turn or turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
-            raise ValueError(
-                f"{where}: a turn ends without a text of the user, expected one that is not empty; fix the line"
-            )
-    name = _check_name(value, "id", str(row.number), where, is_table)
-    return Prompt(name, _check_name(value, "set", default_set, where, is_table), turns, answer or None)
+            raise ValueError("a turn ends without a text of the user, expected one that is not empty")
+    return Prompt(_check_name(row, "id", default_id), _check_name(row, "set", default_set), turns, answer or None)
 
 
-def _read_list_of(row: dict, kind: str, where: str) -> list:
-    """Check that a value is a list with an entry."""
+def _check_list(row: dict[str, Any], kind: str) -> list:
+    """Return a value that has to be a list with an entry."""
     value = row[kind]
     if not isinstance(value, list):
-        raise ValueError(f"{where}: `{kind}` is {_quote(value)}, expected a list; fix the line")
+        raise ValueError(f"`{kind}` is {_quote(value)}, expected a list")
     if not value:
-        raise ValueError(f"{where}: `{kind}` is empty, expected one or more texts; fix the line")
+        raise ValueError(f"`{kind}` is empty, expected one or more texts")
     return value
 
 
-def _user_turn(text: Any, kind: str, where: str) -> list[dict[str, str]]:
-    """Make a turn of one text of the user."""
-    return [{"role": "user", "content": _check_text(text, f"{where}: `{kind}`")}]
-
-
-def _read_message(message: Any, kind: str, where: str, is_table: bool) -> dict[str, str]:
+def _parse_message(message: Any, kind: str) -> dict[str, str]:
     """Read a message: a role and a text in either spelling; the first may have other texts too."""
     if isinstance(message, dict) and "from" in message and "value" in message:
         message = {"role": message["from"], "content": message["value"]}
-    if isinstance(message, dict) and is_table:  # where a key that one message has stands in all
-        message = {key: value for key, value in message.items() if value is not None or key == "content"}
     if not isinstance(message, dict) or not message.get("role") or "content" not in message:
-        raise ValueError(f"{where}: a message has no `role` or no text in `content`; fix the line")
-    owner = "of a message" if kind == "messages" else f"of a message in `{kind}`"
-    texts: dict[str, Any] = {key: _check_text(value, f"{where}: `{key}` {owner}") for key, value in message.items()}
-    texts["role"] = ROLES.get(texts["role"], texts["role"])
-    return texts
+        raise ValueError("a message has no `role` or no text in `content`")
+    texts = {key: _check_text(value, f"`{key}` of a message in `{kind}`") for key, value in message.items()}
+    return texts | {"role": ROLES.get(texts["role"], texts["role"])}
 
 
-def _check_text(value: Any, where: str) -> str:
-    """Check that a value is a text that can be written as UTF-8."""
+def _check_text(value: Any, name: str) -> str:
+    """Return a value that has to be a text that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise ValueError(f"{where} is {_quote(value)}, expected a text; fix the line")
+        raise ValueError(f"{name} is {_quote(value)}, expected a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has half a character, {value[error.start]!a}; fix the line") from error
+        raise ValueError(f"{name} has half a character, {value[error.start]!a}") from error
     return value
 
 
-def _check_name(row: dict, key: str, default: str, where: str, is_table: bool) -> str:
-    """Read an id or the name of a set: a text or a number."""
+def _check_name(row: dict[str, Any], key: str, default: str) -> str:
+    """Return an id or the name of a set: a text or a number."""
     value = row.get(key, default)
-    value = default if value is None and is_table else value
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not isinstance(value, str) and not is_number or value == "":
-        raise ValueError(f"{where}: `{key}` is {_quote(value)}, expected a text or a number; fix the line")
-    return _check_text(str(value), f"{where}: `{key}`")
+        raise ValueError(f"`{key}` is {_quote(value)}, expected a text or a number")
+    return _check_text(str(value), f"`{key}`")
 
 
 def _list_keys(keys: Sequence[str]) -> str:
