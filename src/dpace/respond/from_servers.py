@@ -36,8 +36,17 @@ Row = tuple[Response, dict[str, Any]]
 """An answer, and what else its line says: engine, model, and for each turn `stop` or `length`."""
 
 
-class NotItsTokens(ValueError):
-    """The answer's tokens are not known, or the answer does not end where the target's would."""
+class LeftOut(ValueError):
+    """A prompt gets no answer, for a reason that is the same for all prompts of a kind.
+
+    Args:
+        reason: such as that an answer's tokens are not known, or that it does not end where the target's would.
+        detail: more of it, for this prompt.
+    """
+
+    def __init__(self, reason: str, detail: object = None):
+        super().__init__(str(detail or reason))
+        self.reason = reason
 
 
 def tokens_of_answer(
@@ -46,7 +55,7 @@ def tokens_of_answer(
     """Return the tokens of an answer, its stop token included, and `stop` or `length`.
 
     Raises:
-        NotItsTokens: a text that cannot be turned into the tokens that made it; a stop token that is not the target's;
+        LeftOut: a text that cannot be turned into the tokens that made it; a stop token that is not the target's;
             or an answer that the server cut.
     """
     stops = list(target.stop_token_ids)
@@ -55,12 +64,12 @@ def tokens_of_answer(
         return tokens[:end], "stop"
     if not answer.is_stopped:
         if len(tokens) < max_new_tokens:
-            raise NotItsTokens("cut by the server, whose context is too short")
+            raise LeftOut("cut by the server, whose context is too short")
         return tokens, "length"
     is_told = answer.num_tokens is not None and answer.num_tokens == len(tokens)
     named = [answer.stop_token] if answer.stop_token is not None else stops
     if len(named) != 1 or named[0] not in stops or (is_told and answer.token_ids):
-        raise NotItsTokens("ended by a token that is not known to be a stop token of the target")
+        raise LeftOut("ended by a token that is not known to be a stop token of the target")
     return [*tokens, *named], "stop"
 
 
@@ -74,7 +83,7 @@ def _tokenize(answer: Answer, prompt: list[int], tokenizer: Any) -> list[int]:
     )
     allowed = (len(tokens), len(tokens) + answer.is_stopped)
     if whole != before + text or (answer.num_tokens is not None and answer.num_tokens not in allowed):
-        raise NotItsTokens("given as a text that is not turned back into its own tokens")
+        raise LeftOut("given as a text that is not turned back into its own tokens")
     return tokens
 
 
@@ -89,17 +98,8 @@ class _Job:
     """When a request for it failed first."""
 
 
-@dataclass(frozen=True)
-class _LeftOut:
-    """A prompt that gets no answer."""
-
-    prompt_id: str
-    reason: str
-    """The same for all prompts of a kind."""
-    detail: str
-
-
-Result = Row | _LeftOut | BaseException
+Result = tuple[_Job, Row | Exception]
+"""What became of a prompt: an answer, `LeftOut`, `Unavailable` where its server is given up, or what ends the call."""
 
 
 class ServerAnswers:
@@ -160,30 +160,27 @@ class ServerAnswers:
     ) -> Iterator[list[Row]]:
         """Yield what came since the last time, until every prompt has its end."""
         while num_open:
-            found = [results.get()]
+            recent = [results.get()]
             while not results.empty():
-                found.append(results.get())
-            if rows := [result for result in found if isinstance(result, tuple)]:
+                recent.append(results.get())
+            if rows := [result for _, result in recent if isinstance(result, tuple)]:
                 yield rows
-            for result in found:
-                if isinstance(result, Unavailable):  # whose server is given up
+            num_open -= len(rows)
+            for job, result in recent:
+                if isinstance(result, LeftOut):
+                    num_open -= 1
+                    self.left_out[result.reason] += 1
+                    if self.left_out[result.reason] == 1:  # of each reason the first one is printed at once
+                        name = job.conversation.prompt.id
+                        print(printable(f"prompt {name} is left out: {result}"), file=sys.stderr)
+                elif isinstance(result, Unavailable):
                     if all(pool.is_given_up for pool in pools):
                         raise ValueError(
                             f"{result}; it was asked again for {self.config.retry_seconds:g} seconds; finished answers "
                             "are kept: run the same command to go on"
                         )
-                elif isinstance(result, BaseException):
+                elif isinstance(result, Exception):
                     raise result
-                else:
-                    num_open -= 1
-                if isinstance(result, _LeftOut):
-                    self._leave_out(result)
-
-    def _leave_out(self, prompt: _LeftOut) -> None:
-        """Count a prompt without an answer; the first one of each reason is printed at once."""
-        self.left_out[prompt.reason] += 1
-        if self.left_out[prompt.reason] == 1:
-            print(printable(f"prompt {prompt.prompt_id} is left out: {prompt.detail}"), file=sys.stderr)
 
 
 def _ask_one_token(server: Server, job: _Job) -> None:
@@ -202,8 +199,7 @@ class _ServerPool:
         server: whom they ask.
         config: of the answers.
         waiting: prompts without an answer; None ends the threads.
-        results: what became of each prompt; also `Unavailable` for a server that is given up, and any error that ends
-            the call.
+        results: what became of each prompt.
         is_over: ends the waits of all threads.
     """
 
@@ -232,11 +228,8 @@ class _ServerPool:
             wait=tenacity.wait_random_exponential(FIRST_WAIT, min(LONGEST_WAIT, self.config.retry_seconds)),
             sleep=tenacity.sleep_using_event(self.is_over),
         )
-        try:
-            while retrying(self._answer_next):
-                pass
-        except BaseException as error:
-            self.results.put(error)
+        while retrying(self._answer_next):
+            pass
 
     def _answer_next(self) -> bool:
         """Answer the next prompt.
@@ -257,15 +250,16 @@ class _ServerPool:
             self.is_over.wait(rest)
             return True
         try:
-            self.results.put(self._ask(job))
-        except NotItsTokens as error:
-            self._leave_out(job, str(error), error)
-        except Refused as error:
-            if error.status not in OF_PROMPT:
-                raise
-            self._leave_out(job, f"refused by the server with status {error.status}", error)
+            result = self._ask(job)
         except Unavailable as error:
             return self._postpone(job, error)
+        except Refused as error:
+            result = error
+            if error.status in OF_PROMPT:
+                result = LeftOut(f"refused by the server with status {error.status}", error)
+        except Exception as error:  # a left-out prompt, or what ends the call
+            result = error
+        self.results.put((job, result))
         return True
 
     def _ask(self, job: _Job) -> Row:
@@ -299,13 +293,13 @@ class _ServerPool:
         if (is_late or is_server_late) and self._works(job):
             self.failing_since = None
             if is_late:
-                self._leave_out(job, "the server fails for it, and not for others", error)
+                self.results.put((job, LeftOut("the server fails for it, and not for others", error)))
                 return True
         elif is_server_late:
             job.failing_since = None
             self.waiting.put(job)
             self.is_given_up = True
-            self.results.put(error)
+            self.results.put((job, error))
             return False
         self.waiting.put(job)
         if error.retry_after:
@@ -319,6 +313,3 @@ class _ServerPool:
         except ValueError:
             return False
         return True
-
-    def _leave_out(self, job: _Job, reason: str, error: Exception) -> None:
-        self.results.put(_LeftOut(job.conversation.prompt.id, reason, str(error)))
