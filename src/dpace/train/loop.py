@@ -233,7 +233,7 @@ class TrainingLoop:
                     self.save(with_optimizer=False)
                 bar.move(state)
                 if is_asked:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(interrupt.number)
         self.gather()
         if state.best_global_step:
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))

@@ -40,11 +40,15 @@ SHOWN = {
 
 
 class Interrupt:
-    """Asks a training to end after the current step at Ctrl-C or SIGTERM; a second signal ends it at once."""
+    """Asks a training to end after the current step at Ctrl-C or SIGTERM; a second signal ends it at once.
+
+    The `KeyboardInterrupt` has the number of the signal, from which the exit code of `dpace train` follows.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.asked_at: float | None = None
+        self.number: int = signal.SIGINT
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -59,17 +63,18 @@ class Interrupt:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.asked_at is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.number)
 
     def _ask(self, number: int, _frame: Any) -> None:
         """Note that training is to end; end it at once when asked again."""
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
+            self.number = number
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             print(f"\n{name}: finishing this step and saving; once more stops at once", file=sys.stderr)
         elif now - self.asked_at > SAME_SIGNAL_SECONDS:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.number)
 
     def is_asked(self) -> bool:
         """Return whether a signal came to this rank or to another: all ranks have to end after the same step."""

@@ -196,8 +196,9 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoop, "take_step", signalled)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as ended:
             run(language_target, language_responses, tmp_path / "d")
+    assert ended.value.args == (getattr(signal, name),)
     assert signal.getsignal(signal.SIGTERM) == before
     assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-3")
     run(language_target, language_responses, tmp_path / "d")
