@@ -149,7 +149,8 @@ def visibility(blocks: Blocks, num_context: int) -> Callable[[Tensor, Tensor, Te
     Returns:
         `mask(batch, head, query, key) -> bool`, elementwise over broadcast index tensors.
     """
-    anchors, is_block, block_size = blocks.anchors, blocks.is_block, blocks.block_size
+    anchors, is_block = blocks.anchors, blocks.is_block
+    block_size = blocks.block_size
     # A lambda, because flex_attention counts the function's arguments, which a type-checking wrapper hides.
     return lambda batch, head, query, key: torch.where(
         key < num_context,
@@ -207,7 +208,8 @@ def visible_tiles(
     Whole tiles are among the first, too. A tile of queries belongs to a few blocks in a row. It sees the context before
     the largest of their anchors, all of it before the smallest, and the keys of these blocks.
     """
-    device, size, num_queries = blocks.anchors.device, blocks.block_size, blocks.labels[0].numel()
+    device, size = blocks.anchors.device, blocks.block_size
+    num_queries = blocks.labels[0].numel()
     starts = torch.arange(0, num_queries, MASK_TILE, device=device)
     first = starts // size
     last = (starts + MASK_TILE).clamp_max(num_queries).sub(1) // size

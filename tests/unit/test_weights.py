@@ -87,30 +87,12 @@ def test_equals_the_formula_for_any_mask(q, mask_bits, alpha):
     assert weights == pytest.approx(straight_from_the_formula(q, mask, alpha), rel=1e-4, abs=1e-5)
 
 
-@given(probabilities, st.floats(0, 1))
-def test_monotone_telescoping_and_mass(q, alpha):
-    mask = [1] * len(q)
-    weights = dpace_weights(block(q), scored(mask), alpha)[0, 0, 1:].double()
-    products = dpace_confidence_only_weights(block(q), scored(mask), alpha)[0, 0, 1:].double()
-    differences = weights - torch.cat([weights[1:], weights.new_zeros(1)])
-    torch.testing.assert_close(differences, products, rtol=1e-4, atol=1e-5)
-    assert (differences >= -1e-5).all()
-    slots = torch.arange(1, len(q) + 1)
-    torch.testing.assert_close(weights.sum(), (slots * products).sum(), rtol=1e-4, atol=1e-5)
-
-
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=15))
 def test_is_the_gradient_of_the_surrogate(q):
     log_q = torch.tensor(q, dtype=torch.float64).log().requires_grad_()
     log_q.exp().cumprod(0).sum().backward()
     weights = dpace_weights(block(q), scored([1] * len(q)), alpha=0.0)[0, 0, 1:]
     torch.testing.assert_close(weights.double(), log_q.grad, rtol=1e-5, atol=1e-6)
-
-
-def test_ablations_factor_the_weights():
-    flags = scored([1, 1, 0, 1])
-    product = dpace_confidence_only_weights(block(Q), flags) * dpace_continuation_only_weights(block(Q), flags)
-    torch.testing.assert_close(product, dpace_weights(block(Q), flags))
 
 
 def test_fp32_and_detached_from_bf16_input():
@@ -183,12 +165,3 @@ def test_vat_and_spec_auf_by_hand():
     e = math.exp
     assert vat_weights(_MATCH, _SCORED, gamma=2.0)[0, 0].tolist() == pytest.approx([0, 1, 1, 0, 1, e(-0.5), e(-1)])
     assert spec_auf_weights(_MATCH, _SCORED)[0, 0].tolist() == [0, 1, 1, 0, 1, 0, 0]
-
-
-def test_vat_and_spec_auf_where_all_or_none_match():
-    everywhere = scored([1] * 4)
-    none = torch.zeros_like(everywhere)
-    assert torch.equal(vat_weights(everywhere, everywhere), uniform_weights(everywhere))
-    assert torch.equal(spec_auf_weights(everywhere, everywhere), uniform_weights(everywhere))
-    assert torch.equal(vat_weights(none, everywhere, gamma=3.0), dflash_weights(everywhere, gamma=3.0))
-    assert spec_auf_weights(none, everywhere)[0, 0].tolist() == [0, 1, 0, 0, 0]

@@ -47,15 +47,14 @@ def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, nee
     for start in range(0, len(weight), num_columns):
         part = head._replace(weight=weight[start : start + num_columns])
         sums = add_tile(sums, part, operands, labels - start, torch.full_like(labels, start), needs_grad)
-    peak, label_logits, others, top_tokens, grad = sums
-    total = others + (label_logits - peak).exp()
-    nll = peak + total.log() - label_logits
+    total = sums.others + (sums.label_logits - sums.peak).exp()
+    nll = sums.peak + total.log() - sums.label_logits
     if not needs_grad:
-        return _Scores(nll, nll, None, top_tokens, None)
-    slope = head.slope(label_logits)
-    other_prob = others / total if slope is None else others / total * slope
-    grad = grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
-    return _Scores(nll, nll, None, top_tokens, grad)
+        return _Scores(nll, nll, None, sums.top_tokens, None)
+    slope = head.slope(sums.label_logits)
+    other_prob = sums.others / total if slope is None else sums.others / total * slope
+    grad = sums.grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
+    return _Scores(nll, nll, None, sums.top_tokens, grad)
 
 
 class _Sums(NamedTuple):
@@ -143,8 +142,10 @@ class TokenLosses(torch.autograd.Function):
 
         Arguments as in `dpace.loss.frozen_head_nll`.
         """
-        head, device, needs_grad = Head(weight, multiplier, softcap), hidden.device, ctx.needs_input_grad[0]
-        losses, nll, overlap = (torch.full(is_scored.shape, fill, device=device) for fill in (0.0, 0.0, 1.0))
+        head, needs_grad = Head(weight, multiplier, softcap), ctx.needs_input_grad[0]
+        losses = torch.zeros(is_scored.shape, device=hidden.device)
+        nll = torch.zeros_like(losses)
+        overlap = torch.ones_like(losses)
         top_tokens = torch.full_like(labels, -1)
         grad = torch.zeros_like(hidden) if needs_grad else None
         num_logits = chunk_bytes // 4

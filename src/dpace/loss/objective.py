@@ -31,7 +31,7 @@ def load_custom(name: str) -> Weigh:
     Raises:
         ValueError: there is no such module or function, the module cannot be imported, or it is no function.
     """
-    module_name, _, path = name.partition(":")
+    module_name, path = name.split(":")
     with _working_folder():
         try:
             found: Any = importlib.import_module(module_name)

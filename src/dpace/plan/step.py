@@ -28,14 +28,14 @@ from transformers import (
 from dpace.blocks import Blocks, dense_mask
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.loss import block_loss
+from dpace.loss import Slots, block_loss
 from dpace.loss.head_scores import SOFT_COPIES, wanted_chunk_bytes
 from dpace.system.loading import attention_of, translate_library_errors
 from dpace.target import Target
 from dpace.target.files import find_target_files
 from dpace.target.head import Head
 from dpace.target.probe import find_layers
-from dpace.train.loop import score_batch
+from dpace.train.loop import Scorer
 from dpace.train.optimizer import MuonAdamW
 from dpace.weights import uniform_weights
 
@@ -133,7 +133,7 @@ class Models(NamedTuple):
             head: the target's, or some of its rows.
             activations: entered while the drafter runs.
             backward: entered for the backward pass.
-            options: further ones of `score_batch`.
+            options: further fields of `Scorer`.
         """
 
         def draft(**batch: Any) -> Any:  # as `accelerate` does: in bf16 on a GPU, with a result in fp32
@@ -143,17 +143,11 @@ class Models(NamedTuple):
                 out.last_hidden_state = out.last_hidden_state.float()
             return out
 
-        out, blocks = score_batch(
-            draft,
-            self.target,
-            inputs,
-            self.recipe.loss,
-            drafter=self.drafter,
-            head=head,
-            head_index=None,
-            weigh=lambda slots: uniform_weights(slots.is_scored),
-            **options,
-        )
+        def weigh(slots: Slots) -> Tensor:
+            return uniform_weights(slots.is_scored)
+
+        scorer = Scorer(self.drafter, self.target, self.recipe.loss, weigh, head, **options)
+        out, blocks = scorer.score(draft, inputs)
         loss = block_loss(out.losses, blocks.is_scored, num_items=1)
         inputs.clear()
         del out

@@ -65,16 +65,3 @@ def processor_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def read_random_state() -> bytes | None:
-    """Return the state of the accelerator's random generator; None without one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is None else bytes(torch.get_device_module(found).get_rng_state().tolist())
-
-
-def set_random_state(state: bytes | None) -> None:
-    """Set the accelerator's random generator as it was, where both machines have one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if state is not None and found is not None:
-        torch.get_device_module(found).set_rng_state(torch.tensor(list(state), dtype=torch.uint8))

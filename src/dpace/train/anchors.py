@@ -52,9 +52,9 @@ def cut_blocks(batch: dict[str, Any], block_size: int, num_anchors: int) -> dict
         block_size: slots of a block.
         num_anchors: most blocks of a conversation.
     """
-    token_ids, is_response, draws = batch["token_ids"], batch["is_response"], batch["draw"].tolist()
+    is_response = batch["is_response"]
     anchors = [
         sample_anchors(row, num_anchors=num_anchors, seed=("growing", draw))
-        for row, draw in zip(is_response, draws, strict=True)
+        for row, draw in zip(is_response, batch["draw"].tolist(), strict=True)
     ]
-    return batch | vars(build_blocks(token_ids, is_response, anchors, block_size))
+    return batch | vars(build_blocks(batch["token_ids"], is_response, anchors, block_size))

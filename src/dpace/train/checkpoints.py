@@ -25,7 +25,8 @@ from dpace.system.provenance import hash_file
 from dpace.train.sharding import take_share
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
-WEIGHTS, MOMENTS, STEPS = "model.safetensors", "optimizer.safetensors", "optimizer.json"
+WEIGHTS = "model.safetensors"
+MOMENTS, STEPS = "optimizer.safetensors", "optimizer.json"
 
 
 @dataclass
@@ -106,9 +107,9 @@ def write_checkpoint(
             filling(folder, last=MANIFEST, is_guarded=False) as aside,
         ):
             if optimizer_state:
-                moments, rest = optimizer_state
+                moments, settings = optimizer_state
                 save_file(moments, aside / MOMENTS)
-                write_json(aside / STEPS, rest)
+                write_json(aside / STEPS, settings)
             drafter.save_pretrained(aside)
             write_state(aside / STATE, state)
             files = {
@@ -213,22 +214,18 @@ def _rotate(checkpoints: Path, keep: set[Path | None]) -> None:
 
 
 def gather_optimizer(optimizer: Any, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Collect the state of optimizer and schedule: its tensors, and the rest, which JSON can hold.
+    """Collect the state of optimizer and schedule: the tensors of each parameter, and settings that JSON can hold.
 
     Sharded tensors are gathered one at a time; all ranks must then be here, and only the first one keeps them.
     """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    others: dict[str, Any] = {}
     for number, entry in state["state"].items():
         for name, value in entry.items():
-            if not isinstance(value, Tensor):
-                others[f"{number}.{name}"] = value
-                continue
             whole = ranks.whole(value.detach())
             if ranks.is_first():
                 tensors[f"{number}.{name}"] = whole.cpu().contiguous()
-    return tensors, {"others": others, "groups": state["param_groups"], "scheduler": schedule.state_dict()}
+    return tensors, {"groups": state["param_groups"], "scheduler": schedule.state_dict()}
 
 
 def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
@@ -236,21 +233,17 @@ def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
 
     Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.
     """
-    rest = json.loads((folder / STEPS).read_bytes())
+    settings = json.loads((folder / STEPS).read_bytes())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     with safe_open(folder / MOMENTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
-            number, _, name = key.partition(".")
+            number, name = key.split(".")
             value, parameter = file.get_tensor(key), parameters[int(number)]
             share = take_share(value, parameter) if value.shape == parameter.shape else value
             state.setdefault(int(number), {})[name] = share
-    for key, value in rest["others"].items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    schedule.load_state_dict(rest["scheduler"])
+    optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})
+    schedule.load_state_dict(settings["scheduler"])
 
 
 def read_weights(folder: Path, drafter: Drafter) -> None:

@@ -42,7 +42,8 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         run: what `run.json` holds.
         memory: measured since training began.
     """
-    drafter, target, validation, recipe = loop.drafter, loop.target, loop.validation, loop.recipe
+    drafter, target = loop.drafter, loop.target
+    validation, recipe = loop.validation, loop.recipe
     round_weights(drafter)
     acceptance = heldout_acceptance(drafter, target, validation, over_ranks=True) if len(validation) else None
     vocabulary = _find_vocabulary(loop, acceptance)
@@ -143,7 +144,7 @@ def fit_confidence_temperature(
     was_training = drafter.training
     drafter.eval()
     head = target.head if token_ids is None else target.head.part(token_ids)[0]
-    logits, matches, count = [], [], 0
+    logits, matches = [], []
     for i in range(len(dataset)):
         reached = []
         for hidden, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
@@ -155,9 +156,8 @@ def fit_confidence_temperature(
         scaled = head.logits(rows[::share]).float()
         logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
         matches.append(is_right[::share])
-        count += len(matches[-1])
     drafter.train(was_training)
-    if not count:
+    if not sum(map(len, matches)):
         return 1.0
     log_confidence, is_match = torch.cat(logits, dim=1).clamp_max(-1e-6), torch.cat(matches)
     errors = -torch.where(is_match, log_confidence, torch.log(-torch.expm1(log_confidence))).mean(-1)

@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,59 +52,55 @@ from dpace.train.sharding import gather_weights, scatter_weights, shard, sharded
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
 
 
-def score_batch(
-    model: Any,
-    target: Target,
-    inputs: dict[str, Any],
-    config: LossConfig,
-    *,
-    drafter: Drafter,
-    head: Head,
-    head_index: Tensor | None,
-    weigh: Weigh,
-    progress: float = 0.0,
-    make_mask: Callable[[Blocks, int], Any] | None = None,
-    chunk_bytes: int | None = None,
-) -> tuple[HeadOutput, Blocks]:
-    """Run the forward pass of a micro-batch, up to the weighted loss of each block.
+@dataclass(frozen=True)
+class Scorer:
+    """The forward pass of a micro-batch, up to the weighted loss of each block."""
 
-    Args:
-        model: the drafter, or its wrapper in training.
-        target: its target.
-        inputs: a batch of `collate`.
-        config: the loss.
-        drafter: what `model` wraps.
-        head: the target's, or its rows of the tokens that `head_index` knows.
-        head_index: the row of each token in `head`; None where it has all.
-        weigh: computes the weights.
-        progress: share of the training that is done.
-        make_mask: see `blocks_hidden`.
-        chunk_bytes: see `frozen_head_nll`.
+    drafter: Drafter
+    target: Target
+    loss: LossConfig
+    weigh: Weigh
+    """Computes the weights."""
+    head: Head
+    """The target's, or its rows of the tokens that `head_index` knows."""
+    head_index: Tensor | None = None
+    """The row of each token in `head`; None where it has all."""
+    make_mask: Callable[[Blocks, int], Any] | None = None
+    """See `blocks_hidden`."""
+    chunk_bytes: int | None = None
+    """See `frozen_head_nll`."""
 
-    Returns:
-        What the head gives, and the blocks.
-    """
-    hidden, blocks, target_hidden = blocks_hidden(
-        model,
-        target,
-        inputs,
-        mask_token_id=drafter.mask_token_id,
-        target_layer_ids=drafter.target_layer_ids,
-        with_target_hidden=config.needs_target_probs,
-        make_mask=make_mask,
-    )
-    labels = blocks.labels if head_index is None else head_index[blocks.labels]
-    out = frozen_head_nll(
-        hidden,
-        head,
-        labels,
-        blocks.is_scored,
-        weigh=lambda slots: weigh(slots._replace(progress=progress)),
-        token_loss=config.token_loss,
-        target_hidden=target_hidden,
-        chunk_bytes=chunk_bytes,
-    )
-    return out, blocks
+    def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[HeadOutput, Blocks]:
+        """Draft the blocks of a micro-batch, and compute their losses.
+
+        Args:
+            model: the drafter, or its wrapper in training.
+            batch: of `collate`.
+            progress: share of the training that is done.
+
+        Returns:
+            What the head gives, and the blocks.
+        """
+        hidden, blocks, target_hidden = blocks_hidden(
+            model,
+            self.target,
+            batch,
+            mask_token_id=self.drafter.mask_token_id,
+            target_layer_ids=self.drafter.target_layer_ids,
+            with_target_hidden=self.loss.needs_target_probs,
+            make_mask=self.make_mask,
+        )
+        out = frozen_head_nll(
+            hidden,
+            self.head,
+            blocks.labels if self.head_index is None else self.head_index[blocks.labels],
+            blocks.is_scored,
+            weigh=lambda slots: self.weigh(slots._replace(progress=progress)),
+            token_loss=self.loss.token_loss,
+            target_hidden=target_hidden,
+            chunk_bytes=self.chunk_bytes,
+        )
+        return out, blocks
 
 
 class TrainingLoop:
@@ -139,11 +136,15 @@ class TrainingLoop:
     ):
         self.drafter, self.target = drafter, target
         self.dataset, self.validation = dataset, validation
-        self.recipe, self.config, self.loss = recipe, recipe.train, recipe.loss
-        self.weigh, self.checkpoints = weigh, checkpoints
-        self.head, self.head_index = target.head, None
+        self.recipe = recipe
+        self.config = recipe.train
+        self.loss = recipe.loss
+        self.checkpoints = checkpoints
+        head, head_index = target.head, None
         if self.loss.vocabulary == "seen":
-            self.head, self.head_index = target.head.part(dataset.seen_tokens)
+            head, head_index = target.head.part(dataset.seen_tokens)
+        chunk_bytes = self.loss.chunk_mib and self.loss.chunk_mib * 2**20
+        self.scorer = Scorer(drafter, target, self.loss, weigh, head, head_index, chunk_bytes=chunk_bytes)
         self.accelerator = self._make_accelerator()
         self.loader = self._make_loader()
         self.steps_per_epoch = math.ceil(len(self.loader) / self.config.gradient_accumulation_steps)
@@ -201,7 +202,7 @@ class TrainingLoop:
         return self.state.global_step / max(1, self.state.max_steps)
 
     def run(self, newest: Path | None = None) -> None:
-        """Train to the last step, and leave the drafter with the best weights, or the last where none were measured.
+        """Train to the last step; the drafter then has the best weights, or the last where tau was not measured.
 
         Args:
             newest: the checkpoint to go on from.
@@ -215,7 +216,11 @@ class TrainingLoop:
             self.read_checkpoint(newest)
         state, config = self.state, self.config
         interrupt = Interrupt(self.accelerator)
-        with Trackers(self.recipe) as trackers, training_bar(self.loss.objective, state) as bar, interrupt.watching():
+        with (
+            Trackers(self.recipe) as trackers,
+            training_bar(self.loss.objective, state) as move_bar,
+            interrupt.watching(),
+        ):
             for batches in self.batches_of_steps():
                 self.take_step(batches)
                 is_last = state.global_step == state.max_steps
@@ -231,7 +236,7 @@ class TrainingLoop:
                     self.save(with_optimizer=True)
                 elif is_best:
                     self.save(with_optimizer=False)
-                bar.move(state)
+                move_bar()
                 if is_asked:
                     raise KeyboardInterrupt(interrupt.number)
         self.gather()
@@ -273,30 +278,19 @@ class TrainingLoop:
         for number, batch in enumerate(batches, start=1):
             batch = blocks_of_step(batch, self.progress, self.config, self.drafter.block_size)
             with self.reduced_over_ranks(number == len(batches)):
-                out, blocks = score_batch(
-                    self.wrapped,
-                    self.target,
-                    batch,
-                    self.loss,
-                    drafter=self.drafter,
-                    head=self.head,
-                    head_index=self.head_index,
-                    weigh=self.weigh,
-                    progress=self.progress,
-                    chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
-                )
+                out, blocks = self.scorer.score(self.wrapped, batch, self.progress)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
             totals += torch.stack([loss.detach(), count_items(blocks.is_scored, self.loss.reduction, out.weights)])
             self.log.add_batch(out, blocks.is_scored)
-        totals = self.over_ranks(totals)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = ranks.whole(get_total_norm(gradients))
 
-        loss, num_items, norm = torch.stack([*totals, norm]).tolist()  # the only wait for the device
-        divisor = max(num_items, torch.finfo(torch.float32).tiny)
+        sums = torch.stack([*self.over_ranks(totals), norm]).tolist()  # the only wait for the device
+        divisor = max(sums[1], torch.finfo(torch.float32).tiny)
         factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks
-        loss, norm = loss / divisor, norm * factor
+        loss = sums[0] / divisor
+        norm = sums[2] * factor
         self.refuse_infinite_step(loss, norm)
         if self.config.max_grad_norm:
             factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))

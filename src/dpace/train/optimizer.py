@@ -37,14 +37,14 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> 
 
     Source: Muon (https://kellerjordan.github.io/posts/muon), after Bernstein and Newhouse (arXiv 2409.20325).
     """
-    a, b, c = COEFFICIENTS
+    first, third, fifth = COEFFICIENTS
     x = matrix.bfloat16() if matrix.device.type != "cpu" else matrix.float()
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(num_steps):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
     return (x.T if is_tall else x).to(matrix.dtype)
 
 
@@ -85,7 +85,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _step_matrix(self, parameter: nn.Parameter, group: dict) -> None:
         """Take the step of one matrix."""
-        grad, state, momentum = parameter.grad, self.state[parameter], group["momentum"]
+        grad, state = parameter.grad, self.state[parameter]
+        momentum = group["momentum"]
         assert grad is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

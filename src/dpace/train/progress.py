@@ -213,29 +213,26 @@ class Trackers:
             self.open.pop(name, None)
 
 
-class TrainingBar:
-    """The progress bar of a training."""
-
-    def __init__(self, bar: Any, task: Any):
-        self.bar, self.task = bar, task
-
-    def move(self, state: TrainingState) -> None:
-        """Show the step, and the latest numbers of the log."""
-        numbers = {name: value for entry in state.log_history[-20:] for name, value in entry.items() if name in SHOWN}
-        info = ", ".join(f"{label} {numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers)
-        self.bar.update(self.task, completed=state.global_step, info=info)
+def latest_numbers(state: TrainingState) -> str:
+    """Return what the bar shows of the log."""
+    numbers = {name: value for entry in state.log_history[-20:] for name, value in entry.items() if name in SHOWN}
+    return ", ".join(f"{label} {numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers)
 
 
 @contextmanager
-def training_bar(objective: str, state: TrainingState) -> Iterator[TrainingBar]:
-    """Show a progress bar inside the `with` block, and no bar of transformers, which would break it up."""
+def training_bar(objective: str, state: TrainingState) -> Iterator[Callable[[], None]]:
+    """Show a progress bar inside the `with` block, and no bar of transformers, which would break it up.
+
+    Yields:
+        Moves the bar to where the training stands.
+    """
     had_others = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         with progress_bar() as bar:
             name = f"training, {objective}"
             task = bar.add_task(name, total=state.max_steps, completed=state.global_step, info="")
-            yield TrainingBar(bar, task)
+            yield lambda: bar.update(task, completed=state.global_step, info=latest_numbers(state))
     finally:
         if had_others:
             transformers.utils.logging.enable_progress_bar()

@@ -15,7 +15,6 @@ from dpace.decode.request import Continuation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftHead, DraftVocabulary, load_vocabulary
-from dpace.measure.heldout import heldout_acceptance
 from dpace.train.finish import fit_confidence_temperature
 from tests.conftest import LANGUAGE_RECIPE, make_target
 from tests.unit.train.test_train import run_recipe, short
@@ -68,23 +67,6 @@ def test_the_text_is_the_targets_and_only_these_tokens_are_drafted(options, lang
     for number, (one, ids) in enumerate(zip(together, prompts, strict=True)):
         own = {**options, "seed": options["seed"] + number} if options else {}
         assert one.token_ids == generate_plain(language_target, ids, max_new_tokens=30, **own).token_ids
-
-
-def test_what_is_measured_is_what_decoding_accepts(language_target, drafter, language_responses):
-    """On responses, with the tokens of their prompts among the others."""
-    responses = language_responses[50:56]
-    prompt_ids = {token for r in responses for token in r.token_ids[: r.response_spans[0][0]]}
-    drafter.vocabulary = DraftVocabulary(prompt_ids | set(range(30, 45)))
-    data = ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
-    found = heldout_acceptance(drafter, language_target, data, token_ids=drafter.vocabulary.token_ids)
-    decoded = []
-    for response in responses:
-        ((start, end),) = response.response_spans
-        ids = response.token_ids[:start]
-        one = generate(language_target, drafter, ids, max_new_tokens=end - start, width="full")
-        decoded.append(one.acceptance.counts.tolist())
-    assert found.rows.tolist() == decoded
-    assert found.tau < heldout_acceptance(drafter, language_target, data).tau
 
 
 def test_training_writes_it_where_it_loses_no_tau(language_target, language_responses, tmp_path, monkeypatch):

@@ -115,21 +115,8 @@ def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"] and config["model_type"] == "qwen3"
     assert config["dflash_config"] == {"mask_token_id": MASK, "target_layer_ids": drafter.target_layer_ids}
-    for key in (
-        "block_size",
-        "num_target_layers",
-        "head_dim",
-        "layer_types",
-        "is_causal",
-        "rope_parameters",
-        "rope_theta",
-    ):
-        assert key in config, key
-    assert (
-        config["use_cache"]
-        and config["mask_token_id"] == MASK
-        and config["target_layer_ids"] == drafter.target_layer_ids
-    )
+    assert {"block_size", "num_target_layers", "rope_parameters", "rope_theta"} <= set(config)
+    assert config["mask_token_id"] == MASK and config["target_layer_ids"] == drafter.target_layer_ids
     names = set(drafter.state_dict())
     layer = {f"self_attn.{n}_proj" for n in "qkvo"} | {f"self_attn.{n}_norm" for n in "qk"}
     layer |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"}
@@ -140,14 +127,6 @@ def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target
     features = random_target.features(token_ids, drafter.target_layer_ids)
     views = [hidden_of_blocks(d, random_target, token_ids, features, [4, 7]) for d in (drafter, again)]
     assert torch.equal(*views)
-
-
-def test_target_rope_and_heads_are_taken_over():
-    target = make_target("llama3.1")
-    drafter = make_drafter(target)
-    assert drafter.config.rope_parameters["rope_type"] == "llama3"
-    assert drafter.config.head_dim == 32 and drafter.config.num_key_value_heads == 2
-    assert make_drafter(make_target("gemma3")).config.rope_parameters["rope_theta"] == 1_000_000
 
 
 def test_a_drafter_for_another_target_is_refused():

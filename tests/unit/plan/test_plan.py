@@ -80,7 +80,7 @@ def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
     loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=folder)
     loop.save = lambda **_: None
     held = {p.untyped_storage()._cdata: p.nbytes for p in [*target.model.parameters(), *drafter.parameters()]}
-    held[loop.head.weight.untyped_storage()._cdata] = loop.head.weight.nbytes
+    held[loop.scorer.head.weight.untyped_storage()._cdata] = loop.scorer.head.weight.nbytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loop.run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -88,7 +88,7 @@ def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return sum(held.values()) + peak, len(loop.head.weight)
+    return sum(held.values()) + peak, len(loop.scorer.head.weight)
 
 
 @pytest.mark.parametrize(
