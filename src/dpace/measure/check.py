@@ -220,17 +220,14 @@ def check_lengths(
     target: Target, drafter: Drafter, responses: Sequence[Response], whole: Sequence[Generation]
 ) -> Finding:
     """Compare accepted lengths as training measures them with those of decoding."""
+    name = "accepted lengths in training are those of decoding"
     dataset = ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0)
-    in_training = heldout_acceptance(drafter, target, dataset) if len(dataset) else None
-    kept = {response.id: out.acceptance for response, out in zip(responses, whole, strict=True)}
-    decoded = Acceptance.of_prompts([kept[i] for i in dataset.ids]) if in_training else None
-    num_equal = 0
-    if in_training and decoded:
-        num_equal = int((in_training.rows == decoded.rows).all(-1).sum())
-    return Finding(
-        "accepted lengths in training are those of decoding",
-        f"every verification of {len(dataset)} responses",
-        bool(len(dataset)) and num_equal == len(dataset),
-        f"{num_equal} of {len(dataset)} histograms equal"
-        + (f", tau {in_training.tau:.3f} and {decoded.tau:.3f}" if in_training and decoded else ""),
-    )
+    cases = f"every verification of {len(dataset)} responses"
+    if not len(dataset):
+        return Finding(name, cases, False, "no response has two tokens")
+    in_training = heldout_acceptance(drafter, target, dataset)
+    by_id = {response.id: out.acceptance for response, out in zip(responses, whole, strict=True)}
+    decoded = Acceptance.of_prompts([by_id[i] for i in dataset.ids])
+    num_equal = int((in_training.rows == decoded.rows).all(-1).sum())
+    detail = f"{num_equal} of {len(dataset)} histograms equal, tau {in_training.tau:.3f} and {decoded.tau:.3f}"
+    return Finding(name, cases, num_equal == len(dataset), detail)

@@ -187,7 +187,16 @@ def _reread(target: Target, response: Response, span: tuple[int, int], how: str,
 
 @torch.inference_mode()
 def find_divergence(target: Target, sampler: Sampler, where: tuple[str, str], prompt, found, expected) -> Divergence:
-    """Measure how close the target was to choosing the other token."""
+    """Find where a text leaves the target's own, and measure how close the target was to choosing the other token.
+
+    Args:
+        target: reads the text before that place at once, and token by token.
+        sampler: a new one, with the temperature and the seed of both texts.
+        where: the prompt's id, and the way of decoding in words.
+        prompt: token ids before both texts.
+        found: token ids of the text.
+        expected: those of the target's own, which differ.
+    """
     pairs = itertools.zip_longest(found, expected)
     position, tokens = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     num_prompt = len(prompt)
