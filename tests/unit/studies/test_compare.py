@@ -6,9 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from dpace.cli import main
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
-from dpace.measure.results import CompareResults, read_results
+from dpace.measure.results import read_results
 from dpace.report.tables import compare_table, console
 from dpace.studies.compare import compare
 from tests.conftest import LANGUAGE_RECIPE
@@ -111,15 +110,3 @@ def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_p
     assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
     with pytest.raises(ValueError, match="train.learning_rate 0.005, not 0.0001"):
         compare(language_target, replace(config, train=replace(config.train, learning_rate=1e-4)))
-
-
-def test_all_start_from_another_drafter(config, language_folder, language_drafter_folder, tmp_path, capsys):
-    """Through the command line: one drafter to start from, for each objective."""
-    flags = ["--target", str(language_folder), "--output", str(tmp_path / "out"), "--prompts.path", config.prompts.path]
-    flags += ["--train.max-steps", "1", "--train.num-anchors", "4", "--respond.max-new-tokens", "12"]
-    flags += ["--objectives", "dpace", "--seeds", "0", "--bench.num-prompts", "0", "--drafter.init"]
-    assert main(["compare", *flags, str(language_drafter_folder)]) == 0, capsys.readouterr().err
-    results = read_results(tmp_path / "out" / "results.json")
-    assert isinstance(results, CompareResults) and all((row.tau or 0) > 2 for row in results.rows)
-    run = json.loads((tmp_path / "out" / "dflash" / "seed-0" / "run.json").read_text())
-    assert len(run["init_sha256"]) == 64

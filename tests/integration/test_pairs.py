@@ -1,0 +1,167 @@
+"""Options and features that a page shows together, run together through the command line on tiny models.
+
+A pair is its commands, and the file that they leave; or the words with which the last one is refused.
+"""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from dpace.cli import main
+from tests.unit.respond.test_respond import Stub
+
+
+class Pair(NamedTuple):
+    """Commands, with names of the files in braces, and what comes of them."""
+
+    commands: str
+    written: str = ""
+    refused: str = ""
+
+
+RECIPE = "{recipe} --output {out}"
+TARGET = "--target {target} --drafter {drafter}"
+PAIRS = {
+    "compare, from another drafter": Pair(
+        f"compare {RECIPE} --drafter.init {{drafter}} --objectives dpace --seeds 0 --bench.num-prompts 0",
+        "dflash/seed-0/heldout.json",
+    ),
+    "compare, growing blocks, hidden states on disk, soft labels": Pair(
+        f"compare {RECIPE} --train.grow-blocks --train.feature-files {{out}}/states --objectives dpace+kl --seeds 0 "
+        "--bench.num-prompts 0",
+        "dpace+kl/seed-0/heldout.json",
+    ),
+    "from another drafter, growing blocks": Pair(
+        f"train {RECIPE} --drafter.init {{drafter}} --train.grow-blocks", "drafter/provenance.json"
+    ),
+    "from another drafter, hidden states on disk in 8 bits": Pair(
+        f"train {RECIPE} --drafter.init {{drafter}} --train.feature-files {{out}}/states --train.feature-dtype float8",
+        "drafter/provenance.json",
+    ),
+    "accumulation, division by the weights, seen tokens": Pair(
+        f"train {RECIPE} --train.gradient-accumulation-steps 2 --loss.reduction weights --loss.vocabulary seen",
+        "drafter/provenance.json",
+    ),
+    "Muon, checkpointing, soft labels": Pair(
+        f"train {RECIPE} --train.optimizer muon --train.gradient-checkpointing --loss.token-loss mix",
+        "drafter/provenance.json",
+    ),
+    "convolutions, draft vocabulary, export": Pair(
+        f"train {RECIPE} --drafter.conv-kernel-size 2; "
+        "export {out}/drafter --target {target} --to zlab --output {out}/zlab --prompts {prompts} --max-new-tokens 8; "
+        "generate --target {target} --drafter {out}/zlab --prompt w1 --max-new-tokens 8",
+        "zlab/README.md",
+    ),
+    "chosen target layers, export, doctor": Pair(
+        f"train {RECIPE} --drafter.target-layer-ids 0 4; "
+        "export {out}/drafter --target {target} --to vllm --output {out}/vllm --prompts {prompts} --max-new-tokens 8; "
+        "doctor {out}/vllm --target {target} --engine vllm",
+        "vllm/README.md",
+    ),
+    "export for speculators, import, bench": Pair(
+        "export {drafter} --target {target} --to speculators --output {out}/theirs --prompts {prompts} "
+        "--max-new-tokens 8; import {out}/theirs --output {out}/ours; "
+        f"bench {RECIPE} --bench.drafters {{out}}/ours",
+        "results.json",
+    ),
+    "several drafters, several sets, report": Pair(
+        f"bench {RECIPE} --bench.drafters {{drafter}} {{other}} --bench.sets one two --bench.sets-dir {{sets}}; "
+        "report {out}",
+        "report.html",
+    ),
+    "several widths, several temperatures": Pair(
+        f"bench {RECIPE} --bench.drafters {{drafter}} --bench.widths full auto 3 --bench.temperatures 0 0.7",
+        "results.json",
+    ),
+    "servers, hidden states on disk": Pair(
+        "respond {recipe} --output {out}/new --respond.server {server}; "
+        "train {recipe} --output {out}/new --train.feature-files {out}/states",
+        "new/drafter/provenance.json",
+    ),
+    "own answers, data, train": Pair(
+        "data {recipe} --prompts.path {own} --output {out}/new; "
+        "respond {recipe} --prompts.path {own} --output {out}/new --respond.source own; "
+        "train {recipe} --prompts.path {own} --output {out}/new",
+        "new/drafter/provenance.json",
+    ),
+    "sampled answers, batches, train": Pair(
+        "respond {recipe} --output {out}/new --respond.temperature 0.7 --respond.seed 3 --respond.batch-size 7; "
+        "train {recipe} --output {out}/new",
+        "new/drafter/provenance.json",
+    ),
+    "plan, real steps, hidden states on disk": Pair(
+        f"plan {RECIPE} --calibrate --train.feature-files {{out}}/states --device cpu", "responses.jsonl"
+    ),
+    "stream, speculative sampling": Pair(
+        f"generate {TARGET} --prompt w1 --stream --temperature 0.8 --seed 1 --verify-rule speculative "
+        "--max-new-tokens 8",
+        "responses.jsonl",
+    ),
+    "stream, compile": Pair(
+        f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]:
+    """A recipe, its answers and a drafter, and other files that commands name."""
+    folder = tmp_path_factory.mktemp("pairs")
+    names = ("recipe.yaml", "prompts.jsonl", "own.jsonl", "out", "sets")
+    paths = {name.partition(".")[0]: folder / name for name in names}
+    lines = [json.dumps({"prompt": text}) + "\n" for text in language_prompts[:30]]
+    paths["prompts"].write_text("".join(lines))
+    replies = [{"messages": [{"role": "user", "content": text}]} for text in language_prompts[:30]]
+    for row in replies:
+        row["messages"].append({"role": "assistant", "content": "w1 w2 w3 w4 w5 w6"})
+    paths["own"].write_text("".join(json.dumps(row) + "\n" for row in replies))
+    paths["sets"].mkdir()
+    for name in ("one", "two"):
+        (paths["sets"] / f"{name}.jsonl").write_text("".join(lines[:2]))
+    recipe = {
+        "target": str(language_folder),
+        "output": str(paths["out"]),
+        "prompts": {"path": str(paths["prompts"])},
+        "respond": {"max_new_tokens": 12},
+        "drafter": {"num_layers": 1, "num_features": 2, "block_size": 6},
+        "train": {"max_steps": 3, "batch_size": 4, "num_anchors": 4, "eval_steps": 3, "max_length": 64},
+        "bench": {"max_new_tokens": 8, "temperatures": [0.0], "num_prompts": 1, "widths": ["full"]},
+    }
+    paths["recipe"].write_text(yaml.safe_dump(recipe))
+    assert main(["respond", str(paths["recipe"])]) == main(["train", str(paths["recipe"])]) == 0
+    drafter = (paths["out"] / "drafter").rename(folder / "drafter")
+    other = Path(shutil.copytree(drafter, folder / "other"))
+    return {name: str(path) for name, path in paths.items()} | {
+        "target": str(language_folder),
+        "drafter": str(drafter),
+        "other": str(other),
+    }
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_a_page_shows_together_works_together(name, files, language_target, tmp_path, capsys):
+    pair = PAIRS[name]
+    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+    server = Stub(language_target, "vllm") if "{server}" in pair.commands else None
+    values = files | {"out": str(out), "server": server.url if server else ""}
+    *before, last = [shlex.split(command.format(**values)) for command in pair.commands.split(";")]
+    try:
+        for command in before:
+            assert main(command) == 0, capsys.readouterr().err
+        code = main(last)
+    finally:
+        if server:
+            server.close()
+    printed = capsys.readouterr()
+    if pair.refused:
+        assert code in (1, 2)
+        assert re.search(pair.refused, printed.err), printed.err
+    else:
+        assert code == 0, printed.err
+        assert (out / pair.written).exists()
