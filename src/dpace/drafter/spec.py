@@ -156,7 +156,8 @@ class DrafterSpec:
             name = str(first["loc"][0])
             if first["type"] == "missing":
                 raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
-            fault = first["msg"].replace("Input should be", "it should be").replace("Value error, ", "")
+            fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+            fault = fault.replace("a valid tuple", "a list").replace("a valid dictionary", "an object")
             raise ValueError(f"{name} is {values[name]!r:.100}: {fault}; {COPY_AGAIN}") from error
         if spec.num_heads % spec.num_key_value_heads:
             raise ValueError(

@@ -18,7 +18,7 @@ import yaml
 from dpace.config import Engine, Format
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.folder import mapping, read_recipe
+from dpace.engines.folder import mapping, read_recipe_values
 from dpace.measure.results import RESULT_FILES, BenchResults, Results, Row, ServerResults, read_results
 from dpace.report.cells import as_code, as_markdown, copied_note, verdict, with_interval
 from dpace.system.device import dtype_name
@@ -256,11 +256,11 @@ def write_card(
         f"# {as_markdown(Path(name).name)}",
         f"A DFlash drafter for `{as_code(target)}`. It is not a model to use alone: it proposes tokens, and the target "
         "keeps those that it would have written itself.",
-        _facts(spec, target, weights),
-        *_results(source, drafter, weights if is_rounded else None),
+        _facts_table(spec, target, weights),
+        *_result_sections(source, drafter, weights if is_rounded else None),
         "## How to serve it",
         *card_sections(to, drafter=name, gguf=path.name, target=target, block_size=spec.block_size),
-        *_recipe(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
+        *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
     ]
     folder = path.parent if to == "gguf" else path
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -278,7 +278,7 @@ def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str,
     }
 
 
-def _facts(spec: DrafterSpec, target: str, weights: str) -> str:
+def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:
     """Write the table of what the drafter is."""
     facts = {
         "target": f"`{as_code(target)}`",
@@ -304,7 +304,7 @@ def _read_if_possible(path: Path) -> Results | None:
         return None
 
 
-def _results(source: Path, drafter: Drafter, rounded_to: str | None) -> list[str]:
+def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> list[str]:
     """Write what was measured with these weights, and the verification lengths to serve with."""
     results, served = (_read_if_possible(source.parent / name) for name in RESULT_FILES)
     sections, advice = [], []
@@ -313,13 +313,13 @@ def _results(source: Path, drafter: Drafter, rounded_to: str | None) -> list[str
         names = [name for name, found in results.drafters.items() if found == weights]
         rows = [row for row in results.rows if row.drafter in names]
         if rows:
-            sections, advice = _measured(results, rows, rounded_to), list(best_lengths(results, names))
+            sections, advice = _measured_rows(results, rows, rounded_to), list(best_lengths(results, names))
     if isinstance(served, ServerResults):
         advice += served_lengths(served)
-    return [*sections, *_advice(advice, isinstance(served, ServerResults))]
+    return [*sections, *_advice_section(advice, isinstance(served, ServerResults))]
 
 
-def _advice(advice: list[Advice], is_served: bool) -> list[str]:
+def _advice_section(advice: list[Advice], is_served: bool) -> list[str]:
     """Write the table of the best verification lengths."""
     if not advice:
         return []
@@ -338,7 +338,7 @@ def _advice(advice: list[Advice], is_served: bool) -> list[str]:
     return ["## Verification length", text, "\n".join([head, *lines])]
 
 
-def _measured(results: BenchResults, rows: list[Row], rounded_to: str | None) -> list[str]:
+def _measured_rows(results: BenchResults, rows: list[Row], rounded_to: str | None) -> list[str]:
     """Write the table of rows that were measured with these weights."""
     lines = [
         f"| {as_markdown(row.set)} | {row.temperature:g} | {row.width} | {with_interval(row.tau, row.tau_interval)} | "
@@ -359,10 +359,10 @@ def _measured(results: BenchResults, rows: list[Row], rounded_to: str | None) ->
     return ["## Results", measured, "\n".join([head, *lines])]
 
 
-def _recipe(source: Path, objective_sha256: object) -> list[str]:
+def _recipe_section(source: Path, objective_sha256: object) -> list[str]:
     """Repeat the recipe of `dpace train`, without the places of files, and name the objective."""
     problems: dict[str, str] = {}
-    recipe = read_recipe(source, problems)
+    recipe = read_recipe_values(source, problems)
     for problem in problems.values():
         print(f"the model card has no recipe: {source / 'recipe.yaml'}: {problem}", file=sys.stderr)
     kept = {name: recipe[name] for name in ("respond", "drafter", "loss", "train") if name in recipe}

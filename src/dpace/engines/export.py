@@ -112,11 +112,13 @@ def export(
     spec, weights = read_folder(folder)
     spec.check()
     original = load_drafter(folder, target, all_tokens=True)
-    tensors, rounding = _cast(weights, dtype, has_fp32_vectors=to == "gguf")
+    tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf")
     logit_error = None
     acceptance = None
     with filling(output) as aside:
-        path = _write(aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf)
+        path = _write_format(
+            aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf
+        )
         write_card(
             path,
             spec,
@@ -131,7 +133,7 @@ def export(
         )
         again = read_drafter(path, num_target_layers=target.num_layers)
         final = output / path.relative_to(aside)
-        _compare(final, spec, tensors, again)
+        _compare_files(final, spec, tensors, again)
         if prompts:
             reference = original if dtype is None else _for_decoding(spec, tensors, target)
             served = _for_decoding(again.spec, again.state_dict(), target)
@@ -158,7 +160,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     spec.check()
     with filling(output) as aside:
         drafter.save_pretrained(aside)
-        _compare(output, spec, drafter.state_dict(), read_drafter(aside))
+        _compare_files(output, spec, drafter.state_dict(), read_drafter(aside))
     return drafter
 
 
@@ -220,7 +222,7 @@ def _check_request(folder: Path, output: Path, target_name: str, *, to: Format, 
         )
 
 
-def _write(
+def _write_format(
     output: Path,
     spec: DrafterSpec,
     tensors: dict[str, Tensor],
@@ -246,7 +248,7 @@ def _write(
     return output
 
 
-def _cast(
+def _cast_weights(
     tensors: dict[str, Tensor], dtype: torch.dtype | None, *, has_fp32_vectors: bool
 ) -> tuple[dict[str, Tensor], float]:
     """Turn weights into the dtype to write; return them and the largest relative change of a tensor."""
@@ -258,11 +260,11 @@ def _cast(
     return cast, max(errors)
 
 
-def _compare(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], again: Drafter) -> None:
+def _compare_files(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], again: Drafter) -> None:
     """Refuse a file that differs from what was to be written."""
     pairs = {name: (getattr(again.spec, name), getattr(spec, name)) for name in COMPARED}
     wrong = [f"{name} {found}, expected {expected}" for name, (found, expected) in pairs.items() if found != expected]
-    wrong += [name for name, tensor in again.state_dict().items() if not _is_same(tensor, tensors[name])]
+    wrong += [name for name, tensor in again.state_dict().items() if not _is_bit_equal(tensor, tensors[name])]
     if wrong:
         raise ValueError(f"{path} does not read back as it was written ({'; '.join(wrong[:3])}); do not serve it")
 
@@ -311,7 +313,7 @@ def _for_decoding(spec: DrafterSpec, tensors: dict[str, Tensor], target: Target)
     return drafter.to(target.device)
 
 
-def _is_same(tensor: Tensor, expected: Tensor) -> bool:
+def _is_bit_equal(tensor: Tensor, expected: Tensor) -> bool:
     """Return whether dtype, shape and every bit are equal."""
     if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
         return False

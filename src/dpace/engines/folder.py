@@ -174,12 +174,12 @@ def read_files(path: str | Path) -> DrafterFolder:
     path = Path(path)
     problems: dict[str, str] = {}
     config = _read_named_values(path / "config.json", lambda file: json.loads(_read_small_file(file)), problems)
-    recipe = read_recipe(path, problems)
+    recipe = read_recipe_values(path, problems)
     stored = _read_named_values(path / "model.safetensors", _read_weights, problems)
     return DrafterFolder(path, config, recipe, stored, problems)
 
 
-def read_recipe(folder: str | Path, problems: dict[str, str]) -> dict[str, Any]:
+def read_recipe_values(folder: str | Path, problems: dict[str, str]) -> dict[str, Any]:
     """Read the `recipe.yaml` of a drafter's folder; empty where there is none, or a problem."""
     file = Path(folder) / "recipe.yaml"
     if not file.exists():

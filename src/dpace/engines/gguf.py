@@ -42,12 +42,12 @@ SCALES = {
 """The same of scales and caps, which are only written where they change something."""
 MAX_READS = 2**21
 """Most numbers and texts before the weights; a vocabulary of 262,144 tokens with its merges takes about 1.1 million."""
-_TYPES = {
+TENSOR_TYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
-_FILE_TYPES = {
+FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
     torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
@@ -73,11 +73,11 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
             "takes no frequency factors, which Llama 3.1's scaling needs, and other scalings were not tested; serve "
             "this drafter with vLLM, SGLang or transformers"
         )
-    target = _open(target_gguf)
+    target = _open_gguf(target_gguf)
     tokens = target.fields.get("tokenizer.ggml.tokens")
     theirs = {
-        "hidden_size": _value(target, f"{_value(target, 'general.architecture')}.embedding_length"),
-        "num_target_layers": _value(target, f"{_value(target, 'general.architecture')}.block_count"),
+        "hidden_size": _read_value(target, f"{_read_value(target, 'general.architecture')}.embedding_length"),
+        "num_target_layers": _read_value(target, f"{_read_value(target, 'general.architecture')}.block_count"),
         "vocab_size": len(tokens.data) if tokens else None,
     }
     for name, found in theirs.items():
@@ -89,17 +89,17 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     for name, field in target.fields.items():
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
-            _copy(writer, field)
+            _copy_field(writer, field)
     _write_fields(writer, spec)
-    writer.add_file_type(_FILE_TYPES[tensors["fc.weight"].dtype])
+    writer.add_file_type(FILE_TYPES[tensors["fc.weight"].dtype])
     for ours, name in gguf_names(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0).items():
         tensor = tensors[ours].detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
             data = tensor.view(torch.uint8).numpy()
-            writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=_TYPES[torch.bfloat16])
+            writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=TENSOR_TYPES[torch.bfloat16])
         else:
             writer.add_tensor(name, tensor.numpy())
-    _finish(writer)
+    _write_file(writer)
 
 
 def write_f16(source: str | Path, path: str | Path) -> None:
@@ -108,25 +108,25 @@ def write_f16(source: str | Path, path: str | Path) -> None:
     Quantized matrices round a block and a single token differently, so that any drafter changes the text; f16 and f32
     do not.
     """
-    reader = _open(source)
-    writer = gguf.GGUFWriter(path, _value(reader, "general.architecture"))
+    reader = _open_gguf(source)
+    writer = gguf.GGUFWriter(path, _read_value(reader, "general.architecture"))
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            _copy(writer, field)
+            _copy_field(writer, field)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
-    _finish(writer)
+    _write_file(writer)
 
 
-def _copy(writer: gguf.GGUFWriter, field: gguf.ReaderField) -> None:
+def _copy_field(writer: gguf.GGUFWriter, field: gguf.ReaderField) -> None:
     """Copy a metadata field."""
     sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
     writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
 
 
-def _finish(writer: gguf.GGUFWriter) -> None:
+def _write_file(writer: gguf.GGUFWriter) -> None:
     """Write what was added, and close the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -160,8 +160,8 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     Raises:
         ValueError: not a drafter's file, quantized weights, or the number of the target's layers is not given.
     """
-    reader = _open(path)
-    architecture = _value(reader, "general.architecture")
+    reader = _open_gguf(path)
+    architecture = _read_value(reader, "general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(
             f"{path} has architecture {architecture!r}, expected {ARCHITECTURE!r}; name the GGUF file of a DFlash "
@@ -171,19 +171,19 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
 
     def get(name: str, default: Any = None) -> Any:
-        return _value(reader, f"{ARCHITECTURE}.{name}", default)
+        return _read_value(reader, f"{ARCHITECTURE}.{name}", default)
 
     if get("attention.sliding_window", 0) or get("attention.causal", False):
         raise ValueError(
             f"{path} has sliding or causal attention, expected full attention; dpace cannot run this drafter"
         )
-    tokens = _value(reader, "tokenizer.ggml.tokens")
+    tokens = _read_value(reader, "tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise ValueError(f"{path} has no list of tokens; write or download it again")
     values = {
         **{published: get(name) for published, name in SIZES.items()},
         **{published: get(name, 0.0) or None for published, name in SCALES.items()},
-        "mask_token_id": _value(reader, "tokenizer.ggml.mask_token_id"),
+        "mask_token_id": _read_value(reader, "tokenizer.ggml.mask_token_id"),
         "num_target_layers": num_target_layers,
         "vocab_size": len(tokens),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
@@ -197,12 +197,12 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         raise ValueError(f"{path}: {error}") from error
     known = gguf_names(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
     names = {theirs: ours for ours, theirs in known.items()}
-    return spec, {names.get(tensor.name, tensor.name): _weights(tensor) for tensor in reader.tensors}
+    return spec, {names.get(tensor.name, tensor.name): _read_gguf_tensor(tensor) for tensor in reader.tensors}
 
 
-def _weights(tensor: Any) -> Tensor:
+def _read_gguf_tensor(tensor: Any) -> Tensor:
     """Read a tensor of the file, bit for bit."""
-    dtypes = {kind: dtype for dtype, kind in _TYPES.items()}
+    dtypes = {kind: dtype for dtype, kind in TENSOR_TYPES.items()}
     if tensor.tensor_type not in dtypes:
         raise ValueError(
             f"{tensor.name} is quantized ({tensor.tensor_type.name}), expected f32, f16 or bf16; name a file of "
@@ -217,7 +217,7 @@ def _weights(tensor: Any) -> Tensor:
         raise ValueError(f"{tensor.name} cannot be read ({error}); write or download the file again") from error
 
 
-class _Reader(gguf.GGUFReader):
+class _BoundedReader(gguf.GGUFReader):
     """A reader that a damaged length cannot keep busy.
 
     gguf's own takes numbers past the end of the file as empty ones, of which it reads as many as the length says.
@@ -235,21 +235,21 @@ class _Reader(gguf.GGUFReader):
         return found
 
 
-def _open(path: str | Path) -> gguf.GGUFReader:
+def _open_gguf(path: str | Path) -> gguf.GGUFReader:
     """Open a GGUF file."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; name a GGUF file that exists")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # numpy's, about numbers that no length is
-            return _Reader(path)
+            return _BoundedReader(path)
     except BROKEN as error:
         raise ValueError(
             f"{path} is no GGUF file, or a damaged one ({describe_error(error)}); write or download it again"
         ) from error
 
 
-def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
+def _read_value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
     """Read a metadata value, which must be there unless a default is given."""
     field = reader.fields.get(name)
     if field is None and default is None:

@@ -280,7 +280,7 @@ def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, targ
     data = gguf.quants.quantize(np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
     tensor = type("Tensor", (), {"name": "fc.weight", "tensor_type": gguf.GGMLQuantizationType.Q8_0, "data": data})
     with pytest.raises(ValueError, match="quantized .Q8_0"):
-        dpace.engines.gguf._weights(tensor)
+        dpace.engines.gguf._read_gguf_tensor(tensor)
     rope = {**read_gguf(path, num_target_layers=6)[0].rope, "rope_type": "llama3"}
     spec = DrafterSpec(**{**vars(read_gguf(path, num_target_layers=6)[0]), "rope": rope})
     with pytest.raises(ValueError, match="rope_type is 'llama3'"):

@@ -115,6 +115,7 @@ FOLDERS = {
     "config has an endless number": raw("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"),
     "config is a pipe": fifo("config.json"),
     "dflash_config is a list": config(dflash_config=[1]),
+    "layer_types is a number": config(layer_types=5),
     "rope of no known type": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
     "rope of a text": config(rope_parameters={"rope_type": "default", "rope_theta": "x"}, rope_theta=None),
     "layers out of the target": config(target_layer_ids=[1, 99]),
@@ -248,7 +249,7 @@ def test_a_failed_comparison_leaves_what_was_there(folder, tmp_path, capsys, mon
             assert main(args) == 0
             before = tree(out)
         with monkeypatch.context() as patch:
-            patch.setattr("dpace.engines.export._is_same", lambda *_: False)
+            patch.setattr("dpace.engines.export._is_bit_equal", lambda *_: False)
             refused(args, capsys, "does not read back")
         assert (tree(out) if before else out.exists()) == (before or False)
     assert main(args) == 0 and tree(out) == before
