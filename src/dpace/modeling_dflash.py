@@ -166,7 +166,7 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
     known = {"attention_bias": False, "is_causal": False, "hidden_act": "silu"}
     unknown = {name: config.get(name) for name in known if config.get(name) not in (None, known[name])}
     kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+    if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
         unknown["layer_types"] = kinds
     if (config.get("dflash_config") or {}).get("causal"):
         unknown["dflash_config.causal"] = True
