@@ -96,8 +96,8 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
         verb = importlib.import_module(f"dpace.verbs.{'import_' if words[1] == 'import' else words[1]}")
         real_parse = verb.parse
 
-        def parse(*args):
-            raise ParsedError(real_parse(*args))
+        def parse(*args, **options):
+            raise ParsedError(real_parse(*args, **options))
 
         monkeypatch.setattr(verb, "parse", parse)
         monkeypatch.chdir(tmp_path)
