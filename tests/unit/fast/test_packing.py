@@ -7,7 +7,6 @@ from torch import nn
 
 from dpace.fast.packing import (
     PackedLinear,
-    _has_fp16_products,
     _multiplies_bf16,
     _pack_in_16_bits,
     join,
@@ -48,18 +47,6 @@ def test_numbers_of_16_bits_are_read_as_such_and_lose_nothing(kind):
     for count in (1, 2, 7, 8, 13, 15):
         assert torch.equal(product(rows[:, :count]), product(rows)[:, :count])
     assert torch.equal(pack(weight, bias)(rows), product(rows))
-
-
-def test_without_fbgemm_nothing_is_read_in_16_bits(monkeypatch):
-    weight = torch.ones(8, 8)
-
-    def fail(*_):
-        raise RuntimeError("no engine")
-
-    monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", fail)
-    _has_fp16_products.cache_clear()
-    assert _pack_in_16_bits(weight, None) is None and pack(weight) is not None
-    _has_fp16_products.cache_clear()
 
 
 def test_numbers_of_more_bits_stay_what_they_are():

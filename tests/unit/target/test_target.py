@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from dpace.target import Target, shared_prefix
+from dpace.target import Target
 from tests.conftest import make_target
 
 
@@ -39,11 +39,6 @@ def test_a_shared_beginning_changes_nothing(random_target):
     together = random_target.features(token_ids, [1, 3])
     alone = torch.cat([random_target.features(row[None], [1, 3]) for row in token_ids])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-
-
-def test_shared_prefix():
-    assert shared_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2]]) == 2
-    assert shared_prefix([[1, 2], [1, 2]]) == 2 and shared_prefix([[1], [2]]) == 0
 
 
 def test_embedding_and_head_are_those_of_the_model(family, random_target):

@@ -244,19 +244,6 @@ def test_a_target_that_is_in_part_on_no_gpu_is_refused(outside, is_refused, base
         Target.load(str(base[1]), device_map="auto")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_layers_on_two_gpus_give_the_same_text(base):
-    """Not run by us: no machine with two GPUs."""
-    expected = assert_decodes(Target.load(str(base[1]), dtype=torch.float32))
-    places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1"], 0)
-    places |= dict.fromkeys(["model.layers.2", "model.layers.3", "model.norm", "lm_head"], 1)
-    model = AutoModelForCausalLM.from_pretrained(base[1], device_map=places, dtype=torch.float32)
-    target = Target(model)
-    assert target.is_spread and target.head.weight.device == target.device
-    assert_decodes(target, expected)
-
-
 # text of models that also read images
 
 
