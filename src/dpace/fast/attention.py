@@ -61,13 +61,14 @@ def attend_in_groups(
 
     Shapes are those of `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
     """
+    batch = query.shape[0]  # len() of a tensor is slow
     heads, queries = query.shape[1:3]
-    rows = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
     if mask is not None and (mask.shape[2] > 1 or mask.device.type != "cpu"):
         mask = _repeat_mask(mask, heads // key.shape[1] if mask.shape[2] > 1 else 1, query.dtype)
     out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    by_query = out.view(len(query), key.shape[1], -1, queries, out.shape[-1]).permute(0, 3, 1, 2, 4).contiguous()
-    return by_query.view(len(query), queries, heads, -1)
+    by_query = out.view(batch, key.shape[1], -1, queries, out.shape[-1]).permute(0, 3, 1, 2, 4).contiguous()
+    return by_query.view(batch, queries, heads, -1)
 
 
 def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:

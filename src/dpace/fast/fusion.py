@@ -301,7 +301,7 @@ class FusedStack:
         rotation = self.layers[0].fast.rotation(rope, decoder.config)
         outputs = {}
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            if layer._forward_pre_hooks or _has_hooks_of_others(layer):
+            if layer._forward_pre_hooks or (layer._forward_hooks and _has_hooks_of_others(layer)):
                 hidden = layer(hidden, mask, position_ids=position_ids, cache=cache, position_embeddings=rope)
             else:
                 hidden = layer.fast.step(hidden, rotation, mask, layer_cache)
