@@ -128,7 +128,7 @@ def _batch(rows: Sequence[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
     columns = [
         pyarrow.array([response.id for response in responses], pyarrow.string()),
         pyarrow.array([part for _, part, _ in rows], pyarrow.int8()),
-        pyarrow.array([place for _, _, place in rows], pyarrow.int32()),
+        pyarrow.array([position for _, _, position in rows], pyarrow.int32()),
         _list_column([response.token_ids for response in responses]),
         _list_column([_merge(response.response_spans) for response in responses]),
         pyarrow.array([len(response.token_ids) for response in responses], pyarrow.int32()),
@@ -179,19 +179,22 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
         "files": {str(file): hash_file(file) for file in prompt_files(prompts)},
     }
     with naming_file(path), filelock.FileLock(path.with_name(LOCK)):
-        found = _open(path, made_from)
-        if found is None:
+        batches = _map_file(path, made_from)
+        if batches is None:
             register_files(path.parent, path.name)
-            _write(path, responses, prompts, made_from)
-            found = _open(path, made_from)
-    assert found is not None
-    parts, places = (np.concatenate([np.zeros(0, np.int32), *(b.column(n) for b in found)]) for n in ("part", "place"))
-    chosen = [np.flatnonzero(parts == part) for part in range(2)]
-    train, validation = (Corpus(found, rows[np.argsort(places[rows])]) for rows in chosen)
+            _write_corpus(path, responses, prompts, made_from)
+            batches = _map_file(path, made_from)
+    assert batches is not None
+    parts, positions = (
+        np.concatenate([np.zeros(0, np.int32), *(batch.column(name) for batch in batches)])
+        for name in ("part", "place")
+    )
+    rows_of_parts = [np.flatnonzero(parts == part) for part in range(2)]
+    train, validation = (Corpus(batches, rows[np.argsort(positions[rows])]) for rows in rows_of_parts)
     return train, validation
 
 
-def _open(path: Path, made_from: dict[str, Any]) -> list[pyarrow.RecordBatch] | None:
+def _map_file(path: Path, made_from: dict[str, Any]) -> list[pyarrow.RecordBatch] | None:
     """Map a file into memory; None where it was made from something else."""
     if not path.is_file():
         return None
@@ -204,10 +207,12 @@ def _open(path: Path, made_from: dict[str, Any]) -> list[pyarrow.RecordBatch] | 
         return None
 
 
-def _write(path: Path, responses: Path, prompts: PromptsConfig, made_from: dict[str, Any]) -> None:
+def _write_corpus(path: Path, responses: Path, prompts: PromptsConfig, made_from: dict[str, Any]) -> None:
     """Write the file, all or nothing, a batch at a time."""
     known = {
-        name: (part, place) for part, names in enumerate(split_ids(prompts)[:2]) for place, name in enumerate(names)
+        name: (part, position)
+        for part, names in enumerate(split_ids(prompts)[:2])
+        for position, name in enumerate(names)
     }
     rows = ((r, *known[r.id]) for r in iterate_responses(responses) if r.id in known)
     schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})

@@ -31,7 +31,7 @@ class PublicSet:
     num_prompts: int | None
     """Number of prompts that published tables use; all for None."""
     category: Callable[[dict[str, Any]], str] | None = None
-    """Gives a row's category; results are then listed by `NAME/CATEGORY`."""
+    """Finds a row's category; results are then listed by `NAME/CATEGORY`."""
     files: tuple[str, ...] = ()
     """Files of the repository, where it has no configurations; a file's name is the category of its rows."""
 
@@ -115,8 +115,8 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
             rows = [replace(prompt, set=name) for prompt in read_prompts(Path(folder) / f"{name}.jsonl")]
         else:
             assert known is not None
-            found = _read_files(files) if files else _download(known)
-            rows = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(found)])
+            published = _read_files(files) if files else _download(known)
+            rows = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(published)])
         random.Random(SHUFFLE_SEED).shuffle(rows)
         prompts += rows[: known.num_prompts if known and not is_whole else None]
     return prompts
@@ -174,6 +174,6 @@ def _download(source: PublicSet) -> Any:
         return load_from_hub(source.path, source.name, source.split, WAY_OUT)
     rows = []
     for file in source.files:
-        found = load_from_hub(source.path, None, source.split, WAY_OUT, file)
-        rows += [{"category": Path(file).stem, **row} for row in found]
+        of_file = load_from_hub(source.path, None, source.split, WAY_OUT, file)
+        rows += [{"category": Path(file).stem, **row} for row in of_file]
     return rows

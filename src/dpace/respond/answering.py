@@ -46,8 +46,8 @@ def write_responses(
         The responses of the given prompts, in their order, without those that servers could not answer.
     """
     answer_prompts(target, prompts, path, config)
-    found = {response.id: response for response in read_responses(path)} if Path(path).exists() else {}
-    return [found[prompt.id] for prompt in prompts if prompt.id in found]
+    by_id = {response.id: response for response in read_responses(path)} if Path(path).exists() else {}
+    return [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
 
 
 def answer_prompts(
@@ -86,17 +86,19 @@ def answer_prompts(
             servers = ServerAnswers(target, config)
             described = servers.described
         meta = find_meta(target, config, described)
-        waiting = ranks.from_first(lambda: _prepare(target, prompts, path, config, meta))
+        waiting = ranks.from_first(lambda: _find_waiting(target, prompts, path, config, meta))
         if waiting:
             by_id = {prompt.id: prompt for prompt in prompts}
             mine = [by_id[name] for name in ranks.share(waiting)]
             rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
-            num_written = _write_rows(rows, path if ranks.num_ranks() == 1 else _part(path, ranks.rank()), len(mine))
+            num_written = _append_rows(
+                rows, path if ranks.num_ranks() == 1 else _rank_path(path, ranks.rank()), len(mine)
+            )
             num_left_out = servers.left_out.total() if servers else 0
             assert num_written + num_left_out == len(mine), f"{num_written} answers to {len(mine)} prompts"
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
-        ranks.from_first(lambda: _finish(prompts, path, meta, left_out, bool(waiting)))
+        ranks.from_first(lambda: _complete(prompts, path, meta, left_out, bool(waiting)))
     return left_out
 
 
@@ -112,7 +114,7 @@ def _answer_here(
         yield [(response, {}) for response in batch]
 
 
-def _prepare(
+def _find_waiting(
     target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
 ) -> list[str]:
     """Check what is there, and return the ids of the prompts that wait for an answer, the short ones first."""
@@ -120,7 +122,7 @@ def _prepare(
     cut_unfinished_line(path)
     check_meta(path, meta)
     done = {response.id: response for response in read_responses(path)} if path.exists() else {}
-    if _append_parts(path, set(done)):
+    if _append_rank_files(path, set(done)):
         done = {response.id: response for response in read_responses(path)}
     for prompt in prompts:
         if prompt.id in done and not is_answer(done[prompt.id], prompt):
@@ -132,25 +134,25 @@ def _prepare(
     if waiting:
         write_meta(path, meta, prompts, is_complete=False)
         if ranks.num_ranks() > 1:
-            register_files(path.parent, *(_part(path, number).name for number in range(ranks.num_ranks())))
+            register_files(path.parent, *(_rank_path(path, number).name for number in range(ranks.num_ranks())))
     elif done:
         check_unchanged(path)
     return [name for name, _ in sorted(waiting, key=lambda item: item[1])]
 
 
-def _finish(
+def _complete(
     prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int], is_new: bool
 ) -> None:
     """Collect what the ranks wrote, and note that the file is complete."""
     if is_new:
-        _append_parts(path, set())
+        _append_rank_files(path, set())
         if sum(left_out.values()) == len(prompts):
             raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
     if prompts:
         write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
 
 
-def _write_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> int:
+def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> int:
     """Append answers to a file, wait for the disk whenever some came, and count them."""
     num_tokens = num_rows = 0
     with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
@@ -166,12 +168,12 @@ def _write_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> 
     return num_rows
 
 
-def _part(path: Path, rank: int) -> Path:
+def _rank_path(path: Path, rank: int) -> Path:
     """Return the file of one rank's answers."""
     return path.with_name(f"{path.stem}.rank-{rank}{path.suffix}")
 
 
-def _append_parts(path: Path, done: set[str]) -> bool:
+def _append_rank_files(path: Path, done: set[str]) -> bool:
     """Append what the ranks of this call, or of one that was killed, have written, and remove their files.
 
     Line by line of each rank in turn, which is the order in which one process would have written them. An id that the

@@ -229,11 +229,11 @@ class Address:
 
     def _refuse(self, url: str, response: httpx.Response) -> NoReturn:
         """Raise what a server said when it refused."""
-        said = b""
+        text = b""
         with contextlib.suppress(httpx.HTTPError):
-            said = next(response.iter_raw(), said)
+            text = next(response.iter_raw(), text)
         status = response.status_code
-        message = f"{url} refuses ({status}): {self.short(said) or self.short(response.reason_phrase)}"
+        message = f"{url} refuses ({status}): {self.short(text) or self.short(response.reason_phrase)}"
         if status in RETRYABLE:
             raise Unavailable(message, _retry_after(response.headers.get("Retry-After")))
         if status in (401, 403):
