@@ -1,4 +1,4 @@
-"""An objective of one's own: a slot counts as much as it is likely to be reached, but at least a tenth.
+"""A custom objective: a slot counts as much as it is likely to be reached, but at least a tenth.
 
 dpace train recipe.yaml --loss.objective examples.objective:weigh
 dpace compare recipe.yaml --objectives examples.objective:weigh dpace

@@ -1,4 +1,4 @@
-"""From prompts to a drafter in Python, with an objective of one's own.
+"""From prompts to a drafter in Python, with a custom objective.
 
 python examples/train.py recipe.yaml
 """

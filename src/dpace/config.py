@@ -77,9 +77,9 @@ Objective = Literal[
     "uniform",
     "medusa",
 ]
-OWN_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
-ObjectiveName = Objective | Annotated[str, Field(pattern=OWN_OBJECTIVE, description="package.module:function")]
-"""An objective of dpace, or `package.module:function` for one's own."""
+CUSTOM_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
+ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, description="package.module:function")]
+"""An objective of dpace, or `package.module:function` for a custom one."""
 TokenLoss = Literal["nll", "kl", "lk", "mix"]
 Confidence = Literal["token", "overlap"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
@@ -93,9 +93,9 @@ Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
 
-def is_own(objective: str) -> bool:
+def is_custom(objective: str) -> bool:
     """Return whether an objective's name is of the form `package.module:function`."""
-    return re.fullmatch(OWN_OBJECTIVE, objective) is not None
+    return re.fullmatch(CUSTOM_OBJECTIVE, objective) is not None
 
 
 @dataclass(frozen=True, config=STRICT)

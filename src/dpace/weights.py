@@ -179,7 +179,7 @@ def spec_auf_weights(is_match: IsMatch, is_scored: IsScored) -> Weights:
 
 
 def _slots(is_scored: IsScored) -> Float[Tensor, " slot"]:
-    """Give the slot numbers 0, 1, ... as fp32."""
+    """Return the slot numbers 0, 1, ... as fp32."""
     return torch.arange(is_scored.shape[-1], device=is_scored.device, dtype=torch.float32)
 
 
@@ -209,7 +209,7 @@ def _check_gamma(gamma: float) -> None:
 
 
 def dflash_gamma(block_size: int) -> float:
-    """Give the decay length for a block size.
+    """Return the decay length for a block size.
 
     That is 7, 5 and 4 for blocks of 16, 10 and 8; for other sizes it lies on the line through the values of 8 and 16.
 

@@ -189,7 +189,7 @@ class Drafter(DFlashDraftModel):
         target_layer_ids: Sequence[int] | None = None,
         **_,
     ) -> list[int]:
-        """Give the layers whose outputs are the features, for the same arguments as `from_target`."""
+        """Return the layers whose outputs are the features, for the same arguments as `from_target`."""
         return list(target_layer_ids or build_target_layer_ids(target.num_layers, num_features or num_layers))
 
     def check_target(self, target: Target) -> None:

@@ -48,7 +48,7 @@ class DraftVocabulary:
         return DraftVocabulary, (self.known, self.confidence_temperature)
 
     def product(self, target: Target) -> Product:
-        """Give the product of rows with the head's rows of these tokens, made again when the head has changed."""
+        """Return the product of rows with the head's rows of these tokens, made again when the head has changed."""
         weight = target.head.weight
         state = weights_state([weight])
         if self._state != state:
@@ -58,7 +58,7 @@ class DraftVocabulary:
         return self._product
 
     def pays(self, target: Target, num_weights: int) -> bool:
-        """Say whether it saves at least `MIN_SAVING` of the weights that a step with a draft reads, on a CPU.
+        """Return whether it saves at least `MIN_SAVING` of the weights that a step with a draft reads, on a CPU.
 
         Args:
             target: verifies.
@@ -120,12 +120,12 @@ class DraftHead:
         return self.target.head.finish(torch.cat([self._product(rows), rows @ self._more.T], dim=-1))
 
     def tokens(self, logits: Float[Tensor, "row choice"]) -> Int[Tensor, " row"]:
-        """Give the most likely token of each row."""
+        """Return the most likely token of each row."""
         best = logits.float().argmax(-1)
         return best if self.token_ids is None else self.token_ids[best]
 
     def spread(self, logits: Float[Tensor, "row choice"]) -> Float[Tensor, "row vocab"]:
-        """Give the logits of all tokens: minus infinity for those that are not drafted."""
+        """Return the logits of all tokens: minus infinity for those that are not drafted."""
         if self.token_ids is None:
             return logits
         whole = logits.new_full((len(logits), len(self.target.head.weight)), -torch.inf)

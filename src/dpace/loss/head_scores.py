@@ -58,7 +58,7 @@ def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, nee
 
 
 class _Sums(NamedTuple):
-    """What is known of some rows after a part of the vocabulary; all are "rows 1" but `grad`."""
+    """Sums over a part of the vocabulary for some rows; all are "rows 1" but `grad`."""
 
     peak: Tensor
     """The highest logit."""
@@ -188,6 +188,6 @@ def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool)
 
 
 def wanted_chunk_bytes(weight: Float[Tensor, "vocab hidden"], is_cpu: bool, *, is_soft: bool) -> int:
-    """Give the bytes of `default_chunk_bytes` for a weight that may be on paper."""
+    """Return the bytes of `default_chunk_bytes` for a weight that may be on paper."""
     wanted = CPU_CHUNK_BYTES if is_cpu else GPU_CHUNK_BYTES
     return max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight)) if is_soft else wanted

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpace import weights as W
-from dpace.config import LossConfig, Objective, TokenLoss, is_own
+from dpace.config import LossConfig, Objective, TokenLoss, is_custom
 from dpace.loss import Slots, Weigh
 from dpace.system.provenance import hash_json
 
@@ -175,7 +175,8 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     changes = {"token_loss": "nll", "confidence": "token"}
     for part in parts:
         changes |= {"confidence": "overlap"} if part == "overlap" else {"token_loss": part}
-    if not (objective in get_args(Objective) or is_own(objective)) or changes["token_loss"] not in get_args(TokenLoss):
+    is_known = objective in get_args(Objective) or is_custom(objective)
+    if not is_known or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
             f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or a custom one as "
             "package.module:function, and add +kl, +lk or +mix for that token loss, and +overlap for that "
@@ -203,7 +204,7 @@ def objective_sha256(loss: LossConfig, weigh: Weigh | None = None) -> str | None
     Raises:
         ValueError: see `load_custom` and `source_sha256`.
     """
-    if weigh is None and not is_own(loss.objective):
+    if weigh is None and not is_custom(loss.objective):
         return None
     return source_sha256(weigh or load_custom(loss.objective))
 
@@ -222,7 +223,7 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) 
     Raises:
         ValueError: see `load_custom`, `try_out` and `checked`.
     """
-    if weigh is not None or is_own(config.objective):
+    if weigh is not None or is_custom(config.objective):
         weigh = weigh or load_custom(config.objective)
         try_out(weigh, config.objective, block_size=block_size, has_overlap=config.needs_target_probs)
         return checked(weigh, config.objective)

@@ -39,7 +39,7 @@ from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.target import Target
-from dpace.train.identity import init_of, refuse_other_run, settings_of, target_of
+from dpace.train.identity import data_of, init_of, refuse_other_run, settings_of, target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 Cell = tuple[str, int]
@@ -144,7 +144,7 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
     """Make the recipe of each cell, in the order in which they are trained.
 
     Raises:
-        ValueError: an unknown objective, or one's own that cannot be found or gives wrong weights.
+        ValueError: an unknown objective, or a custom one that cannot be found or gives wrong weights.
     """
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}
@@ -175,8 +175,8 @@ def train_cells(
         datasets: of `choose_conversations`; features that they have are used, and kept here otherwise.
         init: a drafter that all start from, see `train`.
     """
-    facts = target_of(target)
-    runs = {cell: describe_run(facts, *datasets, recipe, init=init) for cell, recipe in recipes.items()}
+    facts = {**target_of(target), **data_of(*datasets), **init_of(init)}
+    runs = {cell: describe_run(facts, recipe) for cell, recipe in recipes.items()}
     untrained = ranks.from_first(lambda: [cell for cell in cells if not is_trained(cells[cell], runs[cell])])
     if not untrained:
         return
@@ -188,7 +188,8 @@ def train_cells(
     for number, cell in enumerate(untrained, start=1):
         if ranks.is_first():
             print(f"{number} of {len(untrained)}: {cell[0]}, seed {cell[1]}", file=sys.stderr)
-        train(target, dataset.with_seed(cell[1]), measured, recipes[cell], cells[cell], init=init)
+        seeded = dataset.with_seed(cell[1])
+        train(target, seeded, measured, recipes[cell], cells[cell], init=init, run=runs[cell])
 
 
 def heldout_set(heldout: Sequence[Response], recipe: Recipe) -> ResponseDataset:

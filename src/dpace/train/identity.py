@@ -1,4 +1,4 @@
-"""Say what a training run depends on, and refuse to go on with another one in its folder.
+"""Describe what a training run depends on, and refuse to go on with another one in its folder.
 
 What it depends on stands in the folder's `run.json`: the conversations, the target, and the settings that change
 results.
@@ -38,7 +38,7 @@ NO_RESULT = {
 }
 """Settings that change no result: a run goes on with other values of them."""
 EARLIER = {"init_sha256": None, "train.feature_dtype": "target", "train.feature_servers": False}
-"""What runs of earlier versions did, which did not say so."""
+"""Facts that earlier versions did not write, as they were then."""
 OBJECTIVE_SHA256 = "loss.objective_sha256"
 HASHES = ("tokenizer_sha256", "chat_template_sha256", "target_sha256")
 WAYS = {"thinking": "thinking", "dtype": "dtype"}

@@ -180,7 +180,7 @@ class TrainingLoop:
         return accelerator
 
     def _make_loader(self) -> Any:
-        """Give each rank its conversations: in random order, or steps of about one length."""
+        """Make the loader of each rank's conversations: in random order, or in steps of about one length."""
         config, sampler = self.config, None
         step_size = config.batch_size * config.gradient_accumulation_steps * ranks.num_ranks()
         if config.group_by_length and step_size > 1:

@@ -45,27 +45,15 @@ def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
     return refuse_other_run(folder, run) and (Path(folder) / "provenance.json").exists()
 
 
-def describe_run(
-    target_facts: Mapping[str, Any],
-    dataset: ResponseDataset,
-    validation: ResponseDataset,
-    recipe: Recipe,
-    weigh: Weigh | None = None,
-    init: Drafter | None = None,
-) -> dict[str, Any]:
+def describe_run(facts: Mapping[str, Any], recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
     """Describe all that a drafter depends on; what `run.json` holds.
 
     Args:
-        target_facts: of `identity.target_of`; computed once for several runs.
-        dataset: conversations to train on.
-        validation: those that choose the checkpoint.
+        facts: of `target_of`, `data_of` and `init_of`; they are hashes of much, and computed once a command.
         recipe: every setting.
         weigh: the function of a custom objective, where it is at hand.
-        init: the drafter that training starts from.
     """
-    settings = settings_of(recipe, weigh)
-    data = data_of(dataset, validation)
-    return {**target_facts, **data, **init_of(init), **settings, "ranks": ranks.num_ranks()}
+    return {**facts, **settings_of(recipe, weigh), "ranks": ranks.num_ranks()}
 
 
 def choose_conversations(
@@ -178,8 +166,8 @@ def train(
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh)
     folder = Path(folder)
     if run is None:
-        target_facts = target_of(target)
-        run = ranks.from_first(lambda: describe_run(target_facts, dataset, validation, recipe, weigh, init))
+        facts = {**target_of(target), **data_of(dataset, validation), **init_of(init)}
+        run = describe_run(facts, recipe, weigh)
     with ExitStack() as locks:
         is_finished, newest = ranks.from_first(lambda: _open_folder(folder, run, locks))
         if is_finished:

@@ -32,7 +32,7 @@ def run(args: list[str]) -> None:
     from dpace.train.progress import check_trackers
     from dpace.train.run import choose_conversations, keep_features, train
 
-    make_weigh(recipe.loss, recipe.drafter.block_size)  # refuses an objective of one's own before any work
+    make_weigh(recipe.loss, recipe.drafter.block_size)  # refuses a custom objective before any work
     prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
     if not path.exists():
@@ -52,12 +52,13 @@ def run(args: list[str]) -> None:
     if is_dry:
         return
     target = load_recipe_target(recipe, shard=recipe.train.target_shard)
-    facts = target_of(target)
-    refuse_other_answers(meta, facts, path, respond)
+    of_target = target_of(target)
+    refuse_other_answers(meta, of_target, path, respond)
+    facts = {**facts, **of_target, "ranks": ranks.num_ranks()}
     refuse_other_run(folder, facts)
     try:
         keep_features(target, *datasets, settled)
-        train(target, *datasets, settled, folder, init=init)
+        train(target, *datasets, settled, folder, init=init, run=facts)
     except KeyboardInterrupt:
         if ranks.is_first():
             print(f"checkpoints in {folder / 'checkpoints'}; go on with: {command('train', *args)}", file=sys.stderr)
