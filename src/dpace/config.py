@@ -103,7 +103,7 @@ class DrafterConfig:
     """Size of the drafter; the rest of its shape follows the target."""
 
     init: Text | None = None
-    """Folder or Hub id of a trained drafter to start from; size and mask token are then its own (docs/adapt.md)."""
+    """Folder or Hub id of a trained drafter to start from; size and mask token are then its own (docs/train.md)."""
     num_layers: Size = 3
     """Number of decoder layers, 1 or more (the paper: 3 and 5)."""
     block_size: Annotated[int, integer(2, 1000)] = 16
@@ -115,10 +115,11 @@ class DrafterConfig:
     mask_token_id: CountOrZero | None = None
     """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
     norm_scale: Positive = 1.0
-    """Initial weights of the final norm, above 0; small ones start near a uniform distribution (docs/training.md)."""
+    """Initial weights of the final norm, above 0; small ones start near a uniform distribution
+    (docs/results-training.md)."""
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
-    2 helps short trainings; docs/engines.md says which engines run them."""
+    2 helps short trainings; docs/serve.md says which engines run them."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -329,8 +330,9 @@ class CheckConfig:
 
     The baseline (decoding without a drafter) must equal `generate` of transformers. In fp32, texts must equal the
     baseline token for token: greedy, and sampled with the same seed; for several block sizes, verification lengths,
-    verify rules and batches. Sampled tokens and pairs must have the target's distribution (chi-square). No block may
-    see its future. A block in training must equal the block when serving, with the same accepted lengths.
+    verify rules and batches. Sampled tokens and pairs must have the target's distribution (chi-square). A block
+    must not read tokens or hidden states at or after its anchor's successor: those it predicts. A block in training
+    must equal the block when serving, with the same accepted lengths.
 
     In bf16, every difference in the text is listed with the target's margin, which tells a tie from a bug.
     """

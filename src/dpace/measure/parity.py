@@ -1,4 +1,4 @@
-"""Check that no block sees its future, and that blocks are equal in training and serving.
+"""Check that no block reads what it predicts, and that blocks are equal in training and serving.
 
 In come a target in fp32, a drafter and some responses; out come findings, also for `dpace doctor`.
 """

@@ -54,7 +54,7 @@ def compare(target: Target, config: CompareConfig, *, init: Drafter | None = Non
     """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
-    the held-out responses, which are the target's greedy text and choose nothing. `decode_speedup` is measured by
+    the held-out responses, which are the target's greedy text and only measure. `decode_speedup` is measured by
     decoding with the drafters of the first seed (`bench.num_prompts` of each set; 0 leaves it out). A finished cell is
     kept: the same call goes on after it.
 
