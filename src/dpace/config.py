@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """No unknown keys, no conversions between types, finite numbers."""
 LARGEST = 2**31 - 1
-"""What most integers are at most."""
+"""Largest value of most integers."""
 
 
 def integer(low: int, high: int = LARGEST) -> Any:

@@ -55,7 +55,7 @@ def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Se
     try:
         with contextlib.redirect_stderr(output), _wide_terminal():
             return tyro.cli(config_class, prog=f"dpace {verb}", args=_full_flags(config_class, verb, args))
-    except SystemExit as end:
+    except (SystemExit, ValidationError) as end:
         raise _refusal(end, output.getvalue(), config_class, verb) from end
 
 
@@ -129,11 +129,11 @@ def _wide_terminal() -> Iterator[None]:
             os.environ["COLUMNS"] = columns
 
 
-def _refusal(end: SystemExit, output: str, config_class: type, verb: str) -> ValueError:
+def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> ValueError:
     """Return in one line why tyro ended.
 
     Args:
-        end: how it did, while it handled an error of pydantic where a value has the right type and is refused.
+        end: how it did; it handled or raised an error of pydantic where a value of the right type is refused.
         output: what it printed.
         config_class: the options.
         verb: of dpace.
@@ -146,7 +146,7 @@ def _refusal(end: SystemExit, output: str, config_class: type, verb: str) -> Val
     group, kind = next(
         ((f"{n}.", k) for n, k in _groups(config_class).items() if k.__name__ == error.title), ("", config_class)
     )
-    name, _, reason = explain(error, kind).partition(" ")
+    name, reason = explain(error, kind).split(" ", 1)
     flag = f"--{group}{name.partition('[')[0]}".replace("_", "-")
     is_objective = {"literal_error", "string_pattern_mismatch"} <= {found["type"] for found in error.errors()}
     refusal = UsageError if is_objective else ValueError

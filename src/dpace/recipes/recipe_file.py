@@ -104,7 +104,7 @@ class PlainLoader(yaml.SafeLoader):
 
 
 class _Refused(yaml.YAMLError):
-    """What is wrong in a recipe, and where."""
+    """A reason to refuse a recipe, with its line."""
 
     def __init__(self, mark: Any, found: str, fix: str):
         super().__init__(f"line {mark.line + 1}: {found}; {fix}")

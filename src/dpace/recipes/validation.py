@@ -88,9 +88,9 @@ def explain(error: ValidationError, kind: type, *, skip: int = 0) -> str:
         case "missing":
             return f"{name} is missing, expected {expected(hint)}"
         case "unexpected_keyword_argument":
-            group_name, dot, key = name.rpartition(".")
+            key = name.split(".")[-1]
             close = difflib.get_close_matches(key, keys, n=1)
-            meant = f"did you mean {group_name}{dot}{close[0]}?" if close else f"there are {', '.join(keys)}"
+            meant = f"did you mean {name.removesuffix(key)}{close[0]}?" if close else f"there are {', '.join(keys)}"
             return f"there is no key {quoted(name)} ({meant})"
         case "value_error":  # of a check in dpace.config, whose message goes on from the name
             return f"{name} {first.get('ctx', {})['error']}"
