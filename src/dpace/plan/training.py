@@ -41,8 +41,10 @@ CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
 BYTES_PER_TOKEN = 3
 """Bytes of a prompt's text that a token has at least, on average; more in English."""
-TOKENS_PER_MESSAGE = 8
+TOKENS_PER_MESSAGE = 5
 """Tokens that a chat template adds to a message."""
+DISTINCT_TOKENS = 10
+"""Distinct tokens of a text, divided by the root of its length, as Heaps' law has them."""
 FeaturePlace = Literal["kept", "on disk", "computed in every step"]
 """Where the target's features are: in memory, in files, or nowhere."""
 FINAL_MEASUREMENTS = 3
@@ -282,14 +284,20 @@ def plan_training(
         parameters = sum(parameter.numel() for parameter in drafter.parameters())
         block_flops = comparing_flops(drafter.block_size, parameters, target.head.weight.numel())
     step_flops = paper.count_flops(shape)
+    mean_tokens = max(1, round(conversations.mean_tokens))
+    mean_blocks = max(1, round(conversations.mean_blocks))
+    rows = shape.num_head_rows
+    if recipe.loss.vocabulary == "seen" and rows is None:
+        num_seen = DISTINCT_TOKENS * ((conversations.number or 0) * mean_tokens) ** 0.5
+        rows = max(1, min(len(target.head.weight), int(num_seen)))
+    mean_flops = paper.count_flops(BatchShape(shape.batch_size, mean_tokens, mean_blocks, rows))
     steps = num_steps(train, conversations.number or 0, machine.ranks)
-    tokens_of_step = train.gradient_accumulation_steps * shape.batch_size * shape.num_tokens
-    mean_flops = step_flops["drafter"] * conversations.mean_blocks / shape.num_blocks + step_flops["optimizer"]
     read_tokens = conversations.validation_tokens
-    if features == "computed in every step":
-        mean_flops += step_flops["target"] * conversations.mean_tokens / shape.num_tokens
-    else:
+    target_flops = mean_flops["target"]
+    if features != "computed in every step":
         read_tokens += (conversations.number or 0) * conversations.mean_tokens
+        mean_flops["target"] = 0.0
+    tokens_of_step = train.gradient_accumulation_steps * shape.batch_size * mean_tokens
     measurements = math.ceil(steps / train.eval_steps) + FINAL_MEASUREMENTS
     moments = 1 if train.optimizer == "muon" else 2
     return TrainingPlan(
@@ -305,8 +313,8 @@ def plan_training(
         disk_bytes=2 * (4 * (1 + moments) + 2) * parameters,
         step_flops=step_flops,
         flops={
-            "features": step_flops["target"] * read_tokens / tokens_of_step,
-            "step": mean_flops,
+            "features": target_flops * read_tokens / tokens_of_step,
+            "step": sum(mean_flops.values()),
             "tau": measurements * conversations.validation_blocks * block_flops,
             "block": block_flops,
         },
