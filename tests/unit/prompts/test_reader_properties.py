@@ -1,6 +1,5 @@
 """Whatever a drafter's files and a server's events hold, readers give a value or a ValueError or OSError."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -33,22 +32,6 @@ def read(path: Path) -> None:
         read_drafter(path, num_target_layers=6)
     except (ValueError, OSError) as error:
         assert str(error) and len(str(error)) < 2000
-
-
-@MANY
-@given(data=st.data())
-def test_configs(source, data, tmp_path_factory):
-    """One or two values of any type, at the top or in an object of the config."""
-    folder = tmp_path_factory.getbasetemp() / "config"
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    config = json.loads((source / "config.json").read_text())
-    for _ in range(data.draw(st.integers(1, 2))):
-        places = [config, *(value for value in config.values() if isinstance(value, dict))]
-        place = data.draw(st.sampled_from(places))
-        if place:
-            place[data.draw(st.sampled_from(sorted(place)))] = data.draw(VALUES)
-    (folder / "config.json").write_text(json.dumps(config))
-    read(folder)
 
 
 def garbled(data, whole: bytes) -> bytes:
