@@ -54,19 +54,19 @@ PAIRS = {
     ),
     "convolutions, draft vocabulary, export": Pair(
         f"train {RECIPE} --drafter.conv-kernel-size 2; "
-        "export {out}/drafter --target {target} --to zlab --output {out}/zlab --prompts {prompts} --max-new-tokens 8; "
+        "export {out}/drafter --target {target} --to zlab --output {out}/zlab; "
         "generate --target {target} --drafter {out}/zlab --prompt w1 --max-new-tokens 8",
         "zlab/README.md",
     ),
     "chosen target layers, export, doctor": Pair(
         f"train {RECIPE} --drafter.target-layer-ids 0 4; "
-        "export {out}/drafter --target {target} --to vllm --output {out}/vllm --prompts {prompts} --max-new-tokens 8; "
+        "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "
         "doctor {out}/vllm --target {target} --engine vllm",
         "vllm/README.md",
     ),
     "export for speculators, import, bench": Pair(
-        "export {drafter} --target {target} --to speculators --output {out}/theirs --prompts {prompts} "
-        "--max-new-tokens 8; import {out}/theirs --output {out}/ours; "
+        "export {drafter} --target {target} --to speculators --output {out}/theirs; "
+        "import {out}/theirs --output {out}/ours; "
         f"bench {RECIPE} --bench.drafters {{out}}/ours",
         "results.json",
     ),

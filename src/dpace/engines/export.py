@@ -5,7 +5,6 @@ All that is written is read again and compared with what was to be written, befo
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpace.config import Format
-from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import MAX_LAYERS, DrafterSpec
-from dpace.drafter.views import draft_block, mask_blocks
 from dpace.engines.card import write_card
 from dpace.engines.gguf import read_gguf, write_gguf
 from dpace.engines.published import make_drafter, read_folder
 from dpace.engines.speculators import speculators_config, verifier_name
-from dpace.metrics import Acceptance
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files
 from dpace.target import Target
@@ -33,8 +29,6 @@ IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
 COMPARED = [name for name, field in DrafterSpec.__dataclass_fields__.items() if field.compare]
 """What a spec that is read again must have as it was written."""
-MAX_LOGIT_ERROR = 1e-5
-"""Largest relative difference of logits; the same weights give the same ones up to the order of sums."""
 
 
 def refuse_output(output: Path, *others: tuple[str, Path]) -> None:
@@ -56,7 +50,7 @@ def refuse_output(output: Path, *others: tuple[str, Path]) -> None:
 
 
 class Exported(NamedTuple):
-    """What was written, and how it compares with the drafter when it is read again."""
+    """What was written, and read again as it was to be written."""
 
     path: Path
     """What an engine is given: the folder, or the GGUF file in it."""
@@ -64,10 +58,6 @@ class Exported(NamedTuple):
     """Number of tensors, all equal, bit for bit, to those that were to be written."""
     rounding: float
     """Largest relative change of a tensor by the change of dtype; 0 where it was kept."""
-    logit_error: float | None
-    """Relative difference of a block's logits between the drafter and what was read again; None without prompts."""
-    acceptance: Acceptance | None
-    """Accepted lengths, the same for both on every prompt; None without prompts."""
 
 
 def export(
@@ -81,8 +71,6 @@ def export(
     target_gguf: str | Path | None = None,
     dtype: torch.dtype | None = None,
     license: str = "other",
-    prompts: Sequence[list[int]] = (),
-    max_new_tokens: int = 64,
 ) -> Exported:
     """Write a drafter for an engine with a model card, read it again, and compare.
 
@@ -98,8 +86,6 @@ def export(
         target_gguf: any GGUF file of the target; needed for `gguf`.
         dtype: of the weights; by default as they are.
         license: of the weights, for the model card.
-        prompts: token ids; accepted lengths are compared on them.
-        max_new_tokens: response tokens for each.
 
     Raises:
         ValueError: a drafter that cannot be served, a missing or wrong `target_gguf`, or files that do not read back as
@@ -113,8 +99,6 @@ def export(
     spec.check()
     original = load_drafter(folder, target, all_tokens=True)
     tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf")
-    logit_error = None
-    acceptance = None
     with filling(output) as aside:
         path = _write_format(
             aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf
@@ -134,11 +118,7 @@ def export(
         again = read_drafter(path, num_target_layers=target.num_layers)
         final = output / path.relative_to(aside)
         _compare_files(final, spec, tensors, again)
-        if prompts:
-            reference = original if dtype is None else _for_decoding(spec, tensors, target)
-            served = _for_decoding(again.spec, again.state_dict(), target)
-            logit_error, acceptance = _compare_decoding(final, target, reference, served, prompts, max_new_tokens)
-    return Exported(final, len(tensors), rounding, logit_error, acceptance)
+    return Exported(final, len(tensors), rounding)
 
 
 def import_drafter(source: str | Path, output: str | Path, *, target: str | None = None) -> Drafter:
@@ -267,50 +247,6 @@ def _compare_files(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tenso
     wrong += [name for name, tensor in again.state_dict().items() if not _is_bit_equal(tensor, tensors[name])]
     if wrong:
         raise ValueError(f"{path} does not read back as it was written ({'; '.join(wrong[:3])}); do not serve it")
-
-
-def _compare_decoding(
-    path: Path, target: Target, reference: Drafter, again: Drafter, prompts: Sequence[list[int]], max_new_tokens: int
-) -> tuple[float, Acceptance]:
-    """Compare the logits of a block after the first prompt, and accepted lengths on all prompts."""
-    expected, read = (_block_logits(target, drafter, prompts[0]) for drafter in (reference, again))
-    error = float((read - expected).norm() / expected.norm())
-    if not error <= MAX_LOGIT_ERROR:
-        raise ValueError(
-            f"{path} drafts differently: logits of a block differ by {error:.2g} (relative), expected at most "
-            f"{MAX_LOGIT_ERROR:g}; do not serve it"
-        )
-    results = []
-    for number, token_ids in enumerate(prompts):
-        ours, theirs = (
-            generate(target, drafter, token_ids, max_new_tokens=max_new_tokens, width="full")
-            for drafter in (reference, again)
-        )
-        if ours.accepted_lengths != theirs.accepted_lengths:
-            raise ValueError(
-                f"{path} drafts differently: accepted lengths on prompt {number} are {theirs.accepted_lengths}, "
-                f"expected {ours.accepted_lengths}; do not serve it"
-            )
-        results.append(theirs.acceptance)
-    return error, Acceptance.pooled(results)
-
-
-@torch.inference_mode()
-def _block_logits(target: Target, drafter: Drafter, token_ids: list[int]) -> Tensor:
-    """Compute the logits of the block whose anchor is the prompt's last token, "draft vocab"."""
-    prompt = torch.tensor([token_ids], device=target.device)
-    features = target.features(prompt[:, :-1], drafter.target_layer_ids)
-    hidden = draft_block(drafter, target, mask_blocks(drafter, token_ids[-1:]), features)
-    return target.logits(hidden[0, 1:]).float()
-
-
-def _for_decoding(spec: DrafterSpec, tensors: dict[str, Tensor], target: Target) -> Drafter:
-    """Make a drafter in the target's dtype and on its device.
-
-    Its rotary embedding stays in fp32, which `Drafter.to(dtype)` would not do.
-    """
-    drafter: Any = make_drafter(spec, {name: tensor.to(target.model.dtype) for name, tensor in tensors.items()})
-    return drafter.to(target.device)
 
 
 def _is_bit_equal(tensor: Tensor, expected: Tensor) -> bool:

@@ -81,10 +81,10 @@ def folders(folder, language_target, language_responses, make_once) -> dict[str,
 
 
 @pytest.fixture
-def do_export(language_target, folders, target_gguf, prompts, tmp_path):
+def do_export(language_target, folders, target_gguf, tmp_path):
     def run(to, kind="half-trained", folder=None, **options):
         settings = {"output": tmp_path / to, "name": "tiny-dflash", "target_name": "some/target"}
-        settings |= {"target_gguf": target_gguf, "prompts": prompts, "max_new_tokens": 20}
+        settings["target_gguf"] = target_gguf
         return export(folder or folders[kind], language_target, to=to, **{**settings, **options})
 
     return run
@@ -105,7 +105,7 @@ def test_out_and_in_again_is_the_same_drafter(to, kind, dtype, do_export, folder
     folder = folders[kind]
     done = do_export(to, kind, dtype=dtype)
     weights = read_folder(folder)[1]
-    assert done.num_tensors == len(weights) == (25 if kind == "half-trained" else 36) and done.acceptance.tau > 1.5
+    assert done.num_tensors == len(weights) == (25 if kind == "half-trained" else 36)
     assert (done.rounding == 0) == (dtype in (None, weights["fc.weight"].dtype)) and done.rounding < 0.01
     again = import_drafter(done.path, tmp_path / "again", target=str(language_folder))
     files = load_file(tmp_path / "again" / "model.safetensors")
@@ -425,7 +425,7 @@ def test_the_card_has_measured_rows_of_these_weights_only(do_export, language_ta
     results = bench(language_target, {"mine": mine, "other": other}, asked, config, source.parent)
 
     def card(**options):
-        path = do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit", prompts=(), **options).path
+        path = do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit", **options).path
         return (path / "README.md").read_text()
 
     text = card()
@@ -446,7 +446,7 @@ def test_the_cards_transformers_commands_run(
     do_export, language_folder, language_target, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    path = do_export("zlab", output=tmp_path / "out", name=str(tmp_path / "out"), prompts=()).path
+    path = do_export("zlab", output=tmp_path / "out", name=str(tmp_path / "out")).path
     (code,) = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(), flags=re.DOTALL)
     code = code.replace("some/target", str(language_folder)).replace('"..."', '"w3 w51"').replace(": 256", ": 20")
     exec(compile(code, "README.md", "exec"), {})
@@ -456,12 +456,10 @@ def test_the_cards_transformers_commands_run(
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
-def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_path, capsys, monkeypatch):
-    asked = tmp_path / "prompts.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[50:52]))
+def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, monkeypatch):
     out = tmp_path / "tiny-dflash-gguf"
-    flags = [str(folder), "--target", str(language_folder), "--prompts", str(asked), "--max-new-tokens", "12"]
-    flags += ["--to", "gguf", "--output", str(out), "--dtype", "float16"]
+    flags = [str(folder), "--target", str(language_folder), "--to", "gguf", "--output", str(out)]
+    flags += ["--dtype", "float16"]
     assert main(["export", *flags]) == 1
     assert "--target-gguf" in capsys.readouterr().err
     uploads = []
@@ -478,7 +476,7 @@ def test_the_verbs(language_folder, folder, language_prompts, target_gguf, tmp_p
     assert main(["export", *flags, "--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]) == 0
     printed = capsys.readouterr().out
     assert "25 of 25 tensors read back bit for bit; rounded by at most" in printed
-    assert "equal on 2 of 2 prompts" in printed and "uploaded: https://example.org/me/tiny-dflash" in printed
+    assert "uploaded: https://example.org/me/tiny-dflash" in printed
     (written,) = out.glob("dflash-*-float16.gguf")
     assert uploads == ["me/tiny-dflash", ["README.md", written.name]]
     assert f"-md {written.name} --spec-type draft-dflash --spec-draft-n-max 5" in (out / "README.md").read_text()

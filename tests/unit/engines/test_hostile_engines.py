@@ -164,7 +164,7 @@ def test_a_recipe_that_cannot_be_read_is_no_trap(recipe, folder, tmp_path, capsy
     (folder / "recipe.yaml").write_text(recipe)
     assert main(["doctor", str(folder), "--target", "t"]) in (0, 1)
     args = ["export", str(folder), "--target", "t", "--to", "zlab", "--output", str(tmp_path / "o")]
-    assert main([*args, "--num-prompts", "0"]) == 0
+    assert main(args) == 0
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "Traceback" not in err
 
@@ -214,7 +214,7 @@ def test_damaged_gguf_files_are_refused(
     path.write_bytes(GGUF[fault](target_gguf.read_bytes()))
     args = ["export", str(source), "--target", "t", "--to", "gguf", "--output", str(tmp_path / "b")]
     if fault not in ("cut at 60 %", "other bytes"):  # its header is whole: only it is read
-        refused([*args, "--target-gguf", str(path), "--num-prompts", "0"], capsys)
+        refused([*args, "--target-gguf", str(path)], capsys)
         assert not (tmp_path / "b").exists()
     assert not (tmp_path / "a").exists()
 
@@ -237,13 +237,13 @@ def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, t
         (out / name).write_text("mine")
     before = tree(out) if out.is_dir() else out.read_text()
     args = [verb, str(folder), "--output", str(out), "--target", str(out if name == "the target" else language_folder)]
-    refused([*args, *(["--to", "zlab", "--num-prompts", "0"] if verb == "export" else [])], capsys, "--output")
+    refused([*args, *(["--to", "zlab"] if verb == "export" else [])], capsys, "--output")
     assert (tree(out) if out.is_dir() else out.read_text()) == before
 
 
 def test_a_failed_comparison_leaves_what_was_there(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    args = ["export", str(folder), "--target", "t", "--to", "zlab", "--output", str(out), "--num-prompts", "0"]
+    args = ["export", str(folder), "--target", "t", "--to", "zlab", "--output", str(out)]
     for before in ({}, None):
         if before is None:
             assert main(args) == 0

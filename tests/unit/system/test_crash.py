@@ -99,7 +99,7 @@ class Runs:
     def export(self, output: Path, *words: str) -> None:
         if words == ("over", "another"):
             words = ("zlab", "--dtype", "bfloat16")
-        flags = f"--target-gguf {self.target_gguf} --num-prompts 0 --output {output}"
+        flags = f"--target-gguf {self.target_gguf} --output {output}"
         self.main("export", f"{self.drafter} --to {' '.join(words)} {flags}")
 
     def import_(self, output: Path, source: str) -> None:
