@@ -286,7 +286,7 @@ class TrainingLoop:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = ranks.whole(get_total_norm(gradients))
 
-        sums = torch.stack([*self.over_ranks(totals), norm]).tolist()  # the only wait for the device
+        sums = torch.stack([*self.over_ranks(totals), norm]).tolist()  # waits for the backward pass
         divisor = max(sums[1], torch.finfo(torch.float32).tiny)
         factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks
         loss = sums[0] / divisor
