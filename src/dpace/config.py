@@ -406,8 +406,6 @@ class CompareConfig(Recipe):
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: Text = "dflash"
     """Objective that the others are compared with; it is trained too where `objectives` lacks it."""
-    wide: bool = False
-    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -424,5 +422,3 @@ class DemoConfig:
     """Folder that everything is written to; dpace-demo, or dpace-demo-quick with --quick, by default.
 
     The same command continues an interrupted run in it."""
-    wide: bool = False
-    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""

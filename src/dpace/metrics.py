@@ -125,26 +125,24 @@ class Acceptance:
         with np.errstate(invalid="ignore", divide="ignore"):
             return reached[1:] / reached[:-1]
 
-    def interval(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """Bootstrap the 95 % interval of tau over prompts.
 
         Returns:
             Lower and upper end, in tokens; (nan, nan) without a verification, and for one prompt, which says nothing
             of others.
         """
-        if not self.num_verifications:
-            return float("nan"), float("nan")
-        return ratio_interval(self.emitted_tokens, self.rows.sum(-1), num_resamples=num_resamples, seed=seed)
+        return ratio_interval(self.emitted_tokens, self.rows.sum(-1))
 
-    def reach_interval(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def reach_interval(self) -> tuple[np.ndarray, np.ndarray]:
         """Bootstrap the 95 % interval of `reach_rate` over prompts: lower and upper end for each slot."""
-        counts = resample_sums(self.rows.T[:, None], num_resamples=num_resamples, seed=seed)
+        counts = resample_sums(self.rows.T[:, None])
         reached = counts[::-1].cumsum(0)[::-1]
         return interval_ends(reached[1:] / np.maximum(reached[:1], 1))
 
 
-def resample_sums(values: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Sum quantities over resamples of their prompts and training seeds: the bootstrap of every interval.
+def resample_sums(values: np.ndarray) -> np.ndarray:
+    """Sum quantities over `NUM_RESAMPLES` resamples of their prompts and training seeds: each interval's bootstrap.
 
     A resample draws prompts, and seeds, with replacement, the same ones for all quantities. So quantiles of any
     function of the sums are an interval of it, paired where the function compares sides. Few seeds say little about
@@ -152,16 +150,14 @@ def resample_sums(values: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, see
 
     Args:
         values: "... seed prompt"; what has no seeds has an axis of one there.
-        num_resamples: number of bootstrap samples.
-        seed: of the resampling.
 
     Returns:
-        The sums, "... resample".
+        The sums, "... resample"; always the same ones for the same values.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     num_seeds, num_prompts = values.shape[-2:]
-    prompts = generator.integers(num_prompts, size=(num_resamples, num_prompts))
-    seeds = generator.integers(num_seeds, size=(num_resamples, num_seeds))
+    prompts = generator.integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
+    seeds = generator.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
     by_seed = np.stack([values[..., i, :].take(prompts, -1).sum(-1) for i in range(num_seeds)], -1)
     return np.take_along_axis(by_seed, np.broadcast_to(seeds, (*by_seed.shape[:-2], *seeds.shape)), -1).sum(-1)
 
@@ -172,28 +168,51 @@ def interval_ends(samples: np.ndarray) -> tuple[Any, Any]:
     return (low, high) if samples.ndim > 1 else (float(low), float(high))
 
 
-def ratio_interval(
-    tops: Sequence[int] | np.ndarray,
-    bottoms: Sequence[int] | np.ndarray,
-    *,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Bootstrap the 95 % interval of a ratio of totals of counts, both by prompt; (nan, nan) for fewer than two."""
-    if len(tops) < 2:
+def ratio_interval(tops: Sequence[int] | np.ndarray, bottoms: Sequence[int] | np.ndarray) -> tuple[float, float]:
+    """Bootstrap the 95 % interval of a ratio of totals of counts, both by prompt.
+
+    It is (nan, nan) for fewer than two prompts, and where nothing was counted.
+    """
+    if len(tops) < 2 or not np.any(bottoms):
         return float("nan"), float("nan")
-    sums = resample_sums(np.stack([tops, bottoms])[:, None], num_resamples=num_resamples, seed=seed)
-    return interval_ends(sums[0] / np.maximum(sums[1], 1))
+    return interval_ends(_resample_ratio(np.array([[tops], [bottoms]], float))[1])
+
+
+def _resample_ratio(totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the sums of two quantities, "2 ... seed prompt", and those of their resamples.
+
+    Returns:
+        The ratio, "...", nan over 0; and the resampled ones, "... resample".
+    """
+    tops, bottoms = totals.sum((-2, -1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(bottoms > 0, tops / bottoms, np.nan)
+    resampled = resample_sums(totals)
+    return ratio, resampled[0] / np.maximum(resampled[1], 1e-12)
+
+
+def _compare_ratios(totals: np.ndarray, least_prompts: int, base: int) -> tuple[float, float, float]:
+    """Divide the ratio of the first side by that of the second, and subtract a base.
+
+    Args:
+        totals: top and bottom of the ratios, "2 side seed prompt".
+        least_prompts: with fewer the ends of the interval are nan.
+        base: 1 for a gain, 0 for a factor.
+
+    Returns:
+        The number and the ends of its 95 % interval; all are nan where a ratio is 0 or has no value.
+    """
+    ratio, resampled = _resample_ratio(totals)
+    if not (ratio > 0).all():
+        return float("nan"), float("nan"), float("nan")
+    value = float(ratio[0] / ratio[1] - base)
+    if totals.shape[-1] < least_prompts:
+        return value, float("nan"), float("nan")
+    return value, *interval_ends(resampled[0] / np.maximum(resampled[1], 1e-12) - base)
 
 
 def decode_speedup(
-    tokens: Sequence[float | int],
-    seconds: Sequence[float | int],
-    plain_tokens: Sequence[float | int],
-    plain_seconds: Sequence[float | int],
-    *,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    tokens: Sequence[int], seconds: Sequence[float], plain_tokens: Sequence[int], plain_seconds: Sequence[float]
 ) -> tuple[float, float, float]:
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
@@ -202,24 +221,13 @@ def decode_speedup(
         seconds: decode time of these tokens.
         plain_tokens: decoded without a drafter, for the same prompts in the same order.
         plain_seconds: decode time of these tokens.
-        num_resamples: number of bootstrap samples of prompts.
-        seed: of the resampling.
 
     Returns:
         The speedup and the ends of its 95 % interval, which are nan for fewer than `MIN_PROMPTS`; all are nan where a
         side decoded nothing.
     """
-    totals = np.array([[tokens, plain_tokens], [seconds, plain_seconds]], float)  # axes: quantity, side, prompt
-    sums = totals.sum(-1)
-    if not sums[0].all():
-        return float("nan"), float("nan"), float("nan")
-    rates = sums[0] / sums[1]
-    speedup = float(rates[0] / rates[1])
-    if len(tokens) < MIN_PROMPTS:
-        return speedup, float("nan"), float("nan")
-    resampled = resample_sums(totals[:, :, None], num_resamples=num_resamples, seed=seed)
-    samples = resampled[0] / np.maximum(resampled[1], 1e-12)
-    return speedup, *interval_ends(samples[0] / np.maximum(samples[1], 1e-12))
+    totals = np.array([[[tokens], [plain_tokens]], [[seconds], [plain_seconds]]], float)
+    return _compare_ratios(totals, MIN_PROMPTS, base=0)
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
@@ -251,20 +259,12 @@ def published_speedup(
     return float(means[1] / means[0])
 
 
-def tau_gain(
-    ours: Sequence[Acceptance],
-    theirs: Sequence[Acceptance],
-    *,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float, float]:
+def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[float, float, float]:
     """Compute how much larger one tau is than another on the same prompts, as a ratio minus 1.
 
     Args:
         ours: one for each training seed, each with one row a prompt.
         theirs: of the same seeds and prompts, in the same order.
-        num_resamples: paired bootstrap samples of prompts and seeds, see `resample_sums`.
-        seed: of the resampling.
 
     Returns:
         The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification. The ends
@@ -279,34 +279,22 @@ def tau_gain(
             f"the numbers of prompts by seed are {shapes[0]} and {shapes[1]}; a paired gain needs the same seeds and "
             "prompts on both sides: measure both again on the same prompts"
         )
-    tau, taus = resample_taus([ours, theirs], num_resamples=num_resamples, seed=seed)
-    if not (tau > 0).all():  # one is 0 or nan
-        return float("nan"), float("nan"), float("nan")
-    gain = float(tau[0] / tau[1] - 1)
-    if shapes[0][0] < 2:
-        return gain, float("nan"), float("nan")
-    return gain, *interval_ends(taus[0] / np.maximum(taus[1], 1e-12) - 1)
+    return _compare_ratios(_tau_totals([ours, theirs]), 2, base=1)
 
 
-def resample_taus(
-    sides: Sequence[Sequence[Acceptance]], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def resample_taus(sides: Sequence[Sequence[Acceptance]]) -> tuple[np.ndarray, np.ndarray]:
     """Compute the taus of several sides, and resample their prompts and seeds together, see `resample_sums`.
 
     Args:
         sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.
-        num_resamples: number of bootstrap samples.
-        seed: of the resampling.
 
     Returns:
         The pooled tau of each side, " side", nan where it has no verification; and the resampled ones, "side resample".
     """
-    # axes: emitted tokens or verifications, side, seed, prompt
-    totals = np.array(
-        [[[a.emitted_tokens for a in side] for side in sides], [[a.rows.sum(-1) for a in side] for side in sides]],
-        dtype=float,
-    )
-    emitted, verifications = totals.sum((-2, -1))
-    tau = np.divide(emitted, verifications, out=np.full(len(sides), np.nan), where=verifications > 0)
-    resampled = resample_sums(totals, num_resamples=num_resamples, seed=seed)
-    return tau, resampled[0] / np.maximum(resampled[1], 1e-12)
+    return _resample_ratio(_tau_totals(sides))
+
+
+def _tau_totals(sides: Sequence[Sequence[Acceptance]]) -> np.ndarray:
+    """Return the emitted tokens and the verifications of several sides, "2 side seed prompt"."""
+    emitted = [[a.emitted_tokens for a in side] for side in sides]
+    return np.array([emitted, [[a.rows.sum(-1) for a in side] for side in sides]], float)

@@ -51,7 +51,8 @@ def test_one_prompt_gives_no_interval():
     assert gain == 0 and np.isnan(ends).all()
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr("dpace.metrics.NUM_RESAMPLES", 300)
     generator = np.random.default_rng(0)
     truth, hits = 1 + 0.5 + 0.25 + 0.125, 0
     for _ in range(200):
@@ -59,7 +60,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         for _ in range(40):
             lengths = [min(3, generator.geometric(0.5) - 1) for _ in range(10)]
             rows.append(Acceptance.from_lengths(lengths, 4))
-        low, high = Acceptance.of_prompts(rows).interval(num_resamples=300)
+        low, high = Acceptance.of_prompts(rows).interval()
         hits += low <= truth <= high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -75,11 +76,11 @@ def test_wrong_length_is_refused():
 
 
 def test_decode_speedup_is_a_ratio_of_totals():
-    value, low, high = decode_speedup([10, 30] * 4, [1, 1] * 4, [10, 30] * 4, [2, 4] * 4)
+    value, low, high = decode_speedup([10, 30] * 4, [1.0, 1.0] * 4, [10, 30] * 4, [2.0, 4.0] * 4)
     assert value == 3.0
     assert 2.0 <= low < 3.0 < high <= 4.0
     few = MIN_PROMPTS - 1
-    value, *ends = decode_speedup([10] * few, [1] * few, [10] * few, [2] * few)
+    value, *ends = decode_speedup([10] * few, [1.0] * few, [10] * few, [2.0] * few)
     assert value == 2.0 and np.isnan(ends).all()
     assert np.isnan(decode_speedup([0] * 8, [1e-7] * 8, [0] * 8, [1e-7] * 8)).all()
 
@@ -109,7 +110,8 @@ def random_acceptance(generator, num_prompts: int, share: float) -> Acceptance:
 
 
 @pytest.mark.parametrize("level", ["prompts", "seeds"])
-def test_a_bootstrap_with_one_level_is_that_of_scipy(level):
+def test_a_bootstrap_with_one_level_is_that_of_scipy(level, monkeypatch):
+    monkeypatch.setattr("dpace.metrics.NUM_RESAMPLES", 20_000)
     generator = np.random.default_rng(3)
     if level == "prompts":
         runs = [random_acceptance(generator, 60, 0.6)]
@@ -119,7 +121,7 @@ def test_a_bootstrap_with_one_level_is_that_of_scipy(level):
         emitted, verifications = (
             [getattr(run, name) for run in runs] for name in ("num_emitted_tokens", "num_verifications")
         )
-    tau, taus = resample_taus([runs], num_resamples=20_000)
+    tau, taus = resample_taus([runs])
     theirs = stats.bootstrap(
         (emitted, verifications),
         lambda tops, bottoms, axis: tops.sum(axis) / bottoms.sum(axis),

@@ -40,18 +40,13 @@ class Column(NamedTuple):
     heading: str
     write: Callable[[Any], str]
     is_text: bool = False
-    only: Literal["narrow", "wide"] | None = None
-    """Only in tables of 80 columns, or only in those of `--wide` and of the page; None for both."""
-
-
-def columns_of(columns: Iterable[Column], wide: bool) -> list[Column]:
-    """Choose the columns of a narrow or a wide table."""
-    return [column for column in columns if column.only in (None, "wide" if wide else "narrow")]
+    only: Literal["terminal", "page"] | None = None
+    """Where it stands: the terminal's tables have 80 characters, and the page has all columns; None for both."""
 
 
 def page_rows(columns: Iterable[Column], rows: Iterable[Any]) -> list[list[str]]:
-    """Write the headings and the rows of the wide table, for a page."""
-    kept = columns_of(columns, wide=True)
+    """Write the headings and the rows of a table of the page."""
+    kept = [column for column in columns if column.only != "terminal"]
     return [[column.heading for column in kept], *([column.write(row) for column in kept] for row in rows)]
 
 
@@ -140,11 +135,11 @@ SET = Column("set", attrgetter("set"), is_text=True)
 TEMPERATURE = Column("T", lambda row: f"{row.temperature:g}")
 DRAFTER = Column("drafter", attrgetter("drafter"), is_text=True)
 WIDTH = Column("width", lambda row: str(row.width), is_text=True)
-TAU = Column("tau", lambda row: with_interval(row.tau), only="narrow")
-TAU_INTERVAL = Column("tau [95 %]", lambda row: with_interval(row.tau, row.tau_interval), only="wide")
+TAU = Column("tau", lambda row: with_interval(row.tau), only="terminal")
+TAU_INTERVAL = Column("tau [95 %]", lambda row: with_interval(row.tau, row.tau_interval), only="page")
 SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, row.decode_speedup_interval))
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
-PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="wide")
+PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="page")
 SAME_TEXT = Column("same text", _same_text)
 """Columns of several kinds of rows."""
 
@@ -159,8 +154,8 @@ RESULT_COLUMNS = (
     TAU_INTERVAL,
     RATE,
     PLAIN_RATE,
-    Column("tau*", lambda row: with_interval(row.published.tau), only="wide"),
-    Column("speedup*", lambda row: with_interval(row.published.decode_speedup), only="wide"),
+    Column("tau*", lambda row: with_interval(row.published.tau), only="page"),
+    Column("speedup*", lambda row: with_interval(row.published.decode_speedup), only="page"),
     SAME_TEXT,
 )
 """What is written of a `Row`; a star marks what published tables have, see `dpace.metrics.published_tau`."""
@@ -170,15 +165,12 @@ def result_columns(rows: Iterable[Row]) -> tuple[Column, ...]:
     """Return the columns of these rows: with compiled plain decoding where that was measured."""
     if not any(row.compiled for row in rows):
         return RESULT_COLUMNS
-
-    def speedup(row: Row) -> str:
-        compiled = row.compiled
-        return with_interval(compiled.decode_speedup, compiled.decode_speedup_interval) if compiled else "-"
-
     return (
         *RESULT_COLUMNS,
-        Column("compiled plain tok/s", lambda row: _rate(row.compiled and row.compiled.tokens_per_second), only="wide"),
-        Column("over compiled plain [95 %]", speedup, only="wide"),
+        Column("compiled plain tok/s", lambda row: RATE.write(row.compiled) if row.compiled else "-", only="page"),
+        Column(
+            "over compiled plain [95 %]", lambda row: SPEEDUP.write(row.compiled) if row.compiled else "-", only="page"
+        ),
     )
 
 
@@ -189,8 +181,8 @@ PAIR_COLUMNS = (
     DRAFTER,
     WIDTH,
     Column("tau [95 %]", lambda row: percent(row.tau_gain)),
-    Column("speed ratio", lambda row: with_interval(row.speed_ratio[0]), only="narrow"),
-    Column("speed ratio [95 %]", lambda row: with_interval(row.speed_ratio[0], row.speed_ratio[1:]), only="wide"),
+    Column("speed ratio", lambda row: with_interval(row.speed_ratio[0]), only="terminal"),
+    Column("speed ratio [95 %]", lambda row: with_interval(row.speed_ratio[0], row.speed_ratio[1:]), only="page"),
 )
 """What is written of a `Comparison`."""
 
@@ -209,9 +201,9 @@ SERVER_COLUMNS = (
     TAU_INTERVAL,
     RATE,
     PLAIN_RATE,
-    Column("throughput", lambda row: _rate(row.throughput), only="wide"),
-    Column("plain throughput", lambda row: _rate(row.plain_throughput), only="wide"),
-    Column("TTFT s (95 %)", lambda row: "{:.2f} ({:.2f})".format(*row.first_seconds), only="wide"),
+    Column("throughput", lambda row: _rate(row.throughput), only="page"),
+    Column("plain throughput", lambda row: _rate(row.plain_throughput), only="page"),
+    Column("TTFT s (95 %)", lambda row: "{:.2f} ({:.2f})".format(*row.first_seconds), only="page"),
     SAME_TEXT,
 )
 """What is written of a `ServerRow`."""
@@ -224,36 +216,29 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
         baseline: the objective that the others are compared with.
         decoded: rows of decoding, of which those at temperature 0 are shown; what has none is written as `-`.
     """
-    speeds = {(row.set, row.drafter): row for row in decoded if row.temperature == 0}
+    speeds = {(row.set, row.drafter): SPEEDUP.write(row) for row in decoded if row.temperature == 0}
 
-    def speedup(row: ComparedRow) -> str:
-        speed = speeds.get((row.set, row.drafter))
-        return SPEEDUP.write(speed) if speed else "-"
-
-    def objective_verdict(row: ComparedRow) -> str:
-        return "baseline" if row.drafter == baseline else _judge(row.gain[1:], 0, "better", "worse")
-
-    def gain(row: ComparedRow) -> str:
-        return "-" if row.drafter == baseline else percent(row.gain)
+    def unless_baseline(write: Callable[[ComparedRow], str], otherwise: str = "-") -> Callable[[ComparedRow], str]:
+        return lambda row: otherwise if row.drafter == baseline else write(row)
 
     def by_seed(row: ComparedRow) -> str:
-        gains = ("-" if value is None else f"{100 * value:+.1f}" for value in row.gain_by_seed)
-        return "-" if row.drafter == baseline else " ".join(gains)
+        return " ".join("-" if value is None else f"{100 * value:+.1f}" for value in row.gain_by_seed)
 
+    judge = unless_baseline(lambda row: _judge(row.gain[1:], 0, "better", "worse"), "baseline")
     return [
-        Column("verdict", objective_verdict, is_text=True),
+        Column("verdict", judge, is_text=True),
         SET,
         Column("objective", attrgetter("drafter"), is_text=True),
         TAU,
         TAU_INTERVAL,
-        Column(f"over {baseline} [95 %]", gain),
-        Column("by seed", by_seed, only="wide"),
-        Column("decode_speedup [95 %]", speedup, only="wide"),
+        Column(f"over {baseline} [95 %]", unless_baseline(lambda row: percent(row.gain))),
+        Column("by seed", unless_baseline(by_seed), only="page"),
+        Column(SPEEDUP.heading, lambda row: speeds.get((row.set, row.drafter), "-"), only="page"),
         Column("ms/step", lambda row: "-" if row.step_seconds is None else f"{1000 * row.step_seconds:.0f}"),
         Column(
             "peak GiB",
             lambda row: "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
-            only="wide",
+            only="page",
         ),
     ]
 

@@ -9,8 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from dpace.batches.corpus import Corpus
-from dpace.batches.dataset import GroupedSampler, ResponseDataset, padding
-from dpace.config import Recipe
 from dpace.prompts.prompts import Split
 from dpace.system.progress import printable
 
@@ -32,29 +30,25 @@ def prompts_page(split: Split) -> RenderableType:
     return Text(printable("\n".join(lines)))
 
 
-def responses_page(corpus: Corpus, recipe: Recipe, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
-    """Show lengths, ends, repetitions and padding of the training answers, and some of them.
+def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
+    """Show lengths, ends and repetitions of the training answers, and some of them.
 
     Args:
         corpus: conversations to train on.
-        recipe: settings of the training.
+        max_length: tokens at which training cuts them.
         meta: what made the answers, of `responses.meta.json`.
         tokenizer: of the target.
     """
-    config = recipe.train
-    dataset = ResponseDataset(corpus, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
-    num_cut = int((corpus.lengths > config.max_length).sum())
     counts = {
-        f"conversations are cut at --train.max-length {config.max_length}": num_cut,
-        "have no two tokens of an answer in a row, and are left out": dataset.num_skipped,
+        f"conversations are cut at --train.max-length {max_length}": int((corpus.lengths > max_length).sum()),
+        "have no two tokens of an answer in a row, and are left out": int((corpus.num_anchors(max_length) == 0).sum()),
         "answers repeat another one token for token": _count_repeated(corpus),
     }
     facts = [
         f"{len(corpus)} answers, {int(corpus.lengths.sum()):,} tokens with their prompts",
         *(f"{count} {what}" for what, count in counts.items() if count),
         _answer_ends(answers, meta),
-        _padding(dataset, recipe),
     ]
     return Group(Text("\n".join(facts)), _length_table(corpus, answers), *_preview(corpus, tokenizer))
 
@@ -79,18 +73,6 @@ def _answer_ends(answers: list[np.ndarray], meta: Mapping[str, Any]) -> str:
     return (
         f"{sum(map(len, answers)) - num_cut} answers end by themselves, {num_cut} at --respond.max-new-tokens {limit}"
     )
-
-
-def _padding(dataset: ResponseDataset, recipe: Recipe) -> str:
-    """Tell how much of the batches is padding."""
-    size = recipe.train.batch_size
-    if size == 1 or not len(dataset):
-        return "batches of 1 have no padding"
-    shuffled = np.random.default_rng(0).permutation(len(dataset))
-    grouped = np.array(list(GroupedSampler(dataset, size * recipe.train.gradient_accumulation_steps)))
-    shares = [padding(dataset.lengths, order, size) for order in (grouped, shuffled)]
-    now, other = shares if recipe.train.group_by_length else shares[::-1]
-    return f"padding in batches of {size}: {now:.0%} ({other:.0%} with the other --train.group-by-length)"
 
 
 def _length_table(corpus: Corpus, answers: list[np.ndarray]) -> Table:

@@ -40,8 +40,6 @@ from dpace.report.cells import (
 from dpace.report.plots import (
     Section,
     acceptance_by_slot,
-    accepted_lengths,
-    by_objective,
     slot_weights,
     speed_by_response,
     tau_curves,
@@ -88,8 +86,6 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
 
 def _markdown_path(path: Path) -> Path:
     """Return the place of the Markdown; refuse one that the page cannot have, before anything is read."""
-    if "\0" in str(path):
-        raise ValueError("the output has a character that no file's name has; name an HTML file with --output")
     if path.is_dir() or not path.name or path.suffix == ".md":
         what = "is a folder" if path.is_dir() else "is where the Markdown would be" if path.name else "is no file"
         raise ValueError(f"the output {path} {what}; name an HTML file with --output, such as report.html")
@@ -118,12 +114,12 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         if benchmark.comparisons:
             yield paired(benchmark)
         yield acceptance_by_slot(benchmark.whole_blocks)
-        yield accepted_lengths(benchmark)
         yield speed_by_response(benchmark)
         yield from examples(benchmark)
-    paths = [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]
-    if paths:
-        groups = by_objective({str(path.parent.relative_to(folder)): read_log(path.parent) for path in paths})
+    groups: dict[str, list[list[dict]]] = {}  # by the drafter's name, a log for each seed
+    for path in [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]:
+        groups.setdefault(path.relative_to(folder).parts[0], []).append(read_log(path.parent))
+    if groups:
         yield tau_curves(groups)
         yield slot_weights(groups)
     yield provenance(benchmark, results.target, folder)

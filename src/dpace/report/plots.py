@@ -82,23 +82,6 @@ def acceptance_by_slot(rows: Sequence[Row] | Sequence[ComparedRow]) -> Section:
     return Section("Acceptance by slot", text, figures=draw_panels(_by_set(rows), draw, "reach rate"))
 
 
-def accepted_lengths(results: BenchResults) -> Section:
-    """Draw the histogram of accepted lengths."""
-
-    def draw(axes, of_set: list[Row]) -> None:
-        width = 0.8 / len(of_set)
-        for number, row in enumerate(of_set):
-            counts = np.array(row.histogram, float)
-            place = np.arange(len(counts)) + (number - (len(of_set) - 1) / 2) * width
-            axes.bar(place, counts / max(1, counts.sum()), width, label=_row_label(row))
-        axes.set(xlabel="accepted draft tokens")
-        whole_ticks(axes, range(len(of_set[0].histogram)))
-
-    text = "How many tokens of a whole draft a verification accepted."
-    panels = draw_panels(_by_set(results.whole_blocks), draw, "share of verifications")
-    return Section("Accepted lengths", text, figures=panels)
-
-
 def speed_by_response(results: BenchResults) -> Section:
     """Draw one point a response."""
 
@@ -116,14 +99,6 @@ def speed_by_response(results: BenchResults) -> Section:
     text = "Each point is one response, decoded with whole drafts verified."
     panels = draw_panels(_by_set(results.whole_blocks), draw, "decode_speedup")
     return Section("Prompt by prompt", text, figures=panels)
-
-
-def by_objective(logs: Mapping[str, list[dict]]) -> dict[str, list[list[dict]]]:
-    """Group logs, each the `log_history` of `trainer_state.json`, by the drafter's folder without its seed."""
-    groups: dict[str, list[list[dict]]] = {}
-    for name, log in logs.items():
-        groups.setdefault(name.partition("/")[0], []).append(log)
-    return groups
 
 
 def tau_curves(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:
@@ -174,12 +149,10 @@ def slot_weights(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:
 
     def draw(axis, log: Sequence[dict]) -> None:
         entries = [entry for entry in log if "weight_share/1" in entry]
-        last = len(MOMENTS) - 1
-        chosen = sorted({round(i * (len(entries) - 1) / last) for i in range(len(MOMENTS))}) if entries else []
-        for number, entry in enumerate(entries[i] for i in chosen):
+        for moment, color in enumerate(MOMENTS[: len(entries)]):
+            entry = entries[round(moment * (len(entries) - 1) / max(1, min(len(entries), len(MOMENTS)) - 1))]
             slots = sorted(int(key[13:]) for key in entry if re.fullmatch(r"weight_share/\d{1,4}", key))
             shares = [entry[f"weight_share/{slot}"] for slot in slots]
-            color = MOMENTS[round(number * last / max(1, len(chosen) - 1))]
             axis.plot(slots, shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
             whole_ticks(axis, slots)
         axis.set_xlabel("slot")

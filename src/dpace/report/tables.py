@@ -1,4 +1,4 @@
-"""Tables of results for the terminal: in 80 columns, or with all that is known where they may be wide."""
+"""Tables of results for the terminal, in 80 columns; the page of `dpace report` has all that is known."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +18,6 @@ from dpace.report.cells import (
     SET,
     TEMPERATURE,
     Column,
-    columns_of,
     compared_columns,
     compiled_note,
     copied_note,
@@ -33,68 +32,66 @@ STYLES = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}
 """Of the lines of `dpace doctor`, by result."""
 
 
-def console(wide: bool = False) -> Console:
-    """Return the console for tables: as wide as the terminal, and at least 80 columns, or 240 if wide."""
-    return Console(width=max(240 if wide else 80, Console().width))
+def console() -> Console:
+    """Return the console for tables: as wide as the terminal, and at least 80 columns."""
+    return Console(width=max(80, Console().width))
 
 
-def results_table(results: BenchResults, wide: bool = False) -> Table:
+def results_table(results: BenchResults) -> Table:
     """Make one line for each drafter, width, set and temperature, with 95 % intervals or counts.
 
     With width `auto`, tau counts tokens a pass of the target, passes without a draft included, and tokens that were
     copied from the text instead of drafted; the caption says how many.
     """
     title = f"{Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    starred = "*: as in published tables: the mean over responses of their means, and mean seconds a token. "
-    notes = [copied_note(results.rows, start=""), "" if wide else compiled_note(results.rows)]
-    caption = (starred if wide else "") + "; ".join(filter(None, notes))
-    return _table(result_columns(results.rows), results.rows, title, caption, wide=wide)
+    caption = "; ".join(filter(None, [copied_note(results.rows, start=""), compiled_note(results.rows)]))
+    return _table(result_columns(results.rows), results.rows, title, caption)
 
 
-def slots_table(results: BenchResults, wide: bool = False) -> Table:
+def slots_table(results: BenchResults) -> Table:
     """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot, in percent.
 
-    A narrow table has at most `MAX_SLOTS` slots, evenly chosen, with the first and the last.
+    There are at most `MAX_SLOTS` slots, evenly chosen, with the first and the last.
     """
     rows = results.whole_blocks
     last = max((row.block_size for row in rows), default=1) - 1
     slots = list(range(1, last + 1))
-    if last > MAX_SLOTS and not wide:
+    if last > MAX_SLOTS:
         slots = [1 + round(i * (last - 1) / (MAX_SLOTS - 1)) for i in range(MAX_SLOTS)]
 
     def reach(slot: int) -> Column:
         def write(row: Row) -> str:  # a drafter's blocks may be shorter
             return f"{100 * row.reach_rate[slot - 1]:.0f}" if slot < row.block_size else ""
 
-        return Column(f"{slot:>3}", write)
+        return Column(str(slot), write)
 
     columns = [SET, TEMPERATURE, DRAFTER, *map(reach, slots)]
-    return _table(columns, rows, "reach rate in %: slots 1..k all accepted", wide=wide)
+    return _table(columns, rows, "reach rate in %: slots 1..k all accepted")
 
 
-def drafters_table(comparisons: Sequence[Comparison], wide: bool = False) -> Table:
+def drafters_table(comparisons: Sequence[Comparison]) -> Table:
     """Make one line for each drafter but the first: against it, on the same prompts."""
     title = f"compared with {comparisons[0].baseline} on the same prompts, with 95 % intervals"
-    return _table(PAIR_COLUMNS, comparisons, title, wide=wide)
+    return _table(PAIR_COLUMNS, comparisons, title)
 
 
-def contexts_table(results: BenchResults, wide: bool = False) -> Table:
+def contexts_table(results: BenchResults) -> Table:
     """Make one line for each category and each range of context lengths, with tau of whole drafts."""
-    return _table(CONTEXT_COLUMNS, find_parts([results]), "by category and by length of the prompt", wide=wide)
+    return _table(CONTEXT_COLUMNS, find_parts([results]), "by category and by length of the prompt")
 
 
-def servers_table(results: ServerResults, wide: bool = False) -> Table:
+def servers_table(results: ServerResults) -> Table:
     """Make one line for each set, temperature and concurrency."""
     servers = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
-    return _table(SERVER_COLUMNS, results.rows, f"{Path(results.target).name}: {servers}", wide=wide)
+    return _table(SERVER_COLUMNS, results.rows, f"{Path(results.target).name}: {servers}")
 
 
-def compare_table(results: CompareResults, wide: bool = False) -> Table:
+def compare_table(results: CompareResults) -> Table:
     """Make one line for each set and objective: tau, its gain, and what training and decoding took."""
     columns = compared_columns(results.baseline, results.decode.rows if results.decode else ())
     seeds = ", ".join(map(str, results.seeds))
     title = f"{Path(results.target).name}, reduction {results.reduction}, seeds {seeds}, T=0"
-    return _table(columns, results.rows, title, wide=wide)
+    return _table(columns, results.rows, title)
 
 
 def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
@@ -125,15 +122,13 @@ def plain(text: str) -> str:
     return escape(one_line(text))
 
 
-def _table(columns: Iterable[Column], rows: Iterable[Any], title: str, caption: str = "", *, wide: bool) -> Table:
+def _table(columns: Iterable[Column], rows: Iterable[Any], title: str, caption: str = "") -> Table:
     """Make a table; names may be folded over lines, numbers are never cut."""
     table = Table(title=plain(title), caption=plain(caption) or None, box=SIMPLE_HEAD, padding=0)
-    kept = columns_of(columns, wide)
+    kept = [column for column in columns if column.only != "page"]
     for column in kept:
-        heading = column.heading
-        if not wide:  # broken before its unit, or else at its first space
-            heading = heading.replace(" [", "\n[") if " [" in heading else heading.replace(" ", "\n", 1)
-        heading = "\n".join(map(plain, heading.split("\n")))
+        at = " [" if " [" in column.heading else " "  # broken before its unit, or else at its first space
+        heading = plain(column.heading).replace(at, "\n" + at[1:], 1)
         is_name = column.heading in ("set", "drafter", "objective", "category")
         justify = "left" if column.is_text else "right"
         table.add_column(heading, justify=justify, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis")

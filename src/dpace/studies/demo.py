@@ -46,9 +46,7 @@ def demo_recipe(config: DemoConfig) -> CompareConfig:
             bench=replace(recipe.bench, num_prompts=3, max_new_tokens=64),
         )
     recipe = replace(recipe, target=config.target or recipe.target, output=config.output or recipe.output)
-    return CompareConfig(
-        **vars(recipe), objectives=objectives, baseline=objectives[-1], seeds=(recipe.train.seed,), wide=config.wide
-    )
+    return CompareConfig(**vars(recipe), objectives=objectives, baseline=objectives[-1], seeds=(recipe.train.seed,))
 
 
 def drafter_folder(recipe: CompareConfig) -> Path:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic.dataclasses import dataclass
-
 from dpace.config import Recipe
 from dpace.recipes.flags import PROMPT, command, parse
 from dpace.system import ranks
@@ -16,18 +14,10 @@ if TYPE_CHECKING:
     from dpace.measure.results import BenchResults
 
 
-@dataclass(frozen=True)
-class MeasureConfig(Recipe):
-    """Measure drafters, or running servers, against the baseline without a drafter."""
-
-    wide: bool = False
-    """Show every column in the terminal, wider than 80 characters; the page of `dpace report` has them all."""
-
-
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
     args, is_dry = take_dry_run(args)
-    recipe = parse(MeasureConfig, "bench", args, groups=("prompts", "bench"))
+    recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
     from dpace.plan.lines import decoding_lines
@@ -66,33 +56,27 @@ def run(args: list[str]) -> None:
     ranks.end()
     if not ranks.is_first():
         return
-    _print_results(results, recipe)
+    _print_results(results, recipe.output)
     best = folders[0] if faster_sets(results) else None
     print("next:", command("generate", target=recipe.target, drafter=best, thinking=recipe.thinking, prompt=PROMPT))
 
 
-def _print_results(results: "BenchResults", recipe: MeasureConfig) -> None:
+def _print_results(results: "BenchResults", output: str) -> None:
     """Print the tables and the advice."""
     from dpace.report.cells import advice, has_parts
-    from dpace.report.tables import (
-        console,
-        contexts_table,
-        drafters_table,
-        results_table,
-        slots_table,
-    )
+    from dpace.report.tables import console, contexts_table, drafters_table, results_table, slots_table
 
-    tables = [results_table(results, recipe.wide), slots_table(results, recipe.wide)]
+    tables = [results_table(results), slots_table(results)]
     if results.comparisons:
-        tables.append(drafters_table(results.comparisons, recipe.wide))
+        tables.append(drafters_table(results.comparisons))
     if has_parts([results]):
-        tables.append(contexts_table(results, recipe.wide))
-    console(recipe.wide).print(*tables)
+        tables.append(contexts_table(results))
+    console().print(*tables)
     print_text(advice(results))
-    print_text(f"written: {recipe.output}/results.json")
+    print_text(f"written: {output}/results.json")
 
 
-def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:
+def _bench_servers(recipe: Recipe, prompts: list) -> None:
     """Measure the running servers that the recipe names."""
     from dpace.measure.servers import bench_servers
     from dpace.report.tables import console, servers_table
@@ -101,6 +85,6 @@ def _bench_servers(recipe: MeasureConfig, prompts: list) -> None:
     chat = load_chat(recipe)
     with lock_folder(recipe.output):
         results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
-    console(recipe.wide).print(servers_table(results, recipe.wide))
+    console().print(servers_table(results))
     print(f"written: {recipe.output}/servers.json")
     print("next:", command("report", recipe.output))

@@ -31,7 +31,7 @@ def run(args: list[str]) -> None:
     ranks.end()
     if not ranks.is_first():
         return
-    console(config.wide).print(compare_table(results, config.wide))
+    console().print(compare_table(results))
     print(
         f"written: {config.output}/results.json, tau.svg, acceptance.svg, weights.svg, a drafter for each objective "
         "and seed"

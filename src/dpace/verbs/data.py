@@ -27,5 +27,5 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_target
 
     tokenizer = AutoTokenizer.from_pretrained(find_target(recipe.target), trust_remote_code=False)
-    console().print(responses_page(train, recipe, read_meta(path), tokenizer))
+    console().print(responses_page(train, recipe.train.max_length, read_meta(path), tokenizer))
     print("next:", next_command("train", recipe, args))

@@ -31,8 +31,7 @@ def run(args: list[str]) -> None:
     results = run_demo(config)
     decode = results.decode
     assert decode, "the demo's recipe decodes"
-    tables = results_table(decode, config.wide), slots_table(decode, config.wide), compare_table(results, config.wide)
-    console(config.wide).print(*tables)
+    console().print(results_table(decode), slots_table(decode), compare_table(results))
     for line in summary(results):
         print(line)
     write_report([output], output / PAGES[0])

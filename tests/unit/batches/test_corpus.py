@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dpace.batches.corpus import Corpus, load_corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
-from dpace.config import PromptsConfig, Recipe, RespondConfig
+from dpace.config import PromptsConfig, RespondConfig
 from dpace.prompts.prompts import Prompt, read_prompts, split_ids, split_prompts
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
@@ -218,11 +218,10 @@ def test_near_duplicates_are_left_out(tmp_path):
 def test_one_page_says_what_is_there(files, capsys):
     path, config = files
     corpus, _ = load_corpus(path, config)
-    recipe = replace(Recipe(), train=replace(Recipe().train, batch_size=4, max_length=20))
-    page = responses_page(corpus, recipe, {"max_new_tokens": 10}, make_tokenizer())
+    page = responses_page(corpus, 20, {"max_new_tokens": 10}, make_tokenizer())
     console().print(prompts_page(split_ids(config)), page)
     shown = capsys.readouterr().out
     lengths = np.concatenate([np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))])
     assert f"{(lengths == 10).sum()} at --respond.max-new-tokens 10" in shown
-    assert f"{(corpus.lengths > 20).sum()} conversations are cut" in shown and "padding in batches of 4" in shown
+    assert f"{(corpus.lengths > 20).sum()} conversations are cut" in shown
     assert "25 to train on, 2 for validation, 3 held out" in shown and "⟦" in shown

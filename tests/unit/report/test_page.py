@@ -38,12 +38,11 @@ def test_the_page_has_every_section(folder, tmp_path):
         *titles[:2],
         "Speed",
         "Acceptance by slot",
-        "Accepted lengths",
         "Prompt by prompt",
         "Best and slowest responses",
         "Provenance",
     ]
-    assert text.count("<svg") == text.count("</svg>") == 3 * 2 and "<mark>" in text and "viewport" in text
+    assert text.count("<svg") == text.count("</svg>") == 2 * 2 and "<mark>" in text and "viewport" in text
     assert len(set(re.findall('<svg[^>]* width="([^"]*)"', text))) == 1 and "prefers-color-scheme: dark" in text
     assert "#5eed" not in text and re.search(r"Written on 20\d\d-\d\d-\d\d by <code>dpace report", text)
     assert "&lt;" in text and "<0>" not in text  # what prompts hold is text
