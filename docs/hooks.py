@@ -180,10 +180,12 @@ def results_page() -> str:
 
 
 def options_table(kind: type, chosen: list, prefix: str = "", join: str = "_") -> str:
-    """Write options as a table."""
+    """Write options as a table; refuse one that does not say what it means."""
     hints, texts, rows = get_type_hints(kind, include_extras=True), meanings(kind), []
     for field in chosen:
         name = prefix + field.name.replace("_", join)
+        if not texts[field.name]:
+            raise ValueError(f"option {name} has no docstring beneath it that says what it means")
         rows.append([f"`{name}`", type_words(hints[field.name]), default_of(field), texts[field.name]])
     return table(["option", "values", "default", "meaning"], rows)
 

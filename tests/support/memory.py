@@ -1,36 +1,17 @@
-"""Counts the bytes of tensors that are alive at once."""
+"""The most memory that tensors take at once, as torch's allocator tells its profiler."""
 
-import weakref
+from collections.abc import Callable
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 
-class PeakBytes(TorchDispatchMode):
-    """The largest sum of the storages that operations inside it made and that were alive together, in `bytes`."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.now, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self._add(x.untyped_storage(), before)
-        return out
-
-    def _add(self, storage, before) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known or id(storage) in before:
-            return
-        self.known.add(key)
-        self.now += size
-        self.bytes = max(self.bytes, self.now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key, size) -> None:
-        self.known.discard(key)
-        self.now -= size
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Call a function, and return the most that it held at once beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live, peak = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -1,6 +1,5 @@
 """Training on several ranks, for test_ranks.py, and the same on one."""
 
-import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
@@ -8,16 +7,12 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from dpace.batches import feature_files
-from dpace.batches.dataset import ResponseDataset, collate
+from dpace.batches.dataset import ResponseDataset
 from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe
 from dpace.drafter import Drafter
-from dpace.drafter.views import blocks_hidden
-from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll
+from dpace.loss import REDUCTIONS
 from dpace.measure.benchmark import bench
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
@@ -101,35 +96,6 @@ def tell_all() -> None:
     ranks.barrier()
 
 
-def sharded_gradient(target: Target, responses: list[Response], recipe: Recipe) -> None:
-    """Under FSDP2 with an uneven split, the gradient of the whole batch; the last rank has no anchor."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    drafter = Drafter.from_target(target, seed=0, **{k: v for k, v in vars(recipe.drafter).items() if k != "init"})
-    dataset = make_dataset(responses, recipe)
-    rows = [dataset[i] for i in range(5)]
-    batches = [rows[:3], rows[3:], *([[dataset[len(dataset) - 1]]] * (num_ranks - 2))]
-    whole = collate(rows, drafter.block_size)
-    num_items = count_items(whole["is_scored"], "anchors")
-
-    def run(model, batch):
-        ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
-        hidden, blocks, _ = blocks_hidden(model, target, batch, **ids)
-        out = frozen_head_nll(hidden, target.head, blocks.labels, blocks.is_scored)
-        block_loss(out.losses, blocks.is_scored, num_items=num_items).backward()
-
-    plain = copy.deepcopy(drafter)
-    run(plain, whole)
-    mesh = init_device_mesh("cpu", (num_ranks,))
-    for layer in drafter.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(drafter, mesh=mesh)
-    run(drafter, collate(batches[rank], drafter.block_size))
-    for (name, parameter), expected in zip(drafter.named_parameters(), plain.parameters(), strict=True):
-        assert isinstance(parameter.grad, DTensor) and expected.grad is not None
-        found = parameter.grad.full_tensor() * num_ranks  # FSDP averages over ranks
-        torch.testing.assert_close(found, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
 def main(name: str, responses: list[Response], recipe: Recipe, folder: Path) -> None:
     """Do all of it on each rank."""
     target = Target.load(name)
@@ -137,4 +103,3 @@ def main(name: str, responses: list[Response], recipe: Recipe, folder: Path) -> 
     tell_all()
     train_all(target, responses, recipe, folder, ranks.num_ranks())
     measure_all(target, responses, recipe, folder, ranks.num_ranks())
-    sharded_gradient(target, responses, recipe)

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpace.blocks import build_blocks
 from dpace.weights import (
     chain_reward_weights,
     dflash_gamma,
@@ -67,9 +66,6 @@ def test_published_vectors(alpha, mask, expected):
         ("1101", 0.5, dpace_weights, 1.368637),
         ("1101", 0.5, dpace_confidence_only_weights, 0.809971),
         ("1101", 0.5, dpace_continuation_only_weights, 1.890545),
-        ("1111", 0.0, dpace_confidence_only_weights, 0.574061),
-        ("1111", 0.0, dpace_continuation_only_weights, 4.197489),
-        ("1111", 1.0, dpace_weights, 6.076434),
     ],
 )
 def test_published_losses_and_ablations(mask, alpha, weigh, expected):
@@ -100,18 +96,6 @@ def test_fp32_and_detached_from_bf16_input():
     weights = dpace_weights(probs, scored([1, 1, 1, 1]))
     assert weights.dtype == torch.float32 and not weights.requires_grad
     torch.testing.assert_close(weights, dpace_weights(probs.float(), scored([1, 1, 1, 1])))
-
-
-def test_blocks_that_cross_a_turn_or_the_end():
-    """Slots of the user's turn in the middle of a block, and past the text, are factors of 1 and terms of 0."""
-    is_response = torch.tensor([[False, True, True, False, False, True, True]])
-    blocks = build_blocks(torch.arange(7)[None], is_response, [torch.tensor([1, 5])], block_size=6)
-    assert blocks.is_scored[0].int().tolist() == [[0, 1, 0, 0, 1, 1], [0, 1, 0, 0, 0, 0]]
-    probs = torch.rand(1, 2, 6)
-    weights = dpace_weights(probs, blocks.is_scored)
-    for n in range(2):
-        expected = straight_from_the_formula(probs[0, n].tolist(), blocks.is_scored[0, n].tolist(), 0.5)
-        assert weights[0, n].tolist() == pytest.approx(expected)
 
 
 def test_schedules():

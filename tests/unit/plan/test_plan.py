@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from dpace.cli import main
@@ -27,6 +26,7 @@ from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
+from tests.support.memory import peak_bytes
 
 SHAPES = {
     "many small blocks": (
@@ -66,10 +66,7 @@ def make_real_drafter(target: Target, recipe: Recipe) -> Drafter:
 
 
 def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
-    """Peak in bytes of what torch's allocator gave while the real loop took two steps, and rows of the head.
-
-    The profiler is told by the allocator itself, and knows nothing of operations.
-    """
+    """Peak in bytes of what torch's allocator gave while the real loop took two steps, and rows of the head."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, target.config.vocab_size - 1, (12, NUM_TOKENS), generator=generator).tolist()
     spans = [[NUM_TOKENS - NUM_ANSWERED, NUM_TOKENS]]
@@ -81,14 +78,7 @@ def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
     loop.save = lambda **_: None
     held = {p.untyped_storage()._cdata: p.nbytes for p in [*target.model.parameters(), *drafter.parameters()]}
     held[loop.scorer.head.weight.untyped_storage()._cdata] = loop.scorer.head.weight.nbytes
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loop.run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live, peak = 0, 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return sum(held.values()) + peak, len(loop.scorer.head.weight)
+    return sum(held.values()) + peak_bytes(loop.run), len(loop.scorer.head.weight)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
-    """Uneven anchors, ranks and micro-batches without any, every reduction; and FSDP2 the same gradient."""
+    """Uneven anchors, ranks and micro-batches without any, every reduction."""
     write_prompts(responses, tmp_path)
     folder = tmp_path / "ranks"
     on_ranks(num_ranks, ranks.main, str(language_folder), responses, RECIPE, folder)
