@@ -16,7 +16,7 @@ from typing import Any
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
-from dpace.respond.conversation import count_tokens, is_answer, use_own_answers
+from dpace.respond.conversation import Conversation, is_answer
 from dpace.respond.from_servers import Row, ServerAnswers
 from dpace.respond.in_process import answer_batches
 from dpace.respond.responses import (
@@ -25,6 +25,7 @@ from dpace.respond.responses import (
     check_unchanged,
     find_meta,
     has_all,
+    iterate_responses,
     meta_path,
     read_meta,
     read_responses,
@@ -91,11 +92,7 @@ def answer_prompts(
             by_id = {prompt.id: prompt for prompt in prompts}
             mine = [by_id[name] for name in ranks.share(waiting)]
             rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
-            num_written = _append_rows(
-                rows, path if ranks.num_ranks() == 1 else _rank_path(path, ranks.rank()), len(mine)
-            )
-            num_left_out = servers.left_out.total() if servers else 0
-            assert num_written + num_left_out == len(mine), f"{num_written} answers to {len(mine)} prompts"
+            _append_rows(rows, path if ranks.num_ranks() == 1 else _rank_path(path, ranks.rank()), len(mine))
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, left_out, bool(waiting)))
@@ -107,7 +104,10 @@ def _answer_here(
 ) -> Iterator[Sequence[Row]]:
     """Yield the answers of this process, or those that the prompts come with."""
     if config.source == "own":
-        yield from ([(use_own_answers(target, prompt), {})] for prompt in prompts)
+        for prompt in prompts:
+            conversation = Conversation(target, prompt, config)
+            conversation.add_own_answers()
+            yield [(conversation.response, {})]
         return
     assert isinstance(target, Target), "a tokenizer alone answers nothing"
     for batch in answer_batches(target, prompts, config):
@@ -121,23 +121,23 @@ def _find_waiting(
     register_files(path.parent, path.name, meta_path(path).name)
     cut_unfinished_line(path)
     check_meta(path, meta)
+    _append_rank_files(path)
     done = {response.id: response for response in read_responses(path)} if path.exists() else {}
-    if _append_rank_files(path, set(done)):
-        done = {response.id: response for response in read_responses(path)}
     for prompt in prompts:
         if prompt.id in done and not is_answer(done[prompt.id], prompt):
             raise ValueError(
                 f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
                 "--output, or delete the file"
             )
-    waiting = [(prompt.id, count_tokens(target, prompt, config)) for prompt in prompts if prompt.id not in done]
+    missing = [prompt for prompt in prompts if prompt.id not in done]
+    waiting = {prompt.id: Conversation(target, prompt, config).count_tokens() for prompt in missing}
     if waiting:
         write_meta(path, meta, prompts, is_complete=False)
         if ranks.num_ranks() > 1:
             register_files(path.parent, *(_rank_path(path, number).name for number in range(ranks.num_ranks())))
     elif done:
         check_unchanged(path)
-    return [name for name, _ in sorted(waiting, key=lambda item: item[1])]
+    return sorted(waiting, key=waiting.__getitem__)
 
 
 def _complete(
@@ -145,27 +145,31 @@ def _complete(
 ) -> None:
     """Collect what the ranks wrote, and note that the file is complete."""
     if is_new:
-        _append_rank_files(path, set())
+        _append_rank_files(path)
         if sum(left_out.values()) == len(prompts):
             raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
     if prompts:
         write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
 
 
-def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> int:
-    """Append answers to a file, wait for the disk whenever some came, and count them."""
-    num_tokens = num_rows = 0
-    with progress_bar() as bar, naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
+def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> None:
+    """Append answers to a file, and wait for the disk whenever some came."""
+    num_tokens = 0
+    with progress_bar() as bar:
         task = bar.add_task("answering prompts", total=num_prompts, info="")
         for batch in rows:
-            file.write("".join(json.dumps(asdict(row) | more, ensure_ascii=False) + "\n" for row, more in batch))
-            file.flush()
-            os.fsync(file.fileno())
-            num_rows += len(batch)
+            _append(path, [json.dumps(asdict(row) | more, ensure_ascii=False) + "\n" for row, more in batch])
             num_tokens += sum(end - start for row, _ in batch for start, end in row.response_spans)
             speed = num_tokens / max(1e-9, bar.tasks[task].elapsed or 1e-9)
             bar.update(task, advance=len(batch), info=f"{speed:.0f} tokens/s")
-    return num_rows
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    """Append lines to a file, and wait for the disk."""
+    with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _rank_path(path: Path, rank: int) -> Path:
@@ -173,7 +177,7 @@ def _rank_path(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}.rank-{rank}{path.suffix}")
 
 
-def _append_rank_files(path: Path, done: set[str]) -> bool:
+def _append_rank_files(path: Path) -> None:
     """Append what the ranks of this call, or of one that was killed, have written, and remove their files.
 
     Line by line of each rank in turn, which is the order in which one process would have written them. An id that the
@@ -181,17 +185,14 @@ def _append_rank_files(path: Path, done: set[str]) -> bool:
     """
     parts = sorted(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"), key=lambda part: (len(part.name), part.name))
     refuse_foreign_files(path.parent, *(part.name for part in parts))
+    if not parts:
+        return
     for part in parts:
         cut_unfinished_line(part)
+    done = {response.id for response in iterate_responses(path)} if path.exists() else set()
     with contextlib.ExitStack() as files:
         opened = [files.enter_context(part.open(encoding="utf-8", newline="\n")) for part in parts]
         lines = [line for group in zip_longest(*opened) for line in group if line]
-    lines = [line for line in lines if json.loads(line)["id"] not in done]
-    if lines:
-        with naming_file(path), path.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+    _append(path, [line for line in lines if json.loads(line)["id"] not in done])
     for part in parts:
         part.unlink()
-    return bool(lines)

@@ -38,6 +38,30 @@ class Conversation:
         text = f"{self.config.seed}\n{self.num_answers}\n{self.prompt.id}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
+    @property
+    def response(self) -> Response:
+        """The conversation so far."""
+        return Response(self.prompt.id, self.prompt.set, self.messages, self.token_ids, self.spans)
+
+    def count_tokens(self) -> int:
+        """Count the tokens of the first turn, and refuse a prompt that may pass the target's context.
+
+        All its turns count, and their answers as long as they may be.
+
+        Raises:
+            ValueError: names the prompt, its tokens and the limit.
+        """
+        turns = self.prompt.turns
+        num_first = num_tokens = len(encode_chat(self.target, turns[0]))
+        if len(turns) > 1:
+            messages = list(turns[0])
+            for turn in turns[1:]:
+                messages += [{"role": "assistant", "content": "."}, *turn]
+            num_tokens = len(encode_chat(self.target, messages))
+        if self.config.source == "target":
+            self._check_length(num_tokens, len(turns))
+        return num_first
+
     def ask(self) -> list[int]:
         """Return the token ids of the next turn, with all that came before it.
 
@@ -45,79 +69,48 @@ class Conversation:
             ValueError: read again through the template, the text has grown past the target's context.
         """
         token_ids = encode_chat(self.target, [*self.messages, *self.prompt.turns[self.num_answers]])
-        limit, length = context_of(self.target), self.config.max_new_tokens
-        if limit and len(token_ids) + length > limit:
-            raise ValueError(
-                f"a turn of prompt {self.prompt.id} has {len(token_ids)} tokens; with {length} new tokens it "
-                f"passes the target's limit of {limit}; remove a turn or lower --respond.max-new-tokens"
-            )
+        self._check_length(len(token_ids), 1)
         return token_ids
+
+    def _check_length(self, num_tokens: int, num_answers: int) -> None:
+        """Refuse a text that leaves no room for answers."""
+        limit, length = context_of(self.target), self.config.max_new_tokens
+        if limit and num_tokens + num_answers * length > limit:
+            answers = f"{num_answers} answers of up to " if num_answers > 1 else ""
+            raise ValueError(
+                f"prompt {self.prompt.id} has {num_tokens} tokens; with {answers}{length} new tokens it passes the "
+                f"target's limit of {limit}; shorten the prompt, remove a turn or lower --respond.max-new-tokens"
+            )
 
     def add(self, token_ids: list[int], answer: list[int]) -> None:
         """Add the answer to what `ask` gave."""
-        if token_ids[: len(self.token_ids)] != self.token_ids:
-            self.spans = []  # the template rewrote what came before, so earlier answers are not the target's tokens
         self.messages += self.prompt.turns[self.num_answers]
         text = self.target.tokenizer.decode(answer, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})
-        self.token_ids = token_ids + answer
-        self.spans.append([len(token_ids), len(self.token_ids)])
+        self._append(token_ids, answer)
         self.num_answers += 1
 
-    @property
-    def response(self) -> Response:
-        """The conversation so far."""
-        return Response(self.prompt.id, self.prompt.set, self.messages, self.token_ids, self.spans)
+    def add_own_answers(self) -> None:
+        """Add the answers that the prompt comes with: all that the assistant says in it.
 
+        Raises:
+            ValueError: it comes without one.
+        """
+        if self.prompt.answer is None:
+            raise ValueError(
+                f"prompt {self.prompt.id} has no reply at its end, which --respond.source own trains on; remove the "
+                "prompt, or let the target answer with --respond.source target"
+            )
+        for message in [*self.prompt.turns[0], {"role": "assistant", "content": self.prompt.answer}]:
+            if message["role"] == "assistant" and self.messages:
+                self._append(*encode_answer(self.target, self.messages, message["content"]))
+            self.messages.append(message)
 
-def count_tokens(target: Target | ChatTokenizer, prompt: Prompt, config: RespondConfig) -> int:
-    """Count the tokens of a prompt's first turn, and refuse a prompt that may pass the target's context.
-
-    All its turns count, and their answers as long as they may be.
-
-    Raises:
-        ValueError: names the prompt, its tokens and the limit.
-    """
-    num_first = len(encode_chat(target, prompt.turns[0]))
-    num_tokens, num_turns = num_first, len(prompt.turns)
-    if num_turns > 1:
-        messages = list(prompt.turns[0])
-        for turn in prompt.turns[1:]:
-            messages += [{"role": "assistant", "content": "."}, *turn]
-        num_tokens = len(encode_chat(target, messages))
-    limit = context_of(target)
-    if config.source == "target" and limit and num_tokens + num_turns * config.max_new_tokens > limit:
-        turns = f"{num_turns} answers of up to " if num_turns > 1 else ""
-        raise ValueError(
-            f"prompt {prompt.id} has {num_tokens} tokens; with {turns}{config.max_new_tokens} new tokens it passes "
-            f"the target's limit of {limit}; shorten the prompt or lower --respond.max-new-tokens"
-        )
-    return num_first
-
-
-def use_own_answers(target: Target | ChatTokenizer, prompt: Prompt) -> Response:
-    """Make a response of the answers that a prompt comes with: all that the assistant says in it.
-
-    Raises:
-        ValueError: it comes without one.
-    """
-    if prompt.answer is None:
-        raise ValueError(
-            f"prompt {prompt.id} has no reply at its end, which --respond.source own trains on; remove the prompt, or "
-            "let the target answer with --respond.source target"
-        )
-    messages: list[dict[str, str]] = []
-    token_ids: list[int] = []
-    spans: list[list[int]] = []
-    for message in [*prompt.turns[0], {"role": "assistant", "content": prompt.answer}]:
-        if message["role"] == "assistant" and messages:
-            before, answer = encode_answer(target, messages, message["content"])
-            if before[: len(token_ids)] != token_ids:
-                spans = []  # the template rewrote what came before
-            token_ids = before + answer
-            spans.append([len(before), len(token_ids)])
-        messages.append(message)
-    return Response(prompt.id, prompt.set, messages, token_ids, spans)
+    def _append(self, before: list[int], answer: list[int]) -> None:
+        if before[: len(self.token_ids)] != self.token_ids:
+            self.spans = []  # the template rewrote what came before, so earlier answers are not the target's tokens
+        self.token_ids = before + answer
+        self.spans.append([len(before), len(self.token_ids)])
 
 
 def is_answer(response: Response, prompt: Prompt) -> bool:

@@ -66,8 +66,8 @@ def tokens_of_answer(
         if len(tokens) < max_new_tokens:
             raise LeftOut("cut by the server, whose context is too short")
         return tokens, "length"
-    is_told = answer.num_tokens is not None and answer.num_tokens == len(tokens)
-    named = [answer.stop_token] if answer.stop_token is not None else stops
+    is_told = answer.last.num_tokens == len(tokens)
+    named = stops if answer.last.stop_token is None else [answer.last.stop_token]
     if len(named) != 1 or named[0] not in stops or (is_told and answer.token_ids):
         raise LeftOut("ended by a token that is not known to be a stop token of the target")
     return [*tokens, *named], "stop"
@@ -75,14 +75,14 @@ def tokens_of_answer(
 
 def _tokenize(answer: Answer, prompt: list[int], tokenizer: Any) -> list[int]:
     """Turn a text back into tokens; the text that they give and their number must be the server's."""
-    text = answer.text or ""
+    text = answer.last.text or ""
     tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     whole, before = (
         tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for ids in (prompt + tokens, prompt)
     )
-    allowed = (len(tokens), len(tokens) + answer.is_stopped)
-    if whole != before + text or (answer.num_tokens is not None and answer.num_tokens not in allowed):
+    allowed = (None, len(tokens), len(tokens) + answer.is_stopped)
+    if whole != before + text or answer.last.num_tokens not in allowed:
         raise LeftOut("given as a text that is not turned back into its own tokens")
     return tokens
 
@@ -106,7 +106,7 @@ class ServerAnswers:
     """Running servers, each asked no more than `batch_size` prompts at any time.
 
     A prompt that a server cannot answer now goes back to the queue, from which any server may take it; who asked for it
-    waits, longer with each failure in a row. A server that asks to wait (`Retry-After`) rests as long. After
+    waits, longer with each failure in a row, and as long as the server wants (`Retry-After`). After
     `retry_seconds` of failures a prompt is left out where the server still answers a prompt of one token. A server that
     does not is given up, and with the last one the call ends.
 
@@ -142,17 +142,17 @@ class ServerAnswers:
                 _ask_one_token(server, jobs[0])
         waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        is_over = threading.Event()
         for job in jobs:
             waiting.put(job)
-        pools = [_ServerPool(server, self.config, waiting, results, is_over) for server in self.servers]
+        pools = [_ServerPool(server, self.config, waiting, results) for server in self.servers]
         for pool in pools:
             for _ in range(min(self.config.batch_size, len(jobs))):
                 threading.Thread(target=pool.work, daemon=True).start()  # ends with the process, whatever it waits for
         try:
             yield from self._collect(results, pools, len(jobs))
         finally:
-            is_over.set()
+            for pool in pools:
+                pool.is_given_up = True
             waiting.put(None)
 
     def _collect(
@@ -165,20 +165,20 @@ class ServerAnswers:
                 recent.append(results.get())
             if rows := [result for _, result in recent if isinstance(result, tuple)]:
                 yield rows
-            num_open -= len(rows)
+            num_open -= len(recent)
             for job, result in recent:
                 if isinstance(result, LeftOut):
-                    num_open -= 1
                     self.left_out[result.reason] += 1
                     if self.left_out[result.reason] == 1:  # of each reason the first one is printed at once
                         name = job.conversation.prompt.id
                         print(printable(f"prompt {name} is left out: {result}"), file=sys.stderr)
+                elif isinstance(result, Unavailable) and not all(pool.is_given_up for pool in pools):
+                    num_open += 1  # another server takes it
                 elif isinstance(result, Unavailable):
-                    if all(pool.is_given_up for pool in pools):
-                        raise ValueError(
-                            f"{result}; it was asked again for {self.config.retry_seconds:g} seconds; finished answers "
-                            "are kept: run the same command to go on"
-                        )
+                    raise ValueError(
+                        f"{result}; it was asked again for {self.config.retry_seconds:g} seconds; finished answers "
+                        "are kept: run the same command to go on"
+                    )
                 elif isinstance(result, Exception):
                     raise result
 
@@ -192,41 +192,25 @@ def _describe(server: Server) -> dict[str, str | None]:
     return {"engine": server.engine, "model": server.model and server.address.short(server.model)}
 
 
+@dataclass
 class _ServerPool:
-    """A server, and the threads that ask it.
+    """A server, and the threads that ask it."""
 
-    Args:
-        server: whom they ask.
-        config: of the answers.
-        waiting: prompts without an answer; None ends the threads.
-        results: what became of each prompt.
-        is_over: ends the waits of all threads.
-    """
-
-    def __init__(
-        self,
-        server: Server,
-        config: RespondConfig,
-        waiting: queue.SimpleQueue[_Job | None],
-        results: queue.SimpleQueue[Result],
-        is_over: threading.Event,
-    ):
-        self.server = server
-        self.config = config
-        self.waiting = waiting
-        self.results = results
-        self.is_over = is_over
-        self.is_given_up = False
-        self.rests_until = 0.0
-        self.failing_since: float | None = None
-        """When the failures began that no answer has come after."""
+    server: Server
+    config: RespondConfig
+    waiting: queue.SimpleQueue[_Job | None]
+    """Prompts without an answer; None ends the threads of all servers."""
+    results: queue.SimpleQueue[Result]
+    is_given_up: bool = False
+    """Whether no other prompt is asked here."""
+    failing_since: float | None = None
+    """When the failures began that no answer has come after."""
 
     def work(self) -> None:
         """Answer prompts until none is left or the server is given up; a thread's work."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
             wait=tenacity.wait_random_exponential(FIRST_WAIT, min(LONGEST_WAIT, self.config.retry_seconds)),
-            sleep=tenacity.sleep_using_event(self.is_over),
         )
         while retrying(self._answer_next):
             pass
@@ -241,14 +225,9 @@ class _ServerPool:
             Unavailable: the server does not answer now; the prompt is back in the queue.
         """
         job = self.waiting.get()
-        rest = self.rests_until - time.monotonic()
-        if job is None or self.is_given_up or self.is_over.is_set():
+        if job is None or self.is_given_up:
             self.waiting.put(job)
             return False
-        if rest > 0:
-            self.waiting.put(job)
-            self.is_over.wait(rest)
-            return True
         try:
             result = self._ask(job)
         except Unavailable as error:
@@ -302,8 +281,7 @@ class _ServerPool:
             self.results.put((job, error))
             return False
         self.waiting.put(job)
-        if error.retry_after:
-            self.rests_until = now + min(error.retry_after, limit)
+        time.sleep(min(error.retry_after, limit))
         raise error
 
     def _works(self, job: _Job) -> bool:

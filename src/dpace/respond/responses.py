@@ -16,7 +16,7 @@ from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json, quoted
 from dpace.system.ledger import read_jsonl, read_object, write_json
-from dpace.system.provenance import find_versions, hash_file, hash_json
+from dpace.system.provenance import find_versions, hash_file, hash_json, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 
@@ -214,13 +214,9 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     other = "name another folder with --output, or delete the file"
     if not old:
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
-    old = {"source": "target", **old}
-    meta = {"source": "target", **meta}
-    for key in Meta.__annotations__:
-        if key in meta and key != "target" and old.get(key) != meta[key]:
-            name = f" (target {old.get('target')})" if key == "target_sha256" else ""
-            way = f"{WAYS_OUT[key]}, " if key in WAYS_OUT else ""
-            raise ValueError(f"{path} was made with {key} {old.get(key)!r}{name}, not {meta[key]!r}; {way}{other}")
+    default = {"source": "target"}
+    now = default | {key: meta[key] for key in Meta.__annotations__ if key in meta and key != "target"}
+    same_run(default | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
 
 
 def has_all(path: Path, prompts: Sequence[Prompt]) -> bool:

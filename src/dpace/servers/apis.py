@@ -21,6 +21,8 @@ from dpace.servers.transport import Address, Refused, Unavailable
 
 UNREADABLE = (KeyError, TypeError, AttributeError, IndexError, OverflowError, ValueError, RecursionError)
 """What reading a reply raises that is not what the engine sends."""
+MAX_TOKENS = 2**31
+"""Tokens of a tokenizer that is not known."""
 UNNAMED = "gpt-3.5-turbo"
 """How llama.cpp calls a model that has no name."""
 
@@ -35,24 +37,23 @@ class Counts:
     histogram: list[int] | None = None
     """Verifications by accepted length, where the server tells more than the sum."""
 
-    def __add__(self, other: "Counts") -> "Counts":
-        """Pool."""
-        histogram = None
-        if self.histogram and other.histogram:
-            histogram = [a + b for a, b in zip_longest(self.histogram, other.histogram, fillvalue=0)]
-        return Counts(
-            self.num_verifications + other.num_verifications, self.num_accepted + other.num_accepted, histogram
-        )
-
-    def __sub__(self, before: "Counts") -> "Counts":
+    def __sub__(self, before: "Counts") -> "Counts | None":
         """What came after an earlier reading of the same counters."""
         histogram = [-count for count in before.histogram or [0]]
-        return self + Counts(-before.num_verifications, -before.num_accepted, histogram)
+        return Counts.pooled([self, Counts(-before.num_verifications, -before.num_accepted, histogram)])
 
     @staticmethod
     def pooled(parts: Sequence["Counts"]) -> "Counts | None":
         """All together; None without any."""
-        return sum(parts[1:], parts[0]) if parts else None
+        if not parts:
+            return None
+        histograms = [part.histogram for part in parts if part.histogram]
+        columns = zip_longest(*histograms, fillvalue=0) if len(histograms) == len(parts) else ()
+        return Counts(
+            sum(part.num_verifications for part in parts),
+            sum(part.num_accepted for part in parts),
+            [sum(column) for column in columns] or None,
+        )
 
 
 class Reply(BaseModel):
@@ -95,12 +96,8 @@ class Answer:
     """Where the response itself has them."""
     reason: str = "done"
     """Why it ended, in the server's word: `stop`, `length`, `eos` or `limit`; `done` where it does not say."""
-    text: str | None = None
-    """The text, where a server that answers in one piece gives no tokens."""
-    num_tokens: int | None = None
-    """Number of tokens that the server says it has written; None where it does not say."""
-    stop_token: int | None = None
-    """Token that ended the text, where the server names it."""
+    last: Reply = Reply()
+    """The last event: it has the text of a server that gives no tokens, and the stop token where one is named."""
 
     @property
     def is_stopped(self) -> bool:
@@ -125,7 +122,7 @@ class Server(ABC):
     model: str | None = None
     """What the server calls its model, where it says so."""
 
-    def __init__(self, url: str, vocab_size: int | None = None):
+    def __init__(self, url: str, vocab_size: int = MAX_TOKENS):
         self.address = Address(url)
         self.url = self.address.url
         self.vocab_size = vocab_size
@@ -168,13 +165,13 @@ class Server(ABC):
         started = time.perf_counter()
         with contextlib.closing(self.address.events(path, body | {"stream": stream}, max_new_tokens)) as events:
             answer = self._collect(events, max_new_tokens, started)
-        if not answer.token_ids and (stream or not (answer.text or answer.num_tokens)):
+        if not answer.token_ids and (stream or not (answer.last.text or answer.last.num_tokens)):
             raise ValueError(f"{self.url} sent no token for a prompt of {len(token_ids)} tokens; see the server's log")
         for token in answer.token_ids:
-            if not 0 <= token < (self.vocab_size or token + 1):
+            if not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"{self.url} sent the token {self.address.short(token)}, expected one in 0 .. "
-                    f"{(self.vocab_size or 0) - 1}; it serves another model than --target"
+                    f"{self.vocab_size - 1}; it serves another model than --target"
                 )
         return answer
 
@@ -208,13 +205,15 @@ class Server(ABC):
             )
         if end in ("abort", "error"):
             raise Unavailable(f"{self.url} ended its answer with {end!r}; see the server's log")
-        text = None if tokens else reply.text
-        return Answer(tokens, first_seconds, seconds, counts, end, text, reply.num_tokens, reply.stop_token)
+        return Answer(tokens, first_seconds, seconds, counts, end, reply)
 
     def _read(self, event: dict) -> Reply:
-        """Check which model answers, and turn what is no answer into one line."""
+        """Refuse an event of another model than was found, or answered first, and what is no event of this engine."""
         try:
-            self._check_model(event.get("model"))
+            if (name := event.get("model")) not in (None, UNNAMED):
+                self.model = self.model or str(name)
+                if name not in (self.model, PurePath(self.model).name):
+                    raise ValueError(f"the answer is of the model {name!r}, expected {self.model!r}")
             return self.read(event)
         except UNREADABLE as error:
             reason = str(error)
@@ -225,14 +224,6 @@ class Server(ABC):
                 f"{self.url} sent {self.address.short(json.dumps(event))}, which {self.engine} does not send "
                 f"({self.address.short(reason)}); see the server's log, and which version runs"
             ) from error
-
-    def _check_model(self, name: object) -> None:
-        """Refuse an answer of another model than the one that was found, or that answered first."""
-        if name is None or name == UNNAMED:
-            return
-        self.model = self.model or str(name)
-        if name not in (self.model, PurePath(self.model).name):
-            raise ValueError(f"the answer is of the model {name!r}, expected {self.model!r}")
 
 
 MODEL_KEYS = ("model_alias", "served_model_name", "model_path")
@@ -247,7 +238,7 @@ class VllmServer(Server):
 
     engine = "vllm"
 
-    def __init__(self, url: str, vocab_size: int | None = None):
+    def __init__(self, url: str, vocab_size: int = MAX_TOKENS):
         super().__init__(url, vocab_size)
         page = self.address.get("/v1/models")
         try:
@@ -292,27 +283,21 @@ class VllmServer(Server):
     def counters(self):
         """See `Server`."""
         page = self.address.get("/metrics")
-
-        def values(name: str) -> list[tuple[str, int]]:
-            pattern = rf"^vllm:spec_decode_{name}_total(?:\{{([^}}]*)\}})? ([0-9.e+]+)$"
-            return [(labels, round(float(value))) for labels, value in re.findall(pattern, page, re.MULTILINE)]
-
+        line = r'^vllm:spec_decode_num_(\w+)_total(?:\{(?:[^}]*position="(\d+)")?[^}]*\})? ([0-9.e+]+)$'
+        totals: Counter[tuple[str, int]] = Counter()
         try:
-            drafts = values("num_drafts")
-            reached: Counter[int] = Counter()
-            for labels, value in values("num_accepted_tokens_per_pos"):
-                if position := re.search(r'position="(\d+)"', labels):
-                    reached[int(position[1])] += value
-            total = sum(value for _, value in drafts)
-            reach = [total, *(reached[i] for i in sorted(reached)), 0]
-            histogram = [a - b for a, b in pairwise(reach)] if reached else None
-            num_accepted = sum(value for _, value in values("num_accepted_tokens"))
+            for name, position, value in re.findall(line, page, re.MULTILINE):
+                totals[name, int(position or 0)] += round(float(value))
         except UNREADABLE as error:
             raise ValueError(
                 f"{self.url}/metrics has counters that cannot be read ({self.address.short(error)}); see which version "
                 "runs"
             ) from error
-        return Counts(total, num_accepted, histogram) if drafts else None
+        if ("drafts", 0) not in totals:
+            return None
+        reached = [totals[key] for key in sorted(totals) if key[0] == "accepted_tokens_per_pos"]
+        histogram = [a - b for a, b in pairwise([totals["drafts", 0], *reached, 0])] if reached else None
+        return Counts(totals["drafts", 0], totals["accepted_tokens", 0], histogram)
 
 
 class SglangServer(Server):
@@ -341,8 +326,7 @@ class SglangServer(Server):
         """See `Server`."""
         meta = event.get("meta_info") or {}
         tokens = event.get("output_ids") or []
-        reason = meta.get("finish_reason")
-        is_object = isinstance(reason, dict)
+        reason = meta.get("finish_reason") or {}
         verified = meta.get("spec_verify_ct") or None
         accepted = meta.get("spec_accept_token_num", meta.get("spec_num_correct_drafts"))
         if verified and accepted is None:
@@ -350,10 +334,10 @@ class SglangServer(Server):
         return Reply(
             tokens=tokens,
             is_all=len(tokens) == meta.get("completion_tokens"),  # unless it was told to send the rest only
-            end=reason["type"] if is_object else reason,
+            end=reason.get("type"),
             text=event.get("text"),
             num_tokens=meta.get("completion_tokens"),
-            stop_token=reason.get("matched") if is_object else None,
+            stop_token=reason.get("matched"),
             num_verifications=verified,
             num_accepted=accepted or 0,
             histogram=meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram") or None,
@@ -421,7 +405,7 @@ class _Timings(BaseModel):
         return Counts(verifications, max(0, emitted - verifications))
 
 
-def connect(url: str, vocab_size: int | None = None) -> Server:
+def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
     """Find out what runs at an address.
 
     Args:
@@ -436,10 +420,8 @@ def connect(url: str, vocab_size: int | None = None) -> Server:
     for path, kind in (*probes, ("/version", VllmServer)):
         try:
             answer = json.loads(address.get(path))
-        except Refused:
+        except (Refused, json.JSONDecodeError, RecursionError):
             continue  # a server, but not this one
-        except (json.JSONDecodeError, RecursionError):
-            continue
         if isinstance(answer, dict) and (kind is not VllmServer or "version" in answer):
             server = kind(url, vocab_size)
             server.model = server.model or next(

@@ -33,8 +33,6 @@ MAX_PAGE_BYTES = 2**24
 """Most bytes of a page and of one line; the pages of servers have some hundred thousand."""
 MAX_SHOWN = 300
 """Most characters of a server's text that a message repeats."""
-MAX_REDIRECTS = 10
-"""Redirects on the same host that are followed."""
 API_KEY = "DPACE_API_KEY"
 """Environment variable with the key that servers ask for; it is sent, and is neither shown nor kept."""
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504, 529)
@@ -52,10 +50,10 @@ class Refused(ValueError):
 class Unavailable(ValueError):
     """The server does not answer now, and may answer the same request later."""
 
-    def __init__(self, message: str, retry_after: float | None = None):
+    def __init__(self, message: str, retry_after: float = 0.0):
         super().__init__(message)
         self.retry_after = retry_after
-        """Seconds that the server asks to wait for; None where it does not say."""
+        """Seconds that the server asks to wait for; 0 where it does not say."""
 
 
 class Address:
@@ -142,14 +140,11 @@ class Address:
 
     def _event(self, path: str, data: bytes) -> dict:
         """Parse an event, or an answer in one piece."""
-        try:
+        event = None
+        with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self.url}{path} sent an event that is not JSON ({self.short(data)}); see the server's log"
-            ) from error
         if not isinstance(event, dict):
-            raise ValueError(f"{self.url}{path} sent {self.short(data)}, expected an object; see the server's log")
+            raise ValueError(f"{self.url}{path} sent {self.short(data)}, expected a JSON object; see the server's log")
         if event.get("error"):
             raise ValueError(f"{self.url}{path} answers with the error {self.short(event['error'])}")
         return event
@@ -188,7 +183,7 @@ class Address:
             try:
                 options: Any = {"timeout": silence, "extensions": {"trace": watchdog.trace}}
                 request = self._client.build_request(method, url, json=body, **options)
-                with contextlib.closing(self._send(request)) as response:
+                with contextlib.closing(self._client.send(request, stream=True)) as response:
                     if not response.is_success:
                         self._refuse(url, response)
                     yield self._chunks(path, response, most)
@@ -210,32 +205,21 @@ class Address:
             self._check_size(path, size, most)
             yield chunk
 
-    def _send(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, and follow redirects on the same host: another one would get the prompts."""
-        for _ in range(MAX_REDIRECTS):
-            response = self._client.send(request, stream=True)
-            follow = response.next_request
-            if follow is None:
-                return response
-            response.close()
-            old, new = request.url, follow.url
-            if (old.scheme, old.netloc) != (new.scheme, new.netloc):
-                host = self.short(f"{new.scheme}://{new.netloc.decode(errors='replace')}")
-                raise ValueError(
-                    f"{old} leads to another host, {host}, which is not followed; give that address if it is the server"
-                )
-            request = follow
-        raise ValueError(f"{request.url} leads to itself, more than {MAX_REDIRECTS} times; correct the address")
-
     def _refuse(self, url: str, response: httpx.Response) -> NoReturn:
-        """Raise what a server said when it refused."""
+        """Raise what a server said when it refused.
+
+        A redirect is a refusal too: another host would get the prompts.
+        """
+        if follow := response.next_request:
+            place = self.short(follow.url.copy_with(userinfo=b""))
+            raise ValueError(f"{url} leads to {place}, which is not followed; give that address if it is the server")
         text = b""
         with contextlib.suppress(httpx.HTTPError):
             text = next(response.iter_raw(), text)
         status = response.status_code
         message = f"{url} refuses ({status}): {self.short(text) or self.short(response.reason_phrase)}"
         if status in RETRYABLE:
-            raise Unavailable(message, _retry_after(response.headers.get("Retry-After")))
+            raise Unavailable(message, _retry_after(response.headers.get("Retry-After", "")))
         if status in (401, 403):
             message += f"; set {API_KEY} to the key that it wants"
         raise Refused(message, status)
@@ -277,11 +261,11 @@ def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Read seconds to wait, or a date to wait for (RFC 9110, 10.2.3); None where it is neither."""
+def _retry_after(value: str) -> float:
+    """Read seconds to wait, or a date to wait for (RFC 9110, 10.2.3); 0 where it is neither."""
     try:
-        if value is None or value.strip().isdigit():
-            return None if value is None else float(value)
+        if value.isdigit():
+            return float(value)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
-        return None
+        return 0.0

@@ -2,13 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from dpace.system.ledger import register_files
 from dpace.target.chat import ChatTokenizer
 from tests.conftest import EOS
 from tests.support.crash import Disk, Killed
+from tests.support.stub_server import StubServer, pages
 from tests.unit.respond.test_run_meta import make_small
 
 ROOT = Path(__file__).parents[3]
@@ -49,67 +47,31 @@ def make_prompts(count: int) -> list[Prompt]:
 PROMPTS = make_prompts(10)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers in one engine's words with what the target itself says."""
+class Stub(StubServer):
+    """Answers in one engine's words with what the target itself says; `fault` gives the reply of a failing request."""
 
-    def log_message(self, *_):
-        pass
-
-    def send(self, status: int, body, headers=()):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        page = PAGES[self.server.engine].get(self.path)
-        self.send(200 if page else 404, page or {})
-
-    def do_POST(self):
-        stub = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        stub.seen.append((time.monotonic(), self.headers.get("Authorization")))
-        prompt, sampling = body.get("prompt") or body["input_ids"], body.get("sampling_params", body)
-        length = next(sampling[name] for name in ("max_tokens", "max_new_tokens", "n_predict") if name in sampling)
-        with stub.lock:
-            stub.running += 1
-            stub.most_running = max(stub.most_running, stub.running)
-            fault = stub.fault(prompt, length)
-        if stub.rush and length > 1:
-            stub.rush.wait(5)  # until as many requests are here
-        try:
-            if fault:
-                return self.send(*fault)
-            with stub.model:
-                config = replace(CONFIG, max_new_tokens=length, temperature=sampling["temperature"])
-                (tokens,) = generate_responses(stub.target, [prompt], config, [sampling[SEEDS[stub.engine]]])
-            self.send(200, stub.words(prompt, tokens))
-        finally:
-            with stub.lock:
-                stub.running -= 1
-
-
-class Stub(ThreadingHTTPServer):
-    """A server of one engine; `fault(prompt, length)` gives the reply of a request that fails."""
-
-    daemon_threads, block_on_close = True, False
     model = threading.Lock()  # of all stubs: they have one model
 
-    def __init__(self, target, engine="llama.cpp", fault=lambda *_: None, *, rush=None, is_text=False, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.target, self.engine, self.fault, self.rush, self.is_text = target, engine, fault, rush, is_text
-        self.seen, self.lock, self.running, self.most_running = [], threading.Lock(), 0, 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+    def __init__(self, target, engine="llama.cpp", fault=lambda *_: None, *, rush=None, is_text=False):
+        super().__init__(pages(PAGES[engine]), self.answer)
+        self.target, self.engine = target, engine
+        self.fault, self.rush, self.is_text = fault, rush, is_text
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
+    def answer(self, request):
+        body = request.body
+        request.seen_at = time.monotonic()
+        prompt, sampling = body.get("prompt") or body["input_ids"], body.get("sampling_params", body)
+        length = next(sampling[name] for name in ("max_tokens", "max_new_tokens", "n_predict") if name in sampling)
+        with self.lock:
+            fault = self.fault(prompt, length)
+        if self.rush and length > 1:
+            self.rush.wait(5)  # until as many requests are here
+        if fault:
+            return request.send(*fault)
+        with self.model:
+            config = replace(CONFIG, max_new_tokens=length, temperature=sampling["temperature"])
+            (tokens,) = generate_responses(self.target, [prompt], config, [sampling[SEEDS[self.engine]]])
+        request.send(self.words(prompt, tokens))
 
     def words(self, prompt, tokens):
         tokenizer, is_stop = self.target.tokenizer, tokens[-1] == EOS
@@ -181,7 +143,7 @@ def test_servers_give_what_this_process_gives(engine, temperature, start, chat, 
     """Also sampled, since each prompt has its seed; several servers share the prompts."""
     stubs, path = [start(engine), start(engine)], tmp_path / "responses.jsonl"
     assert write_responses(chat, PROMPTS, path, at(*stubs, temperature=temperature)) == own[temperature]
-    assert all(len(stub.seen) > 1 for stub in stubs)
+    assert all(len(stub.requests) > 1 for stub in stubs)
     for line in lines_of(path):
         reasons = ["stop" if line["token_ids"][end - 1] == EOS else "length" for _, end in line["response_spans"]]
         assert line["finish_reasons"] == reasons[-1:] or line["finish_reasons"][-len(reasons) :] == reasons
@@ -240,11 +202,12 @@ def test_requests_at_once_are_bounded_by_the_batch_size(start, chat, own, tmp_pa
 
 
 def test_a_server_that_is_busy_is_asked_again_after_as_long_as_it_wants(start, chat, own, tmp_path):
-    cut = (200, {}, [("Content-Length", "99")])
-    faults = iter([None, *[(status, {}, [("Retry-After", "1")]) for status in (429, 503)], (500, {}), (502, {}), cut])
+    cut = ({}, 200, {"Content-Length": "99"})
+    busy = [({}, status, {"Retry-After": "1"}) for status in (429, 503)]
+    faults = iter([None, *busy, ({}, 500), ({}, 502), cut])
     stub = start(fault=lambda *_: next(faults, None))
     assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(stub, batch_size=1)) == own[0.0]
-    times = [when for when, _ in stub.seen]
+    times = [request.seen_at for request in stub.requests]
     assert times[2] - times[1] >= 0.99 and times[3] - times[2] >= 0.99
 
 
@@ -253,22 +216,22 @@ def test_a_server_that_is_busy_is_asked_again_after_as_long_as_it_wants(start, c
     [("7", 7, 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 1e6, 1e10)],
 )
 def test_retry_after_is_seconds_or_a_date(value, low, high, start):
-    address = Address(start(fault=lambda *_: (503, {}, [("Retry-After", value)])).url)
+    address = Address(start(fault=lambda *_: ({}, 503, {"Retry-After": value})).url)
     with pytest.raises(Unavailable) as error:
         list(address.events("/completion", {"prompt": [1], "n_predict": 1}, 1))
-    assert error.value.retry_after is not None and low <= error.value.retry_after <= high
+    assert low <= error.value.retry_after <= high
 
 
 def test_a_server_that_dies_leaves_its_prompts_to_the_others(start, chat, own, tmp_path):
     dying = start()
-    dying.fault = lambda *_: len(dying.seen) > 2 and (503, {}) or None
+    dying.fault = lambda *_: len(dying.requests) > 2 and ({}, 503) or None
     config = at(dying, start("vllm"), retry_seconds=0.1)
     assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0]
 
 
 def test_without_any_server_the_call_ends_and_the_same_call_goes_on(start, chat, own, tmp_path):
     stub, path = start(), tmp_path / "r.jsonl"
-    stub.fault = lambda *_: len(stub.seen) > 5 and (503, {}) or None
+    stub.fault = lambda *_: len(stub.requests) > 5 and ({}, 503) or None
     with pytest.raises(ValueError, match=r"refuses \(503\).*asked again for 0.1 seconds; finished answers are kept"):
         write_responses(chat, PROMPTS, path, at(stub, retry_seconds=0.1))
     assert 0 < len(read_responses(path)) < len(PROMPTS) and read_meta(path)["complete"] is False
@@ -279,14 +242,14 @@ def test_where_all_is_answered_no_server_is_asked(start, chat, own, tmp_path):
     stub, path = start(), tmp_path / "r.jsonl"
     config = at(stub)
     write_responses(chat, PROMPTS, path, config)
-    num_asked, stub.fault = len(stub.seen), lambda *_: (503, {})
-    assert write_responses(chat, PROMPTS, path, config) == own[0.0] and len(stub.seen) == num_asked
+    num_asked, stub.fault = len(stub.requests), lambda *_: ({}, 503)
+    assert write_responses(chat, PROMPTS, path, config) == own[0.0] and len(stub.requests) == num_asked
 
 
 @pytest.mark.parametrize("status", [400, 500])
 def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, chat, own, tmp_path, capsys):
     bad = own[0.0][4].token_ids[: own[0.0][4].response_spans[0][0]]
-    stub = start(fault=lambda prompt, _: (status, {"error": "too odd"}) if prompt == bad else None)
+    stub = start(fault=lambda prompt, _: ({"error": "too odd"}, status) if prompt == bad else None)
     config = at(stub, retry_seconds=0.3, batch_size=1)
     found = write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config)
     assert found == [one for one in own[0.0] if one.id != "4"]
@@ -298,7 +261,7 @@ def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, chat, o
 
 def test_a_server_that_refuses_everything_is_an_error(start, chat, tmp_path):
     with pytest.raises(ValueError, match=r"refuses \(400\): .*no tokens here"):
-        write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(start(fault=lambda *_: (400, "no tokens here"))))
+        write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(start(fault=lambda *_: ("no tokens here", 400))))
 
 
 def test_answers_that_are_cut_or_end_elsewhere_are_left_out(start, chat, tmp_path):
@@ -317,13 +280,13 @@ def test_the_key_is_sent_and_is_neither_shown_nor_kept(start, chat, tmp_path, mo
     key = "sk-verysecretkey123"
     monkeypatch.setenv("DPACE_API_KEY", key)
     bad = [4, 8, 20, 5]
-    stub = start(fault=lambda prompt, length: (400, f"{'x ' * 140}{key}") if prompt == bad and length > 1 else None)
+    stub = start(fault=lambda prompt, length: (f"{'x ' * 140}{key}", 400) if prompt == bad and length > 1 else None)
     monkeypatch.setitem(PAGES["llama.cpp"], "/props", {"model_alias": f"m {key}"})
     assert len(write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(stub))) == len(PROMPTS) - 1
-    assert {sent for _, sent in stub.seen} == {f"Bearer {key}"}
+    assert {request.headers.get("Authorization") for request in stub.requests} == {f"Bearer {key}"}
     shown = "".join(path.read_text() for path in tmp_path.iterdir()) + "".join(capsys.readouterr())
     assert "***" in shown and "sk-" not in shown
-    stub.fault = lambda *_: (401, key)
+    stub.fault = lambda *_: (key, 401)
     with pytest.raises(ValueError, match=r"refuses \(401\).*set DPACE_API_KEY") as error:
         write_responses(chat, make_prompts(12), tmp_path / "r.jsonl", at(stub))
     assert key not in str(error.value)
@@ -343,7 +306,7 @@ def test_answers_of_servers_can_be_read_again_by_the_target(target, start, chat,
 
 def test_a_file_of_this_process_is_not_continued_by_servers(target, start, chat, tmp_path):
     write_responses(target, PROMPTS[:2], tmp_path / "r.jsonl", CONFIG)
-    with pytest.raises(ValueError, match="source 'target', not 'servers'; set --respond.source and"):
+    with pytest.raises(ValueError, match='source "target", not "servers"; set --respond.source and'):
         write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(start()))
 
 
@@ -374,31 +337,3 @@ def test_what_killed_ranks_left_is_collected_once(target, own, tmp_path):
         (tmp_path / f"responses.rank-{rank}.jsonl").write_text(text)
     assert write_responses(target, PROMPTS, path, CONFIG) == own[0.0]
     assert len(lines_of(path)) == len(PROMPTS) and not list(tmp_path.glob("*rank*"))
-
-
-@pytest.mark.slow
-def test_processes_that_are_killed_again_and_again_lose_and_double_nothing(target, start, tmp_path):
-    target.model.save_pretrained(tmp_path / "target")
-    target.tokenizer.save_pretrained(tmp_path / "target")
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"w{i % 50} w{i // 50}"}) + "\n" for i in range(400))
-    )
-    stub = start(fault=lambda *_: time.sleep(0.02))
-    words = ["respond", "--target", str(tmp_path / "target"), "--prompts.path", str(tmp_path / "p.jsonl")]
-    words += ["--server", stub.url, "--max-new-tokens", "8", "--output", str(tmp_path / "out")]
-    code = "import sys, dpace.respond.answering, dpace.cli; print(flush=True); sys.exit(dpace.cli.main(sys.argv[1:]))"
-    rng, killed, pipes = random.Random(0), 0, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for _ in range(20):
-        with subprocess.Popen([sys.executable, "-c", code, *words], **pipes) as process:
-            assert process.stdout and process.stdout.readline()
-            try:
-                process.wait(rng.uniform(0.3, 1.5))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                killed += 1
-            process.communicate()
-    done = subprocess.run([sys.executable, "-c", code, *words], **pipes)
-    assert done.returncode == 0, done.stderr
-    ids = Counter(line["id"] for line in lines_of(tmp_path / "out" / "responses.jsonl"))
-    print(f"{killed} kills")
-    assert killed > 4 and len(ids) == 400 and set(ids.values()) == {1}

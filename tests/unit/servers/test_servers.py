@@ -1,6 +1,5 @@
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -13,59 +12,51 @@ from dpace.report.cells import with_interval
 from dpace.report.page import servers
 from dpace.servers.apis import LlamacppServer, connect
 from dpace.target.chat import ChatTokenizer, encode_chat
+from tests.support.stub_server import StubServer, pages
 
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""
 NUM_TOKENS = 1 + sum(ACCEPTED) + len(ACCEPTED)
 
 
-class Fake(BaseHTTPRequestHandler):
+class Fake(StubServer):
     """Speaks one engine's dialect; a response is made from the prompt, so that both sides give the same."""
 
-    def log_message(self, *_):
-        pass
+    def __init__(self, engine: str, *, drafts: bool = False):
+        super().__init__(self.page, self.answer)
+        self.pages, self.events = DIALECTS[engine]
+        self.drafts = drafts
+        self.shift = 0
 
-    def _send(self, text: str, kind="application/json", status=200):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.end_headers()
-        self.wfile.write(text.encode())
+    @property
+    def bodies(self) -> list[dict]:
+        return [request.body for request in self.requests]
 
-    def do_GET(self):
-        found = self.server.pages.get(self.path)
-        if self.path == "/metrics" and "/v1/models" in self.server.pages:
-            found = self.metrics() if self.server.drafts else "vllm:prompt_tokens_total 5.0"
-        self._send(*((found,) if found else ("{}", "application/json", 404)))
+    def page(self, request):
+        if request.path == "/metrics":
+            return request.send(self.metrics().encode())
+        pages(self.pages)(request)
 
     def metrics(self) -> str:
-        n = self.server.num_requests
-        reach = [sum(a > k for a in ACCEPTED) for k in range(3)]
-        label = '{engine="0",model_name="m"}'
+        if not self.drafts:
+            return "vllm:prompt_tokens_total 5.0"
+        n = 7 + len(self.requests)
+        counters = [("drafts", "", len(ACCEPTED)), ("accepted_tokens", "", sum(ACCEPTED))]
+        for position in range(3):
+            count = sum(accepted > position for accepted in ACCEPTED)
+            counters.append(("accepted_tokens_per_pos", f',position="{position}"', count))
         lines = ["# TYPE vllm:spec_decode_num_drafts_total counter"]
-        lines += [f"vllm:spec_decode_num_drafts_total{label} {float(n * len(ACCEPTED))}"]
-        lines += [f"vllm:spec_decode_num_accepted_tokens_total{label} {float(n * sum(ACCEPTED))}"]
-        for position, count in enumerate(reach):
-            pair = f'{{engine="0",model_name="m",position="{position}"}}'
-            lines += [f"vllm:spec_decode_num_accepted_tokens_per_pos_total{pair} {float(n * count)}"]
-            lines += [f"vllm:spec_decode_num_accepted_tokens_per_pos_created{pair} 1.7e+09"]
+        for name, label, count in counters:
+            for end, value in (("total", float(n * count)), ("created", 1.7e9)):
+                lines += [f'vllm:spec_decode_num_{name}_{end}{{engine="0"{label}}} {value}']
         return "\n".join(lines) + "\n"
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append((self.path, body))
-        if self.server.refusal:
-            return self._send(json.dumps({"error": self.server.refusal}), status=400)
-        prompt = body.get("prompt") or body["input_ids"]
-        tokens = [(sum(prompt) + i + self.server.shift) % 50 for i in range(NUM_TOKENS)]
-        with self.server.lock:
-            self.server.running += 1
-            self.server.most_running = max(self.server.most_running, self.server.running)
+    def answer(self, request):
+        prompt = request.body.get("prompt") or request.body["input_ids"]
+        tokens = [(sum(prompt) + i + self.shift) % 50 for i in range(NUM_TOKENS)]
         threading.Event().wait(0.02)
-        with self.server.lock:
-            self.server.running -= 1
-            self.server.num_requests += 1
-        events = "".join(f"data: {json.dumps(event)}\n\n" for event in self.server.events(tokens, self.server.drafts))
-        self._send(events + "data: [DONE]\n\n", "text/event-stream")
+        events = "".join(f"data: {json.dumps(event)}\n\n" for event in self.events(tokens, self.drafts))
+        request.send(f"{events}data: [DONE]\n\n".encode())
 
 
 def vllm_events(tokens, drafts):
@@ -92,31 +83,26 @@ def llamacpp_events(tokens, drafts):
 
 
 DIALECTS = {
-    "vllm": ({"/version": '{"version": "0.32.0"}', "/v1/models": '{"data": [{"id": "m"}]}'}, vllm_events),
-    "sglang": ({"/get_server_info": '{"version": "0.5"}'}, sglang_events),
-    "llama.cpp": ({"/props": '{"total_slots": 1}'}, llamacpp_events),
+    "vllm": ({"/version": {"version": "0.32.0"}, "/v1/models": {"data": [{"id": "m"}]}}, vllm_events),
+    "sglang": ({"/get_server_info": {"version": "0.5"}}, sglang_events),
+    "llama.cpp": ({"/props": {"total_slots": 1}}, llamacpp_events),
+    "none": ({}, None),
 }
+ENGINES = ("vllm", "sglang", "llama.cpp")
+GREEDY = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
 
 
 @pytest.fixture
 def start():
     running = []
 
-    def make(engine: str, *, drafts: bool = False):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Fake)
-        server.daemon_threads = True
-        server.pages, server.events = DIALECTS.get(engine, ({}, None))
-        server.drafts, server.bodies, server.num_requests, server.shift = drafts, [], 7, 0
-        server.lock, server.running, server.most_running, server.refusal = threading.Lock(), 0, 0, None
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        running.append(server)
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        return server
+    def make(engine: str, *, drafts: bool = False) -> Fake:
+        running.append(Fake(engine, drafts=drafts))
+        return running[-1]
 
     yield make
     for server in running:
-        server.shutdown()
-        server.server_close()
+        server.close()
 
 
 def prompts(count=3, turns=1):
@@ -132,7 +118,7 @@ def chat(language_target):
     return ChatTokenizer("target", language_target.tokenizer)
 
 
-@pytest.mark.parametrize("engine", DIALECTS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("concurrency", [1, 2])
 def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, tmp_path):
     """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however."""
@@ -146,7 +132,7 @@ def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, 
         assert row.histogram[:3] == [3, 3, 3] and row.reach_rate[:2] == pytest.approx([2 / 3, 1 / 3])
     assert drafter.most_running == plain.most_running == concurrency
     for server in (drafter, plain):
-        sent = [body.get("prompt") or body["input_ids"] for _, body in server.bodies[1:]]  # the first is a warm-up
+        sent = [body.get("prompt") or body["input_ids"] for body in server.bodies[1:]]  # the first is a warm-up
         assert sorted(sent) == sorted(encode_chat(chat, prompt.turns[0]) for prompt in prompts())
     assert read_results(tmp_path / "servers.json") == results
     shown, tau = shown_row(tmp_path), with_interval(row.tau, row.tau_interval)
@@ -159,19 +145,12 @@ def shown_row(folder):
     return dict(zip(headings, row, strict=True))
 
 
-def test_another_text_is_found(start, chat, tmp_path):
-    drafter, plain = start("sglang", drafts=True), start("sglang")
-    drafter.shift = 1
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
-    assert bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path).rows[0].num_same_text == 0
-
-
 def test_later_turns_see_the_plain_servers_answers(start, chat, tmp_path):
     drafter, plain = start("vllm", drafts=True), start("vllm")
     drafter.shift = 1
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
-    bench_servers(chat, drafter.url, plain.url, prompts(1, turns=2), config, tmp_path)
-    (_, _, ours), (_, _, theirs) = ([body["prompt"] for _, body in server.bodies] for server in (drafter, plain))
+    (row,) = bench_servers(chat, drafter.url, plain.url, prompts(1, turns=2), GREEDY, tmp_path).rows
+    assert row.num_same_text == 0
+    (_, _, ours), (_, _, theirs) = ([body["prompt"] for body in server.bodies] for server in (drafter, plain))
     first = encode_chat(chat, prompts(1)[0].turns[0])
     assert ours == theirs and len(ours) > len(first) + NUM_TOKENS
 
@@ -190,11 +169,12 @@ def test_an_interrupted_call_goes_on(start, chat, tmp_path):
     assert [row.num_responses for row in again.rows] == [3, 3]
 
 
-def test_without_a_plain_server_there_is_no_speedup(start, chat, tmp_path):
-    drafter = start("vllm", drafts=True)
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
-    (row,) = bench_servers(chat, drafter.url, None, prompts(), config, tmp_path).rows
-    assert row.tau == 2.0 and row.decode_speedup is None and shown_row(tmp_path)["verdict"] == "no baseline"
+@pytest.mark.parametrize(("drafts", "tau"), [(True, 2.0), (False, None)])
+def test_one_server_has_no_speedup_and_no_tau_unless_it_drafts(drafts, tau, start, chat, tmp_path):
+    (row,) = bench_servers(chat, start("vllm", drafts=drafts).url, None, prompts(), GREEDY, tmp_path).rows
+    assert row.tau == tau and row.decode_speedup is None
+    shown = shown_row(tmp_path)
+    assert shown["verdict"] == "no baseline" and (shown["tau [95 %]"] == "-") is not drafts
 
 
 def test_each_prompt_has_its_own_seed(start, chat, tmp_path):
@@ -203,14 +183,8 @@ def test_each_prompt_has_its_own_seed(start, chat, tmp_path):
     config = BenchConfig(temperatures=(1.0,), concurrencies=(1,), max_new_tokens=9, seed=7)
     results = bench_servers(chat, *(side.url for side in sides), prompts(), config, tmp_path)
     for side in sides:
-        assert [body["seed"] for _, body in side.bodies[1:]] == [7, 8, 9]  # the first is a warm-up
+        assert [body["seed"] for body in side.bodies[1:]] == [7, 8, 9]  # the first is a warm-up
     assert results.prompt_seeds and results.seed == 7
-
-
-def test_a_server_that_drafts_nothing_has_no_tau(start, chat, tmp_path):
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
-    (row,) = bench_servers(chat, start("vllm").url, None, prompts(), config, tmp_path).rows
-    assert row.tau is None and shown_row(tmp_path)["tau [95 %]"] == "-"
 
 
 def test_groups_keep_servers_busy(start, chat, tmp_path):
@@ -222,15 +196,14 @@ def test_groups_keep_servers_busy(start, chat, tmp_path):
 
 
 def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
     with pytest.raises(ValueError, match=r"nothing answers at http://127.0.0.1:9/props .*start the server"):
         connect("http://127.0.0.1:9/")
     with pytest.raises(ValueError, match="neither vLLM nor SGLang nor llama.cpp"):
         connect(start("none").url)
     server = start("vllm")
-    server.refusal = "prompt is too long"
+    server.post = lambda request: request.send({"error": "prompt is too long"}, 400)
     with pytest.raises(ValueError, match=r"completions refuses \(400\): .*prompt is too long"):
-        bench_servers(chat, server.url, None, prompts(), config, tmp_path)
+        bench_servers(chat, server.url, None, prompts(), GREEDY, tmp_path)
 
 
 def test_the_verb_wants_the_server_for_a_baseline(capsys):
