@@ -16,7 +16,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import find_layer_id_faults
-from dpace.engines.folder import SELECTOR_TENSORS, published_name
+from dpace.engines.folder import SELECTOR_TENSORS
 from dpace.system.loading import first_names
 
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}
@@ -91,12 +91,12 @@ def written(folder: ExaminedFolder, *keys: str) -> Observation:
     return Observation(not missing, f"without {first_names(missing)}" if missing else "complete", ", ".join(keys))
 
 
-def agreement(folder: ExaminedFolder, key: str) -> Observation | None:
-    """Compare a key at the top level with the same key in `dflash_config`."""
-    top, nested = (config.get(key, ABSENT) for config in (folder.config, folder.nested))
-    if ABSENT in (top, nested):
-        return None
-    return Observation(top == nested, f"top level {top}, in dflash_config {nested}", "equal")
+def agreement(folder: ExaminedFolder) -> Observation:
+    """Compare the keys in `dflash_config` with the same keys at the top level."""
+    pairs = {key: (value, folder.config[key]) for key, value in folder.nested.items() if key in folder.config}
+    return expect_none(
+        [f"{key} {inner}, at the top level {top}" for key, (inner, top) in pairs.items() if inner != top]
+    )
 
 
 def recorded(folder: ExaminedFolder, key: str) -> Observation:
@@ -107,19 +107,19 @@ def recorded(folder: ExaminedFolder, key: str) -> Observation:
     return Observation(before == now, str(now)[:24], f"{str(before)[:24]} as in training")
 
 
-def as_trained(folder: ExaminedFolder, key: str) -> Observation | None:
-    """Compare a key of DFlash with the recipe beside the drafter."""
+def as_trained(folder: ExaminedFolder) -> Observation | None:
+    """Compare layer ids and block size with the recipe beside the drafter."""
     if "drafter" not in folder.recipe:
         return None
-    found, expected = folder.value(key), folder.trained[key]
-    return Observation(found == expected, found, f"{expected} in recipe.yaml")
+    found = {key: folder.value(key) for key in folder.trained}
+    return Observation(found == folder.trained, found, f"{folder.trained} in recipe.yaml")
 
 
-def layer_ids(folder: ExaminedFolder, fault: str) -> Observation:
-    """Look for one fault that `find_layer_id_faults` knows."""
-    ids, last = folder.value("target_layer_ids"), folder.target.num_layers - 1
-    expected = {"order": "ascending integers, each once", "range": f"in 0 .. {last - 1}", "last": f"ids without {last}"}
-    return Observation(fault not in find_layer_id_faults(ids, last + 1), ids, expected[fault])
+def layer_ids(folder: ExaminedFolder) -> Observation:
+    """Look for ids that some engine cannot serve."""
+    ids, num_layers = folder.value("target_layer_ids"), folder.target.num_layers
+    faults = find_layer_id_faults(ids, num_layers)
+    return Observation(not faults, "; ".join([str(ids), *faults]), f"ascending ids in 0 .. {num_layers - 2}")
 
 
 def layer_offset(folder: ExaminedFolder) -> Observation | None:
@@ -195,6 +195,22 @@ def own_embedding(folder: ExaminedFolder) -> Observation | None:
     return Observation(not differing, found, "equal to the target's, or not stored") if pairs else None
 
 
+def tensor_names(folder: ExaminedFolder) -> Observation:
+    """Compare the names of the tensors with the published ones."""
+    missing = sorted(folder.axes.keys() - folder.stored.keys())
+    unknown = sorted(folder.stored.keys() - folder.axes.keys() - SHARED.keys())
+    faults = {"without": missing, "with": unknown}
+    found = "; ".join(f"{fault} {first_names(names)}" for fault, names in faults.items() if names)
+    return Observation(not found, found or "complete", "the published names")
+
+
+def tensor_values(folder: ExaminedFolder) -> Observation:
+    """Look for tensors with NaN or infinity, and for zeros in place of weights."""
+    values = {name: tensor for name, tensor in folder.tensors.items() if name not in SELECTOR_TENSORS}
+    faults = [f"{name} is zero" for name, tensor in values.items() if not tensor.any()]
+    return expect_none([*(f"{n} is not finite" for n, t in values.items() if not t.isfinite().all()), *faults])
+
+
 def tensor_shapes(folder: ExaminedFolder) -> Observation:
     """Compare the shape of each tensor with what the others, the target and the config say."""
     expected = {name: [folder.expected_axes[axis] for axis in axes] for name, axes in folder.axes.items()}
@@ -216,7 +232,6 @@ def exploded(folder: ExaminedFolder) -> Observation:
 COPY_AGAIN = "copy or export the drafter again"
 USE_TARGETS = "write the target's value, or take a drafter that was trained for this target"
 MAKE_EQUAL = "make both equal: some engines read one, some the other"
-EARLIER = "take an earlier checkpoint; train with a lower learning rate"
 FIXED_KEYS = {
     "architectures": "vLLM, SGLang and llama.cpp choose the class by it; convert other layouts with `dpace import`",
     "model_type": "engines choose the class by it; it is qwen3 for every target family",
@@ -282,12 +297,12 @@ CONFIG_CHECKS = (
         "vLLM's V1 runner ignores the keys of scales and caps",
     ),
     Check(
-        "rms_norm_eps",
+        "keys written",
         "warns",
         written,
-        "write the value: engines assume 1e-6 without it",
-        "engines assume 1e-6",
-        ("rms_norm_eps",),
+        "write the values of the training at the top level: without them engines assume others",
+        "engines assume an epsilon of 1e-6, differ on causality, and some look for the block size here only",
+        ("rms_norm_eps", "block_size", "is_causal"),
     ),
     Check(
         "rope",
@@ -328,32 +343,14 @@ CONFIG_CHECKS = (
             "dflash_config.mask_token_id",
         ),
     ),
+    Check("keys agree", "fails", agreement, MAKE_EQUAL, "engines differ in which of both places they read"),
     Check(
-        "layer ids agree", "fails", agreement, MAKE_EQUAL, "engines differ in which they read", ("target_layer_ids",)
-    ),
-    Check(
-        "layer ids order",
+        "layer ids",
         "fails",
         layer_ids,
-        "sort the ids together with the columns of fc: vLLM sorts only the ids",
-        "vLLM sorts the ids but not the columns of `fc`: nearly nothing is accepted",
-        ("order",),
-    ),
-    Check(
-        "layer ids range",
-        "fails",
-        layer_ids,
-        "write ids of layers that the target has, counted from 0",
-        "no such layer",
-        ("range",),
-    ),
-    Check(
-        "last layer",
-        "fails",
-        layer_ids,
-        "train without the last layer: some engines normalize its output, others stop with an error",
-        "its output is normalized in transformers, not in vLLM; SGLang never captures it, llama.cpp aborts",
-        ("last",),
+        "count layers from 0; sort ids together with the columns of fc; train without the last layer",
+        "vLLM sorts the ids but not the columns of `fc`: nearly nothing is accepted. The last layer's output is "
+        "normalized in transformers, not in vLLM; SGLang never captures it, llama.cpp aborts",
     ),
     Check(
         "layer ids offset",
@@ -363,12 +360,11 @@ CONFIG_CHECKS = (
         "hidden states of a neighbor layer: layer `i` is `i` here and `i + 1` in speculators and GGUF",
     ),
     Check(
-        "layer ids as trained",
+        "as trained",
         "fails",
         as_trained,
-        "write the ids that the drafter was trained with",
-        "hidden states come from layers that the drafter has never seen",
-        ("target_layer_ids",),
+        "write the layer ids and the block size of the training: draft tokens + 1",
+        "hidden states come from layers that the drafter has never seen, or blocks have another length",
     ),
     Check(
         "fc columns",
@@ -384,7 +380,6 @@ CONFIG_CHECKS = (
         "write the token that the drafter was trained with; if it is this one, train again",
         "outside the embedding; or a token that text contains, which some engines strip or stop at",
     ),
-    Check("mask tokens agree", "fails", agreement, MAKE_EQUAL, "engines differ in which they read", ("mask_token_id",)),
     Check(
         "mask_embedding.pt",
         "warns",
@@ -400,23 +395,6 @@ CONFIG_CHECKS = (
         "absent it is 16; a block needs a draft slot",
     ),
     Check(
-        "block_size written",
-        "warns",
-        written,
-        "write it at the top level, the only place where SpecForge looks",
-        "SpecForge and dflash-mlx read it at the top level only",
-        ("block_size",),
-    ),
-    Check("block sizes agree", "fails", agreement, MAKE_EQUAL, "engines differ in which they read", ("block_size",)),
-    Check(
-        "block_size as trained",
-        "fails",
-        as_trained,
-        "write the block size of the training: draft tokens + 1",
-        "the number of drafts was written instead, or the block is longer than in training",
-        ("block_size",),
-    ),
-    Check(
         "is_causal",
         "fails",
         off,
@@ -427,14 +405,6 @@ CONFIG_CHECKS = (
             "dflash_config.causal",
             "dflash_config.is_causal",
         ),
-    ),
-    Check(
-        "is_causal written",
-        "warns",
-        written,
-        "write false: engines assume different values without it",
-        "engines assume different things where it is absent",
-        ("is_causal",),
     ),
     Check(
         "sliding window",
@@ -499,23 +469,9 @@ WEIGHT_CHECKS = (
     Check(
         "tensor names",
         "fails",
-        lambda folder: expect_none(sorted(name for name in folder.stored if name != published_name(name))),
-        "rename the tensors with `dpace import`: most engines know only the published names",
-        "most engines know the published names only",
-    ),
-    Check(
-        "missing tensors",
-        "fails",
-        lambda folder: expect_none(sorted(set(folder.axes) - set(folder.tensors))),
-        COPY_AGAIN,
-        "random weights, or a refusal",
-    ),
-    Check(
-        "extra tensors",
-        "fails",
-        lambda folder: expect_none(sorted(set(folder.tensors) - set(folder.axes) - set(SHARED))),
-        "remove these tensors: dpace and some engines refuse those that they do not know",
-        "dpace does not load the folder; vLLM refuses some, such as `mask_hidden`",
+        tensor_names,
+        "copy or export the drafter again; `dpace import` renames tensors, and others are to be removed",
+        "most engines know the published names only: random weights, or a refusal",
     ),
     Check(
         "own embedding",
@@ -525,13 +481,6 @@ WEIGHT_CHECKS = (
         "an engine that reads it drafts with another table than the target's",
     ),
     Check(
-        "stored embedding",
-        "warns",
-        lambda folder: expect_none([SHARED[name] for name in folder.tensors if name in SHARED]),
-        "remove this tensor: engines use the target's",
-        "a larger file",
-    ),
-    Check(
         "tensor shapes",
         "fails",
         tensor_shapes,
@@ -539,18 +488,17 @@ WEIGHT_CHECKS = (
         "nothing loads, or swapped tensors do",
     ),
     Check(
-        "finite",
+        "tensor values",
         "fails",
-        lambda folder: expect_none([n for n, tensor in folder.tensors.items() if not tensor.isfinite().all()]),
-        EARLIER,
-        "no draft is ever accepted",
+        tensor_values,
+        "copy or export the drafter again, or take an earlier checkpoint",
+        "a layer does nothing, or no draft is ever accepted",
     ),
     Check(
-        "zero tensors",
-        "fails",
-        lambda folder: expect_none([n for n, t in folder.tensors.items() if n not in SELECTOR_TENSORS and not t.any()]),
-        COPY_AGAIN,
-        "a layer does nothing",
+        "exploded tensors",
+        "warns",
+        exploded,
+        "take an earlier checkpoint; train with a lower learning rate",
+        "drafts are near random; overflow in half precision",
     ),
-    Check("exploded tensors", "warns", exploded, EARLIER, "drafts are near random; overflow in half precision"),
 )

@@ -6,7 +6,7 @@ the config that every engine reads.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
@@ -23,22 +23,20 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
 
-LayerIdFault = Literal["order", "range", "last"]
 
+def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int) -> list[str]:
+    """Find why some engine cannot serve a drafter that reads these layers.
 
-def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int) -> list[LayerIdFault]:
-    """Find faults in the feature layers' ids.
-
-    They must ascend, lie in the target, and leave out its last layer. The order matters, because vLLM sorts the ids but
-    not the columns of `fc`. The last layer's output is normalized in some engines and missing in others.
+    The ids must ascend, lie in the target, and leave out its last layer.
     """
-    ids, faults = list(target_layer_ids), []
+    ids, last = list(target_layer_ids), num_target_layers - 1
+    faults = []
     if not ids or not all(type(i) is int for i in ids) or ids != sorted(set(ids)):
-        faults.append("order")
-    if not all(0 <= i < num_target_layers for i in ids):
-        faults.append("range")
-    if num_target_layers - 1 in ids:
-        faults.append("last")
+        faults.append("they do not ascend (vLLM sorts them, and features and weights would no longer match)")
+    if not all(0 <= i <= last for i in ids):
+        faults.append(f"the target has layers 0 .. {last} only")
+    if last in ids:
+        faults.append(f"the output of layer {last} is normalized in some engines and missing in others")
     return faults
 
 
@@ -266,16 +264,10 @@ class DrafterSpec:
         Raises:
             ValueError: names the value, why it cannot be served and what to do.
         """
-        ids, last = list(self.target_layer_ids), self.num_target_layers - 1
-        for fault in find_layer_id_faults(ids, self.num_target_layers):
+        for fault in find_layer_id_faults(self.target_layer_ids, self.num_target_layers):
             raise ValueError(
-                f"target_layer_ids is {ids} for a target of {last + 1} layers; "
-                f"train with ascending ids in 0 .. {last - 1} "
-                + {
-                    "order": "(vLLM sorts them, and features and weights would no longer match)",
-                    "range": f"(the target has layers 0 .. {last} only)",
-                    "last": f"(the output of layer {last} is normalized in some engines and missing in others)",
-                }[fault]
+                f"target_layer_ids is {list(self.target_layer_ids)} for a target of {self.num_target_layers} layers: "
+                f"{fault}; train with ascending ids in 0 .. {self.num_target_layers - 2}"
             )
         check_block_size(self.block_size)
         if not 0 <= self.mask_token_id < self.vocab_size:

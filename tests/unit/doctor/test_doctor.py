@@ -152,7 +152,7 @@ def one_value(value):
 COMPARED = [key for key in (*FIXED_KEYS, *TENSOR_KEYS, *TARGET_KEYS) if "." not in key]
 CONVOLUTION_KEYS = "dflash_config.conv_kernel_size, dflash_config.conv_group_size"
 FAULTS = [
-    ("no epsilon", without("rms_norm_eps"), "rms_norm_eps"),
+    ("no epsilon", without("rms_norm_eps"), "keys written"),
     ("another rope theta", rope, "rope"),
     ("old rope spelling only", without("rope_parameters"), "rope spellings"),
     ("new rope spelling only", without("rope_theta"), "rope spellings"),
@@ -163,24 +163,22 @@ FAULTS = [
     ("convolutions of another size", convolved(conv_kernel_size=3, conv_group_size=8), CONVOLUTION_KEYS),
     ("one layer lost", drop("layers.1."), "num_hidden_layers, layer_types"),
     ("ids at the top level only", without("dflash_config"), "dflash_config"),
-    ("ids differ", keys(target_layer_ids=[1, 2]), "layer ids agree"),
-    ("ids descend", ids(3, 1), "layer ids order, layer ids as trained"),
-    ("an id past the end", ids(1, 6), "layer ids range, layer ids as trained"),
-    ("the last layer", ids(1, 5), "last layer, layer ids as trained"),
-    ("ids + 1", ids(2, 4), "layer ids offset, layer ids as trained"),
-    ("another layer", ids(1, 4), "layer ids as trained"),
-    ("one id too many", ids(1, 2, 3), "fc columns, layer ids as trained"),
+    ("ids differ", keys(target_layer_ids=[1, 2]), "keys agree"),
+    ("ids descend", ids(3, 1), "layer ids, as trained"),
+    ("an id past the end", ids(1, 6), "layer ids, as trained"),
+    ("the last layer", ids(1, 5), "layer ids, as trained"),
+    ("ids + 1", ids(2, 4), "layer ids offset, as trained"),
+    ("another layer", ids(1, 4), "as trained"),
+    ("one id too many", ids(1, 2, 3), "fc columns, as trained"),
     ("mask is padding", mask(0), "mask token"),
     ("mask is ordinary text", mask(10), "mask token"),
     ("mask outside the embedding", mask(64), "mask token"),
-    ("masks differ", keys(mask_token_id=2), "mask tokens agree"),
-    ("block of 1", keys(block_size=1), "block_size, block_size as trained"),
-    ("drafts for block size", keys(block_size=5), "block_size as trained"),
-    ("block_size missing", without("block_size"), "block_size, block_size written, block_size as trained"),
-    ("block sizes differ", nested(block_size=7), "block sizes agree, block_size as trained"),
+    ("block of 1", keys(block_size=1), "block_size, as trained"),
+    ("drafts for block size", keys(block_size=5), "as trained"),
+    ("block_size missing", without("block_size"), "block_size, keys written, as trained"),
+    ("block sizes differ", nested(block_size=7), "keys agree, as trained"),
     ("causal", keys(is_causal=True), "is_causal"),
     ("causal inside", nested(causal=True), "is_causal"),
-    ("causality left out", without("is_causal"), "is_causal written"),
     ("a sliding layer", keys(layer_types=["sliding_attention", "full_attention"]), "layer_types"),
     ("a window", keys(use_sliding_window=True, sliding_window=2048), "sliding window"),
     ("a softcap that the target has not", keys(final_logit_softcapping=30.0), "final_logit_softcapping"),
@@ -193,17 +191,17 @@ FAULTS = [
     ("dtype in the config only", keys(dtype="float16"), "dtype"),
     ("one tensor in fp32", tensor(UP, lambda old: old.float()), "dtype"),
     ("names with a prefix", prefixed, "tensor names"),
-    ("a tensor lost", drop("layers.0.mlp.up_proj"), "missing tensors"),
-    ("a tensor too many", tensor("mask_hidden", lambda _: torch.ones(48).bfloat16()), "extra tensors"),
+    ("a tensor lost", drop("layers.0.mlp.up_proj"), "tensor names"),
+    ("a tensor too many", tensor("mask_hidden", lambda _: torch.ones(48).bfloat16()), "tensor names"),
     (
         "a random head",
         tensor("lm_head.weight", lambda _: torch.randn(64, 48).bfloat16()),
-        "own embedding, stored embedding",
+        "own embedding",
     ),
     ("q and k swapped in one layer", swap(Q, K), "tensor shapes"),
     ("a matrix turned", tensor(UP, lambda old: old.T), "tensor shapes"),
-    ("a NaN", tensor("layers.0.self_attn.q_norm.weight", lambda old: old * float("nan")), "finite"),
-    ("a norm zeroed", tensor(NORM, torch.zeros_like), "zero tensors"),
+    ("a NaN", tensor("layers.0.self_attn.q_norm.weight", lambda old: old * float("nan")), "tensor values"),
+    ("a norm zeroed", tensor(NORM, torch.zeros_like), "tensor values"),
     ("a matrix exploded", tensor(UP, lambda old: old * 1e3), "exploded tensors"),
     ("a norm exploded", tensor("norm.weight", lambda old: old * 1e5), "exploded tensors"),
     ("a config that transformers refuses", keys(max_position_embeddings="many"), "loads"),
@@ -291,9 +289,9 @@ def test_scaling_of_rope_and_logits_is_compared(tmp_path):
     assert named(tmp_path, target) == {"final_logit_softcapping", "input_embedding_scale"}
 
 
-def test_an_embedding_of_the_targets_own_is_only_superfluous(folder, language_target):
+def test_an_embedding_of_the_targets_own_does_no_harm(folder, language_target):
     edit(folder, tensor("lm_head.weight", lambda _: language_target.head.weight.bfloat16()))
-    assert named(folder, language_target) == {"stored embedding"}
+    assert not named(folder, language_target)
 
 
 def write_responses(folder, responses):
@@ -410,7 +408,7 @@ def test_no_value_of_the_config_stops_the_examination(folder, language_target):
     for number, key in enumerate(json.loads(whole)):
         for value in (values[number % 6], values[(number + 1) % 6]):
             (folder / "config.json").write_text(json.dumps({**json.loads(whole), key: value}))
-            assert len(diagnose(folder, language_target)) > 50
+            assert len(diagnose(folder, language_target)) > 35
 
 
 def test_the_verb(folder, language_folder, language_responses, capsys, monkeypatch):
