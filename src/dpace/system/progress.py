@@ -1,8 +1,10 @@
 """Write to a terminal: the progress bar of long work, and texts that cannot steer it."""
 
+import math
 import sys
 import time
 import unicodedata
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -25,72 +27,37 @@ STEERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 """Unicode's classes of marks that change the direction in which a text is shown."""
 
 
-def is_terminal() -> bool:
-    """Return whether progress is seen on a terminal, where a bar can be drawn."""
-    return sys.stderr.isatty()
-
-
-class PlainLines:
-    """Progress written as lines: the first step, then one in `LINE_SECONDS`, and the end.
-
-    Args:
-        name: of the work.
-        total: number of steps.
-        done: steps that were done before.
-    """
-
-    def __init__(self, name: str, total: int | float, done: int | float = 0):
-        self.name = name
-        self.total = total
-        self.first = done
-        self.start = time.monotonic()
-        self.last: float | None = None
-
-    def update(self, done: int | float, info: str = "") -> None:
-        """Write a line if it is time for one."""
-        now = time.monotonic()
-        if self.last is not None and now - self.last < LINE_SECONDS and done < self.total:
-            return
-        self.last = now
-        elapsed, steps = now - self.start, done - self.first
-        rate = steps / elapsed if elapsed > 0 else 0.0
-        eta = f", ETA {format_clock((self.total - done) / rate)}" if rate and done < self.total else ""
-        parts = [f"{self.name}: {done:g} of {self.total:g} in {format_clock(elapsed)}, {rate:.3g} a second{eta}", info]
-        print(printable("; ".join(part for part in parts if part)), file=sys.stderr, flush=True)
-
-
-def format_clock(seconds: int | float) -> str:
-    """Write a time as hours, minutes and seconds."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
 class _LinesInPlaceOfABar(Progress):
-    """A bar of rich that draws nothing and writes lines."""
-
-    def __init__(self, *columns: Any, **options: Any):
-        super().__init__(*columns, **options, disable=True)
-        self.lines: dict[TaskID, PlainLines] = {}
+    """A bar of rich that draws nothing and writes lines: the first step, then one in `LINE_SECONDS`, and the end."""
 
     def add_task(self, description: str, *args: Any, **options: Any) -> TaskID:
         """Add a piece of work."""
-        task = super().add_task(description, *args, **options)
-        self.lines[task] = PlainLines(description, self.tasks[task].total or 0, self.tasks[task].completed)
-        return task
+        return super().add_task(description, *args, first=options.get("completed", 0), written=-math.inf, **options)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Move on by a number of steps."""
+        self.update(task_id, advance=advance)
 
     def update(self, task_id: TaskID, **options: Any) -> None:
-        """Move on."""
+        """Move on, and write a line if it is time for one."""
         super().update(task_id, **options)
-        self._write_line(task_id)
-
-    def advance(self, task_id: TaskID, advance: int | float = 1) -> None:
-        """Move on by a number of steps."""
-        super().advance(task_id, advance)
-        self._write_line(task_id)
-
-    def _write_line(self, task_id: TaskID) -> None:
         task = self.tasks[task_id]
-        self.lines[task_id].update(task.completed, str(task.fields.get("info", "")))
+        elapsed = task.elapsed or 0.0
+        if elapsed - task.fields["written"] < LINE_SECONDS and not task.finished:
+            return
+        task.fields["written"] = elapsed
+        total = task.total or 0
+        rate = (task.completed - task.fields["first"]) / elapsed if elapsed else 0.0
+        line = f"{task.description}: {task.completed:g} of {total:g} in {_clock(elapsed)}, {rate:.3g} a second"
+        if rate and not task.finished:
+            line += f", ETA {_clock((total - task.completed) / rate)}"
+        info = task.fields.get("info")
+        print(printable(f"{line}; {info}" if info else line), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> timedelta:
+    """Return a time that is shown as hours, minutes and seconds."""
+    return timedelta(seconds=int(seconds))
 
 
 def progress_bar() -> Progress:
@@ -100,7 +67,8 @@ def progress_bar() -> Progress:
     """
     if not ranks.is_first():
         return Progress(disable=True)
-    return (Progress if is_terminal() else _LinesInPlaceOfABar)(
+    is_terminal = sys.stderr.isatty()
+    return (Progress if is_terminal else _LinesInPlaceOfABar)(
         TextColumn("{task.description:<28}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -109,6 +77,8 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[info]}"),
         console=Console(stderr=True),
+        disable=not is_terminal,
+        get_time=time.monotonic,
     )
 
 

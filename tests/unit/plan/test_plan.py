@@ -264,11 +264,12 @@ def test_a_full_disk_is_seen_before_any_work(answered, tmp_path, capsys, monkeyp
 
 
 def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("dpace.system.progress.time.monotonic", lambda: float(next(clock)))
+    seconds = 0.0
+    monkeypatch.setattr("dpace.system.progress.time.monotonic", lambda: seconds)
     with progress_bar() as bar:
         task = bar.add_task("working", total=12, info="")
         for i in range(12):
+            seconds += 10
             bar.update(task, advance=1, info=f"at {i}")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("working:")]
     assert [line.split(" of ")[0] for line in lines] == [f"working: {n}" for n in (1, 4, 7, 10, 12)]
