@@ -46,7 +46,6 @@ FLAGS = {
     "train --train.batch-size 1.5": "batch-size.*1.5",
     "train --train.batch-size ''": "batch-size",
     "respond --dtype float8": "dtype",
-    "train --loss.objective dpce": "--loss.objective is 'dpce', expected one of dpace, .* or package.module:function",
     "bench --bench.widths wide": "widths.*wide",
     "respond --thinking 5": "5",
     "respond --respond 5": "respond",
@@ -63,6 +62,7 @@ def test_flags(line, refused):
 
 
 RANGES = {
+    "train --loss.objective dpce": "--loss.objective is 'dpce', expected one of dpace, .* or package.module:function",
     "train --train.batch-size=0": "--train.batch-size is 0, expected an integer of 1 or more",
     "train --drafter.block-size=100000": "is 100000, expected an integer from 2 to 1000",
     "train --train.learning-rate=0": "--train.learning-rate is 0.0, expected a number above 0",

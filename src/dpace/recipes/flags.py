@@ -7,12 +7,13 @@ What comes in is a recipe, which may stand first, and flags that override it; wh
 import contextlib
 import inspect
 import io
+import itertools
 import os
 import re
 import shlex
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -41,7 +42,7 @@ def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Se
         groups: that the verb reads, and that its help lists; by default all of them.
 
     Raises:
-        UsageError: an unknown flag, a flag whose value has another type, or an unknown name of a recipe or objective.
+        UsageError: an unknown flag, a flag whose value has another type, or an unknown name of a recipe.
         ValueError: a recipe that cannot be read, or a value outside its range.
         SystemExit: after `--help`.
     """
@@ -53,7 +54,8 @@ def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Se
 
     output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(output), _wide_terminal():
+        # without a terminal, tyro draws in ASCII
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), _wide_terminal():
             return tyro.cli(config_class, prog=f"dpace {verb}", args=_full_flags(config_class, verb, args))
     except (SystemExit, ValidationError) as end:
         raise _refusal(end, output.getvalue(), config_class, verb) from end
@@ -92,7 +94,7 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
 def _full_flags(config_class: type, verb: str, args: list[str]) -> list[str]:
     """Return all options as flags with their full names, those of a recipe before those that override them."""
     path = _recipe_path(args, config_class)
-    recipe = recipe_flags(path, config_class) if path else []
+    recipe = _flags(_options(read_settings(path, config_class))) if path else []
     return [*recipe, *(_with_group(config_class, verb, arg) for arg in args[path is not None :])]
 
 
@@ -142,52 +144,22 @@ def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> 
     while error and not isinstance(error, ValidationError):
         error = error.__context__
     if not error:
-        return UsageError(_one_line(output, config_class, verb))
+        return UsageError(_one_line(output, verb))
     group, kind = next(
         ((f"{n}.", k) for n, k in _groups(config_class).items() if k.__name__ == error.title), ("", config_class)
     )
     name, reason = explain(error, kind).split(" ", 1)
     flag = f"--{group}{name.partition('[')[0]}".replace("_", "-")
-    is_objective = {"literal_error", "string_pattern_mismatch"} <= {found["type"] for found in error.errors()}
-    refusal = UsageError if is_objective else ValueError
-    return refusal(f"{flag} {reason}; change it, or leave it out for the default")
+    return ValueError(f"{flag} {reason}; change it, or leave it out for the default")
 
 
-def _one_line(output: str, config_class: type, verb: str) -> str:
+def _one_line(output: str, verb: str) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant."""
-    sections: list[list[str]] = [[]]
-    for line in output.splitlines():
-        if line.startswith(("╭", "╰")) or not line.strip("│|─- "):  # a border or a rule, in Unicode or ASCII
-            sections.append([])
-        else:
-            sections[-1].append(line.strip("│| "))
-    sections = [section for section in sections if section]
-    if "╭" not in output:  # there the title is a section
-        sections = sections[1:]
-    problem = " ".join(sections[0]).removesuffix(".") if sections else "the flags cannot be read"
-    meant = next((line.split()[0] for section in sections[1:] for line in section if line.startswith("--")), "")
-    meant = _abbreviated(problem, config_class, verb) or meant
+    lines = [line.strip("| ") for line in output.splitlines()][2:]  # without the title
+    problem = " ".join(itertools.takewhile(lambda line: line.strip("-"), lines)).removesuffix(".")
+    meant = next((line.split()[0] for line in lines if line.startswith("--")), "")
     hint = f"did you mean {meant}? " if meant and meant not in problem else ""
-    return f"{problem}; {hint}`dpace {verb} --help` lists the options"
-
-
-def _abbreviated(problem: str, config_class: type, verb: str) -> str:
-    """Find the option whose initials an unknown one has, such as --lr; empty where there is none."""
-    unknown = re.match(r"Unrecognized options: --(?:([\w-]+)\.)?([a-z]+)\b", problem)
-    if not unknown:
-        return ""
-    paths = [path.rpartition(".") for path in _option_names(config_class)]
-    paths.sort(key=lambda path: path[0] != (unknown[1] or verb))
-    fits = (f"--{group}{dot}{name}" for group, dot, name in paths if re.sub(r"(\w)\w*-?", r"\1", name) == unknown[2])
-    return next(fits, "")
-
-
-def _option_names(config_class: type, prefix: str = "") -> Iterator[str]:
-    """Yield the names of all options as flags have them, those of groups behind the group's name."""
-    groups = _groups(config_class)
-    for name in get_type_hints(config_class):
-        path = f"{prefix}{name}".replace("_", "-")
-        yield from _option_names(groups[name], f"{path}.") if name in groups else [path]
+    return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
 
 def given_options(config_class: type, verb: str, args: list[str]) -> set[str]:
@@ -231,36 +203,28 @@ def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
         args: the arguments that they were parsed from.
     """
     path = _recipe_path(args, Recipe)
-    base = read_recipe(path) if path else Recipe()
-    return command(verb, *(args[:1] if path else []), *_flags(_changes(asdict(recipe), asdict(base))))
+    base = dict(_options(asdict(read_recipe(path) if path else Recipe())))
+    changed = [(name, value) for name, value in _options(asdict(recipe)) if value != base[name]]
+    return command(verb, *(args[:1] if path else []), *_flags(changed))
 
 
-def _changes(values: dict, base: dict) -> dict:
-    """Return the settings that differ from `base`, group by group."""
-    changed = {name: _changes(value, base[name]) for name, value in values.items() if isinstance(value, dict)}
-    changed |= {name: value for name, value in values.items() if name not in changed and value != base[name]}
-    return {name: value for name, value in changed.items() if value != {}}
-
-
-def recipe_flags(path: str | Path, config_class: type[Recipe] = Recipe) -> list[str]:
-    """Return the flags that a YAML recipe stands for, `--group.name value`.
-
-    Raises:
-        ValueError: see `dpace.recipes.recipe_file.read_settings`.
-    """
-    return list(_flags(read_settings(path, config_class)))
-
-
-def _flags(values: dict, prefix: str = "") -> Iterator[str]:
-    """Yield the flags and values of nested settings."""
+def _options(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the names of nested settings, such as `drafter.block_size`, and their values."""
     for name, value in values.items():
-        flag = f"{prefix}{name}".replace("_", "-")
         if isinstance(value, dict):
-            yield from _flags(value, f"{flag}.")
-        elif isinstance(value, bool):
-            yield f"--{flag}" if value else f"--{prefix}no-{name.replace('_', '-')}"
-        elif isinstance(value, str) and value.startswith("-"):
-            yield f"--{flag}={value}"
+            yield from _options(value, f"{prefix}{name}.")
         else:
-            yield f"--{flag}"
+            yield prefix + name, value
+
+
+def _flags(options: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Yield the flags and values of settings."""
+    for name, value in options:
+        group, dot, option = name.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            yield f"--{group}{dot}{'' if value else 'no-'}{option}"
+        elif isinstance(value, str) and value.startswith("-"):
+            yield f"--{group}{dot}{option}={value}"
+        else:
+            yield f"--{group}{dot}{option}"
             yield from map(str, value if isinstance(value, list | tuple) else [value])

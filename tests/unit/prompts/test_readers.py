@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import dpace.config
 from dpace.config import CompareConfig, PromptsConfig, Recipe
 from dpace.prompts.prompts import canonical, read_prompts, split_prompts
-from dpace.recipes.flags import recipe_flags
 from dpace.recipes.recipe_file import read_recipe, write_recipe
 from dpace.recipes.validation import from_json, to_json
 from dpace.respond.responses import Meta, Response, read_meta, read_responses
@@ -69,7 +68,7 @@ def test_other_prompts_are_refused_with_their_line(path, value, key):
         assert all(m["content"].encode() for turn in prompts[0].turns for m in turn[-1:])
 
 
-@pytest.mark.parametrize("read", [read_prompts, read_responses, recipe_flags], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("read", [read_prompts, read_responses, read_recipe], ids=lambda read: read.__name__)
 @SETTINGS
 @given(parts=st.lists(ODD | st.text(max_size=2), max_size=12), data=st.binary(max_size=8))
 def test_any_bytes_are_read_or_refused(path, read, parts, data):

@@ -32,8 +32,6 @@ def test_a_recipe_of_no_name_is_refused():
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("--lr", "--train.learning-rate"),
-        ("--train.bs", "--train.batch-size"),
         ("--learning-rat", "--train.learning-rate"),
         ("--epochs", "--train.num-epochs"),
         ("--qqq", None),
