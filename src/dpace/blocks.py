@@ -37,7 +37,8 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
     if sorted(set(ids)) != ids:
         raise ValueError(
             f"a target of {num_target_layers} layers gives layer ids {ids} for {num_features} features; "
-            f"ask for at most {max(1, num_target_layers - 3)}, or set the ids with --drafter.target-layer-ids"
+            f"lower --drafter.num-features to {max(1, num_target_layers - 3)}, or set the ids with "
+            "--drafter.target-layer-ids"
         )
     return ids
 

@@ -1,4 +1,4 @@
-"""The command line: `dpace VERB [recipe.yaml] [--group.field value]`."""
+"""The command line: `dpace VERB [recipe.yaml] [--group.field value]`; a recipe where the verb reads one."""
 
 import errno
 import importlib
@@ -33,12 +33,13 @@ VERBS = {
 
 USAGE = "\n".join(
     [
-        "usage: dpace VERB [recipe.yaml] [--group.field value ...]",
+        "usage: dpace VERB [--option value ...]",
         "",
         *(f"  {verb:<9} {text}" for verb, text in VERBS.items()),
         "",
-        "A recipe is a YAML file of options, or the name of one that comes with dpace; command-line flags override it.",
-        f"Names: {', '.join(RECIPES)}.",
+        "plan, data, respond, train, compare and bench take a recipe before the options, which override it:",
+        "a YAML file of options, or the name of one that comes with dpace:",
+        f"{', '.join(RECIPES)}.",
         "`dpace VERB --help` lists the options; `dpace --version` prints the version.",
         "With --dry-run, a verb that works for long says what it would do, and stops there.",
         "",

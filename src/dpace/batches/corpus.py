@@ -6,8 +6,7 @@ prompts, and is made again where these changed.
 
 import json
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -46,80 +45,54 @@ SCHEMA = pyarrow.schema(
 class Corpus:
     """Conversations as token ids with the spans that the target wrote.
 
-    Memory: 20 bytes a conversation where the batches are mapped from a file.
+    Memory: 12 bytes a conversation where the table is mapped from a file.
 
     Args:
-        batches: of `SCHEMA`.
+        table: of `SCHEMA`.
         order: numbers of the rows to give, in their order; all by default.
     """
 
-    def __init__(self, batches: Sequence[pyarrow.RecordBatch], order: np.ndarray | None = None):
-        batches = [batch for batch in batches if len(batch)]
-        self._ids = [batch.column("id") for batch in batches]
-        self._tokens, self._spans = ([_lists(b.column(n)) for b in batches] for n in ("token_ids", "response_spans"))
-        self._starts = np.cumsum([0, *map(len, batches)])
-        self._order = np.arange(self._starts[-1]) if order is None else order
-        lengths = [np.diff(offsets) for offsets, _ in self._tokens]
-        self.lengths = np.concatenate([np.zeros(0, np.int32), *lengths])[self._order]
+    def __init__(self, table: pyarrow.Table, order: np.ndarray | None = None):
+        self._table = table
+        self._order = np.arange(len(table)) if order is None else order
+        self.lengths = table["length"].to_numpy()[self._order]
         """Tokens of each conversation."""
 
     @classmethod
     def of(cls, responses: Iterable[Response]) -> "Corpus":
         """Make a corpus in memory."""
-        return cls([_batch([(response, 0, i) for i, response in enumerate(responses)])])
+        return cls(pyarrow.Table.from_batches([_batch([(response, 0, i) for i, response in enumerate(responses)])]))
 
     def __len__(self):
         """Count the conversations."""
         return len(self._order)
 
-    def _find(self, number: int) -> tuple[int, int]:
-        """Return the batch of a conversation, and its row there."""
-        row = int(self._order[number])
-        batch = bisect_right(self._starts, row) - 1
-        return batch, row - int(self._starts[batch])
+    def _column(self, name: str, number: int) -> Any:
+        """Return what a column has for a conversation."""
+        return self._table[name][int(self._order[number])]
 
     def id(self, number: int) -> str:
         """Return the id of a conversation."""
-        batch, row = self._find(number)
-        return self._ids[batch][row].as_py()
+        return self._column("id", number).as_py()
 
     def token_ids(self, number: int) -> np.ndarray:
         """Return the tokens of a conversation, without a copy."""
-        batch, row = self._find(number)
-        offsets, values = self._tokens[batch]
-        return values[offsets[row] : offsets[row + 1]]
+        return self._column("token_ids", number).values.to_numpy()
 
     def spans(self, number: int) -> np.ndarray:
         """Return the spans [start, end) of a conversation, "span 2", without a copy."""
-        batch, row = self._find(number)
-        offsets, values = self._spans[batch]
-        return values[offsets[row] : offsets[row + 1]].reshape(-1, 2)
+        return self._column("response_spans", number).values.to_numpy().reshape(-1, 2)
 
     def num_anchors(self, max_length: int) -> np.ndarray:
         """Count for each conversation the places in its first tokens that a block can start from."""
         counts = [np.zeros(0, np.int64)]
-        for offsets, values in self._spans:
+        for column in self._table["response_spans"].chunks:
+            offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
             start, end = values[offsets[0] : offsets[-1]].reshape(-1, 2).astype(np.int64).T
             row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets) // 2)
             of_span = np.maximum(np.minimum(end, max_length) - start - 1, 0)
             counts.append(np.bincount(row, of_span, len(offsets) - 1).astype(np.int64))
         return np.concatenate(counts)[self._order]
-
-    def tokens_of(self, numbers: np.ndarray, max_length: int) -> Iterator[np.ndarray]:
-        """Yield the first tokens of chosen conversations, many at once, in any order."""
-        rows = np.sort(self._order[numbers])
-        for batch, (offsets, values) in enumerate(self._tokens):
-            first, last = np.searchsorted(rows, self._starts[batch : batch + 2])
-            is_chosen = np.zeros(len(offsets) - 1, bool)
-            is_chosen[rows[first:last] - self._starts[batch]] = True
-            lengths = np.diff(offsets)
-            within = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)
-            yield values[offsets[0] : offsets[-1]][np.repeat(is_chosen, lengths) & (within < max_length)]
-
-
-def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the offsets and the values of a column of lists, without a copy."""
-    return column.offsets.to_numpy(), column.values.to_numpy()
 
 
 def _batch(rows: Sequence[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
@@ -179,22 +152,19 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
         "files": {str(file): hash_file(file) for file in prompt_files(prompts)},
     }
     with naming_file(path), filelock.FileLock(path.with_name(LOCK)):
-        batches = _map_file(path, made_from)
-        if batches is None:
+        table = _map_file(path, made_from)
+        if table is None:
             register_files(path.parent, path.name)
             _write_corpus(path, responses, prompts, made_from)
-            batches = _map_file(path, made_from)
-    assert batches is not None
-    parts, positions = (
-        np.concatenate([np.zeros(0, np.int32), *(batch.column(name) for batch in batches)])
-        for name in ("part", "place")
-    )
+            table = _map_file(path, made_from)
+    assert table is not None
+    parts, places = table["part"].to_numpy(), table["place"].to_numpy()
     rows_of_parts = [np.flatnonzero(parts == part) for part in range(2)]
-    train, validation = (Corpus(batches, rows[np.argsort(positions[rows])]) for rows in rows_of_parts)
+    train, validation = (Corpus(table, rows[np.argsort(places[rows])]) for rows in rows_of_parts)
     return train, validation
 
 
-def _map_file(path: Path, made_from: dict[str, Any]) -> list[pyarrow.RecordBatch] | None:
+def _map_file(path: Path, made_from: dict[str, Any]) -> pyarrow.Table | None:
     """Map a file into memory; None where it was made from something else."""
     if not path.is_file():
         return None
@@ -202,7 +172,7 @@ def _map_file(path: Path, made_from: dict[str, Any]) -> list[pyarrow.RecordBatch
         file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         if json.loads((file.schema.metadata or {}).get(MADE_FROM, b"0")) != made_from:
             return None
-        return [file.get_batch(i) for i in range(file.num_record_batches)]
+        return file.read_all()
     except (pyarrow.ArrowException, OSError, ValueError):  # cut or damaged: it is made again
         return None
 

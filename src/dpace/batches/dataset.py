@@ -65,7 +65,8 @@ class ResponseDataset(torch.utils.data.Dataset):
     def seen_tokens(self) -> Int[Tensor, " token"]:
         """The different tokens of all conversations, ascending."""
         is_seen = np.zeros(0, bool)
-        for tokens in self.corpus.tokens_of(self.chosen, self.max_length):
+        for index in range(len(self)):
+            tokens = self.token_ids(index).numpy()
             missing = int(tokens.max(initial=-1)) + 1 - len(is_seen)
             is_seen = np.pad(is_seen, (0, max(0, missing)))
             is_seen[tokens] = True
@@ -101,9 +102,9 @@ class ResponseDataset(torch.utils.data.Dataset):
             task = bar.add_task("reading hidden states", total=len(self), info="")
             for start in range(0, len(order), FEATURE_BATCH):
                 batch = order[start : start + FEATURE_BATCH]
-                token_ids = pad([self.token_ids(i) for i in batch]).to(target.device)
-                features = target.features(token_ids, target_layer_ids, with_head_input=with_head_input).cpu()
-                kept |= {i: row[: lengths[i]].clone() for i, row in zip(batch, features, strict=True)}
+                texts = [self.token_ids(i) for i in batch]
+                rows = compute_features(target, target_layer_ids, texts, with_head_input=with_head_input)
+                kept |= {i: row.clone() for i, row in zip(batch, rows, strict=True)}
                 bar.advance(task, len(batch))
         self.features = [kept[i] for i in range(len(self))]
         return True
@@ -128,6 +129,15 @@ class ResponseDataset(torch.utils.data.Dataset):
 def pad(rows: Sequence[Tensor]) -> Tensor:
     """Stack rows of different lengths, padded with 0 on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def compute_features(
+    target: Target, target_layer_ids: Sequence[int], texts: Sequence[Tensor], *, with_head_input: bool = False
+) -> list[Tensor]:
+    """Compute the features of texts, each "seq feature", on the CPU; see `Target.features`."""
+    token_ids = pad(texts).to(target.device)
+    features = target.features(token_ids, target_layer_ids, with_head_input=with_head_input).cpu()
+    return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
 
 
 def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, pad
+from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, compute_features
 from dpace.servers.apis import VllmServer
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, write_json, writing
@@ -77,7 +77,7 @@ class ServerFeatures:
         Raises:
             ValueError: they are of another model or of other layers.
         """
-        pairs = [self([text])[0], self.target.features(text[None].to(self.target.device), self.layer_ids)[0].cpu()]
+        pairs = [*self([text]), *compute_features(self.target, self.layer_ids, [text])]
         found, expected = (rows.float().unflatten(-1, (len(self.layer_ids), -1)) for rows in pairs)
         apart = (found - expected).flatten(2).norm(dim=(0, 2)) / expected.flatten(2).norm(dim=(0, 2))
         for layer, error in zip(self.layer_ids, apart.tolist(), strict=True):
@@ -247,7 +247,7 @@ def keep_on_disk(
                 compute = ServerFeatures(servers, target, target_layer_ids)
                 compute.check(dataset.token_ids(mine[0] if mine else 0))
             else:
-                compute = partial(_compute_here, target, target_layer_ids, with_head_input)
+                compute = partial(compute_features, target, target_layer_ids, with_head_input=with_head_input)
             _fill(compute, dataset, rows, mine, names, dtype)
             most = math.ceil(math.ceil(len(wanted) / ranks.num_ranks()) / FEATURE_BATCH)  # of a rank's batches
             for _ in range(0 if servers else most - math.ceil(len(mine) / FEATURE_BATCH)):
@@ -306,15 +306,6 @@ def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
             "--train.feature-dtype float8, fewer answers or a lower --train.max-length, or leave out "
             "--train.feature-files, and they are computed in every epoch"
         )
-
-
-def _compute_here(
-    target: Target, layer_ids: Sequence[int], with_head_input: bool, texts: Sequence[Tensor]
-) -> list[Tensor]:
-    """Compute rows in this process."""
-    token_ids = pad(texts).to(target.device)
-    features = target.features(token_ids, layer_ids, with_head_input=with_head_input).cpu()
-    return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
 
 
 def _fill(

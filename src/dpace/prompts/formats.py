@@ -2,24 +2,23 @@
 
 import codecs
 import json
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpace.system.ledger import read_jsonl, read_text, unique_keys
+from dpace.system.progress import quoted
 
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
 """Keys that a prompt may stand under; a table that has several is read by the first."""
+WANTED = "`messages`, `conversations`, `turns`, `instruction` or `prompt`"
 ROLES = {"human": "user", "gpt": "assistant"}
 """Roles that others call differently."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_JSON_BYTES = 2**32
 """Bytes of the largest JSON file with one list; JSONL and parquet files may be larger."""
-MAX_SHOWN = 60
-"""Characters of a wrong value that a message shows."""
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
 
 
@@ -82,7 +81,7 @@ def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
         ids.add(prompt.id)
         yield prompt
     if not ids:
-        raise ValueError(f"{path} holds no prompt; write one JSON object on each line with {_list_keys(KINDS)}")
+        raise ValueError(f"{path} holds no prompt; write one JSON object on each line with {WANTED}")
 
 
 def load_from_hub(path: str, config: str | None, split: str, way_out: str, file: str | None = None) -> Any:
@@ -158,20 +157,14 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
-    """Yield the rows of a parquet file; only columns that a prompt is read from."""
+    """Yield the rows of a parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if not set(KINDS) & set(names):
-                raise ValueError(
-                    f"{path} has the columns {', '.join(names)}, expected {_list_keys(KINDS)}; name another file"
-                )
-            columns = [name for name in names if name in (*KINDS, "input", "output", "id", "set")]
-            for batch in file.iter_batches(256, columns=columns):
+            for batch in file.iter_batches(256):
                 for row in batch.to_pylist():
                     number += 1
                     yield _Row(number, f"{path}, row {number}", row)
@@ -199,7 +192,7 @@ def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
     kinds = [key for key in KINDS if key in row]
     if len(kinds) != 1:
         keys = " and ".join(f"`{key}`" for key in kinds) or ", ".join(map(str, row)) or "nothing"
-        raise ValueError(f"expected {_list_keys(KINDS)}, found {keys}")
+        raise ValueError(f"expected {WANTED}, found {keys}")
     kind = kinds[0]
     answer = None
     if kind in ("messages", "conversations"):
@@ -225,7 +218,7 @@ def _check_list(row: dict[str, Any], kind: str) -> list:
     """Return a value that has to be a list with an entry."""
     value = row[kind]
     if not isinstance(value, list):
-        raise ValueError(f"`{kind}` is {_quote(value)}, expected a list")
+        raise ValueError(f"`{kind}` is {quoted(value)}, expected a list")
     if not value:
         raise ValueError(f"`{kind}` is empty, expected one or more texts")
     return value
@@ -244,7 +237,7 @@ def _parse_message(message: Any, kind: str) -> dict[str, str]:
 def _check_text(value: Any, name: str) -> str:
     """Return a value that has to be a text that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {_quote(value)}, expected a text")
+        raise ValueError(f"{name} is {quoted(value)}, expected a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -255,19 +248,6 @@ def _check_text(value: Any, name: str) -> str:
 def _check_name(row: dict[str, Any], key: str, default: str) -> str:
     """Return an id or the name of a set: a text or a number."""
     value = row.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not isinstance(value, str) and not is_number or value == "":
-        raise ValueError(f"`{key}` is {_quote(value)}, expected a text or a number")
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or value == "":
+        raise ValueError(f"`{key}` is {quoted(value)}, expected a text or a number")
     return _check_text(str(value), f"`{key}`")
-
-
-def _list_keys(keys: Sequence[str]) -> str:
-    """List keys in words."""
-    *rest, last = (f"`{key}`" for key in keys)
-    return f"{', '.join(rest)} or {last}"
-
-
-def _quote(value: Any) -> str:
-    """Write a value for a message."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -8,7 +8,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from dpace.prompts.public_sets import SETS
 
 def demo_path(part: str) -> Path:
     """Return the file of the demo's prompts, `train` or `heldout`."""
-    return Path(str(files("dpace") / "studies" / f"{part}.jsonl"))
+    return Path(__file__).parents[1] / "studies" / f"{part}.jsonl"
 
 
 class PromptParts(NamedTuple):

@@ -150,22 +150,17 @@ def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def _read_row(name: str, number: int, row: Any) -> Prompt:
     """Turn a row of a dataset into a prompt."""
-    known, category = SETS[name], None
+    known = SETS[name]
     try:
-        texts = known.turns(row)
-        turns = [[{"role": "user", "content": text}] for text in texts if text.strip()]
-        category = known.category(row) if known.category else None
-    except (KeyError, TypeError, AttributeError) as error:
-        turns = []
-        reason = f" ({type(error).__name__}: {error})"
-    else:
-        reason = ""
-    if not turns:
+        turns = [[{"role": "user", "content": text}] for text in known.turns(row) if text.strip()]
+        if not turns:
+            raise ValueError("the text is empty")
+        return Prompt(f"{name}/{number}", f"{name}/{known.category(row)}" if known.category else name, turns)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"row {number} of {known.path} has no text where {name} has its prompts{reason}; the dataset has "
-            "changed: name a folder of JSONL files with --bench.sets-dir"
-        )
-    return Prompt(f"{name}/{number}", f"{name}/{category}" if category else name, turns)
+            f"row {number} of {known.path} has no text where {name} has its prompts ({type(error).__name__}: {error}); "
+            f"the dataset has changed: {WAY_OUT}"
+        ) from error
 
 
 def _download(source: PublicSet) -> Any:

@@ -157,7 +157,7 @@ def _one_line(output: str, verb: str) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant."""
     lines = [line.strip("| ") for line in output.splitlines()][2:]  # without the title
     problem = " ".join(itertools.takewhile(lambda line: line.strip("-"), lines)).removesuffix(".")
-    meant = next((line.split()[0] for line in lines if line.startswith("--")), "")
+    meant = next((line.split()[0] for line in lines if re.match(r"--\w", line)), "")
     hint = f"did you mean {meant}? " if meant and meant not in problem else ""
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from dpace.config import Recipe
-from dpace.recipes.validation import from_json, quoted, to_json
+from dpace.recipes.validation import from_json, to_json
 from dpace.system.ledger import read_text, write_text
+from dpace.system.progress import quoted
 
 MAX_BYTES = 2**20
 """Bytes of the largest recipe."""

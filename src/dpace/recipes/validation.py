@@ -17,12 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from dpace.config import STRICT
-from dpace.system.progress import printable
+from dpace.system.progress import quoted
 
 Kind = TypeVar("Kind")
-
-MAX_VALUE = 60
-"""Characters of a wrong value that a message shows."""
 
 
 class UsageError(ValueError):
@@ -141,9 +138,3 @@ def expected(kind: Any) -> str:
         return f"a list, each entry {expected(options[0])}"
     words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", NoneType: "null"}
     return words.get(kind, "an object")
-
-
-def quoted(value: Any) -> str:
-    """Return a wrong value as a message shows it, at most `MAX_VALUE` characters of it."""
-    text = printable("null" if value is None else repr(value))
-    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."

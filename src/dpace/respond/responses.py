@@ -14,8 +14,9 @@ from typing_extensions import TypedDict
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
-from dpace.recipes.validation import from_json, quoted
+from dpace.recipes.validation import from_json
 from dpace.system.ledger import read_jsonl, read_object, write_json
+from dpace.system.progress import quoted
 from dpace.system.provenance import find_versions, hash_file, hash_json, same_run
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, tokenizer_hashes

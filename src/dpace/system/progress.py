@@ -23,6 +23,8 @@ from dpace.system import ranks
 LINE_SECONDS = 30.0
 """Most seconds between two lines of progress where there is no terminal, as long as steps are shorter."""
 
+MAX_VALUE = 60
+"""Characters of a wrong value that a message shows."""
 STEERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 """Unicode's classes of marks that change the direction in which a text is shown."""
 
@@ -88,6 +90,12 @@ def printable(text: str) -> str:
     Line feeds and tabs stay. Marks that turn the direction of writing and halves of characters are shown too.
     """
     return "".join(_escape(character) if not character.isprintable() else character for character in text)
+
+
+def quoted(value: Any) -> str:
+    """Return a wrong value as a message shows it, at most `MAX_VALUE` characters of it."""
+    text = printable("null" if value is None else repr(value))
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 
 def _escape(character: str) -> str:

@@ -30,25 +30,6 @@ def test_three_forms_of_a_line(tmp_path):
     assert third.set == "s" and third.turns == [messages]
 
 
-@pytest.mark.parametrize(
-    ("rows", "match"),
-    [
-        (["{broken"], r"p.jsonl:1: the line is not JSON"),
-        ([{"prompt": "a"}, [1]], r"p.jsonl:2: expected a JSON object, found list"),
-        ([{"text": "a"}], r"p.jsonl:1: expected `messages`.*found text"),
-        ([{"prompt": " "}], r"not empty"),
-        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p.jsonl:2: the id '1' occurs twice"),
-        ([{"messages": [{"role": "user"}]}], r"no text in `content`"),
-        ([{"messages": [{"role": "assistant", "content": "a"}]}], r"ends without a text of the user"),
-        ([{"turns": []}], r"`turns` is empty"),
-        ([], r"holds no prompt"),
-    ],
-)
-def test_bad_files_name_the_line(tmp_path, rows, match):
-    with pytest.raises(ValueError, match=match):
-        read_prompts(write(tmp_path / "p.jsonl", *rows))
-
-
 def test_one_prompt_of_a_file(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"})
     assert find_prompt(f"{path}#y") == [{"role": "user", "content": "b"}]
@@ -56,12 +37,6 @@ def test_one_prompt_of_a_file(tmp_path):
     assert len(find_prompt("demo#notes/heldout/1")) == 5
     with pytest.raises(ValueError, match="id 'z'; name one that it has, such as 'x'"):
         find_prompt(f"{path}#z")
-
-
-def test_training_says_that_the_file_of_prompts_is_missing(tmp_path, capsys):
-    """And not that its prompts have no answers."""
-    assert main(["train", "--output", str(tmp_path), "--prompts.path", f"{tmp_path}/missing.jsonl"]) == 1
-    assert f"dpace train: there is no file {tmp_path}/missing.jsonl; name" in capsys.readouterr().err
 
 
 def test_answers_to_other_prompts_are_no_data(tmp_path, capsys):
@@ -82,13 +57,6 @@ def test_a_fixed_share_is_held_out(tmp_path):
     assert [len(part) for part in split_prompts(PromptsConfig(path=path, num_validation=0))] == [36, 0, 4]
     with pytest.raises(ValueError, match="at least 10"):
         split_prompts(PromptsConfig(path=str(write(tmp_path / "few.jsonl", {"prompt": "a"}))))
-
-
-def test_a_held_out_prompt_that_is_trained_on_is_refused(tmp_path):
-    path = write(tmp_path / "p.jsonl", *({"prompt": f"q{i}"} for i in range(10)))
-    other = write(tmp_path / "h.jsonl", {"prompt": "q3"})
-    with pytest.raises(ValueError, match="also a training prompt"):
-        split_prompts(PromptsConfig(path=str(path), heldout_path=str(other)))
 
 
 def test_demo_parts_share_no_text_and_no_value():

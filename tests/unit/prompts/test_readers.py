@@ -2,17 +2,14 @@
 
 import json
 from dataclasses import asdict, fields, replace
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dpace.config
-from dpace.config import CompareConfig, PromptsConfig, Recipe
+from dpace.config import PromptsConfig, Recipe
 from dpace.prompts.prompts import canonical, read_prompts, split_prompts
 from dpace.recipes.recipe_file import read_recipe, write_recipe
-from dpace.recipes.validation import from_json, to_json
 from dpace.respond.responses import Meta, Response, read_meta, read_responses
 from dpace.system.progress import printable
 
@@ -150,25 +147,6 @@ def test_nothing_steers_a_terminal(text):
     assert "\u202e" not in shown and shown == shown.encode().decode()
     if text.isprintable():
         assert shown == text
-
-
-@pytest.mark.parametrize(
-    "kind", [c for c in vars(dpace.config).values() if isinstance(c, type) and c.__module__ == "dpace.config"]
-)
-def test_every_number_has_a_range(kind):
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        assert not {int, float} & kinds_in(hint), name
-
-
-def kinds_in(hint) -> set:
-    """Every type within one, except those whose range or form has words."""
-    if any(getattr(note, "description", None) for note in getattr(hint, "__metadata__", ())):
-        return set()
-    return {hint}.union(*(kinds_in(inner) for inner in get_args(hint) if get_origin(hint) is not Literal))
-
-
-def test_the_defaults_are_in_range():
-    assert from_json(CompareConfig, to_json(CompareConfig())) == CompareConfig()
 
 
 def write_prompts(path, rows):
