@@ -140,13 +140,12 @@ MORE = {
         {**VISION, "image_size": [16, 16], "patch_size": [8, 8]},
     ),
     "smolvlm": ("SmolVLMConfig", {**SHAPE, "model_type": "llama"}, VISION),
-    "deepseek-v3": ("DeepseekV3Config", {**PLAIN_SHAPE, "num_key_value_heads": 4, **LATENT, **GROUPED}, None),
-    "glm4 moe": ("Glm4MoeConfig", {**SHAPE, **GROUPED}, None),
-    "gemma4": ("Gemma4TextConfig", {**SHAPE, **MIXED_WINDOW, **PER_LAYER, "num_kv_shared_layers": 2}, None),
+    "deepseek-v3": ("DeepseekV3Config", {**PLAIN_SHAPE, "num_key_value_heads": 4, **LATENT, **GROUPED}),
+    "glm4 moe": ("Glm4MoeConfig", {**SHAPE, **GROUPED}),
+    "gemma4": ("Gemma4TextConfig", {**SHAPE, **MIXED_WINDOW, **PER_LAYER, "num_kv_shared_layers": 2}),
     "qwen3.5 moe": (
         "Qwen3_5MoeTextConfig",
         {**SHAPE, **LINEAR, **ROUTED, "shared_expert_intermediate_size": 32},
-        None,
     ),
 }
 """Mixtures of experts, and models that also read images, whose text is tried out once."""
@@ -154,25 +153,16 @@ ALWAYS = ("qwen2.5-vl", "gemma3 vl", "mistral3", "deepseek-v3", "gemma4")
 """Those of `MORE` that differ most; the others are tried out with the slow tests."""
 
 
-def make_more(family: str) -> Target:
-    """A random target of `MORE` with large weights."""
-    name, text, vision = MORE[family]
-    kind, text = getattr(transformers, name), {**text, "initializer_range": 0.25}
-    torch.manual_seed(3)
-    config = kind(**text) if vision is None else kind(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-    model = auto.from_config(config)
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    speed_up(model.eval().requires_grad_(False))
-    return Target(model)
-
-
 def make_sharp_target(family: str, **changes) -> Target:
     """A random target with large weights: its next token depends on all of its context."""
     torch.manual_seed(3)
-    name, settings = CONFIGS[family]
-    config = getattr(transformers, name)(**{**settings, "initializer_range": 0.25, **changes})
-    model = AutoModelForCausalLM.from_config(config)
+    name, settings, *vision = CONFIGS.get(family) or MORE[family]
+    kind, settings = getattr(transformers, name), {**settings, "initializer_range": 0.25, **changes}
+    if vision:
+        settings = {"text_config": settings, "vision_config": vision[0], "tie_word_embeddings": False}
+    config = kind(**settings)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model = auto.from_config(config)
     model.generation_config = GenerationConfig(pad_token_id=0)
     speed_up(model.eval().requires_grad_(False))
     return Target(model)

@@ -41,7 +41,6 @@ class RowCaches:
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, capacity: int):
-        self.capacity = capacity
         self.target = RaggedCache(target.config, capacity, target.model.dtype)
         self.all = [self.target]
         if drafter is not None:

@@ -55,16 +55,17 @@ class Decoder:
         """Decode one prompt; arguments and errors as in `generate`."""
         if self.compile:
             return self.generate_batch([token_ids], **options)[0]
+        return self._generate_alone(token_ids, self.width, options)
+
+    def _generate_alone(self, token_ids: Sequence[int], width: Width, options: SamplingOptions) -> Generation:
         if self.drafter is None:
             return generate_plain(self.target, token_ids, **options)
-        return generate(self.target, self.drafter, token_ids, width=self.width, paces=self.paces, **options)
+        return generate(self.target, self.drafter, token_ids, width=width, paces=self.paces, **options)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[Generation]:
         """Decode several prompts at once; arguments and errors as in `generate_batch`."""
         if len(prompts) == 1 and not self.compile:
-            if self.drafter is None:
-                return [generate_plain(self.target, prompts[0], **options)]
-            return [generate(self.target, self.drafter, prompts[0], width="full", **options)]
+            return [self._generate_alone(prompts[0], "full", options)]
         rows = self._make_rows(prompts, options)
         if not rows:
             return []
@@ -102,11 +103,13 @@ class Decoder:
         """Return the caches for a number of rows; compiled steps keep theirs, with room for the longest text so far."""
         if not self.compile:
             return RowCaches(self.target, self.drafter, num_tokens)
-        self.columns = max(self.columns, compiled_columns(num_tokens))
-        known = self._caches.get(num_rows)
-        if known is None or known.capacity < self.columns:
-            known = self._caches[num_rows] = RowCaches(self.target, self.drafter, self.columns)
-        return known
+        columns = compiled_columns(num_tokens)
+        if columns > self.columns:
+            self.columns = columns
+            self._caches.clear()
+        if num_rows not in self._caches:
+            self._caches[num_rows] = RowCaches(self.target, self.drafter, self.columns)
+        return self._caches[num_rows]
 
 
 def generate_batch(

@@ -117,7 +117,7 @@ def make_continuation(
     prompt = torch.as_tensor(token_ids).flatten().tolist()
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
-    limit = getattr(target.config, "max_position_embeddings", None)
+    limit = target.context
     if limit and len(prompt) + config.max_new_tokens > limit:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; together they exceed "

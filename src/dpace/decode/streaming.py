@@ -15,7 +15,7 @@ from dpace.decode.pace import Paces
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.target import Target
+from dpace.target import Target, stop_tokens
 
 
 def stream(
@@ -109,10 +109,9 @@ def custom_generate(
         # Not a named argument: transformers would pass the mask twice.
         _check_call(input_ids, generation_config, model_inputs.get("attention_mask"))
         num_prompt = input_ids.shape[1]
-        eos = generation_config.eos_token_id
-        stops = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         max_new_tokens = generation_config.max_length - num_prompt
+        stops = set(stop_tokens(generation_config))
         text = Continuation(input_ids[0].tolist(), num_prompt, max_new_tokens, stops, sampler)
         target.refresh_copies()
         speculation = Speculation(target, drafter, text, width=width, verify_rule=verify_rule, paces=paces)

@@ -97,20 +97,17 @@ AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def group_heads(model: PreTrainedModel) -> bool:
-    """Replace `sdpa` by `grouped_attention` in the decoder of a model; return whether it was done.
+def group_heads(model: PreTrainedModel) -> None:
+    """Replace `sdpa` by `grouped_attention` in the decoder of a model.
 
     Left as they are: other implementations; models without a decoder of transformers, such as drafters; and models
     whose code asks for `sdpa` by name, as sparse attention does.
     """
     decoder: Any = model.get_decoder()
     if (
-        not isinstance(decoder, PreTrainedModel)
-        or decoder.config._attn_implementation != "sdpa"
-        or not decoder._can_set_attn_implementation()
+        isinstance(decoder, PreTrainedModel)
+        and decoder.config._attn_implementation == "sdpa"
+        and decoder._can_set_attn_implementation()
+        and '"sdpa"' not in inspect.getsource(sys.modules[type(decoder).__module__])
     ):
-        return False
-    if '"sdpa"' in inspect.getsource(sys.modules[type(decoder).__module__]):
-        return False
-    decoder.set_attn_implementation(NAME)
-    return True
+        decoder.set_attn_implementation(NAME)

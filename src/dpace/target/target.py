@@ -32,6 +32,12 @@ def shared_prefix(rows: list[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
+def stop_tokens(config: Any) -> list[int]:
+    """Return the tokens that end a response by a config, which may name none, one or several."""
+    eos = config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
 class _StopForward(Exception):
     """Raised to end a forward pass that runs for its features only."""
 
@@ -140,8 +146,12 @@ class Target:
     @property
     def stop_token_ids(self) -> list[int]:
         """Tokens that end a response, from the generation config."""
-        eos = self.model.generation_config.eos_token_id if self.model.generation_config else self.config.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return stop_tokens(self.model.generation_config or self.config)
+
+    @property
+    def context(self) -> int | None:
+        """Longest text in tokens; None where there is no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def rotation_boundary(self) -> int | None:

@@ -41,8 +41,6 @@ def test_texts_are_those_of_one_at_a_time(random_target, block_size):
     assert [facts(out) for out in ours] == [facts(out) for out in alone(random_target, drafter, prompts(), **options)]
     plainly = generate_batch(random_target, None, prompts(), **options)
     assert [facts(out) for out in plainly] == [(text, [], [], []) for text in plain]
-    one = generate_batch(random_target, None, prompts()[:1], **options)
-    assert [facts(out) for out in one] == [(plain[0], [], [], [])]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -231,12 +229,6 @@ def test_seeds_give_the_texts_of_one_at_a_time():
     assert [facts(out) for out in ours] == [facts(out) for out in one_by_one]
     same = generate_batch(target, drafter, prompts([5]) * 2, seed=5, **options)
     assert same[0].token_ids != same[1].token_ids
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"], indirect=True)
-def test_sliding_windows_are_refused(random_target):
-    with pytest.raises(ValueError, match="one prompt at a time with `generate`"):
-        generate_batch(random_target, make_drafter(random_target), prompts(), max_new_tokens=4)
 
 
 def test_bad_requests_are_refused_in_any_row():

@@ -108,10 +108,6 @@ def test_the_drafters_layers(make, tmp_path, language_target):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def exchange_weight(layer):
-    layer.mlp.up_proj.weight = nn.Parameter(torch.randn_like(layer.mlp.up_proj.weight))
-
-
 def exchange_module(layer):
     """As adapters do."""
     inner = layer.self_attn.q_proj
@@ -120,7 +116,6 @@ def exchange_module(layer):
 
 CHANGES = {
     "in place": lambda layer: layer.self_attn.k_proj.weight.mul_(2),
-    "exchanged": exchange_weight,
     "adapter": exchange_module,
     "data": lambda layer: setattr(layer.self_attn.o_proj.weight, "data", 2 * layer.self_attn.o_proj.weight.data),
     "exchanged norm": lambda layer: setattr(layer, "post_attention_layernorm", nn.Identity()),

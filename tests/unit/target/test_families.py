@@ -17,7 +17,6 @@ from tests.support.families import (
     NOT_DRAFTED_FOR,
     SHAPE,
     VOCAB,
-    make_more,
     make_sharp_target,
 )
 
@@ -115,7 +114,7 @@ def test_features_do_not_depend_on_what_is_read_together(family, target):
 )
 def test_experts_and_vision_language_models_keep_their_text(name, monkeypatch):
     """Drafts of which every third token is wrong, behind a text longer than the windows."""
-    target = make_more(name)
+    target = make_sharp_target(name)
     text = own_text(target, SHARED)[:16]
     assert len(set(text)) > 3, "a text that repeats itself shows nothing"
     drafter = make_drafter(target, block_size=5, target_layer_ids=[0, 2])

@@ -24,23 +24,6 @@ def test_layers_above_and_the_head_do_not_run(random_target):
     assert len(ran) == 2
 
 
-def test_right_padding_does_not_change_features(random_target):
-    token_ids = torch.randint(4, 64, (1, 12))
-    padded = torch.cat([token_ids, torch.zeros(1, 20, dtype=torch.long)], dim=1)
-    torch.testing.assert_close(
-        random_target.features(padded, [1, 3])[:, :12], random_target.features(token_ids, [1, 3])
-    )
-
-
-def test_a_shared_beginning_changes_nothing(random_target):
-    token_ids = torch.randint(4, 64, (3, 40))
-    token_ids[:, :30] = token_ids[0, :30]
-    token_ids[:, 30] = torch.tensor([4, 5, 6])
-    together = random_target.features(token_ids, [1, 3])
-    alone = torch.cat([random_target.features(row[None], [1, 3]) for row in token_ids])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-
-
 def test_embedding_and_head_are_those_of_the_model(family, random_target):
     seen = {}
     random_target.layers[0].register_forward_pre_hook(
