@@ -6,12 +6,9 @@ accelerator.
 
 import copy
 import json
-import tempfile
-import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -180,40 +177,30 @@ def _copy_from(source, to, non_blocking=False):
 kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
 
 
-def others_loops(target, token_ids, num_layers: int) -> dict:
-    """The loops of z-lab and transformers, on layers as transformers has them, with a random drafter of their own."""
-    import dflash.model as zlab
-    from transformers import AutoModel
+def count_steps(device, run):
+    """Steps, waits, and operations of a step by name; those of reading the prompts are left out."""
+    counted = []
+    for num_tokens in (1, 5):
+        device.operations.clear(), device.waits.clear()
+        generations = run(max_new_tokens=num_tokens, stop_token_ids=[])
+        steps = max(len(g.accepted_lengths) for g in generations)
+        counted.append(device.operations.copy())
+    counted[1].subtract(counted[0])
+    operations = {name: count / steps for name, count in counted[1].items() if count}
+    return {"steps": steps, "waits": dict(device.waits), "operations": operations}
 
-    from tests.conftest import make_drafter
 
-    model = copy.deepcopy(target.model).bfloat16()
-    model.config._attn_implementation = "sdpa"
-    model = model.to(NAME)
-    prompt = torch.tensor([token_ids], device=NAME)
-    zlab._cuda_time = time.perf_counter
-    with tempfile.TemporaryDirectory() as folder:
-        make_drafter(target, num_layers=num_layers).save_pretrained(folder)
-        options = {"dtype": torch.bfloat16}
-        theirs = zlab.DFlashDraftModel.from_pretrained(folder, **options).eval().to(NAME)
-        assistant = AutoModel.from_pretrained(folder, trust_remote_code=True, **options).eval().to(NAME)
+def load(model, dtype=None):
+    """The same model as it is loaded on the device: in plain layers, then made faster."""
+    from dpace.fast.speed_up import speed_up
 
-    def run_zlab(max_new_tokens, stop_token_ids):
-        found = zlab.dflash_generate(theirs, model, prompt, max_new_tokens, None, 0.0, return_stats=True)
-        return [SimpleNamespace(accepted_lengths=found.acceptance_lengths)]
-
-    def run_transformers(max_new_tokens, stop_token_ids):
-        passes = []
-        hook = model.register_forward_hook(lambda *_: passes.append(1))
-        options = {"assistant_model": assistant, "speculation_type": "dflash", "do_sample": False}
-        options |= {"attention_mask": torch.ones_like(prompt), "eos_token_id": -1}
-        try:
-            model.generate(prompt, max_new_tokens=max_new_tokens, **options)
-        finally:
-            hook.remove()
-        return [SimpleNamespace(accepted_lengths=passes[1:])]
-
-    return {"z-lab": run_zlab, "transformers": run_transformers}
+    kind, config = type(model), copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"
+    loaded = kind(config).eval().requires_grad_(False)
+    loaded.load_state_dict(model.state_dict())
+    loaded = loaded.to(dtype or model.dtype).to(NAME)
+    assert speed_up(loaded)
+    return loaded
 
 
 def main() -> None:
@@ -224,7 +211,6 @@ def main() -> None:
     from dpace.batches.dataset import ResponseDataset, collate
     from dpace.decode import Paces, generate, generate_batch, generate_plain
     from dpace.drafter.views import blocks_hidden
-    from dpace.fast.speed_up import speed_up
     from dpace.loss import block_loss, frozen_head_nll
     from dpace.measure.heldout import heldout_acceptance
     from dpace.respond.responses import Response
@@ -264,28 +250,6 @@ def main() -> None:
         data = ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
         return heldout_acceptance(drafter, target, data).rows.tolist()
 
-    def count_steps(device, run):
-        """Steps, waits, and operations of a step by name; those of reading the prompts are left out."""
-        counted = []
-        for num_tokens in (1, 5):
-            device.operations.clear(), device.waits.clear()
-            generations = run(max_new_tokens=num_tokens, stop_token_ids=[])
-            steps = max(len(g.accepted_lengths) for g in generations)
-            counted.append(device.operations.copy())
-        counted[1].subtract(counted[0])
-        operations = {name: count / steps for name, count in counted[1].items() if count}
-        return {"steps": steps, "waits": dict(device.waits), "operations": operations}
-
-    def load(model, dtype=None):
-        """The same model as it is loaded on the device: in plain layers, then made faster."""
-        kind, config = type(model), copy.deepcopy(model.config)
-        config._attn_implementation = "sdpa"
-        loaded = kind(config).eval().requires_grad_(False)
-        loaded.load_state_dict(model.state_dict())
-        loaded = loaded.to(dtype or model.dtype).to(NAME)
-        assert speed_up(loaded)
-        return loaded
-
     short, paces = {"max_new_tokens": 12}, Paces()
     parts = {
         "plain": lambda t, d: generate_plain(t, prompts[0], **short).token_ids,
@@ -306,8 +270,9 @@ def main() -> None:
         for name, part in parts.items():
             device.operations.clear(), device.waits.clear()
             result = part(fast[0], drafter.to(NAME) if name == "train" else fast[1])
+            waits = dict(device.waits)
             result = weights(result) if name == "train" else result
-            found[name] = {"is_same": result == expected[name], "waits": dict(device.waits)}
+            found[name] = {"is_same": result == expected[name], "waits": waits}
         steps = found["steps"] = {
             "full": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)]),
             "auto": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="auto", paces=paces, **n)]),
@@ -316,8 +281,6 @@ def main() -> None:
         deep = make_target("qwen3", num_hidden_layers=36, layer_types=36 * ["full_attention"])
         fast = Target(load(deep.model, torch.bfloat16)), load(make_drafter(deep, num_layers=5), torch.bfloat16)
         steps["36 layers"] = count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)])
-        for name, loop in others_loops(deep, prompts[0], 5).items():
-            steps[f"36 layers, {name}"] = count_steps(device, loop)
     print(json.dumps(found))
 
 

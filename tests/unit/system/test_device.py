@@ -45,14 +45,6 @@ def test_a_step_has_few_operations(on_second_device):
     assert "copies of masks" not in operations
 
 
-def test_the_loops_of_others_take_more(on_second_device):
-    """Where the same target verifies the same blocks, in the layers of transformers."""
-    counts = {name: sum(found["operations"].values()) for name, found in on_second_device["steps"].items()}
-    for other in ("z-lab", "transformers"):
-        assert counts["36 layers"] < 0.5 * counts[f"36 layers, {other}"]
-    assert sum(on_second_device["steps"]["36 layers, transformers"]["waits"].values()) > 4
-
-
 def test_the_waits_of_a_training_step_are_known(on_second_device):
     assert set(on_second_device["train"]["waits"]) == WAITS_OF_A_TRAINING_STEP
 
