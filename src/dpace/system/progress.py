@@ -36,7 +36,7 @@ class _LinesInPlaceOfABar(Progress):
         """Add a piece of work."""
         return super().add_task(description, *args, first=options.get("completed", 0), written=-math.inf, **options)
 
-    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+    def advance(self, task_id: TaskID, advance: int | float = 1) -> None:
         """Move on by a number of steps."""
         self.update(task_id, advance=advance)
 
@@ -57,7 +57,7 @@ class _LinesInPlaceOfABar(Progress):
         print(printable(f"{line}; {info}" if info else line), file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> timedelta:
+def _clock(seconds: int | float) -> timedelta:
     """Return a time that is shown as hours, minutes and seconds."""
     return timedelta(seconds=int(seconds))
 
