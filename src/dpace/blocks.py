@@ -186,15 +186,12 @@ def flex_mask(blocks: Blocks, num_context: int):
 
     num_queries = blocks.labels[0].numel()
     is_seen, is_whole = visible_tiles(blocks, num_context)
-    counts, order = [], []
+    parts = []
     for tiles in (is_seen & ~is_whole, is_whole):
-        counts.append(tiles.sum(-1, dtype=torch.int32)[:, None])
-        order.append(tiles.int().argsort(dim=-1, descending=True, stable=True).int()[:, None])
+        parts.append(tiles.sum(-1, dtype=torch.int32)[:, None])
+        parts.append(tiles.int().argsort(dim=-1, descending=True, stable=True).int()[:, None])
     return BlockMask.from_kv_blocks(
-        counts[0],
-        order[0],
-        counts[1],
-        order[1],
+        *parts,
         BLOCK_SIZE=MASK_TILE,
         mask_mod=visibility(blocks, num_context),
         seq_lengths=(num_queries, num_context + num_queries),

@@ -113,8 +113,3 @@ def test_the_mask_of_a_long_text_takes_little_memory(batch, num_blocks, mib):
     assert peak_bytes(lambda: flex_mask(blocks, 3072)) < mib * 2**20
     mask = flex_mask(blocks, 3072)
     assert mask.full_kv_num_blocks.sum() > mask.kv_num_blocks.sum()  # most of what is seen needs no rule inside
-
-
-def test_block_of_one_is_refused():
-    with pytest.raises(ValueError, match="block_size"):
-        build_blocks(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool), [torch.tensor([0])], 1)

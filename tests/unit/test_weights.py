@@ -83,14 +83,6 @@ def test_equals_the_formula_for_any_mask(q, mask_bits, alpha):
     assert weights == pytest.approx(straight_from_the_formula(q, mask, alpha), rel=1e-4, abs=1e-5)
 
 
-@given(st.lists(st.floats(0.05, 1), min_size=1, max_size=15))
-def test_is_the_gradient_of_the_surrogate(q):
-    log_q = torch.tensor(q, dtype=torch.float64).log().requires_grad_()
-    log_q.exp().cumprod(0).sum().backward()
-    weights = dpace_weights(block(q), scored([1] * len(q)), alpha=0.0)[0, 0, 1:]
-    torch.testing.assert_close(weights.double(), log_q.grad, rtol=1e-5, atol=1e-6)
-
-
 def test_fp32_and_detached_from_bf16_input():
     probs = block(Q, torch.bfloat16).requires_grad_()
     weights = dpace_weights(probs, scored([1, 1, 1, 1]))
@@ -132,10 +124,7 @@ def test_exact_weights_of_impossible_tokens_are_zero():
         assert not dpace_exact_weights(block([0.0, 0.0]), scored([1, 1]), alpha).any()
 
 
-def test_chain_reward_by_hand():
-    # prefix products 0.5, 0.1; suffix sums 0.6, 0.1; over two scored slots
-    weights = chain_reward_weights(block([0.5, 0.9, 0.2]), torch.tensor([[[False, True, False, True]]]), scale=2.0)
-    torch.testing.assert_close(weights[0, 0], torch.tensor([0.0, 1 + 0.6, 0.0, 1 + 0.1]))
+def test_a_chain_reward_with_a_negative_scale_is_refused():
     with pytest.raises(ValueError, match="scale is -1"):
         chain_reward_weights(block([0.5]), scored([1]), scale=-1.0)
 

@@ -8,18 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.blocks import Blocks, dense_mask, flex_mask
-from dpace.drafter import Drafter
 from dpace.system.device import TILED
 from dpace.target import Target
-
-
-def mask_blocks(
-    drafter: Drafter, anchor_ids: Sequence[int], block_size: int | None = None
-) -> Int[Tensor, "batch slot"]:
-    """Make the drafter's input for drafting: one block a row, the anchor's token and then mask tokens."""
-    size = block_size or drafter.block_size
-    rows = [[anchor, *[drafter.mask_token_id] * (size - 1)] for anchor in anchor_ids]
-    return torch.tensor(rows, device=drafter.device)
 
 
 def draft_block(
@@ -40,7 +30,7 @@ def draft_block(
     Args:
         drafter: a `Drafter`, or its wrapper in training.
         target: its target.
-        blocks: tokens of the slots, see `mask_blocks`; several blocks of a text follow one another.
+        blocks: tokens of the slots, the anchor's and then mask tokens; several blocks of a text follow one another.
         features: features of the tokens before the anchor that are not in the cache yet.
         position_ids: absolute positions of these tokens, then of the slots; by default the features are those of a
             whole text.

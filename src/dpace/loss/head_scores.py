@@ -175,19 +175,15 @@ class TokenLosses(torch.autograd.Function):
         return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8
 
 
-def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_soft: bool) -> int:
+def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool, is_soft: bool) -> int:
     """Choose how many bytes of fp32 logits exist at once: the amount that makes the products fast.
 
     It does not depend on free memory, so that a resumed run computes the same bits.
 
     Args:
-        weight: the head's weight.
+        weight: the head's weight, which may be on paper.
+        is_cpu: whether a CPU computes.
         is_soft: whether the loss compares with the target's distribution.
     """
-    return wanted_chunk_bytes(weight, weight.device.type == "cpu", is_soft=is_soft)
-
-
-def wanted_chunk_bytes(weight: Float[Tensor, "vocab hidden"], is_cpu: bool, *, is_soft: bool) -> int:
-    """Return the bytes of `default_chunk_bytes` for a weight that may be on paper."""
     wanted = CPU_CHUNK_BYTES if is_cpu else GPU_CHUNK_BYTES
     return max(wanted, 4 * SOFT_COPIES * MIN_SOFT_ROWS * len(weight)) if is_soft else wanted

@@ -120,7 +120,8 @@ def frozen_head_nll(
     """
     _check_token_loss(token_loss, target_hidden)
     if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(head.weight, is_soft=target_hidden is not None)
+        is_cpu = head.weight.device.type == "cpu"
+        chunk_bytes = default_chunk_bytes(head.weight, is_cpu=is_cpu, is_soft=target_hidden is not None)
     # Outside torch.compile's graphs: rows are chosen by a mask, and every new count of them would recompile.
     apply: Any = torch.compiler.disable(TokenLosses.apply)
     losses, nll, overlap, top_tokens = apply(hidden, *head, labels, is_scored, token_loss, target_hidden, chunk_bytes)

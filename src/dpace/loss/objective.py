@@ -5,8 +5,8 @@ weights, "batch block slot", finite and not negative. It is found by its name, t
 before any work, and its weights are checked each time.
 """
 
-import importlib
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,23 +31,14 @@ def load_custom(name: str) -> Weigh:
     Raises:
         ValueError: there is no such module or function, the module cannot be imported, or it is no function.
     """
-    module_name, path = name.split(":")
     with _working_folder():
         try:
-            found: Any = importlib.import_module(module_name)
+            found = pkgutil.resolve_name(name)
         except Exception as error:  # the user's code may raise anything
-            if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-                raise ValueError(
-                    f"--loss.objective {name}: there is no module {error.name}; run dpace in the folder that has it, "
-                    "or add that folder to PYTHONPATH"
-                ) from error
             raise ValueError(
-                f"--loss.objective {name}: {module_name} cannot be imported, {_in_one_line(error)}; repair the module"
+                f"--loss.objective {name} cannot be imported, {_in_one_line(error)}; run dpace in the folder that has "
+                "its module, or add that folder to PYTHONPATH, and repair the module where it fails"
             ) from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"--loss.objective {name}: {module_name} has no {path}; name a function that it defines")
-        found = getattr(found, part)
     return _require_function(found, name)
 
 
@@ -124,42 +115,43 @@ def checked(weigh: Weigh, name: str) -> Weigh:
 
     def weigh_checked(slots: Slots) -> Tensor:
         weights = weigh(slots)
-        shape, fix = tuple(slots.is_scored.shape), "return one weight for each slot"
-        if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
-            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise ValueError(f"the objective {name} gives {found}, expected a tensor {shape} of weights; {fix}")
-        weights = weights.detach().float().where(slots.is_scored, 0.0)
-        is_wrong = ~(weights.isfinite() & (weights >= 0))
-        if bool(is_wrong.any()):
-            value = float(weights[is_wrong][0])
-            raise ValueError(f"the objective {name} gives the weight {value:g}, expected 0 or more and finite; mend it")
-        return weights
+        shape = tuple(slots.is_scored.shape)
+        found = f"the shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        if isinstance(weights, Tensor) and weights.shape == slots.is_scored.shape:
+            weights = weights.detach().float().where(slots.is_scored, 0.0)
+            wrong = weights[~(weights.isfinite() & (weights >= 0))].tolist()
+            if not wrong:
+                return weights
+            found = f"the weight {wrong[0]:g}"
+        raise ValueError(
+            f"the objective {name} gives {found}, expected 0 or more and finite for each slot, as a tensor {shape}; "
+            "mend it"
+        )
 
     return weigh_checked
 
 
 def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> None:
-    """Call an objective on a small random batch, before any work.
+    """Call a checked objective on a small random batch, before any work.
 
     Raises:
         ValueError: it fails, or see `checked`.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, block_size)
-    is_scored = torch.ones(shape, dtype=torch.bool)
+    draws = torch.rand(4, 2, 3, block_size, generator=torch.Generator().manual_seed(0))
+    is_scored = draws[0] < 0.7
     is_scored[..., 0] = False
-    is_scored[0, 1, block_size // 2 :] = False
     is_scored[1, 2] = False  # a padding block
-    probs, overlap = (torch.rand(shape, generator=generator).where(is_scored, 1.0) for _ in range(2))
-    is_match = (torch.rand(shape, generator=generator) < probs) & is_scored
+    probs, overlap = draws[1:3].where(is_scored, 1.0)
+    is_match = (draws[3] < probs) & is_scored
     slots = Slots(is_scored, probs, is_match, overlap if has_overlap else None)
     try:
-        checked(weigh, name)(slots)
+        weigh(slots)
     except ValueError:
         raise
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
-            f"the objective {name} fails on a batch of shape {shape}, {_in_one_line(error)}; it gets dpace.Slots"
+            f"the objective {name} fails on a batch of shape {tuple(probs.shape)}, {_in_one_line(error)}; "
+            "it gets dpace.Slots"
         ) from error
 
 
@@ -185,30 +177,6 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     return replace(loss, objective=objective, **changes)
 
 
-def name_custom(loss: LossConfig, weigh: Weigh | None) -> LossConfig:
-    """Set the objective to the name of a custom function, if there is one.
-
-    Raises:
-        ValueError: it is no function.
-    """
-    return loss if weigh is None else replace(loss, objective=name_of(weigh))
-
-
-def objective_sha256(loss: LossConfig, weigh: Weigh | None = None) -> str | None:
-    """Hash the source of a custom objective; None for those of dpace.
-
-    Args:
-        loss: names the objective.
-        weigh: its function, where it is at hand; otherwise it is imported by its name.
-
-    Raises:
-        ValueError: see `load_custom` and `source_sha256`.
-    """
-    if weigh is None and not is_custom(loss.objective):
-        return None
-    return source_sha256(weigh or load_custom(loss.objective))
-
-
 def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) -> Weigh:
     """Make the weights function of an objective, for `frozen_head_nll`.
 
@@ -224,9 +192,9 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) 
         ValueError: see `load_custom`, `try_out` and `checked`.
     """
     if weigh is not None or is_custom(config.objective):
-        weigh = weigh or load_custom(config.objective)
+        weigh = checked(weigh or load_custom(config.objective), config.objective)
         try_out(weigh, config.objective, block_size=block_size, has_overlap=config.needs_target_probs)
-        return checked(weigh, config.objective)
+        return weigh
     gamma = config.gamma or W.dflash_gamma(block_size)
 
     def alpha(slots: Slots) -> float:
@@ -240,11 +208,16 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) 
             raise ValueError("confidence 'overlap' compares with the target's distribution and needs target_hidden")
         return slots.overlap
 
+    of_confidence = {
+        "dpace": W.dpace_weights,
+        "dpace-confidence-only": W.dpace_confidence_only_weights,
+        "dpace-continuation-only": W.dpace_continuation_only_weights,
+        "dpace-exact": W.dpace_exact_weights,
+    }
+    if config.objective in of_confidence:
+        weights = of_confidence[config.objective]
+        return lambda s: weights(confidence(s), s.is_scored, alpha(s))
     functions: dict[str, Weigh] = {
-        "dpace": lambda s: W.dpace_weights(confidence(s), s.is_scored, alpha(s)),
-        "dpace-confidence-only": lambda s: W.dpace_confidence_only_weights(confidence(s), s.is_scored, alpha(s)),
-        "dpace-continuation-only": lambda s: W.dpace_continuation_only_weights(confidence(s), s.is_scored, alpha(s)),
-        "dpace-exact": lambda s: W.dpace_exact_weights(confidence(s), s.is_scored, alpha(s)),
         "chain-reward": lambda s: W.chain_reward_weights(confidence(s), s.is_scored),
         "vat": lambda s: W.vat_weights(s.is_match, s.is_scored, gamma),
         "spec-auf": lambda s: W.spec_auf_weights(s.is_match, s.is_scored),

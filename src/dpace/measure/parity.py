@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
-from dpace.drafter.views import blocks_hidden, draft_block, mask_blocks
+from dpace.drafter.views import blocks_hidden, draft_block
 from dpace.respond.responses import Response
 from dpace.target import Target
 
@@ -57,7 +57,8 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
         other_past = _replace_text(inputs, positions < anchor, target, None)
         controls.append(_relative_error(_block_hidden(drafter, target, other_past, number), hidden))
         features = target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids)
-        blocks = mask_blocks(drafter, [int(inputs["token_ids"][0, anchor])])
+        blocks = inputs["token_ids"].new_full((1, drafter.block_size), drafter.mask_token_id)
+        blocks[0, 0] = inputs["token_ids"][0, anchor]
         errors.append(_relative_error(draft_block(drafter, target, blocks, features)[0], hidden))
     largest_leak = max(leaks, default=0.0)
     largest_error = max(errors, default=0.0)

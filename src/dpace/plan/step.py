@@ -29,14 +29,14 @@ from dpace.blocks import Blocks, dense_mask
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss import Slots, block_loss
-from dpace.loss.head_scores import SOFT_COPIES, wanted_chunk_bytes
+from dpace.loss.head_scores import SOFT_COPIES, default_chunk_bytes
 from dpace.system.loading import attention_of, translate_library_errors
 from dpace.target import Target
 from dpace.target.files import find_target_files
 from dpace.target.head import Head
 from dpace.target.probe import find_layers
 from dpace.train.loop import Scorer
-from dpace.train.optimizer import MuonAdamW
+from dpace.train.optimizer import make_optimizer
 from dpace.weights import uniform_weights
 
 TARGET = "target"
@@ -91,10 +91,7 @@ class Models(NamedTuple):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Make the optimizer that training makes."""
-        train = self.recipe.train
-        if train.optimizer == "muon":
-            return MuonAdamW(self.drafter.named_parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
-        return torch.optim.AdamW(self.drafter.parameters(), lr=train.learning_rate, fused=True)
+        return make_optimizer(self.drafter, self.recipe.train)
 
     def inputs(self, shape: BatchShape) -> dict[str, Any]:
         """Make a micro-batch in which every block is full, with its features."""
@@ -390,7 +387,7 @@ class PaperStep:
         loss = self.models.recipe.loss
         is_soft = loss.needs_target_probs
         chunk_bytes = chunk_bytes or (loss.chunk_mib or 0) * 2**20
-        chunk_bytes = chunk_bytes or wanted_chunk_bytes(head.weight, not self.models.is_cuda, is_soft=is_soft)
+        chunk_bytes = chunk_bytes or default_chunk_bytes(head.weight, is_cpu=not self.models.is_cuda, is_soft=is_soft)
         num_logits = chunk_bytes // 4
         num_scored = shape.batch_size * shape.num_blocks * (self.models.drafter.block_size - 1)
         rows = num_logits // SOFT_COPIES // len(head.weight) if is_soft else isqrt(num_logits)

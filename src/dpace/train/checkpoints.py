@@ -5,7 +5,6 @@ names every file with its size and hash.
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -75,14 +74,7 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"checkpoint-{step}"
 
 
-def write_checkpoint(
-    checkpoints: Path,
-    drafter: Drafter,
-    state: TrainingState,
-    moving: tuple[Any, Any] | None,
-    *,
-    is_sharded: bool,
-) -> None:
+def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Any, schedule: Any) -> None:
     """Write a checkpoint, and remove those that training does not need any more.
 
     All ranks call it, and the first one writes.
@@ -91,47 +83,41 @@ def write_checkpoint(
         checkpoints: folder of all of them.
         drafter: with the weights as they are.
         state: of the training.
-        moving: optimizer and schedule; without them training cannot go on from this checkpoint.
-        is_sharded: whether the optimizer's state is spread over the ranks.
+        optimizer: its state is written too.
+        schedule: likewise.
 
     Raises:
         OSError: no room on the disk; what was written so far is removed.
     """
-    optimizer_state = None
-    if moving and (is_sharded or ranks.is_first()):
-        optimizer_state = gather_optimizer(*moving)
+    moments, settings = gather_optimizer(optimizer, schedule)
     if ranks.is_first():
         folder = checkpoint_folder(checkpoints, state.global_step)
         with (
             translate_full_disk(f"the checkpoint of step {state.global_step}", checkpoints),
             filling(folder, last=MANIFEST, is_guarded=False) as aside,
         ):
-            if optimizer_state:
-                moments, settings = optimizer_state
-                save_file(moments, aside / MOMENTS)
-                write_json(aside / STEPS, settings)
+            save_file(moments, aside / MOMENTS)
+            write_json(aside / STEPS, settings)
             drafter.save_pretrained(aside)
             write_state(aside / STATE, state)
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(aside.iterdir())
-            }
+            files = {path.name: _file_entry(path) for path in sorted(aside.iterdir())}
             write_json(aside / MANIFEST, {"step": state.global_step, "files": files})
-        best = state.best_global_step
-        prune(checkpoints, folder, checkpoint_folder(checkpoints, best) if best else None)
+        remove_others(folder)
     ranks.barrier()
+
+
+def _file_entry(path: Path) -> dict[str, Any] | None:
+    """Return the size and hash of a file, as a manifest has them; None where it is missing."""
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)} if path.is_file() else None
 
 
 def is_whole(folder: Path) -> bool:
     """Return whether every file of a checkpoint is there as it was written."""
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = dict(json.loads((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    paths = {name: folder / name for name in expected}
-    return STATE in expected and all(
-        path.is_file() and (path.stat().st_size, hash_file(path)) == expected[name] for name, path in paths.items()
-    )
+    return STATE in files and all(_file_entry(folder / name) == entry for name, entry in files.items())
 
 
 def best_of(folder: Path) -> Path | None:
@@ -144,73 +130,28 @@ def best_of(folder: Path) -> Path | None:
 
 
 def find_newest(checkpoints: Path) -> Path | None:
-    """Find the newest checkpoint that is whole, its best one included, and remove useless ones.
+    """Find the newest checkpoint that is whole, its best one included, and remove all but these two.
 
-    Call it inside `hold`. Checkpoints that are newer than the one found are removed: their steps are taken again.
+    Call it inside `lock_folder`. The steps of those that are not whole are taken again.
     """
-    if not checkpoints.is_dir():
-        return None
     remove_unfinished(checkpoints)
-    steps = {
-        int(match[1]): path
-        for path in checkpoints.iterdir()
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    newest = None
-    for step in sorted(steps, reverse=True):
-        folder = steps[step]
-        if is_whole(folder) and not has_optimizer(folder):
-            continue  # the best weights since the checkpoint before; their step is taken again
-        if is_whole(folder) and ((best := best_of(folder)) in (None, folder) or is_whole(best)):
-            newest = folder
-            break
+    folders = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        # Earlier versions wrote some best weights without the optimizer's state, from which training cannot go on.
+        if is_whole(folder) and (folder / MOMENTS).exists():
+            best = best_of(folder)
+            if best is None or is_whole(best):
+                remove_others(folder)
+                return folder
         print(f"{folder} is not whole, and is removed", file=sys.stderr)
         shutil.rmtree(folder)
-    _rotate(checkpoints, keep={newest, best_of(newest)} if newest else set())
-    return newest
+    return None
 
 
-def prune(checkpoints: Path, written: Path, best: Path | None) -> None:
-    """Remove checkpoints that training does not need after one is written.
-
-    What stays is that one, the best one, and where it has no optimizer's state, the newest one that has it with its own
-    best one, whose optimizer's state goes.
-    """
-    keep = {written, best}
-    if not has_optimizer(written):
-        others = (path for path in checkpoints.glob("checkpoint-*") if has_optimizer(path))
-        newest = max(others, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-        if newest is not None:
-            keep |= {newest, old_best := best_of(newest)}
-            if old_best and old_best != newest:
-                _lighten(old_best)
-    _rotate(checkpoints, keep)
-
-
-def has_optimizer(folder: Path) -> bool:
-    """Return whether training can go on from a checkpoint; otherwise it has weights only."""
-    try:
-        return MOMENTS in json.loads((folder / MANIFEST).read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _lighten(folder: Path) -> None:
-    """Remove all of a checkpoint that only going on from it needs."""
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    extra = [n for n in manifest["files"] if n in (MOMENTS, STEPS)]
-    for name in extra:
-        del manifest["files"][name]
-    write_json(folder / MANIFEST, manifest)
-    for name in extra:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _rotate(checkpoints: Path, keep: set[Path | None]) -> None:
-    """Remove all checkpoints but these."""
-    for path in checkpoints.glob("checkpoint-*"):
-        if path.is_dir() and path not in keep:
-            shutil.rmtree(path)
+def remove_others(newest: Path) -> None:
+    """Remove all checkpoints but this one and the best one when it was written."""
+    for path in set(newest.parent.glob("checkpoint-*")) - {newest, best_of(newest)}:
+        shutil.rmtree(path)
 
 
 def gather_optimizer(optimizer: Any, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

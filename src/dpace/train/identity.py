@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import Recipe
+from dpace.config import Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.loss import Weigh
-from dpace.loss.objective import objective_sha256
-from dpace.system.ledger import read_object, write_json
+from dpace.loss.objective import load_custom, source_sha256
+from dpace.system.ledger import read_object
 from dpace.system.loading import fingerprint
 from dpace.system.provenance import hash_file, same_run
 from dpace.target import Target
@@ -40,10 +40,13 @@ NO_RESULT = {
 EARLIER = {"init_sha256": None, "train.feature_dtype": "target", "train.feature_servers": False}
 """Facts that earlier versions did not write, as they were then."""
 OBJECTIVE_SHA256 = "loss.objective_sha256"
-HASHES = ("tokenizer_sha256", "chat_template_sha256", "target_sha256")
-WAYS = {"thinking": "thinking", "dtype": "dtype"}
-"""Flags by which a fact about the answers is set; the others are set by --target."""
 OTHER_RUN = "name another folder with --output, or delete that one"
+
+
+def flat_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of drafter, loss and training, named as `train.seed`."""
+    groups = {name: asdict(getattr(recipe, name)) for name in ("drafter", "loss", "train")}
+    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
 def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
@@ -51,17 +54,16 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
 
     Args:
         recipe: every setting.
-        weigh: the function of a custom objective, where it is at hand.
+        weigh: the function of a custom objective, where it is at hand; otherwise it is imported by its name.
 
     Raises:
-        ValueError: a custom objective cannot be found.
+        ValueError: see `load_custom` and `source_sha256`.
     """
-    groups = {name: asdict(getattr(recipe, name)) for name in ("drafter", "loss", "train")}
-    named = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-    named["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
-    sha256 = objective_sha256(recipe.loss, weigh)
-    source = {} if sha256 is None else {OBJECTIVE_SHA256: sha256}
-    return json.loads(json.dumps({name: value for name, value in named.items() if name not in NO_RESULT} | source))
+    settings = {name: value for name, value in flat_settings(recipe).items() if name not in NO_RESULT}
+    settings["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
+    if weigh is not None or is_custom(recipe.loss.objective):
+        settings[OBJECTIVE_SHA256] = source_sha256(weigh or load_custom(recipe.loss.objective))
+    return json.loads(json.dumps(settings))
 
 
 def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
@@ -72,10 +74,10 @@ def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, 
 def target_of(target: Target) -> dict[str, Any]:
     """Return what identifies a target and how its text is made."""
     return {
-        "target_sha256": target.sha256,
-        **tokenizer_hashes(target),
         "thinking": target.thinking,
         "dtype": str(target.model.dtype).removeprefix("torch."),
+        **tokenizer_hashes(target),
+        "target_sha256": target.sha256,
     }
 
 
@@ -102,13 +104,7 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
         ValueError: the file cannot be read as that.
     """
     path = Path(folder) / RUN_FILE
-    if not path.exists():
-        if (Path(folder) / "recipe.yaml").exists():
-            raise ValueError(
-                f"{folder} has a recipe.yaml and no {RUN_FILE}, so what it was trained on is unknown; {OTHER_RUN}"
-            )
-        return None
-    return read_object(path, OTHER_RUN)
+    return read_object(path, OTHER_RUN) if path.exists() else None
 
 
 def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
@@ -126,11 +122,6 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
         return False
     same_run({**EARLIER, **run}, known, f"{folder} holds a run", OTHER_RUN)
     return True
-
-
-def write_run(folder: str | Path, run: Mapping[str, Any]) -> None:
-    """Write what the run in a folder depends on."""
-    write_json(Path(folder) / RUN_FILE, dict(run))
 
 
 def refuse_unfinished_answers(meta: Mapping[str, Any], path: Path, respond: str) -> None:
@@ -173,8 +164,9 @@ def refuse_other_answers(meta: Mapping[str, Any], known: Mapping[str, Any], path
     Raises:
         ValueError: names the first thing that differs, with both values.
     """
-    names = [name for name in ("thinking", "dtype", *HASHES) if name in known and name in meta]
+    names = [name for name in known if name in meta]
     answered = {name: str(meta[name]).removeprefix("torch.") if name == "dtype" else meta[name] for name in names}
-    ways = {name: f"train on the target's own answers: set --{WAYS.get(name, 'target')} as it was" for name in names}
+    flags = {name: name if name in ("thinking", "dtype") else "target" for name in names}
+    ways = {name: f"train on the target's own answers: set --{flag} as it was" for name, flag in flags.items()}
     other = f"write new answers into another folder with `{respond}`"
     same_run(answered, {name: known[name] for name in names}, f"the answers in {path} were made", other, ways)

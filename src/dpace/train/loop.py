@@ -46,7 +46,7 @@ from dpace.train.checkpoints import (
     write_checkpoint,
 )
 from dpace.train.optimizer import make_optimizer
-from dpace.train.progress import Interrupt, StepLog, Trackers, training_bar
+from dpace.train.progress import Interrupt, StepLog, open_trackers, training_bar
 from dpace.train.sharding import gather_weights, scatter_weights, shard, sharded_by_dpace, wants_shards
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
@@ -163,7 +163,7 @@ class TrainingLoop:
         self.optimizer = make_optimizer(self.model, self.config)
         warmup = math.ceil(self.state.max_steps * self.config.warmup_ratio)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.state.max_steps)
-        self.log = StepLog(drafter.block_size)
+        self.log = StepLog(drafter.block_size, target.device)
 
     def _make_accelerator(self) -> Accelerator:
         """Choose the precision: fp32 on a CPU, bf16 with fp32 weights on an accelerator."""
@@ -217,7 +217,7 @@ class TrainingLoop:
         state, config = self.state, self.config
         interrupt = Interrupt(self.accelerator)
         with (
-            Trackers(self.recipe) as trackers,
+            open_trackers(self.recipe) as track,
             training_bar(self.loss.objective, state) as move_bar,
             interrupt.watching(),
         ):
@@ -227,15 +227,14 @@ class TrainingLoop:
                 is_asked = interrupt.is_asked()
                 is_best = False
                 if is_last or state.global_step % config.logging_steps == 0:
-                    trackers.log(state.add_to_log(self.log.entry(self.accelerator)))
+                    track(state.add_to_log(self.log.entry(self.accelerator)))
                 if len(self.validation) and (is_last or state.global_step % config.eval_steps == 0):
                     metrics = self.evaluate()
-                    trackers.log(state.add_to_log(metrics))
+                    track(state.add_to_log(metrics))
                     is_best = state.note_tau(metrics["eval_tau"])
-                if is_last or is_asked or state.global_step % (config.save_steps or config.eval_steps) == 0:
-                    self.save(with_optimizer=True)
-                elif is_best:
-                    self.save(with_optimizer=False)
+                is_due = state.global_step % (config.save_steps or config.eval_steps) == 0
+                if is_last or is_asked or is_best or is_due:
+                    self.save()
                 move_bar()
                 if is_asked:
                     raise KeyboardInterrupt(interrupt.number)
@@ -324,16 +323,12 @@ class TrainingLoop:
         Raises:
             ValueError: names the step and the number.
         """
-        step = self.state.global_step + 1
-        fault = None
-        if not math.isfinite(loss):
-            fault = f"the loss of step {step} is {loss}"
-        elif not math.isfinite(norm):
-            fault = f"the gradient of step {step} has the norm {norm}"
-        if fault:
-            rate = self.config.learning_rate
-            kept = f"the last checkpoint is kept in {self.checkpoints}"
-            raise ValueError(f"{fault}, with the learning rate {rate:g}; {LOWER} ({kept})")
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {self.state.global_step + 1} has the loss {loss} and a gradient of norm {norm}, with the "
+                f"learning rate {self.config.learning_rate:g}; {LOWER} "
+                f"(the last checkpoint is kept in {self.checkpoints})"
+            )
 
     def gather(self) -> None:
         """Bring the weights as they are into `drafter`; all ranks must be here.
@@ -356,11 +351,10 @@ class TrainingLoop:
         low, high = acceptance.interval()
         return {"eval_tau": acceptance.tau, "eval_tau_low": low, "eval_tau_high": high}
 
-    def save(self, *, with_optimizer: bool) -> None:
-        """Write a checkpoint; training can go on from it only with the optimizer's state."""
+    def save(self) -> None:
+        """Write a checkpoint."""
         self.gather()
-        moving = (self.optimizer, self.schedule) if with_optimizer else None
-        write_checkpoint(self.checkpoints, self.drafter, self.state, moving, is_sharded=self.is_sharded)
+        write_checkpoint(self.checkpoints, self.drafter, self.state, self.optimizer, self.schedule)
 
     def read_checkpoint(self, folder: Path) -> None:
         """Take up the training where a checkpoint left it."""

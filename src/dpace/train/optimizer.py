@@ -21,7 +21,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """Make the optimizer of a training; weight decay leaves out norms."""
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
-        return MuonAdamW(model.named_parameters(), lr=rate, weight_decay=decay)
+        return MuonAdamW(model.parameters(), lr=rate, weight_decay=decay)
     groups = [
         {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1], "weight_decay": decay},
         {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
@@ -60,11 +60,11 @@ class MuonAdamW(torch.optim.AdamW):
     Source: Muon as above; the scale from Liu et al. (arXiv 2502.16982), section 2.2.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float = 0.0):
-        matrices, others = [], []
-        for _, parameter in named_parameters:
-            if parameter.requires_grad:
-                (matrices if parameter.ndim == 2 else others).append(parameter)
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float = 0.0):
+        parameters = list(parameters)
+        others, matrices = (
+            [each for each in parameters if (each.ndim == 2) == is_matrix] for is_matrix in (False, True)
+        )
         groups = [{"params": others, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
 

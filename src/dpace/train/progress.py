@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,19 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpace.config import Recipe
 from dpace.loss import HeadOutput
 from dpace.system import ranks
 from dpace.system.progress import progress_bar
 from dpace.train.checkpoints import TrainingState
+from dpace.train.identity import flat_settings
 
 SAME_SIGNAL_SECONDS = 1.0
 """Signals within this time are one: a terminal sends Ctrl-C to every process, and torchrun sends it on to its own."""
-PACKAGES = {"comet_ml": "comet-ml"}
-"""Packages of trackers, where they have another name."""
+SUMS = ("weights", "matches", "nll", "slots")
+"""What `StepLog` adds up for each slot of a block."""
 PROJECTS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 """Variables that name the project of a tracker; by default it is `dpace`."""
 SHOWN = {
@@ -88,20 +89,17 @@ class StepLog:
 
     Args:
         block_size: slots of the drafter's blocks; shorter ones lack the last slots.
+        device: of the training.
     """
 
-    def __init__(self, block_size: int):
-        self.block_size = block_size
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, block_size: int, device: torch.device):
+        self._sums = torch.zeros(len(SUMS), block_size, device=device)
         self._steps: list[dict[str, float]] = []
 
     def add_batch(self, out: HeadOutput, is_scored: Tensor) -> None:
         """Add what the head gives for a micro-batch."""
-        missing = self.block_size - is_scored.shape[-1]
-        by_slot = {"weights": out.weights, "matches": out.is_match, "nll": out.nll, "slots": is_scored}
-        for name, values in by_slot.items():
-            value = nn.functional.pad(values.float().sum((0, 1)), (0, missing))
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        by_slot = (out.weights, out.is_match, out.nll, is_scored)
+        self._sums[:, : is_scored.shape[-1]] += torch.stack([values.float().sum((0, 1)) for values in by_slot])
 
     def add_step(self, *, loss: float, grad_norm: float, learning_rate: float, seconds: float) -> None:
         """Add the numbers of an optimizer step."""
@@ -115,7 +113,8 @@ class StepLog:
         without data loading, scored tokens a second, the negative log-likelihood of a token, and for each slot its
         share of the weight and how often the drafter is right.
         """
-        sums: dict[str, Any] = {name: accelerator.reduce(value, reduction="sum") for name, value in self._sums.items()}
+        total: Any = accelerator.reduce(self._sums, reduction="sum")
+        sums = dict(zip(SUMS, total, strict=True))
         steps, seconds = self._steps, [step["seconds"] for step in self._steps]
         num_slots = sums["slots"].sum()
         entry = {
@@ -128,10 +127,10 @@ class StepLog:
         }
         shares = (sums["weights"] / sums["weights"].sum()).tolist()
         accuracy = (sums["matches"] / sums["slots"].clamp_min(1)).tolist()
-        for slot in range(1, self.block_size):
+        for slot in range(1, len(shares)):
             entry[f"weight_share/{slot}"] = shares[slot]
             entry[f"slot_accuracy/{slot}"] = accuracy[slot]
-        self._sums, self._steps = {}, []
+        self._sums, self._steps = torch.zeros_like(self._sums), []
         return entry
 
 
@@ -141,76 +140,60 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ValueError: names it, and what to do.
     """
-    available = {str(tracker) for tracker in get_available_trackers()}
+    available = set(map(str, get_available_trackers()))
     for name in names:
-        if name in ("all", "none"):
-            continue
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
-                f"--train.report-to has {name!r}, which accelerate does not know; choose some of "
-                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, or leave it out"
-            )
         if name not in available:
             raise ValueError(
-                f"--train.report-to has {name}, and its package is not installed: run `pip install "
-                f"{PACKAGES.get(name, name)}`, or leave it out"
+                f"--train.report-to has {name!r}, which accelerate does not know or which is not installed; choose "
+                f"some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, install its package, or leave it out"
             )
 
 
-class Trackers:
-    """The trackers of `--train.report-to`, open inside a `with` block; on rank 0 only.
+@contextmanager
+def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Open the trackers of `--train.report-to` inside the `with` block; on rank 0 only.
 
     They are others' code, and may fail at any time. One that does is left out from then on, with one line: the
     training goes on, and its own log has every number.
 
     Args:
         recipe: names them, and is what they keep as the run's settings.
+
+    Yields:
+        Sends them an entry of the log.
     """
+    trackers: dict[str, GeneralTracker] = {}
 
-    def __init__(self, recipe: Recipe):
-        names = set(recipe.train.report_to) if ranks.is_first() else set()
-        if "all" in names:
-            names |= {str(tracker) for tracker in get_available_trackers()}
-        self.recipe, self.names = recipe, sorted(names - {"all", "none"})
-        self.open: dict[str, GeneralTracker] = {}
-
-    def __enter__(self) -> "Trackers":
-        settings = {
-            f"{group}.{name}": value if isinstance(value, bool | int | float) else str(value)
-            for group in ("drafter", "loss", "train")
-            for name, value in asdict(getattr(self.recipe, group)).items()
-        } | {"target": self.recipe.target}
-        for name in self.names:
-            self._try(name, lambda name=name: self._start(name, settings))
-        return self
-
-    def _start(self, name: str, settings: dict[str, Any]) -> None:
-        """Open a tracker as `Accelerator.init_trackers` does."""
-        project = os.environ.get(PROJECTS.get(name, ""), "dpace")
-        make: Any = LOGGER_TYPE_TO_CLASS[name]
-        folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs"), time.strftime("%Y-%m-%d_%H-%M-%S"))
-        self.open[name] = make(project, folder) if make.requires_logging_directory else make(project)
-        self.open[name].start()
-        self.open[name].store_init_configuration(settings)
-
-    def log(self, entry: dict[str, float]) -> None:
-        """Send an entry of the log."""
-        values = {name: value for name, value in entry.items() if name != "step"}
-        for name, tracker in list(self.open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(values, step=int(entry["step"])))
-
-    def __exit__(self, *_: object) -> None:
-        for name, tracker in list(self.open.items()):
-            self._try(name, tracker.finish)
-
-    def _try(self, name: str, work: Callable[[], Any]) -> None:
-        """Run a tracker's code, and leave the tracker out where that fails."""
+    def attempt(name: str, work: Callable[[], Any]) -> None:
         try:
             work()
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             print(f"the tracker {name} failed ({reason}); the training goes on without it", file=sys.stderr)
-            self.open.pop(name, None)
+            trackers.pop(name, None)
+
+    def start(name: str) -> None:  # as `Accelerator.init_trackers` does
+        project = os.environ.get(PROJECTS.get(name, ""), "dpace")
+        make: Any = LOGGER_TYPE_TO_CLASS[name]
+        folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs"), time.strftime("%Y-%m-%d_%H-%M-%S"))
+        trackers[name] = make(project, folder) if make.requires_logging_directory else make(project)
+        trackers[name].start()
+        settings = {"target": recipe.target, **flat_settings(recipe)}
+        kept = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
+        trackers[name].store_init_configuration(kept)
+
+    def log(entry: dict[str, float]) -> None:
+        values = {name: value for name, value in entry.items() if name != "step"}
+        for name, tracker in list(trackers.items()):
+            attempt(name, partial(tracker.log, values, step=int(entry["step"])))
+
+    for name in sorted(set(recipe.train.report_to)) if ranks.is_first() else ():
+        attempt(name, partial(start, name))
+    try:
+        yield log
+    finally:
+        for name, tracker in list(trackers.items()):
+            attempt(name, tracker.finish)
 
 
 def latest_numbers(state: TrainingState) -> str:

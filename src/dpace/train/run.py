@@ -15,15 +15,15 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
-from dpace.loss.objective import make_weigh, name_custom
+from dpace.loss.objective import make_weigh, name_of
 from dpace.recipes.recipe_file import write_recipe
 from dpace.respond.responses import Response
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, register_files
+from dpace.system.ledger import lock_folder, register_files, write_json
 from dpace.target import Target
 from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
-from dpace.train.identity import RUN_FILE, data_of, init_of, refuse_other_run, settings_of, target_of, write_run
+from dpace.train.identity import RUN_FILE, data_of, init_of, refuse_other_run, settings_of, target_of
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
 
@@ -83,14 +83,9 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     Raises:
         ValueError: see `keep_on_disk`.
     """
-    layer_ids, config = Drafter.layer_ids(target, **vars(recipe.drafter)), recipe.train
-    if (config.feature_dtype != "target" or config.feature_servers) and not config.feature_files:
-        raise ValueError(
-            "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
-            "with --train.feature-files"
-        )
+    config, with_head_input = recipe.train, recipe.loss.needs_target_probs
+    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
     if config.feature_files:
-        with_head_input = recipe.loss.needs_target_probs
         keep_on_disk(
             target,
             dataset,
@@ -101,10 +96,15 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
             servers=config.feature_servers,
             limit_bytes=config.feature_files_gib * 2**30,
         )
-    for part, with_head_input in ((dataset, recipe.loss.needs_target_probs), (validation, False)):
+    elif config.feature_dtype != "target" or config.feature_servers:
+        raise ValueError(
+            "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
+            "with --train.feature-files"
+        )
+    for part, with_last in ((dataset, with_head_input), (validation, False)):
         if part.features is None:
             limit = config.feature_cache_gib * 2**30
-            part.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_head_input)
+            part.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_last)
 
 
 def make_datasets(
@@ -162,7 +162,8 @@ def train(
         OSError: no room on the disk; the same call goes on when there is.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
-    recipe = replace(recipe, loss=name_custom(recipe.loss, weigh))
+    if weigh is not None:
+        recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh)
     folder = Path(folder)
     if run is None:
@@ -177,7 +178,7 @@ def train(
             drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"
         )
         if ranks.is_first():
-            write_run(folder, run)
+            write_json(folder / RUN_FILE, dict(run))
             write_recipe(recipe, folder / "recipe.yaml")
         memory = PeakMemory(target.device)
         loop.run(newest)

@@ -25,7 +25,7 @@ def problem(dtype=torch.float32, batch=3, blocks=5, slots=6, hidden=16, vocab=50
     labels = torch.randint(vocab, (batch, blocks, slots))
     is_scored = torch.rand(batch, blocks, slots) < 0.7
     is_scored[..., 0] = False
-    is_scored[1] = False
+    is_scored[1:2] = False
     labels[~is_scored] = 10**6  # must never be looked up
     return states, Head(torch.randn(vocab, hidden, dtype=dtype), *HEADS[head]), labels, is_scored
 
@@ -87,21 +87,10 @@ def test_soft_losses_equal_the_plain_reference(token_loss, confidence, objective
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    st.integers(1, 3), st.integers(1, 4), st.integers(2, 6), st.integers(2, 40), st.integers(4, 999), st.integers(0, 99)
-)
-def test_equals_the_plain_reference_for_any_shape(batch, blocks, slots, vocab, chunk_bytes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(batch, blocks, slots, 8, generator=generator)
-    labels = torch.randint(vocab, (batch, blocks, slots), generator=generator)
-    is_scored = torch.rand(batch, blocks, slots, generator=generator) < 0.6
-    is_scored[..., 0] = False
-    data = (hidden, Head(torch.randn(vocab, 8, generator=generator)), labels, is_scored)
-    weigh = make_weigh(LossConfig(), block_size=slots)
-    ours, theirs = (
-        run(frozen_head_nll, *data, weigh=weigh, chunk_bytes=chunk_bytes),
-        run(frozen_head_nll_reference, *data, weigh=weigh),
-    )
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 6), st.integers(2, 40), st.integers(4, 999))
+def test_equals_the_plain_reference_for_any_shape(batch, blocks, slots, vocab, chunk_bytes):
+    data = problem(batch=batch, blocks=blocks, slots=slots, hidden=8, vocab=vocab)
+    ours, theirs = run(frozen_head_nll, *data, chunk_bytes=chunk_bytes), run(frozen_head_nll_reference, *data)
     torch.testing.assert_close(ours[0].losses, theirs[0].losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-5)
 
@@ -169,7 +158,8 @@ def test_inside_a_compiled_step_the_same_gradient():
     """In a process of its own: the shape checks of the tests cannot be compiled."""
     code = """
 import torch
-from dpace.loss import Head, block_loss, frozen_head_nll
+from dpace.loss import block_loss, frozen_head_nll
+from dpace.target.head import Head
 torch.manual_seed(0)
 layer, head = torch.nn.Linear(16, 16), Head(torch.randn(50, 16))
 states, labels, is_scored = torch.randn(2, 3, 4, 16), torch.randint(50, (2, 3, 4)), torch.rand(2, 3, 4) < 0.7
@@ -198,15 +188,6 @@ def test_the_gradient_of_a_sure_row_does_not_cancel(dtype):
     assert nll[is_scored].max() < 1e-2
     _, grad = run(frozen_head_nll, states, head, labels, is_scored, chunk_bytes=300)
     assert (grad - exact.grad).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * exact.grad.norm()
-
-
-def test_without_gradient_the_same_numbers():
-    states, head, labels, is_scored = problem()
-    with torch.no_grad():
-        out = frozen_head_nll(states, head, labels, is_scored)
-    reference = frozen_head_nll_reference(states, head, labels, is_scored)
-    torch.testing.assert_close(out.nll, reference.nll)
-    assert torch.equal(out.top_tokens, reference.top_tokens) and not out.losses.requires_grad
 
 
 def test_reductions_by_hand():

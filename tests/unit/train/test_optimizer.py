@@ -17,7 +17,7 @@ def test_steps_are_those_of_torch_optimizers():
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8))
     theirs = copy.deepcopy(ours)
-    optimizer = MuonAdamW(ours.named_parameters(), lr=0.02)
+    optimizer = MuonAdamW(ours.parameters(), lr=0.02)
     matrices = [p for p in theirs.parameters() if p.ndim == 2]
     vectors = [p for p in theirs.parameters() if p.ndim != 2]
     references = [

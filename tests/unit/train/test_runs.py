@@ -72,21 +72,18 @@ def test_settings_that_change_no_result_go_on(changes, copied, language_target, 
     assert (copied / "provenance.json").exists()
 
 
-OTHERS = {
-    "seed": (lambda t, r: {"seed": 7}, "train.seed 42, not 7"),
-    "answers": (lambda t, r: {"start": 1}, "other training answers"),
-}
-
-
 @pytest.mark.parametrize("is_finished", [True, False])
-@pytest.mark.parametrize("other", OTHERS)
-def test_another_run_is_refused_naming_one_difference(other, is_finished, copied, language_target, language_responses):
-    change, message = OTHERS[other]
+@pytest.mark.parametrize(
+    ("change", "message"), [({"seed": 7}, "train.seed 42, not 7"), ({"start": 1}, "other training answers")]
+)
+def test_another_run_is_refused_naming_one_difference(
+    change, message, is_finished, copied, language_target, language_responses
+):
     if not is_finished:
         (copied / "provenance.json").unlink()
     before = files_of(copied)
     with pytest.raises(ValueError, match=message) as refused:
-        run(language_target, language_responses, copied, **change(language_target, language_responses))
+        run(language_target, language_responses, copied, **change)
     assert files_of(copied) == before and len(str(refused.value)) < 300 + len(str(copied))
 
 
@@ -165,11 +162,6 @@ def test_a_number_that_is_not_finite_ends_training(
     assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-2")
     assert not (tmp_path / "d" / "checkpoints" / "checkpoint-4").exists()
     assert not (tmp_path / "d" / "provenance.json").exists()
-
-
-def test_a_learning_rate_out_of_reason_is_no_success(tmp_path, language_target, language_responses):
-    with pytest.raises(ValueError, match="lower --train.learning-rate"):
-        run(language_target, language_responses, tmp_path / "d", learning_rate=1e30, max_grad_norm=0.0)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -262,8 +254,6 @@ ANSWERS = {
     "changed": (lambda out: change_meta(out, responses_sha256="0" * 64), [], "was changed"),
     "thinking": (lambda out: None, ["--thinking"], "thinking false, not true"),
     "dtype": (lambda out: None, ["--dtype", "bfloat16"], 'dtype "float32", not "bfloat16"'),
-    "template": (lambda out: change_meta(out, chat_template_sha256="0" * 64), [], "other chat template"),
-    "tokenizer": (lambda out: change_meta(out, tokenizer_sha256="0" * 64), [], "other tokenizer"),
     "weights": (lambda out: change_meta(out, target_sha256="0" * 64), [], "other weights of the target"),
 }
 
