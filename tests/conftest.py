@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpace.config import DrafterConfig, LossConfig, Recipe, RespondConfig, TrainConfig
+from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
 from dpace.engines.folder import LAYER_TENSORS
 from dpace.fast.speed_up import speed_up
@@ -225,27 +225,29 @@ def write_target_gguf(target: Target, path: Path) -> Path:
     """A Qwen3 target in f32 with a tokenizer of bare words."""
     config, weights = target.config, target.model.state_dict()
     writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"w{i}" for i in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if i < 4 else gguf.TokenType.NORMAL for i in range(config.vocab_size)]
-    )
-    writer.add_eos_token_id(EOS)
-    writer.add_bos_token_id(2)
-    writer.add_unk_token_id(2)
-    writer.add_add_bos_token(False)
+    facts = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim,
+        "value_length": config.head_dim,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "file_type": gguf.LlamaFileType.ALL_F32,
+        "tokenizer_model": "llama",
+        "token_list": [f"w{i}" for i in range(VOCAB)],
+        "token_scores": [0.0] * VOCAB,
+        "token_types": [gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (VOCAB - 4),
+        "eos_token_id": EOS,
+        "bos_token_id": 2,
+        "unk_token_id": 2,
+        "add_bos_token": False,
+    }
+    for name, value in facts.items():
+        getattr(writer, f"add_{name}")(value)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
     for ours, (_, theirs) in LAYER_TENSORS.items():
@@ -286,7 +288,6 @@ def language_responses(language_target, language_prompts, make_once) -> list[Res
 LANGUAGE_RECIPE = Recipe(
     respond=RespondConfig(max_new_tokens=32),
     drafter=DrafterConfig(num_layers=2, num_features=2, block_size=6),
-    loss=LossConfig(),
     train=TrainConfig(
         learning_rate=5e-3, max_steps=120, batch_size=8, num_anchors=12, eval_steps=40, logging_steps=20, max_length=64
     ),

@@ -8,7 +8,7 @@ import pytest
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode.generation import Generation
 from dpace.decode.loop import generate
-from dpace.drafter import Drafter, load_drafter
+from dpace.drafter import load_drafter
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt, demo_path, read_prompts
 from dpace.respond.answering import write_responses
@@ -24,10 +24,8 @@ class RealPair(NamedTuple):
     """A target and its drafter, and what our own decoding makes of some prompts."""
 
     target: Target
-    drafter: Drafter
     drafter_folder: Path
     prompts: list[Prompt]
-    encoded: list[list[int]]
     ours: list[Generation]
 
 
@@ -48,4 +46,4 @@ def real_pair(tmp_path_factory) -> RealPair:
     encoded = [encode_chat(target, prompt.turns[0]) for prompt in prompts]
     ours = [generate(target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for ids in encoded]
     assert 1.3 < Acceptance.pooled([out.acceptance for out in ours]).tau < 4
-    return RealPair(target, drafter, folder / "drafter", prompts, encoded, ours)
+    return RealPair(target, folder / "drafter", prompts, ours)

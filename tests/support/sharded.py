@@ -42,8 +42,7 @@ def make_jobs(recipe: Recipe, num_ranks: int) -> dict[str, Recipe]:
     jobs["muon"] = replace(base, train=replace(base.train, optimizer="muon", **halves))
     growing = replace(base.train, grow_blocks=True)
     jobs["growing"] = replace(base, drafter=replace(base.drafter, block_size=8), train=growing)
-    again = {"gradient_checkpointing": True, "max_grad_norm": 0.1}
-    jobs["again"] = replace(base, train=replace(base.train, **again))
+    jobs["again"] = replace(base, train=replace(base.train, gradient_checkpointing=True, max_grad_norm=0.1))
     return jobs
 
 
@@ -165,14 +164,13 @@ def main(way: str, name: str, responses: list[Response], recipe: Recipe, folder:
     ranks.barrier()
     if way != "whole":
         os.environ |= FSDP
-    if way == "whole":
-        train_all(target, responses, recipe, folder / way, RESUMED)
-    elif way == "resume":
-        train_all(target, responses, recipe, folder / way, RESUMED)
-        interrupt(target, responses, recipe, folder / way)
-    elif way == "drafter":
+    if way == "drafter":
         train_sharded(target, responses, recipe, folder / way)
-    else:
+    elif way == "target":
         train_on_shares(name, target, responses, recipe, folder)
+    else:
+        train_all(target, responses, recipe, folder / way, RESUMED)
+    if way == "resume":
+        interrupt(target, responses, recipe, folder / way)
     if not ranks.rank():
         print(f"{way} on {ranks.num_ranks()} ranks: {time.process_time():.0f} seconds of a core on the first")
