@@ -44,9 +44,10 @@ def test_interval_contains_tau_and_is_wider_for_unlike_prompts():
     assert low < unlike.tau < high
 
 
-def test_one_prompt_gives_no_interval():
+def test_one_prompt_or_no_verification_gives_no_interval():
     """The verifications of one text say nothing of other texts."""
-    assert np.isnan(HAND.interval()).all()
+    empty = Acceptance([0, 0], 2)
+    assert np.isnan([*HAND.interval(), empty.tau, *empty.interval()]).all()
     gain, *ends = tau_gain([HAND], [HAND])
     assert gain == 0 and np.isnan(ends).all()
 
@@ -63,11 +64,6 @@ def test_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
         low, high = Acceptance.of_prompts(rows).interval()
         hits += low <= truth <= high
     assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_no_verification():
-    empty = Acceptance([0, 0], 2)
-    assert np.isnan(empty.tau) and np.isnan(empty.interval()).all()
 
 
 def test_wrong_length_is_refused():
@@ -109,19 +105,11 @@ def random_acceptance(generator, num_prompts: int, share: float) -> Acceptance:
     return Acceptance.of_prompts([Acceptance.from_lengths(row.tolist(), 8) for row in rows])
 
 
-@pytest.mark.parametrize("level", ["prompts", "seeds"])
-def test_a_bootstrap_with_one_level_is_that_of_scipy(level, monkeypatch):
+def test_the_bootstrap_over_prompts_is_that_of_scipy(monkeypatch):
     monkeypatch.setattr("dpace.metrics.NUM_RESAMPLES", 20_000)
-    generator = np.random.default_rng(3)
-    if level == "prompts":
-        runs = [random_acceptance(generator, 60, 0.6)]
-        emitted, verifications = runs[0].emitted_tokens, runs[0].rows.sum(-1)
-    else:  # of one prompt
-        runs = [random_acceptance(generator, 1, 0.6) for _ in range(40)]
-        emitted, verifications = (
-            [getattr(run, name) for run in runs] for name in ("num_emitted_tokens", "num_verifications")
-        )
-    tau, taus = resample_taus([runs])
+    run = random_acceptance(np.random.default_rng(3), 60, 0.6)
+    emitted, verifications = run.emitted_tokens, run.rows.sum(-1)
+    tau, taus = resample_taus([[run]])
     theirs = stats.bootstrap(
         (emitted, verifications),
         lambda tops, bottoms, axis: tops.sum(axis) / bottoms.sum(axis),

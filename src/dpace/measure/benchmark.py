@@ -29,7 +29,7 @@ from dpace.system.provenance import find_hardware, find_versions, hash_json
 from dpace.target import Target
 from dpace.target.chat import encode_chat, tokenizer_hashes
 
-WARM_UP_TOKENS = 6
+WARM_UP_TOKENS = 8
 """Tokens that are decoded after steps of other shapes were compiled: CUDA graphs are recorded in the first ones."""
 RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
@@ -83,13 +83,12 @@ def bench(
         ways[COMPILED, None] = compiled.decode
     jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
     mine = ranks.share(list(enumerate(jobs)))
-    is_warm = False
+    missing = [job for _, job in mine if not records.has(ways, *job)]
+    if missing:
+        _warm_up(target, ways, compiled, missing[0], config.max_new_tokens)
     with progress_bar() as bar:
         task = bar.add_task("decoding", total=len(mine), info="")
         for number, (temperature, prompt) in mine:
-            if not records.has(ways, temperature, prompt) and not is_warm:
-                _warm_up(target, ways, compiled, prompt, temperature=temperature, max_new_tokens=config.max_new_tokens)
-                is_warm = True
             if not records.has(ways, temperature, prompt):
                 options = {
                     "max_new_tokens": config.max_new_tokens,
@@ -100,10 +99,8 @@ def bench(
                     records.add(record)
             bar.update(task, advance=1, info=_so_far(records.rows))
     records.collect()
-    block_sizes: dict[tuple[str, Width], int] = {
-        (name, width): drafter.block_size for name, drafter in drafters.items() for width in config.widths
-    }
-    rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes)
+    block_sizes = {name: drafter.block_size for name, drafter in drafters.items()}
+    rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes, config.widths)
     results = BenchResults(**vars(setup), rows=rows, comparisons=compare_drafters(rows))
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
@@ -141,21 +138,20 @@ def _warm_up(
     target: Target,
     ways: Ways,
     compiled: "CompiledPlain | None",
-    prompt: Prompt,
-    *,
-    temperature: float,
+    job: tuple[float, Prompt],
     max_new_tokens: int,
 ) -> None:
     """Decode some tokens in every way, and compile steps; leave those out where they cannot be had."""
     from torch._dynamo.exc import TorchDynamoException
 
+    temperature, prompt = job
     token_ids = encode_chat(target, prompt.turns[0])
     for (name, _), decode in ways.items():
         if name != COMPILED:
             decode(token_ids, max_new_tokens=16, temperature=temperature)
     try:
         if compiled:
-            compiled.prepare(token_ids, max_new_tokens)
+            compiled.prepare(token_ids, max_new_tokens, temperature)
     except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
         reason = " ".join(str(error).split())[:300]
         print(printable(f"plain decoding with compiled steps is left out: {reason}"), file=sys.stderr)
@@ -212,27 +208,25 @@ class CompiledPlain:
     """
 
     def __init__(self, target: Target):
-        self.target = target
         self.decoder = Decoder(target, None, compile=True)
-        self._ready: set[int] = set()
+        self._ready: set[tuple[int, bool]] = set()
 
-    def decode(self, token_ids: Sequence[int], *, max_new_tokens: int, **options: Any) -> Generation:
+    def decode(
+        self, token_ids: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, **options: Any
+    ) -> Generation:
         """Decode a prompt; options are those of `generate_plain`."""
-        self.prepare(token_ids, max_new_tokens)
-        return self._decode(token_ids, max_new_tokens=max_new_tokens, **options)
+        self.prepare(token_ids, max_new_tokens, temperature)
+        return self._decode(token_ids, max_new_tokens=max_new_tokens, temperature=temperature, **options)
 
-    def prepare(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
+    def prepare(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float) -> None:
         """Compile the steps of a prompt, if they are not yet, by decoding its first tokens."""
-        columns = compiled_columns(len(token_ids) + max_new_tokens)
-        if columns in self._ready:
-            return
-        tokens = generate_plain(
-            self.target, token_ids, max_new_tokens=min(2 * WARM_UP_TOKENS, max_new_tokens)
-        ).token_ids
-        ends = set(tokens[WARM_UP_TOKENS:]) - set(tokens[:WARM_UP_TOKENS])  # the texts' longest length is kept
-        stops = [*ends, *self.target.stop_token_ids]
-        self._decode(token_ids, max_new_tokens=max_new_tokens, stop_token_ids=stops)
-        self._ready.add(columns)
+        columns = max(self.decoder.columns, compiled_columns(len(token_ids) + max_new_tokens + 1))
+        shape = columns, temperature > 0  # steps that sample are compiled apart
+        if shape not in self._ready:
+            self.decoder.columns = columns  # that of the whole text, of which only the beginning is decoded
+            count = min(WARM_UP_TOKENS, max_new_tokens)
+            self._decode(token_ids, max_new_tokens=count, temperature=temperature, stop_token_ids=())
+            self._ready.add(shape)
 
     def _decode(self, token_ids: Sequence[int], **options: Any) -> Generation:
         import torch._dynamo

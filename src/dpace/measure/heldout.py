@@ -7,6 +7,7 @@ through them; out comes an `Acceptance` with one row a conversation.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -61,7 +62,7 @@ def heldout_acceptance(
         accepted_from: dict[int, int] = {}
         for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
             accepted_from |= zip(blocks.anchors[0].tolist(), is_accepted[0].sum(-1).tolist(), strict=True)
-        spans = _spans(dataset.is_response(i).tolist())
+        spans = _spans(dataset.is_response(i))
         results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])
     drafter.train(was_training)
     if over_ranks:
@@ -147,7 +148,7 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
     return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
 
 
-def _spans(is_response: Sequence[bool]) -> list[tuple[int, int]]:
+def _spans(is_response: Bool[Tensor, " seq"]) -> list[list[int]]:
     """Find the runs [start, end) of response tokens that are long enough to be drafted for."""
-    edges = [i for i, (a, b) in enumerate(zip([False, *is_response], [*is_response, False], strict=True)) if a != b]
-    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if end - start > 1]
+    edges = np.flatnonzero(np.diff(is_response.numpy(), prepend=False, append=False))
+    return [[start, end] for start, end in edges.reshape(-1, 2).tolist() if end - start > 1]

@@ -6,6 +6,7 @@ their intervals, comparisons of drafters, and examples to show.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 from dpace.config import Width
 from dpace.decode.streaming import TextPieces
@@ -27,14 +28,15 @@ from dpace.target import Target
 
 
 def make_rows(
-    target: Target, records: Sequence[ResponseRecord], block_sizes: Mapping[tuple[str, Width], int]
+    target: Target, records: Sequence[ResponseRecord], block_sizes: Mapping[str, int], widths: Sequence[Width]
 ) -> list[Row]:
     """Pool records into one row for each set, temperature, drafter and width.
 
     Args:
         target: whose tokenizer writes the examples.
         records: of the same prompts for `PLAIN` and every drafter, and maybe for `COMPILED`.
-        block_sizes: by the drafter's name and the width.
+        block_sizes: by the drafter's name.
+        widths: that each drafter was measured with.
     """
     by_way: dict[tuple, dict[tuple[str, int], ResponseRecord]] = {}
     for r in records:
@@ -43,9 +45,9 @@ def make_rows(
     for group in sorted({(r.temperature, r.set) for r in records}):
         plain = by_way[*group, PLAIN, None]
         compiled = by_way.get((*group, COMPILED, None), {})
-        for way, block_size in block_sizes.items():
-            ours = [by_way[*group, *way][key] for key in plain]
-            row = _pool_responses(target, ours, list(plain.values()), block_size)
+        for name, width in product(block_sizes, widths):
+            ours = [by_way[*group, name, width][key] for key in plain]
+            row = _pool_responses(target, ours, list(plain.values()), block_sizes[name])
             if compiled.keys() >= plain.keys():
                 row = replace(row, compiled=_compare_compiled(ours, [compiled[key] for key in plain]))
             rows.append(row)

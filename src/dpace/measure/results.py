@@ -7,21 +7,15 @@ numbers that have to fit together by functions at the end of this file.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dpace.config import Width
-from dpace.measure.records import (
-    Count,
-    Provenance,
-    ResponseRecord,
-    ServerSetup,
-    acceptance_of,
-)
+from dpace.measure.records import Count, Provenance, ResponseRecord, ServerSetup, acceptance_of
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, optional, to_json
-from dpace.system.ledger import read_object, write_json
+from dpace.system.ledger import lock_folder, read_object, register_files, write_json
 
 SCHEMA_VERSION = 1
 RESULT_FILES = ("results.json", "servers.json")
@@ -285,19 +279,20 @@ def read_results(path: Path) -> Results:
         OSError: a file that cannot be read.
     """
     value = read_object(path, MEASURE_AGAIN)
-    version = value.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
-        what = f"schema_version {version!r:.40}" if "schema_version" in value else "no schema_version"
-        raise ValueError(f"{path}: {what}, expected {SCHEMA_VERSION}; {MEASURE_AGAIN}")
+    version = value.get("schema_version", "missing")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path}: schema_version is {version!r:.40}, expected {SCHEMA_VERSION}; {MEASURE_AGAIN}")
     for of_bench in (value, value.get("decode")):
         if isinstance(of_bench, dict):
             of_bench.pop("predictions", None)  # of older versions, as the next one
             of_bench.pop("heldout", None)
-    kinds = (BenchResults, CompareResults, ServerResults)
-    kind = max(kinds, key=lambda kind: len(value.keys() & {entry.name for entry in fields(kind)}))
+    kind = CompareResults if "decode" in value else ServerResults if "servers" in value else BenchResults
     try:
         results = from_json(kind, value)
-        _check_results(results)
+        benchmark = results.decode if isinstance(results, CompareResults) else results
+        for found in (results, benchmark):
+            if isinstance(found, BenchResults | CompareResults):
+                _check_rows(found.rows)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {MEASURE_AGAIN}") from error
     return results
@@ -327,17 +322,6 @@ class Heldout:
     histogram: list[list[Count]]
     num_without_bonus: list[Count]
 
-    @classmethod
-    def of(cls, ids: Sequence[str], acceptance: Acceptance) -> "Heldout":
-        """Take the rows of an acceptance, one for each prompt."""
-        without_bonus = acceptance.without_bonus.tolist()
-        return cls(
-            ids=list(ids),
-            block_size=acceptance.block_size,
-            histogram=acceptance.rows.tolist(),
-            num_without_bonus=without_bonus,
-        )
-
     def acceptance(self, ids: Sequence[str]) -> Acceptance | None:
         """Take the rows of some prompts, in the file's order; None where it has none of them."""
         wanted = set(ids)
@@ -353,9 +337,17 @@ def has_heldout(folder: Path) -> bool:
     return (folder / HELDOUT_FILE).exists()
 
 
-def write_heldout(folder: Path, heldout: Heldout) -> None:
-    """Write heldout.json into a drafter's folder, all or nothing."""
-    write_json(folder / HELDOUT_FILE, to_json(heldout))
+def write_heldout(folder: Path, ids: list[str], acceptance: Acceptance) -> None:
+    """Write heldout.json into a drafter's folder, all or nothing, from an acceptance with a row for each prompt."""
+    heldout = Heldout(
+        ids=ids,
+        block_size=acceptance.block_size,
+        histogram=acceptance.rows.tolist(),
+        num_without_bonus=acceptance.without_bonus.tolist(),
+    )
+    with lock_folder(folder):
+        register_files(folder, HELDOUT_FILE)
+        write_json(folder / HELDOUT_FILE, to_json(heldout))
 
 
 def read_heldout(folder: Path) -> Heldout:
@@ -392,35 +384,25 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
         raise ValueError(f"{path}: no list of objects under log_history; {fix}")
     for number, entry in enumerate(log):
-        drawn = {name: value for name, value in entry.items() if name in DRAWN or name.startswith("weight_share/")}
-        for name, value in drawn.items():
-            if type(value) not in (int, float) or abs(value) > MAX_LOGGED:
+        for name, value in {"step": "missing", **entry}.items():
+            is_drawn = name in DRAWN or name.startswith("weight_share/")
+            if is_drawn and (type(value) not in (int, float) or abs(value) > MAX_LOGGED):
                 raise ValueError(f"{path}: log_history[{number}].{name} is {value!r:.60}, expected a number; {fix}")
-        if drawn and "step" not in entry:
-            raise ValueError(f"{path}: log_history[{number}] has no step; {fix}")
     return log
 
 
-def _check_results(results: Results) -> None:
+def _check_rows(rows: Sequence[Row] | Sequence[ComparedRow]) -> None:
     """Refuse numbers that contradict each other.
 
     Raises:
         ValueError: names the key and what was expected.
     """
-    if isinstance(results, CompareResults):
-        _check_histograms(results.rows, "rows")
-        if results.decode:
-            _check_results(results.decode)
-    elif isinstance(results, BenchResults):
-        _check_histograms(results.rows, "rows")
-        for number, row in enumerate(results.rows):
-            _check_responses(row, f"rows[{number}]")
-
-
-def _check_histograms(rows: Sequence[Row] | Sequence[ComparedRow], key: str) -> None:
     for number, row in enumerate(rows):
-        _expect_length(row.histogram, row.block_size, f"{key}[{number}].histogram")
-        _expect_length(row.reach_rate, row.block_size - 1, f"{key}[{number}].reach_rate")
+        where = f"rows[{number}]"
+        _expect_length(row.histogram, row.block_size, f"{where}.histogram")
+        _expect_length(row.reach_rate, row.block_size - 1, f"{where}.reach_rate")
+        if isinstance(row, Row):
+            _check_responses(row, where)
 
 
 def _check_responses(row: Row, where: str) -> None:

@@ -78,16 +78,15 @@ def bench_servers(
     prompts = first_of_each_set(prompts, config.num_prompts)
     done = {(r.temperature, r.concurrency, tuple(r.ids)): r for r in records.rows}
     jobs = list(_make_jobs(prompts, config))
-    is_warm = False
+    missing = next((job for job in jobs if job.key not in done), None)
+    if missing:  # a warm-up, which is not counted
+        first_turn = encode_chat(chat, missing.prompts[0].turns[0])
+        for server in sides.values():
+            server.answer(first_turn, 16, missing.temperature, config.seed)
     with progress_bar() as bar:
         task = bar.add_task("asking servers", total=sum(len(job.prompts) for job in jobs), info="")
         for number, job in enumerate(jobs):
             if job.key not in done:
-                if not is_warm:
-                    first_turn = encode_chat(chat, job.prompts[0].turns[0])
-                    for server in sides.values():
-                        server.answer(first_turn, 16, job.temperature, config.seed)
-                    is_warm = True
                 done[job.key] = _ask_servers(
                     chat, sides, job, max_new_tokens=config.max_new_tokens, seeds=seeds, rotation=number
                 )

@@ -7,7 +7,6 @@ are shown as they are in Markdown and in one line.
 import html
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -243,25 +242,24 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
     ]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The responses of one drafter to the prompts of one category, or of one range of lengths."""
 
     name: str
     drafter: str
     temperature: float
     block_size: int
-    responses: dict[bool, list[ResponseRecord]] = field(default_factory=dict)
-    """By whether thinking was on."""
+    responses: list[tuple[bool, ResponseRecord]]
+    """Each with whether thinking was on."""
 
     @property
     def num_prompts(self) -> int:
         """Number of different prompts."""
-        return len({response.id for responses in self.responses.values() for response in responses})
+        return len({response.id for _, response in self.responses})
 
     def tau(self, thinking: bool) -> str:
         """Write tau and its interval; `-` where nothing was measured."""
-        responses = self.responses.get(thinking, [])
+        responses = [response for is_on, response in self.responses if is_on == thinking]
         if not responses:
             return "-"
         tau = acceptance_of(responses, self.block_size).tau
@@ -291,9 +289,8 @@ def find_parts(benchmarks: Iterable[BenchResults]) -> list[Part]:
             who = results.target, results.drafters.get(row.drafter, row.drafter), row.temperature, row.block_size
             for response in row.responses:
                 for name in (row.set, CONTEXTS[bisect_right(EDGES, response.prompt_tokens)]):
-                    new = Part(name, row.drafter, row.temperature, row.block_size)
-                    part = parts.setdefault((name, *who), new)
-                    part.responses.setdefault(bool(results.thinking), []).append(response)
+                    part = parts.setdefault((name, *who), Part(name, row.drafter, row.temperature, row.block_size, []))
+                    part.responses.append((bool(results.thinking), response))
     return sorted(parts.values(), key=lambda part: CONTEXTS.index(part.name) if part.name in CONTEXTS else -1)
 
 

@@ -41,7 +41,6 @@ from dpace.report.plots import (
     Section,
     acceptance_by_slot,
     slot_weights,
-    speed_by_response,
     tau_curves,
 )
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
@@ -114,7 +113,6 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         if benchmark.comparisons:
             yield paired(benchmark)
         yield acceptance_by_slot(benchmark.whole_blocks)
-        yield speed_by_response(benchmark)
         yield from examples(benchmark)
     groups: dict[str, list[list[dict]]] = {}  # by the drafter's name, a log for each seed
     for path in [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]:

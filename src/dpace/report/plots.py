@@ -15,14 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from dpace.measure.results import BenchResults, ComparedRow, Example, Row
+from dpace.measure.results import ComparedRow, Example, Row
 from dpace.report.cells import one_line
 from dpace.system.ledger import write_text
 
 PANEL_INCHES = 4.4, 3.3
 """Size of every panel, so that they stand side by side."""
-MAX_SCATTER = 400
-"""Prompts of a set that are drawn."""
 INK = "#5eed20"
 SOFT = "#5eed21"
 LINE = "#5eed22"
@@ -80,25 +78,6 @@ def acceptance_by_slot(rows: Sequence[Row] | Sequence[ComparedRow]) -> Section:
 
     text = "The share of verifications that accepted slots 1 to k of a whole draft, with 95 % intervals over prompts."
     return Section("Acceptance by slot", text, figures=draw_panels(_by_set(rows), draw, "reach rate"))
-
-
-def speed_by_response(results: BenchResults) -> Section:
-    """Draw one point a response."""
-
-    def draw(axes, of_set: list[Row]) -> None:
-        for row in of_set:
-            points = [
-                (ours.published_tau, speedup)
-                for ours, plain in zip(row.responses, row.plain_responses, strict=True)
-                if ours.accepted_lengths and (speedup := ours.speedup_over(plain)) is not None
-            ]
-            axes.scatter(*np.array(points[:MAX_SCATTER]).reshape(-1, 2).T, s=14, alpha=0.7, label=_row_label(row))
-        axes.axhline(1, color=SOFT, lw=1)
-        axes.set(xlabel="tau of the response")
-
-    text = "Each point is one response, decoded with whole drafts verified."
-    panels = draw_panels(_by_set(results.whole_blocks), draw, "decode_speedup")
-    return Section("Prompt by prompt", text, figures=panels)
 
 
 def tau_curves(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:

@@ -22,10 +22,8 @@ from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.pooling import pool_seeds
 from dpace.measure.results import (
-    HELDOUT_FILE,
     ComparedRow,
     CompareResults,
-    Heldout,
     has_heldout,
     read_heldout,
     read_log,
@@ -214,13 +212,7 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
         acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, over_ranks=True)
-        ranks.from_first(partial(_write_heldout, folder, Heldout.of(test_set.ids, acceptance)))
-
-
-def _write_heldout(folder: Path, heldout: Heldout) -> None:
-    with lock_folder(folder):
-        register_files(folder, HELDOUT_FILE)
-        write_heldout(folder, heldout)
+        ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance))
 
 
 def make_rows(cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpace.measure.results import Heldout, write_heldout
+from dpace.measure.results import write_heldout
 from dpace.metrics import Acceptance
 from dpace.target.head import Head
 
@@ -34,7 +34,7 @@ def output(study, tmp_path):
                 folder = plan.folder(study.Cell(name, 16, steps, seed))
                 folder.mkdir(parents=True)
                 rows = Acceptance(np.eye(16, dtype=int)[[length - 1] * 8], 16, np.zeros(8, int))
-                write_heldout(folder, Heldout.of([f"{kind}/heldout/{i}" for kind in study.KINDS for i in (0, 1)], rows))
+                write_heldout(folder, [f"{kind}/heldout/{i}" for kind in study.KINDS for i in (0, 1)], rows)
                 log = {"log_history": [{"step": steps, "step_seconds": seconds * (1 + seed)}]}
                 (folder / "trainer_state.json").write_text(json.dumps(log))
                 facts = {"target": "a/b", "conversations": 9, "versions": {"torch": "2"}}

@@ -16,7 +16,7 @@ from dpace.config import CheckConfig, RespondConfig
 from dpace.decode import generate_plain
 from dpace.decode.sampling import verify_draft
 from dpace.measure.check import SIGNIFICANCE, check, check_distribution, uniformity
-from dpace.measure.own_text import Divergence, check_plain, check_responses, read_greedy
+from dpace.measure.own_text import check_plain, check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
@@ -56,18 +56,14 @@ def test_accepting_too_much_is_found(language_target, language_drafter, prompts,
     assert {"accepted lengths in training are those of decoding"} <= set(found)
 
 
-@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_another_distribution_is_found(language_target, language_drafter, prompts, monkeypatch, is_whole):
+def test_another_distribution_is_found(language_target, language_drafter, prompts, monkeypatch):
     def keep_all(draft, draft_probs, target_probs, sampler):
         return len(draft), int(target_probs[len(draft)].argmax())
 
     monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
     config = replace(LONG, num_prompts=12)
-    if is_whole:  # nothing else fails
-        found = check(language_target, language_drafter, prompts, config)
-    else:
-        encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
-        found = check_distribution(language_target, language_drafter, encoded, config, lambda info: None)
+    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
+    found = check_distribution(language_target, language_drafter, encoded, config, lambda info: None)
     assert failed(found) == ["distribution, rule speculative"]
 
 
@@ -103,11 +99,6 @@ def test_only_the_text_is_checked_in_bf16(prompts, language_target, config):
     names = ["plain decoding is generate of transformers", "text at temperature 0", "text at temperature 1, same seed"]
     assert [finding.name for finding in findings] == names
     assert not failed(findings), findings
-
-
-def test_ties_are_told_from_bugs():
-    assert Divergence("a", "b", 0, (1, 2), margin=0.03, noise=0.02).is_tie
-    assert not Divergence("a", "b", 0, (1, 2), margin=0.5, noise=0.02).is_tie
 
 
 def test_p_values_are_uniform_where_nothing_is_wrong():
