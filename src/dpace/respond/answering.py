@@ -24,7 +24,6 @@ from dpace.respond.responses import (
     check_meta,
     check_unchanged,
     find_meta,
-    has_all,
     iterate_responses,
     meta_path,
     read_meta,
@@ -81,14 +80,13 @@ def answer_prompts(
         raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
     path = Path(path)
     with lock_folder(path.parent):
-        servers = None
-        described = read_meta(path).get("servers") if config.server else None
-        if config.server and not ranks.from_first(lambda: has_all(path, prompts)):
-            servers = ServerAnswers(target, config)
-            described = servers.described
-        meta = find_meta(target, config, described)
+        meta = find_meta(target, config)
         waiting = ranks.from_first(lambda: _find_waiting(target, prompts, path, config, meta))
+        servers = ServerAnswers(target, config) if config.server and waiting else None
+        if config.server:
+            meta["servers"] = servers.described if servers else read_meta(path).get("servers")
         if waiting:
+            ranks.from_first(lambda: _begin(prompts, path, meta))
             by_id = {prompt.id: prompt for prompt in prompts}
             mine = [by_id[name] for name in ranks.share(waiting)]
             rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
@@ -120,8 +118,8 @@ def _find_waiting(
     """Check what is there, and return the ids of the prompts that wait for an answer, the short ones first."""
     register_files(path.parent, path.name, meta_path(path).name)
     cut_unfinished_line(path)
-    check_meta(path, meta)
     _append_rank_files(path)
+    check_meta(path, meta)
     done = {response.id: response for response in read_responses(path)} if path.exists() else {}
     for prompt in prompts:
         if prompt.id in done and not is_answer(done[prompt.id], prompt):
@@ -131,13 +129,16 @@ def _find_waiting(
             )
     missing = [prompt for prompt in prompts if prompt.id not in done]
     waiting = {prompt.id: Conversation(target, prompt, config).count_tokens() for prompt in missing}
-    if waiting:
-        write_meta(path, meta, prompts, is_complete=False)
-        if ranks.num_ranks() > 1:
-            register_files(path.parent, *(_rank_path(path, number).name for number in range(ranks.num_ranks())))
-    elif done:
+    if done and not waiting:
         check_unchanged(path)
     return sorted(waiting, key=waiting.__getitem__)
+
+
+def _begin(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any]) -> None:
+    """Note what makes the answers before the first one is there."""
+    write_meta(path, meta, prompts, is_complete=False)
+    if ranks.num_ranks() > 1:
+        register_files(path.parent, *(_rank_path(path, number).name for number in range(ranks.num_ranks())))
 
 
 def _complete(

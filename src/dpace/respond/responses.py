@@ -177,18 +177,15 @@ def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
     }
 
 
-def find_meta(
-    target: Target | ChatTokenizer, config: RespondConfig, servers: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:
+def find_meta(target: Target | ChatTokenizer, config: RespondConfig) -> dict[str, Any]:
     """Return what the responses depend on: weights, tokenizer, template and settings; and the versions.
 
     Args:
         target: its weights and their precision are not known where servers answer.
         config: of the answers.
-        servers: engine and model of those that answer; None where this process does.
     """
-    origin: dict[str, Any] = {"servers": servers}
-    if servers is None and isinstance(target, Target):
+    origin: dict[str, Any] = {"servers": None}  # known once they answer
+    if not config.server and isinstance(target, Target):
         origin = {
             "revision": getattr(target.model.config, "_commit_hash", None),
             "dtype": str(target.model.dtype),
@@ -218,12 +215,6 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     default = {"source": "target"}
     now = default | {key: meta[key] for key in Meta.__annotations__ if key in meta and key != "target"}
     same_run(default | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
-
-
-def has_all(path: Path, prompts: Sequence[Prompt]) -> bool:
-    """Return whether each of these prompts, and no other, was answered."""
-    old = read_meta(path) if path.exists() else {}
-    return bool(old.get("complete")) and not old.get("left_out") and old.get("prompts_sha256") == hash_prompts(prompts)
 
 
 def hash_prompts(prompts: Sequence[Prompt]) -> str:
