@@ -33,7 +33,7 @@ def test_published_layer_ids(num_layers, num_features, expected):
 
 
 def test_too_many_features_are_refused():
-    with pytest.raises(ValueError, match="at most 3"):
+    with pytest.raises(ValueError, match="--drafter.num-features to 3"):
         build_target_layer_ids(6, 5)
 
 
