@@ -37,14 +37,15 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> 
 
     Source: Muon (https://kellerjordan.github.io/posts/muon), after Bernstein and Newhouse (arXiv 2409.20325).
     """
-    first, third, fifth = COEFFICIENTS
     x = matrix.bfloat16() if matrix.device.type != "cpu" else matrix.float()
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(num_steps):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
+        x = torch.addmm(
+            x, torch.addmm(gram, gram, gram, beta=COEFFICIENTS[1], alpha=COEFFICIENTS[2]), x, beta=COEFFICIENTS[0]
+        )
     return (x.T if is_tall else x).to(matrix.dtype)
 
 
