@@ -161,7 +161,7 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
     conversations = known_conversations(dataset, nothing, recipe)
     uncached = replace(recipe, train=replace(config, feature_cache_gib=0.0))
     plan = plan_training(uncached, target.model.config, conversations=conversations, machine=machine)
-    flops = sum(plan.step_flops.values())
+    flops = sum(plan.step.flops.values())
     tokens = per_step * config.max_length
     return drafter.eval(), {
         "steps": len(counted),
@@ -171,5 +171,5 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
         "tflops_per_step": flops / 1e12,
         "mfu": None if peak is None else flops / seconds / peak,
         "peak_memory_bytes": memory.bytes,
-        "planned_memory_bytes": plan.memory.peak_bytes,
+        "planned_memory_bytes": plan.step.peak_bytes,
     }

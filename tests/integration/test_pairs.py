@@ -70,7 +70,7 @@ PAIRS = {
         f"bench {RECIPE} --bench.drafters {{out}}/ours",
         "results.json",
     ),
-    "several drafters, several sets, report": Pair(
+    "several drafters in folders of one name, several sets, report": Pair(
         f"bench {RECIPE} --bench.drafters {{drafter}} {{other}} --bench.sets one two --bench.sets-dir {{sets}}; "
         "report {out}",
         "report.html",
@@ -136,7 +136,7 @@ def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]
     paths["recipe"].write_text(yaml.safe_dump(recipe))
     assert main(["respond", str(paths["recipe"])]) == main(["train", str(paths["recipe"])]) == 0
     drafter = (paths["out"] / "drafter").rename(folder / "drafter")
-    other = Path(shutil.copytree(drafter, folder / "other"))
+    other = Path(shutil.copytree(drafter, folder / "other" / "drafter"))
     return {name: str(path) for name, path in paths.items()} | {
         "target": str(language_folder),
         "drafter": str(drafter),

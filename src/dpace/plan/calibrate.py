@@ -1,15 +1,11 @@
-"""Take a few real steps, and answer some prompts, on this machine, and compare them with a plan."""
+"""Take a few real steps on this machine, and compare them with a plan."""
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.plan.lines import count, duration, size
+from dpace.plan.lines import duration, size
 from dpace.plan.step import Models, make_drafter
-from dpace.plan.training import TrainingPlan, mean_answer
-from dpace.prompts.prompts import Prompt
-from dpace.respond.in_process import answer_batches
+from dpace.plan.training import TrainingPlan
 from dpace.system.device import find_device, synchronize
 from dpace.target import Target
 from dpace.target.locate import find_target
@@ -17,11 +13,9 @@ from dpace.train.progress import PeakMemory
 
 NUM_STEPS = 3
 """Steps that are taken; the first one is not timed."""
-NUM_ANSWERS = 8
-"""Prompts that are answered where there are no answers yet."""
 
 
-def calibrate(recipe: Recipe, plan: TrainingPlan, prompts: Sequence[Prompt] = ()) -> list[str]:
+def calibrate(recipe: Recipe, plan: TrainingPlan) -> str:
     """Take real steps of the largest micro-batch on this machine, and compare them with a plan.
 
     Memory is what the process takes more than before it loaded the target; on a GPU, what is allocated.
@@ -29,7 +23,6 @@ def calibrate(recipe: Recipe, plan: TrainingPlan, prompts: Sequence[Prompt] = ()
     Args:
         recipe: every setting.
         plan: of it.
-        prompts: some of these are answered, and the lengths give another time; none where answers are known.
 
     Raises:
         ValueError: the plan is for a device that is not here.
@@ -57,24 +50,7 @@ def calibrate(recipe: Recipe, plan: TrainingPlan, prompts: Sequence[Prompt] = ()
     taken = (memory.bytes or 0) - (0 if plan.machine.is_cuda else bytes_before)
     step_seconds = min(seconds[1:])
     total = "" if plan.num_steps is None else f", {duration(step_seconds * plan.num_steps)} for all steps"
-    lines = [
-        f"measured here: {step_seconds:.3g} s for the largest step{total}; memory {size(taken)}, "
-        f"{taken / plan.memory.peak_bytes:.2f} times the plan"
-    ]
-    return [*lines, _answer(recipe, plan, target, prompts)] if prompts else lines
-
-
-def _answer(recipe: Recipe, plan: TrainingPlan, target: Target, prompts: Sequence[Prompt]) -> str:
-    """Answer some prompts; write how long the answers are, and what a training takes with all of that length."""
-    chosen = prompts[:: -(-len(prompts) // NUM_ANSWERS)]
-    responses = [response for batch in answer_batches(target, chosen, recipe.respond) for response in batch]
-    limit = recipe.respond.max_new_tokens
-    conversation = sum(len(response.token_ids) for response in responses) / len(responses)
-    share = conversation / plan.conversations.mean_tokens
-    seconds = plan.seconds([Path(recipe.output) / "drafter"])
-    total = seconds["steps"] + share * (seconds["hidden states"] + seconds["tau"])
     return (
-        f"{count(sum(len(response.response_spans) for response in responses), 'answer')} here: "
-        f"{mean_answer(responses, limit):.0f} tokens on average, of up to {limit}, in conversations of "
-        f"{conversation:.0f}: about {duration(total)} for all steps"
+        f"measured here: {step_seconds:.3g} s for the largest step{total}; memory {size(taken)}, "
+        f"{taken / plan.step.peak_bytes:.2f} times the plan"
     )

@@ -5,12 +5,12 @@ refused here.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpace.config import BenchConfig, CompareConfig, Recipe, TrainConfig
 from dpace.plan.speed import START_SECONDS, Number, TargetSpeed
-from dpace.plan.step import BatchShape
 from dpace.plan.training import (
     Conversations,
     TrainingPlan,
@@ -20,11 +20,14 @@ from dpace.plan.training import (
     mean_answer,
     plan_recipe,
 )
-from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set, split_prompts
+from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set
 from dpace.respond.responses import Response, read_responses
 
 ANSWER_BYTES = 12
 """Bytes of a token in `responses.jsonl`: its number, and its text."""
+LARGEST_BATCH = 64
+"""Largest batch that is tried."""
+SMALLER = "a smaller target, more memory, or several GPUs with --train.target-shard fsdp"
 MAKE_ROOM = "make room, or name another folder with --output"
 
 
@@ -102,23 +105,15 @@ def kept_answers(recipe: Recipe) -> dict[str, Response]:
     return {response.id: response for response in read_responses(path)} if path.exists() else {}
 
 
-def batch_tokens(responses: Sequence[Response], batch_size: int) -> Number:
-    """Compute the mean length in tokens of the longest answer of each batch, which takes its time; 0 without answers.
-
-    Args:
-        responses: in the order in which they were answered.
-        batch_size: answered at once.
-    """
-    lengths = [end - start for response in responses for start, end in response.response_spans]
-    longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
-    return sum(longest) / max(1, len(longest))
-
-
-def answering_seconds(recipe: Recipe, target: TargetSpeed, prompts: Sequence[Prompt], num_tokens: Number) -> Number:
-    """Estimate the seconds in which the target reads prompts and writes answers of a length, in batches."""
+def answering_seconds(
+    recipe: Recipe, target: TargetSpeed, prompts: Sequence[Prompt], kept: Mapping[str, Response]
+) -> Number:
+    """Estimate the seconds in which the target reads prompts and writes answers, in batches, like those it wrote."""
     turns = sum(len(prompt.turns) for prompt in prompts)
     num_read = sum(tokens for tokens, _ in expected_lengths(prompts, recipe, 0))
-    return target.reading_seconds(num_read) + target.decoding_seconds(turns, num_tokens, recipe.respond.batch_size)
+    batch_size = recipe.respond.batch_size
+    longest = mean_answer(kept.values(), recipe.respond.max_new_tokens, batch_size)
+    return target.reading_seconds(num_read) + target.decoding_seconds(turns, longest, batch_size)
 
 
 def answer_lines(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
@@ -142,11 +137,8 @@ def answer_lines(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
         f"{batch_size} at once{where}"
     )
     if not servers:
-        target = find_speed(recipe)
-        longest = batch_tokens(list(kept.values()), batch_size)
-        times = [duration(START_SECONDS + answering_seconds(recipe, target, waiting, n)) for n in (limit, longest)]
-        like_kept = f", about {times[1]} if like those kept" if kept else ""
-        lines.append(f"time: up to {times[0]} if all are that long{like_kept}")
+        seconds = answering_seconds(recipe, find_speed(recipe), waiting, kept)
+        lines.append(time_line({"answers": seconds}, is_bound=not kept))
     return [*lines, disk_line(path.parent, ANSWER_BYTES * turns * limit)]
 
 
@@ -192,17 +184,17 @@ def train_lines(recipe: Recipe, conversations: Conversations, folder: Path) -> l
     ]
 
 
-def comparison_lines(config: CompareConfig, folders: Sequence[Path]) -> list[str]:
+def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
     """Write what `dpace compare` or `dpace demo` takes; what is finished takes no time.
 
     Args:
         config: recipe, objectives and seeds.
+        parts: its prompts.
         folders: of the drafters.
 
     Raises:
         ValueError: the disk has no room for it, or the drafter cannot work with this target.
     """
-    parts = split_prompts(config.prompts)
     kept = kept_answers(config)
     waiting = [prompt for part in parts for prompt in part if prompt.id not in kept]
     answer_tokens = mean_answer(kept.values(), config.respond.max_new_tokens)
@@ -210,8 +202,7 @@ def comparison_lines(config: CompareConfig, folders: Sequence[Path]) -> list[str
     target = plan.target
     answers = measuring = 0.0
     if config.respond.source == "target" and not config.respond.server:
-        longest = batch_tokens(list(kept.values()), config.respond.batch_size) or config.respond.max_new_tokens
-        answers = answering_seconds(config, target, waiting, longest)
+        answers = answering_seconds(config, target, waiting, kept)
     if unmeasured := [folder for folder in folders if not (folder / "heldout.json").exists()]:
         heldout = expected_lengths(parts.heldout, config, answer_tokens)
         blocks = len(unmeasured) * sum(written for _, written in heldout)
@@ -250,7 +241,7 @@ def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
     is_stored = plan.features != "computed in every step"
     features = plan.features + (f" ({size(plan.feature_bytes)})" if is_stored else "")
     rate = f"{plan.target.speed.flops / 1e12:.3g} TFLOP/s{'' if machine.is_here else ', assumed'}"
-    peak_bytes = plan.memory.peak_bytes + machine.memory - plan.room  # with CUDA's context
+    peak_bytes = plan.step.peak_bytes + machine.memory - plan.room  # with CUDA's context
     return [
         f"training: {steps} of {batch}, {conversations}",
         f"drafter: {plan.drafter_parameters / 1e6:.4g} M parameters, {size(2 * plan.drafter_parameters)}; "
@@ -261,97 +252,43 @@ def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
 
 def memory_lines(plan: TrainingPlan) -> list[str]:
     """Write the memory of a step by part, and its operations."""
-    flops = sum(plan.step_flops.values())
-    shares = ", ".join(f"{name} {number / flops:.0%}" for name, number in plan.step_flops.items() if number)
+    flops = sum(plan.step.flops.values())
+    shares = ", ".join(f"{name} {number / flops:.0%}" for name, number in plan.step.flops.items() if number)
     return [
         "memory at the peak of a training step, computed:",
-        *(f"  {part:<28} {size(number):>10}" for part, number in plan.memory.parts.items()),
-        f"  {'sum':<28} {size(plan.memory.peak_bytes):>10}",
+        *(f"  {part:<28} {size(number):>10}" for part, number in plan.step.parts.items()),
+        f"  {'sum':<28} {size(plan.step.peak_bytes):>10}",
         f"operations of the largest step: {flops / 1e12:.3g} TFLOP ({shares})",
     ]
 
 
-LARGEST = {"batch_size": 64, "num_anchors": 4096}
-"""Largest values that are tried."""
-SMALLEST = {"batch_size": 1, "num_anchors": 1, "max_length": 64}
-NEAR = 16
-"""The largest value that fits is found to one part in this number."""
-
-
-def find_largest(peak: Callable[[int], int], room: int, low: int, high: int) -> int:
-    """Find about the largest number from `low` to `high` whose peak fits, 0 for none.
-
-    Args:
-        peak: computes the bytes of a number; grows with it.
-        room: bytes that there are.
-        low: the smallest number.
-        high: the largest number.
-    """
-    if peak(low) > room:
-        return 0
-    if peak(high) <= room:
-        return high
-    while high - low > max(1, low // NEAR):
-        middle = (low + high) // 2
-        if peak(middle) > room:
-            high = middle
-        else:
-            low = middle
-    return low
-
-
-def reshape(shape: BatchShape, option: str, value: int) -> BatchShape:
-    """Return the largest micro-batch after an option of training was set."""
-    if option == "batch_size":
-        return shape._replace(batch_size=value)
-    if option == "num_anchors":
-        return shape._replace(num_blocks=value)
-    length = min(shape.num_tokens, value)
-    return shape._replace(num_tokens=length, num_blocks=min(shape.num_blocks, length - 1))
-
-
 def fit_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
-    """Write the largest batch and number of anchors that fit, or what to change where none does."""
+    """Write the largest batch that fits, or what to change where the recipe's does not."""
     shape = plan.conversations.shape
 
-    def fits(at: BatchShape = shape, **options) -> bool:
-        return plan.paper.plan_memory(at, **options).peak_bytes <= plan.room
+    def largest(option: str, values: Sequence[int], checkpointing: bool) -> int:
+        """Find the largest value of a shape with which a step fits; 0 for none."""
 
-    def largest(option: str, at: BatchShape = shape, **options) -> int:
-        now = shape.num_tokens if option == "max_length" else getattr(train, option)
-        low, high = (now, max(now, LARGEST[option])) if plan.fits else (SMALLEST[option], now)
-        return find_largest(
-            lambda value: plan.paper.plan_memory(reshape(at, option, value), **options).peak_bytes,
-            plan.room,
-            low,
-            high,
-        )
+        def peak(value: int) -> int:
+            smaller = shape._replace(**{"batch_size": 1, option: value})
+            return plan.paper.take(smaller, checkpointing=checkpointing).peak_bytes
+
+        found = bisect_right(values, plan.room, key=peak)
+        return values[found - 1] if found else 0
 
     if plan.fits:
-        return [
-            f"fits in {size(plan.machine.memory)}: also --train.batch-size {largest('batch_size')}, or "
-            f"--train.num-anchors {largest('num_anchors')}",
-            f"the loss computes logits in chunks of {size(plan.memory.chunk_bytes)} (--loss.chunk-mib)",
-        ]
-    ways = [
-        f"--train.{option.replace('_', '-')} {value} instead of {getattr(train, option)}"
-        for option in SMALLEST
-        if (value := largest(option))
-    ]
-    chunk = plan.memory.chunk_bytes
-    while chunk >= 2**21 and not fits(chunk_bytes=chunk):
-        chunk //= 4
-    if fits(chunk_bytes=chunk):
-        ways.append(f"--loss.chunk-mib {chunk // 2**20} instead of {plan.memory.chunk_bytes // 2**20}")
-    if not train.gradient_checkpointing and fits(checkpointing=True):
-        ways.append("--train.gradient-checkpointing, which costs time")
-    if not ways:
-        anchors = largest("num_anchors", reshape(shape, "batch_size", 1), checkpointing=True)
-        together = f"--train.batch-size 1 --train.gradient-checkpointing --train.num-anchors {anchors}"
-        other = "a smaller target, more memory, or several GPUs with --train.target-shard fsdp"
-        ways = [together if anchors else other]
-    needed = size(plan.memory.peak_bytes)
+        most = largest("batch_size", range(1, max(LARGEST_BATCH, shape.batch_size) + 1), train.gradient_checkpointing)
+        return [f"fits in {size(plan.machine.memory)}: also --train.batch-size {most}"]
+    ways = []
+    for is_checkpointing in dict.fromkeys((train.gradient_checkpointing, True)):
+        more = " --train.gradient-checkpointing, which costs time" if is_checkpointing else ""
+        if fewer := largest("batch_size", range(1, shape.batch_size + 1), is_checkpointing):
+            ways.append(f"--train.batch-size {fewer}{more}")
+    powers = [2**exponent for exponent in range(shape.num_blocks.bit_length())]
+    if not ways and (fewer := largest("num_blocks", powers, checkpointing=True)):
+        ways = [f"--train.batch-size 1 --train.gradient-checkpointing --train.num-anchors {fewer}"]
+    needed = size(plan.step.peak_bytes)
     return [
         f"does not fit in {size(plan.machine.memory)}: a step needs {needed}. Each of these makes it fit:",
-        *(f"  {way}" for way in ways),
+        *(f"  {way}" for way in ways or [SMALLER]),
     ]

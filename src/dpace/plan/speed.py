@@ -17,8 +17,6 @@ MEASURING_SECONDS = 0.1
 """Time of one measurement."""
 START_SECONDS = 15.0
 """Time that a command takes beside its work: to import libraries, to load and hash the target, and to write."""
-MATCHED_ROWS = 3
-"""Rows of a block that are multiplied with the head where its drafts are compared with a text: about tau."""
 
 
 class Speed(NamedTuple):
@@ -85,8 +83,3 @@ def _least_seconds(work: Callable[[], torch.Tensor]) -> Number:
         float(work().flatten()[0])  # waits for a GPU
         least = min(least, time.perf_counter() - start)
     return least
-
-
-def comparing_flops(block_size: int, drafter_parameters: int, head_parameters: int) -> Number:
-    """Count the operations in which a block is drafted and compared with its text."""
-    return 2.0 * (block_size * drafter_parameters + MATCHED_ROWS * head_parameters)

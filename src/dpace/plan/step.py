@@ -6,7 +6,8 @@ dtypes and no values; the bytes of those that are alive are added up by the part
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isqrt
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -25,7 +26,6 @@ from transformers import (
     initialization,
 )
 
-from dpace.blocks import Blocks, dense_mask
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss import Slots, block_loss
@@ -41,18 +41,13 @@ from dpace.weights import uniform_weights
 
 TARGET = "target"
 DRAFTER = "drafter"
-GRADIENT = "its gradient"
 MOMENTS = "optimizer's moments"
 FEATURES = "hidden states of the target"
 ACTIVATIONS = "activations of the drafter"
-MASK = "attention masks"
 HEAD = "loss through the head"
-BACKWARD = "work of the backward pass"
-PARTS = (TARGET, DRAFTER, GRADIENT, MOMENTS, FEATURES, ACTIVATIONS, MASK, HEAD, BACKWARD)
+BACKWARD = "gradient and backward pass"
+PARTS = (TARGET, DRAFTER, MOMENTS, FEATURES, ACTIVATIONS, HEAD, BACKWARD)
 """The parts of a step's memory, in the order in which they are shown."""
-
-
-NO_CONTEXT = nullcontext()
 
 
 class BatchShape(NamedTuple):
@@ -67,13 +62,13 @@ class BatchShape(NamedTuple):
     """Tokens that the softmax covers; None for the whole vocabulary."""
 
 
-class StepMemory(NamedTuple):
-    """The memory of a step."""
+class StepCost(NamedTuple):
+    """What a step takes."""
 
     parts: dict[str, int]
     """Bytes that are alive at the peak, by part."""
-    chunk_bytes: int
-    """Logits that exist at once in the loss."""
+    flops: dict[str, float]
+    """Floating-point operations of an optimizer step, by what does them."""
 
     @property
     def peak_bytes(self) -> int:
@@ -119,8 +114,7 @@ class Models(NamedTuple):
         inputs: dict[str, Any],
         head: Head,
         *,
-        activations: AbstractContextManager = NO_CONTEXT,
-        backward: AbstractContextManager = NO_CONTEXT,
+        part: Callable[[str], AbstractContextManager] = nullcontext,
         **options: Any,
     ) -> None:
         """Compute the loss of a micro-batch and its gradient, as training does; `inputs` is emptied in between.
@@ -128,13 +122,12 @@ class Models(NamedTuple):
         Args:
             inputs: of `inputs`.
             head: the target's, or some of its rows.
-            activations: entered while the drafter runs.
-            backward: entered for the backward pass.
+            part: makes what is entered for each part of the work.
             options: further fields of `Scorer`.
         """
 
         def draft(**batch: Any) -> Any:  # as `accelerate` does: in bf16 on a GPU, with a result in fp32
-            with activations:
+            with part(ACTIVATIONS):
                 with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.is_cuda):
                     out = self.drafter(**batch)
                 out.last_hidden_state = out.last_hidden_state.float()
@@ -144,11 +137,12 @@ class Models(NamedTuple):
             return uniform_weights(slots.is_scored)
 
         scorer = Scorer(self.drafter, self.target, self.recipe.loss, weigh, head, **options)
-        out, blocks = scorer.score(draft, inputs)
-        loss = block_loss(out.losses, blocks.is_scored, num_items=1)
+        with part(HEAD):
+            out, blocks = scorer.score(draft, inputs)
+            loss = block_loss(out.losses, blocks.is_scored, num_items=1)
         inputs.clear()
         del out
-        with backward:
+        with part(BACKWARD):
             loss.backward()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -162,7 +156,7 @@ aten = torch.ops.aten
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the storages that operations allocate inside its `with` block, real ones or fake ones.
+    """Counts the storages that operations allocate inside its `with` block, and their floating-point operations.
 
     A view counts once. What an operation allocates and frees inside itself is not seen.
 
@@ -181,6 +175,8 @@ class MemoryTracker(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         """Bytes that were alive when most were."""
         self.peak_bytes = 0
+        self.flops: Counter[str] = Counter()
+        """Operations, by part."""
         self._part = BACKWARD
         self._owners: dict[int, tuple[Any, int, str]] = {}
 
@@ -195,11 +191,9 @@ class MemoryTracker(TorchDispatchMode):
             self._part = before
 
     def count(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Count tensors that exist already, or let those that are counted belong to another part."""
+        """Count tensors that exist already."""
         for tensor in tensors:
-            self._remove(tensor.untyped_storage()._cdata)
             self._add(tensor, part)
-        self._note_peak()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Run an operation and count what it allocated."""
@@ -208,19 +202,18 @@ class MemoryTracker(TorchDispatchMode):
             return args[0].new_empty((rows, args[0].dim()), dtype=torch.long)
         if function is aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
-        out = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if count_flops := flop_registry.get(function.overloadpacket):
+            self.flops[self._part] += count_flops(*args, **kwargs, out_val=out)
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self._add(value, self._part)
-        self._note_peak()
-        return out
-
-    def _note_peak(self):
-        """Keep what is alive where it is more than ever."""
         live_bytes = sum(self.live.values())
         if live_bytes > self.peak_bytes:
             self.at_peak = dict(self.live)
             self.peak_bytes = live_bytes
+        return out
 
     def _add(self, tensor, part):  # called at every operation, so without the types that tests check
         """Count the storage of a tensor, if it is new."""
@@ -231,10 +224,9 @@ class MemoryTracker(TorchDispatchMode):
             self.live[part] += size
 
     def _remove(self, key):
-        """Take off a storage, if it is counted."""
-        if key in self._owners:
-            _, size, part = self._owners.pop(key)
-            self.live[part] -= size
+        """Take off a storage."""
+        _, size, part = self._owners.pop(key)
+        self.live[part] -= size
 
 
 class PaperTarget(Target):
@@ -260,11 +252,6 @@ class PaperTarget(Target):
         """Make features of the right shape."""
         width = (len(target_layer_ids) + with_head_input) * self.hidden_size
         return self.head.weight.new_empty(*token_ids.shape, width)
-
-    @torch.no_grad()
-    def run(self, token_ids: Tensor, target_layer_ids: Sequence[int], *, with_head_input: bool) -> None:
-        """Run the operations that compute features, for those who count them."""
-        self._run(token_ids, target_layer_ids, with_head_input=with_head_input, cache=None)
 
 
 def read_shape(name: str) -> PretrainedConfig:
@@ -316,20 +303,6 @@ def make_drafter(target: Target, options: dict[str, Any]) -> Drafter:
     return Drafter.from_target(target, seed=0, **shape).requires_grad_(True).train()
 
 
-class _HeadWork(NamedTuple):
-    """The part of the loss that is run: one chunk, whose work all others repeat."""
-
-    head: Head
-    """With the rows that the softmax covers."""
-    tile: Head
-    """Three tiles of them."""
-    chunk_bytes: int
-    num_rows: int
-    """Slots that are multiplied with the head at once."""
-    num_scored: int
-    """Slots of all blocks that are scored."""
-
-
 class PaperStep:
     """Takes training steps on fake tensors, of any shape, and computes what they take.
 
@@ -346,123 +319,70 @@ class PaperStep:
     def __init__(self, models: Models, mode: FakeTensorMode, *, copies_bytes: int = 0, kept_bytes: int = 0):
         self.models = models
         self.mode = mode
+        self.more_bytes = {TARGET: copies_bytes, FEATURES: kept_bytes}
         self.optimizer = models.optimizer()
-        with on_paper(mode):
-            self.copies = torch.empty(copies_bytes, dtype=torch.uint8)
-            self.kept = torch.empty(kept_bytes, dtype=torch.uint8)
 
-    def plan_memory(
-        self, shape: BatchShape, *, checkpointing: bool | None = None, chunk_bytes: int | None = None
-    ) -> StepMemory:
-        """Compute what memory a step of this shape takes, once `count_flops` took a first step of any shape."""
+    def take(self, shape: BatchShape, *, checkpointing: bool | None = None) -> StepCost:
+        """Take a step of a micro-batch of this shape; the first one has no moments yet at its peak."""
         models = self.models
+        loss = models.recipe.loss
+        is_soft = loss.needs_target_probs
         if models.recipe.train.gradient_checkpointing if checkpointing is None else checkpointing:
             models.drafter.activation_checkpointing_enable()
         with on_paper(self.mode):
-            work = self._head_work(shape, chunk_bytes)
-            tracker = MemoryTracker(work.num_rows)
-            tracker.count([*models.target.model.parameters(), *models.target.model.buffers(), self.copies], TARGET)
+            head: Head = models.target.head
+            if shape.num_head_rows is not None:
+                head = head._replace(weight=head.weight.new_empty(shape.num_head_rows, head.weight.shape[1]))
+            # One chunk of the loss is run, or three tiles of one, whose work all others repeat.
+            chunk_bytes = (loss.chunk_mib or 0) * 2**20
+            chunk_bytes = chunk_bytes or default_chunk_bytes(head.weight, is_cpu=not models.is_cuda, is_soft=is_soft)
+            num_logits = chunk_bytes // 4
+            num_scored = shape.batch_size * shape.num_blocks * (models.drafter.block_size - 1)
+            num_rows = num_logits // SOFT_COPIES // len(head.weight) if is_soft else isqrt(num_logits)
+            num_rows = max(1, min(num_rows, num_scored))
+            tile = head if is_soft else head._replace(weight=head.weight[: 3 * max(1, num_logits // num_rows)])
+            tracker = MemoryTracker(num_rows)
+            tracker.count([*models.target.model.parameters(), *models.target.model.buffers()], TARGET)
             tracker.count([*models.drafter.parameters(), *models.drafter.buffers()], DRAFTER)
+            tracker.count([head.weight], HEAD)
             moments = (value for state in self.optimizer.state.values() for value in state.values())
             tracker.count((value for value in moments if isinstance(value, Tensor)), MOMENTS)
-            tracker.count([self.kept], FEATURES)
-            if shape.num_head_rows is not None:
-                tracker.count([work.head.weight], HEAD)
-            hooks = [
-                parameter.register_post_accumulate_grad_hook(lambda p: tracker.count([p.grad], GRADIENT))
-                for parameter in models.drafter.parameters()
-            ]
-            self._take_step(shape, work, tracker)
-        for hook in hooks:
-            hook.remove()
+            with tracker:
+                with tracker.part(FEATURES):
+                    inputs = models.inputs(shape)
+                masks: dict[str, Any] = {"make_mask": lambda *_: None} if models.is_cuda else {}  # a GPU's is small
+                models.backward(inputs, tile, part=tracker.part, chunk_bytes=chunk_bytes, **masks)
+                with tracker.part(MOMENTS):
+                    models.step(self.optimizer)
         models.drafter.activation_checkpointing_disable()
-        parts = {part: size for part, size in tracker.at_peak.items() if size >= 1024}
-        return StepMemory(parts, work.chunk_bytes)
-
-    def _head_work(self, shape: BatchShape, chunk_bytes: int | None = None) -> _HeadWork:
-        """Choose the chunk of the loss that is run."""
-        head: Head = self.models.target.head
-        if shape.num_head_rows is not None:
-            head = head._replace(weight=head.weight.new_empty(shape.num_head_rows, head.weight.shape[1]))
-        loss = self.models.recipe.loss
-        is_soft = loss.needs_target_probs
-        chunk_bytes = chunk_bytes or (loss.chunk_mib or 0) * 2**20
-        chunk_bytes = chunk_bytes or default_chunk_bytes(head.weight, is_cpu=not self.models.is_cuda, is_soft=is_soft)
-        num_logits = chunk_bytes // 4
-        num_scored = shape.batch_size * shape.num_blocks * (self.models.drafter.block_size - 1)
-        rows = num_logits // SOFT_COPIES // len(head.weight) if is_soft else isqrt(num_logits)
-        num_rows = max(1, min(rows, num_scored))
-        tile = head if is_soft else head._replace(weight=head.weight[: 3 * max(1, num_logits // num_rows)])
-        return _HeadWork(head, tile, chunk_bytes, num_rows, num_scored)
-
-    def count_flops(self, shape: BatchShape) -> dict[str, float]:
-        """Count the floating-point operations of an optimizer step, by what does them.
-
-        It leaves the optimizer with its moments, as it is from the second step on.
-        """
-        models = self.models
-        is_soft = models.recipe.loss.needs_target_probs
-        target_counter = FlopCounterMode(display=False)
-        drafter_counter = FlopCounterMode(display=False)
-        optimizer_counter = FlopCounterMode(display=False)
-        with on_paper(self.mode):
-            work = self._head_work(shape)
-            token_ids = torch.zeros(shape.batch_size, shape.num_tokens, dtype=torch.long)
-            try:
-                with target_counter:
-                    models.target.run(token_ids, models.drafter.target_layer_ids, with_head_input=is_soft)
-                of_target = float(target_counter.get_total_flops())
-            except RuntimeError:  # layers that depend on values, such as experts: every weight counts
-                of_target = 2.0 * token_ids.numel() * sum(p.numel() for p in models.target.layers.parameters())
-            self._take_step(shape, work, MemoryTracker(work.num_rows), drafter_counter, optimizer_counter)
-        drafter = models.drafter.config
-        queries = shape.num_blocks * models.drafter.block_size
-        seen = shape.num_tokens / 2 + models.drafter.block_size if models.is_cuda else shape.num_tokens + queries
-        width = shape.batch_size * drafter.num_attention_heads * drafter.head_dim
-        of_drafter = float(drafter_counter.get_total_flops())
-        # The other chunks of the loss: forward and backward, and the target's own logits for soft labels.
-        left_out = work.head.weight.numel() * work.num_scored - work.tile.weight.numel() * work.num_rows
-        of_drafter += (6 if is_soft else 4) * left_out
-        of_drafter += 3.5 * drafter.num_hidden_layers * 4 * width * queries * seen  # 1 forward, 2.5 backward
-        of_target += models.target.config.num_hidden_layers * 2 * width * shape.num_tokens**2
+        parts = {part: size + self.more_bytes.get(part, 0) for part, size in tracker.at_peak.items()}
+        optimizer_flops = tracker.flops.pop(MOMENTS, 0)
+        # The other chunks: forward and backward, and the target's own logits for soft labels.
+        left_out = head.weight.numel() * num_scored - tile.weight.numel() * num_rows
+        drafter_flops = tracker.flops.total() + (6 if is_soft else 4) * left_out + self._attention_flops(shape)
         micro_batches = models.recipe.train.gradient_accumulation_steps
-        return {
-            "target": of_target * micro_batches,
-            "drafter": of_drafter * micro_batches,
-            "optimizer": float(optimizer_counter.get_total_flops()),
+        flops = {
+            "target": float(micro_batches * self._target_flops(shape)),
+            "drafter": float(micro_batches * drafter_flops),
+            "optimizer": float(optimizer_flops),
         }
+        return StepCost({part: size for part, size in parts.items() if size >= 1024}, flops)
 
-    def _take_step(
-        self,
-        shape: BatchShape,
-        work: _HeadWork,
-        tracker: MemoryTracker,
-        drafter_counter: AbstractContextManager = NO_CONTEXT,
-        optimizer_counter: AbstractContextManager = NO_CONTEXT,
-    ) -> None:
-        """Take a step of one micro-batch.
+    def _attention_flops(self, shape: BatchShape) -> float:
+        """Count the operations of the drafter's attention: one forward pass, and 2.5 times as much backward."""
+        queries = shape.num_blocks * self.models.drafter.block_size
+        seen = shape.num_tokens + queries
+        if self.models.is_cuda:
+            seen = shape.num_tokens / 2 + self.models.drafter.block_size
+        config = self.models.drafter.config
+        width = config.num_attention_heads * config.head_dim
+        return 3.5 * config.num_hidden_layers * 4 * shape.batch_size * width * queries * seen
 
-        A counter of operations holds tensors longer, so it is not to see a step whose memory is looked at.
-        """
-        models = self.models
-
-        def make_mask(blocks: Blocks, num_context: int) -> Tensor | None:
-            if models.is_cuda:
-                return None  # a GPU has a small one of tiles
-            with tracker.part(MASK):
-                return dense_mask(blocks, num_context)
-
-        with tracker:
-            with tracker.part(FEATURES):
-                inputs = models.inputs(shape)
-            with tracker.part(HEAD), drafter_counter:
-                models.backward(
-                    inputs,
-                    work.tile,
-                    activations=tracker.part(ACTIVATIONS),
-                    backward=tracker.part(BACKWARD),
-                    make_mask=make_mask,
-                    chunk_bytes=work.chunk_bytes,
-                )
-            with tracker.part(MOMENTS), optimizer_counter:
-                models.step(self.optimizer)
+    def _target_flops(self, shape: BatchShape) -> float:
+        """Count the operations in which the target computes features: each weight counts, those of experts too."""
+        target = self.models.target
+        last = None if self.models.recipe.loss.needs_target_probs else max(self.models.drafter.target_layer_ids) + 1
+        weights = sum(parameter.numel() for parameter in target.layers[:last].parameters())
+        width = target.config.num_hidden_layers * self.models.drafter.config.num_attention_heads
+        scores = width * self.models.drafter.config.head_dim * shape.num_tokens
+        return 2.0 * shape.batch_size * shape.num_tokens * (weights + scores)

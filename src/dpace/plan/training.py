@@ -4,6 +4,7 @@ A recipe, the target's config, and what is known of the prompts and answers come
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,13 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe, TrainConfig
 from dpace.drafter import Drafter
-from dpace.plan.speed import ASSUMED_GPU, Number, Speed, TargetSpeed, comparing_flops, measure_speed
+from dpace.plan.speed import ASSUMED_GPU, Number, Speed, TargetSpeed, measure_speed
 from dpace.plan.step import (
     BatchShape,
     Models,
     PaperStep,
     PaperTarget,
-    StepMemory,
+    StepCost,
     make_drafter,
     make_target,
     on_paper,
@@ -47,6 +48,8 @@ DISTINCT_TOKENS = 10
 """Distinct tokens of a text, divided by the root of its length, as Heaps' law has them."""
 FeaturePlace = Literal["kept", "on disk", "computed in every step"]
 """Where the target's features are: in memory, in files, or nowhere."""
+MATCHED_ROWS = 3
+"""Rows of a block that are multiplied with the head where its drafts are compared with a text: about tau."""
 FINAL_MEASUREMENTS = 3
 """Measurements of tau after the last step: of the rounded weights, of the draft vocabulary, and of confidences."""
 
@@ -192,10 +195,17 @@ def find_conversations(recipe: Recipe, parts: PromptParts | None, kept: Mapping[
     return expected_conversations(recipe, parts, mean_answer(kept.values(), recipe.respond.max_new_tokens))
 
 
-def mean_answer(responses: Iterable[Response], limit: int) -> Number:
-    """Compute the mean length in tokens of answers; `limit`, the longest one, without answers."""
+def mean_answer(responses: Iterable[Response], limit: int, batch_size: int = 1) -> Number:
+    """Compute the mean length in tokens of the longest answer of each batch; `limit` without answers.
+
+    Args:
+        responses: in the order in which they were answered.
+        limit: the longest answer.
+        batch_size: answered at once; a batch takes the time of its longest answer.
+    """
     lengths = [end - start for response in responses for start, end in response.response_spans]
-    return min(limit, sum(lengths) / len(lengths)) if lengths else limit
+    longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
+    return min(limit, statistics.mean(longest or [limit]))
 
 
 def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
@@ -218,7 +228,8 @@ class TrainingPlan:
     machine: Machine
     target: TargetSpeed
     conversations: Conversations
-    memory: StepMemory
+    step: StepCost
+    """Of the largest step."""
     paper: PaperStep
     """To look at steps of other shapes."""
     num_steps: int | None
@@ -229,8 +240,6 @@ class TrainingPlan:
     drafter_parameters: int
     disk_bytes: int
     """Bytes of disk of a drafter and its checkpoints, each beside the one that it replaces."""
-    step_flops: dict[str, Number]
-    """Operations of the largest step, by what does them."""
     flops: dict[str, Number]
     """Operations of `features` (those that are computed once for all drafters), of a mean `step`, of all measurements
     of `tau` during a training, and of drafting a `block` and comparing it."""
@@ -243,7 +252,7 @@ class TrainingPlan:
     @property
     def fits(self) -> bool:
         """Whether the peak is within the memory."""
-        return self.memory.peak_bytes <= self.room
+        return self.step.peak_bytes <= self.room
 
     def seconds(self, folders: Sequence[Path]) -> dict[str, Number]:
         """Estimate the seconds that are left of the training of drafters, by kind of work.
@@ -282,15 +291,14 @@ def plan_training(
             kept_bytes=feature_bytes if features == "kept" and not machine.is_cuda else 0,
         )
         parameters = sum(parameter.numel() for parameter in drafter.parameters())
-        block_flops = comparing_flops(drafter.block_size, parameters, target.head.weight.numel())
-    step_flops = paper.count_flops(shape)
+        block_flops = 2.0 * (drafter.block_size * parameters + MATCHED_ROWS * target.head.weight.numel())
     mean_tokens = max(1, round(conversations.mean_tokens))
     mean_blocks = max(1, round(conversations.mean_blocks))
     rows = shape.num_head_rows
     if recipe.loss.vocabulary == "seen" and rows is None:
         num_seen = DISTINCT_TOKENS * ((conversations.number or 0) * mean_tokens) ** 0.5
         rows = max(1, min(len(target.head.weight), int(num_seen)))
-    mean_flops = paper.count_flops(BatchShape(shape.batch_size, mean_tokens, mean_blocks, rows))
+    mean_flops = paper.take(BatchShape(shape.batch_size, mean_tokens, mean_blocks, rows)).flops
     steps = num_steps(train, conversations.number or 0, machine.ranks)
     read_tokens = conversations.validation_tokens
     target_flops = mean_flops["target"]
@@ -304,14 +312,13 @@ def plan_training(
         machine=machine,
         target=target_speed(target, machine),
         conversations=conversations,
-        memory=paper.plan_memory(shape),
+        step=paper.take(shape),
         paper=paper,
         num_steps=steps if conversations.number or train.max_steps > 0 else None,
         features=features,
         feature_bytes=feature_bytes,
         drafter_parameters=parameters,
         disk_bytes=2 * (4 * (1 + moments) + 2) * parameters,
-        step_flops=step_flops,
         flops={
             "features": target_flops * read_tokens / tokens_of_step,
             "step": sum(mean_flops.values()),

@@ -30,7 +30,7 @@ from dpace.measure.results import (
     write_heldout,
     write_results,
 )
-from dpace.prompts.prompts import Prompt, split_prompts
+from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights, tau_curves
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response
@@ -48,7 +48,9 @@ FILES = ("results.json", "tau.svg", "acceptance.svg", "weights.svg")
 """What `compare` writes into its folder itself."""
 
 
-def compare(target: Target, config: CompareConfig, *, init: Drafter | None = None) -> CompareResults:
+def compare(
+    target: Target, config: CompareConfig, *, parts: PromptParts | None = None, init: Drafter | None = None
+) -> CompareResults:
     """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
@@ -64,6 +66,7 @@ def compare(target: Target, config: CompareConfig, *, init: Drafter | None = Non
     Args:
         target: the model.
         config: recipe, objectives, seeds and baseline.
+        parts: the prompts; by default all of the config's.
         init: a drafter that all start from, see `train`.
 
     Returns:
@@ -78,7 +81,7 @@ def compare(target: Target, config: CompareConfig, *, init: Drafter | None = Non
     cells = {cell: cell_folder(folder, cell) for cell in recipes}
     with lock_folder(folder):
         ranks.from_first(lambda: register_files(folder, *FILES))
-        parts = split_prompts(config.prompts)
+        parts = parts or split_prompts(config.prompts)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
         responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
         by_id = {response.id: response for response in responses}

@@ -16,7 +16,7 @@ from dpace.engines.export import export
 from dpace.engines.gguf import write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
 from dpace.measure.results import BenchResults, ComparedRow, CompareResults, LlamacppRow, write_results
-from dpace.prompts.prompts import Prompt, first_of_each_set, split_prompts
+from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.cells import percent, verdict
@@ -54,16 +54,28 @@ def drafter_folder(recipe: CompareConfig) -> Path:
     return cell_folder(recipe.output, ("dpace", recipe.seeds[0]))
 
 
-def run_demo(config: DemoConfig) -> CompareResults:
+def demo_prompts(config: DemoConfig) -> PromptParts:
+    """Read the demo's prompts; with `quick`, those that are decoded are held out, and no others."""
+    recipe = demo_recipe(config)
+    parts = split_prompts(recipe.prompts)
+    if config.quick:
+        parts = parts._replace(heldout=first_of_each_set(parts.heldout, recipe.bench.num_prompts))
+    return parts
+
+
+def run_demo(recipe: CompareConfig, parts: PromptParts) -> CompareResults:
     """Respond, train with each objective, measure, and write what was found, as `compare` does.
+
+    Args:
+        recipe: of `demo_recipe`.
+        parts: of `demo_prompts`.
 
     Returns:
         What `results.json` holds; `decode.llamacpp` has what llama.cpp gave.
     """
-    recipe = demo_recipe(config)
     target = Target.load(find_target(recipe.target))
-    results = compare(target, recipe)
-    served = serve_in_llamacpp(target, drafter_folder(recipe), split_prompts(recipe.prompts).heldout, recipe)
+    results = compare(target, recipe, parts=parts)
+    served = serve_in_llamacpp(target, drafter_folder(recipe), parts.heldout, recipe)
     if served and results.decode:
         results = replace(results, decode=replace(results.decode, llamacpp=served))
         with lock_folder(recipe.output):

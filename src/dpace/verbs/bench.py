@@ -1,5 +1,6 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,7 @@ def run(args: list[str]) -> None:
         )
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]
-    named = {Path(one).resolve().name: path for one, path in zip(folders, found, strict=True)}
-    if len(named) < len(folders):
-        raise ValueError(
-            f"two folders have the same name among {', '.join(folders)}; results are listed by name: rename one"
-        )
+    named = dict(zip(drafter_names(folders), found, strict=True))
     announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), is_dry=is_dry)
     if is_dry:
         return
@@ -59,6 +56,21 @@ def run(args: list[str]) -> None:
     _print_results(results, recipe.output)
     best = folders[0] if faster_sets(results) else None
     print("next:", command("generate", target=recipe.target, drafter=best, thinking=recipe.thinking, prompt=PROMPT))
+
+
+def drafter_names(folders: Sequence[str]) -> list[str]:
+    """Name drafters by the shortest ends of their paths that differ, such as seed-42, or dpace/seed-42.
+
+    Raises:
+        ValueError: a folder is there twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"one folder is twice among --bench.drafters {' '.join(folders)}; leave one out")
+    length = 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return ["/".join(path.parts[-length:]) for path in paths]
 
 
 def _print_results(results: "BenchResults", output: str) -> None:

@@ -12,6 +12,7 @@ def run(args: list[str]) -> None:
     config = parse(CompareConfig, "compare", args)
     from dpace.engines.initial import start_from
     from dpace.plan.lines import comparison_lines
+    from dpace.prompts.prompts import split_prompts
     from dpace.report.tables import compare_table, console
     from dpace.studies.compare import cell_folder, check_output, compare
     from dpace.train.progress import check_trackers
@@ -24,10 +25,11 @@ def run(args: list[str]) -> None:
         )
     folders = [cell_folder(config.output, cell) for cell in check_output(config, init)]
     check_trackers(config.train.report_to)
-    announce(comparison_lines(config, folders), is_dry=is_dry)
+    parts = split_prompts(config.prompts)
+    announce(comparison_lines(config, parts, folders), is_dry=is_dry)
     if is_dry:
         return
-    results = compare(load_recipe_target(config), config, init=init)
+    results = compare(load_recipe_target(config), config, parts=parts, init=init)
     ranks.end()
     if not ranks.is_first():
         return

@@ -19,16 +19,17 @@ def run(args: list[str]) -> None:
     from dpace.report.page import write_report
     from dpace.report.tables import compare_table, console, results_table, slots_table
     from dpace.studies.compare import cell_folder, check_output
-    from dpace.studies.demo import demo_recipe, drafter_folder, run_demo, summary
+    from dpace.studies.demo import demo_prompts, demo_recipe, drafter_folder, run_demo, summary
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
     folders = [cell_folder(output, cell) for cell in check_output(recipe)]
     refuse_foreign_files(output, *PAGES)
-    announce(comparison_lines(recipe, folders), is_dry=is_dry)
+    parts = demo_prompts(config)
+    announce(comparison_lines(recipe, parts, folders), is_dry=is_dry)
     if is_dry:
         return
-    results = run_demo(config)
+    results = run_demo(recipe, parts)
     decode = results.decode
     assert decode, "the demo's recipe decodes"
     console().print(results_table(decode), slots_table(decode), compare_table(results))

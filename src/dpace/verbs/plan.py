@@ -21,8 +21,7 @@ class PlanConfig(Recipe):
     """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
     By default what is free on this machine."""
     calibrate: bool = False
-    """Also load the target, take a few real steps here, and compare.
-    Where there are no answers yet, a few prompts are answered too, and the plan is made with their lengths."""
+    """Also load the target, take a few real steps here, and compare."""
 
 
 def read_memory(text: str) -> int:
@@ -57,11 +56,9 @@ def run(args: list[str]) -> None:
     if plan.num_steps is not None:
         lines.append(time_line(plan.seconds([Path(recipe.output) / "drafter"]), is_bound=not kept))
     lines += memory_lines(plan) + fit_lines(plan, recipe.train)
-    prompts = parts.train if parts and not conversations.is_known and recipe.respond.source == "target" else []
     if not conversations.is_known:
         lines.append("no answers yet: each one counts as long as the recipe allows")
-        lines.append("measure them: `dpace respond`, or --calibrate, which answers a few prompts")
     print("\n".join(lines), flush=True)
     if config.calibrate:
-        print("\n".join(calibrate(recipe, plan, prompts)))
+        print(calibrate(recipe, plan))
     print("next:", next_command("train" if kept else "respond", recipe, args))

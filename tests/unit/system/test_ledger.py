@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpace.system.ledger import filling, lock_folder, read_jsonl, register_files, write_json, write_text
+from dpace.system.ledger import filling, lock_folder, make_readable, read_jsonl, register_files, write_json, write_text
 
 
 def test_every_character_stays_in_its_line(tmp_path):
@@ -37,7 +37,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    lines = ["import time", "from dpace.system.ledger import lock_folder", f"with lock_folder({str(tmp_path)!r}):"]
+    lines = [
+        "import time",
+        "from dpace.system.ledger import lock_folder",
+        f"with lock_folder({str(tmp_path)!r}):",
+    ]
     code = "\n".join([*lines, "    print('held', flush=True)", "    time.sleep(60)"])
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -81,3 +85,14 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="was not written by dpace"), filling(tmp_path) as aside:
         (aside / "config.json").touch()
     assert (tmp_path / "config.json").read_text() == "the user's"
+
+
+def test_others_can_read_what_is_written(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = tmp_path / "weights"
+        path.touch(0o600)
+        make_readable(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
