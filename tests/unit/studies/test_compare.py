@@ -33,7 +33,8 @@ def config(language_prompts, tmp_path) -> CompareConfig:
     )
 
 
-def test_compare(config, language_target, tmp_path, capsys):
+def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     results = compare(language_target, config)
     names = {"dpace+kl+overlap", OWN, "dflash"}
     assert read_results(tmp_path / "out" / "results.json") == results
@@ -43,7 +44,7 @@ def test_compare(config, language_target, tmp_path, capsys):
         assert len(row.tau_by_seed) == 2 and row.num_prompts == 6 and row.step_seconds > 0
         if row.drafter == "dflash":
             assert row.gain == (0, 0, 0)
-    console(True).print(compare_table(results, True))
+    console().print(compare_table(results))
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "over dflash" in printed
     for name in ("tau.svg", "acceptance.svg", "weights.svg", "results.json", "decode/results.json"):
