@@ -54,6 +54,23 @@ def test_training_view_equals_cached_view(make, random_target):
         torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_no_leak_from_the_anchor_on_or_from_other_blocks(random_target):
+    drafter = make_drafter(random_target)
+    token_ids = torch.randint(4, 64, (1, 24))
+    features = random_target.features(token_ids, drafter.target_layer_ids)
+    before = hidden_of_blocks(drafter, random_target, token_ids, features, [8, 10, 20])
+    changed = token_ids.clone()
+    changed[0, 9:] = torch.randint(4, 64, (15,))
+    changed_features = features.clone()
+    changed_features[0, 8:] += 1
+    after = hidden_of_blocks(drafter, random_target, changed, changed_features, [8, 10, 20])
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+    alone = hidden_of_blocks(drafter, random_target, token_ids, features, [10])
+    torch.testing.assert_close(alone[0], before[1], rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_training_makes_few_graphs(monkeypatch):
     """Batches of any length, the last and smaller one of an epoch among them: at most three graphs."""
     for kind in (DFlashDraftModel, DFlashLayer, DFlashAttention):  # without the checks of types
