@@ -124,7 +124,7 @@ class MarkedLoop(TrainingLoop):
             yield
         self.marks.mark("backward")
 
-    def save(self, *, with_optimizer: bool) -> None:
+    def save(self) -> None:
         """Write nothing."""
 
 

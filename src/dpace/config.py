@@ -221,7 +221,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute the drafter's activations again in the backward pass, which saves memory and costs time."""
     report_to: Entries[Text] = ()
-    """Trackers that get the log too, if installed: tensorboard, wandb, trackio and others that transformers knows."""
+    """Trackers that get the log too, if installed: tensorboard, wandb, trackio and others that accelerate knows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
