@@ -229,7 +229,7 @@ class TrainingPlan:
     target: TargetSpeed
     conversations: Conversations
     step: StepCost
-    """Of the largest step."""
+    """Cost of the largest step."""
     paper: PaperStep
     """To look at steps of other shapes."""
     num_steps: int | None

@@ -29,7 +29,7 @@ from dpace.report.cells import (
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
 STYLES = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}
-"""Of the lines of `dpace doctor`, by result."""
+"""Style of a line of `dpace doctor`, by its result."""
 
 
 def console() -> Console:
