@@ -27,11 +27,12 @@ from dpace.prompts.prompts import Prompt, read_prompts
 from dpace.prompts.public_sets import SETS, read_sets
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.tables import console, results_table
+from dpace.report.page import speeds
+from dpace.report.tables import console, section_table
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.locate import TARGET_ID, find_target
-from dpace.train.identity import target_of
+from dpace.train.identity import data_of, target_of
 from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
 
 DEPTHS = (3, 5)
@@ -73,6 +74,16 @@ def small(recipe: Recipe) -> Recipe:
     )
 
 
+def resample_prompts(row: Row, generator: np.random.Generator) -> list[np.ndarray]:
+    """Return the places of all responses of a row, and those of each resample of its prompts, with all their turns."""
+    places: dict[str, list[int]] = {}
+    for place, response in enumerate(row.responses):
+        places.setdefault(response.id, []).append(place)
+    of_prompts = list(places.values())
+    draws = generator.integers(len(of_prompts), size=(NUM_RESAMPLES, len(of_prompts)))
+    return [np.arange(len(row.responses)), *(np.concatenate([of_prompts[i] for i in draw]) for draw in draws)]
+
+
 def mean_over_sets(
     rows: Sequence[Row], values: Callable[[Row, np.ndarray], float], reference: Sequence[Row] = ()
 ) -> tuple[float, float, float]:
@@ -84,15 +95,9 @@ def mean_over_sets(
         reference: rows of the same datasets and responses; resamples take the same responses.
     """
     generator = np.random.default_rng(0)
-    picks = [
-        [
-            np.arange(len(row.responses)),
-            *generator.integers(len(row.responses), size=(NUM_RESAMPLES, len(row.responses))),
-        ]
-        for row in rows
-    ]
+    picks = [resample_prompts(row, generator) for row in rows]
 
-    def average(dataset_rows: Sequence[dict]) -> np.ndarray:
+    def average(dataset_rows: Sequence[Row]) -> np.ndarray:
         values_by_row = [
             [values(row, pick) for pick in row_picks] for row, row_picks in zip(dataset_rows, picks, strict=True)
         ]
@@ -188,8 +193,8 @@ def main() -> None:
         folders = {name: options.output / f"{depth}l" / name for name in OBJECTIVES}
         runs = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in OBJECTIVES}
         data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
-        facts = target_of(target)
-        wanted = {name: describe_run(facts, *data, runs[name]) for name in OBJECTIVES}
+        facts = {**target_of(target), **data_of(*data)}
+        wanted = {name: describe_run(facts, runs[name]) for name in OBJECTIVES}
         missing = [name for name in OBJECTIVES if not is_trained(folders[name], wanted[name])]
         if missing:
             keep_features(target, *data, recipe)
@@ -198,7 +203,7 @@ def main() -> None:
         drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
         settings = replace(recipe.bench, widths=("full",))
         results[depth] = bench(target, drafters, sets, settings, options.output / f"{depth}l")
-        console().print(results_table(results[depth]))
+        console().print(section_table(speeds(results[depth])))
     console().print(matrix(results))
 
 

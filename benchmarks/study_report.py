@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpace.measure.results import has_heldout, read_heldout, read_log
-from dpace.metrics import Acceptance, resample_taus
+from dpace.metrics import Acceptance, tau_estimate
 from dpace.report.plots import SERIES, SOFT, drawing, standalone, svg
 from dpace.system.ledger import write_text
 
@@ -29,7 +29,7 @@ class Cell(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A number and its 95 % interval over prompts and seeds."""
+    """A number and its 95 % interval over prompts and seeds, nan where there are too few prompts for one."""
 
     value: float
     low: float
@@ -87,7 +87,7 @@ class Study:
         seeds = self.seeds(block, (name, steps))
         if not seeds:
             return None
-        return self._value([self.acceptances(name, block, steps, seeds)], lambda taus: taus[0])
+        return Value(*tau_estimate([self.acceptances(name, block, steps, seeds)]))
 
     def gain(self, name: str, over: str, block: int, steps: int, kind: str = "") -> Value | None:
         """Give the gain of tau at equal steps, as a ratio minus 1, of the seeds that both have."""
@@ -95,7 +95,7 @@ class Study:
         if not seeds or name == over:
             return None
         sides = [self.acceptances(side, block, steps, seeds, kind) for side in (name, over)]
-        return self._value(sides, lambda taus: taus[0] / taus[1] - 1)
+        return Value(*tau_estimate(sides, lambda taus: taus[0] / taus[1] - 1))
 
     def gains_by_seed(self, name: str, over: str, block: int, steps: int) -> list[float]:
         """Give the gain at equal steps of each seed that both have."""
@@ -122,7 +122,7 @@ class Study:
         def gain(taus):
             return taus[-1] / (taus[place - 1] + share * (taus[place] - taus[place - 1])) - 1
 
-        return self._value([*sides, self.acceptances(name, block, steps, seeds)], gain)
+        return Value(*tau_estimate([*sides, self.acceptances(name, block, steps, seeds)], gain))
 
     def step_cost(self, name: str, over: str, block: int) -> float | None:
         """Give the time of a step over that of the other one.
@@ -137,15 +137,16 @@ class Study:
         known = [[step_seconds(self.folders[cell]) for cell in pair] for pair in pairs if pair[1] in self.folders]
         return statistics.median(ours / theirs for ours, theirs in known) if known else None
 
-    def _value(self, sides: Sequence[Sequence[Acceptance]], function: Callable) -> Value:
-        tau, taus = resample_taus(sides)
-        low, high = np.quantile(function(taus), [0.025, 0.975])
-        return Value(float(function(tau)), float(low), float(high))
-
 
 def percent(value: Value | None) -> str:
     """Write a gain in percent with its interval."""
-    return "-" if value is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * number for number in value))
+    return "-" if value is None else written(Value(*(100 * number for number in value)), "+.1f")
+
+
+def written(value: Value, how: str) -> str:
+    """Write a number, and its interval where it has one."""
+    number, *ends = (format(x, how) for x in value)
+    return number if "nan" in ends else f"{number} [{', '.join(ends)}]"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -184,7 +185,7 @@ def budgets(study: Study, block: int) -> str:
                 [
                     str(steps),
                     name,
-                    "-" if tau is None else f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]",
+                    "-" if tau is None else written(tau, ".2f"),
                     percent(study.gain(name, BASELINE, block, steps)),
                     "-" if name == BASELINE else " ".join(f"{100 * gain:+.1f}" for gain in by_seed),
                     percent(study.gain_in_equal_seconds(name, BASELINE, block, steps)),
@@ -257,8 +258,8 @@ def about(study: Study) -> str:
     return (
         f"{target}, torch {facts['versions']['torch']}, temperature 0, {machine}. {facts['conversations']} answers to "
         f"train on and {len(study.ids)} to measure on, of {len(study.kinds)} kinds. {len(study.folders)} drafters, "
-        f"seeds {seeds}. Intervals are of 95 %, by a bootstrap of prompts and seeds, the same for both sides; "
-        "few seeds say little about others, so read them as too narrow. For equal seconds, tau is put on a line over "
+        f"seeds {seeds}. Intervals are of 95 %, by a bootstrap of prompts, the same for both sides, and Student's t "
+        "of the seeds. For equal seconds, tau is put on a line over "
         "the logarithm of the seconds of training steps.\n"
     )
 

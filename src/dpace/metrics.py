@@ -1,12 +1,13 @@
 """Turn accepted lengths, tokens and seconds into tau, rates and speedups with their intervals.
 
-Training, decoding and servers are measured by the same functions. Every interval here is a bootstrap over prompts, and
-over training seeds where there are several: `resample_sums` and `interval_ends`.
+Training, decoding and servers are measured by the same functions. Every interval is that of `estimate`: over prompts,
+and over training seeds where there are several.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
 
 import numpy as np
 
@@ -14,6 +15,11 @@ NUM_RESAMPLES = 2000
 """Bootstrap samples of an interval."""
 MIN_PROMPTS = 6
 """Least number of prompts for a 95 % interval: with five, all lie on one side of the median one time in sixteen."""
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t for a 95 % interval, by degrees of freedom from 1; the last one serves for more, and is a little wide."""
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""Makes numbers, "...", from ratios, "side ..."."""
+FIRST: Statistic = itemgetter(0)
 
 
 @dataclass(frozen=True)
@@ -129,90 +135,71 @@ class Acceptance:
         """Bootstrap the 95 % interval of tau over prompts.
 
         Returns:
-            Lower and upper end, in tokens; (nan, nan) without a verification, and for one prompt, which says nothing
-            of others.
+            Lower and upper end, in tokens; (nan, nan) without a verification, and for fewer than `MIN_PROMPTS`.
         """
-        return ratio_interval(self.emitted_tokens, self.rows.sum(-1))
+        return tau_estimate([[self]])[1:]
 
     def reach_interval(self) -> tuple[np.ndarray, np.ndarray]:
         """Bootstrap the 95 % interval of `reach_rate` over prompts: lower and upper end for each slot."""
-        counts = resample_sums(self.rows.T[:, None])
-        reached = counts[::-1].cumsum(0)[::-1]
-        return interval_ends(reached[1:] / np.maximum(reached[:1], 1))
+        reached = resample_sums(self.rows.T)[::-1].cumsum(0)[::-1]
+        low, high = np.quantile(reached[1:] / np.maximum(reached[:1], 1), [0.025, 0.975], axis=1)
+        return low, high
 
 
 def resample_sums(values: np.ndarray) -> np.ndarray:
-    """Sum quantities over `NUM_RESAMPLES` resamples of their prompts and training seeds: each interval's bootstrap.
+    """Sum quantities, "... prompt", over `NUM_RESAMPLES` resamples of their prompts: each interval's bootstrap.
 
-    A resample draws prompts, and seeds, with replacement, the same ones for all quantities. So quantiles of any
-    function of the sums are an interval of it, paired where the function compares sides. Few seeds say little about
-    others, and the interval is then too narrow.
-
-    Args:
-        values: "... seed prompt"; what has no seeds has an axis of one there.
+    A resample draws prompts with replacement, the same ones for all quantities. So quantiles of any function of the
+    sums are an interval of it, paired where the function compares sides.
 
     Returns:
         The sums, "... resample"; always the same ones for the same values.
     """
-    generator = np.random.default_rng(0)
-    num_seeds, num_prompts = values.shape[-2:]
-    prompts = generator.integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
-    seeds = generator.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
-    by_seed = np.stack([values[..., i, :].take(prompts, -1).sum(-1) for i in range(num_seeds)], -1)
-    return np.take_along_axis(by_seed, np.broadcast_to(seeds, (*by_seed.shape[:-2], *seeds.shape)), -1).sum(-1)
+    num_prompts = values.shape[-1]
+    prompts = np.random.default_rng(0).integers(num_prompts, size=(NUM_RESAMPLES, num_prompts))
+    return values.take(prompts, -1).sum(-1)
 
 
-def interval_ends(samples: np.ndarray) -> tuple[Any, Any]:
-    """Return the ends of the 95 % interval of bootstrap samples, "... resample": two arrays, or two numbers."""
-    low, high = np.quantile(samples.T, [0.025, 0.975], axis=0)
-    return (low, high) if samples.ndim > 1 else (float(low), float(high))
-
-
-def ratio_interval(tops: Sequence[int] | np.ndarray, bottoms: Sequence[int] | np.ndarray) -> tuple[float, float]:
-    """Bootstrap the 95 % interval of a ratio of totals of counts, both by prompt.
-
-    It is (nan, nan) for fewer than two prompts, and where nothing was counted.
-    """
-    if len(tops) < 2 or not np.any(bottoms):
-        return float("nan"), float("nan")
-    return interval_ends(_resample_ratio(np.array([[tops], [bottoms]], float))[1])
-
-
-def _resample_ratio(totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the sums of two quantities, "2 ... seed prompt", and those of their resamples.
-
-    Returns:
-        The ratio, "...", nan over 0; and the resampled ones, "... resample".
-    """
-    tops, bottoms = totals.sum((-2, -1))
+def _ratio(totals: np.ndarray) -> np.ndarray:
+    """Divide tops by bottoms, "2 ..."; nan where one of them is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(bottoms > 0, tops / bottoms, np.nan)
-    resampled = resample_sums(totals)
-    return ratio, resampled[0] / np.maximum(resampled[1], 1e-12)
+        return np.where((totals > 0).all(0), totals[0] / totals[1], np.nan)
 
 
-def _compare_ratios(totals: np.ndarray, least_prompts: int, base: int) -> tuple[float, float, float]:
-    """Divide the ratio of the first side by that of the second, and subtract a base.
+def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, float, float]:
+    """Compute a number from ratios of totals, with its 95 % interval over prompts and training seeds.
+
+    The prompts' part is a bootstrap of the prompts, all seeds together. The seeds' part is `t * s / sqrt(n)`: `s` is
+    the standard deviation of the numbers of the `n` seeds, and `t` is Student's, with `n - 1` degrees of freedom. A
+    bootstrap of few seeds would be far too narrow. The parts are independent, so their squares are added.
 
     Args:
-        totals: top and bottom of the ratios, "2 side seed prompt".
-        least_prompts: with fewer the ends of the interval are nan.
-        base: 1 for a gain, 0 for a factor.
+        totals: top and bottom of each side's ratio, "2 side seed prompt"; what has no seeds has an axis of one there.
+        statistic: makes the number from the sides' ratios, "side ..."; by default, it is the first side's ratio.
 
     Returns:
-        The number and the ends of its 95 % interval; all are nan where a ratio is 0 or has no value.
+        The number and the ends of its interval. The ends are nan for fewer than `MIN_PROMPTS`; all are nan where a
+        total is 0.
+
+    Source: Student, The probable error of a mean (1908).
     """
-    ratio, resampled = _resample_ratio(totals)
-    if not (ratio > 0).all():
-        return float("nan"), float("nan"), float("nan")
-    value = float(ratio[0] / ratio[1] - base)
-    if totals.shape[-1] < least_prompts:
+    value = float(statistic(_ratio(totals.sum((-2, -1)))))
+    if np.isnan(value) or totals.shape[-1] < MIN_PROMPTS:
         return value, float("nan"), float("nan")
-    return value, *interval_ends(resampled[0] / np.maximum(resampled[1], 1e-12) - base)
+    low, high = np.nanquantile(statistic(_ratio(resample_sums(totals.sum(-2)))), [0.025, 0.975]).tolist()
+    num_seeds = totals.shape[-2]
+    if num_seeds == 1:
+        return value, low, high
+    by_seed = statistic(_ratio(totals.sum(-1)))
+    part = STUDENT_T[min(num_seeds - 1, len(STUDENT_T)) - 1] * float(by_seed.std(ddof=1)) / num_seeds**0.5
+    return value, value - math.hypot(value - low, part), value + math.hypot(high - value, part)
 
 
 def decode_speedup(
-    tokens: Sequence[int], seconds: Sequence[float], plain_tokens: Sequence[int], plain_seconds: Sequence[float]
+    tokens: Sequence[int | float],
+    seconds: Sequence[float],
+    plain_tokens: Sequence[int | float],
+    plain_seconds: Sequence[float],
 ) -> tuple[float, float, float]:
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
@@ -227,7 +214,7 @@ def decode_speedup(
         side decoded nothing.
     """
     totals = np.array([[[tokens], [plain_tokens]], [[seconds], [plain_seconds]]], float)
-    return _compare_ratios(totals, MIN_PROMPTS, base=0)
+    return estimate(totals, lambda rates: rates[0] / rates[1])
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
@@ -268,7 +255,7 @@ def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[
 
     Returns:
         The gain of the pooled taus and the ends of its 95 % interval; nan where a side has no verification. The ends
-        are nan for one prompt.
+        are nan for fewer than `MIN_PROMPTS`.
 
     Raises:
         ValueError: different numbers of prompts or seeds.
@@ -279,22 +266,15 @@ def tau_gain(ours: Sequence[Acceptance], theirs: Sequence[Acceptance]) -> tuple[
             f"the numbers of prompts by seed are {shapes[0]} and {shapes[1]}; a paired gain needs the same seeds and "
             "prompts on both sides: measure both again on the same prompts"
         )
-    return _compare_ratios(_tau_totals([ours, theirs]), 2, base=1)
+    return tau_estimate([ours, theirs], lambda taus: taus[0] / taus[1] - 1)
 
 
-def resample_taus(sides: Sequence[Sequence[Acceptance]]) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the taus of several sides, and resample their prompts and seeds together, see `resample_sums`.
+def tau_estimate(sides: Sequence[Sequence[Acceptance]], statistic: Statistic = FIRST) -> tuple[float, float, float]:
+    """Compute a number from the taus of several sides, by default the first one's tau; see `estimate`.
 
     Args:
         sides: each has one acceptance for each seed, with one row a prompt; seeds and prompts are the same for all.
-
-    Returns:
-        The pooled tau of each side, " side", nan where it has no verification; and the resampled ones, "side resample".
+        statistic: of the taus, "side ...".
     """
-    return _resample_ratio(_tau_totals(sides))
-
-
-def _tau_totals(sides: Sequence[Sequence[Acceptance]]) -> np.ndarray:
-    """Return the emitted tokens and the verifications of several sides, "2 side seed prompt"."""
     emitted = [[a.emitted_tokens for a in side] for side in sides]
-    return np.array([emitted, [[a.rows.sum(-1) for a in side] for side in sides]], float)
+    return estimate(np.array([emitted, [[a.rows.sum(-1) for a in side] for side in sides]], float), statistic)

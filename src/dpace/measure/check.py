@@ -21,7 +21,7 @@ from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.measure.heldout import heldout_acceptance
-from dpace.measure.own_text import check_plain, find_divergence, text_finding
+from dpace.measure.own_text import find_divergence, generate_transformers, text_finding
 from dpace.measure.parity import Finding, check_views
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt, first_of_each_set
@@ -63,8 +63,7 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
         def advance(info: str) -> None:
             bar.update(task, advance=1, info=info)
 
-        texts, whole = check_texts(target, drafter, prompts, encoded, config, advance)
-        findings = [check_plain(target, prompts, encoded, config.max_new_tokens), *texts]
+        findings, whole = check_texts(target, drafter, prompts, encoded, config, advance)
         if is_exact:
             findings += check_distribution(target, drafter, encoded, config, advance)
             responses = [
@@ -85,7 +84,7 @@ def check_texts(
     config: CheckConfig,
     advance: Callable[[str], None],
 ) -> tuple[list[Finding], list[Generation]]:
-    """Compare the text of every way of decoding with the baseline.
+    """Compare the text of every way of decoding with the baseline, and that with `generate` of transformers.
 
     Args:
         target: the model.
@@ -105,6 +104,16 @@ def check_texts(
     cases = f"{len(prompts)} prompts x {', '.join(ways)}, batch"
     findings = []
     whole = []
+
+    def compare(name: str, cases: str, texts: Sequence[tuple[int, str, list[int]]], expected: Sequence[list[int]]):
+        divergences = []
+        for number, how, text in texts:
+            if text != expected[number]:
+                sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
+                where = prompts[number].id, how
+                divergences.append(find_divergence(target, sampler, where, encoded[number], text, expected[number]))
+        findings.append(text_finding(target, name, cases, len(texts), divergences))
+
     for temperature, name in ((0.0, "text at temperature 0"), (1.0, "text at temperature 1, same seed")):
         options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
         plain = []
@@ -123,13 +132,11 @@ def check_texts(
         with contextlib.suppress(ValueError):  # layers or attention without batches, which then cannot be wrong
             batch = generate_batch(target, drafter, encoded, seed=config.seed, **options)
             texts += [(number, "batch", out.token_ids) for number, out in enumerate(batch)]
-        divergences = []
-        for number, how, text in texts:
-            if text != plain[number]:
-                sampler = Sampler(temperature, seed=config.seed + number, device=target.device)
-                where = prompts[number].id, how
-                divergences.append(find_divergence(target, sampler, where, encoded[number], text, plain[number]))
-        findings.append(text_finding(target, name, cases, len(texts), divergences))
+        if not temperature:
+            own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
+            baseline = [(number, "plain decoding", text) for number, text in enumerate(plain)]
+            compare("plain decoding is generate of transformers", f"{len(prompts)} prompts", baseline, own)
+        compare(name, cases, texts, plain)
     return findings, whole
 
 

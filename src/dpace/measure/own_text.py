@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from dpace.decode import generate_plain
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
 from dpace.measure.parity import Finding
-from dpace.prompts.prompts import Prompt
 from dpace.respond.responses import Response, read_meta, read_responses
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
@@ -54,25 +52,9 @@ class Divergence:
         return self.margin <= 2 * self.noise
 
 
-def check_plain(
-    target: Target, prompts: Sequence[Prompt], encoded: Sequence[list[int]], max_new_tokens: int
-) -> Finding:
-    """Compare the baseline with `generate` of transformers, greedy, without the generation config."""
-    different = []
-    for prompt, token_ids in zip(prompts, encoded, strict=True):
-        text = generate_plain(target, token_ids, max_new_tokens=max_new_tokens).token_ids
-        expected = _generate(target, token_ids, max_new_tokens)
-        if text != expected:
-            sampler = Sampler(device=target.device)
-            where = prompt.id, "plain decoding"
-            different.append(find_divergence(target, sampler, where, token_ids, text, expected))
-    name = "plain decoding is generate of transformers"
-    return text_finding(target, name, f"{len(prompts)} prompts", len(prompts), different, limit=MAX_LISTED)
-
-
 @torch.inference_mode()
-def _generate(target: Target, token_ids: list[int], max_new_tokens: int) -> list[int]:
-    """Continue a prompt with transformers' own loop."""
+def generate_transformers(target: Target, token_ids: list[int], max_new_tokens: int) -> list[int]:
+    """Continue a prompt greedily with transformers' own loop, without the target's generation config."""
     input_ids = torch.tensor([token_ids], device=target.device)
     stops = list(target.stop_token_ids)
     own = target.model.generation_config
@@ -215,19 +197,6 @@ def find_divergence(target: Target, sampler: Sampler, where: tuple[str, str], pr
     return Divergence(*where, position, tokens, float(scores[-1, tokens[1]] - scores[-1, tokens[0]]), noise)
 
 
-def describe(target: Target, divergence: Divergence) -> str:
-    """Write a divergence in one line."""
-    tokens = [
-        "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
-        for token in divergence.token_ids
-    ]
-    kind = "tie" if divergence.is_tie else "NOT A TIE"
-    return (
-        f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {tokens[0]}, expected {tokens[1]}, "
-        f"margin {divergence.margin:.2g}, rounding {divergence.noise:.2g}: {kind}"
-    )
-
-
 def text_finding(
     target: Target,
     name: str,
@@ -250,5 +219,14 @@ def text_finding(
         limit: most differences that are listed.
     """
     lines = [f"{total - len(divergences)} of {total} {what}"]
-    lines += [describe(target, divergence) for divergence in divergences[:limit]]
+    for divergence in divergences[:limit]:
+        found, expected = (
+            "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
+            for token in divergence.token_ids
+        )
+        lines.append(
+            f"{divergence.prompt_id}, {divergence.how}, token {divergence.position}: {found}, expected {expected}, "
+            f"margin {divergence.margin:.2g}, rounding {divergence.noise:.2g}: "
+            f"{'tie' if divergence.is_tie else 'NOT A TIE'}"
+        )
     return Finding(name, cases, all(divergence.is_tie for divergence in divergences), "\n".join(lines))

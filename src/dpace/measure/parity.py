@@ -54,7 +54,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
         positions = torch.arange(inputs["token_ids"].shape[1], device=target.device)[None]
         other_future = _replace_text(inputs, positions > anchor, target, anchor)
         leaks.append(_relative_error(_block_hidden(drafter, target, other_future, number), hidden))
-        other_past = _replace_text(inputs, positions < anchor, target, None)
+        other_past = _replace_text(inputs, positions < anchor, target, anchor)
         controls.append(_relative_error(_block_hidden(drafter, target, other_past, number), hidden))
         features = target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids)
         blocks = inputs["token_ids"].new_full((1, drafter.block_size), drafter.mask_token_id)
@@ -85,19 +85,18 @@ def _block_hidden(drafter: Drafter, target: Target, inputs: dict[str, Any], numb
     return blocks_hidden(drafter, target, inputs, **ids)[0][0, number]
 
 
-def _replace_text(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int | None) -> dict[str, Any]:
-    """Change the tokens and features of a batch in some places.
+def _replace_text(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int) -> dict[str, Any]:
+    """Change the tokens and features of a batch in some places, and what no block may read.
 
-    For places after an anchor, the features at the anchor and the labels are changed too.
+    That is the labels, and the features at the anchor: the target has not read it when its block is drafted.
     """
     generator = torch.Generator().manual_seed(0)
     token_ids, features = inputs["token_ids"], inputs["features"]
     other_ids = torch.randint(target.config.vocab_size, token_ids.shape, generator=generator).to(token_ids.device)
     noise = torch.randn(features.shape, generator=generator).to(features) * features.std() * 3
     labels, is_unread = inputs["labels"].clone(), where.clone()
-    if anchor is not None:
-        is_unread[0, anchor] = True  # the target has not read the anchor when its block is drafted
-        labels[..., 1:] = torch.randint(target.config.vocab_size, labels[..., 1:].shape, generator=generator)
+    is_unread[0, anchor] = True
+    labels[..., 1:] = torch.randint(target.config.vocab_size, labels[..., 1:].shape, generator=generator)
     new = {
         "token_ids": torch.where(where, other_ids, token_ids),
         "features": torch.where(is_unread[..., None], noise, features),

@@ -4,13 +4,13 @@ In come records of single responses, or the acceptance of held-out answers by se
 their intervals, comparisons of drafters, and examples to show.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
 from dpace.config import Width
 from dpace.decode.streaming import TextPieces
-from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of
+from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of, by_prompt
 from dpace.measure.results import (
     ComparedRow,
     Comparison,
@@ -21,9 +21,8 @@ from dpace.measure.results import (
     Row,
     defined,
     nullable,
-    tau_interval_of,
 )
-from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_gain
+from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_estimate, tau_gain
 from dpace.target import Target
 
 
@@ -59,7 +58,7 @@ def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[Resp
     first = ours[0]
     assert first.width is not None  # only plain decoding has none
     speedup = _speedup_over(ours, plain)
-    published = published_speedup(*_tokens_and_seconds(ours), *_tokens_and_seconds(plain))
+    published = published_speedup(*_times([r] for r in ours), *_times([r] for r in plain))
     return Row(
         drafter=first.drafter,
         width=first.width,
@@ -70,7 +69,7 @@ def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[Resp
         histogram=acceptance.counts.tolist(),
         num_without_bonus=acceptance.total_without_bonus,
         tau=defined(acceptance.tau),
-        tau_interval=tau_interval_of(ours, block_size),
+        tau_interval=nullable(acceptance.interval()),
         acceptance_rate=defined(acceptance.acceptance_rate),
         reach_rate=acceptance.reach_rate.tolist(),
         slot_acceptance_rate=[defined(x) for x in acceptance.slot_acceptance_rate.tolist()],
@@ -100,12 +99,14 @@ def _compare_compiled(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseR
     )
 
 
-def _tokens_and_seconds(responses: Sequence[ResponseRecord]) -> tuple[list[int], list[float]]:
-    return [r.decode_tokens for r in responses], [r.decode_seconds for r in responses]
+def _times(groups: Iterable[Sequence[ResponseRecord]]) -> tuple[list[int], list[float]]:
+    """Return the tokens and the seconds of groups of responses."""
+    totals = [(sum(r.decode_tokens for r in group), sum(r.decode_seconds for r in group)) for group in groups]
+    return [tokens for tokens, _ in totals], [seconds for _, seconds in totals]
 
 
 def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
-    return nullable(decode_speedup(*_tokens_and_seconds(ours), *_tokens_and_seconds(theirs)))
+    return nullable(decode_speedup(*_times(by_prompt(ours)), *_times(by_prompt(theirs))))
 
 
 def _tokens_per_second(responses: Sequence[ResponseRecord]) -> float:
@@ -153,6 +154,7 @@ def pool_seeds(
         costs: seconds of a training step and peak bytes, where they are known.
     """
     pooled = Acceptance.pooled(ours)
+    tau, *ends = nullable(tau_estimate([ours]))
     taus = [(defined(a.tau), defined(b.tau)) for a, b in zip(ours, theirs, strict=True)]
     return ComparedRow(
         set=set_name,
@@ -161,8 +163,8 @@ def pool_seeds(
         num_prompts=num_prompts,
         block_size=pooled.block_size,
         histogram=pooled.counts.tolist(),
-        tau=defined(pooled.tau),
-        tau_interval=nullable(pooled.interval()),
+        tau=tau,
+        tau_interval=tuple(ends),
         tau_by_seed=[tau for tau, _ in taus],
         reach_rate=pooled.reach_rate.tolist(),
         gain=nullable(tau_gain(ours, theirs)),

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from dpace.config import Width
@@ -19,7 +20,7 @@ from dpace.recipes.validation import from_json, optional, to_json
 from dpace.servers.apis import Counts
 from dpace.system import ranks
 from dpace.system.ledger import cut_unfinished_line, read_jsonl, register_files, write_text
-from dpace.system.provenance import Hardware, Versions, hash_json, same_run
+from dpace.system.provenance import Hardware, Versions, hash_json
 
 PLAIN = "plain"
 """Name of decoding without a drafter."""
@@ -163,10 +164,20 @@ def rotated(ways: Iterable[Way], number: int) -> list[Way]:
     return ways[start:] + ways[:start]
 
 
-def acceptance_of(responses: Sequence[ResponseRecord], block_size: int) -> Acceptance:
-    """Put the verifications of responses together, one histogram a response."""
-    counts = [response.num_without_bonus for response in responses]
-    return Acceptance([response.histogram for response in responses], block_size, counts)
+def by_prompt(responses: Iterable[ResponseRecord]) -> list[list[ResponseRecord]]:
+    """Group responses by their prompts: the turns of one prompt say nothing of other prompts."""
+    groups: dict[tuple[str, str], list[ResponseRecord]] = {}
+    for response in responses:
+        groups.setdefault((response.set, response.id), []).append(response)
+    return list(groups.values())
+
+
+def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Acceptance:
+    """Put the verifications of responses together, one histogram a prompt."""
+    prompts = by_prompt(responses)
+    histograms = [np.sum([response.histogram for response in turns], 0) for turns in prompts]
+    counts = [sum(response.num_without_bonus for response in turns) for turns in prompts]
+    return Acceptance(np.array(histograms), block_size, counts)
 
 
 Record = TypeVar("Record", ResponseRecord, GroupRecord)
@@ -215,11 +226,8 @@ class Records(Generic[Record]):
         """Begin the file, or take it up with what several ranks have left."""
         register_files(self.path.parent, self.path.name)
         cut_unfinished_line(self.path)
-        lines = list(read_jsonl(self.path)) if self.path.exists() else []
-        if not lines:
+        if not self.path.exists() or not self.path.stat().st_size:
             write_text(self.path, json.dumps(first) + "\n")
-        else:
-            same_run(lines[0][1], first, f"{self.path}:1 holds a measurement", "move the file away")
         self._collect_parts()
 
     def _collect_parts(self) -> None:

@@ -42,13 +42,6 @@ def nullable(numbers: Iterable[float]) -> tuple[Any, ...]:
     return tuple(map(defined, numbers))
 
 
-def tau_interval_of(responses: list[ResponseRecord], block_size: int) -> Interval:
-    """Bootstrap the 95 % interval of tau; None for turns of one prompt, which say nothing of others."""
-    if len({response.id for response in responses}) < 2:
-        return None, None
-    return nullable(acceptance_of(responses, block_size).interval())
-
-
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """The two numbers as published tables define them."""
@@ -124,7 +117,7 @@ class Row:
 
     @property
     def acceptance(self) -> Acceptance:
-        """The verifications, one histogram a response."""
+        """The verifications, one histogram a prompt."""
         return acceptance_of(self.responses, self.block_size)
 
 

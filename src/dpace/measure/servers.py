@@ -25,7 +25,7 @@ from dpace.measure.records import (
     rotated,
 )
 from dpace.measure.results import Estimate, ServerResults, ServerRow, nullable, write_results
-from dpace.metrics import Acceptance, decode_speedup, ratio_interval
+from dpace.metrics import Acceptance, decode_speedup, estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.servers.apis import Counts, Server, connect
 from dpace.system.ledger import register_files
@@ -92,7 +92,7 @@ def bench_servers(
                 )
                 records.add(done[job.key])
             bar.update(task, advance=len(job.prompts), info=f"concurrency {job.concurrency}")
-    results = ServerResults(**vars(setup), rows=make_rows([done[job.key] for job in jobs]))
+    results = ServerResults(**vars(setup), rows=make_rows([done[job.key] for job in jobs], prompts))
     write_results(Path(folder) / SERVERS_FILE, results)
     return results
 
@@ -191,31 +191,35 @@ def _ask_server(
     )
 
 
-def make_rows(records: Sequence[GroupRecord]) -> list[ServerRow]:
-    """Pool groups into one row for each set, temperature and concurrency."""
-    keys = sorted({(r.temperature, r.set, r.concurrency) for r in records})
-    return [_pool_groups([r for r in records if (r.temperature, r.set, r.concurrency) == key]) for key in keys]
+def make_rows(records: Sequence[GroupRecord], prompts: Sequence[Prompt]) -> list[ServerRow]:
+    """Pool groups of these prompts into one row for each set, temperature and concurrency."""
+    num_turns = {prompt.id: len(prompt.turns) for prompt in prompts}
+    rows: dict[tuple[float, str, int], list[GroupRecord]] = {}
+    for r in records:
+        rows.setdefault((r.temperature, r.set, r.concurrency), []).append(r)
+    return [_pool_groups(rows[key], num_turns) for key in sorted(rows)]
 
 
-def _pool_groups(groups: Sequence[GroupRecord]) -> ServerRow:
+def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) -> ServerRow:
     """Pool groups of one set, temperature and concurrency.
 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports
-    none. Its interval resamples groups, which are prompts at concurrency 1.
+    none. Its interval resamples groups, which are prompts at concurrency 1; that of the speedup resamples prompts.
     """
     first = groups[0]
+    ids = [i for group in groups for turn in range(len(group.turns)) for i in group.ids if turn < num_turns[i]]
     ours = _pool_side(groups, DRAFTER)
     counts = ours.counts
     histogram = counts.histogram if counts else None
     by_group = [of_group for group in groups if (of_group := _pool_side([group], DRAFTER).counts)]
     emitted = [of_group.num_accepted + of_group.num_verifications for of_group in by_group]
     verifications = [of_group.num_verifications for of_group in by_group]
+    tau, *tau_ends = nullable(estimate(np.array([[[emitted]], [[verifications]]], float)))
     plain = _pool_side(groups, PLAIN) if all(PLAIN in turn for group in groups for turn in group.turns) else None
     speedup: Estimate = (None, None, None)
     if plain:
-        speedup = nullable(
-            decode_speedup(ours.decode_tokens, ours.decode_seconds, plain.decode_tokens, plain.decode_seconds)
-        )
+        of_sides = (ours.decode_tokens, ours.decode_seconds, plain.decode_tokens, plain.decode_seconds)
+        speedup = nullable(decode_speedup(*(_by_prompt(values, ids) for values in of_sides)))
     return ServerRow(
         set=first.set,
         temperature=first.temperature,
@@ -227,8 +231,8 @@ def _pool_groups(groups: Sequence[GroupRecord]) -> ServerRow:
         plain_throughput=plain and _throughput(plain),
         plain_first_seconds=plain and _first_quantiles(plain),
         num_responses=len(ours.token_ids),
-        tau=counts.num_accepted / counts.num_verifications + 1 if counts and counts.num_verifications else None,
-        tau_interval=nullable(ratio_interval(emitted, verifications)),
+        tau=tau,
+        tau_interval=tuple(tau_ends),
         num_verifications=counts.num_verifications if counts else None,
         histogram=histogram,
         reach_rate=Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
@@ -236,6 +240,14 @@ def _pool_groups(groups: Sequence[GroupRecord]) -> ServerRow:
         decode_speedup_interval=speedup[1:],
         num_same_text=sum(a == b for a, b in zip(ours.token_ids, plain.token_ids, strict=True)) if plain else None,
     )
+
+
+def _by_prompt(values: Sequence[int | float], ids: Sequence[str]) -> list[int | float]:
+    """Add up the values of the requests of each prompt."""
+    totals: dict[str, int | float] = dict.fromkeys(ids, 0)
+    for prompt_id, value in zip(ids, values, strict=True):
+        totals[prompt_id] += value
+    return list(totals.values())
 
 
 def _pool_side(groups: Sequence[GroupRecord], name: str) -> SideRecord:

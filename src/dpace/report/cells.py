@@ -7,19 +7,22 @@ are shown as they are in Markdown and in one line.
 import html
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
-from dpace.measure.records import ResponseRecord, acceptance_of
+from dpace.measure.records import ResponseRecord, acceptance_of, by_prompt
 from dpace.measure.results import (
     BenchResults,
     ComparedRow,
     Estimate,
+    Example,
     Interval,
     Row,
     ServerRow,
     defined,
-    tau_interval_of,
+    nullable,
 )
 from dpace.system.progress import printable
 
@@ -43,10 +46,28 @@ class Column(NamedTuple):
     """Where it stands: the terminal's tables have 80 characters, and the page has all columns; None for both."""
 
 
-def page_rows(columns: Iterable[Column], rows: Iterable[Any]) -> list[list[str]]:
-    """Write the headings and the rows of a table of the page."""
-    kept = [column for column in columns if column.only != "terminal"]
-    return [[column.heading for column in kept], *([column.write(row) for column in kept] for row in rows)]
+@dataclass(frozen=True)
+class Section:
+    """A heading, what to read from it, and a table or figures."""
+
+    title: str
+    text: str
+    columns: Sequence[Column] = ()
+    items: Sequence[Any] = ()
+    """What the columns write, a row each."""
+    note: str = ""
+    """Stands below the table."""
+    figures: Sequence[str] = ()
+    """Panels as SVG, all of one size."""
+    examples: Sequence[tuple[str, Example]] = ()
+    """Responses to show, each with the name of its set."""
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Headings and rows of the page's table; empty without one."""
+        kept = [column for column in self.columns if column.only != "terminal"]
+        rows = [[column.heading for column in kept], *([column.write(item) for column in kept] for item in self.items)]
+        return rows if kept else []
 
 
 def with_interval(value: float | None, interval: Interval = (None, None)) -> str:
@@ -249,28 +270,22 @@ class Part(NamedTuple):
     drafter: str
     temperature: float
     block_size: int
-    responses: list[tuple[bool, ResponseRecord]]
-    """Each with whether thinking was on."""
-
-    @property
-    def num_prompts(self) -> int:
-        """Number of different prompts."""
-        return len({response.id for _, response in self.responses})
+    responses: tuple[list[ResponseRecord], list[ResponseRecord]]
+    """With thinking off, and on."""
 
     def tau(self, thinking: bool) -> str:
         """Write tau and its interval; `-` where nothing was measured."""
-        responses = [response for is_on, response in self.responses if is_on == thinking]
-        if not responses:
+        if not self.responses[thinking]:
             return "-"
-        tau = acceptance_of(responses, self.block_size).tau
-        return with_interval(defined(tau), tau_interval_of(responses, self.block_size))
+        acceptance = acceptance_of(self.responses[thinking], self.block_size)
+        return with_interval(defined(acceptance.tau), nullable(acceptance.interval()))
 
 
 CONTEXT_COLUMNS = (
     Column("category", attrgetter("name"), is_text=True),
     TEMPERATURE,
     DRAFTER,
-    Column("prompts", lambda part: str(part.num_prompts)),
+    Column("prompts", lambda part: str(len(by_prompt(chain(*part.responses))))),
     Column("tau, thinking off", lambda part: part.tau(False)),
     Column("tau, thinking on", lambda part: part.tau(True)),
 )
@@ -289,8 +304,8 @@ def find_parts(benchmarks: Iterable[BenchResults]) -> list[Part]:
             who = results.target, results.drafters.get(row.drafter, row.drafter), row.temperature, row.block_size
             for response in row.responses:
                 for name in (row.set, CONTEXTS[bisect_right(EDGES, response.prompt_tokens)]):
-                    part = parts.setdefault((name, *who), Part(name, row.drafter, row.temperature, row.block_size, []))
-                    part.responses.append((bool(results.thinking), response))
+                    new = Part(name, row.drafter, row.temperature, row.block_size, ([], []))
+                    parts.setdefault((name, *who), new).responses[bool(results.thinking)].append(response)
     return sorted(parts.values(), key=lambda part: CONTEXTS.index(part.name) if part.name in CONTEXTS else -1)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 
 from dpace.measure.results import (
@@ -25,20 +26,21 @@ from dpace.report.cells import (
     CONTEXT_COLUMNS,
     PAIR_COLUMNS,
     SERVER_COLUMNS,
+    Column,
+    Section,
     advice,
     as_code,
     as_markdown,
     compared_columns,
+    compiled_note,
     copied_note,
     find_parts,
     has_parts,
-    page_rows,
     result_columns,
     verdict,
     with_interval,
 )
 from dpace.report.plots import (
-    Section,
     acceptance_by_slot,
     slot_weights,
     tau_curves,
@@ -86,8 +88,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
 def _markdown_path(path: Path) -> Path:
     """Return the place of the Markdown; refuse one that the page cannot have, before anything is read."""
     if path.is_dir() or not path.name or path.suffix == ".md":
-        what = "is a folder" if path.is_dir() else "is where the Markdown would be" if path.name else "is no file"
-        raise ValueError(f"the output {path} {what}; name an HTML file with --output, such as report.html")
+        raise ValueError(f"the output {path} is no HTML file; name one with --output, such as report.html")
     markdown = path.with_suffix(".md")
     refuse_foreign_files(path.parent, path.name, markdown.name)
     return markdown
@@ -147,13 +148,14 @@ def speeds(results: BenchResults) -> Section:
     """Make the table by set and temperature."""
     text = (
         "tau is the mean acceptance length: the tokens that one pass of the target emits, averaged over verifications. "
-        "With width auto, passes without a draft count too"
-        + copied_note(results.rows, start="; ")
-        + ". decode_speedup divides the tokens a second with the drafter by those of plain decoding; reading the "
-        "prompt is not counted. Brackets hold 95 % intervals, by bootstrap over prompts. The starred columns follow "
-        "published tables: the mean over responses of their means, and the ratio of mean seconds a token."
+        "With width auto, passes without a draft count too. decode_speedup divides the tokens a second with the "
+        "drafter by those of plain decoding; reading the prompt is not counted. Brackets hold 95 % intervals, by "
+        "bootstrap over prompts. The starred columns follow published tables: the mean over responses of their means, "
+        "and the ratio of mean seconds a token."
     )
-    return Section("Speed", text, page_rows(result_columns(results.rows), results.rows))
+    title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
+    note = "; ".join(filter(None, [copied_note(results.rows, start=""), compiled_note(results.rows)]))
+    return Section(title, text, result_columns(results.rows), results.rows, note)
 
 
 def contexts(benchmarks: Sequence[BenchResults]) -> Section:
@@ -162,25 +164,25 @@ def contexts(benchmarks: Sequence[BenchResults]) -> Section:
         "tau of whole drafts, with 95 % intervals by bootstrap over prompts. A set's categories come first, then all "
         "prompts of the drafter by their length in tokens (1k is 1024), earlier turns included."
     )
-    return Section("Category and context length", text, page_rows(CONTEXT_COLUMNS, find_parts(benchmarks)))
+    return Section("Category and context length", text, CONTEXT_COLUMNS, find_parts(benchmarks))
 
 
 def paired(results: BenchResults) -> Section:
     """Make the table of drafters against the first one."""
     title = f"Compared with {results.comparisons[0].baseline}"
     text = "Differences on the same prompts, with 95 % intervals of the paired difference."
-    return Section(title, text, page_rows(PAIR_COLUMNS, results.comparisons))
+    return Section(title, text, PAIR_COLUMNS, results.comparisons)
 
 
 def servers(results: ServerResults) -> Section:
     """Make the table of a benchmark of running servers."""
-    names = ", ".join(f"{side}: {server.engine}" for side, server in results.servers.items())
+    names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
     text = (
-        f"{names}. tau is the mean acceptance length that the server reports. tok/s counts the tokens of a request "
+        "tau is the mean acceptance length that the server reports. tok/s counts the tokens of a request "
         "after its first one. Throughput counts all requests together, with the time to read their prompts. TTFT is "
         "the time to the first token, as median and 95th percentile."
     )
-    return Section(f"Servers, {Path(results.target).name}", text, page_rows(SERVER_COLUMNS, results.rows))
+    return Section(f"{Path(results.target).name}: {names}", text, SERVER_COLUMNS, results.rows)
 
 
 def examples(results: BenchResults) -> Iterator[Section]:
@@ -200,11 +202,12 @@ def comparison(results: CompareResults) -> Section:
     """Make the table of `dpace compare`."""
     seeds = ", ".join(map(str, results.seeds))
     text = (
-        f"Mean acceptance length (tau) on held-out prompts at temperature 0, reduction {results.reduction}, seeds "
-        f"{seeds}. Intervals are 95 %, by paired bootstrap over prompts and seeds."
+        "Mean acceptance length (tau) on held-out prompts at temperature 0. Intervals are 95 %, paired: by bootstrap "
+        "over prompts, and by Student's t over seeds."
     )
     columns = compared_columns(results.baseline, results.decode.rows if results.decode else ())
-    return Section(f"Objectives, {Path(results.target).name}", text, page_rows(columns, results.rows))
+    title = f"Objectives, {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
+    return Section(title, text, columns, results.rows)
 
 
 def provenance(results: BenchResults | None, target: str, folder: Path) -> Section:
@@ -223,7 +226,7 @@ def provenance(results: BenchResults | None, target: str, folder: Path) -> Secti
             facts[name] = ", ".join(f"{key} {value}" for key, value in group.items())
         hashes = {"the target's weights": results.target_weights_sha256, **results.drafters}
         facts |= {f"sha256 of {name}": digest[:16] for name, digest in hashes.items() if digest}
-    return Section("Provenance", "", [["", ""], *map(list, facts.items())])
+    return Section("Provenance", "", [Column("", itemgetter(number)) for number in (0, 1)], list(facts.items()))
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -234,6 +237,8 @@ def to_markdown(sections: Sequence[Section]) -> str:
         if section.rows:
             head, *body = ["| " + " | ".join(map(as_markdown, row)) + " |" for row in section.rows]
             lines += [head, "|" + "---|" * len(section.rows[0]), *body, ""]
+        if section.note:
+            lines += [as_markdown(section.note), ""]
         for set_name, example in section.examples:
             text = "".join(f"[{piece}]" if is_draft else piece for piece, is_draft in example.pieces)
             about = f"{set_name}, {example.what}: {example.id}"

@@ -9,14 +9,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpace.measure.results import ComparedRow, Example, Row
-from dpace.report.cells import one_line
+from dpace.measure.results import ComparedRow, Row
+from dpace.metrics import MIN_PROMPTS
+from dpace.report.cells import Section, one_line
 from dpace.system.ledger import write_text
 
 PANEL_INCHES = 4.4, 3.3
@@ -49,35 +49,25 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading, what to read from it, and a table or figures."""
-
-    title: str
-    text: str
-    rows: Sequence[Sequence[str]] = ()
-    """The first row holds the headings; the first column is text."""
-    figures: Sequence[str] = ()
-    """Panels as SVG, all of one size."""
-    examples: Sequence[tuple[str, Example]] = ()
-    """Responses to show, each with the name of its set."""
-
-
 def acceptance_by_slot(rows: Sequence[Row] | Sequence[ComparedRow]) -> Section:
     """Draw the reach rate by slot, with intervals where the responses are known."""
 
     def draw(axes, of_set: list[Row | ComparedRow]) -> None:
         for row in of_set:
             slots = range(1, row.block_size)
-            (line,) = axes.plot(slots, row.reach_rate, marker="o", ms=3, label=_row_label(row))
-            if isinstance(row, Row) and len(row.responses) > 1:
+            name = label(f"{row.drafter}, T={row.temperature:g}")
+            (line,) = axes.plot(slots, row.reach_rate, marker="o", ms=3, label=name)
+            if isinstance(row, Row) and len(row.acceptance.rows) >= MIN_PROMPTS:
                 low, high = row.acceptance.reach_interval()
                 axes.fill_between(slots, low, high, color=line.get_color(), alpha=0.15, lw=0)
         axes.set(xlabel="slot", ylim=(0, 1.02))
         whole_ticks(axes, range(1, of_set[0].block_size))
 
     text = "The share of verifications that accepted slots 1 to k of a whole draft, with 95 % intervals over prompts."
-    return Section("Acceptance by slot", text, figures=draw_panels(_by_set(rows), draw, "reach rate"))
+    by_set: dict[str, list] = {}
+    for row in rows:
+        by_set.setdefault(row.set, []).append(row)
+    return Section("Acceptance by slot", text, figures=draw_panels(by_set, draw, "reach rate"))
 
 
 def tau_curves(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:
@@ -128,8 +118,8 @@ def slot_weights(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:
 
     def draw(axis, log: Sequence[dict]) -> None:
         entries = [entry for entry in log if "weight_share/1" in entry]
-        for moment, color in enumerate(MOMENTS[: len(entries)]):
-            entry = entries[round(moment * (len(entries) - 1) / max(1, min(len(entries), len(MOMENTS)) - 1))]
+        chosen = np.linspace(0, len(entries) - 1, min(len(entries), len(MOMENTS))).round().astype(int)
+        for color, entry in zip(MOMENTS, [entries[number] for number in chosen], strict=False):
             slots = sorted(int(key[13:]) for key in entry if re.fullmatch(r"weight_share/\d{1,4}", key))
             shares = [entry[f"weight_share/{slot}"] for slot in slots]
             axis.plot(slots, shares, marker="o", ms=3, color=color, label=f"step {entry['step']}")
@@ -187,14 +177,6 @@ def draw_panels(content: Mapping[str, Any], draw: Callable[[Any, Any], None], yl
         for _, axis in made:
             axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
         return [svg(figure) for figure, _ in made]
-
-
-def _by_set(rows: Sequence[Any]) -> dict[str, list]:
-    return {name: [row for row in rows if row.set == name] for name in dict.fromkeys(row.set for row in rows)}
-
-
-def _row_label(row: Row | ComparedRow) -> str:
-    return label(f"{row.drafter}, T={row.temperature:g}")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Tables of results for the terminal, in 80 columns; the page of `dpace report` has all that is known."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,22 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.measure.results import BenchResults, CompareResults, Comparison, Row, ServerResults
-from dpace.report.cells import (
-    CONTEXT_COLUMNS,
-    DRAFTER,
-    PAIR_COLUMNS,
-    SERVER_COLUMNS,
-    SET,
-    TEMPERATURE,
-    Column,
-    compared_columns,
-    compiled_note,
-    copied_note,
-    find_parts,
-    one_line,
-    result_columns,
-)
+from dpace.measure.results import BenchResults, Row
+from dpace.report.cells import DRAFTER, SET, TEMPERATURE, Column, Section, one_line
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
@@ -37,15 +22,9 @@ def console() -> Console:
     return Console(width=max(80, Console().width))
 
 
-def results_table(results: BenchResults) -> Table:
-    """Make one line for each drafter, width, set and temperature, with 95 % intervals or counts.
-
-    With width `auto`, tau counts tokens a pass of the target, passes without a draft included, and tokens that were
-    copied from the text instead of drafted; the caption says how many.
-    """
-    title = f"{Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    caption = "; ".join(filter(None, [copied_note(results.rows, start=""), compiled_note(results.rows)]))
-    return _table(result_columns(results.rows), results.rows, title, caption)
+def section_table(section: Section) -> Table:
+    """Make the table of a section of the page, with the columns that fit."""
+    return _table(section.columns, section.items, section.title, section.note)
 
 
 def slots_table(results: BenchResults) -> Table:
@@ -67,31 +46,6 @@ def slots_table(results: BenchResults) -> Table:
 
     columns = [SET, TEMPERATURE, DRAFTER, *map(reach, slots)]
     return _table(columns, rows, "reach rate in %: slots 1..k all accepted")
-
-
-def drafters_table(comparisons: Sequence[Comparison]) -> Table:
-    """Make one line for each drafter but the first: against it, on the same prompts."""
-    title = f"compared with {comparisons[0].baseline} on the same prompts, with 95 % intervals"
-    return _table(PAIR_COLUMNS, comparisons, title)
-
-
-def contexts_table(results: BenchResults) -> Table:
-    """Make one line for each category and each range of context lengths, with tau of whole drafts."""
-    return _table(CONTEXT_COLUMNS, find_parts([results]), "by category and by length of the prompt")
-
-
-def servers_table(results: ServerResults) -> Table:
-    """Make one line for each set, temperature and concurrency."""
-    servers = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
-    return _table(SERVER_COLUMNS, results.rows, f"{Path(results.target).name}: {servers}")
-
-
-def compare_table(results: CompareResults) -> Table:
-    """Make one line for each set and objective: tau, its gain, and what training and decoding took."""
-    columns = compared_columns(results.baseline, results.decode.rows if results.decode else ())
-    seeds = ", ".join(map(str, results.seeds))
-    title = f"{Path(results.target).name}, reduction {results.reduction}, seeds {seeds}, T=0"
-    return _table(columns, results.rows, title)
 
 
 def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:

@@ -76,13 +76,14 @@ def drafter_names(folders: Sequence[str]) -> list[str]:
 def _print_results(results: "BenchResults", output: str) -> None:
     """Print the tables and the advice."""
     from dpace.report.cells import advice, has_parts
-    from dpace.report.tables import console, contexts_table, drafters_table, results_table, slots_table
+    from dpace.report.page import contexts, paired, speeds
+    from dpace.report.tables import console, section_table, slots_table
 
-    tables = [results_table(results), slots_table(results)]
+    tables = [section_table(speeds(results)), slots_table(results)]
     if results.comparisons:
-        tables.append(drafters_table(results.comparisons))
+        tables.append(section_table(paired(results)))
     if has_parts([results]):
-        tables.append(contexts_table(results))
+        tables.append(section_table(contexts([results])))
     console().print(*tables)
     print_text(advice(results))
     print_text(f"written: {output}/results.json")
@@ -91,12 +92,13 @@ def _print_results(results: "BenchResults", output: str) -> None:
 def _bench_servers(recipe: Recipe, prompts: list) -> None:
     """Measure the running servers that the recipe names."""
     from dpace.measure.servers import bench_servers
-    from dpace.report.tables import console, servers_table
+    from dpace.report.page import servers
+    from dpace.report.tables import console, section_table
 
     settings = recipe.bench
     chat = load_chat(recipe)
     with lock_folder(recipe.output):
         results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
-    console().print(servers_table(results))
+    console().print(section_table(servers(results)))
     print(f"written: {recipe.output}/servers.json")
     print("next:", command("report", recipe.output))

@@ -13,7 +13,8 @@ def run(args: list[str]) -> None:
     from dpace.engines.initial import start_from
     from dpace.plan.lines import comparison_lines
     from dpace.prompts.prompts import split_prompts
-    from dpace.report.tables import compare_table, console
+    from dpace.report.page import comparison
+    from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
     from dpace.train.progress import check_trackers
 
@@ -33,7 +34,7 @@ def run(args: list[str]) -> None:
     ranks.end()
     if not ranks.is_first():
         return
-    console().print(compare_table(results))
+    console().print(section_table(comparison(results)))
     print(
         f"written: {config.output}/results.json, tau.svg, acceptance.svg, weights.svg, a drafter for each objective "
         "and seed"

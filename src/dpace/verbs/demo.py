@@ -16,8 +16,8 @@ def run(args: list[str]) -> None:
     config = parse(DemoConfig, "demo", args)
 
     from dpace.plan.lines import comparison_lines
-    from dpace.report.page import write_report
-    from dpace.report.tables import compare_table, console, results_table, slots_table
+    from dpace.report.page import comparison, speeds, write_report
+    from dpace.report.tables import console, section_table, slots_table
     from dpace.studies.compare import cell_folder, check_output
     from dpace.studies.demo import demo_prompts, demo_recipe, drafter_folder, run_demo, summary
 
@@ -32,7 +32,7 @@ def run(args: list[str]) -> None:
     results = run_demo(recipe, parts)
     decode = results.decode
     assert decode, "the demo's recipe decodes"
-    console().print(results_table(decode), slots_table(decode), compare_table(results))
+    console().print(section_table(speeds(decode)), slots_table(decode), section_table(comparison(results)))
     for line in summary(results):
         print(line)
     write_report([output], output / PAGES[0])

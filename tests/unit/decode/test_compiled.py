@@ -10,8 +10,7 @@ from dpace.decode import Decoder
 from dpace.measure.benchmark import CompiledPlain, bench, find_compiled
 from dpace.measure.results import CompiledBaseline, read_results
 from dpace.prompts.prompts import Prompt
-from dpace.report.cells import page_rows, result_columns
-from dpace.report.tables import results_table
+from dpace.report.page import speeds
 from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.rows import make_bench, make_row
 
@@ -88,8 +87,7 @@ def test_tables_name_it_where_it_was_measured():
     found = CompiledBaseline(
         tokens_per_second=3.0, decode_speedup=1.33, decode_speedup_interval=(None, None), num_same_text=1
     )
-    shown = results_table(make_bench(make_row(compiled=found)))
-    assert "s 1.33 at T=0" in str(shown.caption)
-    rows = [make_row(compiled=found), make_row()]
-    assert [cells[-2:] for cells in page_rows(result_columns(rows), rows)[1:]] == [["3.0", "1.33"], ["-", "-"]]
-    assert not results_table(make_bench()).caption
+    shown = speeds(make_bench(make_row(compiled=found), make_row()))
+    assert "s 1.33 at T=0" in shown.note
+    assert [cells[-2:] for cells in shown.rows[1:]] == [["3.0", "1.33"], ["-", "-"]]
+    assert not speeds(make_bench()).note

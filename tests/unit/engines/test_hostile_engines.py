@@ -309,7 +309,8 @@ def test_report_refuses_logs_that_are_none(fault, tmp_path, capsys):
 
 def test_names_are_shown_as_they_are(tmp_path, capsys):
     """In the page, in the Markdown and in the terminal's tables."""
-    from dpace.report.tables import console, doctor_table, results_table, slots_table
+    from dpace.report.page import speeds
+    from dpace.report.tables import console, doctor_table, section_table, slots_table
 
     named = [make_row(set=NAME, drafter=NAME, responses=[make_response(set=NAME)], plain_responses=[make_plain()])]
     results = make_bench(*named, drafters={NAME: "0" * 64}, target=f"t/{NAME}")
@@ -321,7 +322,7 @@ def test_names_are_shown_as_they_are(tmp_path, capsys):
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all("\n# d" not in line for line in lines) and "\\|b" in markdown and "\n# d" not in markdown
     capsys.readouterr()
-    console().print(results_table(results), slots_table(results))
+    console().print(section_table(speeds(results)), slots_table(results))
     console().print(doctor_table([(NAME, "fails", NAME, NAME, NAME)], NAME))
     out = capsys.readouterr().out
     assert "\x1b" not in out and "[bold]e[/bold]" in out

@@ -16,7 +16,7 @@ from dpace.config import CheckConfig, RespondConfig
 from dpace.decode import generate_plain
 from dpace.decode.sampling import verify_draft
 from dpace.measure.check import SIGNIFICANCE, check, check_distribution, uniformity
-from dpace.measure.own_text import check_plain, check_responses, read_greedy
+from dpace.measure.own_text import check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
@@ -127,17 +127,16 @@ def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path,
 
 def test_a_baseline_that_is_not_the_targets_is_found(language_target, prompts, monkeypatch):
     """As where `respond` once took over the target's penalties."""
-    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts[:2]]
-    assert check_plain(language_target, prompts[:2], encoded, 12).is_passed
 
     def other(target, token_ids, **options):
         out = generate_plain(target, token_ids, **options)
         out.token_ids[3] = (out.token_ids[3] + 1) % 64
         return out
 
-    monkeypatch.setattr("dpace.measure.own_text.generate_plain", other)
-    finding = check_plain(language_target, prompts[:2], encoded, 12)
-    assert not finding.is_passed and "token 3" in finding.detail and "NOT A TIE" in finding.detail
+    monkeypatch.setattr("dpace.measure.check.generate_plain", other)
+    findings = check(language_target, make_drafter(language_target), prompts, CONFIG)
+    assert findings[0].name == "plain decoding is generate of transformers" and not findings[0].is_passed
+    assert "token 3" in findings[0].detail and "NOT A TIE" in findings[0].detail
 
 
 def test_kept_responses_are_read_again(language_target, prompts, tmp_path):

@@ -61,13 +61,6 @@ def test_records_of_another_measurement_are_neither_taken_nor_lost(change, tmp_p
     assert ResponseRecords(path, replace(SETUP, **change), PROMPTS).rows == [make_plain(id="1")]
 
 
-def test_a_file_of_another_measurement_under_this_name_is_refused(tmp_path):
-    records = ResponseRecords(tmp_path / "bench.jsonl", SETUP, PROMPTS)
-    records.path.write_text('{"target": "another"}\n')
-    with pytest.raises(ValueError, match="holds a measurement with target .another., not .t.; move the file away"):
-        ResponseRecords(tmp_path / "bench.jsonl", SETUP, PROMPTS)
-
-
 def test_a_line_that_is_no_record_is_named(tmp_path):
     path = tmp_path / "servers.jsonl"
     setup = ServerSetup(

@@ -35,13 +35,13 @@ def test_the_page_has_every_section(folder, tmp_path):
     text = page.read_text()
     titles = re.findall(r"<h[12]>(.*?)</h[12]>", text)
     assert titles == [
-        *titles[:2],
-        "Speed",
+        *titles[:3],
         "Acceptance by slot",
         "Best and slowest responses",
         "Provenance",
     ]
-    assert text.count("<svg") == text.count("</svg>") == 2 and "<mark>" in text and "viewport" in text
+    assert titles[2].startswith("Speed: ") and "<mark>" in text and "viewport" in text
+    assert text.count("<svg") == text.count("</svg>") == 2
     assert len(set(re.findall('<svg[^>]* width="([^"]*)"', text))) == 1 and "prefers-color-scheme: dark" in text
     assert "#5eed" not in text and re.search(r"Written on 20\d\d-\d\d-\d\d by <code>dpace report", text)
     assert "&lt;" in text and "<0>" not in text  # what prompts hold is text
@@ -116,7 +116,8 @@ def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
     (tmp_path / "dpace" / "seed-0").mkdir(parents=True)
     (tmp_path / "dpace" / "seed-0" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     titles = [section.title for results in find_results(tmp_path) for section in sections_of(results, tmp_path)]
-    assert titles[0] == "Objectives, t" and {"Speed", "Training", "Weights over training"} <= set(titles)
+    assert titles[0] == "Objectives, t, reduction anchors, seeds 0, 1"
+    assert {"Acceptance by slot", "Training", "Weights over training"} <= set(titles)
 
 
 def test_responses_of_a_single_token_have_no_numbers_and_are_shown(

@@ -7,16 +7,8 @@ import pytest
 from dpace.measure.records import ServerAddress
 from dpace.measure.results import CompareResults, Comparison, ServerResults, write_results
 from dpace.report.cells import advice, faster_sets, find_parts, has_parts
-from dpace.report.page import contexts, write_report
-from dpace.report.tables import (
-    compare_table,
-    console,
-    contexts_table,
-    drafters_table,
-    results_table,
-    servers_table,
-    slots_table,
-)
+from dpace.report.page import comparison, contexts, paired, servers, speeds, write_report
+from dpace.report.tables import console, section_table, slots_table
 from tests.support.rows import make_bench, make_compared, make_plain, make_response, make_row, make_served
 
 INTERVAL = (0.987, 12.345)
@@ -42,18 +34,18 @@ def tables():
         width="auto",
     )
     bench = make_bench(row, row)
-    yield "no clear difference", results_table(bench)
+    yield "no clear difference", section_table(speeds(bench))
     yield "0.6", slots_table(bench)
-    yield "0.6", contexts_table(bench)
+    yield "0.6", section_table(contexts([bench]))
     pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
-    yield "no clear difference", drafters_table([pair])
+    yield "no clear difference", section_table(paired(make_bench(comparisons=[pair])))
     compared = make_compared(
         **NAMES, tau_interval=INTERVAL, gain=GAIN, gain_by_seed=[0.1, None, 0.1], peak_memory_bytes=2**34
     )
     results = CompareResults(
         target="t", baseline="dflash", seeds=[0, 1, 2], reduction="anchors", rows=[compared], decode=bench
     )
-    yield "no clear difference", compare_table(results)
+    yield "no clear difference", section_table(comparison(results))
     served = make_served(
         set=NAMES["set"],
         temperature=0.6,
@@ -72,7 +64,7 @@ def tables():
     )
     address = ServerAddress(url="http://localhost:8001", engine="vllm")
     both = ServerResults(target="t", servers={"drafter": address}, max_new_tokens=3, seed=0, rows=[served])
-    yield "no clear difference", servers_table(both)
+    yield "no clear difference", section_table(servers(both))
 
 
 @pytest.mark.parametrize("cell, table", list(tables()))
@@ -113,7 +105,7 @@ def test_categories_and_lengths_are_in_one_table_with_thinking(tmp_path):
     headings, *rows = contexts([off, on]).rows
     assert headings[-2:] == ["tau, thinking off", "tau, thinking on"]
     assert [row[-1] for row in rows][2:] == ["-", "2.00", "-"]
-    assert sum(len(part.responses) for part in find_parts([off])) == 2 * 6
+    assert sum(len(responses) for part in find_parts([off]) for responses in part.responses) == 2 * 6
     other = make_bench(make_row(set="speed_bench/math"), drafters={"dpace": "1" * 64})
     assert len(find_parts([off, other])) == 2 + 3 + 2, "another drafter of the same name has rows of its own"
     assert has_parts([off]) and not has_parts([make_bench()]) and has_parts([make_bench(thinking=True), make_bench()])

@@ -8,7 +8,8 @@ import torch
 
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
 from dpace.measure.results import read_results
-from dpace.report.tables import compare_table, console
+from dpace.report.page import comparison
+from dpace.report.tables import console, section_table
 from dpace.studies.compare import compare
 from tests.conftest import LANGUAGE_RECIPE
 
@@ -44,7 +45,7 @@ def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
         assert len(row.tau_by_seed) == 2 and row.num_prompts == 6 and row.step_seconds > 0
         if row.drafter == "dflash":
             assert row.gain == (0, 0, 0)
-    console().print(compare_table(results))
+    console().print(section_table(comparison(results)))
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "over dflash" in printed
     for name in ("tau.svg", "acceptance.svg", "weights.svg", "results.json", "decode/results.json"):
