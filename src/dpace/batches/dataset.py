@@ -105,7 +105,7 @@ class ResponseDataset(torch.utils.data.Dataset):
                 texts = [self.token_ids(i) for i in batch]
                 rows = compute_features(target, target_layer_ids, texts, with_head_input=with_head_input)
                 kept |= {i: row.clone() for i, row in zip(batch, rows, strict=True)}
-                bar.advance(task, len(batch))
+                bar.update(task, advance=len(batch))
         self.features = [kept[i] for i in range(len(self))]
         return True
 

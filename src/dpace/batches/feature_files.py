@@ -324,7 +324,7 @@ def _fill(
             batch = mine[start : start + FEATURE_BATCH]
             for i, row in zip(batch, compute([dataset.token_ids(i) for i in batch]), strict=True):
                 waiting |= _stored(names[i], row, dtype)
-            bar.advance(task, len(batch))
+            bar.update(task, advance=len(batch))
             is_last = start + FEATURE_BATCH >= len(mine)
             if is_last or sum(row.nbytes for row in waiting.values()) >= SHARD_BYTES:
                 _write_rows(folder, waiting)

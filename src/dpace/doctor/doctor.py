@@ -165,7 +165,7 @@ def diagnose(
             for check in checks:
                 bar.update(task, info=check.name)
                 diagnoses.extend(_run_check(check, examined))
-                bar.advance(task)
+                bar.update(task, advance=1)
 
         run(static)
         failed = [diagnosis.check for diagnosis in diagnoses if diagnosis.result == "fails"]

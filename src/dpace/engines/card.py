@@ -216,7 +216,6 @@ def card_sections(to: Format, *, drafter: str, gguf: str, target: str, block_siz
 
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
-_LIBRARIES = {"speculators": "speculators", "gguf": "gguf"}
 
 
 def write_card(
@@ -270,7 +269,7 @@ def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str,
     """Return the metadata that the Hub reads from a card."""
     engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"])
     return {
-        "library_name": _LIBRARIES.get(to, "transformers"),
+        "library_name": to if to in CARD_ENGINES else "transformers",
         "pipeline_tag": "text-generation",
         "license": license,
         **({"base_model": base_model} if base_model else {}),

@@ -4,12 +4,10 @@ All that is written is read again and compared with what was to be written, befo
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from dpace.engines.published import make_drafter, read_folder
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files
+from dpace.system.loading import translate_library_errors
 from dpace.target import Target
 from dpace.target.files import find_target_files
 
@@ -92,17 +91,39 @@ def export(
             they were written.
     """
     folder, output = Path(folder), Path(output)
-    _check_request(folder, output, target_name, to=to, target_gguf=target_gguf)
+    if to == "gguf" and target_gguf is None:
+        raise ValueError(
+            "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
+            "--target-gguf"
+        )
+    refuse_output(output, ("the drafter's own folder", folder), ("the target's folder", Path(target_name)))
+    if verifier_name(folder):
+        raise ValueError(
+            f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"
+        )
     if Path(target_name).is_dir():
         target_name = str(Path(target_name).resolve())
     spec, weights = read_folder(folder)
     spec.check()
     original = load_drafter(folder, target, all_tokens=True)
     tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf")
+    written_dtype = tensors["fc.weight"].dtype
     with filling(output) as aside:
-        path = _write_format(
-            aside, spec, tensors, to=to, target=target, target_name=target_name, target_gguf=target_gguf
-        )
+        path = aside
+        if to == "gguf":
+            path = aside / f"dflash-{Path(target_name).name}-{dtype_name(written_dtype)}.gguf"
+            write_gguf(path, spec, tensors, target_gguf=str(target_gguf))
+        elif to == "speculators":
+            save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+            config = speculators_config(
+                spec,
+                target_name=target_name,
+                architectures=list(target.model.config.architectures or []),
+                dtype=dtype_name(written_dtype),
+            )
+            (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        else:
+            make_drafter(spec, tensors).save_pretrained(aside)
         write_card(
             path,
             spec,
@@ -110,7 +131,7 @@ def export(
             name=name,
             target_name=target_name,
             license=license,
-            dtype=tensors["fc.weight"].dtype,
+            dtype=written_dtype,
             is_rounded=rounding > 0,
             source=folder,
             drafter=original,
@@ -151,11 +172,8 @@ def count_layers(target: str) -> int:
         ValueError: a config that cannot be read.
     """
     fix = "name the target's folder or Hub id with --target"
-    try:
+    with translate_library_errors(f"the config of the target {target}", fix):
         count = find_target_files(target).config.get_text_config(decoder=True).num_hidden_layers
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot read the config of the target {target} ({reason}); {fix}") from error
     if type(count) is not int or not 1 <= count <= MAX_LAYERS:
         raise ValueError(f"the target {target} has num_hidden_layers {count!r:.50}, expected 1 .. {MAX_LAYERS}; {fix}")
     return count
@@ -174,58 +192,15 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 def push(folder: str | Path, repo: str) -> str:
     """Upload a folder to the Hugging Face Hub and return the address.
 
-    The repository is made where it is missing. Hidden files, dpace's own notes, stay here.
+    The repository is made where it is missing. Hidden files, dpace's own notes, and folders stay here.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     address = api.create_repo(repo, exist_ok=True)
-    with tempfile.TemporaryDirectory() as aside:
-        for file in Path(folder).iterdir():
-            if file.is_file() and not file.name.startswith("."):
-                (Path(aside) / file.name).symlink_to(file.resolve())
-        api.upload_folder(folder_path=aside, repo_id=repo, commit_message="Upload drafter")
+    stays = [".*", "*/*"]
+    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter", ignore_patterns=stays)
     return str(address)
-
-
-def _check_request(folder: Path, output: Path, target_name: str, *, to: Format, target_gguf: str | Path | None) -> None:
-    """Refuse what `export` cannot do before it writes anything."""
-    if to == "gguf" and target_gguf is None:
-        raise ValueError(
-            "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
-            "--target-gguf"
-        )
-    refuse_output(output, ("the drafter's own folder", folder), ("the target's folder", Path(target_name)))
-    if verifier_name(folder):
-        raise ValueError(
-            f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"
-        )
-
-
-def _write_format(
-    output: Path,
-    spec: DrafterSpec,
-    tensors: dict[str, Tensor],
-    *,
-    to: Format,
-    target: Target,
-    target_name: str,
-    target_gguf: str | Path | None,
-) -> Path:
-    """Write a drafter's files and return the path that an engine is given."""
-    dtype = dtype_name(tensors["fc.weight"].dtype)
-    if to == "gguf":
-        path = output / f"dflash-{Path(target_name).name}-{dtype}.gguf"
-        write_gguf(path, spec, tensors, target_gguf=str(target_gguf))
-        return path
-    if to == "speculators":
-        save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-        architectures = list(target.model.config.architectures or [])
-        config = speculators_config(spec, target_name=target_name, architectures=architectures, dtype=dtype)
-        (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return output
-    make_drafter(spec, tensors).save_pretrained(output)
-    return output
 
 
 def _cast_weights(
@@ -244,13 +219,9 @@ def _compare_files(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tenso
     """Refuse a file that differs from what was to be written."""
     pairs = {name: (getattr(again.spec, name), getattr(spec, name)) for name in COMPARED}
     wrong = [f"{name} {found}, expected {expected}" for name, (found, expected) in pairs.items() if found != expected]
-    wrong += [name for name, tensor in again.state_dict().items() if not _is_bit_equal(tensor, tensors[name])]
+    for name, tensor in again.state_dict().items():
+        found, expected = (one.contiguous().view(torch.uint8) for one in (tensor, tensors[name]))
+        if tensor.dtype != tensors[name].dtype or not torch.equal(found, expected):
+            wrong.append(name)
     if wrong:
         raise ValueError(f"{path} does not read back as it was written ({'; '.join(wrong[:3])}); do not serve it")
-
-
-def _is_bit_equal(tensor: Tensor, expected: Tensor) -> bool:
-    """Return whether dtype, shape and every bit are equal."""
-    if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
-        return False
-    return torch.equal(*(one.contiguous().view(torch.uint8) for one in (tensor, expected)))

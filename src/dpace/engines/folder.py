@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpace.drafter.spec import DrafterSpec
 from dpace.recipes.recipe_file import PlainLoader
+from dpace.system.ledger import read_text
 from dpace.system.progress import printable
 
 TENSORS = {
@@ -58,20 +59,11 @@ CONVOLUTION_TENSORS = {
 """The same of drafters with convolutions; `kernel` is sides x taps x groups of channels."""
 
 
-def tensor_axes(num_layers: int, *, has_convolutions: bool) -> dict[str, tuple[str, ...]]:
-    """Return the axes of every tensor of a drafter, by its published name."""
-    return {name: tuple(axes.split()) for name, (axes, _) in _all_tensors(num_layers, has_convolutions).items()}
+def list_tensors(num_layers: int, *, has_convolutions: bool) -> dict[str, tuple[str, str]]:
+    """Return axes and llama.cpp's name of every tensor of a drafter, by its published name.
 
-
-def gguf_names(num_layers: int, *, has_convolutions: bool) -> dict[str, str]:
-    """Return llama.cpp's name of every tensor, by its published name.
-
-    Nothing is permuted, because the drafter's rotary embedding is NeoX's.
+    Nothing is permuted for llama.cpp, because the drafter's rotary embedding is NeoX's.
     """
-    return {name: theirs for name, (_, theirs) in _all_tensors(num_layers, has_convolutions).items()}
-
-
-def _all_tensors(num_layers: int, has_convolutions: bool) -> dict[str, tuple[str, str]]:
     tensors = TENSORS | (SELECTOR_TENSORS if has_convolutions else {})
     of_layers = LAYER_TENSORS | (CONVOLUTION_TENSORS if has_convolutions else {})
     for layer in range(num_layers):
@@ -101,8 +93,6 @@ OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
 UNREADABLE += (yaml.YAMLError, SafetensorError)
 """What reading a damaged file raises."""
-MAX_BYTES = 2**24
-"""Most bytes of a config or a recipe; they have some thousand."""
 LAYER_NAME = re.compile(r"layers\.(\d{1,3})\.")
 """How the names of a layer's tensors begin; no drafter has a thousand layers."""
 
@@ -137,22 +127,19 @@ class DrafterFolder:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by their published names."""
-        return {published_name(name): tensor for name, tensor in self.stored.items()}
+        stored = {name.removeprefix("model."): tensor for name, tensor in self.stored.items()}
+        return {OTHER_NAMES.get(name, name): tensor for name, tensor in stored.items()}
 
     @cached_property
     def num_layers(self) -> int:
         """Number of layers that have a tensor."""
         return 1 + max((int(found[1]) for name in self.tensors if (found := LAYER_NAME.match(name))), default=-1)
 
-    @property
-    def has_convolutions(self) -> bool:
-        """Whether there are tensors of DFlash2's convolutions."""
-        return "layers.0.mlp_conv.base_kernel" in self.tensors
-
     @cached_property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of each tensor that there should be."""
-        return tensor_axes(self.num_layers, has_convolutions=self.has_convolutions)
+        known = list_tensors(self.num_layers, has_convolutions="layers.0.mlp_conv.base_kernel" in self.tensors)
+        return {name: tuple(axes.split()) for name, (axes, _) in known.items()}
 
     def size(self, axis: str) -> int | None:
         """Return the length of an axis; None where the tensors that have it differ."""
@@ -173,7 +160,7 @@ def read_files(path: str | Path) -> DrafterFolder:
     """
     path = Path(path)
     problems: dict[str, str] = {}
-    config = _read_named_values(path / "config.json", lambda file: json.loads(_read_small_file(file)), problems)
+    config = _read_named_values(path / "config.json", lambda file: json.loads(read_text(file, "a JSON file")), problems)
     recipe = read_recipe_values(path, problems)
     stored = _read_named_values(path / "model.safetensors", _read_weights, problems)
     return DrafterFolder(path, config, recipe, stored, problems)
@@ -184,7 +171,7 @@ def read_recipe_values(folder: str | Path, problems: dict[str, str]) -> dict[str
     file = Path(folder) / "recipe.yaml"
     if not file.exists():
         return {}
-    return _read_named_values(file, lambda file: yaml.load(_read_small_file(file), PlainLoader), problems)
+    return _read_named_values(file, lambda file: yaml.load(read_text(file, "a YAML file"), PlainLoader), problems)
 
 
 def mapping(value: object) -> dict[str, Any]:
@@ -192,27 +179,10 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def published_name(name: str) -> str:
-    """Return the name that a tensor has in the published layout."""
-    name = name.removeprefix("model.")
-    return OTHER_NAMES.get(name, name)
-
-
-def _read_small_file(file: Path) -> bytes:
-    """Read a small regular file; a pipe or a device may have no end."""
-    if file.exists() and not file.is_file():
-        raise ValueError("it is no regular file")
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it has {file.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}")
-    return file.read_bytes()
-
-
 def _read_named_values(file: Path, read: Callable[[Path], object], problems: dict[str, str]) -> dict[str, Any]:
     """Read a file, or note why that is not possible."""
     try:
         content = read(file)
-    except FileNotFoundError as error:
-        problems[file.name] = f"there is no file {error.filename or file}"
     except UNREADABLE as error:
         problems[file.name] = describe_error(error)
     else:
@@ -232,7 +202,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     index = file.with_name("model.safetensors.index.json")
     shards = [file.name]
     if index.exists():
-        shards = sorted(set(mapping(json.loads(_read_small_file(index)))["weight_map"].values()))
+        shards = sorted(set(mapping(json.loads(read_text(index, "a JSON file")))["weight_map"].values()))
     tensors = {}
     for name in shards:
         shard = file.with_name(name)

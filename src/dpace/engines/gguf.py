@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.folder import describe_error, gguf_names
+from dpace.engines.folder import describe_error, list_tensors
 from dpace.engines.speculators import to_layer_ids
 
 ARCHITECTURE = "dflash"
@@ -92,7 +92,7 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
             _copy_field(writer, field)
     _write_fields(writer, spec)
     writer.add_file_type(FILE_TYPES[tensors["fc.weight"].dtype])
-    for ours, name in gguf_names(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0).items():
+    for ours, (_, name) in list_tensors(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0).items():
         tensor = tensors[ours].detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
             data = tensor.view(torch.uint8).numpy()
@@ -195,8 +195,8 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         spec = DrafterSpec.from_values({**values, "target_layer_ids": to_layer_ids(get("target_layers"))})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    known = gguf_names(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
-    names = {theirs: ours for ours, theirs in known.items()}
+    known = list_tensors(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
+    names = {theirs: ours for ours, (_, theirs) in known.items()}
     return spec, {names.get(tensor.name, tensor.name): _read_gguf_tensor(tensor) for tensor in reader.tensors}
 
 

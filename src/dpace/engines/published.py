@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.folder import axis_sizes, read_files, tensor_axes
+from dpace.engines.folder import axis_sizes, list_tensors, read_files
 from dpace.engines.speculators import of_speculators
+from dpace.system.loading import translate_library_errors
 
 
 def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
@@ -56,9 +56,9 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
         ValueError: tensors that are missing, unknown or of another shape.
     """
     sizes = axis_sizes(spec)
-    axes = tensor_axes(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
-    missing = sorted(axes.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - axes.keys())
+    known = list_tensors(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
+    missing = sorted(known.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - known.keys())
     if missing or unknown:
         raise ValueError(
             f"these are not the tensors of a DFlash drafter with {spec.num_layers} layers: missing "
@@ -66,7 +66,7 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
             "vocabulary cannot be used"
         )
     for name, tensor in tensors.items():
-        expected = tuple(sizes[axis] for axis in axes[name])
+        expected = tuple(sizes[axis] for axis in known[name][0].split())
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected {expected} by the config: config and weights belong "
@@ -79,15 +79,9 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has values that are not finite; copy it again, or take an earlier checkpoint")
-    try:
-        with torch.random.fork_rng():
-            drafter: Any = Drafter(spec.config()).eval()  # no larger than its tensors, whose shapes are the spec's
-    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the config describes no network that can be made ({type(error).__name__}: {reason}); copy it again from "
-            "where it was made"
-        ) from error
+    what = "the drafter of this config"
+    with translate_library_errors(what, "copy it again from where it was made"), torch.random.fork_rng():
+        drafter: Any = Drafter(spec.config()).eval()  # no larger than its tensors, whose shapes are the spec's
     drafter.load_state_dict(tensors, assign=True)
     drafter.refuse_trained_selector()
     return drafter.requires_grad_(False)

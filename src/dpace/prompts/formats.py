@@ -3,10 +3,10 @@
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpace.system.ledger import read_jsonl, read_text, unique_keys
 from dpace.system.progress import quoted
@@ -21,6 +21,9 @@ MAX_JSON_BYTES = 2**32
 """Bytes of the largest JSON file with one list; JSONL and parquet files may be larger."""
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
 
+Rows = Iterable[tuple[int, dict[str, Any]]]
+"""Rows of a file or a dataset with their numbers, counted from 1."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -34,16 +37,6 @@ class Prompt:
     """Messages of each turn; the target answers after each turn."""
     answer: str | None = None
     """The reply to the last turn that the file has, if any."""
-
-
-class _Row(NamedTuple):
-    """A row of a file or a dataset."""
-
-    number: int
-    """Counted from 1."""
-    where: str
-    """Its place, for messages."""
-    value: dict[str, Any]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -69,15 +62,16 @@ def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
     ids: set[str] = set()
     is_table = hub is not None or Path(path).suffix == ".parquet"  # whose rows nobody can change
     default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
-    for row in _hub_rows(hub) if hub else _file_rows(Path(path)):
+    place, rows = _read_hub(hub) if hub else _read_file(Path(path))
+    for number, row in rows:
         try:
-            prompt = _parse(_take_filled(row.value) if is_table else row.value, str(row.number), default_set)
+            prompt = _parse(_take_filled(row) if is_table else row, str(number), default_set)
             if prompt.id in ids and is_table:
-                prompt = replace(prompt, id=f"{prompt.id}#{row.number}")
+                prompt = replace(prompt, id=f"{prompt.id}#{number}")
             if prompt.id in ids:
                 raise ValueError(f"the id {prompt.id!r} occurs twice, expected unique ids")
         except ValueError as error:
-            raise ValueError(f"{row.where}: {error}; fix the line") from error
+            raise ValueError(f"{place}{number}: {error}; fix the line") from error
         ids.add(prompt.id)
         yield prompt
     if not ids:
@@ -117,22 +111,20 @@ def parse_hub_id(path: str | Path) -> dict[str, Any] | None:
     return match.groupdict()
 
 
-def _hub_rows(hub: dict[str, Any]) -> Iterator[_Row]:
-    """Yield the rows of a dataset on the Hub."""
+def _read_hub(hub: dict[str, Any]) -> tuple[str, Rows]:
+    """Return the rows of a dataset on the Hub, and how a message names one, up to its number."""
     split = hub["split"] or "train"
-    for number, row in enumerate(load_from_hub(hub["path"], hub["config"], split, "name a file of prompts"), start=1):
-        yield _Row(number, f"{hub['path']} ({split}), row {number}", row)
+    rows = load_from_hub(hub["path"], hub["config"], split, "name a file of prompts")
+    return f"{hub['path']} ({split}), row ", enumerate(rows, start=1)
 
 
-def _file_rows(path: Path) -> Iterator[_Row]:
-    """Yield the rows of a file by its ending: parquet, JSON, else JSONL."""
+def _read_file(path: Path) -> tuple[str, Rows]:
+    """Return the rows of a file by its ending, parquet, JSON, else JSONL; otherwise as `_read_hub`."""
     if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.suffix == ".json" and _is_list(path):
-        rows = _read_list(path)
-        yield from (_Row(number, f"{path}, entry {number}", row) for number, row in enumerate(rows, start=1))
-    else:
-        yield from (_Row(number, f"{path}:{number}", row) for number, row in read_jsonl(path))
+        return f"{path}, row ", enumerate(_parquet_rows(path), start=1)
+    if path.suffix == ".json" and _is_list(path):
+        return f"{path}, entry ", enumerate(_read_list(path), start=1)
+    return f"{path}:", read_jsonl(path)
 
 
 def _is_list(path: Path) -> bool:
@@ -156,18 +148,15 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parquet_rows(path: Path) -> Iterator[_Row]:
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a parquet file."""
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _Row(number, f"{path}, row {number}", row)
+                yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot read {path}: {reason}; name a parquet file, or write a JSONL file") from error

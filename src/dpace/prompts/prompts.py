@@ -6,7 +6,7 @@ import random
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,14 +44,6 @@ class Split(NamedTuple):
     """By the reason: ids of prompts that are left out, each with the prompt that it is like."""
     num_answers: int
     """Prompts that come with an answer."""
-
-
-class _Light(NamedTuple):
-    """What is kept of a prompt while prompts are split; a million of them fit in memory."""
-
-    id: str
-    key: bytes
-    """Hash of what it says."""
 
 
 def split_prompts(config: PromptsConfig) -> PromptParts:
@@ -111,12 +103,12 @@ def _sources(config: PromptsConfig) -> tuple[str, str | None]:
 def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: PromptsConfig) -> Split:
     """Split prompts; see `split_prompts`."""
     public = PublicTexts(config.decontaminate) if config.decontaminate else None
-    rest: list[_Light] = []
+    rest: dict[str, bytes] = {}
     num_answers = 0
     of_public: dict[str, str] = {}
     signatures = {}
     for prompt in prompts:
-        rest.append(_light(prompt))
+        rest[prompt.id] = _hash_text(prompt)
         num_answers += prompt.answer is not None
         if public and (like := public.find(prompt)):
             of_public[prompt.id] = like
@@ -125,9 +117,15 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
     copies: dict[str, str] = {}
     names: dict[str, str] = {}
     if heldout is not None:
-        taken = _without_copies([_light(prompt) for prompt in heldout], copies)
-        _refuse_shared(taken, rest, config)
-        names = _rename([light.id for light in taken], {light.id for light in rest})
+        taken = _without_copies({prompt.id: _hash_text(prompt) for prompt in heldout}, copies)
+        texts = {key: name for name, key in rest.items()}
+        if shared := next((name for name, key in taken.items() if key in texts), None):
+            path, heldout_path = _sources(config)
+            raise ValueError(
+                f"the held-out prompt {shared!r} of {heldout_path} is also a training prompt, {texts[taken[shared]]!r} "
+                f"of {path}; remove it from one of the files"
+            )
+        names = _rename(taken.keys(), rest.keys())
     else:
         num_prompts = len(rest)
         taken, rest = _take_out(rest, config.num_heldout, copies, seed=0)
@@ -138,32 +136,21 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
                 "held-out prompts with --prompts.heldout-path"
             )
     validation, rest = _take_out(rest, config.num_validation, copies, seed=1)
-    train, chosen = ([light.id for light in part if light.id not in of_public] for part in (rest, validation))
+    train, chosen = ([name for name in part if name not in of_public] for part in (rest, validation))
     dropped = {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
     if config.near_duplicates:
         own = {} if heldout is None else {names.get(p.id, p.id): sign(p) for p in heldout}
-        known = own or {light.id: signatures[light.id] for light in taken}
+        known = own or {name: signatures[name] for name in taken}
         known |= {name: signatures[name] for name in chosen}
         near = find_near([*known.items(), *((name, signatures[name]) for name in train)], config.near_duplicates)
         dropped["nearly the same as others"] = {name: like for name, like in near.items() if name not in known}
         train = [name for name in train if name not in near]
-    return Split(train[: config.limit], chosen, [light.id for light in taken], names, dropped, num_answers)
+    return Split(train[: config.limit], chosen, list(taken), names, dropped, num_answers)
 
 
-def _light(prompt: Prompt) -> _Light:
-    return _Light(prompt.id, hashlib.blake2b(canonical(prompt).encode(), digest_size=16).digest())
-
-
-def _refuse_shared(heldout: Sequence[_Light], prompts: Sequence[_Light], config: PromptsConfig) -> None:
-    """Refuse a held-out prompt that is trained on."""
-    texts = {light.key: light.id for light in prompts}
-    shared = next((light for light in heldout if light.key in texts), None)
-    if shared:
-        path, heldout_path = _sources(config)
-        raise ValueError(
-            f"the held-out prompt {shared.id!r} of {heldout_path} is also a training prompt, {texts[shared.key]!r} of "
-            f"{path}; remove it from one of the files"
-        )
+def _hash_text(prompt: Prompt) -> bytes:
+    """Hash what a prompt says; no more is kept while prompts are split, so that a million of them fit in memory."""
+    return hashlib.blake2b(canonical(prompt).encode(), digest_size=16).digest()
 
 
 def canonical(prompt: Prompt) -> str:
@@ -176,33 +163,33 @@ def canonical(prompt: Prompt) -> str:
 
 
 def _take_out(
-    prompts: list[_Light], limit: int, copies: dict[str, str], *, seed: int
-) -> tuple[list[_Light], list[_Light]]:
+    prompts: dict[str, bytes], limit: int, copies: dict[str, str], *, seed: int
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Split off a random tenth of the different prompts, at most `limit`.
 
     Returns:
         The chosen prompts, whose copies are added to `copies`, and the rest.
     """
-    keys = list(dict.fromkeys(light.key for light in prompts))
+    keys = list(dict.fromkeys(prompts.values()))
     chosen = {keys[i] for i in random.Random(seed).sample(range(len(keys)), min(limit, len(keys) // 10))}
-    taken = _without_copies([light for light in prompts if light.key in chosen], copies)
-    return taken, [light for light in prompts if light.key not in chosen]
+    taken = _without_copies({name: key for name, key in prompts.items() if key in chosen}, copies)
+    return taken, {name: key for name, key in prompts.items() if key not in chosen}
 
 
-def _without_copies(prompts: Sequence[_Light], copies: dict[str, str]) -> list[_Light]:
+def _without_copies(prompts: dict[str, bytes], copies: dict[str, str]) -> dict[str, bytes]:
     """Keep the first of prompts that say the same; add the others to `copies`."""
-    kept: dict[bytes, _Light] = {}
-    for light in prompts:
-        if kept.setdefault(light.key, light) is not light:
-            copies[light.id] = kept[light.key].id
-    return list(kept.values())
+    first: dict[bytes, str] = {}
+    for name, key in prompts.items():
+        if first.setdefault(key, name) != name:
+            copies[name] = first[key]
+    return {name: key for key, name in first.items()}
 
 
-def _rename(heldout: Sequence[str], taken: set[str]) -> dict[str, str]:
+def _rename(heldout: Set[str], taken: Set[str]) -> dict[str, str]:
     """Return held-out prompts with ids that no training prompt has."""
     names = {name: name for name in heldout}
-    others = taken | set(names)
-    for name in taken & set(names):
+    others = {*taken, *heldout}
+    for name in taken & heldout:
         while names[name] in others:
             names[name] = f"heldout/{names[name]}"
         others.add(names[name])

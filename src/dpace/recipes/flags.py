@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import io
 import itertools
-import os
 import re
 import shlex
 import shutil
@@ -55,7 +54,7 @@ def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Se
     output = io.StringIO()
     try:
         # without a terminal, tyro draws in ASCII
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), _wide_terminal():
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return tyro.cli(config_class, prog=f"dpace {verb}", args=_full_flags(config_class, verb, args))
     except (SystemExit, ValidationError) as end:
         raise _refusal(end, output.getvalue(), config_class, verb) from end
@@ -116,19 +115,6 @@ def _with_group(config_class: type, verb: str, arg: str) -> str:
     name = flag[1].replace("-", "_") if flag else ""
     is_own = name not in names and verb in groups and name in get_type_hints(groups[verb])
     return f"--{verb}.{arg.removeprefix('--')}" if is_own else arg
-
-
-@contextlib.contextmanager
-def _wide_terminal() -> Iterator[None]:
-    """Keep tyro from breaking words at the width of the terminal."""
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        os.environ.pop("COLUMNS")
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
 
 
 def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> ValueError:

@@ -14,8 +14,6 @@ from dpace.system.progress import quoted
 
 MAX_BYTES = 2**20
 """Bytes of the largest recipe."""
-MAX_DEPTH = 20
-"""Levels of lists and mappings in a recipe; its options need three."""
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -75,32 +73,24 @@ class PlainLoader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: dict = {}
-    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse tags, aliases, which can stand for more than memory holds, and endless depth."""
+        """Refuse tags, and aliases, which can stand for more than memory holds."""
         event: Any = self.peek_event()
         if getattr(event, "tag", None):
             raise _Refused(event.start_mark, f"recipes take no tags ({event.tag})", "write the value without it")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise _Refused(event.start_mark, "recipes take no anchors (&) and aliases (*)", "write the value out")
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _Refused(event.start_mark, f"there are more than {MAX_DEPTH} levels", "write one option on each line")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        """Refuse a key that is given twice or is no name."""
+        """Refuse a key that is given twice."""
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise _Refused(key_node.start_mark, f"the key {key!r} is not a name", "name an option")
-            if key in seen:
-                raise _Refused(key_node.start_mark, f"the key {key!r} is given twice", "remove one of them")
-            seen.add(key)
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise _Refused(key.start_mark, f"the key {name!r} is given twice", "remove one of them")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 

@@ -86,11 +86,11 @@ def answer_prompts(
         if config.server:
             meta["servers"] = servers.described if servers else read_meta(path).get("servers")
         if waiting:
-            ranks.from_first(lambda: _begin(prompts, path, meta))
+            ranks.from_first(lambda: write_meta(path, meta, prompts, is_complete=False))
             by_id = {prompt.id: prompt for prompt in prompts}
             mine = [by_id[name] for name in ranks.share(waiting)]
             rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
-            _append_rows(rows, path if ranks.num_ranks() == 1 else _rank_path(path, ranks.rank()), len(mine))
+            _append_rows(rows, _rank_paths(path)[ranks.rank()], len(mine))
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
         ranks.from_first(lambda: _complete(prompts, path, meta, left_out, bool(waiting)))
@@ -116,7 +116,7 @@ def _find_waiting(
     target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
 ) -> list[str]:
     """Check what is there, and return the ids of the prompts that wait for an answer, the short ones first."""
-    register_files(path.parent, path.name, meta_path(path).name)
+    register_files(path.parent, path.name, meta_path(path).name, *(part.name for part in _rank_paths(path)))
     cut_unfinished_line(path)
     _append_rank_files(path)
     check_meta(path, meta)
@@ -132,13 +132,6 @@ def _find_waiting(
     if done and not waiting:
         check_unchanged(path)
     return sorted(waiting, key=waiting.__getitem__)
-
-
-def _begin(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any]) -> None:
-    """Note what makes the answers before the first one is there."""
-    write_meta(path, meta, prompts, is_complete=False)
-    if ranks.num_ranks() > 1:
-        register_files(path.parent, *(_rank_path(path, number).name for number in range(ranks.num_ranks())))
 
 
 def _complete(
@@ -173,9 +166,10 @@ def _append(path: Path, lines: Sequence[str]) -> None:
         os.fsync(file.fileno())
 
 
-def _rank_path(path: Path, rank: int) -> Path:
-    """Return the file of one rank's answers."""
-    return path.with_name(f"{path.stem}.rank-{rank}{path.suffix}")
+def _rank_paths(path: Path) -> list[Path]:
+    """Return the file that each rank writes its answers to."""
+    count = ranks.num_ranks()
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}.rank-{number}") for number in range(count)]
 
 
 def _append_rank_files(path: Path) -> None:

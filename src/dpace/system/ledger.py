@@ -38,13 +38,10 @@ def read_text(path: str | Path, what: str, *, max_bytes: int = MAX_LINE_BYTES) -
         ValueError: the file is missing, is none, is larger, or is not in UTF-8.
     """
     path = Path(path)
-    try:
-        _check_regular(path, what)
+    with _reading(path, what):
         if path.stat().st_size > max_bytes:
             raise ValueError(f"cannot read {path}: it has more than {max_bytes:,} bytes; name {what}")
         return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {_reason(error)}; name {what} in UTF-8") from error
 
 
 def read_object(path: Path, fix: str) -> dict[str, Any]:
@@ -80,35 +77,33 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
         ValueError: the file cannot be read, or a line is not a JSON object, names a key twice, or is too long.
     """
     path = Path(path)
-    try:
-        _check_regular(path, "a JSONL file")
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(
-                        f"{path}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
-                    )
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                try:
-                    if line.strip():
-                        yield number, _read_line(line, f"{path}:{number}")
-                except ValueError:
-                    if is_growing and not line.endswith(b"\n"):
-                        return
-                    raise
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {_reason(error)}; name a JSONL file in UTF-8") from error
+    with _reading(path, "a JSONL file"), path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
+                )
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            try:
+                if line.strip():
+                    yield number, _read_line(line, f"{path}:{number}")
+            except ValueError:
+                if is_growing and not line.endswith(b"\n"):
+                    return
+                raise
 
 
-def _check_regular(path: Path, what: str) -> None:
-    """Refuse what may have no end."""
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Refuse what may have no end, and say in one line why a file cannot be read."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise ValueError(f"cannot read {path}: it is {kind}; name {what}")
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ValueError(f"cannot read {path}: {reason}; name {what} in UTF-8") from error
 
 
 def _read_line(line: bytes, where: str) -> dict:
@@ -178,9 +173,7 @@ def write_json(path: str | Path, value: Any, *, indent: int = 1) -> None:
 
 def sync(path: str | Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk and not only on its way."""
-    if os.name == "nt" and Path(path).is_dir():
-        return  # Windows has no such call for folders
-    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -318,25 +311,20 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
         guard = lock_folder(folder) if is_guarded else contextlib.nullcontext()
         with guard, tempfile.TemporaryDirectory(prefix=".", suffix=UNFINISHED, dir=folder) as aside:
             yield Path(aside)
-            _move_files(Path(aside), folder, last=last, is_guarded=is_guarded)
+            files = sorted(Path(aside).iterdir(), key=lambda file: (file.name == last, file.name))
+            for file in files:
+                make_readable(file)
+                sync(file)
+            if is_guarded:
+                register_files(folder, *(file.name for file in files))
+            (folder / last).unlink(missing_ok=True)
+            for file in files:
+                file.replace(folder / file.name)
+            sync(folder)
     except BaseException:
         if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, HOLDER}:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _move_files(aside: Path, folder: Path, *, last: str, is_guarded: bool) -> None:
-    """Move all files from one folder to the other, `last` after the others."""
-    files = sorted(aside.iterdir(), key=lambda file: (file.name == last, file.name))
-    for file in files:
-        make_readable(file)
-        sync(file)
-    if is_guarded:
-        register_files(folder, *(file.name for file in files))
-    (folder / last).unlink(missing_ok=True)
-    for file in files:
-        file.replace(folder / file.name)
-    sync(folder)
 
 
 def make_readable(path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dpace.system import ranks
 from dpace.system.ledger import read_object
 
-LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
+LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 """What transformers raises for a config with values of the wrong kind."""
 
 

@@ -30,26 +30,21 @@ STEERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 class _LinesInPlaceOfABar(Progress):
-    """A bar of rich that draws nothing and writes lines: the first step, then one in `LINE_SECONDS`, and the end."""
+    """A bar of rich that draws nothing and writes lines: the first step, then one in `LINE_SECONDS`, and the end.
 
-    def add_task(self, description: str, *args: Any, **options: Any) -> TaskID:
-        """Add a piece of work."""
-        return super().add_task(description, *args, first=options.get("completed", 0), written=-math.inf, **options)
-
-    def advance(self, task_id: TaskID, advance: int | float = 1) -> None:
-        """Move on by a number of steps."""
-        self.update(task_id, advance=advance)
+    The field `first` of a task has the steps that were done before it began.
+    """
 
     def update(self, task_id: TaskID, **options: Any) -> None:
         """Move on, and write a line if it is time for one."""
         super().update(task_id, **options)
         task = self.tasks[task_id]
         elapsed = task.elapsed or 0.0
-        if elapsed - task.fields["written"] < LINE_SECONDS and not task.finished:
+        if elapsed - task.fields.get("written", -math.inf) < LINE_SECONDS and not task.finished:
             return
         task.fields["written"] = elapsed
         total = task.total or 0
-        rate = (task.completed - task.fields["first"]) / elapsed if elapsed else 0.0
+        rate = (task.completed - task.fields.get("first", 0)) / elapsed if elapsed else 0.0
         line = f"{task.description}: {task.completed:g} of {total:g} in {_clock(elapsed)}, {rate:.3g} a second"
         if rate and not task.finished:
             line += f", ETA {_clock((total - task.completed) / rate)}"

@@ -214,7 +214,9 @@ def training_bar(objective: str, state: TrainingState) -> Iterator[Callable[[], 
     try:
         with progress_bar() as bar:
             name = f"training, {objective}"
-            task = bar.add_task(name, total=state.max_steps, completed=state.global_step, info="")
+            task = bar.add_task(
+                name, total=state.max_steps, completed=state.global_step, first=state.global_step, info=""
+            )
             yield lambda: bar.update(task, completed=state.global_step, info=latest_numbers(state))
     finally:
         if had_others:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -458,6 +459,8 @@ def test_the_cards_transformers_commands_run(
 
 def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, monkeypatch):
     out = tmp_path / "tiny-dflash-gguf"
+    (out / "notes").mkdir(parents=True)
+    (out / "notes" / "own.txt").touch()
     flags = [str(folder), "--target", str(language_folder), "--to", "gguf", "--output", str(out)]
     flags += ["--dtype", "float16"]
     assert main(["export", *flags]) == 1
@@ -469,8 +472,9 @@ def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, monke
             uploads.append(repo)
             return f"https://example.org/{repo}"
 
-        def upload_folder(self, folder_path, repo_id, commit_message):
-            uploads.append(sorted(path.name for path in Path(folder_path).iterdir()))
+        def upload_folder(self, folder_path, repo_id, commit_message, ignore_patterns):
+            files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+            uploads.append(sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert main(["export", *flags, "--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]) == 0
