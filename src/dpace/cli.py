@@ -142,7 +142,8 @@ def _explain(error: Exception, verb: str) -> str | None:
         return _explain_os_error(error)
     if isinstance(error, ValueError):
         return str(error)
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    is_short = type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)  # torch's, on a CPU
+    if isinstance(error, MemoryError) or is_short:
         return (
             f"out of memory ({str(error).partition('.')[0] or type(error).__name__}); {MEMORY.get(verb, LESS_MEMORY)}"
         )
@@ -151,32 +152,24 @@ def _explain(error: Exception, verb: str) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether torch found no memory; on a CPU it raises a plain RuntimeError."""
-    is_cpu = isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    return is_cpu or type(error).__name__ == "OutOfMemoryError"
-
-
 def _explain_os_error(error: OSError) -> str:
     """Return the file and the way out; errors of libraries, which have no number, have their own words."""
-    if error.errno is None or error.strerror is None:
-        return str(error)
-    name = f"{error.filename}" if error.filename is not None else "a file"
-    fixes = {
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, and run the same command again: it goes on",
-        (errno.EACCES, errno.EPERM, errno.EROFS): "change its permissions, or name another path",
-        (errno.ENOENT,): "name one that exists",
-        (
-            errno.EISDIR,
-            errno.ENOTDIR,
-            errno.EEXIST,
-        ): "a file stands where a folder belongs, or the other way: name another",
-        (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL): "name another path",
-    }
-    fix = next(
-        (fix for numbers, fix in fixes.items() if error.errno in numbers), "fix this, and run the same command again"
-    )
-    return f"{name}: {error.strerror}; {fix}"
+    match error.errno:
+        case None:
+            return str(error)
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            fix = "make room, and run the same command again: it goes on"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            fix = "change its permissions, or name another path"
+        case errno.ENOENT:
+            fix = "name one that exists"
+        case errno.EISDIR | errno.ENOTDIR | errno.EEXIST:
+            fix = "a file stands where a folder belongs, or the other way: name another"
+        case errno.ENAMETOOLONG | errno.ELOOP | errno.EINVAL:
+            fix = "name another path"
+        case _:
+            fix = "fix this, and run the same command again"
+    return f"{'a file' if error.filename is None else error.filename}: {error.strerror}; {fix}"
 
 
 if __name__ == "__main__":

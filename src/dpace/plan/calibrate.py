@@ -1,23 +1,32 @@
-"""Take a few real steps on this machine, and compare them with a plan."""
+"""Take a few steps of the training loop on this machine, and compare them with a plan."""
 
-import time
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+
+import torch
 
 from dpace.config import Recipe
+from dpace.loss.objective import make_weigh
 from dpace.plan.lines import duration, size
-from dpace.plan.step import Models, make_drafter
+from dpace.plan.step import make_drafter
 from dpace.plan.training import TrainingPlan
-from dpace.system.device import find_device, synchronize
+from dpace.respond.responses import Response
+from dpace.system.device import find_device
 from dpace.target import Target
 from dpace.target.locate import find_target
+from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
+from dpace.train.run import choose_conversations, keep_features
 
 NUM_STEPS = 3
-"""Steps that are taken; the first one is not timed."""
+"""Steps that are taken; the first one is slower than the median of them."""
 
 
 def calibrate(recipe: Recipe, plan: TrainingPlan) -> str:
-    """Take real steps of the largest micro-batch on this machine, and compare them with a plan.
+    """Take steps of the largest micro-batch on this machine, and compare them with a plan.
 
+    The conversations are made up: as long as the longest one, with as many different tokens as the head has rows.
     Memory is what the process takes more than before it loaded the target; on a GPU, what is allocated.
 
     Args:
@@ -30,27 +39,30 @@ def calibrate(recipe: Recipe, plan: TrainingPlan) -> str:
     if not plan.machine.is_here:
         raise ValueError("--calibrate takes steps on this machine, which has no GPU; leave it out, or --device cpu")
     device = find_device(recipe.device)
-    bytes_before = PeakMemory(device).bytes or 0
+    bytes_before = 0 if plan.machine.is_cuda else PeakMemory(device).bytes or 0
     target = Target.load(find_target(recipe.target), dtype=plan.machine.dtype, device=recipe.device)
-    models = Models(target, make_drafter(target, vars(recipe.drafter)), recipe, plan.machine.is_cuda)
-    head = target.head
-    if rows := plan.conversations.shape.num_head_rows:
-        head = head._replace(weight=head.weight[:rows].contiguous())
     memory = PeakMemory(device)
-    optimizer = models.optimizer()
-    kept = models.inputs(plan.conversations.shape) if plan.features == "kept" else {}
-    seconds = []
-    for _ in range(NUM_STEPS):
-        start = time.perf_counter()
-        for _ in range(recipe.train.gradient_accumulation_steps):
-            models.backward({**kept} or models.inputs(plan.conversations.shape), head)
-        models.step(optimizer)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    taken = (memory.bytes or 0) - (0 if plan.machine.is_cuda else bytes_before)
-    step_seconds = min(seconds[1:])
-    total = "" if plan.num_steps is None else f", {duration(step_seconds * plan.num_steps)} for all steps"
+
+    shape = plan.conversations.shape
+    rows = shape.num_head_rows or shape.num_tokens
+    number = max(shape.batch_size * recipe.train.gradient_accumulation_steps, ceil(rows / shape.num_tokens))
+    texts = (torch.arange(number * shape.num_tokens) % rows).split(shape.num_tokens)
+    spans = [[shape.num_tokens - shape.num_blocks - 1, shape.num_tokens]]
+    responses = [Response(str(index), "", [], text.tolist(), spans) for index, text in enumerate(texts)]
+
+    recipe = replace(recipe, train=replace(recipe.train, max_steps=NUM_STEPS))
+    datasets = choose_conversations(responses, [], recipe)
+    if plan.features == "kept":
+        keep_features(target, *datasets, recipe)
+    drafter = make_drafter(target, recipe.drafter)
+    weigh = make_weigh(recipe.loss, drafter.block_size)
+    loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=Path())  # writes none
+    for batches in loop.batches_of_steps():
+        loop.take_step(batches)
+    seconds = loop.log.entry(loop.accelerator)["step_seconds"]
+    total = "" if plan.num_steps is None else f", {duration(seconds * plan.num_steps)} for all steps"
+    taken = (memory.bytes or 0) - bytes_before
     return (
-        f"measured here: {step_seconds:.3g} s for the largest step{total}; memory {size(taken)}, "
+        f"measured here: {seconds:.3g} s for the largest step{total}; memory {size(taken)}, "
         f"{taken / plan.step.peak_bytes:.2f} times the plan"
     )

@@ -7,10 +7,12 @@ refused here.
 import shutil
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from dpace.config import BenchConfig, CompareConfig, Recipe, TrainConfig
 from dpace.plan.speed import START_SECONDS, Number, TargetSpeed
+from dpace.plan.step import BatchShape
 from dpace.plan.training import (
     Conversations,
     TrainingPlan,
@@ -110,13 +112,13 @@ def answering_seconds(
 ) -> Number:
     """Estimate the seconds in which the target reads prompts and writes answers, in batches, like those it wrote."""
     turns = sum(len(prompt.turns) for prompt in prompts)
-    num_read = sum(tokens for tokens, _ in expected_lengths(prompts, recipe, 0))
+    num_read = expected_lengths(prompts, recipe, 0)[0].sum()
     batch_size = recipe.respond.batch_size
     longest = mean_answer(kept.values(), recipe.respond.max_new_tokens, batch_size)
     return target.reading_seconds(num_read) + target.decoding_seconds(turns, longest, batch_size)
 
 
-def answer_lines(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
+def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     """Write what `dpace respond` will do.
 
     Raises:
@@ -139,7 +141,7 @@ def answer_lines(recipe: Recipe, parts: PromptParts, path: Path) -> list[str]:
     if not servers:
         seconds = answering_seconds(recipe, find_speed(recipe), waiting, kept)
         lines.append(time_line({"answers": seconds}, is_bound=not kept))
-    return [*lines, disk_line(path.parent, ANSWER_BYTES * turns * limit)]
+    return [*lines, disk_line(recipe.output, ANSWER_BYTES * turns * limit)]
 
 
 def num_decodings(bench: BenchConfig, prompts: Sequence[Prompt], num_drafters: int) -> int:
@@ -204,10 +206,9 @@ def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequenc
     if config.respond.source == "target" and not config.respond.server:
         answers = answering_seconds(config, target, waiting, kept)
     if unmeasured := [folder for folder in folders if not (folder / "heldout.json").exists()]:
-        heldout = expected_lengths(parts.heldout, config, answer_tokens)
-        blocks = len(unmeasured) * sum(written for _, written in heldout)
-        measuring = target.reading_seconds(sum(tokens for tokens, _ in heldout))
-        measuring += target.seconds_of(blocks * plan.flops["block"])
+        tokens, blocks = expected_lengths(parts.heldout, config, answer_tokens).sum(1)
+        measuring = target.reading_seconds(tokens)
+        measuring += target.seconds_of(len(unmeasured) * blocks * plan.flops["block"])
     decoded = first_of_each_set(parts.heldout, config.bench.num_prompts)
     decodings = num_decodings(config.bench, decoded, len(folders) // len(config.seeds))
     decodings -= records_of(Path(config.output) / "decode")
@@ -240,13 +241,14 @@ def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
         conversations = f"{count(known.number, 'conversation')} ({about}{tokens:,} tokens)"
     is_stored = plan.features != "computed in every step"
     features = plan.features + (f" ({size(plan.feature_bytes)})" if is_stored else "")
-    rate = f"{plan.target.speed.flops / 1e12:.3g} TFLOP/s{'' if machine.is_here else ', assumed'}"
+    device = "GPU" if machine.is_cuda else "CPU"
+    rate = f"{device}, {plan.target.speed.flops / 1e12:.3g} TFLOP/s{'' if machine.is_here else ', assumed'}"
     peak_bytes = plan.step.peak_bytes + machine.memory - plan.room  # with CUDA's context
     return [
         f"training: {steps} of {batch}, {conversations}",
         f"drafter: {plan.drafter_parameters / 1e6:.4g} M parameters, {size(2 * plan.drafter_parameters)}; "
         f"hidden states {features}",
-        f"memory: {size(peak_bytes)} at the peak, {size(machine.memory)} free ({machine.name}, {rate})",
+        f"memory: {size(peak_bytes)} at the peak, {size(machine.memory)} free ({rate})",
     ]
 
 
@@ -262,33 +264,30 @@ def memory_lines(plan: TrainingPlan) -> list[str]:
     ]
 
 
-def fit_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
+def fit_lines(plan: TrainingPlan) -> list[str]:
     """Write the largest batch that fits, or what to change where the recipe's does not."""
     shape = plan.conversations.shape
+    memory = size(plan.machine.memory)
 
-    def largest(option: str, values: Sequence[int], checkpointing: bool) -> int:
-        """Find the largest value of a shape with which a step fits; 0 for none."""
+    def num_fitting(shapes: Sequence[BatchShape], *, checkpointing: bool = False) -> int:
+        """Count the shapes, from small to large ones, with which a step fits."""
+        take = partial(plan.paper.take, checkpointing=checkpointing)
+        return bisect_right(shapes, plan.room, key=lambda shape: take(shape).peak_bytes)
 
-        def peak(value: int) -> int:
-            smaller = shape._replace(**{"batch_size": 1, option: value})
-            return plan.paper.take(smaller, checkpointing=checkpointing).peak_bytes
-
-        found = bisect_right(values, plan.room, key=peak)
-        return values[found - 1] if found else 0
-
+    most = max(LARGEST_BATCH, shape.batch_size) if plan.fits else shape.batch_size
+    batches = [shape._replace(batch_size=number) for number in range(1, most + 1)]
+    fewer = num_fitting(batches)
     if plan.fits:
-        most = largest("batch_size", range(1, max(LARGEST_BATCH, shape.batch_size) + 1), train.gradient_checkpointing)
-        return [f"fits in {size(plan.machine.memory)}: also --train.batch-size {most}"]
-    ways = []
-    for is_checkpointing in dict.fromkeys((train.gradient_checkpointing, True)):
-        more = " --train.gradient-checkpointing, which costs time" if is_checkpointing else ""
-        if fewer := largest("batch_size", range(1, shape.batch_size + 1), is_checkpointing):
-            ways.append(f"--train.batch-size {fewer}{more}")
-    powers = [2**exponent for exponent in range(shape.num_blocks.bit_length())]
-    if not ways and (fewer := largest("num_blocks", powers, checkpointing=True)):
-        ways = [f"--train.batch-size 1 --train.gradient-checkpointing --train.num-anchors {fewer}"]
-    needed = size(plan.step.peak_bytes)
+        return [f"fits in {memory}: also --train.batch-size {fewer}"]
+    ways = [f"--train.batch-size {fewer}"] if fewer else []
+    slower = num_fitting(batches, checkpointing=True)
+    if slower > fewer:
+        ways.append(f"--train.batch-size {slower} --train.gradient-checkpointing, which costs time")
+    blocks = [2**power for power in range(shape.num_blocks.bit_length())]
+    few_blocks = [batches[0]._replace(num_blocks=number) for number in blocks]
+    if not ways and (number := num_fitting(few_blocks, checkpointing=True)):
+        ways = [f"--train.batch-size 1 --train.gradient-checkpointing --train.num-anchors {blocks[number - 1]}"]
     return [
-        f"does not fit in {size(plan.machine.memory)}: a step needs {needed}. Each of these makes it fit:",
+        f"does not fit in {memory}: a step needs {size(plan.step.peak_bytes)}. Each of these makes it fit:",
         *(f"  {way}" for way in ways or [SMALLER]),
     ]

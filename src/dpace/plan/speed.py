@@ -5,12 +5,11 @@ products, which is what long texts and training take, and of reading weights, wh
 cores of an AMD EPYC each kind of work was within a factor of 1.7 of its estimate (SmolLM2-135M-Instruct in fp32).
 """
 
-import time
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 Number = int | float
 MEASURING_SECONDS = 0.1
@@ -69,17 +68,10 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     b = torch.ones(1024, 1024, device=device, dtype=dtype)
     weights = torch.ones(2**14, 2**11, device=device, dtype=dtype)
     vector = torch.ones(2**11, device=device, dtype=dtype)
-    flops = 2 * a.numel() * len(b) / _least_seconds(lambda: a @ b)
-    return Speed(flops, weights.nbytes / _least_seconds(lambda: weights @ vector))
+    return Speed(2 * a.numel() * len(b) / _seconds(a, b), weights.nbytes / _seconds(weights, vector))
 
 
-def _least_seconds(work: Callable[[], torch.Tensor]) -> Number:
-    """Time one call: the least of those that fit into the time, which other programs disturb least."""
-    work()
-    least = float("inf")
-    end = time.perf_counter() + MEASURING_SECONDS
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        float(work().flatten()[0])  # waits for a GPU
-        least = min(least, time.perf_counter() - start)
-    return least
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> Number:
+    """Time a product: the least of the blocks that fit into the time, which other programs disturb least."""
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=MEASURING_SECONDS).times)

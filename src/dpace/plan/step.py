@@ -7,8 +7,7 @@ dtypes and no values; the bytes of those that are alive are added up by the part
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -26,9 +25,9 @@ from transformers import (
     initialization,
 )
 
-from dpace.config import Recipe
+from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
-from dpace.loss import Slots, block_loss
+from dpace.loss import block_loss
 from dpace.loss.head_scores import SOFT_COPIES, default_chunk_bytes
 from dpace.system.loading import attention_of, translate_library_errors
 from dpace.target import Target
@@ -76,82 +75,6 @@ class StepCost(NamedTuple):
         return sum(self.parts.values())
 
 
-class Models(NamedTuple):
-    """The models of a plan; fake, or real where a step is measured."""
-
-    target: Any
-    drafter: Drafter
-    recipe: Recipe
-    is_cuda: bool
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Make the optimizer that training makes."""
-        return make_optimizer(self.drafter, self.recipe.train)
-
-    def inputs(self, shape: BatchShape) -> dict[str, Any]:
-        """Make a micro-batch in which every block is full, with its features."""
-        target = self.target
-        labels_shape = shape.batch_size, shape.num_blocks, self.drafter.block_size
-        labels = torch.zeros(labels_shape, dtype=torch.long, device=target.device)
-        places = torch.linspace(0, shape.num_tokens - 1, shape.num_blocks, device=target.device)
-        anchors = places.long().expand(shape.batch_size, -1)
-        is_scored = torch.ones_like(labels, dtype=torch.bool)
-        is_scored[..., 0] = False
-        token_ids = torch.zeros(shape.batch_size, shape.num_tokens, dtype=torch.long, device=target.device)
-        needs_last = self.recipe.loss.needs_target_probs
-        return {
-            "token_ids": token_ids,
-            "features": target.features(token_ids, self.drafter.target_layer_ids, with_head_input=needs_last),
-            "is_response": torch.ones_like(token_ids, dtype=torch.bool),
-            "anchors": anchors,
-            "labels": labels,
-            "is_scored": is_scored,
-            "is_block": torch.ones_like(anchors, dtype=torch.bool),
-        }
-
-    def backward(
-        self,
-        inputs: dict[str, Any],
-        head: Head,
-        *,
-        part: Callable[[str], AbstractContextManager] = nullcontext,
-        **options: Any,
-    ) -> None:
-        """Compute the loss of a micro-batch and its gradient, as training does; `inputs` is emptied in between.
-
-        Args:
-            inputs: of `inputs`.
-            head: the target's, or some of its rows.
-            part: makes what is entered for each part of the work.
-            options: further fields of `Scorer`.
-        """
-
-        def draft(**batch: Any) -> Any:  # as `accelerate` does: in bf16 on a GPU, with a result in fp32
-            with part(ACTIVATIONS):
-                with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.is_cuda):
-                    out = self.drafter(**batch)
-                out.last_hidden_state = out.last_hidden_state.float()
-            return out
-
-        def weigh(slots: Slots) -> Tensor:
-            return uniform_weights(slots.is_scored)
-
-        scorer = Scorer(self.drafter, self.target, self.recipe.loss, weigh, head, **options)
-        with part(HEAD):
-            out, blocks = scorer.score(draft, inputs)
-            loss = block_loss(out.losses, blocks.is_scored, num_items=1)
-        inputs.clear()
-        del out
-        with part(BACKWARD):
-            loss.backward()
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient and take an optimizer step."""
-        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.recipe.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 aten = torch.ops.aten
 
 
@@ -177,18 +100,9 @@ class MemoryTracker(TorchDispatchMode):
         self.peak_bytes = 0
         self.flops: Counter[str] = Counter()
         """Operations, by part."""
-        self._part = BACKWARD
-        self._owners: dict[int, tuple[Any, int, str]] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Name the part of the work that allocates inside the `with` block."""
-        before = self._part
-        self._part = name
-        try:
-            yield
-        finally:
-            self._part = before
+        self.part = FEATURES
+        """The part of the work that allocates now."""
+        self._storages: set[int] = set()
 
     def count(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count tensors that exist already."""
@@ -205,10 +119,10 @@ class MemoryTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         if count_flops := flop_registry.get(function.overloadpacket):
-            self.flops[self._part] += count_flops(*args, **kwargs, out_val=out)
+            self.flops[self.part] += count_flops(*args, **kwargs, out_val=out)
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self._add(value, self._part)
+                self._add(value, self.part)
         live_bytes = sum(self.live.values())
         if live_bytes > self.peak_bytes:
             self.at_peak = dict(self.live)
@@ -219,13 +133,14 @@ class MemoryTracker(TorchDispatchMode):
         """Count the storage of a tensor, if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._owners and (size := storage.nbytes()):
-            self._owners[key] = weakref.ref(storage, lambda _: self._remove(key)), size, part
+        if key not in self._storages and (size := storage.nbytes()):
+            self._storages.add(key)
             self.live[part] += size
+            weakref.finalize(storage, self._remove, key, size, part)
 
-    def _remove(self, key):
+    def _remove(self, key, size, part):
         """Take off a storage."""
-        _, size, part = self._owners.pop(key)
+        self._storages.remove(key)
         self.live[part] -= size
 
 
@@ -233,14 +148,18 @@ class PaperTarget(Target):
     """A target of fake tensors: it has shapes and dtypes, and computes nothing.
 
     Whether embedding and head are plain tables is not looked at, since that takes weights.
+
+    Args:
+        model: made of fake tensors.
+        mode: that made them; all that meets them is made in it too.
     """
 
     cache_ability: Any = "crop"
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, mode: FakeTensorMode):
+        self.mode = mode
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer: Any = None
-        self.thinking = False
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
         self.layers = find_layers(self.model, self.decoder, self.config)
@@ -268,39 +187,25 @@ def read_shape(name: str) -> PretrainedConfig:
         return config
 
 
-@contextmanager
-def on_paper(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]:
-    """Let all tensors made inside the `with` block be fake: shapes without values or memory.
-
-    Args:
-        mode: that an earlier block yielded, to go on with its tensors.
-    """
-    with mode or FakeTensorMode() as entered, initialization.no_init_weights():
-        yield entered
-
-
 def make_target(config: PretrainedConfig, dtype: torch.dtype) -> PaperTarget:
-    """Make a target on paper; call it inside `on_paper`.
+    """Make a target on paper.
 
     Raises:
         ValueError: a config that its own class refuses.
     """
     attention = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    with translate_library_errors(f"a model of {type(config).__name__}", "name another target"):
+    fake = FakeTensorMode()
+    way = "name another target"
+    with translate_library_errors(f"a model of {type(config).__name__}", way), fake, initialization.no_init_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         model.tie_weights()
-    return PaperTarget(model)
+        return PaperTarget(model, fake)
 
 
-def make_drafter(target: Target, options: dict[str, Any]) -> Drafter:
-    """Make an untrained drafter, for a target on paper inside `on_paper`.
-
-    Args:
-        target: its target.
-        options: those of `DrafterConfig`; the weights to start from change nothing here.
-    """
-    shape = {name: value for name, value in options.items() if name != "init"}
-    return Drafter.from_target(target, seed=0, **shape).requires_grad_(True).train()
+def make_drafter(target: Target, config: DrafterConfig) -> Drafter:
+    """Make an untrained drafter; the weights to start from change nothing here."""
+    shape = {name: value for name, value in vars(config).items() if name != "init"}
+    return Drafter.from_target(target, **shape).requires_grad_(True).train()
 
 
 class PaperStep:
@@ -310,79 +215,129 @@ class PaperStep:
     autocast lets it.
 
     Args:
-        models: made inside `dpace.plan.step.on_paper`.
-        mode: what that yielded.
-        copies_bytes: copies of the target's weights, which a fast layout needs on a CPU.
-        kept_bytes: features of all conversations, where they are kept in the same memory.
+        target: the target on paper.
+        recipe: every setting.
+        is_cuda: whether the step is one on a GPU.
     """
 
-    def __init__(self, models: Models, mode: FakeTensorMode, *, copies_bytes: int = 0, kept_bytes: int = 0):
-        self.models = models
-        self.mode = mode
-        self.more_bytes = {TARGET: copies_bytes, FEATURES: kept_bytes}
-        self.optimizer = models.optimizer()
+    def __init__(self, target: PaperTarget, recipe: Recipe, *, is_cuda: bool):
+        self.target = target
+        self.recipe = recipe
+        self.is_cuda = is_cuda
+        with target.mode:
+            self.drafter = make_drafter(target, recipe.drafter)
+            self.optimizer = make_optimizer(self.drafter, recipe.train)
+        self.more_bytes: dict[str, int] = {}
+        """Bytes beside those of the step, by part: copies of weights, and features that are kept."""
 
-    def take(self, shape: BatchShape, *, checkpointing: bool | None = None) -> StepCost:
-        """Take a step of a micro-batch of this shape; the first one has no moments yet at its peak."""
-        models = self.models
-        loss = models.recipe.loss
+    def take(self, shape: BatchShape, *, checkpointing: bool = False) -> StepCost:
+        """Take a step of a micro-batch of this shape; the first one has no moments yet at its peak.
+
+        Args:
+            shape: of the micro-batch, in which every block is full.
+            checkpointing: compute activations again, whatever the recipe says.
+        """
+        target, drafter = self.target, self.drafter
+        loss, train = self.recipe.loss, self.recipe.train
         is_soft = loss.needs_target_probs
-        if models.recipe.train.gradient_checkpointing if checkpointing is None else checkpointing:
-            models.drafter.activation_checkpointing_enable()
-        with on_paper(self.mode):
-            head: Head = models.target.head
+        if checkpointing or train.gradient_checkpointing:
+            drafter.activation_checkpointing_enable()
+        with target.mode:
+            head = target.head
             if shape.num_head_rows is not None:
                 head = head._replace(weight=head.weight.new_empty(shape.num_head_rows, head.weight.shape[1]))
             # One chunk of the loss is run, or three tiles of one, whose work all others repeat.
             chunk_bytes = (loss.chunk_mib or 0) * 2**20
-            chunk_bytes = chunk_bytes or default_chunk_bytes(head.weight, is_cpu=not models.is_cuda, is_soft=is_soft)
+            chunk_bytes = chunk_bytes or default_chunk_bytes(head.weight, is_cpu=not self.is_cuda, is_soft=is_soft)
             num_logits = chunk_bytes // 4
-            num_scored = shape.batch_size * shape.num_blocks * (models.drafter.block_size - 1)
+            num_scored = shape.batch_size * shape.num_blocks * (drafter.block_size - 1)
             num_rows = num_logits // SOFT_COPIES // len(head.weight) if is_soft else isqrt(num_logits)
             num_rows = max(1, min(num_rows, num_scored))
             tile = head if is_soft else head._replace(weight=head.weight[: 3 * max(1, num_logits // num_rows)])
             tracker = MemoryTracker(num_rows)
-            tracker.count([*models.target.model.parameters(), *models.target.model.buffers()], TARGET)
-            tracker.count([*models.drafter.parameters(), *models.drafter.buffers()], DRAFTER)
+            tracker.count([*target.model.parameters(), *target.model.buffers()], TARGET)
+            tracker.count([*drafter.parameters(), *drafter.buffers()], DRAFTER)
             tracker.count([head.weight], HEAD)
             moments = (value for state in self.optimizer.state.values() for value in state.values())
             tracker.count((value for value in moments if isinstance(value, Tensor)), MOMENTS)
+            masks: dict[str, Any] = {"make_mask": lambda *_: None} if self.is_cuda else {}  # a GPU's is small
+            scorer = Scorer(
+                drafter,
+                target,
+                loss,
+                lambda slots: uniform_weights(slots.is_scored),
+                tile,
+                chunk_bytes=chunk_bytes,
+                **masks,
+            )
             with tracker:
-                with tracker.part(FEATURES):
-                    inputs = models.inputs(shape)
-                masks: dict[str, Any] = {"make_mask": lambda *_: None} if models.is_cuda else {}  # a GPU's is small
-                models.backward(inputs, tile, part=tracker.part, chunk_bytes=chunk_bytes, **masks)
-                with tracker.part(MOMENTS):
-                    models.step(self.optimizer)
-        models.drafter.activation_checkpointing_disable()
+                self._run(scorer, self._inputs(shape), tracker)
+        drafter.activation_checkpointing_disable()
         parts = {part: size + self.more_bytes.get(part, 0) for part, size in tracker.at_peak.items()}
         optimizer_flops = tracker.flops.pop(MOMENTS, 0)
         # The other chunks: forward and backward, and the target's own logits for soft labels.
         left_out = head.weight.numel() * num_scored - tile.weight.numel() * num_rows
         drafter_flops = tracker.flops.total() + (6 if is_soft else 4) * left_out + self._attention_flops(shape)
-        micro_batches = models.recipe.train.gradient_accumulation_steps
         flops = {
-            "target": float(micro_batches * self._target_flops(shape)),
-            "drafter": float(micro_batches * drafter_flops),
+            "target": float(train.gradient_accumulation_steps * self._target_flops(shape)),
+            "drafter": float(train.gradient_accumulation_steps * drafter_flops),
             "optimizer": float(optimizer_flops),
         }
         return StepCost({part: size for part, size in parts.items() if size >= 1024}, flops)
 
+    def _inputs(self, shape: BatchShape) -> dict[str, Tensor]:
+        """Make a micro-batch with its features."""
+        anchors = torch.zeros(shape.batch_size, shape.num_blocks, dtype=torch.long)
+        labels = torch.zeros(*anchors.shape, self.drafter.block_size, dtype=torch.long)
+        token_ids = torch.zeros(shape.batch_size, shape.num_tokens, dtype=torch.long)
+        with_last = self.recipe.loss.needs_target_probs
+        return {
+            "token_ids": token_ids,
+            "features": self.target.features(token_ids, self.drafter.target_layer_ids, with_head_input=with_last),
+            "is_response": torch.ones_like(token_ids, dtype=torch.bool),
+            "anchors": anchors,
+            "labels": labels,
+            "is_scored": torch.ones_like(labels, dtype=torch.bool),
+            "is_block": torch.ones_like(anchors, dtype=torch.bool),
+        }
+
+    def _run(self, scorer: Scorer, inputs: dict[str, Tensor], tracker: MemoryTracker) -> None:
+        """Compute the loss of a micro-batch and its gradient, and take a step, as training does."""
+
+        def draft(**batch: Any) -> Any:  # as `accelerate` does: in bf16 on a GPU, with a result in fp32
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.is_cuda):
+                out = self.drafter(**batch)
+            out.last_hidden_state = out.last_hidden_state.float()
+            tracker.part = HEAD
+            return out
+
+        tracker.part = ACTIVATIONS
+        out, blocks = scorer.score(draft, inputs)
+        loss = block_loss(out.losses, blocks.is_scored, num_items=1)
+        inputs.clear()
+        del out
+        tracker.part = BACKWARD
+        loss.backward()
+        tracker.part = MOMENTS
+        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.recipe.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     def _attention_flops(self, shape: BatchShape) -> float:
         """Count the operations of the drafter's attention: one forward pass, and 2.5 times as much backward."""
-        queries = shape.num_blocks * self.models.drafter.block_size
+        queries = shape.num_blocks * self.drafter.block_size
         seen = shape.num_tokens + queries
-        if self.models.is_cuda:
-            seen = shape.num_tokens / 2 + self.models.drafter.block_size
-        config = self.models.drafter.config
+        if self.is_cuda:
+            seen = shape.num_tokens / 2 + self.drafter.block_size
+        config = self.drafter.config
         width = config.num_attention_heads * config.head_dim
         return 3.5 * config.num_hidden_layers * 4 * shape.batch_size * width * queries * seen
 
     def _target_flops(self, shape: BatchShape) -> float:
         """Count the operations in which the target computes features: each weight counts, those of experts too."""
-        target = self.models.target
-        last = None if self.models.recipe.loss.needs_target_probs else max(self.models.drafter.target_layer_ids) + 1
+        target = self.target
+        last = None if self.recipe.loss.needs_target_probs else max(self.drafter.target_layer_ids) + 1
         weights = sum(parameter.numel() for parameter in target.layers[:last].parameters())
-        width = target.config.num_hidden_layers * self.models.drafter.config.num_attention_heads
-        scores = width * self.models.drafter.config.head_dim * shape.num_tokens
+        width = target.config.num_hidden_layers * self.drafter.config.num_attention_heads
+        scores = width * self.drafter.config.head_dim * shape.num_tokens
         return 2.0 * shape.batch_size * shape.num_tokens * (weights + scores)

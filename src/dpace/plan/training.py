@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from transformers import PretrainedConfig
@@ -18,17 +19,15 @@ from dpace.batches.corpus import load_corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe, TrainConfig
-from dpace.drafter import Drafter
 from dpace.plan.speed import ASSUMED_GPU, Number, Speed, TargetSpeed, measure_speed
 from dpace.plan.step import (
+    FEATURES,
+    TARGET,
     BatchShape,
-    Models,
     PaperStep,
     PaperTarget,
     StepCost,
-    make_drafter,
     make_target,
-    on_paper,
     read_shape,
 )
 from dpace.prompts.prompts import Prompt, PromptParts
@@ -65,11 +64,6 @@ class Machine(NamedTuple):
     is_here: bool = True
     """Whether it is this machine, so that its speed can be measured."""
     ranks: int = 1
-
-    @property
-    def name(self) -> str:
-        """The device, for people."""
-        return "GPU" if self.is_cuda else "CPU"
 
     @property
     def speed(self) -> Speed:
@@ -118,39 +112,45 @@ class Conversations(NamedTuple):
     """Whether they are answered; else the answers' lengths are expected ones."""
 
 
-def known_conversations(dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> Conversations:
-    """Take the lengths of conversations that are answered."""
-    anchors, checked = (part.corpus.num_anchors(part.max_length)[part.chosen] for part in (dataset, validation))
-    rows = len(dataset.seen_tokens) if recipe.loss.vocabulary == "seen" else None
-    blocks = anchors.clip(max=recipe.train.num_anchors)
-    size = min(recipe.train.batch_size, len(dataset))
+def _describe(recipe: Recipe, trained: np.ndarray, checked: np.ndarray) -> Conversations:
+    """Describe conversations by the tokens and anchors of each, "2 conversation": to train on, and to choose by."""
+    tokens, anchors = trained
+    blocks = anchors.clip(1, recipe.train.num_anchors)
     return Conversations(
-        number=len(dataset),
-        shape=BatchShape(size, int(dataset.lengths.max()), int(blocks.max()), rows),
-        mean_tokens=float(dataset.lengths.mean()),
+        number=len(tokens),
+        shape=BatchShape(min(recipe.train.batch_size, len(tokens)), int(tokens.max()), int(blocks.max())),
+        mean_tokens=float(tokens.mean()),
         mean_blocks=float(blocks.mean()),
-        validation_tokens=float(validation.lengths.sum()),
-        validation_blocks=float(checked.sum()),
-        is_known=True,
+        validation_tokens=float(checked[0].sum()),
+        validation_blocks=float(checked[1].sum()),
     )
 
 
-def expected_lengths(prompts: Iterable[Prompt], recipe: Recipe, answer_tokens: Number) -> list[tuple[Number, Number]]:
-    """Estimate the tokens of each conversation, and how many of them the target writes, from the prompts' texts.
+def known_conversations(dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> Conversations:
+    """Take the lengths of conversations that are answered."""
+    parts = (dataset, validation)
+    lengths = [np.stack([part.lengths, part.corpus.num_anchors(part.max_length)[part.chosen]]) for part in parts]
+    known = _describe(recipe, *lengths)
+    rows = len(dataset.seen_tokens) if recipe.loss.vocabulary == "seen" else None
+    return known._replace(shape=known.shape._replace(num_head_rows=rows), is_known=True)
+
+
+def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, answer_tokens: Number) -> np.ndarray:
+    """Estimate the tokens of each conversation, and the anchors in its answers, from the prompts' texts.
 
     Args:
         prompts: which may be answered or not.
         recipe: has the length at which conversations are cut.
         answer_tokens: expected of an answer.
+
+    Returns:
+        Both, "2 prompt".
     """
-    lengths = []
-    for prompt in prompts:
-        messages = [message["content"] for turn in prompt.turns for message in turn]
-        asked = sum(len(text.encode()) / BYTES_PER_TOKEN + TOKENS_PER_MESSAGE for text in messages)
-        answered = len(prompt.turns) * answer_tokens
-        tokens = min(asked + answered, recipe.train.max_length)
-        lengths.append((tokens, min(answered, tokens)))
-    return lengths
+    texts = [[message["content"] for turn in prompt.turns for message in turn] for prompt in prompts]
+    asked = [sum(len(text.encode()) / BYTES_PER_TOKEN + TOKENS_PER_MESSAGE for text in prompt) for prompt in texts]
+    answers = np.array([len(prompt.turns) for prompt in prompts])
+    tokens = np.minimum(np.array(asked) + answers * answer_tokens, recipe.train.max_length)
+    return np.stack([tokens, np.minimum(answers * answer_tokens, tokens) - answers])
 
 
 def expected_conversations(recipe: Recipe, parts: PromptParts | None, answer_tokens: Number) -> Conversations:
@@ -158,24 +158,14 @@ def expected_conversations(recipe: Recipe, parts: PromptParts | None, answer_tok
 
     The largest micro-batch has answers of the longest length, whatever is expected on average.
     """
-    train = recipe.train
     limit = recipe.respond.max_new_tokens
     if parts is None:
-        longest = train.max_length
-        blocks = max(1, min(train.num_anchors, longest - 1, limit - 1))
-        return Conversations(None, BatchShape(train.batch_size, longest, blocks), longest, blocks)
-    trained = expected_lengths(parts.train, recipe, answer_tokens)
-    checked = expected_lengths(parts.validation, recipe, answer_tokens)
-    longest, written = map(max, zip(*expected_lengths(parts.train, recipe, limit), strict=True))
-    blocks = max(1, min(train.num_anchors, int(written) - 1))
-    return Conversations(
-        number=len(trained),
-        shape=BatchShape(min(train.batch_size, len(trained)), int(longest), blocks),
-        mean_tokens=sum(tokens for tokens, _ in trained) / len(trained),
-        mean_blocks=sum(max(1.0, min(blocks, written - 1)) for _, written in trained) / len(trained),
-        validation_tokens=sum(tokens for tokens, _ in checked),
-        validation_blocks=sum(written for _, written in checked),
-    )
+        tokens = np.full(recipe.train.batch_size, recipe.train.max_length)
+        longest = np.stack([tokens, tokens.clip(max=limit) - 1])
+        return _describe(recipe, longest, longest[:, :0])._replace(number=None)
+    expected, checked = (expected_lengths(part, recipe, answer_tokens) for part in (parts.train, parts.validation))
+    longest = _describe(recipe, expected_lengths(parts.train, recipe, limit), checked)
+    return _describe(recipe, expected, checked)._replace(shape=longest.shape)
 
 
 def find_conversations(recipe: Recipe, parts: PromptParts | None, kept: Mapping[str, Response]) -> Conversations:
@@ -212,8 +202,8 @@ def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
     """Count the optimizer steps as training does."""
     if train.max_steps > 0:
         return train.max_steps
-    batches = math.ceil(math.ceil(conversations / ranks) / train.batch_size)
-    return math.ceil(train.num_epochs * max(1, math.ceil(batches / train.gradient_accumulation_steps)))
+    step_size = train.batch_size * train.gradient_accumulation_steps * ranks
+    return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
 
 
 def steps_done(folder: Path) -> int:
@@ -280,18 +270,14 @@ def plan_training(
     """
     train = recipe.train
     shape = conversations.shape
-    with on_paper() as mode:
-        target = make_target(config, machine.dtype)
-        drafter = make_drafter(target, vars(recipe.drafter))
-        features, feature_bytes = _plan_features(recipe, target, conversations)
-        paper = PaperStep(
-            Models(target, drafter, recipe, machine.is_cuda),
-            mode,
-            copies_bytes=0 if machine.is_cuda else _copies_bytes(target, config),
-            kept_bytes=feature_bytes if features == "kept" and not machine.is_cuda else 0,
-        )
-        parameters = sum(parameter.numel() for parameter in drafter.parameters())
-        block_flops = 2.0 * (drafter.block_size * parameters + MATCHED_ROWS * target.head.weight.numel())
+    target = make_target(config, machine.dtype)
+    paper = PaperStep(target, recipe, is_cuda=machine.is_cuda)
+    features, feature_bytes = _plan_features(paper, conversations)
+    if not machine.is_cuda:
+        paper.more_bytes[TARGET] = _copies_bytes(target, config)
+        paper.more_bytes[FEATURES] = feature_bytes if features == "kept" else 0
+    parameters = paper.drafter.num_parameters()
+    block_flops = 2.0 * (paper.drafter.block_size * parameters + MATCHED_ROWS * target.head.weight.numel())
     mean_tokens = max(1, round(conversations.mean_tokens))
     mean_blocks = max(1, round(conversations.mean_blocks))
     rows = shape.num_head_rows
@@ -341,26 +327,25 @@ def plan_recipe(recipe: Recipe, conversations: Conversations, *, memory: int | N
 def find_speed(recipe: Recipe) -> TargetSpeed:
     """Find out how fast a recipe's target is here, from its config."""
     machine = find_machine(recipe)
-    with on_paper():
-        target = make_target(read_shape(find_target(recipe.target)), machine.dtype)
-    return target_speed(target, machine)
+    return target_speed(make_target(read_shape(find_target(recipe.target)), machine.dtype), machine)
 
 
 def target_speed(target: PaperTarget, machine: Machine) -> TargetSpeed:
     """Add up the weights of a target on paper."""
-    weights = list(target.model.parameters())
-    return TargetSpeed(machine.speed, sum(w.numel() for w in weights), sum(w.nbytes for w in weights))
+    num_bytes = target.model.get_memory_footprint(return_buffers=False)
+    return TargetSpeed(machine.speed, target.model.num_parameters(), num_bytes)
 
 
-def _plan_features(recipe: Recipe, target: Any, conversations: Conversations) -> tuple[FeaturePlace, int]:
+def _plan_features(paper: PaperStep, conversations: Conversations) -> tuple[FeaturePlace, int]:
     """Return where `keep_features` keeps the features of all conversations, and their bytes there."""
-    layers = len(Drafter.layer_ids(target, **vars(recipe.drafter)))
-    trained_layers = layers + recipe.loss.needs_target_probs
+    train, target = paper.recipe.train, paper.target
+    layers = len(paper.drafter.target_layer_ids)
+    trained_layers = layers + paper.recipe.loss.needs_target_probs
     tokens = (conversations.number or 0) * conversations.mean_tokens
-    if recipe.train.feature_files:
-        return "on disk", int(tokens * bytes_of_token(target, trained_layers, recipe.train.feature_dtype))
+    if train.feature_files:
+        return "on disk", int(tokens * bytes_of_token(target, trained_layers, train.feature_dtype))
     size = tokens * bytes_of_token(target, trained_layers, "target")
-    if conversations.number is None or size > recipe.train.feature_cache_gib * 2**30:
+    if conversations.number is None or size > train.feature_cache_gib * 2**30:
         return "computed in every step", int(size)
     return "kept", int(size + conversations.validation_tokens * bytes_of_token(target, layers, "target"))
 
@@ -370,6 +355,5 @@ def _copies_bytes(target: Any, config: PretrainedConfig) -> int:
     if target.head.weight.dtype != torch.float32:
         return 0
     matrices = sum(parameter.numel() for parameter in target.layers.parameters() if parameter.ndim == 2)
-    published = config.get_text_config(decoder=True).dtype
-    is_short = str(published).removeprefix("torch.") in ("float16", "bfloat16")
-    return matrices * (2 if is_short else 4)
+    published = str(config.get_text_config(decoder=True).dtype)
+    return matrices * (2 if published.endswith("float16") else 4)

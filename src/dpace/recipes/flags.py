@@ -24,6 +24,9 @@ from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe, read_settings, without_passwords
 from dpace.recipes.validation import UsageError, explain
 
+DRY_RUN = "--dry-run"
+LONG_VERBS = ("respond", "train", "compare", "bench", "check", "demo")
+"""Verbs that say with `--dry-run` what they would do, and stop there."""
 PROMPT = "Why is the sky blue?"
 """The prompt of commands that are shown to be copied."""
 Options = TypeVar("Options")
@@ -92,6 +95,8 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
 
 def _full_flags(config_class: type, verb: str, args: list[str]) -> list[str]:
     """Return all options as flags with their full names, those of a recipe before those that override them."""
+    if verb in LONG_VERBS:
+        args = [arg for arg in args if arg != DRY_RUN]
     path = _recipe_path(args, config_class)
     recipe = _flags(_options(read_settings(path, config_class))) if path else []
     return [*recipe, *(_with_group(config_class, verb, arg) for arg in args[path is not None :])]
@@ -190,7 +195,7 @@ def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
     """
     path = _recipe_path(args, Recipe)
     base = dict(_options(asdict(read_recipe(path) if path else Recipe())))
-    changed = [(name, value) for name, value in _options(asdict(recipe)) if value != base[name]]
+    changed = [(name, value) for name, value in _options(asdict(recipe)) if value != base.get(name, value)]
     return command(verb, *(args[:1] if path else []), *_flags(changed))
 
 

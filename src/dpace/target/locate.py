@@ -42,15 +42,19 @@ def find_target(name: str) -> str:
         What `Target.load` takes.
 
     Raises:
-        ValueError: a path that is no folder, or a download that fails or is not what it should be.
+        ValueError: a path that is no folder, or one with neither a model nor an adapter of one; or a download that
+            fails or is not what it should be.
     """
-    is_hub_id = re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII) and not Path(name).exists()
-    if not is_hub_id and not Path(name).is_dir():
+    folder = Path(name)
+    is_hub_id = re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII) and not folder.exists()
+    if not is_hub_id and not folder.is_dir():
         raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
+    if folder.is_dir() and not any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")):
+        raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if Path(name).is_dir() or name != TARGET_ID:
+    if folder.is_dir() or name != TARGET_ID:
         return name
     ours = cache_folder() / "SmolLM2-135M-Instruct"
     if (ours / "config.json").exists():

@@ -9,7 +9,7 @@ from dpace.recipes.flags import PROMPT, command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
-from dpace.verbs import announce, load_chat, load_recipe_target, take_dry_run
+from dpace.verbs import announce, load_chat, load_recipe_target
 
 if TYPE_CHECKING:
     from dpace.measure.results import BenchResults
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
-    args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
@@ -31,10 +30,10 @@ def run(args: list[str]) -> None:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
     else:
         prompts = split_prompts(recipe.prompts).heldout
-    if recipe.bench.server and is_dry:
-        return announce([f"prompts: {len(prompts):,} of each set at most, sent to {recipe.bench.server}"], is_dry=True)
     if recipe.bench.server:
-        return _bench_servers(recipe, prompts)
+        if not announce([f"prompts: {len(prompts):,}, sent to {recipe.bench.server}"], args):
+            _bench_servers(recipe, prompts)
+        return
     if recipe.bench.plain_server:
         raise ValueError(
             f"--bench.plain-server {recipe.bench.plain_server} has no server to be compared with; "
@@ -43,8 +42,7 @@ def run(args: list[str]) -> None:
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]
     named = dict(zip(drafter_names(folders), found, strict=True))
-    announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), is_dry=is_dry)
-    if is_dry:
+    if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
         return
     target = load_recipe_target(recipe)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from dpace.config import CheckConfig
 from dpace.recipes.flags import parse
-from dpace.verbs import announce, load_target, take_dry_run
+from dpace.verbs import announce, load_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace check`."""
-    args, is_dry = take_dry_run(args)
     config = parse(CheckConfig, "check", args)
     from dpace.drafter import load_drafter
     from dpace.measure.check import check
@@ -29,15 +28,12 @@ def run(args: list[str]) -> None:
         )
     chosen = first_of_each_set(prompts, config.num_prompts)
     tokens = len(chosen) * config.max_new_tokens
-    announce(
-        [
-            f"prompts: {len(chosen)}, answered with up to {config.max_new_tokens} tokens in some 13 ways, "
-            f"in {' and '.join(config.dtypes)}",
-            f"at most about {13 * tokens * len(config.dtypes):,} tokens to decode",
-        ],
-        is_dry=is_dry,
-    )
-    if is_dry:
+    lines = [
+        f"prompts: {len(chosen)}, answered with up to {config.max_new_tokens} tokens in some 13 ways, "
+        f"in {' and '.join(config.dtypes)}",
+        f"at most about {13 * tokens * len(config.dtypes):,} tokens to decode",
+    ]
+    if announce(lines, args):
         return
     failed = []
     for dtype in config.dtypes:

@@ -3,12 +3,11 @@
 from dpace.config import CompareConfig
 from dpace.recipes.flags import PROMPT, command, given_options, parse
 from dpace.system import ranks
-from dpace.verbs import announce, load_recipe_target, take_dry_run
+from dpace.verbs import announce, load_recipe_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace compare`."""
-    args, is_dry = take_dry_run(args)
     config = parse(CompareConfig, "compare", args)
     from dpace.engines.initial import start_from
     from dpace.plan.lines import comparison_lines
@@ -27,8 +26,7 @@ def run(args: list[str]) -> None:
     folders = [cell_folder(config.output, cell) for cell in check_output(config, init)]
     check_trackers(config.train.report_to)
     parts = split_prompts(config.prompts)
-    announce(comparison_lines(config, parts, folders), is_dry=is_dry)
-    if is_dry:
+    if announce(comparison_lines(config, parts, folders), args):
         return
     results = compare(load_recipe_target(config), config, parts=parts, init=init)
     ranks.end()

@@ -5,14 +5,13 @@ from pathlib import Path
 from dpace.config import DemoConfig
 from dpace.recipes.flags import command, parse
 from dpace.system.ledger import refuse_foreign_files
-from dpace.verbs import announce, take_dry_run
+from dpace.verbs import announce
 
 PAGES = ("report.html", "report.md")
 
 
 def run(args: list[str]) -> None:
     """Run `dpace demo`."""
-    args, is_dry = take_dry_run(args)
     config = parse(DemoConfig, "demo", args)
 
     from dpace.plan.lines import comparison_lines
@@ -26,8 +25,7 @@ def run(args: list[str]) -> None:
     folders = [cell_folder(output, cell) for cell in check_output(recipe)]
     refuse_foreign_files(output, *PAGES)
     parts = demo_prompts(config)
-    announce(comparison_lines(recipe, parts, folders), is_dry=is_dry)
-    if is_dry:
+    if announce(comparison_lines(recipe, parts, folders), args):
         return
     results = run_demo(recipe, parts)
     decode = results.decode

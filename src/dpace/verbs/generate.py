@@ -12,6 +12,8 @@ from dpace.system.progress import print_text
 from dpace.verbs import load_target
 
 if TYPE_CHECKING:
+    from dpace.decode import Generation
+    from dpace.decode.generation import Step
     from dpace.decode.request import SamplingOptions
     from dpace.drafter import Drafter
     from dpace.target import Target
@@ -87,26 +89,19 @@ def run(args: list[str]) -> None:
         rule = config.verify_rule
         generation = generate(target, drafter, token_ids, width=config.width, verify_rule=rule, **options)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
-    tau = generation.acceptance.tau if generation.accepted_lengths else None
-    _print_speed(len(generation.token_ids), generation.num_decode_tokens, generation.decode_seconds, tau)
+    _print_speed(generation)
     if config.compile:
         print("the steps were compiled in that time: dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
     if drafter is None:
         print("next:", command("demo"), "(trains a drafter, which makes this faster)", file=sys.stderr)
 
 
-def _print_speed(num_tokens: int, num_timed: int, seconds: float, tau: float | None) -> None:
-    """Print on stderr, in one sentence, how long the answer was and how fast it came.
-
-    Args:
-        num_tokens: of the answer.
-        num_timed: those after the first, which comes from reading the prompt.
-        seconds: that they took.
-        tau: tokens that a pass of the target gave; None without a drafter or a verification.
-    """
-    speed = f" at {num_timed / max(seconds, 1e-9):.1f} tokens/s" if num_timed else ""
-    gave = f"; each pass of the target gave {tau:.2f} (tau)" if tau else ""
-    print(f"{num_tokens} token{'' if num_tokens == 1 else 's'}{speed}{gave}", file=sys.stderr)
+def _print_speed(generation: "Generation") -> None:
+    """Print on stderr, in one sentence, how long the answer was and how fast it came after its first token."""
+    num_tokens, num_timed = len(generation.token_ids), generation.num_decode_tokens
+    speed = f" at {num_timed / max(generation.decode_seconds, 1e-9):.1f} tokens/s" if num_timed else ""
+    tau = f"; each pass of the target gave {generation.acceptance.tau:.2f} (tau)" if generation.accepted_lengths else ""
+    print(f"{num_tokens} token{'' if num_tokens == 1 else 's'}{speed}{tau}", file=sys.stderr)
 
 
 def _chat(
@@ -120,12 +115,12 @@ def _chat(
 
     After each answer, one sentence on stderr says how fast it came.
     """
-    from dpace.decode import Paces, stream
+    from dpace.decode import Generation, Paces, stream
     from dpace.target.chat import encode_chat
 
     is_one_answer = bool(messages)
     paces = Paces()
-    steps: list[tuple[int, float]] = []  # number of tokens and time of each pass of the target
+    steps: list[tuple[Step, float]] = []  # and their times
     while True:
         if not messages or messages[-1]["role"] != "user":
             try:
@@ -144,15 +139,15 @@ def _chat(
             width=config.width,
             verify_rule=config.verify_rule,
             paces=paces,
-            on_step=lambda step: steps.append((len(step.token_ids), time.perf_counter())),
+            on_step=lambda step: steps.append((step, time.perf_counter())),
             **options,
         ):
             text += piece
             print_text(piece, end="")
         print()
-        num_verified = sum(length for length, _ in steps[1:])
-        tau = num_verified / (len(steps) - 1) if len(steps) > 1 else None
-        _print_speed(steps[0][0] + num_verified, num_verified, steps[-1][1] - steps[0][1], tau)
+        passes, times = zip(*steps, strict=True)
+        seconds = {"prefill_seconds": 0.0, "decode_seconds": times[-1] - times[0]}
+        _print_speed(Generation.from_steps(passes, drafter.block_size, **seconds))
         if is_one_answer:
             return
         messages.append({"role": "assistant", "content": text})

@@ -4,31 +4,31 @@ import sys
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.recipes.flags import next_command, parse
+from dpace.recipes.flags import DRY_RUN, next_command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, register_files
 from dpace.system.progress import print_text
-from dpace.verbs import announce, check_target, load_chat, load_recipe_target, take_dry_run
+from dpace.verbs import announce, load_chat, load_recipe_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace respond`."""
-    args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "respond", args, groups=("prompts", "respond"))
     from dpace.plan.lines import answer_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
     from dpace.respond.responses import check_meta, known_settings, meta_path
+    from dpace.target.locate import find_target
 
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
-    check_target(recipe.target)
+    find_target(recipe.target)
 
     def check_and_announce() -> None:
         check_meta(path, known_settings(recipe.respond, thinking=recipe.thinking))
-        announce(answer_lines(recipe, parts, path), is_dry=is_dry)
+        announce(answer_lines(recipe, parts), args)
 
-    if is_dry:
+    if DRY_RUN in args:
         ranks.from_first(check_and_announce)
         return ranks.end()
     with lock_folder(recipe.output):

@@ -6,12 +6,11 @@ from pathlib import Path
 from dpace.config import Recipe
 from dpace.recipes.flags import command, given_options, next_command, parse
 from dpace.system import ranks
-from dpace.verbs import announce, load_recipe_target, take_dry_run
+from dpace.verbs import announce, load_recipe_target
 
 
 def run(args: list[str]) -> None:
     """Run `dpace train`."""
-    args, is_dry = take_dry_run(args)
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.batches.corpus import load_corpus
     from dpace.engines.initial import start_from
@@ -48,8 +47,7 @@ def run(args: list[str]) -> None:
     facts = {**settings_of(settled), **data_of(*datasets), **init_of(init), "thinking": recipe.thinking}
     refuse_other_run(folder, facts)
     check_trackers(recipe.train.report_to)
-    announce(train_lines(settled, known_conversations(*datasets, settled), folder), is_dry=is_dry)
-    if is_dry:
+    if announce(train_lines(settled, known_conversations(*datasets, settled), folder), args):
         return
     target = load_recipe_target(recipe, shard=recipe.train.target_shard)
     of_target = target_of(target)

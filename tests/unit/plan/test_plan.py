@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
-from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
 from dpace.plan.lines import answer_lines
 from dpace.plan.speed import START_SECONDS, Speed, measure_speed
-from dpace.plan.step import BatchShape, Models, PaperStep, make_drafter, make_target, on_paper
+from dpace.plan.step import BatchShape, PaperStep, make_drafter, make_target
 from dpace.plan.training import mean_answer, num_steps
 from dpace.prompts.prompts import split_prompts
 from dpace.respond.responses import Response
@@ -55,11 +55,6 @@ SHAPES = {
 NUM_TOKENS, NUM_ANSWERED = 120, 80
 
 
-def make_real_drafter(target: Target, recipe: Recipe) -> Drafter:
-    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
-    return Drafter.from_target(target, **shape)
-
-
 def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
     """Peak in bytes of what torch's allocator gave while the real loop took two steps, and rows of the head."""
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +62,7 @@ def measured_bytes(target: Target, recipe: Recipe, folder) -> tuple[int, int]:
     spans = [[NUM_TOKENS - NUM_ANSWERED, NUM_TOKENS]]
     responses = [Response(str(i), "set", [], row, spans) for i, row in enumerate(ids)]
     datasets = choose_conversations(responses, [], recipe)
-    drafter = make_real_drafter(target, recipe)
+    drafter = make_drafter(target, recipe.drafter)
     weigh = make_weigh(recipe.loss, drafter.block_size)
     loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=folder)
     loop.save = lambda **_: None
@@ -87,9 +82,7 @@ def test_the_plan_is_near_the_measured_peak(name, tmp_path):
     shape = BatchShape(train.batch_size, NUM_TOKENS, min(train.num_anchors, NUM_ANSWERED - 1))
     if loss.vocabulary == "seen":
         shape = shape._replace(num_head_rows=num_rows)
-    with on_paper() as mode:
-        paper = make_target(config, torch.float32)
-        step = PaperStep(Models(paper, make_drafter(paper, vars(drafter)), recipe, is_cuda=False), mode)
+    step = PaperStep(make_target(config, torch.float32), recipe, is_cuda=False)
     step.take(shape)  # makes the moments
     assert step.take(shape).peak_bytes == pytest.approx(measured, rel=0.15)
 
@@ -101,7 +94,7 @@ def test_steps_are_counted_as_the_loop_counts_them(changes, tmp_path):
     for conversations in (1, 2, 13, 24, 25):
         rows = [Response(str(i), "set", [], [5, 6, 7], [[0, 3]]) for i in range(conversations)]
         datasets = choose_conversations(rows, [], recipe)
-        drafter = make_real_drafter(target, recipe)
+        drafter = make_drafter(target, recipe.drafter)
         weigh = make_weigh(recipe.loss, drafter.block_size)
         loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=tmp_path)
         assert num_steps(recipe.train, conversations) == loop.state.max_steps
@@ -161,7 +154,7 @@ def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, cap
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     prompts = PromptsConfig(path=str(tmp_path / "prompts.jsonl"))
     recipe = Recipe(target=str(tmp_path / "target"), output=str(tmp_path / "out"), prompts=prompts)
-    lines = answer_lines(recipe, split_prompts(recipe.prompts), path)
+    lines = answer_lines(recipe, split_prompts(recipe.prompts))
     assert lines[1].startswith("answers: 4 kept, 16 answers to write") and lines[2].startswith("time: about ")
     path.unlink()
     assert main(["plan", *answered]) == 0
@@ -169,10 +162,9 @@ def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, cap
     assert "time: up to " in printed and "no answers yet" in printed and "fits in " in printed
 
 
-def test_speed_is_measured_with_the_clock(monkeypatch):
-    """Each look at a clock that stands still in between takes 20 ms."""
-    clock = iter(number / 50 for number in range(10_000))
-    monkeypatch.setattr("dpace.plan.speed.time.perf_counter", lambda: next(clock))
+def test_the_speed_follows_from_the_least_time(monkeypatch):
+    times = SimpleNamespace(times=[0.05, 0.02, 0.03])
+    monkeypatch.setattr("dpace.plan.speed.Timer.blocked_autorange", lambda *_, **__: times)
     speed = measure_speed.__wrapped__(torch.device("cpu"), torch.float32)
     assert speed == pytest.approx((2 * 512 * 1024 * 1024 * 50, 4 * 2**25 * 50))
 
