@@ -75,9 +75,10 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
         )
     target = _open_gguf(target_gguf)
     tokens = target.fields.get("tokenizer.ggml.tokens")
+    architecture = _read_value(target, "general.architecture")
     theirs = {
-        "hidden_size": _read_value(target, f"{_read_value(target, 'general.architecture')}.embedding_length"),
-        "num_target_layers": _read_value(target, f"{_read_value(target, 'general.architecture')}.block_count"),
+        "hidden_size": _read_value(target, f"{architecture}.embedding_length"),
+        "num_target_layers": _read_value(target, f"{architecture}.block_count"),
         "vocab_size": len(tokens.data) if tokens else None,
     }
     for name, found in theirs.items():

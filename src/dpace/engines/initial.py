@@ -6,7 +6,6 @@ from typing import TypeVar
 
 from dpace.config import Recipe
 from dpace.drafter import Drafter
-from dpace.drafter.spec import DrafterSpec
 from dpace.engines.export import count_layers, read_drafter
 from dpace.target.locate import find_drafter, find_target
 
@@ -31,19 +30,8 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         return recipe, None
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
-    own = _options_of(init.spec)
-    for option, value in own.items():
-        found = getattr(recipe.drafter, option)
-        if f"drafter.{option}" in given and found not in (None, value):
-            _refuse(option, found, f"{name} has {_as_flag_value(value)}")
-    if "drafter.norm_scale" in given:
-        _refuse("norm_scale", recipe.drafter.norm_scale, f"the final norm of {name} is trained")
-    return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init
-
-
-def _options_of(spec: DrafterSpec) -> dict[str, object]:
-    """Return the options of a drafter's size that its spec fixes."""
-    return {
+    spec = init.spec
+    own = {
         "num_layers": spec.num_layers,
         "block_size": spec.block_size,
         "num_features": len(spec.target_layer_ids),
@@ -51,15 +39,12 @@ def _options_of(spec: DrafterSpec) -> dict[str, object]:
         "mask_token_id": spec.mask_token_id,
         "conv_kernel_size": spec.conv_kernel_size,
     }
-
-
-def _refuse(option: str, found: object, reason: str) -> None:
-    flag = f"--drafter.{option.replace('_', '-')}"
-    raise ValueError(
-        f"{flag} is {_as_flag_value(found)}, but {reason}; leave {flag} out, or train without --drafter.init"
-    )
-
-
-def _as_flag_value(value: object) -> str:
-    """Return a value as it is written after a flag."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    others = [option for option, value in own.items() if getattr(recipe.drafter, option) not in (None, value)]
+    for option in [*others, "norm_scale"]:
+        if f"drafter.{option}" in given:
+            flag = f"--drafter.{option.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is {getattr(recipe.drafter, option)}, but {name} has {own.get(option, 'a final norm')}; leave "
+                f"{flag} out, or train without --drafter.init"
+            )
+    return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init

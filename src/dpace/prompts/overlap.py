@@ -21,7 +21,8 @@ class PublicTexts:
     """
 
     def __init__(self, names: Sequence[str]):
-        prompts = [prompt for name in names for prompt in _read_set(name)]
+        sets = [read_sets([name], is_whole=True) if name in SETS else read_prompts(name) for name in names]
+        prompts = [prompt for of_set in sets for prompt in of_set]
         runs_by_id = [(prompt.id, _runs(_user_text(prompt), RUN_WORDS)) for prompt in prompts]
         counts = Counter(run for _, runs in runs_by_id for run in runs)
         self._owners = {run: owner for owner, runs in runs_by_id for run in runs if counts[run] == 1}
@@ -33,11 +34,6 @@ class PublicTexts:
         if owner := self._whole.get(_split_words(text)):
             return owner
         return next((self._owners[run] for run in _runs(text, RUN_WORDS) if run in self._owners), None)
-
-
-def _read_set(name: str) -> list[Prompt]:
-    """Read all prompts of a public set, or those of a file."""
-    return read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
 
 
 def sign(prompt: Prompt) -> Any:

@@ -85,12 +85,12 @@ def prompt_files(config: PromptsConfig) -> list[Path]:
     Raises:
         ValueError: a file is missing.
     """
-    names = [name for name in (*_sources(config), *config.decontaminate) if name and name not in SETS]
-    names = [name for name in names if not parse_hub_id(name)]
-    for name in names:
-        if not Path(name).is_file():
-            raise ValueError(f"there is no file {name}; name a file of prompts, or a dataset on the Hub as OWNER/NAME")
-    return [Path(name) for name in names]
+    names = [name for name in (*_sources(config), *config.decontaminate) if name]
+    paths = [Path(name) for name in names if name not in SETS and not parse_hub_id(name)]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}; name a file of prompts, or a dataset on the Hub as OWNER/NAME")
+    return paths
 
 
 def _sources(config: PromptsConfig) -> tuple[str, str | None]:

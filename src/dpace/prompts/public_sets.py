@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,8 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
             rows = [replace(prompt, set=name) for prompt in read_prompts(Path(folder) / f"{name}.jsonl")]
         else:
             assert known is not None
-            published = _read_files(files) if files else _download(known)
+            own = [{"category": path.stem, **row} for path in files for _, row in read_jsonl(path)]
+            published = own if files else _download(known)
             rows = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(published)])
         random.Random(SHUFFLE_SEED).shuffle(rows)
         prompts += rows[: known.num_prompts if known and not is_whole else None]
@@ -127,13 +128,6 @@ def _published_files(name: str, known: PublicSet, folder: Path) -> list[Path]:
     if known.category is None or (folder / f"{name}.jsonl").exists():
         return []
     return [folder / file for file in known.files or (f"{known.name}.jsonl",) if (folder / file).exists()]
-
-
-def _read_files(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Read the rows of JSONL files; a row without a category gets its file's name."""
-    for path in files:
-        for _, row in read_jsonl(path):
-            yield {"category": path.stem, **row}
 
 
 def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -167,8 +161,5 @@ def _download(source: PublicSet) -> Any:
     """Download the rows of a dataset from the Hub."""
     if not source.files:
         return load_from_hub(source.path, source.name, source.split, WAY_OUT)
-    rows = []
-    for file in source.files:
-        of_file = load_from_hub(source.path, None, source.split, WAY_OUT, file)
-        rows += [{"category": Path(file).stem, **row} for row in of_file]
-    return rows
+    by_file = {file: load_from_hub(source.path, None, source.split, WAY_OUT, file) for file in source.files}
+    return [{"category": Path(file).stem, **row} for file, rows in by_file.items() for row in rows]

@@ -116,12 +116,6 @@ for _kind, (_pattern, _first) in _RESOLVERS.items():
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that `PlainLoader` reads back: texts that are no plain words stand in quotes."""
+    """YAML that `PlainLoader` reads back: texts that it would take for something else stand in quotes."""
 
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = None if re.match("[A-Za-z]", text) else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
+    yaml_implicit_resolvers = PlainLoader.yaml_implicit_resolvers

@@ -22,7 +22,6 @@ from dpace.respond.in_process import answer_batches
 from dpace.respond.responses import (
     Response,
     check_meta,
-    check_unchanged,
     find_meta,
     iterate_responses,
     meta_path,
@@ -33,6 +32,7 @@ from dpace.respond.responses import (
 from dpace.system import ranks
 from dpace.system.ledger import cut_unfinished_line, lock_folder, naming_file, refuse_foreign_files, register_files
 from dpace.system.progress import progress_bar
+from dpace.system.provenance import hash_file
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer
 
@@ -129,8 +129,12 @@ def _find_waiting(
             )
     missing = [prompt for prompt in prompts if prompt.id not in done]
     waiting = {prompt.id: Conversation(target, prompt, config).count_tokens() for prompt in missing}
-    if done and not waiting:
-        check_unchanged(path)
+    old = read_meta(path)
+    if done and not waiting and old.get("complete") and old.get("responses_sha256") != hash_file(path):
+        raise ValueError(
+            f"{path} was changed after dpace wrote it; put the file back as it was, or delete it and run the command "
+            "again"
+        )
     return sorted(waiting, key=waiting.__getitem__)
 
 

@@ -3,7 +3,6 @@
 Responses come out as dataclasses, and what they depend on as a dictionary: two runs are the same where all of it is.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -70,7 +69,11 @@ def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterato
     ids: set[str] = set()
     for number, row in read_jsonl(path, is_growing=True):
         try:
-            response = _parse_response({name: row[name] for name in names if name in row})
+            values = {name: row[name] for name in names if name in row}
+            try:
+                response = Response(*_VALUES.validate_python(tuple(values.values()), strict=True))
+            except ValidationError:
+                response = from_json(Response, values)
             _check_numbers(response, num_tokens)
             if response.id in ids:
                 raise ValueError(f"the id {response.id!r} occurs twice, expected unique ids")
@@ -78,12 +81,6 @@ def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterato
             raise ValueError(f"{path}:{number}: {error}; write the file again with `dpace respond`") from error
         ids.add(response.id)
         yield response
-
-
-def _parse_response(row: dict[str, Any]) -> Response:
-    with contextlib.suppress(ValidationError):
-        return Response(*_VALUES.validate_python(tuple(row.values()), strict=True))
-    return from_json(Response, row)
 
 
 def _check_numbers(response: Response, num_tokens: int) -> None:
@@ -217,25 +214,6 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     same_run(default | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
 
 
-def hash_prompts(prompts: Sequence[Prompt]) -> str:
-    """Hash all that prompts say."""
-    return hash_json([asdict(prompt) for prompt in prompts])
-
-
-def check_unchanged(path: Path) -> None:
-    """Refuse a complete file of responses that was changed after it was written.
-
-    Raises:
-        ValueError: its hash is not the one that was kept.
-    """
-    old = read_meta(path)
-    if old.get("complete") and old.get("responses_sha256") != hash_file(path):
-        raise ValueError(
-            f"{path} was changed after dpace wrote it; put the file back as it was, or delete it and run the command "
-            "again"
-        )
-
-
 def write_meta(path: Path, meta: dict[str, Any], prompts: Sequence[Prompt], *, is_complete: bool) -> None:
     """Write what made the responses, all or nothing, and only where it changed."""
     old = read_meta(path)
@@ -244,7 +222,7 @@ def write_meta(path: Path, meta: dict[str, Any], prompts: Sequence[Prompt], *, i
     state = {
         "complete": is_complete,
         "num_prompts": len(prompts),
-        "prompts_sha256": hash_prompts(prompts),
+        "prompts_sha256": hash_json([asdict(prompt) for prompt in prompts]),
         "responses_sha256": hash_file(path) if is_complete else None,
     }
     decisive = state | {key: meta[key] for key in meta if key in Meta.__annotations__}

@@ -84,13 +84,18 @@ def read_jsonl(path: str | Path, *, is_growing: bool = False) -> Iterator[tuple[
                     f"{path}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; shorten or remove it"
                 )
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    yield number, _read_line(line, f"{path}:{number}")
-            except ValueError:
+                row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+            except (ValueError, RecursionError) as error:  # undecodable, no JSON, an endless number, a deep list
                 if is_growing and not line.endswith(b"\n"):
                     return
-                raise
+                raise ValueError(f"{path}:{number}: the line is not JSON ({error}); fix or remove it") from error
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise ValueError(f"{path}:{number}: expected a JSON object, found {kind}; fix or remove the line")
+            yield number, row
 
 
 @contextlib.contextmanager
@@ -104,17 +109,6 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     except (OSError, UnicodeDecodeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ValueError(f"cannot read {path}: {reason}; name {what} in UTF-8") from error
-
-
-def _read_line(line: bytes, where: str) -> dict:
-    """Read one line of a JSONL file."""
-    try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:  # undecodable, no JSON, an endless number, a deep list
-        raise ValueError(f"{where}: the line is not JSON ({error}); fix or remove it") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}; fix or remove the line")
-    return row
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

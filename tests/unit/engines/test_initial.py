@@ -67,7 +67,7 @@ def test_training_goes_on_where_the_drafter_stood_and_says_so(
 
 @pytest.mark.parametrize(
     "flag, value, own",
-    [("num-layers", 5, 2), ("block-size", 16, 6), ("mask-token-id", 9, 3), ("target-layer-ids", 0, "1 3")],
+    [("num-layers", 5, 2), ("block-size", 16, 6), ("mask-token-id", 9, 3), ("target-layer-ids", 0, r"\(1, 3\)")],
 )
 def test_an_option_that_contradicts_is_refused_with_both_values(
     flag, value, own, language_folder, language_drafter_folder
@@ -77,7 +77,7 @@ def test_an_option_that_contradicts_is_refused_with_both_values(
     option = flag.replace("-", "_")
     recipe = recipe_from(language_drafter_folder, language_folder)
     recipe = replace(recipe, drafter=replace(recipe.drafter, **{option: (value,) if "ids" in flag else value}))
-    with pytest.raises(ValueError, match=f"--drafter.{flag} is {value}, but .* has {own}"):
+    with pytest.raises(ValueError, match=rf"--drafter.{flag} is \(?{value}\D*, but .* has {own}"):
         start_from(recipe, given_options(Recipe, "train", args))
     start_from(recipe, given=())
 
