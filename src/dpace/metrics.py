@@ -98,11 +98,6 @@ class Acceptance:
         return int(self.without_bonus.sum())
 
     @property
-    def num_emitted_tokens(self) -> int:
-        """Accepted draft tokens and bonus tokens."""
-        return int(self.emitted_tokens.sum())
-
-    @property
     def emitted_tokens(self) -> np.ndarray:
         """Accepted draft tokens and bonus tokens, one number a prompt."""
         return self.rows @ (np.arange(self.block_size) + 1) - self.without_bonus
@@ -110,7 +105,7 @@ class Acceptance:
     @property
     def tau(self) -> float:
         """Mean acceptance length: emitted tokens per verification, pooled; 1 to `block_size`, nan without any."""
-        return self.num_emitted_tokens / self.num_verifications if self.num_verifications else float("nan")
+        return float(self.emitted_tokens.sum() / self.num_verifications) if self.num_verifications else float("nan")
 
     @property
     def acceptance_rate(self) -> float:

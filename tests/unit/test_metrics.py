@@ -20,7 +20,7 @@ HAND = Acceptance([2, 1, 0, 1], block_size=4)
 
 def test_hand_counted():
     assert HAND.num_verifications == 4
-    assert HAND.num_emitted_tokens == 8
+    assert HAND.emitted_tokens.sum() == 8
     assert HAND.tau == 2.0
     assert HAND.acceptance_rate == pytest.approx(4 / 12)
     assert HAND.reach_rate.tolist() == [0.5, 0.25, 0.25]

@@ -1,11 +1,15 @@
 """A benchmark of two drafters with several widths, and what its rows say."""
 
+import numpy as np
 import pytest
 
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
+from dpace.measure.pooling import make_rows
+from dpace.metrics import MIN_PROMPTS
 from dpace.prompts.prompts import Prompt
 from tests.conftest import make_drafter
+from tests.support.rows import make_plain, make_response
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +33,24 @@ def test_a_narrow_verification_accepts_less(results):
 def test_drafters_are_compared_with_the_first(results):
     assert {(c.drafter, c.baseline) for c in results.comparisons} == {("bad", "good")}
     assert all(c.tau_gain[0] < 0 and c.tau_gain[2] < 0 for c in results.comparisons)
+
+
+@pytest.mark.parametrize("num_prompts", [3, 6])
+def test_turns_are_drawn_with_their_prompt(num_prompts, language_target):
+    """Two turns of a prompt say no more of other prompts than one that is twice as long."""
+    speeds = [1.0, 2.0, 4.0, 1.5, 3.0, 2.5]
+
+    def measure(num_turns: int, **counts):
+        places = [{"id": str(i), "turn": turn} for i in range(num_prompts) for turn in range(num_turns)]
+        plain = [make_plain(**place, decode_tokens=8 // num_turns, decode_seconds=8 / num_turns) for place in places]
+        ours = [
+            make_response(**place, **counts, decode_tokens=8 // num_turns, decode_seconds=8 / num_turns / speed)
+            for place, speed in zip(places, np.repeat(speeds[:num_prompts], num_turns).tolist(), strict=True)
+        ]
+        (row,) = make_rows(language_target, [*plain, *ours], {"dpace": 3}, ["full"])
+        return row
+
+    two, one = measure(2), measure(1, histogram=[2, 0, 2])
+    assert two.num_responses == 2 * num_prompts and two.decode_speedup == one.decode_speedup
+    assert two.decode_speedup_interval == one.decode_speedup_interval and two.tau_interval == one.tau_interval
+    assert (two.decode_speedup_interval == (None, None)) is (num_prompts < MIN_PROMPTS)

@@ -1,5 +1,6 @@
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +8,7 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.results import read_results
 from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
+from dpace.metrics import MIN_PROMPTS
 from dpace.prompts.prompts import Prompt
 from dpace.report.cells import with_interval
 from dpace.report.page import servers
@@ -153,6 +155,17 @@ def test_later_turns_see_the_plain_servers_answers(start, chat, tmp_path):
     (_, _, ours), (_, _, theirs) = ([body["prompt"] for body in server.bodies] for server in (drafter, plain))
     first = encode_chat(chat, prompts(1)[0].turns[0])
     assert ours == theirs and len(ours) > len(first) + NUM_TOKENS
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_turns_are_drawn_with_their_prompt(count, start, chat, tmp_path):
+    """Of four prompts, six requests are no six prompts; with six prompts there is an interval."""
+    drafter, plain = start("vllm", drafts=True), start("vllm")
+    some = [replace(prompt, turns=prompt.turns[: 1 + number % 2]) for number, prompt in enumerate(prompts(count, 2))]
+    config = replace(GREEDY, concurrencies=(2,))
+    (row,) = bench_servers(chat, drafter.url, plain.url, some, config, tmp_path).rows
+    assert row.num_responses == count * 3 // 2 and row.decode_speedup is not None
+    assert (None in row.decode_speedup_interval) is (count < MIN_PROMPTS)
 
 
 def test_an_interrupted_call_goes_on(start, chat, tmp_path):
