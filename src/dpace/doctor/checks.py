@@ -6,6 +6,7 @@ spellings that differ, layers in a wrong order, a mask token that text contains,
 of checks in the documentation is written from these tables.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -62,12 +63,17 @@ def readable(folder: ExaminedFolder, name: str) -> Observation:
     return Observation(name not in folder.problems, folder.problems.get(name, name), "a file that can be read")
 
 
+def same(found: object, expected: object) -> bool:
+    """Whether two values of JSON are equal and of one type: engines refuse 2.0 layers, and count true as 1."""
+    return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
 def equal(folder: ExaminedFolder, key: str) -> Observation:
     """Compare a key with that of the config that dpace would write."""
     found, expected = (look_up(config, key) for config in (folder.config, folder.expected_config))
     if expected is None:
         return Observation(None, "the tensors have different lengths")
-    return Observation(found == expected, found, expected)
+    return Observation(same(found, expected), found, expected)
 
 
 def scale(folder: ExaminedFolder, key: str) -> Observation:
@@ -95,7 +101,7 @@ def agreement(folder: ExaminedFolder) -> Observation:
     """Compare the keys in `dflash_config` with the same keys at the top level."""
     pairs = {key: (value, folder.config[key]) for key, value in folder.nested.items() if key in folder.config}
     return expect_none(
-        [f"{key} {inner}, at the top level {top}" for key, (inner, top) in pairs.items() if inner != top]
+        [f"{key} {inner}, at the top level {top}" for key, (inner, top) in pairs.items() if not same(inner, top)]
     )
 
 
@@ -112,12 +118,14 @@ def as_trained(folder: ExaminedFolder) -> Observation | None:
     if "drafter" not in folder.recipe:
         return None
     found = {key: folder.value(key) for key in folder.trained}
-    return Observation(found == folder.trained, found, f"{folder.trained} in recipe.yaml")
+    return Observation(same(found, folder.trained), found, f"{folder.trained} in recipe.yaml")
 
 
 def layer_ids(folder: ExaminedFolder) -> Observation:
     """Look for ids that some engine cannot serve."""
     ids, num_layers = folder.value("target_layer_ids"), folder.target.num_layers
+    if any(type(i) is not int for i in ids):
+        return Observation(False, ids, "whole numbers, written without a point")
     faults = find_layer_id_faults(ids, num_layers)
     return Observation(not faults, "; ".join([str(ids), *faults]), f"ascending ids in 0 .. {num_layers - 2}")
 
@@ -158,8 +166,10 @@ def rope_spellings(folder: ExaminedFolder) -> Observation:
 
 def mask_token(folder: ExaminedFolder) -> Observation:
     """Check that the mask token is in the embedding and not in text."""
-    check_mask_token(folder.value("mask_token_id"), folder.target)
-    return Observation(True, folder.value("mask_token_id"))
+    token_id = folder.value("mask_token_id")
+    if type(token_id) is int:
+        check_mask_token(token_id, folder.target)
+    return Observation(type(token_id) is int, token_id, "a whole number")
 
 
 def block_size(folder: ExaminedFolder) -> Observation:

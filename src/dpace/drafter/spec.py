@@ -31,7 +31,7 @@ def find_layer_id_faults(target_layer_ids: Sequence[int], num_target_layers: int
     """
     ids, last = list(target_layer_ids), num_target_layers - 1
     faults = []
-    if not ids or not all(type(i) is int for i in ids) or ids != sorted(set(ids)):
+    if not ids or ids != sorted(set(ids)):
         faults.append("they do not ascend (vLLM sorts them, and features and weights would no longer match)")
     if not all(0 <= i <= last for i in ids):
         faults.append(f"the target has layers 0 .. {last} only")
