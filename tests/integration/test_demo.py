@@ -22,6 +22,9 @@ def test_the_demo_runs_its_recipe():
 
 
 def test_a_target_on_disk_needs_no_network(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json or adapter_config.json"):
+        dpace.target.locate.find_target(str(tmp_path))
+    (tmp_path / "config.json").touch()
     assert dpace.target.locate.find_target(str(tmp_path)) == str(tmp_path)
     assert dpace.target.locate.find_target("some/other-model") == "some/other-model"
     with pytest.raises(ValueError, match="there is no folder"):
