@@ -22,7 +22,7 @@ from dpace.loss import REDUCTIONS
 from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.target import Target
-from dpace.target.sharded import ShardedTarget
+from dpace.target.target import ShardedTarget
 from dpace.train import run
 from dpace.train.loop import TrainingLoop
 from dpace.train.sharding import USE_FSDP, wants_shards
@@ -121,7 +121,7 @@ def train_sharded(target: Target, responses: list[Response], recipe: Recipe, fol
 
 def check_target(shard: TargetShard, name: str, whole: Target) -> ShardedTarget:
     """Load the shares of a target: the same features for other texts on each rank, from its share of the layers."""
-    target, num_ranks, rank = ShardedTarget.load_share(name, shard), dist.get_world_size(), dist.get_rank()
+    target, num_ranks, rank = Target.load(name, shard=shard), dist.get_world_size(), dist.get_rank()
     kept = sum(ranks.local(parameter).numel() for parameter in target.layers.parameters())
     assert kept <= 1.02 / num_ranks * sum(parameter.numel() for parameter in whole.layers.parameters())
     assert target.sha256 == whole.sha256 and torch.equal(target.head.weight, whole.head.weight)
@@ -143,7 +143,7 @@ def train_on_shares(name: str, whole: Target, responses: list[Response], recipe:
         heads = whole.config.num_key_value_heads
         if shard == "tp" and heads % dist.get_world_size():
             with pytest.raises(ValueError, match=f"{heads} heads"):
-                ShardedTarget.load_share(name, shard)
+                Target.load(name, shard=shard)
             continue
         target = check_target(shard, name, whole)
         train_all(target, responses, recipe, folder / shard, ["anchors", "growing"])

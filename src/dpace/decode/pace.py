@@ -169,7 +169,7 @@ class Pace:
         *,
         promised: float,
         seconds: float | None,
-        lookups: Sequence[tuple[int, bool]] | None = None,
+        lookups: Sequence[tuple[int, bool]],
     ) -> None:
         """Learn from a step that drafted, even where none of the draft was verified (width 1).
 
@@ -188,9 +188,7 @@ class Pace:
         self.promised = DECAY * self.promised + promised
         self.kept = DECAY * self.kept + accepted
         plain = self.costs.verify_seconds[0]
-        plain_seconds = (accepted + 1) * plain
-        if lookups is not None:
-            plain_seconds = sum(self._copy_seconds(match) if is_right else plain for match, is_right in lookups)
+        plain_seconds = sum(self._copy_seconds(match) if is_right else plain for match, is_right in lookups)
         new = DraftSums(accepted + 1.0, plain_seconds, cost, 1.0)
         self.all_drafted = self.all_drafted.plus(new, GAIN_DECAY)
         self.drafted[plan.match] = self.drafted[plan.match].plus(new, GAIN_DECAY)

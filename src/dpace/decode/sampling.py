@@ -101,10 +101,6 @@ class Sampler:
             self._noise.append(row.exponential_(generator=self.generator))
         return self._noise[: len(rows)]
 
-    def uniform(self, count: int, device: torch.device) -> list[float]:
-        """Draw numbers in [0, 1)."""
-        return torch.rand(count, generator=self.generator, device=device).tolist()
-
 
 def verify_draft(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> int:
     """Count the draft tokens that equal the target's own choice, up to the first that differs.
@@ -169,7 +165,7 @@ def verify_sampled(
     rows = torch.arange(len(draft_tokens), device=target_probs.device)
     tokens = torch.tensor(draft_tokens, device=target_probs.device, dtype=torch.long)
     ratios = (target_probs[rows, tokens] / draft_probs[rows, tokens]).tolist()
-    draws = sampler.uniform(len(draft_tokens), target_probs.device)
+    draws = torch.rand(len(tokens), generator=sampler.generator, device=tokens.device).tolist()
     accepted = 0
     while accepted < len(draft_tokens) and draws[accepted] < ratios[accepted]:
         accepted += 1

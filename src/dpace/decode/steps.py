@@ -105,25 +105,3 @@ def verify_step(
     hidden, features = target.read(blocks, cache, layer_ids, attention_mask=mask, position_ids=positions)
     logits = target.logits(hidden.flatten(0, 1)).unflatten(0, blocks.shape)
     return logits, State(ends, features, positions)
-
-
-def verify_greedily(
-    target: Target,
-    cache: TextCache | RaggedCache,
-    layer_ids: Sequence[int],
-    blocks: Int[Tensor, "batch width"],
-    ends: Ends,
-) -> tuple[Int[Tensor, "batch width"], State]:
-    """Take a `verify_step`, and accept the beginnings of blocks that the target would have written at temperature 0.
-
-    Nothing has to wait for the device: the next step can start from what is returned.
-
-    Returns:
-        The target's own tokens; and the state behind the accepted ones, wrong in rows that a stop token or the limit
-        has ended.
-    """
-    logits, state = verify_step(target, cache, layer_ids, blocks, ends)
-    tokens = logits.float().argmax(-1)  # several times faster than in bf16
-    accepted = (blocks[:, 1:] == tokens[:, :-1]).int().cumprod(-1).sum(-1, keepdim=True)
-    starts = torch.minimum(ends.starts + accepted + 1, ends.limits)
-    return tokens, state._replace(ends=Ends(tokens.gather(1, accepted), starts, ends.limits))

@@ -205,35 +205,16 @@ class DrafterSpec:
 
     def config(self) -> Qwen3Config:
         """Make the config of a `Drafter`."""
-        named = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
-        extra: dict[str, Any] = {"input_embedding_scale": self.embed_scale, "output_multiplier": self.logit_scale}
-        extra = {name: scale for name, scale in extra.items() if scale != 1}
-        if self.softcap is not None:
-            extra["final_logit_softcapping"] = self.softcap
-        if self.record:
-            extra["dpace"] = self.record
+        elsewhere = {"conv_kernel_size", "conv_group_size", "special_token_ids"}
+        values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
+        named = {name: values[name] for name in ("mask_token_id", "target_layer_ids")}
         return Qwen3Config(
             **self.special_token_ids,
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=self.max_position_embeddings,
-            rms_norm_eps=self.rms_norm_eps,
-            rope_parameters=dict(self.rope),
+            **values,
             layer_types=["full_attention"] * self.num_layers,
             tie_word_embeddings=False,
-            **{
-                **named,
-                "block_size": self.block_size,
-                "num_target_layers": self.num_target_layers,
-                "dflash_config": named | self.second,
-                "is_causal": False,
-                **extra,
-            },
+            dflash_config=named | self.second,  # pyright: ignore[reportCallIssue]
+            is_causal=False,  # pyright: ignore[reportCallIssue]
         )
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:

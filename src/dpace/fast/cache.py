@@ -18,9 +18,6 @@ NUM_CONTEXT = 12
 """Tokens that `probe_cache` reads first."""
 NUM_READ = 4
 """Tokens that it then reads in one pass."""
-TOLERANCE = {torch.float32: 1e-3}
-"""Relative difference of hidden states that is rounding; `LOW_PRECISION` for other dtypes."""
-LOW_PRECISION = 5e-2
 
 CacheAbility = Literal["crop", "rewind", "append"]
 """What a target's caches can do after a rejected draft.
@@ -155,18 +152,17 @@ class RaggedCache(DynamicCache):
     """
 
     def __init__(self, config: Any, capacity: int, dtype: torch.dtype, num_slots: int = 0):
-        layers = TextCache(config, 0).layers
-        other = {type(layer).__name__ for layer in layers if type(layer) is not PreallocatedLayer}
-        if other:
+        alone = TextCache(config, 0)
+        if not is_full_attention(alone):
             raise ValueError(
-                f"{config.model_type} has layers that are not full attention ({', '.join(sorted(other))}); a batch "
-                "needs full attention in all layers: decode one prompt at a time with `generate`"
+                f"{config.model_type} has layers that are not full attention; a batch needs full attention in all "
+                "layers: decode one prompt at a time with `generate`"
             )
         super().__init__(config=config)
         self.end = num_slots + capacity
         self.dtype = dtype
         self.num_slots = num_slots
-        self.layers: Any = [RaggedLayer(self.end) for _ in layers]
+        self.layers: Any = [RaggedLayer(self.end) for _ in alone.layers]
 
     def place(self, positions: Int[Tensor, "batch new"]) -> Float[Tensor, "batch 1 new column"]:
         """Write the next pass's tokens to their positions; return the mask that is added to the scores.
@@ -246,14 +242,9 @@ class RaggedLayer(DynamicLayer):
             self.buffers = [buffer[indices] for buffer in self.buffers]
 
 
-def is_full_attention(cache: DynamicCache) -> bool:
+def is_full_attention(cache: Any) -> bool:
     """Return whether every layer of a cache keeps keys and values of the whole text."""
-    return all(type(layer) in (DynamicLayer, PreallocatedLayer) for layer in cache.layers)
-
-
-def has_full_buffers(cache: Any) -> bool:
-    """Return whether all layers of a cache hold all tokens, in the buffers of this file."""
-    return cache is not None and all(type(layer) in (PreallocatedLayer, RaggedLayer) for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, PreallocatedLayer, RaggedLayer) for layer in cache.layers)
 
 
 def repeat_rows(layer: Any, count: int) -> None:
@@ -297,7 +288,7 @@ def probe_cache(target: Any) -> CacheAbility:
 
     cache = start()
     expected = torch.cat([read(part, cache) for part in rest.split(1, dim=1)])[kept:]
-    tolerance = TOLERANCE.get(target.model.dtype, LOW_PRECISION)
+    tolerance = 1e-3 if target.model.dtype == torch.float32 else 5e-2  # of hidden states, relative
     for ability in ("crop", "rewind"):
         cache = start()
         states = cache.recurrent_states()

@@ -5,6 +5,7 @@ a decoder in one loop. Results have the same bits on a CPU, and are equal up to 
 in any model on a GPU, a large part of a step's time is spent outside the matrix products; this part becomes faster.
 """
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups
-from dpace.fast.cache import has_full_buffers
+from dpace.fast.cache import is_full_attention
 from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, pack
 from dpace.modeling_dflash import DFlashLayer, around
 
@@ -31,9 +32,6 @@ PRODUCTS = (
 )
 """Linear layers that read the same rows and so become one product."""
 LINEARS = [(owner, name) for owner, names in PRODUCTS for name in names]
-ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4}
-"""Relative and absolute differences that count as rounding; `LOW_PRECISION` for other dtypes."""
-LOW_PRECISION = 2e-2
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Decoder classes of transformers with the computation of `FusedStack`."""
 
@@ -42,9 +40,9 @@ def fuse_layers(model: PreTrainedModel) -> bool:
     """Fuse the decoder layers of a model in eval mode, in place; return whether it was done.
 
     Query, key and value become one product, so do gate and up, and norms and rotations take fewer operations. The
-    layers must be one of `LAYERS`, the first of which must give the same result as before, or `DFlashLayer`. Their
-    linear layers must be packed on a CPU (`dpace.fast.packing`), and plain elsewhere. Hooks on layers run as before;
-    hooks on modules inside them do not.
+    layers must be one of `LAYERS`, or `DFlashLayer`. Their linear layers must be packed on a CPU
+    (`dpace.fast.packing`), and plain elsewhere. The first of `LAYERS` must be about as near to the result in fp64 as it
+    was before, at most twice as far. Hooks on layers run as before; hooks on modules inside them do not.
 
     Memory: on a CPU one packed copy of the weights, in place of the packed copies of the single linear layers;
     elsewhere none.
@@ -52,19 +50,19 @@ def fuse_layers(model: PreTrainedModel) -> bool:
     layers: list[Any] = [
         layer for layer in model.modules() if type(layer).__name__ in LAYERS or type(layer) is DFlashLayer
     ]
-    shared: dict[str, _Rotation] = {}
     if not all(_can_be_fused(getattr(getattr(layer, owner), name)) for layer in layers for owner, name in LINEARS):
         return False
     for number, layer in enumerate(layers):
-        expected = _try_out(layer) if number == 0 and type(layer).__name__ in LAYERS else None
-        fused = FusedProducts(layer, shared)
-        layer.fast = fused
+        is_tested = number == 0 and type(layer).__name__ in LAYERS
+        before = [_try_out(copy.deepcopy(layer).to("cpu", torch.float64)), _try_out(layer)] if is_tested else []
+        layer.fast = FusedProducts(layer)
         layer.__class__ = _fused_class(type(layer))
-        tolerance = ROUNDING.get(fused.dtype, LOW_PRECISION)
-        if expected is not None and not torch.allclose(_try_out(layer), expected, tolerance, tolerance):
-            layer.fast = None
-            return False
-        for linear in sum(fused.linears, []):
+        if before:
+            exact, theirs = before
+            if (_try_out(layer) - exact).norm() > 2 * (theirs - exact).norm() + 1e-6 * exact.norm():
+                layer.fast = None
+                return False
+        for linear in sum(layer.fast.linears, []):
             if type(linear) is PackedLinear:
                 linear.unpack()
     return bool(layers)
@@ -79,11 +77,11 @@ def _can_be_fused(linear: nn.Module) -> bool:
 class _Rotation:
     """The rotary embedding and the attention function of one forward pass, shared by all its layers.
 
-    The first layer makes it. The others recognize it by its sines, which are the same tensor for all layers of a pass.
+    The first layer makes it. It is kept as an attribute of the sines, which are the same tensor for all layers of a
+    pass.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, config: Any = None):
-        self.sin = sin
+    def __init__(self, cos: Tensor, sin: Tensor, config: Any):
         self.half = sin.shape[-1] // 2
         signed = torch.cat([-sin[..., : self.half], sin[..., self.half :]], dim=-1)
         self.cos_and_sin = cos.unsqueeze(1), signed.unsqueeze(1)
@@ -93,6 +91,17 @@ class _Rotation:
         """Rotate "batch head seq dim" as `apply_rotary_pos_emb` of transformers does, into a new tensor."""
         cos, sin = self.cos_and_sin
         return heads.roll(self.half, -1).mul_(sin).add_(heads * cos)
+
+
+def _rotation(rope: tuple[Tensor, Tensor], config: Any = None) -> _Rotation:
+    """Return the rotation with these cosines and sines, which another layer may have made.
+
+    `config` names the attention function where the layer is the target's.
+    """
+    sin: Any = rope[1]
+    if "rotation" not in vars(sin):
+        sin.rotation = _Rotation(*rope, config)
+    return sin.rotation
 
 
 class _Heads(NamedTuple):
@@ -108,12 +117,10 @@ class FusedProducts(FastForm):
 
     Args:
         layer: one of `LAYERS`, or a `DFlashLayer`.
-        shared: the last rotation of all layers of the model, by "last".
     """
 
-    def __init__(self, layer: Any, shared: dict[str, _Rotation]):
+    def __init__(self, layer: Any):
         attention = layer.self_attn
-        self.shared = shared
         self.linears = [[getattr(getattr(layer, owner), name) for name in names] for owner, names in PRODUCTS]
         combine = _pack_together if type(self.linears[0][0]) is PackedLinear else join
         self.qkv = combine(self.linears[0])
@@ -132,16 +139,6 @@ class FusedProducts(FastForm):
         self.sizes = num_queries, num_keys
         activation = layer.mlp.act_fn
         self.activation = nn.functional.silu if type(activation) in (SiLUActivation, nn.SiLU) else activation
-
-    def rotation(self, rope: tuple[Tensor, Tensor], config: Any = None) -> _Rotation:
-        """Return the rotation with these cosines and sines, which another layer may have made.
-
-        `config` names the attention function where the layer is the target's.
-        """
-        last = self.shared.get("last")  # read once: another thread may be decoding
-        if last is None or last.sin is not rope[1]:
-            last = self.shared["last"] = _Rotation(*rope, config)
-        return last
 
     def step(self, hidden: Tensor, rotation: _Rotation, mask: Tensor | None, cache: Any) -> Tensor:
         """Compute the layer's output, with its own part of the cache."""
@@ -198,7 +195,7 @@ class FusedLayer(FastModule):
         fused = self.fast
         attention: Any = self._modules["self_attn"]  # nn.Module's own attribute lookup is slow
         if fused is not None and position_embeddings is not None and self.is_usable(hidden_states, fused.dtype):
-            rotation = fused.rotation(position_embeddings, attention.config)
+            rotation = _rotation(position_embeddings, attention.config)
             if rotation.attend is not None:
                 heads = fused.heads(fused.norm(hidden_states, 0), rotation)
                 if cache is not None:
@@ -220,7 +217,7 @@ class FusedDraftLayer(FastModule, DFlashLayer):
         if fused is None or not is_shared or not self.is_usable(hidden, fused.dtype):
             return super().forward(hidden, context, rope, mask, cache, block_size)
         attention: Any = self.self_attn
-        rotation = fused.rotation(rope)
+        rotation = _rotation(rope)
 
         def attend(rows):
             heads = fused.heads(torch.cat([context, rows], dim=1), rotation)
@@ -240,13 +237,13 @@ def _fused_class(kind: type) -> type:
 
 @torch.no_grad()
 def _try_out(layer: Any) -> Tensor:
-    """Compute the output of one of `LAYERS` for random rows and a random rotation."""
-    attention = layer.self_attn
+    """Compute the output of one of `LAYERS` for random rows and a rotation, all exact in bf16."""
+    weight = layer.input_layernorm.weight
     random = torch.Generator().manual_seed(0)
-    weight = attention.q_proj.weight
-    rows = torch.randn(1, 3, weight.shape[1], generator=random).to(weight)
-    rope = torch.randn(2, 1, 3, attention.head_dim, generator=random).to(weight)
-    return layer(rows, position_embeddings=tuple(rope))
+    angles = torch.randn(1, 3, layer.self_attn.head_dim // 2, generator=random).repeat(1, 1, 2)
+    inputs = torch.randn(1, 3, len(weight), generator=random), angles.cos(), angles.sin()
+    rows, *rope = (x.bfloat16().to(weight) for x in inputs)
+    return layer(rows, position_embeddings=tuple(rope)).to("cpu", torch.float64)
 
 
 class FusedStack:
@@ -272,11 +269,11 @@ class FusedStack:
     ) -> tuple[Tensor, list[Tensor]] | None:
         """Compute the LM head's input and the outputs of some layers, each "batch new hidden".
 
-        Returns None where the decoder's own code has to run, as for prompts.
+        Returns None where the decoder's own code has to run, as for prompts and where others have put hooks.
 
         Args:
             token_ids: "batch new".
-            cache: made by `dpace.fast.cache`, with full attention in all layers.
+            cache: receives keys and values; used here only with full attention in all layers.
             layer_ids: the layers whose outputs are returned.
             mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
             position_ids: "batch new"; by default those behind the tokens in the cache.
@@ -284,9 +281,11 @@ class FusedStack:
         decoder = self.decoder
         num_new = token_ids.shape[1]
         embedding = decoder.embed_tokens.weight
-        is_step = num_new <= MAX_QUERIES and has_full_buffers(cache) and decoder.config._attn_implementation == NAME
-        is_usable = self.layers[0].is_usable(embedding, embedding.dtype)
-        if not is_step or not is_usable or decoder._forward_hooks or decoder._forward_pre_hooks:
+        if cache is None or num_new > MAX_QUERIES or decoder.config._attn_implementation != NAME:
+            return None
+        is_cached = len(cache.layers) == len(self.layers) and is_full_attention(cache)
+        is_usable = is_cached and self.layers[0].is_usable(embedding, embedding.dtype)
+        if not is_usable or any(map(_has_hooks, (decoder, *self.layers))):
             return None
         hidden = nn.functional.embedding(token_ids, embedding)
         num_before = cache.layers[0].get_seq_length()
@@ -295,14 +294,10 @@ class FusedStack:
         if mask is None and num_new > 1:
             mask = hidden.new_zeros(1, 1, num_new, num_before + num_new)
             mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
-        rope = decoder.rotary_emb(hidden, position_ids)
-        rotation = self.layers[0].fast.rotation(rope, decoder.config)
+        rotation = _rotation(decoder.rotary_emb(hidden, position_ids))
         outputs = {}
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            if layer._forward_pre_hooks or (layer._forward_hooks and _has_hooks_of_others(layer)):
-                hidden = layer(hidden, mask, position_ids=position_ids, cache=cache, position_embeddings=rope)
-            else:
-                hidden = layer.fast.step(hidden, rotation, mask, layer_cache)
+            hidden = layer.fast.step(hidden, rotation, mask, layer_cache)
             if number in layer_ids:
                 outputs[number] = hidden
         return decoder.norm(hidden), [outputs[number] for number in layer_ids]
@@ -326,16 +321,13 @@ class LayerOutputs:
         self.found: dict[int, Tensor] | None = None
         self.hooked: set[int] = set()
 
-    def watch(self, layers: nn.ModuleList, layer_ids: Sequence[int]) -> None:
-        """Give layers their hooks."""
+    @contextmanager
+    def record(self, layers: nn.ModuleList, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Yield the outputs of layers by id; those of a pass inside the `with` block."""
         for layer_id in layer_ids:
             if layer_id not in self.hooked:
                 self.hooked.add(layer_id)
                 layers[layer_id].register_forward_hook(self._make_hook(layer_id))
-
-    @contextmanager
-    def record(self) -> Iterator[dict[int, Tensor]]:
-        """Yield the outputs of watched layers by id; those of a pass inside the `with` block."""
         self.found = {}
         try:
             yield self.found
@@ -351,6 +343,7 @@ class LayerOutputs:
         return hook
 
 
-def _has_hooks_of_others(layer: nn.Module) -> bool:
-    """Return whether a layer has hooks that are not those of `LayerOutputs`."""
-    return any(not hasattr(hook, "is_recorder") for hook in layer._forward_hooks.values())
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks that are not those of `LayerOutputs`."""
+    hooks = module._forward_hooks.values()
+    return bool(module._forward_pre_hooks) or any(not hasattr(hook, "is_recorder") for hook in hooks)

@@ -162,8 +162,6 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     multiply = torch.ops.quantized.linear_dynamic_fp16.default
     scale = 2.0**-exponent
-    if exact and bias is None:
-        return lambda rows: multiply(rows, packed)
 
     def product(rows: Tensor) -> Tensor:
         out = multiply(rows if exact else rows * scale, packed)

@@ -1,6 +1,7 @@
 """Let the target answer prompts in this process, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dpace.fast.cache import is_full_attention
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
-from dpace.target import MIN_SHARED, Target, shared_prefix
+from dpace.target import MIN_SHARED, Target
 
 
 def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> Iterator[list[Response]]:
@@ -107,7 +108,7 @@ def _read_shared(target: Target, encoded: list[list[int]], cache: StaticCache) -
     Returns:
         Its length in tokens; 0 where it is too short to be read on its own.
     """
-    num_shared = min(shared_prefix(encoded), min(map(len, encoded)) - 1)
+    num_shared = min(len(commonprefix(encoded)), min(map(len, encoded)) - 1)
     if len(encoded) == 1 or num_shared < MIN_SHARED:
         return 0
     shared: Any = DynamicCache(config=target.config)

@@ -96,9 +96,8 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     path = Path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return name
-    owner, _, repository = name.partition("/")
-    is_hub_id = all(re.fullmatch(HUB_NAME, part, flags=re.ASCII) for part in (owner, repository))
-    if path.exists() or not is_hub_id or Path(owner).exists():
+    is_hub_id = re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", name, flags=re.ASCII) and not path.parent.exists()
+    if path.exists() or not is_hub_id:
         kind = "a file" if path.is_file() else "missing"
         raise ValueError(f"{option} {name} is {kind}, expected a folder or a Hub id; name one that exists")
     import huggingface_hub

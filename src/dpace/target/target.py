@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpace.config import Device, DeviceMap
+from dpace.config import Device, DeviceMap, TargetShard
 from dpace.fast.cache import CacheAbility, probe_cache, repeat_rows
 from dpace.fast.fusion import LayerOutputs, stack_layers
 from dpace.fast.packing import PackedLinear, refresh_copies
 from dpace.fast.speed_up import speed_up
+from dpace.system import ranks
 from dpace.system.device import default_dtype, find_device
 from dpace.system.provenance import weights_fingerprint
-from dpace.target.files import open_target
+from dpace.target.files import gather_tables, open_target
 from dpace.target.probe import find_layers, find_tables
 
 MIN_SHARED = 16
 """Least number of shared first tokens that are worth a forward pass of their own."""
 MIN_SAVED = 1 / 8
 """Least share of tokens that this has to save: on a CPU, 0.09 takes 1.03 times as long, and 0.19 takes 0.94."""
-
-
-def shared_prefix(rows: list[list[int]]) -> int:
-    """Count the first tokens that all rows share."""
-    first, last = min(rows), max(rows)
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def stop_tokens(config: Any) -> list[int]:
@@ -77,6 +73,7 @@ class Target:
         device: Device = "auto",
         device_map: DeviceMap = None,
         thinking: bool = False,
+        shard: TargetShard = "none",
     ) -> "Target":
         """Load model and tokenizer from a folder, the Hugging Face cache or the Hub.
 
@@ -89,6 +86,7 @@ class Target:
             thinking: turn thinking on in chat templates that have this switch.
             device: `auto` is this process's accelerator (`LOCAL_RANK` under torchrun) where there is one, else `cpu`.
             device_map: `auto` spreads the layers over all GPUs.
+            shard: how the layers are spread over the ranks of a training, see `ShardedTarget`.
 
         No code that a checkpoint names is run, and attention is torch's own whatever the config names.
 
@@ -97,9 +95,14 @@ class Target:
             ValueError: see `dpace.target.files.open_target`.
         """
         place = find_device(device)
-        model, tokenizer = open_target(name, dtype=dtype or default_dtype(place), device=place, device_map=device_map)
-        speed_up(model)
-        target = cls(model, tokenizer)
+        model, tokenizer = open_target(
+            name, dtype=dtype or default_dtype(place), device=place, device_map=device_map, shard=shard
+        )
+        if shard != "none" and ranks.num_ranks() > 1:
+            target = ShardedTarget(model, tokenizer, shard)
+        else:
+            speed_up(model)
+            target = cls(model, tokenizer)
         target.thinking = thinking
         return target
 
@@ -185,14 +188,14 @@ class Target:
         Returns:
             The LM head's input; and the features, `len(layer_ids) * hidden` wide.
         """
-        self._outputs.watch(self.layers, layer_ids)
-        read = self._stack and self._stack.run(token_ids, cache, layer_ids, attention_mask, position_ids)
-        if read:
-            hidden, outputs = read
-        else:
-            kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
-            with self._outputs.record() as found:
-                hidden = self.decoder(token_ids, use_cache=True, **kwargs).last_hidden_state.to(self.device)
+        with self._outputs.record(self.layers, layer_ids) as found:
+            read = self._stack and self._stack.run(token_ids, cache, layer_ids, attention_mask, position_ids)
+            if read:
+                hidden, outputs = read
+            else:
+                kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
+                out = self.decoder(token_ids, use_cache=cache is not None, **kwargs)
+                hidden = out.last_hidden_state.to(self.device)
                 outputs = [found[layer_id].to(self.device) for layer_id in layer_ids]
         return hidden, torch.cat(outputs, dim=-1) if outputs else hidden[..., :0]
 
@@ -252,9 +255,9 @@ class Target:
             Features, detached, in the dtype of the target. `feature` is `len(target_layer_ids) * hidden`, and `hidden`
             more with `with_head_input`.
         """
-        self._refuse_rotation(token_ids)
+        self.refuse_rotation(*token_ids.shape)
         self.refresh_copies()
-        num_shared = shared_prefix(token_ids.tolist())
+        num_shared = len(commonprefix(token_ids.tolist()))
         saved = num_shared * (len(token_ids) - 1) / token_ids.numel() if num_shared >= MIN_SHARED else 0
         if saved < MIN_SAVED or num_shared == token_ids.shape[1] or self.cache_ability == "append":
             return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
@@ -268,35 +271,91 @@ class Target:
     def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
         """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
 
-    def _refuse_rotation(self, token_ids: Tensor) -> None:
+    def refuse_rotation(self, num_rows: int, num_tokens: int) -> None:
+        """Refuse several rows of texts that are longer than the rotation's boundary.
+
+        Raises:
+            ValueError: names the length, the boundary and what to do.
+        """
         boundary = self.rotation_boundary
-        if boundary and len(token_ids) > 1 and token_ids.shape[1] > boundary:
+        if boundary and num_rows > 1 and num_tokens > boundary:
             raise ValueError(
-                f"a text has {token_ids.shape[1]} tokens; past {boundary} this target rotates all positions of a batch "
-                f"anew: cut texts with --train.max-length {boundary}"
+                f"a text may have {num_tokens} tokens; past {boundary} this target rotates all positions of a batch "
+                f"anew: decode one prompt at a time with `generate`, and train with --train.max-length {boundary}"
             )
 
     def _run(
         self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None = None
     ) -> Tensor:
         """Run the model up to the last of the layers, or up to the head's input."""
-        head_input: list[Tensor] = []
+        if with_head_input:
+            hidden, features = self.read(token_ids, cache, target_layer_ids)
+            return torch.cat([features, hidden], dim=-1)
 
-        def stop(_module, args, _output=None):
-            head_input.extend(args if with_head_input else ())
+        def stop(*_):
             raise _StopForward
 
-        self._outputs.watch(self.layers, target_layer_ids)
-        with self._outputs.record() as found:
-            if with_head_input:
-                handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
-            else:
-                handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
+        with self._outputs.record(self.layers, target_layer_ids) as found:
+            handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
             try:
                 self.model(token_ids, cache=cache, use_cache=cache is not None)
             except _StopForward:
                 pass
             finally:
                 handle.remove()
-            outputs = [found[layer_id] for layer_id in target_layer_ids]
-            return torch.cat([rows.to(self.device) for rows in (*outputs, *head_input)], dim=-1)
+            return torch.cat([found[layer_id].to(self.device) for layer_id in target_layer_ids], dim=-1)
+
+
+class ShardedTarget(Target):
+    """A target for training, of which each rank has a share of the layers, and both tables.
+
+    All ranks have to call its methods together, as often and in the same order. With `fsdp` each brings a text of its
+    own; a layer's weights are gathered where it runs. With `tp` the ranks share the work on each text, and so all run
+    the texts of all.
+
+    Memory: the layers' weights over the number of ranks, the tables, and with `fsdp` one whole layer.
+
+    Raises:
+        ValueError: a model that transformers has no plan for.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shard: TargetShard):
+        self._sha256 = weights_fingerprint(model)
+        gather_tables(model)
+        super().__init__(model, tokenizer)
+        self._shard = shard
+        is_tied = self.config.tie_word_embeddings
+        self._table = self.head.weight if is_tied else ranks.whole(model.get_input_embeddings().weight)
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of its weights, the same as of the whole target."""
+        return self._sha256
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Compute the input embeddings as the first layer sees them."""
+        return nn.functional.embedding(token_ids, self._table) * self.embed_scale
+
+    @torch.no_grad()
+    def features(self, token_ids: Tensor, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> Tensor:
+        """Compute the features of this rank's text, while the other ranks call this with theirs.
+
+        A beginning that rows share is read once for each row.
+        """
+        self.refuse_rotation(*token_ids.shape)
+        if self._shard == "fsdp":
+            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
+        own = token_ids.tolist()
+        features = token_ids
+        texts = ranks.gather(own)
+        for i, text in enumerate(texts):
+            if text not in texts[:i]:
+                all_ids = torch.tensor(text, device=self.device)
+                computed = self._run(all_ids, target_layer_ids, with_head_input=with_head_input)
+                features = computed if text == own else features
+        return features
+
+    def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+        """Take part in a call of `features` for which this rank has no text."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.features(token, target_layer_ids, with_head_input=with_head_input)

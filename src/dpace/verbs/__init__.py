@@ -6,7 +6,6 @@ command that comes next. Heavy imports stand behind the arguments, so that `--he
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dpace.config import Device, DeviceMap, Dtype, Recipe, TargetShard
@@ -59,12 +58,11 @@ def load_target(
 
     from dpace.target import Target
     from dpace.target.locate import find_target
-    from dpace.target.sharded import ShardedTarget
 
-    is_shared = shard != "none" and ranks.num_ranks() > 1
-    load = partial(ShardedTarget.load_share, shard=shard) if is_shared else Target.load
     precision = None if dtype == "auto" else getattr(torch, dtype)
-    return load(find_target(name), dtype=precision, device=device, device_map=device_map, thinking=thinking)
+    return Target.load(
+        find_target(name), dtype=precision, device=device, device_map=device_map, thinking=thinking, shard=shard
+    )
 
 
 def load_chat(recipe: Recipe) -> "ChatTokenizer":

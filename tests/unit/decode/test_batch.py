@@ -1,6 +1,7 @@
 import jaxtyping
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dpace.cli import main
 from dpace.decode import Decoder
@@ -135,28 +136,28 @@ def test_compiled_steps_of_fixed_shapes(temperature, graphs, language_target, la
     decoder = Decoder(language_target, language_drafter, compile=True)
     found = decoder.generate_batch(rows, **options)
     assert [facts(out)[:2] for out in found] == expected
-    assert len(graphs) == 2
+    assert len(graphs) == 1
     assert [facts(out)[:2] for out in decoder.generate_batch(rows[::-1], **options)] == [
         facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows[::-1], **options)
     ]
-    assert len(graphs) == 2, "one for each model, whatever the prompts"
+    assert len(graphs) == 1, "for both models, whatever the prompts"
     alone_too = decoder.generate(rows[0], **options)
     assert facts(alone_too)[:2] == expected[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
 def test_calls_with_other_prompts_compile_nothing_again(graphs, monkeypatch, language_target, language_drafter):
-    """Twelve calls, three lengths of prompts: two graphs, and one copy to the host in a step."""
+    """Twelve calls, three lengths of prompts: one graph, and one copy to the host in a step."""
     waits, tolist, steps = [], torch.Tensor.tolist, []
     decoder = Decoder(language_target, language_drafter, compile=True, max_length=200)
-    verify = Batch.verify
+    step = Batch.step
 
-    def counted(self, blocks):
+    def counted(self):
         before = len(waits)
-        verify(self, blocks)
+        step(self)
         steps.append(len(waits) - before)
 
-    monkeypatch.setattr(Batch, "verify", counted)
+    monkeypatch.setattr(Batch, "step", counted)
     for number in range(12):
         prompt = [5 + (number + place) % 40 for place in range((7, 30, 90)[number % 3])]
         options = {"max_new_tokens": 20, "stop_token_ids": []}
@@ -167,12 +168,38 @@ def test_calls_with_other_prompts_compile_nothing_again(graphs, monkeypatch, lan
         assert found.token_ids == expected
         if number == 0:
             num_graphs = len(graphs)
-    assert len(graphs) == num_graphs == 2 and set(steps) == {1} and len(steps) > 24
+    assert len(graphs) == num_graphs == 1 and set(steps) == {1} and len(steps) > 24
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_step_reads_what_a_graph_has_overwritten(
+    temperature, monkeypatch, language_target, language_drafter, language_prompts
+):
+    """As CUDA graphs do, each call of a compiled function overwrites what all calls before it returned."""
+    returned = []
+
+    def compiled(step, **_):
+        def replay(*args, **kwargs):
+            for tensor in returned:
+                tensor.zero_()
+            found = tree_map(torch.clone, step(*args, **kwargs))
+            returned.extend(tree_leaves(found))
+            return found
+
+        return replay
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    rows = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:52]]
+    options = {"max_new_tokens": 20, "stop_token_ids": [], "temperature": temperature, "seed": 3}
+    for drafter in (language_drafter, None):
+        expected = [out.token_ids for out in generate_batch(language_target, drafter, rows, **options)]
+        found = Decoder(language_target, drafter, compile=True).generate_batch(rows, **options)
+        assert [out.token_ids for out in found] == expected and returned
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
 def test_a_prompt_as_short_as_a_block_is_compiled_too(graphs, language_folder, tmp_path, capsys):
-    """The first draft is never compiled: it makes the drafter's cache, and reads a prompt of any length."""
+    """The first step is never compiled: it makes the drafter's cache, and reads a prompt of any length."""
     target = Target.load(str(language_folder))
     flags = ["generate", "--target", str(language_folder), "--prompt", "w3 w51", "--max-new-tokens", "12"]
     assert main(flags) == 0

@@ -27,12 +27,18 @@ def test_best_width_is_the_best_of_all(confidences, increments, draft):
     assert emitted == pytest.approx(1 + sum(reach[: width - 1]))
 
 
+def new_tokens(accepted: int) -> list[tuple[int, bool]]:
+    """Return what a lookup finds for tokens that stood nowhere before."""
+    return [(0, False)] * (accepted + 1)
+
+
 def draft(pace: Pace, plan: Plan, accepted_of, confidence=0.9, slowness=1.0, **facts) -> tuple[int, float]:
     """Take a step that drafts; return its tokens and seconds, `slowness` times their costs."""
     width, promised = pace.choose_width(plan, [confidence] * 7)
     accepted = accepted_of(width)
     cost = slowness * (pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1])
-    pace.learn_drafting(plan, width, accepted, promised=promised, **{"seconds": cost, **facts})
+    known = {"seconds": cost, "lookups": new_tokens(accepted), **facts}
+    pace.learn_drafting(plan, width, accepted, promised=promised, **known)
     return accepted + 1, cost
 
 
@@ -92,7 +98,8 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
             accepted = min(right, width - 1)
             cost = pace.costs.verify_seconds[width - 1] + plan.is_drafted * pace.costs.draft_seconds
             if plan.is_drafted and not fixed:
-                pace.learn_drafting(plan, width, accepted, promised=promised, seconds=cost)
+                new = new_tokens(accepted)
+                pace.learn_drafting(plan, width, accepted, promised=promised, seconds=cost, lookups=new)
             seconds += cost
             tokens += accepted + 1
         return tokens * pace.costs.verify_seconds[0] / seconds

@@ -10,8 +10,8 @@ import torch
 from dpace.system.device import default_dtype, device_name, find_device, processor_name
 
 WAITS_OF_A_TRAINING_STEP = {
-    "target.py: num_shared = shared_prefix(token_ids.tolist())",  # where texts begin alike, they are read once
-    "target.py: self.model(token_ids, cache=cache, use_cache=cache is not None)",  # masks of transformers
+    "target.py: num_shared = len(commonprefix(token_ids.tolist()))",  # where texts begin alike, they are read once
+    "target.py: out = self.decoder(token_ids, use_cache=cache is not None, **kwargs)",  # masks of transformers
     "head_scores.py: for chosen in is_scored.flatten().nonzero()[:, 0].split(max(1, num_rows)):",  # rows that count
 }
 
