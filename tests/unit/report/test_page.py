@@ -4,7 +4,9 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from dpace.cli import main
 from dpace.config import BenchConfig
@@ -83,19 +85,23 @@ def test_the_verb(folder, tmp_path, capsys):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_a_browser_shows_it_without_errors(folder, tmp_path):
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_browser_shows_it_without_errors(width, folder, tmp_path):
     page, _ = write_report([folder], tmp_path / "report.html")
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     command = [CHROMIUM, *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path}/profile"]
     command += [
         "--enable-logging=stderr",
-        "--window-size=390,3000",
+        f"--window-size={width},3000",
         f"--screenshot={tmp_path}/page.png",
         f"file://{page}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
     assert (tmp_path / "page.png").stat().st_size > 10_000
+    at_the_right = imread(tmp_path / "page.png")[:, -110].sum(-1)
+    num_edges = (np.abs(np.diff(at_the_right)) > 0.1).sum()
+    assert width == 390 or num_edges > 20  # rows of tables reach as far as the responses' frames
 
 
 def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
