@@ -50,12 +50,16 @@ def status(key: str) -> float:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024 / 1e9
 
 
+def padding(lengths, steps: list[list[int]]) -> float:
+    """Compute the share of padding in steps of conversations, 0 to 1."""
+    read = sum(int(lengths[step].max()) * len(step) for step in steps)
+    return 1 - int(lengths.sum()) / max(1, read)
+
+
 def read(folder: Path) -> None:
     """Read them up to the first batch, and say what it took."""
-    import torch
-
     from dpace.batches.corpus import load_corpus
-    from dpace.batches.dataset import GroupedSampler, ResponseDataset, collate, padding
+    from dpace.batches.dataset import ResponseDataset, collate
     from dpace.train.identity import data_of
 
     before, start, used = status("VmRSS"), time.perf_counter(), time.process_time()
@@ -63,8 +67,8 @@ def read(folder: Path) -> None:
     loaded = time.perf_counter() - start
     train, validation = (ResponseDataset(part, max_length=3072, num_anchors=512, seed=42) for part in parts)
     data_of(train, validation)
-    order = list(GroupedSampler(train, 8))
-    batch = collate([train[i] for i in order[:8]], 16)
+    steps = train.steps(8, is_grouped=True)
+    batch = collate([train[i] for i in steps[0]], 16)
     seconds = time.perf_counter() - start
     print(
         f"{len(train):,} + {len(validation)} conversations, {train.lengths.sum() / 1e6:.0f} million tokens: "
@@ -74,8 +78,7 @@ def read(folder: Path) -> None:
         f"{status('RssFile'):.2f} GB mapped",
         flush=True,
     )
-    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).numpy()
-    shares = [padding(train.lengths, chosen, 8) for chosen in (shuffled, np.array(order))]
+    shares = [padding(train.lengths, train.steps(8, is_grouped=is_grouped)) for is_grouped in (False, True)]
     print(f"padding in batches of 8: {shares[0]:.1%} in random order, {shares[1]:.1%} by length")
 
 

@@ -19,6 +19,7 @@ import torch
 from rich.progress import track
 
 from dpace.batches.dataset import ResponseDataset, collate
+from dpace.config import TrainConfig
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
@@ -29,7 +30,7 @@ from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
 from dpace.target.locate import find_target
-from dpace.train.optimizer import MuonAdamW
+from dpace.train.optimizer import make_optimizer
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
 NUM_TOKENS, NUM_PROMPT_TOKENS = 260, 180
@@ -50,7 +51,7 @@ def main(rounds: int) -> None:
     batch = collate([dataset[i] for i in range(len(dataset))], drafter.block_size)
     batch = {name: value.to(target.device) for name, value in batch.items()}
     ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
-    optimizer = MuonAdamW(drafter.parameters(), lr=1e-5)
+    optimizer = make_optimizer(drafter, TrainConfig(optimizer="muon", learning_rate=1e-5))
     weighers = {name: make_weigh(replace(recipe.loss, objective=name), drafter.block_size) for name in OBJECTIVES}
     print(f"torch {torch.__version__}, {target.device}, {platform.processor() or platform.machine()}, {rounds} rounds")
 

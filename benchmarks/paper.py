@@ -32,8 +32,8 @@ from dpace.report.tables import console, section_table
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.locate import TARGET_ID, find_target
-from dpace.train.identity import data_of, target_of
-from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
+from dpace.train.identity import data_of, init_of, settings_of, target_of
+from dpace.train.run import choose_conversations, is_trained, keep_features, train
 
 DEPTHS = (3, 5)
 OBJECTIVES = ("dflash", "dpace")
@@ -193,8 +193,8 @@ def main() -> None:
         folders = {name: options.output / f"{depth}l" / name for name in OBJECTIVES}
         runs = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in OBJECTIVES}
         data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
-        facts = {**target_of(target), **data_of(*data)}
-        wanted = {name: describe_run(facts, runs[name]) for name in OBJECTIVES}
+        facts = {**target_of(target), **data_of(*data), **init_of(None)}
+        wanted = {name: {**facts, **settings_of(runs[name])} for name in OBJECTIVES}
         missing = [name for name in OBJECTIVES if not is_trained(folders[name], wanted[name])]
         if missing:
             keep_features(target, *data, recipe)

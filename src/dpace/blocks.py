@@ -43,18 +43,6 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
     return ids
 
 
-def check_block_size(block_size: int) -> None:
-    """Refuse a block without a draft slot.
-
-    Raises:
-        ValueError: `block_size` below 2.
-    """
-    if block_size < 2:
-        raise ValueError(
-            f"block_size is {block_size}; it must be 2 or more: a block is an anchor and at least one draft slot"
-        )
-
-
 def sample_anchors(
     is_response: Bool[Tensor, " seq"] | Sequence[bool], *, num_anchors: int | None = None, seed: object = 0
 ) -> Int[Tensor, " anchor"]:
@@ -121,11 +109,7 @@ def build_blocks(
         is_response: tokens that the target wrote; False on padding.
         anchors: positions, one tensor a row; tensors may be empty and of different lengths.
         block_size: number of slots, the anchor included; at least 2.
-
-    Raises:
-        ValueError: `block_size` below 2.
     """
-    check_block_size(block_size)
     padded = nn.utils.rnn.pad_sequence(list(anchors), batch_first=True, padding_value=-1).to(token_ids.device)
     if not padded.shape[1]:  # no row has an anchor: one padding block each, because later steps need a block
         padded = nn.functional.pad(padded, (0, 1), value=-1)

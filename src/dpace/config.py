@@ -142,7 +142,7 @@ class LossConfig:
     """Value that alpha reaches at the end of training, in a straight line; alpha stays as it is by default."""
     gamma: Positive | None = None
     """Decay length, in slots, of the objectives dflash and vat; 7, 5 or 4 by default for blocks of 16, 10 or 8."""
-    base: Positive = 0.8
+    base: Fraction = 0.8
     """Weight of a slot relative to the one before it, for the objective medusa."""
     reduction: Reduction = "anchors"
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.

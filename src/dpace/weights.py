@@ -20,8 +20,6 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
     """Compute `(1 - alpha) q + alpha` in fp32, and 1 at slots that are not scored."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (the paper uses 0.5, and 0.3 to 0.7 work)")
     return torch.where(is_scored, (1 - alpha) * token_probs.float() + alpha, 1.0)
 
 
@@ -43,9 +41,6 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
     Returns:
         fp32 weights, detached, not normalized.
 
-    Raises:
-        ValueError: `alpha` outside [0, 1].
-
     Source: D-PACE (arXiv 2605.18810), equations 7 and 8.
     """
     products = smoothed(token_probs, is_scored, alpha).cumprod(-1)
@@ -56,7 +51,7 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
 def dpace_confidence_only_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by the probability that the block is accepted up to it.
 
-    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments, returns and errors as there.
+    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments and returns as there.
 
     Source: D-PACE (arXiv 2605.18810), ablation "cumulative confidence only".
     """
@@ -68,8 +63,7 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
     """Weigh each slot by how much accepted text follows once it is accepted.
 
     `w[j] = 1 + sum over m > j of (product over j < i <= m of q~[i])`, the factor `dpace_weights / P`. It is computed by
-    the recursion `w[j] = 1 + q~[j + 1] w[j + 1]`, which needs no division. Arguments, returns and errors as in
-    `dpace_weights`.
+    the recursion `w[j] = 1 + q~[j + 1] w[j + 1]`, which needs no division. Arguments and returns as in `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), ablation "continuation value only".
     """
@@ -89,8 +83,8 @@ def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: flo
 
     `w[j] = dpace_weights[j] * (1 - alpha) q[j] / q~[j]`: the gradient of `sum over m of product over i <= m of q~[i]`
     with respect to `log q[j]`. D-PACE leaves the last factor out, and so trains hardest the slots that are still wrong.
-    With the factor, the gradient vanishes where `q` is small. The two agree at `alpha = 0`. Arguments, returns and
-    errors as in `dpace_weights`.
+    With the factor, the gradient vanishes where `q` is small. The two agree at `alpha = 0`. Arguments and returns as in
+    `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), the derivative of equation 7 written out.
     """
@@ -114,13 +108,8 @@ def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored, scale: fl
     Returns:
         fp32 weights, detached.
 
-    Raises:
-        ValueError: negative `scale`.
-
     Source: Teaching Diffusion to Speculate Left-to-Right (arXiv 2606.11552), the chain reward as an additive term.
     """
-    if scale < 0:
-        raise ValueError(f"scale is {scale}; the scale of the reward must be at least 0")
     num_slots = is_scored.sum(-1, keepdim=True).clamp_min(1)
     return is_scored + scale / num_slots * dpace_weights(token_probs, is_scored, alpha=0.0)
 
@@ -141,18 +130,14 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
     Args:
         is_match: whether the drafter's greedy choice is the target's token.
         is_scored: slots that count.
-        gamma: decay length in slots, as in `dflash_weights`.
+        gamma: decay length in slots, above 0, as in `dflash_weights`.
 
     Returns:
         fp32 weights in (0, 1].
 
-    Raises:
-        ValueError: `gamma` not above 0.
-
     Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification. Its mixed
     labels are the token loss `mix`.
     """
-    _check_gamma(gamma)
     index = is_scored.cumsum(-1) - 1
     distance = (index - _num_accepted_before(is_match, is_scored)).clamp_min(0)
     return torch.exp(-distance / gamma) * is_scored
@@ -189,23 +174,14 @@ def dflash_weights(is_scored: IsScored, gamma: float = 7.0) -> Weights:
 
     Args:
         is_scored: slots that count.
-        gamma: decay length in slots; the paper uses 7, 5 and 4 for blocks of 16, 10 and 8 (`dflash_gamma`).
+        gamma: decay length in slots, above 0; the paper uses 7, 5 and 4 for blocks of 16, 10 and 8 (`dflash_gamma`).
 
     Returns:
         fp32 weights, 1 at slot 1.
 
-    Raises:
-        ValueError: `gamma` not above 0.
-
     Source: DFlash (arXiv 2602.06036), equation 4.
     """
-    _check_gamma(gamma)
     return torch.exp(-(_slots(is_scored) - 1) / gamma) * is_scored
-
-
-def _check_gamma(gamma: float) -> None:
-    if gamma <= 0:
-        raise ValueError(f"gamma is {gamma}; the decay length must be above 0")
 
 
 def dflash_gamma(block_size: int) -> float:
@@ -235,11 +211,6 @@ def medusa_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
     Returns:
         fp32 weights, `base` at slot 1.
 
-    Raises:
-        ValueError: `base` outside (0, 1].
-
     Source: Medusa (arXiv 2401.10774), section 2.2.1.
     """
-    if not 0 < base <= 1:
-        raise ValueError(f"base is {base}; it must lie in (0, 1]")
     return base ** _slots(is_scored) * is_scored

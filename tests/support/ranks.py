@@ -26,7 +26,7 @@ from dpace.train.run import train
 def make_dataset(responses: list[Response], recipe: Recipe) -> ResponseDataset:
     """Conversations of which some have no anchor, which a dataset would otherwise leave out."""
     config = recipe.train
-    empty = [replace(response, id=f"empty/{response.id}", response_spans=[]) for response in responses[:6]]
+    empty = [replace(response, id=f"empty/{response.id}", response_spans=[]) for response in responses[:5]]
     dataset = ResponseDataset(
         [*responses, *empty], max_length=config.max_length, num_anchors=config.num_anchors, seed=0
     )
@@ -56,7 +56,10 @@ def answer_all(target: Target, responses: list[Response], recipe: Recipe, folder
 def measure_all(target: Target, responses: list[Response], recipe: Recipe, folder: Path, num_ranks: int) -> None:
     """Keep features on disk, decode, and compare two objectives; each rank has a share, and all have the results."""
     dataset = make_dataset(responses, recipe)
-    with mock.patch.object(feature_files, "SHARD_BYTES", 2**16):
+    with (
+        mock.patch.object(feature_files, "SHARD_BYTES", 2**16),
+        mock.patch("dpace.batches.dataset.FEATURE_BATCH", 4),
+    ):
         feature_files.keep_on_disk(target, dataset, [1, 3], folder / "features", limit_bytes=2.0**30)
     for i in (0, len(dataset) - 1):
         assert dataset.features is not None

@@ -150,7 +150,7 @@ def train_on_shares(name: str, whole: Target, responses: list[Response], recipe:
         dataset = run.make_datasets(whole, responses[:3], [], recipe)[0]
         for each in (target, whole):
             path = folder / shard / type(each).__name__
-            with mock.patch.object(feature_files, "FEATURE_BATCH", 1):
+            with mock.patch("dpace.batches.dataset.FEATURE_BATCH", 1):
                 feature_files.keep_on_disk(each, dataset, [1, 3], path, limit_bytes=2.0**30)
             assert dataset.features is not None
             for i in range(len(dataset)):

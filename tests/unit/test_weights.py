@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpace.weights import (
-    chain_reward_weights,
     dflash_gamma,
     dflash_weights,
     dpace_confidence_only_weights,
@@ -100,12 +99,6 @@ def test_schedules():
     assert [dflash_gamma(size) for size in (16, 10, 8)] == [7, 5, 4]
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.5])
-def test_alpha_outside_its_range_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha"):
-        dpace_weights(block(Q), scored([1] * 4), alpha)
-
-
 @given(probabilities, st.integers(0, 2**15 - 1), st.floats(0, 0.99))
 def test_exact_weights_are_the_gradient_of_the_smoothed_surrogate(q, mask_bits, alpha):
     """By autograd, with respect to log q, for any mask."""
@@ -122,11 +115,6 @@ def test_exact_weights_of_impossible_tokens_are_zero():
     """Also at alpha 0, where the smoothed probability is 0 too."""
     for alpha in (0.0, 0.5):
         assert not dpace_exact_weights(block([0.0, 0.0]), scored([1, 1]), alpha).any()
-
-
-def test_a_chain_reward_with_a_negative_scale_is_refused():
-    with pytest.raises(ValueError, match="scale is -1"):
-        chain_reward_weights(block([0.5]), scored([1]), scale=-1.0)
 
 
 # scored: slots 1 2 4 5 6; slot 3 is a gap; the first scored miss is slot 4

@@ -61,7 +61,7 @@ class Corpus:
     @classmethod
     def of(cls, responses: Iterable[Response]) -> "Corpus":
         """Make a corpus in memory."""
-        return cls(pyarrow.Table.from_batches([_batch([(response, 0, i) for i, response in enumerate(responses)])]))
+        return cls(pyarrow.Table.from_batches([_batch((response, 0, i) for i, response in enumerate(responses))]))
 
     def __len__(self):
         """Count the conversations."""
@@ -85,48 +85,36 @@ class Corpus:
 
     def num_anchors(self, max_length: int) -> np.ndarray:
         """Count for each conversation the places in its first tokens that a block can start from."""
-        counts = [np.zeros(0, np.int64)]
-        for column in self._table["response_spans"].chunks:
-            offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-            start, end = values[offsets[0] : offsets[-1]].reshape(-1, 2).astype(np.int64).T
-            row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets) // 2)
-            of_span = np.maximum(np.minimum(end, max_length) - start - 1, 0)
-            counts.append(np.bincount(row, of_span, len(offsets) - 1).astype(np.int64))
-        return np.concatenate(counts)[self._order]
+        spans = self._table["response_spans"].combine_chunks()
+        start, end = spans.flatten().to_numpy().reshape(-1, 2).T
+        row = np.repeat(np.arange(len(spans)), np.diff(spans.offsets.to_numpy()) // 2)
+        of_span = np.maximum(np.minimum(end, max_length) - start - 1, 0)
+        return np.bincount(row, of_span, len(spans)).astype(np.int64)[self._order]
 
 
-def _batch(rows: Sequence[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
+def _batch(rows: Iterable[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
     """Put responses with the part and the place of their prompts into columns."""
-    responses = [response for response, _, _ in rows]
-    columns = [
-        pyarrow.array([response.id for response in responses], pyarrow.string()),
-        pyarrow.array([part for _, part, _ in rows], pyarrow.int8()),
-        pyarrow.array([position for _, _, position in rows], pyarrow.int32()),
-        _list_column([response.token_ids for response in responses]),
-        _list_column([_merge(response.response_spans) for response in responses]),
-        pyarrow.array([len(response.token_ids) for response in responses], pyarrow.int32()),
+    filled = [
+        {
+            "id": response.id,
+            "part": part,
+            "place": place,
+            "token_ids": np.array(array("i", response.token_ids)),  # several times as fast as a list
+            "response_spans": _merge(response.response_spans),
+            "length": len(response.token_ids),
+        }
+        for response, part, place in rows
     ]
-    return pyarrow.record_batch(columns, schema=SCHEMA)
-
-
-def _list_column(lists: Sequence[list[int]]) -> pyarrow.ListArray:
-    """Make a column of lists; an `array` takes a list of integers ten times as fast as Arrow does."""
-    values = array("i")
-    for integers in lists:
-        values.fromlist(integers)
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.frombuffer(values, np.int32)))
+    return pyarrow.RecordBatch.from_pylist(filled, SCHEMA)
 
 
 def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
     """Join spans that touch, leave out empty ones, and flatten them."""
     merged: list[int] = []
-    for start, end in sorted(map(tuple, spans)):
-        if end <= start:
-            continue
-        if merged and start <= merged[-1]:
-            merged[-1] = max(merged[-1], end)
-        else:
+    for start, end in spans:
+        if merged and start == merged[-1]:
+            merged[-1] = end
+        elif end > start:
             merged += [start, end]
     return merged
 

@@ -6,7 +6,8 @@ a step are about equally long.
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from dpace.target import Target
 
 FEATURE_BATCH = 16
 """Number of conversations whose features are computed together, where all are kept."""
+Compute = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Computes the hidden states of texts, each "seq feature"."""
 
 
 class ResponseDataset(torch.utils.data.Dataset):
@@ -64,13 +67,10 @@ class ResponseDataset(torch.utils.data.Dataset):
     @property
     def seen_tokens(self) -> Int[Tensor, " token"]:
         """The different tokens of all conversations, ascending."""
-        is_seen = np.zeros(0, bool)
+        seen: set[int] = set()
         for index in range(len(self)):
-            tokens = self.token_ids(index).numpy()
-            missing = int(tokens.max(initial=-1)) + 1 - len(is_seen)
-            is_seen = np.pad(is_seen, (0, max(0, missing)))
-            is_seen[tokens] = True
-        return torch.from_numpy(np.flatnonzero(is_seen))
+            seen.update(self.token_ids(index).tolist())
+        return torch.tensor(sorted(seen), dtype=torch.long)
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:
         """Return the tokens of a conversation."""
@@ -86,28 +86,50 @@ class ResponseDataset(torch.utils.data.Dataset):
 
     def keep_features(
         self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
-    ) -> bool:
-        """Compute the features of every conversation once, and return whether they fit in memory.
-
-        They are those of `Target.features`; nothing is computed where they pass the limit.
-        """
+    ) -> None:
+        """Compute the features of every conversation once, where they fit in memory; see `Target.features`."""
         num_layers = len(target_layer_ids) + with_head_input
         size = int(self.lengths.sum()) * num_layers * target.hidden_size * target.head.weight.element_size()
         if size > limit_bytes:
-            return False
-        lengths = self.lengths.tolist()
-        order = sorted(range(len(self)), key=lengths.__getitem__)
-        kept: dict[int, Tensor] = {}
-        with progress_bar() as bar:
-            task = bar.add_task("reading hidden states", total=len(self), info="")
-            for start in range(0, len(order), FEATURE_BATCH):
-                batch = order[start : start + FEATURE_BATCH]
-                texts = [self.token_ids(i) for i in batch]
-                rows = compute_features(target, target_layer_ids, texts, with_head_input=with_head_input)
-                kept |= {i: row.clone() for i, row in zip(batch, rows, strict=True)}
-                bar.update(task, advance=len(batch))
+            return
+        compute = partial(compute_features, target, target_layer_ids, with_head_input=with_head_input)
+        rows = self.compute_rows(compute, self.batches_by_length(range(len(self))), "reading hidden states")
+        kept = {number: row.clone() for number, row in rows}  # of a padded batch
         self.features = [kept[i] for i in range(len(self))]
-        return True
+
+    def batches_by_length(self, numbers: Iterable[int]) -> list[list[int]]:
+        """Put conversations into batches of about equally long ones, whose features are computed together."""
+        order = sorted(numbers, key=self.lengths.tolist().__getitem__)
+        return [order[start : start + FEATURE_BATCH] for start in range(0, len(order), FEATURE_BATCH)]
+
+    def compute_rows(
+        self, compute: Compute, batches: Sequence[Sequence[int]], title: str
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Compute features batch by batch, and yield those of each conversation with its number.
+
+        Args:
+            compute: computes the features of some texts.
+            batches: of `batches_by_length`.
+            title: of the progress bar.
+        """
+        with progress_bar() as bar:
+            task = bar.add_task(title, total=sum(map(len, batches)), info="")
+            for batch in batches:
+                yield from zip(batch, compute([self.token_ids(number) for number in batch]), strict=True)
+                bar.update(task, advance=len(batch))
+
+    def steps(self, step_size: int, *, is_grouped: bool) -> list[list[int]]:
+        """Choose the conversations of each step of the epoch, by number; the last step may have fewer.
+
+        Args:
+            step_size: conversations of an optimizer step, over all ranks and micro-batches; the order depends on no
+                other split of a step.
+            is_grouped: take them in `grouped_order` and not at random.
+        """
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch)).numpy()
+        if is_grouped and step_size > 1:
+            order = grouped_order(self.lengths, step_size, seed=(self.seed, self.epoch))
+        return [order[start : start + step_size].tolist() for start in range(0, len(order), step_size)]
 
     def __len__(self):
         """Count the conversations."""
@@ -145,8 +167,7 @@ def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
     token_ids, is_response = (pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))
     blocks = build_blocks(token_ids, is_response, [row["anchors"] for row in rows], block_size)
     features = None if rows[0]["features"] is None else pad([row["features"] for row in rows])
-    draws = torch.tensor([row["draw"] for row in rows])
-    return {"token_ids": token_ids, "is_response": is_response, "features": features, "draw": draws, **vars(blocks)}
+    return {"token_ids": token_ids, "is_response": is_response, "features": features, **vars(blocks)}
 
 
 WINDOW_STEPS = 64
@@ -177,26 +198,3 @@ def grouped_order(lengths: np.ndarray, step_size: int, *, seed: tuple[int, int])
     left_over = np.sort(generator.choice(len(order), len(order) - num_steps * step_size, replace=False))
     steps = np.delete(order, left_over).reshape(num_steps, step_size)
     return np.concatenate([steps[generator.permutation(num_steps)].ravel(), order[left_over]])
-
-
-class GroupedSampler(torch.utils.data.Sampler[int]):
-    """A dataset's conversations in `grouped_order`, another one each epoch."""
-
-    def __init__(self, dataset: ResponseDataset, step_size: int):
-        self.dataset, self.step_size = dataset, step_size
-
-    def __len__(self):
-        """Count the conversations."""
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the numbers of the conversations in the order of the dataset's epoch."""
-        seed = (self.dataset.seed, self.dataset.epoch)
-        return iter(grouped_order(self.dataset.lengths, self.step_size, seed=seed).tolist())
-
-
-def padding(lengths: np.ndarray, order: np.ndarray, batch_size: int) -> float:
-    """Compute the share of padding in batches of conversations taken in an order, 0 to 1."""
-    batches = [lengths[order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
-    read = sum(int(batch.max()) * len(batch) for batch in batches)
-    return 1 - sum(int(batch.sum()) for batch in batches) / max(1, read)

@@ -10,10 +10,9 @@ Both must see the same folder.
 
 import hashlib
 import json
-import math
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, compute_featur
 from dpace.servers.apis import VllmServer
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, write_json, writing
-from dpace.system.progress import progress_bar
 from dpace.system.provenance import hash_json
 from dpace.target import Target
 
@@ -129,8 +127,6 @@ class ServerFeatures:
         return hidden.flatten(1).to(self.target.head.weight.dtype)
 
 
-Compute = Callable[[Sequence[Tensor]], list[Tensor]]
-"""Computes the hidden states of texts, each "seq feature"."""
 StoredDtype = Literal["target", "bfloat16", "float8"]
 SHARD_BYTES = 256 * 2**20
 """Size at which a file is written and the next one begun."""
@@ -186,10 +182,6 @@ class FeatureFiles(Sequence[Tensor]):
             row = row.float() * self.open[path].get_tensor(name + SCALE)[:, None]
         return row.to(self.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what another process needs: open files are its own."""
-        return {**vars(self), "open": {}}
-
 
 def keep_on_disk(
     target: Target,
@@ -242,15 +234,14 @@ def keep_on_disk(
             row_bytes = bytes_of_token(target, len(target_layer_ids) + with_head_input, dtype)
             size = row_bytes * sum(lengths[i] for i in wanted.values())
             ranks.from_first(lambda: _refuse_size(size, limit_bytes, rows))
-            mine = ranks.share(sorted(wanted.values(), key=lambda i: (lengths[i], names[i])))
+            batches = dataset.batches_by_length(wanted.values())
             if servers:
                 compute = ServerFeatures(servers, target, target_layer_ids)
-                compute.check(dataset.token_ids(mine[0] if mine else 0))
+                compute.check(dataset.token_ids(batches[0][0]))
             else:
                 compute = partial(compute_features, target, target_layer_ids, with_head_input=with_head_input)
-            _fill(compute, dataset, rows, mine, names, dtype)
-            most = math.ceil(math.ceil(len(wanted) / ranks.num_ranks()) / FEATURE_BATCH)  # of a rank's batches
-            for _ in range(0 if servers else most - math.ceil(len(mine) / FEATURE_BATCH)):
+            _fill(dataset.compute_rows(compute, ranks.share(batches), "keeping hidden states"), rows, names, dtype)
+            for _ in range(0 if servers else ranks.num_short(batches)):
                 target.join_features(target_layer_ids, with_head_input=with_head_input)
         ranks.barrier()
     dataset.features = FeatureFiles(rows, names, target.head.weight.dtype)
@@ -308,27 +299,16 @@ def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
         )
 
 
-def _fill(
-    compute: Compute,
-    dataset: ResponseDataset,
-    folder: Path,
-    mine: Sequence[int],
-    names: Sequence[str],
-    dtype: StoredDtype,
-) -> None:
-    """Compute rows and write them, a file at a time."""
+def _fill(computed: Iterable[tuple[int, Tensor]], folder: Path, names: Sequence[str], dtype: StoredDtype) -> None:
+    """Write rows as they are computed, a file at a time."""
     waiting: dict[str, Tensor] = {}
-    with progress_bar() as bar:
-        task = bar.add_task("keeping hidden states", total=len(mine), info="")
-        for start in range(0, len(mine), FEATURE_BATCH):
-            batch = mine[start : start + FEATURE_BATCH]
-            for i, row in zip(batch, compute([dataset.token_ids(i) for i in batch]), strict=True):
-                waiting |= _stored(names[i], row, dtype)
-            bar.update(task, advance=len(batch))
-            is_last = start + FEATURE_BATCH >= len(mine)
-            if is_last or sum(row.nbytes for row in waiting.values()) >= SHARD_BYTES:
-                _write_rows(folder, waiting)
-                waiting = {}
+    for number, row in computed:
+        waiting |= _stored(names[number], row, dtype)
+        if sum(each.nbytes for each in waiting.values()) >= SHARD_BYTES:
+            _write_rows(folder, waiting)
+            waiting = {}
+    if waiting:
+        _write_rows(folder, waiting)
 
 
 def _stored(name: str, row: Tensor, dtype: StoredDtype) -> dict[str, Tensor]:

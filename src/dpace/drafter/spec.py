@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dpace.blocks import build_target_layer_ids, check_block_size
+from dpace.blocks import build_target_layer_ids
 from dpace.modeling_dflash import refuse_variants
 
 MAX_LAYERS = 1000
@@ -250,7 +250,10 @@ class DrafterSpec:
                 f"target_layer_ids is {list(self.target_layer_ids)} for a target of {self.num_target_layers} layers: "
                 f"{fault}; train with ascending ids in 0 .. {self.num_target_layers - 2}"
             )
-        check_block_size(self.block_size)
+        if self.block_size < 2:
+            raise ValueError(
+                f"block_size is {self.block_size}; it must be 2 or more: an anchor and at least one draft slot"
+            )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id is {self.mask_token_id}, outside the target's embedding of {self.vocab_size} rows; "

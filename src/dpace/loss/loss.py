@@ -63,13 +63,6 @@ def _uniform(slots: Slots) -> Tensor:
     return uniform_weights(slots.is_scored)
 
 
-def _check_token_loss(token_loss: TokenLoss, target_hidden: Tensor | None) -> None:
-    if token_loss not in get_args(TokenLoss):
-        raise ValueError(f"token_loss is {token_loss!r}; choose one of {', '.join(get_args(TokenLoss))}")
-    if token_loss != "nll" and target_hidden is None:
-        raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
-
-
 def frozen_head_nll(
     hidden: Float[Tensor, "batch block slot hidden"],
     head: Head,
@@ -116,9 +109,10 @@ def frozen_head_nll(
         See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
 
     Raises:
-        ValueError: unknown `token_loss`, or one that needs `target_hidden`.
+        ValueError: a `token_loss` that needs `target_hidden`.
     """
-    _check_token_loss(token_loss, target_hidden)
+    if token_loss != "nll" and target_hidden is None:
+        raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
     if chunk_bytes is None:
         is_cpu = head.weight.device.type == "cpu"
         chunk_bytes = default_chunk_bytes(head.weight, is_cpu=is_cpu, is_soft=target_hidden is not None)
@@ -149,7 +143,6 @@ def frozen_head_nll_reference(
 
     For tests and for readers.
     """
-    _check_token_loss(token_loss, target_hidden)
     logits = head.logits(hidden).float()
     labels = labels.where(is_scored, 0)
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
@@ -168,7 +161,7 @@ def frozen_head_nll_reference(
 
 def count_items(
     is_scored: Bool[Tensor, "batch block slot"],
-    reduction: str,
+    reduction: Reduction,
     weights: Float[Tensor, "batch block slot"] | None = None,
 ) -> Int[Tensor, ""] | Float[Tensor, ""]:
     """Count the items that a reduction divides by.
@@ -177,7 +170,7 @@ def count_items(
     `weights` the sum of `HeadOutput.weights`.
 
     Raises:
-        ValueError: unknown reduction, or `weights` without them.
+        ValueError: the reduction `weights` without them.
     """
     if reduction == "batch":
         return torch.tensor(len(is_scored), device=is_scored.device)
@@ -185,21 +178,19 @@ def count_items(
         return is_scored.flatten(1).any(-1).sum()
     if reduction == "slots":
         return is_scored.sum()
-    if reduction == "weights" and weights is not None:
-        return weights.sum()
-    if reduction == "weights":
+    if weights is None:
         raise ValueError(
             "the reduction `weights` divides by the sum of the weights, which is known only after the forward pass; "
             "pass the sum of HeadOutput.weights to block_loss as num_items"
         )
-    raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+    return weights.sum()
 
 
 def block_loss(
     losses: Float[Tensor, "batch block"],
     is_scored: Bool[Tensor, "batch block slot"],
     *,
-    reduction: str = "anchors",
+    reduction: Reduction = "anchors",
     num_items: Int[Tensor, ""] | Float[Tensor, ""] | int | None = None,
 ) -> Float[Tensor, ""]:
     """Reduce the losses of blocks to the scalar that training minimizes.
@@ -226,12 +217,10 @@ def block_loss(
         A scalar in nats, 0 (with a zero gradient) for a batch without a scored slot.
 
     Raises:
-        ValueError: unknown reduction, or `weights` without `num_items`.
+        ValueError: the reduction `weights` without `num_items`.
     """
     if num_items is None:
         num_items = count_items(is_scored, reduction)
-    elif reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
     if reduction == "anchors":
         losses = losses / is_scored.any(-1).sum(-1, keepdim=True).clamp_min(1)
     return losses.sum() / torch.as_tensor(num_items, device=losses.device).float().clamp_min(TINY)

@@ -8,8 +8,7 @@ before any work, and its weights are checked each time.
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -31,26 +30,18 @@ def load_custom(name: str) -> Weigh:
     Raises:
         ValueError: there is no such module or function, the module cannot be imported, or it is no function.
     """
-    with _working_folder():
-        try:
-            found = pkgutil.resolve_name(name)
-        except Exception as error:  # the user's code may raise anything
-            raise ValueError(
-                f"--loss.objective {name} cannot be imported, {_in_one_line(error)}; run dpace in the folder that has "
-                "its module, or add that folder to PYTHONPATH, and repair the module where it fails"
-            ) from error
-    return _require_function(found, name)
-
-
-@contextmanager
-def _working_folder() -> Iterator[None]:
-    """Let imports find modules in the working folder, as `python -m` does."""
     before = sys.path[:]
     sys.path.insert(0, str(Path.cwd()))
     try:
-        yield
+        found = pkgutil.resolve_name(name)
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"--loss.objective {name} cannot be imported, {_in_one_line(error)}; run dpace in the folder that has "
+            "its module, or add that folder to PYTHONPATH, and repair the module where it fails"
+        ) from error
     finally:
         sys.path[:] = before
+    return _require_function(found, name)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ from dpace.system import ranks
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
 from dpace.target import Target
 from dpace.train.identity import data_of, init_of, refuse_other_run, settings_of, target_of
-from dpace.train.run import choose_conversations, describe_run, is_trained, keep_features, train
+from dpace.train.run import choose_conversations, is_trained, keep_features, train
 
 Cell = tuple[str, int]
 """An objective and a seed."""
@@ -177,7 +177,7 @@ def train_cells(
         init: a drafter that all start from, see `train`.
     """
     facts = {**target_of(target), **data_of(*datasets), **init_of(init)}
-    runs = {cell: describe_run(facts, recipe) for cell, recipe in recipes.items()}
+    runs = {cell: {**facts, **settings_of(recipe)} for cell, recipe in recipes.items()}
     untrained = ranks.from_first(lambda: [cell for cell in cells if not is_trained(cells[cell], runs[cell])])
     if not untrained:
         return

@@ -6,6 +6,7 @@ results.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpace.config import Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.loss import Weigh
 from dpace.loss.objective import load_custom, source_sha256
+from dpace.system import ranks
 from dpace.system.ledger import read_object
 from dpace.system.loading import fingerprint
 from dpace.system.provenance import hash_file, same_run
@@ -25,7 +27,11 @@ from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
 
 RUN_FILE = "run.json"
+STEP_SIZE = "conversations_per_step"
+SPLIT = ("train.batch_size", "train.gradient_accumulation_steps", "ranks")
+"""What a step is split by; only the product counts, and is `STEP_SIZE`. Earlier versions wrote all three."""
 NO_RESULT = {
+    *SPLIT,
     "drafter.init",  # the weights count, by their hash
     "train.logging_steps",
     "train.save_steps",
@@ -37,10 +43,9 @@ NO_RESULT = {
     "train.target_shard",
 }
 """Settings that change no result: a run goes on with other values of them."""
-EARLIER = {"init_sha256": None, "train.feature_dtype": "target", "train.feature_servers": False}
-"""Facts that earlier versions did not write, as they were then."""
 OBJECTIVE_SHA256 = "loss.objective_sha256"
 OTHER_RUN = "name another folder with --output, or delete that one"
+SAME_STEP = "keep the product of --train.batch-size, --train.gradient-accumulation-steps and the number of ranks"
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def flat_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
-    """Return the settings that change what is trained, and the source of a custom objective.
+    """Return the settings that change what is trained on these ranks, and the source of a custom objective.
 
     Args:
         recipe: every setting.
@@ -60,6 +65,7 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
         ValueError: see `load_custom` and `source_sha256`.
     """
     settings = {name: value for name, value in flat_settings(recipe).items() if name not in NO_RESULT}
+    settings[STEP_SIZE] = recipe.train.batch_size * recipe.train.gradient_accumulation_steps * ranks.num_ranks()
     settings["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
     if weigh is not None or is_custom(recipe.loss.objective):
         settings[OBJECTIVE_SHA256] = source_sha256(weigh or load_custom(recipe.loss.objective))
@@ -110,6 +116,8 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
 def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
     """Refuse a folder whose run differs, and say whether it has a run.
 
+    An option that the folder's version of dpace did not have counts as its default.
+
     Args:
         folder: a drafter's folder; it may be missing.
         known: what is known of this run so far; the rest is not compared.
@@ -120,7 +128,9 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
     run = read_run(folder)
     if run is None:
         return False
-    same_run({**EARLIER, **run}, known, f"{folder} holds a run", OTHER_RUN)
+    kept = {"init_sha256": None, **settings_of(Recipe()), **run}
+    kept.setdefault(STEP_SIZE, math.prod(run.get(name, 1) for name in SPLIT))
+    same_run(kept, known, f"{folder} holds a run", OTHER_RUN, {STEP_SIZE: SAME_STEP})
     return True
 
 

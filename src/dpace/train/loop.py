@@ -6,25 +6,22 @@ spreads it over the ranks. The drafter is measured every few steps, and checkpoi
 
 import contextlib
 import copy
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from dpace.batches.dataset import GroupedSampler, ResponseDataset, collate
+from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.config import LossConfig, Recipe
 from dpace.drafter import Drafter
@@ -36,7 +33,7 @@ from dpace.system.device import TILED, default_dtype, synchronize
 from dpace.system.loading import refuse_infinite
 from dpace.target import Target
 from dpace.target.head import Head
-from dpace.train.anchors import blocks_of_step
+from dpace.train.anchors import block_size_at, redraw
 from dpace.train.checkpoints import (
     TrainingState,
     checkpoint_folder,
@@ -146,8 +143,9 @@ class TrainingLoop:
         chunk_bytes = self.loss.chunk_mib and self.loss.chunk_mib * 2**20
         self.scorer = Scorer(drafter, target, self.loss, weigh, head, head_index, chunk_bytes=chunk_bytes)
         self.accelerator = self._make_accelerator()
-        self.loader = self._make_loader()
-        self.steps_per_epoch = math.ceil(len(self.loader) / self.config.gradient_accumulation_steps)
+        self.micro_size = self.config.batch_size * ranks.num_ranks()
+        self.step_size = self.micro_size * self.config.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(dataset) / self.step_size)
         num_steps = math.ceil(self.config.num_epochs * self.steps_per_epoch)
         self.state = TrainingState(max_steps=self.config.max_steps if self.config.max_steps > 0 else num_steps)
         if self.config.gradient_checkpointing:
@@ -174,27 +172,9 @@ class TrainingLoop:
                 cpu=device.type == "cpu",
                 mixed_precision="bf16" if default_dtype(device) == torch.bfloat16 else "no",
                 dynamo_backend="inductor" if self.config.torch_compile else None,
-                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=self.config.seed),
             )
         assert accelerator.device.type == device.type
         return accelerator
-
-    def _make_loader(self) -> Any:
-        """Make the loader of each rank's conversations: in random order, or in steps of about one length."""
-        config, sampler = self.config, None
-        step_size = config.batch_size * config.gradient_accumulation_steps * ranks.num_ranks()
-        if config.group_by_length and step_size > 1:
-            sampler = GroupedSampler(self.dataset, step_size)
-        return self.accelerator.prepare_data_loader(
-            DataLoader(
-                self.dataset,  # pyright: ignore[reportArgumentType]
-                batch_size=config.batch_size,
-                sampler=sampler,
-                shuffle=sampler is None,
-                collate_fn=partial(collate, block_size=self.drafter.block_size),
-                pin_memory=self.target.device.type in TILED,
-            )
-        )
 
     @property
     def progress(self) -> float:
@@ -243,17 +223,32 @@ class TrainingLoop:
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
 
     def batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the micro-batches of each step, from where the training stands to its end."""
-        state, accumulation = self.state, self.config.gradient_accumulation_steps
+        """Yield this rank's micro-batches of each step, from where the training stands to its end."""
+        state, batch_size = self.state, self.config.batch_size
+        of_others = ranks.rank() * batch_size
         while state.global_step < state.max_steps:
-            epoch, num_done = divmod(state.global_step, self.steps_per_epoch)
-            self.dataset.epoch = epoch
-            self.loader.set_epoch(epoch)
-            loader = skip_first_batches(self.loader, num_done * accumulation) if num_done else self.loader
-            batches = iter(loader)
-            for step in range(num_done, min(self.steps_per_epoch, num_done + state.max_steps - state.global_step)):
-                state.epoch = epoch + min(1.0, (step + 1) * accumulation / len(self.loader))
-                yield list(itertools.islice(batches, accumulation))
+            self.dataset.epoch, num_done = divmod(state.global_step, self.steps_per_epoch)
+            steps = self.dataset.steps(self.step_size, is_grouped=self.config.group_by_length)
+            for numbers in steps[num_done : num_done + state.max_steps - state.global_step]:
+                starts = range(0, len(numbers), self.micro_size)
+                yield [self.read_batch(numbers[start + of_others :][:batch_size]) for start in starts]
+
+    def read_batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Read a micro-batch and draw its blocks.
+
+        The last step of an epoch may have no conversation left for this rank, which then reads one whose slots do not
+        count, because the ranks keep step.
+        """
+        rows = [self.dataset[number] for number in numbers or (0,)]
+        whole = self.drafter.block_size
+        num_slots = block_size_at(self.progress, whole) if self.config.grow_blocks else whole
+        if num_slots < whole:
+            rows = [redraw(row, self.config.num_anchors * whole // num_slots) for row in rows]
+        batch: dict[str, Any] = collate(rows, num_slots)
+        batch["is_scored"] &= bool(numbers)
+        if self.target.device.type in TILED:
+            batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
+        return {**batch, "counts": bool(numbers)}
 
     def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
         """Take one optimizer step, which is the same however its conversations are split.
@@ -263,7 +258,7 @@ class TrainingLoop:
         divisor of the reduction `weights`, is known only then.
 
         Args:
-            batches: this rank's micro-batches of `collate`; each rank has as many.
+            batches: this rank's micro-batches of `read_batch`; each rank has as many.
 
         Raises:
             ValueError: a loss or gradient that is not finite; the step is not taken then.
@@ -275,12 +270,13 @@ class TrainingLoop:
         self.wrapped.train()
         totals = torch.zeros(2, device=self.target.device)  # the sum of the losses, and the items
         for number, batch in enumerate(batches, start=1):
-            batch = blocks_of_step(batch, self.progress, self.config, self.drafter.block_size)
+            inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
             with self.reduced_over_ranks(number == len(batches)):
-                out, blocks = self.scorer.score(self.wrapped, batch, self.progress)
+                out, blocks = self.scorer.score(self.wrapped, inputs, self.progress)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
-            totals += torch.stack([loss.detach(), count_items(blocks.is_scored, self.loss.reduction, out.weights)])
+            num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]
+            totals += torch.stack([loss.detach(), num_items])
             self.log.add_batch(out, blocks.is_scored)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = ranks.whole(get_total_norm(gradients))
@@ -301,6 +297,7 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         synchronize(self.target.device)
         self.state.global_step += 1
+        self.state.epoch = self.state.global_step / self.steps_per_epoch
         seconds = time.perf_counter() - started
         self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=seconds)
 

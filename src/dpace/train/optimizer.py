@@ -3,8 +3,6 @@
 Muon needs far fewer steps than AdamW where the budget is small.
 """
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,12 +18,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Make the optimizer of a training; weight decay leaves out norms."""
     rate, decay = config.learning_rate, config.weight_decay
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     if config.optimizer == "muon":
-        return MuonAdamW(model.parameters(), lr=rate, weight_decay=decay)
-    groups = [
-        {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1], "weight_decay": decay},
-        {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
-    ]
+        groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
+        return MuonAdamW(groups, lr=rate, weight_decay=decay)
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
@@ -50,7 +48,7 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> 
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW that moves matrices along their orthogonalized momentum instead.
+    """AdamW that moves the matrices of groups with a `momentum` along their orthogonalized momentum instead.
 
     `buffer = momentum * buffer + (1 - momentum) * grad`; the step is `orthogonalize` of the Nesterov mix of the two,
     times `0.2 * sqrt(max(rows, columns))`, so that it is as long as AdamW's and takes the same learning rate.
@@ -60,14 +58,6 @@ class MuonAdamW(torch.optim.AdamW):
 
     Source: Muon as above; the scale from Liu et al. (arXiv 2502.16982), section 2.2.
     """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float = 0.0):
-        parameters = list(parameters)
-        others, matrices = (
-            [each for each in parameters if (each.ndim == 2) == is_matrix] for is_matrix in (False, True)
-        )
-        groups = [{"params": others, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
-        super().__init__(groups, lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -101,10 +101,9 @@ class StepLog:
         by_slot = (out.weights, out.is_match, out.nll, is_scored)
         self._sums[:, : is_scored.shape[-1]] += torch.stack([values.float().sum((0, 1)) for values in by_slot])
 
-    def add_step(self, *, loss: float, grad_norm: float, learning_rate: float, seconds: float) -> None:
-        """Add the numbers of an optimizer step."""
-        names = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "seconds": seconds}
-        self._steps.append(names)
+    def add_step(self, **numbers: float) -> None:
+        """Add the `loss`, `grad_norm`, `learning_rate` and `seconds` of an optimizer step."""
+        self._steps.append(numbers)
 
     def entry(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the log's entry for these steps over all ranks, and begin anew.

@@ -37,23 +37,12 @@ def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
 
     Args:
         folder: it may be missing.
-        run: of `describe_run`.
+        run: what `run.json` is to hold.
 
     Raises:
         ValueError: it holds a run, finished or not, of other data, another target or other settings; names the first.
     """
     return refuse_other_run(folder, run) and (Path(folder) / "provenance.json").exists()
-
-
-def describe_run(facts: Mapping[str, Any], recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
-    """Describe all that a drafter depends on; what `run.json` holds.
-
-    Args:
-        facts: of `target_of`, `data_of` and `init_of`; they are hashes of much, and computed once a command.
-        recipe: every setting.
-        weigh: the function of a custom objective, where it is at hand.
-    """
-    return {**facts, **settings_of(recipe, weigh), "ranks": ranks.num_ranks()}
 
 
 def choose_conversations(
@@ -150,7 +139,7 @@ def train(
         folder: receives what `FILES` names.
         weigh: a custom objective, recorded by its name and source.
         init: a trained drafter to start from, with the recipe's size, as `engines.initial.start_from` gives both.
-        run: of `describe_run`, where it is known; computed by default.
+        run: what `run.json` is to hold, where it is known: facts of `dpace.train.identity`; computed by default.
 
     Returns:
         The best drafter by tau of the validation responses, or the last one where there are none, in fp32 with its
@@ -167,8 +156,7 @@ def train(
     checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh)
     folder = Path(folder)
     if run is None:
-        facts = {**target_of(target), **data_of(dataset, validation), **init_of(init)}
-        run = describe_run(facts, recipe, weigh)
+        run = {**target_of(target), **data_of(dataset, validation), **init_of(init), **settings_of(recipe, weigh)}
     with ExitStack() as locks:
         is_finished, newest = ranks.from_first(lambda: _open_folder(folder, run, locks))
         if is_finished:
@@ -188,7 +176,6 @@ def train(
 
 def _open_folder(folder: Path, run: Mapping[str, Any], locks: ExitStack) -> tuple[bool, Path | None]:
     """Lock a folder for a run; return whether the run is finished, and its newest checkpoint."""
-    is_trained(folder, run)  # before a folder is made
     locks.enter_context(lock_folder(folder))
     register_files(folder, *FILES)
     return is_trained(folder, run), find_newest(folder / "checkpoints")

@@ -52,7 +52,7 @@ def run(args: list[str]) -> None:
     target = load_recipe_target(recipe, shard=recipe.train.target_shard)
     of_target = target_of(target)
     refuse_other_answers(meta, of_target, path, respond)
-    facts = {**facts, **of_target, "ranks": ranks.num_ranks()}
+    facts |= of_target
     refuse_other_run(folder, facts)
     try:
         keep_features(target, *datasets, settled)

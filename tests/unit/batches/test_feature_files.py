@@ -24,9 +24,9 @@ LAYERS = [1, 3]
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    """Several files from few texts: one for each batch of four."""
+    """Several files from few texts: one for each."""
     monkeypatch.setattr(feature_files, "SHARD_BYTES", 1)
-    monkeypatch.setattr(feature_files, "FEATURE_BATCH", 4)
+    monkeypatch.setattr("dpace.batches.dataset.FEATURE_BATCH", 4)
 
 
 @pytest.fixture

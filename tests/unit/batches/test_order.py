@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpace.batches.dataset import grouped_order, padding
+from dpace.batches.dataset import grouped_order
 
 
 @settings(deadline=None, max_examples=50)
@@ -18,6 +18,11 @@ def test_each_conversation_comes_once(lengths, step_size, seed):
     order = grouped_order(np.array(lengths, int), step_size, seed=seed)
     assert sorted(order.tolist()) == list(range(len(lengths)))
     assert order.tolist() == grouped_order(np.array(lengths, int), step_size, seed=seed).tolist()
+
+
+def padding(lengths, order, size):
+    steps = [lengths[order[start : start + size]] for start in range(0, len(order), size)]
+    return 1 - lengths.sum() / sum(step.max() * len(step) for step in steps)
 
 
 @pytest.mark.parametrize("size", [2, 8])

@@ -6,7 +6,7 @@ import torch
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks, sample_anchors
 from dpace.drafter.views import blocks_hidden
-from dpace.train.anchors import block_size_at, cut_blocks
+from dpace.train.anchors import block_size_at, redraw
 from tests.conftest import VOCAB, make_drafter, make_with_convolutions
 
 
@@ -21,14 +21,15 @@ def test_sizes_are_halves_in_equal_parts(block_size, sizes):
 def test_short_blocks_are_more(language_responses):
     """With 4 slots for 8, twice the blocks, all within the responses; the next epoch's are others."""
     dataset = ResponseDataset(language_responses[:6], max_length=64, num_anchors=3, seed=0)
-    batch = collate([dataset[i] for i in range(6)], block_size=8)
-    cut = cut_blocks(batch, 4, 6)
-    assert torch.equal(cut["anchors"], cut_blocks(batch, 4, 6)["anchors"])
-    assert cut["labels"].shape == (6, 6, 4) and batch["labels"].shape == (6, 3, 8)
-    for row, is_response in zip(cut["anchors"].tolist(), batch["is_response"], strict=True):
-        assert set(row) <= set(sample_anchors(is_response).tolist())
+    rows = [dataset[i] for i in range(6)]
+    whole, short = collate(rows, 8), collate([redraw(row, 6) for row in rows], 4)
+    assert short["labels"].shape == (6, 6, 4) and whole["labels"].shape == (6, 3, 8)
+    for row in rows:
+        drawn = redraw(row, 6)["anchors"]
+        assert torch.equal(drawn, redraw(row, 6)["anchors"])
+        assert set(drawn.tolist()) <= set(sample_anchors(row["is_response"]).tolist())
     dataset.epoch = 1
-    assert not torch.equal(cut["anchors"], cut_blocks(collate([dataset[i] for i in range(6)], 8), 4, 6)["anchors"])
+    assert not torch.equal(short["anchors"], collate([redraw(dataset[i], 6) for i in range(6)], 4)["anchors"])
 
 
 @torch.no_grad()
@@ -36,9 +37,9 @@ def test_short_blocks_are_more(language_responses):
 def test_short_blocks_do_not_see_each_other(random_target, make):
     """Several blocks of 2 slots at once give what each alone does, with a drafter whose blocks have 4."""
     drafter = make(random_target)
-    token_ids, is_response = torch.randint(VOCAB, (1, 20)), torch.ones(1, 20, dtype=torch.bool)
-    batch = {"token_ids": token_ids, "is_response": is_response, "features": None, "draw": torch.tensor([5])}
-    cut = cut_blocks(batch, 2, 6)
+    token_ids, is_response = torch.randint(VOCAB, (20,)), torch.ones(20, dtype=torch.bool)
+    row = {"token_ids": token_ids, "is_response": is_response, "features": None, "draw": 5}
+    cut = collate([redraw(row, 6)], 2)
     ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
     together = blocks_hidden(drafter, random_target, cut, **ids)[0]
     for block in range(6):

@@ -3,7 +3,8 @@ import copy
 import torch
 from torch import nn
 
-from dpace.train.optimizer import MuonAdamW, orthogonalize
+from dpace.config import TrainConfig
+from dpace.train.optimizer import make_optimizer, orthogonalize
 
 
 def test_singular_values_are_near_one():
@@ -17,7 +18,7 @@ def test_steps_are_those_of_torch_optimizers():
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8))
     theirs = copy.deepcopy(ours)
-    optimizer = MuonAdamW(ours.parameters(), lr=0.02)
+    optimizer = make_optimizer(ours, TrainConfig(optimizer="muon", learning_rate=0.02))
     matrices = [p for p in theirs.parameters() if p.ndim == 2]
     vectors = [p for p in theirs.parameters() if p.ndim != 2]
     references = [

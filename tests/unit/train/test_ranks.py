@@ -17,7 +17,7 @@ from tests.support.launch import on_ranks
 RECIPE = replace(
     LANGUAGE_RECIPE,
     train=replace(
-        LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=1, num_anchors=5, feature_cache_gib=0.0
+        LANGUAGE_RECIPE.train, max_steps=3, eval_steps=2, logging_steps=1, num_anchors=5, feature_cache_gib=0.0
     ),
 )
 
@@ -64,7 +64,7 @@ COUNTED |= {"set", "drafter", "width", "temperature", "tau", "histogram", "num_p
 
 
 def assert_same(one, other):
-    """Loss, gradient norm and the weights after two steps; nothing that one has may be missing in the other."""
+    """Loss, gradient norm and the weights after three steps; nothing that one has may be missing in the other."""
     first, second = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other))
     num_steps = 0
     for mine, reference in zip(second, first, strict=True):
@@ -74,8 +74,8 @@ def assert_same(one, other):
         num_steps += 1
         for key in ("loss", "grad_norm", "nll"):
             assert mine[key] == pytest.approx(reference[key], rel=1e-4), key
-    assert num_steps == 2
-    path = Path("checkpoints", "checkpoint-2", "model.safetensors")  # before they are rounded
+    assert num_steps == 3
+    path = Path("checkpoints", "checkpoint-3", "model.safetensors")  # before they are rounded
     found, expected = (load_file(folder / path) for folder in (other, one))
     assert set(found) == set(expected)
     for name, value in found.items():
@@ -84,7 +84,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
-    """Uneven anchors, ranks and micro-batches without any, every reduction."""
+    """Uneven anchors, ranks and micro-batches without any, a last step with 3 of 8 conversations, every reduction."""
     write_prompts(responses, tmp_path)
     folder = tmp_path / "ranks"
     on_ranks(num_ranks, ranks.main, str(language_folder), responses, RECIPE, folder)
