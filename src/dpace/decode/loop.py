@@ -20,7 +20,7 @@ from dpace.decode.sampling import draw_draft, verify_draft, verify_sampled
 from dpace.decode.steps import Ends, State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import DraftHead
-from dpace.fast.cache import RecurrentState, TextCache
+from dpace.fast.cache import TextCache
 from dpace.fast.packing import refresh_copies
 from dpace.target import Target
 
@@ -171,7 +171,8 @@ class Speculation:
         self.unread: list[Float[Tensor, "1 new feature"]] = []
         self.num_read = 0
         self.lookup = PromptLookup(text.token_ids)
-        self.recurrent_states: list[RecurrentState] = []  # before the last verification, where the target has any
+        # Before the last verification, where the target has any.
+        self.recurrent_states: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode()
     def steps(self) -> Iterator[Step]:

@@ -228,9 +228,10 @@ class Drafter(DFlashDraftModel):
             OSError: a file that is missing or cannot be read.
         """
         what, fix = f"the drafter {folder}", "train it, or copy it again"
+        # Not as the config says: it may name an attention that has to be downloaded, or a pickle.
+        options = {**kwargs, "attn_implementation": "sdpa", "use_safetensors": True, "ignore_mismatched_sizes": True}
         if Path(folder).is_dir():
-            read_config(folder)
-        options = {**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True}
+            options["config"] = read_spec(folder).config()
         with translate_library_errors(what, fix):
             loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
         drafter, info = loaded
@@ -254,6 +255,15 @@ class Drafter(DFlashDraftModel):
             shutil.copy(dpace.modeling_dflash.__file__, aside)
 
 
+def read_spec(folder: str | Path) -> DrafterSpec:
+    """Read the description in a drafter's folder; a missing epsilon is transformers' default.
+
+    Raises:
+        ValueError: a config that cannot be read, or that no drafter has.
+    """
+    return DrafterSpec.from_config({"rms_norm_eps": 1e-6, **read_config(folder)})
+
+
 def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:
     """Read a drafter's folder for decoding with a target.
 
@@ -269,8 +279,6 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     """
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} is no drafter's folder: it has no config.json; `dpace train` writes such a folder")
-    # Refuses values of the wrong kind before a network is made of them; a missing epsilon is transformers' default.
-    DrafterSpec.from_config({"rms_norm_eps": 1e-6, **read_config(folder)})
     drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     drafter.check_target(target)
     drafter.to(target.device)

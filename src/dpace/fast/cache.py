@@ -6,7 +6,7 @@ that they need, so that a decoding step is the same with both. `probe_cache` fin
 after a rejected draft.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,14 +25,6 @@ CacheAbility = Literal["crop", "rewind", "append"]
 `crop`: take back the rejected tokens. `rewind`: return to a state that was kept, and read the accepted tokens again.
 `append`: neither, or not even read several tokens at once, so that drafts cannot be verified.
 """
-
-
-class RecurrentState(NamedTuple):
-    """What a recurrent layer kept at a moment."""
-
-    layer: Any
-    conv_states: dict[int, Tensor | None]
-    recurrent_states: dict[int, Tensor]
 
 
 class TextCache(DynamicCache):
@@ -64,28 +56,20 @@ class TextCache(DynamicCache):
         if num_tokens or any(type(layer) is not PreallocatedLayer for layer in self.layers):
             self.crop(-num_tokens)
 
-    def recurrent_states(self) -> list[RecurrentState]:
-        """Copy the recurrent states, which no crop can take back; empty for a cache without any.
+    def recurrent_states(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the recurrent states, which no crop can take back, each with a copy; empty for a cache without any.
 
-        Memory: that copy, which does not grow with the text.
+        Memory: the copies, which do not grow with the text.
         """
-        return [
-            RecurrentState(
-                layer,
-                dict(layer.conv_states),
-                {i: state.clone() for i, state in layer.recurrent_states.items() if state is not None},
-            )
-            for layer in self.layers
-            if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.is_recurrent_states_initialized.values())
-        ]
+        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        states = [state for layer in layers for state in layer.recurrent_states.values() if state is not None]
+        return [(state, state.clone()) for state in states]
 
-    def rewind(self, states: list[RecurrentState], num_tokens: int) -> None:
+    def rewind(self, states: list[tuple[Tensor, Tensor]], num_tokens: int) -> None:
         """Take back all `num_tokens` tokens that were read since the states were copied."""
         self.crop(-num_tokens)
-        for layer, conv_states, recurrent_states in states:
-            layer.conv_states = dict(conv_states)
-            for index, state in recurrent_states.items():
-                layer.recurrent_states[index].copy_(state)
+        for state, copied in states:
+            state.copy_(copied)
 
 
 class PreallocatedLayer(DynamicLayer):

@@ -29,10 +29,17 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
 
     Raises:
         ValueError: damaged weights, a config that its own class refuses, or a package that is missing.
-        OSError: a file that is missing or cannot be read.
+        OSError: a file that is missing or cannot be read, or weights that are in a pickle only.
     """
     try:
         yield
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{what} has no weights in safetensors, and a pickle (*.bin) is not read, since it may run code; where you "
+            "trust it, load it with transformers or peft, and name the folder that save_pretrained writes"
+        ) from error
     except SafetensorError as error:
         raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
     except (*LIBRARY_ERRORS, StrictDataclassError, ImportError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpace.config import DeviceMap, TargetShard
 from dpace.system import ranks
@@ -143,25 +145,16 @@ def find_target_files(name: str) -> TargetFiles:
 
 
 def _find_adapter(name: str) -> Path | None:
-    """Find the folder of an adapter; None for a model that has weights or a config of its own."""
+    """Find the folder of an adapter; None where there is none, or a folder that also has whole weights."""
+    if find_adapter_config_file(name) is None:
+        return None
     folder = Path(name)
     if folder.is_dir():
-        is_whole = any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
-        return None if is_whole or not (folder / "adapter_config.json").exists() else folder
-    try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except OSError:
-        import huggingface_hub
+        return None if any(next(folder.glob(pattern), None) for pattern in WEIGHTS) else folder
+    import huggingface_hub
 
-        try:
-            allowed = ["adapter_*.json", "adapter_*.safetensors", "*token*", "vocab*", "merges.txt", "*.jinja"]
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed))
-        except (OSError, ValueError):  # the first error says what is wrong
-            return None
-        return folder if (folder / "adapter_config.json").exists() else None
-    except LIBRARY_ERRORS:
-        pass
-    return None
+    allowed = ["adapter_*.json", "adapter_*.safetensors", "*token*", "vocab*", "merges.txt", "*.jinja"]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed))
 
 
 def open_target(
@@ -194,7 +187,8 @@ def open_target(
     with translate_library_errors(what, FIX):
         tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
     spread: Any = device_map or ({"": device} if quantized is not None else None)
-    auto, attention = _choose_class(config)
+    config.transformers_weights = None  # may name a pickle
+    auto, config._attn_implementation = _choose_class(config)
     over_ranks = plan_distribution(shard, auto, config)
     kind, fix = what, FIX
     if quantized is not None:
@@ -208,7 +202,7 @@ def open_target(
             dtype=dtype,
             device_map=spread,
             distributed_config=over_ranks,
-            attn_implementation=attention,
+            use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -291,7 +285,7 @@ def _merge_adapter(what: str, model: Any, folder: str) -> Any:
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         adapted: Any = peft.PeftModel(model, config)
-        unmatched = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder, device="cpu"))
+        unmatched = peft.set_peft_model_state_dict(adapted, load_file(Path(folder) / "adapter_model.safetensors"))
     missing = [key for key in unmatched.missing_keys if "lora_" in key]
     refuse_mismatch(what, {"missing_keys": missing, "mismatched_keys": ()}, FIX, unknown=unmatched.unexpected_keys)
     tables = [name for name in adapted.targeted_module_names if name.endswith(("lm_head", "embed_tokens"))]

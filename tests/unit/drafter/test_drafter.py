@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 
 from dpace.blocks import build_blocks, dense_mask
-from dpace.drafter import Drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashAttention, DFlashConvolution, DFlashDraftModel, DFlashLayer
@@ -127,6 +127,15 @@ def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target
     features = random_target.features(token_ids, drafter.target_layer_ids)
     views = [hidden_of_blocks(d, random_target, token_ids, features, [4, 7]) for d in (drafter, again)]
     assert torch.equal(*views)
+
+
+def test_a_config_does_not_choose_the_attention(language_target, tmp_path):
+    """transformers would download such a kernel and run it."""
+    make_drafter(language_target).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_attn_implementation": "someone/kernel"}))
+    for drafter in (load_drafter(tmp_path, language_target), Drafter.from_pretrained(tmp_path)):
+        assert drafter.config._attn_implementation == "sdpa"
 
 
 def test_a_drafter_for_another_target_is_refused():

@@ -134,6 +134,41 @@ def test_an_adapter_of_a_quantized_base_is_refused_and_its_layers_are_counted(ba
     assert find_target_files(str(folder)).adapter is None
 
 
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "named in the config", "adapter_model.bin"])
+def test_a_pickle_is_not_read(kind, base, tmp_path, capsys):
+    """It would be, where a folder has nothing else; the line says how to convert it."""
+    folder, weights = tmp_path / "base", "model.safetensors"
+    if kind == "adapter_model.bin":
+        pytest.importorskip("peft")
+        folder, weights = tmp_path / "lora", "adapter_model.safetensors"
+        write_adapter(folder, base[1])
+    else:
+        shutil.copytree(base[1], folder)
+    state = load_file(folder / weights)
+    (folder / weights).unlink()
+    name = "pytorch_model.bin" if kind == "pytorch_model.bin" else "adapter_model.bin"
+    torch.save(state, folder / name)
+    if kind == "named in the config":
+        change_config(folder, transformers_weights=name)
+    assert main(["generate", "--target", str(folder), "--prompt", "w3", "--max-new-tokens", "4"]) == 1
+    error = capsys.readouterr().err
+    assert "has no weights in safetensors, and a pickle (*.bin) is not read" in error and "save_pretrained" in error
+
+
+def test_a_config_does_not_choose_the_attention(base, tmp_path, monkeypatch):
+    """Neither where a model is loaded, nor where only its layers are looked for."""
+    folder = shutil.copytree(base[1], tmp_path / "base")
+    change_config(folder, _attn_implementation="someone/kernel")
+    assert Target.load(str(folder)).model.model.config._attn_implementation == "grouped_heads"
+    monkeypatch.setattr("dpace.target.files.ranks.num_ranks", lambda: 2)
+    monkeypatch.setattr("dpace.target.files.ranks.barrier", lambda: None)
+    plans = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: plans.append(options) or 1 / 0)
+    with pytest.raises(ValueError, match="division by zero"):
+        Target.load(str(folder), shard="fsdp")
+    assert plans[0]["distributed_config"].fsdp_plan == {"model.layers.*": "free_full_weight"}
+
+
 # quantized targets
 
 
