@@ -4,7 +4,6 @@ What comes in is a folder and its target; what goes out is a `Diagnosis` for eac
 (`dpace.doctor.checks`), then, where the drafter loads, those that run it: leaks, parity and accepted lengths.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ MIN_TAU = 1.1
 """Lowest useful mean acceptance length, in tokens per verification; decoding without a drafter gives 1."""
 MAX_TAU_CHANGE = 0.01
 """Largest relative change of tau on the same responses in fp32, where only rounding differs."""
+EXACT_DTYPES = {"float32", "bfloat16"}
+"""Dtypes of weights as training writes them."""
 REPORT = "report this to dpace: its code is wrong, not the folder"
 
 
@@ -55,24 +56,20 @@ def accepted_length(folder: ExaminedFolder) -> Observation:
     On the very same responses with the target in fp32, where nothing is left to chance, the range is `MAX_TAU_CHANGE`
     around the recorded tau, which is that of the weights in the file.
     """
-    if folder.acceptance is None:
+    record, acceptance = folder.record, folder.acceptance
+    if acceptance is None:
         return Observation(None, "no responses to measure on")
-    if "tau" not in folder.record:
+    if "tau" not in record:
         return Observation(None, "training did not record it")
-    before, (low, high) = folder.record["tau"], folder.record["tau_interval"]
-    is_exact = {folder.record["dtype"], folder.facts["dtype"]} == {"float32"} and {*folder.stored_dtypes} <= {
-        "float32",
-        "bfloat16",
-    }
-    ids = set(folder.record["tau_responses"])
-    has_interval = all(type(end) in (int, float) and math.isfinite(end) for end in (low, high))
-    is_same = ids <= {r.id for r in folder.responses} and "train" in folder.recipe and is_exact
+    before, (low, high) = record["tau"], record["tau_interval"]
+    is_exact = {record["dtype"], folder.facts["dtype"]} == {"float32"} and not {*folder.stored_dtypes} - EXACT_DTYPES
+    is_same = is_exact and "train" in folder.recipe and {*record["tau_responses"]} <= {r.id for r in folder.responses}
     if is_same:
         low, high = before * (1 - MAX_TAU_CHANGE), before * (1 + MAX_TAU_CHANGE)
-    elif not has_interval:
+    elif None in (low, high):
         return Observation(None, "training had too few responses for an interval")
-    tau = folder.acceptance.tau
-    observed = f"tau {tau:.3f} on {len(folder.acceptance.rows)} responses{', those of the training' if is_same else ''}"
+    tau = acceptance.tau
+    observed = f"tau {tau:.3f} on {len(acceptance.rows)} responses{', those of the training' if is_same else ''}"
     is_right = low <= tau <= high or tau > before and not is_same
     return Observation(is_right, observed, f"{before:.3f} [{low:.3f}, {high:.3f}]")
 

@@ -71,7 +71,15 @@ def bench_servers(
     vocab_size = len(chat.tokenizer)
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
     sides = {side: connect(url, vocab_size) for side, url in urls.items()}
-    setup = _server_setup(chat, sides, config)
+    setup = ServerSetup(
+        target=chat.name,
+        servers={side: ServerAddress(url=s.url, engine=s.engine, model=s.model) for side, s in sides.items()},
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        prompt_seeds=SEED_RULE,
+        thinking=chat.thinking,
+        **tokenizer_hashes(chat),
+    )
     register_files(folder, SERVERS_FILE)
     records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
@@ -95,19 +103,6 @@ def bench_servers(
     results = ServerResults(**vars(setup), rows=make_rows([done[job.key] for job in jobs], prompts))
     write_results(Path(folder) / SERVERS_FILE, results)
     return results
-
-
-def _server_setup(chat: ChatTokenizer, sides: dict[str, Server], config: BenchConfig) -> ServerSetup:
-    """Return all that the answers depend on, apart from the prompts."""
-    return ServerSetup(
-        target=chat.name,
-        servers={side: ServerAddress(url=s.url, engine=s.engine, model=s.model) for side, s in sides.items()},
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        prompt_seeds=SEED_RULE,
-        thinking=chat.thinking,
-        **tokenizer_hashes(chat),
-    )
 
 
 class _Job(NamedTuple):

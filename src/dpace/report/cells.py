@@ -72,19 +72,18 @@ class Section:
 
 def with_interval(value: float | None, interval: Interval = (None, None)) -> str:
     """Write `1.23 [1.20, 1.26]`, the number alone where it has no interval, or `-` for none."""
-    low, high = interval
     if value is None:
         return "-"
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}" if None in interval else "{:.2f} [{:.2f}, {:.2f}]".format(value, *interval)
 
 
 def percent(gain: Estimate) -> str:
     """Write a gain and the ends of its interval, `+5.6 % [+3.1, +8.3]`, or `-` where there is none."""
-    value, *ends = gain
+    value, low, high = gain
     if value is None:
         return "-"
-    known = [f"{100 * end:+.1f}" for end in ends if end is not None]
-    return f"{100 * value:+.1f} %" + (f" [{', '.join(known)}]" if known else "")
+    number = f"{100 * value:+.1f} %"
+    return number if low is None or high is None else f"{number} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def verdict(speedup_interval: Interval) -> str:

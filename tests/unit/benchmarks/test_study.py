@@ -12,6 +12,7 @@ import torch
 from dpace.measure.results import write_heldout
 from dpace.metrics import Acceptance
 from dpace.target.head import Head
+from tests.support.rows import make_response, make_row
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 LENGTHS = {25: 4, 100: 6, 400: 8}
@@ -86,3 +87,11 @@ def test_soft_labels_at_a_temperature(study, monkeypatch):
     out.losses.sum().backward()
     p, q = ((states @ head.weight.T / 2).softmax(-1) for states in (theirs, hidden.detach()))
     torch.testing.assert_close(hidden.grad, 2 * (q - p) @ head.weight)
+
+
+def test_the_papers_matrix_draws_prompts_with_their_turns(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    paper = importlib.import_module("paper")
+    row = make_row(responses=[make_response(id=str(i // 2), turn=i % 2) for i in range(8)])
+    for pick in paper.resample_prompts(row, np.random.default_rng(0)):
+        assert len(pick) == 8 and (pick[::2] + 1 == pick[1::2]).all() and (pick[::2] % 2 == 0).all()
