@@ -105,7 +105,10 @@ def check_texts(
     findings = []
     whole = []
 
-    def compare(name: str, cases: str, texts: Sequence[tuple[int, str, list[int]]], expected: Sequence[list[int]]):
+    def compare(
+        name: str, cases: str, texts: Sequence[tuple[int, str, list[int]]], expected: Sequence[list[int]]
+    ) -> None:
+        """Add the finding about texts of this temperature, each with its prompt's number and its way of decoding."""
         divergences = []
         for number, how, text in texts:
             if text != expected[number]:

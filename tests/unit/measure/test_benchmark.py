@@ -5,9 +5,11 @@ import pytest
 
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
-from dpace.measure.pooling import make_rows
-from dpace.metrics import MIN_PROMPTS
+from dpace.measure.pooling import make_rows, pool_seeds
+from dpace.measure.results import CompareResults
+from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.prompts.prompts import Prompt
+from dpace.report.page import comparison
 from tests.conftest import make_drafter
 from tests.support.rows import make_plain, make_response
 
@@ -54,3 +56,14 @@ def test_turns_are_drawn_with_their_prompt(num_prompts, language_target):
     assert two.num_responses == 2 * num_prompts and two.decode_speedup == one.decode_speedup
     assert two.decode_speedup_interval == one.decode_speedup_interval and two.tau_interval == one.tau_interval
     assert (two.decode_speedup_interval == (None, None)) is (num_prompts < MIN_PROMPTS)
+
+
+def test_three_seeds_that_differ_show_no_gain():
+    """7.1, 2.8 and 3.3 %: a bootstrap of the seeds gave [+2.8, +7.1]."""
+    theirs = Acceptance([[5000, 5000]] * 8, 2)
+    ours = [Acceptance([[5000 - more, 5000 + more]] * 8, 2) for more in (1065, 420, 495)]
+    row = pool_seeds("s", "dpace", 8, ours, [theirs] * 3)
+    assert row.gain == pytest.approx((0.044, -0.0145, 0.1025), abs=2e-4)
+    assert row.tau_interval == pytest.approx((1.566 - 0.0877, 1.566 + 0.0877), abs=2e-4)
+    results = CompareResults(target="t", baseline="dflash", seeds=[0, 1, 2], reduction="a", rows=[row], decode=None)
+    assert comparison(results).rows[1][0] == "no clear difference"
