@@ -20,6 +20,7 @@ from dpace.decode.decoder import generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
+from dpace.drafter.vocabulary import DraftHead
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.own_text import find_divergence, generate_transformers, text_finding
 from dpace.measure.parity import Finding, check_views
@@ -231,13 +232,18 @@ def check_lengths(
 ) -> Finding:
     """Compare accepted lengths as training measures them with those of decoding."""
     name = "accepted lengths in training are those of decoding"
-    dataset = ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0)
-    cases = f"every verification of {len(dataset)} responses"
-    if not len(dataset):
+    pairs = [(response, out) for response, out in zip(responses, whole, strict=True) if len(out.token_ids) > 1]
+    cases = f"every verification of {len(pairs)} responses"
+    if not pairs:
         return Finding(name, cases, False, "no response has two tokens")
-    in_training = heldout_acceptance(drafter, target, dataset)
-    by_id = {response.id: out.acceptance for response, out in zip(responses, whole, strict=True)}
-    decoded = Acceptance.of_prompts([by_id[i] for i in dataset.ids])
+    trained = []
+    for response, _ in pairs:
+        dataset = ResponseDataset([response], max_length=10**9, num_anchors=None, seed=0)
+        prompt = response.token_ids[: response.response_spans[0][0]]
+        drafted = DraftHead(target, drafter.vocabulary, prompt).token_ids
+        trained.append(heldout_acceptance(drafter, target, dataset, token_ids=drafted))
+    in_training = Acceptance.of_prompts(trained)
+    decoded = Acceptance.of_prompts([out.acceptance for _, out in pairs])
     num_equal = int((in_training.rows == decoded.rows).all(-1).sum())
-    detail = f"{num_equal} of {len(dataset)} histograms equal, tau {in_training.tau:.3f} and {decoded.tau:.3f}"
-    return Finding(name, cases, num_equal == len(dataset), detail)
+    detail = f"{num_equal} of {len(pairs)} histograms equal, tau {in_training.tau:.3f} and {decoded.tau:.3f}"
+    return Finding(name, cases, num_equal == len(pairs), detail)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dpace.config import BenchConfig, CompareConfig, Recipe, TrainConfig
+from dpace.config import BenchConfig, CheckConfig, CompareConfig, Recipe
 from dpace.plan.speed import START_SECONDS, Number, TargetSpeed
 from dpace.plan.step import BatchShape
 from dpace.plan.training import (
@@ -21,12 +21,15 @@ from dpace.plan.training import (
     find_speed,
     mean_answer,
     plan_recipe,
+    steps_done,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set
 from dpace.respond.responses import Response, read_responses
 
 ANSWER_BYTES = 12
 """Bytes of a token in `responses.jsonl`: its number, and its text."""
+NUM_WAYS = 14
+"""Ways in which `dpace check` answers a prompt."""
 LARGEST_BATCH = 64
 """Largest batch that is tried."""
 SMALLER = "a smaller target, more memory, or several GPUs with --train.target-shard fsdp"
@@ -167,6 +170,17 @@ def decoding_lines(recipe: Recipe, prompts: Sequence[Prompt], *, num_drafters: i
     ]
 
 
+def checking_lines(config: CheckConfig, num_prompts: int) -> list[str]:
+    """Write what `dpace check` will decode, and how long it takes."""
+    speeds = [find_speed(Recipe(target=config.target, dtype=dtype)) for dtype in config.dtypes]
+    seconds = sum(speed.decoding_seconds(NUM_WAYS * num_prompts, config.max_new_tokens) for speed in speeds)
+    return [
+        f"prompts: {num_prompts}, each in {' and '.join(config.dtypes)}",
+        f"answers: {NUM_WAYS} to each, of up to {config.max_new_tokens} tokens",
+        time_line({"decoding": seconds}, is_bound=True),
+    ]
+
+
 def records_of(folder: Path) -> int:
     """Count the answers that benchmarks have kept in a folder."""
     return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in folder.glob("bench-*.jsonl"))
@@ -180,7 +194,7 @@ def train_lines(recipe: Recipe, conversations: Conversations, folder: Path) -> l
     """
     plan = plan_recipe(recipe, conversations)
     return [
-        *training_lines(plan, recipe.train),
+        *training_lines(plan, [folder]),
         time_line(plan.seconds([folder]), is_bound=not conversations.is_known),
         disk_line(folder, plan.disk_bytes),
     ]
@@ -215,7 +229,7 @@ def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequenc
     measuring += target.decoding_seconds(decodings, min(config.bench.max_new_tokens, answer_tokens))
     training = sum(plan.seconds(folders).values())
     seconds = {"answers": answers, "training": training, "measuring": measuring}
-    lines = training_lines(plan, config.train)
+    lines = training_lines(plan, folders)
     if len(folders) > 1:
         lines[0] = f"{len(folders)} x {lines[0]}"
     if not plan.fits:
@@ -228,13 +242,15 @@ def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequenc
     ]
 
 
-def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
-    """Write in three lines what a training is."""
+def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
+    """Write what the training of drafters is, and at which step one goes on."""
+    train = plan.paper.recipe.train
     known = plan.conversations
     machine = plan.machine
-    steps = "steps unknown: no prompts yet" if plan.num_steps is None else count(plan.num_steps, "step")
+    num_steps = plan.num_steps or 0
+    going_on = [done + 1 for folder in folders if 0 < (done := steps_done(folder)) < num_steps]
     batch = train.batch_size * train.gradient_accumulation_steps * machine.ranks
-    conversations = "an unknown number of conversations"
+    conversations = "no prompts yet"
     if known.number is not None:
         tokens = int(known.number * known.mean_tokens)
         about = "" if known.is_known else "about "
@@ -245,7 +261,8 @@ def training_lines(plan: TrainingPlan, train: TrainConfig) -> list[str]:
     rate = f"{device}, {plan.target.speed.flops / 1e12:.3g} TFLOP/s{'' if machine.is_here else ', assumed'}"
     peak_bytes = plan.step.peak_bytes + machine.memory - plan.room  # with CUDA's context
     return [
-        f"training: {steps} of {batch}, {conversations}",
+        f"training: {count(num_steps, 'step') if num_steps else 'steps'} of {batch}, {conversations}",
+        *(f"goes on at step {step:,}" for step in going_on),
         f"drafter: {plan.drafter_parameters / 1e6:.4g} M parameters, {size(2 * plan.drafter_parameters)}; "
         f"hidden states {features}",
         f"memory: {size(peak_bytes)} at the peak, {size(machine.memory)} free ({rate})",

@@ -13,6 +13,7 @@ def run(args: list[str]) -> None:
     from dpace.drafter import load_drafter
     from dpace.measure.check import check
     from dpace.measure.own_text import check_responses, read_greedy
+    from dpace.plan.lines import checking_lines
     from dpace.prompts.prompts import first_of_each_set, read_heldout
     from dpace.report.tables import check_table, console
     from dpace.target.locate import find_drafter
@@ -26,14 +27,7 @@ def run(args: list[str]) -> None:
             f"{config.responses} was written in {answered_in}, and --dtypes has {', '.join(config.dtypes)}; rounding "
             f"differs: add {answered_in} to --dtypes"
         )
-    chosen = first_of_each_set(prompts, config.num_prompts)
-    tokens = len(chosen) * config.max_new_tokens
-    lines = [
-        f"prompts: {len(chosen)}, answered with up to {config.max_new_tokens} tokens in some 13 ways, "
-        f"in {' and '.join(config.dtypes)}",
-        f"at most about {13 * tokens * len(config.dtypes):,} tokens to decode",
-    ]
-    if announce(lines, args):
+    if announce(checking_lines(config, len(first_of_each_set(prompts, config.num_prompts))), args):
         return
     failed = []
     for dtype in config.dtypes:

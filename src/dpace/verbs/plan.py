@@ -40,9 +40,10 @@ def run(args: list[str]) -> None:
     kept = kept_answers(recipe)
     conversations = find_conversations(recipe, parts, kept)
     plan = plan_recipe(recipe, conversations, memory=memory)
-    lines = training_lines(plan, recipe.train)
+    folders = [Path(recipe.output) / "drafter"]
+    lines = training_lines(plan, folders)
     if plan.num_steps is not None:
-        lines.append(time_line(plan.seconds([Path(recipe.output) / "drafter"]), is_bound=not kept))
+        lines.append(time_line(plan.seconds(folders), is_bound=not kept))
     lines += memory_lines(plan) + fit_lines(plan)
     if not conversations.is_known:
         lines.append("no answers yet: each one counts as long as the recipe allows")

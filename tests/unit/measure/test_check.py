@@ -15,6 +15,7 @@ from dpace.cli import main
 from dpace.config import CheckConfig, RespondConfig
 from dpace.decode import generate_plain
 from dpace.decode.sampling import verify_draft
+from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.measure.check import SIGNIFICANCE, check, check_distribution, uniformity
 from dpace.measure.own_text import check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
@@ -46,6 +47,11 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
     counts = (n * config.num_prompts for n in (1, 6, 5))
     assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
     assert not failed(check(language_target, make_drafter(language_target), prompts, config))
+
+
+def test_a_drafter_with_a_draft_vocabulary_passes(language_target, language_drafter, prompts, monkeypatch):
+    monkeypatch.setattr(language_drafter, "vocabulary", DraftVocabulary(range(30)))
+    assert not failed(check(language_target, language_drafter, prompts, CONFIG))
 
 
 def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):

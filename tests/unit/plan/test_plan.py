@@ -127,15 +127,27 @@ def files(folder) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in names}
 
 
-@pytest.mark.parametrize("verb", ["respond", "train", "compare", "bench"])
+@pytest.mark.parametrize("verb", ["respond", "train", "compare", "bench", "check"])
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(verb, answered, tmp_path, capsys):
     """There are no weights, so that any work would fail."""
     before = files(tmp_path)
     options = answered if verb != "respond" else [*answered, "--output", str(tmp_path / "other")]
+    if verb == "check":
+        options = ["--prompts", answered[-1], "--target", answered[1], "--drafter", str(tmp_path / "out")]
     assert main([verb, *options, "--dry-run"]) == 0, capsys.readouterr().err
     lines = capsys.readouterr().out.splitlines()
     assert 1 <= len(lines) <= 6 and all(len(line.replace(str(tmp_path), "")) <= 80 for line in lines), lines
-    assert files(tmp_path) == before
+    assert any(line.startswith("time: ") for line in lines) and files(tmp_path) == before
+
+
+def test_a_training_says_where_it_goes_on(answered, tmp_path, capsys):
+    times = []
+    for _ in range(2):
+        assert main(["train", *answered, "--dry-run", "--train.max-steps", "1000000"]) == 0, capsys.readouterr().err
+        lines = capsys.readouterr().out.splitlines()
+        times.append(seconds_of(next(line for line in lines if line.startswith("time: "))))
+        (tmp_path / "out" / "drafter" / "checkpoints" / "checkpoint-900000").mkdir(parents=True, exist_ok=True)
+    assert "goes on at step 900,001" in lines and times[1] < times[0] / 5
 
 
 def test_plan_needs_no_weights_and_says_what_to_change(answered, capsys):
