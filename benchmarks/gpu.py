@@ -149,7 +149,7 @@ def main() -> None:
         target = Target.load(find_target(recipe.target))
     else:
         target = Target(make_model())
-        speed_up(target.model)  # as `Target.load` does
+        target.speed_ups = speed_up(target.model)  # as `Target.load` does
     report = measure_all(target, recipe, options, make_model, is_compiled=True)
     report = {"target": recipe.target, "is_random": options.random, "tests": tests, **report}
     for name, text in (("gpu.json", json.dumps(report, indent=2) + "\n"), ("gpu.md", markdown(report))):
@@ -173,7 +173,8 @@ def measure_all(
             drafter.save_pretrained(folder)
         ours, model = load_drafter(place, target), make_model() if make_model else None
         decoding = time_decoding(target, ours, str(place), model, is_compiled=is_compiled, tokens=TOKENS)
-    facts = {"hardware": asdict(hardware), "versions": asdict(find_versions()), "recipe": RECIPE}
+    facts = {"hardware": asdict(hardware), "versions": asdict(find_versions())}
+    facts |= {"recipe": RECIPE, "speed_ups": target.speed_ups}
     return {**facts, "training": training, "decoding": decoding}
 
 

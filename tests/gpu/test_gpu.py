@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from dpace.blocks import build_blocks, dense_mask, flex_mask
 from dpace.config import LossConfig
-from dpace.decode import Decoder, Paces, generate, generate_plain
+from dpace.decode import Decoder, Paces, generate, generate_batch, generate_plain
+from dpace.decode.generation import read_clock
 from dpace.drafter import load_drafter
 from dpace.drafter.views import draft_block
 from dpace.fast.speed_up import speed_up
@@ -142,6 +143,48 @@ def test_compiled_steps_are_compiled_once(pair, language_prompts, is_drafted):
         found = [decoder.generate(row, max_new_tokens=24).token_ids for row in rows[2:]]
     assert found == [generate_plain(target, row, max_new_tokens=24).token_ids for row in rows[2:]]
     assert not counters["stats"]["unique_graphs"] and not counters["inductor"]["cudagraph_skips"]
+
+
+def test_verifying_behind_a_long_text_shares_its_keys(monkeypatch):
+    """In bf16, one row of 8 tokens behind 16,000: the results of the mask of numbers, in less time."""
+    from dpace.fast.cache import TextCache
+
+    target = gpu_target(torch.bfloat16, hidden_size=1024, head_dim=128, max_position_embeddings=2**15)
+    ids = torch.randint(4, 64, (1, 16_008), device=GPU)
+    cache = TextCache(target.config, ids.shape[1])
+    found, seconds = [], []
+    with torch.inference_mode():
+        target.hidden(ids[:, :16_000], cache)
+        for has_kernel in (True, False):
+            if not has_kernel:
+                monkeypatch.setattr("dpace.fast.attention.has_causal_kernel", lambda rows: False)
+            for number in range(30):
+                if number == 10:
+                    started = read_clock(GPU)
+                found.append(target.hidden(ids[:, 16_000:], cache))
+                cache.go_back(8)
+            seconds.append(read_clock(GPU) - started)
+    assert float((found[0] - found[-1]).float().norm() / found[-1].float().norm()) < 2e-2
+    assert seconds[0] < seconds[1], seconds
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_layer_of_a_target_is_fused(dtype, language_folder):
+    target = Target.load(str(language_folder), dtype=dtype)
+    assert "fused layers" in target.speed_ups and all(layer.fast for layer in target.layers)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_compiled_drafts_give_the_text_of_plain_decoding(pair, language_prompts, options):
+    """A step's graph reads no result that an earlier graph has freed; one prompt and several, greedy and drawn."""
+    target, drafter = pair
+    rows = encode(target, language_prompts[50:54])
+    decoder = Decoder(target, drafter, compile=True, max_length=200)
+    expected = [out.token_ids for out in generate_batch(target, drafter, rows, max_new_tokens=24, **options)]
+    for _ in range(3):
+        found = decoder.generate_batch(rows, max_new_tokens=24, **options)
+        assert [out.token_ids for out in found] == expected
+    assert decoder.generate(rows[0], max_new_tokens=24, **options).token_ids == expected[0]
 
 
 def test_parts_of_a_training_step_by_the_devices_clock(monkeypatch):

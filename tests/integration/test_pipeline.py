@@ -39,6 +39,7 @@ def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts)
         assert main([verb, str(recipe)]) == 0
         printed = capsys.readouterr()
         assert "next: dpace" in printed.out and bar in printed.err and "{'loss'" not in printed.out
+    assert "the target's code: packed weights, grouped heads, fused layers\n" in printed.err
     results = read_results(out / "results.json")
     greedy, paced, sampled, _ = results.rows
     assert (greedy.temperature, sampled.temperature) == (0.0, 1.0)

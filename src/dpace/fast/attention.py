@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -54,13 +55,44 @@ def grouped_attention(
     return attend_in_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
 
 
+def make_causal_mask(rows: Tensor, num_keys: int) -> Tensor:
+    """Make the mask of a text's last tokens, which see all before them and themselves.
+
+    Flash attention knows this mask and shares long keys among a GPU's blocks of threads. A mask of numbers takes a
+    kernel that has one block for each key head, which at 8,000 keys leaves most of the GPU idle.
+
+    Args:
+        rows: "batch new hidden", of the last tokens.
+        num_keys: number of all tokens.
+
+    Returns:
+        torch's `CausalBias` where there is such a kernel, else "1 1 new key", added to the scores.
+    """
+    num_new = rows.shape[1]
+    if has_causal_kernel(rows):
+        return causal_lower_right(num_new, num_keys)
+    mask = rows.new_zeros(1, 1, num_new, num_keys)
+    mask[..., num_keys - num_new :] = rows.new_full((num_new, num_new), -torch.inf).triu_(1)
+    return mask
+
+
+def has_causal_kernel(rows: Tensor) -> bool:
+    """Return whether flash attention runs on these rows: on CUDA in 16 bits, from Ampere on."""
+    is_on_cuda = rows.device.type == "cuda" and rows.element_size() == 2
+    return is_on_cuda and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+
+
 def attend_in_groups(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
     """Attend with the query heads of a group as rows of one product.
 
     Shapes are those of `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
+    With a `CausalBias`, in which the rows of a group would differ, the kernel itself shares keys and values.
     """
+    if isinstance(mask, CausalBias):
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
     batch = query.shape[0]  # len() of a tensor is slow
     heads, queries = query.shape[1:3]
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
@@ -97,17 +129,19 @@ AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def group_heads(model: PreTrainedModel) -> None:
-    """Replace `sdpa` by `grouped_attention` in the decoder of a model.
+def group_heads(model: PreTrainedModel) -> bool:
+    """Replace `sdpa` by `grouped_attention` in the decoder of a model; return whether it was done.
 
     Left as they are: other implementations; models without a decoder of transformers, such as drafters; and models
     whose code asks for `sdpa` by name, as sparse attention does.
     """
     decoder: Any = model.get_decoder()
-    if (
+    is_possible = (
         isinstance(decoder, PreTrainedModel)
         and decoder.config._attn_implementation == "sdpa"
         and decoder._can_set_attn_implementation()
         and '"sdpa"' not in inspect.getsource(sys.modules[type(decoder).__module__])
-    ):
+    )
+    if is_possible:
         decoder.set_attn_implementation(NAME)
+    return is_possible

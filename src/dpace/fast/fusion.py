@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups
+from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
 from dpace.fast.cache import is_full_attention
 from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, pack
 from dpace.modeling_dflash import DFlashLayer, around
@@ -292,8 +292,7 @@ class FusedStack:
         if position_ids is None:
             position_ids = torch.arange(num_before, num_before + num_new, device=hidden.device)[None]
         if mask is None and num_new > 1:
-            mask = hidden.new_zeros(1, 1, num_new, num_before + num_new)
-            mask[..., num_before:] = hidden.new_full((num_new, num_new), -torch.inf).triu_(1)
+            mask = make_causal_mask(hidden, num_before + num_new)
         rotation = _rotation(decoder.rotary_emb(hidden, position_ids))
         outputs = {}
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):

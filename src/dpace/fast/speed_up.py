@@ -8,8 +8,8 @@ from dpace.fast.packing import pack_linears
 from dpace.modeling_dflash import DFlashDraftModel
 
 
-def speed_up(model: PreTrainedModel) -> bool:
-    """Make a model faster on its device, in eval mode; return whether its layers were fused.
+def speed_up(model: PreTrainedModel) -> list[str]:
+    """Make a model faster on its device, in eval mode; return what was done.
 
     On a CPU linear layers are packed. Attention of the target reads keys and values once for all query heads that share
     them, and decoder layers run in fewer operations.
@@ -19,8 +19,10 @@ def speed_up(model: PreTrainedModel) -> bool:
     Memory: on a CPU copies of the weights, see `dpace.fast.packing.pack_linears`.
     """
     if any("_hf_hook" in vars(module) for module in model.modules()):
-        return False
-    pack_linears(model.eval())
-    if not isinstance(model, DFlashDraftModel):
-        group_heads(model)
-    return fuse_layers(model)
+        return []
+    done = {
+        "packed weights": pack_linears(model.eval()),
+        "grouped heads": not isinstance(model, DFlashDraftModel) and group_heads(model),
+        "fused layers": fuse_layers(model),
+    }
+    return [name for name, is_done in done.items() if is_done]

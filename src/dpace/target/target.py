@@ -57,6 +57,7 @@ class Target:
         self.model: Any = model.eval().requires_grad_(False)  # transformers types its models too narrowly
         self.tokenizer: Any = tokenizer
         self.thinking = False  # passed to chat templates that have this switch
+        self.speed_ups: list[str] = []  # what `dpace.fast` did to the model when it was loaded
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
         self.layers = find_layers(self.model, self.decoder, self.config)
@@ -101,8 +102,9 @@ class Target:
         if shard != "none" and ranks.num_ranks() > 1:
             target = ShardedTarget(model, tokenizer, shard)
         else:
-            speed_up(model)
+            done = speed_up(model)
             target = cls(model, tokenizer)
+            target.speed_ups = done
         target.thinking = thinking
         return target
 

@@ -1,5 +1,6 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,8 @@ def run(args: list[str]) -> None:
     if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
         return
     target = load_recipe_target(recipe)
+    if ranks.is_first():
+        print(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}", file=sys.stderr)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
     with lock_folder(recipe.output):
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)

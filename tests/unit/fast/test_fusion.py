@@ -4,10 +4,11 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.bias import CausalBias
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from dpace.drafter import load_drafter
-from dpace.fast.attention import MAX_QUERIES, group_heads
+from dpace.fast.attention import MAX_QUERIES, attend_in_groups, group_heads
 from dpace.fast.cache import TextCache
 from dpace.fast.fusion import FusedDraftLayer, FusedLayer, fuse_layers
 from dpace.fast.packing import PackedLinear, pack_linears
@@ -80,6 +81,25 @@ def test_a_step_passes_by_the_decoders_own_code(monkeypatch):
     target.refresh_copies()
     target.hidden(tokens[:, :4], cache=TextCache(target.config, 4))
     assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch says why it takes no kernel of a GPU
+@torch.no_grad()
+def test_a_verification_on_cuda_needs_no_mask_of_numbers(monkeypatch):
+    """There the kernel is told that the mask is causal; the results are the same."""
+    model = make_model("llama3.1")
+    assert fuse_layers(model)
+    expected = run(model)
+    masks = []
+
+    def watched(query, key, value, mask, scale):
+        masks.append(mask)
+        return attend_in_groups(query, key, value, mask, scale)
+
+    monkeypatch.setattr("dpace.fast.fusion.attend_in_groups", watched)
+    monkeypatch.setattr("dpace.fast.attention.has_causal_kernel", lambda rows: True)
+    torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-6)
+    assert {type(mask) for mask in masks if mask is not None} == {CausalBias}
 
 
 @pytest.mark.parametrize("make", [make_drafter, make_with_convolutions])
