@@ -40,7 +40,15 @@ def train_all(target: Target, responses: list[Response], recipe: Recipe, folder:
     for reduction in REDUCTIONS:
         config = replace(recipe.train, batch_size=recipe.train.batch_size // num_ranks)
         job = replace(recipe, train=config, loss=LossConfig(reduction=reduction))
-        train(target, make_dataset(responses, recipe), no_validation, job, folder / reduction)
+        elsewhere = folder / "another node"  # which does not see the folder of the first rank, and writes nothing
+        train(
+            target,
+            make_dataset(responses, recipe),
+            no_validation,
+            job,
+            (folder if ranks.is_first() else elsewhere) / reduction,
+        )
+        assert not elsewhere.exists()
 
 
 def answer_all(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:

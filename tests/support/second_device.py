@@ -4,11 +4,13 @@ Run in a process of its own (`python -m tests.support.second_device`): torch the
 accelerator.
 """
 
+import contextlib
 import copy
 import json
 import traceback
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -207,14 +209,18 @@ def main() -> None:
     """Decode, measure and train on both devices; print what was different, and the waits of each part."""
     register()
     torch.inference_mode = torch.no_grad  # which counts versions, as wrapped tensors need
+    from accelerate import Accelerator
+
     import dpace.target.probe
-    from dpace.batches.dataset import ResponseDataset, collate
+    from dpace.batches.dataset import ResponseDataset
+    from dpace.config import LossConfig, Recipe, TrainConfig
     from dpace.decode import Paces, generate, generate_batch, generate_plain
-    from dpace.drafter.views import blocks_hidden
-    from dpace.loss import block_loss, frozen_head_nll
+    from dpace.loss.objective import make_weigh
     from dpace.measure.heldout import heldout_acceptance
     from dpace.respond.responses import Response
     from dpace.target import Target
+    from dpace.train.loop import TrainingLoop
+    from dpace.train.run import choose_conversations
     from tests.conftest import make_drafter, make_target
 
     dpace.target.probe._refuse_quantized_tables = lambda *_: None  # takes a tensor of another class for a quantized one
@@ -228,20 +234,25 @@ def main() -> None:
     ]
 
     def step(target, drafter):
-        """One step of training."""
-        data = ResponseDataset(responses, max_length=64, num_anchors=4, seed=0)
-        batch = {k: v if v is None else v.to(target.device) for k, v in collate([data[0], data[1]], 4).items()}
-        ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
-        optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3)
-        hidden, blocks, seen = blocks_hidden(drafter, target, batch, with_target_hidden=True, **ids)
-        for token_loss, more in (("nll", None), ("kl", seen)):
-            out = frozen_head_nll(
-                hidden, target.head, blocks.labels, blocks.is_scored, token_loss=token_loss, target_hidden=more
-            )
-            block_loss(out.losses, blocks.is_scored).backward(retain_graph=True)
-        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-        optimizer.step()
+        """A step of the training loop with an objective of one's own, in two micro-batches; all but its reading."""
+        config = TrainConfig(num_anchors=4, batch_size=1, gradient_accumulation_steps=2, max_steps=1)
+        recipe = Recipe(train=config, loss=LossConfig(objective="own:weigh"))
+        datasets = choose_conversations(responses, [], recipe)
+        weigh = make_weigh(recipe.loss, drafter.block_size, lambda slots: slots.token_probs + 0.5)
+        training = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=Path())
+        batches = next(training.batches_of_steps())
+        device.waits.clear()
+        training.take_step(batches)
         return drafter
+
+    alone = mock.Mock(  # accelerate knows no device in Python
+        spec=Accelerator,
+        num_processes=1,
+        no_sync=contextlib.nullcontext,
+        prepare_model=lambda model, **_: model,
+        reduce=lambda value, **_: value,
+    )
+    TrainingLoop._make_accelerator = lambda self: alone  # pyright: ignore[reportAttributeAccessIssue]
 
     def weights(drafter):
         return [round(float(p.detach().sum().cpu()), 3) for p in drafter.parameters()]
@@ -262,10 +273,11 @@ def main() -> None:
     target, drafter = make_target("qwen3"), make_drafter(make_target("qwen3"))
     expected = {name: part(target, drafter) for name, part in parts.items() if name != "train"}
     state = {k: v.clone() for k, v in drafter.state_dict().items()}
+    device = SecondDevice()
     expected["train"] = weights(step(target, drafter))
     drafter.load_state_dict(state)
     found = {}
-    with SecondDevice() as device:
+    with device:
         fast = Target(load(target.model)), load(drafter)
         for name, part in parts.items():
             device.operations.clear(), device.waits.clear()

@@ -19,6 +19,7 @@ from dpace.batches import feature_files
 from dpace.config import LossConfig, Recipe, TargetShard
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS
+from dpace.loss.objective import make_weigh
 from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.target import Target
@@ -26,6 +27,7 @@ from dpace.target.target import ShardedTarget
 from dpace.train import run
 from dpace.train.loop import TrainingLoop
 from dpace.train.sharding import USE_FSDP, wants_shards
+from tests.conftest import make_drafter
 
 JOBS = (*REDUCTIONS, "muon", "growing", "again")
 RESUMED = ("muon", "growing")
@@ -66,9 +68,9 @@ def interrupt(target: Target, responses: list[Response], recipe: Recipe, folder:
     take_step = TrainingLoop.take_step
 
     def signalled(self, batches):
-        take_step(self, batches)
-        if self.state.global_step == 1 and ranks.rank() == ranks.num_ranks() - 1:
+        if self.state.global_step == 0 and ranks.rank() == ranks.num_ranks() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        take_step(self, batches)
 
     for name in RESUMED:
         job = make_jobs(recipe, ranks.num_ranks())[name]
@@ -101,6 +103,20 @@ def is_spread(loop: TrainingLoop) -> None:
             assert len(tensor.to_local()) <= -(-len(tensor) // num_ranks)
 
 
+def check_measuring(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
+    """Measure with the whole drafter of a sharded training: in bf16, where it trains in bf16."""
+    datasets = run.make_datasets(target, responses[:-3], responses[-3:], recipe)
+    drafter = make_drafter(target)
+    weigh = make_weigh(recipe.loss, drafter.block_size)
+    with mock.patch("dpace.train.loop.default_dtype", lambda device: torch.bfloat16):
+        loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=folder)
+    dtypes = set()
+    drafter.layers[0].self_attn.q_proj.register_forward_hook(lambda *call: dtypes.add(call[2].dtype))
+    loop.state.global_step = loop.state.max_steps
+    loop.measure(lambda entry: None)
+    assert dtypes == {torch.bfloat16}
+
+
 def train_sharded(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
     """Train all jobs with shards of the drafter."""
     ended = mock.patch.object(TrainingLoop, "run", autospec=True, side_effect=TrainingLoop.run)
@@ -109,6 +125,7 @@ def train_sharded(target: Target, responses: list[Response], recipe: Recipe, fol
     assert len(trained.call_args_list) == len(JOBS)
     for call in trained.call_args_list:
         is_spread(call.args[0])
+    check_measuring(target, responses, recipe, folder)
     for variable, value, message in (
         ("FSDP_VERSION", "1", "2 only"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),

@@ -157,8 +157,7 @@ def compute_features(
     target: Target, target_layer_ids: Sequence[int], texts: Sequence[Tensor], *, with_head_input: bool = False
 ) -> list[Tensor]:
     """Compute the features of texts, each "seq feature", on the CPU; see `Target.features`."""
-    token_ids = pad(texts).to(target.device)
-    features = target.features(token_ids, target_layer_ids, with_head_input=with_head_input).cpu()
+    features = target.features(pad(texts), target_layer_ids, with_head_input=with_head_input).cpu()
     return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
 
 

@@ -137,7 +137,9 @@ class TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, multiplier, softcap, labels, is_scored, token_loss, target_hidden, chunk_bytes):
+    def forward(
+        ctx, hidden, weight, multiplier, softcap, labels, is_scored, scored_rows, token_loss, target_hidden, chunk_bytes
+    ):
         """Compute losses, nll, overlap and top tokens of all slots.
 
         Arguments as in `dpace.loss.frozen_head_nll`.
@@ -150,7 +152,7 @@ class TokenLosses(torch.autograd.Function):
         grad = torch.zeros_like(hidden) if needs_grad else None
         num_logits = chunk_bytes // 4
         num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(weight)
-        for chosen in is_scored.flatten().nonzero()[:, 0].split(max(1, num_rows)):
+        for chosen in scored_rows.split(max(1, num_rows)):
 
             def select(x, chosen=chosen):
                 return x.flatten(0, 2)[chosen]
@@ -172,7 +174,7 @@ class TokenLosses(torch.autograd.Function):
     def backward(ctx, grad_losses, *_):
         """Scale the kept gradient by the gradient of each slot's loss."""
         (grad,) = ctx.saved_tensors
-        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 8
+        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 9
 
 
 def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool, is_soft: bool) -> int:

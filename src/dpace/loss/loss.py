@@ -72,6 +72,7 @@ def frozen_head_nll(
     weigh: Weigh = _uniform,
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
+    scored_rows: Int[Tensor, " row"] | None = None,
     chunk_bytes: int | None = None,
 ) -> HeadOutput:
     """Compute the weighted loss of each block; equals `frozen_head_nll_reference`.
@@ -102,6 +103,8 @@ def frozen_head_nll(
         token_loss: `nll`, `kl`, `lk` or `mix`.
         target_hidden: input of the target's own head where it predicts each slot; `nll` without
             `Slots.overlap` does not need it.
+        scored_rows: numbers of the scored slots in `is_scored.flatten()`, where they are known; to find them, the host
+            waits for the device.
         chunk_bytes: size of the logits that exist at once, by default `default_chunk_bytes`; changes results by
             rounding only.
 
@@ -118,7 +121,10 @@ def frozen_head_nll(
         chunk_bytes = default_chunk_bytes(head.weight, is_cpu=is_cpu, is_soft=target_hidden is not None)
     # Outside torch.compile's graphs: rows are chosen by a mask, and every new count of them would recompile.
     apply: Any = torch.compiler.disable(TokenLosses.apply)
-    losses, nll, overlap, top_tokens = apply(hidden, *head, labels, is_scored, token_loss, target_hidden, chunk_bytes)
+    rows = is_scored.flatten().nonzero()[:, 0] if scored_rows is None else scored_rows
+    losses, nll, overlap, top_tokens = apply(
+        hidden, *head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes
+    )
     return _weighted(losses, nll, None if target_hidden is None else overlap, top_tokens, labels, is_scored, weigh)
 
 

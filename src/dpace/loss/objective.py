@@ -110,10 +110,12 @@ def checked(weigh: Weigh, name: str) -> Weigh:
         found = f"the shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
         if isinstance(weights, Tensor) and weights.shape == slots.is_scored.shape:
             weights = weights.detach().float().where(slots.is_scored, 0.0)
-            wrong = weights[~(weights.isfinite() & (weights >= 0))].tolist()
-            if not wrong:
+            is_wrong = ~(weights.isfinite() & (weights >= 0))
+            if weights.device.type != "cpu":  # the training looks at the loss, and the host does not wait here
+                return weights.masked_fill(is_wrong, torch.nan)
+            if not is_wrong.any():
                 return weights
-            found = f"the weight {wrong[0]:g}"
+            found = f"the weight {float(weights[is_wrong][0]):g}"
         raise ValueError(
             f"the objective {name} gives {found}, expected 0 or more and finite for each slot, as a tensor {shape}; "
             "mend it"

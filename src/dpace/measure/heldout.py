@@ -4,7 +4,7 @@ In come answers that the target wrote greedily. All their blocks are drafted at 
 through them; out comes an `Acceptance` with one row a conversation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ def heldout_acceptance(
     *,
     token_ids: Tensor | None = None,
     over_ranks: bool = False,
+    is_ended: Callable[[], bool] = lambda: False,
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
@@ -49,6 +50,7 @@ def heldout_acceptance(
         dataset: made with `num_anchors=None`, so that every response token is an anchor.
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
         over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
+        is_ended: asked after each conversation, by all ranks as often; where it is true, the others are left out.
 
     Raises:
         ValueError: no response of two tokens or more.
@@ -57,19 +59,23 @@ def heldout_acceptance(
     drafter.eval()
     refresh_copies(drafter)
     results: dict[int, Acceptance] = {}
-    indices = list(range(len(dataset)))
-    for i in ranks.share(indices) if over_ranks else indices:
-        accepted_from: dict[int, int] = {}
-        for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
-            accepted_from |= zip(blocks.anchors[0].tolist(), is_accepted[0].sum(-1).tolist(), strict=True)
-        spans = _spans(dataset.is_response(i))
-        results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])
+    indices = range(len(dataset))
+    mine = [*ranks.share(indices), *[None] * ranks.num_short(indices)] if over_ranks else indices
+    for i in mine:
+        if i is not None:
+            accepted_from: dict[int, int] = {}
+            for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
+                accepted_from |= zip(blocks.anchors[0].tolist(), is_accepted[0].sum(-1).tolist(), strict=True)
+            spans = _spans(dataset.is_response(i))
+            results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])
+        elif dataset.features is None:
+            target.join_features(drafter.target_layer_ids)
+        if is_ended():
+            break
     drafter.train(was_training)
     if over_ranks:
-        for _ in range(ranks.num_short(indices) if dataset.features is None else 0):
-            target.join_features(drafter.target_layer_ids)
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
-    return Acceptance.of_prompts([results[i] for i in indices])
+    return Acceptance.of_prompts([results[i] for i in sorted(results)])
 
 
 def score_conversation(

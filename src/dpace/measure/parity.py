@@ -46,7 +46,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
     errors = []
     for row in ResponseDataset(responses, max_length=10**9, num_anchors=None, seed=0):
         inputs: dict[str, Any] = collate([row], drafter.block_size)
-        inputs["features"] = target.features(inputs["token_ids"].to(target.device), drafter.target_layer_ids)
+        inputs["features"] = target.features(inputs["token_ids"], drafter.target_layer_ids)
         inputs = {name: value.to(target.device) for name, value in inputs.items()}
         number = len(row["anchors"]) // 2
         anchor = int(row["anchors"][number])

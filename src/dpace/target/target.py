@@ -249,7 +249,7 @@ class Target:
         Memory: O(tokens x feature) for the result, and one layer's activations.
 
         Args:
-            token_ids: any text.
+            token_ids: any text; from the CPU it is read without waiting for the device.
             target_layer_ids: 0-based decoder layers whose output is used.
             with_head_input: run all layers and append the LM head's input.
 
@@ -260,6 +260,7 @@ class Target:
         self.refuse_rotation(*token_ids.shape)
         self.refresh_copies()
         num_shared = len(commonprefix(token_ids.tolist()))
+        token_ids = token_ids.to(self.device, non_blocking=True)
         saved = num_shared * (len(token_ids) - 1) / token_ids.numel() if num_shared >= MIN_SHARED else 0
         if saved < MIN_SAVED or num_shared == token_ids.shape[1] or self.cache_ability == "append":
             return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
@@ -346,7 +347,7 @@ class ShardedTarget(Target):
         """
         self.refuse_rotation(*token_ids.shape)
         if self._shard == "fsdp":
-            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
+            return self._run(token_ids.to(self.device), target_layer_ids, with_head_input=with_head_input)
         own = token_ids.tolist()
         features = token_ids
         texts = ranks.gather(own)

@@ -49,6 +49,11 @@ class TrainingState:
         self.log_history.append(entry)
         return entry
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether tau was measured after the last step."""
+        return any(entry["step"] == self.global_step and "eval_tau" in entry for entry in self.log_history[-1:])
+
     def note_tau(self, tau: float) -> bool:
         """Note a measured tau, and return whether it is the best one."""
         is_best = self.best_metric is None or tau > self.best_metric

@@ -23,13 +23,13 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
-from dpace.config import LossConfig, Recipe
+from dpace.config import LossConfig, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import HeadOutput, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
-from dpace.system.device import TILED, default_dtype, synchronize
+from dpace.system.device import TILED, default_dtype
 from dpace.system.loading import refuse_infinite
 from dpace.target import Target
 from dpace.target.head import Head
@@ -92,6 +92,7 @@ class Scorer:
             self.head,
             blocks.labels if self.head_index is None else self.head_index[blocks.labels],
             blocks.is_scored,
+            scored_rows=batch.get("scored_rows"),
             weigh=lambda slots: self.weigh(slots._replace(progress=progress)),
             token_loss=self.loss.token_loss,
             target_hidden=target_hidden,
@@ -158,10 +159,13 @@ class TrainingLoop:
         self.wrapped: Any = self.accelerator.prepare_model(
             self.model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
         )
+        if self.is_sharded:
+            self.accelerator.prepare_model(drafter, device_placement=False, evaluation_mode=True)  # for measuring
         self.optimizer = make_optimizer(self.model, self.config)
         warmup = math.ceil(self.state.max_steps * self.config.warmup_ratio)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, self.state.max_steps)
         self.log = StepLog(drafter.block_size, target.device)
+        self.interrupt = Interrupt(self.accelerator)
 
     def _make_accelerator(self) -> Accelerator:
         """Choose the precision: fp32 on a CPU, bf16 with fp32 weights on an accelerator."""
@@ -195,31 +199,27 @@ class TrainingLoop:
         if newest is not None:
             self.read_checkpoint(newest)
         state, config = self.state, self.config
-        interrupt = Interrupt(self.accelerator)
         with (
             open_trackers(self.recipe) as track,
             training_bar(self.loss.objective, state) as move_bar,
-            interrupt.watching(),
+            self.interrupt.watching(),
         ):
+            if newest is not None and self.measure(track):  # where a signal came first
+                self.save()
             for batches in self.batches_of_steps():
                 self.take_step(batches)
                 is_last = state.global_step == state.max_steps
-                is_asked = interrupt.is_asked()
-                is_best = False
                 if is_last or state.global_step % config.logging_steps == 0:
                     track(state.add_to_log(self.log.entry(self.accelerator)))
-                if len(self.validation) and (is_last or state.global_step % config.eval_steps == 0):
-                    metrics = self.evaluate()
-                    track(state.add_to_log(metrics))
-                    is_best = state.note_tau(metrics["eval_tau"])
+                is_best = self.measure(track)
                 is_due = state.global_step % (config.save_steps or config.eval_steps) == 0
-                if is_last or is_asked or is_best or is_due:
+                if is_last or self.interrupt.is_asked or is_best or is_due:
                     self.save()
                 move_bar()
-                if is_asked:
-                    raise KeyboardInterrupt(interrupt.number)
+                if self.interrupt.is_asked:
+                    raise KeyboardInterrupt(self.interrupt.number)
         self.gather()
-        if state.best_global_step:
+        if state.best_global_step not in (None, state.global_step):
             self.read_weights(checkpoint_folder(self.checkpoints, state.best_global_step))
 
     def batches_of_steps(self) -> Iterator[list[dict[str, Any]]]:
@@ -246,6 +246,7 @@ class TrainingLoop:
             rows = [redraw(row, self.config.num_anchors * whole // num_slots) for row in rows]
         batch: dict[str, Any] = collate(rows, num_slots)
         batch["is_scored"] &= bool(numbers)
+        batch["scored_rows"] = batch["is_scored"].flatten().nonzero()[:, 0]
         if self.target.device.type in TILED:
             batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
         return {**batch, "counts": bool(numbers)}
@@ -268,24 +269,31 @@ class TrainingLoop:
         started = time.perf_counter()
         set_seed(self.config.seed + self.state.global_step)  # of an objective that draws: the same after a resume
         self.wrapped.train()
-        totals = torch.zeros(2, device=self.target.device)  # the sum of the losses, and the items
+        totals = torch.zeros(3, device=self.target.device)  # losses, items, and ranks that are asked to end
         for number, batch in enumerate(batches, start=1):
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
+            if batch["features"] is None:
+                needs_last = self.loss.needs_target_probs
+                layer_ids = self.drafter.target_layer_ids
+                inputs["features"] = self.target.features(batch["token_ids"], layer_ids, with_head_input=needs_last)
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = self.scorer.score(self.wrapped, inputs, self.progress)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
             num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]
-            totals += torch.stack([loss.detach(), num_items])
+            totals[:2] += torch.stack([loss.detach(), num_items])
             self.log.add_batch(out, blocks.is_scored)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = ranks.whole(get_total_norm(gradients))
+        totals[2] = self.interrupt.asked_at is not None
 
-        sums = torch.stack([*self.over_ranks(totals), norm]).tolist()  # waits for the backward pass
+        totals: Any = self.accelerator.reduce(totals, reduction="sum")
+        sums = torch.stack([*totals, norm]).tolist()  # the only time that the host waits for the device
+        self.interrupt.is_asked = sums[2] > 0
         divisor = max(sums[1], torch.finfo(torch.float32).tiny)
         factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks
         loss = sums[0] / divisor
-        norm = sums[2] * factor
+        norm = sums[3] * factor
         self.refuse_infinite_step(loss, norm)
         if self.config.max_grad_norm:
             factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))
@@ -295,7 +303,6 @@ class TrainingLoop:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        synchronize(self.target.device)
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         seconds = time.perf_counter() - started
@@ -309,21 +316,18 @@ class TrainingLoop:
         with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
             yield
 
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """Sum over all ranks."""
-        total: Any = self.accelerator.reduce(value, reduction="sum")
-        return total
-
     def refuse_infinite_step(self, loss: float, norm: float) -> None:
         """Refuse a step that would spoil the weights.
 
         Raises:
             ValueError: names the step and the number.
         """
+        name = self.loss.objective
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            way = f"mend it where its weights are negative or not finite, or {LOWER}" if is_custom(name) else LOWER
             raise ValueError(
                 f"step {self.state.global_step + 1} has the loss {loss} and a gradient of norm {norm}, with the "
-                f"learning rate {self.config.learning_rate:g}; {LOWER} "
+                f"learning rate {self.config.learning_rate:g} and the objective {name}; {way} "
                 f"(the last checkpoint is kept in {self.checkpoints})"
             )
 
@@ -337,16 +341,26 @@ class TrainingLoop:
             gather_weights(self.model, self.drafter)
         refuse_infinite(f"the drafter after step {self.state.global_step}", self.drafter, LOWER)
 
-    def evaluate(self) -> dict[str, float]:
-        """Measure tau of the validation responses, with its 95 % interval.
+    def measure(self, track: Callable[[dict[str, float]], None]) -> bool:
+        """Measure tau of the validation responses where that is due, and return whether it is the best one so far.
 
-        It is what selects the best checkpoint: the loss cannot be compared between steps or objectives, and D-PACE's
-        grows as the drafter gets better.
+        Tau is what selects the best checkpoint: the loss cannot be compared between steps or objectives, and D-PACE's
+        grows as the drafter gets better. A signal ends the measurement after the conversation of that moment. It then
+        counts for nothing, and is made when the training goes on.
         """
+        state = self.state
+        is_due = state.global_step == state.max_steps or state.global_step % self.config.eval_steps == 0
+        if not len(self.validation) or not is_due or state.is_measured:
+            return False
         self.gather()
-        acceptance = heldout_acceptance(self.drafter, self.target, self.validation, over_ranks=True)
+        acceptance = heldout_acceptance(
+            self.drafter, self.target, self.validation, over_ranks=True, is_ended=self.interrupt.ask_ranks
+        )
+        if self.interrupt.is_asked:
+            return False
         low, high = acceptance.interval()
-        return {"eval_tau": acceptance.tau, "eval_tau_low": low, "eval_tau_high": high}
+        track(state.add_to_log({"eval_tau": acceptance.tau, "eval_tau_low": low, "eval_tau_high": high}))
+        return state.note_tau(acceptance.tau)
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -50,6 +50,8 @@ class Interrupt:
         self.accelerator = accelerator
         self.asked_at: float | None = None
         self.number: int = signal.SIGINT
+        self.is_asked = False
+        """Whether a signal came to a rank, as far as all ranks know."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -77,11 +79,16 @@ class Interrupt:
         elif now - self.asked_at > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt(self.number)
 
-    def is_asked(self) -> bool:
-        """Return whether a signal came to this rank or to another: all ranks have to end after the same step."""
+    def ask_ranks(self) -> bool:
+        """Set `is_asked` and return it; all ranks call this, since they have to end at the same place."""
         flag = torch.tensor(float(self.asked_at is not None), device=self.accelerator.device)
         total: Any = self.accelerator.reduce(flag, reduction="sum")
-        return bool(total)
+        self.is_asked = bool(total)
+        return self.is_asked
+
+
+LEAST_WEIGHT = 1e-4
+"""Mean weight of slots below which a training is taken to learn nothing."""
 
 
 class StepLog:
@@ -95,6 +102,7 @@ class StepLog:
     def __init__(self, block_size: int, device: torch.device):
         self._sums = torch.zeros(len(SUMS), block_size, device=device)
         self._steps: list[dict[str, float]] = []
+        self._has_warned = not ranks.is_first()
 
     def add_batch(self, out: HeadOutput, is_scored: Tensor) -> None:
         """Add what the head gives for a micro-batch."""
@@ -116,6 +124,14 @@ class StepLog:
         sums = dict(zip(SUMS, total, strict=True))
         steps, seconds = self._steps, [step["seconds"] for step in self._steps]
         num_slots = sums["slots"].sum()
+        mean_weight = float(sums["weights"].sum() / num_slots)
+        if mean_weight < LEAST_WEIGHT and not self._has_warned:
+            self._has_warned = True
+            print(
+                f"the objective gives all slots weights near 0 ({mean_weight:.2g} on average), so the drafter learns "
+                "next to nothing; let the weights of slots that matter be near 1",
+                file=sys.stderr,
+            )
         entry = {
             "loss": statistics.mean(step["loss"] for step in steps),
             "grad_norm": steps[-1]["grad_norm"],

@@ -9,12 +9,6 @@ import torch
 
 from dpace.system.device import default_dtype, device_name, find_device, processor_name
 
-WAITS_OF_A_TRAINING_STEP = {
-    "target.py: num_shared = len(commonprefix(token_ids.tolist()))",  # where texts begin alike, they are read once
-    "target.py: out = self.decoder(token_ids, use_cache=cache is not None, **kwargs)",  # masks of transformers
-    "head_scores.py: for chosen in is_scored.flatten().nonzero()[:, 0].split(max(1, num_rows)):",  # rows that count
-}
-
 
 @pytest.fixture(scope="module")
 def on_second_device():
@@ -45,8 +39,10 @@ def test_a_step_has_few_operations(on_second_device):
     assert "copies of masks" not in operations
 
 
-def test_the_waits_of_a_training_step_are_known(on_second_device):
-    assert set(on_second_device["train"]["waits"]) == WAITS_OF_A_TRAINING_STEP
+def test_the_host_waits_once_in_a_training_step(on_second_device):
+    """For its sums; and in transformers, which looks for packed texts, for each micro-batch of hidden states."""
+    waits = on_second_device["train"]["waits"]
+    assert {place.partition(":")[0]: count for place, count in waits.items()} == {"loop.py": 1, "target.py": 2}
 
 
 def test_a_device_that_is_not_here_is_refused():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from dpace.config import LossConfig
 from dpace.loss import REDUCTIONS
+from dpace.train.loop import TrainingLoop
 from tests.conftest import LANGUAGE_RECIPE
 from tests.support import ranks
 from tests.support.launch import on_ranks
@@ -82,11 +84,21 @@ def assert_same(one, other):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
+def two_steps(self, batches, take_step=TrainingLoop.take_step):
+    if self.state.global_step == 2:
+        raise KeyboardInterrupt
+    take_step(self, batches)
+
+
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_ranks_give_the_same_steps(num_ranks, on_one_rank, language_folder, responses, tmp_path):
+def test_several_ranks_give_the_same_steps(
+    num_ranks, on_one_rank, language_folder, language_target, responses, tmp_path
+):
     """Uneven anchors, ranks and micro-batches without any, a last step with 3 of 8 conversations, every reduction."""
     write_prompts(responses, tmp_path)
     folder = tmp_path / "ranks"
+    with mock.patch.object(TrainingLoop, "take_step", two_steps), pytest.raises(KeyboardInterrupt):
+        ranks.train_all(language_target, responses, RECIPE, folder, 1)  # the first reduction; the ranks go on
     on_ranks(num_ranks, ranks.main, str(language_folder), responses, RECIPE, folder)
     for reduction in REDUCTIONS:
         assert_same(on_one_rank / reduction, folder / reduction)

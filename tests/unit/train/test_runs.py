@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpace.cli import main
 from dpace.loss import block_loss
+from dpace.measure import heldout
 from dpace.train.checkpoints import is_whole
 from dpace.train.identity import read_run
 from dpace.train.loop import TrainingLoop
@@ -186,6 +189,63 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(
     assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-3")
     run(language_target, language_responses, tmp_path / "d")
     assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_signal_ends_a_measurement_and_it_is_made_again(
+    finished, tmp_path, language_target, language_responses, monkeypatch
+):
+    """After the first of two conversations; the log and the weights are those of a run without a signal."""
+    score, scored = heldout.score_conversation, []
+
+    def signalled(*args):
+        scored.append(args[3])
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout, "score_conversation", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "d")
+    assert scored == [0] and is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-2")
+    run(language_target, language_responses, tmp_path / "d")
+    assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (tmp_path / "d", finished)]
+    for entry, expected in zip(*logs, strict=True):
+        assert entry.keys() == expected.keys() and entry.get("eval_tau") == expected.get("eval_tau")
+
+
+def test_a_step_may_be_split_anew_and_options_that_are_newer_count_as_their_default(
+    finished, copied, language_target, language_responses
+):
+    """A run of an earlier version, which wrote the parts of a step's size, goes on from its second step."""
+    (copied / "provenance.json").unlink()
+    shutil.rmtree(copied / "checkpoints" / "checkpoint-4")
+    facts = json.loads((copied / "run.json").read_text())
+    assert facts.pop("conversations_per_step") == 4 and facts.pop("train.grow_blocks") is False
+    split = {"train.batch_size": 2, "train.gradient_accumulation_steps": 1, "ranks": 2}
+    (copied / "run.json").write_text(json.dumps(facts | split))
+    with pytest.raises(ValueError, match="conversations_per_step 4, not 2; keep the product of --train.batch-size"):
+        run(language_target, language_responses, copied, batch_size=2)
+    run(language_target, language_responses, copied, batch_size=1, gradient_accumulation_steps=4)
+    path = "checkpoints/checkpoint-4/model.safetensors"
+    found, expected = (load_file(folder / path) for folder in (copied, finished))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_tau_after_a_kill_before_the_end_is_that_of_an_undisturbed_run(
+    tmp_path, language_target, language_responses, monkeypatch
+):
+    """Where the drafter computes in bf16 and was trained in the process before."""
+    monkeypatch.setattr("dpace.train.loop.default_dtype", lambda device: torch.bfloat16)
+    run(language_target, language_responses, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("dpace.train.run.write_finished", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(language_target, language_responses, tmp_path / "killed")
+    run(language_target, language_responses, tmp_path / "killed")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_one_writer(copied, language_target, language_responses):

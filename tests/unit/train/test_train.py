@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 
 def test_checkpoints_apart_from_measurements(language_target, language_responses, tmp_path, monkeypatch):
-    """The best weights are kept at every measurement, and a run that is killed goes on from them or from the newest."""
+    """The best weights are kept at every measurement; a run that is killed and moved goes on from the newest."""
     changes = {"max_steps": 8, "eval_steps": 1, "save_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
     run(language_target, language_responses, tmp_path / "whole", **changes)
     state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
@@ -105,8 +105,12 @@ def test_checkpoints_apart_from_measurements(language_target, language_responses
     folders = {p.name for p in (tmp_path / "resumed" / "checkpoints").iterdir()}
     assert steps == [1, 3, 5] and folders == {"checkpoint-1", "checkpoint-3"}
     monkeypatch.setattr(TrainingLoop, "save", lambda self: steps.append(self.state.global_step) or save(self))
-    run(language_target, language_responses, tmp_path / "resumed", **changes)
-    assert steps[3] > 3 and not [p for p in (tmp_path / "resumed").rglob("*.unfinished")]
+    moved = (tmp_path / "resumed").rename(tmp_path / "moved")
+    best = run(language_target, language_responses, moved, **changes)
+    assert steps[3] > 3 and not [p for p in moved.rglob("*.unfinished")]
+    written = weights_of(Drafter.from_pretrained(moved))
+    assert torch.equal(written, best.bfloat16()), "of step 1, whose tau of 5 stays the best"
+    assert {p.name for p in (moved / "checkpoints").iterdir()} == {"checkpoint-1", "checkpoint-8"}
 
 
 def test_training_learns(language_target, language_drafter, language_responses):
@@ -163,6 +167,17 @@ def test_a_long_text_is_measured_in_parts(language_target, language_drafter, lan
     data.keep_features(language_target, language_drafter.target_layer_ids, limit_bytes=2.0**30)
     assert data.features is not None
     assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
+
+
+def weigh_next_to_nothing(slots):
+    return 1e-9 * slots.token_probs
+
+
+def test_weights_near_zero_are_told_once(language_target, language_responses, tmp_path, capsys):
+    run(language_target, language_responses, tmp_path / "a", weigh_next_to_nothing)
+    assert capsys.readouterr().err.count("the objective gives all slots weights near 0 (") == 1
+    run(language_target, language_responses, tmp_path / "b")
+    assert "near 0" not in capsys.readouterr().err
 
 
 def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
