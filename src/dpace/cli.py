@@ -13,6 +13,7 @@ from types import FrameType
 
 import dpace
 from dpace.recipes import RECIPES
+from dpace.system import ranks
 
 VERBS = {
     "demo": "train a drafter for a real LLM on this machine and show what it gains",
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
             module.run(argv[1:])
     except KeyboardInterrupt as error:
-        _print_reason(verb, "interrupted; finished work is kept: run the same command to continue")
+        if ranks.is_first():
+            _print_reason(verb, "interrupted; finished work is kept: run the same command to continue")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _is_unread():

@@ -26,9 +26,25 @@ def test_a_target_on_disk_needs_no_network(tmp_path):
         dpace.target.locate.find_target(str(tmp_path))
     (tmp_path / "config.json").touch()
     assert dpace.target.locate.find_target(str(tmp_path)) == str(tmp_path)
-    assert dpace.target.locate.find_target("some/other-model") == "some/other-model"
     with pytest.raises(ValueError, match="there is no folder"):
         dpace.target.locate.find_target(str(tmp_path / "nothing"))
+
+
+def test_without_network_a_local_folder_is_asked_for(tmp_path, capfd, monkeypatch):
+    """In one line and at once; the copy in the cache is taken where there is one."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError()))
+    assert main(["plan", "qwen3-4b-3l"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "Qwen/Qwen3-4B" in line and "name a local folder with --target" in line
+    snapshot = tmp_path / "models--Qwen--Qwen3-4B" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--Qwen--Qwen3-4B" / "refs").mkdir()
+    (tmp_path / "models--Qwen--Qwen3-4B" / "refs" / "main").write_text("a" * 40)
+    assert dpace.target.locate.find_target("Qwen/Qwen3-4B") == str(snapshot)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    assert dpace.target.locate.find_target("some/other-model") == "some/other-model"
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):

@@ -51,6 +51,8 @@ def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts)
     assert all("<path" in panel for section in sections for panel in section.figures)
     assert "24 of 24 responses" in decoding_summary(results)[0]
 
+    assert main(["bench", str(recipe), "--bench.num-prompts", "1"]) == 0  # too few to call anything faster
+    assert f"next: dpace generate --target {language_folder} --drafter {out}/drafter" in capsys.readouterr().out
     flags = ["--target", str(language_folder), "--prompt", language_prompts[0], "--max-new-tokens", "20"]
     texts = []
     for extra in ([], ["--drafter", str(out / "drafter")]):

@@ -42,8 +42,8 @@ def find_target(name: str) -> str:
         What `Target.load` takes.
 
     Raises:
-        ValueError: a path that is no folder, or one with neither a model nor an adapter of one; or a download that
-            fails or is not what it should be.
+        ValueError: a path that is no folder, or one with neither a model nor an adapter of one; a Hub that does not
+            answer; or a download that fails or is not what it should be.
     """
     folder = Path(name)
     is_hub_id = re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII) and not folder.exists()
@@ -51,10 +51,24 @@ def find_target(name: str) -> str:
         raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
     if folder.is_dir() and not any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")):
         raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
+    if folder.is_dir():
+        return name
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if folder.is_dir() or name != TARGET_ID:
+    if name != TARGET_ID:
+        try:  # once, since transformers asks for half a minute
+            huggingface_hub.HfApi().model_info(name, timeout=10)
+        except HfHubHTTPError:
+            pass  # an answer: whoever reads the model says what is wrong with it
+        except Exception as error:  # the network's many ways to fail
+            try:
+                return huggingface_hub.snapshot_download(name, local_files_only=True)
+            except LocalEntryNotFoundError:
+                raise ValueError(
+                    f"the Hugging Face Hub does not answer ({type(error).__name__}), and {name} is not in its cache; "
+                    "name a local folder with --target, or check the network"
+                ) from error
         return name
     ours = cache_folder() / "SmolLM2-135M-Instruct"
     if (ours / "config.json").exists():

@@ -24,7 +24,6 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import decoding_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
-    from dpace.report.cells import faster_sets
     from dpace.target.locate import find_drafter
 
     if recipe.bench.sets:
@@ -55,8 +54,8 @@ def run(args: list[str]) -> None:
     if not ranks.is_first():
         return
     _print_results(results, recipe.output)
-    best = folders[0] if faster_sets(results) else None
-    print("next:", command("generate", target=recipe.target, drafter=best, thinking=recipe.thinking, prompt=PROMPT))
+    flags = {"target": recipe.target, "drafter": folders[0], "thinking": recipe.thinking, "prompt": PROMPT}
+    print("next:", command("generate", **flags))
 
 
 def drafter_names(folders: Sequence[str]) -> list[str]:

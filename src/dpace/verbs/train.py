@@ -1,10 +1,9 @@
 """Train a drafter on the responses."""
 
-import sys
 from pathlib import Path
 
 from dpace.config import Recipe
-from dpace.recipes.flags import command, given_options, next_command, parse
+from dpace.recipes.flags import given_options, next_command, parse
 from dpace.system import ranks
 from dpace.verbs import announce, load_recipe_target
 
@@ -54,13 +53,8 @@ def run(args: list[str]) -> None:
     refuse_other_answers(meta, of_target, path, respond)
     facts |= of_target
     refuse_other_run(folder, facts)
-    try:
-        keep_features(target, *datasets, settled)
-        train(target, *datasets, settled, folder, init=init, run=facts)
-    except KeyboardInterrupt:
-        if ranks.is_first():
-            print(f"checkpoints in {folder / 'checkpoints'}; go on with: {command('train', *args)}", file=sys.stderr)
-        raise
+    keep_features(target, *datasets, settled)
+    train(target, *datasets, settled, folder, init=init, run=facts)
     ranks.end()
     if ranks.is_first():
         print(f"drafter in {folder}")
