@@ -57,7 +57,7 @@ def draft_and_verify(
     *,
     width: int,
     is_greedy: bool,
-) -> tuple[Int[Tensor, "batch width"], Tensor, State]:
+) -> tuple[tuple[Int[Tensor, "batch width"], Tensor], State]:
     """Draft a block behind each text, let the target verify it, and at temperature 0 accept its beginning.
 
     Then nothing has to wait for the device: the next step can start from what is returned.
@@ -72,9 +72,9 @@ def draft_and_verify(
         is_greedy: whether the target's tokens are its most likely ones.
 
     Returns:
-        The blocks; the target's own tokens, "batch width", or logits to draw them from, "batch width vocab"; and the
-        state, with its ends behind the accepted tokens where it is greedy. These are wrong in rows that a stop token
-        or the limit has ended.
+        The blocks, and the target's own tokens, "batch width", or logits to draw them from, "batch width vocab"; and
+        the state, with its ends behind the accepted tokens where it is greedy. These are wrong in rows that a stop
+        token or the limit has ended.
     """
     blocks = state.ends.last_ids
     if drafter is not None:
@@ -82,12 +82,12 @@ def draft_and_verify(
     layer_ids = () if drafter is None else drafter.target_layer_ids
     logits, state = verify_step(target, caches.target, layer_ids, blocks, state.ends)
     if not is_greedy:
-        return blocks, logits, state
+        return (blocks, logits), state
     ends = state.ends
     tokens = logits.float().argmax(-1)  # several times faster than in bf16
     accepted = (blocks[:, 1:] == tokens[:, :-1]).int().cumprod(-1).sum(-1, keepdim=True)
     starts = torch.minimum(ends.starts + accepted + 1, ends.limits)
-    return blocks, tokens, state._replace(ends=Ends(tokens.gather(1, accepted), starts, ends.limits))
+    return (blocks, tokens), state._replace(ends=Ends(tokens.gather(1, accepted), starts, ends.limits))
 
 
 class Batch:
@@ -162,7 +162,7 @@ class Batch:
                 self.caches.drafter.end = width + max(row.start for row in self.rows)
                 width = min(width, 1 + max(row.remaining for row in self.rows))
             self.caches.target.end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
-        blocks, drawn, state = self.draft_and_verify(
+        (blocks, drawn), state = self.draft_and_verify(
             self.target, self.drafter, self.head, self.caches, self.state, width=width, is_greedy=self.is_greedy
         )
         if self.is_compiled:

@@ -1,6 +1,6 @@
 """Decoder layers, and whole decoders, in half as many operations.
 
-`fuse_layers` takes the layers of a model and lets them compute with combined products; `FusedStack` runs all layers of
+`fuse_layers` takes the layers of a model and lets them compute with combined products; `run_layers` runs all layers of
 a decoder in one loop. Results have the same bits on a CPU, and are equal up to rounding on a GPU. In a small model, and
 in any model on a GPU, a large part of a step's time is spent outside the matrix products; this part becomes faster.
 """
@@ -33,7 +33,7 @@ PRODUCTS = (
 """Linear layers that read the same rows and so become one product."""
 LINEARS = [(owner, name) for owner, names in PRODUCTS for name in names]
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Decoder classes of transformers with the computation of `FusedStack`."""
+"""Decoder classes of transformers with the computation of `run_layers`."""
 
 
 def fuse_layers(model: PreTrainedModel) -> bool:
@@ -75,17 +75,16 @@ def _can_be_fused(linear: nn.Module) -> bool:
 
 
 class _Rotation:
-    """The rotary embedding and the attention function of one forward pass, shared by all its layers.
+    """The rotary embedding of one forward pass, shared by all its layers.
 
     The first layer makes it. It is kept as an attribute of the sines, which are the same tensor for all layers of a
     pass.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, config: Any):
+    def __init__(self, cos: Tensor, sin: Tensor):
         self.half = sin.shape[-1] // 2
         signed = torch.cat([-sin[..., : self.half], sin[..., self.half :]], dim=-1)
         self.cos_and_sin = cos.unsqueeze(1), signed.unsqueeze(1)
-        self.attend = config and ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate "batch head seq dim" as `apply_rotary_pos_emb` of transformers does, into a new tensor."""
@@ -93,14 +92,11 @@ class _Rotation:
         return heads.roll(self.half, -1).mul_(sin).add_(heads * cos)
 
 
-def _rotation(rope: tuple[Tensor, Tensor], config: Any = None) -> _Rotation:
-    """Return the rotation with these cosines and sines, which another layer may have made.
-
-    `config` names the attention function where the layer is the target's.
-    """
+def _rotation(rope: tuple[Tensor, Tensor]) -> _Rotation:
+    """Return the rotation with these cosines and sines, which another layer may have made."""
     sin: Any = rope[1]
     if "rotation" not in vars(sin):
-        sin.rotation = _Rotation(*rope, config)
+        sin.rotation = _Rotation(*rope)
     return sin.rotation
 
 
@@ -195,13 +191,13 @@ class FusedLayer(FastModule):
         fused = self.fast
         attention: Any = self._modules["self_attn"]  # nn.Module's own attribute lookup is slow
         if fused is not None and position_embeddings is not None and self.is_usable(hidden_states, fused.dtype):
-            rotation = _rotation(position_embeddings, attention.config)
-            if rotation.attend is not None:
-                heads = fused.heads(fused.norm(hidden_states, 0), rotation)
+            attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+            if attend is not None:
+                heads = fused.heads(fused.norm(hidden_states, 0), _rotation(position_embeddings))
                 if cache is not None:
                     heads = _Heads(heads.query, *cache.update(*heads[1:], attention.layer_idx, kwargs=kwargs))
                 scaling = attention.scaling
-                attended, _ = rotation.attend(attention, *heads, attention_mask, scaling=scaling, **kwargs)
+                attended, _ = attend(attention, *heads, attention_mask, scaling=scaling, **kwargs)
                 return fused.finish(hidden_states, attended)
         kwargs |= {"cache": cache, "position_embeddings": position_embeddings}
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -246,67 +242,56 @@ def _try_out(layer: Any) -> Tensor:
     return layer(rows, position_embeddings=tuple(rope)).to("cpu", torch.float64)
 
 
-class FusedStack:
-    """All layers of a decoder in one loop for a decoding step.
+def run_layers(
+    decoder: Any,
+    token_ids: Tensor,
+    cache: Any,
+    layer_ids: Sequence[int] = (),
+    *,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Run all layers of a decoder in one loop for a decoding step.
 
     Results are those of the decoder's own code: bitwise on a CPU, and up to rounding elsewhere.
 
     Args:
-        decoder: one of `DECODERS`, whose layers are fused.
+        decoder: of a target.
+        token_ids: "batch new".
+        cache: receives keys and values; used here only with full attention in all layers.
+        layer_ids: the layers whose outputs are returned.
+        mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
+        position_ids: "batch new"; by default those behind the tokens in the cache.
+
+    Returns:
+        The LM head's input and the outputs of the layers, each "batch new hidden". None where the decoder's own code
+        has to run: it is none of `DECODERS`, its layers are not fused, others have put hooks, or the tokens are a
+        prompt.
     """
-
-    def __init__(self, decoder: Any):
-        self.decoder = decoder
-        self.layers: list[Any] = list(decoder.layers)
-
-    def run(
-        self,
-        token_ids: Tensor,
-        cache: Any,
-        layer_ids: Sequence[int] = (),
-        mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]] | None:
-        """Compute the LM head's input and the outputs of some layers, each "batch new hidden".
-
-        Returns None where the decoder's own code has to run, as for prompts and where others have put hooks.
-
-        Args:
-            token_ids: "batch new".
-            cache: receives keys and values; used here only with full attention in all layers.
-            layer_ids: the layers whose outputs are returned.
-            mask: "batch 1 new key", added to the scores; by default each token sees those before it and itself.
-            position_ids: "batch new"; by default those behind the tokens in the cache.
-        """
-        decoder = self.decoder
-        num_new = token_ids.shape[1]
-        embedding = decoder.embed_tokens.weight
-        if cache is None or num_new > MAX_QUERIES or decoder.config._attn_implementation != NAME:
-            return None
-        is_cached = len(cache.layers) == len(self.layers) and is_full_attention(cache)
-        is_usable = is_cached and self.layers[0].is_usable(embedding, embedding.dtype)
-        if not is_usable or any(map(_has_hooks, (decoder, *self.layers))):
-            return None
-        hidden = nn.functional.embedding(token_ids, embedding)
-        num_before = cache.layers[0].get_seq_length()
-        if position_ids is None:
-            position_ids = torch.arange(num_before, num_before + num_new, device=hidden.device)[None]
-        if mask is None and num_new > 1:
-            mask = make_causal_mask(hidden, num_before + num_new)
-        rotation = _rotation(decoder.rotary_emb(hidden, position_ids))
-        outputs = {}
-        for number, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            hidden = layer.fast.step(hidden, rotation, mask, layer_cache)
-            if number in layer_ids:
-                outputs[number] = hidden
-        return decoder.norm(hidden), [outputs[number] for number in layer_ids]
-
-
-def stack_layers(decoder: nn.Module) -> FusedStack | None:
-    """Make the stack of a decoder; None unless it is one of `DECODERS` and all its layers are fused."""
-    layers: Any = getattr(decoder, "layers", ())
-    is_known = type(decoder).__name__ in DECODERS and all(getattr(layer, "fast", None) for layer in layers)
-    return FusedStack(decoder) if is_known else None
+    num_new = token_ids.shape[1]
+    is_known = type(decoder).__name__ in DECODERS and decoder.config._attn_implementation == NAME
+    if not is_known or cache is None or num_new > MAX_QUERIES:
+        return None
+    layers: list[Any] = list(decoder.layers)
+    embedding = decoder.embed_tokens.weight
+    is_usable = isinstance(layers[0], FusedLayer) and layers[0].is_usable(embedding, embedding.dtype)
+    if not is_usable or len(cache.layers) != len(layers) or not is_full_attention(cache):
+        return None
+    if _has_hooks(decoder) or not all(layer.fast and not _has_hooks(layer) for layer in layers):
+        return None
+    hidden = nn.functional.embedding(token_ids, embedding)
+    num_before = cache.layers[0].get_seq_length()
+    if position_ids is None:
+        position_ids = torch.arange(num_before, num_before + num_new, device=hidden.device)[None]
+    if mask is None and num_new > 1:
+        mask = make_causal_mask(hidden, num_before + num_new)
+    rotation = _rotation(decoder.rotary_emb(hidden, position_ids))
+    outputs = {}
+    for number, (layer, layer_cache) in enumerate(zip(layers, cache.layers, strict=True)):
+        hidden = layer.fast.step(hidden, rotation, mask, layer_cache)
+        if number in layer_ids:
+            outputs[number] = hidden
+    return decoder.norm(hidden), [outputs[number] for number in layer_ids]
 
 
 class LayerOutputs:

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from dpace.config import Device, DeviceMap, TargetShard
 from dpace.fast.cache import CacheAbility, probe_cache, repeat_rows
-from dpace.fast.fusion import LayerOutputs, stack_layers
+from dpace.fast.fusion import LayerOutputs, run_layers
 from dpace.fast.packing import PackedLinear, refresh_copies
 from dpace.fast.speed_up import speed_up
 from dpace.system import ranks
@@ -63,7 +63,6 @@ class Target:
         self.layers = find_layers(self.model, self.decoder, self.config)
         refresh_copies(self.model)
         self.embed_scale, self.head = find_tables(self.model, self.decoder, self.layers, self.config)
-        self._stack = stack_layers(self.decoder)
 
     @classmethod
     def load(
@@ -191,12 +190,13 @@ class Target:
             The LM head's input; and the features, `len(layer_ids) * hidden` wide.
         """
         with self._outputs.record(self.layers, layer_ids) as found:
-            read = self._stack and self._stack.run(token_ids, cache, layer_ids, attention_mask, position_ids)
+            options = {"cache": cache, "position_ids": position_ids}
+            read = run_layers(self.decoder, token_ids, layer_ids=layer_ids, mask=attention_mask, **options)
             if read:
                 hidden, outputs = read
             else:
-                kwargs = {"cache": cache, "attention_mask": attention_mask, "position_ids": position_ids}
-                out = self.decoder(token_ids, use_cache=cache is not None, **kwargs)
+                options |= {"attention_mask": attention_mask, "use_cache": cache is not None}
+                out = self.decoder(token_ids, **options)
                 hidden = out.last_hidden_state.to(self.device)
                 outputs = [found[layer_id].to(self.device) for layer_id in layer_ids]
         return hidden, torch.cat(outputs, dim=-1) if outputs else hidden[..., :0]
@@ -230,7 +230,6 @@ class Target:
     def refresh_copies(self) -> None:
         """Drop fast copies of weights that have changed; every request calls it once."""
         refresh_copies(self.model)
-        self._stack = stack_layers(self.decoder)
 
     def embed(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
         """Compute the input embeddings as the first layer sees them."""
