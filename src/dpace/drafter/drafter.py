@@ -140,13 +140,14 @@ class Drafter(DFlashDraftModel):
         Raises:
             ValueError: a layer id, block size or mask token that cannot work with this target.
         """
-        ids = {"num_features": num_features, "target_layer_ids": target_layer_ids}
         spec = spec_for(
             target,
             num_layers=num_layers,
             block_size=block_size,
             mask_token_id=choose_mask_token(target) if mask_token_id is None else mask_token_id,
-            target_layer_ids=cls.layer_ids(target, num_layers=num_layers, **ids),
+            target_layer_ids=cls.layer_ids(
+                target, num_layers=num_layers, num_features=num_features, target_layer_ids=target_layer_ids
+            ),
             conv_kernel_size=conv_kernel_size,
         )
         spec.check()

@@ -5,6 +5,7 @@ reads the files; where the weights are spread over the ranks of a training, each
 tensor, and the tables of the embedding and of the LM head are whole on each rank: the drafter's own steps need them.
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,6 +189,7 @@ def open_target(
         tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
     spread: Any = device_map or ({"": device} if quantized is not None else None)
     config.transformers_weights = None  # may name a pickle
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else the Hub's bot converts one, and its proposal is loaded
     auto, config._attn_implementation = _choose_class(config)
     over_ranks = plan_distribution(shard, auto, config)
     kind, fix = what, FIX
@@ -248,9 +250,9 @@ def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: Devi
 
 def _choose_class(config: Any) -> tuple[Any, str]:
     """Choose the auto class of a model, and its attention code."""
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM, attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    return AutoModelForImageTextToText, attention_of(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    return auto, attention_of(auto._model_mapping[type(config)])
 
 
 def _refuse_offloaded(what: str, model: Any) -> None:

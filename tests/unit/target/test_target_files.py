@@ -155,6 +155,23 @@ def test_a_pickle_is_not_read(kind, base, tmp_path, capsys):
     assert "has no weights in safetensors, and a pickle (*.bin) is not read" in error and "save_pretrained" in error
 
 
+def test_a_pickle_on_the_hub_is_not_converted_there(base, monkeypatch):
+    """transformers would ask a bot for it, and load what is proposed as a change of the repository."""
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    folder = str(base[1])
+    files = find_target_files(folder)._replace(base="someone/model")
+    monkeypatch.setattr("dpace.target.files.find_target_files", lambda _: files)
+    monkeypatch.setattr("transformers.modeling_utils.is_offline_mode", lambda: False)
+    monkeypatch.setattr("transformers.modeling_utils.cached_file", lambda *_, **__: None)
+    asked = []
+    monkeypatch.setattr(
+        "transformers.modeling_utils.auto_conversion", lambda *_, **__: asked.append(1) or (None, None, False)
+    )
+    with pytest.raises(OSError, match="a pickle .* is not read"):
+        Target.load(folder)
+    assert not asked
+
+
 def test_a_config_does_not_choose_the_attention(base, tmp_path, monkeypatch):
     """Neither where a model is loaded, nor where only its layers are looked for."""
     folder = shutil.copytree(base[1], tmp_path / "base")
