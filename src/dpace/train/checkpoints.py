@@ -139,8 +139,9 @@ def find_newest(checkpoints: Path) -> Path | None:
 
     Call it inside `lock_folder`. The steps of those that are not whole are taken again.
     """
-    remove_unfinished(checkpoints)
     folders = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    for folder in (checkpoints, *folders):
+        remove_unfinished(folder)
     for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         # Earlier versions wrote some best weights without the optimizer's state, from which training cannot go on.
         if is_whole(folder) and (folder / MOMENTS).exists():
