@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+LEAST_SLOTS = 4
+"""Slots of the shortest blocks where blocks grow. Not tuned: other values were not compared."""
 MASK_TILE = 128
 """Number of queries, and of keys, that `flex_attention` skips or computes together."""
 
@@ -41,6 +43,30 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[in
             "--drafter.target-layer-ids"
         )
     return ids
+
+
+def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
+    """Return the sizes of the blocks of a training, each of which is trained for an equal part of the steps.
+
+    Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`:
+    4, 8 and 16 for 16. Blocks of half the size are twice as many, so a step has as many slots at any time.
+
+    Args:
+        block_size: slots of the drafter's blocks.
+        is_growing: of `--train.grow-blocks`.
+
+    Raises:
+        ValueError: blocks that are too short to grow.
+    """
+    sizes = [block_size]
+    while is_growing and sizes[0] // 2 >= LEAST_SLOTS:
+        sizes.insert(0, sizes[0] // 2)
+    if is_growing and len(sizes) == 1:
+        raise ValueError(
+            f"--train.grow-blocks begins with half a block, of {LEAST_SLOTS} slots or more, and --drafter.block-size "
+            f"is {block_size}; leave it out, or take blocks of {2 * LEAST_SLOTS} slots or more"
+        )
+    return sizes
 
 
 def sample_anchors(

@@ -22,6 +22,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
+SMALL_SHARED_MEMORY = 101_376
+"""Bytes of shared memory that a block of threads has on most cards with 24 GB; those with 80 GB have more."""
+
 
 class DFlashAttention(nn.Module):
     """Attention of block tokens to the target's features and to each other.
@@ -58,7 +61,8 @@ class DFlashAttention(nn.Module):
         if mask is None or isinstance(mask, Tensor):
             out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         else:
-            out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
+            tiles = _small_tiles(q.device, self.head_dim)
+            out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=tiles)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -272,3 +276,16 @@ def _compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
+
+
+@functools.cache
+def _small_tiles(device: torch.device, head_dim: int) -> Any:
+    """Return tiles for the backward pass of wide heads where shared memory is small; None where torch's own fit.
+
+    Torch's may not fit there (pytorch issue 133254). Tiles of 32 fit for heads up to 256 (pytorch pull request 198228).
+    """
+    if torch.version.cuda is None or device.type != "cuda" or head_dim < 128:
+        return None
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin > SMALL_SHARED_MEMORY:
+        return None
+    return {"bwd_num_stages": 2, **{f"bwd_BLOCK_{side}": 32 for side in ("M1", "N1", "M2", "N2")}}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpace import modeling_dflash
 from dpace.blocks import build_blocks, dense_mask, flex_mask
 from dpace.config import LossConfig
 from dpace.decode import Decoder, Paces, generate, generate_batch, generate_plain
@@ -61,10 +62,15 @@ def encode(target, prompts):
     return [target.tokenizer(f"ask {text} answer")["input_ids"] for text in prompts]
 
 
-@pytest.mark.parametrize("block_size", [4, 16, 10])
-def test_the_mask_of_tiles_trains_as_the_dense_one(block_size):
-    """Hidden states and every gradient, for several tiles of queries, padding blocks and an uneven context."""
-    target = gpu_target(torch.float32, max_position_embeddings=512)
+@pytest.mark.parametrize(("block_size", "head_dim"), [(4, 16), (16, 16), (10, 16), (16, 128), (16, 256)])
+def test_the_mask_of_tiles_trains_as_the_dense_one(block_size, head_dim, monkeypatch):
+    """Hidden states and every gradient, for several tiles of queries, padding blocks and an uneven context.
+
+    Wide heads with the tiles that cards with little shared memory take, whatever card this is.
+    """
+    monkeypatch.setattr(modeling_dflash, "SMALL_SHARED_MEMORY", 2**30)
+    modeling_dflash._small_tiles.cache_clear()
+    target = gpu_target(torch.float32, max_position_embeddings=512, head_dim=head_dim)
     drafter = make_drafter(target, block_size=block_size).train()
     ids = torch.randint(4, 64, (2, 301), device=GPU)
     blocks = build_blocks(ids, ids > 0, [torch.arange(0, 300, 7), torch.arange(5, 200, 31)], block_size)

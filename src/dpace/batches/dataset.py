@@ -161,6 +161,18 @@ def compute_features(
     return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
 
 
+def redraw(row: dict[str, Any], num_anchors: int) -> dict[str, Any]:
+    """Draw the anchors of a conversation anew, for blocks of another size.
+
+    Each conversation's draw has a seed of its own, so a resumed run draws the same anchors.
+
+    Args:
+        row: of `ResponseDataset`.
+        num_anchors: most blocks of a conversation.
+    """
+    return row | {"anchors": sample_anchors(row["is_response"], num_anchors=num_anchors, seed=("growing", row["draw"]))}
+
+
 def collate(rows: Sequence[dict[str, Any]], block_size: int) -> dict[str, Any]:
     """Pad conversations on the right and cut their blocks."""
     token_ids, is_response = (pad([row[name] for row in rows]) for name in ("token_ids", "is_response"))

@@ -43,9 +43,11 @@ def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, nee
     none = torch.zeros(labels.shape, device=rows.device)
     grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
     sums = _Sums(torch.full_like(none, -torch.inf), none, none.clone(), torch.zeros_like(labels), grad)
-    add_tile = _compiled_add_tile() if rows.device.type in TILED else _add_tile
     for start in range(0, len(weight), num_columns):
         part = head._replace(weight=weight[start : start + num_columns])
+        # A size of 1 would be a graph of its own, and torch runs eagerly where a function has more than eight.
+        is_compiled = rows.device.type in TILED and min(len(rows), len(part.weight)) > 1
+        add_tile = _compiled_add_tile() if is_compiled else _add_tile
         sums = add_tile(sums, part, operands, labels - start, torch.full_like(labels, start), needs_grad)
     total = sums.others + (sums.label_logits - sums.peak).exp()
     nll = sums.peak + total.log() - sums.label_logits

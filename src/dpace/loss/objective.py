@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpace import weights as W
+from dpace.blocks import block_sizes
 from dpace.config import LossConfig, Objective, TokenLoss, is_custom
 from dpace.loss import Slots, Weigh
 from dpace.system.provenance import hash_json
@@ -101,11 +102,18 @@ def checked(weigh: Weigh, name: str) -> Weigh:
     """Check the weights of an objective each time, and set those of slots that are not scored to 0.
 
     Raises:
-        ValueError: when called: weights of another shape or type, or at a scored slot negative or not finite.
+        ValueError: when called: it fails, or gives weights of another shape or type, or at a scored slot negative or
+            not finite.
     """
 
     def weigh_checked(slots: Slots) -> Tensor:
-        weights = weigh(slots)
+        try:
+            weights = weigh(slots)
+        except Exception as error:  # the user's code may raise anything
+            raise ValueError(
+                f"the objective {name} fails on a batch of shape {tuple(slots.is_scored.shape)}, "
+                f"{_in_one_line(error)}; it gets dpace.Slots, whose blocks have fewer slots with --train.grow-blocks"
+            ) from error
         shape = tuple(slots.is_scored.shape)
         found = f"the shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
         if isinstance(weights, Tensor) and weights.shape == slots.is_scored.shape:
@@ -124,11 +132,11 @@ def checked(weigh: Weigh, name: str) -> Weigh:
     return weigh_checked
 
 
-def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> None:
+def try_out(weigh: Weigh, *, block_size: int, has_overlap: bool) -> None:
     """Call a checked objective on a small random batch, before any work.
 
     Raises:
-        ValueError: it fails, or see `checked`.
+        ValueError: see `checked`.
     """
     draws = torch.rand(4, 2, 3, block_size, generator=torch.Generator().manual_seed(0))
     is_scored = draws[0] < 0.7
@@ -136,16 +144,7 @@ def try_out(weigh: Weigh, name: str, *, block_size: int, has_overlap: bool) -> N
     is_scored[1, 2] = False  # a padding block
     probs, overlap = draws[1:3].where(is_scored, 1.0)
     is_match = (draws[3] < probs) & is_scored
-    slots = Slots(is_scored, probs, is_match, overlap if has_overlap else None)
-    try:
-        weigh(slots)
-    except ValueError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise ValueError(
-            f"the objective {name} fails on a batch of shape {tuple(probs.shape)}, {_in_one_line(error)}; "
-            "it gets dpace.Slots"
-        ) from error
+    weigh(Slots(is_scored, probs, is_match, overlap if has_overlap else None))
 
 
 def with_objective(loss: LossConfig, name: str) -> LossConfig:
@@ -170,7 +169,7 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     return replace(loss, objective=objective, **changes)
 
 
-def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) -> Weigh:
+def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, *, is_growing: bool = False) -> Weigh:
     """Make the weights function of an objective, for `frozen_head_nll`.
 
     With confidence `overlap`, `frozen_head_nll` needs `target_hidden`. A custom objective is tried out on a small
@@ -180,13 +179,16 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None) 
         config: names the objective, and has its settings.
         block_size: slots in a block.
         weigh: the function of a custom objective; otherwise it is imported by its name.
+        is_growing: whether blocks grow to that size.
 
     Raises:
-        ValueError: see `load_custom`, `try_out` and `checked`.
+        ValueError: see `block_sizes`, `load_custom`, `try_out` and `checked`.
     """
+    sizes = block_sizes(block_size, is_growing=is_growing)
     if weigh is not None or is_custom(config.objective):
         weigh = checked(weigh or load_custom(config.objective), config.objective)
-        try_out(weigh, config.objective, block_size=block_size, has_overlap=config.needs_target_probs)
+        for size in sizes:
+            try_out(weigh, block_size=size, has_overlap=config.needs_target_probs)
         return weigh
     gamma = config.gamma or W.dflash_gamma(block_size)
 

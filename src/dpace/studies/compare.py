@@ -150,7 +150,7 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}
     for loss in losses.values():
-        make_weigh(loss, config.drafter.block_size)
+        make_weigh(loss, config.drafter.block_size, is_growing=config.train.grow_blocks)
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {
         (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))

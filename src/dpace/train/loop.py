@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import get_cosine_schedule_with_warmup
 
-from dpace.batches.dataset import ResponseDataset, collate
-from dpace.blocks import Blocks
+from dpace.batches.dataset import ResponseDataset, collate, redraw
+from dpace.blocks import Blocks, block_sizes
 from dpace.config import LossConfig, Recipe, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
@@ -33,7 +33,6 @@ from dpace.system.device import TILED, default_dtype
 from dpace.system.loading import refuse_infinite
 from dpace.target import Target
 from dpace.target.head import Head
-from dpace.train.anchors import block_size_at, redraw
 from dpace.train.checkpoints import (
     TrainingState,
     checkpoint_folder,
@@ -144,6 +143,7 @@ class TrainingLoop:
         chunk_bytes = self.loss.chunk_mib and self.loss.chunk_mib * 2**20
         self.scorer = Scorer(drafter, target, self.loss, weigh, head, head_index, chunk_bytes=chunk_bytes)
         self.accelerator = self._make_accelerator()
+        self.block_sizes = block_sizes(drafter.block_size, is_growing=self.config.grow_blocks)
         self.micro_size = self.config.batch_size * ranks.num_ranks()
         self.step_size = self.micro_size * self.config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(dataset) / self.step_size)
@@ -241,7 +241,7 @@ class TrainingLoop:
         """
         rows = [self.dataset[number] for number in numbers or (0,)]
         whole = self.drafter.block_size
-        num_slots = block_size_at(self.progress, whole) if self.config.grow_blocks else whole
+        num_slots = self.block_sizes[int(self.progress * len(self.block_sizes))]
         if num_slots < whole:
             rows = [redraw(row, self.config.num_anchors * whole // num_slots) for row in rows]
         batch: dict[str, Any] = collate(rows, num_slots)

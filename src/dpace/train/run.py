@@ -153,7 +153,8 @@ def train(
     """
     if weigh is not None:
         recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
-    checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh)
+    block_size, is_growing = recipe.drafter.block_size, recipe.train.grow_blocks
+    checked = make_weigh(recipe.loss, block_size, weigh, is_growing=is_growing)
     folder = Path(folder)
     if run is None:
         run = {**target_of(target), **data_of(dataset, validation), **init_of(init), **settings_of(recipe, weigh)}

@@ -30,7 +30,8 @@ def run(args: list[str]) -> None:
     from dpace.train.progress import check_trackers
     from dpace.train.run import choose_conversations, keep_features, train
 
-    make_weigh(recipe.loss, recipe.drafter.block_size)  # refuses a custom objective before any work
+    # A custom objective is refused before any work.
+    make_weigh(recipe.loss, recipe.drafter.block_size, is_growing=recipe.train.grow_blocks)
     prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
     if not path.exists():

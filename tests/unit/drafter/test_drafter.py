@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import FlexKernelOptions
 from transformers import DynamicCache
 
 from dpace.blocks import build_blocks, dense_mask
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.views import blocks_hidden
-from dpace.modeling_dflash import DFlashAttention, DFlashConvolution, DFlashDraftModel, DFlashLayer
+from dpace.modeling_dflash import DFlashAttention, DFlashConvolution, DFlashDraftModel, DFlashLayer, _small_tiles
 from tests.conftest import MASK, make_drafter, make_target, make_tokenizer, make_with_convolutions
 
 
@@ -209,3 +210,18 @@ def test_convolutions_start_as_nothing(random_target):
     plain.load_state_dict({name: drafter.state_dict()[name] for name in plain.state_dict()})
     inputs = torch.randn(2, 4, 48), torch.randn(2, 3, 96), torch.arange(7)[None]
     torch.testing.assert_close(drafter(*inputs), plain(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("shared_bytes", "head_dim", "size"), [(101_376, 128, 32), (101_376, 64, None), (232_448, 128, None)]
+)
+def test_tiles_are_small_where_heads_are_wide_and_shared_memory_is_small(shared_bytes, head_dim, size, monkeypatch):
+    """Of an RTX 4090 and an H100; torch has the rest of the tiles' sizes by the same names."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    _small_tiles.cache_clear()
+    tiles = _small_tiles(torch.device("cuda", 7), head_dim)
+    assert (tiles and tiles["bwd_BLOCK_M1"]) == size
+    assert {name.removeprefix("bwd_") for name in tiles or ()} <= set(FlexKernelOptions.__annotations__)
+    assert _small_tiles(torch.device("cpu"), head_dim) is None

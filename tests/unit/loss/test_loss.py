@@ -57,7 +57,7 @@ def test_equals_the_plain_reference(objective, head, chunk_bytes):
 
 
 def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
-    """What runs on a GPU: one graph for all numbers of rows and parts of the vocabulary, no more than one recompile."""
+    """What runs on a GPU: a graph for all numbers of rows and columns, one without gradient, a recompile of each."""
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(head_scores, "TILED", ("cpu",))
     for name in ("logits", "finish", "slope"):  # without the checks of types, which cannot be compiled
@@ -68,7 +68,15 @@ def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
     for batch, chunk_bytes in ((3, 300), (4, 2000), (2, 9000)):
         data = problem(batch=batch, head="both")
         assert_equal(run(frozen_head_nll, *data, chunk_bytes=chunk_bytes), run(frozen_head_nll_reference, *data))
-    assert 1 <= counter.frame_count <= 2
+    states, head, labels, is_scored = problem(batch=3)
+    is_one = torch.zeros_like(is_scored)
+    is_one[0, 0, 1] = True
+    for needs_grad in (True, False):
+        for rows in (is_scored, is_one):
+            for chunk_bytes in (4 * int(is_scored.sum()) * (len(head.weight) - 1), 300, None):
+                with torch.set_grad_enabled(needs_grad):
+                    frozen_head_nll(states.clone().requires_grad_(), head, labels, rows, chunk_bytes=chunk_bytes)
+    assert 1 <= counter.frame_count <= 4
 
 
 @pytest.mark.parametrize("token_loss", get_args(TokenLoss))

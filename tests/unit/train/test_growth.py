@@ -3,19 +3,36 @@
 import pytest
 import torch
 
-from dpace.batches.dataset import ResponseDataset, collate
-from dpace.blocks import Blocks, sample_anchors
+from dpace.batches.dataset import ResponseDataset, collate, redraw
+from dpace.blocks import Blocks, block_sizes, sample_anchors
+from dpace.cli import main
 from dpace.drafter.views import blocks_hidden
-from dpace.train.anchors import block_size_at, redraw
 from tests.conftest import VOCAB, make_drafter, make_with_convolutions
 
 
 @pytest.mark.parametrize(
     ("block_size", "sizes"),
-    [(3, [3] * 6), (8, [4] * 3 + [8] * 3), (10, [5] * 3 + [10] * 3), (16, [4, 4, 8, 8, 16, 16])],
+    [(8, [4, 8]), (10, [5, 10]), (16, [4, 8, 16])],
 )
-def test_sizes_are_halves_in_equal_parts(block_size, sizes):
-    assert [block_size_at(step / 6, block_size) for step in range(6)] == sizes
+def test_sizes_are_halves(block_size, sizes):
+    assert block_sizes(block_size, is_growing=True) == sizes
+    assert block_sizes(block_size, is_growing=False) == [block_size]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(7, "--drafter.block-size is 7; leave it out"), (8, "fails on a batch of")]
+)
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_what_cannot_grow_is_refused_before_any_work(verb, size, message, tmp_path, monkeypatch, capsys):
+    """Blocks that are too short, and an objective that is written for blocks of 8 slots only."""
+    (tmp_path / "eight.py").write_text("import torch\ndef weigh(slots): return slots.is_scored * torch.ones(8)\n")
+    monkeypatch.chdir(tmp_path)
+    objective = ["--loss.objective", "eight:weigh"] if verb == "train" else ["--objectives", "eight:weigh"]
+    words = [verb, *objective, "--drafter.block-size", str(size), "--target", "none"]
+    assert main([*words, "--train.grow-blocks"]) == 1
+    assert message in capsys.readouterr().err
+    assert main(words) == 1
+    assert message not in capsys.readouterr().err
 
 
 def test_short_blocks_are_more(language_responses):
