@@ -108,21 +108,20 @@ def _repeat_mask(mask: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
 
     On a GPU its rows begin at multiples of `ALIGNMENT`: otherwise torch would copy it into such a form in each layer.
 
-    The result is kept as an attribute of the mask, because all layers of a pass receive the same mask. Inside
+    Results are kept in an attribute of the mask, because all layers of a pass receive the same mask. Inside
     `torch.compile` nothing is kept: the compiler sees that all layers repeat the same.
     """
     is_compiling = torch.compiler.is_compiling()
-    repeated = None if is_compiling else vars(mask).get("repeated")
-    if repeated is None or repeated.shape[2] != num_groups * mask.shape[2] or repeated.dtype not in (mask.dtype, dtype):
+    made = {} if is_compiling else vars(mask).setdefault("repeated", {})
+    if (num_groups, dtype) not in made:
         repeated = mask.repeat(1, 1, num_groups, 1)
         if repeated.dtype == torch.bool:
             repeated = torch.zeros(repeated.shape, dtype=dtype, device=mask.device).masked_fill(~repeated, -torch.inf)
         if mask.device.type != "cpu" and not is_compiling:
             columns = mask.shape[3]
             repeated = nn.functional.pad(repeated, (0, -columns % ALIGNMENT))[..., :columns]
-        if not is_compiling:
-            mask.repeated = repeated  # pyright: ignore[reportAttributeAccessIssue]
-    return repeated
+        made[num_groups, dtype] = repeated
+    return made[num_groups, dtype]
 
 
 AttentionInterface.register(NAME, grouped_attention)
