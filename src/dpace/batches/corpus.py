@@ -12,17 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow
 
 from dpace.config import PromptsConfig
 from dpace.prompts.prompts import prompt_files, split_ids
 from dpace.respond.responses import Response, iterate_responses
-from dpace.system.ledger import naming_file, register_files, writing
+from dpace.system.ledger import lock_file, naming_file, register_files, writing
 from dpace.system.provenance import hash_file
 
-NAME, LOCK = "corpus.arrow", ".dpace.corpus.lock"
+NAME = "corpus.arrow"
 FORMAT = 1
 """Version of the file; another one is made again."""
 BATCH_ROWS = 1000
@@ -139,7 +138,7 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
         "prompts": json.loads(json.dumps(asdict(prompts))),
         "files": {str(file): hash_file(file) for file in prompt_files(prompts)},
     }
-    with naming_file(path), filelock.FileLock(path.with_name(LOCK)):
+    with naming_file(path), lock_file(path):
         table = _map_file(path, made_from)
         if table is None:
             register_files(path.parent, path.name)

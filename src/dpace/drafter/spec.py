@@ -68,6 +68,14 @@ def _check_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {**rope, "rope_theta": as_float32(rope["rope_theta"])}
 
 
+def _check_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a confidence temperature that is none; all else is only compared."""
+    temperature = record.get("confidence_temperature", 1.0)
+    if not _is_number(temperature) or temperature <= 0:
+        raise ValueError(f"confidence_temperature is {temperature!r:.100}, expected a number above 0")
+    return record
+
+
 Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
@@ -107,7 +115,9 @@ class DrafterSpec:
     """Slots that a convolution reads, itself included, as in DFlash2; 0 without convolutions."""
     conv_group_size: Index = 0
     """Channels that share what a convolution adds to its taps; 0 without convolutions."""
-    record: Annotated[dict[str, Any], Field(alias="dpace")] = field(default_factory=dict, compare=False)
+    record: Annotated[dict[str, Any], Field(alias="dpace"), AfterValidator(_check_record)] = field(
+        default_factory=dict, compare=False
+    )
     """Entry `dpace` of the config, which only this project reads: confidence temperature and record of training."""
     special_token_ids: dict[str, Any] = field(default_factory=dict, compare=False)
     """Begin, end and padding tokens, where the config has them; no engine takes them from the drafter."""

@@ -247,18 +247,18 @@ def write_card(
         drafter: as it was measured, in the target's dtype.
     """
     is_local = Path(target_name).is_dir()
-    target = Path(target_name).name if is_local else target_name
     front = _front_matter(to, license, None if is_local else target_name)
     weights = dtype_name(dtype)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(Path(name).name)}",
-        f"A DFlash drafter for `{as_code(target)}`. It is not a model to use alone: it proposes tokens, and the target "
-        "keeps those that it would have written itself.",
-        _facts_table(spec, target, weights),
+        f"A DFlash drafter for `{as_code(target_name)}`. It is not a model to use alone: it proposes tokens, and the "
+        "target keeps those that it would have written itself.",
+        *[f"`{as_code(target_name)}` is a folder: elsewhere, put the target's Hub id in its place below."] * is_local,
+        _facts_table(spec, target_name, weights),
         *_result_sections(source, drafter, weights if is_rounded else None),
         "## How to serve it",
-        *card_sections(to, drafter=name, gguf=path.name, target=target, block_size=spec.block_size),
+        *card_sections(to, drafter=name, gguf=path.name, target=target_name, block_size=spec.block_size),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
     ]
     folder = path.parent if to == "gguf" else path

@@ -101,8 +101,7 @@ def export(
         raise ValueError(
             f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"
         )
-    if Path(target_name).is_dir():
-        target_name = str(Path(target_name).resolve())
+    engine_target = str(Path(target_name).resolve()) if Path(target_name).is_dir() else target_name
     spec, weights = read_folder(folder)
     spec.check()
     original = load_drafter(folder, target, all_tokens=True)
@@ -117,7 +116,7 @@ def export(
             save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
             config = speculators_config(
                 spec,
-                target_name=target_name,
+                target_name=engine_target,
                 architectures=list(target.model.config.architectures or []),
                 dtype=dtype_name(written_dtype),
             )
@@ -180,12 +179,15 @@ def count_layers(target: str) -> int:
 
 
 def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> Drafter:
-    """Read a folder of any known format, or a GGUF file, with the weights as they are.
+    """Read a folder of any known format, or a GGUF file, also the only one of a folder, with the weights as they are.
 
     Raises:
         ValueError: see `read_folder`, `read_gguf` and `make_drafter`.
     """
-    read: Any = read_gguf if Path(path).suffix == ".gguf" else read_folder
+    path = Path(path)
+    inside = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
+    path = inside[0] if len(inside) == 1 else path
+    read: Any = read_gguf if path.suffix == ".gguf" else read_folder
     return make_drafter(*read(path, num_target_layers=num_target_layers))
 
 

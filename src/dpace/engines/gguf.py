@@ -129,10 +129,10 @@ def _copy_field(writer: gguf.GGUFWriter, field: gguf.ReaderField) -> None:
 
 def _write_file(writer: gguf.GGUFWriter) -> None:
     """Write what was added, and close the file."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with contextlib.closing(writer):  # also where the disk is full
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:

@@ -24,9 +24,9 @@ from dpace.respond.responses import (
     check_meta,
     find_meta,
     iterate_responses,
-    meta_path,
     read_meta,
     read_responses,
+    register_answers,
     write_meta,
 )
 from dpace.system import ranks
@@ -116,7 +116,8 @@ def _find_waiting(
     target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
 ) -> list[str]:
     """Check what is there, and return the ids of the prompts that wait for an answer, the short ones first."""
-    register_files(path.parent, path.name, meta_path(path).name, *(part.name for part in _rank_paths(path)))
+    register_answers(path)
+    register_files(path.parent, *(part.name for part in _rank_paths(path)))
     cut_unfinished_line(path)
     _append_rank_files(path)
     check_meta(path, meta)

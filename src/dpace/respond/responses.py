@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json
-from dpace.system.ledger import read_jsonl, read_object, write_json
+from dpace.system.ledger import read_jsonl, read_object, refuse_foreign_files, register_files, write_json
 from dpace.system.progress import quoted
 from dpace.system.provenance import find_versions, hash_file, hash_json, same_run
 from dpace.target import Target
@@ -212,6 +212,21 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     default = {"source": "target"}
     now = default | {key: meta[key] for key in Meta.__annotations__ if key in meta and key != "target"}
     same_run(default | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
+
+
+def register_answers(path: Path) -> None:
+    """Note that dpace writes a file of responses and what tells what made them.
+
+    Complete ones may have been copied from another folder: their hash says that dpace wrote them.
+
+    Raises:
+        ValueError: a file that dpace did not write.
+    """
+    names = path.name, meta_path(path).name
+    is_new = not refuse_foreign_files(path.parent).issuperset(names)
+    meta = read_meta(path) if is_new and path.exists() else {}
+    are_ours = bool(meta.get("complete")) and meta.get("responses_sha256") == hash_file(path)
+    register_files(path.parent, *names, are_ours=are_ours)
 
 
 def write_meta(path: Path, meta: dict[str, Any], prompts: Sequence[Prompt], *, is_complete: bool) -> None:

@@ -5,7 +5,6 @@ A recipe, objectives and seeds come in; a drafter for each objective and seed, `
 """
 
 import errno
-import json
 import os
 import statistics
 import sys
@@ -35,7 +34,7 @@ from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights, t
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files
+from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
 from dpace.target import Target
 from dpace.train.identity import data_of, init_of, refuse_other_run, settings_of, target_of
 from dpace.train.run import choose_conversations, is_trained, keep_features, train
@@ -252,7 +251,8 @@ def make_rows(cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: s
 def _training_costs(folders: Sequence[Path]) -> tuple[float | None, int | None]:
     """Compute the median seconds of a training step, and the peak memory in bytes, of drafters."""
     logs = [read_log(folder) for folder in folders]
-    provenance = [json.loads((folder / "provenance.json").read_text()) for folder in folders]
+    fix = "remove its folder, and the same command trains it again"
+    peaks = [read_object(folder / "provenance.json", fix).get("peak_memory_bytes") for folder in folders]
     seconds = [entry["step_seconds"] for log in logs for entry in log if "step_seconds" in entry]
-    peak = max((of_cell["peak_memory_bytes"] or 0 for of_cell in provenance), default=0)
-    return statistics.median(seconds) if seconds else None, peak or None
+    peak = max((peak for peak in peaks if type(peak) is int), default=None)
+    return statistics.median(seconds) if seconds else None, peak

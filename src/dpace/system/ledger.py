@@ -2,8 +2,11 @@
 
 import codecs
 import contextlib
+import errno
 import json
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from safetensors import SafetensorError
 
 from dpace.system import ranks
 
@@ -20,6 +24,8 @@ MARKER = ".dpace.json"
 """In each folder that dpace writes to: the names of the files that it wrote."""
 LOCK, HOLDER = ".dpace.lock", ".dpace.holder"
 """In a folder that a process writes to: the lock, and who holds it."""
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
 MAX_LINE_BYTES = 64 * 2**20
@@ -174,16 +180,48 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Remove what killed processes left unfinished in a folder.
+def remove_unfinished(folder: str | Path, file: str = "*") -> None:
+    """Remove what killed processes left unfinished in a folder, or of one file in it.
 
-    `lock_folder` does so; in folders inside the held one call it yourself.
+    `lock_folder` does so; in folders inside the held one call it yourself. A file with a lock of its own (`lock_file`)
+    is left alone: another process may be writing it.
     """
-    for path in Path(folder).glob(f".*{UNFINISHED}"):
+    for path in Path(folder).glob(f".{file}{UNFINISHED}"):
+        if file == "*" and _own_lock(path.with_name(path.name[1:])).exists():
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _own_lock(path: Path) -> Path:
+    """Return the lock of one file, which is named by what stands before the first dot."""
+    return path.with_name(f".dpace.{path.name.partition('.')[0]}.lock")
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder."""
+    lock = _acquire(_own_lock(path))
+    try:
+        remove_unfinished(path.parent, f"{path.name}.*")
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(path: Path, timeout: float = -1.0) -> filelock.BaseFileLock:
+    """Lock a file; where the file system has no locks, another file stands for the lock as long as it is held."""
+    lock = filelock.FileLock(path, is_singleton=True)
+    try:
+        lock.acquire(timeout)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        lock = filelock.SoftFileLock(path.with_suffix(".softlock"), is_singleton=True)
+        lock.acquire(timeout)
+    return lock
 
 
 def cut_unfinished_line(path: Path) -> None:
@@ -219,24 +257,27 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         yield
         return
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    holder, lock = folder / HOLDER, filelock.FileLock(folder / LOCK, is_singleton=True)
-    is_held = lock.is_locked
+    holder, host = folder / HOLDER, platform.node()
     try:
-        lock.acquire(timeout=0)
+        lock = _acquire(folder / LOCK, timeout=0.0)
     except filelock.Timeout as error:
         who = holder.read_text() if holder.exists() else "another process"
+        is_elsewhere = " on " in who and f" on {host} (" not in who
+        stale = f"; if it is gone, remove {error.lock_file}" if is_elsewhere else ""
         raise ValueError(
-            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output"
+            f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
         ) from error
+    is_first = lock.lock_counter == 1
     try:
         command = " ".join(["dpace", *sys.argv[1:2]])
         with naming_file(holder):
-            holder.write_text(f"process {os.getpid()} ({command}, since {time.strftime('%Y-%m-%d %H:%M:%S')})")
-        if not is_held:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(f"process {os.getpid()} on {host} ({command}, since {since})")
+        if is_first:
             remove_unfinished(folder)
         yield
     finally:
-        if not is_held:
+        if is_first:
             holder.unlink(missing_ok=True)
         lock.release()
 
@@ -262,19 +303,20 @@ def refuse_foreign_files(folder: str | Path, *names: str) -> set[str]:
     return written
 
 
-def register_files(folder: str | Path, *names: str) -> None:
+def register_files(folder: str | Path, *names: str, are_ours: bool = False) -> None:
     """Note that dpace writes these files of a folder, and refuse to write over others.
 
     Args:
         folder: made where it is missing.
         names: of files and folders in it.
+        are_ours: refuse none of them, since they were written by dpace in another folder.
 
     Raises:
         ValueError: one of them exists and was not written by dpace.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = refuse_foreign_files(folder, *names)
+    written = refuse_foreign_files(folder, *(() if are_ours else names))
     if not written.issuperset(names):
         write_json(folder / MARKER, {"files": sorted(written | set(names))})
 
@@ -296,7 +338,7 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
 
     Raises:
         ValueError: files of another program would be overwritten, or another process writes there.
-        OSError: there is no room.
+        OSError: there is no room, also where a library says so in words of its own.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -315,9 +357,16 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
             for file in files:
                 file.replace(folder / file.name)
             sync(folder)
-    except BaseException:
+    except BaseException as error:
         if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, HOLDER}:
             shutil.rmtree(folder, ignore_errors=True)
+        place = str(getattr(error, "filename", None) or UNFINISHED)
+        if isinstance(error, OSError | SafetensorError) and place.endswith(UNFINISHED):
+            # A full disk, in the words of safetensors or of numpy.
+            found = re.search(r"os error (\d+)|\d+ requested and \d+ written", str(error))
+            number = getattr(error, "errno", None) or (int(found[1] or errno.ENOSPC) if found else 0)
+            if number:
+                raise OSError(number, os.strerror(number), str(folder)) from error
         raise
 
 

@@ -60,7 +60,7 @@ def encode_chat(
     `target.thinking`.
 
     Raises:
-        ValueError: the template refuses the messages, or they give no token.
+        ValueError: the template refuses the messages, they give no token, or one that the embedding does not have.
     """
     tokenizer = target.tokenizer
     if tokenizer is None:
@@ -89,6 +89,11 @@ def encode_chat(
             ) from error
     if not token_ids:
         raise ValueError("the prompt gives no token, expected one or more; write a prompt that is not empty")
+    if isinstance(target, Target) and max(token_ids) >= len(target.head.weight):
+        raise ValueError(
+            f"the tokenizer of {target.name} gives the token {max(token_ids)}, and its embedding has "
+            f"{len(target.head.weight)} rows; copy both again from one model, or write the prompt without that text"
+        )
     return list(token_ids)
 
 

@@ -18,6 +18,7 @@ from dpace.fast.packing import PackedLinear, refresh_copies
 from dpace.fast.speed_up import speed_up
 from dpace.system import ranks
 from dpace.system.device import default_dtype, find_device
+from dpace.system.progress import quoted
 from dpace.system.provenance import weights_fingerprint
 from dpace.target.files import gather_tables, open_target
 from dpace.target.probe import find_layers, find_tables
@@ -29,9 +30,19 @@ MIN_SAVED = 1 / 8
 
 
 def stop_tokens(config: Any) -> list[int]:
-    """Return the tokens that end a response by a config, which may name none, one or several."""
+    """Return the tokens that end a response by a config, which may name none, one or several.
+
+    Raises:
+        ValueError: it names what is no token.
+    """
     eos = config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    tokens = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+    if not all(type(token) is int for token in tokens):
+        raise ValueError(
+            f"the target's eos_token_id is {quoted(eos)}, expected a token's number or a list of them; correct its "
+            "generation_config.json"
+        )
+    return tokens
 
 
 class _StopForward(Exception):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -207,9 +207,8 @@ def translate_full_disk(what: str, folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    except OSError as error:
         raise OSError(
-            f"cannot write {what} into {folder}: {reason}; make room there and run the same command: it goes "
-            "on from the last checkpoint"
+            f"cannot write {what} into {folder}: {error.strerror or error}; make room there and run the same command: "
+            "it goes on from the last checkpoint"
         ) from error

@@ -30,7 +30,7 @@ class ImportConfig:
     """
 
     source: Text
-    """Folder or Hub id of z-lab, SpecForge or speculators, or a GGUF file (f32, f16, bf16); given first, or by flag."""
+    """Folder or Hub id of z-lab, SpecForge or speculators, or a GGUF file (f32, f16, bf16) or its folder."""
     output: Text
     """Folder that the drafter is written to."""
     target: Text | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from dpace.config import Recipe
 from dpace.recipes.flags import DRY_RUN, next_command, parse
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, register_files
+from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
 from dpace.verbs import announce, load_chat, load_recipe_target
 
@@ -17,7 +17,7 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import answer_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.respond.answering import answer_prompts
-    from dpace.respond.responses import check_meta, known_settings, meta_path
+    from dpace.respond.responses import check_meta, known_settings, register_answers
     from dpace.target.locate import find_target
 
     parts = split_prompts(recipe.prompts)
@@ -33,7 +33,7 @@ def run(args: list[str]) -> None:
         return ranks.end()
     with lock_folder(recipe.output):
         if ranks.is_first():
-            register_files(recipe.output, path.name, meta_path(path).name)
+            register_answers(path)
         ranks.from_first(check_and_announce)
         prompts = [*parts.train, *parts.validation, *parts.heldout]
         answered = sum(prompt.answer is not None for prompt in prompts)

@@ -485,10 +485,28 @@ def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, monke
     assert uploads == ["me/tiny-dflash", ["README.md", written.name]]
     assert f"-md {written.name} --spec-type draft-dflash --spec-draft-n-max 5" in (out / "README.md").read_text()
     again = tmp_path / "again"
-    assert main(["import", str(written), "--output", str(again), "--target", str(language_folder)]) == 0
+    assert main(["import", str(out), "--output", str(again), "--target", str(language_folder)]) == 0
     assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
     assert main(["import", str(tmp_path / "nothing"), "--output", str(again)]) == 1
     assert "nothing is missing, expected a folder or a Hub id" in capsys.readouterr().err
+
+
+@quiet
+def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
+    language_folder, language_target, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(language_folder.parent)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    flags = ["--target", language_folder.name, "--to", "zlab", "--output", str(tmp_path / "out")]
+    assert main(["export", str(folder), *flags]) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"`{language_folder.name}` is a folder: elsewhere, put the target's Hub id" in text
+    assert "base_model" not in text and f"vllm serve {language_folder.name} " in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(code.replace('"..."', '"w3 w51"'), "README.md", "exec"), {})
+    flags[1] = str(language_folder)
+    assert main(["export", str(folder), *flags]) == 0
+    assert f"vllm serve {language_folder} " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -116,6 +117,8 @@ FOLDERS = {
     "config is a pipe": fifo("config.json"),
     "dflash_config is a list": config(dflash_config=[1]),
     "layer_types is a number": config(layer_types=5),
+    "layer ids are floats": config(target_layer_ids=[1.0, 3.0]),
+    "the confidence temperature is a text": config(dpace={"confidence_temperature": "hot"}),
     "rope of no known type": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
     "rope of a text": config(rope_parameters={"rope_type": "default", "rope_theta": "x"}, rope_theta=None),
     "layers out of the target": config(target_layer_ids=[1, 99]),
@@ -144,6 +147,33 @@ def test_import_refuses_a_folder_in_one_line(fault, folder, tmp_path, capsys):
     refused(args, capsys)
     assert not (tmp_path / "out").exists()
     assert {path.name for path in folder.iterdir()} == before
+
+
+def test_what_has_another_type_is_refused_before_decoding(folder, capsys, monkeypatch, language_target):
+    monkeypatch.setattr("dpace.verbs.generate.load_target", lambda *_, **__: language_target)
+    args = ["generate", "--target", "t", "--drafter", str(folder), "--prompt", "w3 w51", "--max-new-tokens", "4"]
+    for fault, words in {"the confidence temperature is a text": "'hot'", "layer ids are floats": "[1.0, 3.0]"}.items():
+        FOLDERS[fault](folder)
+        refused(args, capsys, words, "copy the config again")
+        assert main(["doctor", str(folder), "--target", "t"]) == 1
+    config(architectures=5)(folder)
+    assert main(["doctor", str(folder), "--target", "t"]) == 1
+
+
+@pytest.mark.parametrize("verb", ["import", "export", "export to speculators", "export to gguf"])
+def test_a_full_disk_is_one_line(verb, folder, tmp_path, capsys, target_gguf):
+    """The writers of safetensors and of GGUF say it in words of their own."""
+    out = tmp_path / "out"
+    to = verb.split()[-1].replace("export", "zlab")
+    args = [verb.split()[0], str(folder), "--output", str(out)]
+    args += ["--target", "t", "--to", to, "--target-gguf", str(target_gguf)] if verb != "import" else []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        refused(args, capsys, f"{out}: ", "make room, and run the same command again")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("fault", FOLDERS)

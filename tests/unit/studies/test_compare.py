@@ -64,6 +64,15 @@ def test_fewer_steps_than_logging_steps(config, language_target, tmp_path):
     assert [row.drafter for row in results.rows] == ["dflash"] and results.rows[0].step_seconds > 0
     assert compare(language_target, config) == results
 
+    path = tmp_path / "out" / "dflash" / "seed-0" / "provenance.json"
+    for other in ({"schema": 9}, {"peak_memory_bytes": "much"}):
+        path.write_text(json.dumps(other))
+        (row,) = compare(language_target, config).rows
+        assert row.peak_memory_bytes is None and row.histogram == results.rows[0].histogram
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"provenance.json holds list, expected an object; remove its folder"):
+        compare(language_target, config)
+
 
 def test_a_cell_of_another_run_is_refused_before_any_work(config, language_target, tmp_path, monkeypatch):
     train = replace(config.train, max_steps=2, eval_steps=2)

@@ -1,14 +1,32 @@
 """Files are written whole or not at all, by one process at a time, and never over what dpace did not write."""
 
+import errno
+import fcntl
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
-from dpace.system.ledger import filling, lock_folder, make_readable, read_jsonl, register_files, write_json, write_text
+from dpace.batches.corpus import load_corpus
+from dpace.config import PromptsConfig
+from dpace.system.ledger import (
+    HOLDER,
+    LOCK,
+    filling,
+    lock_file,
+    lock_folder,
+    make_readable,
+    read_jsonl,
+    register_files,
+    write_json,
+    write_text,
+    writing,
+)
 
 
 def test_every_character_stays_in_its_line(tmp_path):
@@ -36,17 +54,67 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_json(path, float("nan"))
 
 
+HOLD = """
+import sys, time
+from dpace.system.ledger import lock_folder
+with lock_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder) -> subprocess.Popen:
+    """Let another process hold a folder."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout and other.stdout.readline() == "held\n"
+    return other
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_of_the_file_system_a_file_is_the_lock(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_folder(tmp_path), lock_folder(tmp_path), lock_file(tmp_path / "corpus.arrow"):
+        path = tmp_path / ".dpace.softlock"
+        assert path.exists() and path.with_name(".dpace.corpus.softlock").exists()
+    assert not path.exists()
+    path.write_text("1\nanother-host\n")
+    (tmp_path / HOLDER).write_text("process 1 on another-host (dpace train, since today)")
+    with pytest.raises(ValueError, match=rf"if it is gone, remove {path}"), lock_folder(tmp_path):
+        pass
+    path.unlink()
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_who_begins_in_a_folder_leaves_the_corpus_to_who_writes_it(tmp_path):
+    prompts, responses = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(20)))
+    responses.write_text("")
+    corpus, other = tmp_path / "corpus.arrow", tmp_path / "other.json"
+    register_files(tmp_path, corpus.name)
+    with lock_file(corpus), writing(corpus) as ours, writing(other) as killed:
+        ours.touch()
+        killed.touch()
+        with lock_folder(tmp_path):
+            assert ours.exists() and not killed.exists()
+        killed.touch()
+    ours.touch()  # as a killed process leaves it
+    load_corpus(responses, PromptsConfig(path=str(prompts)))
+    assert corpus.exists() and not ours.exists()
+
+
 def test_one_writer_at_a_time(tmp_path):
-    lines = [
-        "import time",
-        "from dpace.system.ledger import lock_folder",
-        f"with lock_folder({str(tmp_path)!r}):",
-    ]
-    code = "\n".join([*lines, "    print('held', flush=True)", "    time.sleep(60)"])
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other = hold(tmp_path)
     try:
-        assert other.stdout and other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"), lock_folder(tmp_path):
+        expected = f"process {other.pid} on {platform.node()} .* is writing to .* with --output$"
+        with pytest.raises(ValueError, match=expected), lock_folder(tmp_path):
+            pass
+        holder = tmp_path / HOLDER
+        holder.write_text(holder.read_text().replace(platform.node(), "node-7"))
+        with pytest.raises(ValueError, match=rf"on node-7 .*; if it is gone, remove .*{LOCK}$"), lock_folder(tmp_path):
             pass
     finally:
         other.kill()
@@ -85,6 +153,25 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="was not written by dpace"), filling(tmp_path) as aside:
         (aside / "config.json").touch()
     assert (tmp_path / "config.json").read_text() == "the user's"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError("12288 requested and 2880 written"),  # numpy
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_full_disk_names_the_folder_whoever_meets_it(error, tmp_path):
+    with (
+        pytest.raises(OSError, match="No space left") as found,
+        filling(tmp_path / "a") as aside,
+        filling(aside, is_guarded=False),
+    ):
+        raise error
+    assert found.value.errno == errno.ENOSPC and found.value.filename == str(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_others_can_read_what_is_written(tmp_path):

@@ -19,7 +19,7 @@ from dpace.fast.speed_up import speed_up
 from dpace.system.provenance import weights_fingerprint
 from dpace.target import Target
 from dpace.target.files import find_target_files
-from tests.conftest import make_drafter, make_tokenizer
+from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.families import make_sharp_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
@@ -237,6 +237,19 @@ def test_a_missing_package_is_named(base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is quantized \(awq\).*pip install gptqmodel") as refused:
         Target.load(str(folder))
     assert "\n" not in str(refused.value)
+
+
+def test_stop_tokens_and_a_tokenizer_that_do_not_fit_are_one_line(tmp_path, capsys):
+    make_target("qwen3", vocab_size=60).model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    args = ["generate", "--target", str(tmp_path), "--max-new-tokens", "4", "--prompt"]
+    assert main([*args, "w1 w2"]) == 0
+    assert main([*args, "w1 w57"]) == 1
+    assert "gives the token 63, and its embedding has 60 rows; copy both again" in capsys.readouterr().err
+    for eos in ("text", [1, "text"], 1.5):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        assert main([*args, "w1"]) == 1
+        assert f"the target's eos_token_id is {eos!r}, expected a token's number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens"])
