@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from dpace.cli import main
+from dpace.target import Target
 from tests.unit.respond.test_respond import Stub
+from tests.unit.target.test_target_files import write_adapter
 
 
 class Pair(NamedTuple):
@@ -165,3 +167,38 @@ def test_what_a_page_shows_together_works_together(name, files, language_target,
     else:
         assert code == 0, printed.err
         assert (out / pair.written).exists()
+
+
+ADAPTER = "--target {adapter} --output {out}/new"
+OF_ADAPTERS = f"""
+plan {{recipe}} {ADAPTER}
+respond {{recipe}} {ADAPTER}
+respond {{recipe}} --target {{adapter}} --output {{out}}/served --respond.server {{server}}
+data {{recipe}} {ADAPTER}
+train {{recipe}} {ADAPTER}
+bench {{recipe}} {ADAPTER}
+compare {{recipe}} {ADAPTER} --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0
+check --target {{adapter}} --drafter {{out}}/new/drafter --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6
+doctor {{out}}/new/drafter --target {{adapter}} --engine vllm
+generate --target {{adapter}} --drafter {{out}}/new/drafter --prompt w1 --max-new-tokens 4
+export {{out}}/new/drafter --target {{adapter}} --to speculators --output {{out}}/theirs
+import {{out}}/theirs --target {{adapter}} --output {{out}}/ours
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of peft
+def test_every_verb_takes_an_adapter(files, language_target, tmp_path, capsys):
+    """Also where it has no tokenizer of its own; a run names the weights that it was merged to."""
+    pytest.importorskip("peft")
+    down, up = write_adapter(tmp_path / "lora", files["target"], width=48).values()
+    server = Stub(language_target, "vllm")
+    values = files | {"out": str(tmp_path), "adapter": str(tmp_path / "lora"), "server": server.url}
+    try:
+        for command in OF_ADAPTERS.strip().splitlines():
+            assert main(shlex.split(command.format(**values))) == 0, f"{command}\n{capsys.readouterr().err}"
+    finally:
+        server.close()
+    merged = Target.load(files["target"])
+    merged.layers[1].self_attn.q_proj.weight.data += 2 * up @ down  # lora_alpha / r
+    run = json.loads((tmp_path / "new" / "drafter" / "run.json").read_text())
+    assert run["target_sha256"] == merged.sha256

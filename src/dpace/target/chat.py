@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from dpace.target import Target, stop_tokens
+from dpace.target.files import find_target_files
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,21 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, name: str, thinking: bool = False) -> "ChatTokenizer":
-        """Load what a folder or the Hub says of a target, without its weights.
+        """Load what a folder or the Hub says of a target, or of an adapter and its base, without the weights.
 
         Raises:
             OSError: there is no readable model of that name.
+            ValueError: see `dpace.target.files.find_target_files`.
         """
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config(decoder=True)
+        files = find_target_files(name)
+        config = files.config.get_text_config(decoder=True)
         try:
-            stops = stop_tokens(GenerationConfig.from_pretrained(name))
+            stops = stop_tokens(GenerationConfig.from_pretrained(files.base))
         except OSError:  # no such file: then the model's config says it
             stops = stop_tokens(config)
         return cls(
             str(Path(name).resolve()) if Path(name).is_dir() else name,
-            AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False),
             thinking,
             stops,
             getattr(config, "max_position_embeddings", None),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.recipes.flags import next_command, parse
+from dpace.verbs import load_chat
 
 
 def run(args: list[str]) -> None:
@@ -22,10 +23,6 @@ def run(args: list[str]) -> None:
         print(f"{path} has no answers to these prompts")
         print("next:", next_command("respond", recipe, args))
         return
-    from transformers import AutoTokenizer
-
-    from dpace.target.locate import find_target
-
-    tokenizer = AutoTokenizer.from_pretrained(find_target(recipe.target), trust_remote_code=False)
+    tokenizer = load_chat(recipe).tokenizer
     console().print(responses_page(train, recipe.train.max_length, read_meta(path), tokenizer))
     print("next:", next_command("train", recipe, args))

@@ -63,7 +63,7 @@ def assert_decodes(target, expected=None):
 # adapters
 
 
-def write_adapter(folder, base_folder, **changes):
+def write_adapter(folder, base_folder, width=128, **changes):
     """An adapter as peft writes it, without peft: rank 2 on one layer's query projection."""
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_folder)}
     settings |= {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], **changes}
@@ -71,7 +71,7 @@ def write_adapter(folder, base_folder, **changes):
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     torch.manual_seed(1)
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
-    weights = {f"{name}A.weight": torch.randn(2, 128), f"{name}B.weight": torch.randn(128, 2)}
+    weights = {f"{name}A.weight": torch.randn(2, width), f"{name}B.weight": torch.randn(128, 2)}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return weights
 
