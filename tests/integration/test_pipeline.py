@@ -1,6 +1,8 @@
 """Recipe -> respond -> train -> bench -> generate, through the command line, on the tiny target."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -59,6 +61,18 @@ def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts)
         assert main(["generate", *flags, *extra]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_the_objective_of_the_page_is_the_example_and_trains(recipe, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "reference" / "api.md").read_text()
+    (printed,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert printed in (root / "examples" / "objective.py").read_text()
+    (tmp_path / "of_the_page.py").write_text(printed)
+    monkeypatch.chdir(tmp_path)
+    assert main(["respond", str(recipe)]) == main(["train", str(recipe), "--loss.objective", "of_the_page:weigh"]) == 0
+    taus = [entry["eval_tau"] for entry in read_log(tmp_path / "out" / "drafter") if "eval_tau" in entry]
+    assert max(taus) > 1.3
 
 
 def test_order_of_commands_is_told(recipe, tmp_path, capsys):
