@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +17,18 @@ from dpace.recipes import RECIPES
 from dpace.system import ranks
 
 VERBS = {
-    "demo": "train a drafter for a real LLM on this machine and show what it gains",
-    "plan": "say what a recipe takes: memory by part, disk, tokens, steps and time",
-    "data": "show the data that a drafter is trained on, and what is left out and why",
+    "demo": "train a drafter for a real LLM on this machine, and show its gain",
+    "plan": "say what a recipe takes: memory by part, disk, steps and time",
+    "data": "show what a drafter is trained on, and what is left out and why",
     "respond": "let the target answer the prompts",
     "train": "train a drafter on the responses",
-    "compare": "train with several objectives and seeds, and say which objective is best",
-    "bench": "measure drafters against the baseline (no drafter) on held-out prompts",
+    "compare": "train with several objectives and seeds, and say which is best",
+    "bench": "measure drafters against no drafter, on held-out prompts",
     "report": "write one HTML page from the folders that other verbs wrote",
     "check": "prove that a drafter does not change the text",
     "doctor": "say what would go wrong when a drafter is served",
     "generate": "answer one prompt, or chat",
-    "export": "write a drafter for vLLM, SGLang, llama.cpp, transformers or speculators",
+    "export": "write a drafter for vLLM, SGLang, llama.cpp and other engines",
     "import": "read a drafter that another project trained, and write it for dpace",
 }
 """One line of help for each verb; `dpace.verbs` has a file for each."""
@@ -38,11 +39,11 @@ USAGE = "\n".join(
         "",
         *(f"  {verb:<9} {text}" for verb, text in VERBS.items()),
         "",
-        "plan, data, respond, train, compare and bench take a recipe before the options, which override it:",
-        "a YAML file of options, or the name of one that comes with dpace:",
-        f"{', '.join(RECIPES)}.",
+        "plan, data, respond, train, compare and bench take a recipe before the options,",
+        "which override it: a YAML file of options, or the name of one that dpace has:",
+        textwrap.fill(f"{', '.join(RECIPES)}.", 80, break_on_hyphens=False),
         "`dpace VERB --help` lists the options; `dpace --version` prints the version.",
-        "With --dry-run, a verb that works for long says what it would do, and stops there.",
+        "With --dry-run, a verb that works for long says what it would do, and stops.",
         "",
     ]
 )

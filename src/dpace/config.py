@@ -8,6 +8,7 @@ The classes are pydantic's: a value of another type, outside its range, or of an
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -62,7 +63,8 @@ def _refuse_descending(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Entry = TypeVar("Entry")
-Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice)]
+_HINT = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or None})")
+Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice), _HINT]
 OneOrMore = Annotated[Entries[Entry], AfterValidator(_refuse_empty)]
 
 Objective = Literal[
@@ -115,8 +117,8 @@ class DrafterConfig:
     mask_token_id: CountOrZero | None = None
     """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
     norm_scale: Positive = 1.0
-    """Initial weights of the final norm, above 0; small ones start near a uniform distribution
-    (docs/results-training.md)."""
+    """Initial weights of the final norm, above 0 (docs/results-training.md).
+    Small ones start near a uniform distribution."""
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""
@@ -146,8 +148,8 @@ class LossConfig:
     """Weight of a slot relative to the one before it, for the objective medusa."""
     reduction: Reduction = "anchors"
     """What the summed loss of an optimizer step is divided by; dpace.loss.block_loss has the formulas.
-    anchors: blocks, then conversations. batch (the paper's code): conversations. slots: scored slots. weights: the
-    weights' sum."""
+    anchors: blocks, then conversations. batch (the paper's code): conversations.
+    slots: scored slots. weights: the weights' sum."""
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
@@ -214,8 +216,8 @@ class TrainConfig:
     """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
     target_shard: TargetShard = "none"
     """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
-    none: each rank has all. fsdp: a layer is gathered where it runs. tp: each matrix is split, and all ranks run all
-    texts; take it only where fast links connect the GPUs."""
+    none: each rank has all. fsdp: a layer is gathered where it runs.
+    tp: each matrix is split, and all ranks run all texts; take it only where fast links connect the GPUs."""
     torch_compile: bool = False
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False
@@ -263,8 +265,8 @@ class PromptsConfig:
     A prompt is left out where it shares 13 words in a row with one of theirs."""
     near_duplicates: Fraction | None = None
     """Leave out training prompts that nearly repeat an earlier or a held-out one; needs the package datasketch.
-    The value is the least share of common word runs, above 0 to 1; 0.8 is usual. By default only copies of held-out
-    prompts are left out."""
+    The value is the least share of common word runs, above 0 to 1; 0.8 is usual.
+    By default only copies of held-out prompts are left out."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -309,8 +311,9 @@ class BenchConfig:
     """Most prompts to take from each dataset; all by default."""
     widths: OneOrMore[Width] = ("full", "auto")
     """Verification lengths to measure.
-    full: whole drafts, as tau is defined. auto: as `dpace generate`, the number of drafted or copied tokens that is
-    fastest on this machine. An integer: that number of tokens, the known one included."""
+    full: whole drafts, as tau is defined.
+    auto: as `dpace generate`, the number of drafted or copied tokens that is fastest on this machine.
+    An integer: that number of tokens, the known one included."""
     compiled: Literal["auto", "always", "never"] = "auto"
     """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
     auto: on an accelerator only."""
@@ -400,8 +403,8 @@ class CompareConfig(Recipe):
     output: Text = "dpace-compare"
     """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: OneOrMore[Text] = ("dpace", "dflash", "uniform")
-    """Values of loss.objective; append +kl, +lk or +mix for the token loss and +overlap for the
-    confidence: dpace+kl+overlap."""
+    """Values of loss.objective, to which a token loss and a confidence may be added.
+    +kl, +lk or +mix is the token loss, +overlap the confidence: dpace+kl+overlap."""
     seeds: OneOrMore[Seed] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: Text = "dflash"
@@ -420,5 +423,4 @@ class DemoConfig:
     """Folder or Hub id of the target; SmolLM2-135M-Instruct by default."""
     output: Text | None = None
     """Folder that everything is written to; dpace-demo, or dpace-demo-quick with --quick, by default.
-
     The same command continues an interrupted run in it."""

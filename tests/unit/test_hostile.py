@@ -1,5 +1,6 @@
 """Hostile command lines end in one line that names the thing and a way out, before any model is loaded."""
 
+import itertools
 import json
 import re
 import shlex
@@ -233,13 +234,20 @@ def test_what_a_machine_lacks_is_explained(pattern, monkeypatch, capsys):
     assert re.search(f"^dpace respond: {pattern}", line), line
 
 
+def test_the_list_of_verbs_fits_a_terminal(capsys):
+    assert main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 80 and "(default: )" not in "".join(lines)
+    empty = [not line.strip("│ ") for line in lines]
+    assert not any(first and second for first, second in itertools.pairwise(empty))
     if verb == "respond":
         assert len(lines) <= 120 and any("--train.*" in line for line in lines)
         with pytest.raises(SystemExit, match="0"):
