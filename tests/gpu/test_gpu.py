@@ -1,6 +1,7 @@
 """What only a GPU can show: `pytest -m gpu`, or `python benchmarks/gpu.py`, which runs it first."""
 
 import importlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from dpace.loss import block_loss, frozen_head_nll, frozen_head_nll_reference
 from dpace.loss.objective import make_weigh
 from dpace.target import Target
 from dpace.target.head import Head
+from dpace.train.loop import TrainingLoop
+from dpace.train.run import choose_conversations, keep_features
 from tests.conftest import FAMILIES, LANGUAGE_RECIPE, make_drafter
 
 pytestmark = [
@@ -191,6 +194,28 @@ def test_compiled_drafts_give_the_text_of_plain_decoding(pair, language_prompts,
         found = decoder.generate_batch(rows, max_new_tokens=24, **options)
         assert [out.token_ids for out in found] == expected
     assert decoder.generate(rows[0], max_new_tokens=24, **options).token_ids == expected[0]
+
+
+def test_the_host_waits_once_in_a_training_step(language_responses):
+    """With kept hidden states and two micro-batches; steps before it have compiled the kernels."""
+    target = gpu_target(torch.bfloat16)
+    recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, gradient_accumulation_steps=2))
+    datasets = choose_conversations(language_responses[:48], [], recipe)
+    keep_features(target, *datasets, recipe)
+    drafter = make_drafter(target, block_size=6, num_layers=2, num_features=2).float().train()
+    weigh = make_weigh(recipe.loss, 6, lambda slots: slots.token_probs + 0.5)
+    loop = TrainingLoop(drafter, target, *datasets, recipe, weigh=weigh, checkpoints=Path())
+    waits = []
+    for _, batches in zip(range(4), loop.batches_of_steps(), strict=False):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                loop.take_step(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(each.message) for each in found))
+    assert waits[-1] == 1, waits
 
 
 def test_parts_of_a_training_step_by_the_devices_clock(monkeypatch):

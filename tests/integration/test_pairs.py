@@ -131,7 +131,7 @@ def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]
         "output": str(paths["out"]),
         "prompts": {"path": str(paths["prompts"])},
         "respond": {"max_new_tokens": 12},
-        "drafter": {"num_layers": 1, "num_features": 2, "block_size": 6},
+        "drafter": {"num_layers": 1, "num_features": 2, "block_size": 8},  # two sizes where blocks grow
         "train": {"max_steps": 3, "batch_size": 4, "num_anchors": 4, "eval_steps": 3, "max_length": 64},
         "bench": {"max_new_tokens": 8, "temperatures": [0.0], "num_prompts": 1, "widths": ["full"]},
     }

@@ -20,6 +20,7 @@ from dpace.config import LossConfig, Recipe, TargetShard
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS
 from dpace.loss.objective import make_weigh
+from dpace.measure import heldout
 from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.target import Target
@@ -63,23 +64,28 @@ def train_all(target: Target, responses: list[Response], recipe: Recipe, folder:
 
 
 def interrupt(target: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
-    """End a training by SIGTERM to one rank, and go on: the same weights and moments as without, bit by bit."""
+    """End a training by SIGTERM to one rank, and go on: the same weights and moments as without, bit by bit.
 
-    take_step = TrainingLoop.take_step
+    The first one is ended in its first step, and the other one while it is measured after its second step.
+    """
 
-    def signalled(self, batches):
-        if self.state.global_step == 0 and ranks.rank() == ranks.num_ranks() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        take_step(self, batches)
+    def signalling(work):
+        def signalled(*args):
+            if ranks.rank() == ranks.num_ranks() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return work(*args)
 
-    for name in RESUMED:
+        return signalled
+
+    for name, place, work in zip(RESUMED, (TrainingLoop, heldout), ("take_step", "score_conversation"), strict=True):
         job = make_jobs(recipe, ranks.num_ranks())[name]
         datasets = run.make_datasets(target, responses[:-3], responses[-3:], job)
         try:
-            with mock.patch.object(TrainingLoop, "take_step", signalled):
+            with mock.patch.object(place, work, signalling(getattr(place, work))):
                 run.train(target, *datasets, job, folder / f"{name}-again")
         except KeyboardInterrupt:
-            assert (folder / f"{name}-again" / "checkpoints" / "checkpoint-1").exists()
+            step = 1 + RESUMED.index(name)
+            assert (folder / f"{name}-again" / "checkpoints" / f"checkpoint-{step}").exists()
         else:
             raise AssertionError("it was not interrupted")
         run.train(target, *datasets, job, folder / f"{name}-again")

@@ -128,7 +128,8 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
     run = read_run(folder)
     if run is None:
         return False
-    step_size = math.prod(run.get(name, 1) for name in SPLIT)
+    parts = [run.get(name, 1) for name in SPLIT]
+    step_size = math.prod(parts) if all(isinstance(part, int) for part in parts) else None
     kept = {"init_sha256": None, **settings_of(Recipe()), STEP_SIZE: step_size, **run}
     same_run(kept, known, f"{folder} holds a run", OTHER_RUN, {STEP_SIZE: SAME_STEP})
     return True
