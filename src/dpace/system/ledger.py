@@ -262,8 +262,8 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         lock = _acquire(folder / LOCK, timeout=0.0)
     except filelock.Timeout as error:
         who = holder.read_text() if holder.exists() else "another process"
-        is_elsewhere = " on " in who and f" on {host} (" not in who
-        stale = f"; if it is gone, remove {error.lock_file}" if is_elsewhere else ""
+        is_here = " on " not in who or f" on {host} (" in who
+        stale = "" if is_here else f"; if it is gone, remove {error.lock_file}"
         raise ValueError(
             f"{who} is writing to {folder}; wait for it, end it, or name another folder with --output{stale}"
         ) from error
