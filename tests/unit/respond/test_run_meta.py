@@ -114,36 +114,25 @@ def test_changed_responses_are_refused(target, path):
         write_responses(target, PROMPTS, path, CONFIG)
 
 
-def test_answers_of_another_folder_are_used_where_both_files_are_copied(target, path):
-    responses = write_responses(target, PROMPTS, path, CONFIG)
-    for name in ("copy", "changed"):
-        folder = path.parent.with_name(name)
-        folder.mkdir()
-        for file in (path, path.with_name("responses.meta.json")):
-            shutil.copy(file, folder)
-    copied = path.parent.with_name("copy") / path.name
-    before = copied.stat().st_mtime_ns
-    assert write_responses(target, PROMPTS, copied, CONFIG) == responses and copied.stat().st_mtime_ns == before
-    changed = path.parent.with_name("changed") / path.name
-    changed.write_bytes(path.read_bytes().replace(b'"token_ids": [', b'"token_ids":  ['))
-    with pytest.raises(ValueError, match="was not written by dpace"):
-        write_responses(target, PROMPTS, changed, CONFIG)
-
-
-def test_the_commands_train_on_answers_that_were_copied(language_folder, language_prompts, tmp_path, monkeypatch):
+def test_the_commands_train_on_answers_that_were_copied(
+    language_folder, language_prompts, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in language_prompts[:20]))
     flags = f"--target {language_folder} --prompts.path prompts.jsonl --respond.max-new-tokens 8 --seeds 0"
     flags += " --drafter.num-layers 1 --drafter.num-features 1 --drafter.block-size 4 --drafter.mask-token-id 3"
     flags += " --train.max-steps 2 --train.eval-steps 2 --bench.max-new-tokens 4 --bench.num-prompts 1"
     assert main(["respond", *flags.replace("--seeds 0", "").split(), "--output", "first"]) == 0
-    for verb in ("train", "compare"):
-        (tmp_path / verb).mkdir()
-        for name in ("responses.jsonl", "responses.meta.json"):
-            shutil.copy(tmp_path / "first" / name, verb)
+    for verb in ("train", "compare", "respond"):
+        shutil.copytree("first", verb, ignore=shutil.ignore_patterns(".*"))
+        path = tmp_path / verb / "responses.jsonl"
+        if is_changed := verb == "respond":
+            path.write_bytes(path.read_bytes() + b"\n")
+        before = hash_file(path)
         own = flags if verb == "compare" else flags.replace("--seeds 0", "")
-        assert main([verb, *own.split(), "--output", verb]) == 0
-        assert hash_file(tmp_path / verb / "responses.jsonl") == hash_file(tmp_path / "first" / "responses.jsonl")
+        assert main([verb, *own.split(), "--output", verb]) == is_changed
+        assert hash_file(path) == before
+    assert "was not written by dpace" in capsys.readouterr().err
 
 
 def test_responses_of_unknown_origin_are_refused(target, path):
