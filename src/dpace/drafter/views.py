@@ -68,7 +68,8 @@ def blocks_hidden(
     Args:
         drafter: a `Drafter`, or its wrapper in training.
         target: its target.
-        inputs: a batch of `dpace.batches.dataset.collate`.
+        inputs: a batch of `dpace.batches.dataset.collate`; `text` may have its `token_ids` on the CPU, see
+            `Target.features`.
         mask_token_id: the token in slots that are not drafted yet.
         target_layer_ids: layers whose outputs are the features.
         with_target_hidden: give the input of the target's head too.
@@ -81,7 +82,7 @@ def blocks_hidden(
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
     token_ids, features = inputs["token_ids"], inputs["features"]
     if features is None:
-        features = target.features(token_ids, target_layer_ids, with_head_input=with_target_hidden)
+        features = target.features(inputs.get("text", token_ids), target_layer_ids, with_head_input=with_target_hidden)
     num_features = len(target_layer_ids) * target.hidden_size
     batch, num_context = token_ids.shape
     make_mask = make_mask or (flex_mask if token_ids.device.type in TILED else dense_mask)

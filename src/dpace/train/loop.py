@@ -272,10 +272,7 @@ class TrainingLoop:
         totals = torch.zeros(3, device=self.target.device)  # losses, items, and ranks that are asked to end
         for number, batch in enumerate(batches, start=1):
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
-            if batch["features"] is None:
-                needs_last = self.loss.needs_target_probs
-                layer_ids = self.drafter.target_layer_ids
-                inputs["features"] = self.target.features(batch["token_ids"], layer_ids, with_head_input=needs_last)
+            inputs["text"] = batch["token_ids"]
             with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = self.scorer.score(self.wrapped, inputs, self.progress)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)

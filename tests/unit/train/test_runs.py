@@ -167,51 +167,36 @@ def test_a_number_that_is_not_finite_ends_training(
     assert not (tmp_path / "d" / "provenance.json").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("name", "place", "work", "calls", "step"),
+    [("SIGINT", TrainingLoop, "take_step", 3, 3), ("SIGTERM", heldout, "score_conversation", 1, 2)],
+)
 def test_a_signal_saves_the_step_and_the_run_goes_on(
-    name, finished, tmp_path, language_target, language_responses, monkeypatch
+    name, place, work, calls, step, finished, tmp_path, language_target, language_responses, monkeypatch
 ):
-    take_step = TrainingLoop.take_step
+    """In a step, which is finished; and in the first of two conversations, whose measurement is made again."""
+    real, called = getattr(place, work), []
 
-    def signalled(self, batches):
-        if self.state.global_step == 2:
+    def signalled(*args):
+        called.append(args)
+        if len(called) == calls:
             os.kill(os.getpid(), getattr(signal, name))
             os.kill(os.getpid(), getattr(signal, name))  # torchrun sends it on at once
-        take_step(self, batches)
+        return real(*args)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "take_step", signalled)
+        patch.setattr(place, work, signalled)
         with pytest.raises(KeyboardInterrupt) as ended:
             run(language_target, language_responses, tmp_path / "d")
-    assert ended.value.args == (getattr(signal, name),)
+    assert ended.value.args == (getattr(signal, name),) and len(called) == calls
     assert signal.getsignal(signal.SIGTERM) == before
-    assert is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-3")
-    run(language_target, language_responses, tmp_path / "d")
-    assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-
-
-def test_a_signal_ends_a_measurement_and_it_is_made_again(
-    finished, tmp_path, language_target, language_responses, monkeypatch
-):
-    """After the first of two conversations; the log and the weights are those of a run without a signal."""
-    score, scored = heldout.score_conversation, []
-
-    def signalled(*args):
-        scored.append(args[3])
-        os.kill(os.getpid(), signal.SIGTERM)
-        return score(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(heldout, "score_conversation", signalled)
-        with pytest.raises(KeyboardInterrupt):
-            run(language_target, language_responses, tmp_path / "d")
-    assert scored == [0] and is_whole(tmp_path / "d" / "checkpoints" / "checkpoint-2")
+    assert is_whole(tmp_path / "d" / "checkpoints" / f"checkpoint-{step}")
     run(language_target, language_responses, tmp_path / "d")
     assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (tmp_path / "d", finished)]
-    for entry, expected in zip(*logs, strict=True):
-        assert entry.keys() == expected.keys() and entry.get("eval_tau") == expected.get("eval_tau")
+    taus = [[(entry["step"], entry.get("eval_tau")) for entry in log] for log in logs]
+    assert taus[0] == taus[1]
 
 
 def test_a_step_may_be_split_anew_and_options_that_are_newer_count_as_their_default(
