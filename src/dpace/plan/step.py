@@ -255,6 +255,7 @@ class PaperStep:
             num_rows = max(1, min(num_rows, num_scored))
             tile = head if is_soft else head._replace(weight=head.weight[: 3 * max(1, num_logits // num_rows)])
             tracker = MemoryTracker(num_rows)
+            tracker.live |= self.more_bytes
             tracker.count([*target.model.parameters(), *target.model.buffers()], TARGET)
             tracker.count([*drafter.parameters(), *drafter.buffers()], DRAFTER)
             tracker.count([head.weight], HEAD)
@@ -273,7 +274,6 @@ class PaperStep:
             with tracker:
                 self._run(scorer, self._inputs(shape), tracker)
         drafter.activation_checkpointing_disable()
-        parts = {part: size + self.more_bytes.get(part, 0) for part, size in tracker.at_peak.items()}
         optimizer_flops = tracker.flops.pop(MOMENTS, 0)
         # The other chunks: forward and backward, and the target's own logits for soft labels.
         left_out = head.weight.numel() * num_scored - tile.weight.numel() * num_rows
@@ -283,7 +283,7 @@ class PaperStep:
             "drafter": float(train.gradient_accumulation_steps * drafter_flops),
             "optimizer": float(optimizer_flops),
         }
-        return StepCost({part: size for part, size in parts.items() if size >= 1024}, flops)
+        return StepCost({part: size for part, size in tracker.at_peak.items() if size >= 1024}, flops)
 
     def _inputs(self, shape: BatchShape) -> dict[str, Tensor]:
         """Make a micro-batch with its features."""

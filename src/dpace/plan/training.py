@@ -104,9 +104,9 @@ class Conversations(NamedTuple):
     """Largest micro-batch."""
     mean_tokens: Number
     mean_blocks: Number
-    validation_tokens: Number = 0.0
+    validation_tokens: Number
     """Tokens of all validation conversations."""
-    validation_blocks: Number = 0.0
+    validation_blocks: Number
     """Their blocks: every token of a response is an anchor there."""
     is_known: bool = False
     """Whether they are answered; else the answers' lengths are expected ones."""
