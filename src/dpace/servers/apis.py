@@ -372,25 +372,37 @@ class LlamacppServer(Server):
         """See `Server`."""
         if event.get("truncated"):
             raise ValueError("the server cut the prompt: give it a longer context")
+        counts = None
         timings = event.get("timings") or {}
-        verifications = None
-        accepted = 0
         if event.get("stop") and timings.get("draft_n") is not None:
-            emitted = timings["predicted_n"] - 1  # the first token is the prompt's
-            # Each verification emits what it accepts and one more token, but not one whose draft ends the text. Drafts
-            # are equally long, so the number of tokens in them tells.
-            verifications = max(1, emitted - timings["draft_n_accepted"])
-            if event.get("stop_type") == "eos" and timings["draft_n"] % verifications:
-                verifications += timings["draft_n"] % (verifications + 1) == 0
-            accepted = max(0, emitted - verifications)
+            counts = _Timings(**timings).count(is_eos=event.get("stop_type") == "eos")
         return Reply(
             tokens=event.get("tokens"),
             end=(event.get("stop_type") or "done") if event.get("stop") else None,
             text=event.get("content"),
             num_tokens=event.get("tokens_predicted"),
-            num_verifications=verifications,
-            num_accepted=accepted,
+            num_verifications=counts and counts.num_verifications,
+            num_accepted=counts.num_accepted if counts else 0,
         )
+
+
+class _Timings(BaseModel):
+    """What llama.cpp's server says at the end of an answer."""
+
+    model_config = ConfigDict(strict=True)
+
+    predicted_n: NonNegativeInt
+    draft_n: NonNegativeInt
+    draft_n_accepted: NonNegativeInt
+
+    def count(self, *, is_eos: bool) -> Counts:
+        """Compute the number of verifications, of which each emits what it accepts and one more token."""
+        emitted = self.predicted_n - 1  # the first token is the prompt's
+        verifications = max(1, emitted - self.draft_n_accepted)
+        if is_eos and self.draft_n % verifications:
+            # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
+            verifications += self.draft_n % (verifications + 1) == 0
+        return Counts(verifications, max(0, emitted - verifications))
 
 
 def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpace.config import Recipe
-from dpace.recipes.flags import PROMPT, command, parse
+from dpace.recipes.flags import DRY_RUN, PROMPT, command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
@@ -31,7 +31,9 @@ def run(args: list[str]) -> None:
     else:
         prompts = split_prompts(recipe.prompts).heldout
     if recipe.bench.server:
-        if not announce([f"prompts: {len(prompts):,}, sent to {recipe.bench.server}"], args):
+        if DRY_RUN in args:
+            print(f"prompts: {len(prompts):,}, sent to the server")
+        else:
             _bench_servers(recipe, prompts)
         return
     if recipe.bench.plain_server:
