@@ -76,16 +76,6 @@ def write_adapter(folder, base_folder, width=128, **changes):
     return weights
 
 
-def test_the_command_line_takes_an_adapter(base, tmp_path, capsys):
-    pytest.importorskip("peft")
-    write_adapter(tmp_path / "lora", base[1])
-    assert main(["generate", "--target", str(tmp_path / "lora"), "--prompt", "w3 w4", "--max-new-tokens", "4"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.strip() and "4 tokens" in printed.err
-    assert main(["plan", "--target", str(tmp_path / "lora"), "--drafter.num-features", "1", "--device", "cpu"]) == 0
-    assert "next: dpace respond" in capsys.readouterr().out
-
-
 def test_a_lora_adapter_is_merged(base, tmp_path):
     pytest.importorskip("peft")
     original, folder = base
