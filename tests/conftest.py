@@ -24,11 +24,13 @@ from transformers import (
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
+from dpace.engines.export import export
 from dpace.engines.folder import LAYER_TENSORS
 from dpace.fast.speed_up import speed_up
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses
 from dpace.target import Target
+from tests.support.files import make_prompts
 
 VOCAB = 64
 PAD, EOS, MASK = 0, 1, 3
@@ -267,6 +269,20 @@ def target_gguf(language_target, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_drafter_folder(language_target, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("random") / "drafter"
+    make_drafter(language_target).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_drafter_gguf(random_drafter_folder, language_target, target_gguf, tmp_path_factory) -> bytes:
+    """The same as a file of llama.cpp."""
+    options = {"to": "gguf", "output": tmp_path_factory.mktemp("gguf"), "name": "x", "target_name": "some/target"}
+    return export(random_drafter_folder, language_target, target_gguf=target_gguf, **options).path.read_bytes()
+
+
+@pytest.fixture(scope="session")
 def language_prompts() -> list[str]:
     """Distinct questions; the last 10 are held out."""
     rng = random.Random(1)
@@ -274,10 +290,14 @@ def language_prompts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def language_responses(language_target, language_prompts, make_once) -> list[Response]:
-    from dpace.prompts.prompts import Prompt
+def questions(language_target, language_prompts) -> list[list[int]]:
+    """The tokens of those that are held out, as the target is asked."""
+    return [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:]]
 
-    prompts = [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts)]
+
+@pytest.fixture(scope="session")
+def language_responses(language_target, language_prompts, make_once) -> list[Response]:
+    prompts = make_prompts(language_prompts, "language")
 
     def fill(folder: Path) -> None:
         write_responses(language_target, prompts, folder / "responses.jsonl", RespondConfig(max_new_tokens=32))
@@ -292,6 +312,11 @@ LANGUAGE_RECIPE = Recipe(
         learning_rate=5e-3, max_steps=120, batch_size=8, num_anchors=12, eval_steps=40, logging_steps=20, max_length=64
     ),
 )
+
+
+def make_recipe(**train) -> Recipe:
+    """The same with other options of training."""
+    return replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **train))
 
 
 @pytest.fixture(scope="session")

@@ -55,15 +55,14 @@ def export_shifted(drafter_folder: Path, target: Target, to: str, folder: Path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vllm", "mlx"])
 def test_engine_verifies_as_often_as_we_do(
-    engine, language_target, language_folder, language_drafter_folder, language_prompts, tmp_path
+    engine, language_target, language_folder, language_drafter_folder, questions, tmp_path
 ):
     """With neighbouring layers as controls: the text stays, the numbers of verifications do not."""
     python_of(engine)
-    prompts = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:56]]
     drafter = load_drafter(language_drafter_folder, language_target, all_tokens=True)
-    ours = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in prompts]
+    ours = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in questions]
     settings = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": drafter.block_size - 1, "max_model_len": 256}
-    request = {"target": str(language_folder), "prompts": prompts, **settings}
+    request = {"target": str(language_folder), "prompts": questions, **settings}
     formats = {"vllm": ["vllm", "speculators"], "mlx": ["zlab"]}[engine]
     for to, offset in [*((to, 0) for to in formats), (formats[0], -1), (formats[0], 1)]:
         out = export_shifted(language_drafter_folder, language_target, to, tmp_path, offset)

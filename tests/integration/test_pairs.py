@@ -3,7 +3,6 @@
 A pair is its commands, and the file that they leave; or the words with which the last one is refused.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -15,6 +14,7 @@ import yaml
 
 from dpace.cli import main
 from dpace.target import Target
+from tests.support.files import make_prompts, read_json, write_prompts, write_rows
 from tests.unit.respond.test_respond import Stub
 from tests.unit.target.test_target_files import write_adapter
 
@@ -117,15 +117,13 @@ def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]
     folder = tmp_path_factory.mktemp("pairs")
     names = ("recipe.yaml", "prompts.jsonl", "own.jsonl", "out", "sets")
     paths = {name.partition(".")[0]: folder / name for name in names}
-    lines = [json.dumps({"prompt": text}) + "\n" for text in language_prompts[:30]]
-    paths["prompts"].write_text("".join(lines))
-    replies = [{"messages": [{"role": "user", "content": text}]} for text in language_prompts[:30]]
-    for row in replies:
-        row["messages"].append({"role": "assistant", "content": "w1 w2 w3 w4 w5 w6"})
-    paths["own"].write_text("".join(json.dumps(row) + "\n" for row in replies))
+    write_prompts(paths["prompts"], language_prompts[:30])
+    answer = {"role": "assistant", "content": "w1 w2 w3 w4 w5 w6"}
+    replies = [{"messages": [*prompt.turns[0], answer]} for prompt in make_prompts(language_prompts[:30])]
+    write_rows(paths["own"], replies)
     paths["sets"].mkdir()
     for name in ("one", "two"):
-        (paths["sets"] / f"{name}.jsonl").write_text("".join(lines[:2]))
+        write_prompts(paths["sets"] / f"{name}.jsonl", language_prompts[:2])
     recipe = {
         "target": str(language_folder),
         "output": str(paths["out"]),
@@ -200,5 +198,5 @@ def test_every_verb_takes_an_adapter(files, language_target, tmp_path, capsys):
         server.close()
     merged = Target.load(files["target"])
     merged.layers[1].self_attn.q_proj.weight.data += 2 * up @ down  # lora_alpha / r
-    run = json.loads((tmp_path / "new" / "drafter" / "run.json").read_text())
+    run = read_json(tmp_path / "new" / "drafter" / "run.json")
     assert run["target_sha256"] == merged.sha256

@@ -1,6 +1,5 @@
 """Recipe -> respond -> train -> bench -> generate, through the command line, on the tiny target."""
 
-import json
 import re
 from pathlib import Path
 
@@ -11,16 +10,16 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
 from dpace.measure.results import read_log, read_results
-from dpace.prompts.prompts import Prompt
 from dpace.report.cells import verdict
 from dpace.report.plots import acceptance_by_slot, slot_weights
 from dpace.studies.demo import decoding_summary
+from tests.support.files import make_prompts, write_prompts
 
 
 @pytest.fixture
 def recipe(language_folder, language_prompts, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    write_prompts(prompts, language_prompts)
     values = {
         "target": str(language_folder),
         "output": str(tmp_path / "out"),
@@ -92,7 +91,7 @@ def test_a_truncated_checkpoint_is_told(recipe, tmp_path, capsys, language_draft
 
 
 def test_an_interrupted_bench_goes_on(language_target, language_drafter, tmp_path, monkeypatch):
-    prompts = [Prompt(str(i), "language", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(4)]
+    prompts = make_prompts(f"w{i} w51" for i in range(4))
     config = BenchConfig(max_new_tokens=12, temperatures=(0.0,))
     whole = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
     (path,) = tmp_path.glob("bench-*.jsonl")

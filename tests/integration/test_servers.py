@@ -29,6 +29,7 @@ from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.conftest import make_target, make_tokenizer, write_target_gguf
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
+from tests.support.files import make_prompts
 
 SERVE = """
 import sys
@@ -95,7 +96,7 @@ def test_llamacpp_reports_what_we_count(
 ):
     names = {"name": "x", "target_name": "x", "target_gguf": target_gguf}
     exported = export(language_drafter_folder, language_target, to="gguf", output=tmp_path / "gguf", **names)
-    prompts = [Prompt(text, "s", [[{"role": "user", "content": text}]]) for text in language_prompts[50:56]]
+    prompts = make_prompts(language_prompts[50:56])
     with llamacpp(target_gguf, exported.path, 5) as address, llamacpp(target_gguf) as plain:
         row = measure(language_target, prompts, address, plain, tmp_path, 40)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]

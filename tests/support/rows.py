@@ -3,8 +3,16 @@
 from dataclasses import replace
 from typing import Any
 
-from dpace.measure.records import ResponseRecord
-from dpace.measure.results import BenchResults, ComparedRow, Published, Row, ServerRow
+from dpace.measure.records import ResponseRecord, ServerAddress
+from dpace.measure.results import (
+    BenchResults,
+    ComparedRow,
+    CompareResults,
+    Published,
+    Row,
+    ServerResults,
+    ServerRow,
+)
 from dpace.system.provenance import Hardware, Versions
 
 _RESPONSE = ResponseRecord(
@@ -105,6 +113,16 @@ def make_compared(**changes: Any) -> ComparedRow:
 
 def make_served(**changes: Any) -> ServerRow:
     return replace(_SERVED, **changes)
+
+
+def make_compare(*rows: ComparedRow, **changes: Any) -> CompareResults:
+    results = CompareResults(target="t", baseline="dflash", seeds=[0], reduction="mean", rows=list(rows), decode=None)
+    return replace(results, **changes)
+
+
+def make_servers(*rows: ServerRow) -> ServerResults:
+    servers = {"drafter": ServerAddress(url="http://localhost:8001", engine="vllm")}
+    return ServerResults(target="t", servers=servers, max_new_tokens=9, seed=0, rows=list(rows))
 
 
 def make_bench(*rows: Row, **changes: Any) -> BenchResults:

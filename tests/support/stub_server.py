@@ -62,6 +62,14 @@ class StubServer(ThreadingHTTPServer):
         self.server_close()
 
 
+PAGES = {
+    "vllm": {"/version": {"version": "1"}, "/v1/models": {"data": [{"id": "m"}]}},
+    "sglang": {"/get_server_info": {"model_path": "m"}},
+    "llama.cpp": {"/props": {"model_alias": "m"}},
+}
+"""What each engine tells of itself."""
+
+
 def pages(known: dict) -> Callable[[Handler], None]:
     """Answer a GET with its page, and others with 404."""
 

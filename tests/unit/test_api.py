@@ -1,6 +1,5 @@
 """The public names, their page and an objective of the user's own."""
 
-import json
 import re
 import runpy
 import shutil
@@ -16,13 +15,11 @@ from dpace.engines.card import write_card
 from dpace.loss.objective import make_weigh, source_sha256
 from dpace.recipes.recipe_file import write_recipe
 from dpace.train.run import make_datasets
-from tests.conftest import LANGUAGE_RECIPE
+from tests.conftest import make_recipe
+from tests.support.files import change_json, read_json, write_prompts
 
 ROOT = Path(__file__).parents[2]
-SHORT = replace(
-    LANGUAGE_RECIPE,
-    train=replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=1, num_anchors=4),
-)
+SHORT = make_recipe(max_steps=2, eval_steps=2, logging_steps=1, num_anchors=4)
 
 
 def test_every_public_name_is_there_and_on_its_page():
@@ -50,15 +47,15 @@ def test_an_objective_of_ones_own_is_recorded(language_target, language_response
         assert torch.equal(mine, reference)
 
     name, sha256 = "tests.unit.test_api:ones", source_sha256(ones)
-    run = json.loads((tmp_path / "own" / "run.json").read_text())
+    run = read_json(tmp_path / "own" / "run.json")
     assert (run["loss.objective"], run["loss.objective_sha256"]) == (name, sha256)
-    for record in (json.loads((tmp_path / "own" / "provenance.json").read_text()), ours.config.dpace):
+    for record in (read_json(tmp_path / "own" / "provenance.json"), ours.config.dpace):
         assert (record["objective"], record["objective_sha256"]) == (name, sha256)
     card = {"to": "zlab", "name": "a/b", "target_name": "c/d", "license": "mit", "dtype": torch.bfloat16}
     write_card(tmp_path, ours.spec, **card, is_rounded=False, source=tmp_path / "own", drafter=ours)
     assert name in (tmp_path / "README.md").read_text() and sha256 in (tmp_path / "README.md").read_text()
 
-    (tmp_path / "own" / "run.json").write_text(json.dumps(run | {"loss.objective_sha256": "0" * 64}))
+    change_json(tmp_path / "own" / "run.json", **{"loss.objective_sha256": "0" * 64})
     named = replace(SHORT, loss=replace(SHORT.loss, objective=name))
     with pytest.raises(ValueError, match="other source of the objective .sha256 000000000000, not"):
         dpace.train(language_target, *parts, named, tmp_path / "own")
@@ -91,15 +88,13 @@ def test_the_examples_train(language_folder, language_prompts, tmp_path, monkeyp
     """From prompts to a drafter that decodes, with the objective of the other example."""
     for name in ("train.py", "objective.py"):
         shutil.copy(ROOT / "examples" / name, tmp_path)
-    lines = [json.dumps({"prompt": text}) + "\n" for text in language_prompts[:24]]
-    (tmp_path / "prompts.jsonl").write_text("".join(lines))
-    prompts = replace(SHORT.prompts, path=str(tmp_path / "prompts.jsonl"))
+    prompts = replace(SHORT.prompts, path=write_prompts(tmp_path / "prompts.jsonl", language_prompts[:24]))
     recipe = replace(SHORT, target=str(language_folder), output=str(tmp_path / "out"), prompts=prompts)
     write_recipe(recipe, tmp_path / "recipe.yaml")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "recipe.yaml")])
     runpy.run_path(str(tmp_path / "train.py"))
     assert re.search(r"tau \d\.\d\d", capsys.readouterr().out)
-    run = json.loads((tmp_path / "out" / "drafter" / "run.json").read_text())
+    run = read_json(tmp_path / "out" / "drafter" / "run.json")
     assert run["loss.objective"] == "objective:weigh"
     monkeypatch.delitem(sys.modules, "objective")

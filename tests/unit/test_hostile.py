@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from dpace.cli import VERBS, main
+from tests.support.files import write_prompts
 
 TARGET = "/no/such/target"
 """What is not refused before ends here, with a line that no case expects."""
@@ -180,7 +181,7 @@ def test_paths(line, refused, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "responses.jsonl").write_text("another's")
-    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(12)))
+    write_prompts(tmp_path / "good.jsonl", (f"q{i}" for i in range(12)))
     (tmp_path / "heldout.jsonl").write_text('{"prompt": " q3 ", "id": 7}')
     refused(line, PATHS[line])
 

@@ -1,10 +1,7 @@
 """The target's hidden states on disk are those that it computes, whatever happens to the process or the files."""
 
-import json
 import shutil
-import threading
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,9 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
-from tests.conftest import LANGUAGE_RECIPE
+from tests.conftest import make_recipe
 from tests.support.crash import kill, operations_of
+from tests.support.stub_server import PAGES, StubServer, pages
 
 LAYERS = [1, 3]
 
@@ -57,10 +55,8 @@ def computed(target, dataset, **options):
 @pytest.mark.parametrize("with_head_input", [False, True])
 def test_rows_are_those_of_the_target(with_head_input, keep, language_target):
     dataset = keep(with_head_input=with_head_input)
-    for found, expected in zip(
-        dataset.features, computed(language_target, dataset, with_head_input=with_head_input), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected = computed(language_target, dataset, with_head_input=with_head_input)
+    torch.testing.assert_close([*dataset.features], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "relative", "share"), [("bfloat16", 2**-8, 0.5), ("float8", 2**-4, 0.25)])
@@ -91,10 +87,9 @@ def test_only_new_texts_are_computed(keep, no_target, language_target, monkeypat
 
 def test_training_reads_the_same(language_target, language_responses, tmp_path):
     """Bit by bit where nothing is rounded, with the batches that also compute the rows in memory."""
-    config = replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, num_anchors=4)
     weights = []
     for files in (None, str(tmp_path / "kept")):
-        recipe = replace(LANGUAGE_RECIPE, train=replace(config, feature_files=files))
+        recipe = make_recipe(max_steps=2, eval_steps=2, num_anchors=4, feature_files=files)
         datasets = make_datasets(language_target, language_responses[:8], language_responses[50:52], recipe)
         train(language_target, *datasets, recipe, tmp_path / str(files is None))
         exact = load_file(tmp_path / str(files is None) / "checkpoints" / "checkpoint-2" / "model.safetensors")
@@ -111,8 +106,7 @@ def test_killed_it_goes_on(keep, language_target, tmp_path):
         shutil.rmtree(folder)
         kill(lambda: keep(6), folder, at)
         dataset = keep(6)
-        for found, expected in zip(dataset.features, computed(language_target, dataset), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close([*dataset.features], computed(language_target, dataset), rtol=1e-4, atol=1e-5)
         assert not list(folder.rglob("*.unfinished"))
 
 
@@ -142,81 +136,61 @@ def test_more_than_the_limit_or_the_disk_is_refused_before_any_work(keep, no_tar
 
 
 def test_a_dtype_without_files_is_refused(language_target, language_responses):
-    recipe = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, feature_dtype="float8"))
     with pytest.raises(ValueError, match="--train.feature-dtype and .* are for hidden states on disk"):
-        make_datasets(language_target, language_responses[:8], [], recipe)
+        make_datasets(language_target, language_responses[:8], [], make_recipe(feature_dtype="float8"))
 
 
-class Vllm(BaseHTTPRequestHandler):
+class Vllm(StubServer):
     """A vLLM that writes hidden states, as its `ExampleHiddenStatesConnector` does; `fault` spoils what it gives."""
 
-    def log_message(self, *_):
-        pass
+    def __init__(self, target: Target, folder: Path):
+        super().__init__(pages(PAGES["vllm"]), self.answer)
+        self.target, self.folder = target, folder
+        self.fault, self.shift = "", 0
 
-    def reply(self, body):
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        self.reply({"data": [{"id": "m"}]})
-
-    def do_POST(self):
-        stub = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self, request):
+        body = request.body
         assert body["model"] == "m" and body["max_tokens"] == 1
         ids = torch.tensor(body["prompt"])
-        with stub.lock:
-            rows = Target.features(stub.target, ids[None], [i + stub.shift for i in LAYERS])[0]
-            stub.count += 1
-            path = stub.folder / f"{stub.count}.safetensors"
+        with self.lock:
+            rows = Target.features(self.target, ids[None], [i + self.shift for i in LAYERS])[0]
+        path = self.folder / f"{id(request)}.safetensors"
         hidden = rows.unflatten(-1, (len(LAYERS), -1))
-        if stub.fault == "cut":
+        if self.fault == "cut":
             hidden, ids = hidden[1:], ids[1:]
-        if stub.fault == "another text":
+        if self.fault == "another text":
             ids = ids + 1
-        if stub.fault == "not finite":
+        if self.fault == "not finite":
             hidden[-1] = torch.nan
         tensors = {"hidden_states": hidden, "token_ids": ids}
-        if stub.fault == "float8":
+        if self.fault == "float8":
             tensors["hidden_states"], tensors["hidden_states_scales"] = quantize_tensor_to_fp8(hidden)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        if stub.fault == "torn":
+        if self.fault == "torn":
             path.write_bytes(path.read_bytes()[:100])
-        if stub.fault == "gone":
+        if self.fault == "gone":
             path.unlink()
-        named = {"another file": "/etc/passwd", "no file": None}.get(stub.fault, str(path))
-        self.reply({"choices": [{}], "kv_transfer_params": {"hidden_states_path": named}})
+        named = {"another file": "/etc/passwd", "no file": None}.get(self.fault, str(path))
+        request.send({"choices": [{}], "kv_transfer_params": {"hidden_states_path": named}})
 
 
 @pytest.fixture
 def vllm(language_target, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Vllm)
-    server.target, server.folder, server.lock = language_target, tmp_path / "shared", threading.Lock()
-    server.count, server.fault, server.shift = 0, "", 0
-    server.folder.mkdir()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    (tmp_path / "shared").mkdir()
+    server = Vllm(language_target, tmp_path / "shared")
     yield server
-    server.shutdown()
-    server.server_close()
-
-
-def url(server):
-    return f"http://127.0.0.1:{server.server_port}"
+    server.close()
 
 
 @pytest.mark.parametrize("fault", ["", "float8"])
 def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
     vllm.fault = fault
-    dataset = keep(servers=[url(vllm), url(vllm)])
-    for found, expected in zip(dataset.features, computed(language_target, dataset), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0.07 if fault else 1e-4, atol=1e-2 if fault else 1e-5)
-    assert vllm.count == len(dataset) + 1 and not list(vllm.folder.iterdir())
-    keep(servers=[url(vllm)])
-    assert vllm.count == len(dataset) + 1
+    dataset = keep(servers=[vllm.url, vllm.url])
+    close = {"rtol": 0.07, "atol": 1e-2} if fault else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close([*dataset.features], computed(language_target, dataset), **close)
+    assert len(vllm.requests) == len(dataset) + 1 and not list(vllm.folder.iterdir())
+    keep(servers=[vllm.url])
+    assert len(vllm.requests) == len(dataset) + 1
 
 
 @pytest.mark.parametrize(
@@ -234,7 +208,7 @@ def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
 def test_what_a_server_does_wrong_is_one_line(fault, said, keep, vllm):
     vllm.fault = fault
     with pytest.raises(ValueError, match=said) as refused:
-        keep(servers=[url(vllm)])
+        keep(servers=[vllm.url])
     assert "\n" not in str(refused.value)
 
 
@@ -243,6 +217,6 @@ def test_a_server_with_other_layers_is_refused(keep, vllm):
     with pytest.raises(
         ValueError, match=r"other hidden states for layer 1 .*eagle_aux_hidden_state_layer_ids \[2, 4\]"
     ):
-        keep(servers=[url(vllm)])
+        keep(servers=[vllm.url])
     with pytest.raises(ValueError, match="give no input of the LM head"):
-        keep(servers=[url(vllm)], with_head_input=True)
+        keep(servers=[vllm.url], with_head_input=True)

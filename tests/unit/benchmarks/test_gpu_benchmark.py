@@ -2,14 +2,13 @@
 
 import argparse
 import importlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dpace.drafter import Drafter
 from dpace.target import Target
-from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_target
+from tests.conftest import make_drafter, make_recipe, make_target
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,8 +20,7 @@ def gpu(monkeypatch):
 
 
 def tiny(**changes):
-    changes = {"batch_size": 2, "num_anchors": 6, "max_length": 40, **changes}
-    return replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **changes))
+    return make_recipe(**{"batch_size": 2, "num_anchors": 6, "max_length": 40, **changes})
 
 
 def test_parts_of_a_step_add_up(gpu):

@@ -27,8 +27,13 @@ def alone(target, drafter, rows, **options):
     return [generate(target, drafter, row, width="full", **options) for row in rows]
 
 
-def facts(generation):
-    return generation.token_ids, generation.accepted_lengths, generation.emitted_lengths, generation.widths
+def facts(generations):
+    return [(one.token_ids, one.accepted_lengths, one.emitted_lengths, one.widths) for one in generations]
+
+
+def outcomes(generations):
+    """What is the same where rows that are done wait for the others."""
+    return [(one.token_ids, one.accepted_lengths) for one in generations]
 
 
 @pytest.mark.parametrize("block_size", [2, 5])
@@ -39,9 +44,9 @@ def test_texts_are_those_of_one_at_a_time(random_target, block_size):
     ours = generate_batch(random_target, drafter, prompts(), **options)
     plain = [generate_plain(random_target, row, **options).token_ids for row in prompts()]
     assert [out.token_ids for out in ours] == plain
-    assert [facts(out) for out in ours] == [facts(out) for out in alone(random_target, drafter, prompts(), **options)]
+    assert facts(ours) == facts(alone(random_target, drafter, prompts(), **options))
     plainly = generate_batch(random_target, None, prompts(), **options)
-    assert [facts(out) for out in plainly] == [(text, [], [], []) for text in plain]
+    assert facts(plainly) == [(text, [], [], []) for text in plain]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -57,18 +62,15 @@ def test_eager_attention_and_positions_up_to_the_limit():
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 9, 20])
-def test_a_trained_drafter_is_accepted_as_alone(language_target, language_drafter, language_prompts, limit):
+def test_a_trained_drafter_is_accepted_as_alone(language_target, language_drafter, questions, limit):
     """Rows accept different numbers of tokens, and end by a stop token or by the limit, inside blocks."""
-    encode = language_target.tokenizer
-    rows = [encode(f"ask {question} answer")["input_ids"] for question in language_prompts[50:56]]
-    rows[1] = encode("w7 w9")["input_ids"] + rows[1]
+    rows = questions[:6]
+    rows[1] = [13, 15, *rows[1]]
     texts = [generate_plain(language_target, row, max_new_tokens=20, stop_token_ids=[]).token_ids for row in rows]
     for stops in ([], [texts[0][3], texts[1][6], texts[2][11]]):
         options = {"max_new_tokens": limit, "stop_token_ids": stops}
         ours = generate_batch(language_target, language_drafter, rows, **options)
-        assert [facts(out) for out in ours] == [
-            facts(out) for out in alone(language_target, language_drafter, rows, **options)
-        ]
+        assert facts(ours) == facts(alone(language_target, language_drafter, rows, **options))
         ends = [min([limit, *(text.index(stop) + 1 for stop in stops if stop in text)]) for text in texts]
         assert [out.token_ids for out in ours] == [text[:end] for text, end in zip(texts, ends, strict=True)]
     if limit == 20:
@@ -83,7 +85,7 @@ def test_what_a_row_has_not_written_is_never_seen(monkeypatch):
     drafter = make_drafter(target)
     first = generate_plain(target, prompts()[0], max_new_tokens=5, stop_token_ids=[]).token_ids
     options = {"max_new_tokens": 12, "stop_token_ids": first[-1:]}
-    expected = [facts(out) for out in generate_batch(target, drafter, prompts(), **options)]
+    expected = facts(generate_batch(target, drafter, prompts(), **options))
     update, num_rows = RaggedLayer.update, set()
 
     def spoil_first(self, key_states, value_states, *rest, **kwargs):
@@ -95,7 +97,7 @@ def test_what_a_row_has_not_written_is_never_seen(monkeypatch):
         return update(self, key_states, value_states, *rest, **kwargs)
 
     monkeypatch.setattr(RaggedLayer, "update", spoil_first)
-    assert [facts(out) for out in generate_batch(target, drafter, prompts(), **options)] == expected
+    assert facts(generate_batch(target, drafter, prompts(), **options)) == expected
     assert len(num_rows) > 1
 
 
@@ -126,23 +128,21 @@ def graphs(monkeypatch, unchecked_types):
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_compiled_steps_of_fixed_shapes(temperature, graphs, language_target, language_drafter, language_prompts):
+def test_compiled_steps_of_fixed_shapes(temperature, graphs, language_target, language_drafter, questions):
     """Rows that are done wait for the others."""
-    rows = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:54]]
+    rows = questions[:4]
     rows[1] = rows[1][1:]
     plain = [generate_plain(language_target, row, max_new_tokens=30, stop_token_ids=[]).token_ids for row in rows]
     options = {"max_new_tokens": 30, "stop_token_ids": [plain[0][6]], "temperature": temperature, "seed": 3}
-    expected = [facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows, **options)]
+    expected = outcomes(generate_batch(language_target, language_drafter, rows, **options))
     decoder = Decoder(language_target, language_drafter, compile=True)
-    found = decoder.generate_batch(rows, **options)
-    assert [facts(out)[:2] for out in found] == expected
+    assert outcomes(decoder.generate_batch(rows, **options)) == expected
     assert len(graphs) == 1
-    assert [facts(out)[:2] for out in decoder.generate_batch(rows[::-1], **options)] == [
-        facts(out)[:2] for out in generate_batch(language_target, language_drafter, rows[::-1], **options)
-    ]
+    assert outcomes(decoder.generate_batch(rows[::-1], **options)) == outcomes(
+        generate_batch(language_target, language_drafter, rows[::-1], **options)
+    )
     assert len(graphs) == 1, "for both models, whatever the prompts"
-    alone_too = decoder.generate(rows[0], **options)
-    assert facts(alone_too)[:2] == expected[0]
+    assert outcomes([decoder.generate(rows[0], **options)]) == expected[:1]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
@@ -173,7 +173,7 @@ def test_calls_with_other_prompts_compile_nothing_again(graphs, monkeypatch, lan
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_step_reads_what_a_graph_has_overwritten(
-    temperature, monkeypatch, language_target, language_drafter, language_prompts
+    temperature, monkeypatch, language_target, language_drafter, questions
 ):
     """As CUDA graphs do, each call of a compiled function overwrites what all calls before it returned."""
     returned = []
@@ -189,8 +189,8 @@ def test_no_step_reads_what_a_graph_has_overwritten(
         return replay
 
     monkeypatch.setattr(torch, "compile", compiled)
-    rows = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:52]]
     options = {"max_new_tokens": 20, "stop_token_ids": [], "temperature": temperature, "seed": 3}
+    rows = questions[:2]
     for drafter in (language_drafter, None):
         expected = [out.token_ids for out in generate_batch(language_target, drafter, rows, **options)]
         found = Decoder(language_target, drafter, compile=True).generate_batch(rows, **options)
@@ -240,8 +240,9 @@ def test_a_decoder_without_compiled_steps(with_drafter, language_target, languag
 def test_one_prompt_and_none():
     target = make_target("gemma3")
     drafter = make_drafter(target)
-    (ours,) = generate_batch(target, drafter, prompts([30]), max_new_tokens=10, stop_token_ids=[])
-    assert facts(ours) == facts(alone(target, drafter, prompts([30]), max_new_tokens=10, stop_token_ids=[])[0])
+    options = {"max_new_tokens": 10, "stop_token_ids": []}
+    ours = generate_batch(target, drafter, prompts([30]), **options)
+    assert facts(ours) == facts(alone(target, drafter, prompts([30]), **options))
     assert generate_batch(target, drafter, [], max_new_tokens=10) == []
 
 
@@ -253,7 +254,7 @@ def test_seeds_give_the_texts_of_one_at_a_time():
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "stop_token_ids": []}
     ours = generate_batch(target, drafter, prompts(), seed=5, **options)
     one_by_one = [alone(target, drafter, [row], seed=5 + i, **options)[0] for i, row in enumerate(prompts())]
-    assert [facts(out) for out in ours] == [facts(out) for out in one_by_one]
+    assert facts(ours) == facts(one_by_one)
     same = generate_batch(target, drafter, prompts([5]) * 2, seed=5, **options)
     assert same[0].token_ids != same[1].token_ids
 

@@ -9,12 +9,12 @@ from dpace.config import BenchConfig
 from dpace.decode import Decoder
 from dpace.measure.benchmark import CompiledPlain, bench, find_compiled
 from dpace.measure.results import CompiledBaseline, read_results
-from dpace.prompts.prompts import Prompt
 from dpace.report.page import speeds
 from tests.conftest import make_drafter, make_target, make_tokenizer
+from tests.support.files import make_prompts
 from tests.support.rows import make_bench, make_row
 
-PROMPTS = [Prompt(str(i), "s", [[{"role": "user", "content": f"w{i} w51"}]]) for i in range(3)]
+PROMPTS = make_prompts(f"w{i} w51" for i in range(3))
 CONFIG = BenchConfig(max_new_tokens=12, temperatures=(0.0, 1.0), widths=("full",), compiled="always")
 
 

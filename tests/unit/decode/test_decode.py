@@ -9,7 +9,6 @@ from dpace.decode.costs import StepCosts
 from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler
 from dpace.drafter.vocabulary import DraftVocabulary
-from dpace.target.chat import encode_chat
 from tests.conftest import EOS, MASK, Oracle, make_drafter, make_target
 
 
@@ -31,17 +30,6 @@ def test_greedy_text_is_the_targets(random_target, block_size, seeds, length):
         assert generate_plain(random_target, prompt(seed=seed), **options).token_ids == plain
         for way in ({"width": "full"}, {"width": 2}, {"width": "auto"}):
             assert generate(random_target, drafter, prompt(seed=seed), **options, **way).token_ids == plain
-
-
-@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
-def test_transformers_own_dflash_generation_takes_the_drafter():
-    target = make_target("smollm2")
-    drafter = make_drafter(target)
-    ids = torch.tensor([prompt()])
-    out = target.model.generate(
-        ids, assistant_model=drafter, speculation_type="dflash", max_new_tokens=20, do_sample=False, eos_token_id=None
-    )
-    assert out[0, 7:].tolist() == generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[]).token_ids
 
 
 @pytest.mark.parametrize(
@@ -214,12 +202,11 @@ def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
 @pytest.mark.parametrize(
     "filters", [{}, {"temperature": 2.0, "top_k": 9, "min_p": 0.01}, {"temperature": 1.6, "top_p": 0.97}]
 )
-def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, language_drafter, language_prompts):
+def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, language_drafter, questions):
     """Also above temperature 0, with any width: the position's random numbers are the same."""
     options = {"temperature": 1.0, **filters, "max_new_tokens": 24, "stop_token_ids": []}
     accepted, texts = 0, set()
-    for seed, question in enumerate(language_prompts[50:54]):
-        ids = language_target.tokenizer(f"ask {question} answer")["input_ids"]
+    for seed, ids in enumerate(questions[:4]):
         plain = generate_plain(language_target, ids, seed=seed, **options).token_ids
         for how in ({"width": "full"}, {"width": 3}, {"width": "auto"}):
             ours = generate(language_target, language_drafter, ids, seed=seed, **options, **how)
@@ -246,16 +233,13 @@ def test_bad_requests(token_ids, options, match):
     assert EOS in target.stop_token_ids and MASK not in target.stop_token_ids
 
 
-def test_a_fixed_width_drafts_whole_blocks_and_verifies_their_beginning(
-    language_target, language_drafter, language_prompts
-):
+def test_a_fixed_width_drafts_whole_blocks_and_verifies_their_beginning(language_target, language_drafter, questions):
     """So the accepted lengths are those of whole blocks, cut."""
-    ids = encode_chat(language_target, [{"role": "user", "content": language_prompts[51]}])
     options = {"max_new_tokens": 40, "stop_token_ids": []}
-    plain = generate_plain(language_target, ids, **options)
+    plain = generate_plain(language_target, questions[1], **options)
     for width in (2, 3, language_drafter.block_size):
-        ours = generate(language_target, language_drafter, ids, width=width, **options)
+        ours = generate(language_target, language_drafter, questions[1], width=width, **options)
         assert ours.token_ids == plain.token_ids
         assert max(ours.widths) == width and 0 < max(ours.accepted_lengths) < width
-    whole = generate(language_target, language_drafter, ids, width="full", **options)
+    whole = generate(language_target, language_drafter, questions[1], width="full", **options)
     assert whole.accepted_lengths == ours.accepted_lengths

@@ -103,15 +103,7 @@ def test_chat(language_folder, language_drafter, tmp_path, capsys, monkeypatch):
     """Two turns from standard input; the second prompt has the first answer."""
     language_drafter.save_pretrained(tmp_path / "drafter")
     monkeypatch.setattr("sys.stdin", io.StringIO("w3 w51\n\nw5 w51\n"))
-    flags = [
-        "--target",
-        str(language_folder),
-        "--drafter",
-        str(tmp_path / "drafter"),
-        "--stream",
-        "--max-new-tokens",
-        "20",
-    ]
+    flags = f"--target {language_folder} --drafter {tmp_path / 'drafter'} --stream --max-new-tokens 20".split()
     assert main(["generate", *flags]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("> ") == 4 and "w4 w5 w6" in printed.out

@@ -49,9 +49,9 @@ def test_it_is_the_head_with_all_other_tokens_left_out(family, dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
-def test_the_text_is_the_targets_and_only_these_tokens_are_drafted(options, language_target, drafter, language_prompts):
+def test_the_text_is_the_targets_and_only_these_tokens_are_drafted(options, language_target, drafter, questions):
     drafter.vocabulary = DraftVocabulary(range(20, 45))
-    prompts = [language_target.tokenizer(f"ask {text} answer")["input_ids"] for text in language_prompts[50:53]]
+    prompts = questions[:3]
     num_accepted = 0
     for width in ("full", "auto"):
         for ids in prompts:
@@ -109,10 +109,8 @@ def test_speculative_sampling_with_processors_drafts_any_token(language_target, 
 
 
 def test_a_drafter_that_started_from_another_has_none(language_target, language_drafter, language_responses, tmp_path):
-    from dpace.train.run import make_datasets, train
-
-    recipe = short()
-    recipe = replace(recipe, drafter=replace(LANGUAGE_RECIPE.drafter, init="before"))
-    datasets = make_datasets(language_target, language_responses[:21], language_responses[50:], recipe)
-    train(language_target, *datasets, recipe, tmp_path, init=language_drafter)
+    recipe = replace(short(), drafter=replace(LANGUAGE_RECIPE.drafter, init="before"))
+    run_recipe(
+        language_target, language_responses[:21], language_responses[50:], recipe, tmp_path, init=language_drafter
+    )
     assert (tmp_path / "provenance.json").exists() and not (tmp_path / VOCABULARY_FILE).exists()

@@ -1,5 +1,4 @@
 import inspect
-import json
 import random
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashAttention, DFlashConvolution, DFlashDraftModel, DFlashLayer, _small_tiles
 from tests.conftest import MASK, make_drafter, make_target, make_tokenizer, make_with_convolutions
+from tests.support.files import change_json, read_json
 
 
 def hidden_of_blocks(drafter, target, token_ids, features, anchors):
@@ -112,7 +112,7 @@ def test_bf16_autocast_trains_fp32_weights():
 def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target, tmp_path):
     drafter = make_drafter(random_target)
     drafter.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     assert config["architectures"] == ["DFlashDraftModel"] and config["model_type"] == "qwen3"
     assert config["dflash_config"] == {"mask_token_id": MASK, "target_layer_ids": drafter.target_layer_ids}
     assert {"block_size", "num_target_layers", "rope_parameters", "rope_theta"} <= set(config)
@@ -132,8 +132,7 @@ def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target
 def test_a_config_does_not_choose_the_attention(language_target, tmp_path):
     """transformers would download such a kernel and run it."""
     make_drafter(language_target).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"_attn_implementation": "someone/kernel"}))
+    change_json(tmp_path / "config.json", _attn_implementation="someone/kernel")
     for drafter in (load_drafter(tmp_path, language_target), Drafter.from_pretrained(tmp_path)):
         assert drafter.config._attn_implementation == "sdpa"
 
@@ -144,10 +143,19 @@ def test_a_drafter_for_another_target_is_refused():
         drafter.check_target(make_target("qwen3", num_hidden_layers=8, layer_types=["full_attention"] * 8))
 
 
-@pytest.mark.parametrize("ids", [[1, 5], [3, 1], [1, 1], [-1, 2]])
-def test_layer_ids_that_engines_cannot_use_are_refused(ids):
-    with pytest.raises(ValueError, match="target_layer_ids"):
-        make_drafter(make_target("qwen3"), target_layer_ids=ids)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target_layer_ids": [1, 5]}, "output of layer 5 is normalized"),
+        ({"target_layer_ids": [3, 1]}, "vLLM sorts them"),
+        ({"target_layer_ids": [-1, 2]}, "train with ascending ids"),
+        ({"block_size": 1}, "at least one draft slot"),
+        ({"mask_token_id": 64}, "outside the target's embedding"),
+    ],
+)
+def test_what_no_engine_can_serve_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_drafter(make_target("qwen3"), **changes)
 
 
 def test_mask_token_is_a_reserved_one():

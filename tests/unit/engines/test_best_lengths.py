@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from dpace.engines.card import NO_GAIN, UNKNOWN, best_lengths, served_lengths
-from dpace.measure.records import ServerAddress
-from dpace.measure.results import LlamacppRow, ServerResults
-from tests.support.rows import make_bench, make_row, make_served
+from dpace.measure.results import LlamacppRow
+from tests.support.rows import make_bench, make_row, make_served, make_servers
 
 FASTER, SLOWER, UNCLEAR, FEW = (1.1, 1.4), (0.5, 0.9), (0.9, 1.2), (None, None)
 
@@ -51,8 +50,7 @@ def test_a_server_has_the_length_that_it_ran_with(ends, best):
     row = make_served(
         concurrency=8, histogram=[1, 0, 1], decode_speedup=1.2, decode_speedup_interval=ends, num_same_text=1
     )
-    servers = {"drafter": ServerAddress(url="http://a:1", engine="vllm")}
-    results = ServerResults(target="t", servers=servers, max_new_tokens=9, seed=0, rows=[row])
+    results = make_servers(row)
     (found,) = served_lengths(results)
     assert found[:5] == ("vllm", "s", 0.0, 8, best)
     assert not list(served_lengths(replace(results, rows=[replace(row, decode_speedup=None)])))

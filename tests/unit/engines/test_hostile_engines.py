@@ -1,6 +1,8 @@
 """Hostile files and folders for four verbs: one clear line, or a right result."""
 
+import functools
 import json
+import operator
 import os
 import resource
 import shutil
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dpace.cli import main
 from dpace.measure.results import write_results
-from tests.conftest import make_drafter
+from tests.support.files import read_json
 from tests.support.rows import make_bench, make_plain, make_response, make_row
 
 ESC = "\x1b[31m"
@@ -29,16 +31,9 @@ def _known_target(monkeypatch, language_target):
     monkeypatch.setattr("dpace.target.locate.find_target", str)
 
 
-@pytest.fixture(scope="module")
-def source(language_target, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "drafter"
-    make_drafter(language_target, block_size=4).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(source, tmp_path) -> Path:
-    shutil.copytree(source, tmp_path / "drafter")
+def folder(random_drafter_folder, tmp_path) -> Path:
+    shutil.copytree(random_drafter_folder, tmp_path / "drafter")
     return tmp_path / "drafter"
 
 
@@ -71,7 +66,7 @@ def own_lines(text: str) -> list[str]:
 def config(**changes):
     def change(folder):
         path = folder / "config.json"
-        found = json.loads(path.read_text())
+        found = read_json(path)
         for name, value in changes.items():
             if name in ("target_layer_ids", "mask_token_id", "block_size"):
                 found.get("dflash_config", {}).pop(name, None)
@@ -212,15 +207,6 @@ def test_doctor_reads_responses_and_leaves_them(folder, tmp_path, capsys):
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def drafter_gguf(source, language_target, target_gguf, tmp_path_factory) -> bytes:
-    from dpace.engines.export import export
-
-    out = tmp_path_factory.mktemp("gguf") / "out"
-    options = {"to": "gguf", "output": out, "name": "x", "target_name": "some/target", "target_gguf": target_gguf}
-    return export(source, language_target, **options).path.read_bytes()
-
-
 GGUF = {
     "another magic": lambda data: b"GGML" + data[4:],
     "version 99": lambda data: data[:4] + struct.pack("<I", 99) + data[8:],
@@ -235,14 +221,14 @@ GGUF = {
 
 @pytest.mark.parametrize("fault", GGUF)
 def test_damaged_gguf_files_are_refused(
-    fault, drafter_gguf, language_folder, source, target_gguf, tmp_path, capsys, monkeypatch
+    fault, random_drafter_gguf, language_folder, random_drafter_folder, target_gguf, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("dpace.engines.gguf.MAX_READS", 9000)
     path = tmp_path / "d.gguf"
-    path.write_bytes(GGUF[fault](drafter_gguf))
+    path.write_bytes(GGUF[fault](random_drafter_gguf))
     refused(["import", str(path), "--output", str(tmp_path / "a"), "--target", str(language_folder)], capsys)
     path.write_bytes(GGUF[fault](target_gguf.read_bytes()))
-    args = ["export", str(source), "--target", "t", "--to", "gguf", "--output", str(tmp_path / "b")]
+    args = ["export", str(random_drafter_folder), "--target", "t", "--to", "gguf", "--output", str(tmp_path / "b")]
     if fault not in ("cut at 60 %", "other bytes"):  # its header is whole: only it is read
         refused([*args, "--target-gguf", str(path)], capsys)
         assert not (tmp_path / "b").exists()
@@ -290,34 +276,21 @@ def test_a_failed_comparison_leaves_what_was_there(folder, tmp_path, capsys, mon
 NAME = f"{ESC}a|b`c`<script>alert(1)</script>\n# d [bold]e[/bold] $x$ \\"
 
 
-def row(**changes):
-    def change(value):
-        value["rows"][0].update(changes)
-
-    return change
-
-
-def response(**changes):
-    def change(value):
-        value["rows"][0]["responses"][0].update(changes)
-
-    return change
-
-
 RESULTS = {
-    "a histogram too long": row(histogram=[1, 2, 3, 4]),
-    "infinity": row(tau=1e999),
-    "a response in no time": response(decode_seconds=0.0),
-    "accepted more than drafted": response(accepted_lengths=[7]),
+    "a histogram too long": (["rows", 0, "histogram"], [1, 2, 3, 4]),
+    "infinity": (["rows", 0, "tau"], 1e999),
+    "a response in no time": (["rows", 0, "responses", 0, "decode_seconds"], 0.0),
+    "accepted more than drafted": (["rows", 0, "responses", 0, "accepted_lengths"], [7]),
 }
 
 
 @pytest.mark.parametrize("fault", RESULTS)
 def test_report_refuses_results_that_contradict_themselves(fault, tmp_path, capsys):
     write_results(tmp_path / "results.json", make_bench())
-    value = json.loads((tmp_path / "results.json").read_text())
-    RESULTS[fault](value)
-    (tmp_path / "results.json").write_text(json.dumps(value))
+    results = read_json(tmp_path / "results.json")
+    (*path, key), value = RESULTS[fault]
+    functools.reduce(operator.getitem, path, results)[key] = value
+    (tmp_path / "results.json").write_text(json.dumps(results))
     refused(["report", str(tmp_path)], capsys, "results.json", "measure again")
     assert not (tmp_path / "report.html").exists()
 
@@ -326,6 +299,7 @@ LOGS = {
     "a step is a text": [{"step": "x", "step_seconds": 1.0}],
     "a share is a text": [{"step": 1, "weight_share/1": "x"}],
     "no list": "x",
+    "no entries": [1],
 }
 
 

@@ -12,18 +12,20 @@ from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
 from dpace.engines.export import export
 from dpace.engines.initial import start_from
+from dpace.measure.results import read_log
 from dpace.recipes.flags import given_options
 from dpace.system.loading import fingerprint
 from dpace.train.identity import read_run
 from dpace.train.run import make_datasets, train
-from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_target
+from tests.conftest import make_drafter, make_recipe, make_target
+from tests.support.files import read_json
 
-FEW_STEPS = replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=1, logging_steps=1)
+FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
 
 
 def recipe_from(init, target_folder, **changes) -> Recipe:
     drafter = DrafterConfig(init=str(init), **changes)
-    return replace(LANGUAGE_RECIPE, target=str(target_folder), drafter=drafter, train=FEW_STEPS)
+    return replace(FEW_STEPS, target=str(target_folder), drafter=drafter)
 
 
 @pytest.mark.parametrize("layout", ["dpace", "specforge", "speculators"])
@@ -36,7 +38,7 @@ def test_every_layout_gives_the_same_start(
         export(language_drafter_folder, language_target, to=layout, output=source, name="x", target_name="x")
     elif layout == "specforge":  # which keeps the block size at the top level, and no mark of dpace
         source = shutil.copytree(language_drafter_folder, tmp_path / "other")
-        config = json.loads((source / "config.json").read_text())
+        config = read_json(source / "config.json")
         config = {name: value for name, value in config.items() if name not in ("dpace", "mask_token_id")}
         (source / "config.json").write_text(json.dumps(config))
     recipe, init = start_from(recipe_from(source, language_folder), given=())
@@ -53,11 +55,11 @@ def test_training_goes_on_where_the_drafter_stood_and_says_so(
     recipe, init = start_from(recipe_from(language_drafter_folder, language_folder), given=())
     datasets = make_datasets(language_target, language_responses[:40], language_responses[50:], recipe)
     train(language_target, *datasets, recipe, tmp_path / "d", init=init)
-    log = json.loads((tmp_path / "d" / "trainer_state.json").read_text())["log_history"]
+    log = read_log(tmp_path / "d")
     trained = next(entry["eval_tau"] for entry in log if "eval_tau" in entry)
     assert trained > 0.8 * language_drafter.config.dpace["tau"] > 1.5
     assert read_run(tmp_path / "d")["init_sha256"] == fingerprint(init)
-    provenance = json.loads((tmp_path / "d" / "provenance.json").read_text())
+    provenance = read_json(tmp_path / "d" / "provenance.json")
     assert provenance["init"] == str(language_drafter_folder) and provenance["init_sha256"] == fingerprint(init)
     for other in (None, make_drafter(language_target)):
         changed = recipe if other else replace(recipe, drafter=replace(recipe.drafter, init=None))

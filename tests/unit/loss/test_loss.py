@@ -37,23 +37,23 @@ def run(function, states, head, labels, is_scored, **options):
     return out, states.grad
 
 
-def assert_equal(ours, theirs):
-    """Values and gradients of two runs."""
-    (our_out, our_grad), (their_out, their_grad) = ours, theirs
-    for mine, reference in zip(our_out, their_out, strict=True):
+def compare(data, chunk_bytes, **options):
+    """Compare values and gradients with the reference; return our gradients."""
+    ours, our_grad = run(frozen_head_nll, *data, chunk_bytes=chunk_bytes, **options)
+    theirs, their_grad = run(frozen_head_nll_reference, *data, **options)
+    for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
     assert float((our_grad - their_grad).norm() / their_grad.norm()) < 1e-6
+    return our_grad
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("chunk_bytes", [4, 300, None])
 def test_equals_the_plain_reference(objective, head, chunk_bytes):
-    data = problem(head=head)
     weigh = make_weigh(LossConfig(objective=objective), block_size=6)
-    ours = run(frozen_head_nll, *data, weigh=weigh, chunk_bytes=chunk_bytes)
-    assert_equal(ours, run(frozen_head_nll_reference, *data, weigh=weigh))
-    assert not ours[1][1].any() and not ours[1][:, :, 0].any()
+    grad = compare(problem(head=head), chunk_bytes, weigh=weigh)
+    assert not grad[1].any() and not grad[:, :, 0].any()
 
 
 def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
@@ -66,8 +66,7 @@ def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
     compiled = torch.compile(tile, backend=counter, dynamic=True, fullgraph=True)
     monkeypatch.setattr(head_scores, "_compiled_add_tile", lambda: compiled)
     for batch, chunk_bytes in ((3, 300), (4, 2000), (2, 9000)):
-        data = problem(batch=batch, head="both")
-        assert_equal(run(frozen_head_nll, *data, chunk_bytes=chunk_bytes), run(frozen_head_nll_reference, *data))
+        compare(problem(batch=batch, head="both"), chunk_bytes)
     states, head, labels, is_scored = problem(batch=3)
     is_one = torch.zeros_like(is_scored)
     is_one[0, 0, 1] = True
@@ -90,8 +89,7 @@ def test_soft_losses_equal_the_plain_reference(token_loss, confidence, objective
         "token_loss": token_loss,
         "target_hidden": torch.randn(data[0].shape),
     }
-    ours = run(frozen_head_nll, *data, chunk_bytes=9000, **options)
-    assert_equal(ours, run(frozen_head_nll_reference, *data, **options))
+    compare(data, 9000, **options)
 
 
 @settings(deadline=None, max_examples=30)

@@ -6,20 +6,17 @@ import pytest
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
 from dpace.measure.pooling import make_rows, pool_seeds
-from dpace.measure.results import CompareResults
 from dpace.metrics import MIN_PROMPTS, Acceptance
-from dpace.prompts.prompts import Prompt
 from dpace.report.page import comparison
 from tests.conftest import make_drafter
-from tests.support.rows import make_plain, make_response
+from tests.support.files import make_prompts
+from tests.support.rows import make_compare, make_plain, make_response
 
 
 @pytest.fixture(scope="module")
 def results(language_target, language_drafter, language_prompts, tmp_path_factory):
     drafters = {"good": language_drafter, "bad": make_drafter(language_target, block_size=language_drafter.block_size)}
-    prompts = [
-        Prompt(str(i), "s", [[{"role": "user", "content": text}]]) for i, text in enumerate(language_prompts[50:56])
-    ]
+    prompts = make_prompts(language_prompts[50:56])
     config = BenchConfig(max_new_tokens=24, temperatures=(0.0,), widths=("full", 2, 3))
     return bench(language_target, drafters, prompts, config, tmp_path_factory.mktemp("bench"))
 
@@ -65,5 +62,4 @@ def test_three_seeds_that_differ_show_no_gain():
     row = pool_seeds("s", "dpace", 8, ours, [theirs] * 3)
     assert row.gain == pytest.approx((0.044, -0.0145, 0.1025), abs=2e-4)
     assert row.tau_interval == pytest.approx((1.566 - 0.0877, 1.566 + 0.0877), abs=2e-4)
-    results = CompareResults(target="t", baseline="dflash", seeds=[0, 1, 2], reduction="a", rows=[row], decode=None)
-    assert comparison(results).rows[1][0] == "no clear difference"
+    assert comparison(make_compare(row)).rows[1][0] == "no clear difference"

@@ -22,6 +22,7 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_drafter, make_target
+from tests.support.files import make_prompts, write_prompts
 
 CONFIG = CheckConfig("target", "drafter", num_prompts=2, max_new_tokens=12)
 LONG = replace(CONFIG, num_prompts=4, max_new_tokens=24)
@@ -30,10 +31,7 @@ sizes = pytest.mark.parametrize("config", [CONFIG, pytest.param(LONG, marks=pyte
 
 @pytest.fixture
 def prompts(language_prompts) -> list[Prompt]:
-    return [
-        Prompt(str(i), "language", [[{"role": "user", "content": text}]])
-        for i, text in enumerate(language_prompts[50:])
-    ]
+    return make_prompts(language_prompts[50:])
 
 
 def failed(findings) -> list[str]:
@@ -118,9 +116,8 @@ def test_p_values_are_uniform_where_nothing_is_wrong():
 def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     language_drafter.save_pretrained(tmp_path / "drafter")
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[50:52]))
-    flags = ["--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", str(path)]
+    path = write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:52])
+    flags = ["--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", path]
     flags += ["--max-new-tokens", "12"]
     assert main(["check", *flags]) == 0
     printed = capsys.readouterr()

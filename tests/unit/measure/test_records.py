@@ -1,25 +1,16 @@
 """Finished responses are kept on disk, and a benchmark goes on after them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from dpace.measure.records import GroupRecords, Provenance, ResponseRecords, ServerAddress, ServerSetup
-from dpace.prompts.prompts import Prompt
-from dpace.system.provenance import Hardware, Versions
-from tests.support.rows import make_plain, make_response
+from dpace.system.provenance import Hardware
+from tests.support.files import make_prompts
+from tests.support.rows import make_bench, make_plain, make_response
 
-SETUP = Provenance(
-    target="t",
-    drafters={},
-    max_new_tokens=4,
-    seed=0,
-    engine="dpace.decode",
-    dtype="float32",
-    hardware=Hardware(device="a processor", cores=2, torch_threads=2),
-    versions=Versions(dpace="0.1.0", torch="2", transformers="5", python="3.11"),
-)
-PROMPTS = [Prompt(str(i), "s", [[{"role": "user", "content": "x"}]]) for i in range(2)]
+SETUP = Provenance(**{field.name: getattr(make_bench(), field.name) for field in fields(Provenance)})
+PROMPTS = make_prompts("xx")
 WAYS = [("plain", None), ("dpace", "full")]
 
 

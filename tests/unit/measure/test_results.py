@@ -5,14 +5,11 @@ import os
 
 import pytest
 
-from dpace.measure.records import ServerAddress
 from dpace.measure.results import (
-    CompareResults,
     Comparison,
     Example,
     Heldout,
     LlamacppRow,
-    ServerResults,
     find_results,
     read_heldout,
     read_log,
@@ -22,7 +19,16 @@ from dpace.measure.results import (
 )
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import to_json
-from tests.support.rows import make_bench, make_compared, make_plain, make_response, make_row, make_served
+from tests.support.rows import (
+    make_bench,
+    make_compare,
+    make_compared,
+    make_plain,
+    make_response,
+    make_row,
+    make_served,
+    make_servers,
+)
 
 WHERE = {"set": "s", "temperature": 0.0}
 BENCH = make_bench(
@@ -41,11 +47,8 @@ DEMO = make_bench(
         )
     ]
 )
-COMPARE = CompareResults(
-    target="t", baseline="dflash", seeds=[0], reduction="mean", rows=[make_compared()], decode=BENCH
-)
-ADDRESSES = {"drafter": ServerAddress(url="http://x", engine="vllm")}
-SERVERS = ServerResults(target="t", servers=ADDRESSES, max_new_tokens=9, seed=0, rows=[make_served()])
+COMPARE = make_compare(make_compared(), decode=BENCH)
+SERVERS = make_servers(make_served())
 ALL = {"bench": BENCH, "demo": DEMO, "compare": COMPARE, "servers": SERVERS}
 HELDOUT = Heldout(ids=["a", "b"], block_size=2, histogram=[[1, 2], [3, 4]], num_without_bonus=[0, 1])
 
@@ -158,14 +161,9 @@ def test_heldout_rows_are_chosen_by_prompt(tmp_path):
         read_heldout(tmp_path)
 
 
-def test_a_log_may_hold_nan_but_has_to_be_a_log(tmp_path):
-    path = tmp_path / "trainer_state.json"
-    path.write_text('{"log_history": [{"step": 1, "loss": NaN}]}')
+def test_a_log_may_hold_nan(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": NaN}]}')
     assert len(read_log(tmp_path)) == 1
-    for content in ("[", "{}", '{"log_history": [1]}', '{"log_history": [{"step": "1"}]}'):
-        path.write_text(content)
-        with pytest.raises(ValueError, match="trainer_state.json.*; train again"):
-            read_log(tmp_path)
 
 
 def test_each_response_has_one_speedup():

@@ -21,6 +21,7 @@ from dpace.respond.responses import Response
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
+from tests.support.files import make_prompts, write_prompts, write_rows
 from tests.support.memory import peak_bytes
 
 SHAPES = {
@@ -103,17 +104,14 @@ def test_steps_are_counted_as_the_loop_counts_them(changes, tmp_path):
 def write_answered(folder, config) -> list[str]:
     """A recipe's folder with answers, and a target of which there is only the config."""
     config.save_pretrained(folder / "target")
-    messages = [[{"role": "user", "content": f"question {i}"}] for i in range(20)]
-    (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"messages": m, "id": str(i)}) + "\n" for i, m in enumerate(messages))
-    )
-    ids = [[5 + (i + j) % 50 for j in range(40)] for i in range(20)]
-    rows = [asdict(Response(str(i), "prompts", messages[i], ids[i], [[10, 40]])) for i in range(20)]
+    prompts = make_prompts(f"question {i}" for i in range(20))
+    path = write_rows(folder / "prompts.jsonl", ({"messages": one.turns[0], "id": one.id} for one in prompts))
+    rows = (asdict(Response(one.id, "prompts", one.turns[0], list(range(5, 45)), [[10, 40]])) for one in prompts)
     out = folder / "out"
     out.mkdir()
-    (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(out / "responses.jsonl", rows)
     (out / "responses.meta.json").write_text(json.dumps({"complete": True, "thinking": False, "num_prompts": 20}))
-    return ["--target", str(folder / "target"), "--output", str(out), "--prompts.path", str(folder / "prompts.jsonl")]
+    return ["--target", str(folder / "target"), "--output", str(out), "--prompts.path", path]
 
 
 @pytest.fixture
@@ -190,10 +188,9 @@ def seconds_of(line: str) -> float:
 def test_the_announced_time_counts_what_is_left(language_folder, language_prompts, tmp_path, capsys, monkeypatch):
     """Tokens are bounded by prompt and answer, not by the longest conversation; what is finished takes no time."""
     monkeypatch.setattr("dpace.plan.training.measure_speed", lambda *_: Speed(1e7, 1e6))
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    path = write_prompts(tmp_path / "prompts.jsonl", language_prompts)
     args = ["compare", "--target", str(language_folder), "--output", str(tmp_path / "out"), "--seeds", "0", "1"]
-    args += ["--prompts.path", str(path), "--respond.max-new-tokens", "8", "--drafter.num-layers", "1"]
+    args += ["--prompts.path", path, "--respond.max-new-tokens", "8", "--drafter.num-layers", "1"]
     args += ["--objectives", "dpace", "--train.max-steps", "2", "--train.num-anchors", "4", "--bench.num-prompts", "1"]
     args += ["--bench.max-new-tokens", "8", "--bench.temperatures", "0"]
 

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dpace.engines.export import export, read_drafter
+from dpace.engines.export import read_drafter
 from dpace.servers.apis import LlamacppServer, SglangServer, VllmServer
 from dpace.servers.transport import Address
-from tests.conftest import make_drafter
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY = settings(FEW, max_examples=150)
@@ -18,13 +17,6 @@ SCALARS = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
-
-
-@pytest.fixture(scope="module")
-def source(language_target, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("properties") / "drafter"
-    make_drafter(language_target, block_size=4).save_pretrained(folder)
-    return folder
 
 
 def read(path: Path) -> None:
@@ -45,24 +37,18 @@ def garbled(data, whole: bytes) -> bytes:
 
 @MANY
 @given(data=st.data())
-def test_safetensors(source, data, tmp_path_factory):
+def test_safetensors(random_drafter_folder, data, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "weights"
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    (folder / "model.safetensors").write_bytes(garbled(data, (source / "model.safetensors").read_bytes()))
+    shutil.copytree(random_drafter_folder, folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").write_bytes(garbled(data, (folder / "model.safetensors").read_bytes()))
     read(folder)
-
-
-@pytest.fixture(scope="module")
-def whole_gguf(source, language_target, target_gguf, tmp_path_factory) -> bytes:
-    options = {"to": "gguf", "output": tmp_path_factory.mktemp("g"), "name": "x", "target_name": "some/target"}
-    return export(source, language_target, target_gguf=target_gguf, **options).path.read_bytes()
 
 
 @MANY
 @given(data=st.data())
-def test_gguf(whole_gguf, data, tmp_path_factory):
+def test_gguf(random_drafter_gguf, data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "d.gguf"
-    path.write_bytes(garbled(data, whole_gguf))
+    path.write_bytes(garbled(data, random_drafter_gguf))
     read(path)
 
 

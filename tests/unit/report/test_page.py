@@ -11,11 +11,12 @@ from matplotlib.image import imread
 from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
-from dpace.measure.results import CompareResults, find_results, read_results, write_results
+from dpace.measure.results import find_results, read_results, write_results
 from dpace.prompts.prompts import Prompt
 from dpace.report.cells import copied_note
 from dpace.report.page import sections_of, write_report
-from tests.support.rows import make_compared
+from tests.support.files import make_prompts
+from tests.support.rows import make_compare, make_compared
 
 CHROMIUM = shutil.which("chromium")
 
@@ -106,14 +107,8 @@ def test_a_browser_shows_it_without_errors(width, folder, tmp_path):
 
 def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
     row = make_compared(set="a", tau_by_seed=[2.0, 2.0], gain_by_seed=[0.1, None], step_seconds=None)
-    compared = CompareResults(
-        target="t",
-        baseline="dflash",
-        seeds=[0, 1],
-        reduction="anchors",
-        rows=[row, replace(row, drafter="dflash", tau=None)],
-        decode=read_results(folder / "results.json"),
-    )
+    decoded = read_results(folder / "results.json")
+    compared = make_compare(row, replace(row, drafter="dflash", tau=None), seeds=[0, 1], decode=decoded)
     write_results(tmp_path / "results.json", compared)
     log = [
         {"step": 10, "step_seconds": 1.0, "weight_share/1": 0.6, "weight_share/2": 0.4},
@@ -122,7 +117,7 @@ def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
     (tmp_path / "dpace" / "seed-0").mkdir(parents=True)
     (tmp_path / "dpace" / "seed-0" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     titles = [section.title for results in find_results(tmp_path) for section in sections_of(results, tmp_path)]
-    assert titles[0] == "Objectives, t, reduction anchors, seeds 0, 1"
+    assert titles[0] == "Objectives, t, reduction mean, seeds 0, 1"
     assert {"Acceptance by slot", "Training", "Weights over training"} <= set(titles)
 
 
@@ -130,12 +125,9 @@ def test_responses_of_a_single_token_have_no_numbers_and_are_shown(
     language_target, language_drafter, language_prompts, tmp_path
 ):
     """No verification, no speed: `-` and null, never NaN, and no warning."""
-    prompts = [
-        Prompt(str(i), "s", [[{"role": "user", "content": text}]]) for i, text in enumerate(language_prompts[:7])
-    ]
     config = BenchConfig(max_new_tokens=1, temperatures=(0.0,))
     drafters = {"a": language_drafter, "b": language_drafter}
-    results = bench(language_target, drafters, prompts, config, tmp_path)
+    results = bench(language_target, drafters, make_prompts(language_prompts[:7]), config, tmp_path)
     row = read_results(tmp_path / "results.json").rows[0]
     assert row.tau is row.decode_speedup is row.published.tau is None and row.tau_interval == (None, None)
     assert results.comparisons[0].tau_gain == (None, None, None)

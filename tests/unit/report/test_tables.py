@@ -4,12 +4,20 @@ import re
 
 import pytest
 
-from dpace.measure.records import ServerAddress
-from dpace.measure.results import CompareResults, Comparison, ServerResults, write_results
+from dpace.measure.results import Comparison, write_results
 from dpace.report.cells import advice, faster_sets, find_parts, has_parts
 from dpace.report.page import comparison, contexts, paired, servers, speeds, write_report
 from dpace.report.tables import console, section_table, slots_table
-from tests.support.rows import make_bench, make_compared, make_plain, make_response, make_row, make_served
+from tests.support.rows import (
+    make_bench,
+    make_compare,
+    make_compared,
+    make_plain,
+    make_response,
+    make_row,
+    make_served,
+    make_servers,
+)
 
 INTERVAL = (0.987, 12.345)
 NAMES = {"set": "speed_bench/multilingual", "drafter": "dpace+lk+overlap", "temperature": 0.6}
@@ -42,10 +50,7 @@ def tables():
     compared = make_compared(
         **NAMES, tau_interval=INTERVAL, gain=GAIN, gain_by_seed=[0.1, None, 0.1], peak_memory_bytes=2**34
     )
-    results = CompareResults(
-        target="t", baseline="dflash", seeds=[0, 1, 2], reduction="anchors", rows=[compared], decode=bench
-    )
-    yield "no clear difference", section_table(comparison(results))
+    yield "no clear difference", section_table(comparison(make_compare(compared, decode=bench)))
     served = make_served(
         set=NAMES["set"],
         temperature=0.6,
@@ -62,9 +67,7 @@ def tables():
         num_same_text=880,
         num_responses=880,
     )
-    address = ServerAddress(url="http://localhost:8001", engine="vllm")
-    both = ServerResults(target="t", servers={"drafter": address}, max_new_tokens=3, seed=0, rows=[served])
-    yield "no clear difference", section_table(servers(both))
+    yield "no clear difference", section_table(servers(make_servers(served)))
 
 
 @pytest.mark.parametrize("cell, table", list(tables()))

@@ -22,26 +22,20 @@ from dpace.servers.transport import Address, Unavailable
 from dpace.system.ledger import register_files
 from dpace.target.chat import ChatTokenizer
 from tests.conftest import EOS
+from tests.support import files
 from tests.support.crash import Disk, Killed
-from tests.support.stub_server import StubServer, pages
+from tests.support.stub_server import PAGES, StubServer, pages
 from tests.unit.respond.test_run_meta import make_small
 
 ROOT = Path(__file__).parents[3]
 CONFIG = RespondConfig(max_new_tokens=8, batch_size=4, retry_seconds=20.0)
 SEEDS = {"vllm": "seed", "llama.cpp": "seed", "sglang": "sampling_seed"}
-PAGES = {
-    "vllm": {"/version": {"version": "1"}, "/v1/models": {"data": [{"id": "m"}]}},
-    "sglang": {"/get_server_info": {"model_path": "m"}},
-    "llama.cpp": {"/props": {"model_alias": "m"}},
-}
 
 
 def make_prompts(count: int) -> list[Prompt]:
     """Every fourth has two turns."""
     texts = [f"w{i} w{(7 * i) % 50}" for i in range(count)]
-    return [
-        Prompt(str(i), "s", [[{"role": "user", "content": text}]] * (1 + (i % 4 == 3))) for i, text in enumerate(texts)
-    ]
+    return [replace(one, turns=one.turns * (1 + (i % 4 == 3))) for i, one in enumerate(files.make_prompts(texts))]
 
 
 PROMPTS = make_prompts(10)

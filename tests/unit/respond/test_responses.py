@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from dpace.config import RespondConfig
@@ -9,13 +7,14 @@ from dpace.respond.answering import write_responses
 from dpace.respond.responses import read_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_tokenizer
+from tests.support.files import make_prompts
 
 CONFIG = RespondConfig(max_new_tokens=12, batch_size=4)
 
 
 @pytest.fixture
 def prompts(language_prompts):
-    return [Prompt(str(i), "language", [[{"role": "user", "content": p}]]) for i, p in enumerate(language_prompts[:8])]
+    return make_prompts(language_prompts[:8])
 
 
 def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tmp_path):
@@ -68,7 +67,7 @@ def test_a_last_line_without_its_end_is_kept(language_target, prompts, tmp_path)
 
 def test_answers_to_other_texts_are_refused(language_target, prompts, tmp_path):
     write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
-    changed = [replace(prompts[0], turns=[[{"role": "user", "content": "w9 w52"}]]), *prompts[1:]]
+    changed = [*make_prompts(["w9 w52"]), *prompts[1:]]
     with pytest.raises(ValueError, match="id '0', but to another text"):
         write_responses(language_target, changed, tmp_path / "r.jsonl", CONFIG)
 
@@ -81,6 +80,5 @@ def test_two_turns_keep_both_spans(language_target, tmp_path):
 
 
 def test_over_long_prompt_is_refused_before_work(language_target, tmp_path):
-    prompt = Prompt("long", "s", [[{"role": "user", "content": "w1 " * 300}]])
-    with pytest.raises(ValueError, match="prompt long has .* tokens"):
-        write_responses(language_target, [prompt], tmp_path / "r.jsonl", CONFIG)
+    with pytest.raises(ValueError, match="prompt 0 has .* tokens"):
+        write_responses(language_target, make_prompts(["w1 " * 300]), tmp_path / "r.jsonl", CONFIG)

@@ -13,15 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpace.cli import main
 from dpace.config import RespondConfig
-from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import read_meta
 from dpace.system.provenance import hash_file, weights_fingerprint
 from dpace.target import Target
 from tests.conftest import EOS, PAD, make_tokenizer
+from tests.support.files import make_prompts, write_prompts
 
 CONFIG = RespondConfig(max_new_tokens=4, batch_size=3)
-PROMPTS = [Prompt(str(i), "s", [[{"role": "user", "content": f"w{i} w5"}]]) for i in range(7)]
+PROMPTS = make_prompts(f"w{i} w5" for i in range(7))
 
 
 def make_small(seed: int = 0) -> Target:
@@ -118,7 +118,7 @@ def test_the_commands_train_on_answers_that_were_copied(
     language_folder, language_prompts, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in language_prompts[:20]))
+    write_prompts(tmp_path / "prompts.jsonl", language_prompts[:20])
     flags = f"--target {language_folder} --prompts.path prompts.jsonl --respond.max-new-tokens 8 --seeds 0"
     flags += " --drafter.num-layers 1 --drafter.num-features 1 --drafter.block-size 4 --drafter.mask-token-id 3"
     flags += " --train.max-steps 2 --train.eval-steps 2 --bench.max-new-tokens 4 --bench.num-prompts 1"
@@ -143,12 +143,11 @@ def test_responses_of_unknown_origin_are_refused(target, path):
 
 
 def test_every_turn_counts_against_the_context(target, path):
-    turns = [[{"role": "user", "content": "w1 " * 10}] for _ in range(5)]
-    prompt = Prompt("long", "s", turns)
-    with pytest.raises(ValueError, match="prompt long has 6. tokens; with 5 answers of up to 4 new tokens"):
-        write_responses(target, [*PROMPTS, prompt], path, CONFIG)
+    (prompt,) = make_prompts(["w1 " * 10])
+    with pytest.raises(ValueError, match="prompt 0 has 6. tokens; with 5 answers of up to 4 new tokens"):
+        write_responses(target, [*PROMPTS, replace(prompt, turns=prompt.turns * 5)], path, CONFIG)
     assert not path.exists(), "refused before work starts"
-    assert write_responses(target, [replace(prompt, turns=turns[:3])], path, CONFIG)
+    assert write_responses(target, [replace(prompt, turns=prompt.turns * 3)], path, CONFIG)
 
 
 def start_verb(body: str) -> subprocess.Popen:

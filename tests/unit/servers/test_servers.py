@@ -14,7 +14,7 @@ from dpace.report.cells import with_interval
 from dpace.report.page import servers
 from dpace.servers.apis import LlamacppServer, connect
 from dpace.target.chat import ChatTokenizer, encode_chat
-from tests.support.stub_server import StubServer, pages
+from tests.support.stub_server import PAGES, StubServer, pages
 
 ACCEPTED = [2, 0, 1]
 """Accepted lengths of every fake response: 3 verifications, 6 tokens after the first."""
@@ -26,8 +26,7 @@ class Fake(StubServer):
 
     def __init__(self, engine: str, *, drafts: bool = False):
         super().__init__(self.page, self.answer)
-        self.pages, self.events = DIALECTS[engine]
-        self.drafts = drafts
+        self.engine, self.drafts = engine, drafts
         self.shift = 0
 
     @property
@@ -37,7 +36,7 @@ class Fake(StubServer):
     def page(self, request):
         if request.path == "/metrics":
             return request.send(self.metrics().encode())
-        pages(self.pages)(request)
+        pages(PAGES.get(self.engine, {}))(request)
 
     def metrics(self) -> str:
         if not self.drafts:
@@ -57,7 +56,7 @@ class Fake(StubServer):
         prompt = request.body.get("prompt") or request.body["input_ids"]
         tokens = [(sum(prompt) + i + self.shift) % 50 for i in range(NUM_TOKENS)]
         threading.Event().wait(0.02)
-        events = "".join(f"data: {json.dumps(event)}\n\n" for event in self.events(tokens, self.drafts))
+        events = "".join(f"data: {json.dumps(event)}\n\n" for event in EVENTS[self.engine](tokens, self.drafts))
         request.send(f"{events}data: [DONE]\n\n".encode())
 
 
@@ -84,13 +83,7 @@ def llamacpp_events(tokens, drafts):
     yield {"content": "", "tokens": [], "stop": True, "timings": timings}
 
 
-DIALECTS = {
-    "vllm": ({"/version": {"version": "0.32.0"}, "/v1/models": {"data": [{"id": "m"}]}}, vllm_events),
-    "sglang": ({"/get_server_info": {"version": "0.5"}}, sglang_events),
-    "llama.cpp": ({"/props": {"total_slots": 1}}, llamacpp_events),
-    "none": ({}, None),
-}
-ENGINES = ("vllm", "sglang", "llama.cpp")
+EVENTS = {"vllm": vllm_events, "sglang": sglang_events, "llama.cpp": llamacpp_events}
 GREEDY = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
 
 
@@ -120,7 +113,7 @@ def chat(language_target):
     return ChatTokenizer("target", language_target.tokenizer)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EVENTS)
 @pytest.mark.parametrize("concurrency", [1, 2])
 def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, tmp_path):
     """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however."""

@@ -12,26 +12,32 @@ from dpace.report.page import comparison
 from dpace.report.tables import console, section_table
 from dpace.studies.compare import compare
 from tests.conftest import LANGUAGE_RECIPE
+from tests.support.files import write_prompts
 
 OWN = "examples.objective:weigh+kl"
 
 
 @pytest.fixture
 def config(language_prompts, tmp_path) -> CompareConfig:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    path = write_prompts(tmp_path / "prompts.jsonl", language_prompts)
     recipe = {field.name: getattr(LANGUAGE_RECIPE, field.name) for field in fields(Recipe)}
     return CompareConfig(
         **{
             **recipe,
             "output": str(tmp_path / "out"),
-            "prompts": PromptsConfig(path=str(path)),
+            "prompts": PromptsConfig(path=path),
             "train": replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=2, num_anchors=4),
             "bench": BenchConfig(temperatures=(0.0,), max_new_tokens=12, num_prompts=2),
             "objectives": ("dpace+kl+overlap", OWN),
             "seeds": (0, 1),
         }
     )
+
+
+@pytest.fixture
+def one_cell(config) -> CompareConfig:
+    """The baseline alone, which is not decoded with."""
+    return replace(config, objectives=("dflash",), seeds=(0,), bench=replace(config.bench, num_prompts=0))
 
 
 def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
@@ -55,11 +61,9 @@ def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
     assert set(greedy) == names and all(row.num_same_text == 2 for row in greedy.values())
 
 
-def test_fewer_steps_than_logging_steps(config, language_target, tmp_path):
+def test_fewer_steps_than_logging_steps(one_cell, language_target, tmp_path):
     """The last step is logged too, so each row has its seconds."""
-    train = replace(config.train, max_steps=2, eval_steps=2, logging_steps=100)
-    bench = replace(config.bench, num_prompts=0)
-    config = replace(config, objectives=("dflash",), seeds=(0,), train=train, bench=bench)
+    config = replace(one_cell, train=replace(one_cell.train, logging_steps=100))
     results = compare(language_target, config)
     assert [row.drafter for row in results.rows] == ["dflash"] and results.rows[0].step_seconds > 0
     assert compare(language_target, config) == results
@@ -74,19 +78,15 @@ def test_fewer_steps_than_logging_steps(config, language_target, tmp_path):
         compare(language_target, config)
 
 
-def test_a_cell_of_another_run_is_refused_before_any_work(config, language_target, tmp_path, monkeypatch):
-    train = replace(config.train, max_steps=2, eval_steps=2)
-    config = replace(
-        config, objectives=("dflash",), seeds=(0,), train=train, bench=replace(config.bench, num_prompts=0)
-    )
-    compare(language_target, config)
+def test_a_cell_of_another_run_is_refused_before_any_work(one_cell, language_target, tmp_path, monkeypatch):
+    compare(language_target, one_cell)
     monkeypatch.setattr("dpace.studies.compare.write_responses", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="train.max_steps 2, not 3"):
-        compare(language_target, replace(config, train=replace(train, max_steps=3)))
+        compare(language_target, replace(one_cell, train=replace(one_cell.train, max_steps=3)))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text("mine")
     with pytest.raises(ValueError, match="results.json was not written by dpace"):
-        compare(language_target, replace(config, output=str(tmp_path / "other")))
+        compare(language_target, replace(one_cell, output=str(tmp_path / "other")))
 
 
 def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The demo on the tiny target, through the command line."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,15 +10,15 @@ from dpace.cli import main
 from dpace.measure.results import CompareResults, read_results
 from dpace.recipes import RECIPES
 from dpace.studies.demo import summary
+from tests.support.files import write_rows
 
 
 @pytest.fixture
 def flags(language_folder, language_prompts, tmp_path) -> list[str]:
     """Options of a demo with prompts of two sets."""
-    path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": text, "set": f"set{int(i % 8 == 0)}"} for i, text in enumerate(language_prompts)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--target", str(language_folder), "--prompts", str(path), "--output", str(tmp_path / "out")]
+    path = write_rows(tmp_path / "prompts.jsonl", rows)
+    return ["--target", str(language_folder), "--prompts", path, "--output", str(tmp_path / "out")]
 
 
 def test_both_objectives_are_compared(flags, tmp_path, capsys, monkeypatch):

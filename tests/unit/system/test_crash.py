@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from dpace.cli import main
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, RespondConfig
 from dpace.engines.export import export
 from dpace.measure.results import write_results
-from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.studies.compare import compare
 from dpace.train.run import make_datasets, train
-from tests.conftest import LANGUAGE_RECIPE
+from tests.conftest import make_recipe
 from tests.support.crash import GROWING, fill, kill, operations_of
+from tests.support.files import make_prompts, write_prompts
 from tests.unit.measure.test_results import SERVERS
 
 UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
@@ -54,10 +53,9 @@ class Runs:
     def __init__(self, target, target_folder, target_gguf, prompts, responses, drafter_folder, folder):
         self.target, self.target_folder, self.target_gguf = target, target_folder, target_gguf
         self.prompts, self.responses, self.drafter = prompts, responses, drafter_folder
-        config = replace(LANGUAGE_RECIPE.train, max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, batch_size=4)
-        self.recipe = replace(LANGUAGE_RECIPE, train=config)
+        self.recipe = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, batch_size=4)
         self.prompts_file, self.folder = folder / "prompts.jsonl", folder
-        self.prompts_file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts[:20]))
+        write_prompts(self.prompts_file, prompts[:20])
 
     def prepare(self, name: str, output: Path) -> None:
         """Make what a run starts from."""
@@ -74,9 +72,8 @@ class Runs:
         train(self.target, *datasets, self.recipe, output / "drafter")
 
     def respond(self, output: Path) -> None:
-        prompts = [Prompt(str(i), "x", [[{"role": "user", "content": p}]]) for i, p in enumerate(self.prompts[:6])]
         config = RespondConfig(max_new_tokens=6, batch_size=2)
-        write_responses(self.target, prompts, output / "responses.jsonl", config)
+        write_responses(self.target, make_prompts(self.prompts[:6]), output / "responses.jsonl", config)
 
     def compare(self, output: Path) -> None:
         options = {name: getattr(self.recipe, name) for name in ("drafter", "loss", "train")}

@@ -1,8 +1,8 @@
 """Real processes that are killed, ended and started twice."""
 
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.support.files import write_prompts
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
@@ -19,8 +21,7 @@ pytestmark = pytest.mark.slow
 def flags(language_folder, language_prompts, tmp_path_factory):
     """A run of some seconds."""
     folder = tmp_path_factory.mktemp("prompts")
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    path = write_prompts(folder / "prompts.jsonl", language_prompts)
     options = {"target": language_folder, "prompts.path": path, "respond.max-new-tokens": 32, "drafter.num-layers": 2}
     options |= {"drafter.block-size": 6, "train.max-steps": 60, "train.eval-steps": 2, "train.batch-size": 8}
     return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
@@ -78,39 +79,39 @@ def test_random_kills(undisturbed, flags, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == expected, name
 
 
-def test_two_processes_at_once(undisturbed, flags, tmp_path):
-    """The second is told who writes; the first goes on, until it is ended with a checkpoint."""
-    out = tmp_path / "out"
-    out.mkdir()
+@pytest.fixture
+def answered(undisturbed, tmp_path):
+    """A folder with the answers of that run."""
     for path in undisturbed.glob("responses.*"):
-        (out / path.name).write_bytes(path.read_bytes())
-    words = ["train", *flags, "--output", str(out), "--train.max-steps", "2000"]
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_two_processes_at_once(answered, flags):
+    """The second is told who writes; the first goes on, until it is ended with a checkpoint."""
+    words = ["train", *flags, "--output", str(answered), "--train.max-steps", "2000"]
     first = start(*words)
-    wait_for(out / "drafter" / "run.json", first)
+    wait_for(answered / "drafter" / "run.json", first)
     code, text = end(start(*words))
     assert code == 1 and f"process {first.pid}" in text and "Traceback" not in text, text
     first.send_signal(signal.SIGTERM)
     code, text = end(first)
-    assert "run the same command" in text and list((out / "drafter" / "checkpoints").glob("checkpoint-*")), text
+    assert "run the same command" in text and list((answered / "drafter" / "checkpoints").glob("checkpoint-*")), text
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_the_process_or_to_torchrun(name, num_ranks, undisturbed, flags, tmp_path):
+def test_a_signal_to_the_process_or_to_torchrun(name, num_ranks, answered, flags):
     """A checkpoint of the step, advice that is given once, no traceback of ours; and it goes on."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for path in undisturbed.glob("responses.*"):
-        (out / path.name).write_bytes(path.read_bytes())
-    words = ["train", *flags, "--output", str(out), "--train.eval-steps", "1000", "--train.max-steps", "400"]
+    words = ["train", *flags, "--output", str(answered), "--train.eval-steps", "1000", "--train.max-steps", "400"]
     process = start(*words, num_ranks=num_ranks)
-    wait_for(out / "drafter" / "recipe.yaml", process)
+    wait_for(answered / "drafter" / "recipe.yaml", process)
     time.sleep(2)
     process.send_signal(getattr(signal, name))
     code, text = end(process)
     assert code == 128 + getattr(signal, name) if num_ranks == 1 else code != 0
     assert text.count("run the same command to continue") == 1, text
-    (checkpoint,) = (out / "drafter" / "checkpoints").glob("checkpoint-*")
+    (checkpoint,) = (answered / "drafter" / "checkpoints").glob("checkpoint-*")
     assert 0 < int(checkpoint.name.split("-")[1]) < 400
     code, text = end(start(*words, num_ranks=num_ranks))
     assert code == 0, text

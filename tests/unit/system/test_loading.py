@@ -91,14 +91,6 @@ def test_a_hostile_config_is_refused_in_one_line(value, folders, tmp_path):
         assert "\n" not in str(refused.value), (key, value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000])
-def test_a_config_that_is_no_object_is_named(text, folders, tmp_path):
-    folder = shutil.copytree(folders / "drafter", tmp_path / "d")
-    (folder / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"config\.json"):
-        load_drafter(folder, make_target("qwen3"))
-
-
 def test_no_code_and_no_attention_of_a_config(folders, tmp_path):
     """`auto_map` is not followed, and attention stays torch's own."""
     shutil.copytree(folders / "target", tmp_path / "t")

@@ -21,6 +21,7 @@ from dpace.target import Target
 from dpace.target.files import find_target_files
 from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.families import make_sharp_target
+from tests.support.files import change_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 PROMPT, LENGTH = [5, 9, 12, 7, 30], 20
@@ -35,8 +36,7 @@ def write(model, folder):
 
 
 def change_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change_json(folder / "config.json", **changes)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A step is the same on any number of ranks and however it is accumulated."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -11,17 +10,14 @@ from safetensors.torch import load_file
 
 from dpace.config import LossConfig
 from dpace.loss import REDUCTIONS
+from dpace.measure.results import read_log
 from dpace.train.loop import TrainingLoop
-from tests.conftest import LANGUAGE_RECIPE
+from tests.conftest import make_recipe
 from tests.support import ranks
+from tests.support.files import read_json, write_rows
 from tests.support.launch import on_ranks
 
-RECIPE = replace(
-    LANGUAGE_RECIPE,
-    train=replace(
-        LANGUAGE_RECIPE.train, max_steps=3, eval_steps=2, logging_steps=1, num_anchors=5, feature_cache_gib=0.0
-    ),
-)
+RECIPE = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=5, feature_cache_gib=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +42,8 @@ def on_one_rank(language_target, responses, tmp_path_factory):
 
 def write_prompts(responses, folder):
     folder.mkdir(exist_ok=True)
-    rows = [json.dumps({"id": one.id, "prompt": one.messages[0]["content"]}) + "\n" for one in responses]
-    (folder / "prompts.jsonl").write_text("".join(rows))
+    rows = ({"id": one.id, "prompt": one.messages[0]["content"]} for one in responses)
+    write_rows(folder / "prompts.jsonl", rows)
 
 
 def without_seconds(path):
@@ -58,7 +54,7 @@ def without_seconds(path):
             return {name: strip(one) for name, one in value.items() if name in COUNTED}
         return [strip(one) for one in value] if isinstance(value, list) else value
 
-    return strip(json.loads(path.read_text()))
+    return strip(read_json(path))
 
 
 COUNTED = {"rows", "decode", "responses", "id", "turn", "token_ids", "accepted_lengths"}
@@ -67,7 +63,7 @@ COUNTED |= {"set", "drafter", "width", "temperature", "tau", "histogram", "num_p
 
 def assert_same(one, other):
     """Loss, gradient norm and the weights after three steps; nothing that one has may be missing in the other."""
-    first, second = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other))
+    first, second = (read_log(folder) for folder in (one, other))
     num_steps = 0
     for mine, reference in zip(second, first, strict=True):
         assert set(mine) == set(reference)

@@ -6,9 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -22,12 +19,14 @@ from dpace.train.checkpoints import is_whole
 from dpace.train.identity import read_run
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
-from tests.conftest import LANGUAGE_RECIPE
+from tests.conftest import make_recipe
+from tests.support.files import change_json, read_json, write_prompts
+from tests.unit.system.test_ledger import hold
 
 
 def recipe_of(**changes):
     config = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "num_anchors": 4, "batch_size": 4, **changes}
-    return replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **config))
+    return make_recipe(**config)
 
 
 def run(target, responses, folder, *, start=0, **changes):
@@ -60,10 +59,7 @@ def test_a_finished_run_is_read_and_not_written(copied, language_target, languag
     again = run(language_target, language_responses, copied)
     assert files_of(copied) == before
     assert not [path for path in before if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    assert (
-        again.confidence_temperature
-        == json.loads((copied / "config.json").read_text())["dpace"]["confidence_temperature"]
-    )
+    assert again.confidence_temperature == read_json(copied / "config.json")["dpace"]["confidence_temperature"]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +201,7 @@ def test_a_step_may_be_split_anew_and_options_that_are_newer_count_as_their_defa
     """A run of an earlier version, which wrote the parts of a step's size, goes on from its second step."""
     (copied / "provenance.json").unlink()
     shutil.rmtree(copied / "checkpoints" / "checkpoint-4")
-    facts = json.loads((copied / "run.json").read_text())
+    facts = read_json(copied / "run.json")
     assert facts.pop("conversations_per_step") == 4 and facts.pop("train.grow_blocks") is False
     split = {"train.batch_size": 2, "train.gradient_accumulation_steps": 1, "ranks": 2}
     (copied / "run.json").write_text(json.dumps(facts | split))
@@ -235,16 +231,8 @@ def test_tau_after_a_kill_before_the_end_is_that_of_an_undisturbed_run(
 
 def test_one_writer(copied, language_target, language_responses):
     (copied / "provenance.json").unlink()
-    lines = [
-        "import time",
-        "from dpace.system.ledger import lock_folder",
-        f"with lock_folder({str(copied)!r}):",
-        " print('', flush=True)",
-    ]
-    code = "\n".join([*lines, " time.sleep(60)"])
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+    with hold(copied) as other:
         try:
-            assert other.stdout and other.stdout.readline()
             with pytest.raises(ValueError, match=f"process {other.pid} .* is writing to"):
                 run(language_target, language_responses, copied)
         finally:
@@ -278,9 +266,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
 def answered(language_folder, language_prompts, tmp_path_factory):
     """The flags of a run whose prompts are answered."""
     folder = tmp_path_factory.mktemp("verbs")
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts[:30]))
-    flags = ["--target", str(language_folder), "--prompts.path", str(prompts), "--respond.max-new-tokens", "16"]
+    prompts = write_prompts(folder / "prompts.jsonl", language_prompts[:30])
+    flags = ["--target", str(language_folder), "--prompts.path", prompts, "--respond.max-new-tokens", "16"]
     flags += ["--drafter.num-layers", "1", "--drafter.block-size", "4", "--train.max-steps", "2"]
     flags += ["--train.logging-steps", "100", "--train.num-anchors", "4"]
     assert main(["respond", *flags, "--output", str(folder / "out")]) == 0
@@ -288,8 +275,7 @@ def answered(language_folder, language_prompts, tmp_path_factory):
 
 
 def change_meta(out, **changes):
-    path = out / "responses.meta.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change_json(out / "responses.meta.json", **changes)
 
 
 ANSWERS = {

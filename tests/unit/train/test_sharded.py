@@ -1,6 +1,5 @@
 """Training is the same with whole drafters on all ranks, with sharded ones, and in one process."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,11 @@ from dpace.config import Recipe
 from dpace.target import Target
 from dpace.target.files import gather_tables, open_target
 from dpace.verbs import load_recipe_target
-from tests.conftest import LANGUAGE_RECIPE
+from tests.conftest import make_recipe
 from tests.support import sharded
 from tests.support.launch import on_ranks
 
-STEPS = {"max_steps": 3, "eval_steps": 2, "logging_steps": 1, "num_anchors": 4, "warmup_ratio": 0.0}
-RECIPE = replace(LANGUAGE_RECIPE, train=replace(LANGUAGE_RECIPE.train, **STEPS, feature_cache_gib=0.0))
+RECIPE = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, warmup_ratio=0.0, feature_cache_gib=0.0)
 CLOSE = 1e-5
 LAST = Path("checkpoints", "checkpoint-3", "model.safetensors")
 """Weights before they are rounded."""

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,20 +13,20 @@ from dpace.decode.loop import generate
 from dpace.drafter import Drafter, load_drafter
 from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
 from dpace.train.finish import fit_confidence_temperature
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
-from tests.conftest import LANGUAGE_RECIPE, make_drafter
+from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_recipe
+from tests.support.files import read_json
 
 
 def short(**changes):
     """A recipe of a few steps; blocks that grow have 8 slots in the end."""
     drafter = replace(LANGUAGE_RECIPE.drafter, block_size=8 if changes.get("grow_blocks") else 6)
-    config = replace(
-        LANGUAGE_RECIPE.train, **{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes}
-    )
-    return replace(LANGUAGE_RECIPE, drafter=drafter, train=config)
+    recipe = make_recipe(**{"max_steps": 3, "eval_steps": 3, "logging_steps": 1, "num_anchors": 4, **changes})
+    return replace(recipe, drafter=drafter)
 
 
 def weights_of(drafter):
@@ -38,8 +37,8 @@ def weigh_at_random(slots):
     return torch.rand(slots.is_scored.shape)
 
 
-def run_recipe(target, responses, heldout, recipe, folder, weigh=None):
-    return train(target, *make_datasets(target, responses, heldout, recipe), recipe, folder, weigh=weigh)
+def run_recipe(target, responses, heldout, recipe, folder, **options):
+    return train(target, *make_datasets(target, responses, heldout, recipe), recipe, folder, **options)
 
 
 def measured(responses):
@@ -48,8 +47,8 @@ def measured(responses):
 
 def run(target, responses, folder, weigh=None, **changes):
     """Train, and give the weights of the best step before they were rounded."""
-    run_recipe(target, responses[:21], responses[50:52], short(**changes), folder, weigh)
-    step = json.loads((folder / "trainer_state.json").read_text())["best_global_step"]
+    run_recipe(target, responses[:21], responses[50:52], short(**changes), folder, weigh=weigh)
+    step = read_json(folder / "trainer_state.json")["best_global_step"]
     return weights_of(Drafter.from_pretrained(folder / "checkpoints" / f"checkpoint-{step}"))
 
 
@@ -82,7 +81,7 @@ def test_checkpoints_apart_from_measurements(language_target, language_responses
     """The best weights are kept at every measurement; a run that is killed and moved goes on from the newest."""
     changes = {"max_steps": 8, "eval_steps": 1, "save_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
     run(language_target, language_responses, tmp_path / "whole", **changes)
-    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    state = read_json(tmp_path / "whole" / "trainer_state.json")
     kept = {p.name for p in (tmp_path / "whole" / "checkpoints").iterdir()}
     assert kept == {"checkpoint-8", f"checkpoint-{state['best_global_step']}"}
     save, steps = TrainingLoop.save, []
@@ -146,7 +145,7 @@ def test_what_is_measured_is_what_is_written(language_target, language_responses
     assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
     num_bytes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in (exact, rounded)]
     assert num_bytes[0] == 2 * num_bytes[1] > 1.9 * (tmp_path / "model.safetensors").stat().st_size
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     assert config["dtype"] == "bfloat16" and config["dpace"]["dtype"] == "float32"
     loaded, data = load_drafter(tmp_path, language_target), measured(language_responses[50:])
     assert torch.equal(weights_of(loaded), weights_of(written)) and loaded.dtype == torch.float32
@@ -183,7 +182,7 @@ def test_weights_near_zero_are_told_once(language_target, language_responses, tm
 def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
     recipe = replace(short(), loss=LossConfig(vocabulary="seen"))
     run_recipe(language_target, language_responses[:20], language_responses[50:52], recipe, tmp_path)
-    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    log = read_log(tmp_path)
     shares = [log[0][f"weight_share/{k}"] for k in range(1, 6)]
     assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
     assert {"loss", "nll", "slot_accuracy/1"} <= set(log[0])
@@ -195,11 +194,10 @@ def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
 def test_the_last_step_is_measured_and_can_be_kept(language_target, language_responses, tmp_path):
     """Also where it is no multiple of eval_steps; without validation responses the last drafter is kept."""
     run(language_target, language_responses, tmp_path / "a", max_steps=3, eval_steps=2)
-    state = json.loads((tmp_path / "a" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "eval_tau" in entry] == [2, 3]
+    assert [entry["step"] for entry in read_log(tmp_path / "a") if "eval_tau" in entry] == [2, 3]
     run_recipe(language_target, language_responses[:8], [], short(max_steps=3), tmp_path / "b")
-    state = json.loads((tmp_path / "b" / "trainer_state.json").read_text())
-    assert state["global_step"] == 3 and not any("eval_tau" in entry for entry in state["log_history"])
+    log = read_log(tmp_path / "b")
+    assert log[-1]["step"] == 3 and not any("eval_tau" in entry for entry in log)
 
 
 def test_nothing_to_train_on_and_a_used_mask_token_are_refused(language_target, language_responses, tmp_path):
@@ -235,7 +233,7 @@ def test_trackers_get_the_log_and_one_that_fails_is_left_out(
     monkeypatch.setattr("dpace.train.progress.LOGGER_TYPE_TO_CLASS", classes)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     run(language_target, language_responses, tmp_path, report_to=("trackio", "wandb"))
-    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    log = read_log(tmp_path)
     assert [entry["step"] for entry in log] == [1, 2, 3, 3]
     expected = [(entry["step"], sorted(set(entry) - {"step"})) for entry in log]
     assert Kept.entries == ["dpace", 3, "mine", 3, *expected]
