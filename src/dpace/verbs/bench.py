@@ -38,8 +38,7 @@ def run(args: list[str]) -> None:
         return
     if recipe.bench.plain_server:
         raise ValueError(
-            f"--bench.plain-server {recipe.bench.plain_server} has no server to be compared with; "
-            "name the one with a drafter by --bench.server"
+            "--bench.plain-server has no server to be compared with; name the one with a drafter by --bench.server"
         )
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]

@@ -157,7 +157,9 @@ def test_addresses_that_are_none_are_refused_and_show_no_password(address, ask, 
     refused(ask(address), capsys, "http://")
 
 
-def test_a_right_server_is_measured_without_a_proxy_and_its_password_is_not_kept(start, ask, tmp_path, monkeypatch):
+def test_a_right_server_is_measured_without_a_proxy_and_its_password_is_not_kept(
+    start, ask, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     seen = []
 
@@ -165,7 +167,10 @@ def test_a_right_server_is_measured_without_a_proxy_and_its_password_is_not_kept
         seen.append(handler.headers.get("Authorization"))
         events(TOKEN, END)(handler)
 
-    assert main(ask(f"http://user:secret@{start(reply)}")) == 0
+    command = ask(f"http://user:secret@{start(reply)}")
+    assert main([*command, "--dry-run"]) == 0 and not seen
+    assert main(command) == 0
+    assert "secret" not in "".join(capsys.readouterr())
     assert set(seen) == {"Basic dXNlcjpzZWNyZXQ="}
     text = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
     assert "secret" not in text and "user" not in text and '"model": "m"' in text and "seed + i" in text
