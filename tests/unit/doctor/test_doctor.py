@@ -240,14 +240,12 @@ def test_a_broken_file_is_named_and_the_rest_is_examined(fault, folder, language
     assert named(folder, language_target) == {expected, "recipe readable"}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3.1", "smollm2", "gemma2", "gemma3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_good_drafters_pass(family, dtype, tmp_path):
-    target = make_target(family)
-    target.tokenizer = make_tokenizer()
+def test_good_drafters_pass(random_target, dtype, tmp_path):
+    random_target.tokenizer = make_tokenizer()
     for make in (make_drafter, make_with_convolutions):
-        make(target).to(dtype).save_pretrained(tmp_path)
-        assert not named(tmp_path, target)
+        make(random_target).to(dtype).save_pretrained(tmp_path)
+        assert not named(tmp_path, random_target)
 
 
 def test_a_trained_drafter_passes_all_checks(folder, language_target, language_responses):
