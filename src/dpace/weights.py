@@ -20,6 +20,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def smoothed(token_probs: TokenProbs, is_scored: IsScored, alpha: float) -> Weights:
     """Compute `(1 - alpha) q + alpha` in fp32, and 1 at slots that are not scored."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1] (the paper uses 0.5, and 0.3 to 0.7 work)")
     return torch.where(is_scored, (1 - alpha) * token_probs.float() + alpha, 1.0)
 
 
@@ -41,6 +43,9 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
     Returns:
         fp32 weights, detached, not normalized.
 
+    Raises:
+        ValueError: `alpha` outside [0, 1].
+
     Source: D-PACE (arXiv 2605.18810), equations 7 and 8.
     """
     products = smoothed(token_probs, is_scored, alpha).cumprod(-1)
@@ -51,7 +56,7 @@ def dpace_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0
 def dpace_confidence_only_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by the probability that the block is accepted up to it.
 
-    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments and returns as there.
+    `w[j] = P[j]`, the cumulative-confidence factor of `dpace_weights` alone. Arguments, returns and errors as there.
 
     Source: D-PACE (arXiv 2605.18810), ablation "cumulative confidence only".
     """
@@ -63,7 +68,8 @@ def dpace_continuation_only_weights(token_probs: TokenProbs, is_scored: IsScored
     """Weigh each slot by how much accepted text follows once it is accepted.
 
     `w[j] = 1 + sum over m > j of (product over j < i <= m of q~[i])`, the factor `dpace_weights / P`. It is computed by
-    the recursion `w[j] = 1 + q~[j + 1] w[j + 1]`, which needs no division. Arguments and returns as in `dpace_weights`.
+    the recursion `w[j] = 1 + q~[j + 1] w[j + 1]`, which needs no division. Arguments, returns and errors as in
+    `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), ablation "continuation value only".
     """
@@ -83,8 +89,8 @@ def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: flo
 
     `w[j] = dpace_weights[j] * (1 - alpha) q[j] / q~[j]`: the gradient of `sum over m of product over i <= m of q~[i]`
     with respect to `log q[j]`. D-PACE leaves the last factor out, and so trains hardest the slots that are still wrong.
-    With the factor, the gradient vanishes where `q` is small. The two agree at `alpha = 0`. Arguments and returns as in
-    `dpace_weights`.
+    With the factor, the gradient vanishes where `q` is small. The two agree at `alpha = 0`. Arguments, returns and
+    errors as in `dpace_weights`.
 
     Source: D-PACE (arXiv 2605.18810), the derivative of equation 7 written out.
     """

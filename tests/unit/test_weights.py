@@ -41,6 +41,12 @@ def straight_from_the_formula(q, mask, alpha):
     return weights
 
 
+@pytest.mark.parametrize("alpha", [-0.1, 1.5])
+def test_alpha_outside_its_range_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        dpace_weights(block(Q), scored([1] * 4), alpha)
+
+
 @pytest.mark.parametrize(
     ("alpha", "mask", "expected"),
     [

@@ -126,7 +126,7 @@ def checked(weigh: Weigh, name: str) -> Weigh:
             found = f"the weight {float(weights[is_wrong][0]):g}"
         raise ValueError(
             f"the objective {name} gives {found}, expected 0 or more and finite for each slot, as a tensor {shape}; "
-            "mend it"
+            "correct it"
         )
 
     return weigh_checked

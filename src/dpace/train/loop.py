@@ -321,7 +321,7 @@ class TrainingLoop:
         """
         name = self.loss.objective
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            way = f"mend it where its weights are negative or not finite, or {LOWER}" if is_custom(name) else LOWER
+            way = f"correct it where its weights are negative or not finite, or {LOWER}" if is_custom(name) else LOWER
             raise ValueError(
                 f"step {self.state.global_step + 1} has the loss {loss} and a gradient of norm {norm}, with the "
                 f"learning rate {self.config.learning_rate:g} and the objective {name}; {way} "
