@@ -5,6 +5,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 import dpace.target.locate
@@ -35,6 +36,7 @@ def test_without_network_a_local_folder_is_asked_for(tmp_path, capfd, monkeypatc
     """In one line and at once; the copy in the cache is taken where there is one."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError()))
     assert main(["plan", "qwen3-4b-3l"]) == 1
     (line,) = capfd.readouterr().err.splitlines()
@@ -43,7 +45,8 @@ def test_without_network_a_local_folder_is_asked_for(tmp_path, capfd, monkeypatc
     snapshot.mkdir(parents=True)
     (tmp_path / "models--Qwen--Qwen3-4B" / "refs").mkdir()
     (tmp_path / "models--Qwen--Qwen3-4B" / "refs" / "main").write_text("a" * 40)
-    assert dpace.target.locate.find_target("Qwen/Qwen3-4B") == str(snapshot)
+    assert dpace.target.locate.find_target("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     assert dpace.target.locate.find_target("some/other-model") == "some/other-model"
 

@@ -110,9 +110,9 @@ def _batch(rows: Iterable[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
 def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
     """Join spans that touch, leave out empty ones, and flatten them."""
     merged: list[int] = []
-    for start, end in spans:
-        if merged and start == merged[-1]:
-            merged[-1] = end
+    for start, end in sorted(map(tuple, spans)):
+        if merged and start <= merged[-1]:
+            merged[-1] = max(merged[-1], end)
         elif end > start:
             merged += [start, end]
     return merged

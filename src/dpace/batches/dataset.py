@@ -118,17 +118,18 @@ class ResponseDataset(torch.utils.data.Dataset):
                 yield from zip(batch, compute([self.token_ids(number) for number in batch]), strict=True)
                 bar.update(task, advance=len(batch))
 
-    def steps(self, step_size: int, *, is_grouped: bool) -> list[list[int]]:
+    def steps(self, step_size: int, *, seed: int, is_grouped: bool) -> list[list[int]]:
         """Choose the conversations of each step of the epoch, by number; the last step may have fewer.
 
         Args:
             step_size: conversations of an optimizer step, over all ranks and micro-batches; the order depends on no
                 other split of a step.
+            seed: of the order, which changes with the epoch.
             is_grouped: take them in `grouped_order` and not at random.
         """
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch)).numpy()
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + self.epoch)).numpy()
         if is_grouped and step_size > 1:
-            order = grouped_order(self.lengths, step_size, seed=(self.seed, self.epoch))
+            order = grouped_order(self.lengths, step_size, seed=(seed, self.epoch))
         return [order[start : start + step_size].tolist() for start in range(0, len(order), step_size)]
 
     def __len__(self):

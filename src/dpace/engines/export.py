@@ -110,7 +110,7 @@ def export(
     with filling(output) as aside:
         path = aside
         if to == "gguf":
-            path = aside / f"dflash-{Path(target_name).name}-{dtype_name(written_dtype)}.gguf"
+            path = aside / f"dflash-{Path(target_name).resolve().name}-{dtype_name(written_dtype)}.gguf"
             write_gguf(path, spec, tensors, target_gguf=str(target_gguf))
         elif to == "speculators":
             save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})

@@ -45,7 +45,7 @@ def fuse_layers(model: PreTrainedModel) -> bool:
     was before, at most twice as far. Hooks on layers run as before; hooks on modules inside them do not.
 
     Memory: on a CPU one packed copy of the weights, in place of the packed copies of the single linear layers;
-    elsewhere none.
+    elsewhere none. While the first layer is tried out, a copy of it, and one in fp64 on the CPU.
     """
     layers: list[Any] = [
         layer for layer in model.modules() if type(layer).__name__ in LAYERS or type(layer) is DFlashLayer
@@ -59,7 +59,8 @@ def fuse_layers(model: PreTrainedModel) -> bool:
         layer.__class__ = _fused_class(type(layer))
         if before:
             exact, theirs = before
-            if (_try_out(layer) - exact).norm() > 2 * (theirs - exact).norm() + 1e-6 * exact.norm():
+            bound = 2 * (theirs - exact).norm() + 1e-6 * exact.norm()
+            if not (_try_out(layer) - exact).norm() <= bound:  # NaN is no result
                 layer.fast = None
                 return False
         for linear in sum(layer.fast.linears, []):

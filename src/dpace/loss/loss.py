@@ -229,6 +229,5 @@ def block_loss(
         num_items = count_items(is_scored, reduction)
     if reduction == "anchors":
         losses = losses / is_scored.any(-1).sum(-1, keepdim=True).clamp_min(1)
-    if isinstance(num_items, Tensor):  # a number would be copied to the device, and the host would wait
-        num_items = num_items.float().clamp_min(TINY)
-    return losses.sum() / num_items
+    is_tensor = isinstance(num_items, Tensor)  # a number would be copied to the device, and the host would wait
+    return losses.sum() / (num_items.float().clamp_min(TINY) if is_tensor else max(num_items, TINY))

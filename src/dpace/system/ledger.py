@@ -28,6 +28,8 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 """What a file system says that has no locks, such as NFS without a lock server."""
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not written to their end; they begin with a dot."""
+WAIT_SECONDS = 1800.0
+"""Longest wait for a process that writes one file."""
 MAX_LINE_BYTES = 64 * 2**20
 """Bytes of the longest line of a JSONL file that is read."""
 
@@ -203,7 +205,13 @@ def _own_lock(path: Path) -> Path:
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[None]:
     """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder."""
-    lock = _acquire(_own_lock(path))
+    try:
+        lock = _acquire(_own_lock(path), WAIT_SECONDS)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"another process has been writing {path} for {WAIT_SECONDS / 60:g} minutes; wait for it, or remove "
+            f"{error.lock_file} if it is gone"
+        ) from error
     try:
         remove_unfinished(path.parent, f"{path.name}.*")
         yield
@@ -211,7 +219,7 @@ def lock_file(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(path: Path, timeout: float = -1.0) -> filelock.BaseFileLock:
+def _acquire(path: Path, timeout: float) -> filelock.BaseFileLock:
     """Lock a file; where the file system has no locks, another file stands for the lock as long as it is held."""
     lock = filelock.FileLock(path, is_singleton=True)
     try:

@@ -1,6 +1,7 @@
 """Load only weights that the model expects: every tensor, in its shape, with finite values."""
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if "safetensors" not in str(error):
+        if error.errno or not re.search(r"\b(adapter_)?model\.safetensors", str(error)):
             raise
         raise OSError(
             f"{what} has no weights in safetensors, and a pickle (*.bin) is not read, since it may run code; where you "

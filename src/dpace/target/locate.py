@@ -63,12 +63,13 @@ def find_target(name: str) -> str:
             pass  # an answer: whoever reads the model says what is wrong with it
         except Exception as error:  # the network's many ways to fail
             try:
-                return huggingface_hub.snapshot_download(name, local_files_only=True)
+                huggingface_hub.snapshot_download(name, local_files_only=True)
             except LocalEntryNotFoundError:
                 raise ValueError(
                     f"the Hugging Face Hub does not answer ({type(error).__name__}), and {name} is not in its cache; "
                     "name a local folder with --target, or check the network"
                 ) from error
+            huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that nobody asks it again
         return name
     ours = cache_folder() / "SmolLM2-135M-Instruct"
     if (ours / "config.json").exists():

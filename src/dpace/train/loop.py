@@ -206,6 +206,8 @@ class TrainingLoop:
         ):
             if newest is not None and self.measure(track):  # where a signal came first
                 self.save()
+            if self.interrupt.is_asked:
+                raise KeyboardInterrupt(self.interrupt.number)
             for batches in self.batches_of_steps():
                 self.take_step(batches)
                 is_last = state.global_step == state.max_steps
@@ -228,7 +230,7 @@ class TrainingLoop:
         of_others = ranks.rank() * batch_size
         while state.global_step < state.max_steps:
             self.dataset.epoch, num_done = divmod(state.global_step, self.steps_per_epoch)
-            steps = self.dataset.steps(self.step_size, is_grouped=self.config.group_by_length)
+            steps = self.dataset.steps(self.step_size, seed=self.config.seed, is_grouped=self.config.group_by_length)
             for numbers in steps[num_done : num_done + state.max_steps - state.global_step]:
                 starts = range(0, len(numbers), self.micro_size)
                 yield [self.read_batch(numbers[start + of_others :][:batch_size]) for start in starts]
