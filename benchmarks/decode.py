@@ -75,7 +75,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
         "dpace, auto": ours(drafter, width="auto"),
     }
     for size in sorted({2, 3, 4, 6, drafter.block_size}):
-        ways[f"dpace, blocks of {size}"] = ours(drafter, width="full", block_size=size)
+        ways[f"dpace, width {size}"] = ours(drafter, width=size)
     ways["random drafter, auto"] = ours(random_drafter, width="auto")
     ways[f"random drafter, blocks of {drafter.block_size}"] = ours(random_drafter, width="full")
     sampled = {"temperature": 1.0, "seed": 0}
