@@ -12,7 +12,7 @@ LEAST = 0.1
 
 
 def weigh(slots: Slots) -> Tensor:
-    """Give the weights, "batch block slot": finite and 0 or more; those of slots that are not scored do not count.
+    """Return the weights, "batch block slot": finite and 0 or more; those of slots that are not scored do not count.
 
     `token_probs` is 1 where a slot is not scored, so such slots leave the product as it is.
     """

@@ -112,8 +112,10 @@ def frozen_head_nll(
         See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
 
     Raises:
-        ValueError: a `token_loss` that needs `target_hidden`.
+        ValueError: unknown `token_loss`, or one that needs `target_hidden`.
     """
+    if token_loss not in get_args(TokenLoss):
+        raise ValueError(f"token_loss is {token_loss!r}; choose one of {', '.join(get_args(TokenLoss))}")
     if token_loss != "nll" and target_hidden is None:
         raise ValueError(f"token_loss {token_loss!r} compares with the target's distribution and needs target_hidden")
     if chunk_bytes is None:
@@ -223,8 +225,10 @@ def block_loss(
         A scalar in nats, 0 (with a zero gradient) for a batch without a scored slot.
 
     Raises:
-        ValueError: the reduction `weights` without `num_items`.
+        ValueError: unknown reduction, or `weights` without `num_items`.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
     if num_items is None:
         num_items = count_items(is_scored, reduction)
     if reduction == "anchors":

@@ -204,7 +204,11 @@ def _own_lock(path: Path) -> Path:
 
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder."""
+    """Let one process at a time write a file inside the `with` block; others wait, also those that hold its folder.
+
+    Raises:
+        ValueError: another process writes it for `WAIT_SECONDS`; names the lock to remove if that process is gone.
+    """
     try:
         lock = _acquire(_own_lock(path), WAIT_SECONDS)
     except filelock.Timeout as error:

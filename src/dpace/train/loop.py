@@ -286,8 +286,8 @@ class TrainingLoop:
         norm = ranks.whole(get_total_norm(gradients))
         totals[2] = self.interrupt.asked_at is not None
 
-        totals: Any = self.accelerator.reduce(totals, reduction="sum")
-        sums = torch.stack([*totals, norm]).tolist()  # the only time that the host waits for the device
+        over_ranks: Any = self.accelerator.reduce(totals, reduction="sum")
+        sums = torch.stack([*over_ranks, norm]).tolist()  # the only time that the host waits for the device
         self.interrupt.is_asked = sums[2] > 0
         divisor = max(sums[1], torch.finfo(torch.float32).tiny)
         factor = self.accelerator.num_processes / divisor  # the gradient is a mean over ranks

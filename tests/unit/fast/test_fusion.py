@@ -173,7 +173,7 @@ def test_gradients_compiling_and_other_attention_run_the_models_own_code():
         )
 
 
-@pytest.mark.parametrize(("error", "is_fused"), [(0.0, True), (0.03, False)])
+@pytest.mark.parametrize(("error", "is_fused"), [(0.0, True), (0.03, False), (float("nan"), False)])
 def test_layers_that_round_otherwise_are_fused_and_wrong_ones_are_not(error, is_fused, monkeypatch):
     """In bf16 with outputs of some hundreds, and with norms that round once, as on a GPU."""
 

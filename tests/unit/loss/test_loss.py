@@ -148,6 +148,8 @@ def test_leading_matches_are_the_greedy_prefix():
 
 def test_settings_that_do_not_fit_are_refused():
     states, head, labels, is_scored = problem()
+    with pytest.raises(ValueError, match="token_loss is 'tv'; choose one of nll"):
+        inspect.unwrap(frozen_head_nll)(states, head, labels, is_scored, token_loss="tv")  # past the tests' types
     with pytest.raises(ValueError, match="needs target_hidden"):
         frozen_head_nll(states, head, labels, is_scored, token_loss="kl")
     with pytest.raises(ValueError, match="'overlap' compares"):
@@ -204,6 +206,9 @@ def test_reductions_by_hand():
     assert block_loss(losses, is_scored, reduction="anchors") == (6 / 3 + 4 / 1) / 2
     assert block_loss(losses, is_scored, reduction="slots") == 10 / 5
     assert block_loss(losses, is_scored, reduction="weights", num_items=torch.tensor(0.25)) == 10 / 0.25
+    assert block_loss(torch.zeros(2, 3), is_scored & False, num_items=0) == 0
+    with pytest.raises(ValueError, match="reduction is 'mean'; choose one of"):
+        inspect.unwrap(block_loss)(losses, is_scored, reduction="mean", num_items=1)  # past the tests' types
     with pytest.raises(ValueError, match="only after the forward pass"):
         block_loss(losses, is_scored, reduction="weights")
 

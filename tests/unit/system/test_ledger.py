@@ -87,6 +87,11 @@ def test_without_locks_of_the_file_system_a_file_is_the_lock(number, tmp_path, m
     path.unlink()
     with lock_folder(tmp_path):
         pass
+    monkeypatch.setattr("dpace.system.ledger.WAIT_SECONDS", 0.0)
+    other = tmp_path / ".dpace.corpus.softlock"
+    other.write_text("1\nanother-host\n")
+    with pytest.raises(ValueError, match=rf"wait for it, or remove {other} if"), lock_file(tmp_path / "corpus.arrow"):
+        pass
 
 
 def test_who_begins_in_a_folder_leaves_the_corpus_to_who_writes_it(tmp_path):

@@ -145,6 +145,17 @@ def test_a_pickle_is_not_read(kind, base, tmp_path, capsys):
     assert "has no weights in safetensors, and a pickle (*.bin) is not read" in error and "save_pretrained" in error
 
 
+def test_an_incomplete_copy_is_named(base, tmp_path, capsys):
+    folder = shutil.copytree(base[1], tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = {name: "model-00001-of-00002.safetensors" for name in load_file(base[1] / "model.safetensors")}
+    files["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert main(["generate", "--target", str(folder), "--prompt", "w3"]) == 1
+    error = capsys.readouterr().err
+    assert "model-00002-of-00002.safetensors" in error and "pickle" not in error
+
+
 def test_a_pickle_on_the_hub_is_not_converted_there(base, monkeypatch):
     """transformers would ask a bot for it, and load what is proposed as a change of the repository."""
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)

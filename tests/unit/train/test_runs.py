@@ -164,13 +164,13 @@ def test_a_number_that_is_not_finite_ends_training(
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "work", "calls", "step"),
-    [("SIGINT", TrainingLoop, "take_step", 3, 3), ("SIGTERM", heldout, "score_conversation", 1, 2)],
+    ("name", "place", "work", "calls", "step", "times"),
+    [("SIGINT", TrainingLoop, "take_step", 3, 3, 1), ("SIGTERM", heldout, "score_conversation", 1, 2, 2)],
 )
 def test_a_signal_saves_the_step_and_the_run_goes_on(
-    name, place, work, calls, step, finished, tmp_path, language_target, language_responses, monkeypatch
+    name, place, work, calls, step, times, finished, tmp_path, language_target, language_responses, monkeypatch
 ):
-    """In a step, which is finished; and in the first of two conversations, whose measurement is made again."""
+    """In a step, which is finished; and twice in the first of two conversations, whose measurement is made again."""
     real, called = getattr(place, work), []
 
     def signalled(*args):
@@ -181,11 +181,13 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(
         return real(*args)
 
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(place, work, signalled)
-        with pytest.raises(KeyboardInterrupt) as ended:
-            run(language_target, language_responses, tmp_path / "d")
-    assert ended.value.args == (getattr(signal, name),) and len(called) == calls
+    for _ in range(times):
+        called.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(place, work, signalled)
+            with pytest.raises(KeyboardInterrupt) as ended:
+                run(language_target, language_responses, tmp_path / "d")
+        assert ended.value.args == (getattr(signal, name),) and len(called) == calls
     assert signal.getsignal(signal.SIGTERM) == before
     assert is_whole(tmp_path / "d" / "checkpoints" / f"checkpoint-{step}")
     run(language_target, language_responses, tmp_path / "d")
