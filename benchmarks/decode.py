@@ -74,7 +74,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
         "plain": lambda ids, count: generate_plain(target, ids, max_new_tokens=count).token_ids,
         "dpace, auto": ours(drafter, width="auto"),
     }
-    for size in sorted({2, 3, 4, 6, drafter.block_size}):
+    for size in [size for size in (2, 3, 4, 6) if size < drafter.block_size] + [drafter.block_size]:
         ways[f"dpace, width {size}"] = ours(drafter, width=size)
     ways["random drafter, auto"] = ours(random_drafter, width="auto")
     ways[f"random drafter, blocks of {drafter.block_size}"] = ours(random_drafter, width="full")
