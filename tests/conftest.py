@@ -24,8 +24,8 @@ from transformers import (
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
+from dpace.drafter.kinds import LAYER_TENSORS
 from dpace.engines.export import export
-from dpace.engines.folder import LAYER_TENSORS
 from dpace.fast.speed_up import speed_up
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses

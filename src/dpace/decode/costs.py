@@ -109,8 +109,7 @@ def _make_step(target: Target, drafter: Drafter, temperature: float) -> Callable
             return
         read = features if width == FIRST_DRAFT else features[:, :4]
         hidden = draft_block(drafter, target, filler[:, :size], read)
-        logits = draft_head.logits(hidden[0, 1:])
-        draft_head.tokens(logits)
-        drafter.confidences(logits)  # waits for the device, as drawing does
+        draft = drafter.kind.draft(draft_head, hidden, size)
+        drafter.confidences(draft.scores[0])  # waits for the device, as drawing does
 
     return step

@@ -209,7 +209,7 @@ class Speculation:
             return Proposal(row[:, 1:], ends)
         features = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
         positions = torch.arange(start - features.shape[1], start, device=row.device)[None]
-        block, (logits,) = draft_step(
+        block, draft = draft_step(
             self.drafter,
             self.draft_head,
             self.drafter_cache,
@@ -222,9 +222,9 @@ class Speculation:
         promised = 0.0
         draft_probs = None
         if self.pace is not None:
-            width, promised = self.pace.choose_width(plan, self.drafter.confidences(logits))
+            width, promised = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]))
         if self.samples_draft and width > 1:
-            spread = self.draft_head.spread(logits[: width - 1])
+            spread = self.draft_head.spread(draft.scores[0, : width - 1])
             tokens, draft_probs = draw_draft(spread, self.text.token_ids, self.text.sampler)
             block = torch.cat([block[:, :1], tokens[None]], dim=1)
         return Proposal(block[:, :width], ends, features.shape[1], draft_probs, promised)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.drafter import Drafter
+from dpace.drafter.kinds import Draft
 from dpace.drafter.views import draft_block
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import RaggedCache, TextCache
@@ -46,7 +47,7 @@ class State(NamedTuple):
 
 def draft_step(
     drafter: Drafter, head: DraftHead, cache: TextCache | RaggedCache, state: State, width: int
-) -> tuple[Int[Tensor, "batch width"], Float[Tensor, "batch draft choice"]]:
+) -> tuple[Int[Tensor, "batch width"], Draft]:
     """Let the drafter read the features that it has not read, and draft a block behind each text.
 
     Args:
@@ -57,7 +58,7 @@ def draft_step(
         width: number of slots that may be verified, the anchor included; 2 to the drafter's block size.
 
     Returns:
-        The last tokens, each followed by the most likely draft tokens; and the logits of these.
+        The last tokens, each followed by the draft; and the draft.
     """
     ends = state.ends
     block_size = drafter.block_size
@@ -73,9 +74,8 @@ def draft_step(
         cache=cache,
     )
     cache.drop_block(block_size)
-    logits = head.logits(hidden[:, 1:width].flatten(0, 1))
-    tokens = head.tokens(logits).unflatten(0, (len(hidden), -1))
-    return torch.cat([ends.last_ids, tokens], dim=1), logits.unflatten(0, tokens.shape)
+    draft = drafter.kind.draft(head, hidden, width)
+    return torch.cat([ends.last_ids, draft.tokens], dim=1), draft
 
 
 def verify_step(

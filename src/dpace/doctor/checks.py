@@ -15,9 +15,9 @@ import torch
 
 from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
+from dpace.drafter.kinds import SELECTOR_TENSORS
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import find_layer_id_faults
-from dpace.engines.folder import SELECTOR_TENSORS
 from dpace.system.loading import first_names
 
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}

@@ -15,7 +15,7 @@ from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import spec_for
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.folder import DrafterFolder, axis_sizes, mapping
+from dpace.engines.folder import DrafterFolder, mapping
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
 from dpace.respond.responses import Response
@@ -94,7 +94,8 @@ class ExaminedFolder(DrafterFolder):
     @cached_property
     def expected_axes(self) -> dict[str, int]:
         """Length of each axis of the tensors, as most of them have it."""
-        expected = {axis: self.size(axis) or length for axis, length in axis_sizes(self.expected_spec).items()}
+        spec = self.expected_spec
+        expected = {axis: self.size(axis) or length for axis, length in spec.kind.axis_sizes(spec).items()}
         return expected | {"hidden": self.target.hidden_size}
 
     @property

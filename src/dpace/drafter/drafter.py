@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
+from dpace.drafter.kinds import Kind, kind_of
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
 from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary
@@ -78,6 +79,11 @@ class Drafter(DFlashDraftModel):
     def spec(self) -> DrafterSpec:
         """All that an engine must know about it, apart from its weights."""
         return DrafterSpec.from_config(self.config.to_dict())
+
+    @property
+    def kind(self) -> Kind:
+        """What it adds to DFlash's network."""
+        return kind_of(self.config)
 
     @property
     def block_size(self) -> int:

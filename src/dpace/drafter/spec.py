@@ -14,6 +14,7 @@ from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.blocks import build_target_layer_ids
+from dpace.drafter.kinds import KINDS, Kind
 from dpace.modeling_dflash import refuse_variants
 
 MAX_LAYERS = 1000
@@ -133,21 +134,9 @@ class DrafterSpec:
         return [layer + 1 for layer in self.target_layer_ids]
 
     @property
-    def architecture(self) -> str:
-        """Name of the network's class, by which engines choose their own."""
-        return "DFlash2DraftModel" if self.conv_kernel_size else "DFlashDraftModel"
-
-    @property
-    def second(self) -> dict[str, int]:
-        """The values that DFlash2 adds, under their published names; empty without convolutions.
-
-        The selector is one that changes no choice (`NeutralSelector`); llama.cpp wants k (k + 1) <= hidden size.
-        """
-        if not self.conv_kernel_size:
-            return {}
-        top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= self.hidden_size), 2)
-        sizes = {"conv_kernel_size": self.conv_kernel_size, "conv_group_size": self.conv_group_size}
-        return {**sizes, "selector_rank": 1, "selector_top_k": top_k}
+    def kind(self) -> Kind:
+        """What it adds to DFlash's network."""
+        return KINDS["dflash2" if self.conv_kernel_size else "dflash"]
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
@@ -223,7 +212,7 @@ class DrafterSpec:
             **values,
             layer_types=["full_attention"] * self.num_layers,
             tie_word_embeddings=False,
-            dflash_config=named | self.second,  # pyright: ignore[reportCallIssue]
+            dflash_config=named | self.kind.values(self),  # pyright: ignore[reportCallIssue]
             is_causal=False,  # pyright: ignore[reportCallIssue]
         )
 
@@ -235,7 +224,7 @@ class DrafterSpec:
         """
         config = {
             **written,
-            "architectures": [self.architecture],
+            "architectures": [self.kind.architecture],
             "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
             "rope_theta": self.rope["rope_theta"],
             "head_dim": self.head_dim,

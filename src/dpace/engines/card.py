@@ -287,8 +287,7 @@ def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:
         "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
         "weights": weights,
     }
-    if spec.conv_kernel_size:
-        facts["convolutions"] = f"over {spec.conv_kernel_size} slots, as in DFlash2, with a candidate selector of zeros"
+    facts |= spec.kind.facts(spec)
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 

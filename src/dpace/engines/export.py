@@ -104,6 +104,8 @@ def export(
     engine_target = str(Path(target_name).resolve()) if Path(target_name).is_dir() else target_name
     spec, weights = read_folder(folder)
     spec.check()
+    if reason := spec.kind.refusals.get(to):
+        raise ValueError(reason)
     original = load_drafter(folder, target, all_tokens=True)
     tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf")
     written_dtype = tensors["fc.weight"].dtype

@@ -1,8 +1,7 @@
 """Read a drafter's folder as it is on disk, and name its tensors.
 
 What comes in is a folder, whole or broken; no model class is needed to read it. What goes out are its config, recipe
-and tensors, and why any of them could not be read. Names and axes of the tensors are those of the published layout and
-of llama.cpp.
+and tensors, and why any of them could not be read. `dpace.drafter.kinds` has the names and axes of the tensors.
 """
 
 import json
@@ -18,75 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.kinds import kind_of_tensors
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
 from dpace.system.progress import printable
-
-TENSORS = {
-    "fc.weight": ("hidden feature", "fc.weight"),
-    "hidden_norm.weight": ("hidden", "enc.output_norm.weight"),
-    "norm.weight": ("hidden", "output_norm.weight"),
-}
-LAYER_TENSORS = {
-    "input_layernorm.weight": ("hidden", "attn_norm.weight"),
-    "self_attn.q_proj.weight": ("query hidden", "attn_q.weight"),
-    "self_attn.k_proj.weight": ("key hidden", "attn_k.weight"),
-    "self_attn.v_proj.weight": ("key hidden", "attn_v.weight"),
-    "self_attn.o_proj.weight": ("hidden query", "attn_output.weight"),
-    "self_attn.q_norm.weight": ("head", "attn_q_norm.weight"),
-    "self_attn.k_norm.weight": ("head", "attn_k_norm.weight"),
-    "post_attention_layernorm.weight": ("hidden", "ffn_norm.weight"),
-    "mlp.gate_proj.weight": ("inner hidden", "ffn_gate.weight"),
-    "mlp.up_proj.weight": ("inner hidden", "ffn_up.weight"),
-    "mlp.down_proj.weight": ("hidden inner", "ffn_down.weight"),
-}
-"""Published name of each tensor, its axes, and llama.cpp's name.
-
-`query` is heads x head_dim, `key` the same for key heads.
-"""
-SELECTOR_TENSORS = {
-    "candidate_selector.predecessor_codebook": ("vocab rank", "selector_predecessor.weight"),
-    "candidate_selector.successor_codebook": ("vocab rank", "selector_successor.weight"),
-    "candidate_selector.hidden_projection.weight": ("rank hidden", "selector_hidden.weight"),
-}
-CONVOLUTION_TENSORS = {
-    "attention_conv.base_kernel": ("side tap hidden", "attn_conv_base"),
-    "attention_conv.kernel_projection.weight": ("kernel hidden", "attn_conv_proj.weight"),
-    "mlp_conv.base_kernel": ("side tap hidden", "ffn_conv_base"),
-    "mlp_conv.kernel_projection.weight": ("kernel hidden", "ffn_conv_proj.weight"),
-}
-"""The same of drafters with convolutions; `kernel` is sides x taps x groups of channels."""
-
-
-def list_tensors(num_layers: int, *, has_convolutions: bool) -> dict[str, tuple[str, str]]:
-    """Return axes and llama.cpp's name of every tensor of a drafter, by its published name.
-
-    Nothing is permuted for llama.cpp, because the drafter's rotary embedding is NeoX's.
-    """
-    tensors = TENSORS | (SELECTOR_TENSORS if has_convolutions else {})
-    of_layers = LAYER_TENSORS | (CONVOLUTION_TENSORS if has_convolutions else {})
-    for layer in range(num_layers):
-        tensors |= {f"layers.{layer}.{name}": (axes, f"blk.{layer}.{gguf}") for name, (axes, gguf) in of_layers.items()}
-    return tensors
-
-
-def axis_sizes(spec: DrafterSpec) -> dict[str, int]:
-    """Return the length of each axis of a drafter's tensors."""
-    return {
-        "hidden": spec.hidden_size,
-        "feature": len(spec.target_layer_ids) * spec.hidden_size,
-        "query": spec.num_heads * spec.head_dim,
-        "key": spec.num_key_value_heads * spec.head_dim,
-        "head": spec.head_dim,
-        "inner": spec.intermediate_size,
-        "vocab": spec.vocab_size,
-        "rank": 1,
-        "side": 2,
-        "tap": spec.conv_kernel_size,
-        "kernel": 2 * spec.conv_kernel_size * (spec.hidden_size // max(1, spec.conv_group_size)),
-    }
-
 
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names in transformers' own container, and the published ones."""
@@ -138,7 +72,7 @@ class DrafterFolder:
     @cached_property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of each tensor that there should be."""
-        known = list_tensors(self.num_layers, has_convolutions="layers.0.mlp_conv.base_kernel" in self.tensors)
+        known = kind_of_tensors(self.tensors).tensors(self.num_layers)
         return {name: tuple(axes.split()) for name, (axes, _) in known.items()}
 
     def size(self, axis: str) -> int | None:

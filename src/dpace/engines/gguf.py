@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.folder import describe_error, list_tensors
+from dpace.engines.folder import describe_error
 from dpace.engines.speculators import to_layer_ids
 
 ARCHITECTURE = "dflash"
@@ -93,7 +93,7 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
             _copy_field(writer, field)
     _write_fields(writer, spec)
     writer.add_file_type(FILE_TYPES[tensors["fc.weight"].dtype])
-    for ours, (_, name) in list_tensors(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0).items():
+    for ours, (_, name) in spec.kind.tensors(spec.num_layers).items():
         tensor = tensors[ours].detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
             data = tensor.view(torch.uint8).numpy()
@@ -142,7 +142,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     """
     config = spec.config()
     sizes = {name: getattr(config, ours) for ours, name in SIZES.items()}
-    for name, size in {**sizes, "attention.value_length": spec.head_dim, **spec.second}.items():
+    for name, size in {**sizes, "attention.value_length": spec.head_dim, **spec.kind.values(spec)}.items():
         writer.add_uint32(f"{ARCHITECTURE}.{name}", size)
     scales = {name: getattr(config, ours) for ours, name in SCALES.items() if hasattr(config, ours)}
     scales |= {"attention.layer_norm_rms_epsilon": spec.rms_norm_eps, "rope.freq_base": spec.rope["rope_theta"]}
@@ -196,8 +196,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         spec = DrafterSpec.from_values({**values, "target_layer_ids": to_layer_ids(get("target_layers"))})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    known = list_tensors(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
-    names = {theirs: ours for ours, (_, theirs) in known.items()}
+    names = {theirs: ours for ours, (_, theirs) in spec.kind.tensors(spec.num_layers).items()}
     return spec, {names.get(tensor.name, tensor.name): _read_gguf_tensor(tensor) for tensor in reader.tensors}
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
-from dpace.engines.folder import axis_sizes, list_tensors, read_files
+from dpace.engines.folder import read_files
 from dpace.engines.speculators import of_speculators
 from dpace.system.loading import translate_library_errors
 
@@ -55,8 +55,8 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     Raises:
         ValueError: tensors that are missing, unknown or of another shape.
     """
-    sizes = axis_sizes(spec)
-    known = list_tensors(spec.num_layers, has_convolutions=spec.conv_kernel_size > 0)
+    sizes = spec.kind.axis_sizes(spec)
+    known = spec.kind.tensors(spec.num_layers)
     missing = sorted(known.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - known.keys())
     if missing or unknown:

@@ -12,15 +12,7 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
     """Write the `config.json` of speculators 0.9, which vLLM reads too.
 
     `sliding_window_non_causal` is true because vLLM 0.32 otherwise makes every layer causal, full attention too.
-
-    Raises:
-        ValueError: a drafter with convolutions.
     """
-    if spec.conv_kernel_size:
-        raise ValueError(
-            "the drafter has convolutions, and the format of speculators has none; give vLLM or SGLang the folder that "
-            "`dpace train` writes"
-        )
     transformer = spec.config().to_dict()
     for key in ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace"):
         transformer.pop(key, None)
