@@ -85,7 +85,7 @@ ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, descr
 TokenLoss = Literal["nll", "kl", "lk", "mix"]
 Confidence = Literal["token", "overlap"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
-VerifyRule = Literal["equality", "speculative"]
+VerifyRule = Literal["equality", "speculative", "block"]
 Width = Literal["auto", "full"] | Count
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -314,6 +314,9 @@ class BenchConfig:
     full: whole drafts, as tau is defined.
     auto: as `dpace generate`, the number of drafted or copied tokens that is fastest on this machine.
     An integer: that number of tokens, the known one included."""
+    verify_rules: OneOrMore[VerifyRule] = ("equality",)
+    """Rules that accept draft tokens at a temperature above 0, as in `dpace generate`; each one gives rows of its own.
+    They are compared with the first one, on the same prompts."""
     compiled: Literal["auto", "always", "never"] = "auto"
     """Also compare with plain decoding whose steps torch.compile compiles, which takes a minute or more to begin.
     auto: on an accelerator only."""

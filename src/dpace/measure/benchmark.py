@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpace.config import BenchConfig, Width
+from dpace.config import BenchConfig, VerifyRule, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.decode.batch import compiled_columns
 from dpace.drafter import Drafter
@@ -69,15 +69,21 @@ def bench(
     for drafter in drafters.values():
         drafter.check_target(target)
     ranks.from_first(lambda: register_files(folder, "results.json"))
+    rules: dict[str, tuple[Drafter, VerifyRule]] = {
+        name if rule == "equality" else f"{name}, {rule}": (drafter, rule)
+        for name, drafter in drafters.items()
+        for rule in config.verify_rules
+    }
+    drafters = {name: drafter for name, (drafter, _) in rules.items()}
     setup = _bench_setup(target, drafters, config)
     records = ResponseRecords(folder / "bench.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
-    paces = Paces()
+    paces = {rule: Paces() for rule in config.verify_rules}
     ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
-    for name, drafter in drafters.items():
+    for name, (drafter, rule) in rules.items():
         for width in config.widths:
-            ways[name, width] = partial(generate, target, drafter, width=width, paces=paces)
+            ways[name, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=paces[rule])
     compiled = find_compiled(target, config)
     if compiled:
         ways[COMPILED, None] = compiled.decode

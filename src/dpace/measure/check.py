@@ -101,7 +101,7 @@ def check_texts(
     sizes = sorted({2, (drafter.block_size + 2) // 2, drafter.block_size})
     ways: dict[str, dict[str, Any]] = {f"width {size}": {"width": size} for size in sizes}
     ways["width auto"] = {"width": "auto", "paces": Paces()}
-    ways["rule speculative"] = {"width": "full", "verify_rule": "speculative"}
+    ways |= {f"rule {rule}": {"width": "full", "verify_rule": rule} for rule in ("speculative", "block")}
     cases = f"{len(prompts)} prompts x {', '.join(ways)}, batch"
     findings = []
     whole = []
@@ -159,7 +159,7 @@ def check_distribution(
     """
     generator = torch.Generator().manual_seed(config.seed)
     paces = Paces()
-    values: dict[VerifyRule, list[Tensor]] = {"equality": [], "speculative": []}
+    values: dict[VerifyRule, list[Tensor]] = {"equality": [], "speculative": [], "block": []}
     for number, token_ids in enumerate(encoded):
         for rule in values:
             out = generate(
@@ -183,7 +183,7 @@ def check_distribution(
         p_values = uniformity(singles, 10), uniformity(pairs, 4)
         detail = f"chi-square: p = {p_values[0]:.3f} for single tokens, {p_values[1]:.3f} for pairs"
         cases = f"{len(singles)} sampled tokens, {len(pairs)} pairs"
-        is_passed = min(p_values) > SIGNIFICANCE / 4
+        is_passed = min(p_values) > SIGNIFICANCE / (2 * len(values))
         findings.append(Finding(f"distribution, rule {rule}", cases, is_passed, detail))
     return findings
 

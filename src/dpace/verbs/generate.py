@@ -41,10 +41,11 @@ class GenerateConfig(SamplingConfig):
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
-    equality: those that equal the target's own sample. speculative: by speculative sampling."""
+    equality: those that equal the target's own sample. speculative: by speculative sampling, token by token.
+    block: by block verification, which accepts no fewer in expectation."""
     compile: bool = False
     """Compile the decoding steps, on a GPU as CUDA graphs, and verify whole drafts.
-    It cannot be combined with --stream or --verify-rule speculative."""
+    It cannot be combined with --stream or another --verify-rule than equality."""
 
 
 def run(args: list[str]) -> None:
@@ -54,7 +55,7 @@ def run(args: list[str]) -> None:
         raise ValueError("--stream needs a drafter and none is named; name its folder with --drafter")
     if config.compile and (config.stream or config.drafter is None or config.verify_rule != "equality"):
         raise ValueError(
-            "--compile needs --drafter, and cannot be combined with --stream or --verify-rule speculative; "
+            "--compile needs --drafter, and cannot be combined with --stream or another --verify-rule than equality; "
             "leave one of them out"
         )
     if config.prompt is None and not config.stream:

@@ -41,8 +41,8 @@ def failed(findings) -> list[str]:
 @sizes
 def test_a_trained_and_an_untrained_drafter_pass(language_target, language_drafter, prompts, config):
     findings = check(language_target, language_drafter, prompts, config)
-    assert not failed(findings) and len(findings) == 8
-    counts = (n * config.num_prompts for n in (1, 6, 5))
+    assert not failed(findings) and len(findings) == 9
+    counts = (n * config.num_prompts for n in (1, 7, 5))
     assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
     assert not failed(check(language_target, make_drafter(language_target), prompts, config))
 
@@ -61,14 +61,14 @@ def test_accepting_too_much_is_found(language_target, language_drafter, prompts,
 
 
 def test_another_distribution_is_found(language_target, language_drafter, prompts, monkeypatch):
-    def keep_all(draft, draft_probs, target_probs, sampler):
+    def keep_all(draft, draft_probs, target_probs, sampler, by_block):
         return len(draft), int(target_probs[len(draft)].argmax())
 
     monkeypatch.setattr(dpace.decode.loop, "verify_sampled", keep_all)
     config = replace(LONG, num_prompts=12)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
     found = check_distribution(language_target, language_drafter, encoded, config, lambda info: None)
-    assert failed(found) == ["distribution, rule speculative"]
+    assert failed(found) == ["distribution, rule speculative", "distribution, rule block"]
 
 
 def test_a_cache_that_keeps_a_rejected_token_is_found(language_target, language_drafter, prompts, monkeypatch):
