@@ -44,7 +44,7 @@ class RowCaches:
         self.target = RaggedCache(target.config, capacity, target.model.dtype)
         self.all = [self.target]
         if drafter is not None:
-            self.drafter = RaggedCache(drafter.config, capacity, drafter.dtype, num_slots=drafter.block_size)
+            self.drafter = RaggedCache(drafter.config, capacity, drafter.dtype, num_slots=drafter.num_slots)
             self.all.append(self.drafter)
 
 

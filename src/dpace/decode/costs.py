@@ -10,7 +10,7 @@ import torch
 
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.drafter.views import draft_block
+from dpace.drafter.views import draft_block, to_predicted
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import TextCache
 from dpace.target import Target
@@ -108,8 +108,8 @@ def _make_step(target: Target, drafter: Drafter, temperature: float) -> Callable
             cache.crop(-width)
             return
         read = features if width == FIRST_DRAFT else features[:, :4]
-        hidden = draft_block(drafter, target, filler[:, :size], read)
-        draft = drafter.kind.draft(draft_head, hidden, size)
+        hidden = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
+        draft = drafter.kind.draft(draft_head, to_predicted(hidden, drafter.first_slot), size)
         drafter.confidences(draft.scores[0])  # waits for the device, as drawing does
 
     return step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpace.drafter import Drafter
 from dpace.drafter.kinds import Draft
-from dpace.drafter.views import draft_block
+from dpace.drafter.views import draft_block, to_predicted
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import RaggedCache, TextCache
 from dpace.target import Target
@@ -55,26 +55,25 @@ def draft_step(
         head: turns the hidden states of slots into logits.
         cache: the drafter's.
         state: where the texts end, and what the drafter reads.
-        width: number of slots that may be verified, the anchor included; 2 to the drafter's block size.
+        width: number of tokens that may be verified, the anchor included; 2 to the drafter's block size.
 
     Returns:
         The last tokens, each followed by the draft; and the draft.
     """
     ends = state.ends
-    block_size = drafter.block_size
-    slots = torch.arange(block_size, device=ends.starts.device)
-    masks = slots.new_full((len(ends.starts), block_size - 1), drafter.mask_token_id)
+    slots = torch.arange(drafter.num_slots, device=ends.starts.device)
+    masks = slots.new_full((len(ends.starts), drafter.num_slots - 1), drafter.mask_token_id)
     hidden = draft_block(
         drafter,
         head.target,
         torch.cat([ends.last_ids, masks], dim=1),
         state.features,
         position_ids=torch.cat([state.positions, ends.starts + slots], dim=1),
-        attention_mask=cache.place_block(state.positions, ends.starts, block_size),
+        attention_mask=cache.place_block(state.positions, ends.starts, drafter.num_slots),
         cache=cache,
     )
-    cache.drop_block(block_size)
-    draft = drafter.kind.draft(head, hidden, width)
+    cache.drop_block(drafter.num_slots)
+    draft = drafter.kind.draft(head, to_predicted(hidden, drafter.first_slot), width)
     return torch.cat([ends.last_ids, draft.tokens], dim=1), draft
 
 

@@ -17,7 +17,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
 from dpace.drafter.kinds import SELECTOR_TENSORS
 from dpace.drafter.mask_token import check_mask_token
-from dpace.drafter.spec import find_layer_id_faults
+from dpace.drafter.spec import FROM_ANCHOR, find_layer_id_faults
 from dpace.system.loading import first_names
 
 SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}
@@ -301,6 +301,15 @@ CONFIG_CHECKS = (
         lambda folder: expect_none([k for k in SCALES if folder.engine == "vllm" and k in folder.config]),
         "use another engine: vLLM's V1 runner does not read these keys",
         "vLLM's V1 runner ignores the keys of scales and caps",
+    ),
+    Check(
+        "engine, slots",
+        "fails",
+        lambda folder: expect_none(
+            [k for k in FROM_ANCHOR if folder.engine not in (None, "llamacpp") and folder.value(k)]
+        ),
+        "decode with dpace, or export with --to gguf for llama.cpp",
+        "other engines read drafts from the second slot on",
     ),
     Check(
         "keys written",

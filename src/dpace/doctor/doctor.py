@@ -50,6 +50,16 @@ def accepts_drafts(folder: ExaminedFolder) -> Observation:
     return Observation(folder.acceptance.tau >= MIN_TAU, f"tau {folder.acceptance.tau:.2f}", f"{MIN_TAU} or more")
 
 
+def first_slot(folder: ExaminedFolder) -> Observation:
+    """Compare tau with that of drafts read one slot before or behind."""
+    acceptance, shifted = folder.acceptance, folder.shifted_acceptance
+    if acceptance is None or shifted is None:
+        return Observation(None, "no responses to measure on")
+    is_right = shifted.tau < MIN_TAU or shifted.tau <= acceptance.tau
+    found = f"tau {acceptance.tau:.2f}, and {shifted.tau:.2f} when read with the other value"
+    return Observation(is_right, found, f"{bool(1 - folder.drafter.first_slot)}, with the higher tau")
+
+
 def accepted_length(folder: ExaminedFolder) -> Observation:
     """Compare tau with the interval that training recorded.
 
@@ -97,6 +107,13 @@ RUN_CHECKS = (
         accepts_drafts,
         "train longer, or train a drafter for this target",
         "tau is below 1.1 on responses: drafting costs more than it gives",
+    ),
+    Check(
+        "sample_from_anchor",
+        "fails",
+        first_slot,
+        "write the other value of sample_from_anchor into dflash_config: drafts are read one slot too late or too soon",
+        "slot 0 predicts the first draft token in some drafters that do not say so (DeepSpec); nothing is accepted",
     ),
     Check(
         "accepted length",

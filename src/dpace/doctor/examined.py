@@ -153,6 +153,18 @@ class ExaminedFolder(DrafterFolder):
     @cached_property
     def acceptance(self) -> Acceptance | None:
         """Accepted lengths on the recorded responses, or on the first ones; None without responses."""
+        return self._measure()
+
+    @cached_property
+    def shifted_acceptance(self) -> Acceptance | None:
+        """The same with drafts read from the slots before: as if blocks began at the anchor, or else as if not."""
+        published = self.drafter.config.dflash_config
+        published["sample_from_anchor"] = self.drafter.first_slot == 1
+        shifted = self._measure()
+        published["sample_from_anchor"] = self.drafter.first_slot == 1
+        return shifted
+
+    def _measure(self) -> Acceptance | None:
         chosen = [r for r in self.responses if r.id in self.record.get("tau_responses", ())]
         longest = mapping(self.recipe.get("train")).get("max_length", 10**9)
         chosen = chosen or self.responses[:MAX_RESPONSES]

@@ -86,9 +86,19 @@ class Drafter(DFlashDraftModel):
         return kind_of(self.config)
 
     @property
-    def block_size(self) -> int:
-        """Number of slots in a block, the anchor included."""
+    def num_slots(self) -> int:
+        """Number of slots that the network reads, the anchor included."""
         return self.config.block_size
+
+    @property
+    def first_slot(self) -> int:
+        """The slot that predicts the first draft token: 1, or 0 where blocks begin at the anchor."""
+        return 0 if self.config.dflash_config.get("sample_from_anchor") else 1
+
+    @property
+    def block_size(self) -> int:
+        """Number of tokens that are verified at once: the anchor and the draft tokens."""
+        return self.num_slots + 1 - self.first_slot
 
     @property
     def mask_token_id(self) -> int:
@@ -181,6 +191,11 @@ class Drafter(DFlashDraftModel):
             softcap=target.head.softcap,
             record={},
         )
+        if spec.sample_from_anchor:
+            raise ValueError(
+                "sample_from_anchor is true: training of blocks whose first slot predicts is not implemented; start "
+                "from another drafter, or leave --drafter.init out"
+            )
         with torch.random.fork_rng():
             drafter: Any = Drafter(spec.config())
         drafter.load_state_dict(self.state_dict())

@@ -21,6 +21,8 @@ MAX_LAYERS = 1000
 """Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
+"""Names under which published configs say that slot 0 predicts the first draft token."""
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
 
@@ -80,6 +82,7 @@ def _check_record(record: dict[str, Any]) -> dict[str, Any]:
 Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
+Flag = Annotated[bool, Strict()]
 Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
 
 
@@ -116,6 +119,9 @@ class DrafterSpec:
     """Slots that a convolution reads, itself included, as in DFlash2; 0 without convolutions."""
     conv_group_size: Index = 0
     """Channels that share what a convolution adds to its taps; 0 without convolutions."""
+    sample_from_anchor: Flag = False
+    """Whether each slot predicts the token behind its own position, as in DeepSpec: `block_size` slots give as many
+    draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
     record: Annotated[dict[str, Any], Field(alias="dpace"), AfterValidator(_check_record)] = field(
         default_factory=dict, compare=False
     )
@@ -125,8 +131,8 @@ class DrafterSpec:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Number of draft tokens in a block: all slots but the anchor."""
-        return self.block_size - 1
+        """Number of draft tokens in a block: all slots but the anchor, or all of them."""
+        return self.block_size - 1 + self.sample_from_anchor
 
     @property
     def hidden_state_ids(self) -> list[int]:
@@ -187,12 +193,14 @@ class DrafterSpec:
                 raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}")
         block_size = _either(config, nested, "block_size")
         layer_ids = _either(config, nested, "target_layer_ids")
+        from_anchor = [_either(config, nested, name) for name in FROM_ANCHOR]
         spec = cls.from_values(
             {
                 **config,
                 **convolutions,
                 "block_size": 16 if block_size is None else block_size,
                 "mask_token_id": _either(config, nested, "mask_token_id"),
+                "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
                 "target_layer_ids": () if layer_ids is None else layer_ids,
                 "rope_parameters": _read_rope(config),
                 "special_token_ids": {name: config[name] for name in SPECIAL_TOKENS if name in config},
@@ -206,7 +214,8 @@ class DrafterSpec:
         """Make the config of a `Drafter`."""
         elsewhere = {"conv_kernel_size", "conv_group_size", "special_token_ids"}
         values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
-        named = {name: values[name] for name in ("mask_token_id", "target_layer_ids")}
+        nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
+        named = {name: values[name] for name in nested if name in values}
         return Qwen3Config(
             **self.special_token_ids,
             **values,

@@ -1,11 +1,12 @@
 """The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpace.blocks import Blocks, dense_mask, flex_mask
 from dpace.system.device import TILED
@@ -50,6 +51,13 @@ def draft_block(
     ).last_hidden_state
 
 
+def to_predicted(
+    hidden: Float[Tensor, "*block slot hidden"], first_slot: int
+) -> Float[Tensor, "*block position hidden"]:
+    """Move hidden states to the positions whose tokens they predict; those of slot 0 come to be at `1 - first_slot`."""
+    return hidden if first_slot else nn.functional.pad(hidden, (0, 0, 1, 0))
+
+
 def blocks_hidden(
     drafter: Any,
     target: Target,
@@ -57,6 +65,7 @@ def blocks_hidden(
     *,
     mask_token_id: int,
     target_layer_ids: Sequence[int],
+    first_slot: int = 1,
     with_target_hidden: bool = False,
     make_mask: Callable[[Blocks, int], Any] | None = None,
 ) -> tuple[Tensor, Blocks, Tensor | None]:
@@ -72,6 +81,8 @@ def blocks_hidden(
             `Target.features`.
         mask_token_id: the token in slots that are not drafted yet.
         target_layer_ids: layers whose outputs are the features.
+        first_slot: see `Drafter`; with 0 the network reads one slot less than a block has, and the hidden states are
+            moved to the slots whose tokens they predict.
         with_target_hidden: give the input of the target's head too.
         make_mask: gives the attention mask; by default `flex_mask` on a GPU and `dense_mask` elsewhere.
 
@@ -86,16 +97,20 @@ def blocks_hidden(
     num_features = len(target_layer_ids) * target.hidden_size
     batch, num_context = token_ids.shape
     make_mask = make_mask or (flex_mask if token_ids.device.type in TILED else dense_mask)
+    read = blocks
+    if not first_slot:
+        read = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
     context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
     hidden = draft_block(
         drafter,
         target,
-        blocks.input_ids(mask_token_id).flatten(1, 2),
+        read.input_ids(mask_token_id).flatten(1, 2),
         features[..., :num_features],
-        position_ids=torch.cat([context_ids, blocks.position_ids.flatten(1)], dim=1),
-        attention_mask=make_mask(blocks, num_context),
-        block_size=blocks.block_size,
-    ).unflatten(1, blocks.labels.shape[1:])
+        position_ids=torch.cat([context_ids, read.position_ids.flatten(1)], dim=1),
+        attention_mask=make_mask(read, num_context),
+        block_size=read.block_size,
+    ).unflatten(1, read.labels.shape[1:])
+    hidden = to_predicted(hidden, first_slot)
     if not with_target_hidden:
         return hidden, blocks, None
     before = (blocks.position_ids - 1).clamp(0, num_context - 1)

@@ -192,13 +192,24 @@ CONVERSION = (
 """What a model card of the published layout says of llama.cpp."""
 
 
-def serve_command(engine: Engine, drafter: str, target: str, block_size: int) -> str:
-    """Return the command, or the line of Python, with which an engine drafts whole blocks."""
+def serve_command(engine: Engine, drafter: str, target: str, block_size: int, *, from_anchor: bool = False) -> str:
+    """Return the command, or the line of Python, with which an engine drafts whole blocks.
+
+    Args:
+        engine: of `ENGINES`.
+        drafter: its folder, file or Hub id.
+        target: its target's.
+        block_size: of a `Drafter`: the anchor and the draft tokens.
+        from_anchor: see `DrafterSpec.sample_from_anchor`; llama.cpp runs such drafters as DSpark's without a head.
+    """
     serving = ENGINES[engine]
-    return serving.command(drafter, target, block_size - serving.num_uncounted)
+    command = serving.command(drafter, target, block_size - serving.num_uncounted)
+    return command.replace("draft-dflash", "draft-dspark") if from_anchor else command
 
 
-def card_sections(to: Format, *, drafter: str, gguf: str, target: str, block_size: int) -> list[str]:
+def card_sections(
+    to: Format, *, drafter: str, gguf: str, target: str, block_size: int, from_anchor: bool = False
+) -> list[str]:
     """Write the parts of a model card that say how to serve the drafter.
 
     Args:
@@ -206,11 +217,13 @@ def card_sections(to: Format, *, drafter: str, gguf: str, target: str, block_siz
         drafter: name that engines are given for it.
         gguf: name of the drafter's GGUF file, for llama.cpp.
         target: name of the target.
-        block_size: slots of a block.
+        block_size: of a `Drafter`.
+        from_anchor: see `serve_command`.
     """
     sections = []
     for engine in CARD_ENGINES.get(to, PUBLISHED_ENGINES):
-        command = serve_command(engine, gguf if engine == "llamacpp" else drafter, target, block_size)
+        name = gguf if engine == "llamacpp" else drafter
+        command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
         sections.append(ENGINES[engine].card.format(drafter=drafter, target=target, command=command).rstrip())
     return sections if to in CARD_ENGINES else [*sections, CONVERSION.format(target=target)]
 
@@ -258,7 +271,14 @@ def write_card(
         _facts_table(spec, target_name, weights),
         *_result_sections(source, drafter, weights if is_rounded else None),
         "## How to serve it",
-        *card_sections(to, drafter=name, gguf=path.name, target=target_name, block_size=spec.block_size),
+        *card_sections(
+            to,
+            drafter=name,
+            gguf=path.name,
+            target=target_name,
+            block_size=spec.num_draft_tokens + 1,
+            from_anchor=spec.sample_from_anchor,
+        ),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
     ]
     folder = path.parent if to == "gguf" else path
@@ -288,6 +308,8 @@ def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:
         "weights": weights,
     }
     facts |= spec.kind.facts(spec)
+    if spec.sample_from_anchor:
+        facts["first slot"] = "the known token's own predicts (`sample_from_anchor`), which vLLM 0.32 does not run"
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 

@@ -26,6 +26,8 @@ from dpace.target.files import find_target_files
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
+ANCHOR_FORMATS: tuple[Format, ...] = ("gguf", "speculators")
+"""Formats that can say that blocks begin at the anchor (`DrafterSpec.sample_from_anchor`)."""
 COMPARED = [name for name, field in DrafterSpec.__dataclass_fields__.items() if field.compare]
 """What a spec that is read again must have as it was written."""
 
@@ -101,11 +103,16 @@ def export(
         raise ValueError(
             f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"
         )
-    engine_target = str(Path(target_name).resolve()) if Path(target_name).is_dir() else target_name
     spec, weights = read_folder(folder)
     spec.check()
     if reason := spec.kind.refusals.get(to):
         raise ValueError(reason)
+    if spec.sample_from_anchor and to not in ANCHOR_FORMATS:
+        raise ValueError(
+            f"the drafter's sample_from_anchor is true, and engines that read the format {to} draft from the second "
+            f"slot on, so that nearly nothing would be accepted; export with --to {' or --to '.join(ANCHOR_FORMATS)}"
+        )
+    engine_target = str(Path(target_name).resolve()) if Path(target_name).is_dir() else target_name
     original = load_drafter(folder, target, all_tokens=True)
     tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf")
     written_dtype = tensors["fc.weight"].dtype

@@ -152,6 +152,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     name = f"{ARCHITECTURE}.target_layers"
     writer.add_key_value(name, spec.hidden_state_ids, gguf.GGUFValueType.ARRAY, int32)
     writer.add_bool(f"{ARCHITECTURE}.attention.causal", False)
+    writer.add_bool(f"{ARCHITECTURE}.sample_from_anchor", spec.sample_from_anchor)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
 
 
@@ -191,6 +192,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
         "conv_kernel_size": get("conv_kernel_size", 0),
         "conv_group_size": get("conv_group_size", 0),
+        "sample_from_anchor": get("sample_from_anchor", False),
     }
     try:
         spec = DrafterSpec.from_values({**values, "target_layer_ids": to_layer_ids(get("target_layers"))})

@@ -38,6 +38,7 @@ def run_llamacpp(
     max_new_tokens: int,
     drafter_gguf: str | Path | None = None,
     num_draft_tokens: int = 0,
+    from_anchor: bool = False,
     num_threads: int = 1,
 ) -> list[Answer]:
     """Answer prompts greedily, one after the other, after a first answer that is not counted.
@@ -48,6 +49,7 @@ def run_llamacpp(
         max_new_tokens: longest response in tokens.
         drafter_gguf: the drafter; plain decoding without it.
         num_draft_tokens: draft tokens of a block, `block_size - 1`.
+        from_anchor: whether the drafter's slots begin at the anchor; llama.cpp then runs it as DSpark without a head.
         num_threads: more than one is slow where other programs want the cores too.
 
     Raises:
@@ -57,6 +59,7 @@ def run_llamacpp(
         "target": str(target_gguf),
         "drafter": str(drafter_gguf or ""),
         "num_draft_tokens": num_draft_tokens,
+        "from_anchor": from_anchor,
         "num_threads": num_threads,
     }
     request = {"server": server, "prompts": list(prompts), "max_new_tokens": max_new_tokens}
@@ -77,6 +80,7 @@ def make_server(
     drafter: str | None = None,
     *,
     num_draft_tokens: int = 0,
+    from_anchor: bool = False,
     num_threads: int = 1,
     is_exact: bool = False,
 ) -> Any:
@@ -98,7 +102,8 @@ def make_server(
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     if drafter:
         kinds = xllamacpp.common_speculative_type
-        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
+        dspark = kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK
+        params.speculative.types = [dspark if from_anchor else kinds.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH]
         params.speculative.draft.mparams.path = drafter
         params.speculative.draft.n_max = num_draft_tokens
     return xllamacpp.Server(params)

@@ -14,7 +14,8 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
     `sliding_window_non_causal` is true because vLLM 0.32 otherwise makes every layer causal, full attention too.
     """
     transformer = spec.config().to_dict()
-    for key in ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace"):
+    ours = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace")
+    for key in (*ours, "sample_from_anchor"):
         transformer.pop(key, None)
     transformer |= {"rope_theta": spec.rope["rope_theta"], "dtype": dtype, "use_sliding_window": False}
     return {
@@ -24,7 +25,7 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
         "draft_vocab_size": spec.vocab_size,
         "dtype": dtype,
         "mask_token_id": spec.mask_token_id,
-        "sample_from_anchor": False,
+        "sample_from_anchor": spec.sample_from_anchor,
         "sliding_window_non_causal": True,
         "speculators_config": {
             "algorithm": "dflash",
@@ -64,10 +65,10 @@ def verifier_name(folder: str | Path) -> str | None:
 
 def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dict[str, Any]:
     """Turn a config of speculators into the published layout."""
-    if config["speculators_model_type"] != "dflash" or config.get("sample_from_anchor"):
+    if config["speculators_model_type"] != "dflash":
         raise ValueError(
-            f"speculators_model_type is {config['speculators_model_type']!r} with sample_from_anchor "
-            f"{config.get('sample_from_anchor', False)}, expected 'dflash' with False; dpace cannot use other drafters"
+            f"speculators_model_type is {config['speculators_model_type']!r}, expected 'dflash'; other drafters have "
+            "networks that dpace does not run"
         )
     if num_target_layers is None:
         raise ValueError(
@@ -83,6 +84,7 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
     return inner | {
         "block_size": config.get("block_size", 0),
         "mask_token_id": config.get("mask_token_id"),
+        "sample_from_anchor": config.get("sample_from_anchor"),
         "target_layer_ids": to_layer_ids(config.get("aux_hidden_state_layer_ids")),
         "num_target_layers": num_target_layers,
     }

@@ -57,7 +57,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
         other_past = _replace_text(inputs, positions < anchor, target, anchor)
         controls.append(_relative_error(_block_hidden(drafter, target, other_past, number), hidden))
         features = target.features(inputs["token_ids"][:, :anchor], drafter.target_layer_ids)
-        blocks = inputs["token_ids"].new_full((1, drafter.block_size), drafter.mask_token_id)
+        blocks = inputs["token_ids"].new_full((1, drafter.num_slots), drafter.mask_token_id)
         blocks[0, 0] = inputs["token_ids"][0, anchor]
         errors.append(_relative_error(draft_block(drafter, target, blocks, features)[0], hidden))
     largest_leak = max(leaks, default=0.0)
@@ -81,8 +81,9 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 
 def _block_hidden(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
     """Compute the final hidden states of one block, "slot hidden"."""
-    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
-    return blocks_hidden(drafter, target, inputs, **ids)[0][0, number]
+    ids: dict[str, Any] = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    first = drafter.first_slot
+    return blocks_hidden(drafter, target, inputs, first_slot=first, **ids)[0][0, number, 1 - first :]
 
 
 def _replace_text(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int) -> dict[str, Any]:

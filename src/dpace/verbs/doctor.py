@@ -11,6 +11,7 @@ def run(args: list[str]) -> None:
     """Run `dpace doctor`."""
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
     from dpace.doctor.doctor import RUN_CHECKS, diagnose
+    from dpace.drafter.drafter import read_spec
     from dpace.engines.card import serve_command
     from dpace.report.tables import console, doctor_table
     from dpace.target.locate import find_drafter
@@ -28,8 +29,10 @@ def run(args: list[str]) -> None:
         raise ValueError(f"failed: {', '.join(failed)}; the table above says what to do about each")
     print("passed")
     if config.engine:
-        size = next(int(d.found) for d in diagnoses if d.check == "block_size")
-        print("serve with:", serve_command(config.engine, config.drafter, config.target, size), sep="\n")
+        spec = read_spec(folder)
+        names = config.engine, config.drafter, config.target
+        served = serve_command(*names, spec.num_draft_tokens + 1, from_anchor=spec.sample_from_anchor)
+        print("serve with:", served, sep="\n")
     print("next:", command("check", target=config.target, drafter=config.drafter))
 
 

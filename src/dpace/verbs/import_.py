@@ -17,7 +17,7 @@ def run(args: list[str]) -> None:
     name = config.target or verifier_name(source)
     drafter = import_drafter(source, config.output, target=find_target(name) if name else None)
     layers = ", ".join(map(str, drafter.target_layer_ids))
-    print(f"blocks of {drafter.block_size}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
+    print(f"blocks of {drafter.num_slots}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")
     print(f"written: {config.output}")
     print("next:", command("check", target=name or "TARGET", drafter=config.output))
 
