@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dpace.decode.copies import NUM_KINDS, Copy, Recall
+from dpace.decode.copies import MAX_MATCH, NUM_KINDS, Copy, Recall
 from dpace.decode.costs import FILLER_TOKENS, StepCosts, measure_costs
 from dpace.drafter import Drafter
 from dpace.target import Target
@@ -34,7 +34,9 @@ COST_FORGETTING = 0.0003
 PRIOR_TOKENS = 1.0
 """Initial sums of promised and of kept tokens, before the first draft."""
 COPY_PRIOR = (0.2, 0.5)
-"""Initial rates at which the first and a further copied token are right; they count as two observations."""
+"""Initial rates at which the first and a further token copied from the text are right, as two observations."""
+RECALLED_PRIOR = (0.5, 0.8)
+"""The same for tokens of earlier answers, which count where requests are alike."""
 PRIOR_GAIN = 1.1
 """Initial gain of a whole draft over plain decoding; a drafter is trusted until it proves slower."""
 
@@ -117,7 +119,8 @@ class Pace:
         self.drift = [0.0] * (len(costs.verify_seconds) + 1)  # logarithms of seconds over `costs`: drafts, then widths
         self.visits = [0.0] * len(self.drift)  # decaying numbers of these steps
         self._correct_costs()
-        self.copy_rates = [[Rate(2 * p, 2.0) for p in COPY_PRIOR] for _ in range(NUM_KINDS)]
+        priors = [COPY_PRIOR] * (MAX_MATCH + 1) + [RECALLED_PRIOR] * (NUM_KINDS - MAX_MATCH - 1)
+        self.copy_rates = [[Rate(2 * p, 2.0) for p in prior] for prior in priors]
         seconds = costs.draft_seconds + costs.verify_seconds[-1]
         self.all_drafted = DraftSums(PRIOR_GAIN * costs.plain_rate * seconds, PRIOR_GAIN * seconds, seconds, 1.0)
         self.drafted = [DraftSums()] * NUM_KINDS  # by the kind of the match
@@ -133,7 +136,7 @@ class Pace:
             copies: what could be copied, from the text and from earlier answers.
             num_unread: number of tokens that the drafter would read first.
         """
-        choices = [(copy, *self._choose_copy(copy.match, len(copy.token_ids))) for copy in copies or [Copy()]]
+        choices = [(copy, *self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
         copy, width, promised = min(
             choices, key=lambda choice: self.copy_costs.verify_seconds[choice[1] - 1] / choice[2]
         )

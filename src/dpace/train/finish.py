@@ -1,7 +1,6 @@
 """Write a trained drafter, rounded, measured and calibrated, with what it was made from."""
 
 from collections.abc import Mapping
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,9 @@ def _find_vocabulary(loop: TrainingLoop, acceptance: Acceptance | None) -> Draft
 def _find_answers(dataset: ResponseDataset) -> list[int]:
     """Return the tokens of the answers that were trained on; of every n-th conversation where all are too many."""
     numbers = range(0, len(dataset), 1 + int(dataset.lengths.sum()) // MAX_ANSWER_TOKENS)
-    answers = (dataset.token_ids(i)[dataset.is_response(i)].tolist() for i in numbers)
-    return [*islice(chain.from_iterable(answers), MAX_ANSWER_TOKENS)]
+    return [token for i in numbers for token in dataset.token_ids(i)[dataset.is_response(i)].tolist()][
+        :MAX_ANSWER_TOKENS
+    ]
 
 
 def _record(target: Target, acceptance: Acceptance | None, validation: ResponseDataset, recipe: Recipe) -> dict:
