@@ -137,12 +137,13 @@ class Pace:
             num_unread: number of tokens that the drafter would read first.
         """
         choices = [(copy, *self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
+        seconds_of = self.copy_costs.verify_seconds
         copy, width, promised = min(
-            choices, key=lambda choice: self.copy_costs.verify_seconds[choice[1] - 1] / choice[2]
+            choices, key=lambda choice: (seconds_of[choice[1] - 1] / choice[2], -choice[0].match)
         )
         sums = self.drafted[copy.match].plus(self.all_drafted.average())
         seconds = sums.seconds * math.exp(self.drift[0] - self.drift[1])
-        loss_now = promised / self.copy_costs.verify_seconds[width - 1] * seconds - sums.tokens
+        loss_now = promised / seconds_of[width - 1] * seconds - sums.tokens
         loss_later = (seconds - sums.plain_seconds) * self.costs.plain_rate
         loss = max(loss_now, loss_later) / sums.drafts
         if loss > 0:

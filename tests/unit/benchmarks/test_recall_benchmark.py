@@ -11,13 +11,13 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "recall.py"
 
 
 def test_the_command_prints_the_bars(
-    language_folder, random_drafter_folder, language_responses, tmp_path, monkeypatch, capsys
+    endless_folder, random_drafter_folder, language_responses, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(random_drafter_folder, tmp_path / "dpace" / "seed-42")
     lines = [json.dumps(asdict(response)) for response in language_responses[:5]]
     (tmp_path / "responses.jsonl").write_text("\n".join(lines) + "\n")
     size = "--requests 3 --per-set 1 --tokens 8 --memory 2000".split()
-    monkeypatch.setattr(sys, "argv", ["recall.py", str(tmp_path), "--target", str(language_folder), *size])
+    monkeypatch.setattr(sys, "argv", ["recall.py", str(tmp_path), "--target", str(endless_folder), *size])
     monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
     monkeypatch.setenv("COLUMNS", "200")
     runpy.run_path(str(SCRIPT), run_name="__main__")
