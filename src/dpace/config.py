@@ -91,7 +91,7 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp", "tp"]
-Engine = Literal["vllm", "sglang", "llamacpp", "transformers", "zlab"]
+Engine = Literal["vllm", "sglang", "llamacpp", "tensorrt", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
 
@@ -324,6 +324,9 @@ class BenchConfig:
     """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
     plain_server: Text | None = None
     """Address of a server of the same target without a drafter, as the baseline of --bench.server."""
+    prefixes: OneOrMore[Literal["cold", "warm"]] = ("cold",)
+    """Whether a server has the prompts in its cache, with --bench.server.
+    cold: a prompt is not found there. warm: each request is sent twice, and the second one counts."""
     concurrencies: OneOrMore[Annotated[int, integer(1, 4096)]] = (1, 2, 4, 8)
     """Numbers of requests at the same time, with --bench.server."""
     seed: Seed = 0

@@ -191,10 +191,10 @@ def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, f
 
 
 def decode_speedup(
-    tokens: Sequence[int | float],
-    seconds: Sequence[float],
-    plain_tokens: Sequence[int | float],
-    plain_seconds: Sequence[float],
+    tokens: Sequence[int | float] | np.ndarray,
+    seconds: Sequence[float] | np.ndarray,
+    plain_tokens: Sequence[int | float] | np.ndarray,
+    plain_seconds: Sequence[float] | np.ndarray,
 ) -> tuple[float, float, float]:
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 

@@ -5,6 +5,7 @@ What comes in is a spec, the drafter as it was measured, and the results beside 
 each engine's command (`ENGINES`), which `dpace doctor` and the documentation print too.
 """
 
+import itertools
 import json
 import shlex
 import sys
@@ -19,8 +20,9 @@ from dpace.config import Engine, Format
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe_values
-from dpace.measure.results import RESULT_FILES, BenchResults, Results, Row, ServerResults, read_results
-from dpace.report.cells import as_code, as_markdown, copied_note, verdict, with_interval
+from dpace.measure.results import RESULT_FILES, BenchResults, BreakEven, Results, Row, ServerResults, read_results
+from dpace.report.cells import as_code, as_markdown, copied_note, pays, verdict, with_interval
+from dpace.report.page import break_even, to_markdown
 from dpace.system.device import dtype_name
 from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
@@ -115,6 +117,13 @@ def _llamacpp(drafter: str, target: str, count: int) -> str:
     return shlex.join([*words, "--spec-draft-n-max", str(count)])
 
 
+def _tensorrt(drafter: str, target: str, count: int) -> str:
+    """Write TensorRT-LLM's configuration, with the command that reads it in the first line."""
+    config = {"decoding_type": "DFlash", "speculative_model": drafter, "max_draft_len": count}
+    command = shlex.join(["trtllm-serve", target, "--config", "config.yaml"])
+    return f"# config.yaml, for: {command}\n" + yaml.safe_dump({"speculative_config": config}, sort_keys=False).rstrip()
+
+
 def _transformers(drafter: str, target: str, count: int) -> str:
     """Write the line of Python for transformers, which reads the block size from the drafter."""
     model = f"Drafter.from_pretrained({drafter!r}, dtype=model.dtype)"
@@ -136,6 +145,10 @@ ENGINES: dict[Engine, Serving] = {
 ```bash
 {command}
 ```
+
+Add `--per-request-spec-decode-metrics summary`, and each response has its own acceptance. Adaptive verification
+verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in the speculative config.
+It needs Model Runner V2 with full CUDA graphs (not run by us).
 """,
     ),
     "sglang": Serving(
@@ -157,7 +170,23 @@ ENGINES: dict[Engine, Serving] = {
 {command}
 ```
 
+By default it verifies all that is drafted. `--spec-draft-p-min 0.5` ends a draft before its first token of a lower
+probability; try a few values on your prompts.
+
 `TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
+""",
+    ),
+    "tensorrt": Serving(
+        1,
+        _tensorrt,
+        """**TensorRT-LLM** (not run by us)
+
+```yaml
+{command}
+```
+
+`draft_len_schedule` has the draft length up to each number of requests at once, and no drafts above the last one.
+`dpace bench --server` measures up to which number drafts pay.
 """,
     ),
     "transformers": Serving(
@@ -185,7 +214,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 CARD_ENGINES: dict[Format, tuple[Engine, ...]] = {"speculators": ("vllm",), "gguf": ("llamacpp",)}
 """Engines that a model card has commands for; those of the published layout for all other formats."""
-PUBLISHED_ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "transformers")
+PUBLISHED_ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "tensorrt", "transformers")
 CONVERSION = (
     "For llama.cpp: `dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf`."
 )
@@ -208,7 +237,14 @@ def serve_command(engine: Engine, drafter: str, target: str, block_size: int, *,
 
 
 def card_sections(
-    to: Format, *, drafter: str, gguf: str, target: str, block_size: int, from_anchor: bool = False
+    to: Format,
+    *,
+    drafter: str,
+    gguf: str,
+    target: str,
+    block_size: int,
+    from_anchor: bool = False,
+    break_even: Sequence[BreakEven] = (),
 ) -> list[str]:
     """Write the parts of a model card that say how to serve the drafter.
 
@@ -219,13 +255,25 @@ def card_sections(
         target: name of the target.
         block_size: of a `Drafter`.
         from_anchor: see `serve_command`.
+        break_even: measured with this drafter.
     """
     sections = []
     for engine in CARD_ENGINES.get(to, PUBLISHED_ENGINES):
         name = gguf if engine == "llamacpp" else drafter
         command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
+        if engine == "tensorrt" and (most := most_requests(break_even)):
+            command += f"\n  draft_len_schedule: {{{most}: {block_size - 1}}}"
         sections.append(ENGINES[engine].card.format(drafter=drafter, target=target, command=command).rstrip())
     return sections if to in CARD_ENGINES else [*sections, CONVERSION.format(target=target)]
+
+
+def most_requests(rows: Sequence[BreakEven]) -> int:
+    """Return up to how many requests at once drafts pay, for all lengths of the context; 0 where that is not known."""
+    by_number: dict[int, set[str]] = {}
+    for row in rows:
+        by_number.setdefault(row.concurrency, set()).add(pays(row))
+    paying = list(itertools.takewhile(lambda number: by_number[number] == {"pays"}, sorted(by_number)))
+    return paying[-1] if paying and len(by_number) > 1 else 0
 
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
@@ -262,6 +310,7 @@ def write_card(
     is_local = Path(target_name).is_dir()
     front = _front_matter(to, license, None if is_local else target_name)
     weights = dtype_name(dtype)
+    sections, paying = _result_sections(source, drafter, weights if is_rounded else None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(Path(name).name)}",
@@ -269,7 +318,7 @@ def write_card(
         "target keeps those that it would have written itself.",
         *[f"`{as_code(target_name)}` is a folder: elsewhere, put the target's Hub id in its place below."] * is_local,
         _facts_table(spec, target_name, weights),
-        *_result_sections(source, drafter, weights if is_rounded else None),
+        *sections,
         "## How to serve it",
         *card_sections(
             to,
@@ -278,6 +327,7 @@ def write_card(
             target=target_name,
             block_size=spec.num_draft_tokens + 1,
             from_anchor=spec.sample_from_anchor,
+            break_even=paying,
         ),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
     ]
@@ -324,19 +374,23 @@ def _read_if_possible(path: Path) -> Results | None:
         return None
 
 
-def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> list[str]:
-    """Write what was measured with these weights, and the verification lengths to serve with."""
+def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> tuple[list[str], list[BreakEven]]:
+    """Write what was measured with these weights, where drafts pay, and the verification lengths to serve with."""
     results, served = (_read_if_possible(source.parent / name) for name in RESULT_FILES)
     sections, advice = [], []
+    paying: list[BreakEven] = []
     if isinstance(results, BenchResults):
         weights = fingerprint(drafter)
         names = [name for name, found in results.drafters.items() if found == weights]
         rows = [row for row in results.rows if row.drafter in names]
         if rows:
             sections, advice = _measured_rows(results, rows, rounded_to), list(best_lengths(results, names))
+        paying += [row for row in results.break_even or () if row.drafter in names]
     if isinstance(served, ServerResults):
         advice += served_lengths(served)
-    return [*sections, *_advice_section(advice, isinstance(served, ServerResults))]
+        paying += served.break_even or ()
+    tables = [to_markdown([break_even(paying)]).rstrip()] if paying else []
+    return [*sections, *tables, *_advice_section(advice, isinstance(served, ServerResults))], paying
 
 
 def _advice_section(advice: list[Advice], is_served: bool) -> list[str]:
@@ -358,10 +412,15 @@ def _advice_section(advice: list[Advice], is_served: bool) -> list[str]:
     return ["## Verification length", text, "\n".join([head, *lines])]
 
 
+def _way(row: Row) -> str:
+    """Name a row's width, and its verify rule where that is not the default one."""
+    return ", ".join(filter(None, [str(row.width), row.drafter.partition(", ")[2]]))
+
+
 def _measured_rows(results: BenchResults, rows: list[Row], rounded_to: str | None) -> list[str]:
     """Write the table of rows that were measured with these weights."""
     lines = [
-        f"| {as_markdown(row.set)} | {row.temperature:g} | {row.width} | {with_interval(row.tau, row.tau_interval)} | "
+        f"| {as_markdown(row.set)} | {row.temperature:g} | {_way(row)} | {with_interval(row.tau, row.tau_interval)} | "
         f"{with_interval(row.decode_speedup, row.decode_speedup_interval)} | {row.num_same_text}/{row.num_responses} |"
         for row in rows
     ]

@@ -17,6 +17,7 @@ from dpace.measure.results import (
     CompiledBaseline,
     Estimate,
     Example,
+    PairedResponse,
     Published,
     Row,
     defined,
@@ -133,6 +134,25 @@ def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
             )
         )
     return comparisons
+
+
+def pair_responses(rows: Sequence[Row]) -> dict[tuple[str, float, int], list[PairedResponse]]:
+    """Put the responses with whole drafts beside the plain ones, by drafter, temperature and number of requests: 1."""
+    groups: dict[tuple[str, float, int], list[PairedResponse]] = {}
+    for row in rows:
+        for ours, plain in zip(row.responses, row.plain_responses, strict=True):
+            if row.width == "full":
+                pair = PairedResponse(
+                    id=f"{ours.set}/{ours.id}",
+                    prompt_tokens=ours.prompt_tokens,
+                    decode_tokens=ours.decode_tokens,
+                    decode_seconds=ours.decode_seconds,
+                    num_verifications=len(ours.accepted_lengths),
+                    plain_tokens=plain.decode_tokens,
+                    plain_seconds=plain.decode_seconds,
+                )
+                groups.setdefault((row.drafter, row.temperature, 1), []).append(pair)
+    return groups
 
 
 def pool_seeds(

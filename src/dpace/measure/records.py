@@ -74,6 +74,8 @@ class ServerAddress:
     """What it turned out to be."""
     model: str | None = optional()
     """What it calls its model, where it says so."""
+    version: str | None = optional()
+    """Which version of the engine runs, where it says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ class ServerSetup(Setup):
 
     servers: dict[str, ServerAddress]
     """By side, `drafter` and `plain`."""
+    salted: bool | None = optional()
+    """Whether no prompt was in a server's cache before; older versions did not see to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +146,8 @@ class SideRecord:
     """Until all were answered."""
     counts: Counts | None
     """Verifications, as far as the server reports them."""
+    request_counts: list[Counts] | None = optional()
+    """Those of each request; None where they are known for all together only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +159,10 @@ class GroupRecord:
     """The prompts'."""
     temperature: float
     concurrency: int
+    prefix: str
+    """`cold`, or `warm` where the same requests were sent once before, for a server that keeps prompts in a cache."""
+    prompt_tokens: list[list[int]]
+    """For each turn the tokens of each prompt, earlier turns included."""
     turns: list[dict[str, SideRecord]]
     """For each turn the answers by side, `drafter` and `plain`."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpace.config import Width
-from dpace.measure.records import Count, Provenance, ResponseRecord, ServerSetup, acceptance_of
+from dpace.measure.records import Count, Provenance, ResponseRecord, Seconds, ServerSetup, acceptance_of
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, optional, to_json
 from dpace.system.ledger import lock_folder, read_object, register_files, write_json
@@ -174,12 +174,48 @@ class ComparedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairedResponse:
+    """A response with a drafter, beside those to the same prompt without one; None is what is not known."""
+
+    id: str
+    """The prompt's."""
+    prompt_tokens: int
+    decode_tokens: Count
+    """Tokens after the first."""
+    decode_seconds: Seconds
+    num_verifications: Count | None = optional()
+    num_emitted: Count | None = optional()
+    """Tokens that the verifications emitted."""
+    plain_tokens: Count | None = optional()
+    plain_seconds: Seconds | None = optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakEven:
+    """The tau above which drafts pay, for one range of context lengths and number of requests."""
+
+    prompt_tokens: int
+    """Median of the prompts, earlier turns included."""
+    concurrency: int
+    temperature: float
+    drafter: str
+    """Its name, or the engine's."""
+    tau: Estimate
+    break_even: Estimate
+    """Seconds of a step with a draft over those of a plain token."""
+    speedup: Estimate
+    """Tokens a second over those of plain decoding: measured, or tau over the break-even where that was timed alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerRow:
     """A server with a drafter, on one set at one temperature and concurrency; `plain_` is the one without."""
 
     set: str
     temperature: float
     concurrency: int
+    prefix: str = "cold"
+    """`warm` where each prompt was sent once before, so that a server could have it in its cache."""
     tokens_per_second: float
     """Rate of a request after its first token."""
     throughput: float
@@ -201,6 +237,8 @@ class ServerRow:
     decode_speedup_interval: Interval
     num_same_text: int | None
     """None without a plain server."""
+    responses: list[PairedResponse] | None = optional()
+    """All of them, by which two versions of a server are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +250,8 @@ class BenchResults(Provenance):
     """One for each drafter, width, set and temperature."""
     comparisons: list[Comparison]
     """Every drafter against the first."""
+    break_even: list[BreakEven] | None = optional()
+    """One for each drafter with whole drafts, temperature, context length and number of requests."""
     llamacpp: list[LlamacppRow] | None = optional()
     """What `dpace demo` measured in llama.cpp."""
 
@@ -254,6 +294,9 @@ class ServerResults(ServerSetup):
     schema_version: Literal[1] = SCHEMA_VERSION
     rows: list[ServerRow]
     """One for each set, temperature and concurrency."""
+    break_even: list[BreakEven] | None = optional()
+    """One for each temperature, number of requests and context length, where the baseline and verifications are known.
+    """
 
 
 Results = BenchResults | CompareResults | ServerResults

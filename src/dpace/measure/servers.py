@@ -6,6 +6,7 @@ as each server reports these.
 
 import itertools
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpace.config import BenchConfig
+from dpace.measure.break_even import find_break_even, prompt_totals
 from dpace.measure.records import (
     PLAIN,
     SEED_RULE,
@@ -24,10 +26,10 @@ from dpace.measure.records import (
     SideRecord,
     rotated,
 )
-from dpace.measure.results import Estimate, ServerResults, ServerRow, nullable, write_results
+from dpace.measure.results import Estimate, PairedResponse, ServerResults, ServerRow, nullable, write_results
 from dpace.metrics import Acceptance, decode_speedup, estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
-from dpace.servers.apis import Counts, Server, connect
+from dpace.servers.apis import Answer, Counts, Server, connect
 from dpace.system.ledger import register_files
 from dpace.system.progress import progress_bar
 from dpace.target.chat import ChatTokenizer, encode_chat, tokenizer_hashes
@@ -73,7 +75,11 @@ def bench_servers(
     sides = {side: connect(url, vocab_size) for side, url in urls.items()}
     setup = ServerSetup(
         target=chat.name,
-        servers={side: ServerAddress(url=s.url, engine=s.engine, model=s.model) for side, s in sides.items()},
+        servers={
+            side: ServerAddress(url=s.url, engine=s.engine, model=s.model, version=s.version)
+            for side, s in sides.items()
+        },
+        salted=True,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         prompt_seeds=SEED_RULE,
@@ -84,7 +90,7 @@ def bench_servers(
     records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
-    done = {(r.temperature, r.concurrency, tuple(r.ids)): r for r in records.rows}
+    done = {(r.temperature, r.concurrency, r.prefix, tuple(r.ids)): r for r in records.rows}
     jobs = list(_make_jobs(prompts, config))
     missing = next((job for job in jobs if job.key not in done), None)
     if missing:  # a warm-up, which is not counted
@@ -100,7 +106,13 @@ def bench_servers(
                 )
                 records.add(done[job.key])
             bar.update(task, advance=len(job.prompts), info=f"concurrency {job.concurrency}")
-    results = ServerResults(**vars(setup), rows=make_rows([done[job.key] for job in jobs], prompts))
+    rows = make_rows([done[job.key] for job in jobs], prompts)
+    groups: dict[tuple[str, float, int], list[PairedResponse]] = {}
+    for row in rows:
+        if row.prefix == config.prefixes[0]:
+            key = sides[DRAFTER].engine, row.temperature, row.concurrency
+            groups.setdefault(key, []).extend(row.responses or ())
+    results = ServerResults(**vars(setup), rows=rows, break_even=list(find_break_even(groups)))
     write_results(Path(folder) / SERVERS_FILE, results)
     return results
 
@@ -110,22 +122,24 @@ class _Job(NamedTuple):
 
     temperature: float
     concurrency: int
+    prefix: str
     prompts: list[Prompt]
 
     @property
-    def key(self) -> tuple[float, int, tuple[str, ...]]:
+    def key(self) -> tuple[float, int, str, tuple[str, ...]]:
         """What tells it from the others."""
-        return self.temperature, self.concurrency, tuple(prompt.id for prompt in self.prompts)
+        return self.temperature, self.concurrency, self.prefix, tuple(prompt.id for prompt in self.prompts)
 
 
 def _make_jobs(prompts: Sequence[Prompt], config: BenchConfig) -> Iterator[_Job]:
-    """Yield the groups of prompts for each concurrency and temperature."""
-    for concurrency, temperature in itertools.product(config.concurrencies, config.temperatures):
+    """Yield the groups of prompts for each concurrency, temperature and state of the cache."""
+    settings = itertools.product(config.concurrencies, config.temperatures, config.prefixes)
+    for concurrency, temperature, prefix in settings:
         size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
         for name in dict.fromkeys(prompt.set for prompt in prompts):
             of_set = [prompt for prompt in prompts if prompt.set == name]
             for start in range(0, len(of_set), size):
-                yield _Job(temperature, concurrency, of_set[start : start + size])
+                yield _Job(temperature, concurrency, prefix, of_set[start : start + size])
 
 
 def _ask_servers(
@@ -140,14 +154,16 @@ def _ask_servers(
     """Send a group to all sides, turn by turn; the answers to earlier turns are the plain server's."""
     messages: list[list[dict[str, str]]] = [[] for _ in job.prompts]
     turns = []
+    prompt_tokens = []
     for turn in range(max(len(prompt.turns) for prompt in job.prompts)):
         asked = [i for i, prompt in enumerate(job.prompts) if turn < len(prompt.turns)]
         requests = []
         for i in asked:
             messages[i] += job.prompts[i].turns[turn]
-            requests.append((encode_chat(chat, messages[i]), seeds[job.prompts[i].id]))
+            requests.append((encode_chat(chat, messages[i]), seeds[job.prompts[i].id], uuid.uuid4().hex))
         answers = {name: _ask_server(sides[name], requests, job, max_new_tokens) for name in rotated(sides, rotation)}
         turns.append(answers)
+        prompt_tokens.append([len(request[0]) for request in requests])
         plain = answers[PLAIN if PLAIN in answers else DRAFTER]
         for i, token_ids in zip(asked, plain.token_ids, strict=True):
             text = chat.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -157,25 +173,42 @@ def _ask_servers(
         ids=[prompt.id for prompt in job.prompts],
         temperature=job.temperature,
         concurrency=job.concurrency,
+        prefix=job.prefix,
+        prompt_tokens=prompt_tokens,
         turns=turns,
     )
 
 
 def _ask_server(
-    server: Server, requests: Sequence[tuple[list[int], int]], job: _Job, max_new_tokens: int
+    server: Server, requests: Sequence[tuple[list[int], int, str]], job: _Job, max_new_tokens: int
 ) -> SideRecord:
-    """Send prompts, each with its seed, to one server, as many at a time as the job says."""
+    """Send prompts, each with its seed and salt, to one server, as many at a time as the job says.
+
+    No request had the salt before, so the prompts are new to the server's cache. Where it is to be warm, all are sent
+    once before they are counted.
+    """
+
+    def send(*, is_warm: bool) -> list[Answer]:
+        def ask(request: tuple[list[int], int, str]) -> Answer:
+            token_ids, seed, salt = request
+            more = server.measured(salt, is_warm=is_warm)
+            return server.answer(token_ids, max_new_tokens, job.temperature, seed, more=more)
+
+        with ThreadPoolExecutor(job.concurrency) as pool:
+            return list(pool.map(ask, requests))
+
+    if job.prefix == "warm":
+        send(is_warm=False)
     before = server.counters()
     started = time.perf_counter()
-    with ThreadPoolExecutor(job.concurrency) as pool:
-        answers = list(
-            pool.map(lambda request: server.answer(request[0], max_new_tokens, job.temperature, request[1]), requests)
-        )
+    answers = send(is_warm=job.prefix == "warm")
     seconds = time.perf_counter() - started
     after = server.counters()
-    counts = Counts.pooled([answer.counts for answer in answers if answer.counts])
-    if before and after and after.num_verifications > before.num_verifications:
+    known = [answer.counts for answer in answers if answer.counts]
+    counts = Counts.pooled(known)
+    if len(known) < len(answers) and before and after and after.num_verifications > before.num_verifications:
         counts = after - before
+        known = [counts] if counts else []
     return SideRecord(
         token_ids=[answer.token_ids for answer in answers],
         decode_tokens=[answer.decode_tokens for answer in answers],
@@ -183,42 +216,47 @@ def _ask_server(
         first_seconds=[answer.first_seconds for answer in answers],
         seconds=seconds,
         counts=counts,
+        request_counts=known if len(known) == len(answers) else None,
     )
 
 
 def make_rows(records: Sequence[GroupRecord], prompts: Sequence[Prompt]) -> list[ServerRow]:
-    """Pool groups of these prompts into one row for each set, temperature and concurrency."""
+    """Pool groups of these prompts into one row for each set, temperature, concurrency and state of the cache."""
     num_turns = {prompt.id: len(prompt.turns) for prompt in prompts}
-    rows: dict[tuple[float, str, int], list[GroupRecord]] = {}
+    rows: dict[tuple[float, str, int, str], list[GroupRecord]] = {}
     for r in records:
-        rows.setdefault((r.temperature, r.set, r.concurrency), []).append(r)
+        rows.setdefault((r.temperature, r.set, r.concurrency, r.prefix), []).append(r)
     return [_pool_groups(rows[key], num_turns) for key in sorted(rows)]
 
 
 def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) -> ServerRow:
-    """Pool groups of one set, temperature and concurrency.
+    """Pool groups of one row.
 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports
-    none. Its interval resamples groups, which are prompts at concurrency 1; that of the speedup resamples prompts.
+    none. Intervals resample prompts; that of tau resamples groups where counts of requests are not known.
     """
     first = groups[0]
-    ids = [i for group in groups for turn in range(len(group.turns)) for i in group.ids if turn < num_turns[i]]
+    responses = [response for group in groups for response in _pair_sides(group, num_turns)]
     ours = _pool_side(groups, DRAFTER)
     counts = ours.counts
     histogram = counts.histogram if counts else None
-    by_group = [of_group for group in groups if (of_group := _pool_side([group], DRAFTER).counts)]
-    emitted = [of_group.num_accepted + of_group.num_verifications for of_group in by_group]
-    verifications = [of_group.num_verifications for of_group in by_group]
-    tau, *tau_ends = nullable(estimate(np.array([[[emitted]], [[verifications]]], float)))
+    emitted = prompt_totals(responses, "num_emitted", "num_verifications")
+    if np.isnan(emitted).any():  # a server that tells the sum of all requests only
+        by_group = [of_group for group in groups if (of_group := _pool_side([group], DRAFTER).counts)]
+        emitted = np.array(
+            [[c.num_accepted + c.num_verifications, c.num_verifications] for c in by_group] or [[0, 0]]
+        ).T
+    tau, *tau_ends = nullable(estimate(emitted[:, None, None]))
     plain = _pool_side(groups, PLAIN) if all(PLAIN in turn for group in groups for turn in group.turns) else None
     speedup: Estimate = (None, None, None)
     if plain:
-        of_sides = (ours.decode_tokens, ours.decode_seconds, plain.decode_tokens, plain.decode_seconds)
-        speedup = nullable(decode_speedup(*(_by_prompt(values, ids) for values in of_sides)))
+        names = ("decode_tokens", "decode_seconds", "plain_tokens", "plain_seconds")
+        speedup = nullable(decode_speedup(*prompt_totals(responses, *names)))
     return ServerRow(
         set=first.set,
         temperature=first.temperature,
         concurrency=first.concurrency,
+        prefix=first.prefix,
         tokens_per_second=_tokens_per_second(ours),
         throughput=_throughput(ours),
         first_seconds=_first_quantiles(ours),
@@ -234,15 +272,27 @@ def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) ->
         decode_speedup=speedup[0],
         decode_speedup_interval=speedup[1:],
         num_same_text=sum(a == b for a, b in zip(ours.token_ids, plain.token_ids, strict=True)) if plain else None,
+        responses=responses,
     )
 
 
-def _by_prompt(values: Sequence[int | float], ids: Sequence[str]) -> list[int | float]:
-    """Add up the values of the requests of each prompt."""
-    totals: dict[str, int | float] = dict.fromkeys(ids, 0)
-    for prompt_id, value in zip(ids, values, strict=True):
-        totals[prompt_id] += value
-    return list(totals.values())
+def _pair_sides(group: GroupRecord, num_turns: Mapping[str, int]) -> Iterator[PairedResponse]:
+    """Yield the requests of a group, each with what all sides gave."""
+    for turn, sides in enumerate(group.turns):
+        ours = sides[DRAFTER]
+        for i, name in enumerate(name for name in group.ids if turn < num_turns[name]):
+            counts = ours.request_counts[i] if ours.request_counts else None
+            plain = sides.get(PLAIN)
+            yield PairedResponse(
+                id=name,
+                prompt_tokens=group.prompt_tokens[turn][i],
+                decode_tokens=ours.decode_tokens[i],
+                decode_seconds=ours.decode_seconds[i],
+                num_verifications=counts and counts.num_verifications,
+                num_emitted=counts and counts.num_accepted + counts.num_verifications,
+                plain_tokens=plain and plain.decode_tokens[i],
+                plain_seconds=plain and plain.decode_seconds[i],
+            )
 
 
 def _pool_side(groups: Sequence[GroupRecord], name: str) -> SideRecord:

@@ -5,16 +5,17 @@ are shown as they are in Markdown and in one line.
 """
 
 import html
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
+from dpace.measure.break_even import CONTEXTS, EDGES, context_of
 from dpace.measure.records import ResponseRecord, acceptance_of, by_prompt
 from dpace.measure.results import (
     BenchResults,
+    BreakEven,
     ComparedRow,
     Estimate,
     Example,
@@ -25,15 +26,6 @@ from dpace.measure.results import (
     nullable,
 )
 from dpace.system.progress import printable
-
-EDGES = (1024, 2048, 4096, 8192, 16384, 32768)
-"""Tokens of a prompt at which a range of context lengths ends and the next one begins."""
-CONTEXTS = (
-    "context below 1k",
-    *(f"context {edge // 1024}k to {edge // 512}k" for edge in EDGES[:-1]),
-    "context 32k and more",
-)
-"""Names of the ranges."""
 
 
 class Column(NamedTuple):
@@ -160,6 +152,7 @@ SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_s
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
 PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="page")
 SAME_TEXT = Column("same text", _same_text)
+AT_ONCE = Column("at once", lambda row: f"{row.concurrency}{', warm' * (row.prefix == 'warm')}")
 """Columns of several kinds of rows."""
 
 RESULT_COLUMNS = (
@@ -214,7 +207,7 @@ SERVER_COLUMNS = (
     Column("verdict", _server_verdict, is_text=True),
     SET,
     TEMPERATURE,
-    Column("at once", lambda row: str(row.concurrency)),
+    AT_ONCE,
     SPEEDUP,
     TAU,
     TAU_INTERVAL,
@@ -226,6 +219,33 @@ SERVER_COLUMNS = (
     SAME_TEXT,
 )
 """What is written of a `ServerRow`."""
+
+
+def pays(row: BreakEven) -> str:
+    """Judge whether drafts pay there."""
+    return _judge(row.speedup[1:], 1, "pays", "does not pay")
+
+
+BREAK_EVEN_COLUMNS = (
+    Column("verdict", pays, is_text=True),
+    Column("context", lambda row: context_of(row.prompt_tokens).removeprefix("context "), is_text=True),
+    Column("at once", lambda row: str(row.concurrency)),
+    TEMPERATURE,
+    DRAFTER,
+    Column("break-even [95 %]", lambda row: with_interval(row.break_even[0], row.break_even[1:])),
+    Column("tau", lambda row: with_interval(row.tau[0]), only="terminal"),
+    Column("tau [95 %]", lambda row: with_interval(row.tau[0], row.tau[1:]), only="page"),
+)
+"""What is written of a `BreakEven`."""
+
+UPGRADE_COLUMNS = (
+    Column("verdict", lambda row: _judge(row.tau_gain[1:], 0, "accepts more", "accepts less"), is_text=True),
+    SET,
+    TEMPERATURE,
+    AT_ONCE,
+    *PAIR_COLUMNS[5:],
+)
+"""What is written of an `Upgrade`."""
 
 
 def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]:
@@ -302,7 +322,7 @@ def find_parts(benchmarks: Iterable[BenchResults]) -> list[Part]:
         for row in results.whole_blocks:
             who = results.target, results.drafters.get(row.drafter, row.drafter), row.temperature, row.block_size
             for response in row.responses:
-                for name in (row.set, CONTEXTS[bisect_right(EDGES, response.prompt_tokens)]):
+                for name in (row.set, context_of(response.prompt_tokens)):
                     new = Part(name, row.drafter, row.temperature, row.block_size, ([], []))
                     parts.setdefault((name, *who), new).responses[bool(results.thinking)].append(response)
     return sorted(parts.values(), key=lambda part: CONTEXTS.index(part.name) if part.name in CONTEXTS else -1)

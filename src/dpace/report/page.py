@@ -12,9 +12,11 @@ from importlib.resources import files
 from operator import itemgetter
 from pathlib import Path
 
+from dpace.measure.break_even import compare_servers
 from dpace.measure.results import (
     RESULT_FILES,
     BenchResults,
+    BreakEven,
     CompareResults,
     Results,
     ServerResults,
@@ -23,9 +25,11 @@ from dpace.measure.results import (
 )
 from dpace.recipes.flags import command
 from dpace.report.cells import (
+    BREAK_EVEN_COLUMNS,
     CONTEXT_COLUMNS,
     PAIR_COLUMNS,
     SERVER_COLUMNS,
+    UPGRADE_COLUMNS,
     Column,
     Section,
     advice,
@@ -69,6 +73,8 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     markdown = _markdown_path(path)
     measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
     sections = [section for results, folder in measured for section in sections_of(results, folder)]
+    served = [results for results, _ in measured if isinstance(results, ServerResults)]
+    sections += [upgrade(served[0], other) for other in served[1:]]
     benchmarks = [benchmark for results, _ in measured if (benchmark := benchmark_of(results))]
     if has_parts(benchmarks):
         sections.insert(1, contexts(benchmarks))
@@ -104,6 +110,8 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     """Yield all that results, and the training logs beside them, have to show."""
     if isinstance(results, ServerResults):
         yield servers(results)
+        if results.break_even:
+            yield break_even(results.break_even)
         return
     if isinstance(results, CompareResults):
         yield comparison(results)
@@ -113,6 +121,8 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         yield speeds(benchmark)
         if benchmark.comparisons:
             yield paired(benchmark)
+        if benchmark.break_even:
+            yield break_even(benchmark.break_even)
         yield acceptance_by_slot(benchmark.whole_blocks)
         yield from examples(benchmark)
     groups: dict[str, list[list[dict]]] = {}  # by the drafter's name, a log for each seed
@@ -183,6 +193,28 @@ def servers(results: ServerResults) -> Section:
         "the time to the first token, as median and 95th percentile."
     )
     return Section(f"{Path(results.target).name}: {names}", text, SERVER_COLUMNS, results.rows)
+
+
+def break_even(rows: Sequence[BreakEven]) -> Section:
+    """Make the table of where drafts pay."""
+    text = (
+        "A step with a whole draft takes longer than a plain token. Break-even is the ratio of their seconds: the tau "
+        "above which drafts pay, by the length of the prompt and the number of requests at once. Beside it is the tau "
+        "that was measured."
+    )
+    return Section("Break-even", text, BREAK_EVEN_COLUMNS, rows)
+
+
+def upgrade(before: ServerResults, after: ServerResults) -> Section:
+    """Make the table of one server against another, such as two versions of an engine."""
+    old, new = [
+        f"{server.engine} {server.version or server.url}" for server in (r.servers["drafter"] for r in (before, after))
+    ]
+    text = (
+        "Both servers with the drafter, on the prompts that both were asked: tau as a ratio minus 1, and the ratio of "
+        "tokens a second, with 95 % intervals of the paired difference. The verdict is that of tau."
+    )
+    return Section(f"From {old} to {new}", text, UPGRADE_COLUMNS, compare_servers(before, after))
 
 
 def examples(results: BenchResults) -> Iterator[Section]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import PurePath
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
@@ -121,6 +122,7 @@ class Server(ABC):
     engine: str
     model: str | None = None
     """What the server calls its model, where it says so."""
+    version: str | None = None
 
     def __init__(self, url: str, vocab_size: int = MAX_TOKENS):
         self.address = Address(url)
@@ -139,12 +141,28 @@ class Server(ABC):
             ValueError: what is none of this engine's; or another one of `UNREADABLE`.
         """
 
+    @abstractmethod
+    def measured(self, salt: str, *, is_warm: bool) -> dict:
+        """Return what a measured request adds to the body.
+
+        Args:
+            salt: the server finds the prompt in its cache only where a request with the same salt had it.
+            is_warm: whether the prompt was sent before with this salt.
+        """
+
     def counters(self) -> Counts | None:
         """Return all verifications since the server began, for servers whose responses tell nothing."""
         return None
 
     def answer(
-        self, token_ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int, *, stream: bool = True
+        self,
+        token_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        *,
+        stream: bool = True,
+        more: dict[str, Any] | None = None,
     ) -> Answer:
         """Send one prompt and read its response to the end.
 
@@ -155,6 +173,7 @@ class Server(ABC):
             seed: of the draws.
             stream: let the tokens come one by one, whose times are wanted. In one piece they are less work for both
                 sides, and a text without tokens is an answer too.
+            more: further keys of the body, see `measured`.
 
         Raises:
             Refused: the server refuses the request.
@@ -163,7 +182,8 @@ class Server(ABC):
         """
         path, body = self.request(token_ids, max_new_tokens, temperature, seed)
         started = time.perf_counter()
-        with contextlib.closing(self.address.events(path, body | {"stream": stream}, max_new_tokens)) as events:
+        body = body | {"stream": stream} | (more or {})
+        with contextlib.closing(self.address.events(path, body, max_new_tokens)) as events:
             answer = self._collect(events, max_new_tokens, started)
         if not answer.token_ids and (stream or not (answer.last.text or answer.last.num_tokens)):
             raise ValueError(f"{self.url} sent no token for a prompt of {len(token_ids)} tokens; see the server's log")
@@ -231,9 +251,10 @@ MODEL_KEYS = ("model_alias", "served_model_name", "model_path")
 
 
 class VllmServer(Server):
-    """vLLM: `/v1/completions`, counters in `/metrics`.
+    """vLLM: `/v1/completions`, counters in `/metrics`, or in each response with `--per-request-spec-decode-metrics`.
 
-    Source: its metrics `vllm:spec_decode_*`, https://docs.vllm.ai/en/latest/design/metrics.html.
+    Source: its metrics `vllm:spec_decode_*`, https://docs.vllm.ai/en/latest/design/metrics.html; and its page
+    `docs/features/speculative_decoding/acceptance_metrics.md`.
     """
 
     engine = "vllm"
@@ -272,13 +293,21 @@ class VllmServer(Server):
         choice = (event.get("choices") or [{}])[0]
         usage = event.get("usage") or {}
         stop = choice.get("stop_reason")  # a token's number, or a text to stop at; None for the end of the sequence
+        spec = (event.get("metrics") or {}).get("speculative_decoding") or {}
         return Reply(
             tokens=choice.get("token_ids"),
             end=choice.get("finish_reason"),
             text=choice.get("text"),
             num_tokens=usage.get("completion_tokens"),
             stop_token=stop,
+            num_verifications=spec.get("num_spec_steps"),
+            num_accepted=spec.get("num_accepted_draft_tokens", 0),
+            histogram=spec.get("acceptance_histogram"),
         )
+
+    def measured(self, salt, *, is_warm):
+        """See `Server`."""
+        return {"cache_salt": salt, "stream_options": {"include_usage": True}}
 
     def counters(self):
         """See `Server`."""
@@ -343,6 +372,10 @@ class SglangServer(Server):
             histogram=meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram") or None,
         )
 
+    def measured(self, salt, *, is_warm):
+        """See `Server`."""
+        return {"extra_key": salt}
+
 
 class LlamacppServer(Server):
     """llama.cpp: its native `/completion`, draft counts in `timings`.
@@ -385,6 +418,10 @@ class LlamacppServer(Server):
             num_accepted=counts.num_accepted if counts else 0,
         )
 
+    def measured(self, salt, *, is_warm):
+        """See `Server`; it has no salts, and reuses what its slots hold where it is told to."""
+        return {"cache_prompt": is_warm}
+
 
 class _Timings(BaseModel):
     """What llama.cpp's server says at the end of an answer."""
@@ -424,8 +461,8 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
             continue  # a server, but not this one
         if isinstance(answer, dict) and (kind is not VllmServer or "version" in answer):
             server = kind(url, vocab_size)
-            server.model = server.model or next(
-                (v for k in MODEL_KEYS if isinstance(v := answer.get(k), str) and v), None
-            )
+            texts = {key: value for key, value in answer.items() if isinstance(value, str) and value}
+            server.model = server.model or next((texts[key] for key in MODEL_KEYS if key in texts), None)
+            server.version = texts.get("version") or texts.get("build_info")
             return server
     raise ValueError(f"{address.url} is neither vLLM nor SGLang nor llama.cpp's server; give the address before /v1")

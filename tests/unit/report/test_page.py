@@ -39,6 +39,7 @@ def test_the_page_has_every_section(folder, tmp_path):
     titles = re.findall(r"<h[12]>(.*?)</h[12]>", text)
     assert titles == [
         *titles[:3],
+        "Break-even",
         "Acceptance by slot",
         "Best and slowest responses",
         "Provenance",

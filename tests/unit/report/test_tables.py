@@ -1,12 +1,13 @@
 """Tables fit 80 columns with the verdict first, whatever the names are; advice follows from the verdicts."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from dpace.measure.results import Comparison, write_results
+from dpace.measure.results import BreakEven, Comparison, PairedResponse, write_results
 from dpace.report.cells import advice, faster_sets, find_parts, has_parts
-from dpace.report.page import comparison, contexts, paired, servers, speeds, write_report
+from dpace.report.page import break_even, comparison, contexts, paired, servers, speeds, upgrade, write_report
 from dpace.report.tables import console, section_table, slots_table
 from tests.support.rows import (
     make_bench,
@@ -67,7 +68,20 @@ def tables():
         num_same_text=880,
         num_responses=880,
     )
-    yield "no clear difference", section_table(servers(make_servers(served)))
+    yield "no clear difference", section_table(servers(make_servers(replace(served, prefix="warm"))))
+    point = BreakEven(
+        prompt_tokens=20_000,
+        concurrency=128,
+        temperature=0.6,
+        drafter=NAMES["drafter"],
+        tau=(12.34, *INTERVAL),
+        break_even=(12.34, *INTERVAL),
+        speedup=(1.0, *INTERVAL),
+    )
+    yield "no clear difference", section_table(break_even([point]))
+    response = PairedResponse(id="1", prompt_tokens=9, decode_tokens=4, decode_seconds=1.0)
+    old, new = (make_servers(replace(served, responses=[response])) for _ in range(2))
+    yield "too few prompts", section_table(upgrade(old, new))
 
 
 @pytest.mark.parametrize("cell, table", list(tables()))

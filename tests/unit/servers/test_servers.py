@@ -3,9 +3,11 @@ import threading
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from dpace.cli import main
 from dpace.config import BenchConfig
+from dpace.measure.break_even import compare_servers
 from dpace.measure.results import read_results
 from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
 from dpace.metrics import MIN_PROMPTS
@@ -14,6 +16,7 @@ from dpace.report.cells import with_interval
 from dpace.report.page import servers
 from dpace.servers.apis import LlamacppServer, connect
 from dpace.target.chat import ChatTokenizer, encode_chat
+from tests.support.files import write_prompts
 from tests.support.stub_server import PAGES, StubServer, pages
 
 ACCEPTED = [2, 0, 1]
@@ -24,10 +27,11 @@ NUM_TOKENS = 1 + sum(ACCEPTED) + len(ACCEPTED)
 class Fake(StubServer):
     """Speaks one engine's dialect; a response is made from the prompt, so that both sides give the same."""
 
-    def __init__(self, engine: str, *, drafts: bool = False):
+    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False, version: str = "1"):
         super().__init__(self.page, self.answer)
-        self.engine, self.drafts = engine, drafts
+        self.engine, self.drafts, self.tells, self.version = engine, drafts, tells, version
         self.shift = 0
+        self.accepted = ACCEPTED
 
     @property
     def bodies(self) -> list[dict]:
@@ -36,7 +40,8 @@ class Fake(StubServer):
     def page(self, request):
         if request.path == "/metrics":
             return request.send(self.metrics().encode())
-        pages(PAGES.get(self.engine, {}))(request)
+        known = PAGES.get(self.engine, {})
+        pages({**known, "/version": {"version": self.version}} if self.engine == "vllm" else known)(request)
 
     def metrics(self) -> str:
         if not self.drafts:
@@ -56,7 +61,14 @@ class Fake(StubServer):
         prompt = request.body.get("prompt") or request.body["input_ids"]
         tokens = [(sum(prompt) + i + self.shift) % 50 for i in range(NUM_TOKENS)]
         threading.Event().wait(0.02)
-        events = "".join(f"data: {json.dumps(event)}\n\n" for event in EVENTS[self.engine](tokens, self.drafts))
+        events = list(EVENTS[self.engine](tokens, self.drafts))
+        if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
+            shorter = sum(prompt) % 2  # requests differ in what is accepted
+            accepted = [max(0, count - shorter) for count in self.accepted]
+            histogram = [accepted.count(n) for n in range(4)]
+            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "acceptance_histogram": histogram}
+            events[-1]["metrics"] = {"speculative_decoding": spec}
+        events = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
         request.send(f"{events}data: [DONE]\n\n".encode())
 
 
@@ -91,8 +103,8 @@ GREEDY = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
 def start():
     running = []
 
-    def make(engine: str, *, drafts: bool = False) -> Fake:
-        running.append(Fake(engine, drafts=drafts))
+    def make(engine: str, **options) -> Fake:
+        running.append(Fake(engine, **options))
         return running[-1]
 
     yield make
@@ -106,6 +118,17 @@ def prompts(count=3, turns=1):
         Prompt(f"p{i}", "s", [[{"role": "user", "content": f"{words[i % 4]} {t}"}] for t in range(turns)])
         for i in range(count)
     ]
+
+
+@pytest.fixture
+def recipe(language_folder, language_prompts, tmp_path):
+    """Of eight held-out prompts."""
+    write_prompts(tmp_path / "prompts.jsonl", language_prompts[:4])
+    write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:58])
+    path = tmp_path / "recipe.yaml"
+    files = {"path": str(tmp_path / "prompts.jsonl"), "heldout_path": str(tmp_path / "heldout.jsonl")}
+    path.write_text(yaml.safe_dump({"target": str(language_folder), "prompts": files}))
+    return path
 
 
 @pytest.fixture
@@ -199,6 +222,67 @@ def test_groups_keep_servers_busy(start, chat, tmp_path):
     bench_servers(chat, server.url, None, prompts(2 * GROUPS_PER_WORKER + 1), config, tmp_path)
     groups = [json.loads(line) for line in next(tmp_path.glob("servers-*.jsonl")).read_text().splitlines()[1:]]
     assert [len(group["ids"]) for group in groups] == [2 * GROUPS_PER_WORKER, 1]
+
+
+def test_vllm_tells_the_acceptance_of_each_request(start, chat, tmp_path):
+    """`--per-request-spec-decode-metrics`: an interval over prompts with several requests at once, and by context."""
+    drafter, plain = start("vllm", drafts=True, tells=True), start("vllm")
+    config = BenchConfig(temperatures=(0.0,), concurrencies=(4,), max_new_tokens=9)
+    results = bench_servers(chat, drafter.url, plain.url, prompts(8), config, tmp_path)
+    (row,) = results.rows
+    assert row.num_verifications == 24 and sum(row.histogram) == 24 and None not in row.tau_interval
+    expected = [3 + sum(ACCEPTED) - 2 * (sum(encode_chat(chat, p.turns[0])) % 2) for p in prompts(8)]
+    assert [r.num_emitted for r in row.responses] == expected and row.tau == pytest.approx(sum(expected) / 24)
+    (found,) = results.break_even
+    assert found.concurrency == 4 and found.drafter == "vllm" and found.break_even[0] > 0
+    assert found.break_even[0] == pytest.approx(found.tau[0] / found.speedup[0])
+    without = tmp_path / "without"
+    quiet = bench_servers(chat, start("vllm", drafts=True).url, plain.url, prompts(8), config, without)
+    assert quiet.rows[0].tau == 2.0 and quiet.rows[0].tau_interval == (None, None) and quiet.break_even == []
+
+
+@pytest.mark.parametrize(("engine", "key"), [("vllm", "cache_salt"), ("sglang", "extra_key"), ("llama.cpp", None)])
+def test_cold_and_warm_rows(engine, key, start, chat, tmp_path, capsys):
+    """Cold: no prompt was sent with this salt before. Warm: each was sent once, and the second answer counts."""
+    server = start(engine, drafts=True)
+    config = BenchConfig(temperatures=(0.0,), concurrencies=(2,), prefixes=("cold", "warm"))
+    results = bench_servers(chat, server.url, None, prompts(), config, tmp_path)
+    assert [row.prefix for row in results.rows] == ["cold", "warm"]
+    assert [row.num_verifications for row in results.rows] == [9, 9]
+    sent = server.bodies[1:]  # the first is a warm-up
+    assert len(sent) == 3 * 3
+    if key:
+        salts = [body[key] for body in sent]
+        assert len(set(salts)) == 6 and all(salts.count(salt) == 1 for salt in salts[:3])
+        assert sorted(salts[3:6]) == sorted(salts[6:])
+    else:
+        assert [body["cache_prompt"] for body in sent] == [False] * 6 + [True] * 3
+    assert [cells[3] for cells in servers(results).rows[1:]] == ["2", "2, warm"]
+
+
+def test_two_versions_of_an_engine_are_compared(start, recipe, tmp_path, capsys):
+    """Through the command line: bench twice, then one report with the verdict."""
+    plain = start("vllm")
+    for version, accepted in (("0.31", [2, 2, 2]), ("0.32", [2, 1, 1])):
+        server = start("vllm", drafts=True, tells=True, version=version)
+        server.accepted = accepted
+        flags = f"--server {server.url} --plain-server {plain.url} --concurrencies 2 --temperatures 0"
+        assert main(["bench", str(recipe), "--output", str(tmp_path / version), *flags.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "Break-even" in printed and "below 1k" in printed
+    assert main(["report", str(tmp_path / "0.31"), str(tmp_path / "0.32")]) == 0
+    page = (tmp_path / "0.31" / "report.md").read_text()
+    assert "## From vllm 0.31 to vllm 0.32" in page and "| accepts less |" in page
+    before, after = (read_results(tmp_path / version / "servers.json") for version in ("0.31", "0.32"))
+    taus = [results.rows[0].tau for results in (before, after)]
+    assert f"| {100 * (taus[1] / taus[0] - 1):+.1f} % [" in page
+    (upgrade,) = compare_servers(before, after)
+    assert upgrade.tau_gain[2] < 0 and upgrade.speed_ratio[0] > 0
+    fewer = replace(after, rows=[replace(after.rows[0], responses=after.rows[0].responses[:3])])
+    (on_three,) = compare_servers(before, fewer)
+    assert on_three.tau_gain[1:] == (None, None) and not compare_servers(before, replace(after, rows=[]))
+    older = replace(after, rows=[replace(after.rows[0], responses=None)])
+    assert compare_servers(before, older) == [], "servers.json of an older version has no responses"
 
 
 def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
