@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,14 @@ def language_folder(language_target, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("target")
     language_target.model.save_pretrained(folder)
     language_target.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def endless_folder(language_folder, tmp_path) -> Path:
+    """The same, whose answers end nowhere: it may have nothing to say to prompts in words that it does not know."""
+    folder = shutil.copytree(language_folder, tmp_path / "endless")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     return folder
 
 

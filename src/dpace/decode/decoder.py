@@ -19,11 +19,11 @@ from dpace.target import Target
 class Decoder:
     """A target with its drafter, for many prompts.
 
-    It keeps what was learned about the drafter (`Paces`) and, with `compile`, the caches that compiled steps refer to.
-    So the steps are compiled once for each number of prompts and length.
+    It keeps what was learned about the drafter and the answers to copy from (`Paces`) and, with `compile`, the caches
+    that compiled steps refer to. So the steps are compiled once for each number of prompts and length.
 
-    Memory: with `compile`, keys and values of the longest text in target and drafter, for each number of prompts that
-    are decoded at once.
+    Memory: at most `recall_mib` MiB of answers; with `compile`, keys and values of the longest text in target and
+    drafter, for each number of prompts that are decoded at once.
 
     Args:
         target: the model whose text is kept.
@@ -32,6 +32,8 @@ class Decoder:
         compile: see `generate_batch`.
         max_length: with `compile`, tokens of the longest prompt and response. Longer ones compile the steps again; by
             default that happens whenever a text is longer than all before.
+        recall_mib: MiB of memory of answers, which single prompts with width `auto` copy from and are added to; 0 keeps
+            none.
     """
 
     def __init__(
@@ -42,13 +44,14 @@ class Decoder:
         width: Width = "auto",
         compile: bool = False,
         max_length: int | None = None,
+        recall_mib: float = 64.0,
     ):
         self.target = target
         self.drafter = drafter
         self.width: Width = width
         self.compile = compile
         self.columns = compiled_columns(max_length or 1)
-        self.paces = Paces()
+        self.paces = Paces(recall_mib)
         self._caches: dict[int, RowCaches] = {}
 
     def generate(self, token_ids: Sequence[int], **options: Unpack[SamplingOptions]) -> Generation:

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.config import VerifyRule, Width
+from dpace.decode.copies import PromptLookup
 from dpace.decode.generation import Generation, Step, collect
-from dpace.decode.pace import Pace, Paces, Plan, PromptLookup
+from dpace.decode.pace import Pace, Paces, Plan
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import draw_draft, verify_draft, verify_sampled
 from dpace.decode.steps import Ends, State, draft_step, verify_step
@@ -38,8 +39,8 @@ def generate(
     """Decode with a drafter, which gives the target's own text in fewer forward passes of the target.
 
     A step drafts a block after the last token. With width `auto` it sometimes copies the tokens that followed the last
-    ones before (`PromptLookup`) instead. The target reads the last token and the proposed ones, accepts a beginning of
-    them, and adds its own next token.
+    ones before instead, in the text (`PromptLookup`) or in earlier answers (`Recall`). The target reads the last token
+    and the proposed ones, accepts a beginning of them, and adds its own next token.
 
     Memory: keys and values of prompt, response and block in target and drafter; logits of one block; on a CPU a second
     copy of the LM head.
@@ -54,8 +55,8 @@ def generate(
         verify_rule: `equality` drafts greedily and accepts tokens that equal the target's own draw; `speculative` draws
             the draft and accepts by speculative sampling, `block` by block verification. All are the same at
             temperature 0.
-        paces: measurements and experience of earlier calls with width `auto`; without it each call measures the machine
-            again.
+        paces: measurements, experience and answers of earlier calls with width `auto`; without it each call measures
+            the machine again.
         options: see `SamplingOptions`. With the rule `equality` a `seed` gives the same text as in `generate_plain`, up
             to rounding.
 
@@ -160,7 +161,9 @@ class Speculation:
                 "give such a number, 'full' or 'auto'"
             )
         temperature = text.sampler.temperature
-        self.pace = (paces or Paces()).get(target, drafter, temperature) if width == "auto" else None
+        paces = paces or Paces()
+        self.pace = paces.get(target, drafter, temperature) if width == "auto" else None
+        self.recall = paces.recall(drafter) if self.pace else None
         self.samples_draft = verify_rule != "equality" and temperature > 0
         self.by_block = verify_rule == "block"
         # Processors may allow only tokens outside of a vocabulary, and then no draft could be drawn.
@@ -179,13 +182,17 @@ class Speculation:
     @torch.inference_mode()
     def steps(self) -> Iterator[Step]:
         """Yield the first token, then the tokens that each verification emits."""
-        yield self.read_prompt()
-        while not self.text.is_done:
-            started = time.perf_counter()
-            plan = self.plan()
-            proposal = self.propose(plan)
-            accepted, token_ids = self.verify(proposal)
-            yield self.emit(plan, proposal, accepted, token_ids, started)
+        try:
+            yield self.read_prompt()
+            while not self.text.is_done:
+                started = time.perf_counter()
+                plan = self.plan()
+                proposal = self.propose(plan)
+                accepted, token_ids = self.verify(proposal)
+                yield self.emit(plan, proposal, accepted, token_ids, started)
+        finally:  # also where the caller stops early
+            if self.recall:
+                self.recall.add(self.text.token_ids, self.text.num_prompt)
 
     def read_prompt(self) -> Step:
         """Read the prompt and emit the first token."""
@@ -198,13 +205,16 @@ class Speculation:
         """Choose between a draft, a copy of the tokens that followed the last ones before, and a plain step."""
         if self.pace is None:
             return Plan(is_drafted=True)
-        match, copied = self.lookup.propose(min(self.drafter.block_size, self.text.remaining) - 1)
-        return self.pace.plan(match, copied, self.text.start - self.num_read)
+        count = min(self.drafter.block_size, self.text.remaining) - 1
+        copies = [self.lookup.propose(count)]
+        if self.recall:
+            copies.append(self.recall.propose(self.text.token_ids, count))
+        return self.pace.plan(copies, self.text.start - self.num_read)
 
     def propose(self, plan: Plan) -> Proposal:
         """Make the tokens that the target verifies."""
         start = self.text.start
-        proposed = [] if plan.is_drafted else plan.copied[: plan.width - 1]
+        proposed = [] if plan.is_drafted else plan.copy.token_ids[: plan.width - 1]
         row = torch.tensor([[start, self.text.token_ids[-1], *proposed]], device=self.target.device)
         ends = Ends(row[:, 1:2], row[:, :1], self.limits)
         if not plan.is_drafted:
@@ -275,13 +285,13 @@ class Speculation:
     def _learn(self, pace: Pace, plan: Plan, proposal: Proposal, step: Step, seconds: float) -> None:
         """Tell the pace the step's accepted tokens and seconds."""
         if plan.is_drafted:
-            is_usual = proposal.num_read < self.text.num_prompt  # otherwise the drafter also read the prompt
             pace.learn_drafting(
                 plan,
                 proposal.width,
                 step.accepted,
                 promised=proposal.promised,
-                seconds=seconds if is_usual else None,
+                seconds=seconds,
+                num_unread=proposal.num_read,
                 lookups=self.lookup.read(),
             )
         else:

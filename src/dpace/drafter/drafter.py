@@ -17,7 +17,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.drafter.kinds import Kind, kind_of
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
-from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary
+from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary, read_token_ids
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
@@ -26,6 +26,8 @@ from dpace.system.loading import read_config, refuse_infinite, refuse_mismatch, 
 from dpace.target import Target
 from dpace.target.probe import rope_of
 
+ANSWERS_FILE = "answers.json"
+"""Tokens of the answers that the drafter was trained on; engines that do not know it load the drafter unchanged."""
 TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight"}
 """Tensors of the target that some projects write into a drafter's file; they are not used."""
 
@@ -74,6 +76,8 @@ class Drafter(DFlashDraftModel):
 
     vocabulary: DraftVocabulary | None = None
     """The tokens that decoding drafts; None for all."""
+    answers: list[int] = []
+    """Tokens of the answers that it was trained on, one answer after the other; decoding can copy from them."""
 
     @property
     def spec(self) -> DrafterSpec:
@@ -307,5 +311,8 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     vocabulary = load_vocabulary(folder, len(target.head.weight))
     if vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
         drafter.vocabulary = vocabulary
+    answers = Path(folder) / ANSWERS_FILE
+    if answers.exists():
+        drafter.answers, _ = read_token_ids(answers, len(target.head.weight))
     speed_up(drafter)
     return drafter

@@ -23,6 +23,8 @@ from dpace.system.ledger import read_object, write_json
 from dpace.target import Target
 
 VOCABULARY_FILE = "draft_vocabulary.json"
+FIX = "copy it again, or remove the file"
+"""The way out of a file that is damaged."""
 MIN_SAVING = 0.03
 """Least share of the weights that a step reads which a draft vocabulary has to save."""
 MAX_TAU_LOSS = 0.01
@@ -83,15 +85,28 @@ def load_vocabulary(folder: str | Path, num_tokens: int) -> DraftVocabulary | No
     path = Path(folder) / VOCABULARY_FILE
     if not path.exists():
         return None
-    fix = "copy it again, or remove the file"
-    values: dict[str, Any] = read_object(path, fix)
-    token_ids, temperature = values.get("token_ids", []), values.get("confidence_temperature")
+    token_ids, values = read_token_ids(path, num_tokens)
+    temperature = values.get("confidence_temperature")
+    if type(temperature) is not float or not 0 < temperature < math.inf:
+        raise ValueError(f"{path} has the confidence_temperature {temperature!r:.50}, expected one above 0; {FIX}")
+    return DraftVocabulary(token_ids, temperature)
+
+
+def read_token_ids(path: Path, num_tokens: int) -> tuple[list[int], dict[str, Any]]:
+    """Read a JSON file with a list of `token_ids`.
+
+    Returns:
+        The tokens, and all values of the file.
+
+    Raises:
+        ValueError: it has no list of one or more token ids from 0 to `num_tokens - 1`.
+    """
+    values = read_object(path, FIX)
+    token_ids = values.get("token_ids", [])
     is_list = isinstance(token_ids, list) and bool(token_ids)
     if not is_list or not all(type(token) is int and 0 <= token < num_tokens for token in token_ids):
-        raise ValueError(f"{path} does not have a list of token_ids in 0 .. {num_tokens - 1}; {fix}")
-    if type(temperature) is not float or not 0 < temperature < math.inf:
-        raise ValueError(f"{path} has the confidence_temperature {temperature!r:.50}, expected one above 0; {fix}")
-    return DraftVocabulary(token_ids, temperature)
+        raise ValueError(f"{path} does not have a list of token_ids in 0 .. {num_tokens - 1}; {FIX}")
+    return token_ids, values
 
 
 class DraftHead:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
 from dpace.drafter import Drafter
+from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftVocabulary
 from dpace.measure.heldout import heldout_acceptance, score_conversation
 from dpace.measure.results import defined
@@ -27,6 +28,8 @@ from dpace.train.progress import PeakMemory
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 1500
 """Number of slots that the temperature is fitted to."""
+MAX_ANSWER_TOKENS = 200_000
+"""Most tokens of answers that are written beside a drafter, about 1.3 MB."""
 SERVED = torch.bfloat16
 """Dtype of a finished drafter's weights, as of most published ones; engines in bf16 read it as it is."""
 
@@ -63,6 +66,7 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         drafter.save_pretrained(folder, dtype=SERVED)
         if vocabulary is not None:
             vocabulary.save(folder)
+        write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
         write_state(folder / STATE, loop.state)
         write_json(folder / "provenance.json", provenance, indent=2)
 
@@ -86,6 +90,14 @@ def _find_vocabulary(loop: TrainingLoop, acceptance: Acceptance | None) -> Draft
     token_ids = vocabulary.token_ids
     part = heldout_acceptance(loop.drafter, loop.target, loop.validation, token_ids=token_ids, over_ranks=True)
     return vocabulary if part.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau else None
+
+
+def _find_answers(dataset: ResponseDataset) -> list[int]:
+    """Return the tokens of the answers that were trained on; of every n-th conversation where all are too many."""
+    numbers = range(0, len(dataset), 1 + int(dataset.lengths.sum()) // MAX_ANSWER_TOKENS)
+    return [token for i in numbers for token in dataset.token_ids(i)[dataset.is_response(i)].tolist()][
+        :MAX_ANSWER_TOKENS
+    ]
 
 
 def _record(target: Target, acceptance: Acceptance | None, validation: ResponseDataset, recipe: Recipe) -> dict:

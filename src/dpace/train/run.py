@@ -13,6 +13,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
 from dpace.drafter import Drafter
+from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.loss import Weigh
 from dpace.loss.objective import make_weigh, name_of
@@ -27,7 +28,7 @@ from dpace.train.identity import RUN_FILE, data_of, init_of, refuse_other_run, s
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
 
-DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VOCABULARY_FILE)
+DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VOCABULARY_FILE, ANSWERS_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
 """What `train` writes into a drafter's folder."""
 

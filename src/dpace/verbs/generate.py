@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from dpace.config import DeviceMap, Dtype, SamplingConfig, Text, VerifyRule
+from dpace.config import DeviceMap, Dtype, PositiveOrZero, SamplingConfig, Text, VerifyRule
 from dpace.recipes.flags import command, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
@@ -39,6 +39,9 @@ class GenerateConfig(SamplingConfig):
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     width: Literal["auto", "full"] = "auto"
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
+    recall_mib: PositiveOrZero = 64.0
+    """MiB of memory of answers that width auto copies from: those that the drafter was trained on, then those of the
+    chat; 0 keeps none."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling, token by token.
@@ -60,7 +63,7 @@ def run(args: list[str]) -> None:
         )
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
-    from dpace.decode import generate, generate_batch, generate_plain
+    from dpace.decode import Paces, generate, generate_batch, generate_plain
     from dpace.decode.request import SamplingOptions
     from dpace.drafter import load_drafter
     from dpace.prompts.prompts import find_prompt
@@ -87,8 +90,8 @@ def run(args: list[str]) -> None:
     elif config.compile:
         (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **options)
     else:
-        rule = config.verify_rule
-        generation = generate(target, drafter, token_ids, width=config.width, verify_rule=rule, **options)
+        ways = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
+        generation = generate(target, drafter, token_ids, **ways, **options)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     _print_speed(generation)
     if config.compile:
@@ -120,7 +123,7 @@ def _chat(
     from dpace.target.chat import encode_chat
 
     is_one_answer = bool(messages)
-    paces = Paces()
+    paces = Paces(config.recall_mib)
     steps: list[tuple[Step, float]] = []  # and their times
     while True:
         if not messages or messages[-1]["role"] != "user":

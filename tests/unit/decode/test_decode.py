@@ -5,6 +5,7 @@ import torch
 from scipy.stats import chisquare
 
 from dpace.decode import Paces, generate, generate_plain
+from dpace.decode.copies import Copy
 from dpace.decode.costs import StepCosts
 from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler
@@ -97,7 +98,9 @@ def test_output_distribution_when_sampling(rule, width, filters, drafted, sample
     Also where only some tokens, and those of the prompt, are drafted.
     """
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
-    monkeypatch.setattr("dpace.decode.pace.Pace._learn_slowness", lambda *_: None)  # steps do not take these seconds
+    monkeypatch.setattr(
+        "dpace.decode.pace.Pace._learn_seconds", lambda *_, **__: None
+    )  # steps do not take these seconds
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)
@@ -155,7 +158,7 @@ def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
     plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[])
     costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: costs)
-    monkeypatch.setattr("dpace.decode.pace.PromptLookup.propose", lambda *_: (0, []))
+    monkeypatch.setattr("dpace.decode.copies.PromptLookup.propose", lambda *_: Copy())
     is_wrong = {0: lambda n: False, 1: lambda n: True}.get(wrong, lambda n: n % wrong == 0)
     Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong, confidence)
     ours = generate(target, drafter, prompt(), max_new_tokens=50, stop_token_ids=[], width="auto")
@@ -179,8 +182,9 @@ def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
     )
     steps = itertools.count()
 
-    def plan(_, match, copied, num_unread):
-        return Plan(not copied or not is_copied(next(steps)), match, copied, len(copied) + 1)
+    def plan(_, copies, num_unread):
+        (copy,) = copies
+        return Plan(not copy.token_ids or not is_copied(next(steps)), copy, len(copy.token_ids) + 1)
 
     monkeypatch.setattr("dpace.decode.pace.Pace.plan", plan)
     seen = []

@@ -1,11 +1,12 @@
 import random
+from collections.abc import Sequence
 
 import pytest
 
-from dpace.decode.pace import MAX_MATCH, PromptLookup
+from dpace.decode.copies import MAX_MATCH, PromptLookup
 
 
-def search(text: list[int], count: int) -> tuple[int, list[int]]:
+def search(text: list[int], count: int) -> tuple[int, Sequence[int]]:
     """The definition: the longest match, of these the last, and copying token by token."""
     for length in range(MAX_MATCH, 0, -1):
         for start in range(len(text) - 1, length - 1, -1):
@@ -14,7 +15,7 @@ def search(text: list[int], count: int) -> tuple[int, list[int]]:
                 for k in range(count):
                     longer.append(longer[start + k])
                 return length, longer[len(text) :]
-    return 0, []
+    return 0, ()
 
 
 @pytest.mark.parametrize("num_words", [2, 5, 40])

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpace.decode.copies import Copy
 from dpace.decode.costs import StepCosts, measure_costs
 from dpace.decode.loop import generate
 from dpace.decode.pace import Pace, Paces, Plan
@@ -59,7 +60,7 @@ def run(pace: Pace, steps: int, accepted_of, confidence=0.9, slowness=1.0) -> tu
 def learn_copies(pace: Pace, match: int, emitted: list[int]) -> None:
     """Copy seven times the token 1."""
     for _ in range(40):
-        pace.learn_copying(Plan(False, match, [1] * 7), emitted)
+        pace.learn_copying(Plan(False, copies=[Copy(match, [1] * 7)]), emitted)
 
 
 def count_drafts(pace: Pace, steps: int, *args) -> int:
@@ -122,6 +123,85 @@ def test_costs_that_were_measured_wrong_are_corrected():
     assert run(slow, 200, lambda width: width - 1, slowness=2.0)[1] > 190
 
 
+def machine(pace: Pace, seconds_of, steps: int, rng: random.Random, right: float, noise=lambda: 1.0) -> float:
+    """Decode where each drafted or copied token is right at a rate; return tokens a second.
+
+    Args:
+        pace: makes the choices.
+        seconds_of: the machine's seconds of a step, by its width and whether it drafts.
+        steps: number of them.
+        rng: of what is right.
+        right: rate at which the next token is right.
+        noise: factor of the seconds that the pace sees.
+    """
+    seconds, tokens = 0.0, 0
+    for _ in range(steps):
+        run_of = next((k for k in range(7) if rng.random() > right), 7)
+        plan = pace.plan([Copy(3, [1] * 7)] if rng.random() < 0.5 else [])
+        width, promised = pace.choose_width(plan, [right] * 7) if plan.is_drafted else (plan.width, 0.0)
+        accepted = min(run_of, width - 1)
+        cost = seconds_of(width, plan.is_drafted)
+        seen = cost * noise()
+        if plan.is_drafted:
+            new = new_tokens(accepted)
+            pace.learn_drafting(plan, width, accepted, promised=promised, seconds=seen, lookups=new)
+        else:
+            pace.learn_plain(seen, width)
+        pace.learn_copying(plan, [1] * run_of + [2])
+        seconds, tokens = seconds + cost, tokens + accepted + 1
+    return tokens / seconds
+
+
+def costs_of(pace_costs: StepCosts, wide: float = 1.0, draft: float = 1.0, speed: float = 1.0):
+    """Return the seconds of steps on a machine: those of costs, with factors for wide passes, drafts and all."""
+
+    def seconds_of(width: int, is_drafted: bool) -> float:
+        factor = 1 + (wide - 1) * (width > 2)
+        return speed * (factor * pace_costs.verify_seconds[width - 1] + is_drafted * draft * pace_costs.draft_seconds)
+
+    return seconds_of
+
+
+CHANGES = {
+    "all steps are slower": {"speed": 2.0},
+    "all steps are faster": {"speed": 0.5},
+    "wide passes are slower": {"wide": 2.0},
+    "drafts are slower": {"draft": 2.0},
+    "drafts are faster": {"draft": 0.5},
+    "all is four times slower, and drafts ten": {"speed": 4.0, "draft": 2.5},
+}
+
+
+@pytest.mark.parametrize("right", [0.55, 0.8])
+@pytest.mark.parametrize("change", CHANGES)
+def test_costs_that_change_in_the_middle_are_learned(change, right):
+    """After some steps of the changed machine, a pace that knew the old one is as fast as one that measured the new."""
+    fast, rng = costs_of(COSTS), random.Random(0)
+    seconds_of = costs_of(COSTS, **CHANGES[change])
+    pace = Pace(COSTS)
+    machine(pace, fast, 1000, rng, right)
+    machine(pace, seconds_of, 300, rng, right)
+    known = Pace(StepCosts([seconds_of(w, False) for w in range(1, 9)], seconds_of(1, True) - seconds_of(1, False)))
+    machine(known, seconds_of, 1300, rng, right)
+    speed, best = (machine(p, seconds_of, 3000, random.Random(1), right) for p in (pace, known))
+    assert speed > 0.97 * best
+
+
+@pytest.mark.parametrize("right", [0.4, 0.55, 0.8])
+def test_noise_decides_nothing(right):
+    """Where the seconds of steps vary and are often disturbed, and costs stay, the choices stay as good."""
+    rng, noisy, quiet = random.Random(2), Pace(COSTS), Pace(COSTS)
+
+    def noise() -> float:
+        return rng.gauss(1, 0.15) * (8 if rng.random() < 0.1 else 1)
+
+    machine(noisy, costs_of(COSTS), 2000, random.Random(0), right, noise)
+    found = machine(noisy, costs_of(COSTS), 3000, random.Random(1), right, noise)
+    machine(quiet, costs_of(COSTS), 2000, random.Random(0), right)
+    assert found > 0.98 * machine(quiet, costs_of(COSTS), 3000, random.Random(1), right)
+    assert quiet.draft_costs.verify_seconds == pytest.approx(COSTS.verify_seconds)
+
+
 def test_a_drafter_that_gets_good_is_found_again():
     pace = Pace(COSTS)
     run(pace, 150, lambda width: 0)
@@ -137,8 +217,11 @@ def test_what_is_copied_is_verified_as_far_as_it_was_right():
     assert pace.copy_rates[1][0].value < 0.03
     assert pace.copy_rates[2][1].value == pytest.approx(0.5, abs=0.05)
     pace.credit = 0.0
-    assert [pace.plan(match, [1] * 7).width for match in (1, 2, 3)] == [1, 5, 8]
-    assert pace.plan(3, [1, 1])[:4] == (False, 3, [1, 1], 3) and not pace.plan().is_drafted
+    assert [pace.plan([Copy(match, [1] * 7)]).width for match in (1, 2, 3)] == [1, 5, 8]
+    assert pace.plan([Copy(3, [1, 1])])[:3] == (False, Copy(3, [1, 1]), 3) and not pace.plan().is_drafted
+    assert pace.plan([Copy(), Copy(1, [1] * 7)])[1:3] == (Copy(1, [1] * 7), 1)  # its kind counts, though none is copied
+    both = [Copy(2, [1] * 7), Copy(3, [1] * 7)]
+    assert pace.plan(both).copy is both[1] and pace.plan(both[::-1]).copy is both[1]
 
 
 def test_a_good_drafter_is_preferred_to_doubtful_copies():
@@ -147,8 +230,8 @@ def test_a_good_drafter_is_preferred_to_doubtful_copies():
     run(pace, 50, lambda width: width - 1, confidence=0.99)
     learn_copies(pace, 2, [1, 1, 2])
     learn_copies(pace, 3, [1] * 8)
-    assert pace.plan(2, [1] * 7).is_drafted
-    assert not pace.plan(3, [1] * 7).is_drafted  # as many tokens, and no time to draft them
+    assert pace.plan([Copy(2, [1] * 7)]).is_drafted
+    assert not pace.plan([Copy(3, [1] * 7)]).is_drafted  # as many tokens, and no time to draft them
 
 
 def test_drafts_are_told_apart_by_the_match_before_them():
@@ -156,10 +239,10 @@ def test_drafts_are_told_apart_by_the_match_before_them():
     pace = Pace(COSTS)
     for _ in range(150):
         for match, accepted in ((0, 7), (1, 0)):
-            plan = pace.plan(match)
+            plan = pace.plan([Copy(match)])
             if plan.is_drafted:
-                draft(pace, plan, lambda _, accepted=accepted: accepted, seconds=None)
-    assert pace.plan().is_drafted and count_drafts(pace, 100, 1) < 4
+                draft(pace, plan, lambda _, accepted=accepted: accepted)
+    assert pace.plan().is_drafted and count_drafts(pace, 100, [Copy(1)]) < 4
 
 
 def test_drafting_what_would_have_been_copied_is_worth_little():
@@ -171,14 +254,14 @@ def test_drafting_what_would_have_been_copied_is_worth_little():
             plan = pace.plan()
             if plan.is_drafted:
                 lookups = [(0, False), (3, is_copyable), (3, is_copyable)]
-                draft(pace, plan, lambda _: 2, seconds=None, lookups=lookups)
+                draft(pace, plan, lambda _: 2, lookups=lookups)
         assert count_drafts(pace, 100) in counts
 
 
 def test_a_drafter_that_loses_is_not_tried_where_it_has_much_to_read():
     pace = Pace(StepCosts(COSTS.verify_seconds, COSTS.draft_seconds, reading_seconds=200.0))
     run(pace, 200, lambda width: 0)
-    tries = {num_unread: count_drafts(pace, 2000, 0, (), num_unread) for num_unread in (0, 128)}
+    tries = {num_unread: count_drafts(pace, 2000, [], num_unread) for num_unread in (0, 128)}
     assert 0 < 5 * tries[128] < tries[0]
 
 

@@ -1,0 +1,171 @@
+"""The memory of answers, and decoding with it."""
+
+import io
+import itertools
+import math
+import random
+import re
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from dpace.cli import main
+from dpace.decode import Decoder, Paces, generate_plain
+from dpace.decode.copies import BYTES_PER_TOKEN, CONTEXT_TOKENS, MAX_MATCH, NUM_KINDS, Copy, Recall
+from dpace.decode.costs import StepCosts
+from dpace.drafter.drafter import ANSWERS_FILE, load_drafter
+from dpace.train import finish
+
+FLAT = StepCosts([10.0, 10.1, 10.2, 10.3, 10.4, 10.5], 5.0)
+
+
+def search(answers: list[list[int]], text: list[int], count: int) -> tuple[int, list[int]]:
+    """The definition: the last place behind six equal tokens, else behind two, and what followed there."""
+    for length in (6, 2):
+        for answer in reversed(answers):
+            for end in range(len(answer) - 1, CONTEXT_TOKENS - 1, -1):
+                equal = itertools.takewhile(lambda k, answer=answer, end=end: answer[end - k] == text[-k], range(1, 17))
+                match = len(list(equal))
+                if match >= length:
+                    return MAX_MATCH + int(math.log2(match)), answer[end : end + count]
+    return 0, []
+
+
+@pytest.mark.parametrize("num_words", [3, 12])
+def test_proposals_are_what_followed_the_last_longest_match(num_words):
+    """Against searching all answers; a few are lost where two hashes are equal."""
+    rng, recall = random.Random(0), Recall(1.0)
+    found = []
+    answers = []
+    for _ in range(60):
+        text = [rng.randrange(1, num_words) for _ in range(40)]
+        expected = search(answers, text[:20], 5)
+        proposed = recall.propose(text[:20], 5)
+        assert len(proposed.token_ids) == 5 if proposed.match else proposed == Copy()
+        found.append(proposed.match == expected[0] and [*proposed.token_ids][: len(expected[1])] == expected[1])
+        recall.add(text, 20)
+        answers.append(text[4:])
+    assert sum(found) >= 57
+
+
+def test_the_start_of_an_answer_is_found_by_the_end_of_its_prompt():
+    recall = Recall(1.0)
+    recall.add([8, 9, 1, 2, 3], 2)
+    assert recall.propose([8, 9], 3) == Copy(NUM_KINDS - 1, [1, 2, 3])  # nothing stands before either
+    assert recall.propose([7, 8, 9], 2) == Copy(4, [1, 2]) and recall.propose([9, 7], 2) == Copy()
+
+
+def test_a_full_memory_forgets_the_oldest_and_stays_as_large():
+    rng, recall = np.random.default_rng(0), Recall(0.1)
+    capacity = len(recall.tokens)
+    answers = rng.integers(1, 50_000, (2 * capacity // 100, 84)).tolist()
+    for answer in answers:
+        recall.add(answer)
+    recalled = [recall.propose(answer[:40], 4).token_ids == answer[40:44] for answer in answers]
+    kept = capacity // 100
+    assert not any(recalled[: -kept - 1]) and sum(recalled[-kept // 2 :]) > 0.7 * (kept // 2)
+    assert recall.tokens.nbytes + recall._contexts.nbytes <= 0.1 * 2**20 and len(recall.tokens) == capacity
+    assert capacity == int(0.1 * 2**20) // BYTES_PER_TOKEN
+    recall.add(list(range(1, 3 * capacity)))  # longer than the memory
+    assert recall.propose([3 * capacity - 4, 3 * capacity - 3], 1).token_ids == [3 * capacity - 2]
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Steps whose costs are known: copies are nearly free, and this drafter's drafts are not."""
+    monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: FLAT)
+    monkeypatch.setattr("dpace.decode.pace.PRIOR_GAIN", 0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_is_equal_with_memory(temperature, costs, language_target, random_drafter_folder, questions):
+    """Also where the same question comes again, which is then mostly copied; and the memory is of the decoder."""
+    drafter = load_drafter(random_drafter_folder, language_target)
+    options = {"max_new_tokens": 24, "temperature": temperature, "seed": 3}
+    passes = {}
+    for mib in (0.0, 1.0):
+        decoder = Decoder(language_target, drafter, recall_mib=mib)
+        for question in [*questions[:4], *questions[:4]]:
+            expected = generate_plain(language_target, question, **options).token_ids
+            generation = decoder.generate(question, **options)
+            assert generation.token_ids == expected
+            passes[mib] = passes.get(mib, 0) + len(generation.widths)
+    assert passes[1.0] < 0.7 * passes[0.0]
+
+
+def test_threads_share_a_decoder(costs, language_target, random_drafter_folder, questions):
+    decoder = Decoder(language_target, load_drafter(random_drafter_folder, language_target))
+    expected = [generate_plain(language_target, question, max_new_tokens=20).token_ids for question in questions]
+    found: dict[int, list[int]] = {}
+
+    def run(first: int) -> None:
+        for number in [*range(first, len(questions), 2)] * 2:
+            found[number] = decoder.generate(questions[number], max_new_tokens=20).token_ids
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(len(questions))] == expected
+
+
+def test_a_memory_starts_from_the_answers_of_the_training(
+    language_target, language_drafter_folder, language_responses, monkeypatch
+):
+    """They stand beside the drafter, and are few."""
+    drafter = load_drafter(language_drafter_folder, language_target)
+    trained = [
+        token for r in language_responses[:50] for start, end in r.response_spans for token in r.token_ids[start:end]
+    ]
+    assert drafter.answers == trained
+    assert Paces(1.0).recall(drafter).propose(trained[5:9], 3).token_ids == trained[9:12]
+    assert Paces().recall(drafter) is None
+    monkeypatch.setattr(finish, "MAX_ANSWER_TOKENS", 100)
+    dataset = finish.ResponseDataset(language_responses[:50], max_length=64, num_anchors=8, seed=0)
+    chosen = finish._find_answers(dataset)
+    assert len(chosen) <= 100 and chosen[:20] == trained[:20] and chosen != trained[: len(chosen)]
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"token_ids": [64]}', '{"token_ids": []}'])
+def test_a_damaged_file_of_answers_is_refused(text, language_target, random_drafter_folder, tmp_path):
+    folder = shutil.copytree(random_drafter_folder, tmp_path / "drafter")
+    (folder / ANSWERS_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"answers.json .*copy it again, or remove the file"):
+        load_drafter(folder, language_target)
+
+
+def test_a_chat_copies_from_the_memory(
+    costs, language_folder, random_drafter_folder, language_drafter_folder, tmp_path, capsys, monkeypatch
+):
+    """`dpace generate --stream` with the answers of a training beside a random drafter, and --recall-mib."""
+    folder = shutil.copytree(random_drafter_folder, tmp_path / "drafter")
+    shutil.copy(language_drafter_folder / ANSWERS_FILE, folder)
+    flags = f"--target {language_folder} --drafter {folder} --stream --max-new-tokens 20".split()
+    texts, taus, added = {}, {}, []
+    add = Recall.add
+    monkeypatch.setattr(Recall, "add", lambda recall, *text: added.append(text) or add(recall, *text))
+    for mib in ("0", "1"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("w3 w51\nw5 w51\n"))
+        assert main(["generate", *flags, "--recall-mib", mib]) == 0
+        printed = capsys.readouterr()
+        texts[mib] = printed.out
+        taus[mib] = [float(tau) for tau in re.findall(r"gave ([\d.]+) \(tau\)", printed.err)]
+    assert texts["0"] == texts["1"] and taus["1"][0] > 1.3 * taus["0"][0]
+    assert len(added) == 3  # the answers of the training and both of the chat, and nothing without a memory
+    assert main(["generate", *flags, "--recall-mib", "-1"]) == 1
+    assert "recall-mib" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_stopped_early_is_remembered(costs, language_target, random_drafter_folder, questions):
+    from dpace.decode.loop import Speculation
+    from dpace.decode.request import make_continuation
+
+    drafter, paces = load_drafter(random_drafter_folder, language_target), Paces(1.0)
+    text = make_continuation(language_target, questions[0], max_new_tokens=20)
+    steps = Speculation(language_target, drafter, text, paces=paces).steps()
+    emitted = [token for _ in range(4) for token in next(steps).token_ids]
+    steps.close()
+    assert paces.recall(drafter).propose(questions[0], 3).token_ids == emitted[:3]
