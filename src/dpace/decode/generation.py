@@ -21,7 +21,7 @@ class Step(NamedTuple):
     width: int
     """Number of tokens that the target read: the last token and the verified draft tokens; 0 for the prompt."""
     copied: int = 0
-    """Number of accepted tokens that a prompt lookup proposed instead of the drafter."""
+    """Number of accepted tokens that were copied, from the text or from earlier answers, and not drafted."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Generation:
     decode_seconds: float
     """Seconds for all further tokens."""
     num_copied: int = 0
-    """Number of accepted tokens that a prompt lookup proposed instead of the drafter."""
+    """Number of accepted tokens that were copied, from the text or from earlier answers, and not drafted."""
 
     @classmethod
     def from_steps(

@@ -119,7 +119,7 @@ class Pace:
         self.drift = [0.0] * (len(costs.verify_seconds) + 1)  # logarithms of seconds over `costs`: drafts, then widths
         self.visits = [0.0] * len(self.drift)  # decaying numbers of these steps
         self._correct_costs()
-        priors = [COPY_PRIOR] * (MAX_MATCH + 1) + [RECALLED_PRIOR] * (NUM_KINDS - MAX_MATCH - 1)
+        priors = (COPY_PRIOR if kind <= MAX_MATCH else RECALLED_PRIOR for kind in range(NUM_KINDS))
         self.copy_rates = [[Rate(2 * p, 2.0) for p in prior] for prior in priors]
         seconds = costs.draft_seconds + costs.verify_seconds[-1]
         self.all_drafted = DraftSums(PRIOR_GAIN * costs.plain_rate * seconds, PRIOR_GAIN * seconds, seconds, 1.0)
@@ -242,7 +242,7 @@ class Pace:
         own_rate = max(COST_RATE, 1 / (2 + self.visits[kind]))
         plain = self.drift[1]
         for other, drift in enumerate(self.drift):
-            nearness = min(width, other or width) / max(width, other) * (1.0 if kind and other else 0.5)
+            nearness = min(width, other or width) / max(width, other) / (1 if kind and other else 2)
             rate = own_rate if other == kind else COST_RATE * nearness
             self.drift[other] += rate * error - COST_FORGETTING * (drift - plain)
             self.visits[other] = VISIT_DECAY * self.visits[other] + (other == kind)

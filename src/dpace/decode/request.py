@@ -82,7 +82,7 @@ class Continuation:
             accepted: number of draft tokens that were accepted.
             token_ids: these tokens, then the target's next one.
             width: number of tokens that the target read.
-            is_copied: whether a prompt lookup proposed them.
+            is_copied: whether they were copied, and not drafted.
         """
         emitted = list(token_ids[: min(accepted + 1, self.remaining)])
         stop = next((i for i, token in enumerate(emitted) if token in self.stops), None)
