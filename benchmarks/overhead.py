@@ -60,7 +60,7 @@ def main(rounds: int) -> None:
 
         def step(weigh, head=head) -> float:
             start = time.perf_counter()
-            hidden, blocks, _ = blocks_hidden(drafter, target, batch, **ids)
+            hidden, blocks = blocks_hidden(drafter, target, batch, **ids)[:2]
             out = frozen_head_nll(hidden, head, blocks.labels, blocks.is_scored, weigh=weigh)
             block_loss(out.losses, blocks.is_scored).backward()
             torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.max_grad_norm)

@@ -97,6 +97,15 @@ def make_with_convolutions(target: Target, **options) -> Drafter:
     return drafter
 
 
+def make_with_head(target: Target, **options) -> Drafter:
+    """A drafter whose head does something."""
+    drafter = make_drafter(target, **{"head": "lilicorr", "head_candidates": 4, **options})
+    with torch.no_grad():
+        for parameter in drafter.lilicorr.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return drafter
+
+
 class Oracle:
     """Stands in for a drafter: drafts a given text, wrong where `is_wrong` says so, with a given confidence."""
 

@@ -83,6 +83,7 @@ CUSTOM_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
 ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, description="package.module:function")]
 """An objective of dpace, or `package.module:function` for a custom one."""
 TokenLoss = Literal["nll", "kl", "lk", "mix"]
+HeadWeights = Literal["mean", "objective", "walk"]
 Confidence = Literal["token", "overlap"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative", "block"]
@@ -92,6 +93,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp", "tp"]
 Engine = Literal["vllm", "sglang", "llamacpp", "tensorrt", "transformers", "zlab"]
+DraftHeadName = Literal["lilicorr"] | None
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
 
@@ -122,6 +124,14 @@ class DrafterConfig:
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""
+    head: DraftHeadName = None
+    """lilicorr: a small head that chooses tokens which follow one another, among the best of each slot.
+    By default each slot takes its own best token, as in DFlash."""
+    head_candidates: Literal[2, 4, 8, 16] = 8
+    """Best tokens of each slot that the head chooses from (LiLiCorr: 8)."""
+    head_width: Annotated[int, integer(8, 2**16)] | None = None
+    """Width of the head, and length of the vectors whose products are its scores.
+    By default a quarter of the target's, as published, and a sixth where that is narrower than 1024."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -152,6 +162,15 @@ class LossConfig:
     slots: scored slots. weights: the weights' sum."""
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
+
+    head_weights: HeadWeights = "mean"
+    """How much each slot counts in the loss of a head.
+    mean: all slots before the first whose token is no candidate count alike, as published.
+    objective: by the objective's weights. walk: by the same from the probabilities of the head's walk, which then are
+    the drafter's weights too."""
+    head_penalty: PositiveOrZero = 0.25
+    """Weight of the penalty for choices that the target dislikes (LiLiCorr: 0.25); 0 saves the target's upper layers.
+    """
 
     chunk_mib: Count | None = None
     """MiB of logits that the loss computes at once, 1 or more; lower it where memory is short.
@@ -400,6 +419,11 @@ class Recipe:
     """Optimizer and its schedule."""
     bench: BenchConfig = BenchConfig()
     """What is measured, and how."""
+
+    @property
+    def needs_target_hidden(self) -> bool:
+        """Whether training reads the target's last hidden states: for its distribution, or for a head's penalty."""
+        return self.loss.needs_target_probs or (self.drafter.head is not None and self.loss.head_penalty > 0)
 
 
 @dataclass(frozen=True)

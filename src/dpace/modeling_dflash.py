@@ -146,6 +146,130 @@ class DFlashLayer(GradientCheckpointingLayer):
         return hidden + around(self.mlp_conv, self.post_attention_layernorm(hidden), self.mlp, block_size)
 
 
+class LiLiCorrAttention(nn.Module):
+    """Attention of all candidates of a block to one another, with learned biases by the distance of their slots."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def initialize(self):
+        """Start as torch's own attention does."""
+        init.xavier_uniform_(self.in_proj_weight)
+        init.zeros_(self.in_proj_bias)
+
+    def forward(self, rows, bias):
+        """Compute the attention's output, "block entry width"; `bias` is "1 head entry entry"."""
+        rows = nn.functional.linear(rows, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rows.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+
+
+class LiLiCorrLayer(nn.Module):
+    """A pre-norm layer over the candidates of a block."""
+
+    def __init__(self, width: int, inner: int, num_heads: int, eps: float):
+        super().__init__()
+        self.attn_norm = Qwen3RMSNorm(width, eps=eps)
+        self.attn = LiLiCorrAttention(width, num_heads)
+        self.mlp_norm = Qwen3RMSNorm(width, eps=eps)
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width))
+
+    def forward(self, rows, bias):
+        """Add attention and feed-forward to `rows`."""
+        rows = rows + self.attn(self.attn_norm(rows), bias)
+        return rows + self.mlp(self.mlp_norm(rows))
+
+
+class LiLiCorr(nn.Module):
+    """A head that scores how well each candidate of a slot follows each candidate of the slot before.
+
+    All candidates of a block see one another, in two layers. Each gets a vector for the pair that it begins and one for
+    the pair that it ends, and a pair's score is their product. Names of the parts are those of published checkpoints.
+
+    Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        sizes = {name.removeprefix("lilicorr_"): value for name, value in config.dflash_config.items()}
+        outer, block_size, eps = config.hidden_size, config.block_size, config.rms_norm_eps
+        width, k, num_heads = sizes["hidden_size"] or outer, sizes["candidate_topk"], sizes["num_heads"]
+        self.num_candidates, self.block_size, self.width = k, block_size, width
+        self.vector_eps, self.logit_scale = sizes["vector_eps"], sizes["logit_scale"]
+        self.token_proj = nn.Identity() if width == outer else nn.Linear(outer, width)
+        self.pass_hidden_proj = nn.Linear(outer, width)
+        self.context_proj = nn.Linear(outer, width)
+        norm = nn.LayerNorm(5, eps=1e-5)
+        self.feature_mlp = nn.Sequential(norm, nn.Linear(5, width), nn.SiLU(), nn.Linear(width, width))
+        self.slot_embedding = nn.Parameter(torch.empty(1, 1, block_size - 1, 1, width))
+        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, k, width))
+        self.relative_slot_bias = nn.Parameter(torch.empty(num_heads, 2 * block_size - 1))
+        self.same_slot_bias = nn.Parameter(torch.empty(num_heads))
+        inner = int(sizes["mlp_ratio"] * width)
+        self.layers = nn.ModuleList(LiLiCorrLayer(width, inner, num_heads, eps) for _ in range(sizes["num_layers"]))
+        self.output_norm = Qwen3RMSNorm(width, eps=eps)
+        self.anchor_norm = Qwen3RMSNorm(width, eps=eps)
+        self.factor_input_proj = nn.Linear(3 * width, width)
+        self.out_head, self.in_head, self.anchor_out_head = (nn.Linear(width, sizes["factor_dim"]) for _ in range(3))
+
+    def initialize(self):
+        """Let slots and ranks count nothing at first. The factors' weights must not be 0: they would stay so."""
+        for part in (self.slot_embedding, self.rank_embedding, self.relative_slot_bias, self.same_slot_bias):
+            init.zeros_(part)
+
+    def forward(self, embeds, log_probs, hidden, anchor, has_anchor=None):
+        """Score the first candidates, and all pairs of candidates of neighbouring slots.
+
+        Args:
+            embeds: "block slot candidate hidden", target embeddings of the candidates of the first slots, best first.
+            log_probs: "block slot candidate", in fp32, of the drafter's softmax over all tokens.
+            hidden: "block slot hidden", of the slots, as the LM head reads them.
+            anchor: "block hidden", the feature row before the anchor, after `fc` and `hidden_norm`.
+            has_anchor: Bool, "block": whether there is such a row; by default there always is.
+
+        Returns:
+            Scores in fp32: "block candidate", after the anchor; and "block pair before after", where pair 0 is that of
+            the first two slots.
+        """
+        dtype = self.factor_input_proj.weight.dtype
+        num_slots, k = log_probs.shape[1:]
+        ranks = torch.arange(k, device=log_probs.device)
+        parts = (log_probs, log_probs.exp(), log_probs - log_probs.amax(-1, keepdim=True))
+        parts += tuple(x.float().expand_as(log_probs) for x in (ranks / max(1, k - 1), ranks == 0))
+        rows = self.feature_mlp(torch.stack(parts, dim=-1).to(dtype)) + self.token_proj(embeds.to(dtype))
+        rows = rows + self.pass_hidden_proj(hidden.to(dtype))[:, :, None]
+        rows = (rows + self.slot_embedding[0, :, :num_slots] + self.rank_embedding[0]).flatten(1, 2)
+        slots = torch.arange(num_slots, device=log_probs.device)
+        bias = self.relative_slot_bias[:, slots[:, None] - slots + self.block_size - 1]
+        bias = bias + self.same_slot_bias[:, None, None] * (slots[:, None] == slots)
+        bias = bias.repeat_interleave(k, 1).repeat_interleave(k, 2)[None]
+        for layer in self.layers:
+            rows = layer(rows, bias)
+        context = self.context_proj(anchor.to(dtype))
+        context = context if has_anchor is None else context * has_anchor[:, None]
+        context = self.anchor_norm(context)
+        rows = self.output_norm(rows)
+        both = [rows, context[:, None].expand_as(rows), rows * context[:, None]]
+        rows = nn.functional.silu(self.factor_input_proj(torch.cat(both, dim=-1)))
+        rows = rows.unflatten(1, (num_slots, k))
+        before, after = self._unit(self.out_head(rows[:, :-1])), self._unit(self.in_head(rows))
+        first = self._unit(self.anchor_out_head(context))
+        start = (after[:, 0] @ first[..., None])[..., 0]
+        return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
+
+    def _unit(self, vectors):
+        return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
+
+
+def has_head(config: Any) -> bool:
+    """Return whether a drafter has a LiLiCorr head."""
+    return bool((getattr(config, "dflash_config", None) or {}).get("lilicorr_enabled"))
+
+
 def has_convolutions(config: Any) -> bool:
     """Return whether a drafter has DFlash2's convolutions."""
     return bool((getattr(config, "dflash_config", None) or {}).get("conv_kernel_size"))
@@ -185,7 +309,8 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
     """Qwen3 layers over `[anchor, mask, ...]` that attend to the target's features.
 
     It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. With
-    `conv_kernel_size` in the config it is DFlash2's network without a selector. The arguments of `forward` are named as
+    `conv_kernel_size` in the config it is DFlash2's network without a selector, and with `lilicorr_enabled` it has a
+    head for proposals. The arguments of `forward` are named as
     in transformers' DFlash generation, which takes this class as `assistant_model`.
 
     Raises:
@@ -215,7 +340,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
-        if has_convolutions(config):
+        with torch.random.fork_rng(devices=[]):  # so that all else starts as without a head
+            self.lilicorr = LiLiCorr(config) if has_head(config) else None
+        if has_convolutions(config) and not has_head(config):
             self.candidate_selector = NeutralSelector(config)
         self.post_init()
 
@@ -225,7 +352,8 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         Raises:
             ValueError: they are not 0.
         """
-        if has_convolutions(self.config) and any(bool(part.any()) for part in self.candidate_selector.buffers()):
+        selector = getattr(self, "candidate_selector", None)
+        if selector is not None and any(bool(part.any()) for part in selector.buffers()):
             raise ValueError(
                 "this DFlash2 drafter has a trained candidate selector, which this network does not run; serve it with "
                 "the project that trained it"
@@ -234,8 +362,12 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
     def _init_weights(self, module):
         """Initialize a module; called by transformers, for a part before its whole."""
         super()._init_weights(module)
-        if isinstance(module, DFlashConvolution):
+        if isinstance(module, DFlashConvolution | LiLiCorr | LiLiCorrAttention):
             module.initialize()
+
+    def anchor_rows(self, features):
+        """Return the rows that the attention reads of some features, "block hidden": the head's view of the text."""
+        return self.hidden_norm(self.fc(features.to(self.dtype)))
 
     def forward(
         self,
@@ -263,7 +395,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         """
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None].bool()
-        context = self.hidden_norm(self.fc(context_hidden_states.to(self.dtype)))
+        context = self.anchor_rows(context_hidden_states)
         hidden = noise_embeds.to(self.dtype)
         rope = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:

@@ -7,6 +7,7 @@ accelerator.
 import contextlib
 import copy
 import json
+import sys
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -270,7 +271,8 @@ def main() -> None:
         "measure": measure,
         "train": step,
     }
-    target, drafter = make_target("qwen3"), make_drafter(make_target("qwen3"))
+    kind = {"head": "lilicorr"} if "head" in sys.argv else {}
+    target, drafter = make_target("qwen3"), make_drafter(make_target("qwen3"), **kind)
     expected = {name: part(target, drafter) for name, part in parts.items() if name != "train"}
     state = {k: v.clone() for k, v in drafter.state_dict().items()}
     device = SecondDevice()

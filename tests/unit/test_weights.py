@@ -62,6 +62,13 @@ def test_published_vectors(alpha, mask, expected):
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=weights.dtype), rtol=0, atol=1e-6)
 
 
+def test_the_weights_of_a_walk_are_those_of_the_drafter_with_other_probabilities():
+    """At slot 3 the target's token is no candidate: the walk cannot take it, and the smoothing alone goes on."""
+    weights = dpace_weights(block([0.9, 0.5, 0.0, 0.7]), scored([1] * 4), 0.5)[0, 0, 1:]
+    expected = torch.tensor([2.3215625, 1.3715625, 0.6590625, 0.3028125])
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("mask", "alpha", "weigh", "expected"),
     [

@@ -109,7 +109,8 @@ def _make_step(target: Target, drafter: Drafter, temperature: float) -> Callable
             return
         read = features if width == FIRST_DRAFT else features[:, :4]
         hidden = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
-        draft = drafter.kind.draft(draft_head, to_predicted(hidden, drafter.first_slot), size)
+        hidden = to_predicted(hidden, drafter.first_slot)
+        draft = drafter.kind.draft(drafter, draft_head, hidden, lambda: read[:, -1], size)
         drafter.confidences(draft.scores[0])  # waits for the device, as drawing does
 
     return step

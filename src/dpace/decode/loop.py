@@ -17,7 +17,7 @@ from dpace.decode.copies import PromptLookup
 from dpace.decode.generation import Generation, Step, collect
 from dpace.decode.pace import Pace, Paces, Plan
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
-from dpace.decode.sampling import draw_draft, verify_draft, verify_sampled
+from dpace.decode.sampling import draw_draft, draw_walk, verify_draft, verify_sampled
 from dpace.decode.steps import Ends, State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import DraftHead
@@ -236,8 +236,13 @@ class Speculation:
         if self.pace is not None:
             width, promised = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]))
         if self.samples_draft and width > 1:
-            spread = self.draft_head.spread(draft.scores[0, : width - 1])
-            tokens, draft_probs = draw_draft(spread, self.text.token_ids, self.text.sampler)
+            sampler = self.text.sampler
+            if draft.lattice is not None:
+                vocab_size = len(self.target.head.weight)
+                tokens, draft_probs = draw_walk(draft.lattice, width - 1, sampler, vocab_size)
+            else:
+                spread = self.draft_head.spread(draft.scores[0, : width - 1])
+                tokens, draft_probs = draw_draft(spread, self.text.token_ids, sampler)
             block = torch.cat([block[:, :1], tokens[None]], dim=1)
         return Proposal(block[:, :width], ends, features.shape[1], draft_probs, promised)
 

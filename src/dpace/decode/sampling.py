@@ -15,6 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dpace.drafter.kinds import Lattice
+
 
 class Sampler:
     """A sampler of tokens from logits, with the filters of `model.generate` in the same order.
@@ -143,6 +145,37 @@ def draw_draft(
         drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
         rows.append(probs)
     return torch.tensor(drawn, device=logits.device), torch.cat(rows)
+
+
+def draw_walk(
+    lattice: Lattice, count: int, sampler: Sampler, vocab_size: int
+) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    """Draw a draft for speculative sampling from a head's lattice, a slot after the other.
+
+    A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature. Filters
+    and processors of the target do not matter: any distribution keeps the target's text, if it is the one drawn from.
+
+    Args:
+        lattice: of one block.
+        count: number of tokens to draw.
+        sampler: of the target.
+        vocab_size: of the target.
+
+    Returns:
+        The tokens, and the distribution that each was drawn from.
+    """
+    scores = lattice.start
+    rows = []
+    chosen = []
+    for slot in range(count):
+        rows.append((scores / max(sampler.temperature, 1e-5)).softmax(-1))
+        index = torch.multinomial(rows[-1], 1, generator=sampler.generator)
+        chosen.append(index)
+        if slot + 1 < count:
+            scores = lattice.pairs[:, slot].gather(1, index[..., None].expand(-1, -1, scores.shape[-1]))[:, 0]
+    candidates = lattice.candidates[0, :count]
+    probs = torch.zeros(count, vocab_size, device=candidates.device)
+    return candidates.gather(1, torch.cat(chosen))[:, 0], probs.scatter_(1, candidates, torch.cat(rows))
 
 
 def verify_sampled(

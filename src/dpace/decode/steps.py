@@ -73,7 +73,13 @@ def draft_step(
         cache=cache,
     )
     cache.drop_block(drafter.num_slots)
-    draft = drafter.kind.draft(head, to_predicted(hidden, drafter.first_slot), width)
+
+    def newest() -> Tensor:
+        """Find the features of the token before each anchor, which stand at different places in the rows of a batch."""
+        place = (state.positions == ends.starts - 1).int().argmax(-1)
+        return state.features[torch.arange(len(place), device=place.device), place]
+
+    draft = drafter.kind.draft(drafter, head, to_predicted(hidden, drafter.first_slot), newest, width)
     return torch.cat([ends.last_ids, draft.tokens], dim=1), draft
 
 

@@ -15,7 +15,7 @@ import torch
 
 from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
-from dpace.drafter.kinds import SELECTOR_TENSORS
+from dpace.drafter.kinds import LILICORR, SELECTOR_TENSORS
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import FROM_ANCHOR, find_layer_id_faults
 from dpace.system.loading import first_names
@@ -172,9 +172,20 @@ def mask_token(folder: ExaminedFolder) -> Observation:
     return Observation(type(token_id) is int, token_id, "a whole number")
 
 
+def head_keys(folder: ExaminedFolder) -> Observation | None:
+    """Compare the keys of a head with those that dpace would write for its tensors; none may be missing."""
+    parts = (folder.nested, folder.expected_config["dflash_config"])
+    found, expected = ({k: v for k, v in part.items() if k.startswith(("lilicorr", "projector"))} for part in parts)
+    differing = [f"{key} {look_up(found, key)}" for key in {**expected, **found} if found.get(key) != expected.get(key)]
+    return expect_none(differing) if found or expected else None
+
+
 def block_size(folder: ExaminedFolder) -> Observation:
-    """Check that a block has a draft slot."""
+    """Check that a block has a draft slot, and as many as a head scores."""
     found = folder.value("block_size")
+    num_drafts = folder.size("draft")
+    if num_drafts and found != num_drafts + 1:
+        return Observation(False, found, f"{num_drafts + 1}, as the head's tensors have")
     return Observation(type(found) is int and found >= 2, "absent (16)" if found is None else found, "2 or more")
 
 
@@ -213,7 +224,8 @@ def tensor_names(folder: ExaminedFolder) -> Observation:
 def tensor_values(folder: ExaminedFolder) -> Observation:
     """Look for tensors with NaN or infinity, and for zeros in place of weights."""
     values = {name: tensor for name, tensor in folder.tensors.items() if name not in SELECTOR_TENSORS}
-    faults = [f"{name} is zero" for name, tensor in values.items() if not tensor.any()]
+    trained = {name: tensor for name, tensor in values.items() if "weight" in name or not name.startswith(LILICORR)}
+    faults = [f"{name} is zero" for name, tensor in trained.items() if not tensor.any()]
     return expect_none([*(f"{n} is not finite" for n, t in values.items() if not t.isfinite().all()), *faults])
 
 
@@ -295,6 +307,13 @@ CONFIG_CHECKS = (
     *(Check(k, "fails", equal, "write what the tensors have", breaks, (k,)) for k, breaks in TENSOR_KEYS.items()),
     *(Check(k, "fails", equal, USE_TARGETS, breaks, (k,)) for k, breaks in TARGET_KEYS.items()),
     *(Check(k, "fails", scale, USE_TARGETS, breaks, (k,)) for k, breaks in SCALES.items()),
+    Check(
+        "head keys",
+        "fails",
+        head_keys,
+        "write all keys of the head, as the tensors have them",
+        "another scale or size loads without an error, and drafts are worse; without them the head is left out",
+    ),
     Check(
         "engine",
         "warns",

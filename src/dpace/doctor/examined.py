@@ -14,6 +14,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import spec_for
+from dpace.drafter.kinds import HeadSpec, count_head_layers
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import DrafterFolder, mapping
 from dpace.measure.heldout import heldout_acceptance
@@ -74,7 +75,13 @@ class ExaminedFolder(DrafterFolder):
         """The drafter with these tensors for this target; the config decides sizes on which the tensors differ."""
         taps = self.size("tap") or 0
         spec = spec_for(
-            self.target, num_layers=1, block_size=2, mask_token_id=0, target_layer_ids=(0,), conv_kernel_size=taps
+            self.target,
+            num_layers=1,
+            block_size=2,
+            mask_token_id=0,
+            target_layer_ids=(0,),
+            conv_kernel_size=taps,
+            head=self.expected_head,
         )
         for key, measured in self.measured.items():
             size = measured or (self.config.get(key) if key != "head_dim" else None)
@@ -82,6 +89,23 @@ class ExaminedFolder(DrafterFolder):
                 spec = replace(spec, **{NAMES_IN_SPEC.get(key, key): size})
         groups = self.size("kernel")
         return replace(spec, conv_group_size=2 * taps * spec.hidden_size // groups) if taps and groups else spec
+
+    @property
+    def expected_head(self) -> HeadSpec | None:
+        """The sizes of the head with these tensors; constants that no tensor has are the config's or published."""
+        width = self.size("correlator")
+        if not width:
+            return None
+        sizes = HeadSpec(
+            candidate_topk=self.size("candidate") or 1,
+            hidden_size=0 if width == self.target.hidden_size else width,
+            num_heads=self.size("heads") or 1,
+            factor_dim=self.size("factor") or 1,
+            num_layers=count_head_layers(self.tensors),
+            mlp_ratio=(self.size("wide") or width) / width,
+        )
+        constants = {name: self.nested.get(f"lilicorr_{name}") for name in ("vector_eps", "logit_scale")}
+        return replace(sizes, **{name: value for name, value in constants.items() if type(value) is float})
 
     @cached_property
     def expected_config(self) -> dict[str, Any]:

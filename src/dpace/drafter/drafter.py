@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter.kinds import Kind, kind_of
+from dpace.config import DraftHeadName
+from dpace.drafter.kinds import HeadSpec, Kind, head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
 from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary, read_token_ids
@@ -40,6 +42,7 @@ def spec_for(
     mask_token_id: int,
     target_layer_ids: Sequence[int],
     conv_kernel_size: int = 0,
+    head: HeadSpec | None = None,
 ) -> DrafterSpec:
     """Describe a drafter with the target's width, heads, feed-forward and rotary embedding; see `from_target`."""
     config = target.config
@@ -64,6 +67,7 @@ def spec_for(
         softcap=target.head.softcap,
         conv_kernel_size=conv_kernel_size,
         conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
+        head=head,
         special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
     )
 
@@ -84,10 +88,10 @@ class Drafter(DFlashDraftModel):
         """All that an engine must know about it, apart from its weights."""
         return DrafterSpec.from_config(self.config.to_dict())
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """What it adds to DFlash's network."""
-        return kind_of(self.config)
+        return self.spec.kind
 
     @property
     def num_slots(self) -> int:
@@ -124,7 +128,7 @@ class Drafter(DFlashDraftModel):
     def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
         """Estimate how likely each slot's token is accepted, given that the tokens before it are.
 
-        That is the calibrated probability of its most likely token.
+        That is the calibrated probability of its most likely token; with a head, of its best one after those before.
         """
         logits = logits.float()
         odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()  # in place is fast
@@ -142,6 +146,9 @@ class Drafter(DFlashDraftModel):
         mask_token_id: int | None = None,
         norm_scale: float = 1.0,
         conv_kernel_size: int = 0,
+        head: DraftHeadName = None,
+        head_candidates: int = 8,
+        head_width: int | None = None,
         seed: int = 0,
     ) -> "Drafter":
         """Make an untrained drafter with the target's width, heads, feed-forward and rotary embedding.
@@ -155,7 +162,10 @@ class Drafter(DFlashDraftModel):
             mask_token_id: by default `choose_mask_token`.
             norm_scale: initial value of the final norm's weights; small values start near the uniform distribution.
             conv_kernel_size: slots that DFlash2's convolutions read, 2 or more; 0 for DFlash's network.
-            seed: seed of the initial weights.
+            head: `lilicorr` for a head that makes the slots agree.
+            head_candidates: tokens of each slot that it chooses from.
+            head_width: see `head_for`.
+            seed: seed of the initial weights; those of the network are the same with and without a head.
 
         Raises:
             ValueError: a layer id, block size or mask token that cannot work with this target.
@@ -169,6 +179,7 @@ class Drafter(DFlashDraftModel):
                 target, num_layers=num_layers, num_features=num_features, target_layer_ids=target_layer_ids
             ),
             conv_kernel_size=conv_kernel_size,
+            head=head_for(target.hidden_size, head_candidates, head_width) if head else None,
         )
         spec.check()
         with torch.random.fork_rng():

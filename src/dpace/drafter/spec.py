@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter.kinds import KINDS, Kind
+from dpace.drafter.kinds import HeadSpec, Kind, find_kind
 from dpace.modeling_dflash import refuse_variants
 
 MAX_LAYERS = 1000
@@ -122,6 +122,8 @@ class DrafterSpec:
     sample_from_anchor: Flag = False
     """Whether each slot predicts the token behind its own position, as in DeepSpec: `block_size` slots give as many
     draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
+    head: HeadSpec | None = None
+    """Sizes of a LiLiCorr head; None without one."""
     record: Annotated[dict[str, Any], Field(alias="dpace"), AfterValidator(_check_record)] = field(
         default_factory=dict, compare=False
     )
@@ -142,7 +144,7 @@ class DrafterSpec:
     @property
     def kind(self) -> Kind:
         """What it adds to DFlash's network."""
-        return KINDS["dflash2" if self.conv_kernel_size else "dflash"]
+        return find_kind(has_taps=self.conv_kernel_size > 0, head=self.head, hidden_size=self.hidden_size)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
@@ -157,6 +159,9 @@ class DrafterSpec:
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
+            if name == "head":
+                values = {f"lilicorr_{key}": value for key, value in values["head"].items()}
+                name = f"lilicorr_{first['loc'][1]}"
             if first["type"] == "missing":
                 raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
             fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
@@ -166,6 +171,12 @@ class DrafterSpec:
             raise ValueError(
                 f"num_attention_heads is {spec.num_heads}, expected a multiple of num_key_value_heads, which is "
                 f"{spec.num_key_value_heads}; {COPY_AGAIN}"
+            )
+        width = spec.head and (spec.head.hidden_size or spec.hidden_size)
+        if spec.head and width and width % spec.head.num_heads:
+            raise ValueError(
+                f"lilicorr_num_heads is {spec.head.num_heads}, expected a divisor of the head's width, which is "
+                f"{width}; {COPY_AGAIN}"
             )
         return spec
 
@@ -191,6 +202,8 @@ class DrafterSpec:
         for name, size in convolutions.items():
             if is_second and not size:
                 raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}")
+        keys = {name.removeprefix("lilicorr_"): value for name, value in nested.items() if name.startswith("lilicorr_")}
+        has_head = keys.pop("enabled", False) or "LiLiCorr" in str(config.get("architectures"))
         block_size = _either(config, nested, "block_size")
         layer_ids = _either(config, nested, "target_layer_ids")
         from_anchor = [_either(config, nested, name) for name in FROM_ANCHOR]
@@ -198,6 +211,7 @@ class DrafterSpec:
             {
                 **config,
                 **convolutions,
+                "head": keys if has_head else None,
                 "block_size": 16 if block_size is None else block_size,
                 "mask_token_id": _either(config, nested, "mask_token_id"),
                 "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
@@ -212,7 +226,7 @@ class DrafterSpec:
 
     def config(self) -> Qwen3Config:
         """Make the config of a `Drafter`."""
-        elsewhere = {"conv_kernel_size", "conv_group_size", "special_token_ids"}
+        elsewhere = {"conv_kernel_size", "conv_group_size", "head", "special_token_ids"}
         values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
         named = {name: values[name] for name in nested if name in values}
@@ -261,6 +275,11 @@ class DrafterSpec:
         if self.block_size < 2:
             raise ValueError(
                 f"block_size is {self.block_size}; it must be 2 or more: an anchor and at least one draft slot"
+            )
+        if self.kind.num_candidates > self.vocab_size:
+            raise ValueError(
+                f"the head chooses from {self.kind.num_candidates} tokens of each slot, and the target has "
+                f"{self.vocab_size}; train with fewer --drafter.head-candidates"
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -58,6 +58,18 @@ def to_predicted(
     return hidden if first_slot else nn.functional.pad(hidden, (0, 0, 1, 0))
 
 
+class BlocksHidden(NamedTuple):
+    """What the training forward pass gives."""
+
+    hidden: Float[Tensor, "batch block slot hidden"]
+    """Final hidden states."""
+    blocks: Blocks
+    before: Float[Tensor, "batch block feature"]
+    """Features of the token before each anchor; those of the first token where there is none."""
+    target_hidden: Float[Tensor, "batch block slot hidden"] | None
+    """Input of the target's head where it predicts each slot; None where it was not asked for."""
+
+
 def blocks_hidden(
     drafter: Any,
     target: Target,
@@ -68,7 +80,7 @@ def blocks_hidden(
     first_slot: int = 1,
     with_target_hidden: bool = False,
     make_mask: Callable[[Blocks, int], Any] | None = None,
-) -> tuple[Tensor, Blocks, Tensor | None]:
+) -> BlocksHidden:
     """Run the drafter over all blocks of a batch at once: the training forward pass.
 
     Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask, where `flex_attention` has no
@@ -85,10 +97,6 @@ def blocks_hidden(
             moved to the slots whose tokens they predict.
         with_target_hidden: give the input of the target's head too.
         make_mask: gives the attention mask; by default `flex_mask` on a GPU and `dense_mask` elsewhere.
-
-    Returns:
-        Final hidden states, "batch block slot hidden"; the blocks; and with `with_target_hidden`, the input of the
-        target's head where it predicts each slot, of the same shape (otherwise None).
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
     token_ids, features = inputs["token_ids"], inputs["features"]
@@ -111,8 +119,7 @@ def blocks_hidden(
         block_size=read.block_size,
     ).unflatten(1, read.labels.shape[1:])
     hidden = to_predicted(hidden, first_slot)
-    if not with_target_hidden:
-        return hidden, blocks, None
     before = (blocks.position_ids - 1).clamp(0, num_context - 1)
     rows = torch.arange(batch, device=token_ids.device)[:, None, None]
-    return hidden, blocks, features[..., num_features:][rows, before]
+    target_hidden = features[..., num_features:][rows, before] if with_target_hidden else None
+    return BlocksHidden(hidden, blocks, features[..., :num_features][rows[..., 0], before[..., 0]], target_hidden)

@@ -16,7 +16,7 @@ from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import MAX_LAYERS, DrafterSpec
 from dpace.engines.card import write_card
 from dpace.engines.gguf import read_gguf, write_gguf
-from dpace.engines.published import make_drafter, read_folder
+from dpace.engines.published import make_drafter, read_folder, without_head
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files
@@ -72,6 +72,7 @@ def export(
     target_gguf: str | Path | None = None,
     dtype: torch.dtype | None = None,
     license: str = "other",
+    is_plain: bool = False,
 ) -> Exported:
     """Write a drafter for an engine with a model card, read it again, and compare.
 
@@ -87,6 +88,7 @@ def export(
         target_gguf: any GGUF file of the target; needed for `gguf`.
         dtype: of the weights; by default as they are.
         license: of the weights, for the model card.
+        is_plain: leave out the drafter's head.
 
     Raises:
         ValueError: a drafter that cannot be served, a missing or wrong `target_gguf`, or files that do not read back as
@@ -105,6 +107,10 @@ def export(
         )
     spec, weights = read_folder(folder)
     spec.check()
+    original = load_drafter(folder, target, all_tokens=True)
+    if is_plain:
+        spec, weights = without_head(spec, weights)
+        original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured
     if reason := spec.kind.refusals.get(to):
         raise ValueError(reason)
     if spec.sample_from_anchor and to not in ANCHOR_FORMATS:
@@ -113,7 +119,6 @@ def export(
             f"slot on, so that nearly nothing would be accepted; export with --to {' or --to '.join(ANCHOR_FORMATS)}"
         )
     engine_target = str(Path(target_name).resolve()) if Path(target_name).is_dir() else target_name
-    original = load_drafter(folder, target, all_tokens=True)
     tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf")
     written_dtype = tensors["fc.weight"].dtype
     with filling(output) as aside:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpace.drafter.kinds import kind_of_tensors
+from dpace.drafter.kinds import kind_of_tensors, published_name
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
 from dpace.system.progress import printable
@@ -62,7 +62,7 @@ class DrafterFolder:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by their published names."""
         stored = {name.removeprefix("model."): tensor for name, tensor in self.stored.items()}
-        return {OTHER_NAMES.get(name, name): tensor for name, tensor in stored.items()}
+        return {OTHER_NAMES.get(name, published_name(name)): tensor for name, tensor in stored.items()}
 
     @cached_property
     def num_layers(self) -> int:

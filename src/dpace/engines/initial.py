@@ -38,6 +38,8 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         "target_layer_ids": spec.target_layer_ids,
         "mask_token_id": spec.mask_token_id,
         "conv_kernel_size": spec.conv_kernel_size,
+        "head": "lilicorr" if spec.head else None,
+        **({"head_candidates": spec.head.candidate_topk} if spec.head else {}),
     }
     others = [option for option, value in own.items() if getattr(recipe.drafter, option) not in (None, value)]
     for option in [*others, "norm_scale"]:

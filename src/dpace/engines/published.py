@@ -1,5 +1,6 @@
 """Read a drafter's folder in the published DFlash layout, and make a `Drafter` of a spec and its tensors."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
+from dpace.drafter.kinds import SELECTOR_TENSORS
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import read_files
 from dpace.engines.speculators import of_speculators
@@ -85,3 +87,19 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     drafter.load_state_dict(tensors, assign=True)
     drafter.refuse_trained_selector()
     return drafter.requires_grad_(False)
+
+
+def without_head(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[DrafterSpec, dict[str, Tensor]]:
+    """Return a drafter as it is without its head: DFlash's, or DFlash2's where it has convolutions.
+
+    Raises:
+        ValueError: it has no head.
+    """
+    if spec.head is None:
+        raise ValueError("the drafter has no head that could be left out; export it without --plain")
+    plain = replace(spec, head=None)
+    sizes = plain.kind.axis_sizes(plain)
+    kept = {name: tensors[name] for name in plain.kind.tensors(plain.num_layers) if name in tensors}
+    for name in plain.kind.other_tensors.keys() & SELECTOR_TENSORS.keys():
+        kept[name] = tensors["norm.weight"].new_zeros([sizes[axis] for axis in SELECTOR_TENSORS[name][0].split()])
+    return plain, kept

@@ -27,11 +27,16 @@ class _Scores(NamedTuple):
     nll: Tensor
     overlap: Tensor | None
     top_tokens: Tensor
+    """The best tokens, "rows candidate"."""
+    top_log_probs: Tensor | None
+    """Their log-probabilities; None for soft losses."""
     grad: Tensor | None
     """Gradient of `losses` with respect to the rows, "rows hidden"; None where none is needed."""
 
 
-def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, needs_grad: bool) -> _Scores:
+def _hard_scores(
+    rows: Tensor, head: Head, labels: Tensor, num_columns: int, needs_grad: bool, num_candidates: int
+) -> _Scores:
     """Compute the cross-entropy with the labels, `num_columns` tokens of the vocabulary at a time.
 
     The gradient, `softmax @ W - W[label]`, is attention of the rows over the vocabulary with the head as keys and
@@ -42,43 +47,55 @@ def _hard_scores(rows: Tensor, head: Head, labels: Tensor, num_columns: int, nee
     weight, operands = head.weight, rows.to(head.weight.dtype)
     none = torch.zeros(labels.shape, device=rows.device)
     grad = torch.zeros(rows.shape if needs_grad else (), device=rows.device)
-    sums = _Sums(torch.full_like(none, -torch.inf), none, none.clone(), torch.zeros_like(labels), grad)
+    top_tokens = torch.zeros_like(labels).repeat(1, num_candidates)
+    sums = _Sums(torch.full_like(top_tokens, -torch.inf, dtype=grad.dtype), none, none.clone(), top_tokens, grad)
     for start in range(0, len(weight), num_columns):
         part = head._replace(weight=weight[start : start + num_columns])
         # A size of 1 would be a graph of its own, and torch runs eagerly where a function has more than eight.
         is_compiled = rows.device.type in TILED and min(len(rows), len(part.weight)) > 1
         add_tile = _compiled_add_tile() if is_compiled else _add_tile
         sums = add_tile(sums, part, operands, labels - start, torch.full_like(labels, start), needs_grad)
-    total = sums.others + (sums.label_logits - sums.peak).exp()
-    nll = sums.peak + total.log() - sums.label_logits
+    peak = sums.top_logits[:, :1]
+    total = sums.others + (sums.label_logits - peak).exp()
+    nll = peak + total.log() - sums.label_logits
+    top_log_probs = sums.top_logits - peak - total.log()
     if not needs_grad:
-        return _Scores(nll, nll, None, sums.top_tokens, None)
+        return _Scores(nll, nll, None, sums.top_tokens, top_log_probs, None)
     slope = head.slope(sums.label_logits)
     other_prob = sums.others / total if slope is None else sums.others / total * slope
     grad = sums.grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
-    return _Scores(nll, nll, None, sums.top_tokens, grad)
+    return _Scores(nll, nll, None, sums.top_tokens, top_log_probs, grad)
 
 
 class _Sums(NamedTuple):
-    """Sums over a part of the vocabulary for some rows; all are "rows 1" but `grad`."""
+    """Sums over a part of the vocabulary for some rows; "rows 1" where nothing else is said."""
 
-    peak: Tensor
-    """The highest logit."""
+    top_logits: Tensor
+    """The highest logits, "rows candidate"; the exponentials are relative to the first."""
     label_logits: Tensor
     others: Tensor
-    """Sum of exp(logit - peak) of all tokens but the label."""
+    """Sum of exp(logit - highest) of all tokens but the label."""
     top_tokens: Tensor
+    """Tokens of the highest logits, "rows candidate"."""
     grad: Tensor
-    """Sum of exp(logit - peak) times the head's row, "rows hidden"; one 0 where no gradient is needed."""
+    """Sum of exp(logit - highest) times the head's row, "rows hidden"; one 0 where no gradient is needed."""
 
 
 def _add_tile(sums: _Sums, part: Head, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
     """Add the tokens of a part of the head; `column` is the label's, which may lie in another part."""
     logits = part.logits(operands).float()
-    highest, index = logits.max(-1, keepdim=True)
-    top_tokens = torch.where(highest > sums.peak, index + start, sums.top_tokens)
-    peak = torch.maximum(sums.peak, highest)
-    rescale = (sums.peak - peak).exp_()
+    before, num_candidates = sums.top_logits[:, :1], sums.top_logits.shape[1]
+    if num_candidates == 1:
+        highest, index = logits.max(-1, keepdim=True)
+        top_tokens = torch.where(highest > before, index + start, sums.top_tokens)
+        top_logits = torch.maximum(before, highest)
+    else:
+        highest, index = logits.topk(min(num_candidates, logits.shape[1]))
+        both, order = torch.cat([sums.top_logits, highest], dim=1).sort(stable=True, dim=-1, descending=True)
+        top_logits, order = both[:, :num_candidates], order[:, :num_candidates]
+        top_tokens = torch.cat([sums.top_tokens, index + start], dim=1).gather(1, order)
+    peak = top_logits[:, :1]
+    rescale = (before - peak).exp_()
     inside = column.clamp(0, len(part.weight) - 1)
     is_here = column == inside
     column_logits = logits.gather(-1, inside)
@@ -88,10 +105,10 @@ def _add_tile(sums: _Sums, part: Head, operands: Tensor, column: Tensor, start: 
     exps = logits.sub_(peak).exp_()
     others = sums.others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
     if not needs_grad:
-        return _Sums(peak, label_logits, others, top_tokens, sums.grad)
+        return _Sums(top_logits, label_logits, others, top_tokens, sums.grad)
     exps = exps if slope is None else exps.mul_(slope)
     grad = sums.grad.mul_(rescale).add_(exps.to(part.weight.dtype) @ part.weight)
-    return _Sums(peak, label_logits, others, top_tokens, grad)
+    return _Sums(top_logits, label_logits, others, top_tokens, grad)
 
 
 @functools.cache
@@ -127,9 +144,9 @@ def _soft_scores(
         share = (probs * falls_short).sum(-1, keepdim=True)
         grad = probs.mul_(share - falls_short).div_(overlap.clamp_min(TINY))
     if not needs_grad:
-        return _Scores(losses, nll, overlap, top_tokens, None)
+        return _Scores(losses, nll, overlap, top_tokens, None, None)
     grad = grad if slope is None else grad.mul_(slope)
-    return _Scores(losses, nll, overlap, top_tokens, (grad.to(head.weight.dtype) @ head.weight) * head.multiplier)
+    return _Scores(losses, nll, overlap, top_tokens, None, (grad.to(head.weight.dtype) @ head.weight) * head.multiplier)
 
 
 class TokenLosses(torch.autograd.Function):
@@ -140,9 +157,20 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, multiplier, softcap, labels, is_scored, scored_rows, token_loss, target_hidden, chunk_bytes
+        ctx,
+        hidden,
+        weight,
+        multiplier,
+        softcap,
+        labels,
+        is_scored,
+        scored_rows,
+        token_loss,
+        target_hidden,
+        chunk_bytes,
+        num_candidates,
     ):
-        """Compute losses, nll, overlap and top tokens of all slots.
+        """Compute losses, nll, overlap, top tokens and their log-probabilities, of all slots.
 
         Arguments as in `dpace.loss.frozen_head_nll`.
         """
@@ -150,7 +178,9 @@ class TokenLosses(torch.autograd.Function):
         losses = torch.zeros(is_scored.shape, device=hidden.device)
         nll = torch.zeros_like(losses)
         overlap = torch.ones_like(losses)
-        top_tokens = torch.full_like(labels, -1)
+        top_tokens = torch.full((*labels.shape, num_candidates), -1, device=labels.device)
+        top_log_probs = torch.zeros(top_tokens.shape, device=hidden.device)
+        wholes = (losses, nll, overlap, top_tokens, top_log_probs)
         grad = torch.zeros_like(hidden) if needs_grad else None
         num_logits = chunk_bytes // 4
         num_rows = math.isqrt(num_logits) if target_hidden is None else num_logits // SOFT_COPIES // len(weight)
@@ -161,22 +191,23 @@ class TokenLosses(torch.autograd.Function):
 
             rows, row_labels = select(hidden), select(labels)[:, None]
             if target_hidden is None:
-                scores = _hard_scores(rows, head, row_labels, max(1, num_logits // max(1, len(rows))), needs_grad)
+                num_columns = max(1, num_logits // max(1, len(rows)))
+                scores = _hard_scores(rows, head, row_labels, num_columns, needs_grad, num_candidates)
             else:
                 scores = _soft_scores(rows, select(target_hidden), head, row_labels, token_loss, needs_grad)
-            for values, whole in zip(scores, (losses, nll, overlap, top_tokens, grad), strict=True):
+            for values, whole in zip(scores, (*wholes, grad), strict=True):
                 if values is not None and whole is not None:
                     whole.view(is_scored.numel(), -1)[chosen] = values.to(whole.dtype)
             del scores  # frees memory before the next chunk is computed
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(nll, overlap, top_tokens)
-        return losses, nll, overlap, top_tokens
+        ctx.mark_non_differentiable(*wholes[1:])
+        return wholes
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
         """Scale the kept gradient by the gradient of each slot's loss."""
         (grad,) = ctx.saved_tensors
-        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 9
+        return torch.mul(grad, grad_losses[..., None], out=torch.empty_like(grad)), *[None] * 10
 
 
 def default_chunk_bytes(weight: Float[Tensor, "vocab hidden"], *, is_cpu: bool, is_soft: bool) -> int:

@@ -57,6 +57,12 @@ class HeadOutput(NamedTuple):
     """The drafter's greedy choice."""
     is_match: Bool[Tensor, "batch block slot"]
     """Whether the slot is scored and that choice is the label."""
+    token_losses: Float[Tensor, "batch block slot"]
+    """Losses before they are weighed; they carry the gradient too."""
+    candidates: Int[Tensor, "batch block slot candidate"]
+    """The drafter's best tokens, best first; -1 where not scored."""
+    log_probs: Float[Tensor, "batch block slot candidate"]
+    """Their log-probabilities; 0 where not scored, and with `target_hidden`."""
 
 
 def _uniform(slots: Slots) -> Tensor:
@@ -74,6 +80,7 @@ def frozen_head_nll(
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
     scored_rows: Int[Tensor, " row"] | None = None,
     chunk_bytes: int | None = None,
+    num_candidates: int = 1,
 ) -> HeadOutput:
     """Compute the weighted loss of each block; equals `frozen_head_nll_reference`.
 
@@ -107,6 +114,7 @@ def frozen_head_nll(
             waits for the device.
         chunk_bytes: size of the logits that exist at once, by default `default_chunk_bytes`; changes results by
             rounding only.
+        num_candidates: number of best tokens to find, exactly; 1 with `target_hidden`.
 
     Returns:
         See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
@@ -124,17 +132,36 @@ def frozen_head_nll(
     # Outside torch.compile's graphs: rows are chosen by a mask, and every new count of them would recompile.
     apply: Any = torch.compiler.disable(TokenLosses.apply)
     rows = is_scored.flatten().nonzero()[:, 0] if scored_rows is None else scored_rows
-    losses, nll, overlap, top_tokens = apply(
-        hidden, *head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes
+    losses, nll, overlap, candidates, log_probs = apply(
+        hidden, *head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates
     )
-    return _weighted(losses, nll, None if target_hidden is None else overlap, top_tokens, labels, is_scored, weigh)
+    overlap = None if target_hidden is None else overlap
+    return _weighted(losses, nll, overlap, candidates, log_probs, labels, is_scored, weigh)
 
 
-def _weighted(losses, nll, overlap, top_tokens, labels, is_scored, weigh: Weigh) -> HeadOutput:
+def _weighted(losses, nll, overlap, candidates, log_probs, labels, is_scored, weigh: Weigh) -> HeadOutput:
     """Weigh the slots' token losses."""
+    top_tokens = candidates[..., 0]
     is_match = (top_tokens == labels) & is_scored
     weights = weigh(Slots(is_scored, torch.exp(-nll), is_match, overlap)).detach().float()
-    return HeadOutput((weights * losses).sum(-1), nll, weights, top_tokens, is_match)
+    sums = (weights * losses).sum(-1)
+    return HeadOutput(sums, nll, weights, top_tokens, is_match, losses, candidates, log_probs)
+
+
+def candidate_logits(
+    hidden: Float[Tensor, "*rows hidden"], head: Head, candidates: Int[Tensor, "*rows candidate"]
+) -> Float[Tensor, "*rows candidate"]:
+    """Compute the logits of a few tokens of each row, in fp32 and with the gradient to the hidden states.
+
+    Memory: the head's rows of all these tokens.
+
+    Args:
+        hidden: the head's input.
+        head: frozen.
+        candidates: rows of the head.
+    """
+    rows = head.weight[candidates].float()
+    return head.finish((rows @ hidden.float()[..., None])[..., 0])
 
 
 def frozen_head_nll_reference(
@@ -146,6 +173,7 @@ def frozen_head_nll_reference(
     weigh: Weigh = _uniform,
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
+    num_candidates: int = 1,
 ) -> HeadOutput:
     """Compute `frozen_head_nll` in plain PyTorch: all logits at once, gradient by autograd.
 
@@ -163,8 +191,10 @@ def frozen_head_nll_reference(
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         of_loss = {"nll": nll, "kl": kl, "lk": -accepted.log(), "mix": (nll + kl) / 2}
         losses = of_loss[token_loss].where(is_scored, 0.0)
-    top_tokens = logits.argmax(-1).where(is_scored, -1)
-    return _weighted(losses, nll.detach(), overlap, top_tokens, labels, is_scored, weigh)
+    top = logits.log_softmax(-1).topk(num_candidates)
+    candidates = top.indices.where(is_scored[..., None], -1)
+    log_probs = top.values.detach() * (is_scored[..., None] & (target_hidden is None))
+    return _weighted(losses, nll.detach(), overlap, candidates, log_probs, labels, is_scored, weigh)
 
 
 def count_items(

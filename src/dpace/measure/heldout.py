@@ -15,7 +15,8 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.drafter import Drafter
-from dpace.drafter.views import blocks_hidden
+from dpace.drafter.kinds import make_lattice, rows_after, take_walk, tokens_of
+from dpace.drafter.views import BlocksHidden, blocks_hidden
 from dpace.fast.packing import refresh_copies
 from dpace.loss import frozen_head_nll
 from dpace.metrics import Acceptance
@@ -89,7 +90,8 @@ def score_conversation(
     bytes for the dense mask on a CPU.
 
     Yields:
-        Final hidden states, "1 block slot hidden"; the blocks; and their `leading_matches`.
+        Final hidden states, "1 block slot hidden", or with a head of the drafter's own the scores of its drafts; the
+        blocks; and the slots that are accepted.
     """
     head, rows = (target.head, None) if token_ids is None else target.head.part(token_ids)
     ids: dict[str, Any] = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
@@ -104,10 +106,32 @@ def score_conversation(
         seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
         text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
         with torch.no_grad():
-            hidden, blocks = blocks_hidden(drafter, target, {**chosen, **text}, **ids)[:2]
+            found = blocks_hidden(drafter, target, {**chosen, **text}, **ids)
+            states, blocks = found[:2]
             labels = blocks.labels if rows is None else rows[blocks.labels]
-            is_accepted = leading_matches(hidden, head, labels, blocks.is_scored)
-        yield hidden, blocks, is_accepted
+            if drafter.kind.num_candidates == 1:
+                is_accepted = leading_matches(states, head, labels, blocks.is_scored)
+            else:
+                states, drafted = walk_blocks(drafter, target, found, head, token_ids)
+                is_right = (drafted == blocks.labels) & blocks.is_scored
+                is_accepted = is_right[..., 1:].int().cumprod(-1).bool()
+                is_accepted = torch.nn.functional.pad(is_accepted, (1, 0))
+        yield states, blocks, is_accepted
+
+
+def walk_blocks(
+    drafter: Drafter, target: Target, found: BlocksHidden, head: Head, token_ids: Tensor | None
+) -> tuple[Float[Tensor, "1 block slot choice"], Int[Tensor, "1 block slot"]]:
+    """Draft the blocks of a conversation with the drafter's head; return its scores and tokens, of slot 0 any."""
+    hidden, blocks = found[:2]
+    every = torch.ones_like(blocks.is_scored)
+    out = frozen_head_nll(hidden, head, blocks.labels * 0, every, num_candidates=drafter.kind.num_candidates)
+    candidates = out.candidates if token_ids is None else token_ids.to(out.candidates.device)[out.candidates]
+    candidates, log_probs, states = (x[0, :, 1:] for x in (candidates, out.log_probs, hidden))
+    lattice = make_lattice(drafter, target, candidates, log_probs, states, found.before[0], blocks.anchors[0] > 0)
+    index = take_walk(lattice)
+    scores, tokens = rows_after(lattice, index), tokens_of(lattice, index)
+    return torch.cat([scores[:, :1], scores], dim=1)[None], torch.cat([tokens[:, :1], tokens], dim=1)[None]
 
 
 def leading_matches(

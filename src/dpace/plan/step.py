@@ -269,6 +269,7 @@ class PaperStep:
                 lambda slots: uniform_weights(slots.is_scored),
                 tile,
                 chunk_bytes=chunk_bytes,
+                needs_target_hidden=self.recipe.needs_target_hidden,
                 **masks,
             )
             with tracker:
@@ -290,7 +291,7 @@ class PaperStep:
         anchors = torch.zeros(shape.batch_size, shape.num_blocks, dtype=torch.long)
         labels = torch.zeros(*anchors.shape, self.drafter.block_size, dtype=torch.long)
         token_ids = torch.zeros(shape.batch_size, shape.num_tokens, dtype=torch.long)
-        with_last = self.recipe.loss.needs_target_probs
+        with_last = self.recipe.needs_target_hidden
         return {
             "token_ids": token_ids,
             "features": self.target.features(token_ids, self.drafter.target_layer_ids, with_head_input=with_last),
@@ -336,7 +337,7 @@ class PaperStep:
     def _target_flops(self, shape: BatchShape) -> float:
         """Count the operations in which the target computes features: each weight counts, those of experts too."""
         target = self.target
-        last = None if self.recipe.loss.needs_target_probs else max(self.drafter.target_layer_ids) + 1
+        last = None if self.recipe.needs_target_hidden else max(self.drafter.target_layer_ids) + 1
         weights = sum(parameter.numel() for parameter in target.layers[:last].parameters())
         width = target.config.num_hidden_layers * self.drafter.config.num_attention_heads
         scores = width * self.drafter.config.head_dim * shape.num_tokens

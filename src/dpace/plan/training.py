@@ -340,7 +340,7 @@ def _plan_features(paper: PaperStep, conversations: Conversations) -> tuple[Feat
     """Return where `keep_features` keeps the features of all conversations, and their bytes there."""
     train, target = paper.recipe.train, paper.target
     layers = len(paper.drafter.target_layer_ids)
-    trained_layers = layers + paper.recipe.loss.needs_target_probs
+    trained_layers = layers + paper.recipe.needs_target_hidden
     tokens = (conversations.number or 0) * conversations.mean_tokens
     if train.feature_files:
         return "on disk", int(tokens * bytes_of_token(target, trained_layers, train.feature_dtype))

@@ -183,7 +183,7 @@ def train_cells(
     dataset, measured = datasets
     if dataset.features is None:
         # One set of features for all; the target's last hidden states are kept too where any objective needs them.
-        widest = max((recipes[cell] for cell in untrained), key=lambda recipe: recipe.loss.needs_target_probs)
+        widest = max((recipes[cell] for cell in untrained), key=lambda recipe: recipe.needs_target_hidden)
         keep_features(target, *datasets, widest)
     for number, cell in enumerate(untrained, start=1):
         if ranks.is_first():

@@ -159,13 +159,13 @@ def fit_confidence_temperature(
     logits, matches = [], []
     for i in range(len(dataset)):
         reached = []
-        for hidden, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
+        for states, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
             slots = torch.arange(drafter.block_size, device=target.device)
             is_reached = blocks.is_scored & (slots <= is_accepted.sum(-1, keepdim=True) + 1)
-            reached.append((hidden[is_reached], is_accepted[is_reached]))
+            reached.append((states[is_reached], is_accepted[is_reached]))
         rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
         share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scaled = head.logits(rows[::share]).float()
+        scaled = (head.logits(rows[::share]) if drafter.kind.num_candidates == 1 else rows[::share]).float()
         logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
         matches.append(is_right[::share])
     drafter.train(was_training)

@@ -25,8 +25,9 @@ from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
 from dpace.config import LossConfig, Recipe, is_custom
 from dpace.drafter import Drafter
-from dpace.drafter.views import blocks_hidden
-from dpace.loss import HeadOutput, Weigh, block_loss, count_items, frozen_head_nll
+from dpace.drafter.kinds import make_lattice, walk_losses
+from dpace.drafter.views import BlocksHidden, blocks_hidden
+from dpace.loss import HeadOutput, Slots, Weigh, block_loss, candidate_logits, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
@@ -61,10 +62,14 @@ class Scorer:
     """The target's, or its rows of the tokens that `head_index` knows."""
     head_index: Tensor | None = None
     """The row of each token in `head`; None where it has all."""
+    head_tokens: Tensor | None = None
+    """The token of each of its rows; None where it has all."""
     make_mask: Callable[[Blocks, int], Any] | None = None
     """See `blocks_hidden`."""
     chunk_bytes: int | None = None
     """See `frozen_head_nll`."""
+    needs_target_hidden: bool = False
+    """Of the recipe."""
 
     def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[HeadOutput, Blocks]:
         """Draft the blocks of a micro-batch, and compute their losses.
@@ -77,27 +82,78 @@ class Scorer:
         Returns:
             What the head gives, and the blocks.
         """
-        hidden, blocks, target_hidden = blocks_hidden(
+        found = blocks_hidden(
             model,
             self.target,
             batch,
             mask_token_id=self.drafter.mask_token_id,
             target_layer_ids=self.drafter.target_layer_ids,
-            with_target_hidden=self.loss.needs_target_probs,
+            with_target_hidden=self.needs_target_hidden,
             make_mask=self.make_mask,
         )
+        blocks = found.blocks
         out = frozen_head_nll(
-            hidden,
+            found.hidden,
             self.head,
             blocks.labels if self.head_index is None else self.head_index[blocks.labels],
             blocks.is_scored,
             scored_rows=batch.get("scored_rows"),
             weigh=lambda slots: self.weigh(slots._replace(progress=progress)),
             token_loss=self.loss.token_loss,
-            target_hidden=target_hidden,
+            target_hidden=found.target_hidden if self.loss.needs_target_probs else None,
             chunk_bytes=self.chunk_bytes,
+            num_candidates=self.drafter.kind.num_candidates,
         )
+        if self.drafter.kind.num_candidates > 1:
+            out = self.add_head(out, found, batch.get("whole_blocks"), progress)
         return out, blocks
+
+    def add_head(self, out: HeadOutput, found: BlocksHidden, whole: Tensor | None, progress: float) -> HeadOutput:
+        """Add the loss of the drafter's head, in blocks all of whose slots are scored.
+
+        Args:
+            out: of these blocks, without the head.
+            found: what their forward pass gave.
+            whole: numbers of these blocks among all, where they are known; the host waits for the device otherwise.
+            progress: share of the training that is done.
+        """
+        blocks = found.blocks
+        if whole is None:
+            whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
+        if not len(whole):  # a gradient of 0, since ranks wait for each other's
+            head: Any = self.drafter.lilicorr
+            nothing = sum(parameter.sum() * 0 for parameter in head.parameters())
+            return out._replace(losses=out.losses + nothing)
+
+        def pick(values: Tensor) -> Tensor:
+            return values.flatten(0, 1)[whole][:, 1:]
+
+        hidden, labels, rows = (pick(values) for values in (found.hidden, blocks.labels, out.candidates))
+        own = labels if self.head_index is None else self.head_index[labels]
+        logits = candidate_logits(hidden, self.head, torch.cat([rows, own[..., None]], dim=-1))
+        log_probs = logits[..., :-1] - logits[..., -1:] - pick(out.token_losses)[..., None]
+        theirs = found.target_hidden
+        target_logits = None if theirs is None else candidate_logits(pick(theirs), self.head, rows)
+        lattice = make_lattice(
+            self.drafter,
+            self.target,
+            rows if self.head_tokens is None else self.head_tokens[rows],
+            log_probs,
+            hidden,
+            found.before.flatten(0, 1)[whole],
+            blocks.anchors.flatten()[whole] > 0,
+        )
+        walk = walk_losses(lattice, labels, target_logits, self.loss.head_penalty)
+        if self.loss.head_weights == "walk":
+            probs = torch.exp(-out.nll).flatten(0, 1)
+            probs[whole, 1:] = walk.probs
+            slots = Slots(blocks.is_scored, probs.view_as(out.nll), out.is_match, None, progress)
+            weights = self.weigh(slots).detach().float()
+            out = out._replace(weights=weights, losses=(weights * out.token_losses).sum(-1))
+        is_mean = self.loss.head_weights == "mean"
+        weights = walk.is_candidate.int().cumprod(-1) if is_mean else pick(out.weights)
+        more = torch.zeros_like(out.losses).flatten().index_add(0, whole, (weights * walk.losses).sum(-1))
+        return out._replace(losses=out.losses + more.view_as(out.losses))
 
 
 class TrainingLoop:
@@ -137,11 +193,6 @@ class TrainingLoop:
         self.config = recipe.train
         self.loss = recipe.loss
         self.checkpoints = checkpoints
-        head, head_index = target.head, None
-        if self.loss.vocabulary == "seen":
-            head, head_index = target.head.part(dataset.seen_tokens)
-        chunk_bytes = self.loss.chunk_mib and self.loss.chunk_mib * 2**20
-        self.scorer = Scorer(drafter, target, self.loss, weigh, head, head_index, chunk_bytes=chunk_bytes)
         self.accelerator = self._make_accelerator()
         self.block_sizes = block_sizes(drafter.block_size, is_growing=self.config.grow_blocks)
         self.micro_size = self.config.batch_size * ranks.num_ranks()
@@ -155,6 +206,23 @@ class TrainingLoop:
         self.model = copy.deepcopy(drafter) if self.is_sharded else drafter
         if self.is_sharded:
             shard(self.model)
+        head = target.head
+        head_index = None
+        head_tokens = None
+        if self.loss.vocabulary == "seen":
+            head_tokens = dataset.seen_tokens.to(target.device)
+            head, head_index = target.head.part(head_tokens)
+        self.scorer = Scorer(
+            self.model,
+            target,
+            self.loss,
+            weigh,
+            head,
+            head_index,
+            head_tokens,
+            chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
+            needs_target_hidden=recipe.needs_target_hidden,
+        )
         # Prepared are autocast and compilation, and, without shards, the sum of the gradients over the ranks.
         self.wrapped: Any = self.accelerator.prepare_model(
             self.model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
@@ -249,6 +317,7 @@ class TrainingLoop:
         batch: dict[str, Any] = collate(rows, num_slots)
         batch["is_scored"] &= bool(numbers)
         batch["scored_rows"] = batch["is_scored"].flatten().nonzero()[:, 0]
+        batch["whole_blocks"] = batch["is_scored"][..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
         if self.target.device.type in TILED:
             batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
         return {**batch, "counts": bool(numbers)}

@@ -18,9 +18,13 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Make the optimizer of a training; weight decay leaves out norms."""
     rate, decay = config.learning_rate, config.weight_decay
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    if config.optimizer == "muon":
+    is_muon = config.optimizer == "muon"
+    matrices = []
+    norms = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "bias" not in name if is_muon else parameter.ndim > 1
+        (matrices if is_matrix else norms).append(parameter)
+    if is_muon:
         groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
         return MuonAdamW(groups, lr=rate, weight_decay=decay)
     groups = [{"params": matrices, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]

@@ -52,9 +52,14 @@ def choose_conversations(
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on.
+        ValueError: nothing to train on, or a token loss that a head does not learn with.
     """
     config = recipe.train
+    if recipe.drafter.head and recipe.loss.needs_target_probs:
+        raise ValueError(
+            f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
+            f"with --drafter.head {recipe.drafter.head} learns with nll and token only: leave out what differs"
+        )
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     if not len(dataset):
         raise ValueError(
@@ -73,7 +78,7 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     Raises:
         ValueError: see `keep_on_disk`.
     """
-    config, with_head_input = recipe.train, recipe.loss.needs_target_probs
+    config, with_head_input = recipe.train, recipe.needs_target_hidden
     layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
     if config.feature_files:
         keep_on_disk(

@@ -29,6 +29,7 @@ def run(args: list[str]) -> None:
         target_gguf=config.target_gguf,
         dtype=None if config.dtype == "keep" else getattr(torch, config.dtype),
         license=config.license,
+        is_plain=config.plain,
     )
     print(f"{done.num_tensors} of {done.num_tensors} tensors read back bit for bit", end="")
     print(f"; rounded by at most {done.rounding:.1g} (relative)" if done.rounding else "")
@@ -59,6 +60,8 @@ class ExportConfig:
     """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
+    plain: bool = False
+    """Leave out the drafter's head: DFlash's own layout, which engines without LiLiCorr read."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
     license: Text = "other"

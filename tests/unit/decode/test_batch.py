@@ -11,7 +11,7 @@ from dpace.decode.loop import generate, generate_plain
 from dpace.fast.cache import RaggedLayer
 from dpace.target import Target
 from dpace.target.chat import encode_chat
-from tests.conftest import make_drafter, make_target
+from tests.conftest import make_drafter, make_target, make_with_head
 
 LENGTHS = [7, 1, 12, 3, 7]
 
@@ -127,9 +127,10 @@ def graphs(monkeypatch, unchecked_types):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_compiled_steps_of_fixed_shapes(temperature, graphs, language_target, language_drafter, questions):
+@pytest.mark.parametrize(("temperature", "has_head"), [(0.0, False), (1.0, False), (0.0, True)])
+def test_compiled_steps_of_fixed_shapes(temperature, has_head, graphs, language_target, language_drafter, questions):
     """Rows that are done wait for the others."""
+    language_drafter = make_with_head(language_target) if has_head else language_drafter
     rows = questions[:4]
     rows[1] = rows[1][1:]
     plain = [generate_plain(language_target, row, max_new_tokens=30, stop_token_ids=[]).token_ids for row in rows]
@@ -146,8 +147,12 @@ def test_compiled_steps_of_fixed_shapes(temperature, graphs, language_target, la
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-def test_calls_with_other_prompts_compile_nothing_again(graphs, monkeypatch, language_target, language_drafter):
+@pytest.mark.parametrize("has_head", [False, True])
+def test_calls_with_other_prompts_compile_nothing_again(
+    has_head, graphs, monkeypatch, language_target, language_drafter
+):
     """Twelve calls, three lengths of prompts: one graph, and one copy to the host in a step."""
+    language_drafter = make_with_head(language_target) if has_head else language_drafter
     waits, tolist, steps = [], torch.Tensor.tolist, []
     decoder = Decoder(language_target, language_drafter, compile=True, max_length=200)
     step = Batch.step

@@ -19,7 +19,7 @@ from dpace.doctor.doctor import RUN_CHECKS, diagnose
 from dpace.drafter import Drafter
 from dpace.engines.card import serve_command
 from dpace.target import Target
-from tests.conftest import make_drafter, make_target, make_tokenizer, make_with_convolutions
+from tests.conftest import make_drafter, make_target, make_tokenizer, make_with_convolutions, make_with_head
 from tests.support.files import read_json, write_rows
 
 Q, K, V = (f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")
@@ -243,7 +243,7 @@ def test_a_broken_file_is_named_and_the_rest_is_examined(fault, folder, language
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_good_drafters_pass(random_target, dtype, tmp_path):
     random_target.tokenizer = make_tokenizer()
-    for make in (make_drafter, make_with_convolutions):
+    for make in (make_drafter, make_with_convolutions, make_with_head):
         make(random_target).to(dtype).save_pretrained(tmp_path)
         assert not named(tmp_path, random_target)
 

@@ -88,7 +88,7 @@ def test_compiled_training_makes_few_graphs(monkeypatch):
         blocks = build_blocks(token_ids, token_ids == 0, anchors, drafter.block_size)
         features = torch.randn(batch, length, len(drafter.target_layer_ids) * target.hidden_size)
         inputs = {"token_ids": token_ids, "features": features, **vars(blocks)}
-        hidden, _, _ = blocks_hidden(compiled, target, inputs, **ids)
+        hidden = blocks_hidden(compiled, target, inputs, **ids).hidden
         hidden.sum().backward()
     assert 1 <= counter.frame_count <= 3
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpace.config import LossConfig, Objective, TokenLoss
-from dpace.loss import REDUCTIONS, block_loss, count_items, frozen_head_nll, frozen_head_nll_reference, head_scores
+from dpace.loss import (
+    REDUCTIONS,
+    block_loss,
+    candidate_logits,
+    count_items,
+    frozen_head_nll,
+    frozen_head_nll_reference,
+    head_scores,
+)
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.heldout import leading_matches
 from dpace.target.head import Head
@@ -54,6 +62,23 @@ def test_equals_the_plain_reference(objective, head, chunk_bytes):
     weigh = make_weigh(LossConfig(objective=objective), block_size=6)
     grad = compare(problem(head=head), chunk_bytes, weigh=weigh)
     assert not grad[1].any() and not grad[:, :, 0].any()
+
+
+@pytest.mark.parametrize("num_candidates", [2, 8])
+@pytest.mark.parametrize("chunk_bytes", [4, 300, None])
+def test_the_best_tokens_of_each_slot_are_exact(num_candidates, chunk_bytes):
+    compare(problem(head="both"), chunk_bytes, num_candidates=num_candidates)
+
+
+def test_the_logits_of_a_few_tokens_have_the_gradient_of_all():
+    states, head, labels, _ = problem(head="both")
+    candidates = torch.randint(50, (*labels.shape, 3))
+    states.requires_grad_()
+    found = candidate_logits(states, head, candidates)
+    expected = head.logits(states).gather(-1, candidates)
+    torch.testing.assert_close(found, expected)
+    seed = torch.randn_like(found)
+    torch.testing.assert_close(*(torch.autograd.grad(x, states, seed)[0] for x in (found, expected)))
 
 
 def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):

@@ -21,7 +21,7 @@ from dpace.measure.own_text import check_responses, read_greedy
 from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
-from tests.conftest import make_drafter, make_target
+from tests.conftest import make_drafter, make_target, make_with_head
 from tests.support.files import make_prompts, write_prompts
 
 CONFIG = CheckConfig("target", "drafter", num_prompts=2, max_new_tokens=12)
@@ -50,6 +50,12 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
 def test_a_drafter_with_a_draft_vocabulary_passes(language_target, language_drafter, prompts, monkeypatch):
     monkeypatch.setattr(language_drafter, "vocabulary", DraftVocabulary(range(30)))
     assert not failed(check(language_target, language_drafter, prompts, CONFIG))
+
+
+def test_a_drafter_with_a_head_passes(language_target, prompts):
+    """Greedy walks at every width and in a batch, draws from the walk, and accepted lengths of both views."""
+    config = replace(CONFIG, num_prompts=3, max_new_tokens=20)
+    assert not failed(check(language_target, make_with_head(language_target, block_size=5), prompts, config))
 
 
 def test_accepting_too_much_is_found(language_target, language_drafter, prompts, monkeypatch):

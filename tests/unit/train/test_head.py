@@ -1,0 +1,110 @@
+"""Training a drafter with a head: its loss against all logits at once, its options, and the command line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpace.batches.dataset import ResponseDataset, collate
+from dpace.config import LossConfig
+from dpace.drafter.views import blocks_hidden
+from dpace.loss.objective import make_weigh
+from dpace.train.loop import Scorer
+from dpace.train.run import choose_conversations, make_datasets, train
+from dpace.weights import dpace_weights
+from tests.conftest import LANGUAGE_RECIPE, make_recipe, make_with_head
+
+
+def naive(drafter, target, batch, way, penalty):
+    """The loss of each block, from all logits, with a loop over blocks and slots."""
+    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    found = blocks_hidden(drafter, target, batch, **ids, with_target_hidden=True)
+    hidden, blocks = found.hidden, found.blocks
+    log_probs = target.head.logits(hidden).log_softmax(-1)
+    nll = -log_probs.gather(-1, blocks.labels[..., None])[..., 0].where(blocks.is_scored, 0.0)
+    theirs = target.head.logits(found.target_hidden)
+    probs = nll.detach().neg().exp()
+    terms = []
+    for b, n in torch.cartesian_prod(*map(torch.arange, blocks.anchors.shape)).tolist():
+        if not blocks.is_scored[b, n, 1:].all():
+            continue
+        top = log_probs[b, n, 1:].topk(drafter.kind.num_candidates)
+        labels, anchor = blocks.labels[b, n, 1:].tolist(), int(blocks.anchors[b, n])
+        row = drafter.hidden_norm(drafter.fc(batch["features"][b, anchor - 1, : drafter.fc.in_features]))
+        inputs = target.embed(top.indices), top.values, hidden[b, n, 1:], row
+        start, pairs = (scores[0] for scores in drafter.lilicorr(*(x[None] for x in inputs)))
+        previous, is_run = None, True
+        for slot, label in enumerate(labels):
+            places = (top.indices[slot] == label).nonzero().flatten().tolist()
+            is_run = is_run and bool(places)
+            row = start if slot == 0 else None if previous is None else pairs[slot - 1, previous]
+            taken = places and row is not None
+            if taken:
+                r, t = row.softmax(-1), theirs[b, n, slot + 1]
+                cost = (r * (t[label] - t[top.indices[slot]]).clamp_min(0)).sum()
+                terms.append(((b, n, slot + 1), is_run, -0.25 * r[places[0]].log() + penalty * cost))
+            if way == "walk":
+                probs[b, n, slot + 1] = r[places[0]].detach() if taken else 0.0
+            previous = places[0] if places else None
+    weights = dpace_weights(probs, blocks.is_scored, 0.5)
+    losses = weights * nll
+    for place, is_run, term in terms:
+        losses[place] = losses[place] + (term * is_run if way == "mean" else weights[place] * term)
+    return losses.sum(-1), weights
+
+
+@pytest.mark.parametrize("way", ["mean", "objective", "walk"])
+def test_the_loss_of_a_head_is_that_of_all_logits(way, language_target, language_responses):
+    """Values and every gradient, drafter and head; and with the seen tokens alone, up to their softmax."""
+    drafter = make_with_head(language_target, block_size=5, head_candidates=8).train()
+    dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
+    batch = collate([dataset[i] for i in range(3)], 5)
+    ids = drafter.target_layer_ids
+    batch["features"] = language_target.features(batch["token_ids"], ids, with_head_input=True)
+    loss = LossConfig(head_weights=way, head_penalty=0.5)
+    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), language_target.head, needs_target_hidden=True)
+    out, _ = scorer.score(drafter, batch)
+    out.losses.sum().backward()
+    found = {name: p.grad for name, p in drafter.named_parameters()}
+    drafter.zero_grad()
+    losses, weights = naive(drafter, language_target, batch, way, 0.5)
+    losses.sum().backward()
+    torch.testing.assert_close(out.losses, losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.weights, weights, rtol=1e-4, atol=1e-4)
+    for name, parameter in drafter.named_parameters():
+        assert float((found[name] - parameter.grad).norm() / parameter.grad.norm()) < 1e-3, name
+    every = torch.arange(64)
+    part, index = language_target.head.part(every.flip(0))
+    seen = replace(scorer, head=part, head_index=index, head_tokens=every.flip(0))
+    torch.testing.assert_close(seen.score(drafter, batch)[0].losses, losses, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, language_responses):
+    """So that ranks that exchange gradients all have one."""
+    drafter = make_with_head(language_target, block_size=5).train()
+    dataset = ResponseDataset(language_responses[:1], max_length=64, num_anchors=None, seed=0)
+    batch = collate([dataset[0]], 5)
+    batch["is_scored"][..., 4] = False
+    loss = LossConfig(head_penalty=0.0)
+    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), language_target.head)
+    scorer.score(drafter, batch)[0].losses.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in drafter.lilicorr.parameters())
+
+
+def test_training_with_muon_convolutions_growing_blocks_and_a_head(language_target, language_responses, tmp_path):
+    recipe = make_recipe(max_steps=4, eval_steps=2, logging_steps=2, grow_blocks=True, optimizer="muon")
+    shape = {"head": "lilicorr", "block_size": 8, "conv_kernel_size": 2}
+    recipe = replace(recipe, drafter=replace(recipe.drafter, **shape), loss=LossConfig(vocabulary="seen"))
+    datasets = make_datasets(language_target, language_responses[:20], language_responses[50:], recipe)
+    assert datasets[0].features[0].shape[1] == 3 * 48, "the penalty needs the target's last hidden states"
+    drafter = train(language_target, *datasets, recipe, tmp_path / "a")
+    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
+    before = drafter.from_target(language_target, seed=42, **shape)
+    changed = [not torch.equal(*pair) for pair in zip(drafter.parameters(), before.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_other_token_losses_are_refused(language_responses):
+    recipe = replace(LANGUAGE_RECIPE, drafter=replace(LANGUAGE_RECIPE.drafter, head="lilicorr"))
+    with pytest.raises(ValueError, match="learns with nll and token only"):
+        choose_conversations(language_responses, [], replace(recipe, loss=LossConfig(token_loss="kl")))
