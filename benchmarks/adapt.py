@@ -72,7 +72,7 @@ def fine_tune(base: str, text: Path, folder: Path) -> None:
 
 
 def encode(tokenizer, row: dict) -> tuple[list[int], list[int]]:
-    """Give the tokens of a conversation, and its labels: those of the answer."""
+    """Return the tokens of a conversation, and its labels: those of the answer."""
     question = [{"role": "user", "content": row["turns"][0]}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=True, return_dict=False)
     answer = tokenizer(row["reference"])["input_ids"] + [tokenizer.eos_token_id]
@@ -87,7 +87,7 @@ def answers_of(target: Target, prompts: list[Prompt], folder: Path) -> list[Resp
 
 
 def test_prompts() -> list[Prompt]:
-    """Give the first prompts of each set of the demo's held-out part."""
+    """Return the first prompts of each set of the demo's held-out part."""
     rows = [row for kind in ("notes", "problems") for row in islice(make(kind, "heldout"), NUM_TEST)]
     return [Prompt(row["id"], row["set"], [row["messages"]]) for row in rows]
 

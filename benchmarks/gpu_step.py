@@ -46,7 +46,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str, tflops: float | None) -> float | None:
-    """Give the most operations a second that a device can do; None for one that is not known."""
+    """Return the most operations a second that a device can do; None for one that is not known."""
     found = next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
     return None if (tflops or found) is None else 1e12 * float(tflops or found or 0)
 

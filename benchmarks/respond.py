@@ -43,7 +43,7 @@ class Tokenizer:
         return bytes(token_ids).decode()
 
     def get_vocab(self):
-        """Give nothing that could differ."""
+        """Return nothing that could differ."""
         return {}
 
 
@@ -79,7 +79,7 @@ def serve(seconds: float) -> None:
 
 
 def measure(url: str, concurrency: int) -> float:
-    """Give answers a second."""
+    """Return answers a second."""
     count = NUM_PROMPTS[concurrency]
     prompts = [Prompt(str(i), "s", [[{"role": "user", "content": f"prompt {i}"}]]) for i in range(count)]
     config = RespondConfig(max_new_tokens=NUM_TOKENS, batch_size=concurrency, server=(url,))

@@ -47,7 +47,7 @@ def find_cells(output: Path) -> dict[Cell, Path]:
 
 
 def step_seconds(folder: Path) -> float:
-    """Give the median seconds of a drafter's training steps."""
+    """Return the median seconds of a drafter's training steps."""
     return statistics.median(entry["step_seconds"] for entry in read_log(folder) if "step_seconds" in entry)
 
 
@@ -68,7 +68,7 @@ class Study:
         self.kinds = list(dict.fromkeys(name.partition("/")[0] for name in ids))
 
     def seeds(self, block: int, *runs: tuple[str, int]) -> list[int]:
-        """Give the seeds that all of these objectives have with these budgets."""
+        """Return the seeds that all of these objectives have with these budgets."""
         of_runs = [{c.seed for c in self.folders if c[:3] == (name, block, steps)} for name, steps in runs]
         return sorted(set.intersection(*of_runs))
 
@@ -77,20 +77,20 @@ class Study:
         return [name for name in self.objectives if all(self.seeds(block, (name, steps)) for steps in self.budgets)]
 
     def acceptances(self, name: str, block: int, steps: int, seeds: Sequence[int], kind: str = "") -> list[Acceptance]:
-        """Give an acceptance for each seed, with one row for each prompt of a kind; of all kinds without one."""
+        """Return an acceptance for each seed, with one row for each prompt of a kind; of all kinds without one."""
         ids = [name for name in self.ids if name.startswith(kind)]
         found = [self.measured[Cell(name, block, steps, seed)].acceptance(ids) for seed in seeds]
         return [acceptance for acceptance in found if acceptance is not None]
 
     def tau(self, name: str, block: int, steps: int) -> Value | None:
-        """Give tau, all kinds and seeds pooled."""
+        """Return tau, all kinds and seeds pooled."""
         seeds = self.seeds(block, (name, steps))
         if not seeds:
             return None
         return Value(*tau_estimate([self.acceptances(name, block, steps, seeds)]))
 
     def gain(self, name: str, over: str, block: int, steps: int, kind: str = "") -> Value | None:
-        """Give the gain of tau at equal steps, as a ratio minus 1, of the seeds that both have."""
+        """Return the gain of tau at equal steps, as a ratio minus 1, of the seeds that both have."""
         seeds = self.seeds(block, (name, steps), (over, steps))
         if not seeds or name == over:
             return None
@@ -98,13 +98,13 @@ class Study:
         return Value(*tau_estimate(sides, lambda taus: taus[0] / taus[1] - 1))
 
     def gains_by_seed(self, name: str, over: str, block: int, steps: int) -> list[float]:
-        """Give the gain at equal steps of each seed that both have."""
+        """Return the gain at equal steps of each seed that both have."""
         seeds = self.seeds(block, (name, steps), (over, steps))
         pairs = zip(*(self.acceptances(side, block, steps, seeds) for side in (name, over)), strict=True)
         return [ours.tau / theirs.tau - 1 for ours, theirs in pairs]
 
     def gain_in_equal_seconds(self, name: str, over: str, block: int, steps: int) -> Value | None:
-        """Give the gain of tau over the other one, had that trained for as long as this one's steps took.
+        """Return the gain of tau over the other one, had that trained for as long as this one's steps took.
 
         The other one's tau between two budgets is a line over the logarithm of the seconds; past the first and the last
         budget, the nearest line is drawn on.
@@ -125,7 +125,7 @@ class Study:
         return Value(*tau_estimate([*sides, self.acceptances(name, block, steps, seeds)], gain))
 
     def step_cost(self, name: str, over: str, block: int) -> float | None:
-        """Give the time of a step over that of the other one.
+        """Return the time of a step over that of the other one.
 
         It is that of the stage `costs`. Where that has not run, it is the median of the pairs with one budget and seed:
         they are trained one soon after the other, so that what else the machine did counts little.

@@ -62,13 +62,13 @@ class TextPieces:
         return self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=True)
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """Add tokens and give the text that they add; empty while a character is not whole."""
+        """Add tokens and return the text that they add; empty while a character is not whole."""
         self.token_ids += token_ids
         text = self._text(self._start, len(self.token_ids))
         return "" if not token_ids or text.endswith("\ufffd") else self._return_text(text)
 
     def flush(self) -> str:
-        """Give the text that was held back."""
+        """Return the text that was held back."""
         return self._return_text(self._text(self._start, len(self.token_ids)))
 
     def _return_text(self, text: str) -> str:

@@ -6,7 +6,9 @@ that have changed since; decoding calls it once a request.
 """
 
 import functools
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -80,8 +82,12 @@ class FastModule(nn.Module):
             self.fast = None
 
     def is_usable(self, rows: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether a fast form in a dtype may be used: no training, gradient or `torch.compile`, same dtype."""
-        return rows.dtype == dtype and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        """Return whether a fast form in a dtype may be used: same dtype, no training and no gradient.
+
+        On a GPU `torch.compile` combines products and norms itself, so it gets the model's own code.
+        """
+        is_compiled = torch.compiler.is_compiling() and rows.device.type != "cpu"
+        return rows.dtype == dtype and not (self.training or torch.is_grad_enabled() or is_compiled)
 
     def _apply(self, *args, **kwargs):
         """Move or cast the weights, and drop their fast form."""
@@ -101,8 +107,13 @@ class PackedLinear(FastModule, nn.Linear):
         return super().forward(input)
 
     def product(self) -> Product | None:
-        """Return the product with the packed copy, which is made at the first call; None where there is none."""
+        """Return the product with the packed copy; None where there is none.
+
+        The first call makes the copy, unless `torch.compile` traces it.
+        """
         if self.fast is None:
+            if torch.compiler.is_compiling():
+                return None
             self.fast = FastForm(self)
             self.fast.product = pack(self.weight, self.bias)
         return self.fast.product
@@ -111,6 +122,39 @@ class PackedLinear(FastModule, nn.Linear):
         """Turn the layer back into an `nn.Linear`, without the copy."""
         vars(self).pop("fast", None)
         self.__class__: Any = nn.Linear
+
+
+class PackedProduct:
+    """A product with a packed weight, which `torch.compile` takes as one operation.
+
+    It cannot trace what FBGEMM and oneDNN pack. So the operation knows the product by its number, which is part of the
+    compiled code: another copy of the weight has another number and is compiled again.
+
+    Args:
+        multiply: the product.
+        width: number of its outputs.
+    """
+
+    numbers = itertools.count()
+    alive: weakref.WeakValueDictionary[int, "PackedProduct"] = weakref.WeakValueDictionary()
+
+    def __init__(self, multiply: Product, width: int):
+        self.multiply = multiply
+        self.width = width
+        self.number = next(self.numbers)
+        self.alive[self.number] = self
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Multiply rows, "* in"."""
+        if torch.compiler.is_compiling():
+            return torch.ops.dpace.multiply(rows, self.number, self.width)
+        return self.multiply(rows)
+
+
+OPERATIONS = torch.library.Library("dpace", "DEF")
+OPERATIONS.define("multiply(Tensor rows, int number, int width) -> Tensor")
+OPERATIONS.impl("multiply", lambda rows, number, _: PackedProduct.alive[number].multiply(rows), "CPU")
+OPERATIONS.impl("multiply", lambda rows, _, width: rows.new_empty(*rows.shape[:-1], width), "Meta")
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
@@ -139,7 +183,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda rows: multiply(rows, packed, bias, "none", [], "")
+    return PackedProduct(lambda rows: multiply(rows, packed, bias, "none", [], ""), len(weight))
 
 
 def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
@@ -160,14 +204,14 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
         if not torch.equal(weight.half().float(), weight):
             return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-    multiply = torch.ops.quantized.linear_dynamic_fp16.default
+    multiply = torch.ops.quantized.linear_dynamic_fp16.default._op  # without a check of fake weights, which takes long
     scale = 2.0**-exponent
 
     def product(rows: Tensor) -> Tensor:
         out = multiply(rows if exact else rows * scale, packed)
         return out if bias is None else out + bias
 
-    return product
+    return PackedProduct(product, len(weight))
 
 
 @functools.cache

@@ -231,9 +231,7 @@ class Target:
         Memory: on a CPU a second copy of the head, see `dpace.fast.packing`.
         """
         layer = self.model.get_output_embeddings()
-        product = None
-        if isinstance(layer, PackedLinear) and not torch.compiler.is_compiling():
-            product = layer.product()
+        product = layer.product() if isinstance(layer, PackedLinear) else None
         if product is None:
             return self.head.logits(hidden)
         return self.head.finish(product(hidden.to(self.head.weight.dtype)))

@@ -176,6 +176,22 @@ def test_calls_with_other_prompts_compile_nothing_again(
     assert len(graphs) == num_graphs == 1 and set(steps) == {1} and len(steps) > 24
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_compiled_steps_on_a_cpu_multiply_with_the_packed_weights(graphs, language_folder):
+    """A changed weight gets a new copy, and the step is compiled again."""
+    target = Target.load(str(language_folder))
+    decoder = Decoder(target, None, compile=True)
+    options = {"max_new_tokens": 8, "stop_token_ids": []}
+    texts = []
+    for factor in (1, -1):
+        with torch.no_grad():
+            target.model.get_output_embeddings().weight.mul_(factor)
+        texts.append(generate_plain(target, [5, 6, 7], **options).token_ids)
+        assert decoder.generate([5, 6, 7], **options).token_ids == texts[-1]
+    counts = [sum("dpace.multiply" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert counts == 2 * [4 * target.num_layers + 1] and texts[0] != texts[1]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_step_reads_what_a_graph_has_overwritten(
     temperature, monkeypatch, language_target, language_drafter, questions

@@ -60,6 +60,16 @@ def test_fused_layers_give_what_those_of_transformers_give(kind, dtype):
     assert not any(type(m) is PackedLinear for layer in Target(model).layers for m in layer.modules())
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 8, 48), (2, 5, 48)])
+def test_a_norm_has_the_bits_of_torchs(shape):
+    model = make_model("llama3.1")
+    assert fuse_layers(model)
+    layer = model.get_decoder().layers[1]
+    norm, rows = layer.post_attention_layernorm, 9 * torch.randn(shape)
+    expected = torch.rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    assert torch.equal(layer.fast.norm(rows, 1), expected) and torch.equal(norm(rows), expected)
+
+
 @torch.no_grad()
 def test_a_step_passes_by_the_decoders_own_code(monkeypatch):
     """For one row or several of different lengths; not for prompts, and changed layers."""
