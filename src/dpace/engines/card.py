@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
 from dpace.config import Engine, Format
@@ -23,7 +22,6 @@ from dpace.engines.folder import mapping, read_recipe_values
 from dpace.measure.results import RESULT_FILES, BenchResults, BreakEven, Results, Row, ServerResults, read_results
 from dpace.report.cells import as_code, as_markdown, copied_note, pays, verdict, with_interval
 from dpace.report.page import break_even, to_markdown
-from dpace.system.device import dtype_name
 from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
 
@@ -287,7 +285,7 @@ def write_card(
     name: str,
     target_name: str,
     license: str,
-    dtype: torch.dtype,
+    dtype: str,
     is_rounded: bool,
     source: Path,
     drafter: Drafter,
@@ -309,15 +307,14 @@ def write_card(
     """
     is_local = Path(target_name).is_dir()
     front = _front_matter(to, license, None if is_local else target_name)
-    weights = dtype_name(dtype)
-    sections, paying = _result_sections(source, drafter, weights if is_rounded else None)
+    sections, paying = _result_sections(source, drafter, dtype if is_rounded else None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(Path(name).name)}",
         f"A DFlash drafter for `{as_code(target_name)}`. It is not a model to use alone: it proposes tokens, and the "
         "target keeps those that it would have written itself.",
         *[f"`{as_code(target_name)}` is a folder: elsewhere, put the target's Hub id in its place below."] * is_local,
-        _facts_table(spec, target_name, weights),
+        _facts_table(spec, target_name, dtype),
         *sections,
         "## How to serve it",
         *card_sections(

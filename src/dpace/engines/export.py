@@ -15,7 +15,7 @@ from dpace.config import Format
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import MAX_LAYERS, DrafterSpec
 from dpace.engines.card import write_card
-from dpace.engines.gguf import read_gguf, write_gguf
+from dpace.engines.gguf import quantize, read_gguf, write_gguf
 from dpace.engines.published import make_drafter, read_folder, without_head
 from dpace.engines.speculators import speculators_config, verifier_name
 from dpace.system.device import dtype_name
@@ -71,6 +71,7 @@ def export(
     target_name: str,
     target_gguf: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    precision: str | None = None,
     license: str = "other",
     is_plain: bool = False,
 ) -> Exported:
@@ -87,6 +88,7 @@ def export(
         target_name: what the engine is to call the target: a Hub id, or a folder.
         target_gguf: any GGUF file of the target; needed for `gguf`.
         dtype: of the weights; by default as they are.
+        precision: one of `dpace.engines.gguf.QUANTIZED`, for the matrices of a GGUF file.
         license: of the weights, for the model card.
         is_plain: leave out the drafter's head.
 
@@ -100,6 +102,8 @@ def export(
             "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
             "--target-gguf"
         )
+    if to != "gguf" and precision:
+        raise ValueError(f"--dtype {precision} is a precision of GGUF files, and --to is {to}; take --to gguf")
     refuse_output(output, ("the drafter's own folder", folder), ("the target's folder", Path(target_name)))
     if verifier_name(folder):
         raise ValueError(
@@ -119,20 +123,20 @@ def export(
             f"slot on, so that nearly nothing would be accepted; export with --to {' or --to '.join(ANCHOR_FORMATS)}"
         )
     engine_target = str(Path(target_name).resolve()) if Path(target_name).is_dir() else target_name
-    tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf")
-    written_dtype = tensors["fc.weight"].dtype
+    tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf", precision=precision)
+    written = precision or dtype_name(tensors["fc.weight"].dtype)
     with filling(output) as aside:
         path = aside
         if to == "gguf":
-            path = aside / f"dflash-{Path(target_name).resolve().name}-{dtype_name(written_dtype)}.gguf"
-            write_gguf(path, spec, tensors, target_gguf=str(target_gguf))
+            path = aside / f"dflash-{Path(target_name).resolve().name}-{written}.gguf"
+            write_gguf(path, spec, tensors, target_gguf=str(target_gguf), precision=precision)
         elif to == "speculators":
             save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
             config = speculators_config(
                 spec,
                 target_name=engine_target,
                 architectures=list(target.model.config.architectures or []),
-                dtype=dtype_name(written_dtype),
+                dtype=written,
             )
             (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         else:
@@ -144,7 +148,7 @@ def export(
             name=name,
             target_name=target_name,
             license=license,
-            dtype=written_dtype,
+            dtype=written,
             is_rounded=rounding > 0,
             source=folder,
             drafter=original,
@@ -159,7 +163,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     """Read another project's drafter and write it in this project's layout, weights bit for bit.
 
     Args:
-        source: a z-lab, SpecForge or speculators folder, or a GGUF file with f32, f16 or bf16 weights.
+        source: a z-lab, SpecForge or speculators folder, or a GGUF file; quantized weights become fp32.
         output: folder for `config.json`, `model.safetensors` and the network's code.
         target: folder or Hub id, for formats that do not say how many layers it has.
 
@@ -220,13 +224,15 @@ def push(folder: str | Path, repo: str) -> str:
 
 
 def _cast_weights(
-    tensors: dict[str, Tensor], dtype: torch.dtype | None, *, has_fp32_vectors: bool
+    tensors: dict[str, Tensor], dtype: torch.dtype | None, *, has_fp32_vectors: bool, precision: str | None
 ) -> tuple[dict[str, Tensor], float]:
     """Turn weights into the dtype to write; return them and the largest relative change of a tensor."""
     cast, errors = {}, [0.0]
     for name, tensor in tensors.items():
         wanted = torch.float32 if has_fp32_vectors and tensor.dim() != 2 else dtype or tensor.dtype
         cast[name] = tensor.to(wanted).contiguous()
+        if precision and tensor.dim() == 2:
+            cast[name] = quantize(tensor, precision)[1]
         errors.append(float((cast[name].double() - tensor.double()).norm() / tensor.double().norm().clamp_min(1e-30)))
     return cast, max(errors)
 

@@ -47,6 +47,8 @@ TENSOR_TYPES = {
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
+QUANTIZED = ("q8_0", "q5_0", "q4_0")
+"""Precisions of llama.cpp in which a block of 32 numbers shares a scale, and which `gguf` can write."""
 FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
@@ -54,7 +56,33 @@ FILE_TYPES = {
 }
 
 
-def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], *, target_gguf: str | Path) -> None:
+def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
+    """Quantize a matrix.
+
+    Args:
+        tensor: "row column".
+        precision: one of `QUANTIZED`.
+
+    Returns:
+        The bytes for the file, and the numbers that they stand for. A matrix whose rows are no blocks of 32 stays as it
+        is, in fp32.
+    """
+    kind = gguf.GGMLQuantizationType[precision.upper()]
+    values = tensor.float().cpu().numpy()
+    if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        return values, torch.from_numpy(values)
+    data = gguf.quants.quantize(values, kind)
+    return data, torch.from_numpy(gguf.quants.dequantize(data, kind))
+
+
+def write_gguf(
+    path: str | Path,
+    spec: DrafterSpec,
+    tensors: dict[str, Tensor],
+    *,
+    target_gguf: str | Path,
+    precision: str | None = None,
+) -> None:
     """Write a drafter for llama.cpp, with tensors in the dtype that they have.
 
     Args:
@@ -62,6 +90,7 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
         spec: of the drafter.
         tensors: its weights; matrices float32, float16 or bfloat16, all others float32, as llama.cpp needs them.
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
+        precision: one of `QUANTIZED`, for the matrices.
 
     Raises:
         ValueError: a file of another model, or a scaled rotary embedding: llama.cpp's network takes no frequency
@@ -92,10 +121,14 @@ def write_gguf(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], 
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
             _copy_field(writer, field)
     _write_fields(writer, spec)
-    writer.add_file_type(FILE_TYPES[tensors["fc.weight"].dtype])
+    mostly = FILE_TYPES[tensors["fc.weight"].dtype]
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{precision.upper()}"] if precision else mostly)
     for ours, (_, name) in spec.kind.tensors(spec.num_layers).items():
         tensor = tensors[ours].detach().cpu().contiguous()
-        if tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
+        data = quantize(tensor, precision)[0] if precision and tensor.dim() == 2 else None
+        if data is not None and data.dtype == np.uint8:
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[str(precision).upper()])
+        elif tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
             data = tensor.view(torch.uint8).numpy()
             writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=TENSOR_TYPES[torch.bfloat16])
         else:
@@ -160,7 +193,8 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     """Read a drafter's GGUF file, as `dpace.engines.published.read_folder` reads a folder.
 
     Raises:
-        ValueError: not a drafter's file, quantized weights, or the number of the target's layers is not given.
+        ValueError: not a drafter's file, weights that `gguf` cannot read, or the number of the target's layers is not
+            given.
     """
     reader = _open_gguf(path)
     architecture = _read_value(reader, "general.architecture")
@@ -203,18 +237,19 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
 
 
 def _read_gguf_tensor(tensor: Any) -> Tensor:
-    """Read a tensor of the file, bit for bit."""
+    """Read a tensor of the file, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
     dtypes = {kind: dtype for dtype, kind in TENSOR_TYPES.items()}
-    if tensor.tensor_type not in dtypes:
-        raise ValueError(
-            f"{tensor.name} is quantized ({tensor.tensor_type.name}), expected f32, f16 or bf16; name a file of "
-            "the drafter in one of these precisions"
-        )
-    dtype = dtypes[tensor.tensor_type]
     try:
-        data = torch.from_numpy(np.array(tensor.data))
         shape = [int(size) for size in reversed(tensor.shape)]
-        return data.view(dtype).reshape(shape)
+        if tensor.tensor_type not in dtypes:
+            return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+        data = torch.from_numpy(np.array(tensor.data))
+        return data.view(dtypes[tensor.tensor_type]).reshape(shape)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{tensor.name} is quantized ({tensor.tensor_type.name}), which the package gguf cannot read; name a file "
+            "of the drafter in another precision, such as q8_0"
+        ) from error
     except (*BROKEN, RuntimeError) as error:
         raise ValueError(f"{tensor.name} cannot be read ({error}); write or download the file again") from error
 

@@ -15,6 +15,7 @@ def run(args: list[str]) -> None:
     import torch
 
     from dpace.engines.export import export, push
+    from dpace.engines.gguf import QUANTIZED
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
@@ -27,7 +28,8 @@ def run(args: list[str]) -> None:
         name=config.push or config.output,
         target_name=config.target,
         target_gguf=config.target_gguf,
-        dtype=None if config.dtype == "keep" else getattr(torch, config.dtype),
+        dtype=getattr(torch, config.dtype, None),
+        precision=config.dtype if config.dtype in QUANTIZED else None,
         license=config.license,
         is_plain=config.plain,
     )
@@ -58,8 +60,9 @@ class ExportConfig:
     """Folder that the files are written to."""
     target_gguf: Text | None = None
     """GGUF file of the target, in any precision; its tokenizer is copied. Needed with --to gguf."""
-    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
-    """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32."""
+    dtype: Literal["keep", "float32", "float16", "bfloat16", "q8_0", "q5_0", "q4_0"] = "keep"
+    """Precision of the weights; keep leaves it as it is. Vectors in GGUF files are always float32.
+    q8_0, q5_0 and q4_0 are for GGUF files: 32 numbers share a scale."""
     plain: bool = False
     """Leave out the drafter's head: DFlash's own layout, which engines without LiLiCorr read."""
     device_map: DeviceMap = None

@@ -260,9 +260,10 @@ def test_gguf_files_that_do_not_fit_are_refused(do_export, language_folder, targ
     path = do_export("gguf").path
     with pytest.raises(ValueError, match="--target"):
         import_drafter(path, tmp_path / "out")
-    data = gguf.quants.quantize(np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
-    tensor = type("Tensor", (), {"name": "fc.weight", "tensor_type": gguf.GGMLQuantizationType.Q8_0, "data": data})
-    with pytest.raises(ValueError, match="quantized .Q8_0"):
+    data = np.zeros((2, 292), np.uint8)
+    kind = gguf.GGMLQuantizationType.Q8_K
+    tensor = type("Tensor", (), {"name": "fc.weight", "tensor_type": kind, "data": data, "shape": (256, 2)})
+    with pytest.raises(ValueError, match="quantized .Q8_K., which the package gguf cannot read"):
         dpace.engines.gguf._read_gguf_tensor(tensor)
     rope = {**read_gguf(path, num_target_layers=6)[0].rope, "rope_type": "llama3"}
     spec = DrafterSpec(**{**vars(read_gguf(path, num_target_layers=6)[0]), "rope": rope})
@@ -367,6 +368,38 @@ def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, l
     assert [text for text, _ in theirs] == [text for text, _ in ours]
     near_ties = kind == "half-trained"  # a tie may fall the other way, which moves one verification
     assert all(abs(a - b) <= near_ties for (_, a), (_, b) in zip(theirs, ours, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["q8_0", "q4_0"])
+def test_quantized_files_are_read_back_and_llamacpp_runs_them(
+    precision, folders, language_folder, target_gguf, language_target, prompts, tmp_path, capsys
+):
+    """Beside the 16-bit one: the same text, and about as many verifications as of the drafter that is read back."""
+    flags = ["--target", str(language_folder), "--target-gguf", str(target_gguf), "--to", "gguf"]
+    files = {}
+    for dtype in ("float16", precision):
+        assert (
+            main(["export", str(folders["half-trained"]), *flags, "--dtype", dtype, "--output", str(tmp_path / dtype)])
+            == 0
+        )
+        (files[dtype],) = (tmp_path / dtype).glob(f"*-{dtype}.gguf")
+    assert "rounded by at most" in capsys.readouterr().out
+    assert files[precision].stat().st_size < files["float16"].stat().st_size
+    assert (
+        main(["import", str(files[precision]), "--target", str(language_folder), "--output", str(tmp_path / "in")]) == 0
+    )
+    ours = our_steps(language_target, load_drafter(tmp_path / "in", language_target), prompts)
+    steps = {dtype: llamacpp_steps(target_gguf, path, prompts) for dtype, path in files.items()}
+    assert (
+        [text for text, _ in steps[precision]] == [text for text, _ in steps["float16"]] == [text for text, _ in ours]
+    )
+    assert all(abs(a - b) <= 2 for (_, a), (_, b) in zip(steps[precision], ours, strict=True))  # it rounds inputs too
+
+
+def test_a_quantized_precision_is_for_gguf_files(folder, language_folder, tmp_path, capsys):
+    flags = ["--target", str(language_folder), "--to", "zlab", "--dtype", "q8_0", "--output", str(tmp_path / "x")]
+    assert main(["export", str(folder), *flags]) == 1
+    assert "q8_0 is a precision of GGUF files, and --to is zlab; take --to gguf" in capsys.readouterr().err
 
 
 def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
