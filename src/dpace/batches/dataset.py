@@ -6,6 +6,7 @@ a step are about equally long.
 
 import copy
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from dpace.blocks import build_blocks, sample_anchors
 from dpace.respond.responses import Response
 from dpace.system.progress import progress_bar
 from dpace.target import Target
+from dpace.target.beginnings import find_shared
 
 FEATURE_BATCH = 16
 """Number of conversations whose features are computed together, where all are kept."""
@@ -93,13 +95,15 @@ class ResponseDataset(torch.utils.data.Dataset):
         if size > limit_bytes:
             return
         compute = partial(compute_features, target, target_layer_ids, with_head_input=with_head_input)
-        rows = self.compute_rows(compute, self.batches_by_length(range(len(self))), "reading hidden states")
+        rows = self.compute_rows(compute, self.batches_that_begin_alike(range(len(self))), "reading hidden states")
         kept = {number: row.clone() for number, row in rows}  # of a padded batch
         self.features = [kept[i] for i in range(len(self))]
 
-    def batches_by_length(self, numbers: Iterable[int]) -> list[list[int]]:
-        """Put conversations into batches of about equally long ones, whose features are computed together."""
-        order = sorted(numbers, key=self.lengths.tolist().__getitem__)
+    def batches_that_begin_alike(self, numbers: Iterable[int]) -> list[list[int]]:
+        """Put conversations into batches that begin alike or are about equally long, to compute features together."""
+        chosen = list(numbers)
+        texts = [array("i", self.token_ids(number).tolist()) for number in chosen]
+        order = [chosen[place] for place in find_shared(texts)[0]]
         return [order[start : start + FEATURE_BATCH] for start in range(0, len(order), FEATURE_BATCH)]
 
     def compute_rows(
@@ -109,7 +113,7 @@ class ResponseDataset(torch.utils.data.Dataset):
 
         Args:
             compute: computes the features of some texts.
-            batches: of `batches_by_length`.
+            batches: of `batches_that_begin_alike`.
             title: of the progress bar.
         """
         with progress_bar() as bar:

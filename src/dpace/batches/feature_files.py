@@ -234,7 +234,7 @@ def keep_on_disk(
             row_bytes = bytes_of_token(target, len(target_layer_ids) + with_head_input, dtype)
             size = row_bytes * sum(lengths[i] for i in wanted.values())
             ranks.from_first(lambda: _refuse_size(size, limit_bytes, rows))
-            batches = dataset.batches_by_length(wanted.values())
+            batches = dataset.batches_that_begin_alike(wanted.values())
             if servers:
                 compute = ServerFeatures(servers, target, target_layer_ids)
                 compute.check(dataset.token_ids(batches[0][0]))

@@ -17,8 +17,9 @@ from dpace.decode.steps import Ends, State, draft_step, verify_step
 from dpace.drafter import Drafter
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.attention import NAME as GROUPED_ATTENTION
-from dpace.fast.cache import RaggedCache
+from dpace.fast.cache import RaggedCache, fill_places
 from dpace.target import Target
+from dpace.target.beginnings import read_texts
 
 COMPILED_COLUMNS = 256
 """Compiled steps round the number of columns up to a multiple of this, so that other prompts have the same shapes."""
@@ -130,19 +131,12 @@ class Batch:
         return torch.tensor(values, device=self.target.device)
 
     def prefill(self) -> None:
-        """Read the prompts and emit the first tokens; padding is on the right, where no token sees it."""
-        prompts = [row.token_ids for row in self.rows]
-        longest = max(map(len, prompts))
-        padded = self._tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])
-        positions = torch.arange(longest, device=padded.device).expand(len(padded), -1)
-        cache = self.caches.target
-        capacity, cache.end = cache.end, longest
-        cache.write_to(positions)
+        """Read the prompts, each beginning that several share once, and emit the first tokens."""
         layer_ids = () if self.drafter is None else self.drafter.target_layer_ids
-        hidden, features = self.target.read(padded, cache, layer_ids, position_ids=positions)
-        cache.end = capacity
-        last = self._tensor([row.start for row in self.rows])
-        logits = self.target.logits(hidden[torch.arange(len(last), device=last.device), last])
+        prompts = [row.token_ids for row in self.rows]
+        hidden, features = read_texts(self.target, prompts, self.caches.target, layer_ids)
+        positions = torch.arange(features.shape[1], device=hidden.device).expand(len(hidden), -1)
+        logits = self.target.logits(hidden)
         drawn = [row.draw(own) for row, own in zip(self.rows, logits.split(1), strict=True)]
         for row, token in zip(self.rows, torch.cat(drawn).tolist(), strict=True):
             row.take(0, [token], width=0)
@@ -187,9 +181,16 @@ class Batch:
             self.state = state._replace(ends=self._find_ends(state.ends.limits))
         self.drop_done()
 
+    def run(self) -> None:
+        """Read the prompts and take steps until all rows are done."""
+        self.prefill()
+        self.drop_done()
+        while self.rows:
+            self.step()
+
     def drop_done(self) -> None:
         """Drop the rows that are done, here and in the caches; compiled steps end when all are."""
-        kept = [index for index, row in enumerate(self.rows) if not row.is_done]
+        kept = fill_places([not row.is_done for row in self.rows])
         if len(kept) == len(self.rows) or (kept and self.is_compiled):
             return
         self.rows = [self.rows[index] for index in kept]
@@ -197,7 +198,7 @@ class Batch:
             indices = self._tensor(kept)
             self.state = self.state.map(lambda value: value[indices])
             for cache in self.caches.all:
-                cache.batch_select_indices(indices)
+                cache.keep_rows(kept)
 
 
 def check_batch(target: Target, rows: Sequence[Continuation], *, compile: bool) -> None:

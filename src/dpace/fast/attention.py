@@ -19,6 +19,8 @@ NAME = "grouped_heads"
 """Name of this attention in transformers' registries."""
 MAX_QUERIES = 64
 """Largest number of queries handled here; more gain nothing, and their mask for all heads takes memory."""
+MIN_SHARED_KEYS = 64
+"""Least number of keys that all rows share from which on these are read on their own."""
 ALIGNMENT = 16
 """Columns of which a mask's rows have a multiple, as torch's attention on a GPU needs it."""
 
@@ -83,12 +85,15 @@ def has_causal_kernel(rows: Tensor) -> bool:
 
 
 def attend_in_groups(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, *, num_shared: int = 0
 ) -> Tensor:
     """Attend with the query heads of a group as rows of one product.
 
     Shapes are those of `grouped_attention`; the mask's `query` axis may also be 1, where all queries see the same keys.
     With a `CausalBias`, in which the rows of a group would differ, the kernel itself shares keys and values.
+
+    The first `num_shared` keys are the same in all rows, and seen by all. With enough of them, a CPU reads them once
+    for all rows; the parts are joined by their sums of exponentials, as flash attention joins its tiles.
     """
     if isinstance(mask, CausalBias):
         attend = nn.functional.scaled_dot_product_attention
@@ -102,6 +107,15 @@ def attend_in_groups(
         # In the compiler's own loops, which take less than a kernel's call.
         scores = (rows[..., None, :] * key[:, :, None]).sum(-1) * (scale or rows.shape[-1] ** -0.5)
         out = ((scores + mask).softmax(-1)[..., None] * value[:, :, None]).sum(-2)
+    elif num_shared >= MIN_SHARED_KEYS and query.device.type == "cpu":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        together = rows.transpose(0, 1).flatten(1, 2)[None]
+        first, first_sum = attend(together, key[:1, :, :num_shared], value[:1, :, :num_shared], scale=scale)
+        own = None if mask is None else mask[..., num_shared:]
+        rest, rest_sum = attend(rows, key[:, :, num_shared:], value[:, :, num_shared:], attn_mask=own, scale=scale)
+        first, first_sum = (x[0].unflatten(1, (batch, -1)).transpose(0, 1) for x in (first, first_sum))
+        share = torch.sigmoid(first_sum - rest_sum).float()[..., None]
+        out = torch.lerp(rest.float(), first.float(), share).to(rest.dtype)
     else:
         out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     if queries == 1:

@@ -6,6 +6,7 @@ that they need, so that a decoding step is the same with both. `probe_cache` fin
 after a rejected draft.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -148,12 +149,18 @@ class RaggedCache(DynamicCache):
         self.num_slots = num_slots
         self.layers: Any = [RaggedLayer(self.end) for _ in alone.layers]
 
-    def place(self, positions: Int[Tensor, "batch new"]) -> Float[Tensor, "batch 1 new column"]:
+    def place(
+        self, positions: Int[Tensor, "batch new"], rows: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch 1 new column"]:
         """Write the next pass's tokens to their positions; return the mask that is added to the scores.
 
         Both `sdpa` and `eager` attention accept such a mask.
+
+        Args:
+            positions: of the tokens.
+            rows: numbers of the rows that the pass reads; all by default.
         """
-        self.write_to(positions)
+        self.write_to(positions, rows)
         is_visible = torch.arange(self.end, device=positions.device) <= positions[..., None]
         mask = torch.zeros(is_visible.shape, dtype=self.dtype, device=positions.device)
         return mask.masked_fill(~is_visible, torch.finfo(self.dtype).min)[:, None]
@@ -172,13 +179,33 @@ class RaggedCache(DynamicCache):
     def drop_block(self, block_size: int) -> None:
         """Do nothing: the next block overwrites the slots of a drafted one."""
 
-    def write_to(self, columns: Int[Tensor, "batch new"]) -> None:
-        """Make the next pass write its tokens to these columns."""
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
+    def write_to(self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None) -> None:
+        """Make the next pass write its tokens to these columns, of all rows or of the given ones."""
+        numbers = torch.tensor(range(len(columns)) if rows is None else rows, device=columns.device)
         for layer in self.layers:
-            layer.rows = rows
+            layer.rows = numbers[:, None]
+            layer.is_part = rows is not None
             layer.columns = columns
             layer.end = self.end
+
+    def copy_columns(self, row: int, others: Sequence[int], start: int, end: int) -> None:
+        """Copy what a row has in the columns from `start` to `end` to other rows."""
+        for layer in self.layers:
+            for buffer in layer.buffers:
+                buffer[others, :, start:end] = buffer[row, :, start:end]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep the given rows, in their order; only those whose place changes are copied.
+
+        A layer that nothing was written to has no rows yet: the drafter's is such a layer right after the prompts were
+        read.
+        """
+        moved = [place for place, row in enumerate(rows) if row != place]
+        sources = [rows[place] for place in moved]
+        for layer in self.layers:
+            for buffer in layer.buffers if moved else ():
+                buffer[moved] = buffer[sources]
+            layer.buffers = [buffer[: len(rows)] for buffer in layer.buffers]
 
 
 class RaggedLayer(DynamicLayer):
@@ -186,26 +213,39 @@ class RaggedLayer(DynamicLayer):
 
     Each new token is written to a given column and replaces the token that was there. Columns not written yet are
     zero, so that a mask is enough to hide them.
+
+    Attributes:
+        num_rows: rows that the first pass makes; as many as it reads where 0.
+        num_shared: first columns that are known to be the same in all rows.
+        is_part: whether the next pass reads some of the rows only.
     """
 
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
+        self.num_rows = 0
+        self.num_shared = 0
+        self.is_part = False
         self.rows = torch.empty(0)
         self.columns = torch.empty(0)
         self.end = 0
+        self.buffers: list[Tensor] = []
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new keys and values to their columns and return views of the columns before `end`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            shapes = [(*x.shape[:-2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
+            count = self.num_rows or len(key_states)
+            shapes = [(count, x.shape[1], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
             self.buffers = [key_states.new_zeros(shape) for shape in shapes]
             for buffer in self.buffers:
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
         keys, values = self.buffers
         keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
         values[self.rows, :, self.columns] = value_states.transpose(1, 2)
+        if self.is_part:
+            rows = self.rows[:, 0]
+            return keys[rows, :, : self.end], values[rows, :, : self.end]
         return keys[..., : self.end, :], values[..., : self.end, :]
 
     def get_seq_length(self) -> int:
@@ -216,14 +256,12 @@ class RaggedLayer(DynamicLayer):
         """Return the number of columns that are read, and the first of them."""
         return self.end, 0
 
-    def batch_select_indices(self, indices):
-        """Keep the given rows.
 
-        A layer that nothing was written to has no rows yet: the drafter's is such a layer right after the prompts were
-        read.
-        """
-        if self.is_initialized:
-            self.buffers = [buffer[indices] for buffer in self.buffers]
+def fill_places(is_kept: Sequence[bool]) -> list[int]:
+    """Return the numbers of the rows that are kept, where the last ones take the places of those that are not."""
+    kept = [number for number, is_one in enumerate(is_kept) if is_one]
+    last = reversed(kept)
+    return [number if is_kept[number] else next(last) for number in range(len(kept))]
 
 
 def is_full_attention(cache: Any) -> bool:

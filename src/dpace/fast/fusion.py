@@ -18,7 +18,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpace.fast.attention import MAX_QUERIES, NAME, attend_in_groups, make_causal_mask
-from dpace.fast.cache import is_full_attention
+from dpace.fast.cache import RaggedLayer, is_full_attention
 from dpace.fast.packing import FastForm, FastModule, PackedLinear, is_plain, join, pack
 from dpace.modeling_dflash import DFlashLayer, around
 
@@ -145,7 +145,9 @@ class FusedProducts(FastForm):
         """Compute the layer's output, with its own part of the cache."""
         heads = self.heads(self.norm(hidden, 0), rotation)
         key, value = cache.update(heads.key, heads.value)
-        return self.finish(hidden, attend_in_groups(heads.query, key, value, mask, self.scaling))
+        is_whole = isinstance(cache, RaggedLayer) and not cache.is_part and not torch.compiler.is_compiling()
+        shared = cache.num_shared if is_whole else 0
+        return self.finish(hidden, attend_in_groups(heads.query, key, value, mask, self.scaling, num_shared=shared))
 
     def heads(self, rows: Tensor, rotation: _Rotation) -> _Heads:
         """Compute rotated queries, rotated keys and values from the normalized input."""

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -152,7 +152,7 @@ def _ask_servers(
     rotation: int,
 ) -> GroupRecord:
     """Send a group to all sides, turn by turn; the answers to earlier turns are the plain server's."""
-    messages: list[list[dict[str, str]]] = [[] for _ in job.prompts]
+    messages: list[list[dict[str, Any]]] = [[] for _ in job.prompts]
     turns = []
     prompt_tokens = []
     for turn in range(max(len(prompt.turns) for prompt in job.prompts)):

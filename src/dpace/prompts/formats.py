@@ -14,7 +14,7 @@ from dpace.system.progress import quoted
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
 """Keys that a prompt may stand under; a table that has several is read by the first."""
 WANTED = "`messages`, `conversations`, `turns`, `instruction` or `prompt`"
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool"}
 """Roles that others call differently."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_JSON_BYTES = 2**32
@@ -33,18 +33,19 @@ class Prompt:
     """Name of the prompt, unique within its file."""
     set: str
     """Name of the dataset that the prompt belongs to; results are reported by dataset."""
-    turns: list[list[dict[str, str]]]
-    """Messages of each turn; the target answers after each turn."""
-    answer: str | None = None
-    """The reply to the last turn that the file has, if any."""
+    turns: list[list[dict[str, Any]]]
+    """Messages of each turn; the target answers after each turn. The first message has the `tools`, if any."""
+    answer: str | dict[str, Any] | None = None
+    """The reply to the last turn that the file has, if any; one with tool calls is a whole message."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read prompts from a file or the Hub.
 
-    A row has `messages` or `conversations` (roles and contents, or `from` and `value`), `turns` (user texts, answered
-    one after the other), `instruction` (with `input`), or `prompt` (one user text). It may also have `id` and `set`. A
-    reply at the end of a conversation, or `output` of an instruction, becomes `Prompt.answer`.
+    A row has `messages` or `conversations` (roles and contents, or `from` and `value`), `turns` (user texts or
+    messages, such as a tool's result, answered one after the other), `instruction` (with `input`), or `prompt` (one
+    user text). It may also have `id`, `set` and `tools`; with tools, the set's name ends in ` (tools)`. A reply at the
+    end of a conversation, or `output` of an instruction, becomes `Prompt.answer`.
 
     Args:
         path: of a JSONL, JSON or parquet file, or a dataset on the Hub: OWNER/NAME, OWNER/NAME:SPLIT or
@@ -184,23 +185,62 @@ def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
         raise ValueError(f"expected {WANTED}, found {keys}")
     kind = kinds[0]
     answer = None
+    turns: list[list[dict[str, Any]]]
     if kind in ("messages", "conversations"):
         messages = [_parse_message(message, kind) for message in _check_list(row, kind)]
         if messages[-1]["role"] == "assistant":
-            answer = messages.pop()["content"]
+            last = messages.pop()
+            answer = last if "tool_calls" in last else last["content"]
         turns = [messages]
+    elif kind == "turns":
+        turns = [
+            [_parse_message(turn if isinstance(turn, dict) else {"role": "user", "content": turn}, kind)]
+            for turn in _check_list(row, kind)
+        ]
     else:
-        texts = _check_list(row, kind) if kind == "turns" else [row[kind]]
-        texts = [_check_text(text, f"`{kind}`") for text in texts]
+        texts = [_check_text(row[kind], f"`{kind}`")]
         if kind == "instruction":
             extra = _check_text(row.get("input") or "", "`input`")
             texts = [texts[0] + (f"\n\nInput:\n{extra}" if extra else "")]
             answer = _check_text(row.get("output") or "", "`output`")
         turns = [[{"role": "user", "content": text}] for text in texts]
     for turn in turns:
-        if not turn or turn[-1]["role"] != "user" or not turn[-1]["content"].strip():
-            raise ValueError("a turn ends without a text of the user, expected one that is not empty")
-    return Prompt(_check_name(row, "id", default_id), _check_name(row, "set", default_set), turns, answer or None)
+        if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
+            raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
+    name = _check_name(row, "set", default_set)
+    if tools := _parse_tools(row.get("tools") or turns[0][0].get("tools")):
+        turns[0][0]["tools"] = tools
+        name += " (tools)"
+    return Prompt(_check_name(row, "id", default_id), name, turns, answer or None)
+
+
+def _parse_tools(tools: Any) -> list[dict[str, Any]]:
+    """Read the tools of a prompt: a list of objects, or the same as JSON, whole or each."""
+    tools = _from_json(tools or [], "`tools`")
+    parsed = [_from_json(tool, "an entry of `tools`") for tool in (tools if isinstance(tools, list) else [tools])]
+    for tool in parsed:
+        if not isinstance(tool, dict):
+            raise ValueError(f"an entry of `tools` is {quoted(tool)}, expected an object")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
+
+
+def _parse_call(call: Any) -> dict[str, Any]:
+    """Read a call of a tool, whose arguments chat templates take as an object."""
+    call = _from_json(call, "an entry of `tool_calls`")
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"an entry of `tool_calls` is {quoted(call)}, expected an object with the function's `name`")
+    arguments = _from_json(function.get("arguments") or {}, f"`arguments` of {function['name']}")
+    number = {"id": call["id"]} if "id" in call else {}
+    return {"type": "function", **number, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _from_json(value: Any, name: str) -> Any:
+    """Return a value; one that is given as JSON is read first."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is {quoted(value)}, expected JSON ({error})") from error
 
 
 def _check_list(row: dict[str, Any], kind: str) -> list:
@@ -213,14 +253,24 @@ def _check_list(row: dict[str, Any], kind: str) -> list:
     return value
 
 
-def _parse_message(message: Any, kind: str) -> dict[str, str]:
-    """Read a message: a role and a text in either spelling; the first may have other texts too."""
+def _parse_message(message: Any, kind: str) -> dict[str, Any]:
+    """Read a message: a role and a text in either spelling; it may have calls of tools, and other texts too."""
     if isinstance(message, dict) and "from" in message and "value" in message:
         message = {"role": message["from"], "content": message["value"]}
+    if isinstance(message, dict) and message.get("role") == "function_call":
+        calls = _from_json(message.get("content"), "a `function_call`")
+        message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    calls = _from_json(message.get("tool_calls") or [], "`tool_calls`") if isinstance(message, dict) else []
+    if calls and message.get("content") is None:
+        message = {**message, "content": ""}
     if not isinstance(message, dict) or not message.get("role") or "content" not in message:
         raise ValueError("a message has no `role` or no text in `content`")
-    texts = {key: _check_text(value, f"`{key}` of a message in `{kind}`") for key, value in message.items()}
-    return texts | {"role": ROLES.get(texts["role"], texts["role"])}
+    own = {key: value for key, value in message.items() if key not in ("tool_calls", "tools")}
+    texts: dict[str, Any] = {key: _check_text(value, f"`{key}` of a message in `{kind}`") for key, value in own.items()}
+    texts["role"] = ROLES.get(texts["role"], texts["role"])
+    if calls:
+        texts["tool_calls"] = [_parse_call(call) for call in _check_list({"tool_calls": calls}, "tool_calls")]
+    return texts | ({"tools": message["tools"]} if message.get("tools") else {})
 
 
 def _check_text(value: Any, name: str) -> str:

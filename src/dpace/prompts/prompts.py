@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpace.config import PromptsConfig
 from dpace.prompts.formats import Prompt, iterate_prompts, parse_hub_id, read_prompts
@@ -158,7 +158,8 @@ def canonical(prompt: Prompt) -> str:
 
     The order of keys, white space around a text, and Unicode's ways of writing one character do not count.
     """
-    messages = [{key: unicodedata.normalize("NFC", m[key]).strip() for key in m} for m in prompt.turns[0]]
+    texts = [{key: v if isinstance(v := m[key], str) else json.dumps(v) for key in m} for m in prompt.turns[0]]
+    messages = [{key: unicodedata.normalize("NFC", m[key]).strip() for key in m} for m in texts]
     return json.dumps(messages, sort_keys=True)
 
 
@@ -207,7 +208,7 @@ def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prom
     return chosen
 
 
-def find_prompt(text: str) -> list[dict[str, str]]:
+def find_prompt(text: str) -> list[dict[str, Any]]:
     """Find the messages that a text stands for.
 
     `FILE#ID` is a prompt of a file and `demo#ID` one of the demo's held-out prompts; other text is the user's message.

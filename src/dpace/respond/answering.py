@@ -30,10 +30,18 @@ from dpace.respond.responses import (
     write_meta,
 )
 from dpace.system import ranks
-from dpace.system.ledger import cut_unfinished_line, lock_folder, naming_file, refuse_foreign_files, register_files
+from dpace.system.ledger import (
+    cut_unfinished_line,
+    lock_folder,
+    naming_file,
+    refuse_foreign_files,
+    register_files,
+    writing,
+)
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import hash_file
 from dpace.target import Target
+from dpace.target.beginnings import find_shared
 from dpace.target.chat import ChatTokenizer
 
 
@@ -55,12 +63,13 @@ def answer_prompts(
 ) -> dict[str, int]:
     """Let the target answer prompts, appending whole lines to a file.
 
-    A prompt whose id is in the file already is not answered again, so an interrupted call continues where it was.
+    Prompts that begin alike are answered together; once all are, the lines are put in the prompts' order. A prompt
+    whose id is in the file already is not answered again, so an interrupted call continues where it was.
     Beside the file, `.meta.json` tells what made it and whether it is complete. No other process may write to the
     folder meanwhile, except the other ranks of this command: each answers its share and writes a file of its own,
     which rank 0 appends in the end.
 
-    Memory: O(batch_size x tokens) for the target's cache.
+    Memory: O(batch_size x tokens) for the target's cache, and 4 bytes for each token of the prompts' first turns.
 
     Args:
         target: the model; its tokenizer is enough where servers answer.
@@ -115,7 +124,10 @@ def _answer_here(
 def _find_waiting(
     target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
 ) -> list[str]:
-    """Check what is there, and return the ids of the prompts that wait for an answer, the short ones first."""
+    """Check what is there, and return the ids of the prompts that wait for an answer.
+
+    Those that begin alike are neighbours, and the short ones come first otherwise.
+    """
     register_answers(path)
     register_files(path.parent, *(part.name for part in _rank_paths(path)))
     cut_unfinished_line(path)
@@ -129,14 +141,15 @@ def _find_waiting(
                 "--output, or delete the file"
             )
     missing = [prompt for prompt in prompts if prompt.id not in done]
-    waiting = {prompt.id: Conversation(target, prompt, config).count_tokens() for prompt in missing}
+    waiting = {prompt.id: Conversation(target, prompt, config).check() for prompt in missing}
     old = read_meta(path)
     if done and not waiting and old.get("complete") and old.get("responses_sha256") != hash_file(path):
         raise ValueError(
             f"{path} was changed after dpace wrote it; put the file back as it was, or delete it and run the command "
             "again"
         )
-    return sorted(waiting, key=waiting.__getitem__)
+    names = list(waiting)
+    return [names[number] for number in find_shared(list(waiting.values()))[0]]
 
 
 def _complete(
@@ -148,7 +161,18 @@ def _complete(
         if sum(left_out.values()) == len(prompts):
             raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
     if prompts:
+        if path.exists() and not read_meta(path).get("complete"):
+            _put_in_order(path, prompts)
         write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
+
+
+def _put_in_order(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Put the lines of a file in the order of the prompts, behind those of other prompts."""
+    places = {prompt.id: place for place, prompt in enumerate(prompts)}
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines.sort(key=lambda line: places.get(json.loads(line)["id"], -1))
+    with writing(path) as unfinished:
+        unfinished.write_bytes(b"".join(lines))
 
 
 def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> None:

@@ -1,6 +1,8 @@
 """A prompt that is being answered, turn by turn: token ids of each turn go out, answers come in, a response results."""
 
 import hashlib
+from array import array
+from typing import Any
 
 from dpace.config import RespondConfig
 from dpace.prompts.prompts import Prompt
@@ -22,7 +24,7 @@ class Conversation:
         self.target = target
         self.prompt = prompt
         self.config = config
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self.token_ids: list[int] = []
         self.spans: list[list[int]] = []
         self.num_answers = 0
@@ -43,8 +45,8 @@ class Conversation:
         """The conversation so far."""
         return Response(self.prompt.id, self.prompt.set, self.messages, self.token_ids, self.spans)
 
-    def count_tokens(self) -> int:
-        """Count the tokens of the first turn, and refuse a prompt that may pass the target's context.
+    def check(self) -> array:
+        """Return the tokens of the first turn, and refuse a prompt that may pass the target's context.
 
         All its turns count, and their answers as long as they may be.
 
@@ -52,7 +54,8 @@ class Conversation:
             ValueError: names the prompt, its tokens and the limit.
         """
         turns = self.prompt.turns
-        num_first = num_tokens = len(encode_chat(self.target, turns[0]))
+        first = encode_chat(self.target, turns[0])
+        num_tokens = len(first)
         if len(turns) > 1:
             messages = list(turns[0])
             for turn in turns[1:]:
@@ -60,7 +63,7 @@ class Conversation:
             num_tokens = len(encode_chat(self.target, messages))
         if self.config.source == "target":
             self._check_length(num_tokens, len(turns))
-        return num_first
+        return array("i", first)
 
     def ask(self) -> list[int]:
         """Return the token ids of the next turn, with all that came before it.
@@ -101,9 +104,11 @@ class Conversation:
                 f"prompt {self.prompt.id} has no reply at its end, which --respond.source own trains on; remove the "
                 "prompt, or let the target answer with --respond.source target"
             )
-        for message in [*self.prompt.turns[0], {"role": "assistant", "content": self.prompt.answer}]:
+        answer = self.prompt.answer
+        last = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+        for message in [*self.prompt.turns[0], last]:
             if message["role"] == "assistant" and self.messages:
-                self._append(*encode_answer(self.target, self.messages, message["content"]))
+                self._append(*encode_answer(self.target, self.messages, message))
             self.messages.append(message)
 
     def _append(self, before: list[int], answer: list[int]) -> None:

@@ -30,7 +30,7 @@ class Response:
 
     id: str
     set: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     token_ids: list[int]
     """The whole conversation as the target read and wrote it."""
     response_spans: list[list[int]]
@@ -45,7 +45,7 @@ class Response:
         return flags
 
 
-_VALUES = TypeAdapter(tuple[str, str, list[dict[str, str]], list[int], list[list[int]]])
+_VALUES = TypeAdapter(tuple[str, str, list[dict[str, Any]], list[int], list[list[int]]])
 """Types of a response's fields, in their order; quicker than `from_json`, which says what is wrong."""
 
 

@@ -53,17 +53,18 @@ class ChatTokenizer:
 
 
 def encode_chat(
-    target: Target | ChatTokenizer, messages: Sequence[dict[str, str]], *, is_answered: bool = False
+    target: Target | ChatTokenizer, messages: Sequence[dict[str, Any]], *, is_answered: bool = False
 ) -> list[int]:
     """Encode a conversation up to where the target is to answer, with its chat template.
 
     With `is_answered`, the last message is the answer, and the text ends as the template ends it.
 
     Without a template, the contents are encoded, one on each line. A template that knows thinking gets
-    `target.thinking`.
+    `target.thinking`, and one that knows tools the `tools` of a message.
 
     Raises:
-        ValueError: the template refuses the messages, they give no token, or one that the embedding does not have.
+        ValueError: the template refuses the messages or does not know what they have of tools, they give no token, or
+            one that the embedding does not have.
     """
     tokenizer = target.tokenizer
     if tokenizer is None:
@@ -75,12 +76,22 @@ def encode_chat(
             raise ValueError(
                 f"a message has half a character, {message['content'][error.start]!a}; write it in Unicode"
             ) from error
+    template = str(tokenizer.chat_template)
+    tools = next((message["tools"] for message in messages if "tools" in message), None)
+    words = {key for message in messages for key in message} | {message["role"] for message in messages}
+    for word in ("tools", "tool_calls", "tool"):
+        if word in words and word not in template:
+            raise ValueError(
+                f"the chat template of {target.name} knows no `{word}`, which the prompt has; take it out of the "
+                "prompt, or name a target whose template knows it"
+            )
     if tokenizer.chat_template is None:
         token_ids = tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
     else:
         try:
             token_ids = tokenizer.apply_chat_template(
-                list(messages),
+                [{key: value for key, value in message.items() if key != "tools"} for message in messages],
+                tools=tools,
                 add_generation_prompt=not is_answered,
                 enable_thinking=target.thinking,
                 return_dict=False,
@@ -101,23 +112,36 @@ def encode_chat(
 
 
 def encode_answer(
-    target: Target | ChatTokenizer, messages: Sequence[dict[str, str]], answer: str
+    target: Target | ChatTokenizer, messages: Sequence[dict[str, Any]], answer: dict[str, Any]
 ) -> tuple[list[int], list[int]]:
     """Encode a conversation up to an answer, and a given answer as if the target had written it.
 
     The answer is what the chat template puts behind the text before it, up to and with the first stop token. A template
     that writes that text in another way where an answer follows leaves the answer's own tokens and a stop token.
 
+    Args:
+        target: whose chat template and tokenizer are used.
+        messages: the conversation before.
+        answer: the assistant's message.
+
     Returns:
         The tokens before the answer, and those of the answer.
+
+    Raises:
+        ValueError: as `encode_chat`; or an answer with tool calls whose own tokens are not known.
     """
     before = encode_chat(target, messages)
     stops = list(target.stop_token_ids)
-    whole = encode_chat(target, [*messages, {"role": "assistant", "content": answer}], is_answered=True)
+    whole = encode_chat(target, [*messages, answer], is_answered=True)
     if target.tokenizer.chat_template is not None and whole[: len(before)] == before:
         tokens = whole[len(before) :]
+    elif "tool_calls" in answer:
+        raise ValueError(
+            f"the chat template of {target.name} changes what stands before an answer with tool calls, so that the "
+            "answer's own tokens are not known; let the target answer with --respond.source target"
+        )
     else:
-        tokens = target.tokenizer(answer, add_special_tokens=False)["input_ids"] + stops[:1]
+        tokens = target.tokenizer(answer["content"], add_special_tokens=False)["input_ids"] + stops[:1]
     end = next((i for i, token in enumerate(tokens, start=1) if token in stops), len(tokens))
     return before, tokens[:end]
 

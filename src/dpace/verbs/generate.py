@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -111,7 +111,7 @@ def _print_speed(generation: "Generation") -> None:
 def _chat(
     target: "Target",
     drafter: "Drafter",
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     config: GenerateConfig,
     options: "SamplingOptions",
 ) -> None:

@@ -1,0 +1,104 @@
+"""Texts that begin alike are read as if each were read alone, with fewer tokens."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dpace.target.beginnings as beginnings
+from dpace.decode.decoder import generate_batch
+from dpace.decode.loop import generate, generate_plain
+from dpace.fast.cache import RaggedCache, fill_places
+from dpace.fast.speed_up import speed_up
+from dpace.target import Target
+from dpace.target.beginnings import find_shared, read_texts
+from tests.conftest import make_drafter, make_target
+
+
+def draw(count: int, seed: int) -> list[int]:
+    return torch.randint(4, 64, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+SYSTEM, EXAMPLES = draw(70, 0), draw(40, 1)
+TEXTS = [
+    SYSTEM + draw(5, 2),
+    *(SYSTEM + EXAMPLES + draw(count, 10 + count) for count in (3, 1, 9, 3, 20)),
+    SYSTEM + draw(30, 3),
+    SYSTEM + EXAMPLES,
+]
+"""A tree of two levels, one of whose texts is the beginning of others."""
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    texts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), max_size=12),
+    least=st.integers(1, 4),
+    saved=st.integers(1, 6),
+)
+def test_each_text_is_made_of_its_parts(texts, least, saved):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beginnings, "MIN_SHARED", least)
+        patch.setattr(beginnings, "MIN_SAVED_TOKENS", saved)
+        order, shared = find_shared(texts)
+    assert sorted(order) == list(range(len(texts)))
+    starts = [0] * len(texts)
+    for part in shared:
+        assert part.end - part.start >= least and (len(part.rows) - 1) * (part.end - part.start) >= saved
+        assert len({tuple(texts[row][: part.end]) for row in part.rows}) == 1
+        for row in part.rows:
+            assert starts[row] == part.start < part.end < len(texts[row])
+            starts[row] = part.end
+
+
+def test_texts_that_begin_alike_are_neighbours_and_short_ones_come_first():
+    apart = [draw(count, 50 + count) for count in (150, 8, 40)]
+    order, shared = find_shared([*TEXTS, *apart])
+    lengths = [len([*TEXTS, *apart][row]) for row in order]
+    assert lengths[:2] == [8, 40] and lengths[-1] == 150 and sorted(order[2:-1]) == list(range(len(TEXTS)))
+    assert [(part.start, part.end) for part in shared] == [(0, 70), (70, 109)]
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_what_is_read_together_is_what_is_read_alone(is_fast):
+    target = make_target("smollm2", seed=1)
+    if is_fast:
+        speed_up(target.model)
+    target = Target(target.model)
+    num_read = []
+    read = target.read
+    target.read = lambda ids, *args, **options: num_read.append(ids.numel()) or read(ids, *args, **options)
+    cache = RaggedCache(target.config, 200, torch.float32)
+    hidden, features = read_texts(target, TEXTS, cache, [0, 2])
+    del target.read
+    assert sum(num_read) < sum(map(len, TEXTS)) / 2 and cache.end == 200
+    for row, text in enumerate(TEXTS):
+        own, outputs = target.read(torch.tensor([text]), layer_ids=[0, 2])
+        torch.testing.assert_close(hidden[row], own[0, -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features[row, : len(text)], outputs[0], rtol=1e-4, atol=1e-4)
+        assert not features[row, len(text) :].any()
+
+
+@pytest.mark.parametrize("num_texts", [len(TEXTS), 5])
+def test_a_batch_that_begins_alike_keeps_each_text(num_texts):
+    """Also where attention reads what all rows share once, and rows leave the batch one after the other."""
+    target = make_target("smollm2", seed=2)
+    speed_up(target.model)
+    target = Target(target.model)
+    texts = TEXTS[-num_texts:]
+    drafter = make_drafter(target, block_size=4)
+    alone = [generate_plain(target, text, max_new_tokens=24).token_ids for text in texts]
+    stops = [alone[0][3], alone[1][9]]
+    options = {"max_new_tokens": 24, "stop_token_ids": stops}
+    expected = [generate(target, drafter, text, width="full", **options) for text in texts]
+    found = generate_batch(target, drafter, texts, **options)
+    assert [(one.token_ids, one.accepted_lengths) for one in found] == [
+        (one.token_ids, one.accepted_lengths) for one in expected
+    ]
+    plain = generate_batch(target, None, texts, **options)
+    assert [one.token_ids for one in plain] == [one.token_ids for one in expected]
+    assert len({len(one.token_ids) for one in found}) > 1, "some rows leave early"
+
+
+@pytest.mark.parametrize(("kept", "rows"), [([1, 0, 1, 1], [0, 3, 2]), ([0, 0, 1], [2]), ([0], []), ([1, 1], [0, 1])])
+def test_the_last_rows_take_the_places_of_those_that_leave(kept, rows):
+    assert fill_places(kept) == rows
