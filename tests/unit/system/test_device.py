@@ -10,10 +10,10 @@ import torch
 from dpace.system.device import default_dtype, device_name, find_device, processor_name
 
 
-@pytest.fixture(scope="module")
-def on_second_device():
-    """What `tests.support.second_device` prints, in a process of its own: torch keeps such a device to the end."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.second_device"]
+@pytest.fixture(scope="module", params=["", "head"])
+def on_second_device(request):
+    """With a drafter without a head, and with one: what `tests.support.second_device` prints, in a process of its own: torch keeps such a device to the end."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.second_device", request.param]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
