@@ -6,7 +6,8 @@
     python benchmarks/study.py --stage report
 
 FOLDER has JSONL files with `turns`: `gsm8k_train`, `math_train` and `mbpp_train` to train on, `gsm8k`, `math500` and
-`mbpp` to measure on. The demo's notes are the fourth kind of text.
+`mbpp` to measure on. The demo's notes are the fourth kind of text. Where FOLDER has `apart.jsonl`, its prompts are
+measured too and stand in a column of their own: no other number, and so no choice, looks at them.
 
 - `screen` trains every candidate with one seed and the middle budget.
 - `final` trains those named, `dflash` and `dpace` with all seeds and budgets.
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from make_prompts import make
-from study_report import ALWAYS, OURS, Cell, find_cells, step_seconds, write_report
+from study_report import ALWAYS, APART, OURS, Cell, find_cells, step_seconds, write_report
 from study_trials import distillation_temperature
 
 from dpace.batches.dataset import ResponseDataset
@@ -68,6 +69,7 @@ class Candidate:
     """In which it is trained and measured."""
 
 
+HEAD, GROWING = {"drafter.head": "lilicorr"}, {"train.grow_blocks": True}
 CANDIDATES = {
     "dflash": Candidate("dflash"),
     "dpace": Candidate("dpace"),
@@ -84,12 +86,22 @@ CANDIDATES = {
     "dflash-growing-blocks": Candidate("dflash", {"train.grow_blocks": True}),
     "two-taps": Candidate("dpace", {"drafter.conv_kernel_size": 2}),
     "two-taps-growing-blocks": Candidate("dpace", {"drafter.conv_kernel_size": 2, "train.grow_blocks": True}),
+    "dflash-head": Candidate("dflash", HEAD),
+    "dflash-head-objective": Candidate("dflash", HEAD | {"loss.head_weights": "objective"}),
+    "dpace-head": Candidate("dpace", HEAD),
+    "dpace-head-objective": Candidate("dpace", HEAD | {"loss.head_weights": "objective"}),
+    "dpace-head-walk": Candidate("dpace", HEAD | {"loss.head_weights": "walk"}),
+    "growing-head": Candidate("dpace", HEAD | GROWING),
+    "growing-head-objective": Candidate("dpace", HEAD | GROWING | {"loss.head_weights": "objective"}),
+    "growing-head-walk": Candidate("dpace", HEAD | GROWING | {"loss.head_weights": "walk"}),
     "dpace+kl-soft": Candidate("dpace+kl", trial=partial(distillation_temperature, 2.0)),
     "5-features": Candidate("dpace", {"drafter.num_features": 5}),
 }
 """By the study's names; where a name has no objective, it is D-PACE."""
 TIMED_STEPS, TIMED_ROUNDS = 5, 4
 BLOCKS, SEEDS, SMALLEST_BUDGET = (8, 16), (0, 1, 2), 25
+NUM_BUDGETS, NUM_USUAL = 5, 3
+"""Budgets that --steps may name, and those without it."""
 KINDS = {
     # kind: file to train on, file to measure on, prompts to train and validate on, prompts to measure on
     "notes": (None, None, 600, 40),
@@ -121,10 +133,10 @@ class Plan:
     scale: float
 
     @property
-    def budgets(self) -> tuple[int, int, int]:
-        """Optimizer steps, a factor of four apart."""
+    def budgets(self) -> tuple[int, ...]:
+        """Optimizer steps, a factor of four apart: 25 to 6400."""
         smallest = max(1, round(SMALLEST_BUDGET * self.scale))
-        return smallest, 4 * smallest, 16 * smallest
+        return tuple(smallest * 4**number for number in range(NUM_BUDGETS))
 
     def sizes(self, kind: str) -> tuple[int, int]:
         """Numbers of prompts to train and to measure on."""
@@ -174,6 +186,12 @@ def write_prompts(plan: Plan) -> None:
                 {"id": f"{kind}/{part}/{number}", "set": kind, "messages": messages}
                 for number, messages in enumerate(chosen)
             ]
+    if plan.data is not None and (plan.data / f"{APART}.jsonl").exists():
+        texts = read_texts(plan, APART, plan.sizes("code")[1])
+        rows["heldout.jsonl"] += [
+            {"id": f"{APART}/heldout/{number}", "set": APART, "messages": [{"role": "user", "content": text}]}
+            for number, text in enumerate(texts)
+        ]
     for name, part in rows.items():
         write_text(plan.output / name, "".join(json.dumps(row) + "\n" for row in part))
 
@@ -195,7 +213,9 @@ def choose_cells(plan: Plan, args: argparse.Namespace) -> list[Cell]:
     else:
         names, budgets, seeds = args.objectives or [], plan.budgets, args.seeds
     names = dict.fromkeys([*ALWAYS, *names])
-    budgets = [steps for steps in budgets if not args.steps or steps in args.steps]
+    budgets = [steps for steps in budgets if steps in (args.steps or plan.budgets[:NUM_USUAL])]
+    if missing := sorted({*(args.steps or ())} - {*plan.budgets}):
+        sys.exit(f"there are no budgets of {missing} steps; choose from {', '.join(map(str, plan.budgets))}")
     return [
         Cell(name, block, steps, seed) for seed in seeds for block in args.blocks for steps in budgets for name in names
     ]
@@ -325,7 +345,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of answers, features, drafters and report: dpace-study")
     parser.add_argument("--objectives", nargs="+", choices=CANDIDATES, help="screen: all by default")
     parser.add_argument("--blocks", nargs="+", type=int, choices=BLOCKS, default=BLOCKS)
-    parser.add_argument("--steps", nargs="+", type=int, help="final: only these of the budgets")
+    parser.add_argument(
+        "--steps", nargs="+", type=int, help="final: these of the budgets 25, 100, 400, 1600, 6400; by default three"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of prompts and steps")
     parser.add_argument("--target", help="another target than the recipe's")

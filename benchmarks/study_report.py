@@ -15,6 +15,8 @@ from dpace.report.plots import SERIES, SOFT, drawing, standalone, svg
 from dpace.system.ledger import write_text
 
 BASELINE, OURS = ALWAYS = "dflash", "dpace"
+APART = "apart"
+"""A kind of text that is reported alone, so that no choice looks at it."""
 FILES = ("study.md", "study-tau.svg", "study-gain.svg")
 SCRIPT = "python benchmarks/study.py"
 
@@ -64,7 +66,8 @@ class Study:
         names = {cell.objective for cell in self.folders}
         self.objectives = [name for name in order if name in names]
         ids = next(iter(self.measured.values())).ids if self.measured else []
-        self.ids = ids
+        self.every_id = ids
+        self.ids = [name for name in ids if not name.startswith(f"{APART}/")]
         self.kinds = list(dict.fromkeys(name.partition("/")[0] for name in ids))
 
     def seeds(self, block: int, *runs: tuple[str, int]) -> list[int]:
@@ -77,8 +80,8 @@ class Study:
         return [name for name in self.objectives if all(self.seeds(block, (name, steps)) for steps in self.budgets)]
 
     def acceptances(self, name: str, block: int, steps: int, seeds: Sequence[int], kind: str = "") -> list[Acceptance]:
-        """Return an acceptance for each seed, with one row for each prompt of a kind; of all kinds without one."""
-        ids = [name for name in self.ids if name.startswith(kind)]
+        """Return an acceptance for each seed, with a row for each prompt of a kind; without one, of all but `APART`."""
+        ids = [name for name in (self.every_id if kind else self.ids) if name.startswith(kind)]
         found = [self.measured[Cell(name, block, steps, seed)].acceptance(ids) for seed in seeds]
         return [acceptance for acceptance in found if acceptance is not None]
 

@@ -66,6 +66,21 @@ def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
     assert timed.step_cost("spec-auf", "dpace", 16) == 1.2
 
 
+def test_the_kind_that_is_kept_apart_counts_in_no_other_number(study, output):
+    reporting = importlib.import_module("study_report")
+    before = reporting.Study(output, list(study.CANDIDATES)).tau("dpace", 16, 100)
+    for folder in reporting.find_cells(output).values():
+        names = [f"{kind}/heldout/{i}" for kind in (*study.KINDS, study.APART) for i in (0, 1)]
+        kept = reporting.read_heldout(folder)
+        old = kept.acceptance(kept.ids)
+        more = np.eye(16, dtype=int)[[15] * 2]
+        write_heldout(folder, names, Acceptance(np.concatenate([old.rows, more]), 16, np.zeros(10, int)))
+    found = reporting.Study(output, list(study.CANDIDATES))
+    assert found.tau("dpace", 16, 100) == before and len(found.ids) == 8
+    assert study.APART in reporting.kinds(found, 16).splitlines()[0]
+    assert found.gain("dpace", "dflash", 16, 100, f"{study.APART}/").value == 0
+
+
 def test_the_report_has_every_objective_and_both_figures(study, output):
     text = importlib.import_module("study_report").write_report(output, list(study.CANDIDATES)).read_text()
     assert "--stage final --objectives spec-auf" in text and text.count("| spec-auf |") == 6

@@ -12,7 +12,7 @@ from dpace.system.device import default_dtype, device_name, find_device, process
 
 @pytest.fixture(scope="module", params=["", "head"])
 def on_second_device(request):
-    """With a drafter without a head, and with one: what `tests.support.second_device` prints, in a process of its own: torch keeps such a device to the end."""
+    """Without a head and with one: what a process of its own prints, since torch keeps such a device to the end."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.second_device", request.param]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
