@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import make_drafter, make_with_head
-from tests.support.files import make_prompts, write_prompts
+from tests.support.files import write_prompts
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "head.py"
 
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "head.py"
 def test_the_command_compares_a_drafter_with_and_without_its_head(
     language_folder, language_target, language_prompts, tmp_path, monkeypatch, capsys
 ):
-    write_prompts(tmp_path / "prompts.jsonl", make_prompts(language_prompts[50:]))
+    write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:])
     make_with_head(language_target).save_pretrained(tmp_path / "head")
     make_drafter(language_target).save_pretrained(tmp_path / "other")
     monkeypatch.setenv("COLUMNS", "150")
