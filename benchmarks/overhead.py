@@ -50,7 +50,7 @@ def main(rounds: int) -> None:
     dataset.keep_features(target, drafter.target_layer_ids, limit_bytes=float("inf"))
     batch = collate([dataset[i] for i in range(len(dataset))], drafter.block_size)
     batch = {name: value.to(target.device) for name, value in batch.items()}
-    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    ids = drafter.view_options
     optimizer = make_optimizer(drafter, TrainConfig(optimizer="muon", learning_rate=1e-5))
     weighers = {name: make_weigh(replace(recipe.loss, objective=name), drafter.block_size) for name in OBJECTIVES}
     print(f"torch {torch.__version__}, {target.device}, {platform.processor() or platform.machine()}, {rounds} rounds")

@@ -6,6 +6,7 @@ The rule of which tokens a slot sees is written once, in `visibility`.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -149,35 +150,63 @@ def build_blocks(
     return Blocks(padded.clamp_min(0), labels, is_scored, is_block)
 
 
-def visibility(blocks: Blocks, num_context: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+class Reach(NamedTuple):
+    """How far a layer lets a slot see; see `dpace.modeling_dflash.DFlashAttention`."""
+
+    window: int = 2**31 - 1
+    """A slot sees positions that differ from its own by less than this, which is more than a block has slots.
+    By default it is longer than any text."""
+    is_causal: bool = False
+    """Whether a slot sees no slot after it."""
+
+    @property
+    def sees(self) -> Callable[[Tensor], Tensor]:
+        """Whether a slot sees what is so many positions before it; below 0, behind it.
+
+        A lambda, because flex_attention cannot look into a function that checks types.
+        """
+        nearest = -1 if self.is_causal else -self.window
+        return lambda distance: (distance < self.window) & (distance > nearest)
+
+
+FULL = Reach()
+"""Full attention in both directions."""
+
+
+def visibility(
+    blocks: Blocks, num_context: int, reach: Reach = FULL
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Make the rule of which keys each slot sees, in the form that `flex_attention` takes.
 
     Queries are the slots of all blocks, flattened. Keys are the `num_context` tokens of the text, then the same slots.
-    A slot sees the context strictly before its block's anchor and its whole own block, and nothing else. It does not
-    see the anchor's features, which do not exist yet when the block is drafted. Padding blocks see only themselves, so
-    that no row is empty.
+    A slot sees the context strictly before its block's anchor and its own block, as far as its layer's reach goes, and
+    nothing else. It does not see the anchor's features, which do not exist yet when the block is drafted. Padding
+    blocks see only themselves, so that no row is empty.
 
     Returns:
         `mask(batch, head, query, key) -> bool`, elementwise over broadcast index tensors.
     """
     anchors, is_block = blocks.anchors, blocks.is_block
     block_size = blocks.block_size
+    sees = reach.sees
     # A lambda, because flex_attention counts the function's arguments, which a type-checking wrapper hides.
     return lambda batch, head, query, key: torch.where(
         key < num_context,
-        (key < anchors[batch, query // block_size]) & is_block[batch, query // block_size],
-        (key - num_context) // block_size == query // block_size,
+        (key < anchors[batch, query // block_size])
+        & is_block[batch, query // block_size]
+        & sees(anchors[batch, query // block_size] + query % block_size - key),
+        ((key - num_context) // block_size == query // block_size) & sees(query - key + num_context),
     )
 
 
-def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query key"]:
+def dense_mask(blocks: Blocks, num_context: int, reach: Reach = FULL) -> Bool[Tensor, "batch 1 query key"]:
     """Compute `visibility` for every query and key.
 
     Memory: O(batch x query x key) bytes.
     """
     batch, num_queries = len(blocks.anchors), blocks.labels[0].numel()
     device = blocks.anchors.device
-    return visibility(blocks, num_context)(
+    return visibility(blocks, num_context, reach)(
         torch.arange(batch, device=device)[:, None, None, None],
         torch.zeros((), dtype=torch.long, device=device),
         torch.arange(num_queries, device=device)[:, None],
@@ -185,7 +214,7 @@ def dense_mask(blocks: Blocks, num_context: int) -> Bool[Tensor, "batch 1 query 
     )
 
 
-def flex_mask(blocks: Blocks, num_context: int):
+def flex_mask(blocks: Blocks, num_context: int, reach: Reach = FULL):
     """Turn `visibility` into a block mask for `flex_attention`, straight from the anchors.
 
     The mask is the same for all heads. Nothing of the size of queries x keys exists.
@@ -195,7 +224,7 @@ def flex_mask(blocks: Blocks, num_context: int):
     from torch.nn.attention.flex_attention import BlockMask
 
     num_queries = blocks.labels[0].numel()
-    is_seen, is_whole = visible_tiles(blocks, num_context)
+    is_seen, is_whole = visible_tiles(blocks, num_context, reach)
     parts = []
     for tiles in (is_seen & ~is_whole, is_whole):
         parts.append(tiles.sum(-1, dtype=torch.int32)[:, None])
@@ -203,29 +232,36 @@ def flex_mask(blocks: Blocks, num_context: int):
     return BlockMask.from_kv_blocks(
         *parts,
         BLOCK_SIZE=MASK_TILE,
-        mask_mod=visibility(blocks, num_context),
+        mask_mod=visibility(blocks, num_context, reach),
         seq_lengths=(num_queries, num_context + num_queries),
     )
 
 
 def visible_tiles(
-    blocks: Blocks, num_context: int
+    blocks: Blocks, num_context: int, reach: Reach = FULL
 ) -> tuple[Bool[Tensor, "batch query_tile key_tile"], Bool[Tensor, "batch query_tile key_tile"]]:
     """Find the tiles of `visibility` that are seen in part, and those known to be seen whole.
 
-    Whole tiles are among the first, too. A tile of queries belongs to a few blocks in a row. It sees the context before
-    the largest of their anchors, all of it before the smallest, and the keys of these blocks.
+    Whole tiles are among the first, too. A tile of queries belongs to a few blocks in a row. Each sees the context
+    before its anchor, from where the window of its first query begins, and the keys of its block.
     """
     device, size = blocks.anchors.device, blocks.block_size
     num_queries = blocks.labels[0].numel()
     starts = torch.arange(0, num_queries, MASK_TILE, device=device)
+    stops = (starts + MASK_TILE).clamp_max(num_queries)
     first = starts // size
-    last = (starts + MASK_TILE).clamp_max(num_queries).sub(1) // size
+    last = (stops - 1) // size
     inside = first[:, None] + torch.arange((MASK_TILE - 2) // size + 2, device=device)
-    ends = blocks.anchors.where(blocks.is_block, 0)[:, inside.minimum(last[:, None])]
+    inside = inside.minimum(last[:, None])
+    ends = blocks.anchors.where(blocks.is_block, 0)[:, inside]
+    begins = ends + (starts[:, None] - inside * size).clamp_min(0) - reach.window
     keys = torch.arange(0, num_context + num_queries, MASK_TILE, device=device)
     slots = keys - num_context
-    sees_own = (slots < (last[:, None] + 1) * size) & (slots + MASK_TILE > first[:, None] * size)
-    is_seen = (keys < ends.amax(-1)[..., None]) | sees_own
+    own_stops = stops if reach.is_causal else (last + 1) * size
+    sees_own = (slots < own_stops[:, None]) & (slots + MASK_TILE > first[:, None] * size)
+    is_before = keys < ends.amax(-1)[..., None]
+    if reach.window < num_context + size:  # else no window begins inside this text
+        is_before = ((keys < ends[..., None]) & (keys + MASK_TILE > begins[..., None] + 1)).any(2)
     is_whole = (keys + MASK_TILE <= ends.amin(-1)[..., None]) & (starts + MASK_TILE <= num_queries)[:, None]
-    return is_seen, is_whole
+    is_whole &= keys >= ends.amax(-1)[..., None] + size - reach.window
+    return is_before | sees_own, is_whole

@@ -132,6 +132,13 @@ class DrafterConfig:
     head_width: Annotated[int, integer(8, 2**16)] | None = None
     """Width of the head, and length of the vectors whose products are its scores.
     By default a quarter of the target's, as published, and a sixth where that is narrower than 1024."""
+    sliding_window: Annotated[int, integer(2)] | None = None
+    """Tokens that a layer sees at most, its own slot included; all by default (speculators: 2048).
+    Time and memory of a draft then stop growing with the text."""
+    full_layers: Entries[CountOrZero] = ()
+    """Numbers of layers that see all of the text although there is a window, counted from 0."""
+    causal: bool = False
+    """Let a slot see no slot after it, as speculators trains; by default all slots of a block see each other."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -24,17 +24,32 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 SMALL_SHARED_MEMORY = 101_376
 """Bytes of shared memory that a block of threads has on most cards with 24 GB; those with 80 GB have more."""
+NO_WINDOW = 2**31 - 1
+"""Window of a layer with full attention: longer than any text."""
 
 
 class DFlashAttention(nn.Module):
     """Attention of block tokens to the target's features and to each other.
 
-    Keys and values of both use the same projections.
+    Keys and values of both use the same projections. A layer of kind `sliding_attention` sees the tokens and slots
+    whose positions differ from the slot's own by less than `sliding_window`. So the window moves with the slot, and its
+    own block counts: the first slot of a block sees `sliding_window - 1` tokens before it, the next one token less.
+    With `is_causal` a slot sees no slot after it. Where the config does not say, sliding layers are causal and others
+    are not.
+
+    Source: `_attention_mask` of dflash 0.1.0; vLLM's `_resolve_layer_attention` and llama.cpp's standard window have
+    the same rule. speculators 0.9 trains with another one, which differs at the far end of the window only: all slots
+    see the `sliding_window` tokens before the anchor.
     """
 
     def __init__(self, config: Any, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.kind = config.layer_types[layer]
+        is_sliding = self.kind == "sliding_attention"
+        self.window: int = config.sliding_window if is_sliding else NO_WINDOW
+        is_causal = getattr(config, "is_causal", None)
+        self.is_causal: bool = is_sliding if is_causal is None else is_causal
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
@@ -58,12 +73,32 @@ class DFlashAttention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms give fp32 and the projections bf16
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
+        mask = self.limit(mask, q.shape[2], k)
         if mask is None or isinstance(mask, Tensor):
             out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         else:
             tiles = _small_tiles(q.device, self.head_dim)
             out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=tiles)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def limit(self, mask: Any, num_slots: int, keys: Tensor) -> Any:
+        """Add window and causality to the mask of one block, whose slots are the last keys.
+
+        A mask that differs by slot has them already. The rule is that of `dpace.blocks.Reach`, for positions that
+        follow one another; this file cannot import it.
+
+        Args:
+            mask: see `DFlashDraftModel.forward`.
+            num_slots: queries.
+            keys: "batch head key dim"; the slots are the last ones, and right before them are the tokens before them.
+        """
+        is_shared = mask is None or (isinstance(mask, Tensor) and mask.shape[2] == 1)
+        if not is_shared or (self.window == NO_WINDOW and not self.is_causal):
+            return mask
+        places = torch.arange(keys.shape[2], device=keys.device)
+        distance = places[-num_slots:, None] - places
+        is_seen = (distance < self.window) & (distance > (-1 if self.is_causal else -self.window))
+        return is_seen[None, None] if mask is None else is_seen & mask[..., -keys.shape[2] :]
 
 
 class DFlashConvolution(nn.Module):
@@ -289,19 +324,17 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
     """Refuse the config of a drafter that this network would compute wrongly.
 
     Raises:
-        ValueError: sliding or causal attention, biases, or another activation.
+        ValueError: biases, sinks or scales of attention, windows in MiMo's spelling, or another activation.
     """
-    known = {"attention_bias": False, "is_causal": False, "hidden_act": "silu"}
+    known = {"attention_bias": False, "hidden_act": "silu"}
     unknown = {name: config.get(name) for name in known if config.get(name) not in (None, known[name])}
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
-        unknown["layer_types"] = kinds
-    if (config.get("dflash_config") or {}).get("causal"):
-        unknown["dflash_config.causal"] = True
+    nested = config.get("dflash_config") or {}
+    others = ("use_swa", "attention_sink_bias", "attention_value_scale")
+    unknown |= {f"dflash_config.{name}": nested[name] for name in others if nested.get(name)}
     if unknown:
         raise ValueError(
-            f"the drafter's config has {unknown}; this network supports only full attention in both directions, "
-            "without biases and with silu: serve this drafter with the project that trained it"
+            f"the drafter's config has {unknown}; this network supports only attention without biases, sinks and "
+            "scales, and silu: serve this drafter with the project that trained it"
         )
 
 
@@ -385,8 +418,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
             noise_embeds: "batch query hidden", target embeddings of the slots of one or more blocks.
             context_hidden_states: "batch context feature", features of the tokens that are not in the cache yet.
             position_ids: "batch new", absolute positions of the context, then of the slots (`new = context + query`).
-            attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or None where
-                every slot sees everything, as when one block is drafted. A 2-D padding mask is also accepted.
+            attention_mask: a dense mask over all keys (True: visible), a `BlockMask` of flex_attention, or one of these
+                for each of the config's `layer_types`, by name; None where one block is drafted, whose slots see all
+                that the layer lets them see. A 2-D padding mask is also accepted.
             cache: receives keys and values of the context and the slots; the caller removes those of the slots.
             block_size: slots of each block, where several are drafted; by default the config's.
 
@@ -398,8 +432,10 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         context = self.anchor_rows(context_hidden_states)
         hidden = noise_embeds.to(self.dtype)
         rope = self.rotary_emb(hidden, position_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, context, rope, attention_mask, cache, block_size)
+        layers: Any = self.layers
+        for layer in layers:
+            mask = attention_mask[layer.self_attn.kind] if isinstance(attention_mask, Mapping) else attention_mask
+            hidden = layer(hidden, context, rope, mask, cache, block_size)
         return BaseModelOutput(last_hidden_state=self.norm(hidden))
 
 

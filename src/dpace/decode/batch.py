@@ -45,7 +45,9 @@ class RowCaches:
         self.target = RaggedCache(target.config, capacity, target.model.dtype)
         self.all = [self.target]
         if drafter is not None:
-            self.drafter = RaggedCache(drafter.config, capacity, drafter.dtype, num_slots=drafter.num_slots)
+            self.drafter = RaggedCache(
+                drafter.config, capacity, drafter.dtype, num_slots=drafter.num_slots, reaches=drafter.reaches
+            )
             self.all.append(self.drafter)
 
 
@@ -140,8 +142,11 @@ class Batch:
         drawn = [row.draw(own) for row, own in zip(self.rows, logits.split(1), strict=True)]
         for row, token in zip(self.rows, torch.cat(drawn).tolist(), strict=True):
             row.take(0, [token], width=0)
-        limits = self._tensor([[row.limit] for row in self.rows])
-        self.state = State(self._find_ends(limits), features, positions)
+        ends = self._find_ends(self._tensor([[row.limit] for row in self.rows]))
+        if self.drafter is not None and self.drafter.num_context < longest:
+            positions = (ends.starts - 1 - torch.arange(self.drafter.num_context, device=last.device)).clamp_min(0)
+            features = features[torch.arange(len(last), device=last.device)[:, None], positions]
+        self.state = State(ends, features, positions)
 
     def _find_ends(self, limits: Int[Tensor, "batch 1"]) -> Ends:
         """Look up which token is the last of each row, and where it is."""

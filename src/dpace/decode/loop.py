@@ -171,7 +171,7 @@ class Speculation:
         self.draft_head = DraftHead(target, None if is_whole else drafter.vocabulary, text.token_ids)
         capacity = len(text.token_ids) + text.max_new_tokens + size
         self.cache = TextCache(target.config, capacity)
-        self.drafter_cache = TextCache(drafter.config, capacity)
+        self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
         self.limits = torch.tensor([[text.limit]], device=target.device)
         self.unread: list[Float[Tensor, "1 new feature"]] = []
         self.num_read = 0

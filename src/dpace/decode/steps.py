@@ -63,13 +63,15 @@ def draft_step(
     ends = state.ends
     slots = torch.arange(drafter.num_slots, device=ends.starts.device)
     masks = slots.new_full((len(ends.starts), drafter.num_slots - 1), drafter.mask_token_id)
+    read = slice(-min(drafter.num_context, state.positions.shape[1]), None)  # no layer sees what is before
+    features, positions = state.features[:, read], state.positions[:, read]
     hidden = draft_block(
         drafter,
         head.target,
         torch.cat([ends.last_ids, masks], dim=1),
-        state.features,
-        position_ids=torch.cat([state.positions, ends.starts + slots], dim=1),
-        attention_mask=cache.place_block(state.positions, ends.starts, drafter.num_slots),
+        features,
+        position_ids=torch.cat([positions, ends.starts + slots], dim=1),
+        attention_mask=cache.place_block(positions, ends.starts, drafter.num_slots),
         cache=cache,
     )
     cache.drop_block(drafter.num_slots)

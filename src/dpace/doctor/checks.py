@@ -91,6 +91,28 @@ def off(folder: ExaminedFolder, *keys: str) -> Observation:
     return Observation(not found, found or "false", "false, null or absent")
 
 
+def causality(folder: ExaminedFolder, *keys: str) -> Observation:
+    """Compare the spellings of causality, where there are any, with that of the training or the published one."""
+    found = {key: value for key in keys if (value := look_up(folder.config, key)) not in (None, ABSENT)}
+    expected = folder.expected_config.get("is_causal")
+    return Observation(all(value is expected for value in found.values()), found, expected)
+
+
+def window(folder: ExaminedFolder, *keys: str) -> Observation:
+    """Compare a window and whether it is used; without one, false, null and absent are the same."""
+    found, expected = (
+        {key: config.get(key) or None for key in keys} for config in (folder.config, folder.expected_config)
+    )
+    return Observation(same(found, expected), found, expected)
+
+
+def mixture(folder: ExaminedFolder, key: str) -> Observation:
+    """Look for layers with a window beside layers without one."""
+    kinds = str(folder.config.get(key))
+    is_mixed = "sliding_attention" in kinds and "full_attention" in kinds
+    return Observation(not is_mixed, "with and without a window" if is_mixed else "one kind", "one kind of layer")
+
+
 def written(folder: ExaminedFolder, *keys: str) -> Observation:
     """Expect keys, whatever their values."""
     missing = [key for key in keys if look_up(folder.config, key) == ABSENT]
@@ -257,7 +279,7 @@ FIXED_KEYS = {
     "hidden_act": "the feed-forward network computes something else",
     "attention_bias": "engines look for biases that are not there",
     "tie_word_embeddings": "a random head is tied to an embedding that is not there",
-    "layer_types": "SpecForge needs it; sliding layers lose the text before the window; vLLM refuses a mixture",
+    "layer_types": "SpecForge needs it; sliding layers lose the text before the window",
 }
 """Keys that are the same in every drafter, or follow from its layers, and what breaks where they differ."""
 TENSOR_KEYS = {
@@ -430,9 +452,9 @@ CONFIG_CHECKS = (
     Check(
         "is_causal",
         "fails",
-        off,
-        "write false: the slots of a block see each other",
-        "slots no longer see each other",
+        causality,
+        "write the value of the training: false where the slots of a block see each other",
+        "slots see other slots than in training",
         (
             "is_causal",
             "dflash_config.causal",
@@ -442,13 +464,21 @@ CONFIG_CHECKS = (
     Check(
         "sliding window",
         "warns",
-        off,
-        "write false and null: full attention has no window",
-        "engines may cut the context at it",
+        window,
+        "write the window of the training and true where there are sliding layers, else null and false",
+        "transformers drops a window that is not used; engines may cut the context at one that is not of the training",
         (
             "use_sliding_window",
             "sliding_window",
         ),
+    ),
+    Check(
+        "mixed layers",
+        "warns",
+        mixture,
+        "set VLLM_USE_V2_MODEL_RUNNER=1 for vLLM, or train without --drafter.full-layers",
+        "vLLM's V1 runner refuses layers with a window beside layers without one",
+        ("layer_types",),
     ),
     Check(
         "target",

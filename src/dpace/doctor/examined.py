@@ -13,7 +13,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
-from dpace.drafter.drafter import spec_for
+from dpace.drafter.drafter import attention_of, spec_for
 from dpace.drafter.kinds import HeadSpec, count_head_layers
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import DrafterFolder, mapping
@@ -70,6 +70,18 @@ class ExaminedFolder(DrafterFolder):
             "intermediate_size": self.size("inner"),
         }
 
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Windows and causality as the recipe has them, or else the config: no tensor depends on them."""
+        options = mapping(self.recipe.get("drafter"))
+        if "causal" in options:
+            return attention_of(**options)
+        try:
+            spec = DrafterSpec.from_config(self.config)
+        except ValueError:  # other checks name what is wrong
+            return {}
+        return {name: getattr(spec, name) for name in ("sliding_window", "layer_types", "is_causal")}
+
     @cached_property
     def expected_spec(self) -> DrafterSpec:
         """The drafter with these tensors for this target; the config decides sizes on which the tensors differ."""
@@ -82,6 +94,7 @@ class ExaminedFolder(DrafterFolder):
             target_layer_ids=(0,),
             conv_kernel_size=taps,
             head=self.expected_head,
+            **self.attention,
         )
         for key, measured in self.measured.items():
             size = measured or (self.config.get(key) if key != "head_dim" else None)

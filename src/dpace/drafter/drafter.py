@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dpace.modeling_dflash
-from dpace.blocks import build_target_layer_ids
+from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DraftHeadName
 from dpace.drafter.kinds import HeadSpec, Kind, head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
@@ -43,8 +43,12 @@ def spec_for(
     target_layer_ids: Sequence[int],
     conv_kernel_size: int = 0,
     head: HeadSpec | None = None,
+    **attention: Any,
 ) -> DrafterSpec:
-    """Describe a drafter with the target's width, heads, feed-forward and rotary embedding; see `from_target`."""
+    """Describe a drafter with the target's width, heads, feed-forward and rotary embedding; see `from_target`.
+
+    `attention` are `sliding_window`, `layer_types` and `is_causal` of the spec.
+    """
     config = target.config
     heads = config.num_attention_heads
     return DrafterSpec(
@@ -69,7 +73,26 @@ def spec_for(
         conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
         head=head,
         special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
+        **attention,
     )
+
+
+def attention_of(
+    num_layers: int, sliding_window: int | None = None, full_layers: Collection[int] = (), causal: bool = False, **_
+) -> dict[str, Any]:
+    """Return `sliding_window`, `layer_types` and `is_causal` of a spec, for the same arguments as `from_target`.
+
+    Raises:
+        ValueError: `full_layers` that are no layers, all layers, or set without a window.
+    """
+    windowed = set(range(num_layers)) - set(full_layers)
+    if full_layers and (sliding_window is None or not windowed or max(full_layers) >= num_layers):
+        raise ValueError(
+            f"full_layers is {list(full_layers)}; name some, not all, of the layers 0 .. {num_layers - 1}, together "
+            "with sliding_window"
+        )
+    kinds = tuple("sliding_attention" if layer in windowed else "full_attention" for layer in range(num_layers))
+    return {"sliding_window": sliding_window, "layer_types": kinds if sliding_window else (), "is_causal": causal}
 
 
 class Drafter(DFlashDraftModel):
@@ -119,6 +142,24 @@ class Drafter(DFlashDraftModel):
         return self.config.target_layer_ids
 
     @property
+    def reaches(self) -> dict[str, Reach]:
+        """How far the layers of each kind see."""
+        layers: Any = self.layers
+        parts = [layer.self_attn for layer in layers]
+        return {part.kind: Reach(part.window, part.is_causal) for part in parts}
+
+    @property
+    def view_options(self) -> dict[str, Any]:
+        """What `dpace.drafter.views.blocks_hidden` needs to know of it beside its wrapper."""
+        ids = {"mask_token_id": self.mask_token_id, "target_layer_ids": self.target_layer_ids}
+        return ids | {"reaches": self.reaches, "first_slot": self.first_slot}
+
+    @property
+    def num_context(self) -> int:
+        """Number of tokens before an anchor that a layer sees at most; larger than any text without a window."""
+        return max(reach.window for reach in self.reaches.values()) - 1
+
+    @property
     def confidence_temperature(self) -> float:
         """The divisor of logits for confidences, fitted on responses; 1 where it was not fitted."""
         if self.vocabulary is not None:
@@ -149,6 +190,9 @@ class Drafter(DFlashDraftModel):
         head: DraftHeadName = None,
         head_candidates: int = 8,
         head_width: int | None = None,
+        sliding_window: int | None = None,
+        full_layers: Collection[int] = (),
+        causal: bool = False,
         seed: int = 0,
     ) -> "Drafter":
         """Make an untrained drafter with the target's width, heads, feed-forward and rotary embedding.
@@ -165,6 +209,9 @@ class Drafter(DFlashDraftModel):
             head: `lilicorr` for a head that makes the slots agree.
             head_candidates: tokens of each slot that it chooses from.
             head_width: see `head_for`.
+            sliding_window: tokens that a layer sees at most, see `dpace.modeling_dflash.DFlashAttention`; None for all.
+            full_layers: layers without the window.
+            causal: whether a slot sees no slot after it.
             seed: seed of the initial weights; those of the network are the same with and without a head.
 
         Raises:
@@ -180,6 +227,7 @@ class Drafter(DFlashDraftModel):
             ),
             conv_kernel_size=conv_kernel_size,
             head=head_for(target.hidden_size, head_candidates, head_width) if head else None,
+            **attention_of(num_layers, sliding_window, full_layers, causal),
         )
         spec.check()
         with torch.random.fork_rng():

@@ -6,7 +6,7 @@ the config that every engine reads.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
@@ -124,6 +124,12 @@ class DrafterSpec:
     draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
     head: HeadSpec | None = None
     """Sizes of a LiLiCorr head; None without one."""
+    sliding_window: Count | None = None
+    """Window of sliding layers, in tokens, see `dpace.modeling_dflash.DFlashAttention`; None without such layers."""
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
+    """Kind of each layer; empty where all have full attention."""
+    is_causal: Annotated[bool, Strict()] | Literal["sliding"] = False
+    """Whether a slot sees no slot after it: in all layers, in no layer, or in sliding layers only."""
     record: Annotated[dict[str, Any], Field(alias="dpace"), AfterValidator(_check_record)] = field(
         default_factory=dict, compare=False
     )
@@ -178,6 +184,15 @@ class DrafterSpec:
                 f"lilicorr_num_heads is {spec.head.num_heads}, expected a divisor of the head's width, which is "
                 f"{width}; {COPY_AGAIN}"
             )
+        if "sliding_attention" not in spec.layer_types:
+            return replace(spec, layer_types=(), sliding_window=None)
+        if len(spec.layer_types) != spec.num_layers:
+            raise ValueError(
+                f"layer_types has {len(spec.layer_types)} entries, expected num_hidden_layers, which is "
+                f"{spec.num_layers}; {COPY_AGAIN}"
+            )
+        if spec.sliding_window is None:
+            raise ValueError(f"the drafter's config has sliding layers and no sliding_window; {COPY_AGAIN}")
         return spec
 
     @classmethod
@@ -217,6 +232,7 @@ class DrafterSpec:
                 "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
                 "target_layer_ids": () if layer_ids is None else layer_ids,
                 "rope_parameters": _read_rope(config),
+                "is_causal": _read_causality(config, nested),
                 "special_token_ids": {name: config[name] for name in SPECIAL_TOKENS if name in config},
             }
         )
@@ -230,13 +246,16 @@ class DrafterSpec:
         values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
         named = {name: values[name] for name in nested if name in values}
+        attention = {
+            "layer_types": list(self.layer_types) or ["full_attention"] * self.num_layers,
+            "use_sliding_window": self.sliding_window is not None,
+            "is_causal": None if self.is_causal == "sliding" else self.is_causal,
+        }
         return Qwen3Config(
             **self.special_token_ids,
-            **values,
-            layer_types=["full_attention"] * self.num_layers,
+            **values | attention,
             tie_word_embeddings=False,
             dflash_config=named | self.kind.values(self),  # pyright: ignore[reportCallIssue]
-            is_causal=False,  # pyright: ignore[reportCallIssue]
         )
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,10 +271,8 @@ class DrafterSpec:
             "rope_theta": self.rope["rope_theta"],
             "head_dim": self.head_dim,
             "attention_bias": False,
-            "is_causal": False,
             "tie_word_embeddings": False,
             "use_cache": True,
-            "use_sliding_window": False,
         }
         if self.rope["rope_type"] != "default":
             config["rope_scaling"] = self.rope
@@ -281,6 +298,11 @@ class DrafterSpec:
                 f"the head chooses from {self.kind.num_candidates} tokens of each slot, and the target has "
                 f"{self.vocab_size}; train with fewer --drafter.head-candidates"
             )
+        if self.sliding_window is not None and self.sliding_window <= self.block_size:
+            raise ValueError(
+                f"sliding_window is {self.sliding_window} and block_size {self.block_size}; a window must be longer "
+                "than a block, so that each slot sees some text"
+            )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id is {self.mask_token_id}, outside the target's embedding of {self.vocab_size} rows; "
@@ -297,6 +319,17 @@ def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> A
             "make them equal"
         )
     return outer if inner is None else inner
+
+
+def _read_causality(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
+    """Read `is_causal`; where the config does not say, sliding layers are causal, as in z-lab's code and vLLM."""
+    found = _either({"causal": config.get("is_causal")}, nested, "causal")
+    kinds = config.get("layer_types")
+    if kinds is None and config.get("use_sliding_window"):
+        raise ValueError(f"the drafter's config has use_sliding_window and no layer_types; {COPY_AGAIN}")
+    if found is not None or not isinstance(kinds, list | tuple) or "sliding_attention" not in kinds:
+        return found
+    return "sliding" if "full_attention" in kinds else True
 
 
 def _read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:

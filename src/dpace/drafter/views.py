@@ -1,6 +1,6 @@
 """The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpace.blocks import Blocks, dense_mask, flex_mask
+from dpace.blocks import Blocks, Reach, dense_mask, flex_mask
 from dpace.system.device import TILED
 from dpace.target import Target
 
@@ -77,9 +77,10 @@ def blocks_hidden(
     *,
     mask_token_id: int,
     target_layer_ids: Sequence[int],
+    reaches: Mapping[str, Reach],
     first_slot: int = 1,
     with_target_hidden: bool = False,
-    make_mask: Callable[[Blocks, int], Any] | None = None,
+    make_mask: Callable[[Blocks, int, Reach], Any] | None = None,
 ) -> BlocksHidden:
     """Run the drafter over all blocks of a batch at once: the training forward pass.
 
@@ -93,6 +94,7 @@ def blocks_hidden(
             `Target.features`.
         mask_token_id: the token in slots that are not drafted yet.
         target_layer_ids: layers whose outputs are the features.
+        reaches: see `Drafter.reaches`.
         first_slot: see `Drafter`; with 0 the network reads one slot less than a block has, and the hidden states are
             moved to the slots whose tokens they predict.
         with_target_hidden: give the input of the target's head too.
@@ -109,13 +111,14 @@ def blocks_hidden(
     if not first_slot:
         read = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
     context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
+    masks = {kind: make_mask(read, num_context, reach) for kind, reach in reaches.items()}
     hidden = draft_block(
         drafter,
         target,
         read.input_ids(mask_token_id).flatten(1, 2),
         features[..., :num_features],
         position_ids=torch.cat([context_ids, read.position_ids.flatten(1)], dim=1),
-        attention_mask=make_mask(read, num_context),
+        attention_mask=masks,
         block_size=read.block_size,
     ).unflatten(1, read.labels.shape[1:])
     hidden = to_predicted(hidden, first_slot)

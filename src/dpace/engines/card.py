@@ -357,6 +357,10 @@ def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:
     facts |= spec.kind.facts(spec)
     if spec.sample_from_anchor:
         facts["first slot"] = "the known token's own predicts (`sample_from_anchor`), which vLLM 0.32 does not run"
+    if spec.sliding_window:
+        facts["window"] = f"{spec.sliding_window} tokens in {spec.layer_types.count('sliding_attention')} layers"
+    if spec.is_causal:
+        facts["causal"] = f"{'sliding' if spec.is_causal == 'sliding' else 'all'} layers: no slot sees a slot after it"
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 

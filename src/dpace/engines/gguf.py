@@ -93,9 +93,14 @@ def write_gguf(
         precision: one of `QUANTIZED`, for the matrices.
 
     Raises:
-        ValueError: a file of another model, or a scaled rotary embedding: llama.cpp's network takes no frequency
-            factors, and other scalings were not tested.
+        ValueError: a file of another model; a scaled rotary embedding, since llama.cpp's network takes no frequency
+            factors, and other scalings were not tested; or layers of which only some are causal.
     """
+    if spec.is_causal == "sliding":
+        raise ValueError(
+            "is_causal is not set, so that sliding layers are causal and full ones are not; llama.cpp has one value "
+            "for all layers; serve this drafter with vLLM or z-lab's code"
+        )
     if spec.rope["rope_type"] != "default":
         raise ValueError(
             f"the drafter's rope_type is {spec.rope['rope_type']!r}, expected 'default': llama.cpp's DFlash network "
@@ -184,8 +189,12 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     int32 = gguf.GGUFValueType.INT32
     name = f"{ARCHITECTURE}.target_layers"
     writer.add_key_value(name, spec.hidden_state_ids, gguf.GGUFValueType.ARRAY, int32)
-    writer.add_bool(f"{ARCHITECTURE}.attention.causal", False)
+    writer.add_bool(f"{ARCHITECTURE}.attention.causal", bool(spec.is_causal))
     writer.add_bool(f"{ARCHITECTURE}.sample_from_anchor", spec.sample_from_anchor)
+    if spec.sliding_window is not None:
+        writer.add_uint32(f"{ARCHITECTURE}.attention.sliding_window", spec.sliding_window)
+        pattern = [kind == "sliding_attention" for kind in spec.layer_types]
+        writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
 
 
@@ -209,10 +218,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     def get(name: str, default: Any = None) -> Any:
         return _read_value(reader, f"{ARCHITECTURE}.{name}", default)
 
-    if get("attention.sliding_window", 0) or get("attention.causal", False):
-        raise ValueError(
-            f"{path} has sliding or causal attention, expected full attention; dpace cannot run this drafter"
-        )
+    pattern = get("attention.sliding_window_pattern", [])
     tokens = _read_value(reader, "tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise ValueError(f"{path} has no list of tokens; write or download it again")
@@ -224,6 +230,9 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         "vocab_size": len(tokens),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
+        "sliding_window": get("attention.sliding_window", 0) or None,
+        "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern],
+        "is_causal": get("attention.causal", False),
         "conv_kernel_size": get("conv_kernel_size", 0),
         "conv_group_size": get("conv_group_size", 0),
         "sample_from_anchor": get("sample_from_anchor", False),

@@ -40,6 +40,9 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         "conv_kernel_size": spec.conv_kernel_size,
         "head": "lilicorr" if spec.head else None,
         **({"head_candidates": spec.head.candidate_topk} if spec.head else {}),
+        "sliding_window": spec.sliding_window,
+        "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
+        "causal": bool(spec.is_causal),
     }
     others = [option for option, value in own.items() if getattr(recipe.drafter, option) not in (None, value)]
     for option in [*others, "norm_scale"]:

@@ -11,13 +11,22 @@ from dpace.system.loading import read_config
 def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: list[str], dtype: str) -> dict[str, Any]:
     """Write the `config.json` of speculators 0.9, which vLLM reads too.
 
-    `sliding_window_non_causal` is true because vLLM 0.32 otherwise makes every layer causal, full attention too.
+    `sliding_window_non_causal` is also true without windows, because vLLM 0.32 otherwise makes every layer causal, full
+    attention too.
+
+    Raises:
+        ValueError: a drafter with full attention that is causal.
     """
+    if spec.is_causal is True and (spec.sliding_window is None or "full_attention" in spec.layer_types):
+        raise ValueError(
+            "is_causal is true and some layers have full attention, never causal in the format of speculators; "
+            "give vLLM the folder that `dpace train` writes"
+        )
     transformer = spec.config().to_dict()
     ours = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace")
     for key in (*ours, "sample_from_anchor"):
         transformer.pop(key, None)
-    transformer |= {"rope_theta": spec.rope["rope_theta"], "dtype": dtype, "use_sliding_window": False}
+    transformer |= {"rope_theta": spec.rope["rope_theta"], "dtype": dtype}
     return {
         "architectures": ["DFlashDraftModel"],
         "aux_hidden_state_layer_ids": spec.hidden_state_ids,
@@ -26,7 +35,7 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
         "dtype": dtype,
         "mask_token_id": spec.mask_token_id,
         "sample_from_anchor": spec.sample_from_anchor,
-        "sliding_window_non_causal": True,
+        "sliding_window_non_causal": not spec.is_causal,
         "speculators_config": {
             "algorithm": "dflash",
             "default_proposal_method": "greedy",
@@ -81,7 +90,9 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
             f"draft_vocab_size is {config['draft_vocab_size']}, expected the target's {vocab_size}; dpace cannot use "
             "drafters with a smaller vocabulary"
         )
+    is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
     return inner | {
+        "is_causal": None if is_causal else False,  # of sliding layers only
         "block_size": config.get("block_size", 0),
         "mask_token_id": config.get("mask_token_id"),
         "sample_from_anchor": config.get("sample_from_anchor"),

@@ -6,14 +6,16 @@ that they need, so that a decoding step is the same with both. `probe_cache` fin
 after a rejected draft.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+from dpace.blocks import FULL, Reach
 
 NUM_CONTEXT = 12
 """Tokens that `probe_cache` reads first."""
@@ -31,22 +33,33 @@ CacheAbility = Literal["crop", "rewind", "append"]
 class TextCache(DynamicCache):
     """The cache of one text.
 
-    Layers with a sliding window or a recurrent state keep transformers' own cache layers.
+    Layers of a target with a sliding window or a recurrent state keep transformers' own cache layers.
 
-    Memory: keys and values of `capacity` tokens in every full-attention layer, allocated at once.
+    Memory: keys and values of `capacity` tokens in every full-attention layer, allocated at once; in a drafter's layers
+    with a window, of about 1.25 windows at most.
+
+    Args:
+        config: of the model.
+        capacity: longest text, in tokens, with the slots of a block.
+        num_slots: slots of a drafter's block; 0 for a target.
     """
 
-    def __init__(self, config: Any, capacity: int):
+    def __init__(self, config: Any, capacity: int, num_slots: int = 0):
         super().__init__(config=config)
         layers: list[Any] = self.layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-        self.layers: Any = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in layers]
+        for number, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[number] = PreallocatedLayer(capacity)
+            elif num_slots and type(layer) is DynamicSlidingWindowLayer:
+                layers[number] = WindowLayer(capacity, layer.sliding_window - 1 + num_slots)
+        self.layers: Any = layers
         self.activate_past_recording()
 
     def place(self, positions: Int[Tensor, "1 new"]) -> None:
         """Return no mask: the next tokens follow those in the cache, and see these and one another as usual."""
 
     def place_block(self, positions: Int[Tensor, "1 new"], starts: Int[Tensor, "1 1"], block_size: int) -> None:
-        """Return no mask: the slots of a block see all of the cache and of the block."""
+        """Return no mask: the layers know what the slots of a block see of the cache and of the block."""
 
     def drop_block(self, block_size: int) -> None:
         """Drop the slots of a drafted block."""
@@ -113,15 +126,44 @@ class PreallocatedLayer(DynamicLayer):
         self.length = max(0, self.length + tokens_to_remove)
 
 
+class WindowLayer(PreallocatedLayer):
+    """A `PreallocatedLayer` of a drafter that keeps the last tokens only.
+
+    Where the buffers are full, the tokens that may still be seen move to their beginning. A quarter of a window of room
+    makes that rare.
+
+    Args:
+        capacity: longest text, in tokens, with the slots of a block.
+        num_kept: the most tokens that one pass reads: those before the anchor that a slot sees, and the slots.
+    """
+
+    def __init__(self, capacity: int, num_kept: int):
+        super().__init__(min(capacity, num_kept + max(num_kept // 4, 64)))
+        self.num_kept = num_kept
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write new keys and values behind the old ones and return views of the last ones."""
+        new = [states[:, :, -self.num_kept :] for states in (key_states, value_states)]
+        count = new[0].shape[2]
+        if self.length + count > self.capacity:
+            kept = min(self.length, self.num_kept - count)
+            for buffer in self.buffers:
+                buffer.narrow(2, 0, kept).copy_(buffer.narrow(2, self.length - kept, kept).clone())
+            self.length = kept
+        return tuple(states[:, :, -self.num_kept :] for states in super().update(*new))
+
+
 class RaggedCache(DynamicCache):
     """The cache of several texts of different lengths.
 
     In a target's cache a token's column is its position, so there are no holes. A query sees the columns up to its own
     position. A rejected token lies above these until the next block, which begins there and is no shorter, overwrites
-    it. A drafter's cache begins with `num_slots` columns for the slots of a block, which are never kept; a token's
-    column is its position behind these.
+    it. A drafter's cache begins with `num_slots` columns for the slots of a block, which are never kept. A token's
+    column is its position behind these; in a layer with a window the columns are a ring, which newer tokens write over.
+    One more column takes what no layer may keep: rejected tokens, and those before the window.
 
-    Memory: keys and values of `num_slots + capacity` tokens a row, allocated at the first pass.
+    Memory: keys and values of `num_slots + capacity` tokens a row, allocated at the first pass; in a drafter's layers
+    with a window, of a block and the window.
 
     Attributes:
         end: number of columns that the next passes read, at most all.
@@ -131,14 +173,22 @@ class RaggedCache(DynamicCache):
         capacity: longest text, in tokens.
         dtype: of the model.
         num_slots: slots of a block; 0 for a target.
+        reaches: of a drafter, see `dpace.drafter.Drafter.reaches`.
 
     Raises:
-        ValueError: the model has layers that are not full attention.
+        ValueError: the model is a target and has layers that are not full attention.
     """
 
-    def __init__(self, config: Any, capacity: int, dtype: torch.dtype, num_slots: int = 0):
+    def __init__(
+        self,
+        config: Any,
+        capacity: int,
+        dtype: torch.dtype,
+        num_slots: int = 0,
+        reaches: Mapping[str, Reach] | None = None,
+    ):
         alone = TextCache(config, 0)
-        if not is_full_attention(alone):
+        if not num_slots and not is_full_attention(alone):
             raise ValueError(
                 f"{config.model_type} has layers that are not full attention; a batch needs full attention in all "
                 "layers: decode one prompt at a time with `generate`"
@@ -147,7 +197,12 @@ class RaggedCache(DynamicCache):
         self.end = num_slots + capacity
         self.dtype = dtype
         self.num_slots = num_slots
+        self.reaches = reaches or {}
         self.layers: Any = [RaggedLayer(self.end) for _ in alone.layers]
+        if num_slots:
+            rings = {kind: min(capacity, reach.window - 1) for kind, reach in self.reaches.items()}
+            self.layers = [RaggedLayer(num_slots + rings[kind] + 1) for kind in config.layer_types]
+            self.kinds = config.layer_types
 
     def place(
         self, positions: Int[Tensor, "batch new"], rows: Sequence[int] | None = None
@@ -167,26 +222,44 @@ class RaggedCache(DynamicCache):
 
     def place_block(
         self, positions: Int[Tensor, "batch new"], starts: Int[Tensor, "batch 1"], block_size: int
-    ) -> Bool[Tensor, "batch column"]:
-        """Write the next pass's features to their positions, and its slots to the columns before; return the mask.
+    ) -> dict[str, Bool[Tensor, "batch 1 _ column"]]:
+        """Write the next pass's features to their columns, its slots to those before; return masks by kind of layer.
 
-        Every slot sees the features of its row's tokens, up to that before the anchor, and the slots.
+        A slot sees the features of its row's tokens, up to that before the anchor, and the slots, as far as the layer's
+        reach goes. Masks of layers with full attention are the same for all slots, and have one row.
         """
-        slots = torch.arange(block_size, device=starts.device).expand(len(starts), -1)
-        self.write_to(torch.cat([self.num_slots + positions, slots], dim=1))
-        return torch.arange(self.end, device=starts.device) < self.num_slots + starts
+        slots = torch.arange(block_size, device=starts.device)
+        masks = {}
+        for kind, reach in self.reaches.items():
+            layers = [layer for layer, own in zip(self.layers, self.kinds, strict=True) if own == kind]
+            ring = layers[0].capacity - self.num_slots - 1
+            is_kept = (positions < starts) & (positions >= starts - ring)
+            columns = self.num_slots + torch.where(is_kept, positions % ring, ring)
+            self.write_to(torch.cat([columns, slots.expand(len(starts), -1)], dim=1), layers=layers)
+            before = starts - 1
+            places = torch.arange(layers[0].end - self.num_slots, device=starts.device)
+            held = (
+                before - (before - places) % ring
+            )  # position of the token in each column; below 0 where there is none
+            queries = slots if reach != FULL else slots[:1]
+            is_seen = (held >= 0)[:, None] & reach.sees((starts + queries)[..., None] - held[:, None])
+            is_slot_seen = reach.sees(queries[:, None] - slots).expand(len(starts), -1, -1)
+            masks[kind] = torch.cat([is_slot_seen, is_seen], dim=2)[:, None]
+        return masks
 
     def drop_block(self, block_size: int) -> None:
         """Do nothing: the next block overwrites the slots of a drafted one."""
 
-    def write_to(self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None) -> None:
-        """Make the next pass write its tokens to these columns, of all rows or of the given ones."""
+    def write_to(
+        self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None, layers: Sequence[Any] | None = None
+    ) -> None:
+        """Make the next pass write its tokens to these columns, of all rows and in all layers or of the given ones."""
         numbers = torch.tensor(range(len(columns)) if rows is None else rows, device=columns.device)
-        for layer in self.layers:
+        for layer in layers or self.layers:
             layer.rows = numbers[:, None]
             layer.is_part = rows is not None
             layer.columns = columns
-            layer.end = self.end
+            layer.end = min(self.end, layer.capacity - (self.num_slots > 0))
 
     def copy_columns(self, row: int, others: Sequence[int], start: int, end: int) -> None:
         """Copy what a row has in the columns from `start` to `end` to other rows."""

@@ -217,10 +217,10 @@ class FusedDraftLayer(FastModule, DFlashLayer):
     """A drafter's layer with fused products."""
 
     def forward(self, hidden, context, rope, mask, cache, block_size=None):
-        """Compute the output of a `DFlashLayer`, whose own code also runs for masks that differ by slot."""
+        """Compute the output of a `DFlashLayer`, whose own code also runs for the masks of training."""
         fused = self.fast
-        is_shared = mask is None or (isinstance(mask, Tensor) and mask.shape[1:3] == (1, 1))
-        if fused is None or not is_shared or not self.is_usable(hidden, fused.dtype):
+        is_decoding = mask is None or (isinstance(mask, Tensor) and hidden.shape[1] <= MAX_QUERIES)
+        if fused is None or not is_decoding or not self.is_usable(hidden, fused.dtype):
             return super().forward(hidden, context, rope, mask, cache, block_size)
         attention: Any = self.self_attn
         rotation = _rotation(rope)
@@ -229,7 +229,8 @@ class FusedDraftLayer(FastModule, DFlashLayer):
             heads = fused.heads(torch.cat([context, rows], dim=1), rotation)
             if cache is not None:
                 heads = _Heads(heads.query, *cache.update(heads.key, heads.value, attention.layer))
-            attended = attend_in_groups(heads.query[:, :, context.shape[1] :], heads.key, heads.value, mask)
+            seen = attention.limit(mask, rows.shape[1], heads.key)
+            attended = attend_in_groups(heads.query[:, :, context.shape[1] :], heads.key, heads.value, seen)
             return fused.out(attended.flatten(2))
 
         hidden = hidden + around(self.attention_conv, fused.norm(hidden, 0), attend, block_size)

@@ -94,8 +94,7 @@ def score_conversation(
         blocks; and the slots that are accepted.
     """
     head, rows = (target.head, None) if token_ids is None else target.head.part(token_ids)
-    ids: dict[str, Any] = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
-    ids["first_slot"] = drafter.first_slot
+    ids = drafter.view_options
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
     inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
     tokens, features = inputs["token_ids"], inputs["features"]

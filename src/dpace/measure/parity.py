@@ -81,9 +81,8 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 
 def _block_hidden(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
     """Compute the final hidden states of one block, "slot hidden"."""
-    ids: dict[str, Any] = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
     first = drafter.first_slot
-    return blocks_hidden(drafter, target, inputs, first_slot=first, **ids)[0][0, number, 1 - first :]
+    return blocks_hidden(drafter, target, inputs, **drafter.view_options)[0][0, number, 1 - first :]
 
 
 def _replace_text(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int) -> dict[str, Any]:

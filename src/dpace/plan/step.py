@@ -328,11 +328,14 @@ class PaperStep:
         """Count the operations of the drafter's attention: one forward pass, and 2.5 times as much backward."""
         queries = shape.num_blocks * self.drafter.block_size
         seen = shape.num_tokens + queries
-        if self.is_cuda:
-            seen = shape.num_tokens / 2 + self.drafter.block_size
         config = self.drafter.config
+        layers: Any = self.drafter.layers
+        windows = [layer.self_attn.window for layer in layers]
+        seen = len(windows) * seen
+        if self.is_cuda:
+            seen = sum(min(shape.num_tokens / 2, window) + self.drafter.block_size for window in windows)
         width = config.num_attention_heads * config.head_dim
-        return 3.5 * config.num_hidden_layers * 4 * shape.batch_size * width * queries * seen
+        return 3.5 * 4 * shape.batch_size * width * queries * seen
 
     def _target_flops(self, shape: BatchShape) -> float:
         """Count the operations in which the target computes features: each weight counts, those of experts too."""

@@ -64,7 +64,7 @@ class Scorer:
     """The row of each token in `head`; None where it has all."""
     head_tokens: Tensor | None = None
     """The token of each of its rows; None where it has all."""
-    make_mask: Callable[[Blocks, int], Any] | None = None
+    make_mask: Callable[..., Any] | None = None
     """See `blocks_hidden`."""
     chunk_bytes: int | None = None
     """See `frozen_head_nll`."""
@@ -86,8 +86,7 @@ class Scorer:
             model,
             self.target,
             batch,
-            mask_token_id=self.drafter.mask_token_id,
-            target_layer_ids=self.drafter.target_layer_ids,
+            **self.drafter.view_options,
             with_target_hidden=self.needs_target_hidden,
             make_mask=self.make_mask,
         )

@@ -170,7 +170,7 @@ FAULTS = [
     ("block sizes differ", nested(block_size=7), "keys agree, as trained"),
     ("causal", keys(is_causal=True), "is_causal"),
     ("causal inside", nested(causal=True), "is_causal"),
-    ("a sliding layer", keys(layer_types=["sliding_attention", "full_attention"]), "layer_types"),
+    ("a sliding layer", keys(layer_types=["sliding_attention", "full_attention"]), "layer_types, mixed layers"),
     ("a window", keys(use_sliding_window=True, sliding_window=2048), "sliding window"),
     ("a softcap that the target has not", keys(final_logit_softcapping=30.0), "final_logit_softcapping"),
     ("an embedding scale that the target has not", keys(input_embedding_scale=6.9), "input_embedding_scale"),
@@ -209,6 +209,24 @@ def test_every_key_is_compared(key, value, folder, language_target):
 def test_a_fault_is_named_and_nothing_else(change, expected, folder, language_target):
     edit(folder, change)
     assert named(folder, language_target) == set(re.split(", ", expected))
+
+
+@pytest.mark.parametrize("has_recipe", [True, False])
+def test_windows_are_those_of_the_recipe_or_of_the_config(has_recipe, folder, language_target):
+    windowed = keys(layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=True, is_causal=True)
+    edit(folder, windowed)
+    if has_recipe:
+        assert named(folder, language_target) == {"layer_types", "sliding window", "is_causal"}
+        path = folder / "recipe.yaml"
+        options = "sliding_window: 8\n  full_layers: []\n  causal: true"
+        path.write_text(re.sub(r"sliding_window: null\n  full_layers: .*\n  causal: false", options, path.read_text()))
+    else:
+        (folder / "recipe.yaml").unlink()
+    assert not named(folder, language_target)
+    edit(folder, keys(use_sliding_window=False))
+    assert named(folder, language_target) == {"sliding window"}
+    edit(folder, without("is_causal"))
+    assert named(folder, language_target) == {"sliding window", "keys written"}
 
 
 def test_without_a_recipe_shifted_ids_are_suspected(folder, language_target):
@@ -338,8 +356,8 @@ def shifted_visibility(shift: int):
     """Blocks that see so many tokens more of the text than those before their anchor."""
     right = dpace.blocks.visibility
 
-    def visibility(blocks, num_context):
-        return right(replace(blocks, anchors=blocks.anchors + shift), num_context)
+    def visibility(blocks, num_context, reach):
+        return right(replace(blocks, anchors=blocks.anchors + shift), num_context, reach)
 
     return dpace.blocks, "visibility", visibility
 
@@ -408,7 +426,7 @@ def test_the_verb(folder, language_folder, language_responses, capsys, monkeypat
     edit(folder, keys(is_causal=True))
     assert main(["doctor", *flags]) == 1
     printed = capsys.readouterr()
-    assert "FAILS" in printed.out and "failed: is_causal;" in printed.err
+    assert "FAILS" in printed.out and "failed: is_causal, accepted length;" in printed.err
 
 
 def test_commands_count_slots_as_the_engine_does():

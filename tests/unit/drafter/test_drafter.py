@@ -79,7 +79,7 @@ def test_compiled_training_makes_few_graphs(monkeypatch):
     drafter = make_drafter(target).train()
     counter = CompileCounter()
     compiled = torch.compile(drafter, backend=counter)
-    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    ids = drafter.view_options
     rng = random.Random(0)
     for number in range(30):
         batch, length, count = 1 if number % 7 == 6 else 2, rng.randint(30, 90), rng.randint(9, 20)

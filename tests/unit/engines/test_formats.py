@@ -41,10 +41,18 @@ TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
 """More than any response here has, so that no engine drafts less at the end."""
 KINDS = {"random": (1.0, 1.3), "half-trained": (1.3, 3.0), "overfitted": (3.0, 6.1), "convolutions": (1.5, 6.1)}
+WINDOWS = {
+    "windows": {"sliding_window": 8},
+    "causal windows": {"sliding_window": 8, "causal": True},
+    "mixed layers": {"sliding_window": 8, "full_layers": (1,)},
+    "causal": {"causal": True},
+}
+REFUSED = [("speculators", "causal")]
+KINDS |= dict.fromkeys(WINDOWS, (1.5, 6.1))
 """Drafters of blocks of 6, by tau.
 
 The first shows exactness only, the second also wrong features, the third long runs, up to whole blocks. The fourth has
-DFlash2's convolutions."""
+DFlash2's convolutions. The others have windows of fewer tokens than any prompt, or causal blocks."""
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
@@ -73,8 +81,9 @@ def folders(folder, language_target, language_responses, make_once) -> dict[str,
         recipe = make_recipe(max_steps=60, batch_size=6, num_anchors=24)
         datasets = make_datasets(language_target, language_responses[50:56], [], recipe)
         train(language_target, *datasets, recipe, made / "overfitted")
-        second = replace(recipe, drafter=replace(recipe.drafter, conv_kernel_size=2))
-        train(language_target, *datasets, second, made / "convolutions")
+        for kind, options in {"convolutions": {"conv_kernel_size": 2}, **WINDOWS}.items():
+            other = replace(recipe, drafter=replace(recipe.drafter, **options))
+            train(language_target, *datasets, other, made / kind)
 
     made = make_once("kinds", fill)
     return {kind: made / kind for kind in KINDS} | {"half-trained": folder}
@@ -99,13 +108,16 @@ def edit(folder: Path, path: Path, **changes) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("to", "kind"), [*((to, "half-trained") for to in TO_READ), ("gguf", "convolutions")])
+PAIRS = [(to, kind) for to in TO_READ for kind in ("half-trained", *WINDOWS) if (to, kind) not in REFUSED]
+
+
+@pytest.mark.parametrize(("to", "kind"), [*PAIRS, ("gguf", "convolutions")])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_out_and_in_again_is_the_same_drafter(to, kind, dtype, do_export, folders, language_folder, tmp_path):
     folder = folders[kind]
     done = do_export(to, kind, dtype=dtype)
     weights = read_folder(folder)[1]
-    assert done.num_tensors == len(weights) == (25 if kind == "half-trained" else 36)
+    assert done.num_tensors == len(weights) == (36 if kind == "convolutions" else 25)
     assert (done.rounding == 0) == (dtype in (None, weights["fc.weight"].dtype)) and done.rounding < 0.01
     again = import_drafter(done.path, tmp_path / "again", target=str(language_folder))
     files = load_file(tmp_path / "again" / "model.safetensors")
@@ -185,6 +197,20 @@ def test_other_spellings_are_read(folder, tmp_path):
         assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
 
 
+def test_layers_of_which_some_are_causal(folders, do_export, tmp_path):
+    """Published drafters of mixed layers that do not say whether they are causal: the sliding layers are."""
+    path = edit(folders["mixed layers"], tmp_path / "x", is_causal=None)
+    spec, _ = read_folder(path)
+    assert spec.is_causal == "sliding"
+    assert [reach.is_causal for reach in Drafter.from_pretrained(path).reaches.values()] == [True, False]
+    for to in ("zlab", "speculators"):
+        assert read_folder(do_export(to, folder=path).path, num_target_layers=6)[0] == spec
+    with pytest.raises(ValueError, match="is_causal is not set"):
+        do_export("gguf", folder=path)
+    with pytest.raises(ValueError, match="is_causal is true"):
+        do_export("speculators", "causal")
+
+
 def test_scaled_rope_and_scales_survive(tmp_path):
     for family in ("llama3.1", "gemma2"):
         drafter = make_drafter(make_target(family))
@@ -205,9 +231,13 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         ({"head_dim": None}, "no head_dim"),
         ({"architectures": ["DFlash2DraftModel"]}, "no conv_kernel_size"),
         ({"dflash_config": {"selector_rank": 256}}, "candidate selector of rank 256"),
-        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "only full attention"),
-        ({"is_causal": True}, "only full attention"),
-        ({"dflash_config": {"causal": True}}, "dflash_config.causal"),
+        ({"layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
+        ({"layer_types": ["sliding_attention"] * 3, "sliding_window": 8}, "layer_types has 3 entries"),
+        ({"layer_types": ["linear_attention"] * 2}, "layer_types is"),
+        ({"layer_types": None, "use_sliding_window": True}, "no layer_types"),
+        ({"is_causal": 1}, "is_causal is 1"),
+        ({"dflash_config": {"causal": True}}, "causal is True in dflash_config and False at the top level"),
+        ({"dflash_config": {"use_swa": True}}, "dflash_config.use_swa"),
         ({"num_hidden_layers": 3}, "missing .*layers.2"),
         ({"intermediate_size": 32}, "shape"),
     ],

@@ -90,8 +90,8 @@ def test_a_cache_that_keeps_a_rejected_token_is_found(language_target, language_
 
 
 def test_a_leak_is_found(language_target, language_drafter, prompts, monkeypatch):
-    def leaky(blocks, num_context):
-        mask = dense_mask(blocks, num_context).clone()
+    def leaky(blocks, num_context, reach):
+        mask = dense_mask(blocks, num_context, reach).clone()
         mask[..., :num_context] = True
         return mask
 

@@ -17,7 +17,7 @@ from tests.conftest import LANGUAGE_RECIPE, make_recipe, make_with_head
 
 def naive(drafter, target, batch, way, penalty):
     """The loss of each block, from all logits, with a loop over blocks and slots."""
-    ids = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": drafter.target_layer_ids}
+    ids = drafter.view_options
     found = blocks_hidden(drafter, target, batch, **ids, with_target_hidden=True)
     hidden, blocks = found.hidden, found.blocks
     log_probs = target.head.logits(hidden).log_softmax(-1)

@@ -1,0 +1,99 @@
+"""Drafters with sliding windows and causal blocks: the rule, what is trained, and every way of decoding."""
+
+import dflash.model
+import pytest
+import torch
+
+from dpace.blocks import Reach, build_blocks
+from dpace.decode import generate, generate_plain
+from dpace.decode.decoder import generate_batch
+from dpace.drafter import load_drafter
+from dpace.drafter.views import blocks_hidden, draft_block
+from dpace.fast.cache import RaggedCache, TextCache
+from tests.conftest import MASK, make_drafter, make_target
+
+WINDOW = 9
+LAYOUTS = {
+    "windows": {"sliding_window": WINDOW},
+    "windows, causal": {"sliding_window": WINDOW, "causal": True},
+    "causal": {"causal": True},
+    "mixed": {"sliding_window": WINDOW, "full_layers": (1,)},
+    "mixed, causal": {"sliding_window": WINDOW, "full_layers": (0,), "causal": True},
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target("qwen3")
+
+
+def make(target, layout):
+    return make_drafter(target, **LAYOUTS[layout])
+
+
+def sliding_is_causal(target):
+    """As published drafters of mixed layers whose config does not say whether they are causal."""
+    drafter = make_drafter(target, sliding_window=WINDOW, full_layers=(1,))
+    drafter.config.is_causal = None
+    again = type(drafter)(drafter.spec.config()).eval()
+    again.load_state_dict(drafter.state_dict())
+    return again
+
+
+def test_the_rule_by_hand():
+    distances = torch.tensor([8, 9, 0, -1, -8, -9])
+    assert Reach(9).sees(distances).tolist() == [True, False, True, True, True, False]
+    assert Reach(9, is_causal=True).sees(distances).tolist() == [True, False, True, False, False, False]
+    assert Reach().sees(distances).all()
+
+
+@layouts
+@torch.no_grad()
+def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, target):
+    """Behind texts shorter and longer than the window, with a cache and without one, of one text and of several."""
+    drafter = make(target, layout)
+    theirs = dflash.model.DFlashDraftModel(drafter.config).eval()
+    theirs.load_state_dict(drafter.state_dict())
+    token_ids = torch.randint(4, 64, (1, 80))
+    features = target.features(token_ids, drafter.target_layer_ids)
+    anchors = [2, 3, 7, 11, 12, 40, 43, 78]
+    blocks = build_blocks(token_ids, token_ids > 0, [torch.tensor(anchors)], drafter.block_size)
+    inputs = {"token_ids": token_ids, "features": features, **vars(blocks)}
+    trained = blocks_hidden(drafter, target, inputs, **drafter.view_options)[0][0]
+    caches = [
+        TextCache(drafter.config, 80 + drafter.block_size, drafter.block_size),
+        RaggedCache(drafter.config, 90, drafter.dtype, drafter.block_size, drafter.reaches),
+    ]
+    seen = 0
+    for expected, anchor in zip(trained, anchors, strict=True):
+        block = torch.full((1, drafter.block_size), MASK)
+        block[0, 0] = token_ids[0, anchor]
+        found = [draft_block(drafter, target, block, features[:, :anchor])[0]]
+        positions = torch.arange(anchor + drafter.block_size)[None]
+        found.append(theirs(positions, noise_embedding=target.embed(block), target_hidden=features[:, :anchor])[0])
+        for cache in caches:
+            options = {"position_ids": positions[:, seen:], "cache": cache}
+            options["attention_mask"] = cache.place_block(
+                positions[:, seen:anchor], torch.tensor([[anchor]]), drafter.block_size
+            )
+            found.append(draft_block(drafter, target, block, features[:, seen:anchor], **options)[0])
+            cache.drop_block(drafter.block_size)
+        seen = anchor
+        for hidden in found:
+            torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+    for layer, kind in zip(caches[0].layers, drafter.config.layer_types, strict=True):
+        assert (layer.buffers[0].shape[2] < 80) == (kind == "sliding_attention" and WINDOW < 64) or layer.capacity == 76
+
+
+@layouts
+def test_text_is_the_targets_in_every_way_of_decoding(layout, target, tmp_path):
+    """Much longer than the window; the batch accepts what single decoding does."""
+    make(target, layout).save_pretrained(tmp_path)
+    drafter = load_drafter(tmp_path, target)
+    prompts = [torch.randint(4, 64, (count,)).tolist() for count in (3, 70, 21)]
+    plain = [generate_plain(target, prompt, max_new_tokens=60) for prompt in prompts]
+    alone = [generate(target, drafter, prompt, width="full", max_new_tokens=60) for prompt in prompts]
+    batch = generate_batch(target, drafter, prompts, max_new_tokens=60)
+    assert [out.token_ids for out in alone] == [out.token_ids for out in plain] == [out.token_ids for out in batch]
+    assert [out.accepted_lengths for out in alone] == [out.accepted_lengths for out in batch]
