@@ -1,7 +1,7 @@
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from dpace.fast.cache import PreallocatedLayer
+from dpace.fast.cache import PreallocatedLayer, WindowLayer
 
 
 def test_a_preallocated_layer_holds_what_a_dynamic_one_holds():
@@ -15,3 +15,15 @@ def test_a_preallocated_layer_holds_what_a_dynamic_one_holds():
             layer.crop(-num_removed)
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_a_window_layer_holds_the_last_tokens_in_constant_memory():
+    """A window of 9 behind blocks of 4: 8 tokens and 4 slots, in reads of any length."""
+    ours, theirs = WindowLayer(10**6, 12), DynamicLayer()
+    for count in (3, 1, 4, 2, 70, 1, 4, *[3] * 60, 200, 2):
+        new = torch.randn(2, 3, 2, count + 4, 8)
+        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected[:, :, -12:])
+        for layer in (ours, theirs):
+            layer.crop(-4)
+    assert ours.buffers[0].shape[2] == ours.capacity == 76 < theirs.keys.shape[2] == 467
