@@ -143,9 +143,9 @@ class Batch:
         for row, token in zip(self.rows, torch.cat(drawn).tolist(), strict=True):
             row.take(0, [token], width=0)
         ends = self._find_ends(self._tensor([[row.limit] for row in self.rows]))
-        if self.drafter is not None and self.drafter.num_context < longest:
-            positions = (ends.starts - 1 - torch.arange(self.drafter.num_context, device=last.device)).clamp_min(0)
-            features = features[torch.arange(len(last), device=last.device)[:, None], positions]
+        if self.drafter is not None and self.drafter.num_context < features.shape[1]:
+            positions = (ends.starts - 1 - positions[:, : self.drafter.num_context]).clamp_min(0)
+            features = features[torch.arange(len(positions), device=features.device)[:, None], positions]
         self.state = State(ends, features, positions)
 
     def _find_ends(self, limits: Int[Tensor, "batch 1"]) -> Ends:
