@@ -97,9 +97,8 @@ def make_texts(target: Target, f16: Path | None, *, compile: bool) -> dict[str, 
     return texts
 
 
-def measure(options: argparse.Namespace, folder: Path) -> None:
+def measure(target: Target, options: argparse.Namespace, folder: Path) -> None:
     """Time everything in turn and print the table."""
-    target = Target.load(options.target, dtype=torch.float32)
     counts = sorted({1, torch.get_num_threads()})
     runs, num_bytes = make_runs(target)
     if options.gguf:
@@ -141,10 +140,11 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=0, help="processes that keep a core busy")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
+    target = Target.load(options.target, dtype=torch.float32)
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.busy)]
     try:
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-            measure(options, Path(folder))
+            measure(target, options, Path(folder))
     finally:
         for other in others:
             other.kill()
