@@ -9,7 +9,8 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,31 @@ from dpace.config import Engine, Format
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe_values
-from dpace.measure.results import RESULT_FILES, BenchResults, BreakEven, Results, Row, ServerResults, read_results
-from dpace.report.cells import as_code, as_markdown, copied_note, pays, verdict, with_interval
+from dpace.measure.results import (
+    RESULT_FILES,
+    BenchResults,
+    BreakEven,
+    Results,
+    Row,
+    ServerResults,
+    ServerRow,
+    read_results,
+)
+from dpace.report.cells import (
+    AT_ONCE,
+    SAME_TEXT,
+    SET,
+    SPEEDUP,
+    TAU_INTERVAL,
+    TEMPERATURE,
+    Column,
+    Section,
+    as_code,
+    as_markdown,
+    copied_note,
+    pays,
+    verdict,
+)
 from dpace.report.page import break_even, to_markdown
 from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
@@ -28,6 +52,11 @@ from dpace.system.loading import fingerprint
 NO_GAIN, UNKNOWN = "no gain", "too few prompts to tell"
 DEMO_DRAFTER = "dpace"
 """Name of the drafter that `dpace demo` runs in llama.cpp."""
+ADVICE_TEXT = (
+    "The best verification length is the number of tokens that the target checks in one pass: the known one and the "
+    "draft tokens. auto chooses it at each step. no gain: decode without this drafter there."
+)
+SERVED_NOTE = "Rows of servers are from servers.json: a server does not say which weights it drafts with."
 
 
 class Advice(NamedTuple):
@@ -36,11 +65,22 @@ class Advice(NamedTuple):
     engine: str
     set: str
     temperature: float
-    concurrency: int
+    at_once: str
     best: str
     """A number of tokens, the known one included; or `auto`, `no gain`, or why it is not known."""
     speedup: str
     """decode_speedup there; of the fastest length where nothing is gained."""
+
+
+ADVICE_COLUMNS = (
+    Column("engine", attrgetter("engine")),
+    SET,
+    TEMPERATURE,
+    Column("at once", attrgetter("at_once")),
+    Column("best verification length", attrgetter("best")),
+    Column("decode_speedup", attrgetter("speedup")),
+)
+"""What is written of an `Advice`."""
 
 
 def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Advice]:
@@ -50,38 +90,33 @@ def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Adv
         results: of the benchmark.
         drafters: names in `results` of the drafter.
     """
-    rows = [row for row in results.rows if row.drafter in drafters]
-    for name, temperature in dict.fromkeys((row.set, row.temperature) for row in rows):
-        yield _measured_best_lengths([row for row in rows if (row.set, row.temperature) == (name, temperature)])
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in results.rows:
+        if row.drafter in drafters:
+            groups.setdefault((row.set, row.temperature), []).append(row)
+    for rows in groups.values():
+        row = max(rows, key=lambda row: (verdict(row.decode_speedup_interval) == "faster", row.decode_speedup or 0))
+        length = f"{row.block_size}, whole drafts" if row.width == "full" else str(row.width)
+        yield Advice("dpace", row.set, row.temperature, "1", _best(row, length), SPEEDUP.write(row))
     for row in results.llamacpp or () if DEMO_DRAFTER in drafters else ():
-        ratio, size = row.tokens_per_second / row.plain_tokens_per_second, rows[0].block_size
-        best = f"{size if ratio > 1 else NO_GAIN} ({row.num_responses} prompts)"
-        yield Advice("llama.cpp", row.set, 0.0, 1, best, f"{ratio:.2f}")
+        ratio = row.tokens_per_second / row.plain_tokens_per_second
+        best = f"{results.rows[0].block_size if ratio > 1 else NO_GAIN} ({row.num_responses} prompts)"
+        yield Advice("llama.cpp", row.set, 0.0, "1", best, f"{ratio:.2f}")
 
 
-def _measured_best_lengths(rows: Sequence[Row]) -> Advice:
-    """Choose among rows of one set and temperature; only an interval above 1 is a gain."""
-    verdicts = [verdict(row.decode_speedup_interval) for row in rows]
-    faster = [row for row, seen in zip(rows, verdicts, strict=True) if seen == "faster"]
-    row = max(faster or rows, key=lambda row: row.decode_speedup or 0)
-    best = f"{row.block_size}, whole drafts" if row.width == "full" else str(row.width)
-    if not faster:
-        best = UNKNOWN if "too few prompts" in verdicts else NO_GAIN
-    speedup = with_interval(row.decode_speedup, row.decode_speedup_interval)
-    return Advice("dpace", row.set, row.temperature, 1, best, speedup)
+def _best(row: Row | ServerRow, length: str) -> str:
+    """Advise a length; only an interval above 1 is a gain."""
+    outcomes = {"faster": length, "too few prompts": UNKNOWN}
+    return outcomes.get(verdict(row.decode_speedup_interval), NO_GAIN)
 
 
 def served_lengths(results: ServerResults) -> Iterator[Advice]:
     """Yield what servers gained with the length that they ran with; nothing where there was no plain server."""
     engine = results.servers["drafter"].engine
     for row in results.rows:
-        if row.decode_speedup is None:
-            continue
-        length = str(len(row.histogram)) if row.histogram else "as it was started"
-        outcomes = {"faster": length, "too few prompts": UNKNOWN}
-        best = outcomes.get(verdict(row.decode_speedup_interval), NO_GAIN)
-        speedup = with_interval(row.decode_speedup, row.decode_speedup_interval)
-        yield Advice(engine, row.set, row.temperature, row.concurrency, best, speedup)
+        if row.decode_speedup is not None:
+            best = _best(row, str(len(row.histogram)) if row.histogram else "as it was started")
+            yield Advice(engine, row.set, row.temperature, AT_ONCE.write(row), best, SPEEDUP.write(row))
 
 
 class Serving(NamedTuple):
@@ -89,55 +124,16 @@ class Serving(NamedTuple):
 
     num_uncounted: int
     """Slots of a block that the engine's option leaves out: 1 where it counts the draft tokens only."""
-    command: Callable[[str, str, int], str]
-    """The command, or the line of Python, from drafter, target and the number of counted slots."""
+    command: str
+    """The command, the configuration or the line of Python, with fields that `serve_command` fills in."""
     card: str = ""
     """Part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where there is none."""
-
-
-def _vllm(drafter: str, target: str, count: int) -> str:
-    """Write vLLM's command."""
-    config = json.dumps({"method": "dflash", "model": drafter, "num_speculative_tokens": count})
-    return shlex.join(["vllm", "serve", target, "--speculative-config", config])
-
-
-def _sglang(drafter: str, target: str, count: int) -> str:
-    """Write SGLang's command."""
-    words = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", "DFLASH"]
-    words += ["--speculative-draft-model-path", drafter, "--speculative-dflash-block-size", str(count)]
-    return shlex.join(words)
-
-
-def _llamacpp(drafter: str, target: str, count: int) -> str:
-    """Write llama.cpp's command; only files in its own format can be named."""
-    gguf = drafter if drafter.endswith(".gguf") else "DRAFTER.gguf"
-    words = ["llama-server", "-m", "TARGET.gguf", "-md", gguf, "--spec-type", "draft-dflash"]
-    return shlex.join([*words, "--spec-draft-n-max", str(count)])
-
-
-def _tensorrt(drafter: str, target: str, count: int) -> str:
-    """Write TensorRT-LLM's configuration, with the command that reads it in the first line."""
-    config = {"decoding_type": "DFlash", "speculative_model": drafter, "max_draft_len": count}
-    command = shlex.join(["trtllm-serve", target, "--config", "config.yaml"])
-    return f"# config.yaml, for: {command}\n" + yaml.safe_dump({"speculative_config": config}, sort_keys=False).rstrip()
-
-
-def _transformers(drafter: str, target: str, count: int) -> str:
-    """Write the line of Python for transformers, which reads the block size from the drafter."""
-    model = f"Drafter.from_pretrained({drafter!r}, dtype=model.dtype)"
-    return f'model.generate(**inputs, assistant_model={model}, speculation_type="dflash", do_sample=False)'
-
-
-def _zlab(drafter: str, target: str, count: int) -> str:
-    """Write the line of Python for z-lab's code, which reads the block size from the drafter."""
-    model = f"DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype)"
-    return f"dflash_generate({model}, model, token_ids, max_new_tokens, stop_token_ids, 0.0)"
 
 
 ENGINES: dict[Engine, Serving] = {
     "vllm": Serving(
         1,
-        _vllm,
+        "vllm serve {quoted_target} --speculative-config {config}",
         """**vLLM**
 
 ```bash
@@ -151,7 +147,8 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
     ),
     "sglang": Serving(
         0,
-        _sglang,
+        "python -m sglang.launch_server --model-path {quoted_target} --speculative-algorithm DFLASH "
+        "--speculative-draft-model-path {quoted_drafter} --speculative-dflash-block-size {count}",
         """**SGLang** (not run by us)
 
 ```bash
@@ -161,7 +158,7 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
     ),
     "llamacpp": Serving(
         1,
-        _llamacpp,
+        "llama-server -m TARGET.gguf -md {gguf} --spec-type draft-{kind} --spec-draft-n-max {count}",
         """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
 
 ```bash
@@ -176,7 +173,8 @@ probability; try a few values on your prompts.
     ),
     "tensorrt": Serving(
         1,
-        _tensorrt,
+        "# config.yaml, for: trtllm-serve {quoted_target} --config config.yaml\n"
+        "speculative_config:\n  decoding_type: DFlash\n  speculative_model: {scalar}\n  max_draft_len: {count}",
         """**TensorRT-LLM** (not run by us)
 
 ```yaml
@@ -189,7 +187,8 @@ probability; try a few values on your prompts.
     ),
     "transformers": Serving(
         0,
-        _transformers,
+        "model.generate(**inputs, assistant_model=Drafter.from_pretrained({drafter!r}, dtype=model.dtype), "
+        'speculation_type="dflash", do_sample=False)',
         """**transformers** (5.15 or newer, one prompt at a time)
 
 ```python
@@ -206,7 +205,11 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 """,
     ),
-    "zlab": Serving(0, _zlab),
+    "zlab": Serving(
+        0,
+        "dflash_generate(DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype), model, token_ids, "
+        "max_new_tokens, stop_token_ids, 0.0)",
+    ),
 }
 """Source: the engines' own documentation; docs/results-decoding.md says which were run."""
 
@@ -230,8 +233,18 @@ def serve_command(engine: Engine, drafter: str, target: str, block_size: int, *,
         from_anchor: see `DrafterSpec.sample_from_anchor`; llama.cpp runs such drafters as DSpark's without a head.
     """
     serving = ENGINES[engine]
-    command = serving.command(drafter, target, block_size - serving.num_uncounted)
-    return command.replace("draft-dflash", "draft-dspark") if from_anchor else command
+    count = block_size - serving.num_uncounted
+    config = {"method": "dflash", "model": drafter, "num_speculative_tokens": count}
+    return serving.command.format(
+        drafter=drafter,
+        quoted_drafter=shlex.quote(drafter),
+        quoted_target=shlex.quote(target),
+        gguf=shlex.quote(drafter) if drafter.endswith(".gguf") else "DRAFTER.gguf",
+        kind="dspark" if from_anchor else "dflash",
+        config=shlex.quote(json.dumps(config)),
+        scalar=json.dumps(drafter),
+        count=count,
+    )
 
 
 def card_sections(
@@ -315,7 +328,7 @@ def write_card(
         "target keeps those that it would have written itself.",
         *[f"`{as_code(target_name)}` is a folder: elsewhere, put the target's Hub id in its place below."] * is_local,
         _facts_table(spec, target_name, dtype),
-        *sections,
+        to_markdown(sections).rstrip(),
         "## How to serve it",
         *card_sections(
             to,
@@ -329,7 +342,7 @@ def write_card(
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
     ]
     folder = path.parent if to == "gguf" else path
-    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+    write_text(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
 def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str, Any]:
@@ -375,42 +388,30 @@ def _read_if_possible(path: Path) -> Results | None:
         return None
 
 
-def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> tuple[list[str], list[BreakEven]]:
-    """Write what was measured with these weights, where drafts pay, and the verification lengths to serve with."""
+def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> tuple[list[Section], list[BreakEven]]:
+    """Make the sections of what was measured with these weights, and return where drafts pay."""
     results, served = (_read_if_possible(source.parent / name) for name in RESULT_FILES)
-    sections, advice = [], []
+    sections: list[Section] = []
+    advice: list[Advice] = []
     paying: list[BreakEven] = []
     if isinstance(results, BenchResults):
         weights = fingerprint(drafter)
         names = [name for name, found in results.drafters.items() if found == weights]
         rows = [row for row in results.rows if row.drafter in names]
         if rows:
-            sections, advice = _measured_rows(results, rows, rounded_to), list(best_lengths(results, names))
+            sections.append(_measured_rows(results, rows, rounded_to))
+        advice += best_lengths(results, names)
         paying += [row for row in results.break_even or () if row.drafter in names]
     if isinstance(served, ServerResults):
         advice += served_lengths(served)
         paying += served.break_even or ()
-    tables = [to_markdown([break_even(paying)]).rstrip()] if paying else []
-    return [*sections, *tables, *_advice_section(advice, isinstance(served, ServerResults))], paying
-
-
-def _advice_section(advice: list[Advice], is_served: bool) -> list[str]:
-    """Write the table of the best verification lengths."""
-    if not advice:
-        return []
-    text = (
-        "The best verification length is the number of tokens that the target checks in one pass: the known one and "
-        "the draft tokens. `auto` chooses it at each step. `no gain`: decode without this drafter there."
-    )
-    if is_served:
-        text += " Rows of servers are from `servers.json`: a server does not say which weights it drafts with."
-    head = "| engine | set | T | at once | best verification length | decode_speedup |\n|---|---|---|---|---|---|"
-    lines = [
-        f"| {line.engine} | {as_markdown(line.set)} | {line.temperature:g} | {line.concurrency} | {line.best} | "
-        f"{line.speedup} |"
-        for line in advice
-    ]
-    return ["## Verification length", text, "\n".join([head, *lines])]
+    if paying:
+        sections.append(break_even(paying))
+    if advice:
+        sections.append(
+            Section("Verification length", ADVICE_TEXT, ADVICE_COLUMNS, advice, SERVED_NOTE if served else "")
+        )
+    return sections, paying
 
 
 def _way(row: Row) -> str:
@@ -418,25 +419,20 @@ def _way(row: Row) -> str:
     return ", ".join(filter(None, [str(row.width), row.drafter.partition(", ")[2]]))
 
 
-def _measured_rows(results: BenchResults, rows: list[Row], rounded_to: str | None) -> list[str]:
-    """Write the table of rows that were measured with these weights."""
-    lines = [
-        f"| {as_markdown(row.set)} | {row.temperature:g} | {_way(row)} | {with_interval(row.tau, row.tau_interval)} | "
-        f"{with_interval(row.decode_speedup, row.decode_speedup_interval)} | {row.num_same_text}/{row.num_responses} |"
-        for row in rows
-    ]
-    place = f"{as_markdown(results.hardware.device)} ({results.hardware.cores} cores)"
+RESULT_COLUMNS = (SET, TEMPERATURE, Column("width", _way), TAU_INTERVAL, SPEEDUP, SAME_TEXT)
+
+
+def _measured_rows(results: BenchResults, rows: list[Row], rounded_to: str | None) -> Section:
+    """Make the table of rows that were measured with these weights."""
     measured = (
-        f"Measured with {as_markdown(results.engine)} in {as_markdown(results.dtype)} on {place}, at most "
-        f"{results.max_new_tokens} tokens a response. tau: tokens emitted per verification. decode_speedup: tokens a "
-        "second over plain decoding (the baseline) of the same prompts. In brackets: 95 % intervals over prompts"
-        + as_markdown(copied_note(rows, start="; "))
-        + "."
+        f"Measured with {results.engine} in {results.dtype} on {results.hardware.device} ({results.hardware.cores} "
+        f"cores), at most {results.max_new_tokens} tokens a response. tau: tokens emitted per verification. "
+        "decode_speedup: tokens a second over plain decoding (the baseline) of the same prompts. In brackets: 95 % "
+        "intervals over prompts."
     )
     if rounded_to:
         measured += f" The weights here are {rounded_to}, rounded from those that were measured."
-    head = "| set | T | width | tau | decode_speedup | same text |\n|---|---|---|---|---|---|"
-    return ["## Results", measured, "\n".join([head, *lines])]
+    return Section("Results", measured, RESULT_COLUMNS, rows, copied_note(rows))
 
 
 def _recipe_section(source: Path, objective_sha256: object) -> list[str]:

@@ -6,13 +6,14 @@ token are the tokens that it has to emit.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby, product
+from collections.abc import Iterable, Iterator
+from itertools import product
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from dpace.measure.records import ResponseRecord
 from dpace.measure.results import BreakEven, Estimate, PairedResponse, ServerResults, nullable
 from dpace.metrics import decode_speedup, estimate
 
@@ -24,6 +25,9 @@ CONTEXTS = (
     "context 32k and more",
 )
 """Names of the ranges."""
+TIMES = ("decode_tokens", "decode_seconds")
+PAIRED = (*TIMES, "plain_tokens", "plain_seconds")
+"""Fields of responses from which speeds follow."""
 
 
 def context_of(num_tokens: int) -> str:
@@ -31,7 +35,7 @@ def context_of(num_tokens: int) -> str:
     return CONTEXTS[bisect_right(EDGES, num_tokens)]
 
 
-def prompt_totals(responses: Iterable[PairedResponse], *names: str) -> np.ndarray:
+def prompt_totals(responses: Iterable[PairedResponse | ResponseRecord], *names: str) -> np.ndarray:
     """Sum fields of responses by prompt, "name prompt", in the order of the prompts; nan where one is not known."""
     groups: dict[str, list] = {}
     for response in responses:
@@ -39,34 +43,33 @@ def prompt_totals(responses: Iterable[PairedResponse], *names: str) -> np.ndarra
     return np.array([np.sum(np.array(group, float), 0) for group in groups.values()]).T
 
 
-def find_break_even(groups: Mapping[tuple[str, float, int], Iterable[PairedResponse]]) -> Iterator[BreakEven]:
+def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedResponse]]) -> Iterator[BreakEven]:
     """Yield the break-even of each range of context lengths; nothing where verifications or a baseline are not known.
 
     A verification takes as long whether its draft is accepted or refused. So the ratio of its seconds to those of a
     plain token is that of the latencies with all drafts refused and without drafts.
 
     Args:
-        groups: responses by the drafter's name, temperature and number of requests at once.
+        measured: responses, each behind the drafter's name, temperature and number of requests at once.
 
     Source: the method with refused drafts is that of vllm-project/vllm#54691.
     """
-    for (drafter, temperature, concurrency), responses in groups.items():
-        ordered = sorted(responses, key=attrgetter("prompt_tokens"))
-        for _, of_range in groupby(ordered, lambda response: context_of(response.prompt_tokens)):
-            part = list(of_range)
-            names = "decode_tokens", "decode_seconds", "plain_tokens", "plain_seconds", "num_verifications"
-            ours, seconds, plain, plain_seconds, verifications = prompt_totals(part, *names)
-            break_even = nullable(decode_speedup(plain, plain_seconds, verifications, seconds))
-            if break_even[0] is not None:
-                yield BreakEven(
-                    prompt_tokens=part[len(part) // 2].prompt_tokens,
-                    concurrency=concurrency,
-                    temperature=temperature,
-                    drafter=drafter,
-                    tau=nullable(estimate(np.array([[[ours]], [[verifications]]]))),
-                    break_even=break_even,
-                    speedup=nullable(decode_speedup(ours, seconds, plain, plain_seconds)),
-                )
+    groups: dict[tuple[str, float, int, str], list[PairedResponse]] = {}
+    for key, response in sorted(measured, key=lambda pair: pair[1].prompt_tokens):
+        groups.setdefault((*key, context_of(response.prompt_tokens)), []).append(response)
+    for (drafter, temperature, concurrency, _), part in groups.items():
+        ours, seconds, plain, plain_seconds, verifications = prompt_totals(part, *PAIRED, "num_verifications")
+        break_even = nullable(decode_speedup(plain, plain_seconds, verifications, seconds))
+        if break_even[0] is not None:
+            yield BreakEven(
+                prompt_tokens=part[len(part) // 2].prompt_tokens,
+                drafter=drafter,
+                temperature=temperature,
+                concurrency=concurrency,
+                tau=nullable(estimate(np.array([[[ours]], [[verifications]]]))),
+                break_even=break_even,
+                speedup=nullable(decode_speedup(ours, seconds, plain, plain_seconds)),
+            )
 
 
 class Upgrade(NamedTuple):
@@ -84,14 +87,15 @@ class Upgrade(NamedTuple):
 def compare_servers(before: ServerResults, after: ServerResults) -> list[Upgrade]:
     """Compare the rows that two servers have in common, on the prompts that both were asked."""
     setting = attrgetter("set", "temperature", "concurrency", "prefix")
-    names = "num_emitted", "num_verifications", "decode_tokens", "decode_seconds"
     upgrades = []
     for old, new in product(before.rows, after.rows):
         sides = [row.responses or () for row in (new, old)]
         common = set.intersection(*({response.id for response in side} for side in sides))
         if setting(old) == setting(new) and common:
             kept = [sorted((r for r in side if r.id in common), key=attrgetter("id")) for side in sides]
-            totals = np.stack([prompt_totals(side, *names) for side in kept], 1)[:, :, None]
+            totals = np.stack([prompt_totals(side, "num_emitted", "num_verifications", *TIMES) for side in kept], 1)[
+                :, :, None
+            ]
             gain = nullable(estimate(totals[:2], lambda taus: taus[0] / taus[1] - 1))
             ratio = nullable(estimate(totals[2:], lambda rates: rates[0] / rates[1]))
             upgrades.append(Upgrade(*setting(new), gain, ratio))

@@ -4,13 +4,15 @@ In come records of single responses, or the acceptance of held-out answers by se
 their intervals, comparisons of drafters, and examples to show.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from operator import attrgetter
 
 from dpace.config import Width
 from dpace.decode.streaming import TextPieces
-from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of, by_prompt
+from dpace.measure.break_even import TIMES, prompt_totals
+from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of
 from dpace.measure.results import (
     ComparedRow,
     Comparison,
@@ -59,7 +61,8 @@ def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[Resp
     first = ours[0]
     assert first.width is not None  # only plain decoding has none
     speedup = _speedup_over(ours, plain)
-    published = published_speedup(*_times([r] for r in ours), *_times([r] for r in plain))
+    times = attrgetter(*TIMES)
+    published = published_speedup(*zip(*map(times, ours), strict=True), *zip(*map(times, plain), strict=True))
     return Row(
         drafter=first.drafter,
         width=first.width,
@@ -100,14 +103,8 @@ def _compare_compiled(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseR
     )
 
 
-def _times(groups: Iterable[Sequence[ResponseRecord]]) -> tuple[list[int], list[float]]:
-    """Return the tokens and the seconds of groups of responses."""
-    totals = [(sum(r.decode_tokens for r in group), sum(r.decode_seconds for r in group)) for group in groups]
-    return [tokens for tokens, _ in totals], [seconds for _, seconds in totals]
-
-
 def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
-    return nullable(decode_speedup(*_times(by_prompt(ours)), *_times(by_prompt(theirs))))
+    return nullable(decode_speedup(*prompt_totals(ours, *TIMES), *prompt_totals(theirs, *TIMES)))
 
 
 def _tokens_per_second(responses: Sequence[ResponseRecord]) -> float:
@@ -136,14 +133,13 @@ def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
     return comparisons
 
 
-def pair_responses(rows: Sequence[Row]) -> dict[tuple[str, float, int], list[PairedResponse]]:
-    """Put the responses with whole drafts beside the plain ones, by drafter, temperature and number of requests: 1."""
-    groups: dict[tuple[str, float, int], list[PairedResponse]] = {}
+def pair_responses(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, float, int], PairedResponse]]:
+    """Yield the responses with whole drafts, beside the plain ones, as `find_break_even` takes them."""
     for row in rows:
         for ours, plain in zip(row.responses, row.plain_responses, strict=True):
             if row.width == "full":
                 pair = PairedResponse(
-                    id=f"{ours.set}/{ours.id}",
+                    id=ours.id,
                     prompt_tokens=ours.prompt_tokens,
                     decode_tokens=ours.decode_tokens,
                     decode_seconds=ours.decode_seconds,
@@ -151,8 +147,7 @@ def pair_responses(rows: Sequence[Row]) -> dict[tuple[str, float, int], list[Pai
                     plain_tokens=plain.decode_tokens,
                     plain_seconds=plain.decode_seconds,
                 )
-                groups.setdefault((row.drafter, row.temperature, 1), []).append(pair)
-    return groups
+                yield (row.drafter, row.temperature, 1), pair
 
 
 def pool_seeds(

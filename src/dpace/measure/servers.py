@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.measure.break_even import find_break_even, prompt_totals
+from dpace.measure.break_even import PAIRED, find_break_even, prompt_totals
 from dpace.measure.records import (
     PLAIN,
     SEED_RULE,
@@ -26,7 +26,7 @@ from dpace.measure.records import (
     SideRecord,
     rotated,
 )
-from dpace.measure.results import Estimate, PairedResponse, ServerResults, ServerRow, nullable, write_results
+from dpace.measure.results import PairedResponse, ServerResults, ServerRow, nullable, write_results
 from dpace.metrics import Acceptance, decode_speedup, estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.servers.apis import Answer, Counts, Server, connect
@@ -107,12 +107,13 @@ def bench_servers(
                 records.add(done[job.key])
             bar.update(task, advance=len(job.prompts), info=f"concurrency {job.concurrency}")
     rows = make_rows([done[job.key] for job in jobs], prompts)
-    groups: dict[tuple[str, float, int], list[PairedResponse]] = {}
-    for row in rows:
-        if row.prefix == config.prefixes[0]:
-            key = sides[DRAFTER].engine, row.temperature, row.concurrency
-            groups.setdefault(key, []).extend(row.responses or ())
-    results = ServerResults(**vars(setup), rows=rows, break_even=list(find_break_even(groups)))
+    measured = (
+        ((sides[DRAFTER].engine, row.temperature, row.concurrency), response)
+        for row in rows
+        if row.prefix == config.prefixes[0]
+        for response in row.responses or ()
+    )
+    results = ServerResults(**vars(setup), rows=rows, break_even=list(find_break_even(measured)))
     write_results(Path(folder) / SERVERS_FILE, results)
     return results
 
@@ -237,41 +238,33 @@ def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) ->
     """
     first = groups[0]
     responses = [response for group in groups for response in _pair_sides(group, num_turns)]
-    ours = _pool_side(groups, DRAFTER)
-    counts = ours.counts
+    ours = _sides(groups, DRAFTER)
+    plain = _sides(groups, PLAIN)
+    counts = _pool_counts(ours)
     histogram = counts.histogram if counts else None
     emitted = prompt_totals(responses, "num_emitted", "num_verifications")
     if np.isnan(emitted).any():  # a server that tells the sum of all requests only
-        by_group = [of_group for group in groups if (of_group := _pool_side([group], DRAFTER).counts)]
-        emitted = np.array(
-            [[c.num_accepted + c.num_verifications, c.num_verifications] for c in by_group] or [[0, 0]]
-        ).T
+        by_group = [of_group for group in groups if (of_group := _pool_counts(_sides([group], DRAFTER)))]
+        emitted = np.array([[c.num_emitted, c.num_verifications] for c in by_group] or [[0, 0]]).T
     tau, *tau_ends = nullable(estimate(emitted[:, None, None]))
-    plain = _pool_side(groups, PLAIN) if all(PLAIN in turn for group in groups for turn in group.turns) else None
-    speedup: Estimate = (None, None, None)
-    if plain:
-        names = ("decode_tokens", "decode_seconds", "plain_tokens", "plain_seconds")
-        speedup = nullable(decode_speedup(*prompt_totals(responses, *names)))
+    speedup, *ends = nullable(decode_speedup(*prompt_totals(responses, *PAIRED)))
+    pairs = [pair for a, b in zip(ours, plain, strict=False) for pair in zip(a.token_ids, b.token_ids, strict=True)]
     return ServerRow(
         set=first.set,
         temperature=first.temperature,
         concurrency=first.concurrency,
         prefix=first.prefix,
-        tokens_per_second=_tokens_per_second(ours),
-        throughput=_throughput(ours),
-        first_seconds=_first_quantiles(ours),
-        plain_tokens_per_second=plain and _tokens_per_second(plain),
-        plain_throughput=plain and _throughput(plain),
-        plain_first_seconds=plain and _first_quantiles(plain),
-        num_responses=len(ours.token_ids),
+        **_rates(ours),
+        **({f"plain_{name}": value for name, value in _rates(plain).items()} if plain else {}),
+        num_responses=len(responses),
         tau=tau,
         tau_interval=tuple(tau_ends),
         num_verifications=counts.num_verifications if counts else None,
         histogram=histogram,
         reach_rate=Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
-        decode_speedup=speedup[0],
-        decode_speedup_interval=speedup[1:],
-        num_same_text=sum(a == b for a, b in zip(ours.token_ids, plain.token_ids, strict=True)) if plain else None,
+        decode_speedup=speedup,
+        decode_speedup_interval=tuple(ends),
+        num_same_text=sum(a == b for a, b in pairs) if plain else None,
         responses=responses,
     )
 
@@ -289,33 +282,28 @@ def _pair_sides(group: GroupRecord, num_turns: Mapping[str, int]) -> Iterator[Pa
                 decode_tokens=ours.decode_tokens[i],
                 decode_seconds=ours.decode_seconds[i],
                 num_verifications=counts and counts.num_verifications,
-                num_emitted=counts and counts.num_accepted + counts.num_verifications,
+                num_emitted=counts and counts.num_emitted,
                 plain_tokens=plain and plain.decode_tokens[i],
                 plain_seconds=plain and plain.decode_seconds[i],
             )
 
 
-def _pool_side(groups: Sequence[GroupRecord], name: str) -> SideRecord:
-    """Put all requests to one side together, one after the other."""
-    sides = [turn[name] for group in groups for turn in group.turns]
-    return SideRecord(
-        token_ids=[ids for side in sides for ids in side.token_ids],
-        decode_tokens=[tokens for side in sides for tokens in side.decode_tokens],
-        decode_seconds=[seconds for side in sides for seconds in side.decode_seconds],
-        first_seconds=[seconds for side in sides for seconds in side.first_seconds],
-        seconds=sum(side.seconds for side in sides),
-        counts=Counts.pooled([side.counts for side in sides if side.counts]),
-    )
+def _sides(groups: Sequence[GroupRecord], name: str) -> list[SideRecord]:
+    """Return what one server answered, turn by turn; nothing where there is no such server."""
+    return [turn[name] for group in groups for turn in group.turns if name in turn]
 
 
-def _tokens_per_second(side: SideRecord) -> float:
-    return sum(side.decode_tokens) / max(1e-9, sum(side.decode_seconds))
+def _pool_counts(sides: Sequence[SideRecord]) -> Counts | None:
+    return Counts.pooled([side.counts for side in sides if side.counts])
 
 
-def _throughput(side: SideRecord) -> float:
-    return sum(map(len, side.token_ids)) / max(1e-9, side.seconds)
-
-
-def _first_quantiles(side: SideRecord) -> tuple[float, float]:
-    median, late = np.quantile(side.first_seconds, [0.5, 0.95]).tolist()
-    return median, late
+def _rates(sides: Sequence[SideRecord]) -> dict[str, Any]:
+    """Compute the fields of a row that tell how fast one server was."""
+    seconds = sum(sum(side.decode_seconds) for side in sides)
+    num_tokens = sum(len(token_ids) for side in sides for token_ids in side.token_ids)
+    first = [seconds for side in sides for seconds in side.first_seconds]
+    return {
+        "tokens_per_second": sum(sum(side.decode_tokens) for side in sides) / max(1e-9, seconds),
+        "throughput": num_tokens / max(1e-9, sum(side.seconds for side in sides)),
+        "first_seconds": tuple(np.quantile(first, [0.5, 0.95]).tolist()),
+    }

@@ -22,9 +22,9 @@ from dpace.measure.results import (
     Interval,
     Row,
     ServerRow,
-    defined,
     nullable,
 )
+from dpace.metrics import tau_estimate
 from dpace.system.progress import printable
 
 
@@ -62,11 +62,11 @@ class Section:
         return rows if kept else []
 
 
-def with_interval(value: float | None, interval: Interval = (None, None)) -> str:
+def with_interval(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """Write `1.23 [1.20, 1.26]`, the number alone where it has no interval, or `-` for none."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if None in interval else "{:.2f} [{:.2f}, {:.2f}]".format(value, *interval)
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def percent(gain: Estimate) -> str:
@@ -114,13 +114,13 @@ def advice(results: BenchResults) -> str:
     return f"{start} train longer or on more prompts (docs/train.md)"
 
 
-def copied_note(rows: Sequence[Row], start: str) -> str:
+def copied_note(rows: Sequence[Row]) -> str:
     """Tell how many tokens of each set prompt lookup copied with width `auto`; empty where it copied none."""
     shares = {(row.set, row.temperature): row.share_copied for row in rows if row.width == "auto"}
     if not any(shares.values()):
         return ""
     listed = ", ".join(f"{name} {share:.0%} at T={temperature:g}" for (name, temperature), share in shares.items())
-    return f"{start}with width auto, tokens copied from the text before them (prompt lookup): {listed}"
+    return f"with width auto, tokens copied from the text before them (prompt lookup): {listed}"
 
 
 def compiled_note(rows: Sequence[Row]) -> str:
@@ -147,8 +147,8 @@ TEMPERATURE = Column("T", lambda row: f"{row.temperature:g}")
 DRAFTER = Column("drafter", attrgetter("drafter"), is_text=True)
 WIDTH = Column("width", lambda row: str(row.width), is_text=True)
 TAU = Column("tau", lambda row: with_interval(row.tau), only="terminal")
-TAU_INTERVAL = Column("tau [95 %]", lambda row: with_interval(row.tau, row.tau_interval), only="page")
-SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, row.decode_speedup_interval))
+TAU_INTERVAL = Column("tau [95 %]", lambda row: with_interval(row.tau, *row.tau_interval), only="page")
+SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, *row.decode_speedup_interval))
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
 PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="page")
 SAME_TEXT = Column("same text", _same_text)
@@ -194,7 +194,7 @@ PAIR_COLUMNS = (
     WIDTH,
     Column("tau [95 %]", lambda row: percent(row.tau_gain)),
     Column("speed ratio", lambda row: with_interval(row.speed_ratio[0]), only="terminal"),
-    Column("speed ratio [95 %]", lambda row: with_interval(row.speed_ratio[0], row.speed_ratio[1:]), only="page"),
+    Column("speed ratio [95 %]", lambda row: with_interval(*row.speed_ratio), only="page"),
 )
 """What is written of a `Comparison`."""
 
@@ -232,9 +232,9 @@ BREAK_EVEN_COLUMNS = (
     Column("at once", lambda row: str(row.concurrency)),
     TEMPERATURE,
     DRAFTER,
-    Column("break-even [95 %]", lambda row: with_interval(row.break_even[0], row.break_even[1:])),
+    Column("break-even [95 %]", lambda row: with_interval(*row.break_even)),
     Column("tau", lambda row: with_interval(row.tau[0]), only="terminal"),
-    Column("tau [95 %]", lambda row: with_interval(row.tau[0], row.tau[1:]), only="page"),
+    Column("tau [95 %]", lambda row: with_interval(*row.tau), only="page"),
 )
 """What is written of a `BreakEven`."""
 
@@ -297,7 +297,7 @@ class Part(NamedTuple):
         if not self.responses[thinking]:
             return "-"
         acceptance = acceptance_of(self.responses[thinking], self.block_size)
-        return with_interval(defined(acceptance.tau), nullable(acceptance.interval()))
+        return with_interval(*nullable(tau_estimate([[acceptance]])))
 
 
 CONTEXT_COLUMNS = (

@@ -29,6 +29,7 @@ from dpace.report.cells import (
     CONTEXT_COLUMNS,
     PAIR_COLUMNS,
     SERVER_COLUMNS,
+    SPEEDUP,
     UPGRADE_COLUMNS,
     Column,
     Section,
@@ -42,7 +43,6 @@ from dpace.report.cells import (
     has_parts,
     result_columns,
     verdict,
-    with_interval,
 )
 from dpace.report.plots import (
     acceptance_by_slot,
@@ -109,20 +109,14 @@ def benchmark_of(results: Results) -> BenchResults | None:
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     """Yield all that results, and the training logs beside them, have to show."""
     if isinstance(results, ServerResults):
-        yield servers(results)
-        if results.break_even:
-            yield break_even(results.break_even)
+        yield from tables_of(results)
         return
     if isinstance(results, CompareResults):
         yield comparison(results)
     benchmark = benchmark_of(results)
     if benchmark:
         yield headline(benchmark)
-        yield speeds(benchmark)
-        if benchmark.comparisons:
-            yield paired(benchmark)
-        if benchmark.break_even:
-            yield break_even(benchmark.break_even)
+        yield from tables_of(benchmark)
         yield acceptance_by_slot(benchmark.whole_blocks)
         yield from examples(benchmark)
     groups: dict[str, list[list[dict]]] = {}  # by the drafter's name, a log for each seed
@@ -134,6 +128,18 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     yield provenance(benchmark, results.target, folder)
 
 
+def tables_of(results: BenchResults | ServerResults) -> Iterator[Section]:
+    """Yield the tables of a benchmark, which the terminal shows too."""
+    if isinstance(results, ServerResults):
+        yield servers(results)
+    else:
+        yield speeds(results)
+        if results.comparisons:
+            yield paired(results)
+    if results.break_even:
+        yield break_even(results.break_even)
+
+
 def headline(results: BenchResults) -> Section:
     """Tell in one sentence a set what a user gets."""
     lines = []
@@ -143,11 +149,10 @@ def headline(results: BenchResults) -> Section:
             continue
         as_used = [row for row in greedy if row.width == "auto"] or greedy  # not the best of all that was tried
         best = max(as_used, key=lambda row: row.decode_speedup or 0)
-        speed = with_interval(best.decode_speedup, best.decode_speedup_interval)
         copied = f"; {best.share_copied:.0%} of the tokens were copied from the text" if best.share_copied else ""
         lines.append(
-            f"{name}: {verdict(best.decode_speedup_interval)}, decode_speedup {speed} with {best.drafter}, "
-            f"width {best.width}, at temperature 0{copied}"
+            f"{name}: {verdict(best.decode_speedup_interval)}, decode_speedup {SPEEDUP.write(best)} with "
+            f"{best.drafter}, width {best.width}, at temperature 0{copied}"
         )
     lines.append(f"Altogether: {advice(results)}")
     lines.append(f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text")
@@ -164,7 +169,7 @@ def speeds(results: BenchResults) -> Section:
         "and the ratio of mean seconds a token."
     )
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
-    note = "; ".join(filter(None, [copied_note(results.rows, start=""), compiled_note(results.rows)]))
+    note = "; ".join(filter(None, [copied_note(results.rows), compiled_note(results.rows)]))
     return Section(title, text, result_columns(results.rows), results.rows, note)
 
 

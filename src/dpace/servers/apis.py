@@ -38,6 +38,11 @@ class Counts:
     histogram: list[int] | None = None
     """Verifications by accepted length, where the server tells more than the sum."""
 
+    @property
+    def num_emitted(self) -> int:
+        """Tokens, one more than was accepted for each verification."""
+        return self.num_accepted + self.num_verifications
+
     def __sub__(self, before: "Counts") -> "Counts | None":
         """What came after an earlier reading of the same counters."""
         histogram = [-count for count in before.histogram or [0]]

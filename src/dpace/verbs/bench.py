@@ -77,14 +77,10 @@ def drafter_names(folders: Sequence[str]) -> list[str]:
 def _print_results(results: "BenchResults", output: str) -> None:
     """Print the tables and the advice."""
     from dpace.report.cells import advice, has_parts
-    from dpace.report.page import break_even, contexts, paired, speeds
+    from dpace.report.page import contexts, tables_of
     from dpace.report.tables import console, section_table, slots_table
 
-    tables = [section_table(speeds(results)), slots_table(results)]
-    if results.break_even:
-        tables.append(section_table(break_even(results.break_even)))
-    if results.comparisons:
-        tables.append(section_table(paired(results)))
+    tables = [*map(section_table, tables_of(results)), slots_table(results)]
     if has_parts([results]):
         tables.append(section_table(contexts([results])))
     console().print(*tables)
@@ -95,13 +91,13 @@ def _print_results(results: "BenchResults", output: str) -> None:
 def _bench_servers(recipe: Recipe, prompts: list) -> None:
     """Measure the running servers that the recipe names."""
     from dpace.measure.servers import bench_servers
-    from dpace.report.page import break_even, servers
+    from dpace.report.page import tables_of
     from dpace.report.tables import console, section_table
 
     settings = recipe.bench
     chat = load_chat(recipe)
     with lock_folder(recipe.output):
         results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
-    console().print(section_table(servers(results)), section_table(break_even(results.break_even or [])))
+    console().print(*map(section_table, tables_of(results)))
     print(f"written: {recipe.output}/servers.json")
     print("next:", command("report", recipe.output))

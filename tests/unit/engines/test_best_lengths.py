@@ -32,7 +32,7 @@ def test_the_fastest_length_with_a_gain_is_chosen(whole, auto, best):
     ]
     other = make_row(drafter="other", decode_speedup=9.0, decode_speedup_interval=FASTER)
     (found,) = advice(*rows, other)
-    assert found[:5] == ("dpace", "s", 0.0, 1, best)
+    assert found[:5] == ("dpace", "s", 0.0, "1", best)
 
 
 @pytest.mark.parametrize(("drafted", "best"), [(50.0, "3"), (10.0, NO_GAIN)])
@@ -41,7 +41,7 @@ def test_llamacpp_has_a_row_of_its_own(drafted, best):
         set="s", plain_tokens_per_second=20.0, tokens_per_second=drafted, num_same_text=3, num_responses=3, threads=2
     )
     found = advice(make_row(), llamacpp=[row])
-    assert found[1][:5] == ("llama.cpp", "s", 0.0, 1, f"{best} (3 prompts)")
+    assert found[1][:5] == ("llama.cpp", "s", 0.0, "1", f"{best} (3 prompts)")
     assert not list(best_lengths(replace(make_bench(make_row()), llamacpp=[row]), ["other"]))
 
 
@@ -52,5 +52,7 @@ def test_a_server_has_the_length_that_it_ran_with(ends, best):
     )
     results = make_servers(row)
     (found,) = served_lengths(results)
-    assert found[:5] == ("vllm", "s", 0.0, 8, best)
+    assert found[:5] == ("vllm", "s", 0.0, "8", best)
+    (warm,) = served_lengths(replace(results, rows=[replace(row, prefix="warm")]))
+    assert warm.at_once == "8, warm", "two rows of one situation are told apart"
     assert not list(served_lengths(replace(results, rows=[replace(row, decode_speedup=None)])))

@@ -69,8 +69,8 @@ def test_it_says_how_much_was_copied(folder, tmp_path):
     """With width auto, by set and temperature; and nothing where nothing was."""
     results = read_results(folder / "results.json")
     rows = [replace(row, share_copied=0.25 if row.width == "auto" else 0.0) for row in results.rows]
-    assert "set1 25% at T=0," in copied_note(rows, start="; ")
-    assert not copied_note([row for row in rows if row.width == "full"], start="; ")
+    assert "set1 25% at T=0," in copied_note(rows)
+    assert not copied_note([row for row in rows if row.width == "full"])
     write_results(tmp_path / "results.json", replace(results, rows=rows))
     page, _ = write_report([tmp_path], tmp_path / "report.html")
     assert "prompt lookup): set0 25% at T=0" in page.read_text()

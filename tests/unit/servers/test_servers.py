@@ -153,7 +153,7 @@ def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, 
         sent = [body.get("prompt") or body["input_ids"] for body in server.bodies[1:]]  # the first is a warm-up
         assert sorted(sent) == sorted(encode_chat(chat, prompt.turns[0]) for prompt in prompts())
     assert read_results(tmp_path / "servers.json") == results
-    shown, tau = shown_row(tmp_path), with_interval(row.tau, row.tau_interval)
+    shown, tau = shown_row(tmp_path), with_interval(row.tau, *row.tau_interval)
     assert [shown[name] for name in ("set", "T", "at once", "tau [95 %]")] == ["s", "0", str(concurrency), tau]
 
 
