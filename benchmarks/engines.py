@@ -12,20 +12,23 @@ r"""Compare text, tau and tokens per second of one drafter in all engines that r
 
 The drafter is first exported by `dpace.engines.export.export`. Engines that are not installed are listed as such. tau
 is the number of tokens after the first over the number of verifications, pooled over prompts; all engines verify whole
-blocks, except in the row `dpace, width auto`. The seconds of a call for one token are subtracted from those of the full
-call; the smallest difference of all rounds counts for each prompt, after an uncounted call. llama.cpp has an f16 target
-and as many threads as torch; all others are in fp32.
+blocks, except in the row `dpace, width auto`. Where the drafter has a draft vocabulary, it is exported for vLLM too;
+tau of that row equals tau of our row `draft vocabulary`. vLLM runs with each folder in turn, in every round. The
+seconds of a call for one token are subtracted from those of the full call; the smallest difference of all rounds counts
+for each prompt, after an uncounted call. llama.cpp has an f16 target and as many threads as torch; all others are in
+fp32.
 """
 
 import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,8 @@ import dpace
 from dpace.config import Format
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
-from dpace.engines.export import export
+from dpace.drafter.vocabulary import VOCABULARY_FILE
+from dpace.engines.export import export, import_drafter
 from dpace.engines.gguf import QUANTIZED, write_f16
 from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
 from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
@@ -87,6 +91,8 @@ class Job:
     """File of the target for llama.cpp."""
     ggufs: dict[str, Path]
     """Files of the drafter for llama.cpp, by precision."""
+    small: Path | None
+    """Folder of speculators with the draft vocabulary as a head of fewer rows; None where the drafter has none."""
 
 
 Row = tuple[str, str, Run | None, Run | None]
@@ -180,7 +186,7 @@ def run_gguf(job: Job, num_threads: int, precision: str) -> Row:
     return name, f"xllamacpp {importlib.metadata.version('xllamacpp')}", runs[0], runs[1]
 
 
-def call_child(python: str, engine: str, job: Job, drafter: Path | None, **more: str) -> dict:
+def call_child(python: str, engine: str, job: Job, drafter: Path | None, **more: str | int) -> dict:
     """Run an engine in its own environment; on failure, `error` has the last line of the message."""
     request = {
         "target": job.target_folder,
@@ -216,15 +222,34 @@ def run_mlx(job: Job, python: str | None) -> Row:
 
 
 def run_vllm(job: Job, python: str | None) -> list[Row]:
+    """Ask vLLM with each folder in turn, as often as there are rounds; the smallest seconds of each prompt count."""
     if python is None:
         return [("vLLM", "not installed", None, None)]
-    names = ("plain", "zlab", "speculators")
-    answers = {name: call_child(python, "vllm", job, job.folders.get(name)) for name in names}
-    runs = {name: run_of(answer) for name, answer in answers.items()}
-    return [
-        (f"vLLM, {name} folder", answers[name].get("version") or answers[name]["error"], runs["plain"], runs[name])
-        for name in ("zlab", "speculators")
-    ]
+    folders = {"plain": None, "zlab": job.folders["zlab"], "speculators": job.folders["speculators"]}
+    if job.small is not None:
+        folders["draft vocabulary"] = job.small
+    runs: dict[str, Run | None] = {}
+    versions: dict[str, str] = {}
+    for _ in range(job.rounds):
+        for name, folder in folders.items():
+            answer = call_child(python, "vllm", job, folder, rounds=1)
+            run, before = run_of(answer), runs.get(name)
+            if run and before:
+                run.seconds = [min(pair) for pair in zip(run.seconds, before.seconds, strict=True)]
+            runs[name] = run
+            versions[name] = answer.get("version") or answer["error"]
+    return [(f"vLLM, {name}", versions[name], runs["plain"], runs[name]) for name in folders if folders[name]]
+
+
+def run_small(job: Job) -> list[Row]:
+    """Our decoder with the draft vocabulary that was exported, which is the drafter's own head there."""
+    if job.small is None:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        import_drafter(job.small, Path(folder) / "drafter", target=job.target_folder)
+        drafter = load_drafter(Path(folder) / "drafter", job.target)
+    row = run_ours(replace(job, drafter=drafter))[0]
+    return [("dpace, width full, draft vocabulary", *row[1:])]
 
 
 def run_speculators(job: Job, python: str | None) -> Row:
@@ -253,6 +278,10 @@ def table_of(rows: list[Row], stops: Sequence[int], title: str) -> Table:
     """Make a table with one row for each engine."""
     ours = rows[0][3]
     names = "engine, version, text = its plain, text = ours, tau ours, tau, plain tok/s, tok/s, over plain".split(", ")
+    steps = {row[0]: row[3].steps for row in rows if row[3]}
+    pair = [steps.get(f"{name}draft vocabulary") for name in ("vLLM, ", "dpace, width full, ")]
+    if None not in pair:
+        title += f"; verifications with the draft vocabulary, vLLM's and ours: {pair[0]}, {pair[1]}"
     table = Table(*names, title=title, box=SIMPLE_HEAD)
     for engine, version, plain, run in rows:
         plain_speed, speed = (f"{r.speed:.1f}" if r else "" for r in (plain, run))
@@ -286,19 +315,25 @@ def main() -> None:
         target_name = str(Path(options.target).resolve())
         about = {"name": "dflash", "target_name": target_name, "target_gguf": options.gguf}
         folders: dict[Format, Path] = {}
+        whole = Path(folder) / "whole"
+        shutil.copytree(options.drafter, whole, ignore=shutil.ignore_patterns(VOCABULARY_FILE, "checkpoints"))
         for to in ("zlab", "speculators"):
-            done = export(options.drafter, target, to=to, output=Path(folder) / f"dflash-{to}", **about)
+            done = export(whole, target, to=to, output=Path(folder) / f"dflash-{to}", **about)
             folders[to] = done.path
+        small = None
+        if (Path(options.drafter) / VOCABULARY_FILE).exists():
+            output = Path(folder) / "dflash-small"
+            small = export(options.drafter, target, to="speculators", output=output, **about).path
         ggufs = {}
         for name in options.precisions if options.gguf else ():
             kind = {"precision": name} if name in QUANTIZED else {"dtype": getattr(torch, name)}
-            done = export(options.drafter, target, to="gguf", output=Path(folder) / f"dflash-{name}", **about, **kind)
+            done = export(whole, target, to="gguf", output=Path(folder) / f"dflash-{name}", **about, **kind)
             ggufs[name] = done.path
         f16 = Path(folder) / "f16.gguf" if options.gguf else None
         if f16:
             write_f16(options.gguf, f16)
-        job = Job(target, target_name, drafter, prompts, options.tokens, options.rounds, folders, f16, ggufs)
-        rows = [*run_ours(job), run_transformers(job), run_zlab(job)]
+        job = Job(target, target_name, drafter, prompts, options.tokens, options.rounds, folders, f16, ggufs, small)
+        rows = [*run_ours(job), *run_small(job), run_transformers(job), run_zlab(job)]
         rows += [run_gguf(job, torch.get_num_threads(), name) for name in options.precisions]
         rows += run_vllm(job, options.vllm_python)
         rows += [run_mlx(job, options.mlx_python), run_speculators(job, options.speculators_python)]

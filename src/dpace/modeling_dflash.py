@@ -341,7 +341,8 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
 class DFlashDraftModel(Qwen3PreTrainedModel):
     """Qwen3 layers over `[anchor, mask, ...]` that attend to the target's features.
 
-    It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's. With
+    It owns `fc`, `hidden_norm`, the layers and `norm`; the embedding and the LM head are the target's, or its own where
+    the config says so. An own head may have fewer rows: row `i` is token `i + d2t[i]`. With
     `conv_kernel_size` in the config it is DFlash2's network without a selector, and with `lilicorr_enabled` it has a
     head for proposals. The arguments of `forward` are named as
     in transformers' DFlash generation, which takes this class as `assistant_model`.
@@ -373,6 +374,13 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        num_drafted, num_tokens = getattr(config, "draft_vocab_size", 0), config.vocab_size
+        is_own = num_drafted or getattr(config, "has_own_lm_head", False)
+        is_own_embedding = getattr(config, "has_own_embed_tokens", False)
+        self.embed_tokens = nn.Embedding(num_tokens, config.hidden_size) if is_own_embedding else None
+        self.lm_head = nn.Linear(config.hidden_size, num_drafted or num_tokens, bias=False) if is_own else None
+        if num_drafted:
+            self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
         with torch.random.fork_rng(devices=[]):  # so that all else starts as without a head
             self.lilicorr = LiLiCorr(config) if has_head(config) else None
         if has_convolutions(config) and not has_head(config):

@@ -8,6 +8,7 @@ docs/serve.md has the commands that make them.
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from dpace.decode.loop import generate
 from dpace.drafter import load_drafter
+from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.engines.export import export, import_drafter
 from dpace.engines.published import read_folder
 from dpace.target import Target
@@ -90,3 +92,29 @@ def test_speculators_loads_and_converts_to_the_same(
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     again = import_drafter(tmp_path / "theirs", tmp_path / "again", target=str(language_folder))
     assert again.spec == read_folder(language_drafter_folder)[0]
+
+
+@pytest.mark.slow
+def test_vllm_drafts_with_our_draft_vocabulary_as_we_do(
+    language_target, language_folder, language_drafter_folder, questions, tmp_path
+):
+    """It is exported as a head of fewer rows; here some tokens of the answers are not among them."""
+    python_of("vllm")
+    shutil.copytree(language_drafter_folder, tmp_path / "small")
+    DraftVocabulary([1, *range(4, 44)]).save(tmp_path / "small")
+    out = tmp_path / "dflash-small"
+    export(
+        tmp_path / "small", language_target, to="speculators", output=out, name="x", target_name=str(language_folder)
+    )
+    import_drafter(out, tmp_path / "again", target=str(language_folder))
+    steps = []
+    for folder in (tmp_path / "again", language_drafter_folder):
+        drafter = load_drafter(folder, language_target, all_tokens=True)
+        done = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in questions]
+        steps.append([len(out.widths) for out in done])
+    settings = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": 5, "max_model_len": 256}
+    found = ask("vllm", tmp_path, target=str(language_folder), prompts=questions, drafter=str(out), **settings)
+    assert found["texts"] == [out.token_ids for out in done]
+    # vLLM drafts once more, or not, where a response ends
+    assert all(abs(a - b) <= 1 for a, b in zip(found["steps"], steps[0], strict=True))
+    assert sum(steps[0]) > sum(steps[1]) + len(questions)

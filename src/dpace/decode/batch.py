@@ -125,7 +125,9 @@ class Batch:
         self.caches = caches
         self.is_compiled = is_compiled
         self.is_greedy = all(row.sampler.temperature == 0 and not row.sampler.processors for row in rows)
-        vocabulary = None if drafter is None or is_compiled else drafter.vocabulary
+        vocabulary = None if drafter is None else drafter.vocabulary
+        if is_compiled and vocabulary is not None and vocabulary.head is None:
+            vocabulary = None  # the number of choices would differ from prompt to prompt
         self.head = DraftHead(target, vocabulary, (token for row in rows for token in row.token_ids))
         self.draft_and_verify: Any = draft_and_verify
 

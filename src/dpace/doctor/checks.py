@@ -11,17 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import torch
-
 from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
-from dpace.drafter.kinds import LILICORR, SELECTOR_TENSORS
+from dpace.drafter.drafter import TARGET_TABLES, is_same_table
+from dpace.drafter.kinds import LILICORR, SELECTOR_TENSORS, TABLES
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import FROM_ANCHOR, find_layer_id_faults
 from dpace.system.loading import first_names
 
-SHARED = {"embed_tokens.weight": "the embedding", "lm_head.weight": "the LM head"}
-"""Tensors that engines take from the target."""
 MAX_MATRIX_RMS = 1.0
 """Highest root mean square of a matrix's entries; 0.02 when training starts, and little more after a short one."""
 MAX_NORM_RMS = 1000.0
@@ -224,20 +221,16 @@ def own_embedding(folder: ExaminedFolder) -> Observation | None:
     """Compare stored tables with the target's, where there are any."""
     embedding = folder.target.model.get_input_embeddings().weight
     tables = {"embed_tokens.weight": embedding, "lm_head.weight": folder.target.head.weight}
-    pairs = {SHARED[name]: (table, folder.tensors[name]) for name, table in tables.items() if name in folder.tensors}
-    differing = [
-        f"{name} differs"
-        for name, (table, stored) in pairs.items()
-        if table.shape != stored.shape or not torch.allclose(table.to(stored), stored, rtol=1e-2)
-    ]
+    stored = {name: folder.tensors[name] for name in tables if name in folder.tensors}
+    differing = [f"{name} differs" for name, own in stored.items() if not is_same_table(own, tables[name])]
     found = first_names(differing) or "equal"
-    return Observation(not differing, found, "equal to the target's, or not stored") if pairs else None
+    return Observation(not differing, found, "equal to the target's, or not stored") if stored else None
 
 
 def tensor_names(folder: ExaminedFolder) -> Observation:
     """Compare the names of the tensors with the published ones."""
     missing = sorted(folder.axes.keys() - folder.stored.keys())
-    unknown = sorted(folder.stored.keys() - folder.axes.keys() - SHARED.keys())
+    unknown = sorted(folder.stored.keys() - folder.axes.keys() - TARGET_TABLES)
     faults = {"without": missing, "with": unknown}
     found = "; ".join(f"{fault} {first_names(names)}" for fault, names in faults.items() if names)
     return Observation(not found, found or "complete", "the published names")
@@ -245,7 +238,7 @@ def tensor_names(folder: ExaminedFolder) -> Observation:
 
 def tensor_values(folder: ExaminedFolder) -> Observation:
     """Look for tensors with NaN or infinity, and for zeros in place of weights."""
-    values = {name: tensor for name, tensor in folder.tensors.items() if name not in SELECTOR_TENSORS}
+    values = {name: tensor for name, tensor in folder.tensors.items() if name not in {*SELECTOR_TENSORS, "d2t"}}
     trained = {name: tensor for name, tensor in values.items() if "weight" in name or not name.startswith(LILICORR)}
     faults = [f"{name} is zero" for name, tensor in trained.items() if not tensor.any()]
     return expect_none([*(f"{n} is not finite" for n, t in values.items() if not t.isfinite().all()), *faults])
@@ -264,7 +257,7 @@ def exploded(folder: ExaminedFolder) -> Observation:
     wrong = []
     for name, tensor in folder.tensors.items():
         size = float(tensor.float().square().mean().sqrt())
-        if name not in SHARED and limits.get(tensor.dim(), math.inf) < size < math.inf:
+        if name not in TABLES and limits.get(tensor.dim(), math.inf) < size < math.inf:
             wrong.append(f"{name} {size:.3g}")
     return expect_none(wrong)
 
@@ -538,10 +531,10 @@ WEIGHT_CHECKS = (
     ),
     Check(
         "own embedding",
-        "fails",
+        "warns",
         own_embedding,
-        "remove this tensor: an engine that reads it drafts with the wrong table",
-        "an engine that reads it drafts with another table than the target's",
+        "keep it if the drafter was trained with it, and serve with dpace, vLLM or llama.cpp; else remove it",
+        "dpace, vLLM and llama.cpp draft with it, other engines with the target's table",
     ),
     Check(
         "tensor shapes",

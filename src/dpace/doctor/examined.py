@@ -177,7 +177,7 @@ class ExaminedFolder(DrafterFolder):
     @cached_property
     def stored_dtypes(self) -> list[str]:
         """Names of the dtypes of the tensors."""
-        return sorted({dtype_name(tensor.dtype) for tensor in self.tensors.values()})
+        return sorted({dtype_name(tensor.dtype) for tensor in self.tensors.values() if tensor.is_floating_point()})
 
     @cached_property
     def drafter(self) -> Drafter:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DraftHeadName
-from dpace.drafter.kinds import HeadSpec, Kind, head_for
+from dpace.drafter.kinds import TABLES, HeadSpec, Kind, head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
-from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec
-from dpace.drafter.vocabulary import DraftVocabulary, load_vocabulary, read_token_ids
+from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, own_tables
+from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_token_ids
 from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
@@ -30,8 +31,8 @@ from dpace.target.probe import rope_of
 
 ANSWERS_FILE = "answers.json"
 """Tokens of the answers that the drafter was trained on; engines that do not know it load the drafter unchanged."""
-TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight"}
-"""Tensors of the target that some projects write into a drafter's file; they are not used."""
+TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
+"""Tensors that say nothing new: tables that the config calls the target's, and what speculators trains with."""
 
 
 def spec_for(
@@ -101,6 +102,8 @@ class Drafter(DFlashDraftModel):
     `save_pretrained` writes the published layout, which z-lab's `DFlashDraftModel` and the engines load unchanged.
     """
 
+    d2t: Tensor
+    """Offset from each row of an own head to its token, where that has rows for some tokens only."""
     vocabulary: DraftVocabulary | None = None
     """The tokens that decoding drafts; None for all."""
     answers: list[int] = []
@@ -158,6 +161,16 @@ class Drafter(DFlashDraftModel):
     def num_context(self) -> int:
         """Number of tokens before an anchor that a layer sees at most; larger than any text without a window."""
         return max(reach.window for reach in self.reaches.values()) - 1
+
+    @property
+    def head_token_ids(self) -> Int[Tensor, " choice"]:
+        """The token of each row of the LM head, where it is the drafter's own.
+
+        Raises:
+            ValueError: see `drafted_tokens`.
+        """
+        num_tokens = self.config.vocab_size
+        return drafted_tokens(self.d2t, num_tokens) if self.spec.draft_vocab_size else torch.arange(num_tokens)
 
     @property
     def confidence_temperature(self) -> float:
@@ -252,6 +265,9 @@ class Drafter(DFlashDraftModel):
             embed_scale=target.embed_scale,
             logit_scale=target.head.multiplier,
             softcap=target.head.softcap,
+            has_own_embed_tokens=False,
+            has_own_lm_head=False,
+            draft_vocab_size=0,
             record={},
         )
         if spec.sample_from_anchor:
@@ -259,9 +275,16 @@ class Drafter(DFlashDraftModel):
                 "sample_from_anchor is true: training of blocks whose first slot predicts is not implemented; start "
                 "from another drafter, or leave --drafter.init out"
             )
+        shared = find_shared_tables(self, target)
+        for name in ("embed_tokens", "lm_head"):
+            if getattr(self, name) is not None and name not in shared:
+                raise ValueError(
+                    f"the drafter has an {name} of its own, which training does not use; start from a drafter with the "
+                    "target's, or leave --drafter.init out"
+                )
         with torch.random.fork_rng():
             drafter: Any = Drafter(spec.config())
-        drafter.load_state_dict(self.state_dict())
+        drafter.load_state_dict({name: tensor for name, tensor in self.state_dict().items() if name not in TABLES})
         drafter.check_target(target)
         return drafter.to(target.device)
 
@@ -344,9 +367,27 @@ def read_spec(folder: str | Path) -> DrafterSpec:
     """Read the description in a drafter's folder; a missing epsilon is transformers' default.
 
     Raises:
-        ValueError: a config that cannot be read, or that no drafter has.
+        ValueError: a config that cannot be read, or that no drafter has, or damaged weights.
     """
-    return DrafterSpec.from_config({"rms_norm_eps": 1e-6, **read_config(folder)})
+    names: list[str] = []
+    with translate_library_errors(f"the drafter {folder}", "train it, or copy it again"):
+        for file in Path(folder).glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                names += [name.removeprefix("model.") for name in tensors.keys()]  # noqa: SIM118
+    return DrafterSpec.from_config({"rms_norm_eps": 1e-6, **own_tables(names), **read_config(folder)})
+
+
+def find_shared_tables(drafter: Drafter, target: Target) -> list[str]:
+    """Return which of a drafter's own tables are the target's, up to rounding in bf16: embed_tokens, lm_head."""
+    pairs: dict[str, Any] = {"embed_tokens": (drafter.embed_tokens, target.model.get_input_embeddings().weight)}
+    if drafter.lm_head is not None:
+        pairs["lm_head"] = drafter.lm_head, target.head.weight[drafter.head_token_ids.to(target.device)]
+    return [name for name, (own, table) in pairs.items() if own is not None and is_same_table(own.weight, table)]
+
+
+def is_same_table(own: Tensor, table: Tensor) -> bool:
+    """Return whether a drafter's table is the target's, up to rounding in bf16."""
+    return own.shape == table.shape and torch.allclose(own, table.to(own), rtol=1e-2)
 
 
 def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:
@@ -368,7 +409,20 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     drafter.check_target(target)
     drafter.to(target.device)
     vocabulary = load_vocabulary(folder, len(target.head.weight))
-    if vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
+    for name in find_shared_tables(drafter, target):
+        if name == "embed_tokens" or not drafter.spec.draft_vocab_size:
+            setattr(drafter, name, None)
+            setattr(drafter.config, f"has_own_{name}", False)
+    if drafter.lm_head is not None:
+        drafter.vocabulary = DraftVocabulary(
+            drafter.head_token_ids.tolist(), drafter.confidence_temperature, drafter.lm_head
+        )
+    if (
+        drafter.vocabulary is None
+        and vocabulary is not None
+        and not all_tokens
+        and vocabulary.pays(target, drafter.num_parameters())
+    ):
         drafter.vocabulary = vocabulary
     answers = Path(folder) / ANSWERS_FILE
     if answers.exists():

@@ -111,6 +111,14 @@ class Lattice(NamedTuple):
     """Scores of a slot's candidates after each of the slot's before."""
 
 
+TABLES: Tensors = {
+    "embed_tokens.weight": ("vocab hidden", "token_embd.weight"),
+    "lm_head.weight": ("choice hidden", "output.weight"),
+    "d2t": ("choice", "d2t"),
+}
+"""Tensors that drafters may have of their own: embedding, LM head, and the tokens of a head with fewer rows."""
+
+
 class Draft(NamedTuple):
     """What a drafter proposes behind each text."""
 
@@ -197,6 +205,7 @@ class Kind:
             "head": spec.head_dim,
             "inner": spec.intermediate_size,
             "vocab": spec.vocab_size,
+            "choice": spec.draft_vocab_size or spec.vocab_size,
             "rank": 1,
             "side": 2,
             "tap": spec.conv_kernel_size,

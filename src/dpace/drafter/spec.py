@@ -4,7 +4,7 @@ What comes in is a config in any spelling; what goes out is a `DrafterSpec` whos
 the config that every engine reads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter.kinds import HeadSpec, Kind, find_kind
+from dpace.drafter.kinds import TABLES, HeadSpec, Kind, find_kind
 from dpace.modeling_dflash import refuse_variants
 
 MAX_LAYERS = 1000
@@ -23,6 +23,12 @@ COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
 """Names under which published configs say that slot 0 predicts the first draft token."""
+UNSUPPORTED = {
+    "markov_rank": "a head that reads the token before (DSpark)",
+    "attention_sink_bias": "attention sinks",
+    "attention_value_scale": "scaled values",
+}
+"""Keys of networks that dpace does not run, and what they stand for."""
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
 
@@ -88,10 +94,7 @@ Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
 
 @dataclass(frozen=True)
 class DrafterSpec:
-    """All that an engine must know about a drafter apart from its weights, in this project's conventions.
-
-    Embedding and LM head are the target's in every format.
-    """
+    """All that an engine must know about a drafter apart from its weights, in this project's conventions."""
 
     block_size: Count
     """Number of slots, the anchor included; engines that count draft tokens get `num_draft_tokens`."""
@@ -130,6 +133,12 @@ class DrafterSpec:
     """Kind of each layer; empty where all have full attention."""
     is_causal: Annotated[bool, Strict()] | Literal["sliding"] = False
     """Whether a slot sees no slot after it: in all layers, in no layer, or in sliding layers only."""
+    has_own_embed_tokens: Flag = False
+    """Whether the embedding is the drafter's own, and not the target's."""
+    has_own_lm_head: Flag = False
+    """The same of an LM head for all tokens."""
+    draft_vocab_size: Index = 0
+    """Rows of an own LM head for some tokens, which `d2t` names; 0 without one."""
     record: Annotated[dict[str, Any], Field(alias="dpace"), AfterValidator(_check_record)] = field(
         default_factory=dict, compare=False
     )
@@ -151,6 +160,13 @@ class DrafterSpec:
     def kind(self) -> Kind:
         """What it adds to DFlash's network."""
         return find_kind(has_taps=self.conv_kernel_size > 0, head=self.head, hidden_size=self.hidden_size)
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, str]]:
+        """Axes and llama.cpp's name of every tensor, by its published name."""
+        has_head = self.has_own_lm_head or self.draft_vocab_size
+        own = dict(zip(TABLES, (self.has_own_embed_tokens, has_head, self.draft_vocab_size), strict=True))
+        return self.kind.tensors(self.num_layers) | {name: TABLES[name] for name in own if own[name]}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
@@ -212,6 +228,13 @@ class DrafterSpec:
                 "DFlash2's convolutions but no selector: serve it with the project that trained it"
             )
         refuse_variants(config)
+        for key, what in UNSUPPORTED.items():
+            value = _either(config, nested, key)
+            if value is True or value not in (None, False, 1.0):
+                raise ValueError(
+                    f"{key} is {value!r:.100}, for {what}, which dpace's network does not have; serve this drafter "
+                    "with the project that trained it"
+                )
         convolutions = {name: nested.get(name) for name in ("conv_kernel_size", "conv_group_size")}
         is_second = "DFlash2" in str(config.get("architectures"))
         for name, size in convolutions.items():
@@ -222,9 +245,12 @@ class DrafterSpec:
         block_size = _either(config, nested, "block_size")
         layer_ids = _either(config, nested, "target_layer_ids")
         from_anchor = [_either(config, nested, name) for name in FROM_ANCHOR]
+        is_small = config.get("draft_vocab_size") not in (None, config.get("vocab_size"))
         spec = cls.from_values(
             {
                 **config,
+                "draft_vocab_size": config["draft_vocab_size"] if is_small else 0,
+                "has_own_lm_head": not is_small and config.get("has_own_lm_head"),
                 **convolutions,
                 "head": keys if has_head else None,
                 "block_size": 16 if block_size is None else block_size,
@@ -308,6 +334,11 @@ class DrafterSpec:
                 f"mask_token_id is {self.mask_token_id}, outside the target's embedding of {self.vocab_size} rows; "
                 "train with a reserved token inside it"
             )
+
+
+def own_tables(names: Iterable[str]) -> dict[str, bool]:
+    """Return what tensors of these names say in a config: which tables are the drafter's own."""
+    return {f"has_own_{name}": f"{name}.weight" in names for name in ("embed_tokens", "lm_head")}
 
 
 def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> Any:

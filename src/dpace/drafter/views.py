@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpace.blocks import Blocks, Reach, dense_mask, flex_mask
+from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import TILED
 from dpace.target import Target
 
@@ -41,8 +42,11 @@ def draft_block(
     """
     if position_ids is None:
         position_ids = torch.arange(features.shape[1] + blocks.shape[1], device=blocks.device)[None]
+    embeds = target.embed(blocks)
+    if isinstance(drafter, DFlashDraftModel) and drafter.embed_tokens is not None:
+        embeds = drafter.embed_tokens(blocks) * target.embed_scale
     return drafter(
-        noise_embeds=target.embed(blocks),
+        noise_embeds=embeds,
         context_hidden_states=features,
         position_ids=position_ids,
         attention_mask=attention_mask,

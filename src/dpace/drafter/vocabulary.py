@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpace.fast.packing import Product, pack, weights_state
 from dpace.system.ledger import read_object, write_json
@@ -39,18 +39,22 @@ class DraftVocabulary:
     Args:
         token_ids: any order, at least one.
         confidence_temperature: as `Drafter.confidence_temperature`, for logits of these tokens alone.
+        head: the drafter's own LM head, with a row for each token in the order given; by default the target's rows.
     """
 
-    def __init__(self, token_ids: Iterable[int], confidence_temperature: float = 1.0):
-        self.known, self.confidence_temperature = frozenset(token_ids), confidence_temperature
-        self.token_ids = torch.tensor(sorted(self.known))
+    def __init__(self, token_ids: Iterable[int], confidence_temperature: float = 1.0, head: nn.Linear | None = None):
+        ordered = list(token_ids)
+        self.known, self.confidence_temperature, self.head = frozenset(ordered), confidence_temperature, head
+        self.token_ids = torch.tensor(sorted(self.known) if head is None else ordered)
         self._state: list[tuple[int, int, int]] = []
 
     def __reduce__(self):
-        return DraftVocabulary, (self.known, self.confidence_temperature)
+        return DraftVocabulary, (self.token_ids.tolist(), self.confidence_temperature, self.head)
 
     def product(self, target: Target) -> Product:
         """Return the product of rows with the head's rows of these tokens, made again when the head has changed."""
+        if self.head is not None:
+            return self.head
         weight = target.head.weight
         state = weights_state([weight])
         if self._state != state:
@@ -109,6 +113,22 @@ def read_token_ids(path: Path, num_tokens: int) -> tuple[list[int], dict[str, An
     return token_ids, values
 
 
+def drafted_tokens(d2t: Tensor, num_tokens: int) -> Int[Tensor, " choice"]:
+    """Return the token of each row of a drafter's own head, from the offsets that speculators and vLLM store.
+
+    Raises:
+        ValueError: a token twice, or outside the target's.
+    """
+    token_ids = d2t.long().cpu() + torch.arange(len(d2t))
+    is_inside = bool(((token_ids >= 0) & (token_ids < num_tokens)).all())
+    if d2t.is_floating_point() or not is_inside or len(token_ids.unique()) < len(token_ids):
+        raise ValueError(
+            f"d2t does not have an offset from each row to a token of its own in 0 .. {num_tokens - 1}; copy the "
+            "drafter again"
+        )
+    return token_ids
+
+
 class DraftHead:
     """The target's head for drafts: of all tokens, or of the draft vocabulary and a prompt's tokens.
 
@@ -122,7 +142,8 @@ class DraftHead:
         self.target = target
         self.token_ids: Int[Tensor, " choice"] | None = None
         if vocabulary is not None:
-            more = torch.tensor(sorted(set(prompt) - vocabulary.known), dtype=torch.long)
+            others = set(prompt) - vocabulary.known if vocabulary.head is None else ()
+            more = torch.tensor(sorted(others), dtype=torch.long)
             self.token_ids = torch.cat([vocabulary.token_ids, more]).to(target.device)
             self._product = vocabulary.product(target)
             self._more = target.head.weight[more.to(target.device)]

@@ -368,6 +368,8 @@ def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:
         "weights": weights,
     }
     facts |= spec.kind.facts(spec)
+    if spec.draft_vocab_size:
+        facts["draft vocabulary"] = f"{spec.draft_vocab_size} of {spec.vocab_size} tokens"
     if spec.sample_from_anchor:
         facts["first slot"] = "the known token's own predicts (`sample_from_anchor`), which vLLM 0.32 does not run"
     if spec.sliding_window:

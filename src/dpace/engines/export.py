@@ -4,6 +4,7 @@ All that is written is read again and compared with what was to be written, befo
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from dpace.config import Format
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import MAX_LAYERS, DrafterSpec
+from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary
 from dpace.engines.card import write_card
 from dpace.engines.gguf import quantize, read_gguf, write_gguf
 from dpace.engines.published import make_drafter, read_folder, without_head
@@ -26,8 +28,13 @@ from dpace.target.files import find_target_files
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
-ANCHOR_FORMATS: tuple[Format, ...] = ("gguf", "speculators")
-"""Formats that can say that blocks begin at the anchor (`DrafterSpec.sample_from_anchor`)."""
+HELD_BY: dict[str, tuple[Format, ...]] = {
+    "sample_from_anchor": ("gguf", "speculators"),
+    "draft_vocab_size": ("gguf", "speculators", "vllm"),
+    "has_own_embed_tokens": ("gguf", "vllm"),
+    "has_own_lm_head": ("gguf", "vllm"),
+}
+"""Formats whose engines read a property of `DrafterSpec`; the others would draft wrongly, and say nothing."""
 COMPARED = [name for name, field in DrafterSpec.__dataclass_fields__.items() if field.compare]
 """What a spec that is read again must have as it was written."""
 
@@ -117,12 +124,15 @@ def export(
         original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured
     if reason := spec.kind.refusals.get(to):
         raise ValueError(reason)
-    if spec.sample_from_anchor and to not in ANCHOR_FORMATS:
-        raise ValueError(
-            f"the drafter's sample_from_anchor is true, and engines that read the format {to} draft from the second "
-            f"slot on, so that nearly nothing would be accepted; export with --to {' or --to '.join(ANCHOR_FORMATS)}"
-        )
+    for key, formats in HELD_BY.items():
+        if getattr(spec, key) and to not in formats:
+            raise ValueError(
+                f"the drafter's {key} is {getattr(spec, key)}, which engines that read the format {to} do not use, "
+                f"and so accept nearly nothing; export with --to {' or --to '.join(formats)}"
+            )
     engine_target = str(Path(target_name).resolve()) if Path(target_name).is_dir() else target_name
+    if to == "speculators" and not spec.draft_vocab_size:
+        spec, weights = _with_vocabulary(spec, weights, load_vocabulary(folder, spec.vocab_size), target)
     tensors, rounding = _cast_weights(weights, dtype, has_fp32_vectors=to == "gguf", precision=precision)
     written = precision or dtype_name(tensors["fc.weight"].dtype)
     with filling(output) as aside:
@@ -131,6 +141,9 @@ def export(
             path = aside / f"dflash-{Path(target_name).resolve().name}-{written}.gguf"
             write_gguf(path, spec, tensors, target_gguf=str(target_gguf), precision=precision)
         elif to == "speculators":
+            if spec.draft_vocab_size:
+                tensors["t2d"] = torch.zeros(spec.vocab_size, dtype=torch.bool)
+                tensors["t2d"][drafted_tokens(tensors["d2t"], spec.vocab_size)] = True
             save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
             config = speculators_config(
                 spec,
@@ -223,6 +236,20 @@ def push(folder: str | Path, repo: str) -> str:
     return str(address)
 
 
+def _with_vocabulary(
+    spec: DrafterSpec, weights: dict[str, Tensor], vocabulary: DraftVocabulary | None, target: Target
+) -> tuple[DrafterSpec, dict[str, Tensor]]:
+    """Add a draft vocabulary as speculators stores it: the target's rows in 16 bits where that changes no value."""
+    if vocabulary is None:
+        return spec, weights
+    token_ids = vocabulary.token_ids
+    exact = target.head.weight[token_ids.to(target.device)].cpu()
+    rows = exact.to(weights["fc.weight"].dtype)
+    rows = rows if torch.equal(rows.to(exact.dtype), exact) else exact
+    own = {"lm_head.weight": rows, "d2t": token_ids - torch.arange(len(token_ids))}
+    return replace(spec, draft_vocab_size=len(token_ids)), weights | own
+
+
 def _cast_weights(
     tensors: dict[str, Tensor], dtype: torch.dtype | None, *, has_fp32_vectors: bool, precision: str | None
 ) -> tuple[dict[str, Tensor], float]:
@@ -230,7 +257,7 @@ def _cast_weights(
     cast, errors = {}, [0.0]
     for name, tensor in tensors.items():
         wanted = torch.float32 if has_fp32_vectors and tensor.dim() != 2 else dtype or tensor.dtype
-        cast[name] = tensor.to(wanted).contiguous()
+        cast[name] = tensor.to(wanted if tensor.is_floating_point() else tensor.dtype).contiguous()
         if precision and tensor.dim() == 2:
             cast[name] = quantize(tensor, precision)[1]
         errors.append(float((cast[name].double() - tensor.double()).norm() / tensor.double().norm().clamp_min(1e-30)))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpace.drafter.kinds import kind_of_tensors, published_name
+from dpace.drafter.kinds import TABLES, kind_of_tensors, published_name
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
 from dpace.system.progress import printable
@@ -73,6 +73,7 @@ class DrafterFolder:
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of each tensor that there should be."""
         known = kind_of_tensors(self.tensors).tensors(self.num_layers)
+        known |= {name: axes for name, axes in TABLES.items() if name in self.tensors}
         return {name: tuple(axes.split()) for name, (axes, _) in known.items()}
 
     def size(self, axis: str) -> int | None:

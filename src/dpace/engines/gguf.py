@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import describe_error
 from dpace.engines.speculators import to_layer_ids
 
@@ -46,6 +47,7 @@ TENSOR_TYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+    torch.int64: gguf.GGMLQuantizationType.I64,
 }
 QUANTIZED = ("q8_0", "q5_0", "q4_0")
 """Precisions of llama.cpp in which a block of 32 numbers shares a scale, and which `gguf` can write."""
@@ -128,8 +130,10 @@ def write_gguf(
     _write_fields(writer, spec)
     mostly = FILE_TYPES[tensors["fc.weight"].dtype]
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{precision.upper()}"] if precision else mostly)
-    for ours, (_, name) in spec.kind.tensors(spec.num_layers).items():
+    for ours, (_, name) in spec.tensors.items():
         tensor = tensors[ours].detach().cpu().contiguous()
+        if ours == "d2t":
+            tensor = drafted_tokens(tensor, spec.vocab_size)
         data = quantize(tensor, precision)[0] if precision and tensor.dim() == 2 else None
         if data is not None and data.dtype == np.uint8:
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[str(precision).upper()])
@@ -222,6 +226,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     tokens = _read_value(reader, "tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise ValueError(f"{path} has no list of tokens; write or download it again")
+    tensors = {tensor.name: _read_gguf_tensor(tensor) for tensor in reader.tensors}
     values = {
         **{published: get(name) for published, name in SIZES.items()},
         **{published: get(name, 0.0) or None for published, name in SCALES.items()},
@@ -236,13 +241,18 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         "conv_kernel_size": get("conv_kernel_size", 0),
         "conv_group_size": get("conv_group_size", 0),
         "sample_from_anchor": get("sample_from_anchor", False),
+        "draft_vocab_size": len(tensors["d2t"]) if "d2t" in tensors else 0,
+        "has_own_embed_tokens": "token_embd.weight" in tensors,
+        "has_own_lm_head": "output.weight" in tensors and "d2t" not in tensors,
     }
     try:
         spec = DrafterSpec.from_values({**values, "target_layer_ids": to_layer_ids(get("target_layers"))})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    names = {theirs: ours for ours, (_, theirs) in spec.kind.tensors(spec.num_layers).items()}
-    return spec, {names.get(tensor.name, tensor.name): _read_gguf_tensor(tensor) for tensor in reader.tensors}
+    if "d2t" in tensors:  # the tokens themselves here
+        tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
+    names = {theirs: ours for ours, (_, theirs) in spec.tensors.items()}
+    return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _read_gguf_tensor(tensor: Any) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from dpace.drafter import Drafter
+from dpace.drafter.drafter import TARGET_TABLES
 from dpace.drafter.kinds import SELECTOR_TENSORS
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import DrafterSpec, own_tables
+from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import read_files
 from dpace.engines.speculators import of_speculators
 from dpace.system.loading import translate_library_errors
@@ -35,8 +37,8 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
         )
     if (folder / "mask_embedding.pt").exists():
         raise ValueError(
-            f"{folder} has a mask embedding of its own (mask_embedding.pt), expected none: dpace uses the target's "
-            "embedding; this drafter cannot be used"
+            f"{folder} has a mask embedding of its own (mask_embedding.pt), a pickle, which dpace does not open; write "
+            "the target's embedding with this row at mask_token_id into model.safetensors, as embed_tokens.weight"
         )
     files = read_files(folder)
     for file, problem in files.problems.items():
@@ -45,10 +47,12 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
     try:
         is_published = "speculators_model_type" not in files.config
         config = files.config if is_published else of_speculators(files.config, num_target_layers)
-        spec = DrafterSpec.from_config(config)
+        spec = DrafterSpec.from_config({**own_tables(files.tensors), **config})
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return spec, {name: t for name, t in files.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    unused = TARGET_TABLES - spec.tensors.keys()
+    tensors = {name: tensor for name, tensor in files.tensors.items() if name not in unused}
+    return spec, {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
@@ -58,14 +62,14 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
         ValueError: tensors that are missing, unknown or of another shape.
     """
     sizes = spec.kind.axis_sizes(spec)
-    known = spec.kind.tensors(spec.num_layers)
+    known = spec.tensors
     missing = sorted(known.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - known.keys())
     if missing or unknown:
         raise ValueError(
             f"these are not the tensors of a DFlash drafter with {spec.num_layers} layers: missing "
-            f"{missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}; drafters with their own embedding, head or "
-            "vocabulary cannot be used"
+            f"{missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}; copy config and weights again, or serve this "
+            "drafter with the project that trained it"
         )
     for name, tensor in tensors.items():
         expected = tuple(sizes[axis] for axis in known[name][0].split())
@@ -74,7 +78,9 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
                 f"{name} has shape {tuple(tensor.shape)}, expected {expected} by the config: config and weights belong "
                 "to different drafters; copy both again"
             )
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
+        if name == "d2t":
+            drafted_tokens(tensor, spec.vocab_size)
+        elif not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(
                 f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, expected float32, bfloat16 or float16; take "
                 "a drafter whose weights are not quantized"
@@ -99,7 +105,7 @@ def without_head(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[Drafter
         raise ValueError("the drafter has no head that could be left out; export it without --plain")
     plain = replace(spec, head=None)
     sizes = plain.kind.axis_sizes(plain)
-    kept = {name: tensors[name] for name in plain.kind.tensors(plain.num_layers) if name in tensors}
+    kept = {name: tensors[name] for name in plain.tensors if name in tensors}
     for name in plain.kind.other_tensors.keys() & SELECTOR_TENSORS.keys():
         kept[name] = tensors["norm.weight"].new_zeros([sizes[axis] for axis in SELECTOR_TENSORS[name][0].split()])
     return plain, kept

@@ -24,14 +24,14 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
         )
     transformer = spec.config().to_dict()
     ours = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace")
-    for key in (*ours, "sample_from_anchor"):
+    for key in (*ours, "sample_from_anchor", "draft_vocab_size"):
         transformer.pop(key, None)
     transformer |= {"rope_theta": spec.rope["rope_theta"], "dtype": dtype}
     return {
         "architectures": ["DFlashDraftModel"],
         "aux_hidden_state_layer_ids": spec.hidden_state_ids,
         "block_size": spec.block_size,
-        "draft_vocab_size": spec.vocab_size,
+        "draft_vocab_size": spec.draft_vocab_size or spec.vocab_size,
         "dtype": dtype,
         "mask_token_id": spec.mask_token_id,
         "sample_from_anchor": spec.sample_from_anchor,
@@ -84,17 +84,14 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
             "the format of speculators does not say how many layers the target has; name the target with --target"
         )
     inner = mapping(config.get("transformer_layer_config"))
-    vocab_size = inner.get("vocab_size")
-    if config.get("draft_vocab_size", vocab_size) != vocab_size:
-        raise ValueError(
-            f"draft_vocab_size is {config['draft_vocab_size']}, expected the target's {vocab_size}; dpace cannot use "
-            "drafters with a smaller vocabulary"
-        )
     is_causal = not config.get("sliding_window_non_causal") and "sliding_attention" in (inner.get("layer_types") or ())
     return inner | {
         "is_causal": None if is_causal else False,  # of sliding layers only
         "block_size": config.get("block_size", 0),
         "mask_token_id": config.get("mask_token_id"),
+        "draft_vocab_size": config.get("draft_vocab_size"),
+        "has_own_embed_tokens": False,  # speculators takes both tables from the target, whatever the file has
+        "has_own_lm_head": False,
         "sample_from_anchor": config.get("sample_from_anchor"),
         "target_layer_ids": to_layer_ids(config.get("aux_hidden_state_layer_ids")),
         "num_target_layers": num_target_layers,

@@ -94,6 +94,8 @@ def score_conversation(
         blocks; and the slots that are accepted.
     """
     head, rows = (target.head, None) if token_ids is None else target.head.part(token_ids)
+    if drafter.vocabulary is not None and drafter.vocabulary.head is not None:
+        head, rows = target.head.part(drafter.vocabulary.token_ids, drafter.vocabulary.head.weight)
     ids = drafter.view_options
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
     inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}

@@ -29,12 +29,14 @@ class Head(NamedTuple):
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def part(self, token_ids: Int[Tensor, " choice"]) -> tuple["Head", Int[Tensor, " vocab"]]:
-        """Copy the rows of some tokens, and return the row of each token; -1 where it has none."""
+    def part(
+        self, token_ids: Int[Tensor, " choice"], weight: Float[Tensor, "choice hidden"] | None = None
+    ) -> tuple["Head", Int[Tensor, " vocab"]]:
+        """Copy the rows of some tokens, or take others, and return the row of each token; -1 where it has none."""
         token_ids = token_ids.to(self.weight.device)
         index = torch.full_like(self.weight[:, 0], -1, dtype=torch.long)
         index[token_ids] = torch.arange(len(token_ids), device=index.device)
-        return self._replace(weight=self.weight[token_ids].contiguous()), index
+        return self._replace(weight=self.weight[token_ids].contiguous() if weight is None else weight), index
 
     def slope(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"] | None:
         """Compute the derivative of the cap, given the capped logits; None without a cap."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.cli import main
@@ -15,12 +16,13 @@ from dpace.decode.loop import generate, generate_plain
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.views import blocks_hidden
+from dpace.drafter.vocabulary import DraftHead, DraftVocabulary
 from dpace.engines.llamacpp import run_llamacpp
 from dpace.engines.published import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
 from dpace.target import Target
-from tests.conftest import make_drafter
+from tests.conftest import EOS, make_drafter
 from tests.support.files import read_json, write_rows
 
 MAX_NEW_TOKENS = 40
@@ -140,7 +142,7 @@ def test_other_formats_and_training_refuse_the_anchor_by_its_key(
     flags = ["--target", str(language_folder), "--output", str(tmp_path / "out")]
     for to in ("zlab", "vllm", "sglang"):
         assert main(["export", str(anchored), *flags, "--to", to]) == 1
-        assert "sample_from_anchor is true" in capsys.readouterr().err
+        assert "sample_from_anchor is True" in capsys.readouterr().err
     with pytest.raises(ValueError, match="sample_from_anchor is true"):
         load_drafter(anchored, language_target).start_for(language_target)
 
@@ -170,3 +172,182 @@ def test_doctor_names_slots_that_do_not_begin_there(
     wrong = change_config(language_drafter_folder, tmp_path / "wrong", sample_from_anchor=True)
     code, said = examine(wrong, language_folder, responses_file, capsys)
     assert code == 1 and "sample_from_anchor" in said.split("failed:")[1]
+
+
+TOKENS = [*range(4, 40), EOS, 0]
+"""Of a small vocabulary, in no order."""
+
+
+def with_tables(folder: Path, path: Path, tables: dict[str, torch.Tensor], **changes) -> Path:
+    """A copy whose weights have further tensors."""
+    change_config(folder, path, **changes)
+    weights = load_file(path / "model.safetensors")
+    tables = {name: table.detach().clone() for name, table in tables.items()}
+    save_file(weights | tables, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def small_head(target: Target, change: float = 0.0) -> dict[str, torch.Tensor]:
+    """The target's rows for `TOKENS`, or others, as speculators and vLLM store them."""
+    rows = target.head.weight[torch.tensor(TOKENS)]
+    t2d = torch.zeros(64, dtype=torch.bool)
+    t2d[TOKENS] = True
+    d2t = torch.tensor(TOKENS) - torch.arange(len(TOKENS))
+    return {"lm_head.weight": rows + change * torch.randn_like(rows), "d2t": d2t, "t2d": t2d}
+
+
+def own_tables(target: Target) -> dict[str, torch.Tensor]:
+    """An embedding and a head for all tokens that differ from the target's."""
+    tables = {"embed_tokens.weight": target.model.get_input_embeddings().weight, "lm_head.weight": target.head.weight}
+    return {name: table + 0.02 * torch.randn_like(table) for name, table in tables.items()}
+
+
+@pytest.fixture(scope="session")
+def layouts(language_drafter_folder, language_target, make_once) -> dict[str, Path]:
+    """One drafter of each layout with tables of its own, from one that accepts well."""
+
+    def fill(made: Path) -> None:
+        torch.manual_seed(0)
+        small = {"draft_vocab_size": len(TOKENS), "dpace": None}
+        with_tables(language_drafter_folder, made / "small", small_head(language_target, 0.01), **small)
+        with_tables(language_drafter_folder, made / "own", own_tables(language_target), dpace=None)
+
+    made = make_once("layouts", fill)
+    return {"small": made / "small", "own": made / "own"}
+
+
+KEYS = {"small": "draft_vocab_size", "own": "has_own_embed_tokens"}
+FORMATS = {"small": ["gguf", "vllm", "speculators"], "own": ["gguf", "vllm"]}
+
+
+@pytest.mark.parametrize("layout", KEYS)
+def test_own_tables_are_decoded_scored_and_checked(
+    layout, layouts, language_target, language_folder, language_responses, questions, tmp_path, capsys
+):
+    drafter = load_drafter(layouts[layout], language_target)
+    _, decoded = our_texts(language_target, drafter, questions)
+    assert decoded.tau > 1.3
+    trained = scored(language_target, drafter, language_responses[50:])
+    assert abs(trained.tau - decoded.tau) < 0.2
+    hidden = torch.randn(5, 48)
+    logits = DraftHead(language_target, drafter.vocabulary, questions[0]).spread(drafter.lm_head(hidden))
+    rows = load_file(layouts[layout] / "model.safetensors")["lm_head.weight"]
+    chosen = torch.tensor(TOKENS) if layout == "small" else torch.arange(64)
+    torch.testing.assert_close(logits[:, chosen], hidden @ rows.T, rtol=1e-4, atol=1e-4)
+    assert layout == "own" or logits.isinf().sum() == 5 * (64 - len(TOKENS))
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"id": "a", "turns": ["w3 w51"]}])
+    flags = ["--drafter", str(layouts[layout]), "--target", str(language_folder), "--prompts", str(prompts)]
+    assert main(["check", *flags, "--max-new-tokens", "12"]) == 0
+
+
+@pytest.mark.parametrize(("layout", "to"), [(layout, to) for layout in FORMATS for to in FORMATS[layout]])
+def test_own_tables_are_exported_and_read_back(
+    layout, to, layouts, language_target, language_folder, target_gguf, questions, tmp_path, capsys
+):
+    flags = ["--target", str(language_folder), "--target-gguf", str(target_gguf)]
+    assert main(["export", str(layouts[layout]), *flags, "--to", to, "--output", str(tmp_path / to)]) == 0
+    again = tmp_path / "again"
+    assert main(["import", str(tmp_path / to), "--target", str(language_folder), "--output", str(again)]) == 0
+    assert read_folder(again)[0] == read_folder(layouts[layout])[0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (layouts[layout], again))
+    assert after.keys() == before.keys() - {"t2d"}
+    assert all(torch.equal(after[name].to(before[name]), before[name]) for name in after)
+    if to == "speculators":
+        assert torch.equal(load_file(tmp_path / to / "model.safetensors")["t2d"], before["t2d"])
+        assert read_json(tmp_path / to / "config.json")["draft_vocab_size"] == len(TOKENS)
+    if to == "gguf":
+        drafter = load_drafter(layouts[layout], language_target)
+        ours = [generate(language_target, drafter, x, max_new_tokens=MAX_NEW_TOKENS, width="full") for x in questions]
+        (path,) = (tmp_path / to).glob("*.gguf")
+        options = {"max_new_tokens": MAX_NEW_TOKENS, "drafter_gguf": path, "num_draft_tokens": 5}
+        theirs = run_llamacpp(target_gguf, questions, **options)
+        assert [answer.token_ids for answer in theirs] == [out.token_ids for out in ours]
+        steps = [(answer.num_drafted / 5, len(out.widths)) for answer, out in zip(theirs, ours, strict=True)]
+        assert all(abs(a - b) <= 1 for a, b in steps)
+
+
+@pytest.mark.parametrize("layout", KEYS)
+def test_formats_without_own_tables_and_training_refuse_them_by_name(
+    layout, layouts, language_target, language_folder, tmp_path, capsys
+):
+    flags = ["--target", str(language_folder), "--output", str(tmp_path / "out")]
+    for to in {"zlab", "sglang", "vllm", "speculators"} - {*FORMATS[layout]}:
+        assert main(["export", str(layouts[layout]), *flags, "--to", to]) == 1
+        assert KEYS[layout] in capsys.readouterr().err
+    drafter = load_drafter(layouts[layout], language_target)
+    with pytest.raises(ValueError, match="of its own, which training does not use"):
+        drafter.start_for(language_target)
+
+
+def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, language_target, tmp_path):
+    tables = {"embed_tokens.weight": language_target.model.get_input_embeddings().weight}
+    tables |= {"lm_head.weight": language_target.head.weight}
+    same = load_drafter(with_tables(language_drafter_folder, tmp_path / "same", tables), language_target)
+    assert same.embed_tokens is same.lm_head is same.vocabulary is None
+    assert same.spec == read_folder(language_drafter_folder)[0]
+    own = {name: -table for name, table in tables.items()}
+    said = with_tables(
+        language_drafter_folder, tmp_path / "said", own, has_own_embed_tokens=False, has_own_lm_head=False
+    )
+    assert load_drafter(said, language_target).lm_head is None
+    assert {*read_folder(said)[1]} == {*load_file(language_drafter_folder / "model.safetensors")}
+    small = {"draft_vocab_size": len(TOKENS)}
+    path = with_tables(language_drafter_folder, tmp_path / "small", small_head(language_target), **small)
+    start = load_drafter(path, language_target).start_for(language_target)
+    assert start.lm_head is None and start.spec == same.spec
+    start.save_pretrained(tmp_path / "start")
+    assert read_folder(tmp_path / "start")[0] == same.spec
+
+
+def test_the_draft_vocabulary_is_written_for_speculators(
+    language_drafter_folder, language_target, language_folder, questions, tmp_path, capsys
+):
+    shutil.copytree(language_drafter_folder, tmp_path / "a")
+    DraftVocabulary(TOKENS).save(tmp_path / "a")
+    flags = ["--target", str(language_folder), "--to", "speculators", "--output", str(tmp_path / "b")]
+    assert main(["export", str(tmp_path / "a"), *flags]) == 0
+    assert f"{len(TOKENS)} of 64 tokens" in (tmp_path / "b" / "README.md").read_text()
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    ids = tensors["d2t"] + torch.arange(len(TOKENS))
+    assert ids.tolist() == sorted(TOKENS) and tensors["t2d"].nonzero().flatten().tolist() == sorted(TOKENS)
+    assert torch.equal(tensors["lm_head.weight"].float(), language_target.head.weight[ids])
+    assert main(["import", str(tmp_path / "b"), "--output", str(tmp_path / "c")]) == 0
+    ours = load_drafter(language_drafter_folder, language_target)
+    ours.vocabulary = DraftVocabulary(TOKENS)
+    theirs = load_drafter(tmp_path / "c", language_target)
+    pairs = [
+        [generate(language_target, drafter, [4, 20, 51, 5], max_new_tokens=30, width="full") for drafter in both]
+        for both in [(ours, theirs)]
+    ]
+    assert all(a.widths == b.widths for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("tables", "changes", "reason"),
+    [
+        ({"d2t": torch.zeros(38, dtype=torch.long) + 30}, {}, "d2t does not have an offset"),
+        ({"d2t": -torch.arange(38)}, {}, "d2t does not have an offset"),
+        ({"d2t": torch.zeros(38)}, {}, "d2t does not have an offset"),
+        ({"lm_head.weight": torch.zeros(3, 48)}, {}, "lm_head.weight has shape"),
+        ({}, {"draft_vocab_size": 12}, "has shape"),
+        ({}, {"draft_vocab_size": None}, "unknown .'d2t'"),
+        ({}, {"draft_vocab_size": "x"}, "draft_vocab_size is 'x'"),
+        ({}, {"markov_rank": 256}, "markov_rank"),
+        ({}, {"attention_sink_bias": True}, "attention_sink_bias"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_key(
+    tables, changes, reason, layouts, language_target, language_folder, tmp_path, capsys
+):
+    path = with_tables(layouts["small"], tmp_path / "x", tables, **changes)
+    assert main(["import", str(path), "--output", str(tmp_path / "y")]) == 1
+    assert re.search(reason, capsys.readouterr().err)
+    if not any(table.is_floating_point() for table in tables.values()):
+        with pytest.raises(ValueError):
+            load_drafter(path, language_target)
+
+
+@pytest.mark.parametrize("layout", KEYS)
+def test_doctor_knows_own_tables(layout, layouts, language_folder, responses_file, capsys):
+    code, said = examine(layouts[layout], language_folder, responses_file, capsys)
+    assert code == 0 and "own embedding" in said
