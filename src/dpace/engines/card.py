@@ -96,7 +96,7 @@ def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Adv
             groups.setdefault((row.set, row.temperature), []).append(row)
     for rows in groups.values():
         row = max(rows, key=lambda row: (verdict(row.decode_speedup_interval) == "faster", row.decode_speedup or 0))
-        length = f"{row.block_size}, whole drafts" if row.width == "full" else str(row.width)
+        length = _way(row).replace("full", f"{row.block_size}, whole drafts")
         yield Advice("dpace", row.set, row.temperature, "1", _best(row, length), SPEEDUP.write(row))
     for row in results.llamacpp or () if DEMO_DRAFTER in drafters else ():
         ratio = row.tokens_per_second / row.plain_tokens_per_second

@@ -7,13 +7,14 @@ token are the tokens that it has to emit.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from itertools import product
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
-from dpace.measure.records import ResponseRecord
+from dpace.measure.records import ResponseRecord, Setup
 from dpace.measure.results import BreakEven, Estimate, PairedResponse, ServerResults, nullable
 from dpace.metrics import decode_speedup, estimate
 
@@ -85,7 +86,12 @@ class Upgrade(NamedTuple):
 
 
 def compare_servers(before: ServerResults, after: ServerResults) -> list[Upgrade]:
-    """Compare the rows that two servers have in common, on the prompts that both were asked."""
+    """Compare the rows that two servers have in common, on the prompts that both were asked.
+
+    There are none where they serve other targets, or were asked in another way.
+    """
+    if any(getattr(before, field.name) != getattr(after, field.name) for field in fields(Setup)):
+        return []
     setting = attrgetter("set", "temperature", "concurrency", "prefix")
     upgrades = []
     for old, new in product(before.rows, after.rows):

@@ -190,13 +190,12 @@ def _ask_server(
     """
 
     def send(*, is_warm: bool) -> list[Answer]:
-        def ask(request: tuple[list[int], int, str]) -> Answer:
-            token_ids, seed, salt = request
+        def ask(token_ids: list[int], seed: int, salt: str) -> Answer:
             more = server.measured(salt, is_warm=is_warm)
             return server.answer(token_ids, max_new_tokens, job.temperature, seed, more=more)
 
         with ThreadPoolExecutor(job.concurrency) as pool:
-            return list(pool.map(ask, requests))
+            return list(pool.map(ask, *zip(*requests, strict=True)))
 
     if job.prefix == "warm":
         send(is_warm=False)

@@ -142,12 +142,19 @@ def _same_text(row: Row | ServerRow) -> str:
     return "-" if row.num_same_text is None else f"{row.num_same_text}/{row.num_responses}"
 
 
+def _with_and_without(name: str, read: Callable[[Any], Estimate]) -> tuple[Column, Column]:
+    """Make the terminal's column of a number, and the page's with its interval."""
+    return (
+        Column(name, lambda row: with_interval(read(row)[0]), only="terminal"),
+        Column(f"{name} [95 %]", lambda row: with_interval(*read(row)), only="page"),
+    )
+
+
 SET = Column("set", attrgetter("set"), is_text=True)
 TEMPERATURE = Column("T", lambda row: f"{row.temperature:g}")
 DRAFTER = Column("drafter", attrgetter("drafter"), is_text=True)
 WIDTH = Column("width", lambda row: str(row.width), is_text=True)
-TAU = Column("tau", lambda row: with_interval(row.tau), only="terminal")
-TAU_INTERVAL = Column("tau [95 %]", lambda row: with_interval(row.tau, *row.tau_interval), only="page")
+TAU, TAU_INTERVAL = _with_and_without("tau", lambda row: (row.tau, *row.tau_interval))
 SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, *row.decode_speedup_interval))
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
 PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="page")
@@ -193,8 +200,7 @@ PAIR_COLUMNS = (
     DRAFTER,
     WIDTH,
     Column("tau [95 %]", lambda row: percent(row.tau_gain)),
-    Column("speed ratio", lambda row: with_interval(row.speed_ratio[0]), only="terminal"),
-    Column("speed ratio [95 %]", lambda row: with_interval(*row.speed_ratio), only="page"),
+    *_with_and_without("speed ratio", attrgetter("speed_ratio")),
 )
 """What is written of a `Comparison`."""
 
@@ -233,8 +239,7 @@ BREAK_EVEN_COLUMNS = (
     TEMPERATURE,
     DRAFTER,
     Column("break-even [95 %]", lambda row: with_interval(*row.break_even)),
-    Column("tau", lambda row: with_interval(row.tau[0]), only="terminal"),
-    Column("tau [95 %]", lambda row: with_interval(*row.tau), only="page"),
+    *_with_and_without("tau", attrgetter("tau")),
 )
 """What is written of a `BreakEven`."""
 

@@ -74,7 +74,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
     sections = [section for results, folder in measured for section in sections_of(results, folder)]
     served = [results for results, _ in measured if isinstance(results, ServerResults)]
-    sections += [upgrade(served[0], other) for other in served[1:]]
+    sections += [section for other in served[1:] if (section := upgrade(served[0], other)).items]
     benchmarks = [benchmark for results, _ in measured if (benchmark := benchmark_of(results))]
     if has_parts(benchmarks):
         sections.insert(1, contexts(benchmarks))

@@ -31,14 +31,16 @@ def run(args: list[str]) -> None:
     else:
         prompts = split_prompts(recipe.prompts).heldout
     if recipe.bench.server:
+        if recipe.bench.verify_rules != ("equality",):
+            raise ValueError("--bench.verify-rules is not for --bench.server, which has its own rule; leave one out")
         if DRY_RUN in args:
             print(f"prompts: {len(prompts):,}, sent to the server")
         else:
             _bench_servers(recipe, prompts)
         return
-    if recipe.bench.plain_server:
+    if recipe.bench.plain_server or recipe.bench.prefixes != ("cold",):
         raise ValueError(
-            "--bench.plain-server has no server to be compared with; name the one with a drafter by --bench.server"
+            "--bench.plain-server and --bench.prefixes are for servers; name the one with a drafter by --bench.server"
         )
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]

@@ -2,12 +2,13 @@
 
 import sys
 import time
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from dpace.config import DeviceMap, Dtype, PositiveOrZero, SamplingConfig, Text, VerifyRule
-from dpace.recipes.flags import command, parse
+from dpace.recipes.flags import command, given_options, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
 
@@ -41,7 +42,7 @@ class GenerateConfig(SamplingConfig):
     """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
     recall_mib: PositiveOrZero = 64.0
     """MiB of memory of answers that width auto copies from: those that the drafter was trained on, then those of the
-    chat; 0 keeps none."""
+    chat; 0 keeps none. Only with a drafter, and not with --compile."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
     equality: those that equal the target's own sample. speculative: by speculative sampling, token by token.
@@ -61,6 +62,10 @@ def run(args: list[str]) -> None:
             "--compile needs --drafter, and cannot be combined with --stream or another --verify-rule than equality; "
             "leave one of them out"
         )
+    if "recall_mib" in given_options(GenerateConfig, "generate", args) and (
+        config.compile or config.drafter is None or config.width == "full"
+    ):
+        raise ValueError("--recall-mib needs --drafter and --width auto, and not --compile; leave it out")
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
     from dpace.decode import Paces, generate, generate_batch, generate_plain
@@ -74,14 +79,7 @@ def run(args: list[str]) -> None:
     folder = None if config.drafter is None else find_drafter(config.drafter)
     target = load_target(config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
     drafter = load_drafter(folder, target) if folder else None
-    options = SamplingOptions(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        seed=config.seed,
-    )
+    options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
     if config.stream and drafter:
         return _chat(target, drafter, messages, config, options)
     token_ids = encode_chat(target, messages)

@@ -281,6 +281,7 @@ def test_two_versions_of_an_engine_are_compared(start, recipe, tmp_path, capsys)
     fewer = replace(after, rows=[replace(after.rows[0], responses=after.rows[0].responses[:3])])
     (on_three,) = compare_servers(before, fewer)
     assert on_three.tau_gain[1:] == (None, None) and not compare_servers(before, replace(after, rows=[]))
+    assert compare_servers(before, replace(after, target="other")) == [], "of another target"
     older = replace(after, rows=[replace(after.rows[0], responses=None)])
     assert compare_servers(before, older) == [], "servers.json of an older version has no responses"
 
@@ -296,8 +297,12 @@ def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
         bench_servers(chat, server.url, None, prompts(), GREEDY, tmp_path)
 
 
-def test_the_verb_wants_the_server_for_a_baseline(capsys):
-    assert main(["bench", "--plain-server", "http://127.0.0.1:9"]) == 1
+@pytest.mark.parametrize(
+    "flags",
+    ["--plain-server http://127.0.0.1:9", "--prefixes warm", "--server http://127.0.0.1:9 --verify-rules block"],
+)
+def test_the_verb_wants_the_server_for_its_flags_and_those_only(flags, recipe, capsys):
+    assert main(["bench", str(recipe), *flags.split()]) == 1
     assert "--bench.server" in capsys.readouterr().err
 
 
