@@ -46,8 +46,8 @@ class PromptLookup:
 
     def __init__(self, text: list[int]):
         self.text = text
-        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(MAX_MATCH)]
-        self._num_read = 1
+        self._after: dict[tuple[int, ...], int] = {}
+        self._num_read = 0
         self.read()
 
     def read(self) -> list[tuple[int, bool]]:
@@ -62,8 +62,8 @@ class PromptLookup:
             match, start = self._find(position)
             outcomes.append((match, start is not None and text[start] == text[position]))
             for length in range(1, min(MAX_MATCH, position) + 1):
-                self._after[length - 1][tuple(text[position - length : position])] = position
-        self._num_read = max(1, len(text))
+                self._after[tuple(text[position - length : position])] = position
+        self._num_read = len(text)
         return outcomes
 
     def _find(self, end: int) -> tuple[int, int | None]:
@@ -73,7 +73,7 @@ class PromptLookup:
             Its length, and the position after its earlier occurrence; 0 and None where the last token is new.
         """
         for length in range(min(MAX_MATCH, end), 0, -1):
-            start = self._after[length - 1].get(tuple(self.text[end - length : end]))
+            start = self._after.get(tuple(self.text[end - length : end]))
             if start is not None:
                 return length, start
         return 0, None

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpace.config import VerifyRule, Width
 from dpace.decode.copies import PromptLookup
 from dpace.decode.generation import Generation, Step, collect
-from dpace.decode.pace import Pace, Paces, Plan
+from dpace.decode.pace import Paces, Plan
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
 from dpace.decode.sampling import draw_draft, draw_walk, verify_draft, verify_sampled
 from dpace.decode.steps import Ends, State, draft_step, verify_step
@@ -276,7 +276,19 @@ class Speculation:
         step = self.text.take(accepted, token_ids, width=proposal.width, is_copied=not plan.is_drafted)
         if self.pace is not None:
             seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
-            self._learn(self.pace, plan, proposal, step, seconds)
+            if plan.is_drafted:
+                self.pace.learn_drafting(
+                    plan,
+                    proposal.width,
+                    step.accepted,
+                    promised=proposal.promised,
+                    seconds=seconds,
+                    num_unread=proposal.num_read,
+                    lookups=self.lookup.read(),
+                )
+            else:
+                self.pace.learn_plain(seconds, proposal.width)
+            self.pace.learn_copying(plan, step.token_ids)
         num_kept = len(step.token_ids)
         self.unread.append(self.state.features[:, :num_kept])
         num_rejected = proposal.width - num_kept
@@ -286,19 +298,3 @@ class Speculation:
             num_rejected = 0
         self.cache.go_back(num_rejected)
         return step
-
-    def _learn(self, pace: Pace, plan: Plan, proposal: Proposal, step: Step, seconds: float) -> None:
-        """Tell the pace the step's accepted tokens and seconds."""
-        if plan.is_drafted:
-            pace.learn_drafting(
-                plan,
-                proposal.width,
-                step.accepted,
-                promised=proposal.promised,
-                seconds=seconds,
-                num_unread=proposal.num_read,
-                lookups=self.lookup.read(),
-            )
-        else:
-            pace.learn_plain(seconds, proposal.width)
-        pace.learn_copying(plan, step.token_ids)

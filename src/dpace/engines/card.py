@@ -5,8 +5,8 @@ What comes in is a spec, the drafter as it was measured, and the results beside 
 each engine's command (`ENGINES`), which `dpace doctor` and the documentation print too.
 """
 
-import itertools
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -122,8 +122,6 @@ def served_lengths(results: ServerResults) -> Iterator[Advice]:
 class Serving(NamedTuple):
     """How one engine serves a drafter."""
 
-    num_uncounted: int
-    """Slots of a block that the engine's option leaves out: 1 where it counts the draft tokens only."""
     command: str
     """The command, the configuration or the line of Python, with fields that `serve_command` fills in."""
     card: str = ""
@@ -132,7 +130,6 @@ class Serving(NamedTuple):
 
 ENGINES: dict[Engine, Serving] = {
     "vllm": Serving(
-        1,
         "vllm serve {quoted_target} --speculative-config {config}",
         """**vLLM**
 
@@ -146,9 +143,8 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
 """,
     ),
     "sglang": Serving(
-        0,
         "python -m sglang.launch_server --model-path {quoted_target} --speculative-algorithm DFLASH "
-        "--speculative-draft-model-path {quoted_drafter} --speculative-dflash-block-size {count}",
+        "--speculative-draft-model-path {quoted_drafter} --speculative-dflash-block-size {block_size}",
         """**SGLang** (not run by us)
 
 ```bash
@@ -157,7 +153,6 @@ It needs Model Runner V2 with full CUDA graphs (not run by us).
 """,
     ),
     "llamacpp": Serving(
-        1,
         "llama-server -m TARGET.gguf -md {gguf} --spec-type draft-{kind} --spec-draft-n-max {count}",
         """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
 
@@ -172,7 +167,6 @@ probability; try a few values on your prompts.
 """,
     ),
     "tensorrt": Serving(
-        1,
         "# config.yaml, for: trtllm-serve {quoted_target} --config config.yaml\n"
         "speculative_config:\n  decoding_type: DFlash\n  speculative_model: {scalar}\n  max_draft_len: {count}",
         """**TensorRT-LLM** (not run by us)
@@ -186,7 +180,6 @@ probability; try a few values on your prompts.
 """,
     ),
     "transformers": Serving(
-        0,
         "model.generate(**inputs, assistant_model=Drafter.from_pretrained({drafter!r}, dtype=model.dtype), "
         'speculation_type="dflash", do_sample=False)',
         """**transformers** (5.15 or newer, one prompt at a time)
@@ -206,7 +199,6 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """,
     ),
     "zlab": Serving(
-        0,
         "dflash_generate(DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype), model, token_ids, "
         "max_new_tokens, stop_token_ids, 0.0)",
     ),
@@ -232,10 +224,8 @@ def serve_command(engine: Engine, drafter: str, target: str, block_size: int, *,
         block_size: of a `Drafter`: the anchor and the draft tokens.
         from_anchor: see `DrafterSpec.sample_from_anchor`; llama.cpp runs such drafters as DSpark's without a head.
     """
-    serving = ENGINES[engine]
-    count = block_size - serving.num_uncounted
-    config = {"method": "dflash", "model": drafter, "num_speculative_tokens": count}
-    return serving.command.format(
+    config = {"method": "dflash", "model": drafter, "num_speculative_tokens": block_size - 1}
+    return ENGINES[engine].command.format(
         drafter=drafter,
         quoted_drafter=shlex.quote(drafter),
         quoted_target=shlex.quote(target),
@@ -243,7 +233,8 @@ def serve_command(engine: Engine, drafter: str, target: str, block_size: int, *,
         kind="dspark" if from_anchor else "dflash",
         config=shlex.quote(json.dumps(config)),
         scalar=json.dumps(drafter),
-        count=count,
+        count=block_size - 1,
+        block_size=block_size,
     )
 
 
@@ -280,11 +271,10 @@ def card_sections(
 
 def most_requests(rows: Sequence[BreakEven]) -> int:
     """Return up to how many requests at once drafts pay, for all lengths of the context; 0 where that is not known."""
-    by_number: dict[int, set[str]] = {}
-    for row in rows:
-        by_number.setdefault(row.concurrency, set()).add(pays(row))
-    paying = list(itertools.takewhile(lambda number: by_number[number] == {"pays"}, sorted(by_number)))
-    return paying[-1] if paying and len(by_number) > 1 else 0
+    numbers = sorted({row.concurrency for row in rows})
+    losing = {row.concurrency for row in rows if pays(row) != "pays"}
+    paying = [number for number in numbers if number < min(losing, default=math.inf)]
+    return paying[-1] if paying and len(numbers) > 1 else 0
 
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]

@@ -8,12 +8,13 @@ is the baseline that a drafter has to beat where compiling pays. `dpace.measure.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpace.config import BenchConfig, VerifyRule, Width
+from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.decode.batch import compiled_columns
 from dpace.drafter import Drafter
@@ -70,21 +71,18 @@ def bench(
     for drafter in drafters.values():
         drafter.check_target(target)
     ranks.from_first(lambda: register_files(folder, "results.json"))
-    rules: dict[str, tuple[Drafter, VerifyRule]] = {
-        name if rule == "equality" else f"{name}, {rule}": (drafter, rule)
-        for name, drafter in drafters.items()
-        for rule in config.verify_rules
-    }
-    drafters = {name: drafter for name, (drafter, _) in rules.items()}
-    setup = _bench_setup(target, drafters, config)
+    paces = {rule: Paces() for rule in config.verify_rules}
+    named: dict[str, Drafter] = {}
+    ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
+    for rule, (name, drafter) in product(config.verify_rules, drafters.items()):
+        way = name if rule == "equality" else f"{name}, {rule}"
+        named[way] = drafter
+        for width in config.widths:
+            ways[way, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=paces[rule])
+    setup = _bench_setup(target, named, config)
     records = ResponseRecords(folder / "bench.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
-    paces = {rule: Paces() for rule in config.verify_rules}
-    ways: Ways = {(PLAIN, None): partial(generate_plain, target)}
-    for name, (drafter, rule) in rules.items():
-        for width in config.widths:
-            ways[name, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=paces[rule])
     compiled = find_compiled(target, config)
     if compiled:
         ways[COMPILED, None] = compiled.decode
@@ -106,7 +104,7 @@ def bench(
                     records.add(record)
             bar.update(task, advance=1, info=_so_far(records.rows))
     records.collect()
-    block_sizes = {name: drafter.block_size for name, drafter in drafters.items()}
+    block_sizes = {name: drafter.block_size for name, drafter in named.items()}
     rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes, config.widths)
     results = BenchResults(
         **vars(setup),

@@ -410,7 +410,7 @@ class LlamacppServer(Server):
         """See `Server`."""
         if event.get("truncated"):
             raise ValueError("the server cut the prompt: give it a longer context")
-        counts = None
+        counts: dict[str, Any] = {}
         timings = event.get("timings") or {}
         if event.get("stop") and timings.get("draft_n") is not None:
             counts = _Timings(**timings).count(is_eos=event.get("stop_type") == "eos")
@@ -419,8 +419,7 @@ class LlamacppServer(Server):
             end=(event.get("stop_type") or "done") if event.get("stop") else None,
             text=event.get("content"),
             num_tokens=event.get("tokens_predicted"),
-            num_verifications=counts and counts.num_verifications,
-            num_accepted=counts.num_accepted if counts else 0,
+            **counts,
         )
 
     def measured(self, salt, *, is_warm):
@@ -437,14 +436,14 @@ class _Timings(BaseModel):
     draft_n: NonNegativeInt
     draft_n_accepted: NonNegativeInt
 
-    def count(self, *, is_eos: bool) -> Counts:
+    def count(self, *, is_eos: bool) -> dict[str, int]:
         """Compute the number of verifications, of which each emits what it accepts and one more token."""
         emitted = self.predicted_n - 1  # the first token is the prompt's
         verifications = max(1, emitted - self.draft_n_accepted)
         if is_eos and self.draft_n % verifications:
             # But not one whose draft ends the text. Drafts are equally long, so the number of tokens in them tells.
             verifications += self.draft_n % (verifications + 1) == 0
-        return Counts(verifications, max(0, emitted - verifications))
+        return {"num_verifications": verifications, "num_accepted": max(0, emitted - verifications)}
 
 
 def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
