@@ -15,7 +15,6 @@ from dpace.verbs import load_target
 if TYPE_CHECKING:
     from dpace.decode import Generation
     from dpace.decode.generation import Step
-    from dpace.decode.request import SamplingOptions
     from dpace.drafter import Drafter
     from dpace.target import Target
 
@@ -80,15 +79,15 @@ def run(args: list[str]) -> None:
     target = load_target(config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
     drafter = load_drafter(folder, target) if folder else None
     options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
+    ways = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
     if config.stream and drafter:
-        return _chat(target, drafter, messages, config, options)
+        return _chat(target, drafter, messages, {**ways, **options})
     token_ids = encode_chat(target, messages)
     if drafter is None:
         generation = generate_plain(target, token_ids, **options)
     elif config.compile:
         (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **options)
     else:
-        ways = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}
         generation = generate(target, drafter, token_ids, **ways, **options)
     print_text(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
     _print_speed(generation)
@@ -106,22 +105,15 @@ def _print_speed(generation: "Generation") -> None:
     print(f"{num_tokens} token{'' if num_tokens == 1 else 's'}{speed}{tau}", file=sys.stderr)
 
 
-def _chat(
-    target: "Target",
-    drafter: "Drafter",
-    messages: list[dict[str, Any]],
-    config: GenerateConfig,
-    options: "SamplingOptions",
-) -> None:
-    """Answer the messages, or the lines that the user types until the end of input.
+def _chat(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """Answer the messages, or the lines that the user types until the end of input; options are those of `stream`.
 
     After each answer, one sentence on stderr says how fast it came.
     """
-    from dpace.decode import Generation, Paces, stream
+    from dpace.decode import Generation, stream
     from dpace.target.chat import encode_chat
 
     is_one_answer = bool(messages)
-    paces = Paces(config.recall_mib)
     steps: list[tuple[Step, float]] = []  # and their times
     while True:
         if not messages or messages[-1]["role"] != "user":
@@ -138,9 +130,6 @@ def _chat(
             target,
             drafter,
             encode_chat(target, messages),
-            width=config.width,
-            verify_rule=config.verify_rule,
-            paces=paces,
             on_step=lambda step: steps.append((step, time.perf_counter())),
             **options,
         ):
