@@ -51,11 +51,14 @@ def accepts_drafts(folder: ExaminedFolder) -> Observation:
 
 
 def first_slot(folder: ExaminedFolder) -> Observation:
-    """Compare tau with that of drafts read one slot before or behind."""
+    """Compare tau with that of drafts read one slot before or behind, which has to be clearly higher to count.
+
+    Both are near 1 for a drafter that was hardly trained, and either may be the higher one.
+    """
     acceptance, shifted = folder.acceptance, folder.shifted_acceptance
     if acceptance is None or shifted is None:
         return Observation(None, "no responses to measure on")
-    is_right = shifted.tau < MIN_TAU or shifted.tau <= acceptance.tau
+    is_right = shifted.tau < max(MIN_TAU, 1.25 * acceptance.tau)
     found = f"tau {acceptance.tau:.2f}, and {shifted.tau:.2f} when read with the other value"
     return Observation(is_right, found, f"{bool(1 - folder.drafter.first_slot)}, with the higher tau")
 
