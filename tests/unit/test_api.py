@@ -51,7 +51,7 @@ def test_an_objective_of_ones_own_is_recorded(language_target, language_response
     assert (run["loss.objective"], run["loss.objective_sha256"]) == (name, sha256)
     for record in (read_json(tmp_path / "own" / "provenance.json"), ours.config.dpace):
         assert (record["objective"], record["objective_sha256"]) == (name, sha256)
-    card = {"to": "zlab", "name": "a/b", "target_name": "c/d", "license": "mit", "dtype": torch.bfloat16}
+    card = {"to": "zlab", "name": "a/b", "target_name": "c/d", "license": "mit", "dtype": "bfloat16"}
     write_card(tmp_path, ours.spec, **card, is_rounded=False, source=tmp_path / "own", drafter=ours)
     assert name in (tmp_path / "README.md").read_text() and sha256 in (tmp_path / "README.md").read_text()
 

@@ -208,8 +208,8 @@ class Batch:
                 cache.keep_rows(kept)
 
 
-def check_batch(target: Target, rows: Sequence[Continuation], *, compile: bool) -> None:
-    """Refuse targets whose attention or rotary embedding does not allow rows of different lengths.
+def check_batch(target: Target, rows: Sequence[Continuation]) -> None:
+    """Refuse targets whose devices, attention or rotary embedding do not allow rows of different lengths.
 
     Raises:
         ValueError: names what was found and how to decode instead.
@@ -220,6 +220,9 @@ def check_batch(target: Target, rows: Sequence[Continuation], *, compile: bool) 
             f"the target's attention is {implementation}, which takes no 4-D mask; load it with "
             "attn_implementation='sdpa', or decode one prompt at a time with `generate`"
         )
-    if compile and target.is_spread:
-        raise ValueError("the target's layers are on several devices, which cannot be compiled; leave --compile out")
+    if target.is_spread:
+        raise ValueError(
+            "the target's layers are on several devices, which decode one prompt at a time; leave --compile out, or "
+            "call `generate` for each prompt"
+        )
     target.refuse_rotation(len(rows), 1 + max(row.limit for row in rows))

@@ -99,7 +99,7 @@ class Decoder:
             own: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
             rows.append(make_continuation(self.target, token_ids, **own))
         if rows:
-            check_batch(self.target, rows, compile=self.compile)
+            check_batch(self.target, rows)
         return rows
 
     def _find_caches(self, num_rows: int, num_tokens: int) -> RowCaches:
@@ -145,7 +145,7 @@ def generate_batch(
         One `Generation` a prompt, in order. The seconds of each are those of the whole batch: do not add them up.
 
     Raises:
-        ValueError: as `generate`; for more than one prompt also a layer without full attention, or an attention
-            implementation that accepts no 4-D mask.
+        ValueError: as `generate`; for more than one prompt also a layer without full attention, an attention
+            implementation that accepts no 4-D mask, or layers on several devices.
     """
     return Decoder(target, drafter, compile=compile).generate_batch(prompts, **options)

@@ -53,7 +53,7 @@ def generate_responses(
             make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
             for token_ids, seed in zip_longest(encoded, seeds)
         ]
-        check_batch(target, rows, compile=False)
+        check_batch(target, rows)
         caches = RowCaches(target, None, 1 + max(row.limit for row in rows))
     except ValueError:
         size = 1 if target.rotation_boundary else len(encoded)

@@ -98,9 +98,8 @@ def test_output_distribution_when_sampling(rule, width, filters, drafted, sample
     Also where only some tokens, and those of the prompt, are drafted.
     """
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
-    monkeypatch.setattr(
-        "dpace.decode.pace.Pace._learn_seconds", lambda *_, **__: None
-    )  # steps do not take these seconds
+    # Steps do not take these seconds.
+    monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *_, **__: None)
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)

@@ -164,7 +164,7 @@ def test_generate_with_processors_has_the_targets_distribution(options, widths, 
     monkeypatch.setattr(
         "dpace.decode.pace.Pace.choose_width", lambda _, plan, confidences: (min(next(cycle), len(confidences) + 1), 0)
     )
-    monkeypatch.setattr("dpace.decode.loop.Speculation._learn", lambda *_: None)
+    monkeypatch.setattr("dpace.decode.pace.Pace.learn_drafting", lambda *_, **__: None)
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=3)
     target.model.generation_config.eos_token_id = target.model.generation_config.pad_token_id = None
     with torch.no_grad():

@@ -1,6 +1,7 @@
 import pytest
 
 from dpace.config import RespondConfig
+from dpace.decode import generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.prompts.prompts import Prompt
 from dpace.respond import in_process
@@ -27,6 +28,17 @@ def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tm
         ((start, end),) = response.response_spans
         assert response.token_ids == token_ids + expected and (start, end) == (len(token_ids), len(response.token_ids))
         assert sum(response.is_response) == len(expected)
+
+
+def test_a_target_on_several_devices_reads_padded_rows(language_target, language_prompts, monkeypatch):
+    """Rows of different lengths need places on one device."""
+    encoded = [encode_chat(language_target, text) for text in language_prompts[:3]]
+    config = RespondConfig(max_new_tokens=6)
+    answers = in_process.generate_responses(language_target, encoded, config)
+    monkeypatch.setattr(language_target.model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
+    with pytest.raises(ValueError, match="several devices"):
+        generate_batch(language_target, None, encoded, max_new_tokens=6)
+    assert in_process.generate_responses(language_target, encoded, config) == answers
 
 
 def test_prompts_with_a_shared_beginning(random_target, tmp_path):
