@@ -30,9 +30,9 @@ def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tm
         assert sum(response.is_response) == len(expected)
 
 
-def test_a_target_on_several_devices_reads_padded_rows(language_target, language_prompts, monkeypatch):
+def test_a_target_on_several_devices_reads_padded_rows(language_target, prompts, monkeypatch):
     """Rows of different lengths need places on one device."""
-    encoded = [encode_chat(language_target, text) for text in language_prompts[:3]]
+    encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts[:3]]
     config = RespondConfig(max_new_tokens=6)
     answers = in_process.generate_responses(language_target, encoded, config)
     monkeypatch.setattr(language_target.model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
