@@ -203,7 +203,7 @@ class LiLiCorrAttention(nn.Module):
         return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
-class LiLiCorrLayer(nn.Module):
+class LiLiCorrLayer(GradientCheckpointingLayer):
     """A pre-norm layer over the candidates of a block."""
 
     def __init__(self, width: int, inner: int, num_heads: int, eps: float):

@@ -194,6 +194,12 @@ class DrafterSpec:
                 f"lilicorr_num_heads is {spec.head.num_heads}, expected a divisor of the head's width, which is "
                 f"{width}; {COPY_AGAIN}"
             )
+        for key in ("sample_from_anchor", "draft_vocab_size"):
+            if spec.head and getattr(spec, key):
+                raise ValueError(
+                    f"{key} is {getattr(spec, key)}, which dpace does not run with a LiLiCorr head; serve this drafter "
+                    "with the project that trained it"
+                )
         if "sliding_attention" not in spec.layer_types:
             return replace(spec, layer_types=(), sliding_window=None)
         if len(spec.layer_types) != spec.num_layers:
