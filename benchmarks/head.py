@@ -22,14 +22,15 @@ from dpace.config import Width
 from dpace.decode import Paces, generate
 from dpace.decode.costs import measure_costs
 from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.engines.published import make_drafter, read_folder, without_head
 from dpace.fast.speed_up import speed_up
+from dpace.metrics import decode_speedup
 from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
-RESAMPLES = 2000
 WIDTHS: tuple[Width, ...] = ("full", "auto")
 
 
@@ -39,7 +40,8 @@ def load_both(target: Target, folder: str, other: str | None) -> dict[str, Draft
     if other is not None:
         return {"head": drafter, "without": load_drafter(other, target)}
     plain = make_drafter(*without_head(*read_folder(folder))).to(target.device, target.model.dtype)
-    plain.vocabulary = drafter.vocabulary
+    if drafter.vocabulary is not None:  # its temperature is the head's
+        plain.vocabulary = DraftVocabulary(drafter.vocabulary.token_ids.tolist())
     speed_up(plain)
     return {"head": drafter, "without": plain}
 
@@ -63,15 +65,8 @@ def measure(
 
 def gain(head: np.ndarray, without: np.ndarray) -> str:
     """Write the gain of a ratio of sums in percent, with an interval over prompts, the same ones on both sides."""
-
-    def ratio(rows: np.ndarray) -> float:
-        ours, theirs = (part[rows].sum(0) for part in (head, without))
-        return 100 * (ours[0] / ours[1] / (theirs[0] / theirs[1]) - 1)
-
-    rng = np.random.default_rng(0)
-    draws = [ratio(rng.integers(0, len(head), len(head))) for _ in range(RESAMPLES)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return f"{ratio(np.arange(len(head))):+.1f} % [{low:+.1f}, {high:+.1f}]"
+    value, low, high = (100 * (ratio - 1) for ratio in decode_speedup(*head.T, *without.T))
+    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def main() -> None:

@@ -173,8 +173,8 @@ class LossConfig:
     head_weights: HeadWeights = "mean"
     """How much each slot counts in the loss of a head.
     mean: all slots before the first whose token is no candidate count alike, as published.
-    objective: by the objective's weights. walk: by the same from the probabilities of the head's walk, which then are
-    the drafter's weights too."""
+    objective: by the objective's weights from the probabilities of the head's walk. walk: the same, which then are the
+    drafter's weights too."""
     head_penalty: PositiveOrZero = 0.25
     """Weight of the penalty for choices that the target dislikes (LiLiCorr: 0.25); 0 saves the target's upper layers.
     """

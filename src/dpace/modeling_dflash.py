@@ -203,7 +203,7 @@ class LiLiCorrAttention(nn.Module):
         return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
-class LiLiCorrLayer(nn.Module):
+class LiLiCorrLayer(GradientCheckpointingLayer):
     """A pre-norm layer over the candidates of a block."""
 
     def __init__(self, width: int, inner: int, num_heads: int, eps: float):
@@ -324,17 +324,19 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
     """Refuse the config of a drafter that this network would compute wrongly.
 
     Raises:
-        ValueError: biases, sinks or scales of attention, windows in MiMo's spelling, or another activation.
+        ValueError: biases, sinks or scales of attention, windows in MiMo's spelling, a head that reads the token before
+            (DSpark), or another activation.
     """
-    known = {"attention_bias": False, "hidden_act": "silu"}
-    unknown = {name: config.get(name) for name in known if config.get(name) not in (None, known[name])}
+    keys = ("attention_bias", "use_swa", "attention_sink_bias", "attention_value_scale", "markov_rank")
     nested = config.get("dflash_config") or {}
-    others = ("use_swa", "attention_sink_bias", "attention_value_scale")
-    unknown |= {f"dflash_config.{name}": nested[name] for name in others if nested.get(name)}
+    found = {name: config.get(name) for name in keys} | {f"dflash_config.{name}": nested.get(name) for name in keys}
+    unknown = {name: value for name, value in found.items() if value is True or value not in (None, False, 1.0)}
+    if config.get("hidden_act") not in (None, "silu"):
+        unknown["hidden_act"] = config["hidden_act"]
     if unknown:
         raise ValueError(
             f"the drafter's config has {unknown}; this network supports only attention without biases, sinks and "
-            "scales, and silu: serve this drafter with the project that trained it"
+            "scales, silu, and no head of DSpark: serve this drafter with the project that trained it"
         )
 
 

@@ -166,9 +166,11 @@ class Speculation:
         self.recall = paces.recall(drafter) if self.pace else None
         self.samples_draft = verify_rule != "equality" and temperature > 0
         self.by_block = verify_rule == "block"
-        # Processors may allow only tokens outside of a vocabulary, and then no draft could be drawn.
-        is_whole = self.samples_draft and text.sampler.processors
-        self.draft_head = DraftHead(target, None if is_whole else drafter.vocabulary, text.token_ids)
+        vocabulary = drafter.vocabulary
+        is_part = vocabulary is not None and len(vocabulary.known) < len(target.head.weight)
+        if is_part and self.samples_draft and text.sampler.processors:
+            vocabulary = None  # processors may allow only tokens outside of it, and then no draft could be drawn
+        self.draft_head = DraftHead(target, vocabulary, text.token_ids)
         capacity = len(text.token_ids) + text.max_new_tokens + size
         self.cache = TextCache(target.config, capacity)
         self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
@@ -209,7 +211,7 @@ class Speculation:
         copies = [self.lookup.propose(count)]
         if self.recall:
             copies.append(self.recall.propose(self.text.token_ids, count))
-        return self.pace.plan(copies, self.text.start - self.num_read)
+        return self.pace.plan(copies, min(self.text.start - self.num_read, self.drafter.num_context))
 
     def propose(self, plan: Plan) -> Proposal:
         """Make the tokens that the target verifies."""
@@ -244,7 +246,8 @@ class Speculation:
                 spread = self.draft_head.spread(draft.scores[0, : width - 1])
                 tokens, draft_probs = draw_draft(spread, self.text.token_ids, sampler)
             block = torch.cat([block[:, :1], tokens[None]], dim=1)
-        return Proposal(block[:, :width], ends, features.shape[1], draft_probs, promised)
+        num_read = min(features.shape[1], self.drafter.num_context)
+        return Proposal(block[:, :width], ends, num_read, draft_probs, promised)
 
     def verify(self, proposal: Proposal) -> tuple[int, list[int]]:
         """Let the target verify the proposal.

@@ -63,7 +63,8 @@ def draft_step(
     ends = state.ends
     slots = torch.arange(drafter.num_slots, device=ends.starts.device)
     masks = slots.new_full((len(ends.starts), drafter.num_slots - 1), drafter.mask_token_id)
-    read = slice(-min(drafter.num_context, state.positions.shape[1]), None)  # no layer sees what is before
+    # No layer sees what is before; in a batch, the features of rejected tokens stand behind those of accepted ones.
+    read = slice(-max(drafter.num_context, drafter.block_size), None)
     features, positions = state.features[:, read], state.positions[:, read]
     hidden = draft_block(
         drafter,

@@ -50,11 +50,14 @@ def accepts_drafts(folder: ExaminedFolder) -> Observation:
     return Observation(folder.acceptance.tau >= MIN_TAU, f"tau {folder.acceptance.tau:.2f}", f"{MIN_TAU} or more")
 
 
-def first_slot(folder: ExaminedFolder) -> Observation:
+def first_slot(folder: ExaminedFolder) -> Observation | None:
     """Compare tau with that of drafts read one slot before or behind, which has to be clearly higher to count.
 
-    Both are near 1 for a drafter that was hardly trained, and either may be the higher one.
+    Both are near 1 for a drafter that was hardly trained, and either may be the higher one. A head has no vector for
+    the slot that blocks would have more.
     """
+    if folder.drafter.spec.head:
+        return None
     acceptance, shifted = folder.acceptance, folder.shifted_acceptance
     if acceptance is None or shifted is None:
         return Observation(None, "no responses to measure on")

@@ -14,7 +14,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import attention_of, spec_for
-from dpace.drafter.kinds import HeadSpec, count_head_layers
+from dpace.drafter.kinds import HeadSpec, count_head_layers, head_for
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import DrafterFolder, mapping
 from dpace.measure.heldout import heldout_acceptance
@@ -109,16 +109,21 @@ class ExaminedFolder(DrafterFolder):
         width = self.size("correlator")
         if not width:
             return None
-        sizes = HeadSpec(
+        hidden_size = self.target.hidden_size
+        sizes = replace(
+            head_for(hidden_size, 1),
             candidate_topk=self.size("candidate") or 1,
-            hidden_size=0 if width == self.target.hidden_size else width,
+            hidden_size=0 if width == hidden_size != self.nested.get("lilicorr_hidden_size") else width,
             num_heads=self.size("heads") or 1,
             factor_dim=self.size("factor") or 1,
             num_layers=count_head_layers(self.tensors),
             mlp_ratio=(self.size("wide") or width) / width,
         )
-        constants = {name: self.nested.get(f"lilicorr_{name}") for name in ("vector_eps", "logit_scale")}
-        return replace(sizes, **{name: value for name, value in constants.items() if type(value) is float})
+        for name in ("vector_eps", "logit_scale"):
+            value: Any = self.nested.get(f"lilicorr_{name}")
+            if type(value) in (int, float):
+                sizes = replace(sizes, **{name: float(value)})
+        return sizes
 
     @cached_property
     def expected_config(self) -> dict[str, Any]:
@@ -197,9 +202,10 @@ class ExaminedFolder(DrafterFolder):
         """The same with drafts read from the slots before: as if blocks began at the anchor, or else as if not."""
         published = self.drafter.config.dflash_config
         published["sample_from_anchor"] = self.drafter.first_slot == 1
-        shifted = self._measure()
-        published["sample_from_anchor"] = self.drafter.first_slot == 1
-        return shifted
+        try:
+            return self._measure()
+        finally:
+            published["sample_from_anchor"] = self.drafter.first_slot == 1
 
     def _measure(self) -> Acceptance | None:
         chosen = [r for r in self.responses if r.id in self.record.get("tau_responses", ())]

@@ -145,10 +145,10 @@ class HeadSpec:
     num_heads: Positive
     factor_dim: Positive
     """Length of the vectors whose products are the scores."""
-    num_layers: Annotated[int, Strict(), Field(ge=1, le=100)] = 2
-    mlp_ratio: Scale = 2.0
-    vector_eps: Scale = 1e-4
-    logit_scale: Scale = 8.0
+    num_layers: Annotated[int, Strict(), Field(ge=1, le=100)]
+    mlp_ratio: Scale
+    vector_eps: Scale
+    logit_scale: Scale
 
 
 def head_for(hidden_size: int, num_candidates: int, width: int | None = None) -> HeadSpec:
@@ -165,7 +165,16 @@ def head_for(hidden_size: int, num_candidates: int, width: int | None = None) ->
     narrow = max(8, hidden_size // 48 * 8)
     width = width or (hidden_size // 4 if hidden_size >= 1024 else narrow)
     num_heads = next(count for count in (8, 4, 2, 1) if width % count == 0 and width >= 24 * count or count == 1)
-    return HeadSpec(num_candidates, width, num_heads, width)
+    return HeadSpec(
+        candidate_topk=num_candidates,
+        hidden_size=0 if width == hidden_size else width,
+        num_heads=num_heads,
+        factor_dim=width,
+        num_layers=2,
+        mlp_ratio=2.0,
+        vector_eps=1e-4,
+        logit_scale=8.0,
+    )
 
 
 @dataclass(frozen=True)

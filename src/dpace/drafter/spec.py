@@ -23,12 +23,6 @@ COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
 """Names under which published configs say that slot 0 predicts the first draft token."""
-UNSUPPORTED = {
-    "markov_rank": "a head that reads the token before (DSpark)",
-    "attention_sink_bias": "attention sinks",
-    "attention_value_scale": "scaled values",
-}
-"""Keys of networks that dpace does not run, and what they stand for."""
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
 
@@ -200,6 +194,12 @@ class DrafterSpec:
                 f"lilicorr_num_heads is {spec.head.num_heads}, expected a divisor of the head's width, which is "
                 f"{width}; {COPY_AGAIN}"
             )
+        for key in ("sample_from_anchor", "draft_vocab_size"):
+            if spec.head and getattr(spec, key):
+                raise ValueError(
+                    f"{key} is {getattr(spec, key)}, which dpace does not run with a LiLiCorr head; serve this drafter "
+                    "with the project that trained it"
+                )
         if "sliding_attention" not in spec.layer_types:
             return replace(spec, layer_types=(), sliding_window=None)
         if len(spec.layer_types) != spec.num_layers:
@@ -228,13 +228,11 @@ class DrafterSpec:
                 "DFlash2's convolutions but no selector: serve it with the project that trained it"
             )
         refuse_variants(config)
-        for key, what in UNSUPPORTED.items():
-            value = _either(config, nested, key)
-            if value is True or value not in (None, False, 1.0):
-                raise ValueError(
-                    f"{key} is {value!r:.100}, for {what}, which dpace's network does not have; serve this drafter "
-                    "with the project that trained it"
-                )
+        if quantized := _read_object(config, "quantization_config"):
+            raise ValueError(
+                f"quantization_config has the method {quantized.get('quant_method')!r:.50}, and dpace reads drafters "
+                "in float32, bfloat16 or float16; write the weights so with the package that quantized them"
+            )
         convolutions = {name: nested.get(name) for name in ("conv_kernel_size", "conv_group_size")}
         is_second = "DFlash2" in str(config.get("architectures"))
         for name, size in convolutions.items():

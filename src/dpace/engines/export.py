@@ -240,7 +240,7 @@ def _with_vocabulary(
     spec: DrafterSpec, weights: dict[str, Tensor], vocabulary: DraftVocabulary | None, target: Target
 ) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Add a draft vocabulary as speculators stores it: the target's rows in 16 bits where that changes no value."""
-    if vocabulary is None:
+    if vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
         return spec, weights
     token_ids = vocabulary.token_ids
     exact = target.head.weight[token_ids.to(target.device)].cpu()

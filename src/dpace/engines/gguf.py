@@ -74,7 +74,7 @@ def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
     if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         return values, torch.from_numpy(values)
     data = gguf.quants.quantize(values, kind)
-    return data, torch.from_numpy(gguf.quants.dequantize(data, kind))
+    return data, torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
 
 
 def write_gguf(
@@ -223,6 +223,12 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         return _read_value(reader, f"{ARCHITECTURE}.{name}", default)
 
     pattern = get("attention.sliding_window_pattern", [])
+    window = get("attention.sliding_window", 0) or None
+    if not isinstance(pattern, list) or (window and not pattern):
+        raise ValueError(
+            f"{path} has sliding_window {window} and sliding_window_pattern {pattern!r:.50}, expected a list that says "
+            "of each layer whether it has the window; write it again with such a list"
+        )
     tokens = _read_value(reader, "tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise ValueError(f"{path} has no list of tokens; write or download it again")
@@ -235,7 +241,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         "vocab_size": len(tokens),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
-        "sliding_window": get("attention.sliding_window", 0) or None,
+        "sliding_window": window,
         "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern],
         "is_causal": get("attention.causal", False),
         "conv_kernel_size": get("conv_kernel_size", 0),
@@ -261,7 +267,7 @@ def _read_gguf_tensor(tensor: Any) -> Tensor:
     try:
         shape = [int(size) for size in reversed(tensor.shape)]
         if tensor.tensor_type not in dtypes:
-            return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+            return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type) + 0).reshape(shape)
         data = torch.from_numpy(np.array(tensor.data))
         return data.view(dtypes[tensor.tensor_type]).reshape(shape)
     except NotImplementedError as error:

@@ -16,6 +16,9 @@ from dpace.engines.folder import read_files
 from dpace.engines.speculators import of_speculators
 from dpace.system.loading import translate_library_errors
 
+OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
+"""Entries of the record that were measured with the head."""
+
 
 def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Read a z-lab, SpecForge or speculators folder.
@@ -103,7 +106,8 @@ def without_head(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[Drafter
     """
     if spec.head is None:
         raise ValueError("the drafter has no head that could be left out; export it without --plain")
-    plain = replace(spec, head=None)
+    record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
+    plain = replace(spec, head=None, record=record)
     sizes = plain.kind.axis_sizes(plain)
     kept = {name: tensors[name] for name in plain.tensors if name in tensors}
     for name in plain.kind.other_tensors.keys() & SELECTOR_TENSORS.keys():

@@ -93,6 +93,7 @@ def of_speculators(config: dict[str, Any], num_target_layers: int | None) -> dic
         "has_own_embed_tokens": False,  # speculators takes both tables from the target, whatever the file has
         "has_own_lm_head": False,
         "sample_from_anchor": config.get("sample_from_anchor"),
+        "quantization_config": config.get("quantization_config"),
         "target_layer_ids": to_layer_ids(config.get("aux_hidden_state_layer_ids")),
         "num_target_layers": num_target_layers,
     }

@@ -1,8 +1,9 @@
 """Decoder layers, and whole decoders, in half as many operations.
 
 `fuse_layers` takes the layers of a model and lets them compute with combined products; `run_layers` runs all layers of
-a decoder in one loop. Results have the same bits on a CPU, and are equal up to rounding on a GPU. In a small model, and
-in any model on a GPU, a large part of a step's time is spent outside the matrix products; this part becomes faster.
+a decoder in one loop. Results have the same bits on a CPU, except for rows that share a long beginning; there, and on a
+GPU, they are equal up to rounding. In a small model, and in any model on a GPU, a large part of a step's time is spent
+outside the matrix products; this part becomes faster.
 """
 
 import copy
@@ -264,7 +265,8 @@ def run_layers(
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Run all layers of a decoder in one loop for a decoding step.
 
-    Results are those of the decoder's own code: bitwise on a CPU, and up to rounding elsewhere.
+    Results are those of the decoder's own code: bitwise on a CPU for one text, and for rows that share fewer than 64
+    columns of the cache; up to rounding for rows that share more, and elsewhere.
 
     Args:
         decoder: of a target.

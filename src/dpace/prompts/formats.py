@@ -208,7 +208,8 @@ def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
     name = _check_name(row, "set", default_set)
-    if tools := _parse_tools(row.get("tools") or turns[0][0].get("tools")):
+    own = [message.pop("tools", None) for turn in turns for message in turn]
+    if tools := next(filter(None, map(_parse_tools, (row.get("tools"), *own))), None):
         turns[0][0]["tools"] = tools
         name += " (tools)"
     return Prompt(_check_name(row, "id", default_id), name, turns, answer or None)

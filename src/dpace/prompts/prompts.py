@@ -158,9 +158,12 @@ def canonical(prompt: Prompt) -> str:
 
     The order of keys, white space around a text, and Unicode's ways of writing one character do not count.
     """
-    texts = [{key: v if isinstance(v := m[key], str) else json.dumps(v) for key in m} for m in prompt.turns[0]]
-    messages = [{key: unicodedata.normalize("NFC", m[key]).strip() for key in m} for m in texts]
-    return json.dumps(messages, sort_keys=True)
+
+    def clean(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        return unicodedata.normalize("NFC", text).strip()
+
+    return json.dumps([{key: clean(message[key]) for key in message} for message in prompt.turns[0]], sort_keys=True)
 
 
 def _take_out(

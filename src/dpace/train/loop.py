@@ -143,15 +143,16 @@ class Scorer:
             blocks.anchors.flatten()[whole] > 0,
         )
         walk = walk_losses(lattice, labels, target_logits, self.loss.head_penalty)
-        if self.loss.head_weights == "walk":
+        head_weights = walk.is_candidate.int().cumprod(-1)
+        if self.loss.head_weights != "mean":
             probs = torch.exp(-out.nll).flatten(0, 1)
             probs[whole, 1:] = walk.probs
             slots = Slots(blocks.is_scored, probs.view_as(out.nll), out.is_match, None, progress)
             weights = self.weigh(slots).detach().float()
-            out = out._replace(weights=weights, losses=(weights * out.token_losses).sum(-1))
-        is_mean = self.loss.head_weights == "mean"
-        weights = walk.is_candidate.int().cumprod(-1) if is_mean else pick(out.weights)
-        more = torch.zeros_like(out.losses).flatten().index_add(0, whole, (weights * walk.losses).sum(-1))
+            head_weights = pick(weights)
+            if self.loss.head_weights == "walk":
+                out = out._replace(weights=weights, losses=(weights * out.token_losses).sum(-1))
+        more = torch.zeros_like(out.losses).flatten().index_add(0, whole, (head_weights * walk.losses).sum(-1))
         return out._replace(losses=out.losses + more.view_as(out.losses))
 
 

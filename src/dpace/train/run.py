@@ -46,20 +46,29 @@ def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
     return refuse_other_run(folder, run) and (Path(folder) / "provenance.json").exists()
 
 
+def check_losses(recipe: Recipe) -> None:
+    """Refuse a token loss or confidence that a head does not learn with.
+
+    Raises:
+        ValueError: there is a head, and a loss that reads the target's distribution.
+    """
+    if recipe.drafter.head and recipe.loss.needs_target_probs:
+        raise ValueError(
+            f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
+            f"with --drafter.head {recipe.drafter.head} learns with nll and token only: leave out what differs"
+        )
+
+
 def choose_conversations(
     responses: Corpus | Sequence[Response], validation: Corpus | Sequence[Response], recipe: Recipe
 ) -> tuple[ResponseDataset, ResponseDataset]:
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on, or a token loss that a head does not learn with.
+        ValueError: nothing to train on; or see `check_losses`.
     """
     config = recipe.train
-    if recipe.drafter.head and recipe.loss.needs_target_probs:
-        raise ValueError(
-            f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
-            f"with --drafter.head {recipe.drafter.head} learns with nll and token only: leave out what differs"
-        )
+    check_losses(recipe)
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     if not len(dataset):
         raise ValueError(
@@ -153,10 +162,12 @@ def train(
 
     Raises:
         ValueError: the text contains the mask token; the folder holds another run, files that dpace did not write, or
-            is written to by another process; a loss, gradient or weight that is not finite; an objective that fails.
+            is written to by another process; a loss, gradient or weight that is not finite; an objective that fails; or
+            see `check_losses`.
         OSError: no room on the disk; the same call goes on when there is.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
+    check_losses(recipe)
     if weigh is not None:
         recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
     block_size, is_growing = recipe.drafter.block_size, recipe.train.grow_blocks

@@ -1,5 +1,7 @@
 """Drafters with sliding windows and causal blocks: the rule, what is trained, and every way of decoding."""
 
+from unittest.mock import Mock
+
 import dflash.model
 import pytest
 import torch
@@ -7,8 +9,13 @@ import torch
 from dpace.blocks import Reach, build_blocks
 from dpace.decode import generate, generate_plain
 from dpace.decode.decoder import generate_batch
+from dpace.decode.loop import Speculation
+from dpace.decode.pace import Plan
+from dpace.decode.request import make_continuation
+from dpace.decode.steps import Ends, State, draft_step
 from dpace.drafter import load_drafter
 from dpace.drafter.views import blocks_hidden, draft_block
+from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import RaggedCache, TextCache
 from tests.conftest import MASK, make_drafter, make_target
 
@@ -86,3 +93,33 @@ def test_text_is_the_targets_in_every_way_of_decoding(layout, target, tmp_path):
     batch = generate_batch(target, drafter, prompts, max_new_tokens=60)
     assert [out.token_ids for out in alone] == [out.token_ids for out in plain] == [out.token_ids for out in batch]
     assert [out.accepted_lengths for out in alone] == [out.accepted_lengths for out in batch]
+
+
+@torch.no_grad()
+def test_rejected_tokens_do_not_push_accepted_ones_out(target):
+    """Where slot 0 predicts, a block verifies one token more than the smallest window sees."""
+    drafter = make_drafter(target, sliding_window=5)
+    drafter.config.dflash_config["sample_from_anchor"] = True
+    token_ids = torch.randint(4, 64, (1, 20))
+    features = target.features(token_ids, drafter.target_layer_ids)[:, -drafter.block_size :]
+    positions = torch.arange(15, 20)[None]
+    ends = Ends(token_ids[:, 16:17], torch.tensor([[16]]), torch.tensor([[99]]))
+    scores = []
+    for count in (1, drafter.block_size):
+        cache = RaggedCache(drafter.config, 30, drafter.dtype, drafter.num_slots, drafter.reaches)
+        cache.end = 30
+        state = State(ends, features[:, :count], positions[:, :count])
+        scores.append(draft_step(drafter, DraftHead(target, None), cache, state, drafter.block_size)[1].scores)
+    torch.testing.assert_close(*scores)
+
+
+def test_the_pace_counts_what_a_window_reads(target):
+    drafter = make_drafter(target, sliding_window=WINDOW)
+    text = make_continuation(target, torch.randint(4, 64, (70,)), max_new_tokens=9)
+    speculation = Speculation(target, drafter, text, width="full")
+    pace = Mock(**{"plan.return_value": Plan(is_drafted=True), "choose_width.return_value": (2, 0.0)})
+    speculation.pace = pace
+    next(steps := speculation.steps())
+    next(steps)
+    assert pace.plan.call_args.args[1] == WINDOW - 1
+    assert pace.learn_drafting.call_args.kwargs["num_unread"] == WINDOW - 1

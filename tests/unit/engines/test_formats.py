@@ -238,6 +238,8 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         ({"is_causal": 1}, "is_causal is 1"),
         ({"dflash_config": {"causal": True}}, "causal is True in dflash_config and False at the top level"),
         ({"dflash_config": {"use_swa": True}}, "dflash_config.use_swa"),
+        ({"attention_value_scale": 2.0}, "attention_value_scale"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config has the method 'gptq'"),
         ({"num_hidden_layers": 3}, "missing .*layers.2"),
         ({"intermediate_size": 32}, "shape"),
     ],
@@ -425,6 +427,21 @@ def test_quantized_files_are_read_back_and_llamacpp_runs_them(
         [text for text, _ in steps[precision]] == [text for text, _ in steps["float16"]] == [text for text, _ in ours]
     )
     assert all(abs(a - b) <= 2 for (_, a), (_, b) in zip(steps[precision], ours, strict=True))  # it rounds inputs too
+
+
+@pytest.mark.parametrize("precision", ["q5_0", "q4_0"])
+def test_quantized_zeros_are_read_back(precision, tmp_path):
+    """Those of DFlash2's selector, in rows that are whole blocks of 32."""
+    target = make_target("qwen3", hidden_size=64)
+    make_drafter(target, conv_kernel_size=2).save_pretrained(tmp_path / "a")
+    options = {"target_gguf": write_target_gguf(target, tmp_path / "target.gguf"), "precision": precision}
+    export(tmp_path / "a", target, to="gguf", output=tmp_path / "b", name="x", target_name="some/target", **options)
+
+
+def test_a_window_of_which_layers_is_not_said_is_refused(do_export, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_array", lambda *arguments: None)
+    with pytest.raises(ValueError, match="sliding_window_pattern \\[\\], expected a list"):
+        do_export("gguf", "windows")
 
 
 def test_a_quantized_precision_is_for_gguf_files(folder, language_folder, tmp_path, capsys):

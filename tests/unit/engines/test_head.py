@@ -1,5 +1,7 @@
 """A drafter with a LiLiCorr head in the layout that engines read, and without the head."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +13,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.kinds import NEWER_NAMES
 from dpace.engines.export import read_drafter
 from tests.conftest import make_drafter, make_with_head
-from tests.support.files import read_json
+from tests.support.files import read_json, write_rows
 from tests.unit.doctor.test_doctor import edit, nested
 
 KEYS = {
@@ -110,6 +112,45 @@ def test_without_the_head_it_is_dflashs(made, language_target, language_folder, 
     make_drafter(language_target).save_pretrained(tmp_path / "none")
     assert export(tmp_path / "none", language_folder, "zlab", tmp_path / "x", "--plain") == 1
     assert "has no head" in capsys.readouterr().err
+
+
+def test_the_record_of_the_head_does_not_stay_without_it(language_target, language_folder, tmp_path):
+    drafter = make_with_head(language_target)
+    drafter.config.dpace = {"confidence_temperature": 2.0, "tau": 3.0, "target": "a"}
+    drafter.save_pretrained(tmp_path / "made")
+    assert export(tmp_path / "made", language_folder, "zlab", tmp_path / "plain", "--plain") == 0
+    assert read_json(tmp_path / "plain" / "config.json")["dpace"] == {"target": "a"}
+
+
+def test_doctor_measures_a_head_on_responses(language_target, language_folder, language_responses, tmp_path, capsys):
+    make_with_head(language_target).save_pretrained(tmp_path / "head")
+    write_rows(tmp_path / "some.jsonl", map(asdict, language_responses[:3]))
+    flags = ["--target", str(language_folder), "--responses", str(tmp_path / "some.jsonl")]
+    assert main(["doctor", str(tmp_path / "head"), *flags]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [0, 48])
+def test_a_head_as_wide_as_the_drafter(value, language_target, tmp_path):
+    """Its width is written as 0, and read in both spellings, as whole numbers are for a scale."""
+    make_with_head(language_target, head_width=48).save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["dflash_config"]["lilicorr_hidden_size"] == 0
+    edit(tmp_path, nested(lilicorr_hidden_size=value, lilicorr_logit_scale=4))
+    assert not [d for d in diagnose(tmp_path, language_target) if d.result == "fails"]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda config, _: config["dflash_config"].pop("lilicorr_logit_scale"), "has no lilicorr_logit_scale"),
+        (nested(sample_from_anchor=True), "sample_from_anchor is True, which"),
+        (lambda config, _: config.update(draft_vocab_size=9), "draft_vocab_size is 9, which"),
+    ],
+)
+def test_what_does_not_go_with_a_head_is_refused_by_its_key(change, line, language_target, tmp_path):
+    make_with_head(language_target).save_pretrained(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=line):
+        read_drafter(tmp_path)
 
 
 def drop_one(config, tensors):

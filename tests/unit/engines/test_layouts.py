@@ -320,6 +320,9 @@ def test_the_draft_vocabulary_is_written_for_speculators(
         for both in [(ours, theirs)]
     ]
     assert all(a.widths == b.widths for a, b in pairs)
+    DraftVocabulary(range(64)).save(tmp_path / "a")  # no part of the target's
+    assert main(["export", str(tmp_path / "a"), *flags[:-1], str(tmp_path / "d")]) == 0
+    assert "d2t" not in load_file(tmp_path / "d" / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from dpace.cli import main
 from dpace.config import RespondConfig
 from dpace.prompts.formats import Prompt, read_prompts
+from dpace.prompts.prompts import canonical
 from dpace.respond.answering import write_responses
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import read_responses
@@ -89,6 +90,17 @@ def test_each_layout_gives_the_same_tokens(layout, suffix, target, tmp_path):
     prompt = read_one(tmp_path / f"x{suffix}", LAYOUTS[layout])
     assert target.tokenizer.decode(encode_chat(target, prompt.turns[0])) == WORDS
     assert prompt.set == "x (tools)"
+
+
+def test_tools_of_a_later_message_are_those_of_the_prompt(tmp_path):
+    """Where the row's own are an empty list, and with keys in another order."""
+    prompts = []
+    for tool in (TOOL, dict(reversed(TOOL.items()))):
+        messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b", "tools": json.dumps([tool])}]
+        prompts.append(read_one(tmp_path / "x.jsonl", {"messages": messages, "tools": "[]"}))
+    first, second = prompts[0].turns[0]
+    assert first["tools"] == [TOOL] and "tools" not in second
+    assert canonical(prompts[0]) == canonical(prompts[1])
 
 
 @pytest.mark.parametrize(

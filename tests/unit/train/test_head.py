@@ -43,13 +43,14 @@ def naive(drafter, target, batch, way, penalty):
                 r, t = row.softmax(-1), theirs[b, n, slot + 1]
                 cost = (r * (t[label] - t[top.indices[slot]]).clamp_min(0)).sum()
                 terms.append(((b, n, slot + 1), is_run, -0.25 * r[places[0]].log() + penalty * cost))
-            if way == "walk":
+            if way != "mean":
                 probs[b, n, slot + 1] = r[places[0]].detach() if taken else 0.0
             previous = places[0] if places else None
-    weights = dpace_weights(probs, blocks.is_scored, 0.5)
+    head_weights = dpace_weights(probs, blocks.is_scored, 0.5)
+    weights = head_weights if way == "walk" else dpace_weights(nll.detach().neg().exp(), blocks.is_scored, 0.5)
     losses = weights * nll
     for place, is_run, term in terms:
-        losses[place] = losses[place] + (term * is_run if way == "mean" else weights[place] * term)
+        losses[place] = losses[place] + (term * is_run if way == "mean" else head_weights[place] * term)
     return losses.sum(-1), weights
 
 
@@ -104,7 +105,16 @@ def test_training_with_muon_convolutions_growing_blocks_and_a_head(language_targ
     assert all(changed)
 
 
-def test_other_token_losses_are_refused(language_responses):
+def test_other_token_losses_are_refused(language_target, language_responses, tmp_path):
     recipe = replace(LANGUAGE_RECIPE, drafter=replace(LANGUAGE_RECIPE.drafter, head="lilicorr"))
     with pytest.raises(ValueError, match="learns with nll and token only"):
         choose_conversations(language_responses, [], replace(recipe, loss=LossConfig(token_loss="kl")))
+    datasets = choose_conversations(language_responses, [], recipe)
+    with pytest.raises(ValueError, match="learns with nll and token only"):
+        train(language_target, *datasets, replace(recipe, loss=LossConfig(confidence="overlap")), tmp_path / "a")
+
+
+def test_checkpointing_covers_the_layers_of_the_head(language_target):
+    drafter = make_with_head(language_target)
+    drafter.activation_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in drafter.lilicorr.layers)
