@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TypicalLogitsWarper
 
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.cli import main
 from dpace.decode.decoder import generate_batch
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode.loop import Speculation, generate, generate_plain
+from dpace.decode.request import make_continuation
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.views import blocks_hidden
@@ -238,6 +240,16 @@ def test_own_tables_are_decoded_scored_and_checked(
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"id": "a", "turns": ["w3 w51"]}])
     flags = ["--drafter", str(layouts[layout]), "--target", str(language_folder), "--prompts", str(prompts)]
     assert main(["check", *flags, "--max-new-tokens", "12"]) == 0
+
+
+@pytest.mark.parametrize("layout", KEYS)
+def test_processors_leave_a_whole_head_to_the_drafter(layout, layouts, language_target):
+    """They may allow only tokens that a small one does not have."""
+    drafter = load_drafter(layouts[layout], language_target)
+    text = make_continuation(language_target, [4, 20], temperature=1.0, max_new_tokens=9)
+    text.sampler.processors.append(TypicalLogitsWarper())
+    head = Speculation(language_target, drafter, text, width="full", verify_rule="speculative").draft_head
+    assert (head.token_ids is None) == (layout == "small")
 
 
 @pytest.mark.parametrize(("layout", "to"), [(layout, to) for layout in FORMATS for to in FORMATS[layout]])

@@ -115,6 +115,12 @@ def test_other_token_losses_are_refused(language_target, language_responses, tmp
 
 
 def test_checkpointing_covers_the_layers_of_the_head(language_target):
-    drafter = make_with_head(language_target)
-    drafter.activation_checkpointing_enable()
+    drafter, found = make_with_head(language_target).train(), []
+    inputs = torch.randn(2, 3, 4, 48), torch.randn(2, 3, 4), torch.randn(2, 3, 48), torch.randn(2, 48)
+    for _ in range(2):
+        drafter.zero_grad()
+        drafter.lilicorr(*inputs)[1].square().sum().backward()
+        found.append([p.grad for p in drafter.lilicorr.layers.parameters()])
+        drafter.activation_checkpointing_enable()
     assert all(layer.gradient_checkpointing for layer in drafter.lilicorr.layers)
+    torch.testing.assert_close(*found)
