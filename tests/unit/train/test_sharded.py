@@ -16,7 +16,7 @@ from tests.support import sharded
 from tests.support.launch import on_ranks
 
 RECIPE = make_recipe(max_steps=3, eval_steps=2, logging_steps=1, num_anchors=4, warmup_ratio=0.0, feature_cache_gib=0.0)
-CLOSE = 2e-5
+CLOSE = 1e-5
 LAST = Path("checkpoints", "checkpoint-3", "model.safetensors")
 """Weights before they are rounded."""
 
@@ -43,9 +43,13 @@ def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_
         for name in trained:
             found, expected = (load_file(path / name / LAST) for path in (part, on_one_rank))
             assert found.keys() == expected.keys()
-            difference = max(float((value - expected[key]).abs().max()) for key, value in found.items())
-            print(part.name, name, difference)
-            assert difference <= CLOSE, (part.name, name)
+            differences = torch.cat([(value - expected[key]).abs().flatten() for key, value in found.items()])
+            print(part.name, name, differences.max(), differences.quantile(0.999))
+            # Products that are split over ranks are rounded otherwise, and an optimizer's first steps have the size of
+            # the learning rate also where a gradient is nearly 0: there single weights may differ by that much.
+            is_split = part.name == "tp"
+            assert differences.max() <= (RECIPE.train.learning_rate if is_split else CLOSE), (part.name, name)
+            assert differences.quantile(0.999) <= CLOSE, (part.name, name)
 
 
 def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, monkeypatch, capsys):
