@@ -50,6 +50,12 @@ CONVOLUTION_TENSORS: Tensors = {
     "mlp_conv.kernel_projection.weight": ("kernel hidden", "ffn_conv_proj.weight"),
 }
 """`kernel` is sides x taps x groups of channels."""
+TABLES: Tensors = {
+    "embed_tokens.weight": ("vocab hidden", "token_embd.weight"),
+    "lm_head.weight": ("choice hidden", "output.weight"),
+    "d2t": ("choice", "d2t"),
+}
+"""Tensors that drafters may have of their own: embedding, LM head, and the tokens of a head with fewer rows."""
 CE_WEIGHT = 0.25
 """Weight of a head's cross-entropy beside the loss of the blocks, as published."""
 WITHOUT_HEAD = "write it without the head, as DFlash's, with --plain"
@@ -111,14 +117,6 @@ class Lattice(NamedTuple):
     """Scores of a slot's candidates after each of the slot's before."""
 
 
-TABLES: Tensors = {
-    "embed_tokens.weight": ("vocab hidden", "token_embd.weight"),
-    "lm_head.weight": ("choice hidden", "output.weight"),
-    "d2t": ("choice", "d2t"),
-}
-"""Tensors that drafters may have of their own: embedding, LM head, and the tokens of a head with fewer rows."""
-
-
 class Draft(NamedTuple):
     """What a drafter proposes behind each text."""
 
@@ -127,7 +125,7 @@ class Draft(NamedTuple):
     scores: Float[Tensor, "batch draft choice"]
     """Logits of each slot's choices, of which the token is the best: with a head, after the tokens before."""
     lattice: Lattice | None = None
-    """Of a drafter with a head."""
+    """The scores that a head walked by; None without a head."""
 
 
 Positive = Annotated[int, Strict(), Field(ge=1, le=2**20)]

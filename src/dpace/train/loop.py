@@ -69,7 +69,7 @@ class Scorer:
     chunk_bytes: int | None = None
     """See `frozen_head_nll`."""
     needs_target_hidden: bool = False
-    """Of the recipe."""
+    """Whether the losses read the input of the target's head, see `Recipe.needs_target_hidden`."""
 
     def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[HeadOutput, Blocks]:
         """Draft the blocks of a micro-batch, and compute their losses.
