@@ -164,6 +164,7 @@ def test_a_pickle_on_the_hub_is_not_converted_there(base, monkeypatch):
     monkeypatch.setattr("dpace.target.files.find_target_files", lambda _: files)
     monkeypatch.setattr("transformers.modeling_utils.is_offline_mode", lambda: False)
     monkeypatch.setattr("transformers.modeling_utils.cached_file", lambda *_, **__: None)
+    monkeypatch.setattr("transformers.utils.peft_utils.cached_file", lambda *_, **__: None)
     asked = []
     monkeypatch.setattr(
         "transformers.modeling_utils.auto_conversion", lambda *_, **__: asked.append(1) or (None, None, False)
