@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dpace.cli import main
+from dpace.respond.responses import read_responses
 from dpace.target import Target
 from tests.support.files import make_prompts, read_json, write_prompts, write_rows
 from tests.unit.respond.test_respond import Stub
@@ -59,6 +60,23 @@ PAIRS = {
         "export {out}/drafter --target {target} --to zlab --output {out}/zlab; "
         "generate --target {target} --drafter {out}/zlab --prompt w1 --max-new-tokens 8",
         "zlab/README.md",
+    ),
+    "windows, causal blocks, mixed layers, bench, export, generate": Pair(
+        f"train {RECIPE} --drafter.num-layers 2 --drafter.sliding-window 9 --drafter.full-layers 1 --drafter.causal; "
+        f"bench {RECIPE} --drafters {{out}}/drafter; "
+        "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "
+        "generate --target {target} --drafter {out}/vllm --prompt w1 --width full --max-new-tokens 8",
+        "vllm/README.md",
+    ),
+    "a head, windows, growing blocks, export, doctor": Pair(
+        f"train {RECIPE} --drafter.head lilicorr --drafter.sliding-window 9 --train.grow-blocks; "
+        "generate --target {target} --drafter {out}/drafter --prompt w1 --stream --max-new-tokens 8; "
+        "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "
+        "doctor {out}/vllm --target {target} --engine vllm",
+        "vllm/README.md",
+    ),
+    "a head, another drafter to start from": Pair(
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr", refused="--drafter.head"
     ),
     "chosen target layers, export, doctor": Pair(
         f"train {RECIPE} --drafter.target-layer-ids 0 4; "
@@ -213,3 +231,36 @@ def test_every_verb_takes_an_adapter(files, language_target, tmp_path, capsys):
     merged.layers[1].self_attn.q_proj.weight.data += 2 * up @ down  # lora_alpha / r
     run = read_json(tmp_path / "new" / "drafter" / "run.json")
     assert run["target_sha256"] == merged.sha256
+
+
+WITH_TOOLS = """
+data {recipe} --target {target} --prompts.path {prompts} --output {out}
+respond {recipe} --target {target} --prompts.path {prompts} --output {out}
+respond {recipe} --target {target} --prompts.path {prompts} --output {served} --respond.server {server}
+train {recipe} --target {target} --prompts.path {prompts} --output {out}
+bench {recipe} --target {target} --prompts.path {prompts} --output {out}
+check --target {target} --drafter {out}/drafter --prompts {prompts} --num-prompts 1 --max-new-tokens 6
+"""
+
+
+def test_tools_reach_the_template_of_every_verb(files, language_target, tmp_path, capsys):
+    """Answers of this process and of a server are those behind the tools."""
+    target = Path(shutil.copytree(files["target"], tmp_path / "target"))
+    tools = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    template = target / "chat_template.jinja"
+    template.write_text(tools + template.read_text())
+    tool = {"type": "function", "function": {"name": "w30", "parameters": {"type": "object"}}}
+    questions = [[{"role": "user", "content": f"w{number} w5"}] for number in range(1, 25)]
+    write_rows(tmp_path / "prompts.jsonl", [{"messages": question, "tools": [tool]} for question in questions])
+    server = Stub(language_target, "vllm")
+    values = files | {"target": str(target), "prompts": str(tmp_path / "prompts.jsonl"), "server": server.url}
+    values |= {"out": str(tmp_path / "out"), "served": str(tmp_path / "served")}
+    try:
+        for command in WITH_TOOLS.strip().splitlines():
+            assert main(shlex.split(command.format(**values))) == 0, f"{command}\n{capsys.readouterr().err}"
+    finally:
+        server.close()
+    here, there = (read_responses(tmp_path / name / "responses.jsonl") for name in ("out", "served"))
+    assert {row.id: row.token_ids for row in here} == {row.id: row.token_ids for row in there}
+    word = language_target.tokenizer("w30")["input_ids"][0]
+    assert {row.token_ids[0] for row in here} == {word}

@@ -127,10 +127,13 @@ def graphs(monkeypatch, unchecked_types):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize(("temperature", "has_head"), [(0.0, False), (1.0, False), (0.0, True)])
-def test_compiled_steps_of_fixed_shapes(temperature, has_head, graphs, language_target, language_drafter, questions):
+@pytest.mark.parametrize(("temperature", "kind"), [(0.0, "plain"), (1.0, "plain"), (0.0, "head"), (0.0, "windows")])
+def test_compiled_steps_of_fixed_shapes(temperature, kind, graphs, language_target, language_drafter, questions):
     """Rows that are done wait for the others."""
-    language_drafter = make_with_head(language_target) if has_head else language_drafter
+    if kind == "head":
+        language_drafter = make_with_head(language_target)
+    if kind == "windows":
+        language_drafter = make_drafter(language_target, sliding_window=9, full_layers=(1,), causal=True)
     rows = questions[:4]
     rows[1] = rows[1][1:]
     plain = [generate_plain(language_target, row, max_new_tokens=30, stop_token_ids=[]).token_ids for row in rows]
