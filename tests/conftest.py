@@ -25,7 +25,7 @@ from transformers import (
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
-from dpace.drafter.kinds import LAYER_TENSORS
+from dpace.drafter.layout import LAYER_TENSORS, numbered
 from dpace.engines.export import export
 from dpace.fast.speed_up import speed_up
 from dpace.respond.answering import write_responses
@@ -270,8 +270,8 @@ def write_target_gguf(target: Target, path: Path) -> Path:
         getattr(writer, f"add_{name}")(value)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
-    for ours, (_, theirs) in LAYER_TENSORS.items():
-        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(config.num_hidden_layers)}
+    layers = numbered(LAYER_TENSORS, config.num_hidden_layers)
+    names |= {f"model.{ours}": theirs for ours, (_, theirs) in layers.items()}
     for ours, theirs in names.items():
         writer.add_tensor(theirs, weights[ours].float().numpy())
     writer.write_header_to_file()

@@ -10,6 +10,7 @@ import torch
 
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
+from dpace.drafter.lattice import propose
 from dpace.drafter.views import draft_block, to_predicted
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import TextCache
@@ -110,7 +111,7 @@ def _make_step(target: Target, drafter: Drafter, temperature: float) -> Callable
         read = features if width == FIRST_DRAFT else features[:, :4]
         hidden = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
         hidden = to_predicted(hidden, drafter.first_slot)
-        draft = drafter.kind.draft(drafter, draft_head, hidden, lambda: read[:, -1], size)
+        draft = propose(drafter, draft_head, hidden, lambda: read[:, -1], size)
         drafter.confidences(draft.scores[0])  # waits for the device, as drawing does
 
     return step

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpace.drafter.kinds import Lattice
+from dpace.drafter.lattice import Lattice
 
 
 class Sampler:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
 from dpace.drafter.drafter import TARGET_TABLES, is_same_table
-from dpace.drafter.kinds import LILICORR, SELECTOR_TENSORS, TABLES
+from dpace.drafter.layout import LILICORR, SELECTOR_TENSORS, TABLES
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import FROM_ANCHOR, find_layer_id_faults
 from dpace.system.loading import first_names

@@ -14,7 +14,7 @@ from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import attention_of, spec_for
-from dpace.drafter.kinds import HeadSpec, count_head_layers, head_for
+from dpace.drafter.layout import HeadSpec, count_head_layers, head_for
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import DrafterFolder, mapping
 from dpace.measure.heldout import heldout_acceptance
@@ -137,7 +137,7 @@ class ExaminedFolder(DrafterFolder):
     def expected_axes(self) -> dict[str, int]:
         """Length of each axis of the tensors, as most of them have it."""
         spec = self.expected_spec
-        expected = {axis: self.size(axis) or length for axis, length in spec.kind.axis_sizes(spec).items()}
+        expected = {axis: self.size(axis) or length for axis, length in spec.axis_sizes.items()}
         return expected | {"hidden": self.target.hidden_size}
 
     @property

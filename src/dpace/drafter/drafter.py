@@ -5,7 +5,6 @@ import math
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DraftHeadName
-from dpace.drafter.kinds import TABLES, HeadSpec, Kind, head_for
+from dpace.drafter.layout import TABLES, HeadSpec, head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, own_tables
 from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_token_ids
@@ -114,10 +113,10 @@ class Drafter(DFlashDraftModel):
         """All that an engine must know about it, apart from its weights."""
         return DrafterSpec.from_config(self.config.to_dict())
 
-    @cached_property
-    def kind(self) -> Kind:
-        """What it adds to DFlash's network."""
-        return self.spec.kind
+    @property
+    def num_candidates(self) -> int:
+        """Number of tokens of each slot that its head chooses from; 1 without a head."""
+        return 1 if self.lilicorr is None else self.lilicorr.num_candidates
 
     @property
     def num_slots(self) -> int:

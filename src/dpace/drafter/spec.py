@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter.kinds import TABLES, HeadSpec, Kind, find_kind
+from dpace.drafter.layout import TABLES, HeadSpec, Scale, tensors_of
 from dpace.modeling_dflash import refuse_variants
 
 MAX_LAYERS = 1000
@@ -23,6 +23,7 @@ COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
 """Names under which published configs say that slot 0 predicts the first draft token."""
+CONVOLUTION_KEYS = ("conv_kernel_size", "conv_group_size")
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
 
@@ -83,7 +84,6 @@ Index = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 LayerCount = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
 Flag = Annotated[bool, Strict()]
-Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,67 @@ class DrafterSpec:
         return [layer + 1 for layer in self.target_layer_ids]
 
     @property
-    def kind(self) -> Kind:
-        """What it adds to DFlash's network."""
-        return find_kind(has_taps=self.conv_kernel_size > 0, head=self.head, hidden_size=self.hidden_size)
+    def head_width(self) -> int:
+        """Width of the head; that of the drafter without one."""
+        return self.head and self.head.hidden_size or self.hidden_size
 
     @property
     def tensors(self) -> dict[str, tuple[str, str]]:
         """Axes and llama.cpp's name of every tensor, by its published name."""
         has_head = self.has_own_lm_head or self.draft_vocab_size
         own = dict(zip(TABLES, (self.has_own_embed_tokens, has_head, self.draft_vocab_size), strict=True))
-        return self.kind.tensors(self.num_layers) | {name: TABLES[name] for name in own if own[name]}
+        known = tensors_of(
+            self.num_layers,
+            has_taps=self.conv_kernel_size > 0,
+            num_head_layers=self.head.num_layers if self.head else 0,
+            has_projection=self.head_width != self.hidden_size,
+        )
+        return known | {name: TABLES[name] for name in own if own[name]}
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Length of each axis of the tensors."""
+        sizes = {
+            "hidden": self.hidden_size,
+            "feature": len(self.target_layer_ids) * self.hidden_size,
+            "query": self.num_heads * self.head_dim,
+            "key": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "inner": self.intermediate_size,
+            "vocab": self.vocab_size,
+            "choice": self.draft_vocab_size or self.vocab_size,
+            "rank": 1,
+            "side": 2,
+            "tap": self.conv_kernel_size,
+            "kernel": 2 * self.conv_kernel_size * (self.hidden_size // max(1, self.conv_group_size)),
+        }
+        if self.head:
+            sizes |= {
+                "one": 1,
+                "five": 5,
+                "candidate": self.head.candidate_topk,
+                "draft": self.block_size - 1,
+                "distance": 2 * self.block_size - 1,
+                "heads": self.head.num_heads,
+                "correlator": self.head_width,
+                "joined": 3 * self.head_width,
+                "wide": int(self.head.mlp_ratio * self.head_width),
+                "factor": self.head.factor_dim,
+            }
+        return sizes
+
+    @property
+    def variant_keys(self) -> dict[str, Any]:
+        """What convolutions and head add to `dflash_config`, under the published names.
+
+        llama.cpp wants k (k + 1) <= hidden size of the selector.
+        """
+        keys = {name: getattr(self, name) for name in CONVOLUTION_KEYS if self.conv_kernel_size}
+        if self.head:
+            sizes = {f"lilicorr_{name}": value for name, value in vars(self.head).items()}
+            return {"projector_type": "lilicorr", "lilicorr_enabled": True, **sizes, **keys}
+        top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= self.hidden_size), 2)
+        return keys and {**keys, "selector_rank": 1, "selector_top_k": top_k}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
@@ -188,11 +239,10 @@ class DrafterSpec:
                 f"num_attention_heads is {spec.num_heads}, expected a multiple of num_key_value_heads, which is "
                 f"{spec.num_key_value_heads}; {COPY_AGAIN}"
             )
-        width = spec.head and (spec.head.hidden_size or spec.hidden_size)
-        if spec.head and width and width % spec.head.num_heads:
+        if spec.head and spec.head_width % spec.head.num_heads:
             raise ValueError(
                 f"lilicorr_num_heads is {spec.head.num_heads}, expected a divisor of the head's width, which is "
-                f"{width}; {COPY_AGAIN}"
+                f"{spec.head_width}; {COPY_AGAIN}"
             )
         for key in ("sample_from_anchor", "draft_vocab_size"):
             if spec.head and getattr(spec, key):
@@ -233,7 +283,7 @@ class DrafterSpec:
                 f"quantization_config has the method {quantized.get('quant_method')!r:.50}, and dpace reads drafters "
                 "in float32, bfloat16 or float16; write the weights so with the package that quantized them"
             )
-        convolutions = {name: nested.get(name) for name in ("conv_kernel_size", "conv_group_size")}
+        convolutions = {name: nested.get(name) for name in CONVOLUTION_KEYS}
         is_second = "DFlash2" in str(config.get("architectures"))
         for name, size in convolutions.items():
             if is_second and not size:
@@ -266,7 +316,7 @@ class DrafterSpec:
 
     def config(self) -> Qwen3Config:
         """Make the config of a `Drafter`."""
-        elsewhere = {"conv_kernel_size", "conv_group_size", "head", "special_token_ids"}
+        elsewhere = {*CONVOLUTION_KEYS, "head", "special_token_ids"}
         values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
         named = {name: values[name] for name in nested if name in values}
@@ -279,7 +329,7 @@ class DrafterSpec:
             **self.special_token_ids,
             **values | attention,
             tie_word_embeddings=False,
-            dflash_config=named | self.kind.values(self),  # pyright: ignore[reportCallIssue]
+            dflash_config=named | self.variant_keys,  # pyright: ignore[reportCallIssue]
         )
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,9 +338,10 @@ class DrafterSpec:
         Args:
             written: the config as `save_pretrained` of transformers wrote it.
         """
+        variant = "LiLiCorr" if self.head else "DFlash2" if self.conv_kernel_size else "DFlash"
         config = {
             **written,
-            "architectures": [self.kind.architecture],
+            "architectures": [f"{variant}DraftModel"],
             "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
             "rope_theta": self.rope["rope_theta"],
             "head_dim": self.head_dim,
@@ -317,9 +368,9 @@ class DrafterSpec:
             raise ValueError(
                 f"block_size is {self.block_size}; it must be 2 or more: an anchor and at least one draft slot"
             )
-        if self.kind.num_candidates > self.vocab_size:
+        if self.head and self.head.candidate_topk > self.vocab_size:
             raise ValueError(
-                f"the head chooses from {self.kind.num_candidates} tokens of each slot, and the target has "
+                f"the head chooses from {self.head.candidate_topk} tokens of each slot, and the target has "
                 f"{self.vocab_size}; train with fewer --drafter.head-candidates"
             )
         if self.sliding_window is not None and self.sliding_window <= self.block_size:

@@ -357,7 +357,11 @@ def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:
         "layers, hidden size": f"{spec.num_layers}, {spec.hidden_size}",
         "weights": weights,
     }
-    facts |= spec.kind.facts(spec)
+    if spec.head:
+        sizes = f"{spec.head.num_layers} layers of width {spec.head_width}"
+        facts["head"] = f"LiLiCorr, over the {spec.head.candidate_topk} best tokens of each slot, {sizes}"
+    elif spec.conv_kernel_size:
+        facts["convolutions"] = f"over {spec.conv_kernel_size} slots, as in DFlash2, with a candidate selector of zeros"
     if spec.draft_vocab_size:
         facts["draft vocabulary"] = f"{spec.draft_vocab_size} of {spec.vocab_size} tokens"
     if spec.sample_from_anchor:

@@ -28,7 +28,13 @@ from dpace.target.files import find_target_files
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
+WITHOUT_HEAD: dict[Format, str] = {
+    "speculators": "the format of speculators has none",
+    "gguf": "how llama.cpp names its tensors and keys is not known",
+}
+"""Formats that cannot hold a drafter's head, and why."""
 HELD_BY: dict[str, tuple[Format, ...]] = {
+    "conv_kernel_size": ("zlab", "sglang", "vllm", "gguf"),
     "sample_from_anchor": ("gguf", "speculators"),
     "draft_vocab_size": ("gguf", "speculators", "vllm"),
     "has_own_embed_tokens": ("gguf", "vllm"),
@@ -122,8 +128,11 @@ def export(
     if is_plain:
         spec, weights = without_head(spec, weights)
         original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured
-    if reason := spec.kind.refusals.get(to):
-        raise ValueError(reason)
+    if spec.head and to in WITHOUT_HEAD:
+        raise ValueError(
+            f"the drafter has a LiLiCorr head, and {WITHOUT_HEAD[to]}; give vLLM or SGLang the folder that `dpace "
+            "train` writes, or write it without the head, as DFlash's, with --plain"
+        )
     for key, formats in HELD_BY.items():
         if getattr(spec, key) and to not in formats:
             raise ValueError(

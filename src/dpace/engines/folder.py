@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpace.drafter.kinds import TABLES, kind_of_tensors, published_name
+from dpace.drafter.layout import LILICORR, TABLES, count_head_layers, published_name, tensors_of
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
 from dpace.system.progress import printable
@@ -72,7 +72,12 @@ class DrafterFolder:
     @cached_property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of each tensor that there should be."""
-        known = kind_of_tensors(self.tensors).tensors(self.num_layers)
+        known = tensors_of(
+            self.num_layers,
+            has_taps="layers.0.mlp_conv.base_kernel" in self.tensors,
+            num_head_layers=count_head_layers(self.tensors),
+            has_projection=f"{LILICORR}token_proj.weight" in self.tensors,
+        )
         known |= {name: axes for name, axes in TABLES.items() if name in self.tensors}
         return {name: tuple(axes.split()) for name, (axes, _) in known.items()}
 

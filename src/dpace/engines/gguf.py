@@ -184,7 +184,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     """
     config = spec.config()
     sizes = {name: getattr(config, ours) for ours, name in SIZES.items()}
-    for name, size in {**sizes, "attention.value_length": spec.head_dim, **spec.kind.values(spec)}.items():
+    for name, size in {**sizes, "attention.value_length": spec.head_dim, **spec.variant_keys}.items():
         writer.add_uint32(f"{ARCHITECTURE}.{name}", size)
     scales = {name: getattr(config, ours) for ours, name in SCALES.items() if hasattr(config, ours)}
     scales |= {"attention.layer_norm_rms_epsilon": spec.rms_norm_eps, "rope.freq_base": spec.rope["rope_theta"]}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import TARGET_TABLES
-from dpace.drafter.kinds import SELECTOR_TENSORS
+from dpace.drafter.layout import SELECTOR_TENSORS
 from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import read_files
@@ -64,7 +64,7 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     Raises:
         ValueError: tensors that are missing, unknown or of another shape.
     """
-    sizes = spec.kind.axis_sizes(spec)
+    sizes = spec.axis_sizes
     known = spec.tensors
     missing = sorted(known.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - known.keys())
@@ -108,8 +108,6 @@ def without_head(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[Drafter
         raise ValueError("the drafter has no head that could be left out; export it without --plain")
     record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
     plain = replace(spec, head=None, record=record)
-    sizes = plain.kind.axis_sizes(plain)
-    kept = {name: tensors[name] for name in plain.tensors if name in tensors}
-    for name in plain.kind.other_tensors.keys() & SELECTOR_TENSORS.keys():
-        kept[name] = tensors["norm.weight"].new_zeros([sizes[axis] for axis in SELECTOR_TENSORS[name][0].split()])
-    return plain, kept
+    shapes = {name: [plain.axis_sizes[axis] for axis in SELECTOR_TENSORS[name][0].split()] for name in SELECTOR_TENSORS}
+    zeros = {name: tensors["norm.weight"].new_zeros(shape) for name, shape in shapes.items()}
+    return plain, {name: (zeros | tensors)[name] for name in plain.tensors}

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.drafter import Drafter
-from dpace.drafter.kinds import make_lattice, rows_after, take_walk, tokens_of
+from dpace.drafter.lattice import make_lattice, take_walk
 from dpace.drafter.views import BlocksHidden, blocks_hidden
 from dpace.fast.packing import refresh_copies
 from dpace.loss import frozen_head_nll
@@ -110,7 +110,7 @@ def score_conversation(
             found = blocks_hidden(drafter, target, {**chosen, **text}, **ids)
             states, blocks = found[:2]
             labels = blocks.labels if rows is None else rows[blocks.labels]
-            if drafter.kind.num_candidates == 1:
+            if drafter.num_candidates == 1:
                 is_accepted = leading_matches(states, head, labels, blocks.is_scored)
             else:
                 states, drafted = walk_blocks(drafter, target, found, head, token_ids)
@@ -126,12 +126,11 @@ def walk_blocks(
     """Draft the blocks of a conversation with the drafter's head; return its scores and tokens, of slot 0 any."""
     hidden, blocks = found[:2]
     every = torch.ones_like(blocks.is_scored)
-    out = frozen_head_nll(hidden, head, blocks.labels * 0, every, num_candidates=drafter.kind.num_candidates)
+    out = frozen_head_nll(hidden, head, blocks.labels * 0, every, num_candidates=drafter.num_candidates)
     candidates = out.candidates if token_ids is None else token_ids.to(out.candidates.device)[out.candidates]
     candidates, log_probs, states = (x[0, :, 1:] for x in (candidates, out.log_probs, hidden))
     lattice = make_lattice(drafter, target, candidates, log_probs, states, found.before[0], blocks.anchors[0] > 0)
-    index = take_walk(lattice)
-    scores, tokens = rows_after(lattice, index), tokens_of(lattice, index)
+    tokens, scores = take_walk(lattice)
     return torch.cat([scores[:, :1], scores], dim=1)[None], torch.cat([tokens[:, :1], tokens], dim=1)[None]
 
 

@@ -165,7 +165,7 @@ def fit_confidence_temperature(
             reached.append((states[is_reached], is_accepted[is_reached]))
         rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
         share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scaled = (head.logits(rows[::share]) if drafter.kind.num_candidates == 1 else rows[::share]).float()
+        scaled = (head.logits(rows[::share]) if drafter.num_candidates == 1 else rows[::share]).float()
         logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
         matches.append(is_right[::share])
     drafter.train(was_training)

@@ -25,7 +25,7 @@ from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
 from dpace.config import LossConfig, Recipe, is_custom
 from dpace.drafter import Drafter
-from dpace.drafter.kinds import make_lattice, walk_losses
+from dpace.drafter.lattice import make_lattice, walk_losses
 from dpace.drafter.views import BlocksHidden, blocks_hidden
 from dpace.loss import HeadOutput, Slots, Weigh, block_loss, candidate_logits, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
@@ -101,9 +101,9 @@ class Scorer:
             token_loss=self.loss.token_loss,
             target_hidden=found.target_hidden if self.loss.needs_target_probs else None,
             chunk_bytes=self.chunk_bytes,
-            num_candidates=self.drafter.kind.num_candidates,
+            num_candidates=self.drafter.num_candidates,
         )
-        if self.drafter.kind.num_candidates > 1:
+        if self.drafter.num_candidates > 1:
             out = self.add_head(out, found, batch.get("whole_blocks"), progress)
         return out, blocks
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.decode import generate, generate_batch
-from dpace.drafter.kinds import NEWER_NAMES, Lattice, rows_after, take_walk, tokens_of, walk_losses
-from dpace.drafter.kinds import LiLiCorr as LiLiCorrKind
+from dpace.decode import generate, generate_batch, steps
+from dpace.drafter.lattice import Lattice, propose, take_walk, walk_losses
+from dpace.drafter.layout import NEWER_NAMES
 from dpace.measure.heldout import score_conversation
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
@@ -161,23 +161,22 @@ def random_lattice(num_blocks=5, num_slots=3, k=4):
 def test_the_walk_is_a_loop_over_rows():
     lattice = random_lattice()
     lattice.start[0] = lattice.pairs[0] = 1.0  # ties: the first
-    index = take_walk(lattice)
+    tokens, scores = take_walk(lattice)
     for block in range(5):
         row = lattice.start[block]
         for slot in range(3):
             taken = max(range(4), key=lambda j, row=row: (float(row[j]), -j))
-            assert index[block, slot] == taken
-            torch.testing.assert_close(rows_after(lattice, index)[block, slot], row)
+            assert tokens[block, slot] == lattice.candidates[block, slot, taken]
+            torch.testing.assert_close(scores[block, slot], row)
             row = lattice.pairs[block, slot, taken] if slot < 2 else row
-    assert index[0].tolist() == [0, 0, 0]
-    torch.testing.assert_close(tokens_of(lattice, index)[..., None], lattice.candidates.gather(-1, index[..., None]))
+    assert tokens[0].tolist() == lattice.candidates[0, :, 0].tolist()
 
 
 def test_the_loss_is_a_loop_over_slots():
     """Teacher-forced rows; a token that is no candidate has no loss, and none in the slot behind it."""
     lattice, target_logits = random_lattice(), torch.randn(5, 3, 4)
     index = torch.randint(4, (5, 3))
-    labels = tokens_of(lattice, index)
+    labels = lattice.candidates.gather(-1, index[..., None])[..., 0]
     missing = torch.zeros(5, 3, dtype=torch.bool)
     missing[1, 0] = missing[2, 1] = missing[3, 2] = missing[4] = True
     labels = labels.masked_fill(missing, 99)
@@ -204,14 +203,13 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
     target = make_target("qwen3")
     drafter = make_with_head(target, block_size=5)
     found = []
-    draw = LiLiCorrKind.draft
 
-    def spy(self, *args):
-        draft = draw(self, *args)
+    def spy(*args):
+        draft = propose(*args)
         found.append(draft.lattice)
         return draft
 
-    monkeypatch.setattr(LiLiCorrKind, "draft", spy)
+    monkeypatch.setattr(steps, "propose", spy)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
     outs = generate_batch(target, drafter, prompts, max_new_tokens=9, stop_token_ids=[])
     batched, alone = found[:], []
@@ -231,6 +229,5 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
         scored = [scores[0] for scores, _, _ in score_conversation(drafter, target, dataset, 0)][0]
         anchor = 0
         for lattice, accepted in zip(lattices, out.accepted_lengths, strict=False):
-            rows = rows_after(lattice, take_walk(lattice))[0]
-            torch.testing.assert_close(scored[anchor, 1:], rows, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(scored[anchor, 1:], take_walk(lattice)[1][0], atol=1e-3, rtol=1e-3)
             anchor += accepted + 1

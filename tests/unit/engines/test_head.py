@@ -10,7 +10,7 @@ from transformers import AutoModel
 from dpace.cli import main
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter
-from dpace.drafter.kinds import NEWER_NAMES
+from dpace.drafter.layout import NEWER_NAMES
 from dpace.engines.export import read_drafter
 from tests.conftest import make_drafter, make_with_head
 from tests.support.files import read_json, write_rows
@@ -70,7 +70,7 @@ def test_the_layout_is_that_of_the_engines_and_reads_back(made, language_folder,
     assert {name for name in files if name.startswith("lilicorr.")} == NAMES
     assert not any("selector" in name for name in files)
     again = read_drafter(tmp_path / "out")
-    assert again.spec == drafter.spec and again.kind.architecture == "LiLiCorrDraftModel"
+    assert again.spec == drafter.spec
     assert "| head | LiLiCorr, over the 4 best tokens" in (tmp_path / "out" / "README.md").read_text()
     theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs = torch.randn(2, 3, 4, 48), torch.randn(2, 3, 4), torch.randn(2, 3, 48), torch.randn(2, 48)
@@ -105,7 +105,7 @@ def test_without_the_head_it_is_dflashs(made, language_target, language_folder, 
     assert export(folder, language_folder, "gguf", tmp_path / "gguf", *more) == 0
     assert export(folder, language_folder, "zlab", tmp_path / "plain", "--plain") == 0
     plain = Drafter.from_pretrained(tmp_path / "plain")
-    assert plain.lilicorr is None and plain.spec.kind.num_candidates == 1
+    assert plain.lilicorr is None and plain.num_candidates == 1
     own = drafter.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in plain.state_dict().items() if name in own)
     assert not [d for d in diagnose(tmp_path / "plain", language_target) if d.result in ("fails", "warns")]

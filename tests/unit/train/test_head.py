@@ -28,7 +28,7 @@ def naive(drafter, target, batch, way, penalty):
     for b, n in torch.cartesian_prod(*map(torch.arange, blocks.anchors.shape)).tolist():
         if not blocks.is_scored[b, n, 1:].all():
             continue
-        top = log_probs[b, n, 1:].topk(drafter.kind.num_candidates)
+        top = log_probs[b, n, 1:].topk(drafter.num_candidates)
         labels, anchor = blocks.labels[b, n, 1:].tolist(), int(blocks.anchors[b, n])
         row = drafter.hidden_norm(drafter.fc(batch["features"][b, anchor - 1, : drafter.fc.in_features]))
         inputs = target.embed(top.indices), top.values, hidden[b, n, 1:], row
