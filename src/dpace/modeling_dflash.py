@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
     Qwen3MLP,
     Qwen3PreTrainedModel,
     Qwen3RMSNorm,
@@ -28,7 +29,7 @@ NO_WINDOW = 2**31 - 1
 """Window of a layer with full attention: longer than any text."""
 
 
-class DFlashAttention(nn.Module):
+class DFlashAttention(Qwen3Attention):
     """Attention of block tokens to the target's features and to each other.
 
     Keys and values of both use the same projections. A layer of kind `sliding_attention` sees the tokens and slots
@@ -43,19 +44,12 @@ class DFlashAttention(nn.Module):
     """
 
     def __init__(self, config: Any, layer: int):
-        super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        super().__init__(config, layer)
         self.kind = config.layer_types[layer]
         is_sliding = self.kind == "sliding_attention"
         self.window: int = config.sliding_window if is_sliding else NO_WINDOW
         is_causal = getattr(config, "is_causal", None)
         self.is_causal: bool = is_sliding if is_causal is None else is_causal
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, hidden, context, rope, mask, cache: Cache | None):
         """Compute the attention's output.
@@ -72,7 +66,7 @@ class DFlashAttention(nn.Module):
         q = q * cos + rotate_half(q) * sin
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms give fp32 and the projections bf16
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            k, v = cache.update(k, v, self.layer_idx)
         mask = self.limit(mask, q.shape[2], k)
         if mask is None or isinstance(mask, Tensor):
             out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -166,8 +160,9 @@ class DFlashLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = DFlashAttention(config, layer)
         self.mlp = Qwen3MLP(config)
-        self.attention_conv = DFlashConvolution(config) if has_convolutions(config) else None
-        self.mlp_conv = DFlashConvolution(config) if has_convolutions(config) else None
+        has_convolutions = published(config).get("conv_kernel_size")
+        self.attention_conv = DFlashConvolution(config) if has_convolutions else None
+        self.mlp_conv = DFlashConvolution(config) if has_convolutions else None
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -199,8 +194,10 @@ class LiLiCorrAttention(nn.Module):
     def forward(self, rows, bias):
         """Compute the attention's output, "block entry width"; `bias` is "1 head entry entry"."""
         rows = nn.functional.linear(rows, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = rows.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        heads = rows.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out_proj(
+            nn.functional.scaled_dot_product_attention(*heads, attn_mask=bias).transpose(1, 2).flatten(2)
+        )
 
 
 class LiLiCorrLayer(GradientCheckpointingLayer):
@@ -231,25 +228,31 @@ class LiLiCorr(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         sizes = {name.removeprefix("lilicorr_"): value for name, value in config.dflash_config.items()}
-        outer, block_size, eps = config.hidden_size, config.block_size, config.rms_norm_eps
-        width, k, num_heads = sizes["hidden_size"] or outer, sizes["candidate_topk"], sizes["num_heads"]
-        self.num_candidates, self.block_size, self.width = k, block_size, width
-        self.vector_eps, self.logit_scale = sizes["vector_eps"], sizes["logit_scale"]
+        outer = config.hidden_size
+        block_size = config.block_size
+        width = sizes["hidden_size"] or outer
+        num_heads = sizes["num_heads"]
+        self.block_size = block_size
+        self.num_candidates: int = sizes["candidate_topk"]
+        self.vector_eps: float = sizes["vector_eps"]
+        self.logit_scale: float = sizes["logit_scale"]
         self.token_proj = nn.Identity() if width == outer else nn.Linear(outer, width)
         self.pass_hidden_proj = nn.Linear(outer, width)
         self.context_proj = nn.Linear(outer, width)
         norm = nn.LayerNorm(5, eps=1e-5)
         self.feature_mlp = nn.Sequential(norm, nn.Linear(5, width), nn.SiLU(), nn.Linear(width, width))
         self.slot_embedding = nn.Parameter(torch.empty(1, 1, block_size - 1, 1, width))
-        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, k, width))
+        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, self.num_candidates, width))
         self.relative_slot_bias = nn.Parameter(torch.empty(num_heads, 2 * block_size - 1))
         self.same_slot_bias = nn.Parameter(torch.empty(num_heads))
-        inner = int(sizes["mlp_ratio"] * width)
-        self.layers = nn.ModuleList(LiLiCorrLayer(width, inner, num_heads, eps) for _ in range(sizes["num_layers"]))
-        self.output_norm = Qwen3RMSNorm(width, eps=eps)
-        self.anchor_norm = Qwen3RMSNorm(width, eps=eps)
+        layer = (width, int(sizes["mlp_ratio"] * width), num_heads, config.rms_norm_eps)
+        self.layers = nn.ModuleList(LiLiCorrLayer(*layer) for _ in range(sizes["num_layers"]))
+        self.output_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
+        self.anchor_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
         self.factor_input_proj = nn.Linear(3 * width, width)
-        self.out_head, self.in_head, self.anchor_out_head = (nn.Linear(width, sizes["factor_dim"]) for _ in range(3))
+        self.out_head = nn.Linear(width, sizes["factor_dim"])
+        self.in_head = nn.Linear(width, sizes["factor_dim"])
+        self.anchor_out_head = nn.Linear(width, sizes["factor_dim"])
 
     def initialize(self):
         """Let slots and ranks count nothing at first. The factors' weights must not be 0: they would stay so."""
@@ -272,21 +275,21 @@ class LiLiCorr(nn.Module):
         """
         dtype = self.factor_input_proj.weight.dtype
         num_slots, k = log_probs.shape[1:]
-        ranks = torch.arange(k, device=log_probs.device)
-        parts = (log_probs, log_probs.exp(), log_probs - log_probs.amax(-1, keepdim=True))
-        parts += tuple(x.float().expand_as(log_probs) for x in (ranks / max(1, k - 1), ranks == 0))
+        ranks = torch.arange(k, device=log_probs.device).expand_as(log_probs)
+        behind = log_probs - log_probs.amax(-1, keepdim=True)
+        parts = [log_probs, log_probs.exp(), behind, ranks / max(1, k - 1), (ranks == 0).float()]
         rows = self.feature_mlp(torch.stack(parts, dim=-1).to(dtype)) + self.token_proj(embeds.to(dtype))
         rows = rows + self.pass_hidden_proj(hidden.to(dtype))[:, :, None]
         rows = (rows + self.slot_embedding[0, :, :num_slots] + self.rank_embedding[0]).flatten(1, 2)
         slots = torch.arange(num_slots, device=log_probs.device)
-        bias = self.relative_slot_bias[:, slots[:, None] - slots + self.block_size - 1]
-        bias = bias + self.same_slot_bias[:, None, None] * (slots[:, None] == slots)
+        distance = slots[:, None] - slots
+        bias = self.relative_slot_bias[:, distance + self.block_size - 1]
+        bias = bias + self.same_slot_bias[:, None, None] * (distance == 0)
         bias = bias.repeat_interleave(k, 1).repeat_interleave(k, 2)[None]
         for layer in self.layers:
             rows = layer(rows, bias)
         context = self.context_proj(anchor.to(dtype))
-        context = context if has_anchor is None else context * has_anchor[:, None]
-        context = self.anchor_norm(context)
+        context = self.anchor_norm(context if has_anchor is None else context * has_anchor[:, None])
         rows = self.output_norm(rows)
         both = [rows, context[:, None].expand_as(rows), rows * context[:, None]]
         rows = nn.functional.silu(self.factor_input_proj(torch.cat(both, dim=-1)))
@@ -300,14 +303,9 @@ class LiLiCorr(nn.Module):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)
 
 
-def has_head(config: Any) -> bool:
-    """Return whether a drafter has a LiLiCorr head."""
-    return bool((getattr(config, "dflash_config", None) or {}).get("lilicorr_enabled"))
-
-
-def has_convolutions(config: Any) -> bool:
-    """Return whether a drafter has DFlash2's convolutions."""
-    return bool((getattr(config, "dflash_config", None) or {}).get("conv_kernel_size"))
+def published(config: Any) -> dict[str, Any]:
+    """Return the part of a drafter's config that most engines read."""
+    return getattr(config, "dflash_config", None) or {}
 
 
 def around(
@@ -361,9 +359,9 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
-        published = getattr(config, "dflash_config", None) or {}
+        nested = published(config)
         for key in ("block_size", "mask_token_id", "target_layer_ids"):
-            value = published.get(key, getattr(config, key, None))
+            value = nested.get(key, getattr(config, key, None))
             if value is None:
                 raise ValueError(
                     f"the drafter's config has no {key}, neither in dflash_config nor at the top level; "
@@ -384,8 +382,8 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
         if num_drafted:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
         with torch.random.fork_rng(devices=[]):  # so that all else starts as without a head
-            self.lilicorr = LiLiCorr(config) if has_head(config) else None
-        if has_convolutions(config) and not has_head(config):
+            self.lilicorr = LiLiCorr(config) if nested.get("lilicorr_enabled") else None
+        if nested.get("conv_kernel_size") and self.lilicorr is None:
             self.candidate_selector = NeutralSelector(config)
         self.post_init()
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
-from dpace.drafter.drafter import TARGET_TABLES, is_same_table
+from dpace.drafter.drafter import TARGET_TABLES, find_shared_tables
 from dpace.drafter.layout import LILICORR, SELECTOR_TENSORS, TABLES
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import FROM_ANCHOR, find_layer_id_faults
@@ -219,12 +219,10 @@ def dtype(folder: ExaminedFolder) -> Observation | None:
 
 def own_embedding(folder: ExaminedFolder) -> Observation | None:
     """Compare stored tables with the target's, where there are any."""
-    embedding = folder.target.model.get_input_embeddings().weight
-    tables = {"embed_tokens.weight": embedding, "lm_head.weight": folder.target.head.weight}
-    stored = {name: folder.tensors[name] for name in tables if name in folder.tensors}
-    differing = [f"{name} differs" for name, own in stored.items() if not is_same_table(own, tables[name])]
+    shared = find_shared_tables(folder.tensors, folder.target)
+    differing = [f"{name}.weight differs" for name, is_shared in shared.items() if not is_shared]
     found = first_names(differing) or "equal"
-    return Observation(not differing, found, "equal to the target's, or not stored") if stored else None
+    return Observation(not differing, found, "equal to the target's, or not stored") if shared else None
 
 
 def tensor_names(folder: ExaminedFolder) -> Observation:

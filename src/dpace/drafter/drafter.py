@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,9 +274,8 @@ class Drafter(DFlashDraftModel):
                 "sample_from_anchor is true: training of blocks whose first slot predicts is not implemented; start "
                 "from another drafter, or leave --drafter.init out"
             )
-        shared = find_shared_tables(self, target)
-        for name in ("embed_tokens", "lm_head"):
-            if getattr(self, name) is not None and name not in shared:
+        for name, is_shared in find_shared_tables(self.state_dict(), target).items():
+            if not is_shared:
                 raise ValueError(
                     f"the drafter has an {name} of its own, which training does not use; start from a drafter with the "
                     "target's, or leave --drafter.init out"
@@ -376,17 +375,21 @@ def read_spec(folder: str | Path) -> DrafterSpec:
     return DrafterSpec.from_config({"rms_norm_eps": 1e-6, **own_tables(names), **read_config(folder)})
 
 
-def find_shared_tables(drafter: Drafter, target: Target) -> list[str]:
-    """Return which of a drafter's own tables are the target's, up to rounding in bf16: embed_tokens, lm_head."""
-    pairs: dict[str, Any] = {"embed_tokens": (drafter.embed_tokens, target.model.get_input_embeddings().weight)}
-    if drafter.lm_head is not None:
-        pairs["lm_head"] = drafter.lm_head, target.head.weight[drafter.head_token_ids.to(target.device)]
-    return [name for name, (own, table) in pairs.items() if own is not None and is_same_table(own.weight, table)]
+def find_shared_tables(tensors: Mapping[str, Tensor], target: Target) -> dict[str, bool]:
+    """Return of each table among a drafter's tensors whether it is the target's, up to rounding in bf16.
 
+    They are `embed_tokens`, and `lm_head` with a row for each token or each one that `d2t` names.
 
-def is_same_table(own: Tensor, table: Tensor) -> bool:
-    """Return whether a drafter's table is the target's, up to rounding in bf16."""
-    return own.shape == table.shape and torch.allclose(own, table.to(own), rtol=1e-2)
+    Raises:
+        ValueError: see `drafted_tokens`.
+    """
+    tables = {"embed_tokens": target.model.get_input_embeddings().weight, "lm_head": target.head.weight}
+    if "d2t" in tensors:
+        token_ids = drafted_tokens(tensors["d2t"], len(target.head.weight))
+        tables["lm_head"] = target.head.weight[token_ids.to(target.device)]
+    own = {name: tensors[f"{name}.weight"] for name in tables if f"{name}.weight" in tensors}
+    pairs = {name: (table, tables[name].to(table)) for name, table in own.items()}
+    return {name: a.shape == b.shape and torch.allclose(a, b, rtol=1e-2) for name, (a, b) in pairs.items()}
 
 
 def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:
@@ -408,20 +411,15 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     drafter.check_target(target)
     drafter.to(target.device)
     vocabulary = load_vocabulary(folder, len(target.head.weight))
-    for name in find_shared_tables(drafter, target):
-        if name == "embed_tokens" or not drafter.spec.draft_vocab_size:
+    for name, is_shared in find_shared_tables(drafter.state_dict(), target).items():
+        if is_shared and (name == "embed_tokens" or not drafter.spec.draft_vocab_size):
             setattr(drafter, name, None)
             setattr(drafter.config, f"has_own_{name}", False)
     if drafter.lm_head is not None:
         drafter.vocabulary = DraftVocabulary(
             drafter.head_token_ids.tolist(), drafter.confidence_temperature, drafter.lm_head
         )
-    if (
-        drafter.vocabulary is None
-        and vocabulary is not None
-        and not all_tokens
-        and vocabulary.pays(target, drafter.num_parameters())
-    ):
+    elif vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
         drafter.vocabulary = vocabulary
     answers = Path(folder) / ANSWERS_FILE
     if answers.exists():

@@ -44,7 +44,9 @@ class DraftVocabulary:
 
     def __init__(self, token_ids: Iterable[int], confidence_temperature: float = 1.0, head: nn.Linear | None = None):
         ordered = list(token_ids)
-        self.known, self.confidence_temperature, self.head = frozenset(ordered), confidence_temperature, head
+        self.known = frozenset(ordered)
+        self.confidence_temperature = confidence_temperature
+        self.head = head
         self.token_ids = torch.tensor(sorted(self.known) if head is None else ordered)
         self._state: list[tuple[int, int, int]] = []
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import CONVOLUTION_KEYS, DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import describe_error
 from dpace.engines.speculators import to_layer_ids
@@ -51,11 +51,6 @@ TENSOR_TYPES = {
 }
 QUANTIZED = ("q8_0", "q5_0", "q4_0")
 """Precisions of llama.cpp in which a block of 32 numbers shares a scale, and which `gguf` can write."""
-FILE_TYPES = {
-    torch.float32: gguf.LlamaFileType.ALL_F32,
-    torch.float16: gguf.LlamaFileType.MOSTLY_F16,
-    torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
-}
 
 
 def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
@@ -128,20 +123,19 @@ def write_gguf(
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
             _copy_field(writer, field)
     _write_fields(writer, spec)
-    mostly = FILE_TYPES[tensors["fc.weight"].dtype]
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{precision.upper()}"] if precision else mostly)
+    mostly = precision or TENSOR_TYPES[tensors["fc.weight"].dtype].name
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly.upper()}"])
     for ours, (_, name) in spec.tensors.items():
         tensor = tensors[ours].detach().cpu().contiguous()
         if ours == "d2t":
             tensor = drafted_tokens(tensor, spec.vocab_size)
-        data = quantize(tensor, precision)[0] if precision and tensor.dim() == 2 else None
-        if data is not None and data.dtype == np.uint8:
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[str(precision).upper()])
-        elif tensor.dtype == torch.bfloat16:  # numpy has no bf16: gguf takes its bytes
-            data = tensor.view(torch.uint8).numpy()
-            writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=TENSOR_TYPES[torch.bfloat16])
-        else:
-            writer.add_tensor(name, tensor.numpy())
+        kind = TENSOR_TYPES[tensor.dtype]
+        # numpy has no bf16: gguf takes its bytes, as those of blocks
+        data = (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        if precision and tensor.dim() == 2:
+            data = quantize(tensor, precision)[0]
+            kind = gguf.GGMLQuantizationType[precision.upper()] if data.dtype == np.uint8 else kind
+        writer.add_tensor(name, data, raw_dtype=kind)
     _write_file(writer)
 
 
@@ -183,22 +177,20 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     The file numbers the target's layers by their input, so one higher than here.
     """
     config = spec.config()
+    kinds = gguf.GGUFValueType
     sizes = {name: getattr(config, ours) for ours, name in SIZES.items()}
-    for name, size in {**sizes, "attention.value_length": spec.head_dim, **spec.variant_keys}.items():
-        writer.add_uint32(f"{ARCHITECTURE}.{name}", size)
-    scales = {name: getattr(config, ours) for ours, name in SCALES.items() if hasattr(config, ours)}
-    scales |= {"attention.layer_norm_rms_epsilon": spec.rms_norm_eps, "rope.freq_base": spec.rope["rope_theta"]}
-    for name, scale in scales.items():
-        writer.add_float32(f"{ARCHITECTURE}.{name}", scale)
-    int32 = gguf.GGUFValueType.INT32
-    name = f"{ARCHITECTURE}.target_layers"
-    writer.add_key_value(name, spec.hidden_state_ids, gguf.GGUFValueType.ARRAY, int32)
-    writer.add_bool(f"{ARCHITECTURE}.attention.causal", bool(spec.is_causal))
-    writer.add_bool(f"{ARCHITECTURE}.sample_from_anchor", spec.sample_from_anchor)
+    sizes |= {"attention.value_length": spec.head_dim, **spec.variant_keys}
     if spec.sliding_window is not None:
-        writer.add_uint32(f"{ARCHITECTURE}.attention.sliding_window", spec.sliding_window)
+        sizes["attention.sliding_window"] = spec.sliding_window
         pattern = [kind == "sliding_attention" for kind in spec.layer_types]
         writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
+    scales = {name: getattr(config, ours) for ours, name in SCALES.items() if hasattr(config, ours)}
+    scales |= {"attention.layer_norm_rms_epsilon": spec.rms_norm_eps, "rope.freq_base": spec.rope["rope_theta"]}
+    flags = {"attention.causal": bool(spec.is_causal), "sample_from_anchor": spec.sample_from_anchor}
+    for kind, values in ((kinds.UINT32, sizes), (kinds.FLOAT32, scales), (kinds.BOOL, flags)):
+        for name, value in values.items():
+            writer.add_key_value(f"{ARCHITECTURE}.{name}", value, kind)
+    writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
 
 
@@ -244,8 +236,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         "sliding_window": window,
         "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern],
         "is_causal": get("attention.causal", False),
-        "conv_kernel_size": get("conv_kernel_size", 0),
-        "conv_group_size": get("conv_group_size", 0),
+        **{name: get(name, 0) for name in CONVOLUTION_KEYS},
         "sample_from_anchor": get("sample_from_anchor", False),
         "draft_vocab_size": len(tensors["d2t"]) if "d2t" in tensors else 0,
         "has_own_embed_tokens": "token_embd.weight" in tensors,

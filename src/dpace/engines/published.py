@@ -54,8 +54,8 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     unused = TARGET_TABLES - spec.tensors.keys()
-    tensors = {name: tensor for name, tensor in files.tensors.items() if name not in unused}
-    return spec, {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    unused |= {name for name in files.tensors if name.endswith("rotary_emb.inv_freq")}
+    return spec, {name: tensor for name, tensor in files.tensors.items() if name not in unused}
 
 
 def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:

@@ -229,7 +229,7 @@ class FusedDraftLayer(FastModule, DFlashLayer):
         def attend(rows):
             heads = fused.heads(torch.cat([context, rows], dim=1), rotation)
             if cache is not None:
-                heads = _Heads(heads.query, *cache.update(heads.key, heads.value, attention.layer))
+                heads = _Heads(heads.query, *cache.update(heads.key, heads.value, attention.layer_idx))
             seen = attention.limit(mask, rows.shape[1], heads.key)
             attended = attend_in_groups(heads.query[:, :, context.shape[1] :], heads.key, heads.value, seen)
             return fused.out(attended.flatten(2))

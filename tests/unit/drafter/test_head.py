@@ -51,7 +51,7 @@ def reference(head, embeds, log_probs, hidden, anchor):
     w = {name: value.double() for name, value in head.state_dict().items()}
     embeds, log_probs, hidden, anchor = (x.double() for x in (embeds, log_probs, hidden, anchor))
     num_slots, k = log_probs.shape
-    width, num_heads = head.width, len(w["same_slot_bias"])
+    width, num_heads = w["slot_embedding"].shape[-1], len(w["same_slot_bias"])
 
     def linear(x, name):
         return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
