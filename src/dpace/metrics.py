@@ -40,6 +40,8 @@ class Acceptance:
     num_without_bonus: int | Sequence[int] | np.ndarray = 0
     """Verifications whose last accepted token ended the text, so that no bonus token follows; a number, or one a
     prompt."""
+    bounds: tuple[float, ...] = ()
+    """With a head, tau of each slot's own best token, and of the target's token wherever it is a candidate."""
 
     def __post_init__(self):
         """Check the shape of the histogram."""

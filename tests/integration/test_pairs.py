@@ -139,6 +139,23 @@ PAIRS = {
     "stream, compile": Pair(
         f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
     ),
+    "start, width of a head": Pair(
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head-width 16",
+        refused="--drafter.head-width is 16, but .* has None",
+    ),
+}
+OF_HEADS = {
+    "drafter.head-candidates": 4,
+    "drafter.head-width": 16,
+    "loss.head-weights": "walk",
+    "loss.head-penalty": 0.5,
+}
+PAIRS |= {
+    f"{name}, no head": Pair(
+        f"train {RECIPE} --{name} {value}",
+        refused=f"--{name} is {value}, and the drafter has no head; add --drafter.head",
+    )
+    for name, value in OF_HEADS.items()
 }
 
 

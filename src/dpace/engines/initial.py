@@ -44,12 +44,12 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": bool(spec.is_causal),
     }
-    others = [option for option, value in own.items() if getattr(recipe.drafter, option) not in (None, value)]
-    for option in [*others, "norm_scale"]:
-        if f"drafter.{option}" in given:
+    facts = {**own, "head_width": spec.head and spec.head_width, "norm_scale": "a final norm"}
+    for option, value in facts.items():
+        asked = getattr(recipe.drafter, option)
+        if asked not in (None, value) and f"drafter.{option}" in given:
             flag = f"--drafter.{option.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {getattr(recipe.drafter, option)}, but {name} has {own.get(option, 'a final norm')}; leave "
-                f"{flag} out, or train without --drafter.init"
+                f"{flag} is {asked}, but {name} has {value}; leave {flag} out, or train without --drafter.init"
             )
     return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init

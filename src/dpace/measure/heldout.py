@@ -5,6 +5,7 @@ through them; out comes an `Acceptance` with one row a conversation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,16 +60,18 @@ def heldout_acceptance(
     was_training = drafter.training
     drafter.eval()
     refresh_copies(drafter)
-    results: dict[int, Acceptance] = {}
+    results: dict[int, list[Acceptance]] = {}
     indices = range(len(dataset))
     mine = [*ranks.share(indices), *[None] * ranks.num_short(indices)] if over_ranks else indices
     for i in mine:
         if i is not None:
-            accepted_from: dict[int, int] = {}
+            accepted_from: list[dict[int, int]] = [{} for _ in range(3 if drafter.num_candidates > 1 else 1)]
             for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
-                accepted_from |= zip(blocks.anchors[0].tolist(), is_accepted[0].sum(-1).tolist(), strict=True)
+                for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
+                    known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
             spans = _spans(dataset.is_response(i))
-            results[i] = Acceptance.pooled([walk(accepted_from, span, drafter.block_size) for span in spans])
+            walks = [[walk(known, span, drafter.block_size) for span in spans] for known in accepted_from]
+            results[i] = [Acceptance.pooled(parts) for parts in walks]
         elif dataset.features is None:
             target.join_features(drafter.target_layer_ids)
         if is_ended():
@@ -76,7 +79,9 @@ def heldout_acceptance(
     drafter.train(was_training)
     if over_ranks:
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
-    return Acceptance.of_prompts([results[i] for i in sorted(results)])
+    ways = zip(*(results[i] for i in sorted(results)), strict=True)
+    drafted, *others = [Acceptance.of_prompts(rows) for rows in ways] or [Acceptance.of_prompts([])]
+    return replace(drafted, bounds=tuple(way.tau for way in others))
 
 
 def score_conversation(
@@ -91,7 +96,8 @@ def score_conversation(
 
     Yields:
         Final hidden states, "1 block slot hidden", or with a head of the drafter's own the scores of its drafts; the
-        blocks; and the slots that are accepted.
+        blocks; and the slots that are accepted, "way block slot". With a head there are three ways: its walk, each
+        slot's own best token, and the target's token wherever it is a candidate.
     """
     head, rows = (target.head, None) if token_ids is None else target.head.part(token_ids)
     if drafter.vocabulary is not None and drafter.vocabulary.head is not None:
@@ -113,17 +119,20 @@ def score_conversation(
             if drafter.num_candidates == 1:
                 is_accepted = leading_matches(states, head, labels, blocks.is_scored)
             else:
-                states, drafted = walk_blocks(drafter, target, found, head, token_ids)
-                is_right = (drafted == blocks.labels) & blocks.is_scored
-                is_accepted = is_right[..., 1:].int().cumprod(-1).bool()
+                states, is_right = walk_blocks(drafter, target, found, head, token_ids)
+                is_accepted = (is_right & blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
                 is_accepted = torch.nn.functional.pad(is_accepted, (1, 0))
         yield states, blocks, is_accepted
 
 
 def walk_blocks(
     drafter: Drafter, target: Target, found: BlocksHidden, head: Head, token_ids: Tensor | None
-) -> tuple[Float[Tensor, "1 block slot choice"], Int[Tensor, "1 block slot"]]:
-    """Draft the blocks of a conversation with the drafter's head; return its scores and tokens, of slot 0 any."""
+) -> tuple[Float[Tensor, "1 block slot choice"], Bool[Tensor, "3 block draft"]]:
+    """Draft the blocks of a conversation with the drafter's head.
+
+    Returns:
+        Its scores, of slot 0 any; and which drafts are the target's, for each way of `score_conversation`.
+    """
     hidden, blocks = found[:2]
     every = torch.ones_like(blocks.is_scored)
     out = frozen_head_nll(hidden, head, blocks.labels * 0, every, num_candidates=drafter.num_candidates)
@@ -131,7 +140,10 @@ def walk_blocks(
     candidates, log_probs, states = (x[0, :, 1:] for x in (candidates, out.log_probs, hidden))
     lattice = make_lattice(drafter, target, candidates, log_probs, states, found.before[0], blocks.anchors[0] > 0)
     tokens, scores = take_walk(lattice)
-    return torch.cat([scores[:, :1], scores], dim=1)[None], torch.cat([tokens[:, :1], tokens], dim=1)[None]
+    labels = blocks.labels[0, :, 1:]
+    is_true = candidates == labels[..., None]
+    is_right = torch.stack([tokens == labels, is_true[..., 0], is_true.any(-1)])
+    return torch.cat([scores[:, :1], scores], dim=1)[None], is_right
 
 
 def leading_matches(

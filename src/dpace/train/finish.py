@@ -161,6 +161,7 @@ def fit_confidence_temperature(
         reached = []
         for states, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
             slots = torch.arange(drafter.block_size, device=target.device)
+            is_accepted = is_accepted[:1]  # as drafted
             is_reached = blocks.is_scored & (slots <= is_accepted.sum(-1, keepdim=True) + 1)
             reached.append((states[is_reached], is_accepted[is_reached]))
         rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))

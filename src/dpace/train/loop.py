@@ -427,7 +427,9 @@ class TrainingLoop:
         if self.interrupt.is_asked:
             return False
         low, high = acceptance.interval()
-        track(state.add_to_log({"eval_tau": acceptance.tau, "eval_tau_low": low, "eval_tau_high": high}))
+        found = {"eval_tau": acceptance.tau, "eval_tau_low": low, "eval_tau_high": high}
+        of_head = zip(("eval_tau_top", "eval_tau_oracle"), acceptance.bounds, strict=False)
+        track(state.add_to_log(found | dict(of_head)))
         return state.note_tau(acceptance.tau)
 
     def save(self) -> None:

@@ -24,7 +24,7 @@ from dpace.system.ledger import lock_folder, register_files, write_json
 from dpace.target import Target
 from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
-from dpace.train.identity import RUN_FILE, data_of, init_of, refuse_other_run, settings_of, target_of
+from dpace.train.identity import RUN_FILE, data_of, flat_settings, init_of, refuse_other_run, settings_of, target_of
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
 
@@ -50,8 +50,15 @@ def check_losses(recipe: Recipe) -> None:
     """Refuse a token loss or confidence that a head does not learn with.
 
     Raises:
-        ValueError: there is a head, and a loss that reads the target's distribution.
+        ValueError: there is a head, and a loss that reads the target's distribution; or an option of a head, and none.
     """
+    defaults = flat_settings(Recipe())
+    for name, value in flat_settings(recipe).items():
+        if ".head_" in name and recipe.drafter.head is None and value != defaults[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is {value}, and the drafter has no head; add --drafter.head lilicorr, or leave {flag} out"
+            )
     if recipe.drafter.head and recipe.loss.needs_target_probs:
         raise ValueError(
             f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "

@@ -261,7 +261,7 @@ def test_a_trained_selector_is_refused(folders, tmp_path):
 
 
 def test_speculators_has_no_convolutions(do_export):
-    with pytest.raises(ValueError, match="format of speculators has none"):
+    with pytest.raises(ValueError, match="conv_kernel_size is 2, which"):
         do_export("speculators", "convolutions")
 
 

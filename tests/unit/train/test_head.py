@@ -9,6 +9,8 @@ from dpace.batches.dataset import ResponseDataset, collate
 from dpace.config import LossConfig
 from dpace.drafter.views import blocks_hidden
 from dpace.loss.objective import make_weigh
+from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.results import read_log
 from dpace.train.loop import Scorer
 from dpace.train.run import choose_conversations, make_datasets, train
 from dpace.weights import dpace_weights
@@ -103,6 +105,22 @@ def test_training_with_muon_convolutions_growing_blocks_and_a_head(language_targ
     before = drafter.from_target(language_target, seed=42, **shape)
     changed = [not torch.equal(*pair) for pair in zip(drafter.parameters(), before.parameters(), strict=True)]
     assert all(changed)
+
+
+def test_the_log_says_what_the_head_could_gain(language_target, language_responses, tmp_path):
+    """Tau of the walk, beside those without the head, and of a walk that errs only where the token is no candidate."""
+    recipe = make_recipe(max_steps=2, eval_steps=2, logging_steps=2)
+    recipe = replace(recipe, drafter=replace(recipe.drafter, head="lilicorr", head_candidates=4))
+    datasets = make_datasets(language_target, language_responses[:8], language_responses[50:54], recipe)
+    drafter = train(language_target, *datasets, recipe, tmp_path / "a")
+    entry = next(entry for entry in read_log(tmp_path / "a") if "eval_tau" in entry)
+    found = heldout_acceptance(drafter, language_target, datasets[1])
+    names = ("eval_tau", "eval_tau_top", "eval_tau_oracle")
+    assert [round(entry[name], 2) for name in names] == [round(tau, 2) for tau in (found.tau, *found.bounds)]
+    drafter.lilicorr = None
+    plain = heldout_acceptance(drafter, language_target, datasets[1])
+    assert plain.tau == found.bounds[0] and plain.bounds == ()
+    assert found.bounds[1] > max(found.tau, plain.tau)
 
 
 def test_other_token_losses_are_refused(language_target, language_responses, tmp_path):

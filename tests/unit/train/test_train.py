@@ -97,7 +97,7 @@ def test_checkpoints_apart_from_measurements(language_target, language_responses
         patch.setattr(TrainingLoop, "save", interrupted)
         patch.setattr(
             "dpace.train.loop.heldout_acceptance",
-            lambda *_, **__: SimpleNamespace(tau=next(taus), interval=lambda: (0.0, 9.0)),
+            lambda *_, **__: SimpleNamespace(tau=next(taus), interval=lambda: (0.0, 9.0), bounds=()),
         )
         with pytest.raises(KeyboardInterrupt):
             run(language_target, language_responses, tmp_path / "resumed", **changes)
