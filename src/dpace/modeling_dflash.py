@@ -176,20 +176,11 @@ class DFlashLayer(GradientCheckpointingLayer):
         return hidden + around(self.mlp_conv, self.post_attention_layernorm(hidden), self.mlp, block_size)
 
 
-class LiLiCorrAttention(nn.Module):
-    """Attention of all candidates of a block to one another, with learned biases by the distance of their slots."""
+class LiLiCorrAttention(nn.MultiheadAttention):
+    """Attention of all candidates of a block to one another, with learned biases by the distance of their slots.
 
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def initialize(self):
-        """Start as torch's own attention does."""
-        init.xavier_uniform_(self.in_proj_weight)
-        init.zeros_(self.in_proj_bias)
+    Weights, their names and their initial values are those of torch's own attention.
+    """
 
     def forward(self, rows, bias):
         """Compute the attention's output, "block entry width"; `bias` is "1 head entry entry"."""
@@ -221,6 +212,7 @@ class LiLiCorr(nn.Module):
 
     All candidates of a block see one another, in two layers. Each gets a vector for the pair that it begins and one for
     the pair that it ends, and a pair's score is their product. Names of the parts are those of published checkpoints.
+    Slots and ranks count nothing at first. The factors' weights must not be 0: they would stay so.
 
     Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
     """
@@ -241,10 +233,10 @@ class LiLiCorr(nn.Module):
         self.context_proj = nn.Linear(outer, width)
         norm = nn.LayerNorm(5, eps=1e-5)
         self.feature_mlp = nn.Sequential(norm, nn.Linear(5, width), nn.SiLU(), nn.Linear(width, width))
-        self.slot_embedding = nn.Parameter(torch.empty(1, 1, block_size - 1, 1, width))
-        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, self.num_candidates, width))
-        self.relative_slot_bias = nn.Parameter(torch.empty(num_heads, 2 * block_size - 1))
-        self.same_slot_bias = nn.Parameter(torch.empty(num_heads))
+        self.slot_embedding = nn.Parameter(torch.zeros(1, 1, block_size - 1, 1, width))
+        self.rank_embedding = nn.Parameter(torch.zeros(1, 1, 1, self.num_candidates, width))
+        self.relative_slot_bias = nn.Parameter(torch.zeros(num_heads, 2 * block_size - 1))
+        self.same_slot_bias = nn.Parameter(torch.zeros(num_heads))
         layer = (width, int(sizes["mlp_ratio"] * width), num_heads, config.rms_norm_eps)
         self.layers = nn.ModuleList(LiLiCorrLayer(*layer) for _ in range(sizes["num_layers"]))
         self.output_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
@@ -253,11 +245,6 @@ class LiLiCorr(nn.Module):
         self.out_head = nn.Linear(width, sizes["factor_dim"])
         self.in_head = nn.Linear(width, sizes["factor_dim"])
         self.anchor_out_head = nn.Linear(width, sizes["factor_dim"])
-
-    def initialize(self):
-        """Let slots and ranks count nothing at first. The factors' weights must not be 0: they would stay so."""
-        for part in (self.slot_embedding, self.rank_embedding, self.relative_slot_bias, self.same_slot_bias):
-            init.zeros_(part)
 
     def forward(self, embeds, log_probs, hidden, anchor, has_anchor=None):
         """Score the first candidates, and all pairs of candidates of neighbouring slots.
@@ -403,7 +390,7 @@ class DFlashDraftModel(Qwen3PreTrainedModel):
     def _init_weights(self, module):
         """Initialize a module; called by transformers, for a part before its whole."""
         super()._init_weights(module)
-        if isinstance(module, DFlashConvolution | LiLiCorr | LiLiCorrAttention):
+        if isinstance(module, DFlashConvolution):
             module.initialize()
 
     def anchor_rows(self, features):

@@ -120,10 +120,10 @@ def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored, scale: fl
     return is_scored + scale / num_slots * dpace_weights(token_probs, is_scored, alpha=0.0)
 
 
-def _num_accepted_before(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block 1"]:
-    """Count the scored slots before the first one whose greedy draft is wrong."""
+def _behind_rejection(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block slot"]:
+    """Count scored slots from the first one whose greedy draft is wrong; below 0 before it."""
     is_accepted = (is_match | ~is_scored).int().cumprod(-1)
-    return (is_accepted * is_scored).sum(-1, keepdim=True)
+    return is_scored.cumsum(-1) - 1 - (is_accepted * is_scored).sum(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -144,9 +144,7 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
     Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification. Its mixed
     labels are the token loss `mix`.
     """
-    index = is_scored.cumsum(-1) - 1
-    distance = (index - _num_accepted_before(is_match, is_scored)).clamp_min(0)
-    return torch.exp(-distance / gamma) * is_scored
+    return torch.exp(-_behind_rejection(is_match, is_scored).clamp_min(0) / gamma) * is_scored
 
 
 @torch.no_grad()
@@ -165,8 +163,7 @@ def spec_auf_weights(is_match: IsMatch, is_scored: IsScored) -> Weights:
 
     Source: Spec-AUF (arXiv 2607.01893), cross-entropy up to the first mismatch.
     """
-    index = is_scored.cumsum(-1) - 1
-    return (is_scored & (index <= _num_accepted_before(is_match, is_scored))).float()
+    return (is_scored & (_behind_rejection(is_match, is_scored) <= 0)).float()
 
 
 def _slots(is_scored: IsScored) -> Float[Tensor, " slot"]:

@@ -55,6 +55,11 @@ def expect_none(names: Sequence[str]) -> Observation:
     return Observation(not names, first_names(names) or "none", "none")
 
 
+def expect_all(missing: Sequence[str], needed: Sequence[str]) -> Observation:
+    """Expect names of which none is missing."""
+    return Observation(not missing, f"without {first_names(missing)}" if missing else "complete", ", ".join(needed))
+
+
 def readable(folder: ExaminedFolder, name: str) -> Observation:
     """Expect that a file could be read."""
     return Observation(name not in folder.problems, folder.problems.get(name, name), "a file that can be read")
@@ -112,8 +117,7 @@ def mixture(folder: ExaminedFolder, key: str) -> Observation:
 
 def written(folder: ExaminedFolder, *keys: str) -> Observation:
     """Expect keys, whatever their values."""
-    missing = [key for key in keys if look_up(folder.config, key) == ABSENT]
-    return Observation(not missing, f"without {first_names(missing)}" if missing else "complete", ", ".join(keys))
+    return expect_all([key for key in keys if look_up(folder.config, key) == ABSENT], keys)
 
 
 def agreement(folder: ExaminedFolder) -> Observation:
@@ -179,8 +183,7 @@ def rope(folder: ExaminedFolder) -> Observation:
 def rope_spellings(folder: ExaminedFolder) -> Observation:
     """Look for both spellings of the rotary embedding, since some engines read only one."""
     needed = ["rope_parameters", "rope_theta"] + ["rope_scaling"] * (folder.rope["rope_type"] != "default")
-    missing = [key for key in needed if not folder.config.get(key)]
-    return Observation(not missing, f"without {first_names(missing)}" if missing else "both", ", ".join(needed))
+    return expect_all([key for key in needed if not folder.config.get(key)], needed)
 
 
 def mask_token(folder: ExaminedFolder) -> Observation:
@@ -193,10 +196,10 @@ def mask_token(folder: ExaminedFolder) -> Observation:
 
 def head_keys(folder: ExaminedFolder) -> Observation | None:
     """Compare the keys of a head with those that dpace would write for its tensors; none may be missing."""
-    parts = (folder.nested, folder.expected_config["dflash_config"])
-    found, expected = ({k: v for k, v in part.items() if k.startswith(("lilicorr", "projector"))} for part in parts)
-    differing = [f"{key} {look_up(found, key)}" for key in {**expected, **found} if found.get(key) != expected.get(key)]
-    return expect_none(differing) if found or expected else None
+    expected = folder.expected_config["dflash_config"]
+    keys = [key for key in {**expected, **folder.nested} if key.startswith(("lilicorr", "projector"))]
+    differing = [f"{k} {look_up(folder.nested, k)}" for k in keys if folder.nested.get(k) != expected.get(k)]
+    return expect_none(differing) if keys else None
 
 
 def block_size(folder: ExaminedFolder) -> Observation:
@@ -236,10 +239,14 @@ def tensor_names(folder: ExaminedFolder) -> Observation:
 
 def tensor_values(folder: ExaminedFolder) -> Observation:
     """Look for tensors with NaN or infinity, and for zeros in place of weights."""
-    values = {name: tensor for name, tensor in folder.tensors.items() if name not in {*SELECTOR_TENSORS, "d2t"}}
-    trained = {name: tensor for name, tensor in values.items() if "weight" in name or not name.startswith(LILICORR)}
-    faults = [f"{name} is zero" for name, tensor in trained.items() if not tensor.any()]
-    return expect_none([*(f"{n} is not finite" for n, t in values.items() if not t.isfinite().all()), *faults])
+    faults = []
+    for name in folder.tensors.keys() - SELECTOR_TENSORS.keys() - {"d2t"}:
+        tensor = folder.tensors[name]
+        if not tensor.isfinite().all():
+            faults.append(f"{name} is not finite")
+        elif not tensor.any() and ("weight" in name or not name.startswith(LILICORR)):
+            faults.append(f"{name} is zero")
+    return expect_none(sorted(faults))
 
 
 def tensor_shapes(folder: ExaminedFolder) -> Observation:
@@ -316,10 +323,16 @@ FILE_CHECKS = (
     ),
 )
 CONFIG_CHECKS = (
-    *(Check(k, "fails", equal, "write the expected value", breaks, (k,)) for k, breaks in FIXED_KEYS.items()),
-    *(Check(k, "fails", equal, "write what the tensors have", breaks, (k,)) for k, breaks in TENSOR_KEYS.items()),
-    *(Check(k, "fails", equal, USE_TARGETS, breaks, (k,)) for k, breaks in TARGET_KEYS.items()),
-    *(Check(k, "fails", scale, USE_TARGETS, breaks, (k,)) for k, breaks in SCALES.items()),
+    *(
+        Check(key, "fails", probe, fix, breaks, (key,))
+        for probe, fix, group in (
+            (equal, "write the expected value", FIXED_KEYS),
+            (equal, "write what the tensors have", TENSOR_KEYS),
+            (equal, USE_TARGETS, TARGET_KEYS),
+            (scale, USE_TARGETS, SCALES),
+        )
+        for key, breaks in group.items()
+    ),
     Check(
         "head keys",
         "fails",

@@ -57,15 +57,11 @@ class ExaminedFolder(DrafterFolder):
     def measured(self) -> dict[str, int | None]:
         """Keys that the tensors decide, as they have them; None where they do not agree."""
         head = self.size("head")
-
-        def count_heads(axis: str) -> int | None:
-            length = self.size(axis)
-            return length // head if length and head else None
-
+        counts = {axis: (self.size(axis) or 0) // head if head else 0 for axis in ("query", "key")}
         return {
             "num_hidden_layers": self.num_layers or None,
-            "num_attention_heads": count_heads("query"),
-            "num_key_value_heads": count_heads("key"),
+            "num_attention_heads": counts["query"] or None,
+            "num_key_value_heads": counts["key"] or None,
             "head_dim": head,
             "intermediate_size": self.size("inner"),
         }
@@ -110,20 +106,16 @@ class ExaminedFolder(DrafterFolder):
         if not width:
             return None
         hidden_size = self.target.hidden_size
-        sizes = replace(
-            head_for(hidden_size, 1),
-            candidate_topk=self.size("candidate") or 1,
+        values: dict[str, Any] = {name: self.nested.get(f"lilicorr_{name}") for name in ("vector_eps", "logit_scale")}
+        return replace(
+            head_for(hidden_size, self.size("candidate") or 1),
             hidden_size=0 if width == hidden_size != self.nested.get("lilicorr_hidden_size") else width,
             num_heads=self.size("heads") or 1,
             factor_dim=self.size("factor") or 1,
             num_layers=count_head_layers(self.tensors),
             mlp_ratio=(self.size("wide") or width) / width,
+            **{name: float(value) for name, value in values.items() if type(value) in (int, float)},
         )
-        for name in ("vector_eps", "logit_scale"):
-            value: Any = self.nested.get(f"lilicorr_{name}")
-            if type(value) in (int, float):
-                sizes = replace(sizes, **{name: float(value)})
-        return sizes
 
     @cached_property
     def expected_config(self) -> dict[str, Any]:
@@ -147,14 +139,9 @@ class ExaminedFolder(DrafterFolder):
         return {} if theta is None else {"rope_theta": theta} | _rope_of(self.config.get("rope_scaling"))
 
     @property
-    def new_rope(self) -> dict[str, Any]:
-        """The rotary embedding by `rope_parameters`; empty without it."""
-        return _rope_of(self.config.get("rope_parameters"))
-
-    @property
     def rope(self) -> dict[str, Any]:
-        """The rotary embedding by the new spelling, or else by the old one."""
-        return self.new_rope or {"rope_type": "default", **self.old_rope}
+        """The rotary embedding by `rope_parameters`, or else by the old spelling."""
+        return _rope_of(self.config.get("rope_parameters")) or {"rope_type": "default", **self.old_rope}
 
     @property
     def expected_rope(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -160,16 +160,6 @@ class Drafter(DFlashDraftModel):
     def num_context(self) -> int:
         """Number of tokens before an anchor that a layer sees at most; larger than any text without a window."""
         return max(reach.window for reach in self.reaches.values()) - 1
-
-    @property
-    def head_token_ids(self) -> Int[Tensor, " choice"]:
-        """The token of each row of the LM head, where it is the drafter's own.
-
-        Raises:
-            ValueError: see `drafted_tokens`.
-        """
-        num_tokens = self.config.vocab_size
-        return drafted_tokens(self.d2t, num_tokens) if self.spec.draft_vocab_size else torch.arange(num_tokens)
 
     @property
     def confidence_temperature(self) -> float:
@@ -410,19 +400,20 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     drafter: Any = Drafter.from_pretrained(folder, dtype=target.model.dtype).eval()
     drafter.check_target(target)
     drafter.to(target.device)
-    vocabulary = load_vocabulary(folder, len(target.head.weight))
+    num_tokens = len(target.head.weight)
+    vocabulary = load_vocabulary(folder, num_tokens)
     for name, is_shared in find_shared_tables(drafter.state_dict(), target).items():
         if is_shared and (name == "embed_tokens" or not drafter.spec.draft_vocab_size):
             setattr(drafter, name, None)
             setattr(drafter.config, f"has_own_{name}", False)
     if drafter.lm_head is not None:
-        drafter.vocabulary = DraftVocabulary(
-            drafter.head_token_ids.tolist(), drafter.confidence_temperature, drafter.lm_head
-        )
+        is_part = drafter.spec.draft_vocab_size
+        token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if is_part else range(num_tokens)
+        drafter.vocabulary = DraftVocabulary(token_ids, drafter.confidence_temperature, drafter.lm_head)
     elif vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
         drafter.vocabulary = vocabulary
     answers = Path(folder) / ANSWERS_FILE
     if answers.exists():
-        drafter.answers, _ = read_token_ids(answers, len(target.head.weight))
+        drafter.answers, _ = read_token_ids(answers, num_tokens)
     speed_up(drafter)
     return drafter

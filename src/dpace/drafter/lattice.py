@@ -64,12 +64,12 @@ def propose(
     states = hidden[:, 1:] if has_head else hidden[:, 1:width]
     logits = head.logits(states.flatten(0, 1))
     if not has_head:
-        tokens = head.tokens(logits).unflatten(0, (len(hidden), -1))
+        tokens = head.tokens(logits.float().argmax(-1)).unflatten(0, (len(hidden), -1))
         return Draft(tokens, logits.unflatten(0, tokens.shape))
     logits = logits.float()
     top, index = logits.topk(drafter.num_candidates)
     log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
-    candidates = (index if head.token_ids is None else head.token_ids[index]).view(log_probs.shape)
+    candidates = head.tokens(index).view(log_probs.shape)
     lattice = make_lattice(drafter, head.target, candidates, log_probs, states, newest())
     tokens, scores = take_walk(lattice)
     return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)

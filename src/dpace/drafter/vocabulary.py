@@ -157,10 +157,9 @@ class DraftHead:
         rows = hidden.to(self._more.dtype)
         return self.target.head.finish(torch.cat([self._product(rows), rows @ self._more.T], dim=-1))
 
-    def tokens(self, logits: Float[Tensor, "row choice"]) -> Int[Tensor, " row"]:
-        """Return the most likely token of each row."""
-        best = logits.float().argmax(-1)
-        return best if self.token_ids is None else self.token_ids[best]
+    def tokens(self, index: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """Return the tokens of logits."""
+        return index if self.token_ids is None else self.token_ids[index]
 
     def spread(self, logits: Float[Tensor, "row choice"]) -> Float[Tensor, "row vocab"]:
         """Return the logits of all tokens: minus infinity for those that are not drafted."""
