@@ -182,6 +182,10 @@ class LiLiCorrAttention(nn.MultiheadAttention):
     Weights, their names and their initial values are those of torch's own attention.
     """
 
+    def __init__(self, width: int, num_heads: int):
+        super().__init__(width, num_heads)
+        self.out_proj: Any = nn.Linear(width, width)  # exactly this class, whose product decoding packs
+
     def forward(self, rows, bias):
         """Compute the attention's output, "block entry width"; `bias` is "1 head entry entry"."""
         rows = nn.functional.linear(rows, self.in_proj_weight, self.in_proj_bias)

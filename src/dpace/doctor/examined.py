@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.blocks import build_target_layer_ids
 from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import attention_of, spec_for
@@ -152,9 +151,7 @@ class ExaminedFolder(DrafterFolder):
     def trained(self) -> dict[str, Any]:
         """Keys of DFlash as the recipe has them."""
         options = self.recipe["drafter"]
-        number = options["num_features"] or options["num_layers"]
-        ids = options["target_layer_ids"] or build_target_layer_ids(self.target.num_layers, number)
-        return {"block_size": options["block_size"], "target_layer_ids": list(ids)}
+        return {"block_size": options["block_size"], "target_layer_ids": Drafter.layer_ids(self.target, **options)}
 
     @cached_property
     def facts(self) -> dict[str, object]:

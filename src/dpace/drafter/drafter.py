@@ -146,8 +146,7 @@ class Drafter(DFlashDraftModel):
     @property
     def reaches(self) -> dict[str, Reach]:
         """How far the layers of each kind see."""
-        layers: Any = self.layers
-        parts = [layer.self_attn for layer in layers]
+        parts: Any = [layer.self_attn for layer in self.layers]
         return {part.kind: Reach(part.window, part.is_causal) for part in parts}
 
     @property
@@ -377,9 +376,12 @@ def find_shared_tables(tensors: Mapping[str, Tensor], target: Target) -> dict[st
     if "d2t" in tensors:
         token_ids = drafted_tokens(tensors["d2t"], len(target.head.weight))
         tables["lm_head"] = target.head.weight[token_ids.to(target.device)]
-    own = {name: tensors[f"{name}.weight"] for name in tables if f"{name}.weight" in tensors}
-    pairs = {name: (table, tables[name].to(table)) for name, table in own.items()}
-    return {name: a.shape == b.shape and torch.allclose(a, b, rtol=1e-2) for name, (a, b) in pairs.items()}
+    found = {}
+    for name, table in tables.items():
+        own = tensors.get(f"{name}.weight")
+        if own is not None:
+            found[name] = own.shape == table.shape and torch.allclose(own, table.to(own), rtol=1e-2)
+    return found
 
 
 def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False) -> Drafter:

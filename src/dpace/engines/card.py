@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -309,7 +309,14 @@ def write_card(
         drafter: as it was measured, in the target's dtype.
     """
     is_local = Path(target_name).is_dir()
-    front = _front_matter(to, license, None if is_local else target_name)
+    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"])
+    front = {  # which the Hub reads
+        "library_name": to if to in CARD_ENGINES else "transformers",
+        "pipeline_tag": "text-generation",
+        "license": license,
+        **({} if is_local else {"base_model": target_name}),
+        "tags": [*TAGS, *engines],
+    }
     sections, paying = _result_sections(source, drafter, dtype if is_rounded else None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -333,18 +340,6 @@ def write_card(
     ]
     folder = path.parent if to == "gguf" else path
     write_text(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
-
-
-def _front_matter(to: Format, license: str, base_model: str | None) -> dict[str, Any]:
-    """Return the metadata that the Hub reads from a card."""
-    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"])
-    return {
-        "library_name": to if to in CARD_ENGINES else "transformers",
-        "pipeline_tag": "text-generation",
-        "license": license,
-        **({"base_model": base_model} if base_model else {}),
-        "tags": [*TAGS, *engines],
-    }
 
 
 def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:

@@ -45,19 +45,20 @@ COMPARED = [name for name, field in DrafterSpec.__dataclass_fields__.items() if 
 """What a spec that is read again must have as it was written."""
 
 
-def refuse_output(output: Path, *others: tuple[str, Path]) -> None:
+def refuse_output(output: Path, drafter: Path, target: Path) -> None:
     """Refuse a folder that is not dpace's to write to.
 
     Args:
         output: the folder; it may be missing.
-        others: what is read, with its place.
+        drafter: place of what is read.
+        target: that of its target, or its Hub id.
 
     Raises:
         ValueError: the output is one of these places, or holds another program's files.
     """
-    for what, place in others:
+    for what, place in (("the drafter's own", drafter), ("the target's", target)):
         if place.exists() and output.resolve() == place.resolve():
-            raise ValueError(f"the output {output} is {what}; name another folder with --output")
+            raise ValueError(f"the output {output} is {what} folder; name another folder with --output")
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {output} is a file; name a folder with --output")
     refuse_foreign_files(output, *IDENTIFYING)
@@ -117,7 +118,7 @@ def export(
         )
     if to != "gguf" and precision:
         raise ValueError(f"--dtype {precision} is a precision of GGUF files, and --to is {to}; take --to gguf")
-    refuse_output(output, ("the drafter's own folder", folder), ("the target's folder", Path(target_name)))
+    refuse_output(output, folder, Path(target_name))
     if verifier_name(folder):
         raise ValueError(
             f"{folder} is in the format of speculators, not in the published one; convert it with `dpace import` first"
@@ -193,7 +194,7 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
         ValueError: a drafter that dpace does not know or that cannot be served, or a target that cannot be read.
     """
     source, output = Path(source), Path(output)
-    refuse_output(output, ("the drafter's own folder", source), ("the target's folder", Path(target or source)))
+    refuse_output(output, source, Path(target or source))
     num_target_layers = None if target is None else count_layers(target)
     drafter = read_drafter(source, num_target_layers=num_target_layers)
     spec = drafter.spec

@@ -90,8 +90,8 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has values that are not finite; copy it again, or take an earlier checkpoint")
-    what = "the drafter of this config"
-    with translate_library_errors(what, "copy it again from where it was made"), torch.random.fork_rng():
+    fix = "copy it again from where it was made"
+    with translate_library_errors("the drafter of this config", fix), torch.random.fork_rng():
         drafter: Any = Drafter(spec.config()).eval()  # no larger than its tensors, whose shapes are the spec's
     drafter.load_state_dict(tensors, assign=True)
     drafter.refuse_trained_selector()

@@ -43,7 +43,8 @@ def test_it_is_the_head_with_all_other_tokens_left_out(family, dtype):
         expected[:, allowed] = whole[:, allowed]
         found = head.logits(hidden)
         torch.testing.assert_close(head.spread(found).float(), expected, rtol=2e-2, atol=2e-2)
-        assert found.shape == (5, 4) and torch.equal(head.tokens(found.argmax(-1)), head.spread(found).float().argmax(-1))
+        assert found.shape == (5, 4)
+        assert torch.equal(head.tokens(found.argmax(-1)), head.spread(found).float().argmax(-1))
     with_all = DraftHead(target, None)
     assert with_all.spread(with_all.logits(hidden)).shape == whole.shape
 
