@@ -57,9 +57,10 @@ class DFlashAttention(Qwen3Attention):
         Shapes are those of `DFlashDraftModel.forward`; `context` are the features after `fc` and their norm.
         """
         keys_from = torch.cat([context, hidden], dim=1)
-        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        k = self.k_norm(self.k_proj(keys_from).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        v = self.v_proj(keys_from).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden).unflatten(-1, heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(keys_from).unflatten(-1, heads)).transpose(1, 2)
+        v = self.v_proj(keys_from).unflatten(-1, heads).transpose(1, 2)
         cos, sin = (x[:, None] for x in rope)
         k = k * cos + rotate_half(k) * sin
         cos, sin = cos[..., -q.shape[2] :, :], sin[..., -q.shape[2] :, :]

@@ -404,13 +404,13 @@ def load_drafter(folder: str | Path, target: Target, *, all_tokens: bool = False
     drafter.to(target.device)
     num_tokens = len(target.head.weight)
     vocabulary = load_vocabulary(folder, num_tokens)
+    num_drafted = drafter.spec.draft_vocab_size
     for name, is_shared in find_shared_tables(drafter.state_dict(), target).items():
-        if is_shared and (name == "embed_tokens" or not drafter.spec.draft_vocab_size):
+        if is_shared and (name == "embed_tokens" or not num_drafted):
             setattr(drafter, name, None)
             setattr(drafter.config, f"has_own_{name}", False)
     if drafter.lm_head is not None:
-        is_part = drafter.spec.draft_vocab_size
-        token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if is_part else range(num_tokens)
+        token_ids = drafted_tokens(drafter.d2t, num_tokens).tolist() if num_drafted else range(num_tokens)
         drafter.vocabulary = DraftVocabulary(token_ids, drafter.confidence_temperature, drafter.lm_head)
     elif vocabulary is not None and not all_tokens and vocabulary.pays(target, drafter.num_parameters()):
         drafter.vocabulary = vocabulary

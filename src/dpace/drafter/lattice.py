@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpace.drafter.vocabulary import DraftHead
 from dpace.target import Target
@@ -162,6 +162,5 @@ def walk_losses(
     if target_logits is not None:
         worse = (target_logits.gather(-1, index[..., None]) - target_logits).clamp_min(0)
         losses = losses + penalty * (log_probs.exp() * worse).sum(-1)
-    before = torch.cat([torch.ones_like(is_candidate[:, :1]), is_candidate[:, :-1]], dim=1)
-    can_take = is_candidate & before
+    can_take = is_candidate & nn.functional.pad(is_candidate[:, :-1], (1, 0), value=True)
     return WalkLosses(losses * can_take, own.detach().exp() * can_take, is_candidate)

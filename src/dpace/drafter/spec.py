@@ -185,20 +185,22 @@ class DrafterSpec:
             "tap": self.conv_kernel_size,
             "kernel": 2 * self.conv_kernel_size * (self.hidden_size // max(1, self.conv_group_size)),
         }
-        if self.head:
-            sizes |= {
-                "one": 1,
-                "five": 5,
-                "candidate": self.head.candidate_topk,
-                "draft": self.block_size - 1,
-                "distance": 2 * self.block_size - 1,
-                "heads": self.head.num_heads,
-                "correlator": self.head_width,
-                "joined": 3 * self.head_width,
-                "wide": int(self.head.mlp_ratio * self.head_width),
-                "factor": self.head.factor_dim,
-            }
-        return sizes
+        head = self.head
+        width = self.head_width
+        if not head:
+            return sizes
+        return sizes | {
+            "one": 1,
+            "five": 5,
+            "candidate": head.candidate_topk,
+            "draft": self.block_size - 1,
+            "distance": 2 * self.block_size - 1,
+            "heads": head.num_heads,
+            "correlator": width,
+            "joined": 3 * width,
+            "wide": int(head.mlp_ratio * width),
+            "factor": head.factor_dim,
+        }
 
     @property
     def variant_keys(self) -> dict[str, Any]:

@@ -389,8 +389,16 @@ def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> 
         weights = fingerprint(drafter)
         names = [name for name, found in results.drafters.items() if found == weights]
         rows = [row for row in results.rows if row.drafter in names]
+        measured = (
+            f"Measured with {results.engine} in {results.dtype} on {results.hardware.device} ({results.hardware.cores} "
+            f"cores), at most {results.max_new_tokens} tokens a response. tau: tokens emitted per verification. "
+            "decode_speedup: tokens a second over plain decoding (the baseline) of the same prompts. In brackets: 95 % "
+            "intervals over prompts."
+        )
+        if rounded_to:
+            measured += f" The weights here are {rounded_to}, rounded from those that were measured."
         if rows:
-            sections.append(_measured_rows(results, rows, rounded_to))
+            sections.append(Section("Results", measured, RESULT_COLUMNS, rows, copied_note(rows)))
         advice += best_lengths(results, names)
         paying += [row for row in results.break_even or () if row.drafter in names]
     if isinstance(served, ServerResults):
@@ -411,19 +419,6 @@ def _way(row: Row) -> str:
 
 
 RESULT_COLUMNS = (SET, TEMPERATURE, Column("width", _way), TAU_INTERVAL, SPEEDUP, SAME_TEXT)
-
-
-def _measured_rows(results: BenchResults, rows: list[Row], rounded_to: str | None) -> Section:
-    """Make the table of rows that were measured with these weights."""
-    measured = (
-        f"Measured with {results.engine} in {results.dtype} on {results.hardware.device} ({results.hardware.cores} "
-        f"cores), at most {results.max_new_tokens} tokens a response. tau: tokens emitted per verification. "
-        "decode_speedup: tokens a second over plain decoding (the baseline) of the same prompts. In brackets: 95 % "
-        "intervals over prompts."
-    )
-    if rounded_to:
-        measured += f" The weights here are {rounded_to}, rounded from those that were measured."
-    return Section("Results", measured, RESULT_COLUMNS, rows, copied_note(rows))
 
 
 def _recipe_section(source: Path, objective_sha256: object) -> list[str]:

@@ -4,7 +4,7 @@ All that is written is read again and compared with what was to be written, befo
 """
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,6 @@ HELD_BY: dict[str, tuple[Format, ...]] = {
     "has_own_lm_head": ("gguf", "vllm"),
 }
 """Formats whose engines read a property of `DrafterSpec`; the others would draft wrongly, and say nothing."""
-COMPARED = [name for name, field in DrafterSpec.__dataclass_fields__.items() if field.compare]
-"""What a spec that is read again must have as it was written."""
 
 
 def refuse_output(output: Path, drafter: Path, target: Path) -> None:
@@ -276,11 +274,12 @@ def _cast_weights(
 
 def _compare_files(path: str | Path, spec: DrafterSpec, tensors: dict[str, Tensor], again: Drafter) -> None:
     """Refuse a file that differs from what was to be written."""
-    pairs = {name: (getattr(again.spec, name), getattr(spec, name)) for name in COMPARED}
-    wrong = [f"{name} {found}, expected {expected}" for name, (found, expected) in pairs.items() if found != expected]
+    found = vars(again.spec)
+    names = [field.name for field in fields(spec) if field.compare]
+    wrong = [f"{n} {found[n]}, expected {getattr(spec, n)}" for n in names if found[n] != getattr(spec, n)]
     for name, tensor in again.state_dict().items():
-        found, expected = (one.contiguous().view(torch.uint8) for one in (tensor, tensors[name]))
-        if tensor.dtype != tensors[name].dtype or not torch.equal(found, expected):
+        bits, expected = (one.contiguous().view(torch.uint8) for one in (tensor, tensors[name]))
+        if tensor.dtype != tensors[name].dtype or not torch.equal(bits, expected):
             wrong.append(name)
     if wrong:
         raise ValueError(f"{path} does not read back as it was written ({'; '.join(wrong[:3])}); do not serve it")

@@ -9,6 +9,8 @@ from dpace.drafter import Drafter
 from dpace.engines.export import count_layers, read_drafter
 from dpace.target.locate import find_drafter, find_target
 
+SAME = ("num_layers", "block_size", "target_layer_ids", "mask_token_id", "conv_kernel_size", "sliding_window")
+"""Options that a `DrafterSpec` has under the same names."""
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
@@ -31,16 +33,11 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     path = find_drafter(name, "--drafter.init")
     init = read_drafter(path, num_target_layers=count_layers(find_target(recipe.target)))
     spec = init.spec
-    own = {
-        "num_layers": spec.num_layers,
-        "block_size": spec.block_size,
+    own = {name: getattr(spec, name) for name in SAME}
+    own |= {
         "num_features": len(spec.target_layer_ids),
-        "target_layer_ids": spec.target_layer_ids,
-        "mask_token_id": spec.mask_token_id,
-        "conv_kernel_size": spec.conv_kernel_size,
         "head": "lilicorr" if spec.head else None,
         **({"head_candidates": spec.head.candidate_topk} if spec.head else {}),
-        "sliding_window": spec.sliding_window,
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": bool(spec.is_causal),
     }

@@ -14,6 +14,7 @@ from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import read_files
 from dpace.engines.speculators import of_speculators
+from dpace.system.device import dtype_name
 from dpace.system.loading import translate_library_errors
 
 OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
@@ -85,7 +86,7 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
             drafted_tokens(tensor, spec.vocab_size)
         elif not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(
-                f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, expected float32, bfloat16 or float16; take "
+                f"{name} holds {dtype_name(tensor.dtype)}, expected float32, bfloat16 or float16; take "
                 "a drafter whose weights are not quantized"
             )
         if not tensor.isfinite().all():
@@ -108,6 +109,7 @@ def without_head(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[Drafter
         raise ValueError("the drafter has no head that could be left out; export it without --plain")
     record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
     plain = replace(spec, head=None, record=record)
-    shapes = {name: [plain.axis_sizes[axis] for axis in SELECTOR_TENSORS[name][0].split()] for name in SELECTOR_TENSORS}
-    zeros = {name: tensors["norm.weight"].new_zeros(shape) for name, shape in shapes.items()}
+    sizes = plain.axis_sizes
+    make = tensors["norm.weight"].new_zeros
+    zeros = {name: make([sizes[axis] for axis in axes.split()]) for name, (axes, _) in SELECTOR_TENSORS.items()}
     return plain, {name: (zeros | tensors)[name] for name in plain.tensors}

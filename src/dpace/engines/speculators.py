@@ -7,6 +7,10 @@ from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping
 from dpace.system.loading import read_config
 
+OURS = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace"}
+OURS |= {"sample_from_anchor", "draft_vocab_size"}
+"""Keys of the published layout that stand elsewhere here."""
+
 
 def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: list[str], dtype: str) -> dict[str, Any]:
     """Write the `config.json` of speculators 0.9, which vLLM reads too.
@@ -22,10 +26,7 @@ def speculators_config(spec: DrafterSpec, *, target_name: str, architectures: li
             "is_causal is true and some layers have full attention, never causal in the format of speculators; "
             "give vLLM the folder that `dpace train` writes"
         )
-    transformer = spec.config().to_dict()
-    ours = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace")
-    for key in (*ours, "sample_from_anchor", "draft_vocab_size"):
-        transformer.pop(key, None)
+    transformer = {key: value for key, value in spec.config().to_dict().items() if key not in OURS}
     transformer |= {"rope_theta": spec.rope["rope_theta"], "dtype": dtype}
     return {
         "architectures": ["DFlashDraftModel"],
