@@ -1,7 +1,7 @@
 """Read a drafter's folder as it is on disk, and name its tensors.
 
 What comes in is a folder, whole or broken; no model class is needed to read it. What goes out are its config, recipe
-and tensors, and why any of them could not be read. `dpace.drafter.kinds` has the names and axes of the tensors.
+and tensors, and why any of them could not be read. `dpace.drafter.layout` has the names and axes of the tensors.
 """
 
 import json
