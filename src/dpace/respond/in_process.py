@@ -6,11 +6,13 @@ from itertools import zip_longest
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from dpace.config import RespondConfig
 from dpace.decode.batch import Batch, RowCaches, check_batch
 from dpace.decode.request import make_continuation
+from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
@@ -65,45 +67,40 @@ def generate_responses(
 
 
 class _Draws(LogitsProcessor):
-    """Makes a draw from the target's distribution the largest score, with each row's own generator.
+    """Makes the draw of each row's own sampler the largest score.
 
-    So a text does not depend on which prompts are answered together. The draws are those of
-    `dpace.decode.sampling.Sampler`.
+    So a text does not depend on which prompts are answered together.
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device):
-        self.temperature = temperature
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, samplers: Sequence[Sampler]):
+        self.samplers = samplers
 
     def __call__(self, input_ids: Int[Tensor, "row seq"], scores: Float[Tensor, "row vocab"]) -> Tensor:
-        """Divide probabilities by exponential numbers: token `x` is the largest with probability `p[x]`."""
-        chances = torch.softmax(scores.float() / self.temperature, dim=-1)
-        for row, generator in zip(chances, self.generators, strict=True):
-            row.div_(torch.empty_like(row).exponential_(generator=generator))
-        return chances
+        """Draw the next token of each row."""
+        rows = zip(self.samplers, scores.split(1), strict=True)
+        drawn = [sampler.draw(sampler.scores(row, []), input_ids.shape[1]) for sampler, row in rows]
+        return torch.full_like(scores, -torch.inf).scatter_(1, torch.stack(drawn), 0.0)
 
 
 def _generate_padded(
     target: Target, encoded: list[list[int]], config: RespondConfig, seeds: Sequence[int]
 ) -> list[list[int]]:
     """Continue prompts as `generate_responses` does, padded on the left, with the loop of transformers."""
-    width = max(map(len, encoded))
+    rows = [torch.tensor(token_ids) for token_ids in encoded]
+    padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").to(target.device)
+    width = padded.shape[1]
     stops = target.stop_token_ids
-    pad = stops[0] if stops else 0
-    rows = [[pad] * (width - len(ids)) + ids for ids in encoded]
-    is_token = [[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]
-    input_ids, mask = (torch.tensor(x, device=target.device) for x in (rows, is_token))
     draws = LogitsProcessorList()
     if config.temperature > 0:
-        draws.append(_Draws(config.temperature, seeds, target.device))
+        draws.append(_Draws([Sampler(config.temperature, seed=seed, device=target.device) for seed in seeds]))
     # The target's own generation config may ask for penalties, beams or other things that decoding here does not do.
     own, target.model.generation_config = target.model.generation_config, GenerationConfig()
     try:
         out = target.model.generate(
-            input_ids,
-            attention_mask=mask,
+            padded.clamp_min(0),
+            attention_mask=(padded >= 0).long(),
             max_new_tokens=config.max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=0,
             eos_token_id=stops or None,
             # Written in place: twice as fast on a CPU as concatenating a long cache each token.
             cache=StaticCache(config=target.config, max_cache_len=width + config.max_new_tokens),
@@ -113,8 +110,5 @@ def _generate_padded(
         )
     finally:
         target.model.generation_config = own
-    answers = []
-    for row in out[:, width:].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        answers.append(row[:end])
-    return answers
+    answers = out[:, width:].tolist()
+    return [row[: next((i for i, token in enumerate(row, start=1) if token in stops), None)] for row in answers]

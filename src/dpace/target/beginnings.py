@@ -7,11 +7,13 @@ last tokens go out. The shared beginnings form a tree: all texts may share a sys
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
+from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dpace.fast.cache import RaggedCache
 from dpace.target.target import MIN_SHARED, Target
@@ -45,30 +47,28 @@ def find_shared(texts: Sequence[list[int]] | Sequence[array]) -> tuple[list[int]
         otherwise; and the parts that are worth a pass, each behind those before it in the texts.
     """
     order = sorted(range(len(texts)), key=lambda row: texts[row])
-    alike = [_count_alike(texts[one], texts[other]) for one, other in pairwise(order)]
+    # Number of first tokens that each text shares with the one before it in this order.
+    alike = {pair[1]: len(commonprefix([list(texts[row][:-1]) for row in pair])) for pair in pairwise(order)}
     placed: list[int] = []
     shared = []
-    waiting = [(0, len(order), 0, 0)] if order else []
+    waiting = [(order, 0)]
     while waiting:
-        first, last, depth, num_read = waiting.pop()
-        if last - first == 1:
-            placed.append(order[first])
+        rows, num_read = waiting.pop()
+        if len(rows) < 2:
+            placed += rows
             continue
-        depth = min(alike[first : last - 1])
-        if depth - num_read >= MIN_SHARED and (depth - num_read) * (last - first - 1) >= MIN_SAVED_TOKENS:
-            shared.append(Shared(order[first:last], num_read, depth))
+        depth = min(alike[row] for row in rows[1:])
+        if depth - num_read >= MIN_SHARED and (depth - num_read) * (len(rows) - 1) >= MIN_SAVED_TOKENS:
+            shared.append(Shared(rows, num_read, depth))
             num_read = depth
-        cuts = [number + 1 for number in range(first, last - 1) if alike[number] < depth + MIN_SHARED]
-        parts = list(pairwise([first, *cuts, last]))
-        parts.sort(key=lambda part: max(len(texts[row]) for row in order[slice(*part)]), reverse=True)
-        waiting += [(*part, depth, num_read) for part in parts]
+        parts = [rows[:1]]
+        for row in rows[1:]:
+            if alike[row] < depth + MIN_SHARED:
+                parts.append([])
+            parts[-1].append(row)
+        parts.sort(key=lambda part: max(len(texts[row]) for row in part), reverse=True)
+        waiting += [(part, num_read) for part in parts]
     return placed, shared
-
-
-def _count_alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the first tokens of two texts that are the same, without the last one of either."""
-    most = min(len(one), len(other)) - 1
-    return next((i for i in range(most) if one[i] != other[i]), most)
 
 
 def read_texts(
@@ -93,42 +93,39 @@ def read_texts(
     device = target.device
     last = torch.empty(len(texts), target.hidden_size, dtype=target.model.dtype, device=device)
     features = last.new_zeros(len(texts), max(map(len, texts)), len(layer_ids) * target.hidden_size)
-    starts = [0] * len(texts)
+    starts = torch.zeros(len(texts), dtype=torch.long)
+    shared = find_shared(texts)[1]
     capacity = cache.end
     for layer in cache.layers:
         layer.num_rows = len(texts)
-        layer.num_shared = 0
+        layer.num_shared = max((part.end for part in shared if len(part.rows) == len(texts)), default=0)
 
-    def read(rows: Sequence[int], ends: Sequence[int]) -> None:
-        """Read a part of each of these rows."""
-        parts = [texts[row][starts[row] : end] for row, end in zip(rows, ends, strict=True)]
-        longest = max(map(len, parts))
-        padded = torch.tensor([[*part, *[part[-1]] * (longest - len(part))] for part in parts], device=device)
-        firsts = torch.tensor([starts[row] for row in rows], device=device)
-        positions = firsts[:, None] + torch.arange(longest, device=device)
+    def read(rows: Sequence[int], end: int | None = None) -> None:
+        """Read these rows from where they are read to, up to a place or to their ends."""
+        parts = [torch.tensor(texts[row][starts[row] : end]) for row in rows]
+        padded = pad_sequence(parts, batch_first=True).to(device)
+        positions = starts[rows, None] + torch.arange(padded.shape[1])
         positions = positions.clamp(max=capacity - 1)  # padding's only, and no token of a prompt is there
-        cache.end = min(capacity, longest + max(starts[row] for row in rows))
-        mask = cache.place(positions, rows) if any(starts[row] for row in rows) else cache.write_to(positions, rows)
+        cache.end = int(positions.max()) + 1
+        positions = positions.to(device)
+        mask = cache.place(positions, rows) if starts[rows].any() else cache.write_to(positions, rows)
         hidden, outputs = target.read(padded, cache, layer_ids, attention_mask=mask, position_ids=positions)
-        for number, (row, end) in enumerate(zip(rows, ends, strict=True)):
-            last[row] = hidden[number, len(parts[number]) - 1]
-            features[row, starts[row] : end] = outputs[number, : len(parts[number])]
+        for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
+            last[row] = hidden[number, len(part) - 1]
+            features[row, starts[row] :][: len(part)] = outputs[number, : len(part)]
 
-    for part in find_shared(texts)[1]:
+    for part in shared:
         first, *others = part.rows
-        read([first], [part.end])
+        read([first], part.end)
         cache.copy_columns(first, others, part.start, part.end)
         features[others, part.start : part.end] = features[first, part.start : part.end]
-        for row in part.rows:
-            starts[row] = part.end
-        for layer in cache.layers if len(part.rows) == len(texts) else ():
-            layer.num_shared = part.end
+        starts[part.rows] = part.end
     passes: list[list[int]] = []
     for row in sorted(range(len(texts)), key=lambda row: len(texts[row]) - starts[row]):
         if not passes or (len(passes[-1]) + 1) * (len(texts[row]) - starts[row]) > PASS_TOKENS:
             passes.append([])
         passes[-1].append(row)
     for rows in passes:
-        read(rows, [len(texts[row]) for row in rows])
+        read(rows)
     cache.end = capacity
     return last, features
