@@ -120,7 +120,7 @@ class Behind:
 
     def start(self) -> Continuation:
         """Return the prompt with its first token, and the cache as it was behind the prompt."""
-        self.cache.go_back(self.cache.get_seq_length() - len(self.token_ids))
+        self.cache.crop(len(self.token_ids) - self.cache.get_seq_length())
         text = make_continuation(self.target, self.token_ids, max_new_tokens=self.count, stop_token_ids=[])
         text.take(0, [self.first], width=0)
         return text

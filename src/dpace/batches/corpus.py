@@ -142,7 +142,16 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
         table = _map_file(path, made_from)
         if table is None:
             register_files(path.parent, path.name)
-            _write_corpus(path, responses, prompts, made_from)
+            known = {
+                name: (part, position)
+                for part, names in enumerate(split_ids(prompts)[:2])
+                for position, name in enumerate(names)
+            }
+            found = ((r, *known[r.id]) for r in iterate_responses(responses) if r.id in known)
+            schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
+            with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
+                while batch := list(islice(found, BATCH_ROWS)):
+                    file.write_batch(_batch(batch))
             table = _map_file(path, made_from)
     assert table is not None
     parts, places = table["part"].to_numpy(), table["place"].to_numpy()
@@ -162,17 +171,3 @@ def _map_file(path: Path, made_from: dict[str, Any]) -> pyarrow.Table | None:
         return file.read_all()
     except (pyarrow.ArrowException, OSError, ValueError):  # cut or damaged: it is made again
         return None
-
-
-def _write_corpus(path: Path, responses: Path, prompts: PromptsConfig, made_from: dict[str, Any]) -> None:
-    """Write the file, all or nothing, a batch at a time."""
-    known = {
-        name: (part, position)
-        for part, names in enumerate(split_ids(prompts)[:2])
-        for position, name in enumerate(names)
-    }
-    rows = ((r, *known[r.id]) for r in iterate_responses(responses) if r.id in known)
-    schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
-    with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
-        while batch := list(islice(rows, BATCH_ROWS)):
-            file.write_batch(_batch(batch))

@@ -69,9 +69,7 @@ class ResponseDataset(torch.utils.data.Dataset):
     @property
     def seen_tokens(self) -> Int[Tensor, " token"]:
         """The different tokens of all conversations, ascending."""
-        seen: set[int] = set()
-        for index in range(len(self)):
-            seen.update(self.token_ids(index).tolist())
+        seen = {token for index in range(len(self)) for token in self.token_ids(index).tolist()}
         return torch.tensor(sorted(seen), dtype=torch.long)
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:

@@ -131,11 +131,8 @@ class Batch:
         self.head = DraftHead(target, vocabulary, (token for row in rows for token in row.token_ids))
         self.draft_and_verify: Any = draft_and_verify
 
-    def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, device=self.target.device)
-
     def prefill(self) -> None:
-        """Read the prompts, each beginning that several share once, and emit the first tokens."""
+        """Read the prompts, each shared beginning once, emit the first tokens, and drop the rows that are done."""
         layer_ids = () if self.drafter is None else self.drafter.target_layer_ids
         prompts = [row.token_ids for row in self.rows]
         hidden, features = read_texts(self.target, prompts, self.caches.target, layer_ids)
@@ -144,16 +141,17 @@ class Batch:
         drawn = [row.draw(own) for row, own in zip(self.rows, logits.split(1), strict=True)]
         for row, token in zip(self.rows, torch.cat(drawn).tolist(), strict=True):
             row.take(0, [token], width=0)
-        ends = self._find_ends(self._tensor([[row.limit] for row in self.rows]))
+        ends = self._find_ends()
         if self.drafter is not None and self.drafter.num_context < features.shape[1]:
             positions = (ends.starts - 1 - positions[:, : self.drafter.num_context]).clamp_min(0)
             features = features[torch.arange(len(positions), device=features.device)[:, None], positions]
         self.state = State(ends, features, positions)
+        self.drop_done()
 
-    def _find_ends(self, limits: Int[Tensor, "batch 1"]) -> Ends:
-        """Look up which token is the last of each row, and where it is."""
-        last_ids = self._tensor([[row.token_ids[-1]] for row in self.rows])
-        return Ends(last_ids, self._tensor([[row.start] for row in self.rows]), limits)
+    def _find_ends(self) -> Ends:
+        """Look up which token is the last of each row, where it is, and where the last one may be."""
+        ends = [(row.token_ids[-1], row.start, row.limit) for row in self.rows]
+        return Ends(*torch.tensor(ends, device=self.target.device).T.contiguous()[..., None])
 
     def step(self) -> None:
         """Emit the tokens of one draft and its verification in every row, and drop the rows that are done."""
@@ -174,24 +172,18 @@ class Batch:
                 self.draft_and_verify = torch.compile(draft_and_verify, mode="reduce-overhead", dynamic=False)
         self.state = state
         if not self.is_greedy:
-            own = [
-                block if row.is_done else row.draw(logits)
-                for row, block, logits in zip(self.rows, blocks, drawn, strict=True)
-            ]
-            drawn = torch.stack(own)
+            drawn = torch.stack([row.draw(logits) for row, logits in zip(self.rows, drawn, strict=True)])
         both = torch.stack([blocks, drawn], dim=1).tolist()  # the only wait for the device
         for row, (block, tokens) in zip(self.rows, both, strict=True):
             if not row.is_done:
                 draft = block[1 : row.remaining + 1]
                 row.take(verify_draft(draft, tokens), tokens, width=len(draft) + 1)
         if not self.is_greedy:
-            self.state = state._replace(ends=self._find_ends(state.ends.limits))
+            self.state = state._replace(ends=self._find_ends())
         self.drop_done()
 
     def run(self) -> None:
-        """Read the prompts and take steps until all rows are done."""
-        self.prefill()
-        self.drop_done()
+        """Take steps until all rows are done."""
         while self.rows:
             self.step()
 
@@ -202,7 +194,7 @@ class Batch:
             return
         self.rows = [self.rows[index] for index in kept]
         if self.rows:
-            indices = self._tensor(kept)
+            indices = torch.tensor(kept, device=self.target.device)
             self.state = self.state.map(lambda value: value[indices])
             for cache in self.caches.all:
                 cache.keep_rows(kept)

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,7 @@ class StepCosts:
         return best + 1, emitted[best]
 
 
+@torch.inference_mode()
 def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0) -> StepCosts:
     """Measure the seconds of decoding steps on this machine; takes about a second for a small model.
 
@@ -75,34 +76,14 @@ def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0)
     """
     size = drafter.block_size
     timed = [width for width in sorted({1, 2, 3, 4, 6, 8, 12, 16, size}) if width <= size]
-    step = _make_step(target, drafter, temperature)
-    seconds = {kind: [] for kind in (FIRST_DRAFT, DRAFT, *timed)}
-    for _ in range(NUM_ROUNDS + 1):
-        for kind, rounds in seconds.items():
-            start = time.perf_counter()
-            step(kind)
-            rounds.append(time.perf_counter() - start)
-    least = {kind: min(rounds[1:]) for kind, rounds in seconds.items()}
-    verify_seconds = np.interp(range(1, size + 1), timed, [least[width] for width in timed])
-    verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
-    return StepCosts(verify_seconds.tolist(), least[DRAFT], max(0.0, least[FIRST_DRAFT] - least[DRAFT]))
-
-
-def _make_step(target: Target, drafter: Drafter, temperature: float) -> Callable[[int], None]:
-    """Make a function that runs a step behind `FILLER_TOKENS` tokens.
-
-    Its argument is the number of tokens to verify, or `DRAFT`, or `FIRST_DRAFT`.
-    """
     sampler = Sampler(temperature, seed=0, device=target.device)
-    size = drafter.block_size
     filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id, device=target.device)
     cache = TextCache(target.config, filler.shape[1] + size)
-    with torch.inference_mode():
-        _, features = target.read(filler, cache, drafter.target_layer_ids)
+    _, features = target.read(filler, cache, drafter.target_layer_ids)
     draft_head = DraftHead(target, drafter.vocabulary)
 
-    @torch.inference_mode()
     def step(width: int) -> None:
+        """Verify a number of tokens behind the filler, or draft."""
         if width > 0:
             logits = target.logits(target.hidden(filler[:, :width], cache)[0])
             sampler.draw(sampler.scores(logits, []), 0).tolist()
@@ -114,4 +95,13 @@ def _make_step(target: Target, drafter: Drafter, temperature: float) -> Callable
         draft = propose(drafter, draft_head, hidden, lambda: read[:, -1], size)
         drafter.confidences(draft.scores[0])  # waits for the device, as drawing does
 
-    return step
+    seconds = {kind: [] for kind in (FIRST_DRAFT, DRAFT, *timed)}
+    for _ in range(NUM_ROUNDS + 1):
+        for kind, rounds in seconds.items():
+            start = time.perf_counter()
+            step(kind)
+            rounds.append(time.perf_counter() - start)
+    least = {kind: min(rounds[1:]) for kind, rounds in seconds.items()}
+    verify_seconds = np.interp(range(1, size + 1), timed, [least[width] for width in timed])
+    verify_seconds = np.minimum.accumulate(verify_seconds[::-1])[::-1]
+    return StepCosts(verify_seconds.tolist(), least[DRAFT], max(0.0, least[FIRST_DRAFT] - least[DRAFT]))

@@ -10,7 +10,7 @@ from dpace.decode.batch import Batch, RowCaches, check_batch, compiled_columns
 from dpace.decode.generation import Generation, read_clock
 from dpace.decode.loop import generate, generate_plain
 from dpace.decode.pace import Paces
-from dpace.decode.request import Continuation, SamplingOptions, make_continuation
+from dpace.decode.request import SamplingOptions, make_continuation
 from dpace.drafter import Drafter
 from dpace.fast.packing import refresh_copies
 from dpace.target import Target
@@ -69,38 +69,30 @@ class Decoder:
         """Decode several prompts at once; arguments and errors as in `generate_batch`."""
         if len(prompts) == 1 and not self.compile:
             return [self._generate_alone(prompts[0], "full", options)]
-        rows = self._make_rows(prompts, options)
+        if self.drafter is not None:
+            self.drafter.check_target(self.target)
+            refresh_copies(self.drafter)
+        seed = options.get("seed")
+        rows = []
+        for number, token_ids in enumerate(prompts):
+            own: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
+            rows.append(make_continuation(self.target, token_ids, **own))
         if not rows:
             return []
+        check_batch(self.target, rows)
         started = read_clock(self.target.device)
         with torch.inference_mode():
             caches = self._find_caches(len(rows), 1 + max(row.limit for row in rows))
             batch = Batch(self.target, self.drafter, list(rows), caches, is_compiled=self.compile)
             batch.prefill()
             first = read_clock(self.target.device)
-            batch.drop_done()
-            while batch.rows:
-                batch.step()
+            batch.run()
         block_size = 1 if self.drafter is None else self.drafter.block_size
         end = read_clock(self.target.device)
         return [
             Generation.from_steps(row.steps, block_size, prefill_seconds=first - started, decode_seconds=end - first)
             for row in rows
         ]
-
-    def _make_rows(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[Continuation]:
-        """Check the requests, and give prompt `i` the seed `seed + i`."""
-        if self.drafter is not None:
-            self.drafter.check_target(self.target)
-            refresh_copies(self.drafter)
-        rows = []
-        for number, token_ids in enumerate(prompts):
-            seed = options.get("seed")
-            own: SamplingOptions = {**options, "seed": None if seed is None else seed + number}
-            rows.append(make_continuation(self.target, token_ids, **own))
-        if rows:
-            check_batch(self.target, rows)
-        return rows
 
     def _find_caches(self, num_rows: int, num_tokens: int) -> RowCaches:
         """Return the caches for a number of rows; compiled steps keep theirs, with room for the longest text so far."""

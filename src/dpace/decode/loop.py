@@ -299,5 +299,5 @@ class Speculation:
             self.cache.rewind(self.recurrent_states, proposal.width)
             self.target.hidden(proposal.block[:, :num_kept], self.cache)
             num_rejected = 0
-        self.cache.go_back(num_rejected)
+        self.cache.crop(-num_rejected)
         return step

@@ -136,11 +136,10 @@ class Pace:
             copies: what could be copied, from the text and from earlier answers.
             num_unread: number of tokens that the drafter would read first.
         """
-        choices = [(copy, *self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
+        choices = [(copy, self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
         seconds_of = self.copy_costs.verify_seconds
-        copy, width, promised = min(
-            choices, key=lambda choice: (seconds_of[choice[1] - 1] / choice[2], -choice[0].match)
-        )
+        copy, best = min(choices, key=lambda choice: (seconds_of[choice[1][0] - 1] / choice[1][1], -choice[0].match))
+        width, promised = best
         sums = self.drafted[copy.match].plus(self.all_drafted.average())
         seconds = sums.seconds * math.exp(self.drift[0] - self.drift[1])
         loss_now = promised / seconds_of[width - 1] * seconds - sums.tokens

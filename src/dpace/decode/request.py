@@ -109,7 +109,8 @@ def make_continuation(
     Raises:
         ValueError: an empty prompt, a prompt that exceeds the target's context, or an option outside its range.
     """
-    values: Any = {name: value for name, value in options.items() if name != "stop_token_ids"}
+    values: Any = dict(options)
+    stops = values.pop("stop_token_ids", None)
     try:
         config = SamplingConfig(**values)
     except ValidationError as error:
@@ -139,6 +140,5 @@ def make_continuation(
         device=target.device,
     )
     target.refresh_copies()
-    stops = options.get("stop_token_ids")
     stops = target.stop_token_ids if stops is None else stops
     return Continuation(prompt, len(prompt), config.max_new_tokens, set(stops), sampler)

@@ -168,7 +168,7 @@ def draw_walk(
     rows = []
     chosen = []
     for slot in range(count):
-        rows.append((scores / max(sampler.temperature, 1e-5)).softmax(-1))
+        rows.append((scores / sampler.temperature).softmax(-1))
         index = torch.multinomial(rows[-1], 1, generator=sampler.generator)
         chosen.append(index)
         if slot + 1 < count:

@@ -75,7 +75,7 @@ def draft_step(
         attention_mask=cache.place_block(positions, ends.starts, drafter.num_slots),
         cache=cache,
     )
-    cache.drop_block(drafter.num_slots)
+    cache.crop(-drafter.num_slots)
 
     def newest() -> Tensor:
         """Find the features of the token before each anchor, which stand at different places in the rows of a batch."""

@@ -58,22 +58,19 @@ class TextPieces:
         self.token_ids: list[int] = []
         self._start = self._num_returned = 0
 
-    def _text(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self.token_ids[start:end], skip_special_tokens=True)
+    def _text(self, end: int | None = None) -> str:
+        return self.tokenizer.decode(self.token_ids[self._start : end], skip_special_tokens=True)
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Add tokens and return the text that they add; empty while a character is not whole."""
         self.token_ids += token_ids
-        text = self._text(self._start, len(self.token_ids))
-        return "" if not token_ids or text.endswith("\ufffd") else self._return_text(text)
+        return "" if not token_ids or self._text().endswith("\ufffd") else self.flush()
 
     def flush(self) -> str:
         """Return the text that was held back."""
-        return self._return_text(self._text(self._start, len(self.token_ids)))
-
-    def _return_text(self, text: str) -> str:
-        piece = text[len(self._text(self._start, self._num_returned)) :]
-        self._start, self._num_returned = self._num_returned, len(self.token_ids)
+        piece = self._text()[len(self._text(self._num_returned)) :]
+        self._start = self._num_returned
+        self._num_returned = len(self.token_ids)
         return piece
 
 
@@ -106,8 +103,19 @@ def custom_generate(
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_inputs):
         if model is not target.model:
             raise ValueError("custom_generate was made for another model; make it with Target(model)")
+        if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
+            raise ValueError(
+                f"the call has {len(input_ids)} prompts, {generation_config.num_beams} beams and "
+                f"return_dict_in_generate {generation_config.return_dict_in_generate}; a drafter decodes one prompt "
+                "without beams and returns tokens: for several prompts use dpace.decode.generate_batch"
+            )
         # Not a named argument: transformers would pass the mask twice.
-        _check_call(input_ids, generation_config, model_inputs.get("attention_mask"))
+        attention_mask = model_inputs.get("attention_mask")
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                "the attention_mask hides tokens of the prompt; a drafter reads all of them: give a prompt without "
+                "padding"
+            )
         num_prompt = input_ids.shape[1]
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         max_new_tokens = generation_config.max_length - num_prompt
@@ -129,17 +137,3 @@ def custom_generate(
         return torch.tensor([written], device=input_ids.device)
 
     return decode
-
-
-def _check_call(input_ids: Tensor, generation_config, attention_mask: Tensor | None) -> None:
-    """Refuse a call of transformers' `generate` that a drafter cannot serve."""
-    if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
-        raise ValueError(
-            f"the call has {len(input_ids)} prompts, {generation_config.num_beams} beams and return_dict_in_generate "
-            f"{generation_config.return_dict_in_generate}; a drafter decodes one prompt without beams and returns "
-            "tokens: for several prompts use dpace.decode.generate_batch"
-        )
-    if attention_mask is not None and not attention_mask.all():
-        raise ValueError(
-            "the attention_mask hides tokens of the prompt; a drafter reads all of them: give a prompt without padding"
-        )

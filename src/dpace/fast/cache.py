@@ -46,13 +46,11 @@ class TextCache(DynamicCache):
 
     def __init__(self, config: Any, capacity: int, num_slots: int = 0):
         super().__init__(config=config)
-        layers: list[Any] = self.layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                layers[number] = PreallocatedLayer(capacity)
+                self.layers[number] = PreallocatedLayer(capacity)
             elif num_slots and type(layer) is DynamicSlidingWindowLayer:
-                layers[number] = WindowLayer(capacity, layer.sliding_window - 1 + num_slots)
-        self.layers: Any = layers
+                self.layers[number] = WindowLayer(capacity, layer.sliding_window - 1 + num_slots)
         self.activate_past_recording()
 
     def place(self, positions: Int[Tensor, "1 new"]) -> None:
@@ -60,15 +58,6 @@ class TextCache(DynamicCache):
 
     def place_block(self, positions: Int[Tensor, "1 new"], starts: Int[Tensor, "1 1"], block_size: int) -> None:
         """Return no mask: the layers know what the slots of a block see of the cache and of the block."""
-
-    def drop_block(self, block_size: int) -> None:
-        """Drop the slots of a drafted block."""
-        self.crop(-block_size)
-
-    def go_back(self, num_tokens: int) -> None:
-        """Drop the last tokens; with `num_tokens` 0, only layers with a sliding window have something to do."""
-        if num_tokens or any(type(layer) is not PreallocatedLayer for layer in self.layers):
-            self.crop(-num_tokens)
 
     def recurrent_states(self) -> list[tuple[Tensor, Tensor]]:
         """Return the recurrent states, which no crop can take back, each with a copy; empty for a cache without any.
@@ -187,18 +176,17 @@ class RaggedCache(DynamicCache):
         num_slots: int = 0,
         reaches: Mapping[str, Reach] | None = None,
     ):
-        alone = TextCache(config, 0)
-        if not num_slots and not is_full_attention(alone):
+        super().__init__(config=config)
+        if not num_slots and not is_full_attention(self):
             raise ValueError(
                 f"{config.model_type} has layers that are not full attention; a batch needs full attention in all "
                 "layers: decode one prompt at a time with `generate`"
             )
-        super().__init__(config=config)
         self.end = num_slots + capacity
         self.dtype = dtype
         self.num_slots = num_slots
         self.reaches = reaches or {}
-        self.layers: Any = [RaggedLayer(self.end) for _ in alone.layers]
+        self.layers: Any = [RaggedLayer(self.end) for _ in self.layers]
         if num_slots:
             rings = {kind: min(capacity, reach.window - 1) for kind, reach in self.reaches.items()}
             self.layers = [RaggedLayer(num_slots + rings[kind] + 1) for kind in config.layer_types]
@@ -216,9 +204,8 @@ class RaggedCache(DynamicCache):
             rows: numbers of the rows that the pass reads; all by default.
         """
         self.write_to(positions, rows)
-        is_visible = torch.arange(self.end, device=positions.device) <= positions[..., None]
-        mask = torch.zeros(is_visible.shape, dtype=self.dtype, device=positions.device)
-        return mask.masked_fill(~is_visible, torch.finfo(self.dtype).min)[:, None]
+        is_hidden = torch.arange(self.end, device=positions.device) > positions[..., None]
+        return is_hidden[:, None].to(self.dtype) * torch.finfo(self.dtype).min
 
     def place_block(
         self, positions: Int[Tensor, "batch new"], starts: Int[Tensor, "batch 1"], block_size: int
@@ -247,7 +234,7 @@ class RaggedCache(DynamicCache):
             masks[kind] = torch.cat([is_slot_seen, is_seen], dim=2)[:, None]
         return masks
 
-    def drop_block(self, block_size: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Do nothing: the next block overwrites the slots of a drafted one."""
 
     def write_to(
@@ -276,7 +263,7 @@ class RaggedCache(DynamicCache):
         moved = [place for place, row in enumerate(rows) if row != place]
         sources = [rows[place] for place in moved]
         for layer in self.layers:
-            for buffer in layer.buffers if moved else ():
+            for buffer in layer.buffers:
                 buffer[moved] = buffer[sources]
             layer.buffers = [buffer[: len(rows)] for buffer in layer.buffers]
 
@@ -293,15 +280,16 @@ class RaggedLayer(DynamicLayer):
         is_part: whether the next pass reads some of the rows only.
     """
 
+    num_rows = 0
+    num_shared = 0
+    is_part = False
+    rows: Tensor
+    columns: Tensor
+    end: int
+
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
-        self.num_rows = 0
-        self.num_shared = 0
-        self.is_part = False
-        self.rows = torch.empty(0)
-        self.columns = torch.empty(0)
-        self.end = 0
         self.buffers: list[Tensor] = []
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -313,13 +301,10 @@ class RaggedLayer(DynamicLayer):
             self.buffers = [key_states.new_zeros(shape) for shape in shapes]
             for buffer in self.buffers:
                 torch._dynamo.mark_static_address(buffer)  # otherwise CUDA graphs would copy it at each replay
-        keys, values = self.buffers
-        keys[self.rows, :, self.columns] = key_states.transpose(1, 2)
-        values[self.rows, :, self.columns] = value_states.transpose(1, 2)
-        if self.is_part:
-            rows = self.rows[:, 0]
-            return keys[rows, :, : self.end], values[rows, :, : self.end]
-        return keys[..., : self.end, :], values[..., : self.end, :]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[self.rows, :, self.columns] = states.transpose(1, 2)
+        rows = self.rows[:, 0] if self.is_part else slice(None)
+        return tuple(buffer[rows, :, : self.end] for buffer in self.buffers)
 
     def get_seq_length(self) -> int:
         """Return 0: what is in the buffers is hidden by masks, or overwritten by the next prompts."""
@@ -340,16 +325,6 @@ def fill_places(is_kept: Sequence[bool]) -> list[int]:
 def is_full_attention(cache: Any) -> bool:
     """Return whether every layer of a cache keeps keys and values of the whole text."""
     return all(type(layer) in (DynamicLayer, PreallocatedLayer, RaggedLayer) for layer in cache.layers)
-
-
-def repeat_rows(layer: Any, count: int) -> None:
-    """Let a layer's only row be that of `count` texts that begin alike."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for states in (layer.conv_states, layer.recurrent_states):
-            for index, state in states.items():
-                states[index] = state if state is None else state.repeat_interleave(count, dim=0)
-    if isinstance(layer, DynamicLayer):
-        layer.batch_repeat_interleave(count)
 
 
 @torch.inference_mode()
@@ -373,7 +348,7 @@ def probe_cache(target: Any) -> CacheAbility:
 
     def read(part: Tensor, cache: TextCache, rejected: int = 0) -> Float[Tensor, "seq hidden"]:
         hidden = target.hidden(part, cache=cache)[0]
-        cache.go_back(rejected)  # exactly once after each pass, as when decoding
+        cache.crop(-rejected)  # exactly once after each pass, as when decoding
         return hidden
 
     def start() -> TextCache:

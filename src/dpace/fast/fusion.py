@@ -151,12 +151,17 @@ class FusedProducts(FastForm):
         return self.finish(hidden, attend_in_groups(heads.query, key, value, mask, self.scaling, num_shared=shared))
 
     def heads(self, rows: Tensor, rotation: _Rotation) -> _Heads:
-        """Compute rotated queries, rotated keys and values from the normalized input."""
+        """Compute rotated queries, rotated keys and values from the normalized input.
+
+        Queries and keys have norms of their own in some families.
+        """
         num_queries, num_keys = self.sizes
         heads = self.qkv(rows).view(*rows.shape[:2], -1, self.head_dim)
         to_rotate, value = heads.split((num_queries + num_keys, num_keys), 2)
         if len(self.norms) > 2:
-            to_rotate = self.norm_heads(to_rotate)
+            to_rotate = torch.rms_norm(to_rotate, to_rotate.shape[-1:], None, self.epsilon)
+            for part, weight in zip(to_rotate.split(self.sizes, 2), self.norms[2:], strict=True):
+                part.mul_(weight)
         query, key = rotation.rotate(to_rotate.transpose(1, 2)).split(self.sizes, 1)
         return _Heads(query, key, value.transpose(1, 2))
 
@@ -169,13 +174,6 @@ class FusedProducts(FastForm):
             means = torch.addcdiv(self.epsilons, (rows * rows).sum(-1, keepdim=True), self.widths)
             return (rows * means.rsqrt_()).mul_(weight)
         return weight * torch.rms_norm(rows, weight.shape, None, self.epsilon)
-
-    def norm_heads(self, heads: Tensor) -> Tensor:
-        """Normalize queries and keys, which have norms of their own in some families."""
-        heads = torch.rms_norm(heads, heads.shape[-1:], None, self.epsilon)
-        for part, weight in zip(heads.split(self.sizes, 2), self.norms[2:], strict=True):
-            part.mul_(weight)
-        return heads
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Add attention and feed-forward to `hidden`."""

@@ -170,14 +170,14 @@ class TokenLosses(torch.autograd.Function):
         chunk_bytes,
         num_candidates,
     ):
-        """Compute losses, nll, overlap, top tokens and their log-probabilities, of all slots.
+        """Compute losses, nll, overlap (None for hard losses), top tokens and their log-probabilities, of all slots.
 
         Arguments as in `dpace.loss.frozen_head_nll`.
         """
         head, needs_grad = Head(weight, multiplier, softcap), ctx.needs_input_grad[0]
         losses = torch.zeros(is_scored.shape, device=hidden.device)
         nll = torch.zeros_like(losses)
-        overlap = torch.ones_like(losses)
+        overlap = None if target_hidden is None else torch.ones_like(losses)
         top_tokens = torch.full((*labels.shape, num_candidates), -1, device=labels.device)
         top_log_probs = torch.zeros(top_tokens.shape, device=hidden.device)
         wholes = (losses, nll, overlap, top_tokens, top_log_probs)
@@ -200,7 +200,7 @@ class TokenLosses(torch.autograd.Function):
                     whole.view(is_scored.numel(), -1)[chosen] = values.to(whole.dtype)
             del scores  # frees memory before the next chunk is computed
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(*wholes[1:])
+        ctx.mark_non_differentiable(*(whole for whole in wholes[1:] if whole is not None))
         return wholes
 
     @staticmethod

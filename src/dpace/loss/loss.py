@@ -132,14 +132,11 @@ def frozen_head_nll(
     # Outside torch.compile's graphs: rows are chosen by a mask, and every new count of them would recompile.
     apply: Any = torch.compiler.disable(TokenLosses.apply)
     rows = is_scored.flatten().nonzero()[:, 0] if scored_rows is None else scored_rows
-    losses, nll, overlap, candidates, log_probs = apply(
-        hidden, *head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates
-    )
-    overlap = None if target_hidden is None else overlap
-    return _weighted(losses, nll, overlap, candidates, log_probs, labels, is_scored, weigh)
+    found = apply(hidden, *head, labels, is_scored, rows, token_loss, target_hidden, chunk_bytes, num_candidates)
+    return _weighted(labels, is_scored, weigh, *found)
 
 
-def _weighted(losses, nll, overlap, candidates, log_probs, labels, is_scored, weigh: Weigh) -> HeadOutput:
+def _weighted(labels, is_scored, weigh: Weigh, losses, nll, overlap, candidates, log_probs) -> HeadOutput:
     """Weigh the slots' token losses."""
     top_tokens = candidates[..., 0]
     is_match = (top_tokens == labels) & is_scored
@@ -194,7 +191,7 @@ def frozen_head_nll_reference(
     top = logits.log_softmax(-1).topk(num_candidates)
     candidates = top.indices.where(is_scored[..., None], -1)
     log_probs = top.values.detach() * (is_scored[..., None] & (target_hidden is None))
-    return _weighted(losses, nll.detach(), overlap, candidates, log_probs, labels, is_scored, weigh)
+    return _weighted(labels, is_scored, weigh, losses, nll.detach(), overlap, candidates, log_probs)
 
 
 def count_items(

@@ -155,24 +155,19 @@ def _find_waiting(
 def _complete(
     prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int], is_new: bool
 ) -> None:
-    """Collect what the ranks wrote, and note that the file is complete."""
+    """Collect what the ranks wrote, put it in the order of the prompts, and note that the file is complete."""
     if is_new:
         _append_rank_files(path)
         if sum(left_out.values()) == len(prompts):
             raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
     if prompts:
         if path.exists() and not read_meta(path).get("complete"):
-            _put_in_order(path, prompts)
+            places = {prompt.id: place for place, prompt in enumerate(prompts)}
+            lines = path.read_bytes().splitlines(keepends=True)
+            lines.sort(key=lambda line: places.get(json.loads(line)["id"], -1))  # behind those of other prompts
+            with writing(path) as unfinished:
+                unfinished.write_bytes(b"".join(lines))
         write_meta(path, meta | ({"left_out": left_out} if left_out else {}), prompts, is_complete=True)
-
-
-def _put_in_order(path: Path, prompts: Sequence[Prompt]) -> None:
-    """Put the lines of a file in the order of the prompts, behind those of other prompts."""
-    places = {prompt.id: place for place, prompt in enumerate(prompts)}
-    lines = path.read_bytes().splitlines(keepends=True)
-    lines.sort(key=lambda line: places.get(json.loads(line)["id"], -1))
-    with writing(path) as unfinished:
-        unfinished.write_bytes(b"".join(lines))
 
 
 def _append_rows(rows: Iterator[Sequence[Row]], path: Path, num_prompts: int) -> None:

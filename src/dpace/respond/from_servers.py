@@ -252,7 +252,7 @@ class _ServerPool:
             tokens, reason = tokens_of_answer(answer, token_ids, conversation.target, length)
             conversation.add(token_ids, tokens)
             job.reasons.append(reason)
-        return conversation.response, {**_describe(self.server), "finish_reasons": job.reasons}
+        return conversation.response, _describe(self.server) | {"finish_reasons": job.reasons}
 
     def _postpone(self, job: _Job, error: Unavailable) -> bool:
         """Put a prompt back; after `retry_seconds` of failures leave it out or give the server up.

@@ -1,7 +1,6 @@
 """Let the target answer prompts in this process, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 
 import torch
 from jaxtyping import Float, Int
@@ -34,7 +33,7 @@ def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondCon
 
 @torch.inference_mode()
 def generate_responses(
-    target: Target, encoded: list[list[int]], config: RespondConfig, seeds: Sequence[int] = ()
+    target: Target, encoded: list[list[int]], config: RespondConfig, seeds: Sequence[int]
 ) -> list[list[int]]:
     """Continue prompts of different lengths together.
 
@@ -47,13 +46,13 @@ def generate_responses(
         target: the model.
         encoded: token ids of each prompt.
         config: length and temperature.
-        seeds: one for each prompt, for a temperature above 0.
+        seeds: one for each prompt; they count for a temperature above 0.
     """
     length, temperature = config.max_new_tokens, config.temperature
     try:
         rows = [
             make_continuation(target, token_ids, max_new_tokens=length, temperature=temperature, seed=seed)
-            for token_ids, seed in zip_longest(encoded, seeds)
+            for token_ids, seed in zip(encoded, seeds, strict=True)
         ]
         check_batch(target, rows)
         caches = RowCaches(target, None, 1 + max(row.limit for row in rows))
@@ -62,6 +61,7 @@ def generate_responses(
         parts = [slice(start, start + size) for start in range(0, len(encoded), size)]
         return [answer for part in parts for answer in _generate_padded(target, encoded[part], config, seeds[part])]
     batch = Batch(target, None, list(rows), caches)
+    batch.prefill()
     batch.run()
     return [row.token_ids[row.num_prompt :] for row in rows]
 

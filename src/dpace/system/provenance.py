@@ -100,9 +100,7 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def same_run(
-    kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out: str, ways: Mapping[str, str] | None = None
-) -> None:
+def same_run(kept: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out: str, ways: Mapping[str, str]) -> None:
     """Refuse to go on with files that were made in another way.
 
     A run is described by facts: its settings, and hashes of what is too long to compare. They are computed once a
@@ -128,5 +126,5 @@ def same_run(
         if name.endswith("_sha256"):
             thing = HASHED.get(name, name.removesuffix("_sha256").replace("_", " "))
             difference = f"other {thing} (sha256 {str(found)[:12]}, not {str(value)[:12]})"
-        way = f"{ways[name]}, or " if ways and name in ways else ""
+        way = f"{ways[name]}, or " if name in ways else ""
         raise ValueError(f"{what} with {difference}; {way}{way_out}")

@@ -142,8 +142,7 @@ def encode_answer(
         )
     else:
         tokens = target.tokenizer(answer["content"], add_special_tokens=False)["input_ids"] + stops[:1]
-    end = next((i for i, token in enumerate(tokens, start=1) if token in stops), len(tokens))
-    return before, tokens[:end]
+    return before, tokens[: next((i for i, token in enumerate(tokens, start=1) if token in stops), None)]
 
 
 def tokenizer_hashes(target: Target | ChatTokenizer) -> dict[str, str]:

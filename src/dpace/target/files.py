@@ -163,8 +163,8 @@ def open_target(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    device_map: DeviceMap = None,
-    shard: TargetShard = "none",
+    device_map: DeviceMap,
+    shard: TargetShard,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a target's model and tokenizer; no code that a checkpoint names is run.
 
@@ -190,7 +190,9 @@ def open_target(
     spread: Any = device_map or ({"": device} if quantized is not None else None)
     config.transformers_weights = None  # may name a pickle
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else the Hub's bot converts one, and its proposal is loaded
-    auto, config._attn_implementation = _choose_class(config)
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    config._attn_implementation = attention_of(auto._model_mapping[type(config)])
     over_ranks = plan_distribution(shard, auto, config)
     kind, fix = what, FIX
     if quantized is not None:
@@ -246,13 +248,6 @@ def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: Devi
             f"--train.target-shard {shard} spreads plain weights only, and {what} is quantized, an adapter, or spread "
             "by --device-map; leave one of them out"
         )
-
-
-def _choose_class(config: Any) -> tuple[Any, str]:
-    """Choose the auto class of a model, and its attention code."""
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
-    return auto, attention_of(auto._model_mapping[type(config)])
 
 
 def _refuse_offloaded(what: str, model: Any) -> None:

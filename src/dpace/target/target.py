@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpace.config import Device, DeviceMap, TargetShard
-from dpace.fast.cache import CacheAbility, probe_cache, repeat_rows
+from dpace.fast.cache import CacheAbility, probe_cache
 from dpace.fast.fusion import LayerOutputs, run_layers
 from dpace.fast.packing import PackedLinear, refresh_copies
 from dpace.fast.speed_up import speed_up
@@ -68,6 +68,7 @@ class Target:
         self.model: Any = model.eval().requires_grad_(False)  # transformers types its models too narrowly
         self.tokenizer: Any = tokenizer
         self.thinking = False  # passed to chat templates that have this switch
+        self._outputs = LayerOutputs()
         self.speed_ups: list[str] = []  # what `dpace.fast` did to the model when it was loaded
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: Any = model.get_decoder()
@@ -217,10 +218,6 @@ class Target:
         return self.read(token_ids, cache)[0]
 
     @functools.cached_property
-    def _outputs(self) -> LayerOutputs:
-        return LayerOutputs()
-
-    @functools.cached_property
     def cache_ability(self) -> CacheAbility:
         """What its caches can do after a rejected draft; tried out once, when it is first asked for."""
         return probe_cache(self)
@@ -269,13 +266,12 @@ class Target:
         self.refresh_copies()
         num_shared = len(commonprefix(token_ids.tolist()))
         token_ids = token_ids.to(self.device, non_blocking=True)
-        saved = num_shared * (len(token_ids) - 1) / token_ids.numel() if num_shared >= MIN_SHARED else 0
-        if saved < MIN_SAVED or num_shared == token_ids.shape[1] or self.cache_ability == "append":
+        is_worth_it = num_shared >= MIN_SHARED and num_shared * (len(token_ids) - 1) >= MIN_SAVED * token_ids.numel()
+        if not is_worth_it or num_shared == token_ids.shape[1] or self.cache_ability == "append":
             return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
         cache: Any = DynamicCache(config=self.config)
         shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_head_input=with_head_input, cache=cache)
-        for layer in cache.layers if with_head_input else cache.layers[: max(target_layer_ids) + 1]:
-            repeat_rows(layer, len(token_ids))
+        cache.reorder_cache(token_ids.new_zeros(len(token_ids)))  # row 0 for each
         rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_head_input=with_head_input, cache=cache)
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 

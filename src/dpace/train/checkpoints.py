@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpace.drafter import Drafter
@@ -45,7 +45,7 @@ class TrainingState:
 
     def add_to_log(self, values: dict[str, float]) -> dict[str, float]:
         """Add an entry to the log, and return it."""
-        entry = {**values, "epoch": self.epoch, "step": self.global_step}
+        entry = values | {"epoch": self.epoch, "step": self.global_step}
         self.log_history.append(entry)
         return entry
 
@@ -191,11 +191,6 @@ def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
             state.setdefault(int(number), {})[name] = share
     optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})
     schedule.load_state_dict(settings["scheduler"])
-
-
-def read_weights(folder: Path, drafter: Drafter) -> None:
-    """Read a checkpoint's weights into a drafter's tensors."""
-    drafter.load_state_dict(load_file(folder / WEIGHTS))
 
 
 @contextmanager

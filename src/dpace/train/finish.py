@@ -34,6 +34,7 @@ SERVED = torch.bfloat16
 """Dtype of a finished drafter's weights, as of most published ones; engines in bf16 read it as it is."""
 
 
+@torch.no_grad()
 def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], memory: PeakMemory) -> None:
     """Round a trained drafter to 16 bits, measure it, and write it with what it was made from.
 
@@ -47,7 +48,8 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
     """
     drafter, target = loop.drafter, loop.target
     validation, recipe = loop.validation, loop.recipe
-    round_weights(drafter)
+    for parameter in drafter.parameters():
+        parameter.copy_(parameter.to(SERVED))
     acceptance = heldout_acceptance(drafter, target, validation, over_ranks=True) if len(validation) else None
     vocabulary = _find_vocabulary(loop, acceptance)
     temperature = fit_confidence_temperature(drafter, target, validation)
@@ -56,12 +58,25 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         vocabulary.confidence_temperature = fit_confidence_temperature(drafter, target, validation, token_ids)
     if not ranks.is_first():
         return
-    sha256 = run.get(OBJECTIVE_SHA256)
-    objective = {"objective": recipe.loss.objective} | ({"objective_sha256": sha256} if sha256 else {})
-    record = {"confidence_temperature": temperature, **_record(target, acceptance, validation, recipe)}
-    drafter.config.dpace = {**record, **objective}
-    start = {"init": recipe.drafter.init, "init_sha256": run["init_sha256"]}
-    provenance = {**_provenance(loop), **objective, **start, "peak_memory_bytes": memory.bytes}
+    objective = {"objective": recipe.loss.objective}
+    if sha256 := run.get(OBJECTIVE_SHA256):
+        objective["objective_sha256"] = sha256
+    record = _record(target, acceptance, validation, recipe)
+    drafter.config.dpace = {"confidence_temperature": temperature} | record | objective
+    provenance = {
+        "target": target.name,
+        "target_revision": getattr(target.model.config, "_commit_hash", None),
+        "conversations": len(loop.dataset),
+        "conversations_without_anchor": loop.dataset.num_skipped,
+        "steps": loop.state.global_step,
+        "best_eval_tau": loop.state.best_metric,
+        "hardware": vars(find_hardware(target.device)),
+        "versions": vars(find_versions()),
+        **objective,
+        "init": recipe.drafter.init,
+        "init_sha256": run["init_sha256"],
+        "peak_memory_bytes": memory.bytes,
+    }
     with translate_full_disk("the drafter", folder):
         drafter.save_pretrained(folder, dtype=SERVED)
         if vocabulary is not None:
@@ -69,13 +84,6 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
         write_state(folder / STATE, loop.state)
         write_json(folder / "provenance.json", provenance, indent=2)
-
-
-@torch.no_grad()
-def round_weights(drafter: Drafter) -> None:
-    """Round all weights to numbers that `SERVED` has."""
-    for parameter in drafter.parameters():
-        parameter.copy_(parameter.to(SERVED))
 
 
 def _find_vocabulary(loop: TrainingLoop, acceptance: Acceptance | None) -> DraftVocabulary | None:
@@ -120,20 +128,6 @@ def _record(target: Target, acceptance: Acceptance | None, validation: ResponseD
     return record
 
 
-def _provenance(loop: TrainingLoop) -> dict:
-    """Return what a drafter was made from, for `provenance.json`."""
-    return {
-        "target": loop.target.name,
-        "target_revision": getattr(loop.target.model.config, "_commit_hash", None),
-        "conversations": len(loop.dataset),
-        "conversations_without_anchor": loop.dataset.num_skipped,
-        "steps": loop.state.global_step,
-        "best_eval_tau": loop.state.best_metric,
-        "hardware": vars(find_hardware(loop.target.device)),
-        "versions": vars(find_versions()),
-    }
-
-
 @torch.no_grad()
 def fit_confidence_temperature(
     drafter: Drafter, target: Target, dataset: ResponseDataset, token_ids: Tensor | None = None
@@ -156,7 +150,8 @@ def fit_confidence_temperature(
     was_training = drafter.training
     drafter.eval()
     head = target.head if token_ids is None else target.head.part(token_ids)[0]
-    logits, matches = [], []
+    logits = []
+    matches = []
     for i in range(len(dataset)):
         reached = []
         for states, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
@@ -167,7 +162,7 @@ def fit_confidence_temperature(
         rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
         share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
         scaled = (head.logits(rows[::share]) if drafter.num_candidates == 1 else rows[::share]).float()
-        logits.append(torch.stack([(scaled / t).amax(-1) - (scaled / t).logsumexp(-1) for t in TEMPERATURES]))
+        logits.append(torch.stack([(scaled / t).log_softmax(-1).amax(-1) for t in TEMPERATURES]))
         matches.append(is_right[::share])
     drafter.train(was_training)
     if not sum(map(len, matches)):

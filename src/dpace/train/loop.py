@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import get_cosine_schedule_with_warmup
@@ -35,11 +36,11 @@ from dpace.system.loading import refuse_infinite
 from dpace.target import Target
 from dpace.target.head import Head
 from dpace.train.checkpoints import (
+    WEIGHTS,
     TrainingState,
     checkpoint_folder,
     read_optimizer,
     read_state,
-    read_weights,
     write_checkpoint,
 )
 from dpace.train.optimizer import make_optimizer
@@ -127,7 +128,9 @@ class Scorer:
         def pick(values: Tensor) -> Tensor:
             return values.flatten(0, 1)[whole][:, 1:]
 
-        hidden, labels, rows = (pick(values) for values in (found.hidden, blocks.labels, out.candidates))
+        hidden = pick(found.hidden)
+        labels = pick(blocks.labels)
+        rows = pick(out.candidates)
         own = labels if self.head_index is None else self.head_index[labels]
         logits = candidate_logits(hidden, self.head, torch.cat([rows, own[..., None]], dim=-1))
         log_probs = logits[..., :-1] - logits[..., -1:] - pick(out.token_losses)[..., None]
@@ -206,12 +209,8 @@ class TrainingLoop:
         self.model = copy.deepcopy(drafter) if self.is_sharded else drafter
         if self.is_sharded:
             shard(self.model)
-        head = target.head
-        head_index = None
-        head_tokens = None
-        if self.loss.vocabulary == "seen":
-            head_tokens = dataset.seen_tokens.to(target.device)
-            head, head_index = target.head.part(head_tokens)
+        head_tokens = dataset.seen_tokens.to(target.device) if self.loss.vocabulary == "seen" else None
+        head, head_index = (target.head, None) if head_tokens is None else target.head.part(head_tokens)
         self.scorer = Scorer(
             self.model,
             target,
@@ -265,7 +264,9 @@ class TrainingLoop:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
         """
         if newest is not None:
-            self.read_checkpoint(newest)
+            self.state = read_state(newest)
+            self.read_weights(newest)
+            read_optimizer(newest, self.optimizer, self.schedule)
         state, config = self.state, self.config
         with (
             open_trackers(self.recipe) as track,
@@ -320,7 +321,7 @@ class TrainingLoop:
         batch["whole_blocks"] = batch["is_scored"][..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
         if self.target.device.type in TILED:
             batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
-        return {**batch, "counts": bool(numbers)}
+        return batch | {"counts": bool(numbers)}
 
     def take_step(self, batches: Sequence[dict[str, Any]]) -> None:
         """Take one optimizer step, which is the same however its conversations are split.
@@ -437,14 +438,8 @@ class TrainingLoop:
         self.gather()
         write_checkpoint(self.checkpoints, self.drafter, self.state, self.optimizer, self.schedule)
 
-    def read_checkpoint(self, folder: Path) -> None:
-        """Take up the training where a checkpoint left it."""
-        self.state = read_state(folder)
-        self.read_weights(folder)
-        read_optimizer(folder, self.optimizer, self.schedule)
-
     def read_weights(self, folder: Path) -> None:
         """Read the weights, into the tensors that the optimizer knows."""
-        read_weights(folder, self.drafter)
+        self.drafter.load_state_dict(load_file(folder / WEIGHTS))
         if self.is_sharded:
             scatter_weights(self.drafter, self.model)

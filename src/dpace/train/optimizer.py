@@ -31,7 +31,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
-def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> Float[Tensor, "rows columns"]:
+def orthogonalize(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """Bring all singular values of a matrix near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
     It computes in bf16 on a GPU, and in fp32 on a CPU, where bf16 products are slow without special units. That is why
@@ -43,7 +43,7 @@ def orthogonalize(matrix: Float[Tensor, "rows columns"], num_steps: int = 5) -> 
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / x.norm().clamp_min(1e-7)
-    for _ in range(num_steps):
+    for _ in range(5):
         gram = x @ x.T
         x = torch.addmm(
             x, torch.addmm(gram, gram, gram, beta=COEFFICIENTS[1], alpha=COEFFICIENTS[2]), x, beta=COEFFICIENTS[0]

@@ -181,7 +181,7 @@ def train(
     checked = make_weigh(recipe.loss, block_size, weigh, is_growing=is_growing)
     folder = Path(folder)
     if run is None:
-        run = {**target_of(target), **data_of(dataset, validation), **init_of(init), **settings_of(recipe, weigh)}
+        run = target_of(target) | data_of(dataset, validation) | init_of(init) | settings_of(recipe, weigh)
     with ExitStack() as locks:
         is_finished, newest = ranks.from_first(lambda: _open_folder(folder, run, locks))
         if is_finished:
