@@ -154,10 +154,9 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                     file.write_batch(_batch(batch))
             table = _map_file(path, made_from)
     assert table is not None
-    parts, places = table["part"].to_numpy(), table["place"].to_numpy()
-    rows_of_parts = [np.flatnonzero(parts == part) for part in range(2)]
-    train, validation = (Corpus(table, rows[np.argsort(places[rows])]) for rows in rows_of_parts)
-    return train, validation
+    order = np.argsort(table["place"].to_numpy())
+    parts = table["part"].to_numpy()[order]
+    return Corpus(table, order[parts == 0]), Corpus(table, order[parts == 1])
 
 
 def _map_file(path: Path, made_from: dict[str, Any]) -> pyarrow.Table | None:

@@ -86,7 +86,7 @@ class ServerFeatures:
                 )
 
     def _ask(self, number: int, text: Tensor) -> Tensor:
-        """Let one of the servers compute the hidden states of a text."""
+        """Let one of the servers compute the hidden states of a text, and refuse what are not these."""
         server = self.servers[number % len(self.servers)]
         token_ids = text.tolist()
         body = {"model": server.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0.0}
@@ -105,25 +105,21 @@ class ServerFeatures:
             raise ValueError(f"{name} of {server.url} cannot be read ({error}); see its log") from error
         if sample is None:
             raise ValueError(f"{name} of {server.url} is not seen here; let both share that folder")
-        rows = self._check_sample(server.url, sample, token_ids)
-        self.transfer.delete(path)  # which holds these tokens' hidden states, so it is no other file
-        return rows
-
-    def _check_sample(self, url: str, sample: dict[str, Tensor], token_ids: list[int]) -> Tensor:
-        """Refuse what are not the hidden states of this text."""
         hidden = sample.get("hidden_states", torch.empty(0))
         found = sample.get("token_ids", torch.empty(0))
         expected = (len(token_ids), len(self.layer_ids), self.target.hidden_size)
         if hidden.shape != expected:
             raise ValueError(
-                f"{url} wrote hidden states of the shape {tuple(hidden.shape)}, expected {expected}: tokens, layers, "
-                f"width; serve the target with eagle_aux_hidden_state_layer_ids {[i + 1 for i in self.layer_ids]}, and "
-                "with --no-enable-prefix-caching and --no-enable-chunked-prefill"
+                f"{server.url} wrote hidden states of the shape {tuple(hidden.shape)}, expected {expected}: tokens, "
+                "layers, width; serve the target with eagle_aux_hidden_state_layer_ids "
+                f"{[i + 1 for i in self.layer_ids]}, and with --no-enable-prefix-caching and "
+                "--no-enable-chunked-prefill"
             )
         if found.tolist() != token_ids:
-            raise ValueError(f"{url} wrote the hidden states of another text; give it a folder of its own")
-        if not bool(torch.isfinite(hidden.float()).all()):
-            raise ValueError(f"{url} wrote hidden states that are not finite; see its log")
+            raise ValueError(f"{server.url} wrote the hidden states of another text; give it a folder of its own")
+        if not hidden.float().isfinite().all():
+            raise ValueError(f"{server.url} wrote hidden states that are not finite; see its log")
+        self.transfer.delete(path)  # which holds these tokens' hidden states, so it is no other file
         return hidden.flatten(1).to(self.target.head.weight.dtype)
 
 
@@ -287,13 +283,14 @@ def bytes_of_token(target: Any, num_layers: int, dtype: StoredDtype) -> int:
 
 def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
-    limit, what, way = min(
-        (limit_bytes, "--train.feature-files-gib allows", "raise it"),
-        (free, f"are free on the disk of {folder}", "make room"),
-    )
+    room = {
+        limit_bytes: "--train.feature-files-gib allows; raise it",
+        free: f"are free on the disk of {folder}; make room",
+    }
+    limit = min(room)
     if size > limit:
         raise ValueError(
-            f"the hidden states need {size / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB {what}; {way}, take "
+            f"the hidden states need {size / 2**30:.1f} GiB and {limit / 2**30:.1f} GiB {room[limit]}, take "
             "--train.feature-dtype float8, fewer answers or a lower --train.max-length, or leave out "
             "--train.feature-files, and they are computed in every epoch"
         )
@@ -303,20 +300,17 @@ def _fill(computed: Iterable[tuple[int, Tensor]], folder: Path, names: Sequence[
     """Write rows as they are computed, a file at a time."""
     waiting: dict[str, Tensor] = {}
     for number, row in computed:
-        waiting |= _stored(names[number], row, dtype)
+        name = names[number]
+        if dtype == "float8":
+            scale = (row.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
+            waiting |= {name: (row.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
+        else:
+            waiting[name] = row.to(torch.bfloat16 if dtype == "bfloat16" else row.dtype).clone()
         if sum(each.nbytes for each in waiting.values()) >= SHARD_BYTES:
             _write_rows(folder, waiting)
             waiting = {}
     if waiting:
         _write_rows(folder, waiting)
-
-
-def _stored(name: str, row: Tensor, dtype: StoredDtype) -> dict[str, Tensor]:
-    """Return what is written for a row."""
-    if dtype == "float8":
-        scale = (row.float().abs().amax(-1) / LARGEST_FLOAT8).clamp_min(torch.finfo(torch.float32).tiny)
-        return {name: (row.float() / scale[:, None]).to(torch.float8_e4m3fn), name + SCALE: scale}
-    return {name: row.to(torch.bfloat16 if dtype == "bfloat16" else row.dtype).clone()}
 
 
 def _write_rows(folder: Path, rows: dict[str, Tensor]) -> None:

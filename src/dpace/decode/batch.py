@@ -45,9 +45,7 @@ class RowCaches:
         self.target = RaggedCache(target.config, capacity, target.model.dtype)
         self.all = [self.target]
         if drafter is not None:
-            self.drafter = RaggedCache(
-                drafter.config, capacity, drafter.dtype, num_slots=drafter.num_slots, reaches=drafter.reaches
-            )
+            self.drafter = RaggedCache(drafter.config, capacity, drafter.dtype, drafter.num_slots, drafter.reaches)
             self.all.append(self.drafter)
 
 

@@ -145,13 +145,13 @@ class Pace:
         loss_now = promised / seconds_of[width - 1] * seconds - sums.tokens
         loss_later = (seconds - sums.plain_seconds) * self.costs.plain_rate
         loss = max(loss_now, loss_later) / sums.drafts
+        is_drafted = True
         if loss > 0:
             price = loss + num_unread * self.reading
             self.credit = min(max(1.0, price), self.credit + EXPLORATION * promised)
-            if self.credit < price:
-                return Plan(False, copy, width, loss, copies)
-            self.credit -= price
-        return Plan(True, copy, loss=loss, copies=copies)
+            is_drafted = self.credit >= price
+            self.credit -= price * is_drafted
+        return Plan(is_drafted, copy, width, loss, copies)
 
     def _choose_copy(self, match: int, count: int) -> tuple[int, float]:
         """Choose how many of `count` copied tokens to verify.

@@ -172,7 +172,7 @@ def draw_walk(
         index = torch.multinomial(rows[-1], 1, generator=sampler.generator)
         chosen.append(index)
         if slot + 1 < count:
-            scores = lattice.pairs[:, slot].gather(1, index[..., None].expand(-1, -1, scores.shape[-1]))[:, 0]
+            scores = lattice.pairs[0, slot, index[0]]
     candidates = lattice.candidates[0, :count]
     probs = torch.zeros(count, vocab_size, device=candidates.device)
     return candidates.gather(1, torch.cat(chosen))[:, 0], probs.scatter_(1, candidates, torch.cat(rows))

@@ -72,7 +72,7 @@ def draft_step(
         torch.cat([ends.last_ids, masks], dim=1),
         features,
         position_ids=torch.cat([positions, ends.starts + slots], dim=1),
-        attention_mask=cache.place_block(positions, ends.starts, drafter.num_slots),
+        attention_mask=cache.place_block(positions, ends.starts),
         cache=cache,
     )
     cache.crop(-drafter.num_slots)

@@ -56,7 +56,7 @@ class TextCache(DynamicCache):
     def place(self, positions: Int[Tensor, "1 new"]) -> None:
         """Return no mask: the next tokens follow those in the cache, and see these and one another as usual."""
 
-    def place_block(self, positions: Int[Tensor, "1 new"], starts: Int[Tensor, "1 1"], block_size: int) -> None:
+    def place_block(self, positions: Int[Tensor, "1 new"], starts: Int[Tensor, "1 1"]) -> None:
         """Return no mask: the layers know what the slots of a block see of the cache and of the block."""
 
     def recurrent_states(self) -> list[tuple[Tensor, Tensor]]:
@@ -208,14 +208,14 @@ class RaggedCache(DynamicCache):
         return is_hidden[:, None].to(self.dtype) * torch.finfo(self.dtype).min
 
     def place_block(
-        self, positions: Int[Tensor, "batch new"], starts: Int[Tensor, "batch 1"], block_size: int
+        self, positions: Int[Tensor, "batch new"], starts: Int[Tensor, "batch 1"]
     ) -> dict[str, Bool[Tensor, "batch 1 _ column"]]:
         """Write the next pass's features to their columns, its slots to those before; return masks by kind of layer.
 
         A slot sees the features of its row's tokens, up to that before the anchor, and the slots, as far as the layer's
         reach goes. Masks of layers with full attention are the same for all slots, and have one row.
         """
-        slots = torch.arange(block_size, device=starts.device)
+        slots = torch.arange(self.num_slots, device=starts.device)
         masks = {}
         for kind, reach in self.reaches.items():
             layers = [layer for layer, own in zip(self.layers, self.kinds, strict=True) if own == kind]
@@ -272,7 +272,8 @@ class RaggedLayer(DynamicLayer):
     """A `DynamicLayer` whose rows hold different numbers of tokens.
 
     Each new token is written to a given column and replaces the token that was there. Columns not written yet are
-    zero, so that a mask is enough to hide them.
+    zero, so that a mask is enough to hide them. `keys` and `values` stay empty, and so the layer's length is 0: what is
+    in the buffers is hidden by masks, or overwritten by the next prompts.
 
     Attributes:
         num_rows: rows that the first pass makes; as many as it reads where 0.
@@ -305,10 +306,6 @@ class RaggedLayer(DynamicLayer):
             buffer[self.rows, :, self.columns] = states.transpose(1, 2)
         rows = self.rows[:, 0] if self.is_part else slice(None)
         return tuple(buffer[rows, :, : self.end] for buffer in self.buffers)
-
-    def get_seq_length(self) -> int:
-        """Return 0: what is in the buffers is hidden by masks, or overwritten by the next prompts."""
-        return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns that are read, and the first of them."""

@@ -59,11 +59,11 @@ def _hard_scores(
     total = sums.others + (sums.label_logits - peak).exp()
     nll = peak + total.log() - sums.label_logits
     top_log_probs = sums.top_logits - peak - total.log()
-    if not needs_grad:
-        return _Scores(nll, nll, None, sums.top_tokens, top_log_probs, None)
-    slope = head.slope(sums.label_logits)
-    other_prob = sums.others / total if slope is None else sums.others / total * slope
-    grad = sums.grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
+    grad = None
+    if needs_grad:
+        slope = head.slope(sums.label_logits)
+        other_prob = sums.others / total if slope is None else sums.others / total * slope
+        grad = sums.grad.div_(total).addcmul_(other_prob, weight[labels[:, 0]].float(), value=-1).mul_(head.multiplier)
     return _Scores(nll, nll, None, sums.top_tokens, top_log_probs, grad)
 
 
@@ -104,10 +104,10 @@ def _add_tile(sums: _Sums, part: Head, operands: Tensor, column: Tensor, start: 
     logits.scatter_(-1, inside, column_logits.masked_fill(is_here, -torch.inf))
     exps = logits.sub_(peak).exp_()
     others = sums.others.mul_(rescale).add_(exps.sum(-1, keepdim=True))
-    if not needs_grad:
-        return _Sums(top_logits, label_logits, others, top_tokens, sums.grad)
-    exps = exps if slope is None else exps.mul_(slope)
-    grad = sums.grad.mul_(rescale).add_(exps.to(part.weight.dtype) @ part.weight)
+    grad = sums.grad
+    if needs_grad:
+        exps = exps if slope is None else exps.mul_(slope)
+        grad = grad.mul_(rescale).add_(exps.to(part.weight.dtype) @ part.weight)
     return _Sums(top_logits, label_logits, others, top_tokens, grad)
 
 
@@ -143,10 +143,11 @@ def _soft_scores(
         falls_short = (probs < target_probs).float()
         share = (probs * falls_short).sum(-1, keepdim=True)
         grad = probs.mul_(share - falls_short).div_(overlap.clamp_min(TINY))
-    if not needs_grad:
-        return _Scores(losses, nll, overlap, top_tokens, None, None)
-    grad = grad if slope is None else grad.mul_(slope)
-    return _Scores(losses, nll, overlap, top_tokens, None, (grad.to(head.weight.dtype) @ head.weight) * head.multiplier)
+    rows_grad = None
+    if needs_grad:
+        grad = grad if slope is None else grad.mul_(slope)
+        rows_grad = (grad.to(head.weight.dtype) @ head.weight) * head.multiplier
+    return _Scores(losses, nll, overlap, top_tokens, None, rows_grad)
 
 
 class TokenLosses(torch.autograd.Function):

@@ -117,8 +117,7 @@ def _answer_here(
             yield [(conversation.response, {})]
         return
     assert isinstance(target, Target), "a tokenizer alone answers nothing"
-    for batch in answer_batches(target, prompts, config):
-        yield [(response, {}) for response in batch]
+    yield from answer_batches(target, prompts, config)
 
 
 def _find_waiting(
@@ -134,14 +133,15 @@ def _find_waiting(
     _append_rank_files(path)
     check_meta(path, meta)
     done = {response.id: response for response in read_responses(path)} if path.exists() else {}
+    waiting = {}
     for prompt in prompts:
-        if prompt.id in done and not is_answer(done[prompt.id], prompt):
+        if prompt.id not in done:
+            waiting[prompt.id] = Conversation(target, prompt, config).check()
+        elif not is_answer(done[prompt.id], prompt):
             raise ValueError(
                 f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
                 "--output, or delete the file"
             )
-    missing = [prompt for prompt in prompts if prompt.id not in done]
-    waiting = {prompt.id: Conversation(target, prompt, config).check() for prompt in missing}
     old = read_meta(path)
     if done and not waiting and old.get("complete") and old.get("responses_sha256") != hash_file(path):
         raise ValueError(

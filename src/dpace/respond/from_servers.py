@@ -131,7 +131,7 @@ class ServerAnswers:
         return [dict(pairs) for pairs in dict.fromkeys(tuple(_describe(server).items()) for server in self.servers)]
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
-        """Yield the answers as they come.
+        """Yield the answers as they come, at once what came since the last time, until every prompt has its end.
 
         Raises:
             ValueError: the last server was given up, a server refuses every request, or sends what is no answer.
@@ -148,39 +148,34 @@ class ServerAnswers:
         for pool in pools:
             for _ in range(min(self.config.batch_size, len(jobs))):
                 threading.Thread(target=pool.work, daemon=True).start()  # ends with the process, whatever it waits for
+        num_open = len(jobs)
         try:
-            yield from self._collect(results, pools, len(jobs))
+            while num_open:
+                recent = [results.get()]
+                while not results.empty():
+                    recent.append(results.get())
+                if rows := [result for _, result in recent if isinstance(result, tuple)]:
+                    yield rows
+                num_open -= len(recent)
+                for job, result in recent:
+                    if isinstance(result, LeftOut):
+                        self.left_out[result.reason] += 1
+                        if self.left_out[result.reason] == 1:  # of each reason the first one is printed at once
+                            name = job.conversation.prompt.id
+                            print(printable(f"prompt {name} is left out: {result}"), file=sys.stderr)
+                    elif isinstance(result, Unavailable) and not all(pool.is_given_up for pool in pools):
+                        num_open += 1  # another server takes it
+                    elif isinstance(result, Unavailable):
+                        raise ValueError(
+                            f"{result}; it was asked again for {self.config.retry_seconds:g} seconds; finished answers "
+                            "are kept: run the same command to go on"
+                        )
+                    elif isinstance(result, Exception):
+                        raise result
         finally:
             for pool in pools:
                 pool.is_given_up = True
             waiting.put(None)
-
-    def _collect(
-        self, results: queue.SimpleQueue[Result], pools: Sequence["_ServerPool"], num_open: int
-    ) -> Iterator[list[Row]]:
-        """Yield what came since the last time, until every prompt has its end."""
-        while num_open:
-            recent = [results.get()]
-            while not results.empty():
-                recent.append(results.get())
-            if rows := [result for _, result in recent if isinstance(result, tuple)]:
-                yield rows
-            num_open -= len(recent)
-            for job, result in recent:
-                if isinstance(result, LeftOut):
-                    self.left_out[result.reason] += 1
-                    if self.left_out[result.reason] == 1:  # of each reason the first one is printed at once
-                        name = job.conversation.prompt.id
-                        print(printable(f"prompt {name} is left out: {result}"), file=sys.stderr)
-                elif isinstance(result, Unavailable) and not all(pool.is_given_up for pool in pools):
-                    num_open += 1  # another server takes it
-                elif isinstance(result, Unavailable):
-                    raise ValueError(
-                        f"{result}; it was asked again for {self.config.retry_seconds:g} seconds; finished answers "
-                        "are kept: run the same command to go on"
-                    )
-                elif isinstance(result, Exception):
-                    raise result
 
 
 def _ask_one_token(server: Server, job: _Job) -> None:

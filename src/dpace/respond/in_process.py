@@ -14,11 +14,11 @@ from dpace.decode.request import make_continuation
 from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
-from dpace.respond.responses import Response
+from dpace.respond.from_servers import Row
 from dpace.target import Target
 
 
-def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> Iterator[list[Response]]:
+def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> Iterator[list[Row]]:
     """Answer prompts in batches, turn by turn, and yield each batch."""
     for start in range(0, len(prompts), config.batch_size):
         batch = [Conversation(target, prompt, config) for prompt in prompts[start : start + config.batch_size]]
@@ -28,7 +28,7 @@ def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondCon
             answers = generate_responses(target, encoded, config, seeds)
             for conversation, token_ids, answer in zip(active, encoded, answers, strict=True):
                 conversation.add(token_ids, answer)
-        yield [conversation.response for conversation in batch]
+        yield [(conversation.response, {}) for conversation in batch]
 
 
 @torch.inference_mode()
@@ -57,9 +57,10 @@ def generate_responses(
         check_batch(target, rows)
         caches = RowCaches(target, None, 1 + max(row.limit for row in rows))
     except ValueError:
-        size = 1 if target.rotation_boundary else len(encoded)
-        parts = [slice(start, start + size) for start in range(0, len(encoded), size)]
-        return [answer for part in parts for answer in _generate_padded(target, encoded[part], config, seeds[part])]
+        if not target.rotation_boundary:
+            return _generate_padded(target, encoded, config, seeds)
+        pairs = zip(encoded, seeds, strict=True)
+        return [_generate_padded(target, [token_ids], config, [seed])[0] for token_ids, seed in pairs]
     batch = Batch(target, None, list(rows), caches)
     batch.prefill()
     batch.run()

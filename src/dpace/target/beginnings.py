@@ -120,12 +120,12 @@ def read_texts(
         cache.copy_columns(first, others, part.start, part.end)
         features[others, part.start : part.end] = features[first, part.start : part.end]
         starts[part.rows] = part.end
-    passes: list[list[int]] = []
+    waiting: list[int] = []
     for row in sorted(range(len(texts)), key=lambda row: len(texts[row]) - starts[row]):
-        if not passes or (len(passes[-1]) + 1) * (len(texts[row]) - starts[row]) > PASS_TOKENS:
-            passes.append([])
-        passes[-1].append(row)
-    for rows in passes:
-        read(rows)
+        if waiting and (len(waiting) + 1) * (len(texts[row]) - starts[row]) > PASS_TOKENS:
+            read(waiting)
+            waiting = []
+        waiting.append(row)
+    read(waiting)
     cache.end = capacity
     return last, features

@@ -82,7 +82,7 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Any, schedule: Any) -> None:
     """Write a checkpoint, and remove those that training does not need any more.
 
-    All ranks call it, and the first one writes.
+    All ranks call it, and the first one writes. Sharded tensors of the optimizer are gathered one at a time.
 
     Args:
         checkpoints: folder of all of them.
@@ -94,7 +94,13 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
     Raises:
         OSError: no room on the disk; what was written so far is removed.
     """
-    moments, settings = gather_optimizer(optimizer, schedule)
+    values = optimizer.state_dict()
+    moments: dict[str, Tensor] = {}
+    for number, entry in values["state"].items():
+        for name, value in entry.items():
+            whole = ranks.whole(value.detach())
+            if ranks.is_first():
+                moments[f"{number}.{name}"] = whole.cpu().contiguous()
     if ranks.is_first():
         folder = checkpoint_folder(checkpoints, state.global_step)
         with (
@@ -102,7 +108,7 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
             filling(folder, last=MANIFEST, is_guarded=False) as aside,
         ):
             save_file(moments, aside / MOMENTS)
-            write_json(aside / STEPS, settings)
+            write_json(aside / STEPS, {"groups": values["param_groups"], "scheduler": schedule.state_dict()})
             drafter.save_pretrained(aside)
             write_state(aside / STATE, state)
             files = {path.name: _file_entry(path) for path in sorted(aside.iterdir())}
@@ -139,10 +145,11 @@ def find_newest(checkpoints: Path) -> Path | None:
 
     Call it inside `lock_folder`. The steps of those that are not whole are taken again.
     """
-    folders = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    for folder in (checkpoints, *folders):
+    names = {path.name.removeprefix("checkpoint-"): path for path in checkpoints.glob("checkpoint-*")}
+    folders = {int(name): path for name, path in names.items() if name.isdecimal()}
+    for folder in (checkpoints, *folders.values()):
         remove_unfinished(folder)
-    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    for _, folder in sorted(folders.items(), reverse=True):
         # Earlier versions wrote some best weights without the optimizer's state, from which training cannot go on.
         if is_whole(folder) and (folder / MOMENTS).exists():
             best = best_of(folder)
@@ -158,21 +165,6 @@ def remove_others(newest: Path) -> None:
     """Remove all checkpoints but this one and the best one when it was written."""
     for path in set(newest.parent.glob("checkpoint-*")) - {newest, best_of(newest)}:
         shutil.rmtree(path)
-
-
-def gather_optimizer(optimizer: Any, schedule: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Collect the state of optimizer and schedule: the tensors of each parameter, and settings that JSON can hold.
-
-    Sharded tensors are gathered one at a time; all ranks must then be here, and only the first one keeps them.
-    """
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    for number, entry in state["state"].items():
-        for name, value in entry.items():
-            whole = ranks.whole(value.detach())
-            if ranks.is_first():
-                tensors[f"{number}.{name}"] = whole.cpu().contiguous()
-    return tensors, {"groups": state["param_groups"], "scheduler": schedule.state_dict()}
 
 
 def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:

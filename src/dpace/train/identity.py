@@ -175,9 +175,11 @@ def refuse_other_answers(meta: Mapping[str, Any], known: Mapping[str, Any], path
     Raises:
         ValueError: names the first thing that differs, with both values.
     """
-    names = [name for name in known if name in meta]
-    answered = {name: str(meta[name]).removeprefix("torch.") if name == "dtype" else meta[name] for name in names}
-    flags = {name: name if name in ("thinking", "dtype") else "target" for name in names}
-    ways = {name: f"train on the target's own answers: set --{flag} as it was" for name, flag in flags.items()}
+    answered = {**meta, "dtype": str(meta.get("dtype")).removeprefix("torch.")}
+    compared = {name: value for name, value in known.items() if name in meta}
+    flags = {"thinking": "thinking", "dtype": "dtype"}
+    ways = {
+        name: f"train on the target's own answers: set --{flags.get(name, 'target')} as it was" for name in compared
+    }
     other = f"write new answers into another folder with `{respond}`"
-    same_run(answered, {name: known[name] for name in names}, f"the answers in {path} were made", other, ways)
+    same_run(answered, compared, f"the answers in {path} were made", other, ways)

@@ -155,8 +155,8 @@ class Scorer:
             head_weights = pick(weights)
             if self.loss.head_weights == "walk":
                 out = out._replace(weights=weights, losses=(weights * out.token_losses).sum(-1))
-        more = torch.zeros_like(out.losses).flatten().index_add(0, whole, (head_weights * walk.losses).sum(-1))
-        return out._replace(losses=out.losses + more.view_as(out.losses))
+        losses = out.losses.flatten().index_add(0, whole, (head_weights * walk.losses).sum(-1))
+        return out._replace(losses=losses.view_as(out.losses))
 
 
 class TrainingLoop:
@@ -206,8 +206,9 @@ class TrainingLoop:
         if self.config.gradient_checkpointing:
             drafter.activation_checkpointing_enable()
         self.is_sharded = wants_shards()
-        self.model = copy.deepcopy(drafter) if self.is_sharded else drafter
+        self.model = drafter
         if self.is_sharded:
+            self.model = copy.deepcopy(drafter)
             shard(self.model)
         head_tokens = dataset.seen_tokens.to(target.device) if self.loss.vocabulary == "seen" else None
         head, head_index = (target.head, None) if head_tokens is None else target.head.part(head_tokens)

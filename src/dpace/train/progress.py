@@ -228,10 +228,8 @@ def training_bar(objective: str, state: TrainingState) -> Iterator[Callable[[], 
     transformers.utils.logging.disable_progress_bar()
     try:
         with progress_bar() as bar:
-            name = f"training, {objective}"
-            task = bar.add_task(
-                name, total=state.max_steps, completed=state.global_step, first=state.global_step, info=""
-            )
+            done = state.global_step
+            task = bar.add_task(f"training, {objective}", total=state.max_steps, completed=done, first=done, info="")
             yield lambda: bar.update(task, completed=state.global_step, info=latest_numbers(state))
     finally:
         if had_others:

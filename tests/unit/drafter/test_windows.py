@@ -72,9 +72,7 @@ def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, targe
         found.append(theirs(positions, noise_embedding=target.embed(block), target_hidden=features[:, :anchor])[0])
         for cache in caches:
             options = {"position_ids": positions[:, seen:], "cache": cache}
-            options["attention_mask"] = cache.place_block(
-                positions[:, seen:anchor], torch.tensor([[anchor]]), drafter.block_size
-            )
+            options["attention_mask"] = cache.place_block(positions[:, seen:anchor], torch.tensor([[anchor]]))
             found.append(draft_block(drafter, target, block, features[:, seen:anchor], **options)[0])
             cache.crop(-drafter.block_size)
         seen = anchor
