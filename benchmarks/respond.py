@@ -153,7 +153,8 @@ def answer_tree(target: Target, prompts: list[list[int]], max_new_tokens: int) -
 
     target.read = count
     try:
-        return generate_responses(target, prompts, RespondConfig(max_new_tokens=max_new_tokens)), num_read
+        config = RespondConfig(max_new_tokens=max_new_tokens)
+        return generate_responses(target, prompts, config, range(len(prompts))), num_read
     finally:
         target.read = read
 

@@ -34,11 +34,11 @@ def test_a_target_on_several_devices_reads_padded_rows(language_target, prompts,
     """Rows of different lengths need places on one device."""
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts[:3]]
     config = RespondConfig(max_new_tokens=6)
-    answers = in_process.generate_responses(language_target, encoded, config)
+    answers = in_process.generate_responses(language_target, encoded, config, range(3))
     monkeypatch.setattr(language_target.model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
     with pytest.raises(ValueError, match="several devices"):
         generate_batch(language_target, None, encoded, max_new_tokens=6)
-    assert in_process.generate_responses(language_target, encoded, config) == answers
+    assert in_process.generate_responses(language_target, encoded, config, range(3)) == answers
 
 
 def test_prompts_with_a_shared_beginning(random_target, tmp_path):

@@ -96,7 +96,7 @@ def test_batches_keep_the_text_or_are_refused(family, target):
 def test_answers_are_the_targets_own(family, target):
     """In one batch, of different lengths, with a beginning that all share and without."""
     for prompts in ([[*SHARED, *rest] for rest in ([5], [9, 12, 7, 30], [40, 41])], [[5, 9], SHARED, [12] * 9]):
-        answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH))
+        answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH), range(len(prompts)))
         assert answers == [own_text(target, prompt) for prompt in prompts]
 
 
@@ -169,7 +169,7 @@ def test_answers_do_not_depend_on_the_length_of_others(kind):
     family, boundary = ("phi3", "original_") if kind == "longrope" else ("llama", "")
     target = make_sharp_target(family, rope_parameters=rope, **{f"{boundary}max_position_embeddings": 32})
     prompts = [SHARED, [5, 9, 3], SHARED + SHARED, [5, 9]]
-    answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH))
+    answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH), range(len(prompts)))
     assert answers == [own_text(target, prompt) for prompt in prompts]
 
 
