@@ -47,8 +47,8 @@ def refresh_copies(model: nn.Module) -> None:
     changes through `.data`: who edits weights in that way has to load the model again.
     """
     for module in model.modules():
-        if isinstance(module, FastModule):
-            module.refresh()
+        if isinstance(module, FastModule) and module.fast and module.fast.state != weights_state(module.parameters()):
+            module.fast = None
 
 
 def weights_state(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
@@ -75,11 +75,6 @@ class FastModule(nn.Module):
     """A module that computes with a fast form of its weights, and with its own code where it has none."""
 
     fast: Any = None
-
-    def refresh(self) -> None:
-        """Drop the fast form where a weight has changed since it was made."""
-        if self.fast is not None and self.fast.state != weights_state(self.parameters()):
-            self.fast = None
 
     def is_usable(self, rows: Tensor, dtype: torch.dtype) -> bool:
         """Return whether a fast form in a dtype may be used: same dtype, no training and no gradient.
@@ -117,11 +112,6 @@ class PackedLinear(FastModule, nn.Linear):
             self.fast = FastForm(self)
             self.fast.product = pack(self.weight, self.bias)
         return self.fast.product
-
-    def unpack(self) -> None:
-        """Turn the layer back into an `nn.Linear`, without the copy."""
-        vars(self).pop("fast", None)
-        self.__class__: Any = nn.Linear
 
 
 class PackedProduct:

@@ -45,7 +45,7 @@ from dpace.train.checkpoints import (
 )
 from dpace.train.optimizer import make_optimizer
 from dpace.train.progress import Interrupt, StepLog, open_trackers, training_bar
-from dpace.train.sharding import gather_weights, scatter_weights, shard, sharded_by_dpace, wants_shards
+from dpace.train.sharding import copy_weights, shard, sharded_by_dpace, wants_shards
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
 
@@ -408,7 +408,7 @@ class TrainingLoop:
             ValueError: a step has spoilt them; names it and the tensors.
         """
         if self.is_sharded:
-            gather_weights(self.model, self.drafter)
+            copy_weights(self.model, self.drafter)
         refuse_infinite(f"the drafter after step {self.state.global_step}", self.drafter, LOWER)
 
     def measure(self, track: Callable[[dict[str, float]], None]) -> bool:
@@ -443,4 +443,4 @@ class TrainingLoop:
         """Read the weights, into the tensors that the optimizer knows."""
         self.drafter.load_state_dict(load_file(folder / WEIGHTS))
         if self.is_sharded:
-            scatter_weights(self.drafter, self.model)
+            copy_weights(self.drafter, self.model)

@@ -79,20 +79,13 @@ def shard(model: Any) -> None:
 
 
 @torch.no_grad()
-def gather_weights(model: nn.Module, drafter: nn.Module) -> None:
-    """Copy a sharded drafter's weights into a whole one; all ranks must be here.
+def copy_weights(source: nn.Module, to: nn.Module) -> None:
+    """Copy the weights of a sharded drafter into a whole one, or back; all ranks must be here.
 
     Memory: one tensor beyond both.
     """
-    for share, whole in zip(model.parameters(), drafter.parameters(), strict=True):
-        whole.copy_(ranks.whole(share))
-
-
-@torch.no_grad()
-def scatter_weights(drafter: nn.Module, model: nn.Module) -> None:
-    """Copy a whole drafter's weights into a sharded one, where each rank keeps its share."""
-    for whole, share in zip(drafter.parameters(), model.parameters(), strict=True):
-        share.copy_(take_share(whole, share))
+    for parameter, copied in zip(source.parameters(), to.parameters(), strict=True):
+        copied.copy_(take_share(ranks.whole(parameter), copied))
 
 
 def take_share(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
