@@ -100,6 +100,20 @@ def test_answers_are_the_targets_own(family, target):
         assert answers == [own_text(target, prompt) for prompt in prompts]
 
 
+@pytest.mark.parametrize("name", sorted(NOT_BATCHED)[:2])
+def test_drawn_answers_of_padded_rows_are_those_of_their_seeds(name):
+    target, prompts, config = (
+        make_sharp_target(name),
+        [[5, 9], SHARED],
+        RespondConfig(max_new_tokens=9, temperature=1.5),
+    )
+    answers = generate_responses(target, prompts, config, [3, 4])
+    options = {"max_new_tokens": 9, "temperature": 1.5}
+    assert answers == [
+        generate_plain(target, p, seed=seed, **options).token_ids for p, seed in zip(prompts, (3, 4), strict=True)
+    ]
+
+
 def test_features_do_not_depend_on_what_is_read_together(family, target):
     prompts = torch.tensor([[*SHARED, 5, 9], [*SHARED, 12, 7], [*SHARED, 40, 41]])
     together = target.features(prompts, [0, 2], with_head_input=True)
