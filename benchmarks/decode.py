@@ -108,7 +108,7 @@ def cheaper_ways(target: Target, folder: Path, block_size: int) -> dict[str, Way
     folders, state = {"any token": folder}, folder / "trainer_state.json"
     if state.exists():
         best = folder / "checkpoints" / f"checkpoint-{json.loads(state.read_text())['best_global_step']}"
-        folders |= {"any token, weights in fp32": best} if best.exists() else {}
+        folders |= {"any token, fp32": best} if best.exists() else {}
     ways: dict[str, Way] = {}
     for mark, place in folders.items():
         drafter, paces = load_drafter(place, target, all_tokens=True), Paces()
@@ -215,7 +215,7 @@ def measure(ways: dict[str, Way], prompts: list[tuple[str, list[int]]], rounds: 
     return results
 
 
-COLUMNS = ("way", "tokens/s", "over plain", "over compiled", "dpace, auto over this", "same text")
+COLUMNS = ("way", "tokens/s", "over\nplain", "over\ncompiled", "auto\nover it", "same\ntext")
 
 
 def rows_of(results: dict, set_name: str) -> list[tuple[str, ...]]:
@@ -241,7 +241,7 @@ def rows_of(results: dict, set_name: str) -> list[tuple[str, ...]]:
 
 def table_of(results: dict, set_name: str) -> Table:
     """Make the table of `rows_of`."""
-    table = Table(*COLUMNS, title=set_name, box=SIMPLE_HEAD)
+    table = Table(*COLUMNS, title=set_name, box=SIMPLE_HEAD, padding=0)  # of at most 80 columns
     for row in rows_of(results, set_name):
         table.add_row(*row)
     return table
@@ -351,7 +351,7 @@ def main() -> None:
         results = measure(chosen_ways, prompts, options.rounds, options.tokens)
     for set_name in dict.fromkeys(name for name, _ in prompts):
         console().print(table_of(results, set_name))
-        console().print(auto_over_parts(results, set_name))
+        print(auto_over_parts(results, set_name))
 
 
 if __name__ == "__main__":

@@ -153,8 +153,9 @@ def main() -> None:
     for prompt in first_of_each_set(read_prompts(demo_path("heldout")), options.per_set):
         streams.setdefault(prompt.set, []).append(encode_chat(target, prompt.turns[0]))
     requests = make("notes", "tuning", options.requests)
-    streams["similar requests"] = [encode_chat(target, request["messages"]) for request in requests]
-    table = Table("requests", "drafter", "memory", "tokens/s", "ratio", "95 %", "copied", "same text", box=SIMPLE_HEAD)
+    streams["similar"] = [encode_chat(target, request["messages"]) for request in requests]
+    headings = ("requests", "drafter", "memory", "tokens/s", "ratio", "95 %", "copied", "same\ntext")
+    table = Table(*headings, box=SIMPLE_HEAD, padding=0)  # of at most 80 columns
     for title, stream in streams.items():
         for name, drafter in (("demo's", trained), ("random", untrained)):
             results = measure(target, drafter, answers, stream, options.tokens, f"{title}, {name} drafter")

@@ -22,6 +22,7 @@ its own.
 import argparse
 import copy
 import json
+import os
 import random
 import shutil
 import statistics
@@ -33,6 +34,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if not sys.stderr.isatty():  # as `dpace`: the bars of transformers fill a log, and are turned off before it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 from make_prompts import make
 from study_report import ALWAYS, APART, OURS, Cell, find_cells, step_seconds, write_report
@@ -118,6 +123,7 @@ ANSWER_SECONDS, FEATURE_SECONDS = 0.9, 0.3
 STEP_SECONDS = {8: 0.5, 16: 0.85}
 MEASURE_SECONDS = {8: 0.25, 16: 0.55}
 STEP_COST = {"16-anchors": 2.0} | {name: 1.3 for name, candidate in CANDIDATES.items() if "+" in candidate.objective}
+STEP_COST |= {name: 1.4 for name in CANDIDATES if "head" in name}
 NUM_VALIDATION = 24
 LIMIT_BYTES = 20e9
 """Most bytes of hidden states on disk."""

@@ -14,10 +14,11 @@ def test_the_command_of_the_page_compares_all_ways(endless_folder, random_drafte
     size = ["--rounds", "1", "--prompts", "1", "--tokens", "4"]
     ways = ["--ways", "any token", "dpace, width", "random drafter", "T=1", "transformers", "drafts alone"]
     monkeypatch.setattr(sys, "argv", ["decode.py", str(endless_folder), str(random_drafter_folder), *size, *ways])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     runpy.run_path(str(SCRIPT), run_name="__main__")
     table = capsys.readouterr().out
     for way in ("plain", "dpace, auto", "dpace, width 2", "any token", "T=1: dpace, auto", "transformers, DFlash"):
         assert way in table
+    assert "…" not in table
     parts = "plain, dpace, auto, drafts alone, random drafter, auto"
     assert table.count(f"dpace, auto, over the best of {parts}: ") == 2

@@ -19,10 +19,11 @@ def test_the_command_prints_the_bars(
     size = "--requests 3 --per-set 1 --tokens 8 --memory 2000".split()
     monkeypatch.setattr(sys, "argv", ["recall.py", str(tmp_path), "--target", str(endless_folder), *size])
     monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     runpy.run_path(str(SCRIPT), run_name="__main__")
     printed = capsys.readouterr().out
-    for part in ("similar requests (3)", "problems (1)", "random", "warm", "look-up among 2000 tokens"):
+    for part in ("similar (3)", "problems (1)", "random", "warm", "look-up among 2000 tokens"):
         assert part in printed
-    rows = [line for line in printed.splitlines() if "similar requests" in line]
+    assert "…" not in printed
+    rows = [line for line in printed.splitlines() if "similar" in line]
     assert len(rows) == 6 and all("3/3" in row for row in rows)

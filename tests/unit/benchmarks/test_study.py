@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def test_each_candidate_is_a_recipe_of_its_own(study, tmp_path):
     ]
     assert all(runs.count(run) == 1 for run in runs)
     assert {later / former for former, later in zip(plan.budgets, plan.budgets[1:], strict=False)} == {4}
+
+
+def test_a_dry_run_counts_the_longer_steps_of_a_head(study, tmp_path, monkeypatch, capsys):
+    minutes = []
+    for name in ("dpace-0.3", "dpace-head"):
+        cells = ["--stage", "final", "--steps", "6400", "--blocks", "16", "--seeds", "0", "--objectives", name]
+        monkeypatch.setattr("sys.argv", ["study.py", "--output", str(tmp_path), "--dry-run", *cells])
+        study.main()
+        minutes.append(int(re.search(r"training (\d+)", capsys.readouterr().out)[1]))
+    assert minutes[1] - minutes[0] == pytest.approx(0.4 * 6400 * 0.85 / 60, abs=2)
 
 
 def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
