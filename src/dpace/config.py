@@ -6,7 +6,7 @@ The classes are pydantic's: a value of another type, outside its range, or of an
 """
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -16,6 +16,12 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """No unknown keys, no conversions between types, finite numbers."""
 LARGEST = 2**31 - 1
 """Largest value of most integers."""
+
+
+@dataclass_transform(frozen_default=True)
+def options(kind: Any) -> Any:
+    """Make a dataclass of options from a class; what an instance holds is checked, and does not change."""
+    return dataclass(kind, frozen=True, config=STRICT)
 
 
 def integer(low: int, high: int = LARGEST) -> Any:
@@ -102,7 +108,7 @@ def is_custom(objective: str) -> bool:
     return re.fullmatch(CUSTOM_OBJECTIVE, objective) is not None
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class DrafterConfig:
     """Size of the drafter; the rest of its shape follows the target."""
 
@@ -141,7 +147,7 @@ class DrafterConfig:
     """Let a slot see no slot after it, as speculators trains; by default all slots of a block see each other."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class LossConfig:
     """Loss that training minimizes."""
 
@@ -189,7 +195,7 @@ class LossConfig:
         return self.token_loss != "nll" or self.confidence == "overlap"
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class TrainConfig:
     """Optimizer and its schedule; the defaults are the paper's."""
 
@@ -270,7 +276,7 @@ class SamplingConfig:
     """Seed for sampling at a temperature above 0; torch's global random generator by default."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class PromptsConfig:
     """Where the prompts come from, and which of them are kept for measuring."""
 
@@ -295,7 +301,7 @@ class PromptsConfig:
     By default only copies of held-out prompts are left out."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class RespondConfig:
     """How the target answers the prompts that a drafter is trained and measured on."""
 
@@ -318,7 +324,7 @@ class RespondConfig:
     """Time in which a server that fails or is busy is asked again, with growing waits, before it is given up."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class BenchConfig:
     """What is measured, and how."""
 
@@ -359,7 +365,7 @@ class BenchConfig:
     """Seed for sampling at a temperature above 0."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class CheckConfig:
     """Prove that a drafter does not change the text; the exit code is 1 where it does.
 
@@ -392,7 +398,7 @@ class CheckConfig:
     """File of responses to read again: greedy answers of `dpace respond` must be the target's own, token for token."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class Recipe:
     """All settings, from prompts to a measured drafter.
 
@@ -433,7 +439,7 @@ class Recipe:
         return self.loss.needs_target_probs or (self.drafter.head is not None and self.loss.head_penalty > 0)
 
 
-@dataclass(frozen=True)
+@options
 class CompareConfig(Recipe):
     """Train one recipe with several objectives and seeds, and compare the drafters."""
 
@@ -448,7 +454,7 @@ class CompareConfig(Recipe):
     """Objective that the others are compared with; it is trained too where `objectives` lacks it."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class DemoConfig:
     """Train a drafter for a real LLM on this machine and show what it gains."""
 

@@ -6,7 +6,7 @@ of requests to running servers. The rows of results are pooled from these record
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -16,7 +16,7 @@ from pydantic import Field
 from dpace.config import Width
 from dpace.metrics import Acceptance, published_tau
 from dpace.prompts.prompts import Prompt
-from dpace.recipes.validation import from_json, optional, to_json
+from dpace.recipes.validation import from_json, json_object, optional, to_json
 from dpace.servers.apis import Counts
 from dpace.system import ranks
 from dpace.system.ledger import cut_unfinished_line, read_jsonl, register_files, write_text
@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT, description="a count")]
 Seconds = Annotated[float, Field(ge=0, le=MAX_COUNT, description="a time in seconds")]
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class Setup:
     """What all records of a measurement share; with the prompts, it tells them from those of another one."""
 
@@ -49,7 +49,7 @@ class Setup:
     thinking: bool | None = optional()
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class Provenance(Setup):
     """What made the numbers of `dpace bench`."""
 
@@ -65,7 +65,7 @@ class Provenance(Setup):
     versions: Versions
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class ServerAddress:
     """Where a server runs."""
 
@@ -78,7 +78,7 @@ class ServerAddress:
     """Which version of the engine runs, where it says so."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class ServerSetup(Setup):
     """What made the numbers of running servers."""
 
@@ -88,7 +88,7 @@ class ServerSetup(Setup):
     """Whether no prompt was in a server's cache before; older versions did not see to it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class ResponseRecord:
     """One response, decoded by a drafter or plainly; a line of bench.jsonl."""
 
@@ -133,7 +133,7 @@ class ResponseRecord:
         return self.decode_tokens * plain.decode_seconds / (self.decode_seconds * plain.decode_tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class SideRecord:
     """What one server answered to a group of requests; the lists have one entry a request."""
 
@@ -150,7 +150,7 @@ class SideRecord:
     """Those of each request; None where they are known for all together only."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class GroupRecord:
     """Prompts that were sent to servers together; a line of servers.jsonl."""
 

@@ -7,14 +7,13 @@ numbers that have to fit together by functions at the end of this file.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dpace.config import Width
 from dpace.measure.records import Count, Provenance, ResponseRecord, Seconds, ServerSetup, acceptance_of
 from dpace.metrics import Acceptance
-from dpace.recipes.validation import from_json, optional, to_json
+from dpace.recipes.validation import from_json, json_object, optional, to_json
 from dpace.system.ledger import lock_folder, read_object, register_files, write_json
 
 SCHEMA_VERSION = 1
@@ -42,7 +41,7 @@ def nullable(numbers: Iterable[float]) -> tuple[Any, ...]:
     return tuple(map(defined, numbers))
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class Published:
     """The two numbers as published tables define them."""
 
@@ -52,7 +51,7 @@ class Published:
     """Ratio of mean seconds a token."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class Example:
     """A response to show."""
 
@@ -67,7 +66,7 @@ class Example:
     """Pieces of its text, and whether each came from the drafter."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class CompiledBaseline:
     """Plain decoding with compiled steps, of the same prompts, and the drafter against it."""
 
@@ -79,7 +78,7 @@ class CompiledBaseline:
     """Responses with the tokens of plain decoding."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class Row:
     """A drafter with one width, on one set at one temperature, against plain decoding."""
 
@@ -121,7 +120,7 @@ class Row:
         return acceptance_of(self.responses, self.block_size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class Comparison:
     """A drafter against the first one, on the same prompts."""
 
@@ -137,7 +136,7 @@ class Comparison:
     """Ratio of tokens a second."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class LlamacppRow:
     """What llama.cpp made of the exported drafter, on one set."""
 
@@ -149,7 +148,7 @@ class LlamacppRow:
     threads: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class ComparedRow:
     """An objective on one set, all seeds pooled, measured on held-out responses."""
 
@@ -173,7 +172,7 @@ class ComparedRow:
     """While training; None where that is not known."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class PairedResponse:
     """A response with a drafter, beside those to the same prompt without one; None is what is not known."""
 
@@ -190,7 +189,7 @@ class PairedResponse:
     plain_seconds: Seconds | None = optional()
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class BreakEven:
     """The tau above which drafts pay, for one range of context lengths and number of requests."""
 
@@ -207,7 +206,7 @@ class BreakEven:
     """Tokens a second over those of plain decoding: measured, or tau over the break-even where that was timed alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class ServerRow:
     """A server with a drafter, on one set at one temperature and concurrency; `plain_` is the one without."""
 
@@ -241,7 +240,7 @@ class ServerRow:
     """All of them, by which two versions of a server are compared."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class BenchResults(Provenance):
     """results.json of `dpace bench`, and what `dpace compare` and `dpace demo` decoded."""
 
@@ -271,7 +270,7 @@ class BenchResults(Provenance):
         return sum(row.num_responses for row in self.rows)
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class CompareResults:
     """results.json of `dpace compare` and `dpace demo`."""
 
@@ -287,7 +286,7 @@ class CompareResults:
     """What decoding with the drafters of the first seed gave; None where that was left out."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class ServerResults(ServerSetup):
     """servers.json of `dpace bench --bench.server`."""
 
@@ -348,7 +347,7 @@ def find_results(folder: Path) -> list[Results]:
     return [read_results(path) for path in paths]
 
 
-@dataclass(frozen=True, kw_only=True)
+@json_object
 class Heldout:
     """heldout.json of a drafter of `dpace compare`: accepted lengths on held-out responses, by prompt."""
 

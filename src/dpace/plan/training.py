@@ -276,8 +276,14 @@ def plan_training(
     if not machine.is_cuda:
         paper.more_bytes[TARGET] = _copies_bytes(target, config)
         paper.more_bytes[FEATURES] = feature_bytes if features == "kept" else 0
-    parameters = paper.drafter.num_parameters()
-    block_flops = 2.0 * (paper.drafter.block_size * parameters + MATCHED_ROWS * target.head.weight.numel())
+    drafter = paper.drafter
+    parameters = drafter.num_parameters()
+    read = parameters
+    matched_rows = MATCHED_ROWS
+    if drafter.lilicorr is not None:  # its walk takes all rows, and reads each candidate of a slot
+        matched_rows = drafter.block_size
+        read += (drafter.kind.num_candidates - 1) * sum(weight.numel() for weight in drafter.lilicorr.parameters())
+    block_flops = 2.0 * (drafter.block_size * read + matched_rows * target.head.weight.numel())
     mean_tokens = max(1, round(conversations.mean_tokens))
     mean_blocks = max(1, round(conversations.mean_blocks))
     rows = shape.num_head_rows

@@ -8,10 +8,10 @@ stand in the dataclass itself; `dpace.config` has those of all options.
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -24,6 +24,12 @@ Kind = TypeVar("Kind")
 
 class UsageError(ValueError):
     """A flag that is unknown, or whose value is none of its values."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def json_object(kind: Any) -> Any:
+    """Make a dataclass from a class whose fields are the keys of an object in a file, with their types."""
+    return dataclass(kind, frozen=True, kw_only=True)
 
 
 def optional() -> Any:

@@ -1,8 +1,6 @@
 """Say what would go wrong when an engine serves a drafter."""
 
-from pydantic.dataclasses import dataclass
-
-from dpace.config import STRICT, DeviceMap, Engine, Text
+from dpace.config import DeviceMap, Engine, Text, options
 from dpace.recipes.flags import command, first_as, parse
 from dpace.verbs import load_target
 
@@ -36,7 +34,7 @@ def run(args: list[str]) -> None:
     print("next:", command("check", target=config.target, drafter=config.drafter))
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class DoctorConfig:
     """Say what would go wrong when an engine serves a drafter.
 

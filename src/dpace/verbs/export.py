@@ -2,9 +2,7 @@
 
 from typing import Literal
 
-from pydantic.dataclasses import dataclass
-
-from dpace.config import STRICT, DeviceMap, Format, Text
+from dpace.config import DeviceMap, Format, Text, options
 from dpace.recipes.flags import first_as, parse
 from dpace.verbs import load_target
 
@@ -41,7 +39,7 @@ def run(args: list[str]) -> None:
     print(f"next: start an engine with a command of {config.output}/README.md")
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class ExportConfig:
     """Write a drafter in the format of an engine, with a model card.
 

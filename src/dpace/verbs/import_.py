@@ -1,8 +1,6 @@
 """Read a drafter that another project trained, and write it for dpace."""
 
-from pydantic.dataclasses import dataclass
-
-from dpace.config import STRICT, Text
+from dpace.config import Text, options
 from dpace.recipes.flags import command, first_as, parse
 
 
@@ -22,7 +20,7 @@ def run(args: list[str]) -> None:
     print("next:", command("check", target=name or "TARGET", drafter=config.output))
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class ImportConfig:
     """Read a drafter that another project trained, and write it for dpace, weights bit for bit.
 

@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import ByteSize, Field, TypeAdapter
-from pydantic.dataclasses import dataclass
 
-from dpace.config import Recipe
+from dpace.config import Recipe, options
 from dpace.recipes.flags import next_command, parse
 
 Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description="a size such as 24GiB or 80GB")]
 
 
-@dataclass(frozen=True)
+@options
 class PlanConfig(Recipe):
     """Say what training a recipe takes: memory by part, disk, tokens, steps and time.
 

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
-
-from dpace.config import STRICT, OneOrMore, Text
+from dpace.config import OneOrMore, Text, options
 from dpace.recipes.flags import first_as, parse
 
 
-@dataclass(frozen=True, config=STRICT)
+@options
 class ReportConfig:
     """Write report.html, one page that needs no network, and the same as Markdown.
 

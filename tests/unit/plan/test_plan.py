@@ -2,20 +2,23 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
 from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.loss.objective import make_weigh
+from dpace.measure.heldout import heldout_acceptance
 from dpace.plan.lines import answer_lines
 from dpace.plan.speed import START_SECONDS, Speed, measure_speed
 from dpace.plan.step import BatchShape, PaperStep, make_drafter, make_target
-from dpace.plan.training import mean_answer, num_steps
+from dpace.plan.training import Machine, expected_conversations, mean_answer, num_steps, plan_training
 from dpace.prompts.prompts import split_prompts
 from dpace.respond.responses import Response
 from dpace.target import Target
@@ -154,6 +157,25 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, capsys):
     assert "does not fit in 20 MiB" in said and "makes it fit:" in said
     assert main(["plan", *answered, "--memory", "4 furlongs"]) == 1
     assert "24GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", [None, "lilicorr"])
+def test_measuring_a_block_takes_the_planned_operations(head):
+    config, shape, _, _ = SHAPES["many small blocks"]
+    recipe = Recipe(drafter=replace(shape, head=head), train=TrainConfig(num_anchors=16, max_steps=2))
+    target = Target(AutoModelForCausalLM.from_config(config))
+    drafter = make_drafter(target, recipe.drafter)
+    text = torch.randint(5, 3999, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    response = Response("0", "set", [], text, [[NUM_TOKENS - NUM_ANSWERED, NUM_TOKENS]])
+    dataset = ResponseDataset([response], max_length=NUM_TOKENS, num_anchors=None, seed=0)
+    dataset.keep_features(target, drafter.target_layer_ids, limit_bytes=1e9)
+    with FlopCounterMode(display=False) as counter:
+        heldout_acceptance(drafter, target, dataset)
+    conversations = expected_conversations(recipe, None, NUM_ANSWERED)
+    machine = Machine(False, torch.float32, 2**34)
+    planned = plan_training(recipe, config, conversations=conversations, machine=machine).flops["block"]
+    taken = counter.get_total_flops() / (NUM_ANSWERED - 1)
+    assert planned / 1.5 < taken < 1.5 * planned
 
 
 def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, capsys):
