@@ -20,6 +20,7 @@ from dpace.config import Engine, Format
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe_values
+from dpace.measure.records import group_by
 from dpace.measure.results import (
     RESULT_FILES,
     BenchResults,
@@ -90,11 +91,8 @@ def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Adv
         results: of the benchmark.
         drafters: names in `results` of the drafter.
     """
-    groups: dict[tuple[str, float], list[Row]] = {}
-    for row in results.rows:
-        if row.drafter in drafters:
-            groups.setdefault((row.set, row.temperature), []).append(row)
-    for rows in groups.values():
+    ours = [row for row in results.rows if row.drafter in drafters]
+    for rows in group_by(ours, attrgetter("set", "temperature")).values():
         row = max(rows, key=lambda row: (verdict(row.decode_speedup_interval) == "faster", row.decode_speedup or 0))
         length = _way(row).replace("full", f"{row.block_size}, whole drafts")
         yield Advice("dpace", row.set, row.temperature, "1", _best(row, length), SPEEDUP.write(row))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpace.measure.records import ResponseRecord, Setup
+from dpace.measure.records import ResponseRecord, Setup, group_by
 from dpace.measure.results import BreakEven, Estimate, PairedResponse, ServerResults, nullable
 from dpace.metrics import decode_speedup, estimate
 
@@ -38,10 +38,9 @@ def context_of(num_tokens: int) -> str:
 
 def prompt_totals(responses: Iterable[PairedResponse | ResponseRecord], *names: str) -> np.ndarray:
     """Sum fields of responses by prompt, "name prompt", in the order of the prompts; nan where one is not known."""
-    groups: dict[str, list] = {}
-    for response in responses:
-        groups.setdefault(response.id, []).append(attrgetter(*names)(response))
-    return np.array([np.sum(np.array(group, float), 0) for group in groups.values()]).T
+    groups = group_by(responses, attrgetter("id")).values()
+    values = [np.array([attrgetter(*names)(response) for response in group], float) for group in groups]
+    return np.array([of_prompt.sum(0) for of_prompt in values]).T
 
 
 def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedResponse]]) -> Iterator[BreakEven]:
@@ -55,21 +54,21 @@ def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedRespo
 
     Source: the method with refused drafts is that of vllm-project/vllm#54691.
     """
-    groups: dict[tuple[str, float, int, str], list[PairedResponse]] = {}
-    for key, response in sorted(measured, key=lambda pair: pair[1].prompt_tokens):
-        groups.setdefault((*key, context_of(response.prompt_tokens)), []).append(response)
-    for (drafter, temperature, concurrency, _), part in groups.items():
-        ours, seconds, plain, plain_seconds, verifications = prompt_totals(part, *PAIRED, "num_verifications")
-        break_even = nullable(decode_speedup(plain, plain_seconds, verifications, seconds))
+    in_order = sorted(measured, key=lambda pair: pair[1].prompt_tokens)
+    groups = group_by(in_order, lambda pair: (pair[0], context_of(pair[1].prompt_tokens)))
+    for ((drafter, temperature, concurrency), _), pairs in groups.items():
+        part = [response for _, response in pairs]
+        totals = prompt_totals(part, *PAIRED, "num_verifications")
+        break_even = nullable(decode_speedup(*totals[2:], totals[1]))
         if break_even[0] is not None:
             yield BreakEven(
                 prompt_tokens=part[len(part) // 2].prompt_tokens,
                 drafter=drafter,
                 temperature=temperature,
                 concurrency=concurrency,
-                tau=nullable(estimate(np.array([[[ours]], [[verifications]]]))),
+                tau=nullable(estimate(totals[::4, None, None])),
                 break_even=break_even,
-                speedup=nullable(decode_speedup(ours, seconds, plain, plain_seconds)),
+                speedup=nullable(decode_speedup(*totals[:4])),
             )
 
 
@@ -98,11 +97,8 @@ def compare_servers(before: ServerResults, after: ServerResults) -> list[Upgrade
         sides = [row.responses or () for row in (new, old)]
         common = set.intersection(*({response.id for response in side} for side in sides))
         if setting(old) == setting(new) and common:
-            kept = [sorted((r for r in side if r.id in common), key=attrgetter("id")) for side in sides]
-            totals = np.stack([prompt_totals(side, "num_emitted", "num_verifications", *TIMES) for side in kept], 1)[
-                :, :, None
-            ]
-            gain = nullable(estimate(totals[:2], lambda taus: taus[0] / taus[1] - 1))
-            ratio = nullable(estimate(totals[2:], lambda rates: rates[0] / rates[1]))
-            upgrades.append(Upgrade(*setting(new), gain, ratio))
+            kept = (sorted((r for r in side if r.id in common), key=attrgetter("id")) for side in sides)
+            ours, theirs = (prompt_totals(side, "num_emitted", "num_verifications", *TIMES) for side in kept)
+            gain = nullable(ratio - 1 for ratio in decode_speedup(*ours[:2], *theirs[:2]))
+            upgrades.append(Upgrade(*setting(new), gain, nullable(decode_speedup(*ours[2:], *theirs[2:]))))
     return upgrades

@@ -5,8 +5,9 @@ of requests to running servers. The rows of results are pooled from these record
 """
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -30,7 +31,9 @@ SEED_RULE = "seed + i for prompt i, counted from 0"
 """How each prompt's seed is made, in results."""
 MAX_COUNT = 2**53
 """Largest count that every reader of JSON keeps exactly."""
-Way = TypeVar("Way")
+PROMPT = attrgetter("set", "id")
+"""What the turns of one prompt have in common."""
+Item = TypeVar("Item")
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT, description="a count")]
 Seconds = Annotated[float, Field(ge=0, le=MAX_COUNT, description="a time in seconds")]
 
@@ -167,24 +170,24 @@ class GroupRecord:
     """For each turn the answers by side, `drafter` and `plain`."""
 
 
-def rotated(ways: Iterable[Way], number: int) -> list[Way]:
+def rotated(ways: Iterable[Item], number: int) -> list[Item]:
     """Return the ways to measure in an order that differs from prompt to prompt, so that a drift favours none."""
     ways = list(ways)
     start = number % len(ways)
     return ways[start:] + ways[:start]
 
 
-def by_prompt(responses: Iterable[ResponseRecord]) -> list[list[ResponseRecord]]:
-    """Group responses by their prompts: the turns of one prompt say nothing of other prompts."""
-    groups: dict[tuple[str, str], list[ResponseRecord]] = {}
-    for response in responses:
-        groups.setdefault((response.set, response.id), []).append(response)
-    return list(groups.values())
+def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    """Group items that have the same key, in the order in which they come."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Acceptance:
     """Put the verifications of responses together, one histogram a prompt."""
-    prompts = by_prompt(responses)
+    prompts = group_by(responses, PROMPT).values()
     histograms = [np.sum([response.histogram for response in turns], 0) for turns in prompts]
     counts = [sum(response.num_without_bonus for response in turns) for turns in prompts]
     return Acceptance(np.array(histograms), block_size, counts)

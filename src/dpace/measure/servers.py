@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from dpace.measure.records import (
     ServerAddress,
     ServerSetup,
     SideRecord,
+    group_by,
     rotated,
 )
 from dpace.measure.results import PairedResponse, ServerResults, ServerRow, nullable, write_results
@@ -223,9 +225,7 @@ def _ask_server(
 def make_rows(records: Sequence[GroupRecord], prompts: Sequence[Prompt]) -> list[ServerRow]:
     """Pool groups of these prompts into one row for each set, temperature, concurrency and state of the cache."""
     num_turns = {prompt.id: len(prompt.turns) for prompt in prompts}
-    rows: dict[tuple[float, str, int, str], list[GroupRecord]] = {}
-    for r in records:
-        rows.setdefault((r.temperature, r.set, r.concurrency, r.prefix), []).append(r)
+    rows = group_by(records, attrgetter("temperature", "set", "concurrency", "prefix"))
     return [_pool_groups(rows[key], num_turns) for key in sorted(rows)]
 
 

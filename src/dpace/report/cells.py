@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from dpace.measure.break_even import CONTEXTS, EDGES, context_of
-from dpace.measure.records import ResponseRecord, acceptance_of, by_prompt
+from dpace.measure.records import PROMPT, ResponseRecord, acceptance_of
 from dpace.measure.results import (
     BenchResults,
     BreakEven,
@@ -309,7 +309,7 @@ CONTEXT_COLUMNS = (
     Column("category", attrgetter("name"), is_text=True),
     TEMPERATURE,
     DRAFTER,
-    Column("prompts", lambda part: str(len(by_prompt(chain(*part.responses))))),
+    Column("prompts", lambda part: str(len({*map(PROMPT, chain(*part.responses))}))),
     Column("tau, thinking off", lambda part: part.tau(False)),
     Column("tau, thinking on", lambda part: part.tau(True)),
 )

@@ -9,11 +9,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpace.measure.records import group_by
 from dpace.measure.results import ComparedRow, Row
 from dpace.metrics import MIN_PROMPTS
 from dpace.report.cells import Section, one_line
@@ -64,9 +66,7 @@ def acceptance_by_slot(rows: Sequence[Row] | Sequence[ComparedRow]) -> Section:
         whole_ticks(axes, range(1, of_set[0].block_size))
 
     text = "The share of verifications that accepted slots 1 to k of a whole draft, with 95 % intervals over prompts."
-    by_set: dict[str, list] = {}
-    for row in rows:
-        by_set.setdefault(row.set, []).append(row)
+    by_set = group_by(rows, attrgetter("set"))
     return Section("Acceptance by slot", text, figures=draw_panels(by_set, draw, "reach rate"))
 
 
