@@ -60,7 +60,7 @@ from dpace.target import Target
 from dpace.train.identity import refuse_other_run, settings_of
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
-from dpace.verbs import load_recipe_target
+from dpace.verbs import load_target
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ def main() -> None:
         print(f"written: {write_report(plan.output, list(CANDIDATES))}")
         return
     if args.stage == "costs":
-        return measure_costs(plan, load_recipe_target(plan.recipe), args.objectives or list(CANDIDATES), args.blocks)
+        return measure_costs(plan, load_target(plan.recipe), args.objectives or list(CANDIDATES), args.blocks)
     cells = [] if args.stage == "answers" else choose_cells(plan, args)
     refuse_other_study(plan)
     for cell in cells:  # before any work
@@ -375,7 +375,7 @@ def main() -> None:
     if args.dry_run:
         return
     with lock_folder(plan.output):
-        run_cells(plan, load_recipe_target(plan.recipe), cells)
+        run_cells(plan, load_target(plan.recipe), cells)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ MIN_PROMPTS = 6
 """Least number of prompts for a 95 % interval: with five, all lie on one side of the median one time in sixteen."""
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t for a 95 % interval, by degrees of freedom from 1; the last one serves for more, and is a little wide."""
+Numbers = Sequence[int | float] | np.ndarray
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Makes numbers, "...", from ratios, "side ..."."""
 FIRST: Statistic = itemgetter(0)
@@ -193,10 +194,10 @@ def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, f
 
 
 def decode_speedup(
-    tokens: Sequence[int | float] | np.ndarray,
-    seconds: Sequence[float] | np.ndarray,
-    plain_tokens: Sequence[int | float] | np.ndarray,
-    plain_seconds: Sequence[float] | np.ndarray,
+    tokens: Numbers,
+    seconds: Numbers,
+    plain_tokens: Numbers,
+    plain_seconds: Numbers,
 ) -> tuple[float, float, float]:
     """Divide the tokens a second with the drafter by those without: ratio of totals, prefill excluded.
 
@@ -226,7 +227,7 @@ def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
     means = [np.mean(lengths) + 1 for lengths in accepted_lengths if len(lengths)]
-    return float(np.mean(means)) if means else float("nan")
+    return float(np.mean(means or [np.nan]))
 
 
 def published_speedup(
@@ -236,10 +237,8 @@ def published_speedup(
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
-    means = []
-    for counts, times in ((tokens, seconds), (plain_tokens, plain_seconds)):
-        seconds_per_token = [time / count for count, time in zip(counts, times, strict=True) if count]
-        means.append(np.mean(seconds_per_token) if seconds_per_token else np.nan)
+    sides = (zip(tokens, seconds, strict=True), zip(plain_tokens, plain_seconds, strict=True))
+    means = [np.mean([time / count for count, time in side if count] or [np.nan]) for side in sides]
     return float(means[1] / means[0])
 
 

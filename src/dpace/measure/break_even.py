@@ -59,7 +59,7 @@ def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedRespo
     for ((drafter, temperature, concurrency), _), pairs in groups.items():
         part = [response for _, response in pairs]
         totals = prompt_totals(part, *PAIRED, "num_verifications")
-        break_even = nullable(decode_speedup(*totals[2:], totals[1]))
+        break_even = nullable(decode_speedup(*totals[[2, 3, 4, 1]]))
         if break_even[0] is not None:
             yield BreakEven(
                 prompt_tokens=part[len(part) // 2].prompt_tokens,

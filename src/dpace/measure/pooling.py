@@ -51,7 +51,15 @@ def make_rows(
             ours = [by_way[*group, name, width][key] for key in plain]
             row = _pool_responses(target, ours, list(plain.values()), block_sizes[name])
             if compiled.keys() >= plain.keys():
-                row = replace(row, compiled=_compare_compiled(ours, [compiled[key] for key in plain]))
+                theirs = [compiled[key] for key in plain]
+                speedup = _speedup_over(ours, theirs)
+                baseline = CompiledBaseline(
+                    tokens_per_second=_tokens_per_second(theirs),
+                    decode_speedup=speedup[0],
+                    decode_speedup_interval=speedup[1:],
+                    num_same_text=sum(r.same_text for r in theirs),
+                )
+                row = replace(row, compiled=baseline)
             rows.append(row)
     return rows
 
@@ -89,17 +97,6 @@ def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[Resp
         responses=ours,
         plain_responses=plain,
         examples=make_examples(target, ours, plain),
-    )
-
-
-def _compare_compiled(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> CompiledBaseline:
-    """Compare with compiled plain decoding of the same prompts."""
-    speedup = _speedup_over(ours, theirs)
-    return CompiledBaseline(
-        tokens_per_second=_tokens_per_second(theirs),
-        decode_speedup=speedup[0],
-        decode_speedup_interval=speedup[1:],
-        num_same_text=sum(r.same_text for r in theirs),
     )
 
 

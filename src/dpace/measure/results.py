@@ -436,23 +436,20 @@ def _check_rows(rows: Sequence[Row] | Sequence[ComparedRow]) -> None:
         where = f"rows[{number}]"
         _expect_length(row.histogram, row.block_size, f"{where}.histogram")
         _expect_length(row.reach_rate, row.block_size - 1, f"{where}.reach_rate")
-        if isinstance(row, Row):
-            _check_responses(row, where)
-
-
-def _check_responses(row: Row, where: str) -> None:
-    _expect_length(row.plain_responses, len(row.responses), f"{where}.plain_responses")
-    for number, response in enumerate(row.responses):
-        key = f"{where}.responses[{number}]"
-        _expect_length(response.histogram, row.block_size, f"{key}.histogram")
-        if max(response.accepted_lengths, default=0) >= row.block_size:
-            raise ValueError(f"{key}.accepted_lengths has {max(response.accepted_lengths)}, expected below block_size")
-    for response in (*row.responses, *row.plain_responses):
-        if response.decode_tokens and not response.decode_seconds:
-            raise ValueError(
-                f"{where} has a response {response.id!r:.60} of {response.decode_tokens} tokens in 0 seconds, expected "
-                "the time that they took"
-            )
+        if isinstance(row, ComparedRow):
+            continue
+        _expect_length(row.plain_responses, len(row.responses), f"{where}.plain_responses")
+        for index, response in enumerate(row.responses):
+            key = f"{where}.responses[{index}]"
+            _expect_length(response.histogram, row.block_size, f"{key}.histogram")
+            if (most := max(response.accepted_lengths, default=0)) >= row.block_size:
+                raise ValueError(f"{key}.accepted_lengths has {most}, expected below block_size")
+        for response in (*row.responses, *row.plain_responses):
+            if response.decode_tokens and not response.decode_seconds:
+                raise ValueError(
+                    f"{where} has a response {response.id!r:.60} of {response.decode_tokens} tokens in 0 seconds, "
+                    "expected the time that they took"
+                )
 
 
 def _expect_length(values: Sequence, length: int, key: str) -> None:

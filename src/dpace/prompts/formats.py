@@ -198,12 +198,12 @@ def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
             for turn in _check_list(row, kind)
         ]
     else:
-        texts = [_check_text(row[kind], f"`{kind}`")]
+        text = _check_text(row[kind], f"`{kind}`")
         if kind == "instruction":
             extra = _check_text(row.get("input") or "", "`input`")
-            texts = [texts[0] + (f"\n\nInput:\n{extra}" if extra else "")]
+            text += f"\n\nInput:\n{extra}" if extra else ""
             answer = _check_text(row.get("output") or "", "`output`")
-        turns = [[{"role": "user", "content": text}] for text in texts]
+        turns = [[{"role": "user", "content": text}]]
     for turn in turns:
         if not turn or turn[-1]["role"] not in ("user", "tool") or not turn[-1]["content"].strip():
             raise ValueError("a turn ends without a text of the user or a tool, expected one that is not empty")
@@ -256,15 +256,16 @@ def _check_list(row: dict[str, Any], kind: str) -> list:
 
 def _parse_message(message: Any, kind: str) -> dict[str, Any]:
     """Read a message: a role and a text in either spelling; it may have calls of tools, and other texts too."""
-    if isinstance(message, dict) and "from" in message and "value" in message:
+    message = message if isinstance(message, dict) else {}
+    if "from" in message and "value" in message:
         message = {"role": message["from"], "content": message["value"]}
-    if isinstance(message, dict) and message.get("role") == "function_call":
+    if message.get("role") == "function_call":
         calls = _from_json(message.get("content"), "a `function_call`")
         message = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    calls = _from_json(message.get("tool_calls") or [], "`tool_calls`") if isinstance(message, dict) else []
+    calls = _from_json(message.get("tool_calls") or [], "`tool_calls`")
     if calls and message.get("content") is None:
         message = {**message, "content": ""}
-    if not isinstance(message, dict) or not message.get("role") or "content" not in message:
+    if not message.get("role") or "content" not in message:
         raise ValueError("a message has no `role` or no text in `content`")
     own = {key: value for key, value in message.items() if key not in ("tool_calls", "tools")}
     texts: dict[str, Any] = {key: _check_text(value, f"`{key}` of a message in `{kind}`") for key, value in own.items()}

@@ -21,7 +21,6 @@ from dpace.measure.results import (
     Example,
     Interval,
     Row,
-    ServerRow,
     nullable,
 )
 from dpace.metrics import tau_estimate
@@ -62,20 +61,19 @@ class Section:
         return rows if kept else []
 
 
-def with_interval(value: float | None, low: float | None = None, high: float | None = None) -> str:
+def with_interval(
+    value: float | None, low: float | None = None, high: float | None = None, form: str = ".2f", unit: str = ""
+) -> str:
     """Write `1.23 [1.20, 1.26]`, the number alone where it has no interval, or `-` for none."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    number = f"{value:{form}}{unit}"
+    return number if low is None or high is None else f"{number} [{low:{form}}, {high:{form}}]"
 
 
 def percent(gain: Estimate) -> str:
     """Write a gain and the ends of its interval, `+5.6 % [+3.1, +8.3]`, or `-` where there is none."""
-    value, low, high = gain
-    if value is None:
-        return "-"
-    number = f"{100 * value:+.1f} %"
-    return number if low is None or high is None else f"{number} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return with_interval(*(None if end is None else 100 * end for end in gain), form="+.1f", unit=" %")
 
 
 def verdict(speedup_interval: Interval) -> str:
@@ -138,10 +136,6 @@ def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _same_text(row: Row | ServerRow) -> str:
-    return "-" if row.num_same_text is None else f"{row.num_same_text}/{row.num_responses}"
-
-
 def _with_and_without(name: str, read: Callable[[Any], Estimate]) -> tuple[Column, Column]:
     """Make the terminal's column of a number, and the page's with its interval."""
     return (
@@ -158,7 +152,9 @@ TAU, TAU_INTERVAL = _with_and_without("tau", lambda row: (row.tau, *row.tau_inte
 SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, *row.decode_speedup_interval))
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
 PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="page")
-SAME_TEXT = Column("same text", _same_text)
+SAME_TEXT = Column(
+    "same text", lambda row: "-" if row.num_same_text is None else f"{row.num_same_text}/{row.num_responses}"
+)
 AT_ONCE = Column("at once", lambda row: f"{row.concurrency}{', warm' * (row.prefix == 'warm')}")
 """Columns of several kinds of rows."""
 
@@ -205,12 +201,12 @@ PAIR_COLUMNS = (
 """What is written of a `Comparison`."""
 
 
-def _server_verdict(row: ServerRow) -> str:
-    return "no baseline" if row.num_same_text is None else verdict(row.decode_speedup_interval)
-
-
 SERVER_COLUMNS = (
-    Column("verdict", _server_verdict, is_text=True),
+    Column(
+        "verdict",
+        lambda row: "no baseline" if row.num_same_text is None else verdict(row.decode_speedup_interval),
+        is_text=True,
+    ),
     SET,
     TEMPERATURE,
     AT_ONCE,

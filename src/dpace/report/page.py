@@ -44,11 +44,7 @@ from dpace.report.cells import (
     result_columns,
     verdict,
 )
-from dpace.report.plots import (
-    acceptance_by_slot,
-    slot_weights,
-    tau_curves,
-)
+from dpace.report.plots import acceptance_by_slot, slot_weights, tau_curves
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
 from dpace.system.progress import printable
 
@@ -70,7 +66,10 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
         OSError: a file that cannot be read or written.
     """
     path = Path(path)
-    markdown = _markdown_path(path)
+    if path.is_dir() or not path.name or path.suffix == ".md":
+        raise ValueError(f"the output {path} is no HTML file; name one with --output, such as report.html")
+    markdown = path.with_suffix(".md")
+    refuse_foreign_files(path.parent, path.name, markdown.name)  # before anything is read
     measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
     sections = [section for results, folder in measured for section in sections_of(results, folder)]
     served = [results for results, _ in measured if isinstance(results, ServerResults)]
@@ -89,15 +88,6 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
         write_text(path, page)
         write_text(markdown, "\n".join([f"# {as_markdown(title)}", "", about, "", to_markdown(sections)]))
     return [path, markdown]
-
-
-def _markdown_path(path: Path) -> Path:
-    """Return the place of the Markdown; refuse one that the page cannot have, before anything is read."""
-    if path.is_dir() or not path.name or path.suffix == ".md":
-        raise ValueError(f"the output {path} is no HTML file; name one with --output, such as report.html")
-    markdown = path.with_suffix(".md")
-    refuse_foreign_files(path.parent, path.name, markdown.name)
-    return markdown
 
 
 def benchmark_of(results: Results) -> BenchResults | None:

@@ -13,7 +13,6 @@ import ssl
 import threading
 import time
 from collections.abc import Generator, Iterator
-from functools import cache
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -92,7 +91,8 @@ class Address:
             headers["Authorization"] = f"Bearer {key}"
         # Each request has a connection of its own, whose socket the watchdog knows.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx.Client(headers=headers, trust_env=False, verify=_tls(), limits=limits)
+        own = ssl.create_default_context()  # this machine's certificates, not those that come with httpx
+        self._client = httpx.Client(headers=headers, trust_env=False, verify=own, limits=limits)
 
     def short(self, value: object) -> str:
         """Return what the server said: short, in one line, without control characters, passwords and keys."""
@@ -253,12 +253,6 @@ class _Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    """Return this machine's certificates, not those that come with httpx."""
-    return ssl.create_default_context()
 
 
 def _retry_after(value: str) -> float:

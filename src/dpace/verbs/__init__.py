@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dpace.config import Device, DeviceMap, Dtype, Recipe, TargetShard
+from dpace.config import Recipe, TargetShard
 from dpace.recipes.flags import DRY_RUN
 from dpace.system import ranks
 
@@ -28,28 +28,8 @@ def announce(lines: Sequence[str], args: Sequence[str]) -> bool:
     return is_dry
 
 
-def load_recipe_target(recipe: Recipe, *, shard: TargetShard = "none") -> "Target":
-    """Find and load the target of a recipe, as `load_target` does."""
-    return load_target(
-        recipe.target,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        device_map=recipe.device_map,
-        thinking=recipe.thinking,
-        shard=shard,
-    )
-
-
-def load_target(
-    name: str,
-    *,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    thinking: bool = False,
-    shard: TargetShard = "none",
-) -> "Target":
-    """Find and load a target; `Recipe` documents the options, `shard` is how it is spread over several ranks.
+def load_target(recipe: Recipe, *, shard: TargetShard = "none") -> "Target":
+    """Find and load the target of a recipe; `shard` is how it is spread over several ranks.
 
     Raises:
         ValueError: see `dpace.target.locate.find_target`.
@@ -59,9 +39,13 @@ def load_target(
     from dpace.target import Target
     from dpace.target.locate import find_target
 
-    precision = None if dtype == "auto" else getattr(torch, dtype)
     return Target.load(
-        find_target(name), dtype=precision, device=device, device_map=device_map, thinking=thinking, shard=shard
+        find_target(recipe.target),
+        dtype=getattr(torch, recipe.dtype, None),  # None for auto
+        device=recipe.device,
+        device_map=recipe.device_map,
+        thinking=recipe.thinking,
+        shard=shard,
     )
 
 

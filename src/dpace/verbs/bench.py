@@ -10,7 +10,7 @@ from dpace.recipes.flags import DRY_RUN, PROMPT, command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
-from dpace.verbs import announce, load_chat, load_recipe_target
+from dpace.verbs import announce, load_chat, load_target
 
 if TYPE_CHECKING:
     from dpace.measure.results import BenchResults
@@ -47,7 +47,7 @@ def run(args: list[str]) -> None:
     named = dict(zip(drafter_names(folders), found, strict=True))
     if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
         return
-    target = load_recipe_target(recipe)
+    target = load_target(recipe)
     if ranks.is_first():
         print(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}", file=sys.stderr)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpace.config import CheckConfig
+from dpace.config import CheckConfig, Recipe
 from dpace.recipes.flags import parse
 from dpace.verbs import announce, load_target
 
@@ -31,7 +31,7 @@ def run(args: list[str]) -> None:
         return
     failed = []
     for dtype in config.dtypes:
-        target = load_target(config.target, dtype=dtype, device_map=config.device_map)
+        target = load_target(Recipe(target=config.target, dtype=dtype, device_map=config.device_map))
         findings = check(target, load_drafter(folder, target), prompts, config)
         if responses and dtype == answered_in:
             findings += check_responses(target, responses, meta)

@@ -3,7 +3,7 @@
 from dpace.config import CompareConfig
 from dpace.recipes.flags import PROMPT, command, given_options, parse
 from dpace.system import ranks
-from dpace.verbs import announce, load_recipe_target
+from dpace.verbs import announce, load_target
 
 
 def run(args: list[str]) -> None:
@@ -28,7 +28,7 @@ def run(args: list[str]) -> None:
     parts = split_prompts(config.prompts)
     if announce(comparison_lines(config, parts, folders), args):
         return
-    results = compare(load_recipe_target(config), config, parts=parts, init=init)
+    results = compare(load_target(config), config, parts=parts, init=init)
     ranks.end()
     if not ranks.is_first():
         return

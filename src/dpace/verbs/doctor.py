@@ -1,6 +1,6 @@
 """Say what would go wrong when an engine serves a drafter."""
 
-from dpace.config import DeviceMap, Engine, Text, options
+from dpace.config import DeviceMap, Engine, Recipe, Text, options
 from dpace.recipes.flags import command, first_as, parse
 from dpace.verbs import load_target
 
@@ -15,7 +15,7 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
-    target = load_target(config.target, device_map=config.device_map, thinking=config.thinking)
+    target = load_target(Recipe(target=config.target, device_map=config.device_map, thinking=config.thinking))
     diagnoses = diagnose(folder, target, engine=config.engine, responses=config.responses)
     measured = {check.name for check in RUN_CHECKS}
     shown = [d for d in diagnoses if d.result != "passes" or d.check in measured]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from dpace.config import DeviceMap, Format, Text, options
+from dpace.config import DeviceMap, Format, Recipe, Text, options
 from dpace.recipes.flags import first_as, parse
 from dpace.verbs import load_target
 
@@ -17,7 +17,7 @@ def run(args: list[str]) -> None:
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
-    target = load_target(config.target, device_map=config.device_map)
+    target = load_target(Recipe(target=config.target, device_map=config.device_map))
     done = export(
         folder,
         target,

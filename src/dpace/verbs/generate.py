@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from dpace.config import DeviceMap, Dtype, PositiveOrZero, SamplingConfig, Text, VerifyRule
+from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule
 from dpace.recipes.flags import command, given_options, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
@@ -76,7 +76,9 @@ def run(args: list[str]) -> None:
 
     messages = find_prompt(config.prompt) if config.prompt else []
     folder = None if config.drafter is None else find_drafter(config.drafter)
-    target = load_target(config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
+    target = load_target(
+        Recipe(target=config.target, dtype=config.dtype, device_map=config.device_map, thinking=config.thinking)
+    )
     drafter = load_drafter(folder, target) if folder else None
     options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingConfig)})
     ways = {"width": config.width, "verify_rule": config.verify_rule, "paces": Paces(config.recall_mib)}

@@ -8,7 +8,7 @@ from dpace.recipes.flags import DRY_RUN, next_command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
-from dpace.verbs import announce, load_chat, load_recipe_target
+from dpace.verbs import announce, load_chat, load_target
 
 
 def run(args: list[str]) -> None:
@@ -40,7 +40,7 @@ def run(args: list[str]) -> None:
         if recipe.respond.source == "target" and answered and ranks.is_first():
             note = "prompts come with an answer, which is left out; --respond.source own would train on it"
             print(f"{answered} {note}", file=sys.stderr)
-        target = load_chat(recipe) if recipe.respond.server else load_recipe_target(recipe)
+        target = load_chat(recipe) if recipe.respond.server else load_target(recipe)
         left_out = answer_prompts(target, prompts, path, recipe.respond)
     ranks.end()
     if not ranks.is_first():

@@ -5,7 +5,7 @@ from pathlib import Path
 from dpace.config import Recipe
 from dpace.recipes.flags import given_options, next_command, parse
 from dpace.system import ranks
-from dpace.verbs import announce, load_recipe_target
+from dpace.verbs import announce, load_target
 
 
 def run(args: list[str]) -> None:
@@ -49,7 +49,7 @@ def run(args: list[str]) -> None:
     check_trackers(recipe.train.report_to)
     if announce(train_lines(settled, known_conversations(*datasets, settled), folder), args):
         return
-    target = load_recipe_target(recipe, shard=recipe.train.target_shard)
+    target = load_target(recipe, shard=recipe.train.target_shard)
     of_target = target_of(target)
     refuse_other_answers(meta, of_target, path, respond)
     facts |= of_target

@@ -10,7 +10,7 @@ from dpace.cli import main
 from dpace.config import Recipe
 from dpace.target import Target
 from dpace.target.files import gather_tables, open_target
-from dpace.verbs import load_recipe_target
+from dpace.verbs import load_target
 from tests.conftest import make_recipe
 from tests.support import sharded
 from tests.support.launch import on_ranks
@@ -58,7 +58,7 @@ def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, 
         open_target(str(language_folder), dtype=torch.float32, device=device, device_map="auto", shard="fsdp")
     assert main(["compare", "--target", str(language_folder), "--train.target-shard", "fsdp"]) == 1
     assert "decodes, which needs the whole target" in capsys.readouterr().err
-    alone = load_recipe_target(Recipe(target=str(language_folder)), shard="tp")  # one rank has all of it
+    alone = load_target(Recipe(target=str(language_folder)), shard="tp")  # one rank has all of it
     assert type(alone) is Target
 
 
