@@ -108,13 +108,13 @@ class Acceptance:
     @property
     def tau(self) -> float:
         """Mean acceptance length: emitted tokens per verification, pooled; 1 to `block_size`, nan without any."""
-        return float(self.emitted_tokens.sum() / self.num_verifications) if self.num_verifications else float("nan")
+        return float(self.emitted_tokens.sum() / self.num_verifications) if self.num_verifications else math.nan
 
     @property
     def acceptance_rate(self) -> float:
         """Ratio of accepted to proposed draft tokens, 0 to 1."""
         proposed = self.num_verifications * (self.block_size - 1)
-        return float((self.counts * np.arange(self.block_size)).sum() / proposed) if proposed else float("nan")
+        return float((self.counts * np.arange(self.block_size)).sum() / proposed) if proposed else math.nan
 
     @property
     def reach_rate(self) -> np.ndarray:
@@ -183,7 +183,7 @@ def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, f
     """
     value = float(statistic(_ratio(totals.sum((-2, -1)))))
     if np.isnan(value) or totals.shape[-1] < MIN_PROMPTS:
-        return value, float("nan"), float("nan")
+        return value, math.nan, math.nan
     low, high = np.nanquantile(statistic(_ratio(resample_sums(totals.sum(-2)))), [0.025, 0.975]).tolist()
     num_seeds = totals.shape[-2]
     if num_seeds == 1:

@@ -26,7 +26,7 @@ from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.system import ranks
 from dpace.system.ledger import register_files
 from dpace.system.loading import fingerprint
-from dpace.system.progress import printable, progress_bar
+from dpace.system.progress import one_line, progress_bar
 from dpace.system.provenance import find_hardware, find_versions, hash_json
 from dpace.target import Target
 from dpace.target.chat import encode_chat, tokenizer_hashes
@@ -67,7 +67,6 @@ def bench(
         ValueError: a drafter for another target, or an over-long prompt.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for drafter in drafters.values():
         drafter.check_target(target)
     ranks.from_first(lambda: register_files(folder, "results.json"))
@@ -163,8 +162,7 @@ def _warm_up(
         if compiled:
             compiled.prepare(token_ids, max_new_tokens, temperature)
     except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
-        reason = " ".join(str(error).split())[:300]
-        print(printable(f"plain decoding with compiled steps is left out: {reason}"), file=sys.stderr)
+        print(f"plain decoding with compiled steps is left out: {one_line(error)[:300]}", file=sys.stderr)
         del ways[COMPILED, None]
 
 

@@ -102,7 +102,6 @@ def score_conversation(
     head, rows = (target.head, None) if token_ids is None else target.head.part(token_ids)
     if drafter.vocabulary is not None and drafter.vocabulary.head is not None:
         head, rows = target.head.part(drafter.vocabulary.token_ids, drafter.vocabulary.head.weight)
-    ids = drafter.view_options
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
     inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
     tokens, features = inputs["token_ids"], inputs["features"]
@@ -113,7 +112,7 @@ def score_conversation(
         seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
         text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
         with torch.no_grad():
-            found = blocks_hidden(drafter, target, {**chosen, **text}, **ids)
+            found = blocks_hidden(drafter, target, {**chosen, **text}, **drafter.view_options)
             states, blocks = found[:2]
             labels = blocks.labels if rows is None else rows[blocks.labels]
             if drafter.num_candidates == 1:

@@ -159,10 +159,10 @@ def _reread(target: Target, response: Response, span: tuple[int, int], how: str,
         for i in places
     ]
     stops = set(target.stop_token_ids)
-    early = next((i + 1 for i, token in enumerate(answer) if token in stops), None)
-    if early is not None and early < len(answer):
-        wrong.append(Divergence(*where, early, (answer[early], None), math.inf, noise))
-    if early is None and len(answer) != limit:
+    expected_length = next((i + 1 for i, token in enumerate(answer) if token in stops), limit)
+    if expected_length < len(answer):
+        wrong.append(Divergence(*where, expected_length, (answer[expected_length], None), math.inf, noise))
+    elif expected_length > len(answer):
         wrong.append(Divergence(*where, len(answer), (None, best[-1] if best else 0), math.inf, noise))
     return wrong
 
@@ -185,7 +185,7 @@ def find_divergence(target: Target, sampler: Sampler, where: tuple[str, str], pr
     text = torch.tensor([[*prompt, *expected]], device=target.device)[:, : num_prompt + position]
     at_once = target.head.logits(target.hidden(text)[0, num_prompt - 1 :]).float()
     cache, one_by_one = TextCache(target.config, text.shape[1]), []
-    for start, end in [(0, num_prompt), *((i, i + 1) for i in range(num_prompt, num_prompt + position))]:
+    for start, end in itertools.pairwise([0, *range(num_prompt, text.shape[1] + 1)]):
         hidden = target.hidden(text[:, start:end], cache=cache)
         one_by_one.append(target.head.logits(hidden[0, -1:]).float())
     noise = float((at_once - torch.cat(one_by_one)).abs().max())

@@ -7,7 +7,7 @@ their intervals, comparisons of drafters, and examples to show.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from dpace.config import Width
 from dpace.decode.streaming import TextPieces
@@ -188,8 +188,8 @@ def pool_seeds(
 
 def make_examples(target: Target, ours: Sequence[ResponseRecord], plain: Sequence[ResponseRecord]) -> list[Example]:
     """Choose the fastest and the slowest response, and mark what came from the drafter."""
-    speedups = [(a.speedup_over(b), a) for a, b in zip(ours, plain, strict=True) if a.accepted_lengths]
-    order = sorted(((speedup, a) for speedup, a in speedups if speedup is not None), key=lambda pair: pair[0])
+    pairs = [(a.speedup_over(b), a) for a, b in zip(ours, plain, strict=True) if a.accepted_lengths]
+    order = sorted(((speedup, a) for speedup, a in pairs if speedup is not None), key=itemgetter(0))
     chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
     return [
         Example(

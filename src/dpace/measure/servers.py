@@ -92,23 +92,25 @@ def bench_servers(
     records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
     seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
-    done = {(r.temperature, r.concurrency, r.prefix, tuple(r.ids)): r for r in records.rows}
+    by_id = {prompt.id: prompt for prompt in prompts}
+    done = {_Job(r.temperature, r.concurrency, r.prefix, tuple(r.ids)): r for r in records.rows}
     jobs = list(_make_jobs(prompts, config))
-    missing = next((job for job in jobs if job.key not in done), None)
+    missing = next((job for job in jobs if job not in done), None)
     if missing:  # a warm-up, which is not counted
-        first_turn = encode_chat(chat, missing.prompts[0].turns[0])
+        first_turn = encode_chat(chat, by_id[missing.ids[0]].turns[0])
         for server in sides.values():
             server.answer(first_turn, 16, missing.temperature, config.seed)
     with progress_bar() as bar:
-        task = bar.add_task("asking servers", total=sum(len(job.prompts) for job in jobs), info="")
+        task = bar.add_task("asking servers", total=sum(len(job.ids) for job in jobs), info="")
         for number, job in enumerate(jobs):
-            if job.key not in done:
-                done[job.key] = _ask_servers(
-                    chat, sides, job, max_new_tokens=config.max_new_tokens, seeds=seeds, rotation=number
+            if job not in done:
+                asked = [by_id[name] for name in job.ids]
+                done[job] = _ask_servers(
+                    chat, sides, job, asked, max_new_tokens=config.max_new_tokens, seeds=seeds, rotation=number
                 )
-                records.add(done[job.key])
-            bar.update(task, advance=len(job.prompts), info=f"concurrency {job.concurrency}")
-    rows = make_rows([done[job.key] for job in jobs], prompts)
+                records.add(done[job])
+            bar.update(task, advance=len(job.ids), info=f"concurrency {job.concurrency}")
+    rows = make_rows([done[job] for job in jobs], prompts)
     measured = (
         ((sides[DRAFTER].engine, row.temperature, row.concurrency), response)
         for row in rows
@@ -121,17 +123,12 @@ def bench_servers(
 
 
 class _Job(NamedTuple):
-    """Prompts of one set that are sent together."""
+    """Prompts of one set that are sent together, and how."""
 
     temperature: float
     concurrency: int
     prefix: str
-    prompts: list[Prompt]
-
-    @property
-    def key(self) -> tuple[float, int, str, tuple[str, ...]]:
-        """What tells it from the others."""
-        return self.temperature, self.concurrency, self.prefix, tuple(prompt.id for prompt in self.prompts)
+    ids: tuple[str, ...]
 
 
 def _make_jobs(prompts: Sequence[Prompt], config: BenchConfig) -> Iterator[_Job]:
@@ -140,7 +137,7 @@ def _make_jobs(prompts: Sequence[Prompt], config: BenchConfig) -> Iterator[_Job]
     for concurrency, temperature, prefix in settings:
         size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
         for name in dict.fromkeys(prompt.set for prompt in prompts):
-            of_set = [prompt for prompt in prompts if prompt.set == name]
+            of_set = tuple(prompt.id for prompt in prompts if prompt.set == name)
             for start in range(0, len(of_set), size):
                 yield _Job(temperature, concurrency, prefix, of_set[start : start + size])
 
@@ -149,21 +146,22 @@ def _ask_servers(
     chat: ChatTokenizer,
     sides: dict[str, Server],
     job: _Job,
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     seeds: Mapping[str, int],
     rotation: int,
 ) -> GroupRecord:
     """Send a group to all sides, turn by turn; the answers to earlier turns are the plain server's."""
-    messages: list[list[dict[str, Any]]] = [[] for _ in job.prompts]
+    messages: list[list[dict[str, Any]]] = [[] for _ in prompts]
     turns = []
     prompt_tokens = []
-    for turn in range(max(len(prompt.turns) for prompt in job.prompts)):
-        asked = [i for i, prompt in enumerate(job.prompts) if turn < len(prompt.turns)]
+    for turn in range(max(len(prompt.turns) for prompt in prompts)):
+        asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
         requests = []
         for i in asked:
-            messages[i] += job.prompts[i].turns[turn]
-            requests.append((encode_chat(chat, messages[i]), seeds[job.prompts[i].id], uuid.uuid4().hex))
+            messages[i] += prompts[i].turns[turn]
+            requests.append((encode_chat(chat, messages[i]), seeds[prompts[i].id], uuid.uuid4().hex))
         answers = {name: _ask_server(sides[name], requests, job, max_new_tokens) for name in rotated(sides, rotation)}
         turns.append(answers)
         prompt_tokens.append([len(request[0]) for request in requests])
@@ -172,8 +170,8 @@ def _ask_servers(
             text = chat.tokenizer.decode(token_ids, skip_special_tokens=True)
             messages[i].append({"role": "assistant", "content": text})
     return GroupRecord(
-        set=job.prompts[0].set,
-        ids=[prompt.id for prompt in job.prompts],
+        set=prompts[0].set,
+        ids=list(job.ids),
         temperature=job.temperature,
         concurrency=job.concurrency,
         prefix=job.prefix,
@@ -240,7 +238,7 @@ def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) ->
     ours = _sides(groups, DRAFTER)
     plain = _sides(groups, PLAIN)
     counts = _pool_counts(ours)
-    histogram = counts.histogram if counts else None
+    histogram = counts and counts.histogram
     emitted = prompt_totals(responses, "num_emitted", "num_verifications")
     if np.isnan(emitted).any():  # a server that tells the sum of all requests only
         by_group = [of_group for group in groups if (of_group := _pool_counts(_sides([group], DRAFTER)))]
@@ -258,7 +256,7 @@ def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) ->
         num_responses=len(responses),
         tau=tau,
         tau_interval=tuple(tau_ends),
-        num_verifications=counts.num_verifications if counts else None,
+        num_verifications=counts and counts.num_verifications,
         histogram=histogram,
         reach_rate=Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
         decode_speedup=speedup,

@@ -85,9 +85,7 @@ def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:
     """
     has_gpu = torch.accelerator.current_accelerator(check_available=True) is not None
     is_cuda = has_gpu or memory is not None if recipe.device == "auto" else recipe.device != "cpu"
-    dtype = torch.bfloat16 if is_cuda else torch.float32
-    if recipe.dtype != "auto":
-        dtype = getattr(torch, recipe.dtype)
+    dtype = getattr(torch, recipe.dtype, torch.bfloat16 if is_cuda else torch.float32)  # the latter for auto
     if memory is None:
         device = find_device(recipe.device)
         is_cpu = device.type == "cpu"
@@ -270,6 +268,7 @@ def plan_training(
     """
     train = recipe.train
     shape = conversations.shape
+    number = conversations.number or 0
     target = make_target(config, machine.dtype)
     paper = PaperStep(target, recipe, is_cuda=machine.is_cuda)
     features, feature_bytes = _plan_features(paper, conversations)
@@ -288,14 +287,14 @@ def plan_training(
     mean_blocks = max(1, round(conversations.mean_blocks))
     rows = shape.num_head_rows
     if recipe.loss.vocabulary == "seen" and rows is None:
-        num_seen = DISTINCT_TOKENS * ((conversations.number or 0) * mean_tokens) ** 0.5
+        num_seen = DISTINCT_TOKENS * (number * mean_tokens) ** 0.5
         rows = max(1, min(len(target.head.weight), int(num_seen)))
     mean_flops = paper.take(BatchShape(shape.batch_size, mean_tokens, mean_blocks, rows)).flops
-    steps = num_steps(train, conversations.number or 0, machine.ranks)
+    steps = num_steps(train, number, machine.ranks)
     read_tokens = conversations.validation_tokens
     target_flops = mean_flops["target"]
     if features != "computed in every step":
-        read_tokens += (conversations.number or 0) * conversations.mean_tokens
+        read_tokens += number * conversations.mean_tokens
         mean_flops["target"] = 0.0
     tokens_of_step = train.gradient_accumulation_steps * shape.batch_size * mean_tokens
     measurements = math.ceil(steps / train.eval_steps) + FINAL_MEASUREMENTS
@@ -306,7 +305,7 @@ def plan_training(
         conversations=conversations,
         step=paper.take(shape),
         paper=paper,
-        num_steps=steps if conversations.number or train.max_steps > 0 else None,
+        num_steps=steps if number or train.max_steps > 0 else None,
         features=features,
         feature_bytes=feature_bytes,
         drafter_parameters=parameters,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.system.ledger import read_jsonl, read_text, unique_keys
-from dpace.system.progress import quoted
+from dpace.system.progress import one_line, quoted
 
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
 """Keys that a prompt may stand under; a table that has several is read by the first."""
@@ -97,10 +97,9 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str, file:
     try:
         return datasets.load_dataset(path, config, split=split, data_files=file)
     except Exception as error:  # the Hub's errors share no narrower class
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the Hub does not give the dataset {path} ({type(error).__name__}: {reason}); check the network, or "
-            f"{way_out}"
+            f"the Hub does not give the dataset {path} ({type(error).__name__}: {one_line(error)}); check the network, "
+            f"or {way_out}"
         ) from error
 
 
@@ -159,8 +158,9 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(256):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot read {path}: {reason}; name a parquet file, or write a JSONL file") from error
+        raise ValueError(
+            f"cannot read {path}: {one_line(error)}; name a parquet file, or write a JSONL file"
+        ) from error
 
 
 def _take_filled(row: dict[str, Any]) -> dict[str, Any]:

@@ -211,11 +211,11 @@ def _options(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _flags(options: Iterable[tuple[str, Any]]) -> Iterator[str]:
     """Yield the flags and values of settings."""
     for name, value in options:
-        group, dot, option = name.replace("_", "-").rpartition(".")
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            yield f"--{group}{dot}{'' if value else 'no-'}{option}"
+            yield flag if value else re.sub(r"(\w[\w-]*)$", r"no-\1", flag)
         elif isinstance(value, str) and value.startswith("-"):
-            yield f"--{group}{dot}{option}={value}"
+            yield f"{flag}={value}"
         else:
-            yield f"--{group}{dot}{option}"
+            yield flag
             yield from map(str, value if isinstance(value, list | tuple) else [value])

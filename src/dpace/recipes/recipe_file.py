@@ -10,7 +10,7 @@ import yaml
 from dpace.config import Recipe
 from dpace.recipes.validation import from_json, to_json
 from dpace.system.ledger import read_text, write_text
-from dpace.system.progress import quoted
+from dpace.system.progress import one_line, quoted
 
 MAX_BYTES = 2**20
 """Bytes of the largest recipe."""
@@ -39,7 +39,7 @@ def read_settings(path: str | Path, config_class: type[Recipe]) -> dict[str, Any
     try:
         values = yaml.load(text, PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        reason = one_line(str(error).replace('in "<unicode string>", ', ""))
         raise ValueError(f"cannot read the recipe {path}: {reason}; name a YAML file of options") from error
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {path} holds {quoted(values)}; expected lines such as `name: value`")

@@ -24,7 +24,7 @@ from dpace.measure.results import (
     nullable,
 )
 from dpace.metrics import tau_estimate
-from dpace.system.progress import printable
+from dpace.system.progress import one_line
 
 
 class Column(NamedTuple):
@@ -334,11 +334,6 @@ def has_parts(benchmarks: Sequence[BenchResults]) -> bool:
     rows = [row for results in benchmarks for row in results.rows]
     is_long = any(response.prompt_tokens >= EDGES[0] for row in rows for response in row.responses)
     return is_long or any("/" in row.set for row in rows) or len({bool(r.thinking) for r in benchmarks}) > 1
-
-
-def one_line(text: str) -> str:
-    """Write a text without line ends and control characters."""
-    return printable(" ".join(text.split()))
 
 
 def as_markdown(text: str) -> str:

@@ -125,7 +125,9 @@ def tables_of(results: BenchResults | ServerResults) -> Iterator[Section]:
     else:
         yield speeds(results)
         if results.comparisons:
-            yield paired(results)
+            title = f"Compared with {results.comparisons[0].baseline}"
+            text = "Differences on the same prompts, with 95 % intervals of the paired difference."
+            yield Section(title, text, PAIR_COLUMNS, results.comparisons)
     if results.break_even:
         yield break_even(results.break_even)
 
@@ -170,13 +172,6 @@ def contexts(benchmarks: Sequence[BenchResults]) -> Section:
         "prompts of the drafter by their length in tokens (1k is 1024), earlier turns included."
     )
     return Section("Category and context length", text, CONTEXT_COLUMNS, find_parts(benchmarks))
-
-
-def paired(results: BenchResults) -> Section:
-    """Make the table of drafters against the first one."""
-    title = f"Compared with {results.comparisons[0].baseline}"
-    text = "Differences on the same prompts, with 95 % intervals of the paired difference."
-    return Section(title, text, PAIR_COLUMNS, results.comparisons)
 
 
 def servers(results: ServerResults) -> Section:
@@ -249,8 +244,8 @@ def provenance(results: BenchResults | None, target: str, folder: Path) -> Secti
             "seed": "; ".join(filter(None, (str(results.seed), results.prompt_seeds))),
             "max_new_tokens": str(results.max_new_tokens),
         }
-        for name, group in (("hardware", vars(results.hardware)), ("versions", vars(results.versions))):
-            facts[name] = ", ".join(f"{key} {value}" for key, value in group.items())
+        for name in ("hardware", "versions"):
+            facts[name] = ", ".join(f"{key} {value}" for key, value in vars(getattr(results, name)).items())
         hashes = {"the target's weights": results.target_weights_sha256, **results.drafters}
         facts |= {f"sha256 of {name}": digest[:16] for name, digest in hashes.items() if digest}
     return Section("Provenance", "", [Column("", itemgetter(number)) for number in (0, 1)], list(facts.items()))

@@ -18,8 +18,9 @@ import numpy as np
 from dpace.measure.records import group_by
 from dpace.measure.results import ComparedRow, Row
 from dpace.metrics import MIN_PROMPTS
-from dpace.report.cells import Section, one_line
+from dpace.report.cells import Section
 from dpace.system.ledger import write_text
+from dpace.system.progress import one_line
 
 PANEL_INCHES = 4.4, 3.3
 """Size of every panel, so that they stand side by side."""

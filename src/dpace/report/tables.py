@@ -1,7 +1,7 @@
 """Tables of results for the terminal, in 80 columns; the page of `dpace report` has all that is known."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpace.measure.results import BenchResults, Row
-from dpace.report.cells import DRAFTER, SET, TEMPERATURE, Column, Section, one_line
+from dpace.report.cells import DRAFTER, SET, TEMPERATURE, Column, Section
+from dpace.system.progress import one_line
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
@@ -23,8 +24,21 @@ def console() -> Console:
 
 
 def section_table(section: Section) -> Table:
-    """Make the table of a section of the page, with the columns that fit."""
-    return _table(section.columns, section.items, section.title, section.note)
+    """Make the table of a section of the page, with the columns that fit.
+
+    Names may be folded over lines, numbers are never cut.
+    """
+    table = Table(title=plain(section.title), caption=plain(section.note) or None, box=SIMPLE_HEAD, padding=0)
+    kept = [column for column in section.columns if column.only != "page"]
+    for column in kept:
+        at = " [" if " [" in column.heading else " "  # broken before its unit, or else at its first space
+        heading = plain(column.heading).replace(at, "\n" + at[1:], 1)
+        is_name = column.heading in ("set", "drafter", "objective", "category")
+        justify = "left" if column.is_text else "right"
+        table.add_column(heading, justify=justify, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis")
+    for row in section.items:
+        table.add_row(*(plain(column.write(row)) for column in kept))
+    return table
 
 
 def slots_table(results: BenchResults) -> Table:
@@ -38,14 +52,11 @@ def slots_table(results: BenchResults) -> Table:
     if last > MAX_SLOTS:
         slots = [1 + round(i * (last - 1) / (MAX_SLOTS - 1)) for i in range(MAX_SLOTS)]
 
-    def reach(slot: int) -> Column:
-        def write(row: Row) -> str:  # a drafter's blocks may be shorter
-            return f"{100 * row.reach_rate[slot - 1]:.0f}" if slot < row.block_size else ""
+    def write(slot: int, row: Row) -> str:  # a drafter's blocks may be shorter
+        return f"{100 * row.reach_rate[slot - 1]:.0f}" if slot < row.block_size else ""
 
-        return Column(str(slot), write)
-
-    columns = [SET, TEMPERATURE, DRAFTER, *map(reach, slots)]
-    return _table(columns, rows, "reach rate in %: slots 1..k all accepted")
+    columns = [SET, TEMPERATURE, DRAFTER, *(Column(str(slot), partial(write, slot)) for slot in slots)]
+    return section_table(Section("reach rate in %: slots 1..k all accepted", "", columns, rows))
 
 
 def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
@@ -74,21 +85,6 @@ def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str
 def plain(text: str) -> str:
     """Write a text that the terminal shows as it is: in one line, and no markup of rich."""
     return escape(one_line(text))
-
-
-def _table(columns: Iterable[Column], rows: Iterable[Any], title: str, caption: str = "") -> Table:
-    """Make a table; names may be folded over lines, numbers are never cut."""
-    table = Table(title=plain(title), caption=plain(caption) or None, box=SIMPLE_HEAD, padding=0)
-    kept = [column for column in columns if column.only != "page"]
-    for column in kept:
-        at = " [" if " [" in column.heading else " "  # broken before its unit, or else at its first space
-        heading = plain(column.heading).replace(at, "\n" + at[1:], 1)
-        is_name = column.heading in ("set", "drafter", "objective", "category")
-        justify = "left" if column.is_text else "right"
-        table.add_column(heading, justify=justify, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis")
-    for row in rows:
-        table.add_row(*(plain(column.write(row)) for column in kept))
-    return table
 
 
 def _text_table(title: str, *headings: str) -> Table:

@@ -81,11 +81,11 @@ def compare(
     with lock_folder(folder):
         ranks.from_first(lambda: register_files(folder, *FILES))
         parts = parts or split_prompts(config.prompts)
-        prompts = [*parts.train, *parts.validation, *parts.heldout]
+        prompts = [prompt for part in parts for prompt in part]
         responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
         by_id = {response.id: response for response in responses}
-        answered, validation, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
-        datasets = choose_conversations(answered, validation, next(iter(recipes.values())))
+        *answered, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
+        datasets = choose_conversations(*answered, recipe=next(iter(recipes.values())))
         train_cells(target, recipes, cells, datasets, init=init)
         measure_cells(target, config, cells.values(), heldout_set(heldout, config))
         rows = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline))

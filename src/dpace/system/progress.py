@@ -87,6 +87,11 @@ def printable(text: str) -> str:
     return "".join(_escape(character) if not character.isprintable() else character for character in text)
 
 
+def one_line(text: object) -> str:
+    """Write a text, or what an error says, without line ends and control characters."""
+    return printable(" ".join(str(text).split()))
+
+
 def quoted(value: Any) -> str:
     """Return a wrong value as a message shows it, at most `MAX_VALUE` characters of it."""
     text = printable("null" if value is None else repr(value))

@@ -98,12 +98,16 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
-def end() -> None:
-    """Leave the group of ranks: one that outlives Python's end aborts now and then."""
+def end() -> bool:
+    """Leave the group of ranks, and return whether this rank is the first one.
+
+    A group that outlives Python's end aborts now and then.
+    """
     from torch import distributed
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    return is_first()
 
 
 def _join() -> Any:

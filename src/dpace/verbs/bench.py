@@ -53,8 +53,7 @@ def run(args: list[str]) -> None:
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
     with lock_folder(recipe.output):
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
-    ranks.end()
-    if not ranks.is_first():
+    if not ranks.end():
         return
     _print_results(results, recipe.output)
     flags = {"target": recipe.target, "drafter": folders[0], "thinking": recipe.thinking, "prompt": PROMPT}

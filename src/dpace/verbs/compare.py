@@ -29,8 +29,7 @@ def run(args: list[str]) -> None:
     if announce(comparison_lines(config, parts, folders), args):
         return
     results = compare(load_target(config), config, parts=parts, init=init)
-    ranks.end()
-    if not ranks.is_first():
+    if not ranks.end():
         return
     console().print(section_table(comparison(results)))
     print(

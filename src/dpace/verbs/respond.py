@@ -30,20 +30,20 @@ def run(args: list[str]) -> None:
 
     if DRY_RUN in args:
         ranks.from_first(check_and_announce)
-        return ranks.end()
+        ranks.end()
+        return
     with lock_folder(recipe.output):
         if ranks.is_first():
             register_answers(path)
         ranks.from_first(check_and_announce)
-        prompts = [*parts.train, *parts.validation, *parts.heldout]
+        prompts = [prompt for part in parts for prompt in part]
         answered = sum(prompt.answer is not None for prompt in prompts)
         if recipe.respond.source == "target" and answered and ranks.is_first():
             note = "prompts come with an answer, which is left out; --respond.source own would train on it"
             print(f"{answered} {note}", file=sys.stderr)
         target = load_chat(recipe) if recipe.respond.server else load_target(recipe)
         left_out = answer_prompts(target, prompts, path, recipe.respond)
-    ranks.end()
-    if not ranks.is_first():
+    if not ranks.end():
         return
     for reason, count in left_out.items():
         print(f"{count} prompts have no answer: {reason}", file=sys.stderr)

@@ -56,7 +56,6 @@ def run(args: list[str]) -> None:
     refuse_other_run(folder, facts)
     keep_features(target, *datasets, settled)
     train(target, *datasets, settled, folder, init=init, run=facts)
-    ranks.end()
-    if ranks.is_first():
+    if ranks.end():
         print(f"drafter in {folder}")
         print("next:", next_command("bench", recipe, args))

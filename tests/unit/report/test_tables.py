@@ -7,7 +7,7 @@ import pytest
 
 from dpace.measure.results import BreakEven, Comparison, PairedResponse, write_results
 from dpace.report.cells import advice, faster_sets, find_parts, has_parts
-from dpace.report.page import break_even, comparison, contexts, paired, servers, speeds, upgrade, write_report
+from dpace.report.page import break_even, comparison, contexts, servers, speeds, tables_of, upgrade, write_report
 from dpace.report.tables import console, section_table, slots_table
 from tests.support.rows import (
     make_bench,
@@ -47,7 +47,7 @@ def tables():
     yield "0.6", slots_table(bench)
     yield "0.6", section_table(contexts([bench]))
     pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
-    yield "no clear difference", section_table(paired(make_bench(comparisons=[pair])))
+    yield "no clear difference", section_table(list(tables_of(make_bench(comparisons=[pair])))[1])
     compared = make_compared(
         **NAMES, tau_interval=INTERVAL, gain=GAIN, gain_by_seed=[0.1, None, 0.1], peak_memory_bytes=2**34
     )
