@@ -80,13 +80,11 @@ def bench(
             ways[way, width] = partial(generate, target, drafter, width=width, verify_rule=rule, paces=paces[rule])
     setup = _bench_setup(target, named, config)
     records = ResponseRecords(folder / "bench.jsonl", setup, prompts)
-    seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
     compiled = find_compiled(target, config)
     if compiled:
         ways[COMPILED, None] = compiled.decode
-    jobs = [(temperature, prompt) for temperature in config.temperatures for prompt in prompts]
-    mine = ranks.share(list(enumerate(jobs)))
+    mine = ranks.share(list(enumerate(product(config.temperatures, prompts))))
     missing = [job for _, job in mine if not records.has(ways, *job)]
     if missing:
         _warm_up(target, ways, compiled, missing[0], config.max_new_tokens)
@@ -97,7 +95,7 @@ def bench(
                 options = {
                     "max_new_tokens": config.max_new_tokens,
                     "temperature": temperature,
-                    "seed": seeds[prompt.id],
+                    "seed": records.seeds[prompt.id],
                 }
                 for record in _decode_prompt(target, ways, prompt, options, rotation=number):
                     records.add(record)

@@ -8,9 +8,8 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -28,8 +27,7 @@ MAX_LISTED = 5
 """Differences that a finding lists."""
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """The first place where a text differs from the target's own."""
 
     prompt_id: str

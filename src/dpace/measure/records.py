@@ -215,7 +215,8 @@ class Records(Generic[Record]):
     kind: type[Record]
     rows: list[Record]
 
-    def __init__(self, path: Path, setup: Setup, prompts: Iterable[Prompt]):
+    def __init__(self, path: Path, setup: Setup, prompts: Sequence[Prompt]):
+        self.seeds = {prompt.id: setup.seed + number for number, prompt in enumerate(prompts)}
         first = to_json(setup) | {"prompts_sha256": hash_json([asdict(prompt) for prompt in prompts])}
         self.path = path.with_stem(f"{path.stem}-{hash_json(first)[:8]}")
         self.own = self.path.with_suffix(f".rank-{ranks.rank()}.jsonl") if ranks.num_ranks() > 1 else self.path

@@ -301,6 +301,12 @@ class ServerResults(ServerSetup):
 Results = BenchResults | CompareResults | ServerResults
 
 
+def benchmark_of(results: Results) -> BenchResults | None:
+    """Take what decoding gave; None for servers, and where nothing was decoded."""
+    decoded = results.decode if isinstance(results, CompareResults) else results
+    return decoded if isinstance(decoded, BenchResults) and decoded.rows else None
+
+
 def write_results(path: Path, results: Results) -> None:
     """Write results, all or nothing."""
     write_json(path, to_json(results))
@@ -324,8 +330,7 @@ def read_results(path: Path) -> Results:
     kind = CompareResults if "decode" in value else ServerResults if "servers" in value else BenchResults
     try:
         results = from_json(kind, value)
-        benchmark = results.decode if isinstance(results, CompareResults) else results
-        for found in (results, benchmark):
+        for found in (results, benchmark_of(results)):
             if isinstance(found, BenchResults | CompareResults):
                 _check_rows(found.rows)
     except ValueError as error:

@@ -90,7 +90,6 @@ def bench_servers(
     )
     register_files(folder, SERVERS_FILE)
     records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
-    seeds = {prompt.id: config.seed + number for number, prompt in enumerate(prompts)}
     prompts = first_of_each_set(prompts, config.num_prompts)
     by_id = {prompt.id: prompt for prompt in prompts}
     done = {_Job(r.temperature, r.concurrency, r.prefix, tuple(r.ids)): r for r in records.rows}
@@ -106,7 +105,7 @@ def bench_servers(
             if job not in done:
                 asked = [by_id[name] for name in job.ids]
                 done[job] = _ask_servers(
-                    chat, sides, job, asked, max_new_tokens=config.max_new_tokens, seeds=seeds, rotation=number
+                    chat, sides, job, asked, max_new_tokens=config.max_new_tokens, seeds=records.seeds, rotation=number
                 )
                 records.add(done[job])
             bar.update(task, advance=len(job.ids), info=f"concurrency {job.concurrency}")

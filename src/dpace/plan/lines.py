@@ -7,7 +7,6 @@ refused here.
 import shutil
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from dpace.config import BenchConfig, CheckConfig, CompareConfig, Recipe
@@ -288,8 +287,9 @@ def fit_lines(plan: TrainingPlan) -> list[str]:
 
     def num_fitting(shapes: Sequence[BatchShape], *, checkpointing: bool = False) -> int:
         """Count the shapes, from small to large ones, with which a step fits."""
-        take = partial(plan.paper.take, checkpointing=checkpointing)
-        return bisect_right(shapes, plan.room, key=lambda shape: take(shape).peak_bytes)
+        return bisect_right(
+            shapes, plan.room, key=lambda shape: plan.paper.take(shape, checkpointing=checkpointing).peak_bytes
+        )
 
     most = max(LARGEST_BATCH, shape.batch_size) if plan.fits else shape.batch_size
     batches = [shape._replace(batch_size=number) for number in range(1, most + 1)]

@@ -247,8 +247,8 @@ class PaperStep:
             if shape.num_head_rows is not None:
                 head = head._replace(weight=head.weight.new_empty(shape.num_head_rows, head.weight.shape[1]))
             # One chunk of the loss is run, or three tiles of one, whose work all others repeat.
-            chunk_bytes = (loss.chunk_mib or 0) * 2**20
-            chunk_bytes = chunk_bytes or default_chunk_bytes(head.weight, is_cpu=not self.is_cuda, is_soft=is_soft)
+            default = default_chunk_bytes(head.weight, is_cpu=not self.is_cuda, is_soft=is_soft)
+            chunk_bytes = loss.chunk_mib * 2**20 if loss.chunk_mib else default
             num_logits = chunk_bytes // 4
             num_scored = shape.batch_size * shape.num_blocks * (drafter.block_size - 1)
             num_rows = num_logits // SOFT_COPIES // len(head.weight) if is_soft else isqrt(num_logits)
@@ -259,7 +259,7 @@ class PaperStep:
             tracker.count([*target.model.parameters(), *target.model.buffers()], TARGET)
             tracker.count([*drafter.parameters(), *drafter.buffers()], DRAFTER)
             tracker.count([head.weight], HEAD)
-            moments = (value for state in self.optimizer.state.values() for value in state.values())
+            moments = tree_leaves(list(self.optimizer.state.values()))
             tracker.count((value for value in moments if isinstance(value, Tensor)), MOMENTS)
             masks: dict[str, Any] = {"make_mask": lambda *_: None} if self.is_cuda else {}  # a GPU's is small
             scorer = Scorer(

@@ -219,10 +219,9 @@ def find_prompt(text: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file has no prompt of that id; the message names one that it has.
     """
-    name = text.partition("#")[0]
+    name, prompt_id = text.partition("#")[::2]
     if name != "demo" and not name.endswith(".jsonl"):
         return [{"role": "user", "content": text}]
-    prompt_id = text[len(name) + 1 :]
     prompts = read_heldout(name)
     for prompt in prompts:
         if prompt.id == prompt_id:

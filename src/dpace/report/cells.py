@@ -6,7 +6,6 @@ are shown as they are in Markdown and in one line.
 
 import html
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
@@ -32,13 +31,11 @@ class Column(NamedTuple):
 
     heading: str
     write: Callable[[Any], str]
-    is_text: bool = False
     only: Literal["terminal", "page"] | None = None
     """Where it stands: the terminal's tables have 80 characters, and the page has all columns; None for both."""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A heading, what to read from it, and a table or figures."""
 
     title: str
@@ -144,10 +141,10 @@ def _with_and_without(name: str, read: Callable[[Any], Estimate]) -> tuple[Colum
     )
 
 
-SET = Column("set", attrgetter("set"), is_text=True)
+SET = Column("set", attrgetter("set"))
 TEMPERATURE = Column("T", lambda row: f"{row.temperature:g}")
-DRAFTER = Column("drafter", attrgetter("drafter"), is_text=True)
-WIDTH = Column("width", lambda row: str(row.width), is_text=True)
+DRAFTER = Column("drafter", attrgetter("drafter"))
+WIDTH = Column("width", lambda row: str(row.width))
 TAU, TAU_INTERVAL = _with_and_without("tau", lambda row: (row.tau, *row.tau_interval))
 SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, *row.decode_speedup_interval))
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
@@ -159,7 +156,7 @@ AT_ONCE = Column("at once", lambda row: f"{row.concurrency}{', warm' * (row.pref
 """Columns of several kinds of rows."""
 
 RESULT_COLUMNS = (
-    Column("verdict", lambda row: verdict(row.decode_speedup_interval), is_text=True),
+    Column("verdict", lambda row: verdict(row.decode_speedup_interval)),
     SET,
     TEMPERATURE,
     DRAFTER,
@@ -190,7 +187,7 @@ def result_columns(rows: Iterable[Row]) -> tuple[Column, ...]:
 
 
 PAIR_COLUMNS = (
-    Column("verdict", lambda row: verdict(row.speed_ratio[1:]), is_text=True),
+    Column("verdict", lambda row: verdict(row.speed_ratio[1:])),
     SET,
     TEMPERATURE,
     DRAFTER,
@@ -205,7 +202,6 @@ SERVER_COLUMNS = (
     Column(
         "verdict",
         lambda row: "no baseline" if row.num_same_text is None else verdict(row.decode_speedup_interval),
-        is_text=True,
     ),
     SET,
     TEMPERATURE,
@@ -229,8 +225,8 @@ def pays(row: BreakEven) -> str:
 
 
 BREAK_EVEN_COLUMNS = (
-    Column("verdict", pays, is_text=True),
-    Column("context", lambda row: context_of(row.prompt_tokens).removeprefix("context "), is_text=True),
+    Column("verdict", pays),
+    Column("context", lambda row: context_of(row.prompt_tokens).removeprefix("context ")),
     Column("at once", lambda row: str(row.concurrency)),
     TEMPERATURE,
     DRAFTER,
@@ -240,7 +236,7 @@ BREAK_EVEN_COLUMNS = (
 """What is written of a `BreakEven`."""
 
 UPGRADE_COLUMNS = (
-    Column("verdict", lambda row: _judge(row.tau_gain[1:], 0, "accepts more", "accepts less"), is_text=True),
+    Column("verdict", lambda row: _judge(row.tau_gain[1:], 0, "accepts more", "accepts less")),
     SET,
     TEMPERATURE,
     AT_ONCE,
@@ -266,9 +262,9 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
 
     judge = unless_baseline(lambda row: _judge(row.gain[1:], 0, "better", "worse"), "baseline")
     return [
-        Column("verdict", judge, is_text=True),
+        Column("verdict", judge),
         SET,
-        Column("objective", attrgetter("drafter"), is_text=True),
+        Column("objective", attrgetter("drafter")),
         TAU,
         TAU_INTERVAL,
         Column(f"over {baseline} [95 %]", unless_baseline(lambda row: percent(row.gain))),
@@ -302,7 +298,7 @@ class Part(NamedTuple):
 
 
 CONTEXT_COLUMNS = (
-    Column("category", attrgetter("name"), is_text=True),
+    Column("category", attrgetter("name")),
     TEMPERATURE,
     DRAFTER,
     Column("prompts", lambda part: str(len({*map(PROMPT, chain(*part.responses))}))),

@@ -55,8 +55,10 @@ def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tok
 
 def _count_repeated(corpus: Corpus) -> int:
     """Count conversations whose answers another one before has too."""
-    texts = ((corpus.token_ids(i), corpus.spans(i)) for i in range(len(corpus)))
-    seen = {hash(b"|".join(tokens[start:end].tobytes() for start, end in spans)) for tokens, spans in texts}
+    seen = set()
+    for i in range(len(corpus)):
+        tokens = corpus.token_ids(i)
+        seen.add(hash(b"|".join(tokens[start:end].tobytes() for start, end in corpus.spans(i))))
     return len(corpus) - len(seen)
 
 

@@ -20,6 +20,7 @@ from dpace.measure.results import (
     CompareResults,
     Results,
     ServerResults,
+    benchmark_of,
     find_results,
     read_log,
 )
@@ -88,12 +89,6 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
         write_text(path, page)
         write_text(markdown, "\n".join([f"# {as_markdown(title)}", "", about, "", to_markdown(sections)]))
     return [path, markdown]
-
-
-def benchmark_of(results: Results) -> BenchResults | None:
-    """Take what decoding gave; None for servers, and where nothing was decoded."""
-    decoded = results.decode if isinstance(results, CompareResults) else results
-    return decoded if isinstance(decoded, BenchResults) and decoded.rows else None
 
 
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:

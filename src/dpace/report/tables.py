@@ -14,6 +14,10 @@ from dpace.system.progress import one_line
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
+NAMES = ("set", "drafter", "objective", "category")
+"""Columns that may be folded over lines."""
+WORDS = ("verdict", "width", "context")
+"""Other columns that begin at the left."""
 STYLES = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}
 """Style of a line of `dpace doctor`, by its result."""
 
@@ -33,8 +37,8 @@ def section_table(section: Section) -> Table:
     for column in kept:
         at = " [" if " [" in column.heading else " "  # broken before its unit, or else at its first space
         heading = plain(column.heading).replace(at, "\n" + at[1:], 1)
-        is_name = column.heading in ("set", "drafter", "objective", "category")
-        justify = "left" if column.is_text else "right"
+        is_name = column.heading in NAMES
+        justify = "left" if is_name or column.heading in WORDS else "right"
         table.add_column(heading, justify=justify, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis")
     for row in section.items:
         table.add_row(*(plain(column.write(row)) for column in kept))

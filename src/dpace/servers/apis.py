@@ -446,6 +446,15 @@ class _Timings(BaseModel):
         return {"num_verifications": verifications, "num_accepted": max(0, emitted - verifications)}
 
 
+PROBES = (
+    ("/props", LlamacppServer),
+    ("/get_server_info", SglangServer),
+    ("/server_info", SglangServer),
+    ("/version", VllmServer),
+)
+"""Pages that only one kind of server has."""
+
+
 def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
     """Find out what runs at an address.
 
@@ -457,8 +466,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
         ValueError: no address, nothing answers there, or none of the servers that are known.
     """
     address = Address(url)
-    probes = (("/props", LlamacppServer), ("/get_server_info", SglangServer), ("/server_info", SglangServer))
-    for path, kind in (*probes, ("/version", VllmServer)):
+    for path, kind in PROBES:
         try:
             answer = json.loads(address.get(path))
         except (Refused, json.JSONDecodeError, RecursionError):

@@ -4,8 +4,6 @@ A recipe, objectives and seeds come in; a drafter for each objective and seed, `
 `dpace compare` and `dpace demo` both run this.
 """
 
-import errno
-import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,9 +108,7 @@ def compare(
 def _write_and_draw(folder: Path, results: CompareResults, cells: Mapping[Cell, Path]) -> None:
     """Write `FILES`."""
     write_results(folder / "results.json", results)
-    logs: dict[str, list] = {}
-    for (name, _), cell in cells.items():
-        logs.setdefault(name, []).append(read_log(cell))
+    logs = {name: [read_log(cells[name, seed]) for seed in results.seeds] for name, _ in cells}
     save_figures(tau_curves(logs), folder / "tau.svg")
     save_figures(slot_weights(logs), folder / "weights.svg")
     save_figures(acceptance_by_slot(results.rows), folder / "acceptance.svg")
@@ -132,7 +128,7 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cel
     """
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        folder.mkdir()  # raises the error
     refuse_foreign_files(folder, *FILES)
     recipes = make_recipes(config)
     for cell, recipe in recipes.items():
