@@ -18,10 +18,10 @@ LARGEST = 2**31 - 1
 """Largest value of most integers."""
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(kind: Any) -> Any:
     """Make a dataclass of options from a class; what an instance holds is checked, and does not change."""
-    return dataclass(kind, frozen=True, config=STRICT)
+    return dataclass(kind, frozen=True, kw_only=True, config=STRICT)
 
 
 def integer(low: int, high: int = LARGEST) -> Any:
@@ -258,7 +258,7 @@ class TrainConfig:
     """Trackers that get the log too, if installed: tensorboard, wandb, trackio and others that accelerate knows."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options
 class SamplingConfig:
     """How the tokens of a response are chosen, and how many there are at most."""
 

@@ -204,8 +204,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """Source: the engines' own documentation; docs/results-decoding.md says which were run."""
 
 CARD_ENGINES: dict[Format, tuple[Engine, ...]] = {"speculators": ("vllm",), "gguf": ("llamacpp",)}
-"""Engines that a model card has commands for; those of the published layout for all other formats."""
-PUBLISHED_ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "tensorrt", "transformers")
+"""Engines that a model card has commands for; of all other formats, those that read the published layout."""
 CONVERSION = (
     "For llama.cpp: `dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf`."
 )
@@ -258,7 +257,7 @@ def card_sections(
         break_even: measured with this drafter.
     """
     sections = []
-    for engine in CARD_ENGINES.get(to, PUBLISHED_ENGINES):
+    for engine in CARD_ENGINES.get(to, ("vllm", "sglang", "tensorrt", "transformers")):
         name = gguf if engine == "llamacpp" else drafter
         command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
         if engine == "tensorrt" and (most := most_requests(break_even)):

@@ -106,7 +106,7 @@ def bench(
     results = BenchResults(
         **vars(setup),
         rows=rows,
-        comparisons=compare_drafters(rows),
+        comparisons=list(compare_drafters(rows)),
         break_even=list(find_break_even(pair_responses(rows))),
     )
     ranks.from_first(lambda: write_results(folder / "results.json", results))

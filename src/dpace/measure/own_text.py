@@ -157,11 +157,11 @@ def _reread(target: Target, response: Response, span: tuple[int, int], how: str,
         for i in places
     ]
     stops = set(target.stop_token_ids)
-    expected_length = next((i + 1 for i, token in enumerate(answer) if token in stops), limit)
-    if expected_length < len(answer):
-        wrong.append(Divergence(*where, expected_length, (answer[expected_length], None), math.inf, noise))
-    elif expected_length > len(answer):
-        wrong.append(Divergence(*where, len(answer), (None, best[-1] if best else 0), math.inf, noise))
+    limit = next((i + 1 for i, token in enumerate(answer) if token in stops), limit)
+    if len(answer) != limit:
+        last = min(len(answer), limit)
+        tokens = (answer[last], None) if last < len(answer) else (None, best[-1] if best else 0)
+        wrong.append(Divergence(*where, last, tokens, math.inf, noise))
     return wrong
 
 

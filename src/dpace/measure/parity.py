@@ -97,12 +97,11 @@ def _replace_text(inputs: dict[str, Any], where: Tensor, target: Target, anchor:
     labels, is_unread = inputs["labels"].clone(), where.clone()
     is_unread[0, anchor] = True
     labels[..., 1:] = torch.randint(target.config.vocab_size, labels[..., 1:].shape, generator=generator)
-    new = {
+    return inputs | {
         "token_ids": torch.where(where, other_ids, token_ids),
         "features": torch.where(is_unread[..., None], noise, features),
         "labels": labels,
     }
-    return {**inputs, **new}
 
 
 def _relative_error(hidden: Tensor, expected: Tensor) -> float:

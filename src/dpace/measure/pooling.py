@@ -108,16 +108,13 @@ def _tokens_per_second(responses: Sequence[ResponseRecord]) -> float:
     return sum(r.decode_tokens for r in responses) / sum(r.decode_seconds for r in responses)
 
 
-def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
+def compare_drafters(rows: Sequence[Row]) -> Iterator[Comparison]:
     """Compare every drafter with the first on the same prompts: gain of tau, ratio of tokens a second."""
     first = {(row.set, row.temperature, row.width): row for row in reversed(rows)}
-    comparisons = []
     for row in rows:
         base = first[row.set, row.temperature, row.width]
-        if base is row:
-            continue
-        comparisons.append(
-            Comparison(
+        if base is not row:
+            yield Comparison(
                 set=row.set,
                 temperature=row.temperature,
                 width=row.width,
@@ -126,8 +123,6 @@ def compare_drafters(rows: Sequence[Row]) -> list[Comparison]:
                 tau_gain=nullable(tau_gain([row.acceptance], [base.acceptance])),
                 speed_ratio=_speedup_over(row.responses, base.responses),
             )
-        )
-    return comparisons
 
 
 def pair_responses(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, float, int], PairedResponse]]:

@@ -11,7 +11,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-import numpy as np
 from pydantic import Field
 
 from dpace.config import Width
@@ -187,10 +186,11 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, lis
 
 def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Acceptance:
     """Put the verifications of responses together, one histogram a prompt."""
-    prompts = group_by(responses, PROMPT).values()
-    histograms = [np.sum([response.histogram for response in turns], 0) for turns in prompts]
-    counts = [sum(response.num_without_bonus for response in turns) for turns in prompts]
-    return Acceptance(np.array(histograms), block_size, counts)
+    prompts = [
+        [Acceptance(response.histogram, block_size, response.num_without_bonus) for response in turns]
+        for turns in group_by(responses, PROMPT).values()
+    ]
+    return Acceptance.of_prompts(list(map(Acceptance.pooled, prompts)))
 
 
 Record = TypeVar("Record", ResponseRecord, GroupRecord)

@@ -72,9 +72,8 @@ def bench_servers(
     Raises:
         ValueError: a server that does not answer, refuses a request, or is of no known kind.
     """
-    vocab_size = len(chat.tokenizer)
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
-    sides = {side: connect(url, vocab_size) for side, url in urls.items()}
+    sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items()}
     setup = ServerSetup(
         target=chat.name,
         servers={

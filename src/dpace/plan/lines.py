@@ -129,16 +129,16 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     kept = kept_answers(recipe)
     waiting = [prompt for part in parts for prompt in part if prompt.id not in kept]
     lines = [prompts_line(parts)]
-    if recipe.respond.source == "own":
+    respond = recipe.respond
+    if respond.source == "own":
         return [*lines, f"answers: {len(kept):,} kept, {len(waiting):,} taken from the prompts"]
-    limit = recipe.respond.max_new_tokens
-    batch_size = recipe.respond.batch_size
+    limit = respond.max_new_tokens
     turns = sum(len(prompt.turns) for prompt in waiting)
-    servers = recipe.respond.server
+    servers = respond.server
     where = f" at each of {count(len(servers), 'server')}" if servers else ""
     lines.append(
         f"answers: {len(kept):,} kept, {count(turns, 'answer')} to write, up to {limit} tokens each; "
-        f"{batch_size} at once{where}"
+        f"{respond.batch_size} at once{where}"
     )
     if not servers:
         seconds = answering_seconds(recipe, find_speed(recipe), waiting, kept)

@@ -63,7 +63,7 @@ def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
     ids: set[str] = set()
     is_table = hub is not None or Path(path).suffix == ".parquet"  # whose rows nobody can change
     default_set = hub["path"].partition("/")[2] if hub else Path(path).stem
-    place, rows = _read_hub(hub) if hub else _read_file(Path(path))
+    place, rows = _read_rows(Path(path), hub)
     for number, row in rows:
         try:
             prompt = _parse(_take_filled(row) if is_table else row, str(number), default_set)
@@ -111,15 +111,15 @@ def parse_hub_id(path: str | Path) -> dict[str, Any] | None:
     return match.groupdict()
 
 
-def _read_hub(hub: dict[str, Any]) -> tuple[str, Rows]:
-    """Return the rows of a dataset on the Hub, and how a message names one, up to its number."""
-    split = hub["split"] or "train"
-    rows = load_from_hub(hub["path"], hub["config"], split, "name a file of prompts")
-    return f"{hub['path']} ({split}), row ", enumerate(rows, start=1)
+def _read_rows(path: Path, hub: dict[str, Any] | None) -> tuple[str, Rows]:
+    """Return the rows of a dataset on the Hub or of a file, and how a message names one, up to its number.
 
-
-def _read_file(path: Path) -> tuple[str, Rows]:
-    """Return the rows of a file by its ending, parquet, JSON, else JSONL; otherwise as `_read_hub`."""
+    The ending of a file tells what it is: parquet, JSON, else JSONL.
+    """
+    if hub:
+        split = hub["split"] or "train"
+        rows = load_from_hub(hub["path"], hub["config"], split, "name a file of prompts")
+        return f"{hub['path']} ({split}), row ", enumerate(rows, start=1)
     if path.suffix == ".parquet":
         return f"{path}, row ", enumerate(_parquet_rows(path), start=1)
     if path.suffix == ".json" and _is_list(path):
@@ -267,8 +267,11 @@ def _parse_message(message: Any, kind: str) -> dict[str, Any]:
         message = {**message, "content": ""}
     if not message.get("role") or "content" not in message:
         raise ValueError("a message has no `role` or no text in `content`")
-    own = {key: value for key, value in message.items() if key not in ("tool_calls", "tools")}
-    texts: dict[str, Any] = {key: _check_text(value, f"`{key}` of a message in `{kind}`") for key, value in own.items()}
+    texts: dict[str, Any] = {
+        key: _check_text(value, f"`{key}` of a message in `{kind}`")
+        for key, value in message.items()
+        if key not in ("tool_calls", "tools")
+    }
     texts["role"] = ROLES.get(texts["role"], texts["role"])
     if calls:
         texts["tool_calls"] = [_parse_call(call) for call in _check_list({"tool_calls": calls}, "tool_calls")]

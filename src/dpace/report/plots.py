@@ -37,6 +37,8 @@ VARIABLES = {
     **{color: f"--series-{i}" for i, color in enumerate(SERIES)},
     **{color: f"--moment-{i}" for i, color in enumerate(MOMENTS)},
 }
+Logs = Mapping[str, Sequence[Sequence[dict]]]
+"""Training logs by objective, one for each seed."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpace",
@@ -71,12 +73,8 @@ def acceptance_by_slot(rows: Sequence[Row] | Sequence[ComparedRow]) -> Section:
     return Section("Acceptance by slot", text, figures=draw_panels(by_set, draw, "reach rate"))
 
 
-def tau_curves(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:
-    """Draw tau of the validation responses against steps and against time, a line for each drafter.
-
-    Args:
-        groups: logs by objective, one for each seed.
-    """
+def tau_curves(groups: Logs) -> Section:
+    """Draw tau of the validation responses against steps and against time, a line for each drafter."""
 
     def draw(axis, is_time: bool) -> None:
         for number, (name, runs) in enumerate(groups.items()):
@@ -108,11 +106,8 @@ def _tau_curve(log: Sequence[dict]) -> np.ndarray:
     return np.array([(step, at, tau) for (step, tau), at in zip(evaluations, minutes, strict=True)])
 
 
-def slot_weights(groups: Mapping[str, Sequence[Sequence[dict]]]) -> Section:
+def slot_weights(groups: Logs) -> Section:
     """Draw each slot's share of the weight at a few moments of training, one panel an objective (its first seed).
-
-    Args:
-        groups: logs by objective, one for each seed.
 
     Source: the weight-dynamics figure of D-PACE (arXiv 2605.18810).
     """
@@ -174,9 +169,9 @@ def draw_panels(content: Mapping[str, Any], draw: Callable[[Any, Any], None], yl
             axis.grid(alpha=0.6)
             if axis.get_legend_handles_labels()[0]:
                 figure.legend(loc="outside lower center", ncols=2)
-        ends = [axis.get_ylim() for _, axis in made]
+        ends = np.array([axis.get_ylim() for _, axis in made])
         for _, axis in made:
-            axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+            axis.set_ylim(ends.min(), ends.max())
         return [svg(figure) for figure, _ in made]
 
 

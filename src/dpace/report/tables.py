@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -52,9 +53,7 @@ def slots_table(results: BenchResults) -> Table:
     """
     rows = results.whole_blocks
     last = max((row.block_size for row in rows), default=1) - 1
-    slots = list(range(1, last + 1))
-    if last > MAX_SLOTS:
-        slots = [1 + round(i * (last - 1) / (MAX_SLOTS - 1)) for i in range(MAX_SLOTS)]
+    slots = np.linspace(1, last, min(last, MAX_SLOTS)).round().astype(int).tolist()
 
     def write(slot: int, row: Row) -> str:  # a drafter's blocks may be shorter
         return f"{100 * row.reach_rate[slot - 1]:.0f}" if slot < row.block_size else ""

@@ -41,7 +41,7 @@ RETRYABLE = (408, 425, 429, 500, 502, 503, 504, 529)
 class Refused(ValueError):
     """The server answered, with an HTTP status that is no success."""
 
-    def __init__(self, message: str, status: int = 0):
+    def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
 

@@ -5,9 +5,7 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic.dataclasses import dataclass
-
-from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule
+from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, options
 from dpace.recipes.flags import command, given_options, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from dpace.target import Target
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class GenerateConfig(SamplingConfig):
     """Answer one prompt, or chat, with or without a drafter."""
 

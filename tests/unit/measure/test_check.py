@@ -24,7 +24,7 @@ from dpace.target.chat import encode_chat
 from tests.conftest import make_drafter, make_target, make_with_head
 from tests.support.files import make_prompts, write_prompts
 
-CONFIG = CheckConfig("target", "drafter", num_prompts=2, max_new_tokens=12)
+CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=2, max_new_tokens=12)
 LONG = replace(CONFIG, num_prompts=4, max_new_tokens=24)
 sizes = pytest.mark.parametrize("config", [CONFIG, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
 
