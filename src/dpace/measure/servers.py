@@ -4,11 +4,11 @@ In come their addresses and prompts. Both get the same token ids; out come rows 
 as each server reports these.
 """
 
-import itertools
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ def bench_servers(
                 )
                 records.add(done[job])
             bar.update(task, advance=len(job.ids), info=f"concurrency {job.concurrency}")
-    rows = make_rows([done[job] for job in jobs], prompts)
+    rows = make_rows([done[job] for job in jobs], by_id)
     measured = (
         ((sides[DRAFTER].engine, row.temperature, row.concurrency), response)
         for row in rows
@@ -131,8 +131,7 @@ class _Job(NamedTuple):
 
 def _make_jobs(prompts: Sequence[Prompt], config: BenchConfig) -> Iterator[_Job]:
     """Yield the groups of prompts for each concurrency, temperature and state of the cache."""
-    settings = itertools.product(config.concurrencies, config.temperatures, config.prefixes)
-    for concurrency, temperature, prefix in settings:
+    for concurrency, temperature, prefix in product(config.concurrencies, config.temperatures, config.prefixes):
         size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
         for name in dict.fromkeys(prompt.set for prompt in prompts):
             of_set = tuple(prompt.id for prompt in prompts if prompt.set == name)
@@ -218,21 +217,20 @@ def _ask_server(
     )
 
 
-def make_rows(records: Sequence[GroupRecord], prompts: Sequence[Prompt]) -> list[ServerRow]:
+def make_rows(records: Sequence[GroupRecord], prompts: Mapping[str, Prompt]) -> list[ServerRow]:
     """Pool groups of these prompts into one row for each set, temperature, concurrency and state of the cache."""
-    num_turns = {prompt.id: len(prompt.turns) for prompt in prompts}
     rows = group_by(records, attrgetter("temperature", "set", "concurrency", "prefix"))
-    return [_pool_groups(rows[key], num_turns) for key in sorted(rows)]
+    return [_pool_groups(rows[key], prompts) for key in sorted(rows)]
 
 
-def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) -> ServerRow:
+def _pool_groups(groups: Sequence[GroupRecord], prompts: Mapping[str, Prompt]) -> ServerRow:
     """Pool groups of one row.
 
     `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports
     none. Intervals resample prompts; that of tau resamples groups where counts of requests are not known.
     """
     first = groups[0]
-    responses = [response for group in groups for response in _pair_sides(group, num_turns)]
+    responses = [response for group in groups for response in _pair_sides(group, prompts)]
     ours = _sides(groups, DRAFTER)
     plain = _sides(groups, PLAIN)
     counts = _pool_counts(ours)
@@ -264,11 +262,11 @@ def _pool_groups(groups: Sequence[GroupRecord], num_turns: Mapping[str, int]) ->
     )
 
 
-def _pair_sides(group: GroupRecord, num_turns: Mapping[str, int]) -> Iterator[PairedResponse]:
+def _pair_sides(group: GroupRecord, prompts: Mapping[str, Prompt]) -> Iterator[PairedResponse]:
     """Yield the requests of a group, each with what all sides gave."""
     for turn, sides in enumerate(group.turns):
         ours = sides[DRAFTER]
-        for i, name in enumerate(name for name in group.ids if turn < num_turns[name]):
+        for i, name in enumerate(name for name in group.ids if turn < len(prompts[name].turns)):
             counts = ours.request_counts[i] if ours.request_counts else None
             plain = sides.get(PLAIN)
             yield PairedResponse(

@@ -254,8 +254,9 @@ def training_lines(plan: TrainingPlan, folders: Sequence[Path]) -> list[str]:
         tokens = int(known.number * known.mean_tokens)
         about = "" if known.is_known else "about "
         conversations = f"{count(known.number, 'conversation')} ({about}{tokens:,} tokens)"
-    is_stored = plan.features != "computed in every step"
-    features = plan.features + (f" ({size(plan.feature_bytes)})" if is_stored else "")
+    features: str = plan.features
+    if features != "computed in every step":
+        features += f" ({size(plan.feature_bytes)})"
     device = "GPU" if machine.is_cuda else "CPU"
     rate = f"{device}, {plan.target.speed.flops / 1e12:.3g} TFLOP/s{'' if machine.is_here else ', assumed'}"
     peak_bytes = plan.step.peak_bytes + machine.memory - plan.room  # with CUDA's context

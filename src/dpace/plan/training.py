@@ -88,8 +88,9 @@ def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:
     dtype = getattr(torch, recipe.dtype, torch.bfloat16 if is_cuda else torch.float32)  # the latter for auto
     if memory is None:
         device = find_device(recipe.device)
-        is_cpu = device.type == "cpu"
-        memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
+        memory = (
+            psutil.virtual_memory().available if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+        )
     return Machine(is_cuda, dtype, memory, has_gpu or not is_cuda, num_ranks())
 
 
@@ -144,8 +145,14 @@ def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, answer_tokens: N
     Returns:
         Both, "2 prompt".
     """
-    texts = [[message["content"] for turn in prompt.turns for message in turn] for prompt in prompts]
-    asked = [sum(len(text.encode()) / BYTES_PER_TOKEN + TOKENS_PER_MESSAGE for text in prompt) for prompt in texts]
+    asked = [
+        sum(
+            len(message["content"].encode()) / BYTES_PER_TOKEN + TOKENS_PER_MESSAGE
+            for turn in turns
+            for message in turn
+        )
+        for turns in (prompt.turns for prompt in prompts)
+    ]
     answers = np.array([len(prompt.turns) for prompt in prompts])
     tokens = np.minimum(np.array(asked) + answers * answer_tokens, recipe.train.max_length)
     return np.stack([tokens, np.minimum(answers * answer_tokens, tokens) - answers])

@@ -3,9 +3,9 @@
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpace.prompts.formats import Prompt, load_from_hub, read_prompts
 from dpace.system.ledger import read_jsonl
@@ -17,8 +17,7 @@ NOT_THERE = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 """How SPEED-Bench's rows begin whose text lies in another dataset."""
 
 
-@dataclass(frozen=True)
-class PublicSet:
+class PublicSet(NamedTuple):
     """A public dataset of prompts, as published tables use it."""
 
     path: str

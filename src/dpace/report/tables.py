@@ -74,14 +74,9 @@ def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str
     """Make one line for each check: result, name, found, expected and, where it is not right, what to do."""
     table = _text_table(title, "", "check", "found", "expected", "to do")
     for name, result, found, expected, fix in diagnoses:
-        cells = [
-            result.upper() if result == "fails" else result,
-            name,
-            found,
-            expected if result in ("fails", "warns") else "",
-            fix,
-        ]
-        table.add_row(*map(plain, cells), style=STYLES.get(result, ""))
+        shown = result.upper() if result == "fails" else result
+        expected = expected if result in ("fails", "warns") else ""
+        table.add_row(*map(plain, [shown, name, found, expected, fix]), style=STYLES.get(result, ""))
     return table
 
 

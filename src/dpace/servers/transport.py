@@ -178,11 +178,11 @@ class Address:
             silence: seconds between two bytes.
             body: is posted, where there is one.
         """
-        url, method = f"{self.url}{path}", "GET" if body is None else "POST"
+        url = f"{self.url}{path}"
         with _Watchdog(seconds) as watchdog:
             try:
                 options: Any = {"timeout": silence, "extensions": {"trace": watchdog.trace}}
-                request = self._client.build_request(method, url, json=body, **options)
+                request = self._client.build_request("POST" if body else "GET", url, json=body, **options)
                 with contextlib.closing(self._client.send(request, stream=True)) as response:
                     if not response.is_success:
                         self._refuse(url, response)
@@ -211,8 +211,10 @@ class Address:
         A redirect is a refusal too: another host would get the prompts.
         """
         if follow := response.next_request:
-            place = self.short(follow.url.copy_with(userinfo=b""))
-            raise ValueError(f"{url} leads to {place}, which is not followed; give that address if it is the server")
+            raise ValueError(
+                f"{url} leads to {self.short(follow.url.copy_with(userinfo=b''))}, which is not followed; give that "
+                "address if it is the server"
+            )
         text = b""
         with contextlib.suppress(httpx.HTTPError):
             text = next(response.iter_raw(), text)

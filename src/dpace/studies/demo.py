@@ -148,8 +148,8 @@ FINDINGS = {
 
 def decoding_summary(results: BenchResults) -> list[str]:
     """Write what decoding with the D-PACE drafter gave: the text, and the speed of each set."""
-    same, total = results.num_same_text, results.num_responses
-    lines = [f"lossless: {same} of {total} responses are the target's own text, token for token"]
+    same = f"{results.num_same_text} of {results.num_responses} responses"
+    lines = [f"lossless: {same} are the target's own text, token for token"]
     ways = {"full": "the D-PACE drafter alone", "auto": "`dpace generate`"}  # which drafts, and copies of the text
     for row in results.rows:
         if row.drafter == "dpace" and row.width in ways and row.temperature == 0:

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpace.config import Recipe
 from dpace.recipes.flags import DRY_RUN, PROMPT, command, parse
@@ -11,9 +10,6 @@ from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
 from dpace.verbs import announce, load_chat, load_target
-
-if TYPE_CHECKING:
-    from dpace.measure.results import BenchResults
 
 
 def run(args: list[str]) -> None:
@@ -24,6 +20,9 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import decoding_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
+    from dpace.report.cells import advice, has_parts
+    from dpace.report.page import contexts, tables_of
+    from dpace.report.tables import console, section_table, slots_table
     from dpace.target.locate import find_drafter
 
     if recipe.bench.sets:
@@ -55,7 +54,12 @@ def run(args: list[str]) -> None:
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     if not ranks.end():
         return
-    _print_results(results, recipe.output)
+    tables = [*map(section_table, tables_of(results)), slots_table(results)]
+    if has_parts([results]):
+        tables.append(section_table(contexts([results])))
+    console().print(*tables)
+    print_text(advice(results))
+    print_text(f"written: {recipe.output}/results.json")
     flags = {"target": recipe.target, "drafter": folders[0], "thinking": recipe.thinking, "prompt": PROMPT}
     print("next:", command("generate", **flags))
 
@@ -73,20 +77,6 @@ def drafter_names(folders: Sequence[str]) -> list[str]:
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
     return ["/".join(path.parts[-length:]) for path in paths]
-
-
-def _print_results(results: "BenchResults", output: str) -> None:
-    """Print the tables and the advice."""
-    from dpace.report.cells import advice, has_parts
-    from dpace.report.page import contexts, tables_of
-    from dpace.report.tables import console, section_table, slots_table
-
-    tables = [*map(section_table, tables_of(results)), slots_table(results)]
-    if has_parts([results]):
-        tables.append(section_table(contexts([results])))
-    console().print(*tables)
-    print_text(advice(results))
-    print_text(f"written: {output}/results.json")
 
 
 def _bench_servers(recipe: Recipe, prompts: list) -> None:
