@@ -9,7 +9,8 @@ question. All ways decode from one reading of each prompt, in rotating order. Pl
 of the others must be its own.
 
 With its defaults it takes about 40 minutes on two CPU cores with SmolLM2-135M, 10 of them to measure. The same command
-goes on where it was interrupted; `--drafters` takes two trained drafters instead, which must read the same layers of the target.
+goes on where it was interrupted; `--drafters` takes two trained drafters instead, which must read the same layers of
+the target.
 """
 
 import argparse

@@ -69,7 +69,8 @@ def heldout_acceptance(
             for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
                 for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
                     known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
-            spans = _spans(dataset.is_response(i))
+            edges = np.flatnonzero(np.diff(dataset.is_response(i).numpy(), prepend=False, append=False))
+            spans = [span for span in edges.reshape(-1, 2).tolist() if span[1] - span[0] > 1]  # two tokens or more
             walks = [[walk(known, span, drafter.block_size) for span in spans] for known in accepted_from]
             results[i] = [Acceptance.pooled(parts) for parts in walks]
         elif dataset.features is None:
@@ -188,9 +189,3 @@ def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) ->
         accepted_lengths.append(accepted)
         anchor += accepted + 1
     return Acceptance.from_lengths(accepted_lengths, block_size, without_bonus)
-
-
-def _spans(is_response: Bool[Tensor, " seq"]) -> list[list[int]]:
-    """Find the runs [start, end) of response tokens that are long enough to be drafted for."""
-    edges = np.flatnonzero(np.diff(is_response.numpy(), prepend=False, append=False))
-    return [[start, end] for start, end in edges.reshape(-1, 2).tolist() if end - start > 1]

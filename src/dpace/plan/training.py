@@ -288,7 +288,7 @@ def plan_training(
     matched_rows = MATCHED_ROWS
     if drafter.lilicorr is not None:  # its walk takes all rows, and reads each candidate of a slot
         matched_rows = drafter.block_size
-        read += (drafter.kind.num_candidates - 1) * sum(weight.numel() for weight in drafter.lilicorr.parameters())
+        read += (drafter.num_candidates - 1) * sum(weight.numel() for weight in drafter.lilicorr.parameters())
     block_flops = 2.0 * (drafter.block_size * read + matched_rows * target.head.weight.numel())
     mean_tokens = max(1, round(conversations.mean_tokens))
     mean_blocks = max(1, round(conversations.mean_blocks))

@@ -129,7 +129,7 @@ class Server(ABC):
     """What the server calls its model, where it says so."""
     version: str | None = None
 
-    def __init__(self, url: str, vocab_size: int):
+    def __init__(self, url: str, vocab_size: int = MAX_TOKENS):
         self.address = Address(url)
         self.url = self.address.url
         self.vocab_size = vocab_size
