@@ -17,6 +17,7 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
+    from dpace.measure.servers import bench_servers
     from dpace.plan.lines import decoding_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
@@ -34,8 +35,14 @@ def run(args: list[str]) -> None:
             raise ValueError("--bench.verify-rules is not for --bench.server, which has its own rule; leave one out")
         if DRY_RUN in args:
             print(f"prompts: {len(prompts):,}, sent to the server")
-        else:
-            _bench_servers(recipe, prompts)
+            return
+        chat = load_chat(recipe)
+        urls = recipe.bench.server, recipe.bench.plain_server
+        with lock_folder(recipe.output):
+            served = bench_servers(chat, *urls, prompts, recipe.bench, recipe.output)
+        console().print(*map(section_table, tables_of(served)))
+        print(f"written: {recipe.output}/servers.json")
+        print("next:", command("report", recipe.output))
         return
     if recipe.bench.plain_server or recipe.bench.prefixes != ("cold",):
         raise ValueError(
@@ -77,18 +84,3 @@ def drafter_names(folders: Sequence[str]) -> list[str]:
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
     return ["/".join(path.parts[-length:]) for path in paths]
-
-
-def _bench_servers(recipe: Recipe, prompts: list) -> None:
-    """Measure the running servers that the recipe names."""
-    from dpace.measure.servers import bench_servers
-    from dpace.report.page import tables_of
-    from dpace.report.tables import console, section_table
-
-    settings = recipe.bench
-    chat = load_chat(recipe)
-    with lock_folder(recipe.output):
-        results = bench_servers(chat, settings.server or "", settings.plain_server, prompts, settings, recipe.output)
-    console().print(*map(section_table, tables_of(results)))
-    print(f"written: {recipe.output}/servers.json")
-    print("next:", command("report", recipe.output))
