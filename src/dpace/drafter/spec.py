@@ -282,8 +282,8 @@ class DrafterSpec:
         refuse_variants(config)
         if quantized := _read_object(config, "quantization_config"):
             raise ValueError(
-                f"quantization_config has the method {quantized.get('quant_method')!r:.50}, and dpace reads drafters "
-                "in float32, bfloat16 or float16; write the weights so with the package that quantized them"
+                f"quantization_config has the method {quantized.get('quant_method')!r:.50}, and drafters run in "
+                "float32, bfloat16 or float16; `dpace import FOLDER --output PLAIN` writes the weights so"
             )
         convolutions = {name: nested.get(name) for name in CONVOLUTION_KEYS}
         is_second = "DFlash2" in str(config.get("architectures"))

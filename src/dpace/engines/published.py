@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import TARGET_TABLES
 from dpace.drafter.layout import SELECTOR_TENSORS
 from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.folder import read_files
+from dpace.engines.folder import mapping, read_files
 from dpace.engines.speculators import of_speculators
+from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
 from dpace.system.loading import translate_library_errors
 
@@ -22,7 +24,7 @@ OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
 
 
 def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
-    """Read a z-lab, SpecForge or speculators folder.
+    """Read a z-lab, SpecForge or speculators folder, also one whose weights are quantized as transformers reads it.
 
     Args:
         folder: with `config.json` and safetensors.
@@ -51,12 +53,32 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
     try:
         is_published = "speculators_model_type" not in files.config
         config = files.config if is_published else of_speculators(files.config, num_target_layers)
-        spec = DrafterSpec.from_config({**own_tables(files.tensors), **config})
+        spec = DrafterSpec.from_config({**own_tables(files.tensors), **config, "quantization_config": None})
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    quantized = mapping(files.config.get("quantization_config"))
+    tensors = _read_quantized(folder, spec, quantized) if quantized else files.tensors
     unused = TARGET_TABLES - spec.tensors.keys()
-    unused |= {name for name in files.tensors if name.endswith("rotary_emb.inv_freq")}
-    return spec, {name: tensor for name, tensor in files.tensors.items() if name not in unused}
+    unused |= {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    return spec, {name: tensor for name, tensor in tensors.items() if name not in unused}
+
+
+def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
+    """Let transformers turn quantized weights into plain ones, in fp32."""
+    config = spec.config()
+    config.quantization_config = quantized
+    method = quantized.get("quant_method")
+    what = f"the drafter {folder}, which is quantized ({method!r:.50})"
+    with translate_library_errors(what, "install what is missing, or take a drafter that is not quantized"):
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise ValueError("transformers does not know this method")
+        loaded: Any = DFlashDraftModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        model, info = loaded
+        if others := {*info["missing_keys"], *info["unexpected_keys"]} - TARGET_TABLES:
+            raise ValueError(f"it has not the tensors of a DFlash drafter: {sorted(others)[:3]}")
+    return model.state_dict()
 
 
 def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:

@@ -36,6 +36,7 @@ from dpace.train.run import make_datasets, train
 from tests.conftest import EOS, make_drafter, make_recipe, make_target, write_target_gguf
 from tests.support.files import make_prompts, read_json
 from tests.support.rows import make_bench, make_row
+from tests.unit.target.test_target_files import write_fp8
 
 TO_READ = ["zlab", "speculators", "gguf"]
 MAX_NEW_TOKENS = 40
@@ -239,7 +240,7 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         ({"dflash_config": {"causal": True}}, "causal is True in dflash_config and False at the top level"),
         ({"dflash_config": {"use_swa": True}}, "dflash_config.use_swa"),
         ({"attention_value_scale": 2.0}, "attention_value_scale"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config has the method 'gptq'"),
+        ({"quantization_config": {"quant_method": "none"}}, r"is quantized \('none'\): transformers does not"),
         ({"num_hidden_layers": 3}, "missing .*layers.2"),
         ({"intermediate_size": 32}, "shape"),
     ],
@@ -247,6 +248,27 @@ def test_scaled_rope_and_scales_survive(tmp_path):
 def test_what_is_not_known_is_not_taken_over(changes, reason, folder, tmp_path):
     with pytest.raises(ValueError, match=reason):
         read_drafter(edit(folder, tmp_path / "x", **changes))
+
+
+def test_quantized_weights_are_imported_as_plain_numbers(folder, language_folder, tmp_path, monkeypatch, capsys):
+    """As transformers reads them; a package that is missing is named."""
+    quantized = write_fp8((None, folder), tmp_path / "fp8")
+    assert main(["generate", *f"--target {language_folder} --drafter {quantized} --prompt w1".split()]) == 1
+    assert "method 'fp8'" in (error := capsys.readouterr().err) and "dpace import" in error
+    assert main(["import", str(quantized), "--output", str(tmp_path / "plain")]) == 0
+    before, found = (read_drafter(path).state_dict() for path in (folder, tmp_path / "plain"))
+    for name, weight in before.items():
+        error = (found[name] - weight).norm() / weight.norm()
+        assert 0 < error < 0.05 if "proj" in name else error == 0
+    capsys.readouterr()
+    monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
+    edit(folder, tmp_path / "awq", quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
+    assert main(["import", str(tmp_path / "awq"), "--output", str(tmp_path / "none")]) == 1
+    assert re.search(r"is quantized \('awq'\).*pip install gptqmodel", capsys.readouterr().err)
+    weights = load_file(quantized / "model.safetensors")
+    save_file(weights | {"other": weights["norm.weight"].clone()}, quantized / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"not the tensors of a DFlash drafter: \['other'\]"):
+        read_drafter(quantized)
 
 
 def test_a_trained_selector_is_refused(folders, tmp_path):
