@@ -16,6 +16,7 @@ from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, TENSOR_KEYS, WEIGHT_
 from dpace.doctor.examined import ExaminedFolder
 from dpace.engines.folder import read_files
 from dpace.measure.parity import check_views
+from dpace.metrics import tau_gain
 from dpace.respond.responses import Response, read_responses
 from dpace.system.loading import first_names
 from dpace.system.progress import printable, progress_bar
@@ -24,6 +25,8 @@ from dpace.target.chat import encode_chat
 
 MIN_TAU = 1.1
 """Lowest useful mean acceptance length, in tokens per verification; decoding without a drafter gives 1."""
+MIN_SHIFT_GAIN = 0.25
+"""Least relative gain of tau from which on drafts count as read from the wrong slots; chosen, not measured."""
 MAX_TAU_CHANGE = 0.01
 """Largest relative change of tau on the same responses in fp32, where only rounding differs."""
 EXACT_DTYPES = {"float32", "bfloat16"}
@@ -53,15 +56,17 @@ def accepts_drafts(folder: ExaminedFolder) -> Observation:
 def first_slot(folder: ExaminedFolder) -> Observation | None:
     """Compare tau with that of drafts read one slot before or behind, which has to be clearly higher to count.
 
-    Both are near 1 for a drafter that was hardly trained, and either may be the higher one. A head has no vector for
-    the slot that blocks would have more.
+    Both are near 1 for a drafter that was hardly trained, and either may be the higher one: its gain counts from
+    `MIN_SHIFT_GAIN` on, and where its interval is above 0. A head has no vector for the slot that blocks would have
+    more.
     """
     if folder.drafter.spec.head:
         return None
     acceptance, shifted = folder.acceptance, folder.shifted_acceptance
     if acceptance is None or shifted is None:
         return Observation(None, "no responses to measure on")
-    is_right = shifted.tau < max(MIN_TAU, 1.25 * acceptance.tau)
+    gain, low, _ = tau_gain([shifted], [acceptance])
+    is_right = shifted.tau < MIN_TAU or gain < MIN_SHIFT_GAIN or not low > 0  # of few responses, low is nan
     found = f"tau {acceptance.tau:.2f}, and {shifted.tau:.2f} when read with the other value"
     return Observation(is_right, found, f"{bool(1 - folder.drafter.first_slot)}, with the higher tau")
 

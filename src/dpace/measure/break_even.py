@@ -58,17 +58,17 @@ def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedRespo
     groups = group_by(in_order, lambda pair: (pair[0], context_of(pair[1].prompt_tokens)))
     for ((drafter, temperature, concurrency), _), pairs in groups.items():
         part = [response for _, response in pairs]
-        totals = prompt_totals(part, *PAIRED, "num_verifications")
-        break_even = nullable(decode_speedup(*totals[[2, 3, 4, 1]]))
+        ours, seconds, plain, plain_seconds, verifications = prompt_totals(part, *PAIRED, "num_verifications")
+        break_even = nullable(decode_speedup(plain, plain_seconds, verifications, seconds))
         if break_even[0] is not None:
             yield BreakEven(
                 prompt_tokens=part[len(part) // 2].prompt_tokens,
                 drafter=drafter,
                 temperature=temperature,
                 concurrency=concurrency,
-                tau=nullable(estimate(totals[::4, None, None])),
+                tau=nullable(estimate(np.array([[[ours]], [[verifications]]]))),
                 break_even=break_even,
-                speedup=nullable(decode_speedup(*totals[:4])),
+                speedup=nullable(decode_speedup(ours, seconds, plain, plain_seconds)),
             )
 
 
