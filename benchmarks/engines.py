@@ -277,7 +277,7 @@ def same(run: Run | None, expected: Run | None, stops: Sequence[int]) -> str:
 def table_of(rows: list[Row], stops: Sequence[int], title: str) -> Table:
     """Make a table with one row for each engine."""
     ours = rows[0][3]
-    names = "engine, version, text = its plain, text = ours, tau ours, tau, plain tok/s, tok/s, over plain".split(", ")
+    names = "engine, version|text =\nplain|text =\nours|tau|plain\ntok/s|tok/s|over\nplain".split("|")
     steps = {row[0]: row[3].steps for row in rows if row[3]}
     pair = [steps.get(f"{name}draft vocabulary") for name in ("vLLM, ", "dpace, width full, ")]
     if None not in pair:
@@ -286,10 +286,9 @@ def table_of(rows: list[Row], stops: Sequence[int], title: str) -> Table:
     for engine, version, plain, run in rows:
         plain_speed, speed = (f"{r.speed:.1f}" if r else "" for r in (plain, run))
         ratio = f"{run.speed / plain.speed:.2f}" if run and plain else ""
-        taus = (f"{ours.tau:.3f}" if ours and run else "", f"{run.tau:.3f}" if run else "")
-        table.add_row(
-            engine, version, same(run, plain, stops), same(run, ours, stops), *taus, plain_speed, speed, ratio
-        )
+        tau = f"{run.tau:.3f}" if run else ""
+        texts = (same(run, plain, stops), same(run, ours, stops))
+        table.add_row(f"{engine}, {version}", *texts, tau, plain_speed, speed, ratio)
     return table
 
 
