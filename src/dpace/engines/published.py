@@ -64,7 +64,16 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
 
 
 def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) -> dict[str, Tensor]:
-    """Let transformers turn quantized weights into plain ones, in fp32."""
+    """Let transformers turn quantized weights into plain ones.
+
+    Memory: all weights in fp32.
+
+    Returns:
+        Tensors by their published names.
+
+    Raises:
+        ValueError: a method or tensors that transformers does not know, or a package that is missing.
+    """
     config = spec.config()
     config.quantization_config = quantized
     method = quantized.get("quant_method")
@@ -77,7 +86,7 @@ def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) 
         )
         model, info = loaded
         if others := {*info["missing_keys"], *info["unexpected_keys"]} - TARGET_TABLES:
-            raise ValueError(f"it has not the tensors of a DFlash drafter: {sorted(others)[:3]}")
+            raise ValueError(f"these are not the tensors of a DFlash drafter: {sorted(others)[:3]}")
     return model.state_dict()
 
 
