@@ -15,6 +15,7 @@ from dpace.report.plots import SERIES, SOFT, drawing, standalone, svg
 from dpace.system.ledger import write_text
 
 BASELINE, OURS = ALWAYS = "dflash", "dpace"
+GROWING = "growing-blocks"
 APART = "apart"
 """A kind of text that is reported alone, so that no choice looks at it."""
 FILES = ("study.md", "study-tau.svg", "study-gain.svg")
@@ -75,9 +76,9 @@ class Study:
         of_runs = [{c.seed for c in self.folders if c[:3] == (name, block, steps)} for name, steps in runs]
         return sorted(set.intersection(*of_runs))
 
-    def in_all_budgets(self, block: int) -> list[str]:
-        """Name the objectives that were trained with every budget."""
-        return [name for name in self.objectives if all(self.seeds(block, (name, steps)) for steps in self.budgets)]
+    def with_budget(self, block: int, steps: int) -> list[str]:
+        """Name the objectives that were trained with a budget."""
+        return [name for name in self.objectives if self.seeds(block, (name, steps))]
 
     def acceptances(self, name: str, block: int, steps: int, seeds: Sequence[int], kind: str = "") -> list[Acceptance]:
         """Return an acceptance for each seed, with a row for each prompt of a kind; without one, of all but `APART`."""
@@ -110,17 +111,18 @@ class Study:
         """Return the gain of tau over the other one, had that trained for as long as this one's steps took.
 
         The other one's tau between two budgets is a line over the logarithm of the seconds; past the first and the last
-        budget, the nearest line is drawn on.
+        budget, the nearest line is drawn on. Its budgets are those that it has with all seeds of the comparison.
         """
-        seeds = self.seeds(block, (name, steps), *((over, budget) for budget in self.budgets))
-        if not seeds or len(self.budgets) < 2 or name == over:
+        seeds = self.seeds(block, (name, steps), (over, steps))
+        budgets = [budget for budget in self.budgets if {*seeds} <= {*self.seeds(block, (over, budget))}]
+        if not seeds or len(budgets) < 2 or name == over:
             return None
         cost = self.step_cost(name, over, block)
         assert cost is not None  # they share seeds
-        known, wanted = np.log(self.budgets), np.log(steps * cost)  # in steps of the other one
+        known, wanted = np.log(budgets), np.log(steps * cost)  # in steps of the other one
         place = int(np.clip(np.searchsorted(known, wanted), 1, len(known) - 1))
         share = (wanted - known[place - 1]) / (known[place] - known[place - 1])
-        sides = [self.acceptances(over, block, budget, seeds) for budget in self.budgets]
+        sides = [self.acceptances(over, block, budget, seeds) for budget in budgets]
 
         def gain(taus):
             return taus[-1] / (taus[place - 1] + share * (taus[place] - taus[place - 1])) - 1
@@ -179,10 +181,10 @@ def screening(study: Study, steps: int) -> str:
 
 
 def budgets(study: Study, block: int) -> str:
-    """Write a row for each budget and each objective that was trained with all of them."""
+    """Write a row for each budget and each objective that was trained with it."""
     rows = []
     for steps in study.budgets:
-        for name in study.in_all_budgets(block):
+        for name in study.with_budget(block, steps):
             tau, by_seed = study.tau(name, block, steps), study.gains_by_seed(name, BASELINE, block, steps)
             rows.append(
                 [
@@ -200,16 +202,23 @@ def budgets(study: Study, block: int) -> str:
     return table(["steps", "objective", "tau", *over, "equal seconds, %"], rows)
 
 
+def headless(name: str) -> str | None:
+    """Name the same drafter without its head; None where it has none."""
+    body, head, _ = name.partition("-head")
+    return (GROWING if f"{body}-blocks" == GROWING else body) if head else None
+
+
 def kinds(study: Study, block: int) -> str:
-    """Write the gains over both, by kind of text, with the largest budget."""
-    steps, names = study.budgets[-1], study.in_all_budgets(block)
-    rows = [
-        [name, f"over {over}", *(percent(study.gain(name, over, block, steps, f"{kind}/")) for kind in study.kinds)]
-        for over in (BASELINE, OURS)
-        for name in names
-        if name not in (over, BASELINE)
-    ]
-    return table(["objective", "gain, %", *study.kinds], rows)
+    """Write the gains over both and over the same drafter without a head, by kind of text, with every budget."""
+    rows = []
+    for steps in study.budgets:
+        names = study.with_budget(block, steps)
+        for name in names:
+            for over in dict.fromkeys([BASELINE, OURS, headless(name)]):
+                if over in names and over != name and name != BASELINE:
+                    gains = [study.gain(name, over, block, steps, kind and f"{kind}/") for kind in ("", *study.kinds)]
+                    rows.append([str(steps), name, f"over {over}", *map(percent, gains)])
+    return table(["steps", "objective", "gain, %", "all", *study.kinds], rows)
 
 
 def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: str) -> str:
@@ -218,10 +227,11 @@ def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: s
         num, shape = len(study.blocks), {"sharey": True, "squeeze": False, "layout": "constrained"}
         figure, axes = plt.subplots(1, num, figsize=(4.2 * num, 3.9), **shape)
         for axis, block in zip(axes[0], study.blocks, strict=True):
-            names = study.in_all_budgets(block) or study.objectives
+            names = study.objectives
             every = {name: [(steps, value(name, block, steps)) for steps in study.budgets] for name in names}
             known = {name: [(s, v) for s, v in points if v] for name, points in every.items()}
-            names = [name for name in names if known[name]]
+            curves = [name for name in names if len(known[name]) > 1]
+            names = curves or [name for name in names if known[name]]
             for place, name in enumerate(names):
                 points = known[name]
                 shift = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not cover each other
@@ -245,7 +255,7 @@ def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: s
 
 def commands(study: Study) -> str:
     """Write the commands that made the study."""
-    named = {name: None for block in study.blocks for name in study.in_all_budgets(block) if name not in ALWAYS}
+    named = [name for name in study.objectives if name not in ALWAYS]
     final = f"--stage final{' --objectives ' if named else ''}{' '.join(named)}"
     lines = [f"{SCRIPT} --data FOLDER --stage screen", f"{SCRIPT} --data FOLDER {final}", f"{SCRIPT} --stage report"]
     return "\n".join(["```", *lines, "```\n"])
@@ -282,9 +292,8 @@ def write_report(output: Path, order: Sequence[str]) -> Path:
     parts = [commands(study), about(study)]
     parts += [f"All objectives that were trained with {middle} steps, of common seeds:\n", screening(study, middle)]
     for block in study.blocks:
-        if len(study.budgets) > 1 and len(study.in_all_budgets(block)) > 1:
-            parts += [f"Blocks of {block}, every budget:\n", budgets(study, block)]
-            parts += [f"Blocks of {block}, {study.budgets[-1]} steps, by kind:\n", kinds(study, block)]
+        parts += [f"Blocks of {block}, every budget:\n", budgets(study, block)]
+        parts += [f"Blocks of {block}, by kind:\n", kinds(study, block)]
     figures = {
         FILES[1]: draw(study, study.tau, "tau"),
         FILES[2]: draw(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -77,6 +78,36 @@ def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
     assert timed.step_cost("spec-auf", "dpace", 16) == 1.2
 
 
+def test_equal_seconds_take_the_budgets_that_the_seeds_share(study, output):
+    """One seed with a long budget does not narrow the comparison of a short one to that seed."""
+    long = output / "cells/dpace/block-16/steps-400/seed-0"
+    shutil.copytree(long, output / "cells/dpace/block-16/steps-1600/seed-0")
+    found = importlib.import_module("study_report").Study(output, list(study.CANDIDATES))
+    gain = found.gain_in_equal_seconds("spec-auf", "dpace", 16, 400)
+    assert gain == pytest.approx([-1 / 9] * 3)
+
+
+def test_each_head_is_compared_with_the_drafter_without_it(study):
+    headless = importlib.import_module("study_report").headless
+    assert headless("dpace") is None
+    for name, candidate in study.CANDIDATES.items():
+        if (other := headless(name)) is not None:
+            without = {n: v for n, v in candidate.changes.items() if n not in ("drafter.head", "loss.head_weights")}
+            assert study.CANDIDATES[other].changes == without
+            assert study.CANDIDATES[other].objective == candidate.objective
+
+
+def test_products_in_bf16_are_those_of_training_only(study, tmp_path):
+    trials = importlib.import_module("study_trials")
+    with trials.products_in("bf16"):
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
+    (tmp_path / "study.json").write_text('{"scale": 1.0}')
+    study.refuse_other_study(study.make_plan(tmp_path, None, 1.0))
+    with pytest.raises(SystemExit, match="holds a study with --products fp32, not bf16; name another --output"):
+        study.refuse_other_study(study.make_plan(tmp_path, None, 1.0, "bf16"))
+
+
 def test_the_kind_that_is_kept_apart_counts_in_no_other_number(study, output):
     reporting = importlib.import_module("study_report")
     before = reporting.Study(output, list(study.CANDIDATES)).tau("dpace", 16, 100)
@@ -94,7 +125,7 @@ def test_the_kind_that_is_kept_apart_counts_in_no_other_number(study, output):
 
 def test_the_report_has_every_objective_and_both_figures(study, output):
     text = importlib.import_module("study_report").write_report(output, list(study.CANDIDATES)).read_text()
-    assert "--stage final --objectives spec-auf" in text and text.count("| spec-auf |") == 6
+    assert "--stage final --objectives spec-auf" in text and text.count("| spec-auf |") == 10
     for name in ("tau", "gain"):
         assert f"](study-{name}.svg)" in text
         assert "spec-auf" in (output / "report" / f"study-{name}.svg").read_text()
