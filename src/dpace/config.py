@@ -133,7 +133,7 @@ class DrafterConfig:
     head: DraftHeadName = None
     """lilicorr: a small head that chooses tokens which follow one another, among the best of each slot.
     By default each slot takes its own best token, as in DFlash."""
-    head_candidates: Literal[2, 4, 8, 16] = 8
+    head_candidates: Annotated[int, integer(2, 1024)] = 8
     """Best tokens of each slot that the head chooses from (LiLiCorr: 8)."""
     head_width: Annotated[int, integer(8, 2**16)] | None = None
     """Width of the head, and length of the vectors whose products are its scores.

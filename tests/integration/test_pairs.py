@@ -69,7 +69,8 @@ PAIRS = {
         "vllm/README.md",
     ),
     "a head, windows, growing blocks, export, doctor": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --drafter.sliding-window 9 --train.grow-blocks; "
+        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 6 --drafter.sliding-window 9 "
+        "--train.grow-blocks; "
         "generate --target {target} --drafter {out}/drafter --prompt w1 --stream --max-new-tokens 8; "
         "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "
         "doctor {out}/vllm --target {target} --engine vllm",
@@ -151,11 +152,12 @@ OF_HEADS = {
     "loss.head-penalty": 0.5,
 }
 PAIRS |= {
-    f"{name}, no head": Pair(
-        f"train {RECIPE} --{name} {value}",
+    f"{verb}, {name}, no head": Pair(
+        f"{verb} {RECIPE} --{name} {value}",
         refused=f"--{name} is {value}, and the drafter has no head; add --drafter.head",
     )
     for name, value in OF_HEADS.items()
+    for verb in ("plan", "train")
 }
 
 

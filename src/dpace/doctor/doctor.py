@@ -19,7 +19,7 @@ from dpace.measure.parity import check_views
 from dpace.metrics import tau_gain
 from dpace.respond.responses import Response, read_responses
 from dpace.system.loading import first_names
-from dpace.system.progress import printable, progress_bar
+from dpace.system.progress import one_line, printable, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
@@ -237,5 +237,5 @@ def _run_check(check: Check, folder: ExaminedFolder) -> list[Diagnosis]:
 
 def _short(value: object) -> str:
     """Return a value as one line of the table; a config may hold any text."""
-    text = printable(" ".join(str(value).split()))
+    text = one_line(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dpace.system import ranks
 from dpace.system.ledger import read_object
+from dpace.system.progress import one_line
 
 LIBRARY_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 """What transformers raises for a config with values of the wrong kind."""
@@ -44,7 +45,7 @@ def translate_library_errors(what: str, fix: str) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(f"the weights of {what} are damaged ({error}); {fix}") from error
     except (*LIBRARY_ERRORS, StrictDataclassError, ImportError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ValueError(f"cannot load {what}: {reason[:300]}; {fix}") from error
 
 

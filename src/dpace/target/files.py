@@ -35,6 +35,7 @@ from dpace.system.loading import (
     refuse_mismatch,
     translate_library_errors,
 )
+from dpace.system.progress import one_line
 from dpace.target.locate import find_target
 from dpace.target.probe import find_layers
 
@@ -136,7 +137,7 @@ def find_target_files(name: str) -> TargetFiles:
         base = find_target(base)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (*LIBRARY_ERRORS, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ValueError(
             f"{what} of {base}, which cannot be read ({reason}); download that model, or merge the adapter where it is "
             "(peft's merge_and_unload), and name the merged model"

@@ -21,7 +21,7 @@ from torch import Tensor
 from dpace.config import Recipe
 from dpace.loss import HeadOutput
 from dpace.system import ranks
-from dpace.system.progress import progress_bar
+from dpace.system.progress import one_line, progress_bar
 from dpace.train.checkpoints import TrainingState
 from dpace.train.identity import flat_settings
 
@@ -183,7 +183,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         try:
             work()
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)[:300] or type(error).__name__
             print(f"the tracker {name} failed ({reason}); the training goes on without it", file=sys.stderr)
             trackers.pop(name, None)
 
