@@ -209,10 +209,10 @@ def decode_speedup(
 
     Returns:
         The speedup and the ends of its 95 % interval, which are nan for fewer than `MIN_PROMPTS`; all are nan where a
-        side decoded nothing.
+        side decoded nothing, as with a server that sends whole answers at once.
     """
     totals = np.array([[[tokens], [plain_tokens]], [[seconds], [plain_seconds]]], float)
-    return estimate(totals, lambda rates: rates[0] / rates[1])
+    return estimate(totals, lambda rates: np.where(rates[0] > 0, rates[0], np.nan) / rates[1])
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:

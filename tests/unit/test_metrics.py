@@ -66,7 +66,8 @@ def test_decode_speedup_is_a_ratio_of_totals():
     few = MIN_PROMPTS - 1
     value, *ends = decode_speedup([10] * few, [1.0] * few, [10] * few, [2.0] * few)
     assert value == 2.0 and np.isnan(ends).all()
-    assert np.isnan(decode_speedup([0] * 8, [1e-7] * 8, [0] * 8, [1e-7] * 8)).all()
+    for ours, plain in ((0, 0), (0, 10), (10, 0)):
+        assert np.isnan(decode_speedup([ours] * 8, [1e-7] * 8, [plain] * 8, [1e-7] * 8)).all()
 
 
 def test_tau_gain_is_paired():
