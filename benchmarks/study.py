@@ -98,6 +98,7 @@ CANDIDATES = {
     "dpace-head-objective": Candidate("dpace", HEAD | {"loss.head_weights": "objective"}),
     "dpace-head-walk": Candidate("dpace", HEAD | {"loss.head_weights": "walk"}),
     "growing-head": Candidate("dpace", HEAD | GROWING),
+    "growing-head-4": Candidate("dpace", HEAD | GROWING | {"drafter.head_candidates": 4}),
     "growing-head-objective": Candidate("dpace", HEAD | GROWING | {"loss.head_weights": "objective"}),
     "growing-head-walk": Candidate("dpace", HEAD | GROWING | {"loss.head_weights": "walk"}),
     "dpace+kl-soft": Candidate("dpace+kl", trial=partial(distillation_temperature, 2.0)),
