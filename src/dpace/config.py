@@ -133,8 +133,8 @@ class DrafterConfig:
     head: DraftHeadName = None
     """lilicorr: a small head that chooses tokens which follow one another, among the best of each slot.
     By default each slot takes its own best token, as in DFlash."""
-    head_candidates: Annotated[int, integer(2, 1024)] = 8
-    """Best tokens of each slot that the head chooses from (LiLiCorr: 8)."""
+    head_candidates: Literal[2, 4, 8, 16] = 8
+    """Best tokens of each slot that the head chooses from (LiLiCorr: 8); engines take no other numbers."""
     head_width: Annotated[int, integer(8, 2**16)] | None = None
     """Width of the head, and length of the vectors whose products are its scores.
     By default a quarter of the target's, as published, and a sixth where that is narrower than 1024."""

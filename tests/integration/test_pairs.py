@@ -69,7 +69,7 @@ PAIRS = {
         "vllm/README.md",
     ),
     "a head, windows, growing blocks, export, doctor": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 6 --drafter.sliding-window 9 "
+        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4 --drafter.sliding-window 9 "
         "--train.grow-blocks; "
         "generate --target {target} --drafter {out}/drafter --prompt w1 --stream --max-new-tokens 8; "
         "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.engines.export import count_layers, read_drafter
@@ -25,7 +27,8 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         The recipe and the drafter, in the precision of its files; the recipe as it is and None without `drafter.init`.
 
     Raises:
-        ValueError: an option that contradicts the drafter; or see `find_drafter` and `read_drafter`.
+        ValueError: an option that contradicts the drafter; a drafter of a size that no recipe has; or see
+            `find_drafter` and `read_drafter`.
     """
     name = recipe.drafter.init
     if name is None:
@@ -49,4 +52,11 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
             raise ValueError(
                 f"{flag} is {asked}, but {name} has {value}; leave {flag} out, or train without --drafter.init"
             )
-    return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init
+    try:
+        return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ValueError(
+            f"{name} has {wrong['loc'][0]} {wrong['input']!r:.50}, and no training takes that ({wrong['msg']}); train "
+            "without --drafter.init"
+        ) from error

@@ -17,7 +17,7 @@ from dpace.recipes.flags import given_options
 from dpace.system.loading import fingerprint
 from dpace.train.identity import read_run
 from dpace.train.run import make_datasets, train
-from tests.conftest import make_drafter, make_recipe, make_target
+from tests.conftest import make_drafter, make_recipe, make_target, make_with_head
 from tests.support.files import read_json
 
 FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
@@ -82,6 +82,12 @@ def test_an_option_that_contradicts_is_refused_with_both_values(
     with pytest.raises(ValueError, match=rf"--drafter.{flag} is \(?{value}\D*, but .* has {own}"):
         start_from(recipe, given_options(Recipe, "train", args))
     start_from(recipe, given=())
+
+
+def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(language_target, language_folder, tmp_path):
+    make_with_head(language_target, head_candidates=6).save_pretrained(tmp_path / "six")
+    with pytest.raises(ValueError, match=r"six has head_candidates 6.*train without --drafter.init$"):
+        start_from(recipe_from(tmp_path / "six", language_folder), given=())
 
 
 def test_recipes_and_flags_name_what_they_set(tmp_path):
