@@ -196,6 +196,19 @@ class LiLiCorrAttention(nn.MultiheadAttention):
         )
 
 
+class LiLiCorrMLP(nn.Module):
+    """Two linear layers with silu between them."""
+
+    def __init__(self, width: int, inner: int, outer: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, outer)
+
+    def forward(self, rows):
+        """Compute "... outer" from "... width"."""
+        return self.down_proj(nn.functional.silu(self.up_proj(rows)))
+
+
 class LiLiCorrLayer(GradientCheckpointingLayer):
     """A pre-norm layer over the candidates of a block."""
 
@@ -204,7 +217,7 @@ class LiLiCorrLayer(GradientCheckpointingLayer):
         self.attn_norm = Qwen3RMSNorm(width, eps=eps)
         self.attn = LiLiCorrAttention(width, num_heads)
         self.mlp_norm = Qwen3RMSNorm(width, eps=eps)
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width))
+        self.mlp = LiLiCorrMLP(width, inner, width)
 
     def forward(self, rows, bias):
         """Add attention and feed-forward to `rows`."""
@@ -216,7 +229,7 @@ class LiLiCorr(nn.Module):
     """A head that scores how well each candidate of a slot follows each candidate of the slot before.
 
     All candidates of a block see one another, in two layers. Each gets a vector for the pair that it begins and one for
-    the pair that it ends, and a pair's score is their product. Names of the parts are those of published checkpoints.
+    the pair that it ends, and a pair's score is their product. Names of the parts are those that engines read.
     Slots and ranks count nothing at first. The factors' weights must not be 0: they would stay so.
 
     Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
@@ -236,8 +249,8 @@ class LiLiCorr(nn.Module):
         self.token_proj = nn.Identity() if width == outer else nn.Linear(outer, width)
         self.pass_hidden_proj = nn.Linear(outer, width)
         self.context_proj = nn.Linear(outer, width)
-        norm = nn.LayerNorm(5, eps=1e-5)
-        self.feature_mlp = nn.Sequential(norm, nn.Linear(5, width), nn.SiLU(), nn.Linear(width, width))
+        self.feature_norm = nn.LayerNorm(5, eps=1e-5)
+        self.feature_mlp = LiLiCorrMLP(5, width, width)
         self.slot_embedding = nn.Parameter(torch.zeros(1, 1, block_size - 1, 1, width))
         self.rank_embedding = nn.Parameter(torch.zeros(1, 1, 1, self.num_candidates, width))
         self.relative_slot_bias = nn.Parameter(torch.zeros(num_heads, 2 * block_size - 1))
@@ -270,7 +283,8 @@ class LiLiCorr(nn.Module):
         ranks = torch.arange(k, device=log_probs.device).expand_as(log_probs)
         behind = log_probs - log_probs.amax(-1, keepdim=True)
         parts = [log_probs, log_probs.exp(), behind, ranks / max(1, k - 1), (ranks == 0).float()]
-        rows = self.feature_mlp(torch.stack(parts, dim=-1).to(dtype)) + self.token_proj(embeds.to(dtype))
+        rows = self.feature_mlp(self.feature_norm(torch.stack(parts, dim=-1).to(dtype)))
+        rows = rows + self.token_proj(embeds.to(dtype))
         rows = rows + self.pass_hidden_proj(hidden.to(dtype))[:, :, None]
         rows = (rows + self.slot_embedding[0, :, :num_slots] + self.rank_embedding[0]).flatten(1, 2)
         slots = torch.arange(num_slots, device=log_probs.device)

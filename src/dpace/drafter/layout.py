@@ -53,11 +53,11 @@ LILICORR = "lilicorr."
 """Beginning of the names of the head's tensors and, with `_` for the point, of its config keys."""
 HEAD_LINEARS = {
     "correlator hidden": "token_proj pass_hidden_proj context_proj",
-    "five": "feature_mlp.0",
-    "correlator five": "feature_mlp.1",
-    "correlator correlator": "feature_mlp.3 layers.N.attn.out_proj",
-    "wide correlator": "layers.N.mlp.0",
-    "correlator wide": "layers.N.mlp.2",
+    "five": "feature_norm",
+    "correlator five": "feature_mlp.up_proj",
+    "correlator correlator": "feature_mlp.down_proj layers.N.attn.out_proj",
+    "wide correlator": "layers.N.mlp.up_proj",
+    "correlator wide": "layers.N.mlp.down_proj",
     "correlator joined": "factor_input_proj",
     "factor correlator": "out_head in_head anchor_out_head",
 }
@@ -72,14 +72,14 @@ HEAD_VECTORS = {
     "joined": "layers.N.attn.in_proj_bias",
 }
 """Its other tensors, by their axes."""
-NEWER_NAMES = {
-    "feature_norm": "feature_mlp.0",
-    "feature_mlp.up_proj": "feature_mlp.1",
-    "feature_mlp.down_proj": "feature_mlp.3",
-    "mlp.up_proj": "mlp.0",
-    "mlp.down_proj": "mlp.2",
+OLDER_NAMES = {
+    "feature_mlp.0": "feature_norm",
+    "feature_mlp.1": "feature_mlp.up_proj",
+    "feature_mlp.3": "feature_mlp.down_proj",
+    "mlp.0": "mlp.up_proj",
+    "mlp.2": "mlp.down_proj",
 }
-"""Names of parts of the head in newer checkpoints, and the older ones, which every engine but mlx2 reads."""
+"""Names of parts of the head in older checkpoints, and the newer ones, without which vLLM 0.32 refuses a head."""
 
 
 Positive = Annotated[int, Strict(), Field(ge=1, le=2**20)]
@@ -174,9 +174,9 @@ def count_head_layers(names: Iterable[str]) -> int:
 
 
 def published_name(name: str) -> str:
-    """Return the older name of a tensor of the head, which this project writes; other names stay as they are."""
+    """Return the newer name of a tensor of the head, which this project writes; other names stay as they are."""
     if not name.startswith(LILICORR):
         return name
-    for newer, older in NEWER_NAMES.items():
-        name = name.replace(f".{newer}.", f".{older}.")
+    for older, newer in OLDER_NAMES.items():
+        name = name.replace(f".{older}.", f".{newer}.")
     return name

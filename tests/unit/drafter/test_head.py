@@ -9,7 +9,6 @@ import torch
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode import generate, generate_batch, steps
 from dpace.drafter.lattice import Lattice, propose, take_walk, walk_losses
-from dpace.drafter.layout import NEWER_NAMES
 from dpace.measure.heldout import score_conversation
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
@@ -17,7 +16,6 @@ from tests.conftest import make_drafter, make_target, make_with_head
 
 SIZES = {"candidate_topk": 3, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2.0, "factor_dim": 8}
 SIZES |= {"vector_eps": 1e-4, "logit_scale": 8.0}
-NEWER = {older: newer for newer, older in NEWER_NAMES.items()}
 
 
 def make_head(hidden_size=32, block_size=4, **changes):
@@ -26,18 +24,12 @@ def make_head(hidden_size=32, block_size=4, **changes):
     return LiLiCorr(config).requires_grad_(False)
 
 
-def newer_name(name):
-    for older, newer in NEWER.items():
-        name = name.replace(f"{older}.", f"{newer}.")
-    return name
-
-
 @pytest.fixture
 def vector():
     """The frozen inputs of the published test, and a head whose weights follow from the names."""
     head = make_head()
     for name, parameter in head.named_parameters():
-        n, c = torch.arange(parameter.numel(), dtype=torch.float32), sum(newer_name(name).encode())
+        n, c = torch.arange(parameter.numel(), dtype=torch.float32), sum(name.encode())
         parameter.copy_((0.2 * torch.sin(0.17 * n + 0.013 * c)).view(parameter.shape))
     embedding = torch.linspace(-1.2, 1.3, 512).view(16, 32)
     candidates = torch.tensor([[2, 5, 9], [6, 3, 1], [4, 7, 8]])
@@ -73,8 +65,8 @@ def reference(head, embeds, log_probs, hidden, anchor):
                 [value, value.exp(), value - best, torch.tensor(j / (k - 1)), torch.tensor(float(j == 0))]
             )
             five = (five - five.mean()) / torch.sqrt(five.var(unbiased=False) + 1e-5)
-            five = w["feature_mlp.0.weight"] * five + w["feature_mlp.0.bias"]
-            five = linear(silu(linear(five, "feature_mlp.1")), "feature_mlp.3")
+            five = w["feature_norm.weight"] * five + w["feature_norm.bias"]
+            five = linear(silu(linear(five, "feature_mlp.up_proj")), "feature_mlp.down_proj")
             token = linear(embeds[s, j], "token_proj") if "token_proj.weight" in w else embeds[s, j]
             row = five + token + linear(hidden[s], "pass_hidden_proj")
             rows.append(row + w["slot_embedding"][0, 0, s, 0] + w["rank_embedding"][0, 0, 0, j])
@@ -94,8 +86,9 @@ def reference(head, embeds, log_probs, hidden, anchor):
                 shares = torch.stack(scores).softmax(0)
                 heads.append(sum(share * projected[b][2, h] for b, share in enumerate(shares)))
             rows[a] = rows[a] + linear(torch.cat(heads), f"layers.{n}.attn.out_proj")
+        mlp = f"layers.{n}.mlp"
         rows = [
-            row + linear(silu(linear(rms(row, f"layers.{n}.mlp_norm"), f"layers.{n}.mlp.0")), f"layers.{n}.mlp.2")
+            row + linear(silu(linear(rms(row, f"layers.{n}.mlp_norm"), f"{mlp}.up_proj")), f"{mlp}.down_proj")
             for row in rows
         ]
     a = rms(linear(anchor, "context_proj"), "anchor_norm")

@@ -10,7 +10,7 @@ from transformers import AutoModel
 from dpace.cli import main
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter
-from dpace.drafter.layout import NEWER_NAMES
+from dpace.drafter.layout import OLDER_NAMES
 from dpace.engines.export import read_drafter
 from tests.conftest import make_drafter, make_with_head
 from tests.support.files import read_json, write_rows
@@ -29,9 +29,9 @@ KEYS = {
     "lilicorr_logit_scale": 8.0,
 }
 """What vLLM, SGLang and TensorRT-LLM read from `dflash_config`, beside the usual keys."""
-LINEARS = ["token_proj", "pass_hidden_proj", "context_proj", "feature_mlp.1", "feature_mlp.3", "factor_input_proj"]
-LINEARS += ["out_head", "in_head", "anchor_out_head", "feature_mlp.0"]
-LINEARS += [f"layers.{i}.{name}" for i in (0, 1) for name in ("attn.out_proj", "mlp.0", "mlp.2")]
+LINEARS = ["token_proj", "pass_hidden_proj", "context_proj", "feature_mlp.up_proj", "feature_mlp.down_proj"]
+LINEARS += ["factor_input_proj", "out_head", "in_head", "anchor_out_head", "feature_norm"]
+LINEARS += [f"layers.{i}.{name}" for i in (0, 1) for name in ("attn.out_proj", "mlp.up_proj", "mlp.down_proj")]
 VECTORS = ["slot_embedding", "rank_embedding", "relative_slot_bias", "same_slot_bias"]
 VECTORS += ["output_norm.weight", "anchor_norm.weight"]
 VECTORS += [
@@ -78,15 +78,15 @@ def test_the_layout_is_that_of_the_engines_and_reads_back(made, language_folder,
         torch.testing.assert_close(found, expected)
 
 
-def test_newer_names_are_read(made, language_folder, tmp_path):
+def test_older_names_are_read(made, language_folder, tmp_path):
     folder, drafter = made
     files = load_file(folder / "model.safetensors")
-    for newer, older in NEWER_NAMES.items():
+    for older, newer in OLDER_NAMES.items():
         files = {
-            name.replace(f".{older}.", f".{newer}.") if name.startswith("lilicorr.") else name: tensor
+            name.replace(f".{newer}.", f".{older}.") if name.startswith("lilicorr.") else name: tensor
             for name, tensor in files.items()
         }
-    assert "lilicorr.layers.1.mlp.up_proj.bias" in files and "lilicorr.feature_norm.weight" in files
+    assert "lilicorr.layers.1.mlp.0.bias" in files and "lilicorr.feature_mlp.0.weight" in files
     save_file(files, folder / "model.safetensors", {"format": "pt"})
     flags = ["import", str(folder), "--output", str(tmp_path / "again"), "--target", str(language_folder)]
     assert main(flags) == 0
