@@ -89,6 +89,7 @@ CANDIDATES = {
     "dflash+mix": Candidate("dflash+mix"),
     "16-anchors": Candidate("dpace", {"train.num_anchors": 16}),
     "growing-blocks": Candidate("dpace", {"train.grow_blocks": True}),
+    "growing-blocks-0.3": Candidate("dpace", GROWING | {"loss.alpha": 0.3}),
     "dflash-growing-blocks": Candidate("dflash", {"train.grow_blocks": True}),
     "two-taps": Candidate("dpace", {"drafter.conv_kernel_size": 2}),
     "two-taps-growing-blocks": Candidate("dpace", {"drafter.conv_kernel_size": 2, "train.grow_blocks": True}),
