@@ -8,8 +8,9 @@ outside the matrix products; this part becomes faster.
 
 import copy
 import functools
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -309,12 +310,13 @@ class LayerOutputs:
     """A recorder of the outputs of decoder layers while the model runs its own code.
 
     A layer gets its hook when its output is first asked for, and keeps it: `torch.compile` traces a hook, but not its
-    coming and going.
+    coming and going. Threads take turns, since all of them call the same hooks; compiled steps have no lock.
     """
 
     def __init__(self):
         self.found: dict[int, Tensor] | None = None
         self.hooked: set[int] = set()
+        self.turn = threading.RLock()
 
     @contextmanager
     def record(self, layers: nn.ModuleList, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -323,11 +325,12 @@ class LayerOutputs:
             if layer_id not in self.hooked:
                 self.hooked.add(layer_id)
                 layers[layer_id].register_forward_hook(self._make_hook(layer_id))
-        self.found = {}
-        try:
-            yield self.found
-        finally:
-            self.found = None
+        with nullcontext() if torch.compiler.is_compiling() else self.turn:
+            self.found = {}
+            try:
+                yield self.found
+            finally:
+                self.found = None
 
     def _make_hook(self, layer_id: int) -> Any:
         def hook(_module, _args, output):

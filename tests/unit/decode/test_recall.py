@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -95,7 +96,8 @@ def test_text_is_equal_with_memory(temperature, costs, language_target, random_d
     assert passes[1.0] < 0.7 * passes[0.0]
 
 
-def test_threads_share_a_decoder(costs, language_target, random_drafter_folder, questions):
+def test_threads_share_a_decoder(language_target, random_drafter_folder, questions):
+    """Also while its first calls measure the machine; threads give way to one another as often as they can."""
     decoder = Decoder(language_target, load_drafter(random_drafter_folder, language_target))
     expected = [generate_plain(language_target, question, max_new_tokens=20).token_ids for question in questions]
     found: dict[int, list[int]] = {}
@@ -104,11 +106,16 @@ def test_threads_share_a_decoder(costs, language_target, random_drafter_folder, 
         for number in [*range(first, len(questions), 2)] * 2:
             found[number] = decoder.generate(questions[number], max_new_tokens=20).token_ids
 
-    threads = [threading.Thread(target=run, args=(first,)) for first in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=run, args=(first,)) for first in (0, 1, 0, 1)]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(usual)
     assert [found[number] for number in range(len(questions))] == expected
 
 
