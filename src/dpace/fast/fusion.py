@@ -313,10 +313,11 @@ class LayerOutputs:
     coming and going. Threads take turns, since all of them call the same hooks; compiled steps have no lock.
     """
 
+    turn = threading.RLock()  # of all targets, since a copy of a model copies its hooks, and no lock can be copied
+
     def __init__(self):
         self.found: dict[int, Tensor] | None = None
         self.hooked: set[int] = set()
-        self.turn = threading.RLock()
 
     @contextmanager
     def record(self, layers: nn.ModuleList, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
