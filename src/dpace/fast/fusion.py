@@ -322,11 +322,11 @@ class LayerOutputs:
     @contextmanager
     def record(self, layers: nn.ModuleList, layer_ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         """Yield the outputs of layers by id; those of a pass inside the `with` block."""
-        for layer_id in layer_ids:
-            if layer_id not in self.hooked:
-                self.hooked.add(layer_id)
-                layers[layer_id].register_forward_hook(self._make_hook(layer_id))
         with nullcontext() if torch.compiler.is_compiling() else self.turn:
+            for layer_id in layer_ids:
+                if layer_id not in self.hooked:
+                    self.hooked.add(layer_id)
+                    layers[layer_id].register_forward_hook(self._make_hook(layer_id))
             self.found = {}
             try:
                 yield self.found

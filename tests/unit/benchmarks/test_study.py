@@ -66,6 +66,16 @@ def test_a_dry_run_counts_the_longer_steps_of_a_head(study, tmp_path, monkeypatc
     assert minutes[1] - minutes[0] == pytest.approx(0.4 * 6400 * 0.85 / 60, abs=2)
 
 
+def test_the_pages_commands_name_what_there_is(study, tmp_path, monkeypatch, capsys):
+    page = (BENCHMARKS.parent / "docs" / "results-training.md").read_text().replace("\\\n", " ")
+    commands = [line.split()[2:] for line in page.splitlines() if line.startswith("python benchmarks/study.py --data")]
+    for args in commands:
+        if "costs" not in args:  # which has no --dry-run
+            monkeypatch.setattr("sys.argv", ["study.py", *args, "--output", str(tmp_path), "--dry-run"])
+            study.main()
+    assert capsys.readouterr().out.count("drafters to train") >= 6
+
+
 def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
     found = importlib.import_module("study_report").Study(output, list(study.CANDIDATES))
     for steps, length in LENGTHS.items():
