@@ -88,6 +88,8 @@ def test_older_names_are_read(made, language_folder, tmp_path):
         }
     assert "lilicorr.layers.1.mlp.0.bias" in files and "lilicorr.feature_mlp.0.weight" in files
     save_file(files, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lack lilicorr.*or `dpace import` it where another program wrote it"):
+        Drafter.from_pretrained(folder)
     flags = ["import", str(folder), "--output", str(tmp_path / "again"), "--target", str(language_folder)]
     assert main(flags) == 0
     again = Drafter.from_pretrained(tmp_path / "again")
