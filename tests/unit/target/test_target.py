@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -43,6 +45,18 @@ def test_a_target_with_learned_positions_is_refused():
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=2, n_positions=64)
     with pytest.raises(ValueError, match="more than a scaled table"):
         Target(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_rounded_products_are_accepted_where_torch_is_told_to_round(precision):
+    model = make_target("qwen3").model
+    model.get_output_embeddings().register_forward_hook(lambda _m, _args, logits: logits.bfloat16().float())
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(ValueError, match="scaled table") if precision == "highest" else nullcontext():
+            Target(model)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_parameters_are_frozen():
