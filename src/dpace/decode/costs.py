@@ -93,7 +93,7 @@ def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0)
         hidden = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
         hidden = to_predicted(hidden, drafter.first_slot)
         draft = propose(drafter, draft_head, hidden, lambda: read[:, -1], size)
-        drafter.confidences(draft.scores[0])  # waits for the device, as drawing does
+        drafter.confidences(draft.scores[0]).tolist()  # waits for the device, as drawing does
 
     seconds = {kind: [] for kind in (FIRST_DRAFT, DRAFT, *timed)}
     for _ in range(NUM_ROUNDS + 1):

@@ -236,7 +236,7 @@ class Speculation:
         promised = 0.0
         draft_probs = None
         if self.pace is not None:
-            width, promised = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]))
+            width, promised = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]).tolist())
         if self.samples_draft and width > 1:
             sampler = self.text.sampler
             if draft.lattice is not None:

@@ -167,14 +167,23 @@ class Drafter(DFlashDraftModel):
             return self.vocabulary.confidence_temperature
         return (getattr(self.config, "dpace", None) or {}).get("confidence_temperature", 1.0)
 
-    def confidences(self, logits: Float[Tensor, "draft vocab"]) -> list[float]:
+    def confidences(
+        self, scores: Float[Tensor, "draft choice"], temperature: float | None = None
+    ) -> Float[Tensor, " draft"]:
         """Estimate how likely each slot's token is accepted, given that the tokens before it are.
 
-        That is the calibrated probability of its most likely token; with a head, of its best one after those before.
+        That is the calibrated probability of its most likely token; with a head, of its best one after those before,
+        times that of all candidates.
+
+        Args:
+            scores: see `Draft`.
+            temperature: the divisor of `scores`; by default `confidence_temperature`.
         """
-        logits = logits.float()
-        odds = (logits - logits.amax(-1, keepdim=True)).div_(self.confidence_temperature).exp_()  # in place is fast
-        return odds.sum(-1).reciprocal_().tolist()
+        scores = scores.float()
+        temperature = temperature or self.confidence_temperature
+        odds = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()  # in place is fast
+        best = 1.0 if self.lilicorr is None else odds[..., :-1].amax(-1)
+        return best / odds.sum(-1)
 
     @classmethod
     def from_target(

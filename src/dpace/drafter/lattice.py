@@ -29,6 +29,8 @@ class Lattice(NamedTuple):
     """Scores of the first slot's candidates."""
     pairs: Float[Tensor, "batch pair choice choice"]
     """Scores of a slot's candidates after each of the slot's before."""
+    log_odds: Float[Tensor, "batch draft"]
+    """Of a slot's candidates over all other tokens, in the drafter's softmax."""
 
 
 class Draft(NamedTuple):
@@ -37,7 +39,7 @@ class Draft(NamedTuple):
     tokens: Int[Tensor, "batch draft"]
     """The best token of each slot."""
     scores: Float[Tensor, "batch draft choice"]
-    """Logits of each slot's choices, of which the token is the best: with a head, after the tokens before."""
+    """Logits of each slot's choices, of which the token is the best; with a head, see `take_walk`."""
     lattice: Lattice | None = None
     """The scores that a head walked by; None without a head."""
 
@@ -75,18 +77,21 @@ def propose(
     return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 
 
-def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tensor, "batch draft choice"]]:
+def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tensor, "batch draft choice_or_rest"]]:
     """Take the best candidate of each slot after that of the slot before; on ties the drafter's better one.
 
     Returns:
-        The tokens, and the scores that each was the best of.
+        The tokens; and the scores that each was the best of, with a last one for all tokens that are no candidates: in
+        the softmax it has the share that the drafter gives them.
     """
     best = lattice.pairs.argmax(-1)
     taken = [lattice.start.argmax(-1, keepdim=True)]
     for pair in best.unbind(1):
         taken.append(pair.gather(1, taken[-1]))
     index = torch.cat(taken, dim=1)
-    return lattice.candidates.gather(-1, index[..., None])[..., 0], rows_after(lattice, index)
+    scores = rows_after(lattice, index)
+    rest = scores.logsumexp(-1) - lattice.log_odds
+    return lattice.candidates.gather(-1, index[..., None])[..., 0], torch.cat([scores, rest[..., None]], dim=-1)
 
 
 def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Tensor, "batch draft choice"]:
@@ -118,7 +123,7 @@ def make_lattice(
     """
     anchor = network.anchor_rows(features)
     scores = network.lilicorr(target.embed(candidates), log_probs, hidden, anchor, has_anchor)
-    return Lattice(candidates, *scores)
+    return Lattice(candidates, *scores, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
 
 
 class WalkLosses(NamedTuple):

@@ -150,7 +150,7 @@ def fit_confidence_temperature(
     was_training = drafter.training
     drafter.eval()
     head = target.head if token_ids is None else target.head.part(token_ids)[0]
-    logits = []
+    confidences = []
     matches = []
     for i in range(len(dataset)):
         reached = []
@@ -161,12 +161,12 @@ def fit_confidence_temperature(
             reached.append((states[is_reached], is_accepted[is_reached]))
         rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
         share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scaled = (head.logits(rows[::share]) if drafter.num_candidates == 1 else rows[::share]).float()
-        logits.append(torch.stack([(scaled / t).log_softmax(-1).amax(-1) for t in TEMPERATURES]))
+        scores = head.logits(rows[::share]) if drafter.num_candidates == 1 else rows[::share]
+        confidences.append(torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]))
         matches.append(is_right[::share])
     drafter.train(was_training)
     if not sum(map(len, matches)):
         return 1.0
-    log_confidence, is_match = torch.cat(logits, dim=1).clamp_max(-1e-6), torch.cat(matches)
+    log_confidence, is_match = torch.cat(confidences, dim=1).log().clamp_max(-1e-6), torch.cat(matches)
     errors = -torch.where(is_match, log_confidence, torch.log(-torch.expm1(log_confidence))).mean(-1)
     return TEMPERATURES[int(errors.argmin())]

@@ -148,7 +148,8 @@ def test_it_starts_with_gradients_everywhere_and_leaves_the_network_as_it_was():
 
 def random_lattice(num_blocks=5, num_slots=3, k=4):
     candidates = torch.rand(num_blocks, num_slots, 20).argsort(-1)[..., :k]
-    return Lattice(candidates, torch.randn(num_blocks, k), torch.randn(num_blocks, num_slots - 1, k, k))
+    pairs = torch.randn(num_blocks, num_slots - 1, k, k)
+    return Lattice(candidates, torch.randn(num_blocks, k), pairs, torch.randn(num_blocks, num_slots))
 
 
 def test_the_walk_is_a_loop_over_rows():
@@ -160,7 +161,8 @@ def test_the_walk_is_a_loop_over_rows():
         for slot in range(3):
             taken = max(range(4), key=lambda j, row=row: (float(row[j]), -j))
             assert tokens[block, slot] == lattice.candidates[block, slot, taken]
-            torch.testing.assert_close(scores[block, slot], row)
+            torch.testing.assert_close(scores[block, slot, :4], row)
+            torch.testing.assert_close(scores[block, slot].softmax(-1)[:4].sum().logit(), lattice.log_odds[block, slot])
             row = lattice.pairs[block, slot, taken] if slot < 2 else row
     assert tokens[0].tolist() == lattice.candidates[0, :, 0].tolist()
 
