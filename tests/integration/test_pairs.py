@@ -76,6 +76,42 @@ PAIRS = {
         "doctor {out}/vllm --target {target} --engine vllm",
         "vllm/README.md",
     ),
+    "a head, two widths, sampling, report": Pair(
+        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4; "
+        f"bench {RECIPE} --widths full auto --temperatures 0 1 --verify-rules equality speculative; report {{out}}",
+        "report.html",
+    ),
+    "a head, compare, decoding": Pair(
+        f"compare {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4 --objectives dpace --seeds 0",
+        "decode/bench-*.jsonl",
+    ),
+    "a head, soft labels, compare": Pair(
+        f"compare {RECIPE} --drafter.head lilicorr --objectives dpace+kl",
+        refused=r"or an objective such as dpace\+kl",
+    ),
+    "a head, servers of hidden states": Pair(
+        f"train {RECIPE} --drafter.head lilicorr --train.feature-files {{out}}/states "
+        "--train.feature-servers http://127.0.0.1:9",
+        refused="--loss.head-penalty 0",
+    ),
+    "a head, doctor, llama.cpp": Pair(
+        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4; "
+        "doctor {out}/drafter --target {target} --engine llamacpp",
+        refused="engine, head",
+    ),
+    "plan, another drafter, other blocks": Pair(
+        f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"
+    ),
+    "plan, growing blocks, short blocks": Pair(
+        f"plan {RECIPE} --train.grow-blocks --drafter.block-size 6", refused="--drafter.block-size is 6"
+    ),
+    "export, import, into a trained drafter": Pair(
+        "export {drafter} --target {target} --to vllm --output {out}/vllm; import {out}/vllm --output {other}",
+        refused="holds a drafter that dpace trained",
+    ),
+    "a verify rule, no drafter": Pair(
+        "generate --target {target} --prompt w1 --verify-rule block", refused="--verify-rule need a drafter"
+    ),
     "a head, another drafter to start from": Pair(
         f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr", refused="--drafter.head"
     ),
@@ -214,7 +250,21 @@ def test_what_a_page_shows_together_works_together(name, files, language_target,
         assert re.search(pair.refused, printed.err), printed.err
     else:
         assert code == 0, printed.err
-        assert (out / pair.written).exists()
+        assert list(out.glob(pair.written))
+
+
+def test_comparing_again_measures_other_held_out_prompts(files, language_prompts, tmp_path):
+    heldout = tmp_path / "heldout.jsonl"
+    measured = []
+    for chosen in ((30, 31), (32, 33)):
+        write_rows(heldout, [{"id": f"row {number}", "prompt": language_prompts[number]} for number in chosen])
+        command = f"compare {{recipe}} --prompts.heldout-path {heldout} --output {tmp_path}/out --objectives dpace "
+        command += "--baseline dpace --seeds 0 --bench.num-prompts 0"
+        assert main(shlex.split(command.format(**files))) == 0
+        measured.append(read_json(tmp_path / "out" / "dpace" / "seed-0" / "heldout.json"))
+        (row,) = read_json(tmp_path / "out" / "results.json")["rows"]
+        assert row["num_prompts"] == 2
+        assert measured[-1]["ids"] == [f"row {number}" for number in chosen]
 
 
 ADAPTER = "--target {adapter} --output {out}/new"

@@ -165,8 +165,8 @@ PATHS = {
     f"generate --target {TARGET} --prompt a --drafter no/drafter/here": "--drafter .*folder",
     f"check --target {TARGET} --drafter file": "--drafter .*folder",
     "demo --prompts no.jsonl": "no.jsonl",
-    f"generate --target {TARGET} --stream": "--stream needs a drafter",
-    f"generate --target {TARGET} --compile --prompt a": "--compile needs --drafter",
+    f"generate --target {TARGET} --stream": "--verify-rule need a drafter",
+    f"generate --target {TARGET} --compile --prompt a": "--verify-rule need a drafter",
     f"generate --target {TARGET}": "no prompt to answer",
     f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",
 }

@@ -210,8 +210,8 @@ def keep_on_disk(
     """
     if servers and with_head_input:
         raise ValueError(
-            "--train.feature-servers give no input of the LM head, which this token loss or confidence needs; leave "
-            "them out, or take --loss.token-loss nll"
+            "--train.feature-servers give no input of the LM head, which this token loss, confidence or penalty of a "
+            "head needs; leave them out, or take --loss.token-loss nll and, with a head, --loss.head-penalty 0"
         )
     facts = {
         "target": [target.sha256, str(target.model.dtype)],

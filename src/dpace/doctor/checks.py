@@ -322,6 +322,8 @@ FILE_CHECKS = (
         ("recipe.yaml",),
     ),
 )
+WITHOUT_HEADS = ("llamacpp", "transformers", "zlab")
+"""Engines that load a drafter and leave its head out."""
 CONFIG_CHECKS = (
     *(
         Check(key, "fails", probe, fix, breaks, (key,))
@@ -355,6 +357,15 @@ CONFIG_CHECKS = (
         ),
         "decode with dpace, or export with --to gguf for llama.cpp",
         "other engines read drafts from the second slot on",
+    ),
+    Check(
+        "engine, head",
+        "fails",
+        lambda folder: expect_none(
+            [k for k in ("lilicorr_enabled",) if folder.engine in WITHOUT_HEADS and folder.nested.get(k)]
+        ),
+        "use vLLM, SGLang or TensorRT-LLM, or write it without its head: dpace export --plain",
+        "other engines draft without the head",
     ),
     Check(
         "keys written",

@@ -122,8 +122,8 @@ def make_lattice(
         has_anchor: whether there is such a token; by default there is.
     """
     anchor = network.anchor_rows(features)
-    scores = network.lilicorr(target.embed(candidates), log_probs, hidden, anchor, has_anchor)
-    return Lattice(candidates, *scores, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
+    start, pairs = network.lilicorr(target.embed(candidates), log_probs, hidden, anchor, has_anchor)
+    return Lattice(candidates, start, pairs, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
 
 
 class WalkLosses(NamedTuple):

@@ -204,9 +204,12 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """Source: the engines' own documentation; docs/results-decoding.md says which were run."""
 
 CARD_ENGINES: dict[Format, tuple[Engine, ...]] = {"speculators": ("vllm",), "gguf": ("llamacpp",)}
-"""Engines that a model card has commands for; of all other formats, those that read the published layout."""
+"""Engines that a model card has commands for; of all other formats, `PUBLISHED`."""
+PUBLISHED: tuple[Engine, ...] = ("vllm", "sglang", "tensorrt", "transformers")
+"""Engines that a model card of the published layout has commands for; the last one does not run a head."""
 CONVERSION = (
-    "For llama.cpp: `dpace export FOLDER --target {target} --to gguf --target-gguf TARGET.gguf --output FOLDER-gguf`."
+    "For llama.cpp: `dpace export FOLDER --target {target} --to gguf{plain} --target-gguf TARGET.gguf --output "
+    "FOLDER-gguf`."
 )
 """What a model card of the published layout says of llama.cpp."""
 
@@ -243,6 +246,7 @@ def card_sections(
     target: str,
     block_size: int,
     from_anchor: bool = False,
+    has_head: bool = False,
     break_even: Sequence[BreakEven] = (),
 ) -> list[str]:
     """Write the parts of a model card that say how to serve the drafter.
@@ -254,16 +258,18 @@ def card_sections(
         target: name of the target.
         block_size: of a `Drafter`.
         from_anchor: see `serve_command`.
+        has_head: whether the drafter has a head, which not every engine runs.
         break_even: measured with this drafter.
     """
     sections = []
-    for engine in CARD_ENGINES.get(to, ("vllm", "sglang", "tensorrt", "transformers")):
+    for engine in CARD_ENGINES.get(to, PUBLISHED[: 4 - has_head]):
         name = gguf if engine == "llamacpp" else drafter
         command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
         if engine == "tensorrt" and (most := most_requests(break_even)):
             command += f"\n  draft_len_schedule: {{{most}: {block_size - 1}}}"
         sections.append(ENGINES[engine].card.format(drafter=drafter, target=target, command=command).rstrip())
-    return sections if to in CARD_ENGINES else [*sections, CONVERSION.format(target=target)]
+    conversion = CONVERSION.format(target=target, plain=" --plain" * has_head)
+    return sections if to in CARD_ENGINES else [*sections, conversion]
 
 
 def most_requests(rows: Sequence[BreakEven]) -> int:
@@ -331,6 +337,7 @@ def write_card(
             target=target_name,
             block_size=spec.num_draft_tokens + 1,
             from_anchor=spec.sample_from_anchor,
+            has_head=spec.head is not None,
             break_even=paying,
         ),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),

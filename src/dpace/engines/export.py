@@ -25,6 +25,7 @@ from dpace.system.ledger import filling, refuse_foreign_files
 from dpace.system.loading import translate_library_errors
 from dpace.target import Target
 from dpace.target.files import find_target_files
+from dpace.train.identity import RUN_FILE
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
@@ -52,13 +53,15 @@ def refuse_output(output: Path, drafter: Path, target: Path) -> None:
         target: that of its target, or its Hub id.
 
     Raises:
-        ValueError: the output is one of these places, or holds another program's files.
+        ValueError: the output is one of these places, or holds another program's files or a trained drafter.
     """
     for what, place in (("the drafter's own", drafter), ("the target's", target)):
         if place.exists() and output.resolve() == place.resolve():
             raise ValueError(f"the output {output} is {what} folder; name another folder with --output")
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {output} is a file; name a folder with --output")
+    if (output / RUN_FILE).exists():
+        raise ValueError(f"the output {output} holds a drafter that dpace trained; name another folder with --output")
     refuse_foreign_files(output, *IDENTIFYING)
 
 

@@ -7,6 +7,7 @@ is the baseline that a drafter has to beat where compiling pays. `dpace.measure.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -134,7 +135,7 @@ def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConf
 
 def _hash_config(drafter: Drafter) -> str:
     """Hash what the drafter's config says about decoding."""
-    spec = {name: value for name, value in vars(drafter.spec).items() if name not in ("record", "special_token_ids")}
+    spec = {name: value for name, value in asdict(drafter.spec).items() if name not in ("record", "special_token_ids")}
     spec["confidence_temperature"] = drafter.confidence_temperature
     if drafter.vocabulary is not None:
         spec["draft_vocabulary"] = drafter.vocabulary.token_ids.tolist()

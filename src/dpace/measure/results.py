@@ -119,6 +119,11 @@ class Row:
         """The verifications, one histogram a prompt."""
         return acceptance_of(self.responses, self.block_size)
 
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the text is to be the target's own; above temperature 0, speculative sampling draws another."""
+        return self.temperature == 0 or not self.drafter.endswith((", speculative", ", block"))
+
 
 @json_object
 class Comparison:
@@ -261,13 +266,13 @@ class BenchResults(Provenance):
 
     @property
     def num_same_text(self) -> int:
-        """Responses, over all rows, that are the target's own text."""
-        return sum(row.num_same_text for row in self.rows)
+        """Responses that are the target's own text, over all rows that are to keep it."""
+        return sum(row.num_same_text for row in self.rows if row.keeps_text)
 
     @property
     def num_responses(self) -> int:
-        """Responses over all rows."""
-        return sum(row.num_responses for row in self.rows)
+        """Responses over all rows that are to keep the target's text."""
+        return sum(row.num_responses for row in self.rows if row.keeps_text)
 
 
 @json_object

@@ -203,7 +203,7 @@ def make_target(config: PretrainedConfig, dtype: torch.dtype) -> PaperTarget:
 
 
 def make_drafter(target: Target, config: DrafterConfig) -> Drafter:
-    """Make an untrained drafter; the weights to start from change nothing here."""
+    """Make an untrained drafter of a recipe that `start_from` has settled."""
     shape = {name: value for name, value in vars(config).items() if name != "init"}
     return Drafter.from_target(target, **shape).requires_grad_(True).train()
 

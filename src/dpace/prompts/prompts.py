@@ -214,13 +214,15 @@ def first_of_each_set(prompts: Sequence[Prompt], limit: int | None) -> list[Prom
 def find_prompt(text: str) -> list[dict[str, Any]]:
     """Find the messages that a text stands for.
 
-    `FILE#ID` is a prompt of a file and `demo#ID` one of the demo's held-out prompts; other text is the user's message.
+    `FILE#ID` is the first turn of a prompt of a file, and `demo#ID` one of the demo's held-out prompts. Other text is
+    the user's message, also one of several words that ends in the name of a file.
 
     Raises:
         ValueError: the file has no prompt of that id; the message names one that it has.
     """
     name, prompt_id = text.partition("#")[::2]
-    if name != "demo" and not name.endswith(".jsonl"):
+    is_file = name.endswith(".jsonl") and ("#" in text or " " not in text)
+    if name != "demo" and not is_file:
         return [{"role": "user", "content": text}]
     prompts = read_heldout(name)
     for prompt in prompts:

@@ -150,7 +150,12 @@ SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_s
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
 PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="page")
 SAME_TEXT = Column(
-    "same text", lambda row: "-" if row.num_same_text is None else f"{row.num_same_text}/{row.num_responses}"
+    "same text",
+    lambda row: (
+        f"{row.num_same_text}/{row.num_responses}"
+        if row.num_same_text is not None and getattr(row, "keeps_text", True)
+        else "-"
+    ),
 )
 AT_ONCE = Column("at once", lambda row: f"{row.concurrency}{', warm' * (row.prefix == 'warm')}")
 """Columns of several kinds of rows."""

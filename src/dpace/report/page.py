@@ -142,7 +142,8 @@ def headline(results: BenchResults) -> Section:
             f"{best.drafter}, width {best.width}, at temperature 0{copied}"
         )
     lines.append(f"Altogether: {advice(results)}")
-    lines.append(f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text")
+    if results.num_responses:
+        lines.append(f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text")
     return Section(f"Decoding {Path(results.target).name}", ". ".join(lines) + ".")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
-from dpace.loss.objective import make_weigh, with_objective
+from dpace.loss.objective import with_objective
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.pooling import pool_seeds
@@ -146,7 +146,6 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}
     for loss in losses.values():
-        make_weigh(loss, config.drafter.block_size, is_growing=config.train.grow_blocks)
         check_losses(replace(config, loss=loss))
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {
@@ -196,7 +195,7 @@ def heldout_set(heldout: Sequence[Response], recipe: Recipe) -> ResponseDataset:
 
 
 def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_set: ResponseDataset) -> None:
-    """Measure the drafters that have no heldout.json.
+    """Measure the drafters that have no heldout.json, or one that lacks a prompt.
 
     Args:
         target: their target.
@@ -204,7 +203,10 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         folders: of the drafters.
         test_set: of `heldout_set`; features that it has are used, and kept here otherwise.
     """
-    unmeasured = ranks.from_first(lambda: [folder for folder in folders if not has_heldout(folder)])
+    wanted = {*test_set.ids}
+    unmeasured = ranks.from_first(
+        lambda: [folder for folder in folders if not has_heldout(folder) or not wanted <= {*read_heldout(folder).ids}]
+    )
     if not unmeasured:
         return
     if test_set.features is None:

@@ -47,10 +47,11 @@ def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
 
 
 def check_losses(recipe: Recipe) -> None:
-    """Refuse a token loss or confidence that a head does not learn with.
+    """Refuse an objective that does not work, and a token loss or confidence that a head does not learn with.
 
     Raises:
-        ValueError: there is a head, and a loss that reads the target's distribution; or an option of a head, and none.
+        ValueError: there is a head, and a loss that reads the target's distribution; an option of a head, and none; or
+            see `make_weigh`.
     """
     defaults = flat_settings(Recipe())
     for name, value in flat_settings(recipe).items():
@@ -61,9 +62,11 @@ def check_losses(recipe: Recipe) -> None:
             )
     if recipe.drafter.head and recipe.loss.needs_target_probs:
         raise ValueError(
-            f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
-            f"with --drafter.head {recipe.drafter.head} learns with nll and token only: leave out what differs"
+            f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}, or an "
+            "objective such as dpace+kl says so; a drafter with --drafter.head learns with nll and token only: leave "
+            "out what differs"
         )
+    make_weigh(recipe.loss, recipe.drafter.block_size, is_growing=recipe.train.grow_blocks)
 
 
 def choose_conversations(

@@ -24,7 +24,8 @@ class GenerateConfig(SamplingConfig):
     target: Text
     """Folder or Hub id of the target."""
     prompt: Text | None = None
-    """Text to answer, or FILE.jsonl#ID for a prompt of a file (demo#ID: the demo's); --stream without it is a chat."""
+    """Text to answer, or FILE.jsonl#ID for the first turn of a file's prompt (demo#ID: the demo's).
+    --stream without it is a chat."""
     drafter: Text | None = None
     """Folder or Hub id of the drafter; the target decodes alone without it."""
     stream: bool = False
@@ -52,17 +53,18 @@ class GenerateConfig(SamplingConfig):
 def run(args: list[str]) -> None:
     """Run `dpace generate`."""
     config = parse(GenerateConfig, "generate", args)
-    if config.stream and config.drafter is None:
-        raise ValueError("--stream needs a drafter and none is named; name its folder with --drafter")
-    if config.compile and (config.stream or config.drafter is None or config.verify_rule != "equality"):
+    given = given_options(GenerateConfig, "generate", args)
+    if config.drafter is None and given & {"stream", "compile", "recall_mib", "width", "verify_rule"}:
         raise ValueError(
-            "--compile needs --drafter, and cannot be combined with --stream or another --verify-rule than equality; "
-            "leave one of them out"
+            "--stream, --compile, --recall-mib, --width and --verify-rule need a drafter, and none is named; name its "
+            "folder with --drafter"
         )
-    if "recall_mib" in given_options(GenerateConfig, "generate", args) and (
-        config.compile or config.drafter is None or config.width == "full"
-    ):
-        raise ValueError("--recall-mib needs --drafter and --width auto, and not --compile; leave it out")
+    if config.compile and (config.stream or config.verify_rule != "equality"):
+        raise ValueError(
+            "--compile cannot be combined with --stream or another --verify-rule than equality; leave one of them out"
+        )
+    if "recall_mib" in given and (config.compile or config.width == "full"):
+        raise ValueError("--recall-mib needs --width auto, and not --compile; leave it out")
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
     from dpace.decode import Paces, generate, generate_batch, generate_plain

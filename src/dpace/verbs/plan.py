@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import ByteSize, Field, TypeAdapter
 
 from dpace.config import Recipe, options
-from dpace.recipes.flags import next_command, parse
+from dpace.recipes.flags import given_options, next_command, parse
 
 Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description="a size such as 24GiB or 80GB")]
 
@@ -27,14 +27,16 @@ class PlanConfig(Recipe):
 
 def run(args: list[str]) -> None:
     """Run `dpace plan`."""
-    recipe = parse(PlanConfig, "plan", args)
-    memory = TypeAdapter(ByteSize).validate_python(recipe.memory) if recipe.memory else None
+    asked = parse(PlanConfig, "plan", args)
+    memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
+    from dpace.engines.initial import start_from
     from dpace.plan.calibrate import calibrate
     from dpace.plan.lines import fit_lines, kept_answers, memory_lines, time_line, training_lines
     from dpace.plan.training import find_conversations, plan_recipe
     from dpace.prompts.prompts import split_prompts
     from dpace.train.run import check_losses
 
+    recipe, _ = start_from(asked, given_options(PlanConfig, "plan", args))
     check_losses(recipe)
     has_prompts = recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists()
     parts = split_prompts(recipe.prompts) if has_prompts else None
@@ -51,4 +53,4 @@ def run(args: list[str]) -> None:
     print("\n".join(lines), flush=True)
     if recipe.calibrate:
         print(calibrate(recipe, plan))
-    print("next:", next_command("train" if kept else "respond", recipe, args))
+    print("next:", next_command("train" if kept else "respond", asked, args))

@@ -13,7 +13,6 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "train", args, groups=("prompts", "drafter", "loss", "train"))
     from dpace.batches.corpus import load_corpus
     from dpace.engines.initial import start_from
-    from dpace.loss.objective import make_weigh
     from dpace.plan.lines import train_lines
     from dpace.plan.training import known_conversations
     from dpace.prompts.prompts import prompt_files
@@ -28,10 +27,10 @@ def run(args: list[str]) -> None:
         target_of,
     )
     from dpace.train.progress import check_trackers
-    from dpace.train.run import choose_conversations, keep_features, train
+    from dpace.train.run import check_losses, choose_conversations, keep_features, train
 
-    # A custom objective is refused before any work.
-    make_weigh(recipe.loss, recipe.drafter.block_size, is_growing=recipe.train.grow_blocks)
+    settled, init = start_from(recipe, given_options(Recipe, "train", args))
+    check_losses(settled)
     prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
     if not path.exists():
@@ -42,7 +41,6 @@ def run(args: list[str]) -> None:
     answered, validation = load_corpus(path, recipe.prompts)
     if not len(answered):
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
-    settled, init = start_from(recipe, given_options(Recipe, "train", args))
     datasets = choose_conversations(answered, validation, settled)
     facts = {**settings_of(settled), **data_of(*datasets), **init_of(init), "thinking": recipe.thinking}
     refuse_other_run(folder, facts)

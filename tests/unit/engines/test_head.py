@@ -71,7 +71,9 @@ def test_the_layout_is_that_of_the_engines_and_reads_back(made, language_folder,
     assert not any("selector" in name for name in files)
     again = read_drafter(tmp_path / "out")
     assert again.spec == drafter.spec
-    assert "| head | LiLiCorr, over the 4 best tokens" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| head | LiLiCorr, over the 4 best tokens" in card
+    assert "--to gguf --plain" in card and "from transformers" not in card
     theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs = torch.randn(2, 3, 4, 48), torch.randn(2, 3, 4), torch.randn(2, 3, 48), torch.randn(2, 48)
     for found, expected in zip(theirs.lilicorr(*inputs), drafter.lilicorr(*inputs), strict=True):

@@ -34,6 +34,7 @@ def test_one_prompt_of_a_file(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"})
     assert find_prompt(f"{path}#y") == [{"role": "user", "content": "b"}]
     assert find_prompt("what is 3 # 4?") == [{"role": "user", "content": "what is 3 # 4?"}]
+    assert find_prompt("explain a.jsonl") == [{"role": "user", "content": "explain a.jsonl"}]
     assert len(find_prompt("demo#notes/heldout/1")) == 5
     with pytest.raises(ValueError, match="id 'z'; name one that it has, such as 'x'"):
         find_prompt(f"{path}#z")
