@@ -35,7 +35,7 @@ from dpace.system import ranks
 from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
 from dpace.target import Target
 from dpace.train.identity import data_of, init_of, refuse_other_run, settings_of, target_of
-from dpace.train.run import check_losses, choose_conversations, is_trained, keep_features, train
+from dpace.train.run import check_recipe, choose_conversations, is_trained, keep_features, train
 
 Cell = tuple[str, int]
 """An objective and a seed."""
@@ -141,12 +141,12 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
 
     Raises:
         ValueError: an unknown objective, a custom one that cannot be found or gives wrong weights; or see
-            `check_losses`.
+            `check_recipe`.
     """
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}
     for loss in losses.values():
-        check_losses(replace(config, loss=loss))
+        check_recipe(replace(config, loss=loss))
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {
         (name, seed): replace(recipe, loss=loss, train=replace(recipe.train, seed=seed))

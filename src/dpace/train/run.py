@@ -46,12 +46,17 @@ def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
     return refuse_other_run(folder, run) and (Path(folder) / "provenance.json").exists()
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what no training takes, before any work: see `make_weigh` and `check_losses`."""
+    make_weigh(recipe.loss, recipe.drafter.block_size, is_growing=recipe.train.grow_blocks)
+    check_losses(recipe)
+
+
 def check_losses(recipe: Recipe) -> None:
-    """Refuse an objective that does not work, and a token loss or confidence that a head does not learn with.
+    """Refuse a token loss or confidence that a head does not learn with.
 
     Raises:
-        ValueError: there is a head, and a loss that reads the target's distribution; an option of a head, and none; or
-            see `make_weigh`.
+        ValueError: there is a head, and a loss that reads the target's distribution; or an option of a head, and none.
     """
     defaults = flat_settings(Recipe())
     for name, value in flat_settings(recipe).items():
@@ -66,7 +71,6 @@ def check_losses(recipe: Recipe) -> None:
             "objective such as dpace+kl says so; a drafter with --drafter.head learns with nll and token only: leave "
             "out what differs"
         )
-    make_weigh(recipe.loss, recipe.drafter.block_size, is_growing=recipe.train.grow_blocks)
 
 
 def choose_conversations(

@@ -34,10 +34,10 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import fit_lines, kept_answers, memory_lines, time_line, training_lines
     from dpace.plan.training import find_conversations, plan_recipe
     from dpace.prompts.prompts import split_prompts
-    from dpace.train.run import check_losses
+    from dpace.train.run import check_recipe
 
     recipe, _ = start_from(asked, given_options(PlanConfig, "plan", args))
-    check_losses(recipe)
+    check_recipe(recipe)
     has_prompts = recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists()
     parts = split_prompts(recipe.prompts) if has_prompts else None
     kept = kept_answers(recipe)

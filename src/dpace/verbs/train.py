@@ -27,10 +27,10 @@ def run(args: list[str]) -> None:
         target_of,
     )
     from dpace.train.progress import check_trackers
-    from dpace.train.run import check_losses, choose_conversations, keep_features, train
+    from dpace.train.run import check_recipe, choose_conversations, keep_features, train
 
     settled, init = start_from(recipe, given_options(Recipe, "train", args))
-    check_losses(settled)
+    check_recipe(settled)
     prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
     if not path.exists():
