@@ -87,7 +87,7 @@ PAIRS = {
     ),
     "a head, soft labels, compare": Pair(
         f"compare {RECIPE} --drafter.head lilicorr --objectives dpace+kl",
-        refused=r"or an objective such as dpace\+kl",
+        refused=r"objectives such as dpace\+kl",
     ),
     "a head, servers of hidden states": Pair(
         f"train {RECIPE} --drafter.head lilicorr --train.feature-files {{out}}/states "
@@ -255,16 +255,39 @@ def test_what_a_page_shows_together_works_together(name, files, language_target,
 
 def test_comparing_again_measures_other_held_out_prompts(files, language_prompts, tmp_path):
     heldout = tmp_path / "heldout.jsonl"
-    measured = []
     for chosen in ((30, 31), (32, 33)):
         write_rows(heldout, [{"id": f"row {number}", "prompt": language_prompts[number]} for number in chosen])
         command = f"compare {{recipe}} --prompts.heldout-path {heldout} --output {tmp_path}/out --objectives dpace "
         command += "--baseline dpace --seeds 0 --bench.num-prompts 0"
         assert main(shlex.split(command.format(**files))) == 0
-        measured.append(read_json(tmp_path / "out" / "dpace" / "seed-0" / "heldout.json"))
         (row,) = read_json(tmp_path / "out" / "results.json")["rows"]
         assert row["num_prompts"] == 2
-        assert measured[-1]["ids"] == [f"row {number}" for number in chosen]
+        measured = read_json(tmp_path / "out" / "dpace" / "seed-0" / "heldout.json")
+        assert measured["ids"] == [f"row {number}" for number in chosen]
+
+
+def test_texts_count_where_the_rule_keeps_them(files, tmp_path):
+    command = "bench {recipe} --drafters {drafter} --temperatures 1 --output {out} --verify-rules "
+    for rules, words in (("speculative", ""), ("equality speculative", "1 of 1 responses are exactly")):
+        out = tmp_path / rules.replace(" ", "-")
+        assert main(shlex.split(command.format(**files | {"out": str(out)}) + rules)) == 0
+        assert main(["report", str(out)]) == 0
+        page = (out / "report.html").read_text()
+        assert words in page and ("are exactly the target" in page) == bool(words)
+
+
+def test_a_plan_takes_its_sizes_from_the_drafter_to_start_from(files, tmp_path, capsys):
+    recipe = yaml.safe_load(Path(files["recipe"]).read_text())
+    del recipe["drafter"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    start = [str(tmp_path / "recipe.yaml"), "--drafter.init", files["drafter"]]
+    lines = []
+    for command in (["plan", *start, "--device", "cpu"], ["train", *start, "--dry-run"]):
+        assert main(command) == 0
+        printed = capsys.readouterr()
+        (line,) = re.findall(r"drafter: [\d.]+ M parameters", printed.out + printed.err)
+        lines.append(line)
+    assert lines[0] == lines[1]
 
 
 ADAPTER = "--target {adapter} --output {out}/new"

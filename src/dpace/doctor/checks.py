@@ -322,7 +322,7 @@ FILE_CHECKS = (
         ("recipe.yaml",),
     ),
 )
-WITHOUT_HEADS = ("llamacpp", "transformers", "zlab")
+HEADLESS = ("llamacpp", "transformers", "zlab")
 """Engines that load a drafter and leave its head out."""
 CONFIG_CHECKS = (
     *(
@@ -362,7 +362,7 @@ CONFIG_CHECKS = (
         "engine, head",
         "fails",
         lambda folder: expect_none(
-            [k for k in ("lilicorr_enabled",) if folder.engine in WITHOUT_HEADS and folder.nested.get(k)]
+            [k for k in ("lilicorr_enabled",) if folder.engine in HEADLESS and folder.nested.get(k)]
         ),
         "use vLLM, SGLang or TensorRT-LLM, or write it without its head: dpace export --plain",
         "other engines draft without the head",

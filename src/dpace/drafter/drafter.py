@@ -331,10 +331,8 @@ class Drafter(DFlashDraftModel):
                 the tensors.
             OSError: a file that is missing or cannot be read.
         """
-        what, fix = (
-            f"the drafter {folder}",
-            "train it, copy it again, or `dpace import` it where another program wrote it",
-        )
+        what = f"the drafter {folder}"
+        fix = "train it, copy it again, or `dpace import` it where another program wrote it"
         # Not as the config says: it may name an attention that has to be downloaded, or a pickle.
         options = {**kwargs, "attn_implementation": "sdpa", "use_safetensors": True, "ignore_mismatched_sizes": True}
         if Path(folder).is_dir():

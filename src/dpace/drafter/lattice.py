@@ -30,7 +30,7 @@ class Lattice(NamedTuple):
     pairs: Float[Tensor, "batch pair choice choice"]
     """Scores of a slot's candidates after each of the slot's before."""
     log_odds: Float[Tensor, "batch draft"]
-    """Of a slot's candidates over all other tokens, in the drafter's softmax."""
+    """Logarithm of the odds that a slot's token is a candidate, in the drafter's softmax."""
 
 
 class Draft(NamedTuple):

@@ -262,7 +262,7 @@ def card_sections(
         break_even: measured with this drafter.
     """
     sections = []
-    for engine in CARD_ENGINES.get(to, PUBLISHED[: 4 - has_head]):
+    for engine in CARD_ENGINES.get(to, PUBLISHED[:-1] if has_head else PUBLISHED):
         name = gguf if engine == "llamacpp" else drafter
         command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
         if engine == "tensorrt" and (most := most_requests(break_even)):

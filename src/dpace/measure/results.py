@@ -121,7 +121,10 @@ class Row:
 
     @property
     def keeps_text(self) -> bool:
-        """Whether the text is to be the target's own; above temperature 0, speculative sampling draws another."""
+        """Whether the text is to be the target's own; above temperature 0, other rules than equality draw another.
+
+        `dpace bench` names such a drafter after its rule.
+        """
         return self.temperature == 0 or not self.drafter.endswith((", speculative", ", block"))
 
 

@@ -67,9 +67,9 @@ def check_losses(recipe: Recipe) -> None:
             )
     if recipe.drafter.head and recipe.loss.needs_target_probs:
         raise ValueError(
-            f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}, or an "
-            "objective such as dpace+kl says so; a drafter with --drafter.head learns with nll and token only: leave "
-            "out what differs"
+            f"--loss.token-loss is {recipe.loss.token_loss} and --loss.confidence {recipe.loss.confidence}; a drafter "
+            "with --drafter.head learns with nll and token only: leave out what differs, and objectives such as "
+            "dpace+kl, which set them"
         )
 
 

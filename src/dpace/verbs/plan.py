@@ -15,7 +15,8 @@ Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description
 class PlanConfig(Recipe):
     """Say what training a recipe takes: memory by part, disk, tokens, steps and time.
 
-    It reads the target's config.json only, and computes the training step on tensors without values.
+    It reads the target's config.json and the drafter of --drafter.init. The training step is computed on tensors
+    without values.
     """
 
     memory: Memory | None = None
