@@ -25,7 +25,7 @@ from transformers import (
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.drafter import Drafter
-from dpace.drafter.layout import LAYER_TENSORS, numbered
+from dpace.drafter.dflash import LAYER_TENSORS, numbered
 from dpace.engines.export import export
 from dpace.fast.speed_up import speed_up
 from dpace.respond.answering import write_responses

@@ -10,7 +10,6 @@ import torch
 
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.drafter.lattice import propose
 from dpace.drafter.views import draft_block, to_predicted
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import TextCache
@@ -92,7 +91,7 @@ def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0)
         read = features if width == FIRST_DRAFT else features[:, :4]
         hidden = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
         hidden = to_predicted(hidden, drafter.first_slot)
-        draft = propose(drafter, draft_head, hidden, lambda: read[:, -1], size)
+        draft = drafter.kind.propose(drafter, draft_head, hidden, lambda: read[:, -1], size)
         drafter.confidences(draft.scores[0]).tolist()  # waits for the device, as drawing does
 
     seconds = {kind: [] for kind in (FIRST_DRAFT, DRAFT, *timed)}

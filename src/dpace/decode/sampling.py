@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpace.drafter.lattice import Lattice
+from dpace.drafter.lilicorr import Lattice
 
 
 class Sampler:

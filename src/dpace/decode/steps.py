@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.drafter import Drafter
-from dpace.drafter.lattice import Draft, propose
+from dpace.drafter.dflash import Draft
 from dpace.drafter.views import draft_block, to_predicted
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import RaggedCache, TextCache
@@ -82,7 +82,7 @@ def draft_step(
         place = (state.positions == ends.starts - 1).int().argmax(-1)
         return state.features[torch.arange(len(place), device=place.device), place]
 
-    draft = propose(drafter, head, to_predicted(hidden, drafter.first_slot), newest, width)
+    draft = drafter.kind.propose(drafter, head, to_predicted(hidden, drafter.first_slot), newest, width)
     return torch.cat([ends.last_ids, draft.tokens], dim=1), draft
 
 

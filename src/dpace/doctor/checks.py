@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 
 from dpace.blocks import build_target_layer_ids
 from dpace.doctor.examined import ABSENT, ExaminedFolder, look_up
+from dpace.drafter import lilicorr
+from dpace.drafter.dflash import SELECTOR_TENSORS, TABLES
 from dpace.drafter.drafter import TARGET_TABLES, find_shared_tables
-from dpace.drafter.layout import LILICORR, SELECTOR_TENSORS, TABLES
 from dpace.drafter.mask_token import check_mask_token
 from dpace.drafter.spec import FROM_ANCHOR, find_layer_id_faults
 from dpace.system.loading import first_names
@@ -244,7 +245,7 @@ def tensor_values(folder: ExaminedFolder) -> Observation:
         tensor = folder.tensors[name]
         if not tensor.isfinite().all():
             faults.append(f"{name} is not finite")
-        elif not tensor.any() and ("weight" in name or not name.startswith(LILICORR)):
+        elif not tensor.any() and ("weight" in name or not name.startswith(lilicorr.PREFIX)):
             faults.append(f"{name} is zero")
     return expect_none(sorted(faults))
 
@@ -322,8 +323,6 @@ FILE_CHECKS = (
         ("recipe.yaml",),
     ),
 )
-HEADLESS = ("llamacpp", "transformers", "zlab")
-"""Engines that load a drafter and leave its head out."""
 CONFIG_CHECKS = (
     *(
         Check(key, "fails", probe, fix, breaks, (key,))
@@ -362,7 +361,7 @@ CONFIG_CHECKS = (
         "engine, head",
         "fails",
         lambda folder: expect_none(
-            [k for k in ("lilicorr_enabled",) if folder.engine in HEADLESS and folder.nested.get(k)]
+            [k for k in ("lilicorr_enabled",) if folder.engine in lilicorr.UNREAD_ENGINES and folder.nested.get(k)]
         ),
         "use vLLM, SGLang or TensorRT-LLM, or write it without its head: dpace export --plain",
         "other engines draft without the head",

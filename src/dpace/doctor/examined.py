@@ -13,7 +13,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import Engine
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.drafter import attention_of, spec_for
-from dpace.drafter.layout import HeadSpec, count_head_layers, head_for
+from dpace.drafter.lilicorr import HeadSpec, count_head_layers, head_for
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import DrafterFolder, mapping
 from dpace.measure.heldout import heldout_acceptance

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DraftHeadName
-from dpace.drafter.layout import TABLES, HeadSpec, head_for
+from dpace.drafter.dflash import TABLES
+from dpace.drafter.kinds import KINDS, Kind
+from dpace.drafter.lilicorr import HeadSpec, head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, own_tables
 from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_token_ids
@@ -114,6 +116,12 @@ class Drafter(DFlashDraftModel):
         return DrafterSpec.from_config(self.config.to_dict())
 
     @property
+    def kind(self) -> Kind:
+        """What is known of drafters like it, and how they propose."""
+        plain = "dflash2" if hasattr(self, "candidate_selector") else "dflash"
+        return KINDS[plain if self.lilicorr is None else "lilicorr"]
+
+    @property
     def num_candidates(self) -> int:
         """Number of tokens of each slot that its head chooses from; 1 without a head."""
         return 1 if self.lilicorr is None else self.lilicorr.num_candidates
@@ -176,7 +184,7 @@ class Drafter(DFlashDraftModel):
         times that of all candidates.
 
         Args:
-            scores: see `Draft`.
+            scores: see `dpace.drafter.dflash.Draft`.
             temperature: the divisor of `scores`; by default `confidence_temperature`.
         """
         scores = scores.float()

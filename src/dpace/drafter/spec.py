@@ -14,7 +14,9 @@ from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter.layout import TABLES, HeadSpec, Scale, tensors_of
+from dpace.drafter.dflash import CONVOLUTION_KEYS, TABLES, Parts
+from dpace.drafter.kinds import KINDS, Kind
+from dpace.drafter.lilicorr import HeadSpec, Scale, read_sizes
 from dpace.modeling_dflash import refuse_variants
 
 MAX_LAYERS = 1000
@@ -23,7 +25,6 @@ COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
 """Names under which published configs say that slot 0 predicts the first draft token."""
-CONVOLUTION_KEYS = ("conv_kernel_size", "conv_group_size")
 CONV_GROUP_SIZE = 16
 """Channels that share what a convolution adds to its taps, as published."""
 
@@ -156,17 +157,26 @@ class DrafterSpec:
         return self.head and self.head.hidden_size or self.hidden_size
 
     @property
-    def tensors(self) -> dict[str, tuple[str, str]]:
-        """Axes and llama.cpp's name of every tensor, by its published name."""
-        has_head = self.has_own_lm_head or self.draft_vocab_size
-        own = dict(zip(TABLES, (self.has_own_embed_tokens, has_head, self.draft_vocab_size), strict=True))
-        known = tensors_of(
-            self.num_layers,
+    def parts(self) -> Parts:
+        """What its network has."""
+        return Parts(
+            num_layers=self.num_layers,
             has_taps=self.conv_kernel_size > 0,
             num_head_layers=self.head.num_layers if self.head else 0,
             has_projection=self.head_width != self.hidden_size,
         )
-        return known | {name: TABLES[name] for name in own if own[name]}
+
+    @property
+    def kind(self) -> Kind:
+        """What is known of drafters like it."""
+        return KINDS[self.parts.kind]
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, str]]:
+        """Axes and llama.cpp's name of every tensor, by its published name."""
+        has_head = self.has_own_lm_head or self.draft_vocab_size
+        own = dict(zip(TABLES, (self.has_own_embed_tokens, has_head, self.draft_vocab_size), strict=True))
+        return self.kind.tensors(self.parts) | {name: TABLES[name] for name in own if own[name]}
 
     @property
     def axis_sizes(self) -> dict[str, int]:
@@ -201,19 +211,6 @@ class DrafterSpec:
             "wide": int(head.mlp_ratio * width),
             "factor": head.factor_dim,
         }
-
-    @property
-    def variant_keys(self) -> dict[str, Any]:
-        """What convolutions and head add to `dflash_config`, under the published names.
-
-        llama.cpp wants k (k + 1) <= hidden size of the selector.
-        """
-        keys = {name: getattr(self, name) for name in CONVOLUTION_KEYS if self.conv_kernel_size}
-        if self.head:
-            sizes = {f"lilicorr_{name}": value for name, value in vars(self.head).items()}
-            return {"projector_type": "lilicorr", "lilicorr_enabled": True, **sizes, **keys}
-        top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= self.hidden_size), 2)
-        return keys and {**keys, "selector_rank": 1, "selector_top_k": top_k}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":
@@ -290,8 +287,6 @@ class DrafterSpec:
         for name, size in convolutions.items():
             if is_second and not size:
                 raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}")
-        keys = {name.removeprefix("lilicorr_"): value for name, value in nested.items() if name.startswith("lilicorr_")}
-        has_head = keys.pop("enabled", False) or "LiLiCorr" in str(config.get("architectures"))
         block_size = _either(config, nested, "block_size")
         layer_ids = _either(config, nested, "target_layer_ids")
         from_anchor = [_either(config, nested, name) for name in FROM_ANCHOR]
@@ -302,7 +297,7 @@ class DrafterSpec:
                 "draft_vocab_size": config["draft_vocab_size"] if is_small else 0,
                 "has_own_lm_head": not is_small and config.get("has_own_lm_head"),
                 **convolutions,
-                "head": keys if has_head else None,
+                "head": read_sizes(config, nested),
                 "block_size": 16 if block_size is None else block_size,
                 "mask_token_id": _either(config, nested, "mask_token_id"),
                 "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
@@ -331,7 +326,7 @@ class DrafterSpec:
             **self.special_token_ids,
             **values | attention,
             tie_word_embeddings=False,
-            dflash_config=named | self.variant_keys,  # pyright: ignore[reportCallIssue]
+            dflash_config=named | self.kind.config_keys(self),  # pyright: ignore[reportCallIssue]
         )
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,10 +335,9 @@ class DrafterSpec:
         Args:
             written: the config as `save_pretrained` of transformers wrote it.
         """
-        variant = "LiLiCorr" if self.head else "DFlash2" if self.conv_kernel_size else "DFlash"
         config = {
             **written,
-            "architectures": [f"{variant}DraftModel"],
+            "architectures": [self.kind.architecture],
             "auto_map": {"AutoModel": "modeling_dflash.DFlashDraftModel"},
             "rope_theta": self.rope["rope_theta"],
             "head_dim": self.head_dim,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpace.config import Format
 from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.lilicorr import UNREAD_FORMATS
 from dpace.drafter.spec import MAX_LAYERS, DrafterSpec
 from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary
 from dpace.engines.card import write_card
@@ -29,11 +30,6 @@ from dpace.train.identity import RUN_FILE
 
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
-WITHOUT_HEAD: dict[Format, str] = {
-    "speculators": "the format of speculators has none",
-    "gguf": "how llama.cpp names its tensors and keys is not known",
-}
-"""Formats that cannot hold a drafter's head, and why."""
 HELD_BY: dict[str, tuple[Format, ...]] = {
     "conv_kernel_size": ("zlab", "sglang", "vllm", "gguf"),
     "sample_from_anchor": ("gguf", "speculators"),
@@ -130,9 +126,9 @@ def export(
     if is_plain:
         spec, weights = without_head(spec, weights)
         original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured
-    if spec.head and to in WITHOUT_HEAD:
+    if spec.head and to in UNREAD_FORMATS:
         raise ValueError(
-            f"the drafter has a LiLiCorr head, and {WITHOUT_HEAD[to]}; give vLLM or SGLang the folder that `dpace "
+            f"the drafter has a LiLiCorr head, and {UNREAD_FORMATS[to]}; give vLLM or SGLang the folder that `dpace "
             "train` writes, or write it without the head, as DFlash's, with --plain"
         )
     for key, formats in HELD_BY.items():

@@ -1,7 +1,7 @@
 """Read a drafter's folder as it is on disk, and name its tensors.
 
 What comes in is a folder, whole or broken; no model class is needed to read it. What goes out are its config, recipe
-and tensors, and why any of them could not be read. `dpace.drafter.layout` has the names and axes of the tensors.
+and tensors, and why any of them could not be read. `dpace.drafter.kinds` has the names and axes of the tensors.
 """
 
 import json
@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpace.drafter.layout import LILICORR, TABLES, count_head_layers, published_name, tensors_of
+from dpace.drafter import lilicorr
+from dpace.drafter.dflash import TABLES, Parts
+from dpace.drafter.kinds import KINDS
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
 from dpace.system.progress import printable
@@ -62,7 +64,7 @@ class DrafterFolder:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by their published names."""
         stored = {name.removeprefix("model."): tensor for name, tensor in self.stored.items()}
-        return {OTHER_NAMES.get(name, published_name(name)): tensor for name, tensor in stored.items()}
+        return {OTHER_NAMES.get(name, lilicorr.published_name(name)): tensor for name, tensor in stored.items()}
 
     @cached_property
     def num_layers(self) -> int:
@@ -72,12 +74,13 @@ class DrafterFolder:
     @cached_property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of each tensor that there should be."""
-        known = tensors_of(
-            self.num_layers,
+        parts = Parts(
+            num_layers=self.num_layers,
             has_taps="layers.0.mlp_conv.base_kernel" in self.tensors,
-            num_head_layers=count_head_layers(self.tensors),
-            has_projection=f"{LILICORR}token_proj.weight" in self.tensors,
+            num_head_layers=lilicorr.count_head_layers(self.tensors),
+            has_projection=f"{lilicorr.PREFIX}token_proj.weight" in self.tensors,
         )
+        known = KINDS[parts.kind].tensors(parts)
         known |= {name: axes for name, axes in TABLES.items() if name in self.tensors}
         return {name: tuple(axes.split()) for name, (axes, _) in known.items()}
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpace.drafter.spec import CONVOLUTION_KEYS, DrafterSpec
+from dpace.drafter.dflash import CONVOLUTION_KEYS
+from dpace.drafter.spec import DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import describe_error
 from dpace.engines.speculators import to_layer_ids
@@ -179,7 +180,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     config = spec.config()
     kinds = gguf.GGUFValueType
     sizes = {name: getattr(config, ours) for ours, name in SIZES.items()}
-    sizes |= {"attention.value_length": spec.head_dim, **spec.variant_keys}
+    sizes |= {"attention.value_length": spec.head_dim, **spec.kind.config_keys(spec)}
     if spec.sliding_window is not None:
         sizes["attention.sliding_window"] = spec.sliding_window
         pattern = [kind == "sliding_attention" for kind in spec.layer_types]

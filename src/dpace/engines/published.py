@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from dpace.drafter import Drafter
+from dpace.drafter.dflash import SELECTOR_TENSORS
 from dpace.drafter.drafter import TARGET_TABLES
-from dpace.drafter.layout import SELECTOR_TENSORS
 from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import mapping, read_files

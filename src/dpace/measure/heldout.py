@@ -16,7 +16,7 @@ from torch import Tensor
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.drafter import Drafter
-from dpace.drafter.lattice import make_lattice, take_walk
+from dpace.drafter.lilicorr import make_lattice, take_walk
 from dpace.drafter.views import BlocksHidden, blocks_hidden
 from dpace.fast.packing import refresh_copies
 from dpace.loss import frozen_head_nll

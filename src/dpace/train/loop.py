@@ -26,7 +26,7 @@ from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
 from dpace.config import LossConfig, Recipe, is_custom
 from dpace.drafter import Drafter
-from dpace.drafter.lattice import make_lattice, walk_losses
+from dpace.drafter.lilicorr import make_lattice, walk_losses
 from dpace.drafter.views import BlocksHidden, blocks_hidden
 from dpace.loss import HeadOutput, Slots, Weigh, block_loss, candidate_logits, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance

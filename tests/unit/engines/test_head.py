@@ -10,7 +10,7 @@ from transformers import AutoModel
 from dpace.cli import main
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter
-from dpace.drafter.layout import OLDER_NAMES
+from dpace.drafter.lilicorr import OLDER_NAMES
 from dpace.engines.export import read_drafter
 from tests.conftest import make_drafter, make_with_head
 from tests.support.files import read_json, write_rows

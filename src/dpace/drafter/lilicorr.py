@@ -1,0 +1,279 @@
+"""LiLiCorr, a head that makes the slots of a draft agree: its sizes, tensors and config keys, its drafts and its loss.
+
+Its network is `dpace.modeling_dflash.LiLiCorr`; `dpace.train.loop` adds its loss to that of the blocks.
+
+Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, Strict
+from torch import Tensor, nn
+
+from dpace.config import Engine, Format
+from dpace.drafter import dflash
+from dpace.drafter.dflash import Draft, Parts
+from dpace.drafter.vocabulary import DraftHead
+from dpace.target import Target
+
+CE_WEIGHT = 0.25
+"""Weight of its cross-entropy beside the loss of the blocks, as published."""
+PREFIX = "lilicorr."
+"""Beginning of the names of its tensors and, with `_` for the point, of its config keys."""
+LINEARS = {
+    "correlator hidden": "token_proj pass_hidden_proj context_proj",
+    "five": "feature_norm",
+    "correlator five": "feature_mlp.up_proj",
+    "correlator correlator": "feature_mlp.down_proj layers.N.attn.out_proj",
+    "wide correlator": "layers.N.mlp.up_proj",
+    "correlator wide": "layers.N.mlp.down_proj",
+    "correlator joined": "factor_input_proj",
+    "factor correlator": "out_head in_head anchor_out_head",
+}
+"""Parts of the head that have a weight and a bias, by the axes of the weight; `N` is the number of a layer."""
+VECTORS = {
+    "one one draft one correlator": "slot_embedding",
+    "one one one candidate correlator": "rank_embedding",
+    "heads distance": "relative_slot_bias",
+    "heads": "same_slot_bias",
+    "correlator": "output_norm.weight anchor_norm.weight layers.N.attn_norm.weight layers.N.mlp_norm.weight",
+    "joined correlator": "layers.N.attn.in_proj_weight",
+    "joined": "layers.N.attn.in_proj_bias",
+}
+"""Its other tensors, by their axes."""
+OLDER_NAMES = {
+    "feature_mlp.0": "feature_norm",
+    "feature_mlp.1": "feature_mlp.up_proj",
+    "feature_mlp.3": "feature_mlp.down_proj",
+    "mlp.0": "mlp.up_proj",
+    "mlp.2": "mlp.down_proj",
+}
+"""Names of parts of the head in older checkpoints, and the newer ones, without which vLLM 0.32 refuses a head."""
+UNREAD_FORMATS: dict[Format, str] = {
+    "speculators": "the format of speculators has none",
+    "gguf": "how llama.cpp names its tensors and keys is not known",
+}
+"""Formats that cannot hold it, and why."""
+UNREAD_ENGINES: tuple[Engine, ...] = ("llamacpp", "transformers", "zlab")
+"""Engines that load a drafter and leave its head out."""
+
+Positive = Annotated[int, Strict(), Field(ge=1, le=2**20)]
+Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Sizes and constants of a LiLiCorr head; published config keys are these names after `lilicorr_`."""
+
+    candidate_topk: Annotated[int, Strict(), Field(ge=1, le=1024)]
+    """Best tokens of each slot that it chooses from."""
+    hidden_size: Annotated[int, Strict(), Field(ge=0, le=2**20)]
+    """Its width; 0 for the drafter's."""
+    num_heads: Positive
+    factor_dim: Positive
+    """Length of the vectors whose products are the scores."""
+    num_layers: Annotated[int, Strict(), Field(ge=1, le=100)]
+    mlp_ratio: Scale
+    vector_eps: Scale
+    logit_scale: Scale
+
+
+def head_for(hidden_size: int, num_candidates: int, width: int | None = None) -> HeadSpec:
+    """Choose the sizes of a head.
+
+    Published ones are a quarter as wide as the drafter (1024 at 4096). There the head is 3 % of a step. Next to a small
+    target on a CPU it would be more than 10 %, so below 1024 a sixth is taken, 96 at 576, which is about 5 %.
+
+    Args:
+        hidden_size: of the drafter.
+        num_candidates: of each slot.
+        width: of the head; by default as above.
+    """
+    narrow = max(8, hidden_size // 48 * 8)
+    width = width or (hidden_size // 4 if hidden_size >= 1024 else narrow)
+    num_heads = next(count for count in (8, 4, 2, 1) if width % count == 0 and width >= 24 * count or count == 1)
+    return HeadSpec(
+        candidate_topk=num_candidates,
+        hidden_size=0 if width == hidden_size else width,
+        num_heads=num_heads,
+        factor_dim=width,
+        num_layers=2,
+        mlp_ratio=2.0,
+        vector_eps=1e-4,
+        logit_scale=8.0,
+    )
+
+
+def tensors(parts: Parts) -> dict[str, tuple[str, str]]:
+    """Return the tensors of a drafter with a head, as `dflash.tensors`; its names in llama.cpp are not known."""
+    head = {name: axes for axes, names in VECTORS.items() for name in names.split()}
+    for axes, names in LINEARS.items():
+        for name in names.split():
+            head |= {f"{name}.weight": axes, f"{name}.bias": axes.split()[0]}
+    has = parts.has_projection
+    head = {PREFIX + name: (axes, "") for name, axes in head.items() if has or "token_proj" not in name}
+    return dflash.tensors(parts) | dflash.numbered(head, parts.num_head_layers)
+
+
+def count_head_layers(names: Iterable[str]) -> int:
+    """Count the layers of the head that have a tensor among these published names; 0 without a head."""
+    return len({name.split(".")[2] for name in names if name.startswith(f"{PREFIX}layers.")})
+
+
+def published_name(name: str) -> str:
+    """Return the newer name of a tensor of the head, which this project writes; other names stay as they are."""
+    if not name.startswith(PREFIX):
+        return name
+    for older, newer in OLDER_NAMES.items():
+        name = name.replace(f".{older}.", f".{newer}.")
+    return name
+
+
+def config_keys(spec: Any) -> dict[str, Any]:
+    """Return what head and convolutions add to `dflash_config`."""
+    sizes = {f"lilicorr_{name}": value for name, value in vars(spec.head).items()}
+    return {"projector_type": "lilicorr", "lilicorr_enabled": True, **sizes, **dflash.config_keys(spec)}
+
+
+def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the values of `HeadSpec` in a config, not checked yet; None without a head.
+
+    Args:
+        config: of a drafter.
+        nested: its `dflash_config`.
+    """
+    keys = {name.removeprefix("lilicorr_"): value for name, value in nested.items() if name.startswith("lilicorr_")}
+    has_head = keys.pop("enabled", False) or "LiLiCorr" in str(config.get("architectures"))
+    return keys if has_head else None
+
+
+class Lattice(NamedTuple):
+    """A head's scores of the candidates of each slot; a walk through it, from slot to slot, is a draft.
+
+    A score after a token says nothing about the token itself: no logit of the drafter is added.
+    """
+
+    candidates: Int[Tensor, "batch draft choice"]
+    """Tokens, the drafter's best first."""
+    start: Float[Tensor, "batch choice"]
+    """Scores of the first slot's candidates."""
+    pairs: Float[Tensor, "batch pair choice choice"]
+    """Scores of a slot's candidates after each of the slot's before."""
+    log_odds: Float[Tensor, "batch draft"]
+    """Logarithm of the odds that a slot's token is a candidate, in the drafter's softmax."""
+
+
+def propose(
+    drafter: Any,
+    head: DraftHead,
+    hidden: Float[Tensor, "batch slot hidden"],
+    newest: Callable[[], Float[Tensor, "batch feature"]],
+    width: int,
+) -> Draft:
+    """Walk through the lattice of all slots, as in training, and propose the first tokens; see `dflash.propose`."""
+    states = hidden[:, 1:]
+    logits = head.logits(states.flatten(0, 1)).float()
+    top, index = logits.topk(drafter.num_candidates)
+    log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
+    candidates = head.tokens(index).view(log_probs.shape)
+    lattice = make_lattice(drafter, head.target, candidates, log_probs, states, newest())
+    tokens, scores = take_walk(lattice)
+    return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
+
+
+def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tensor, "batch draft choice_or_rest"]]:
+    """Take the best candidate of each slot after that of the slot before; on ties the drafter's better one.
+
+    Returns:
+        The tokens; and the scores that each was the best of, with a last one for all tokens that are no candidates: in
+        the softmax it has the share that the drafter gives them.
+    """
+    best = lattice.pairs.argmax(-1)
+    taken = [lattice.start.argmax(-1, keepdim=True)]
+    for pair in best.unbind(1):
+        taken.append(pair.gather(1, taken[-1]))
+    index = torch.cat(taken, dim=1)
+    scores = rows_after(lattice, index)
+    rest = scores.logsumexp(-1) - lattice.log_odds
+    return lattice.candidates.gather(-1, index[..., None])[..., 0], torch.cat([scores, rest[..., None]], dim=-1)
+
+
+def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Tensor, "batch draft choice"]:
+    """Return the scores of each slot's candidates after the candidates `index` of the slots before."""
+    pairs = lattice.pairs
+    chosen = index[:, : pairs.shape[1], None, None].expand(-1, -1, 1, pairs.shape[-1])
+    return torch.cat([lattice.start[:, None], pairs.gather(2, chosen)[:, :, 0]], dim=1)
+
+
+def make_lattice(
+    network: Any,
+    target: Target,
+    candidates: Int[Tensor, "block draft choice"],
+    log_probs: Float[Tensor, "block draft choice"],
+    hidden: Float[Tensor, "block draft hidden"],
+    features: Float[Tensor, "block feature"],
+    has_anchor: Bool[Tensor, " block"] | None = None,
+) -> Lattice:
+    """Score the candidates of blocks with the network's head.
+
+    Args:
+        network: of the drafter.
+        target: has the embedding.
+        candidates: best tokens of each slot.
+        log_probs: theirs in the drafter's softmax, at temperature 1, in fp32.
+        hidden: final hidden states of the slots.
+        features: of the token before each anchor.
+        has_anchor: whether there is such a token; by default there is.
+    """
+    anchor = network.anchor_rows(features)
+    start, pairs = network.lilicorr(target.embed(candidates), log_probs, hidden, anchor, has_anchor)
+    return Lattice(candidates, start, pairs, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
+
+
+class WalkLosses(NamedTuple):
+    """What a lattice is trained with, where the token before each slot is the target's own."""
+
+    losses: Float[Tensor, "block draft"]
+    """Cross-entropy and penalty, each times its weight; carries the gradient."""
+    probs: Float[Tensor, "block draft"]
+    """Probability of the target's token, detached; 0 where it cannot be taken."""
+    is_candidate: Bool[Tensor, "block draft"]
+    """Whether the target's token is a candidate."""
+
+
+def walk_losses(
+    lattice: Lattice,
+    labels: Int[Tensor, "block draft"],
+    target_logits: Float[Tensor, "block draft choice"] | None,
+    penalty: float,
+) -> WalkLosses:
+    """Compute the loss of a walk that takes the target's tokens.
+
+    With `r` the softmax of a slot's scores after the target's token before, it is `CE_WEIGHT * -log r[true]`, and
+    `penalty` times `sum of r[j] * max(0, l[true] - l[j])`, where `l` are the target's logits: a wrong choice costs as
+    much as the target dislikes it. A token that is no candidate is not put among them: its slot, and the one behind it,
+    have no loss.
+
+    Args:
+        lattice: of whole blocks.
+        labels: the target's tokens, as the lattice names its candidates.
+        target_logits: the target's, of the candidates, without gradient; None without penalty.
+        penalty: its weight.
+
+    Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
+    """
+    is_true = lattice.candidates == labels[..., None]
+    is_candidate = is_true.any(-1)
+    index = is_true.int().argmax(-1)
+    log_probs = rows_after(lattice, index).log_softmax(-1)
+    own = log_probs.gather(-1, index[..., None])[..., 0]
+    losses = -CE_WEIGHT * own
+    if target_logits is not None:
+        worse = (target_logits.gather(-1, index[..., None]) - target_logits).clamp_min(0)
+        losses = losses + penalty * (log_probs.exp() * worse).sum(-1)
+    can_take = is_candidate & nn.functional.pad(is_candidate[:, :-1], (1, 0), value=True)
+    return WalkLosses(losses * can_take, own.detach().exp() * can_take, is_candidate)
