@@ -97,8 +97,9 @@ def doctor_page() -> str:
 
 def cli_page() -> str:
     """Write the verbs with their options."""
-    from dpace.cli import USAGE, VERBS
+    from dpace.cli import USAGE
     from dpace.config import Recipe
+    from dpace.recipes import VERBS
 
     parts = ["# Command line", f"```text\n{USAGE.strip()}\n```"]
     for verb, line in VERBS.items():

@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-from dpace.cli import VERBS, main
+from dpace.cli import main
+from dpace.recipes import VERBS
 from tests.support.files import write_prompts
 
 TARGET = "/no/such/target"
@@ -249,6 +250,8 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80 and "(default: )" not in "".join(lines)
     empty = [not line.strip("│ ") for line in lines]
     assert not any(first and second for first, second in itertools.pairwise(empty))
+    if verb in ("data", "respond", "train", "bench"):
+        assert lines[0] == f"{VERBS[verb].capitalize()}." and f"usage: dpace {verb} [RECIPE] [-h] [OPTIONS]" in lines
     if verb == "respond":
         assert len(lines) <= 120 and any("--train.*" in line for line in lines)
         with pytest.raises(SystemExit, match="0"):

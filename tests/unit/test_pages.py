@@ -10,10 +10,11 @@ from typing import NamedTuple, get_args
 import pytest
 import yaml
 
-from dpace.cli import VERBS, main
+from dpace.cli import main
 from dpace.config import Engine
 from dpace.engines.card import serve_command
 from dpace.prompts.prompts import read_prompts
+from dpace.recipes import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

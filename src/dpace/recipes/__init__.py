@@ -1,6 +1,22 @@
-"""Recipes that come with dpace; their names stand for their files on the command line."""
+"""Recipes that come with dpace, whose names stand for their files on the command line, and the verbs that take them."""
 
 from pathlib import Path
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 """File of each recipe, by name."""
+VERBS = {
+    "demo": "train a drafter for a real LLM on this machine, and show its gain",
+    "plan": "say what a recipe takes: memory by part, disk, steps and time",
+    "data": "show what a drafter is trained on, and what is left out and why",
+    "respond": "let the target answer the prompts",
+    "train": "train a drafter on the responses",
+    "compare": "train with several objectives and seeds, and say which is best",
+    "bench": "measure drafters against no drafter, on held-out prompts",
+    "report": "write one HTML page from the folders that other verbs wrote",
+    "check": "prove that a drafter does not change the text",
+    "doctor": "say what would go wrong when a drafter is served",
+    "generate": "answer one prompt, or chat",
+    "export": "write a drafter for vLLM, SGLang, llama.cpp and other engines",
+    "import": "read a drafter that another project trained, and write it for dpace",
+}
+"""One line of help for each verb; `dpace.verbs` has a file for each."""

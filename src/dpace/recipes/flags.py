@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from pydantic import ValidationError
 
 from dpace.config import Recipe
-from dpace.recipes import RECIPES
+from dpace.recipes import RECIPES, VERBS
 from dpace.recipes.recipe_file import read_recipe, read_settings, without_passwords
 from dpace.recipes.validation import UsageError, explain
 
@@ -81,10 +81,14 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
     hidden: Any = [(name, Annotated[kinds[name], tyro.conf.Suppress], kinds[name]()) for name in others]
     shown = make_dataclass(config_class.__name__, hidden, bases=(config_class,), frozen=True)
     width = shutil.get_terminal_size().columns
-    for paragraph in inspect.cleandoc(config_class.__doc__ or "").split("\n\n"):
+    paragraphs = inspect.cleandoc(config_class.__doc__ or "").split("\n\n")
+    if config_class is Recipe:
+        paragraphs[0] = f"{VERBS[verb].capitalize()}."
+    for paragraph in paragraphs:
         print(textwrap.fill(paragraph, width), end="\n\n")
+    recipe = " [RECIPE]" * issubclass(config_class, Recipe)
     with contextlib.suppress(SystemExit):
-        tyro.cli(shown, prog=f"dpace {verb}", description="", args=["--help"])
+        tyro.cli(shown, prog=f"dpace {verb}{recipe}", description="", args=["--help"])
     if others:
         print("other options of recipes, which --help-all lists:")
         for name in others:
