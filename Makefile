@@ -19,7 +19,6 @@ $(BIN)/.engines: $(BIN)/.installed
 setup: $(BIN)/.engines  ## make .venv with the package, its tools and the engines of the tests
 
 demo: $(BIN)/.installed  ## train a drafter for a real LLM and show what it gains (ARGS=--quick for a short one)
-	-$(BIN)/pip install -q --no-deps xllamacpp  # optional: shows the drafter in llama.cpp too
 	$(BIN)/dpace demo $(ARGS)
 
 test: setup  ## run the tests, a process for each core (ARGS='-m slow' for the ones on the real model)

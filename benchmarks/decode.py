@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llamacpp import answer, make_server, write_f16
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -42,8 +43,6 @@ from dpace.decode.pace import Pace
 from dpace.decode.request import make_continuation
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import DraftHead
-from dpace.engines.gguf import write_f16
-from dpace.engines.llamacpp import answer, make_server
 from dpace.fast.packing import pack_linears
 from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console

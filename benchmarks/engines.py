@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import transformers
+from llamacpp import has_llamacpp, run_llamacpp, write_f16
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import AutoModel
@@ -44,8 +45,7 @@ from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
 from dpace.engines.export import export, import_drafter
-from dpace.engines.gguf import QUANTIZED, write_f16
-from dpace.engines.llamacpp import has_llamacpp, run_llamacpp
+from dpace.engines.gguf import QUANTIZED
 from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console
 from dpace.target import Target

@@ -1,8 +1,9 @@
 """Draw the README's picture from the results of the demo: tokens a second, and acceptance by position.
 
-    python benchmarks/picture.py dpace-demo docs/picture.svg
+    python benchmarks/picture.py dpace-demo docs/picture.svg [dpace-compare]
 
-The SVG has one set of colors for light pages and one for dark ones.
+With the folder of `dpace compare demo-cpu`, acceptance is that of all its seeds. The SVG has one set of colors for
+light pages and one for dark ones.
 """
 
 import sys
@@ -51,15 +52,17 @@ def draw_positions(axis, results: CompareResults) -> None:
     axis.set(xlabel="position in the draft", ylabel="accepted up to here", title="Whole drafts", ylim=(0, 1))
 
 
-def main(folder: str, path: str) -> None:
+def main(folder: str, path: str, seeds: str = "") -> None:
     """Write the picture."""
-    results = read_results(Path(folder) / "results.json")
+    results, compared = (read_results(Path(place) / "results.json") for place in (folder, seeds or folder))
     if not isinstance(results, CompareResults) or results.decode is None:
         sys.exit(f"{folder} has no results of `dpace demo`")
+    if not isinstance(compared, CompareResults):
+        sys.exit(f"{seeds} has no results of `dpace compare`")
     with drawing() as plt:
         figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
         draw_speeds(axes[0], results.decode)
-        draw_positions(axes[1], results)
+        draw_positions(axes[1], compared)
         for axis in axes:
             axis.grid(alpha=0.6, axis="y")
             named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))

@@ -26,12 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from llamacpp import run_llamacpp, write_f16
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dpace.decode import Decoder
-from dpace.engines.gguf import write_f16
-from dpace.engines.llamacpp import run_llamacpp
 from dpace.fast.cache import TextCache
 from dpace.report.tables import console
 from dpace.target import Target

@@ -249,7 +249,7 @@ def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: s
             for axis in axes[0]:
                 axis.axhline(0, color=SOFT, lw=1)
         handles = {n: h for axis in axes[0] for h, n in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * num)
         return standalone(svg(figure))
 
 

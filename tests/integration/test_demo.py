@@ -77,10 +77,9 @@ def test_the_wheels_gguf_file_is_kept(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(dpace.target.locate, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(dpace.target.locate, "dequantize", lambda gguf_path, folder: folder.mkdir())
-    assert dpace.target.locate.find_target_gguf() is None
     dpace.target.locate._unpack_wheel(dpace.target.locate.cache_folder() / "SmolLM2-135M-Instruct")
-    assert dpace.target.locate.find_target_gguf().read_text() == "weights"
-    assert len(list(dpace.target.locate.cache_folder().iterdir())) == 2
+    kept = dpace.target.locate.cache_folder()
+    assert (kept / "SmolLM2-135M-Instruct.gguf").read_text() == "weights" and len(list(kept.iterdir())) == 2
 
 
 @pytest.mark.slow

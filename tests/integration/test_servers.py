@@ -31,9 +31,10 @@ from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
 from tests.support.files import make_prompts
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SERVE = """
 import sys
-from dpace.engines.llamacpp import make_server
+from llamacpp import make_server
 server = make_server(sys.argv[1], sys.argv[2] or None, num_draft_tokens=int(sys.argv[3]), is_exact=bool(sys.argv[4:]))
 print(server.listening_address, flush=True)
 sys.stdin.read()
@@ -44,9 +45,8 @@ sys.stdin.read()
 def llamacpp(target: Path, drafter: Path | str = "", num_draft_tokens: int = 0, *, is_exact=False) -> Iterator[str]:
     """The address of llama.cpp's server in a process of its own."""
     command = [sys.executable, "-c", SERVE, str(target), str(drafter), str(num_draft_tokens), *["exact"] * is_exact]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, cwd=BENCHMARKS, **pipes) as process:
         try:
             yield next(line.strip() for line in process.stdout or () if line.startswith("http"))
         finally:

@@ -51,8 +51,6 @@ from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
 
 NO_GAIN, UNKNOWN = "no gain", "too few prompts to tell"
-DEMO_DRAFTER = "dpace"
-"""Name of the drafter that `dpace demo` runs in llama.cpp."""
 ADVICE_TEXT = (
     "The best verification length is the number of tokens that the target checks in one pass: the known one and the "
     "draft tokens. auto chooses it at each step. no gain: decode without this drafter there."
@@ -85,7 +83,7 @@ ADVICE_COLUMNS = (
 
 
 def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Advice]:
-    """Choose among what `dpace bench` and `dpace demo` measured.
+    """Choose among what `dpace bench` measured.
 
     Args:
         results: of the benchmark.
@@ -96,10 +94,6 @@ def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Adv
         row = max(rows, key=lambda row: (verdict(row.decode_speedup_interval) == "faster", row.decode_speedup or 0))
         length = _way(row).replace("full", f"{row.block_size}, whole drafts")
         yield Advice("dpace", row.set, row.temperature, "1", _best(row, length), SPEEDUP.write(row))
-    for row in results.llamacpp or () if DEMO_DRAFTER in drafters else ():
-        ratio = row.tokens_per_second / row.plain_tokens_per_second
-        best = f"{results.rows[0].block_size if ratio > 1 else NO_GAIN} ({row.num_responses} prompts)"
-        yield Advice("llama.cpp", row.set, 0.0, "1", best, f"{ratio:.2f}")
 
 
 def _best(row: Row | ServerRow, length: str) -> str:

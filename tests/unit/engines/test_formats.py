@@ -15,27 +15,25 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.utils import filter_repo_objects
+from llamacpp import run_llamacpp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import dpace.engines.export
 import dpace.modeling_dflash
-import dpace.studies.demo
 from dpace.cli import main
-from dpace.config import BenchConfig, DrafterConfig, Recipe
+from dpace.config import BenchConfig
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.export import export, import_drafter, read_drafter
 from dpace.engines.gguf import read_gguf
-from dpace.engines.llamacpp import run_llamacpp
 from dpace.engines.published import read_folder
 from dpace.measure.benchmark import bench
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 from tests.conftest import EOS, make_drafter, make_recipe, make_target, write_target_gguf
 from tests.support.files import make_prompts, read_json
-from tests.support.rows import make_bench, make_row
 from tests.unit.target.test_target_files import write_fp8
 
 TO_READ = ["zlab", "speculators", "gguf"]
@@ -582,20 +580,3 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     flags[1] = str(language_folder)
     assert main(["export", str(folder), *flags]) == 0
     assert f"vllm serve {language_folder} " in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_the_demo_serves_its_drafter(language_target, folder, language_prompts, target_gguf, monkeypatch):
-    asked = make_prompts(language_prompts[50:56], "language")
-    recipe = Recipe(target="tiny", drafter=DrafterConfig(block_size=6), bench=BenchConfig(max_new_tokens=20))
-    arguments = (language_target, folder, asked, recipe)
-    monkeypatch.setattr(dpace.studies.demo, "find_target_gguf", lambda: target_gguf)
-    assert dpace.studies.demo.serve_in_llamacpp(*arguments) == []  # this GGUF file is not this target's
-    monkeypatch.setattr(dpace.studies.demo, "TARGET_ID", "tiny")
-    monkeypatch.setattr(dpace.studies.demo, "find_target_gguf", lambda: None)
-    assert dpace.studies.demo.serve_in_llamacpp(*arguments) == []
-    monkeypatch.setattr(dpace.studies.demo, "find_target_gguf", lambda: target_gguf)
-    (served,) = dpace.studies.demo.serve_in_llamacpp(*arguments)
-    assert served.num_same_text == served.num_responses == 3
-    assert served.tokens_per_second > 0 and served.plain_tokens_per_second > 0
-    (line,) = dpace.studies.demo.decoding_summary(make_bench(make_row(drafter="x"), llamacpp=[served]))[1:]
-    assert line.startswith("language: llama.cpp (f16") and line.endswith("3 of 3 texts equal")

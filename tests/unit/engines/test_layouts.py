@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llamacpp import run_llamacpp
 from safetensors.torch import load_file, save_file
 from transformers import TypicalLogitsWarper
 
@@ -19,7 +20,6 @@ from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.drafter.vocabulary import DraftHead, DraftVocabulary
-from dpace.engines.llamacpp import run_llamacpp
 from dpace.engines.published import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance

@@ -9,7 +9,6 @@ from dpace.measure.results import (
     Comparison,
     Example,
     Heldout,
-    LlamacppRow,
     find_results,
     read_heldout,
     read_log,
@@ -40,16 +39,9 @@ BENCH = make_bench(
         )
     ],
 )
-DEMO = make_bench(
-    llamacpp=[
-        LlamacppRow(
-            set="s", plain_tokens_per_second=1.0, tokens_per_second=2.0, num_same_text=1, num_responses=1, threads=2
-        )
-    ]
-)
 COMPARE = make_compare(make_compared(), decode=BENCH)
 SERVERS = make_servers(make_served())
-ALL = {"bench": BENCH, "demo": DEMO, "compare": COMPARE, "servers": SERVERS}
+ALL = {"bench": BENCH, "compare": COMPARE, "servers": SERVERS}
 HELDOUT = Heldout(ids=["a", "b"], block_size=2, histogram=[[1, 2], [3, 4]], num_without_bonus=[0, 1])
 
 
@@ -76,7 +68,6 @@ def test_the_keys_of_the_file_are_kept():
     response += " num_without_bonus decode_tokens decode_seconds prefill_seconds same_text"
     assert " ".join(bench["rows"][0]["responses"][0]) == response
     assert bench["rows"][1]["tau"] is None and bench["rows"][1]["width"] == 2
-    assert "llamacpp" not in bench and len(to_json(DEMO)["llamacpp"]) == 1
     assert " ".join(to_json(COMPARE)) == "schema_version target baseline seeds reduction rows decode"
     assert not any(key.startswith("plain_") for key in to_json(make_served()))  # without a plain server
     assert " ".join(to_json(HELDOUT)) == "ids block_size histogram num_without_bonus"
@@ -144,7 +135,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        write_results(path, DEMO)
+        write_results(path, COMPARE)
     assert read_results(path) == BENCH
 
 

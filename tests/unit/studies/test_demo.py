@@ -23,7 +23,6 @@ def flags(language_folder, language_prompts, tmp_path) -> list[str]:
 
 def test_both_objectives_are_compared(flags, tmp_path, capsys, monkeypatch):
     """A row for each set and objective and for all sets together; the same command again trains nothing."""
-    monkeypatch.setattr("dpace.studies.demo.serve_in_llamacpp", lambda *_: [])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "respond: {max_new_tokens: 16}\n"

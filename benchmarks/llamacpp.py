@@ -65,7 +65,7 @@ def run_llamacpp(
     request = {"server": server, "prompts": list(prompts), "max_new_tokens": max_new_tokens}
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.json"
-        command = [sys.executable, "-m", "dpace.engines.llamacpp", str(answers)]
+        command = [sys.executable, __file__, str(answers)]
         done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
         if done.returncode or not answers.exists():
             reason = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
@@ -73,6 +73,29 @@ def run_llamacpp(
                 f"llama.cpp ended with code {done.returncode} and without an answer; its last lines say why: {reason}"
             )
         return [Answer(*row) for row in json.loads(answers.read_text())]
+
+
+def write_f16(source: str | Path, path: str | Path) -> None:
+    """Write a target's GGUF file again with matrices in f16 and vectors in f32.
+
+    Quantized matrices round a block and a single token differently, so that any drafter changes the text; f16 and f32
+    do not.
+    """
+    import gguf
+    import numpy as np
+
+    from dpace.engines.gguf import _copy_field, _open_gguf, _read_value, _write_file
+
+    reader = _open_gguf(source)
+    writer = gguf.GGUFWriter(path, _read_value(reader, "general.architecture"))
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            _copy_field(writer, field)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+    _write_file(writer)
 
 
 def make_server(
