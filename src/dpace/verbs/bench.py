@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpace.config import Recipe
+from dpace.config import BenchConfig, Recipe
 from dpace.recipes.flags import DRY_RUN, PROMPT, command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
@@ -31,8 +31,10 @@ def run(args: list[str]) -> None:
     else:
         prompts = split_prompts(recipe.prompts).heldout
     if recipe.bench.server:
-        if recipe.bench.verify_rules != ("equality",):
-            raise ValueError("--bench.verify-rules is not for --bench.server, which has its own rule; leave one out")
+        for name in ("drafters", "widths", "verify_rules"):
+            if getattr(recipe.bench, name) != getattr(BenchConfig(), name):
+                flag = f"--bench.{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is not for --bench.server, which was started with its own; leave one out")
         if DRY_RUN in args:
             print(f"prompts: {len(prompts):,}, sent to the server")
             return

@@ -299,7 +299,13 @@ def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--plain-server http://127.0.0.1:9", "--prefixes warm", "--server http://127.0.0.1:9 --verify-rules block"],
+    [
+        "--plain-server http://127.0.0.1:9",
+        "--prefixes warm",
+        "--server http://127.0.0.1:9 --verify-rules block",
+        "--server http://127.0.0.1:9 --drafters folder",
+        "--server http://127.0.0.1:9 --widths auto",
+    ],
 )
 def test_the_verb_wants_the_server_for_its_flags_and_those_only(flags, recipe, capsys):
     assert main(["bench", str(recipe), *flags.split()]) == 1
