@@ -1,10 +1,6 @@
-"""Run the demo: from prompts to a measured drafter, on a CPU, in minutes.
-
-It is `dpace compare` with the recipe `demo-cpu`.
-"""
+"""The demo: `dpace compare` with the recipe `demo-cpu`, and what it found in a few lines."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from dpace.config import CompareConfig, DemoConfig
 from dpace.measure.results import BenchResults, CompareResults
@@ -12,9 +8,6 @@ from dpace.prompts.prompts import PromptParts, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.report.cells import percent, verdict
-from dpace.studies.compare import cell_folder, compare
-from dpace.target import Target
-from dpace.target.locate import find_target
 
 
 def demo_recipe(config: DemoConfig) -> CompareConfig:
@@ -36,11 +29,6 @@ def demo_recipe(config: DemoConfig) -> CompareConfig:
     return CompareConfig(**vars(recipe), objectives=objectives, baseline=objectives[-1], seeds=(recipe.train.seed,))
 
 
-def drafter_folder(recipe: CompareConfig) -> Path:
-    """Return the folder of the drafter that D-PACE trained."""
-    return cell_folder(recipe.output, ("dpace", recipe.seeds[0]))
-
-
 def demo_prompts(config: DemoConfig) -> PromptParts:
     """Read the demo's prompts; with `quick`, those that are decoded are held out, and no others."""
     recipe = demo_recipe(config)
@@ -48,19 +36,6 @@ def demo_prompts(config: DemoConfig) -> PromptParts:
     if config.quick:
         parts = parts._replace(heldout=first_of_each_set(parts.heldout, recipe.bench.num_prompts))
     return parts
-
-
-def run_demo(recipe: CompareConfig, parts: PromptParts) -> CompareResults:
-    """Respond, train with each objective, measure, and write what was found, as `compare` does.
-
-    Args:
-        recipe: of `demo_recipe`.
-        parts: of `demo_prompts`.
-
-    Returns:
-        What `results.json` holds.
-    """
-    return compare(Target.load(find_target(recipe.target)), recipe, parts=parts)
 
 
 FINDINGS = {
