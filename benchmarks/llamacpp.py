@@ -81,7 +81,7 @@ def write_f16(source: str | Path, path: str | Path) -> None:
     Quantized matrices round a block and a single token differently, so that any drafter changes the text; f16 and f32
     do not.
     """
-    import gguf
+    import gguf  # here, since the process that answers needs none of this
     import numpy as np
 
     from dpace.engines.gguf import _copy_field, _open_gguf, _read_value, _write_file

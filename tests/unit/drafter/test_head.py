@@ -199,7 +199,6 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
     target = make_target("qwen3")
     drafter = make_with_head(target, block_size=5)
     found = []
-
     kind = KINDS["lilicorr"]
 
     def spy(*args):
