@@ -1,5 +1,6 @@
 """The notebook runs, and what the examples for clusters start is understood."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -22,6 +23,15 @@ def test_the_notebook_runs(tmp_path):
     nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "lossless" in said and re.search(r"^tau \d", said, flags=re.MULTILINE)
+
+
+def test_the_notebook_imports_names_that_exist():
+    """The default tests see it too when a name moves; only the slow test above runs the cells."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    source = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "code")
+    imports = re.findall(r"^from dpace.*$", source, flags=re.MULTILINE)
+    assert imports
+    exec("\n".join(imports), {})
 
 
 @pytest.mark.parametrize("name", ["cluster/train.sbatch", "cluster/sky.yaml"])
