@@ -3,9 +3,10 @@
 import json
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class Study:
 
     def __init__(self, output: Path, order: Sequence[str]):
         self.folders = find_cells(output)
+        settings = output / "study.json"
+        self.settings: dict[str, Any] = json.loads(settings.read_text()) if settings.exists() else {}
         costs = output / "costs.json"
         self.costs: dict[str, dict[str, list[float]]] = json.loads(costs.read_text()) if costs.exists() else {}
         self.measured = {cell: read_heldout(folder) for cell, folder in self.folders.items()}
@@ -254,11 +257,18 @@ def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: s
 
 
 def commands(study: Study) -> str:
-    """Write the commands that made the study."""
-    named = [name for name in study.objectives if name not in ALWAYS]
-    final = f"--stage final{' --objectives ' if named else ''}{' '.join(named)}"
-    lines = [f"{SCRIPT} --data FOLDER --stage screen", f"{SCRIPT} --data FOLDER {final}", f"{SCRIPT} --stage report"]
-    return "\n".join(["```", *lines, "```\n"])
+    """Write the commands that made the study: one for all objectives that have the same seeds with a budget."""
+    same: dict[tuple, list[str]] = defaultdict(list)
+    for name, block, steps in dict.fromkeys(cell[:3] for cell in study.folders):
+        same[block, steps, *study.seeds(block, (name, steps))].append(name)
+    settings = "".join(f" --{name} {value}" for name, value in study.settings.items())
+    lines = []
+    for (block, steps, *seeds), names in sorted(same.items()):
+        numbers = f"--blocks {block} --steps {steps} --seeds {' '.join(map(str, seeds))}"
+        more = [name for name in study.objectives if name in names and name not in ALWAYS]
+        objectives = " ".join(["", "--objectives", *more]) if more else ""
+        lines.append(f"{SCRIPT} --data FOLDER --stage final{settings} {numbers}{objectives}")
+    return "\n".join(["```", *lines, f"{SCRIPT} --stage report", "```\n"])
 
 
 def about(study: Study) -> str:
