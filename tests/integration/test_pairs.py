@@ -40,6 +40,19 @@ PAIRS = {
         "--bench.num-prompts 0",
         "dpace+kl/seed-0/heldout.json",
     ),
+    "compare where bench measured": Pair(
+        f"bench {RECIPE} --drafters {{drafter}}; compare {RECIPE} --dry-run",
+        refused="results.json holds what `dpace bench` measured; name another folder with --output",
+    ),
+    "bench where compare measured": Pair(
+        f"compare {RECIPE} --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
+        f"bench {RECIPE} --drafters {{drafter}} --dry-run",
+        refused="results.json holds what `dpace compare` measured; name another folder with --output",
+    ),
+    "bench into a folder without a drafter": Pair(
+        "bench {recipe} --output {out}/off",
+        refused="there is no drafter .*off.drafter; train one, or name one with --bench.drafters",
+    ),
     "from another drafter, growing blocks": Pair(
         f"train {RECIPE} --drafter.init {{drafter}} --train.grow-blocks", "drafter/provenance.json"
     ),

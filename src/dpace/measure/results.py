@@ -332,6 +332,21 @@ def read_results(path: Path) -> Results:
     return results
 
 
+def refuse_other_results(path: Path, kind: type[BenchResults | CompareResults]) -> None:
+    """Refuse to write over results of another kind; a file that cannot be read is no reason.
+
+    Raises:
+        ValueError: names the file and the way out.
+    """
+    try:
+        is_other = path.exists() and not isinstance(read_results(path), kind)
+    except ValueError:
+        return
+    if is_other:
+        writer = "bench" if kind is CompareResults else "compare"
+        raise ValueError(f"{path} holds what `dpace {writer}` measured; name another folder with --output")
+
+
 def find_results(folder: Path) -> list[Results]:
     """Read all results in a folder.
 

@@ -24,6 +24,7 @@ from dpace.measure.results import (
     has_heldout,
     read_heldout,
     read_log,
+    refuse_other_results,
     write_heldout,
     write_results,
 )
@@ -123,13 +124,15 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cel
     """Refuse an output folder that cannot be written to, before any work; return the recipe of each cell.
 
     Raises:
-        ValueError: see `make_recipes`; files that dpace did not write; or a cell with another run.
+        ValueError: see `make_recipes`; files that dpace did not write, or results of `dpace bench`; or a cell with
+            another run.
         OSError: a file stands where the folder is to be.
     """
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         folder.mkdir()  # raises the error
     refuse_foreign_files(folder, *FILES)
+    refuse_other_results(folder / FILES[0], CompareResults)
     recipes = make_recipes(config)
     for cell, recipe in recipes.items():
         refuse_other_run(cell_folder(folder, cell), {**settings_of(recipe), **init_of(init)})

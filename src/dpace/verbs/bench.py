@@ -17,6 +17,7 @@ def run(args: list[str]) -> None:
     recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
+    from dpace.measure.results import BenchResults, refuse_other_results
     from dpace.measure.servers import bench_servers
     from dpace.plan.lines import decoding_lines
     from dpace.prompts.prompts import split_prompts
@@ -50,11 +51,14 @@ def run(args: list[str]) -> None:
         raise ValueError(
             "--bench.plain-server and --bench.prefixes are for servers; name the one with a drafter by --bench.server"
         )
+    refuse_other_results(Path(recipe.output) / "results.json", BenchResults)
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]
     named = dict(zip(drafter_names(folders), found, strict=True))
     if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
         return
+    if not Path(found[0]).exists():
+        raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
     target = load_target(recipe)
     if ranks.is_first():
         print(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}", file=sys.stderr)
