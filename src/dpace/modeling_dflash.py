@@ -302,8 +302,9 @@ class LiLiCorr(nn.Module):
         rows = rows.unflatten(1, (num_slots, k))
         before, after = self._unit(self.out_head(rows[:, :-1])), self._unit(self.in_head(rows))
         first = self._unit(self.anchor_out_head(context))
-        start = (after[:, 0] @ first[..., None])[..., 0]
-        return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
+        with torch.autocast(rows.device.type, enabled=False):
+            start = (after[:, 0] @ first[..., None])[..., 0]
+            return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
 
     def _unit(self, vectors):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)

@@ -53,6 +53,11 @@ PAIRS = {
         "bench {recipe} --output {out}/off",
         refused="there is no drafter .*off.drafter; train one, or name one with --bench.drafters",
     ),
+    "from a causal drafter, and not causal": Pair(
+        "respond {recipe} --output {out}/a; train {recipe} --output {out}/a --drafter.causal; "
+        "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal --dry-run",
+        refused="--drafter.causal is False, but .* has True; leave --drafter.causal out",
+    ),
     "from another drafter, growing blocks": Pair(
         f"train {RECIPE} --drafter.init {{drafter}} --train.grow-blocks", "drafter/provenance.json"
     ),
@@ -221,8 +226,8 @@ def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]
     replies = [{"messages": [*prompt.turns[0], answer]} for prompt in make_prompts(language_prompts[:30])]
     write_rows(paths["own"], replies)
     paths["sets"].mkdir()
-    for name in ("one", "two"):
-        write_prompts(paths["sets"] / f"{name}.jsonl", language_prompts[:2])
+    for name, texts in {"one": language_prompts[:2], "two": language_prompts[2:5]}.items():
+        write_prompts(paths["sets"] / f"{name}.jsonl", texts)  # ids in both are line numbers
     recipe = {
         "target": str(language_folder),
         "output": str(paths["out"]),
@@ -277,6 +282,13 @@ def test_comparing_again_measures_other_held_out_prompts(files, language_prompts
         assert row["num_prompts"] == 2
         measured = read_json(tmp_path / "out" / "dpace" / "seed-0" / "heldout.json")
         assert measured["ids"] == [f"row {number}" for number in chosen]
+
+
+def test_sets_whose_ids_are_equal_are_all_measured(files, tmp_path):
+    command = "bench {recipe} --drafters {drafter} --widths full --num-prompts 3 --sets one two --sets-dir {sets} "
+    assert main(shlex.split(f"{command}--output {tmp_path}".format(**files))) == 0
+    rows = read_json(tmp_path / "results.json")["rows"]
+    assert [(row["set"], row["num_responses"]) for row in rows] == [("one", 2), ("two", 3)]
 
 
 def test_texts_count_where_the_rule_keeps_them(files, tmp_path):

@@ -41,6 +41,8 @@ class ResponseDataset(torch.utils.data.Dataset):
         self.num_anchors = num_anchors
         self.seed = seed
         self.features: Sequence[Tensor] | None = None
+        self.kept: tuple[list[int], bool] = ([], False)
+        """Layers whose outputs are the features, and whether the LM head's input is behind them."""
         self.corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
         self.chosen = np.flatnonzero(self.corpus.num_anchors(max_length))
         """Numbers of the corpus's conversations that have an anchor."""
@@ -84,18 +86,26 @@ class ResponseDataset(torch.utils.data.Dataset):
             flags[start:end] = True
         return flags
 
+    def has_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool) -> bool:
+        """Whether features of these layers are kept."""
+        layer_ids, has_head_input = self.kept
+        is_enough = layer_ids == [*target_layer_ids] and has_head_input >= with_head_input
+        return self.features is not None and is_enough
+
     def keep_features(
         self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
     ) -> None:
         """Compute the features of every conversation once, where they fit in memory; see `Target.features`."""
         num_layers = len(target_layer_ids) + with_head_input
         size = int(self.lengths.sum()) * num_layers * target.hidden_size * target.head.weight.element_size()
+        self.features = None
         if size > limit_bytes:
             return
         compute = partial(compute_features, target, target_layer_ids, with_head_input=with_head_input)
         rows = self.compute_rows(compute, self.batches_that_begin_alike(range(len(self))), "reading hidden states")
         kept = {number: row.clone() for number, row in rows}  # of a padded batch
         self.features = [kept[i] for i in range(len(self))]
+        self.kept = [*target_layer_ids], with_head_input
 
     def batches_that_begin_alike(self, numbers: Iterable[int]) -> list[list[int]]:
         """Put conversations into batches that begin alike or are about equally long, to compute features together."""

@@ -241,6 +241,7 @@ def keep_on_disk(
                 target.join_features(target_layer_ids, with_head_input=with_head_input)
         ranks.barrier()
     dataset.features = FeatureFiles(rows, names, target.head.weight.dtype)
+    dataset.kept = [*target_layer_ids], with_head_input
 
 
 def _hash_text(token_ids: Tensor) -> str:

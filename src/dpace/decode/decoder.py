@@ -94,14 +94,18 @@ class Decoder:
             for row in rows
         ]
 
-    def _find_caches(self, num_rows: int, num_tokens: int) -> RowCaches:
-        """Return the caches for a number of rows; compiled steps keep theirs, with room for the longest text so far."""
-        if not self.compile:
-            return RowCaches(self.target, self.drafter, num_tokens)
+    def make_room(self, num_tokens: int) -> None:
+        """Let the caches of compiled steps have room for texts of this length, and keep none that have not."""
         columns = compiled_columns(num_tokens)
         if columns > self.columns:
             self.columns = columns
             self._caches.clear()
+
+    def _find_caches(self, num_rows: int, num_tokens: int) -> RowCaches:
+        """Return the caches for a number of rows; compiled steps keep theirs, with room for the longest text so far."""
+        if not self.compile:
+            return RowCaches(self.target, self.drafter, num_tokens)
+        self.make_room(num_tokens)
         if num_rows not in self._caches:
             self._caches[num_rows] = RowCaches(self.target, self.drafter, self.columns)
         return self._caches[num_rows]

@@ -17,7 +17,6 @@ import torch
 
 from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
-from dpace.decode.batch import compiled_columns
 from dpace.drafter import Drafter
 from dpace.measure.break_even import find_break_even
 from dpace.measure.pooling import compare_drafters, make_rows, pair_responses
@@ -227,10 +226,9 @@ class CompiledPlain:
 
     def prepare(self, token_ids: Sequence[int], max_new_tokens: int, temperature: float) -> None:
         """Compile the steps of a prompt, if they are not yet, by decoding its first tokens."""
-        columns = max(self.decoder.columns, compiled_columns(len(token_ids) + max_new_tokens + 1))
-        shape = columns, temperature > 0  # steps that sample are compiled apart
+        self.decoder.make_room(len(token_ids) + max_new_tokens + 1)  # of the whole text, of which the beginning follows
+        shape = self.decoder.columns, temperature > 0  # steps that sample are compiled apart
         if shape not in self._ready:
-            self.decoder.columns = columns  # that of the whole text, of which only the beginning is decoded
             count = min(WARM_UP_TOKENS, max_new_tokens)
             self._decode(token_ids, max_new_tokens=count, temperature=temperature, stop_token_ids=())
             self._ready.add(shape)

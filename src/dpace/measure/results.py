@@ -120,12 +120,14 @@ class Row:
         return acceptance_of(self.responses, self.block_size)
 
     @property
-    def keeps_text(self) -> bool:
-        """Whether the text is to be the target's own; above temperature 0, other rules than equality draw another.
+    def verify_rule(self) -> str:
+        """The verify rule, after which `dpace bench` names a drafter where it is not equality."""
+        return next((rule for rule in ("speculative", "block") if self.drafter.endswith(f", {rule}")), "equality")
 
-        `dpace bench` names such a drafter after its rule.
-        """
-        return self.temperature == 0 or not self.drafter.endswith((", speculative", ", block"))
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the text is to be the target's own; above temperature 0, other rules than equality draw another."""
+        return self.temperature == 0 or self.verify_rule == "equality"
 
 
 @json_object
@@ -372,9 +374,9 @@ class Heldout:
     num_without_bonus: list[Count]
 
     def acceptance(self, ids: Sequence[str]) -> Acceptance | None:
-        """Take the rows of some prompts, in the file's order; None where it has none of them."""
-        wanted = set(ids)
-        chosen = [i for i, prompt_id in enumerate(self.ids) if prompt_id in wanted]
+        """Take the rows of some prompts, in their order; None where it has none of them."""
+        places = {name: i for i, name in enumerate(self.ids)}
+        chosen = [places[name] for name in ids if name in places]
         if not chosen:
             return None
         counts = [self.num_without_bonus[i] for i in chosen]

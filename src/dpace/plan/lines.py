@@ -149,7 +149,7 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
 def num_decodings(bench: BenchConfig, prompts: Sequence[Prompt], num_drafters: int) -> int:
     """Count the answers that `dpace.measure.benchmark.bench` decodes."""
     turns = sum(len(prompt.turns) for prompt in prompts)
-    return turns * len(bench.temperatures) * (1 + num_drafters * len(bench.widths))
+    return turns * len(bench.temperatures) * (1 + num_drafters * len(bench.widths) * len(bench.verify_rules))
 
 
 def decoding_lines(recipe: Recipe, prompts: Sequence[Prompt], *, num_drafters: int) -> list[str]:
@@ -163,7 +163,8 @@ def decoding_lines(recipe: Recipe, prompts: Sequence[Prompt], *, num_drafters: i
     seconds = find_speed(recipe).decoding_seconds(left, mean_answer(like_kept, bench.max_new_tokens))
     return [
         f"prompts: {len(prompts):,}, each at {count(len(bench.temperatures), 'temperature')}, plainly and with "
-        f"{count(num_drafters, 'drafter')} x {count(len(bench.widths), 'width')}",
+        f"{count(num_drafters, 'drafter')} x {count(len(bench.widths), 'width')} x "
+        f"{count(len(bench.verify_rules), 'rule')}",
         f"answers: {answers:,} of up to {bench.max_new_tokens} tokens, {left:,} left",
         time_line({"decoding": seconds}, is_bound=not like_kept),
     ]

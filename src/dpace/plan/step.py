@@ -270,6 +270,7 @@ class PaperStep:
                 tile,
                 chunk_bytes=chunk_bytes,
                 needs_target_hidden=self.recipe.needs_target_hidden,
+                autocast=self._autocast,
                 **masks,
             )
             with tracker:
@@ -297,16 +298,20 @@ class PaperStep:
             "features": self.target.features(token_ids, self.drafter.target_layer_ids, with_head_input=with_last),
             "is_response": torch.ones_like(token_ids, dtype=torch.bool),
             "anchors": anchors,
+            "whole_blocks": torch.arange(anchors.numel()),
             "labels": labels,
             "is_scored": torch.ones_like(labels, dtype=torch.bool),
             "is_block": torch.ones_like(anchors, dtype=torch.bool),
         }
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.is_cuda)
+
     def _run(self, scorer: Scorer, inputs: dict[str, Tensor], tracker: MemoryTracker) -> None:
         """Compute the loss of a micro-batch and its gradient, and take a step, as training does."""
 
         def draft(**batch: Any) -> Any:  # as `accelerate` does: in bf16 on a GPU, with a result in fp32
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.is_cuda):
+            with self._autocast():
                 out = self.drafter(**batch)
             out.last_hidden_state = out.last_hidden_state.float()
             tracker.part = HEAD

@@ -71,6 +71,8 @@ class Scorer:
     """See `frozen_head_nll`."""
     needs_target_hidden: bool = False
     """Whether the losses read the input of the target's head, see `Recipe.needs_target_hidden`."""
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    """In which the drafter's head computes, as the rest of the drafter does when it is trained."""
 
     def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[HeadOutput, Blocks]:
         """Draft the blocks of a micro-batch, and compute their losses.
@@ -136,15 +138,16 @@ class Scorer:
         log_probs = logits[..., :-1] - logits[..., -1:] - pick(out.token_losses)[..., None]
         theirs = found.target_hidden
         target_logits = None if theirs is None else candidate_logits(pick(theirs), self.head, rows)
-        lattice = make_lattice(
-            self.drafter,
-            self.target,
-            rows if self.head_tokens is None else self.head_tokens[rows],
-            log_probs,
-            hidden,
-            found.before.flatten(0, 1)[whole],
-            blocks.anchors.flatten()[whole] > 0,
-        )
+        with self.autocast():
+            lattice = make_lattice(
+                self.drafter,
+                self.target,
+                rows if self.head_tokens is None else self.head_tokens[rows],
+                log_probs,
+                hidden,
+                found.before.flatten(0, 1)[whole],
+                blocks.anchors.flatten()[whole] > 0,
+            )
         walk = walk_losses(lattice, labels, target_logits, self.loss.head_penalty)
         head_weights = walk.is_candidate.int().cumprod(-1)
         if self.loss.head_weights != "mean":
@@ -222,6 +225,7 @@ class TrainingLoop:
             head_tokens,
             chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
             needs_target_hidden=recipe.needs_target_hidden,
+            autocast=self.accelerator.autocast,
         )
         # Prepared are autocast and compilation, and, without shards, the sum of the gradients over the ranks.
         self.wrapped: Any = self.accelerator.prepare_model(

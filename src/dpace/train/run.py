@@ -95,8 +95,8 @@ def choose_conversations(
 def keep_features(target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> None:
     """Compute the features of both datasets where they fit in memory or go to disk.
 
-    Several drafters can share them. `feature_cache_gib` is the limit in memory, and `feature_files` the folder on disk;
-    those to validate on are never on disk.
+    Several drafters that read the same layers can share them. `feature_cache_gib` is the limit in memory, and
+    `feature_files` the folder on disk; those to validate on are never on disk.
 
     Raises:
         ValueError: see `keep_on_disk`.
@@ -120,7 +120,7 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
             "with --train.feature-files"
         )
     for part, with_last in ((dataset, with_head_input), (validation, False)):
-        if part.features is None:
+        if not part.has_features(layer_ids, with_head_input=with_last):
             limit = config.feature_cache_gib * 2**30
             part.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_last)
 

@@ -29,6 +29,7 @@ class PlanConfig(Recipe):
 def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     asked = parse(PlanConfig, "plan", args)
+    next_command("train", asked, args)  # refuses keys of the recipe that other verbs do not have
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
     from dpace.engines.initial import start_from
     from dpace.plan.calibrate import calibrate

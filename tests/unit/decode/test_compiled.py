@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpace.config import BenchConfig
-from dpace.decode import Decoder
+from dpace.decode import Decoder, generate_plain
 from dpace.measure.benchmark import CompiledPlain, bench, find_compiled
 from dpace.measure.results import CompiledBaseline, read_results
 from dpace.report.page import speeds
@@ -71,6 +71,15 @@ def test_steps_of_another_length_are_compiled_before_they_are_timed(calls):
     for length in (12, 13, 300, 299):
         plain.decode([5, 6, 7], max_new_tokens=length, stop_token_ids=list(range(64)))
     assert [length for length, _ in calls] == [8, 12, 13, 8, 300, 299]
+
+
+def test_a_longer_prompt_gets_longer_caches(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    target = make_target("qwen3", max_position_embeddings=512)
+    plain = CompiledPlain(target)
+    for text, length in ([5, 6, 7], 12), ([5, 6, 7], 270), ([9] * 300, 5):
+        found = plain.decode(text, max_new_tokens=length, stop_token_ids=[])
+        assert found.token_ids == generate_plain(target, text, max_new_tokens=length, stop_token_ids=[]).token_ids
 
 
 def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):

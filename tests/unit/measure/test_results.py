@@ -146,6 +146,7 @@ def test_heldout_rows_are_chosen_by_prompt(tmp_path):
     assert found == HELDOUT
     chosen = found.acceptance(["b", "other"])
     assert chosen.rows.tolist() == [[3, 4]] and chosen.without_bonus.tolist() == [1]
+    assert found.acceptance(["b", "a"]).rows.tolist() == [[3, 4], [1, 2]], "as asked, whatever the order in the file"
     assert found.acceptance(["other"]) is None
     (tmp_path / "heldout.json").write_text(json.dumps({**to_json(HELDOUT), "block_size": 3}))
     with pytest.raises(ValueError, match=r"heldout.json: histogram\[0\] has 2 entries, expected 3; remove the file"):

@@ -91,6 +91,14 @@ def test_the_plan_is_near_the_measured_peak(name, tmp_path):
     assert step.take(shape).peak_bytes == pytest.approx(measured, rel=0.15)
 
 
+def test_a_heads_work_grows_with_the_blocks():
+    config, drafter, _, train = SHAPES["many small blocks"]
+    recipe = Recipe(drafter=replace(drafter, head="lilicorr"), loss=LossConfig(chunk_mib=1), train=train)
+    step = PaperStep(make_target(config, torch.float32), recipe, is_cuda=False)
+    one, four = (step.take(BatchShape(batch, NUM_TOKENS, 200)).flops["drafter"] for batch in (2, 8))
+    assert four / one == pytest.approx(4, rel=0.05)
+
+
 @pytest.mark.parametrize("changes", [{"num_epochs": 2.5}, {"max_steps": 7}, {"gradient_accumulation_steps": 4}])
 def test_steps_are_counted_as_the_loop_counts_them(changes, tmp_path):
     recipe = Recipe(train=TrainConfig(**{"num_epochs": 1.0, "batch_size": 3, **changes}))
@@ -151,12 +159,16 @@ def test_a_training_says_where_it_goes_on(answered, tmp_path, capsys):
     assert "goes on at step 900,001" in lines and times[1] < times[0] / 5
 
 
-def test_plan_needs_no_weights_and_says_what_to_change(answered, capsys):
+def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsys):
     assert main(["plan", *answered, "--memory", "20MiB", "--device", "cpu"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "does not fit in 20 MiB" in said and "makes it fit:" in said
     assert main(["plan", *answered, "--memory", "4 furlongs"]) == 1
     assert "24GiB" in capsys.readouterr().err
+    path = tmp_path / "plan.yaml"
+    path.write_text("memory: 20MiB\n")
+    assert main(["plan", str(path), *answered, "--device", "cpu"]) == 1
+    assert capsys.readouterr().out == "", "the other verbs would not read this recipe"
 
 
 @pytest.mark.parametrize("head", [None, "lilicorr"])

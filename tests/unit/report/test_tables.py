@@ -126,6 +126,18 @@ def test_categories_and_lengths_are_in_one_table_with_thinking(tmp_path):
     other = make_bench(make_row(set="speed_bench/math"), drafters={"dpace": "1" * 64})
     assert len(find_parts([off, other])) == 2 + 3 + 2, "another drafter of the same name has rows of its own"
     assert has_parts([off]) and not has_parts([make_bench()]) and has_parts([make_bench(thinking=True), make_bench()])
+    rules = make_bench(
+        *(make_row(set="a/b", drafter=name) for name in ("dpace", "dpace, speculative", "dpace, block")),
+        make_row(set="a/b", width="auto"),
+        drafters=dict.fromkeys(("dpace", "dpace, speculative", "dpace, block"), "0" * 64),
+    )
+    parts = [(part.name, part.drafter, len(part.responses[0])) for part in find_parts([rules])]
+    assert parts[::2] == [
+        ("a/b", "dpace", 1),
+        ("a/b", "dpace, block", 1),
+        ("context below 1k", "dpace, speculative", 1),
+    ]
+    assert not has_parts([make_bench(make_row(set="a/b", width="auto"))]), "whole drafts only"
     for name, results in (("off", off), ("on", on)):
         (tmp_path / name).mkdir()
         write_results(tmp_path / name / "results.json", results)

@@ -1,6 +1,7 @@
 """Training a drafter with a head: its loss against all logits at once, its options, and the command line."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dpace.drafter.views import blocks_hidden
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
-from dpace.train.loop import Scorer
+from dpace.train.loop import Scorer, TrainingLoop
 from dpace.train.run import choose_conversations, make_datasets, train
 from dpace.weights import dpace_weights
 from tests.conftest import LANGUAGE_RECIPE, make_recipe, make_with_head
@@ -80,6 +81,26 @@ def test_the_loss_of_a_head_is_that_of_all_logits(way, language_target, language
     part, index = language_target.head.part(every.flip(0))
     seen = replace(scorer, head=part, head_index=index, head_tokens=every.flip(0))
     torch.testing.assert_close(seen.score(drafter, batch)[0].losses, losses, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_computes_in_the_precision_of_the_training(language_target, language_responses, tmp_path):
+    """As the rest of the drafter does; what it gives is in fp32."""
+    drafter = make_with_head(language_target, block_size=5).train()
+    dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
+    batch = collate([dataset[i] for i in range(3)], 5)
+    loss = LossConfig(head_penalty=0.0)
+    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), language_target.head)
+    seen = []
+    drafter.lilicorr.out_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    drafter.lilicorr.register_forward_hook(lambda module, args, out: seen.extend(scores.dtype for scores in out))
+    whole = scorer.score(drafter, batch)[0].losses
+    half = replace(scorer, autocast=partial(torch.autocast, "cpu", torch.bfloat16)).score(drafter, batch)[0].losses
+    assert seen == [torch.float32] * 3 + [torch.bfloat16, torch.float32, torch.float32]
+    torch.testing.assert_close(half, whole, rtol=2e-2, atol=2e-2)
+    recipe = make_recipe(max_steps=1)
+    data = make_datasets(language_target, language_responses[:4], [], recipe)
+    loop = TrainingLoop(drafter, language_target, *data, recipe, weigh=make_weigh(loss, 5), checkpoints=tmp_path)
+    assert loop.scorer.autocast == loop.accelerator.autocast
 
 
 def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, language_responses):

@@ -17,7 +17,7 @@ from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
 from dpace.train.finish import fit_confidence_temperature
 from dpace.train.loop import TrainingLoop
-from dpace.train.run import make_datasets, train
+from dpace.train.run import keep_features, make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_recipe
 from tests.support.files import read_json
 
@@ -166,6 +166,27 @@ def test_a_long_text_is_measured_in_parts(language_target, language_drafter, lan
     data.keep_features(language_target, language_drafter.target_layer_ids, limit_bytes=2.0**30)
     assert data.features is not None
     assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
+
+
+def test_features_of_other_layers_are_computed_anew(language_target, language_responses):
+    """Datasets that one recipe made are passed on with another."""
+    recipe = replace(make_recipe(), loss=LossConfig(token_loss="kl"))
+    other = replace(recipe, drafter=replace(recipe.drafter, num_features=1))
+    assert recipe.drafter.num_features == 2
+    datasets = make_datasets(language_target, language_responses[:3], language_responses[50:52], recipe)
+    kept = datasets[0].features
+    keep_features(language_target, *datasets, make_recipe())
+    assert datasets[0].features is kept, "what these layers' features have more does not count"
+    for asked in (other, recipe):
+        keep_features(language_target, *datasets, asked)
+        ids = Drafter.layer_ids(language_target, **vars(asked.drafter))
+        for data, is_trained_on in zip(datasets, (True, False), strict=True):
+            text = data.token_ids(0)[None]
+            expected = language_target.features(text, ids, with_head_input=is_trained_on)[0]
+            torch.testing.assert_close(data.features[0], expected, rtol=1e-4, atol=1e-4)
+    no_room = replace(other, train=replace(other.train, feature_cache_gib=0.0))
+    keep_features(language_target, *datasets, no_room)
+    assert [data.features for data in datasets] == [None, None]
 
 
 def weigh_next_to_nothing(slots):
