@@ -53,6 +53,25 @@ PAIRS = {
         "bench {recipe} --output {out}/off",
         refused="there is no drafter .*off.drafter; train one, or name one with --bench.drafters",
     ),
+    "prompts that moved after they were answered": Pair(
+        f"train {RECIPE} --prompts.path {{moved}} --dry-run",
+        refused="has an answer with the id .*, but to another text",
+    ),
+    "replies that were corrected after they were taken": Pair(
+        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
+        "respond {recipe} --output {out}/a --prompts.path {corrected} --respond.source own",
+        refused="has an answer with the id .*, but to another text",
+    ),
+    "check, replies that the prompts came with": Pair(
+        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
+        f"check {TARGET} --responses {{out}}/a/responses.jsonl",
+        refused="has replies that the prompts came with, not the target's; leave --responses out",
+    ),
+    "compare, soft labels of the recipe": Pair(
+        f"compare {RECIPE} --loss.token-loss kl --dry-run",
+        refused="--loss.token-loss is kl, and `dpace compare` takes it from the names of --objectives",
+    ),
+    "the largest seed, several steps": Pair(f"train {RECIPE} --train.seed 4294967295", "drafter/provenance.json"),
     "from a causal drafter, and not causal": Pair(
         "respond {recipe} --output {out}/a; train {recipe} --output {out}/a --drafter.causal; "
         "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal --dry-run",
@@ -219,12 +238,18 @@ PAIRS |= {
 def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]:
     """A recipe, its answers and a drafter, and other files that commands name."""
     folder = tmp_path_factory.mktemp("pairs")
-    names = ("recipe.yaml", "prompts.jsonl", "own.jsonl", "out", "sets")
+    rows = ("prompts.jsonl", "own.jsonl", "corrected.jsonl", "moved.jsonl", "tools.jsonl")
+    names = ("recipe.yaml", "out", "sets", *rows)
     paths = {name.partition(".")[0]: folder / name for name in names}
     write_prompts(paths["prompts"], language_prompts[:30])
     answer = {"role": "assistant", "content": "w1 w2 w3 w4 w5 w6"}
     replies = [{"messages": [*prompt.turns[0], answer]} for prompt in make_prompts(language_prompts[:30])]
     write_rows(paths["own"], replies)
+    corrected = [{"messages": [*row["messages"][:-1], answer | {"content": "w7 w8 w9"}]} for row in replies]
+    write_rows(paths["corrected"], corrected)
+    write_prompts(paths["moved"], ["w1 w2 w3", *language_prompts[:30]])  # ids are line numbers
+    tool = {"role": "tool", "content": "w9 w8"}
+    write_rows(paths["tools"], [{"messages": [*replies[0]["messages"], tool]}])
     paths["sets"].mkdir()
     for name, texts in {"one": language_prompts[:2], "two": language_prompts[2:5]}.items():
         write_prompts(paths["sets"] / f"{name}.jsonl", texts)  # ids in both are line numbers
@@ -282,6 +307,29 @@ def test_comparing_again_measures_other_held_out_prompts(files, language_prompts
         assert row["num_prompts"] == 2
         measured = read_json(tmp_path / "out" / "dpace" / "seed-0" / "heldout.json")
         assert measured["ids"] == [f"row {number}" for number in chosen]
+
+
+def test_a_chat_that_ends_in_a_tools_result_is_answered(files, tmp_path, capsys):
+    """It does not wait for what the user types."""
+    target = Path(shutil.copytree(files["target"], tmp_path / "target"))
+    template = target / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[-1].role == 'tool' %}w3 {{ messages[-1].content }} {% endif %}" + template.read_text()
+    )
+    command = f"generate {TARGET} --stream --prompt {{tools}}#1 --max-new-tokens 3"
+    assert main(shlex.split(command.format(**files | {"target": str(target)}))) == 0, capsys.readouterr().err
+    assert re.search(r"\d tokens?\n", capsys.readouterr().err)
+
+
+def test_the_card_has_what_was_measured_in_another_dtype(files, tmp_path):
+    out = Path(shutil.copytree(files["drafter"], tmp_path / "out" / "drafter")).parent
+    commands = (
+        f"bench {{recipe}} --output {out} --dtype bfloat16",
+        f"export {out}/drafter --target {{target}} --to zlab --output {tmp_path}/zlab",
+    )
+    for command in commands:
+        assert main(shlex.split(command.format(**files))) == 0
+    assert "Measured with dpace.decode in bfloat16" in (tmp_path / "zlab" / "README.md").read_text()
 
 
 def test_sets_whose_ids_are_equal_are_all_measured(files, tmp_path):

@@ -8,7 +8,7 @@ import json
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow
 
 from dpace.config import PromptsConfig
-from dpace.prompts.prompts import prompt_files, split_ids
+from dpace.prompts.formats import iterate_prompts
+from dpace.prompts.prompts import prompt_files, sources_of, split_ids
 from dpace.respond.responses import Response, iterate_responses
 from dpace.system.ledger import lock_file, naming_file, register_files, writing
-from dpace.system.provenance import hash_file
+from dpace.system.provenance import hash_file, hash_json
 
 NAME = "corpus.arrow"
 FORMAT = 1
@@ -118,6 +119,18 @@ def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
     return merged
 
 
+def _checked(response: Response, lengths: Sequence[int], sha256: str, path: Path) -> Response:
+    """Refuse a response to another text, by the numbers of messages and the hash of the prompt's turns."""
+    ends = accumulate(length + 1 for length in lengths)
+    turns = [response.messages[end - length - 1 : end - 1] for length, end in zip(lengths, ends, strict=True)]
+    if hash_json(turns) != sha256:
+        raise ValueError(
+            f"{path} has an answer with the id {response.id!r}, but to another text; put the prompts back as they "
+            "were, or name another folder with --output"
+        )
+    return response
+
+
 def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus]:
     """Map the responses to the prompts of training and of validation, in the order of the prompts.
 
@@ -147,7 +160,13 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                 for part, names in enumerate(split_ids(prompts)[:2])
                 for position, name in enumerate(names)
             }
-            found = ((r, *known[r.id]) for r in iterate_responses(responses) if r.id in known)
+            asked = {
+                prompt.id: ([*map(len, prompt.turns)], hash_json(prompt.turns))
+                for prompt in iterate_prompts(sources_of(prompts)[0])
+                if prompt.id in known
+            }
+            rows = (row for row in iterate_responses(responses) if row.id in known)
+            found = ((_checked(row, *asked[row.id], responses), *known[row.id]) for row in rows)
             schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
             with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
                 while batch := list(islice(found, BATCH_ROWS)):

@@ -384,7 +384,7 @@ def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> 
     advice: list[Advice] = []
     paying: list[BreakEven] = []
     if isinstance(results, BenchResults):
-        weights = fingerprint(drafter)
+        weights = fingerprint(drafter, results.dtype)  # they may have been loaded in another one here
         names = [name for name, found in results.drafters.items() if found == weights]
         rows = [row for row in results.rows if row.drafter in names]
         measured = (

@@ -155,7 +155,7 @@ def _warm_up(
     token_ids = encode_chat(target, prompt.turns[0])
     for (name, _), decode in ways.items():
         if name != COMPILED:
-            decode(token_ids, max_new_tokens=16, temperature=temperature)
+            decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
     try:
         if compiled:
             compiled.prepare(token_ids, max_new_tokens, temperature)

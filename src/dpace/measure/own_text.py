@@ -87,6 +87,8 @@ def read_greedy(path: str | Path) -> tuple[list[Response], dict[str, Any]]:
             f"the meta file beside {path} does not tell {', '.join(missing)} of its answers; write them again with "
             "`dpace respond`"
         )
+    if meta.get("source") == "own":
+        raise ValueError(f"{path} has replies that the prompts came with, not the target's; leave --responses out")
     if meta["temperature"]:
         raise ValueError(
             f"{path} was sampled at temperature {meta['temperature']:g}, and only greedy answers can be read again; "

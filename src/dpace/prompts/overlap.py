@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpace.prompts.formats import Prompt, read_prompts
@@ -17,23 +17,29 @@ SHINGLE_WORDS = 5
 class PublicTexts:
     """The word runs of public sets, each with the prompt that has it.
 
-    A run that several of their prompts have, such as "Please reason step by step", tells nothing and is left out.
+    A run that several prompts of a set have, such as "Please reason step by step", tells nothing and is left out.
     """
 
     def __init__(self, names: Sequence[str]):
-        sets = [read_sets([name], is_whole=True) if name in SETS else read_prompts(name) for name in names]
-        prompts = [prompt for of_set in sets for prompt in of_set]
-        runs_by_id = [(prompt.id, _runs(_user_text(prompt), RUN_WORDS)) for prompt in prompts]
-        counts = Counter(run for _, runs in runs_by_id for run in runs)
-        self._owners = {run: owner for owner, runs in runs_by_id for run in runs if counts[run] == 1}
-        self._whole = {_split_words(_user_text(prompt)): prompt.id for prompt in prompts}
+        self._owners: dict[tuple[str, ...], str] = {}
+        self._whole: dict[tuple[str, ...], str] = {}
+        common = set()
+        for name in names:
+            prompts = read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
+            texts = {_split_words(_user_text(prompt)): prompt.id for prompt in prompts}
+            counts = Counter(run for words in texts for run in _runs(words, RUN_WORDS))
+            common |= {run for run, count in counts.items() if count > 1}
+            self._owners |= {run: owner for words, owner in texts.items() for run in _runs(words, RUN_WORDS)}
+            self._whole |= texts
+        for run in common:
+            self._owners.pop(run, None)
 
     def find(self, prompt: Prompt) -> str | None:
         """Return the id of the public prompt that shares a run of words with a prompt; None where there is none."""
-        text = _user_text(prompt)
-        if owner := self._whole.get(_split_words(text)):
+        words = _split_words(_user_text(prompt))
+        if owner := self._whole.get(words):
             return owner
-        return next((self._owners[run] for run in _runs(text, RUN_WORDS) if run in self._owners), None)
+        return next((self._owners[run] for run in _runs(words, RUN_WORDS) if run in self._owners), None)
 
 
 def sign(prompt: Prompt) -> Any:
@@ -45,15 +51,16 @@ def sign(prompt: Prompt) -> Any:
     from datasketch import MinHash
 
     signature = MinHash(num_perm=128, seed=1)
-    signature.update_batch([" ".join(run).encode() for run in _runs(_user_text(prompt), SHINGLE_WORDS)])
+    signature.update_batch([" ".join(run).encode() for run in _runs(_split_words(_user_text(prompt)), SHINGLE_WORDS)])
     return signature
 
 
-def find_near(signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, str]:
-    """Find prompts that nearly repeat an earlier one that is kept.
+def find_near(known: Mapping[str, Any], signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, str]:
+    """Find prompts that nearly repeat a known one, or an earlier one that is kept.
 
     Args:
-        signed: ids and what `sign` computes; those to be kept in any case come first.
+        known: what `sign` computes of the prompts that are kept in any case, by id.
+        signed: the same of the others.
         threshold: least share of the word runs of both that both have (Jaccard), as MinHash estimates it.
 
     Returns:
@@ -61,12 +68,12 @@ def find_near(signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, 
     """
     from datasketch import MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=128)
+    index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=128)  # above, it would have too few bands
     kept = {}
     near = {}
-    for name, signature in signed:
+    for name, signature in [*known.items(), *signed]:
         alike = [str(other) for other in index.query(signature) if kept[other].jaccard(signature) >= threshold]
-        if alike:
+        if alike and name not in known:
             near[name] = min(alike)
         else:
             index.insert(name, signature)
@@ -75,15 +82,18 @@ def find_near(signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, 
 
 
 def _user_text(prompt: Prompt) -> str:
-    """Join what the user says; system prompts and examples are alike in many prompts."""
-    return "\n".join(turn[-1]["content"] for turn in prompt.turns)
+    """Join what the user says at the end of each turn: system prompts and examples are alike in many prompts.
+
+    Of a chat that comes with a reply, and so with replies to train on, all that the user says.
+    """
+    said = [[message["content"] for message in turn if message["role"] == "user"] for turn in prompt.turns]
+    return "\n".join(text for texts in said for text in (texts[-1:] if prompt.answer is None else texts))
 
 
 def _split_words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
-def _runs(text: str, size: int) -> set[tuple[str, ...]]:
-    """Return all runs of words; the whole text where it is shorter."""
-    words = _split_words(text)
+def _runs(words: tuple[str, ...], size: int) -> set[tuple[str, ...]]:
+    """Return all runs of a number of words; the whole text where it is shorter."""
     return {words[i : i + size] for i in range(max(1, len(words) - size + 1))}

@@ -57,7 +57,7 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
         ValueError: see `read_prompts`; also a held-out prompt that is in the training file too, or nothing left to
             train on.
     """
-    path, heldout_path = _sources(config)
+    path, heldout_path = sources_of(config)
     prompts = read_prompts(path)
     heldout = read_prompts(heldout_path) if heldout_path else None
     split = _split(prompts, heldout, config)
@@ -75,7 +75,7 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
 
 def split_ids(config: PromptsConfig) -> Split:
     """Split prompts as `split_prompts` does, and keep only their ids in memory."""
-    path, heldout_path = _sources(config)
+    path, heldout_path = sources_of(config)
     return _split(iterate_prompts(path), read_prompts(heldout_path) if heldout_path else None, config)
 
 
@@ -85,7 +85,7 @@ def prompt_files(config: PromptsConfig) -> list[Path]:
     Raises:
         ValueError: a file is missing.
     """
-    names = [name for name in (*_sources(config), *config.decontaminate) if name]
+    names = [name for name in (*sources_of(config), *config.decontaminate) if name]
     paths = [Path(name) for name in names if name not in SETS and not parse_hub_id(name)]
     for path in paths:
         if not path.is_file():
@@ -93,7 +93,7 @@ def prompt_files(config: PromptsConfig) -> list[Path]:
     return paths
 
 
-def _sources(config: PromptsConfig) -> tuple[str, str | None]:
+def sources_of(config: PromptsConfig) -> tuple[str, str | None]:
     """Return where the prompts come from, and those that are held out."""
     if config.path == "demo":
         return str(demo_path("train")), config.heldout_path or str(demo_path("heldout"))
@@ -120,7 +120,7 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
         taken = _without_copies({prompt.id: _hash_text(prompt) for prompt in heldout}, copies)
         texts = {key: name for name, key in rest.items()}
         if shared := next((name for name, key in taken.items() if key in texts), None):
-            path, heldout_path = _sources(config)
+            path, heldout_path = sources_of(config)
             raise ValueError(
                 f"the held-out prompt {shared!r} of {heldout_path} is also a training prompt, {texts[taken[shared]]!r} "
                 f"of {path}; remove it from one of the files"
@@ -142,8 +142,8 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
         own = {} if heldout is None else {names.get(p.id, p.id): sign(p) for p in heldout}
         known = own or {name: signatures[name] for name in taken}
         known |= {name: signatures[name] for name in chosen}
-        near = find_near([*known.items(), *((name, signatures[name]) for name in train)], config.near_duplicates)
-        dropped["nearly the same as others"] = {name: like for name, like in near.items() if name not in known}
+        near = find_near(known, ((name, signatures[name]) for name in train), config.near_duplicates)
+        dropped["nearly the same as others"] = near
         train = [name for name in train if name not in near]
     return Split(train[: config.limit], chosen, list(taken), names, dropped, num_answers)
 

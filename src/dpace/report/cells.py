@@ -321,7 +321,9 @@ def find_parts(benchmarks: Iterable[BenchResults]) -> list[Part]:
     """
     parts: dict[tuple, Part] = {}
     for results in benchmarks:
-        for row in filter(_is_whole, results.rows):
+        for row in results.rows:
+            if row.width != "full":
+                continue
             weights = results.drafters.get(row.drafter, row.drafter)
             who = results.target, weights, row.verify_rule, row.temperature, row.block_size
             for response in row.responses:
@@ -333,15 +335,10 @@ def find_parts(benchmarks: Iterable[BenchResults]) -> list[Part]:
 
 def has_parts(benchmarks: Sequence[BenchResults]) -> bool:
     """Whether `find_parts` tells more than the rows of the sets: of categories, long contexts, or thinking."""
-    rows = [row for results in benchmarks for row in filter(_is_whole, results.rows)]
+    rows = [row for results in benchmarks for row in results.rows if row.width == "full"]
     is_long = any(response.prompt_tokens >= EDGES[0] for row in rows for response in row.responses)
     is_more = any("/" in row.set for row in rows) or len({bool(r.thinking) for r in benchmarks}) > 1
     return bool(rows) and (is_long or is_more)
-
-
-def _is_whole(row: Row) -> bool:
-    """Whether whole drafts were verified."""
-    return row.width == "full"
 
 
 def as_markdown(text: str) -> str:

@@ -137,7 +137,7 @@ def _find_waiting(
     for prompt in prompts:
         if prompt.id not in done:
             waiting[prompt.id] = Conversation(target, prompt, config).check()
-        elif not is_answer(done[prompt.id], prompt):
+        elif not is_answer(done[prompt.id], prompt, is_own=config.source == "own"):
             raise ValueError(
                 f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
                 "--output, or delete the file"

@@ -104,9 +104,7 @@ class Conversation:
                 f"prompt {self.prompt.id} has no reply at its end, which --respond.source own trains on; remove the "
                 "prompt, or let the target answer with --respond.source target"
             )
-        answer = self.prompt.answer
-        last = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
-        for message in [*self.prompt.turns[0], last]:
+        for message in own_messages(self.prompt):
             if message["role"] == "assistant" and self.messages:
                 self._append(*encode_answer(self.target, self.messages, message))
             self.messages.append(message)
@@ -118,11 +116,19 @@ class Conversation:
         self.spans.append([len(before), len(self.token_ids)])
 
 
-def is_answer(response: Response, prompt: Prompt) -> bool:
-    """Return whether the response answers this very prompt."""
+def own_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """Return the messages of a prompt that comes with a reply, and the reply."""
+    answer = prompt.answer
+    return [*prompt.turns[0], answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
+
+
+def is_answer(response: Response, prompt: Prompt, *, is_own: bool = False) -> bool:
+    """Return whether the response answers this very prompt, or with `is_own` is the reply that it comes with."""
+    if is_own:
+        return response.messages == own_messages(prompt)
     start = 0
     for turn in prompt.turns:
         if response.messages[start : start + len(turn)] != turn:
             return False
         start += len(turn) + 1
-    return True
+    return start == len(response.messages)

@@ -146,6 +146,12 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
         ValueError: an unknown objective, a custom one that cannot be found or gives wrong weights; or see
             `check_recipe`.
     """
+    for name, value in {"token_loss": "nll", "confidence": "token"}.items():
+        if (found := getattr(config.loss, name)) != value:
+            raise ValueError(
+                f"--loss.{name.replace('_', '-')} is {found}, and `dpace compare` takes it from the names of "
+                "--objectives, such as dpace+kl+overlap; name it there, and leave the option out"
+            )
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}
     for loss in losses.values():

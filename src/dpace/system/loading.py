@@ -114,10 +114,12 @@ def attention_of(model_class: Any) -> str:
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Compute the sha256 of the weights, which identifies a model."""
+def fingerprint(model: torch.nn.Module, dtype: str | None = None) -> str:
+    """Compute the sha256 of the weights, in another dtype where one is named; it identifies a model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        if dtype and tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype))
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

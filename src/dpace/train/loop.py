@@ -344,7 +344,8 @@ class TrainingLoop:
         Source: D-PACE (arXiv 2605.18810), equation 9.
         """
         started = time.perf_counter()
-        set_seed(self.config.seed + self.state.global_step)  # of an objective that draws: the same after a resume
+        # Of an objective that draws: the same after a resume.
+        set_seed((self.config.seed + self.state.global_step) % 2**32)
         self.wrapped.train()
         totals = torch.zeros(3, device=self.target.device)  # losses, items, and ranks that are asked to end
         for number, batch in enumerate(batches, start=1):

@@ -194,6 +194,9 @@ def train(
         if is_finished:
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
         drafter = _make_drafter(target, dataset, recipe, init)
+        for part, with_last in ((dataset, recipe.needs_target_hidden), (validation, False)):
+            if part.features is not None and not part.has_features(drafter.target_layer_ids, with_head_input=with_last):
+                keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
             drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"
         )

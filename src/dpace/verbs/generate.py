@@ -118,7 +118,7 @@ def _chat(target: "Target", drafter: "Drafter", messages: list[dict[str, Any]], 
     is_one_answer = bool(messages)
     steps: list[tuple[Step, float]] = []  # and their times
     while True:
-        if not messages or messages[-1]["role"] != "user":
+        if not messages or messages[-1]["role"] == "assistant":
             try:
                 line = input("> ").strip()
             except EOFError:

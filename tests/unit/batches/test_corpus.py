@@ -15,12 +15,14 @@ from dpace.batches.corpus import Corpus, load_corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, RespondConfig
+from dpace.prompts.overlap import PublicTexts, find_near, sign
 from dpace.prompts.prompts import Prompt, read_prompts, split_ids, split_prompts
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses
 from tests.conftest import EOS, make_target, make_tokenizer
+from tests.support.files import make_prompts
 
 EVERYTHING = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i <= 0xDFFF]
 TEXTS = ["".join(EVERYTHING[i : i + 50_000]) for i in range(0, len(EVERYTHING), 50_000)]
@@ -197,6 +199,36 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
     assert not {"41", "42"} & set(split.train)
     split_prompts(config)
     assert "2 prompts are in the public sets and are left out" in capsys.readouterr().err
+
+
+def test_a_prompt_of_two_public_sets_is_found(tmp_path):
+    """Word for word, and in other words around it."""
+    both = [write_rows(tmp_path / name, [{"prompt": PUBLIC}]) for name in ("a.jsonl", "b.jsonl")]
+    more = write_rows(tmp_path / "c.jsonl", [{"prompt": f"Please answer. {PUBLIC}"}])
+    (prompt,) = make_prompts([f"A note says: {PUBLIC}."])
+    assert all(PublicTexts(names).find(prompt) == "1" for names in (both[:1], both, [*both, more]))
+
+
+def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
+    public = PublicTexts([write_rows(tmp_path / "a.jsonl", [{"prompt": PUBLIC}])])
+    user, reply = ({"role": role, "content": "Go on."} for role in ("user", "assistant"))
+    chat = [{"role": "user", "content": PUBLIC}, reply, user]
+    assert public.find(Prompt("a", "s", [chat], "Well.")) == "1", "a reply to it is trained on"
+    assert public.find(Prompt("a", "s", [chat])) is None, "only the last message is answered"
+    result = {"role": "tool", "content": PUBLIC}
+    assert public.find(Prompt("a", "s", [[user, reply, result]])) is None, "which the user did not say"
+
+
+def test_what_is_like_a_held_out_prompt_is_found_beside_one_like_it():
+    pytest.importorskip("datasketch")
+    words = [f"w{i}" for i in range(100)]
+    texts = {"a": words, "b": words[:-12], "c": words[12:-12]}
+    signed = {name: sign(*make_prompts([" ".join(text)])) for name, text in texts.items()}
+    known = {name: signed[name] for name in "ab"}
+    threshold = (signed["b"].jaccard(signed["c"]) + signed["a"].jaccard(signed["c"])) / 2
+    assert signed["a"].jaccard(signed["b"]) > threshold > signed["a"].jaccard(signed["c"])
+    assert find_near(known, [("c", signed["c"])], threshold) == {"c": "b"}
+    assert find_near({}, [("d", signed["a"]), *signed.items()], 1.0) == {"a": "d"}
 
 
 def test_near_duplicates_are_left_out(tmp_path):

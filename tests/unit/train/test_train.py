@@ -168,7 +168,7 @@ def test_a_long_text_is_measured_in_parts(language_target, language_drafter, lan
     assert heldout_acceptance(language_drafter, language_target, data).rows.tolist() == whole.rows.tolist()
 
 
-def test_features_of_other_layers_are_computed_anew(language_target, language_responses):
+def test_features_of_other_layers_are_computed_anew(language_target, language_responses, tmp_path):
     """Datasets that one recipe made are passed on with another."""
     recipe = replace(make_recipe(), loss=LossConfig(token_loss="kl"))
     other = replace(recipe, drafter=replace(recipe.drafter, num_features=1))
@@ -187,6 +187,10 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
     no_room = replace(other, train=replace(other.train, feature_cache_gib=0.0))
     keep_features(language_target, *datasets, no_room)
     assert [data.features for data in datasets] == [None, None]
+    keep_features(language_target, *datasets, recipe)
+    train(language_target, *datasets, replace(other, train=replace(other.train, max_steps=1)), tmp_path)
+    ids = Drafter.layer_ids(language_target, **vars(other.drafter))
+    assert all(data.has_features(ids, with_head_input=False) for data in datasets)
 
 
 def weigh_next_to_nothing(slots):
