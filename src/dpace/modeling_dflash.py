@@ -302,9 +302,14 @@ class LiLiCorr(nn.Module):
         rows = rows.unflatten(1, (num_slots, k))
         before, after = self._unit(self.out_head(rows[:, :-1])), self._unit(self.in_head(rows))
         first = self._unit(self.anchor_out_head(context))
+        if not torch.is_autocast_enabled(rows.device.type):
+            return self._scores(before, after, first)
         with torch.autocast(rows.device.type, enabled=False):
-            start = (after[:, 0] @ first[..., None])[..., 0]
-            return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
+            return self._scores(before, after, first)
+
+    def _scores(self, before, after, first):
+        start = (after[:, 0] @ first[..., None])[..., 0]
+        return self.logit_scale * start, self.logit_scale * before @ after[:, 1:].mT
 
     def _unit(self, vectors):
         return nn.functional.normalize(vectors.float(), dim=-1, eps=self.vector_eps)

@@ -78,7 +78,7 @@ def test_order_of_commands_is_told(recipe, tmp_path, capsys):
     assert main(["train", str(recipe)]) == 1
     assert "dpace respond" in capsys.readouterr().err
     assert main(["bench", str(recipe)]) == 1
-    assert "drafter's folder" in capsys.readouterr().err
+    assert "there is no drafter" in capsys.readouterr().err
 
 
 def test_a_truncated_checkpoint_is_told(recipe, tmp_path, capsys, language_drafter):

@@ -250,6 +250,7 @@ def main() -> None:
         spec=Accelerator,
         num_processes=1,
         no_sync=contextlib.nullcontext,
+        autocast=contextlib.nullcontext,
         prepare_model=lambda model, **_: model,
         reduce=lambda value, **_: value,
     )

@@ -162,7 +162,7 @@ def decoding_lines(recipe: Recipe, prompts: Sequence[Prompt], *, num_drafters: i
     left = max(0, answers - records_of(Path(recipe.output)))
     seconds = find_speed(recipe).decoding_seconds(left, mean_answer(like_kept, bench.max_new_tokens))
     return [
-        f"prompts: {len(prompts):,}, each at {count(len(bench.temperatures), 'temperature')}, plainly and with "
+        f"prompts: {len(prompts):,}, each at {count(len(bench.temperatures), 'temperature')}, plain and "
         f"{count(num_drafters, 'drafter')} x {count(len(bench.widths), 'width')} x "
         f"{count(len(bench.verify_rules), 'rule')}",
         f"answers: {answers:,} of up to {bench.max_new_tokens} tokens, {left:,} left",

@@ -107,7 +107,10 @@ def files(tmp_path):
     """30 prompts, and answers to most of them in another order."""
     prompts = tmp_path / "p.jsonl"
     write_rows(prompts, [{"prompt": f"q{i}", "id": f"p{i}"} for i in range(30)])
-    rows = [Response(f"p{i}", "s", [], list(range(i + 3)), [[1, 2 + i // 2]]) for i in range(29, 2, -1)]
+    rows = [
+        Response(f"p{i}", "s", [{"role": "user", "content": f"q{i}"}], list(range(i + 3)), [[1, 2 + i // 2]])
+        for i in range(29, 2, -1)
+    ]
     write_rows(tmp_path / "responses.jsonl", [asdict(row) for row in rows])
     return tmp_path / "responses.jsonl", PromptsConfig(path=str(prompts))
 

@@ -45,7 +45,7 @@ def tables():
     bench = make_bench(row, row)
     yield "no clear difference", section_table(speeds(bench))
     yield "0.6", slots_table(bench)
-    yield "0.6", section_table(contexts([bench]))
+    yield "0.6", section_table(contexts([make_bench(replace(row, width="full"))]))
     pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
     yield "no clear difference", section_table(list(tables_of(make_bench(comparisons=[pair])))[1])
     compared = make_compared(
