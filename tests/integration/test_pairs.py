@@ -371,7 +371,7 @@ respond {{recipe}} --target {{adapter}} --output {{out}}/served --respond.server
 data {{recipe}} {ADAPTER}
 train {{recipe}} {ADAPTER}
 bench {{recipe}} {ADAPTER}
-compare {{recipe}} {ADAPTER} --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0
+compare {{recipe}} {ADAPTER}-compared --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0
 check --target {{adapter}} --drafter {{out}}/new/drafter --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6
 doctor {{out}}/new/drafter --target {{adapter}} --engine vllm
 generate --target {{adapter}} --drafter {{out}}/new/drafter --prompt w1 --max-new-tokens 4

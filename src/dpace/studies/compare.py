@@ -150,7 +150,7 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
         if (found := getattr(config.loss, name)) != value:
             raise ValueError(
                 f"--loss.{name.replace('_', '-')} is {found}, and `dpace compare` takes it from the names of "
-                "--objectives, such as dpace+kl+overlap; name it there, and leave the option out"
+                "--objectives, such as dpace+kl+overlap; name it there instead"
             )
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}

@@ -71,7 +71,7 @@ class Scorer:
     """See `frozen_head_nll`."""
     needs_target_hidden: bool = False
     """Whether the losses read the input of the target's head, see `Recipe.needs_target_hidden`."""
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    autocast: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
     """In which the drafter's head computes, as the rest of the drafter does when it is trained."""
 
     def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[HeadOutput, Blocks]:
