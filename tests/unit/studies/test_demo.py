@@ -51,7 +51,7 @@ def test_both_objectives_are_compared(flags, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("taken", ["out", "out/results.json"])
 def test_the_output_is_refused_before_the_target_is_looked_for(verb, taken, tmp_path, capsys, monkeypatch):
     """The demo's target is a download."""
-    for module in ("plan.training", "target.locate", "engines.initial"):
+    for module in ("plan.training", "engines.initial", "target.locate"):  # the last is where the others take it from
         monkeypatch.setattr(f"dpace.{module}.find_target", lambda _: pytest.fail("the target was looked for"))
     path = tmp_path / taken
     path.parent.mkdir(exist_ok=True)
