@@ -47,7 +47,7 @@ PAIRS = {
     "bench where compare measured": Pair(
         f"compare {RECIPE} --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0; "
         f"bench {RECIPE} --drafters {{drafter}} --dry-run",
-        refused="results.json holds what `dpace compare` measured; name another folder with --output",
+        refused="results.json holds what `dpace compare` or `dpace demo` measured; name another folder with --output",
     ),
     "bench into a folder without a drafter": Pair(
         "bench {recipe} --output {out}/off",

@@ -8,7 +8,7 @@ import json
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,7 @@ def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
 
 def _checked(response: Response, lengths: Sequence[int], sha256: str, path: Path) -> Response:
     """Refuse a response to another text, by the numbers of messages and the hash of the prompt's turns."""
-    ends = accumulate(length + 1 for length in lengths)
-    turns = [response.messages[end - length - 1 : end - 1] for length, end in zip(lengths, ends, strict=True)]
-    if hash_json(turns) != sha256:
+    if hash_json(response.turns(lengths)) != sha256:
         raise ValueError(
             f"{path} has an answer with the id {response.id!r}, but to another text; put the prompts back as they "
             "were, or name another folder with --output"
@@ -165,8 +163,11 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                 for prompt in iterate_prompts(sources_of(prompts)[0])
                 if prompt.id in known
             }
-            rows = (row for row in iterate_responses(responses) if row.id in known)
-            found = ((_checked(row, *asked[row.id], responses), *known[row.id]) for row in rows)
+            found = (
+                (_checked(row, *asked[row.id], responses), *known[row.id])
+                for row in iterate_responses(responses)
+                if row.id in known
+            )
             schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
             with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
                 while batch := list(islice(found, BATCH_ROWS)):

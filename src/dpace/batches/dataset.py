@@ -86,11 +86,10 @@ class ResponseDataset(torch.utils.data.Dataset):
             flags[start:end] = True
         return flags
 
-    def has_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool) -> bool:
-        """Whether features of these layers are kept."""
+    def has_others(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> bool:
+        """Whether features are kept, and not of these layers."""
         layer_ids, has_head_input = self.kept
-        is_enough = layer_ids == [*target_layer_ids] and has_head_input >= with_head_input
-        return self.features is not None and is_enough
+        return self.features is not None and (layer_ids != [*target_layer_ids] or with_head_input > has_head_input)
 
     def keep_features(
         self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False

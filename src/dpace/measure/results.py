@@ -345,8 +345,8 @@ def refuse_other_results(path: Path, kind: type[BenchResults | CompareResults]) 
     except ValueError:
         return
     if is_other:
-        writer = "bench" if kind is CompareResults else "compare"
-        raise ValueError(f"{path} holds what `dpace {writer}` measured; name another folder with --output")
+        writer = "dpace bench" if kind is CompareResults else "dpace compare` or `dpace demo"
+        raise ValueError(f"{path} holds what `{writer}` measured; name another folder with --output")
 
 
 def find_results(folder: Path) -> list[Results]:

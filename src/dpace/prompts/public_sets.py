@@ -111,13 +111,13 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
             )
         files = _published_files(name, known, Path(folder)) if folder is not None and known else []
         if folder is not None and not files:
-            own = read_prompts(Path(folder) / f"{name}.jsonl")
-            # Ids are unique in a file only; they are told apart by the set.
-            rows = [replace(p, set=name, id=f"{name}/{p.id.removeprefix(f'{name}/')}") for p in own]
+            begin = f"{name}/"  # ids are unique in a file only
+            named = read_prompts(Path(folder) / f"{name}.jsonl")
+            rows = [replace(prompt, set=name, id=begin + prompt.id.removeprefix(begin)) for prompt in named]
         else:
             assert known is not None
-            theirs = [{"category": path.stem, **row} for path in files for _, row in read_jsonl(path)]
-            published = theirs if files else _download(known)
+            own = [{"category": path.stem, **row} for path in files for _, row in read_jsonl(path)]
+            published = own if files else _download(known)
             rows = _with_text(name, [_read_row(name, i, row) for i, row in enumerate(published)])
         random.Random(SHUFFLE_SEED).shuffle(rows)
         prompts += rows[: known.num_prompts if known and not is_whole else None]

@@ -163,8 +163,8 @@ def given_options(config_class: type, verb: str, args: list[str]) -> set[str]:
     Its arguments are those of `parse`.
     """
     flags = _full_flags(config_class, verb, args)
-    names = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
-    return {re.sub(r"(^|\.)no-", r"\1", name).replace("-", "_") for name in names}
+    names = (flag.partition("=")[0] for flag in flags if flag.startswith("--"))
+    return {re.sub(r"^--|(?<=[-.])no-", "", name).replace("-", "_") for name in names}
 
 
 def first_as(name: str, args: list[str]) -> list[str]:

@@ -324,8 +324,13 @@ def find_parts(benchmarks: Iterable[BenchResults]) -> list[Part]:
         for row in results.rows:
             if row.width != "full":
                 continue
-            weights = results.drafters.get(row.drafter, row.drafter)
-            who = results.target, weights, row.verify_rule, row.temperature, row.block_size
+            who = (
+                results.target,
+                results.drafters.get(row.drafter, row.drafter),
+                row.verify_rule,
+                row.temperature,
+                row.block_size,
+            )
             for response in row.responses:
                 for name in (row.set, context_of(response.prompt_tokens)):
                     new = Part(name, row.drafter, row.temperature, row.block_size, ([], []))
@@ -337,8 +342,8 @@ def has_parts(benchmarks: Sequence[BenchResults]) -> bool:
     """Whether `find_parts` tells more than the rows of the sets: of categories, long contexts, or thinking."""
     rows = [row for results in benchmarks for row in results.rows if row.width == "full"]
     is_long = any(response.prompt_tokens >= EDGES[0] for row in rows for response in row.responses)
-    is_more = any("/" in row.set for row in rows) or len({bool(r.thinking) for r in benchmarks}) > 1
-    return bool(rows) and (is_long or is_more)
+    is_both = len({bool(results.thinking) for results in benchmarks}) > 1
+    return bool(rows) and (is_long or is_both or any("/" in row.set for row in rows))
 
 
 def as_markdown(text: str) -> str:

@@ -126,9 +126,4 @@ def is_answer(response: Response, prompt: Prompt, *, is_own: bool = False) -> bo
     """Return whether the response answers this very prompt, or with `is_own` is the reply that it comes with."""
     if is_own:
         return response.messages == own_messages(prompt)
-    start = 0
-    for turn in prompt.turns:
-        if response.messages[start : start + len(turn)] != turn:
-            return False
-        start += len(turn) + 1
-    return start == len(response.messages)
+    return response.turns(map(len, prompt.turns)) == prompt.turns

@@ -3,8 +3,9 @@
 Responses come out as dataclasses, and what they depend on as a dictionary: two runs are the same where all of it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Response:
         for start, end in self.response_spans:
             flags[start:end] = [True] * (end - start)
         return flags
+
+    def turns(self, lengths: Iterable[int]) -> list[list[dict[str, Any]]]:
+        """Return the messages that were answered, in turns of these lengths, and last those that are left over."""
+        messages = iter(self.messages)
+        turns = [[*islice(messages, length + 1)][:length] for length in lengths]  # without the answer behind each
+        return [*filter(None, [*turns, [*messages]])]
 
 
 _VALUES = TypeAdapter(tuple[str, str, list[dict[str, Any]], list[int], list[list[int]]])

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import CompareConfig, Recipe
+from dpace.config import CompareConfig, LossConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
 from dpace.loss.objective import with_objective
 from dpace.measure.benchmark import bench
@@ -146,8 +146,8 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
         ValueError: an unknown objective, a custom one that cannot be found or gives wrong weights; or see
             `check_recipe`.
     """
-    for name, value in {"token_loss": "nll", "confidence": "token"}.items():
-        if (found := getattr(config.loss, name)) != value:
+    for name in ("token_loss", "confidence"):
+        if (found := getattr(config.loss, name)) != getattr(LossConfig(), name):
             raise ValueError(
                 f"--loss.{name.replace('_', '-')} is {found}, and `dpace compare` takes it from the names of "
                 "--objectives, such as dpace+kl+overlap; name it there instead"

@@ -120,7 +120,7 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
             "with --train.feature-files"
         )
     for part, with_last in ((dataset, with_head_input), (validation, False)):
-        if not part.has_features(layer_ids, with_head_input=with_last):
+        if part.features is None or part.has_others(layer_ids, with_head_input=with_last):
             limit = config.feature_cache_gib * 2**30
             part.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_last)
 
@@ -194,9 +194,10 @@ def train(
         if is_finished:
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
         drafter = _make_drafter(target, dataset, recipe, init)
-        for part, with_last in ((dataset, recipe.needs_target_hidden), (validation, False)):
-            if part.features is not None and not part.has_features(drafter.target_layer_ids, with_head_input=with_last):
-                keep_features(target, dataset, validation, recipe)
+        layer_ids = drafter.target_layer_ids
+        is_other = dataset.has_others(layer_ids, with_head_input=recipe.needs_target_hidden)
+        if is_other or validation.has_others(layer_ids):
+            keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
             drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"
         )
