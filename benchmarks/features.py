@@ -17,6 +17,7 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
+from dpace.config import TrainConfig
 from dpace.drafter import Drafter
 from dpace.respond.responses import Response
 from dpace.target import Target
@@ -68,7 +69,8 @@ def main() -> None:
         for dtype in ("target", "bfloat16", "float8"):
             stored = dataset()
             place = Path(folder) / dtype
-            made = seconds(lambda: keep_on_disk(target, stored, layers, place, dtype=dtype, limit_bytes=LIMIT))  # noqa: B023
+            config = TrainConfig(feature_files=str(place), feature_dtype=dtype, feature_files_gib=LIMIT)
+            made = seconds(lambda: keep_on_disk(target, stored, layers, config))  # noqa: B023
             bytes_on_disk = sum(path.stat().st_size for path in place.rglob("*.safetensors"))
             rows[f"disk, {dtype}"] = (stored, bytes_on_disk / tokens, made)
         found: dict[str, list[float]] = {name: [] for name in rows}

@@ -143,9 +143,8 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
     """Train some steps as the recipe says; give the drafter, and medians and sums of what they took."""
     device = target.device
     config = replace(recipe.train, max_steps=steps, logging_steps=steps, report_to=())
-    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
     memory = PeakMemory(device)
-    drafter = Drafter.from_target(target, seed=config.seed, **shape)
+    drafter = Drafter.from_target(target, seed=config.seed, **vars(recipe.drafter))
     per_step = config.batch_size * config.gradient_accumulation_steps
     dataset = random_conversations(target, drafter.mask_token_id, recipe, steps * per_step)
     nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)

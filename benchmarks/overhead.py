@@ -40,7 +40,7 @@ def main(rounds: int) -> None:
     torch.manual_seed(0)
     recipe = read_recipe(RECIPES["demo-cpu"])
     target, config = Target.load(find_target(recipe.target)), recipe.train
-    drafter = Drafter.from_target(target, seed=0, **{k: v for k, v in vars(recipe.drafter).items() if k != "init"})
+    drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
     spans = [[NUM_PROMPT_TOKENS, NUM_TOKENS]]
     responses = [
         Response(str(i), "random", [], torch.randint(1000, (NUM_TOKENS,)).tolist(), spans)
@@ -50,7 +50,6 @@ def main(rounds: int) -> None:
     dataset.keep_features(target, drafter.target_layer_ids, limit_bytes=float("inf"))
     batch = collate([dataset[i] for i in range(len(dataset))], drafter.block_size)
     batch = {name: value.to(target.device) for name, value in batch.items()}
-    ids = drafter.view_options
     optimizer = make_optimizer(drafter, TrainConfig(optimizer="muon", learning_rate=1e-5))
     weighers = {name: make_weigh(replace(recipe.loss, objective=name), drafter.block_size) for name in OBJECTIVES}
     print(f"torch {torch.__version__}, {target.device}, {platform.processor() or platform.machine()}, {rounds} rounds")
@@ -60,7 +59,7 @@ def main(rounds: int) -> None:
 
         def step(weigh, head=head) -> float:
             start = time.perf_counter()
-            hidden, blocks = blocks_hidden(drafter, target, batch, **ids)[:2]
+            hidden, blocks = blocks_hidden(drafter, target, batch)[:2]
             out = frozen_head_nll(hidden, head, blocks.labels, blocks.is_scored, weigh=weigh)
             block_loss(out.losses, blocks.is_scored).backward()
             torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.max_grad_norm)

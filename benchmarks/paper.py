@@ -32,7 +32,7 @@ from dpace.report.tables import console, section_table
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.locate import TARGET_ID, find_target
-from dpace.train.identity import data_of, init_of, settings_of, target_of
+from dpace.train.identity import data_of, settings_of, target_of
 from dpace.train.run import choose_conversations, is_trained, keep_features, train
 
 DEPTHS = (3, 5)
@@ -193,7 +193,7 @@ def main() -> None:
         folders = {name: options.output / f"{depth}l" / name for name in OBJECTIVES}
         runs = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in OBJECTIVES}
         data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
-        facts = {**target_of(target), **data_of(*data), **init_of(None)}
+        facts = {**target_of(target), **data_of(*data)}
         wanted = {name: {**facts, **settings_of(runs[name])} for name in OBJECTIVES}
         missing = [name for name in OBJECTIVES if not is_trained(folders[name], wanted[name])]
         if missing:

@@ -128,8 +128,8 @@ MEASURE_SECONDS = {8: 0.25, 16: 0.55}
 STEP_COST = {"16-anchors": 2.0} | {name: 1.3 for name, candidate in CANDIDATES.items() if "+" in candidate.objective}
 STEP_COST |= {name: 1.4 for name in CANDIDATES if "head" in name}
 NUM_VALIDATION = 24
-LIMIT_BYTES = 20e9
-"""Most bytes of hidden states on disk."""
+LIMIT_GIB = 20.0
+"""Most GiB of hidden states on disk."""
 
 
 @dataclass(frozen=True)
@@ -296,10 +296,11 @@ def make_sets(
     """Make the datasets to train, to validate and to measure on, with their hidden states."""
     train, validation, heldout = answers
     datasets, test_set = choose_conversations(train, validation, recipe), heldout_set(heldout, recipe)
-    layer_ids, folder = Drafter.layer_ids(target, **vars(recipe.drafter)), plan.output / "features"
+    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    config = replace(recipe.train, feature_files=str(plan.output / "features"), feature_files_gib=LIMIT_GIB)
     for dataset in (*datasets, test_set):
         is_trained_on = dataset is datasets[0]  # by some with soft labels
-        keep_on_disk(target, dataset, layer_ids, folder, with_head_input=is_trained_on, limit_bytes=LIMIT_BYTES)
+        keep_on_disk(target, dataset, layer_ids, config, with_head_input=is_trained_on)
     return datasets, test_set
 
 
@@ -329,12 +330,11 @@ def time_steps(plan: Plan, target: Target, dataset: ResponseDataset, cell: Cell)
     """Take a few training steps of a cell, and give the seconds of all but the first."""
     recipe, candidate = plan.recipe_of(cell), CANDIDATES[cell.objective]
     config = replace(recipe.train, max_steps=TIMED_STEPS, logging_steps=1, save_steps=TIMED_STEPS + 1)
-    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
     dataset = copy.copy(dataset)
     dataset.num_anchors = config.num_anchors
     nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)
     with candidate.trial(), products_in(plan.products), tempfile.TemporaryDirectory() as folder:
-        drafter = Drafter.from_target(target, seed=0, **shape)
+        drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
         timed = replace(recipe, train=config)
         weigh = make_weigh(recipe.loss, cell.block)
         loop = TrainingLoop(drafter, target, dataset, nothing, timed, weigh=weigh, checkpoints=Path(folder))

@@ -21,10 +21,6 @@ MASK_TILE = 128
 def build_target_layer_ids(num_target_layers: int, num_features: int) -> list[int]:
     """Choose the feature layers, spread evenly from layer 1 to the third from the last.
 
-    Args:
-        num_target_layers: decoder layers of the target.
-        num_features: layers to choose.
-
     Returns:
         Ascending 0-based layer ids; `[num_target_layers // 2]` for one.
 
@@ -51,10 +47,6 @@ def block_sizes(block_size: int, *, is_growing: bool) -> list[int]:
 
     Blocks that grow have `block_size` slots in the end, and before that its halves, as long as they have `LEAST_SLOTS`:
     4, 8 and 16 for 16. Blocks of half the size are twice as many, so a step has as many slots at any time.
-
-    Args:
-        block_size: slots of the drafter's blocks.
-        is_growing: of `--train.grow-blocks`.
 
     Raises:
         ValueError: blocks that are too short to grow.

@@ -89,8 +89,6 @@ CUSTOM_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
 ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, description="package.module:function")]
 """An objective of dpace, or `package.module:function` for a custom one."""
 TokenLoss = Literal["nll", "kl", "lk", "mix"]
-HeadWeights = Literal["mean", "objective", "walk"]
-Confidence = Literal["token", "overlap"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative", "block"]
 Width = Literal["auto", "full"] | Count
@@ -99,7 +97,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp", "tp"]
 Engine = Literal["vllm", "sglang", "llamacpp", "tensorrt", "transformers", "zlab"]
-DraftHeadName = Literal["lilicorr"] | None
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
 
@@ -130,7 +127,7 @@ class DrafterConfig:
     conv_kernel_size: Literal[0] | Annotated[int, integer(2, 1000)] = 0
     """Slots of a block that convolutions in each layer read, as in DFlash2; 0 for none, as in DFlash.
     2 helps short trainings; docs/serve.md says which engines run them."""
-    head: DraftHeadName = None
+    head: Literal["lilicorr"] | None = None
     """lilicorr: a small head that chooses tokens which follow one another, among the best of each slot.
     By default each slot takes its own best token, as in DFlash."""
     head_candidates: Literal[2, 4, 8, 16] = 8
@@ -158,7 +155,7 @@ class LossConfig:
     """Loss of one slot.
     nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
     lk: -log of the overlap of both distributions. mix: half nll, half kl."""
-    confidence: Confidence = "token"
+    confidence: Literal["token", "overlap"] = "token"
     """How D-PACE estimates that a slot is accepted.
     token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
     alpha: FractionOrZero = 0.5
@@ -176,7 +173,7 @@ class LossConfig:
     vocabulary: Literal["all", "seen"] = "all"
     """Tokens that the softmax covers: all, or only those seen in the training text (much cheaper on a CPU)."""
 
-    head_weights: HeadWeights = "mean"
+    head_weights: Literal["mean", "objective", "walk"] = "mean"
     """How much each slot counts in the loss of a head.
     mean: all slots before the first whose token is no candidate count alike, as published.
     objective: by the objective's weights from the probabilities of the head's walk. walk: the same, which then are the

@@ -212,7 +212,7 @@ def decode_speedup(
         side decoded nothing, as with a server that sends whole answers at once.
     """
     totals = np.array([[[tokens], [plain_tokens]], [[seconds], [plain_seconds]]], float)
-    return estimate(totals, lambda rates: np.where(rates[0] > 0, rates[0], np.nan) / rates[1])
+    return estimate(totals, lambda rates: rates[0] / rates[1])
 
 
 def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:

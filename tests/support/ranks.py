@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dpace.batches import feature_files
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe
+from dpace.config import BenchConfig, CompareConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS
 from dpace.measure.benchmark import bench
@@ -68,7 +68,7 @@ def measure_all(target: Target, responses: list[Response], recipe: Recipe, folde
         mock.patch.object(feature_files, "SHARD_BYTES", 2**16),
         mock.patch("dpace.batches.dataset.FEATURE_BATCH", 4),
     ):
-        feature_files.keep_on_disk(target, dataset, [1, 3], folder / "features", limit_bytes=2.0**30)
+        feature_files.keep_on_disk(target, dataset, [1, 3], TrainConfig(feature_files=str(folder / "features")))
     for i in (0, len(dataset) - 1):
         assert dataset.features is not None
         torch.testing.assert_close(dataset.features[i], target.features(dataset.token_ids(i)[None], [1, 3])[0])

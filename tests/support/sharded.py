@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpace.batches import feature_files
-from dpace.config import LossConfig, Recipe, TargetShard
+from dpace.config import LossConfig, Recipe, TargetShard, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS
 from dpace.loss.objective import make_weigh
@@ -174,7 +174,7 @@ def train_on_shares(name: str, whole: Target, responses: list[Response], recipe:
         for each in (target, whole):
             path = folder / shard / type(each).__name__
             with mock.patch("dpace.batches.dataset.FEATURE_BATCH", 1):
-                feature_files.keep_on_disk(each, dataset, [1, 3], path, limit_bytes=2.0**30)
+                feature_files.keep_on_disk(each, dataset, [1, 3], TrainConfig(feature_files=str(path)))
             assert dataset.features is not None
             for i in range(len(dataset)):
                 expected = whole.features(dataset.token_ids(i)[None], [1, 3])[0]

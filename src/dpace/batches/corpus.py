@@ -7,7 +7,6 @@ prompts, and is made again where these changed.
 import json
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow
 from dpace.config import PromptsConfig
 from dpace.prompts.formats import iterate_prompts
 from dpace.prompts.prompts import prompt_files, sources_of, split_ids
+from dpace.recipes.validation import to_json
 from dpace.respond.responses import Response, iterate_responses
 from dpace.system.ledger import lock_file, naming_file, register_files, writing
 from dpace.system.provenance import hash_file, hash_json
@@ -134,10 +134,6 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
 
     The first process to come makes the file where there is none of this kind; others wait for it.
 
-    Args:
-        responses: `responses.jsonl`.
-        prompts: what was answered.
-
     Raises:
         ValueError: prompts or responses that cannot be read, or a `corpus.arrow` that dpace did not write.
         OSError: the disk is full.
@@ -146,7 +142,7 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
     made_from = {
         "format": FORMAT,
         "responses": hash_file(responses),
-        "prompts": json.loads(json.dumps(asdict(prompts))),
+        "prompts": to_json(prompts),
         "files": {str(file): hash_file(file) for file in prompt_files(prompts)},
     }
     with naming_file(path), lock_file(path):

@@ -54,11 +54,6 @@ class ResponseDataset(torch.utils.data.Dataset):
         return other
 
     @property
-    def num_skipped(self) -> int:
-        """Count the conversations without an anchor."""
-        return len(self.corpus) - len(self)
-
-    @property
     def ids(self) -> list[str]:
         """Ids of the conversations."""
         return [self.corpus.id(number) for number in self.chosen.tolist()]
@@ -116,13 +111,7 @@ class ResponseDataset(torch.utils.data.Dataset):
     def compute_rows(
         self, compute: Compute, batches: Sequence[Sequence[int]], title: str
     ) -> Iterator[tuple[int, Tensor]]:
-        """Compute features batch by batch, and yield those of each conversation with its number.
-
-        Args:
-            compute: computes the features of some texts.
-            batches: of `batches_that_begin_alike`.
-            title: of the progress bar.
-        """
+        """Compute features batch by batch, and yield those of each conversation with its number."""
         with progress_bar() as bar:
             task = bar.add_task(title, total=sum(map(len, batches)), info="")
             for batch in batches:
@@ -177,10 +166,6 @@ def redraw(row: dict[str, Any], num_anchors: int) -> dict[str, Any]:
     """Draw the anchors of a conversation anew, for blocks of another size.
 
     Each conversation's draw has a seed of its own, so a resumed run draws the same anchors.
-
-    Args:
-        row: of `ResponseDataset`.
-        num_anchors: most blocks of a conversation.
     """
     return row | {"anchors": sample_anchors(row["is_response"], num_anchors=num_anchors, seed=("growing", row["draw"]))}
 

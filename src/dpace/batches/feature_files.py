@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, compute_features
+from dpace.config import TrainConfig
 from dpace.servers.apis import VllmServer
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, write_json, writing
@@ -136,11 +137,6 @@ class FeatureFiles(Sequence[Tensor]):
 
     Memory: an index of O(texts); the files are mapped, so the system keeps in memory what fits.
 
-    Args:
-        folder: of the rows.
-        names: of the rows, in the order in which they are read.
-        dtype: of the rows that are given.
-
     Raises:
         ValueError: a row is missing, or a file cannot be read.
     """
@@ -183,31 +179,20 @@ def keep_on_disk(
     target: Target,
     dataset: ResponseDataset,
     target_layer_ids: Sequence[int],
-    folder: str | Path,
+    config: TrainConfig,
     *,
     with_head_input: bool = False,
-    dtype: StoredDtype = "target",
-    servers: Sequence[str] = (),
-    limit_bytes: float,
 ) -> None:
-    """Let a dataset read its features from disk, and first compute those that are not there.
+    """Let a dataset read its features from disk, and first compute those that are not there; see `Target.features`.
 
-    Each rank computes its share. A killed process loses at most one file of 256 MiB a rank.
-
-    Args:
-        target: computes them, see `Target.features`.
-        dataset: its texts.
-        target_layer_ids: layers whose outputs are the features.
-        folder: where they are kept; several targets and choices of layers may share it.
-        with_head_input: keep the LM head's input too.
-        dtype: `target`, the target's own; `bfloat16`; or `float8`, numbers of 8 bits with a scale for each token. The
-            last two round.
-        servers: vLLM servers that compute them; by default this process does.
-        limit_bytes: most bytes that may be added.
+    Several targets and choices of layers may share a folder. Each rank computes its share. A killed process loses at
+    most one file of 256 MiB a rank.
 
     Raises:
         ValueError: more bytes than the limit or the free space, another process writes there, or a file is damaged.
     """
+    assert config.feature_files, "a recipe without a folder keeps nothing on disk"
+    dtype, servers = config.feature_dtype, config.feature_servers
     if servers and with_head_input:
         raise ValueError(
             "--train.feature-servers give no input of the LM head, which this token loss, confidence or penalty of a "
@@ -220,7 +205,7 @@ def keep_on_disk(
         "dtype": dtype,
         "by": "vllm" if servers else "dpace",
     }
-    rows = Path(folder) / hash_json(list(facts.values()))[:16]
+    rows = Path(config.feature_files) / hash_json(list(facts.values()))[:16]
     names = [_hash_text(dataset.token_ids(i)) for i in range(len(dataset))]
     with lock_folder(rows):
         missing = ranks.from_first(lambda: _find_missing(rows, facts, names))
@@ -229,7 +214,7 @@ def keep_on_disk(
             wanted = {name: i for i, name in enumerate(names) if name in missing}
             row_bytes = bytes_of_token(target, len(target_layer_ids) + with_head_input, dtype)
             size = row_bytes * sum(lengths[i] for i in wanted.values())
-            ranks.from_first(lambda: _refuse_size(size, limit_bytes, rows))
+            ranks.from_first(lambda: _refuse_size(size, config.feature_files_gib * 2**30, rows))
             batches = dataset.batches_that_begin_alike(wanted.values())
             if servers:
                 compute = ServerFeatures(servers, target, target_layer_ids)

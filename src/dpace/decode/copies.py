@@ -105,9 +105,6 @@ class Recall:
 
     Memory: `BYTES_PER_TOKEN` bytes a token, at most `mib` MiB.
 
-    Args:
-        mib: MiB of memory.
-
     Source: SuffixDecoding (arXiv 2411.04975), which keeps suffix trees and counts.
     """
 

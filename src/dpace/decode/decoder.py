@@ -83,7 +83,7 @@ class Decoder:
         started = read_clock(self.target.device)
         with torch.inference_mode():
             caches = self._find_caches(len(rows), 1 + max(row.limit for row in rows))
-            batch = Batch(self.target, self.drafter, list(rows), caches, is_compiled=self.compile)
+            batch = Batch(self.target, self.drafter, rows, caches, is_compiled=self.compile)
             batch.prefill()
             first = read_clock(self.target.device)
             batch.run()

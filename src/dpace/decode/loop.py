@@ -126,14 +126,6 @@ class Speculation:
         pace: chooses at each step the verification length, and between drafts and copies; None always verifies
             `max_width` tokens of a draft.
 
-    Args:
-        target: verifies.
-        drafter: drafts.
-        text: the request, see `make_continuation`.
-        width: as all others, see `generate`.
-        verify_rule: see there.
-        paces: see there.
-
     Raises:
         ValueError: a drafter for another target, or a width outside its range.
     """

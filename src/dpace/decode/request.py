@@ -13,7 +13,7 @@ from dpace.config import SamplingConfig
 from dpace.decode.generation import Step
 from dpace.decode.sampling import Sampler
 from dpace.recipes.validation import explain
-from dpace.target import Target
+from dpace.target import Target, answer_end
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -85,10 +85,9 @@ class Continuation:
             is_copied: whether they were copied, and not drafted.
         """
         emitted = list(token_ids[: min(accepted + 1, self.remaining)])
-        stop = next((i for i, token in enumerate(emitted) if token in self.stops), None)
-        if stop is not None:
-            emitted = emitted[: stop + 1]
-            accepted = min(accepted, stop + 1)
+        if end := answer_end(emitted, self.stops):
+            emitted = emitted[:end]
+            accepted = min(accepted, end)
         self.token_ids += emitted
         self.steps.append(Step(emitted, accepted, width, accepted if is_copied else 0))
         return self.steps[-1]
@@ -101,11 +100,6 @@ def make_continuation(
 ) -> Continuation:
     """Check a request and start its text.
 
-    Args:
-        target: the model that continues the prompt.
-        token_ids: the prompt, one row.
-        options: see `SamplingOptions`.
-
     Raises:
         ValueError: an empty prompt, a prompt that exceeds the target's context, or an option outside its range.
     """
@@ -115,30 +109,25 @@ def make_continuation(
         config = SamplingConfig(**values)
     except ValidationError as error:
         raise ValueError(f"{explain(error, SamplingConfig)}; change it, or leave it out for the default") from error
+    sampling = dict(vars(config))
+    max_new_tokens = sampling.pop("max_new_tokens")
     prompt = torch.as_tensor(token_ids).flatten().tolist()
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
     limit = target.context
-    if limit and len(prompt) + config.max_new_tokens > limit:
+    if limit and len(prompt) + max_new_tokens > limit:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; together they exceed "
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; together they exceed "
             f"the target's limit of {limit}: shorten the prompt"
             + (f" or ask for at most {limit - len(prompt)} new tokens" if limit > len(prompt) else "")
         )
     boundary = target.rotation_boundary
-    if boundary and len(prompt) <= boundary < len(prompt) + config.max_new_tokens:
+    if boundary and len(prompt) <= boundary < len(prompt) + max_new_tokens:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and max_new_tokens is {config.max_new_tokens}; past {boundary} "
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; past {boundary} "
             f"tokens this target rotates all positions anew: ask for at most {boundary - len(prompt)} tokens"
         )
-    sampler = Sampler(
-        config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        seed=config.seed,
-        device=target.device,
-    )
     target.refresh_copies()
     stops = target.stop_token_ids if stops is None else stops
-    return Continuation(prompt, len(prompt), config.max_new_tokens, set(stops), sampler)
+    sampler = Sampler(**sampling, device=target.device)
+    return Continuation(prompt, len(prompt), max_new_tokens, set(stops), sampler)

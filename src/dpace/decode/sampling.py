@@ -150,16 +150,10 @@ def draw_draft(
 def draw_walk(
     lattice: Lattice, count: int, sampler: Sampler, vocab_size: int
 ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
-    """Draw a draft for speculative sampling from a head's lattice, a slot after the other.
+    """Draw a draft for speculative sampling from a head's lattice of one block, a slot after the other.
 
     A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature. Filters
     and processors of the target do not matter: any distribution keeps the target's text, if it is the one drawn from.
-
-    Args:
-        lattice: of one block.
-        count: number of tokens to draw.
-        sampler: of the target.
-        vocab_size: of the target.
 
     Returns:
         The tokens, and the distribution that each was drawn from.

@@ -93,16 +93,9 @@ def verify_step(
     blocks: Int[Tensor, "batch width"],
     ends: Ends,
 ) -> tuple[Float[Tensor, "batch width vocab"], State]:
-    """Let the target read blocks in one pass.
+    """Let the target read blocks, each a last token and proposed ones, in one pass.
 
     Slots past the last token that a row may emit share that token's position, and their results are not used.
-
-    Args:
-        target: verifies.
-        cache: the target's.
-        layer_ids: layers whose outputs are the features.
-        blocks: the last tokens, each followed by proposed ones.
-        ends: where the texts end.
 
     Returns:
         Logits, of which row `k` follows the first `k` proposed tokens; and the state with the blocks' features.

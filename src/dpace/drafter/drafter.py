@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
-from dpace.config import DraftHeadName
+from dpace.config import DrafterConfig
 from dpace.drafter.dflash import TABLES
 from dpace.drafter.kinds import KINDS, Kind
-from dpace.drafter.lilicorr import HeadSpec, head_for
+from dpace.drafter.lilicorr import head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, own_tables
 from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_token_ids
@@ -36,32 +36,18 @@ TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.
 """Tensors that say nothing new: tables that the config calls the target's, and what speculators trains with."""
 
 
-def spec_for(
-    target: Target,
-    *,
-    num_layers: int,
-    block_size: int,
-    mask_token_id: int,
-    target_layer_ids: Sequence[int],
-    conv_kernel_size: int = 0,
-    head: HeadSpec | None = None,
-    **attention: Any,
-) -> DrafterSpec:
+def spec_for(target: Target, *, conv_kernel_size: int = 0, **own: Any) -> DrafterSpec:
     """Describe a drafter with the target's width, heads, feed-forward and rotary embedding; see `from_target`.
 
-    `attention` are `sliding_window`, `layer_types` and `is_causal` of the spec.
+    `own` are the values of the spec that do not follow from the target.
     """
     config = target.config
     heads = config.num_attention_heads
     return DrafterSpec(
-        block_size=block_size,
-        mask_token_id=mask_token_id,
-        target_layer_ids=tuple(target_layer_ids),
         num_target_layers=target.num_layers,
         vocab_size=len(target.head.weight),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        num_layers=num_layers,
         num_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -73,16 +59,15 @@ def spec_for(
         softcap=target.head.softcap,
         conv_kernel_size=conv_kernel_size,
         conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
-        head=head,
         special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},
-        **attention,
+        **own,
     )
 
 
 def attention_of(
     num_layers: int, sliding_window: int | None = None, full_layers: Collection[int] = (), causal: bool = False, **_
 ) -> dict[str, Any]:
-    """Return `sliding_window`, `layer_types` and `is_causal` of a spec, for the same arguments as `from_target`.
+    """Return `sliding_window`, `layer_types` and `is_causal` of a spec, for the same options as `from_target`.
 
     Raises:
         ValueError: `full_layers` that are no layers, all layers, or set without a window.
@@ -158,12 +143,6 @@ class Drafter(DFlashDraftModel):
         return {part.kind: Reach(part.window, part.is_causal) for part in parts}
 
     @property
-    def view_options(self) -> dict[str, Any]:
-        """What `dpace.drafter.views.blocks_hidden` needs to know of it beside its wrapper."""
-        ids = {"mask_token_id": self.mask_token_id, "target_layer_ids": self.target_layer_ids}
-        return ids | {"reaches": self.reaches, "first_slot": self.first_slot}
-
-    @property
     def num_context(self) -> int:
         """Number of tokens before an anchor that a layer sees at most; larger than any text without a window."""
         return max(reach.window for reach in self.reaches.values()) - 1
@@ -194,64 +173,34 @@ class Drafter(DFlashDraftModel):
         return best / odds.sum(-1)
 
     @classmethod
-    def from_target(
-        cls,
-        target: Target,
-        *,
-        num_layers: int = 3,
-        block_size: int = 16,
-        num_features: int | None = None,
-        target_layer_ids: Sequence[int] | None = None,
-        mask_token_id: int | None = None,
-        norm_scale: float = 1.0,
-        conv_kernel_size: int = 0,
-        head: DraftHeadName = None,
-        head_candidates: int = 8,
-        head_width: int | None = None,
-        sliding_window: int | None = None,
-        full_layers: Collection[int] = (),
-        causal: bool = False,
-        seed: int = 0,
-    ) -> "Drafter":
+    def from_target(cls, target: Target, *, seed: int = 0, **options: Any) -> "Drafter":
         """Make an untrained drafter with the target's width, heads, feed-forward and rotary embedding.
 
         Args:
             target: the model to draft for.
-            num_layers: number of decoder layers of the drafter.
-            block_size: number of slots in a block, the anchor included.
-            num_features: number of target layers that give features, by the published rule; `num_layers` by default.
-            target_layer_ids: ids of these layers, instead of `num_features`.
-            mask_token_id: by default `choose_mask_token`.
-            norm_scale: initial value of the final norm's weights; small values start near the uniform distribution.
-            conv_kernel_size: slots that DFlash2's convolutions read, 2 or more; 0 for DFlash's network.
-            head: `lilicorr` for a head that makes the slots agree.
-            head_candidates: tokens of each slot that it chooses from.
-            head_width: see `head_for`.
-            sliding_window: tokens that a layer sees at most, see `dpace.modeling_dflash.DFlashAttention`; None for all.
-            full_layers: layers without the window.
-            causal: whether a slot sees no slot after it.
             seed: seed of the initial weights; those of the network are the same with and without a head.
+            options: those of `dpace.config.DrafterConfig`, with its defaults; `init` is not read.
 
         Raises:
-            ValueError: a layer id, block size or mask token that cannot work with this target.
+            ValueError: an option outside its range, or a layer id or mask token that cannot work with this target.
         """
+        config = DrafterConfig(**options)
+        mask_token_id = config.mask_token_id
         spec = spec_for(
             target,
-            num_layers=num_layers,
-            block_size=block_size,
+            num_layers=config.num_layers,
+            block_size=config.block_size,
             mask_token_id=choose_mask_token(target) if mask_token_id is None else mask_token_id,
-            target_layer_ids=cls.layer_ids(
-                target, num_layers=num_layers, num_features=num_features, target_layer_ids=target_layer_ids
-            ),
-            conv_kernel_size=conv_kernel_size,
-            head=head_for(target.hidden_size, head_candidates, head_width) if head else None,
-            **attention_of(num_layers, sliding_window, full_layers, causal),
+            target_layer_ids=tuple(cls.layer_ids(target, **vars(config))),
+            conv_kernel_size=config.conv_kernel_size,
+            head=head_for(target.hidden_size, config.head_candidates, config.head_width) if config.head else None,
+            **attention_of(**vars(config)),
         )
         spec.check()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             drafter: Any = cls(spec.config())
-        nn.init.constant_(drafter.norm.weight, norm_scale)
+        nn.init.constant_(drafter.norm.weight, config.norm_scale)
         drafter.check_target(target)
         return drafter if drafter.device == target.device else drafter.to(target.device)
 
@@ -301,7 +250,7 @@ class Drafter(DFlashDraftModel):
         target_layer_ids: Sequence[int] | None = None,
         **_,
     ) -> list[int]:
-        """Return the layers whose outputs are the features, for the same arguments as `from_target`."""
+        """Return the layers whose outputs are the features, for the same options as `from_target`."""
         return list(target_layer_ids or build_target_layer_ids(target.num_layers, num_features or num_layers))
 
     def check_target(self, target: Target) -> None:

@@ -87,11 +87,6 @@ def head_for(hidden_size: int, num_candidates: int, width: int | None = None) ->
 
     Published ones are a quarter as wide as the drafter (1024 at 4096). There the head is 3 % of a step. Next to a small
     target on a CPU it would be more than 10 %, so below 1024 a sixth is taken, 96 at 576, which is about 5 %.
-
-    Args:
-        hidden_size: of the drafter.
-        num_candidates: of each slot.
-        width: of the head; by default as above.
     """
     narrow = max(8, hidden_size // 48 * 8)
     width = width or (hidden_size // 4 if hidden_size >= 1024 else narrow)
@@ -140,12 +135,7 @@ def config_keys(spec: Any) -> dict[str, Any]:
 
 
 def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the values of `HeadSpec` in a config, not checked yet; None without a head.
-
-    Args:
-        config: of a drafter.
-        nested: its `dflash_config`.
-    """
+    """Return the values of `HeadSpec` in a config and its `dflash_config`, not checked yet; None without a head."""
     keys = {name.removeprefix("lilicorr_"): value for name, value in nested.items() if name.startswith("lilicorr_")}
     has_head = keys.pop("enabled", False) or "LiLiCorr" in str(config.get("architectures"))
     return keys if has_head else None

@@ -126,7 +126,7 @@ class DrafterSpec:
     """Window of sliding layers, in tokens, see `dpace.modeling_dflash.DFlashAttention`; None without such layers."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
     """Kind of each layer; empty where all have full attention."""
-    is_causal: Annotated[bool, Strict()] | Literal["sliding"] = False
+    is_causal: Flag | Literal["sliding"] = False
     """Whether a slot sees no slot after it: in all layers, in no layer, or in sliding layers only."""
     has_own_embed_tokens: Flag = False
     """Whether the embedding is the drafter's own, and not the target's."""
@@ -330,11 +330,7 @@ class DrafterSpec:
         )
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the `config.json` that transformers wrote with the values that engines read.
-
-        Args:
-            written: the config as `save_pretrained` of transformers wrote it.
-        """
+        """Complete the `config.json` that transformers wrote with the values that engines read."""
         config = {
             **written,
             "architectures": [self.kind.architecture],

@@ -1,6 +1,6 @@
 """The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -79,10 +79,7 @@ def blocks_hidden(
     target: Target,
     inputs: dict[str, Any],
     *,
-    mask_token_id: int,
-    target_layer_ids: Sequence[int],
-    reaches: Mapping[str, Reach],
-    first_slot: int = 1,
+    model: Any = None,
     with_target_hidden: bool = False,
     make_mask: Callable[[Blocks, int, Reach], Any] | None = None,
 ) -> BlocksHidden:
@@ -91,41 +88,41 @@ def blocks_hidden(
     Memory: O(batch x block tokens x (context + block tokens)) bytes for the dense mask, where `flex_attention` has no
     kernel (`dpace.system.device.TILED`).
 
+    Where a drafter's blocks begin at the anchor (`first_slot` 0), the network reads one slot less than a block has, and
+    the hidden states are moved to the slots whose tokens they predict.
+
     Args:
-        drafter: a `Drafter`, or its wrapper in training.
+        drafter: a `Drafter`.
         target: its target.
         inputs: a batch of `dpace.batches.dataset.collate`; `text` may have its `token_ids` on the CPU, see
             `Target.features`.
-        mask_token_id: the token in slots that are not drafted yet.
-        target_layer_ids: layers whose outputs are the features.
-        reaches: see `Drafter.reaches`.
-        first_slot: see `Drafter`; with 0 the network reads one slot less than a block has, and the hidden states are
-            moved to the slots whose tokens they predict.
+        model: the drafter's wrapper in training; by default the drafter itself.
         with_target_hidden: give the input of the target's head too.
         make_mask: gives the attention mask; by default `flex_mask` on a GPU and `dense_mask` elsewhere.
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
     token_ids, features = inputs["token_ids"], inputs["features"]
     if features is None:
-        features = target.features(inputs.get("text", token_ids), target_layer_ids, with_head_input=with_target_hidden)
-    num_features = len(target_layer_ids) * target.hidden_size
+        text = inputs.get("text", token_ids)
+        features = target.features(text, drafter.target_layer_ids, with_head_input=with_target_hidden)
+    num_features = len(drafter.target_layer_ids) * target.hidden_size
     batch, num_context = token_ids.shape
     make_mask = make_mask or (flex_mask if token_ids.device.type in TILED else dense_mask)
     read = blocks
-    if not first_slot:
+    if not drafter.first_slot:
         read = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])
     context_ids = torch.arange(num_context, device=token_ids.device).expand(batch, -1)
-    masks = {kind: make_mask(read, num_context, reach) for kind, reach in reaches.items()}
+    masks = {kind: make_mask(read, num_context, reach) for kind, reach in drafter.reaches.items()}
     hidden = draft_block(
-        drafter,
+        drafter if model is None else model,
         target,
-        read.input_ids(mask_token_id).flatten(1, 2),
+        read.input_ids(drafter.mask_token_id).flatten(1, 2),
         features[..., :num_features],
         position_ids=torch.cat([context_ids, read.position_ids.flatten(1)], dim=1),
         attention_mask=masks,
         block_size=read.block_size,
     ).unflatten(1, read.labels.shape[1:])
-    hidden = to_predicted(hidden, first_slot)
+    hidden = to_predicted(hidden, drafter.first_slot)
     before = (blocks.position_ids - 1).clamp(0, num_context - 1)
     rows = torch.arange(batch, device=token_ids.device)[:, None, None]
     target_hidden = features[..., num_features:][rows, before] if with_target_hidden else None

@@ -132,13 +132,7 @@ def drafted_tokens(d2t: Tensor, num_tokens: int) -> Int[Tensor, " choice"]:
 
 
 class DraftHead:
-    """The target's head for drafts: of all tokens, or of the draft vocabulary and a prompt's tokens.
-
-    Args:
-        target: has the head.
-        vocabulary: None for all tokens.
-        prompt: further tokens that may be drafted.
-    """
+    """The target's head for drafts: of all tokens, or of the draft vocabulary and a prompt's tokens."""
 
     def __init__(self, target: Target, vocabulary: DraftVocabulary | None, prompt: Iterable[int] = ()):
         self.target = target

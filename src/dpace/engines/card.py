@@ -83,12 +83,7 @@ ADVICE_COLUMNS = (
 
 
 def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Advice]:
-    """Choose among what `dpace bench` measured.
-
-    Args:
-        results: of the benchmark.
-        drafters: names in `results` of the drafter.
-    """
+    """Choose among what `dpace bench` measured."""
     ours = [row for row in results.rows if row.drafter in drafters]
     for rows in group_by(ours, attrgetter("set", "temperature")).values():
         row = max(rows, key=lambda row: (verdict(row.decode_speedup_interval) == "faster", row.decode_speedup or 0))

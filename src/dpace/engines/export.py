@@ -43,11 +43,6 @@ HELD_BY: dict[str, tuple[Format, ...]] = {
 def refuse_output(output: Path, drafter: Path, target: Path) -> None:
     """Refuse a folder that is not dpace's to write to.
 
-    Args:
-        output: the folder; it may be missing.
-        drafter: place of what is read.
-        target: that of its target, or its Hub id.
-
     Raises:
         ValueError: the output is one of these places, or holds another program's files or a trained drafter.
     """

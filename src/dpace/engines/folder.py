@@ -22,7 +22,7 @@ from dpace.drafter.dflash import TABLES, Parts
 from dpace.drafter.kinds import KINDS
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
-from dpace.system.progress import printable
+from dpace.system.progress import describe_error
 
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names in transformers' own container, and the published ones."""
@@ -127,17 +127,12 @@ def _read_named_values(file: Path, read: Callable[[Path], object], problems: dic
     try:
         content = read(file)
     except UNREADABLE as error:
-        problems[file.name] = describe_error(error)
+        problems[file.name] = describe_error(error)[:300]
     else:
         if isinstance(content, dict):
             return content
         problems[file.name] = f"it holds a {type(content).__name__}, expected named values"
     return {}
-
-
-def describe_error(error: BaseException) -> str:
-    """Return what went wrong, in one line."""
-    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from dpace.drafter.dflash import CONVOLUTION_KEYS
 from dpace.drafter.spec import DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.folder import describe_error
 from dpace.engines.speculators import to_layer_ids
+from dpace.system.progress import describe_error
 
 ARCHITECTURE = "dflash"
 BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error)
@@ -281,7 +281,7 @@ def _open_gguf(path: str | Path) -> gguf.GGUFReader:
             return _BoundedReader(path)
     except BROKEN as error:
         raise ValueError(
-            f"{path} is no GGUF file, or a damaged one ({describe_error(error)}); write or download it again"
+            f"{path} is no GGUF file, or a damaged one ({describe_error(error)[:300]}); write or download it again"
         ) from error
 
 

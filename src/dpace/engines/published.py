@@ -26,10 +26,6 @@ OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
 def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Read a z-lab, SpecForge or speculators folder, also one whose weights are quantized as transformers reads it.
 
-    Args:
-        folder: with `config.json` and safetensors.
-        num_target_layers: of the target, which speculators' format does not say.
-
     Returns:
         The spec, and the weights under this project's names, as they are in the files.
 

@@ -114,11 +114,7 @@ class _Heads(NamedTuple):
 
 
 class FusedProducts(FastForm):
-    """The fast form of a decoder layer: its combined products and what is needed around them.
-
-    Args:
-        layer: one of `LAYERS`, or a `DFlashLayer`.
-    """
+    """The fast form of a decoder layer: its combined products and what is needed around them."""
 
     def __init__(self, layer: Any):
         attention = layer.self_attn

@@ -119,10 +119,6 @@ class PackedProduct:
 
     It cannot trace what FBGEMM and oneDNN pack. So the operation knows the product by its number, which is part of the
     compiled code: another copy of the weight has another number and is compiled again.
-
-    Args:
-        multiply: the product.
-        width: number of its outputs.
     """
 
     numbers = itertools.count()

@@ -45,7 +45,7 @@ Weigh = Callable[[Slots], Float[Tensor, "batch block slot"]]
 class HeadOutput(NamedTuple):
     """Losses and statistics from one pass through the head.
 
-    All but `losses` are detached. Values are 0 (`top_tokens`: -1) where a slot is not scored.
+    All but the losses are detached. Values are 0 where a slot is not scored and nothing else is said.
     """
 
     losses: Float[Tensor, "batch block"]
@@ -53,10 +53,8 @@ class HeadOutput(NamedTuple):
     nll: Float[Tensor, "batch block slot"]
     """Negative log-likelihood of the label, whatever the token loss."""
     weights: Float[Tensor, "batch block slot"]
-    top_tokens: Int[Tensor, "batch block slot"]
-    """The drafter's greedy choice."""
     is_match: Bool[Tensor, "batch block slot"]
-    """Whether the slot is scored and that choice is the label."""
+    """Whether the slot is scored and the drafter's greedy choice is the label."""
     token_losses: Float[Tensor, "batch block slot"]
     """Losses before they are weighed; they carry the gradient too."""
     candidates: Int[Tensor, "batch block slot candidate"]
@@ -138,11 +136,10 @@ def frozen_head_nll(
 
 def _weighted(labels, is_scored, weigh: Weigh, losses, nll, overlap, candidates, log_probs) -> HeadOutput:
     """Weigh the slots' token losses."""
-    top_tokens = candidates[..., 0]
-    is_match = (top_tokens == labels) & is_scored
+    is_match = (candidates[..., 0] == labels) & is_scored
     weights = weigh(Slots(is_scored, torch.exp(-nll), is_match, overlap)).detach().float()
     sums = (weights * losses).sum(-1)
-    return HeadOutput(sums, nll, weights, top_tokens, is_match, losses, candidates, log_probs)
+    return HeadOutput(sums, nll, weights, is_match, losses, candidates, log_probs)
 
 
 def candidate_logits(
@@ -151,11 +148,6 @@ def candidate_logits(
     """Compute the logits of a few tokens of each row, in fp32 and with the gradient to the hidden states.
 
     Memory: the head's rows of all these tokens.
-
-    Args:
-        hidden: the head's input.
-        head: frozen.
-        candidates: rows of the head.
     """
     rows = head.weight[candidates].float()
     return head.finish((rows @ hidden.float()[..., None])[..., 0])

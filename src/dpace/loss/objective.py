@@ -20,6 +20,7 @@ from dpace import weights as W
 from dpace.blocks import block_sizes
 from dpace.config import LossConfig, Objective, TokenLoss, is_custom
 from dpace.loss import Slots, Weigh
+from dpace.system.progress import describe_error
 from dpace.system.provenance import hash_json
 
 
@@ -37,17 +38,12 @@ def load_custom(name: str) -> Weigh:
         found = pkgutil.resolve_name(name)
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
-            f"--loss.objective {name} cannot be imported, {_in_one_line(error)}; run dpace in the folder that has "
+            f"--loss.objective {name} cannot be imported, {describe_error(error)}; run dpace in the folder that has "
             "its module, or add that folder to PYTHONPATH, and repair the module where it fails"
         ) from error
     finally:
         sys.path[:] = before
     return _require_function(found, name)
-
-
-def _in_one_line(error: Exception) -> str:
-    """Write an exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _require_function(value: object, name: str) -> Weigh:
@@ -93,7 +89,7 @@ def source_sha256(weigh: Weigh) -> str:
         return hash_json([source, values, function.__defaults__, function.__kwdefaults__])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the objective {name} holds values that cannot be recorded, {_in_one_line(error)}; let it take numbers "
+            f"the objective {name} holds values that cannot be recorded, {describe_error(error)}; let it take numbers "
             "and texts only, and put the rest into its module"
         ) from error
 
@@ -112,7 +108,7 @@ def checked(weigh: Weigh, name: str) -> Weigh:
         except Exception as error:  # the user's code may raise anything
             raise ValueError(
                 f"the objective {name} fails on a batch of shape {tuple(slots.is_scored.shape)}, "
-                f"{_in_one_line(error)}; it gets dpace.Slots, whose blocks have fewer slots with --train.grow-blocks"
+                f"{describe_error(error)}; it gets dpace.Slots, whose blocks have fewer slots with --train.grow-blocks"
             ) from error
         shape = tuple(slots.is_scored.shape)
         found = f"the shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__

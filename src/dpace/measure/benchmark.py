@@ -53,13 +53,6 @@ def bench(
     prompts. Prompt `i` draws with `seed + i` on all sides, which gives the same text above temperature 0 too. Several
     ranks measure a share of the prompts each, and the first one writes the results.
 
-    Args:
-        target: the model.
-        drafters: by name.
-        prompts: not trained on.
-        config: temperatures, lengths, how many prompts of each set.
-        folder: for these files.
-
     Returns:
         What `results.json` holds.
 

@@ -100,7 +100,7 @@ def score_conversation(
         blocks; and the slots that are accepted, "way block slot". With a head there are three ways: its walk, each
         slot's own best token, and the target's token wherever it is a candidate.
     """
-    head, rows = (target.head, None) if token_ids is None else target.head.part(token_ids)
+    head, rows = target.head.part(token_ids)
     if drafter.vocabulary is not None and drafter.vocabulary.head is not None:
         head, rows = target.head.part(drafter.vocabulary.token_ids, drafter.vocabulary.head.weight)
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
@@ -113,7 +113,7 @@ def score_conversation(
         seen = slice(0, int(chosen["anchors"].max()) + 1)  # no block sees more of the text
         text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
         with torch.no_grad():
-            found = blocks_hidden(drafter, target, {**chosen, **text}, **drafter.view_options)
+            found = blocks_hidden(drafter, target, {**chosen, **text})
             states, blocks = found[:2]
             labels = blocks.labels if rows is None else rows[blocks.labels]
             if drafter.num_candidates == 1:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig
 
 from dpace.decode.sampling import Sampler
 from dpace.fast.cache import TextCache
 from dpace.measure.parity import Finding
+from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
-from dpace.target import Target
+from dpace.target import Target, answer_end
 from dpace.target.chat import tokenizer_hashes
 
 NUM_REREAD = 8
@@ -52,23 +52,10 @@ class Divergence(NamedTuple):
 
 @torch.inference_mode()
 def generate_transformers(target: Target, token_ids: list[int], max_new_tokens: int) -> list[int]:
-    """Continue a prompt greedily with transformers' own loop, without the target's generation config."""
+    """Continue a prompt greedily with transformers' own loop."""
     input_ids = torch.tensor([token_ids], device=target.device)
-    stops = list(target.stop_token_ids)
-    own = target.model.generation_config
-    target.model.generation_config = GenerationConfig()
-    try:
-        out = target.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=next(iter(stops), 0),
-            eos_token_id=stops or None,
-            disable_compile=True,
-        )
-    finally:
-        target.model.generation_config = own
+    mask = torch.ones_like(input_ids)
+    out = run_transformers(target, input_ids, attention_mask=mask, max_new_tokens=max_new_tokens)
     return out[0, len(token_ids) :].tolist()
 
 
@@ -158,8 +145,7 @@ def _reread(target: Target, response: Response, span: tuple[int, int], how: str,
         Divergence(*where, i, (answer[i], best[i]), float(logits[i, best[i]] - logits[i, answer[i]]), noise)
         for i in places
     ]
-    stops = set(target.stop_token_ids)
-    limit = next((i + 1 for i, token in enumerate(answer) if token in stops), limit)
+    limit = answer_end(answer, target.stop_token_ids) or limit
     if len(answer) != limit:
         last = min(len(answer), limit)
         tokens = (answer[last], None) if last < len(answer) else (None, best[-1] if best else 0)
@@ -207,17 +193,7 @@ def text_finding(
     what: str = "texts equal",
     limit: int | None = None,
 ) -> Finding:
-    """Make the finding of a check of texts, which passes where every difference is a tie.
-
-    Args:
-        target: whose tokenizer writes the tokens.
-        name: of the check.
-        cases: what was examined, in words.
-        total: number of texts or tokens.
-        divergences: of those that differ.
-        what: was counted, in words.
-        limit: most differences that are listed.
-    """
+    """Make the finding of a check of texts, which passes where every difference is a tie."""
     lines = [f"{total - len(divergences)} of {total} {what}"]
     for divergence in divergences[:limit]:
         found, expected = (

@@ -82,7 +82,7 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
 def _block_hidden(drafter: Drafter, target: Target, inputs: dict[str, Any], number: int) -> Tensor:
     """Compute the final hidden states of one block, "slot hidden"."""
     first = drafter.first_slot
-    return blocks_hidden(drafter, target, inputs, **drafter.view_options)[0][0, number, 1 - first :]
+    return blocks_hidden(drafter, target, inputs)[0][0, number, 1 - first :]
 
 
 def _replace_text(inputs: dict[str, Any], where: Tensor, target: Target, anchor: int) -> dict[str, Any]:

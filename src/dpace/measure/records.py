@@ -203,11 +203,6 @@ class Records(Generic[Record]):
     servers or settings are neither taken for new ones nor lost. Each rank of a command adds to a file of its own until
     `collect`.
 
-    Args:
-        path: of the files, without the hash.
-        setup: what is measured, and how.
-        prompts: their hash is kept with the setup.
-
     Raises:
         ValueError: a line that holds no record; names it.
     """

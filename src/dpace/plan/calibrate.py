@@ -29,10 +29,6 @@ def calibrate(recipe: Recipe, plan: TrainingPlan) -> str:
     The conversations are made up: as long as the longest one, with as many different tokens as the head has rows.
     Memory is what the process takes more than before it loaded the target; on a GPU, what is allocated.
 
-    Args:
-        recipe: every setting.
-        plan: of it.
-
     Raises:
         ValueError: the plan is for a device that is not here.
     """

@@ -23,7 +23,7 @@ from dpace.plan.training import (
     steps_done,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set
-from dpace.respond.responses import Response, read_responses
+from dpace.respond.responses import Response, responses_by_id
 
 ANSWER_BYTES = 12
 """Bytes of a token in `responses.jsonl`: its number, and its text."""
@@ -58,12 +58,7 @@ def count(number: int, noun: str) -> str:
 
 
 def time_line(seconds: Mapping[str, Number], *, is_bound: bool = False) -> str:
-    """Write how long work takes altogether, with the start of the command, and its parts.
-
-    Args:
-        seconds: of each part.
-        is_bound: whether it counts texts as long as they may be.
-    """
+    """Write how long work takes altogether, with the start of the command, and its parts."""
     total = duration(START_SECONDS + sum(seconds.values()))
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if value >= 1)
     return f"time: {'up to' if is_bound else 'about'} {total}{': ' if parts else ''}{parts}"
@@ -105,8 +100,7 @@ def disk_line(folder: str | Path, needed: int) -> str:
 
 def kept_answers(recipe: Recipe) -> dict[str, Response]:
     """Read the answers that a recipe's folder has, by the prompt's id."""
-    path = Path(recipe.output) / "responses.jsonl"
-    return {response.id: response for response in read_responses(path)} if path.exists() else {}
+    return responses_by_id(Path(recipe.output) / "responses.jsonl")
 
 
 def answering_seconds(
@@ -202,11 +196,6 @@ def train_lines(recipe: Recipe, conversations: Conversations, folder: Path) -> l
 
 def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequence[Path]) -> list[str]:
     """Write what `dpace compare` or `dpace demo` takes; what is finished takes no time.
-
-    Args:
-        config: recipe, objectives and seeds.
-        parts: its prompts.
-        folders: of the drafters.
 
     Raises:
         ValueError: the disk has no room for it, or the drafter cannot work with this target.

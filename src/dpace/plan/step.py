@@ -33,7 +33,6 @@ from dpace.system.loading import attention_of, translate_library_errors
 from dpace.target import Target
 from dpace.target.files import find_target_files
 from dpace.target.head import Head
-from dpace.target.probe import find_layers
 from dpace.train.loop import Scorer
 from dpace.train.optimizer import make_optimizer
 from dpace.weights import uniform_weights
@@ -157,15 +156,12 @@ class PaperTarget(Target):
     cache_ability: Any = "crop"
 
     def __init__(self, model: PreTrainedModel, mode: FakeTensorMode):
+        super().__init__(model)
         self.mode = mode
-        self.model: Any = model.eval().requires_grad_(False)
-        self.tokenizer: Any = None
-        self.config = model.config.get_text_config(decoder=True)
-        self.decoder: Any = model.get_decoder()
-        self.layers = find_layers(self.model, self.decoder, self.config)
+
+    def _find_tables(self) -> tuple[float, Head]:
         weight = self.model.get_output_embeddings().weight
-        self.embed_scale = 1.0
-        self.head = Head(weight, 1.0, getattr(self.config, "final_logit_softcapping", None))
+        return 1.0, Head(weight, 1.0, getattr(self.config, "final_logit_softcapping", None))
 
     def features(self, token_ids: Tensor, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> Tensor:
         """Make features of the right shape."""
@@ -204,8 +200,7 @@ def make_target(config: PretrainedConfig, dtype: torch.dtype) -> PaperTarget:
 
 def make_drafter(target: Target, config: DrafterConfig) -> Drafter:
     """Make an untrained drafter of a recipe that `start_from` has settled."""
-    shape = {name: value for name, value in vars(config).items() if name != "init"}
-    return Drafter.from_target(target, **shape).requires_grad_(True).train()
+    return Drafter.from_target(target, **vars(config)).requires_grad_(True).train()
 
 
 class PaperStep:
@@ -213,11 +208,6 @@ class PaperStep:
 
     On a GPU, attention keeps no scores, which is what flex_attention does, and the drafter computes in bf16, as
     autocast lets it.
-
-    Args:
-        target: the target on paper.
-        recipe: every setting.
-        is_cuda: whether the step is one on a GPU.
     """
 
     def __init__(self, target: PaperTarget, recipe: Recipe, *, is_cuda: bool):

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from dpace.batches.corpus import load_corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
-from dpace.config import Recipe, TrainConfig
+from dpace.config import Recipe
 from dpace.plan.speed import ASSUMED_GPU, Number, Speed, TargetSpeed, measure_speed
 from dpace.plan.step import (
     FEATURES,
@@ -35,6 +35,7 @@ from dpace.respond.responses import Response
 from dpace.system.device import find_device
 from dpace.system.ranks import num_ranks
 from dpace.target.locate import find_target
+from dpace.train.loop import num_steps
 from dpace.train.run import choose_conversations
 
 CONTEXT_BYTES = 3 * 2**28
@@ -137,21 +138,16 @@ def known_conversations(dataset: ResponseDataset, validation: ResponseDataset, r
 def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, answer_tokens: Number) -> np.ndarray:
     """Estimate the tokens of each conversation, and the anchors in its answers, from the prompts' texts.
 
-    Args:
-        prompts: which may be answered or not.
-        recipe: has the length at which conversations are cut.
-        answer_tokens: expected of an answer.
-
     Returns:
         Both, "2 prompt".
     """
     asked = [
         sum(
             len(message["content"].encode()) / BYTES_PER_TOKEN + TOKENS_PER_MESSAGE
-            for turn in turns
+            for turn in prompt.turns
             for message in turn
         )
-        for turns in (prompt.turns for prompt in prompts)
+        for prompt in prompts
     ]
     answers = np.array([len(prompt.turns) for prompt in prompts])
     tokens = np.minimum(np.array(asked) + answers * answer_tokens, recipe.train.max_length)
@@ -176,11 +172,6 @@ def expected_conversations(recipe: Recipe, parts: PromptParts | None, answer_tok
 def find_conversations(recipe: Recipe, parts: PromptParts | None, kept: Mapping[str, Response]) -> Conversations:
     """Take the answers of a recipe, else expect as many as it has prompts, else know nothing of them.
 
-    Args:
-        recipe: every setting.
-        parts: its prompts; None where there are none yet.
-        kept: its answers, by the prompt's id.
-
     Raises:
         ValueError: answers that cannot be read.
     """
@@ -201,14 +192,6 @@ def mean_answer(responses: Iterable[Response], limit: int, batch_size: int = 1) 
     lengths = [end - start for response in responses for start, end in response.response_spans]
     longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
     return min(limit, statistics.mean(longest or [limit]))
-
-
-def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
-    """Count the optimizer steps as training does."""
-    if train.max_steps > 0:
-        return train.max_steps
-    step_size = train.batch_size * train.gradient_accumulation_steps * ranks
-    return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
 
 
 def steps_done(folder: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpace.system.ledger import read_jsonl, read_text, unique_keys
-from dpace.system.progress import one_line, quoted
+from dpace.system.progress import describe_error, one_line, quoted
 
 KINDS = ("messages", "conversations", "turns", "instruction", "prompt")
 """Keys that a prompt may stand under; a table that has several is read by the first."""
@@ -82,13 +82,6 @@ def iterate_prompts(path: str | Path) -> Iterator[Prompt]:
 def load_from_hub(path: str, config: str | None, split: str, way_out: str, file: str | None = None) -> Any:
     """Download the rows of a dataset from the Hub.
 
-    Args:
-        path: repository.
-        config: configuration in it.
-        split: part of the dataset.
-        way_out: what to do without the Hub, for the message.
-        file: the only file of the repository to read.
-
     Raises:
         ValueError: the Hub does not give it.
     """
@@ -98,8 +91,7 @@ def load_from_hub(path: str, config: str | None, split: str, way_out: str, file:
         return datasets.load_dataset(path, config, split=split, data_files=file)
     except Exception as error:  # the Hub's errors share no narrower class
         raise ValueError(
-            f"the Hub does not give the dataset {path} ({type(error).__name__}: {one_line(error)}); check the network, "
-            f"or {way_out}"
+            f"the Hub does not give the dataset {path} ({describe_error(error)}); check the network, or {way_out}"
         ) from error
 
 

@@ -192,11 +192,6 @@ def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
 
     It names the recipe file that was given, and each setting that differs from that file by its full name, which all
     verbs that take a recipe know.
-
-    Args:
-        verb: that takes a recipe: respond, train or bench.
-        recipe: the settings of this run.
-        args: the arguments that they were parsed from.
     """
     path = _recipe_path(args, Recipe)
     base = dict(_options(asdict(read_recipe(path) if path else Recipe())))

@@ -28,10 +28,6 @@ def read_recipe(path: str | Path) -> Recipe:
 def read_settings(path: str | Path, config_class: type[Recipe]) -> dict[str, Any]:
     """Read the settings that a YAML recipe has, without defaults.
 
-    Args:
-        path: a YAML file.
-        config_class: the options that it sets.
-
     Raises:
         ValueError: the file, the key and the value of what is wrong, and what was expected.
     """

@@ -123,7 +123,7 @@ def _find(kind: Any, path: Sequence[int | str]) -> tuple[str, Any, Any]:
 
 def _without_none(kind: Any) -> Any:
     """Return a type without its annotations, and the only one of `kind | None`."""
-    kind = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind
+    kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
     options = [option for option in get_args(kind) if option is not NoneType]
     return _without_none(options[0]) if get_origin(kind) in (Union, UnionType) and len(options) == 1 else kind
 
@@ -133,7 +133,7 @@ def expected(kind: Any) -> str:
     for note in getattr(kind, "__metadata__", ()):
         if isinstance(note, FieldInfo) and note.description:
             return note.description
-    kind = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind
+    kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
     options = list(get_args(kind))
     origin = get_origin(kind)
     if origin is Literal:

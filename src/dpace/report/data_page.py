@@ -31,14 +31,7 @@ def prompts_page(split: Split) -> RenderableType:
 
 
 def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
-    """Show lengths, ends and repetitions of the training answers, and some of them.
-
-    Args:
-        corpus: conversations to train on.
-        max_length: tokens at which training cuts them.
-        meta: what made the answers, of `responses.meta.json`.
-        tokenizer: of the target.
-    """
+    """Show lengths, ends and repetitions of the training answers, and some of them."""
     answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
     counts = {
         f"conversations are cut at --train.max-length {max_length}": int((corpus.lengths > max_length).sum()),

@@ -25,8 +25,8 @@ from dpace.respond.responses import (
     find_meta,
     iterate_responses,
     read_meta,
-    read_responses,
     register_answers,
+    responses_by_id,
     write_meta,
 )
 from dpace.system import ranks
@@ -54,7 +54,7 @@ def write_responses(
         The responses of the given prompts, in their order, without those that servers could not answer.
     """
     answer_prompts(target, prompts, path, config)
-    by_id = {response.id: response for response in read_responses(path)} if Path(path).exists() else {}
+    by_id = responses_by_id(path)
     return [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
 
 
@@ -132,7 +132,7 @@ def _find_waiting(
     cut_unfinished_line(path)
     _append_rank_files(path)
     check_meta(path, meta)
-    done = {response.id: response for response in read_responses(path)} if path.exists() else {}
+    done = responses_by_id(path)
     waiting = {}
     for prompt in prompts:
         if prompt.id not in done:

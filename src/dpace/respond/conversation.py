@@ -12,13 +12,7 @@ from dpace.target.chat import ChatTokenizer, encode_answer, encode_chat
 
 
 class Conversation:
-    """A prompt and the answers to its first turns.
-
-    Args:
-        target: whose chat template and tokenizer are used.
-        prompt: what is to be answered.
-        config: length of answers, and the seed.
-    """
+    """A prompt and the answers to its first turns."""
 
     def __init__(self, target: Target | ChatTokenizer, prompt: Prompt, config: RespondConfig):
         self.target = target
@@ -38,7 +32,7 @@ class Conversation:
     def seed(self) -> int:
         """Seed of the next answer, 0 .. 2**31 - 1: it depends on nothing but the option, the id and the turn."""
         text = f"{self.config.seed}\n{self.num_answers}\n{self.prompt.id}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
     @property
     def response(self) -> Response:

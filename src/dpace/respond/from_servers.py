@@ -23,7 +23,7 @@ from dpace.respond.responses import Response
 from dpace.servers.apis import Answer, Server, connect
 from dpace.servers.transport import Refused, Unavailable
 from dpace.system.progress import printable
-from dpace.target import Target
+from dpace.target import Target, answer_end
 from dpace.target.chat import ChatTokenizer
 
 FIRST_WAIT = 0.5
@@ -60,7 +60,7 @@ def tokens_of_answer(
     """
     stops = list(target.stop_token_ids)
     tokens = answer.token_ids or _tokenize(answer, list(prompt), target.tokenizer)
-    if end := next((i + 1 for i, token in enumerate(tokens) if token in stops), None):
+    if end := answer_end(tokens, stops):
         return tokens[:end], "stop"
     if not answer.is_stopped:
         if len(tokens) < max_new_tokens:

@@ -1,6 +1,7 @@
 """Let the target answer prompts in this process, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +16,7 @@ from dpace.decode.sampling import Sampler
 from dpace.prompts.prompts import Prompt
 from dpace.respond.conversation import Conversation
 from dpace.respond.from_servers import Row
-from dpace.target import Target
+from dpace.target import Target, answer_end
 
 
 def answer_batches(target: Target, prompts: Sequence[Prompt], config: RespondConfig) -> Iterator[list[Row]]:
@@ -61,7 +62,7 @@ def generate_responses(
             return _generate_padded(target, encoded, config, seeds)
         pairs = zip(encoded, seeds, strict=True)
         return [_generate_padded(target, [token_ids], config, [seed])[0] for token_ids, seed in pairs]
-    batch = Batch(target, None, list(rows), caches)
+    batch = Batch(target, None, rows, caches)
     batch.prefill()
     batch.run()
     return [row.token_ids[row.num_prompt :] for row in rows]
@@ -90,26 +91,32 @@ def _generate_padded(
     rows = [torch.tensor(token_ids) for token_ids in encoded]
     padded = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").to(target.device)
     width = padded.shape[1]
-    stops = target.stop_token_ids
     draws = LogitsProcessorList()
     if config.temperature > 0:
         draws.append(_Draws([Sampler(config.temperature, seed=seed, device=target.device) for seed in seeds]))
-    # The target's own generation config may ask for penalties, beams or other things that decoding here does not do.
+    out = run_transformers(
+        target,
+        padded.clamp_min(0),
+        attention_mask=(padded >= 0).long(),
+        max_new_tokens=config.max_new_tokens,
+        # Written in place: twice as fast on a CPU as concatenating a long cache each token.
+        cache=StaticCache(config=target.config, max_cache_len=width + config.max_new_tokens),
+        logits_processor=draws,
+    )
+    answers = out[:, width:].tolist()
+    return [row[: answer_end(row, target.stop_token_ids)] for row in answers]
+
+
+def run_transformers(target: Target, token_ids: Int[Tensor, "row seq"], **options: Any) -> Int[Tensor, "row longer"]:
+    """Continue rows with transformers' own loop, up to a stop token, and without the target's generation config.
+
+    That may ask for penalties, beams or other things that decoding here does not do.
+    """
+    stops = target.stop_token_ids
     own, target.model.generation_config = target.model.generation_config, GenerationConfig()
     try:
-        out = target.model.generate(
-            padded.clamp_min(0),
-            attention_mask=(padded >= 0).long(),
-            max_new_tokens=config.max_new_tokens,
-            pad_token_id=0,
-            eos_token_id=stops or None,
-            # Written in place: twice as fast on a CPU as concatenating a long cache each token.
-            cache=StaticCache(config=target.config, max_cache_len=width + config.max_new_tokens),
-            disable_compile=True,
-            do_sample=False,
-            logits_processor=draws,
+        return target.model.generate(
+            token_ids, do_sample=False, disable_compile=True, pad_token_id=0, eos_token_id=stops or None, **options
         )
     finally:
         target.model.generation_config = own
-    answers = out[:, width:].tolist()
-    return [row[: next((i for i, token in enumerate(row, start=1) if token in stops), None)] for row in answers]

@@ -59,15 +59,16 @@ _VALUES = TypeAdapter(tuple[str, str, list[dict[str, Any]], list[int], list[list
 def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Response]:
     """Read `responses.jsonl`, which may still be written: a last line that is not finished is left out.
 
-    Args:
-        path: of the file.
-        num_tokens: tokens that the target has.
-
     Raises:
         ValueError: a file or a line that cannot be read, tokens that the target does not have, or an id that occurs
             twice.
     """
     return list(iterate_responses(path, num_tokens))
+
+
+def responses_by_id(path: str | Path) -> dict[str, Response]:
+    """Read `responses.jsonl` as `read_responses` does, by the prompt's id; nothing where there is no such file."""
+    return {response.id: response for response in read_responses(path)} if Path(path).exists() else {}
 
 
 def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterator[Response]:

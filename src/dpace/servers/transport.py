@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 import httpx
 
-from dpace.system.progress import printable
+from dpace.system.progress import one_line
 
 TIMEOUT_SECONDS = 600.0
 """Longest silence of a server: a long prompt on a CPU takes minutes until the first token."""
@@ -99,7 +99,7 @@ class Address:
         text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
         for secret in filter(None, self._secrets):
             text = text.replace(secret, "***")
-        return printable(" ".join(text[: 2 * MAX_SHOWN].split()))[:MAX_SHOWN]
+        return one_line(text[: 2 * MAX_SHOWN])[:MAX_SHOWN]
 
     def get(self, path: str) -> str:
         """Read a page.

@@ -35,7 +35,7 @@ from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
 from dpace.target import Target
-from dpace.train.identity import data_of, init_of, refuse_other_run, settings_of, target_of
+from dpace.train.identity import data_of, refuse_other_run, settings_of, target_of
 from dpace.train.run import check_recipe, choose_conversations, is_trained, keep_features, train
 
 Cell = tuple[str, int]
@@ -135,7 +135,7 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cel
     refuse_other_results(folder / FILES[0], CompareResults)
     recipes = make_recipes(config)
     for cell, recipe in recipes.items():
-        refuse_other_run(cell_folder(folder, cell), {**settings_of(recipe), **init_of(init)})
+        refuse_other_run(cell_folder(folder, cell), settings_of(recipe, init=init))
     return recipes
 
 
@@ -181,8 +181,8 @@ def train_cells(
         datasets: of `choose_conversations`; features that they have are used, and kept here otherwise.
         init: a drafter that all start from, see `train`.
     """
-    facts = {**target_of(target), **data_of(*datasets), **init_of(init)}
-    runs = {cell: {**facts, **settings_of(recipe)} for cell, recipe in recipes.items()}
+    facts = {**target_of(target), **data_of(*datasets)}
+    runs = {cell: {**facts, **settings_of(recipe, init=init)} for cell, recipe in recipes.items()}
     untrained = ranks.from_first(lambda: [cell for cell in cells if not is_trained(cells[cell], runs[cell])])
     if not untrained:
         return

@@ -55,10 +55,6 @@ def read_text(path: str | Path, what: str, *, max_bytes: int = MAX_LINE_BYTES) -
 def read_object(path: Path, fix: str) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
-    Args:
-        path: of the file.
-        fix: what to do where it holds something else, for the message.
-
     Raises:
         ValueError: it cannot be read, or is not a JSON object.
     """

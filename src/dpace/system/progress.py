@@ -92,6 +92,11 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
+def describe_error(error: BaseException) -> str:
+    """Return the kind of an error and what it says, in one line."""
+    return one_line(f"{type(error).__name__}: {error}")
+
+
 def quoted(value: Any) -> str:
     """Return a wrong value as a message shows it, at most `MAX_VALUE` characters of it."""
     text = printable("null" if value is None else repr(value))

@@ -39,9 +39,6 @@ def find_shared(texts: Sequence[list[int]] | Sequence[array]) -> tuple[list[int]
 
     Time: that of sorting, and of comparing each text with the next one.
 
-    Args:
-        texts: token ids, all lists or all arrays.
-
     Returns:
         Numbers of the texts, in an order in which those that begin alike are neighbours, and short ones come first
         otherwise; and the parts that are worth a pass, each behind those before it in the texts.

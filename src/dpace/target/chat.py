@@ -4,7 +4,6 @@ The target may be here, or only its tokenizer (`ChatTokenizer`), as where a serv
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from dpace.target import Target, stop_tokens
+from dpace.system.provenance import hash_json
+from dpace.target import Target, answer_end, stop_tokens
 from dpace.target.files import find_target_files
 
 
@@ -119,11 +119,6 @@ def encode_answer(
     The answer is what the chat template puts behind the text before it, up to and with the first stop token. A template
     that writes that text in another way where an answer follows leaves the answer's own tokens and a stop token.
 
-    Args:
-        target: whose chat template and tokenizer are used.
-        messages: the conversation before.
-        answer: the assistant's message.
-
     Returns:
         The tokens before the answer, and those of the answer.
 
@@ -142,16 +137,15 @@ def encode_answer(
         )
     else:
         tokens = target.tokenizer(answer["content"], add_special_tokens=False)["input_ids"] + stops[:1]
-    return before, tokens[: next((i for i, token in enumerate(tokens, start=1) if token in stops), None)]
+    return before, tokens[: answer_end(tokens, stops)]
 
 
 def tokenizer_hashes(target: Target | ChatTokenizer) -> dict[str, str]:
     """Hash the vocabulary and the chat template; empty without a tokenizer."""
     if target.tokenizer is None:
         return {}
-    vocab = json.dumps(sorted(target.tokenizer.get_vocab().items()))
     template = str(target.tokenizer.chat_template)
     return {
-        "tokenizer_sha256": hashlib.sha256(vocab.encode()).hexdigest(),
+        "tokenizer_sha256": hash_json(sorted(target.tokenizer.get_vocab().items())),
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
     }

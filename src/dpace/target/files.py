@@ -167,14 +167,7 @@ def open_target(
     device_map: DeviceMap,
     shard: TargetShard,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a target's model and tokenizer; no code that a checkpoint names is run.
-
-    Args:
-        name: folder or Hub id, of a model or a LoRA adapter.
-        dtype: of the weights that are not quantized.
-        device: where the model is put.
-        device_map: `auto` spreads the layers over all GPUs instead.
-        shard: how it is spread over the ranks of this command, see `dpace.target.files`.
+    """Read a target's model and tokenizer; quantized weights keep their dtype, and no code of a checkpoint is run.
 
     Raises:
         OSError: there is no readable model of that name.

@@ -30,9 +30,14 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def part(
-        self, token_ids: Int[Tensor, " choice"], weight: Float[Tensor, "choice hidden"] | None = None
-    ) -> tuple["Head", Int[Tensor, " vocab"]]:
-        """Copy the rows of some tokens, or take others, and return the row of each token; -1 where it has none."""
+        self, token_ids: Int[Tensor, " choice"] | None, weight: Float[Tensor, "choice hidden"] | None = None
+    ) -> tuple["Head", Int[Tensor, " vocab"] | None]:
+        """Copy the rows of some tokens, or take others, and return the row of each token; -1 where it has none.
+
+        For None, that is this head and None.
+        """
+        if token_ids is None:
+            return self, None
         token_ids = token_ids.to(self.weight.device)
         index = torch.full_like(self.weight[:, 0], -1, dtype=torch.long)
         index[token_ids] = torch.arange(len(token_ids), device=index.device)

@@ -40,13 +40,12 @@ def find_target(name: str) -> str:
             answer; or a download that fails or is not what it should be.
     """
     folder = Path(name)
-    is_hub_id = re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII) and not folder.exists()
-    if not is_hub_id and not folder.is_dir():
-        raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
-    if folder.is_dir() and not any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")):
-        raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
     if folder.is_dir():
-        return name
+        if any((folder / f"{kind}config.json").exists() for kind in ("", "adapter_")):
+            return name
+        raise ValueError(f"{name} has no config.json or adapter_config.json; name the folder of a model or an adapter")
+    if folder.exists() or not re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name, flags=re.ASCII):
+        raise ValueError(f"there is no folder {name}; name a folder that exists, or a Hub id such as {TARGET_ID}")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -91,10 +90,6 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     """Find a drafter by name, in a folder, a GGUF file, the Hugging Face cache or the Hub.
 
     Of a repository, only configs and weights are downloaded; it is looked up where no folder of its owner's name is.
-
-    Args:
-        name: what the user gave.
-        option: where, for the message.
 
     Returns:
         The folder or the file.

@@ -1,7 +1,7 @@
 """The frozen target: features, embedding and LM head of any decoder-only Hugging Face model."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dpace.system.device import default_dtype, find_device
 from dpace.system.progress import quoted
 from dpace.system.provenance import weights_fingerprint
 from dpace.target.files import gather_tables, open_target
+from dpace.target.head import Head
 from dpace.target.probe import find_layers, find_tables
 
 MIN_SHARED = 16
@@ -43,6 +44,11 @@ def stop_tokens(config: Any) -> list[int]:
             "generation_config.json"
         )
     return tokens
+
+
+def answer_end(token_ids: Sequence[int], stops: Collection[int]) -> int | None:
+    """Return the number of tokens up to and with the first stop token; None without one."""
+    return next((i for i, token in enumerate(token_ids, start=1) if token in stops), None)
 
 
 class _StopForward(Exception):
@@ -74,7 +80,10 @@ class Target:
         self.decoder: Any = model.get_decoder()
         self.layers = find_layers(self.model, self.decoder, self.config)
         refresh_copies(self.model)
-        self.embed_scale, self.head = find_tables(self.model, self.decoder, self.layers, self.config)
+        self.embed_scale, self.head = self._find_tables()
+
+    def _find_tables(self) -> tuple[float, Head]:
+        return find_tables(self.model, self.decoder, self.layers, self.config)
 
     @classmethod
     def load(

@@ -84,13 +84,6 @@ def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, 
 
     All ranks call it, and the first one writes. Sharded tensors of the optimizer are gathered one at a time.
 
-    Args:
-        checkpoints: folder of all of them.
-        drafter: with the weights as they are.
-        state: of the training.
-        optimizer: its state is written too.
-        schedule: likewise.
-
     Raises:
         OSError: no room on the disk; what was written so far is removed.
     """

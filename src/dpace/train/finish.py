@@ -67,7 +67,7 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         "target": target.name,
         "target_revision": getattr(target.model.config, "_commit_hash", None),
         "conversations": len(loop.dataset),
-        "conversations_without_anchor": loop.dataset.num_skipped,
+        "conversations_without_anchor": len(loop.dataset.corpus) - len(loop.dataset),
         "steps": loop.state.global_step,
         "best_eval_tau": loop.state.best_metric,
         "hardware": vars(find_hardware(target.device)),
@@ -149,7 +149,7 @@ def fit_confidence_temperature(
     """
     was_training = drafter.training
     drafter.eval()
-    head = target.head if token_ids is None else target.head.part(token_ids)[0]
+    head, _ = target.head.part(token_ids)
     confidences = []
     matches = []
     for i in range(len(dataset)):

@@ -54,18 +54,20 @@ def flat_settings(recipe: Recipe) -> dict[str, Any]:
     return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
-def settings_of(recipe: Recipe, weigh: Weigh | None = None) -> dict[str, Any]:
-    """Return the settings that change what is trained on these ranks, and the source of a custom objective.
+def settings_of(recipe: Recipe, weigh: Weigh | None = None, *, init: Drafter | None = None) -> dict[str, Any]:
+    """Return the settings that change what is trained on these ranks, and hashes of what they name by code or weights.
 
     Args:
         recipe: every setting.
         weigh: the function of a custom objective, where it is at hand; otherwise it is imported by its name.
+        init: the drafter that the training starts from; None where it starts from nothing.
 
     Raises:
         ValueError: see `load_custom` and `source_sha256`.
     """
     settings = {name: value for name, value in flat_settings(recipe).items() if name not in NO_RESULT}
     settings[STEP_SIZE] = recipe.train.batch_size * recipe.train.gradient_accumulation_steps * ranks.num_ranks()
+    settings["init_sha256"] = None if init is None else fingerprint(init)
     settings["train.feature_servers"] = bool(recipe.train.feature_servers)  # whatever their addresses
     if weigh is not None or is_custom(recipe.loss.objective):
         settings[OBJECTIVE_SHA256] = source_sha256(weigh or load_custom(recipe.loss.objective))
@@ -85,11 +87,6 @@ def target_of(target: Target) -> dict[str, Any]:
         **tokenizer_hashes(target),
         "target_sha256": target.sha256,
     }
-
-
-def init_of(init: Drafter | None) -> dict[str, Any]:
-    """Hash the weights of the drafter that a training starts from; None where it starts from nothing."""
-    return {"init_sha256": None if init is None else fingerprint(init)}
 
 
 def _hash_rows(dataset: ResponseDataset) -> str:
@@ -130,18 +127,13 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
         return False
     parts = [run.get(name, 1) for name in SPLIT]
     step_size = math.prod(parts) if all(isinstance(part, int) for part in parts) else None
-    kept = {"init_sha256": None, **settings_of(Recipe()), STEP_SIZE: step_size, **run}
+    kept = {**settings_of(Recipe()), STEP_SIZE: step_size, **run}
     same_run(kept, known, f"{folder} holds a run", OTHER_RUN, {STEP_SIZE: SAME_STEP})
     return True
 
 
 def refuse_unfinished_answers(meta: Mapping[str, Any], path: Path, respond: str) -> None:
     """Refuse the answers of an interrupted `dpace respond`.
-
-    Args:
-        meta: what `responses.meta.json` says; empty where it is missing.
-        path: of `responses.jsonl`.
-        respond: the command that goes on.
 
     Raises:
         ValueError: not all prompts are answered, it is not known what made the answers, or they were changed.
@@ -165,12 +157,6 @@ def refuse_unfinished_answers(meta: Mapping[str, Any], path: Path, respond: str)
 
 def refuse_other_answers(meta: Mapping[str, Any], known: Mapping[str, Any], path: Path, respond: str) -> None:
     """Refuse answers that another target gave, or that were made in another way.
-
-    Args:
-        meta: what `responses.meta.json` says.
-        known: of `target_of`, or the part of it that is known.
-        path: of `responses.jsonl`.
-        respond: the command that writes answers.
 
     Raises:
         ValueError: names the first thing that differs, with both values.

@@ -24,7 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
-from dpace.config import LossConfig, Recipe, is_custom
+from dpace.config import LossConfig, Recipe, TrainConfig, is_custom
 from dpace.drafter import Drafter
 from dpace.drafter.lilicorr import make_lattice, walk_losses
 from dpace.drafter.views import BlocksHidden, blocks_hidden
@@ -48,6 +48,14 @@ from dpace.train.progress import Interrupt, StepLog, open_trackers, training_bar
 from dpace.train.sharding import copy_weights, shard, sharded_by_dpace, wants_shards
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
+
+
+def num_steps(train: TrainConfig, conversations: int, ranks: int = 1) -> int:
+    """Count the optimizer steps of a training."""
+    if train.max_steps > 0:
+        return train.max_steps
+    step_size = train.batch_size * train.gradient_accumulation_steps * ranks
+    return math.ceil(train.num_epochs * math.ceil(conversations / step_size))
 
 
 @dataclass(frozen=True)
@@ -77,19 +85,14 @@ class Scorer:
     def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[HeadOutput, Blocks]:
         """Draft the blocks of a micro-batch, and compute their losses.
 
-        Args:
-            model: the drafter, or its wrapper in training.
-            batch: of `collate`.
-            progress: share of the training that is done.
-
         Returns:
             What the head gives, and the blocks.
         """
         found = blocks_hidden(
-            model,
+            self.drafter,
             self.target,
             batch,
-            **self.drafter.view_options,
+            model=model,
             with_target_hidden=self.needs_target_hidden,
             make_mask=self.make_mask,
         )
@@ -204,8 +207,7 @@ class TrainingLoop:
         self.micro_size = self.config.batch_size * ranks.num_ranks()
         self.step_size = self.micro_size * self.config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(dataset) / self.step_size)
-        num_steps = math.ceil(self.config.num_epochs * self.steps_per_epoch)
-        self.state = TrainingState(max_steps=self.config.max_steps if self.config.max_steps > 0 else num_steps)
+        self.state = TrainingState(max_steps=num_steps(self.config, len(dataset), ranks.num_ranks()))
         if self.config.gradient_checkpointing:
             drafter.activation_checkpointing_enable()
         self.is_sharded = wants_shards()
@@ -214,7 +216,7 @@ class TrainingLoop:
             self.model = copy.deepcopy(drafter)
             shard(self.model)
         head_tokens = dataset.seen_tokens.to(target.device) if self.loss.vocabulary == "seen" else None
-        head, head_index = (target.head, None) if head_tokens is None else target.head.part(head_tokens)
+        head, head_index = target.head.part(head_tokens)
         self.scorer = Scorer(
             self.model,
             target,

@@ -24,7 +24,7 @@ from dpace.system.ledger import lock_folder, register_files, write_json
 from dpace.target import Target
 from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
-from dpace.train.identity import RUN_FILE, data_of, flat_settings, init_of, refuse_other_run, settings_of, target_of
+from dpace.train.identity import RUN_FILE, data_of, flat_settings, refuse_other_run, settings_of, target_of
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
 
@@ -35,10 +35,6 @@ FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "che
 
 def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
     """Return whether a folder holds the finished drafter of a run.
-
-    Args:
-        folder: it may be missing.
-        run: what `run.json` is to hold.
 
     Raises:
         ValueError: it holds a run, finished or not, of other data, another target or other settings; names the first.
@@ -104,16 +100,7 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     config, with_head_input = recipe.train, recipe.needs_target_hidden
     layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
     if config.feature_files:
-        keep_on_disk(
-            target,
-            dataset,
-            layer_ids,
-            config.feature_files,
-            with_head_input=with_head_input,
-            dtype=config.feature_dtype,
-            servers=config.feature_servers,
-            limit_bytes=config.feature_files_gib * 2**30,
-        )
+        keep_on_disk(target, dataset, layer_ids, config, with_head_input=with_head_input)
     elif config.feature_dtype != "target" or config.feature_servers:
         raise ValueError(
             "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
@@ -188,7 +175,7 @@ def train(
     checked = make_weigh(recipe.loss, block_size, weigh, is_growing=is_growing)
     folder = Path(folder)
     if run is None:
-        run = target_of(target) | data_of(dataset, validation) | init_of(init) | settings_of(recipe, weigh)
+        run = target_of(target) | data_of(dataset, validation) | settings_of(recipe, weigh, init=init)
     with ExitStack() as locks:
         is_finished, newest = ranks.from_first(lambda: _open_folder(folder, run, locks))
         if is_finished:
@@ -225,8 +212,8 @@ def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init
             f"{'missing' if init is None else 'given'}; take both from dpace.engines.initial.start_from"
         )
     if init is None:
-        shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
-        drafter, way = Drafter.from_target(target, seed=recipe.train.seed, **shape), "with --drafter.mask-token-id"
+        drafter = Drafter.from_target(target, seed=recipe.train.seed, **vars(recipe.drafter))
+        way = "with --drafter.mask-token-id"
     else:
         drafter, way = init.start_for(target), "by training without --drafter.init"
     if bool((dataset.seen_tokens == drafter.mask_token_id).any()):

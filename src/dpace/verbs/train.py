@@ -19,7 +19,6 @@ def run(args: list[str]) -> None:
     from dpace.respond.responses import read_meta
     from dpace.train.identity import (
         data_of,
-        init_of,
         refuse_other_answers,
         refuse_other_run,
         refuse_unfinished_answers,
@@ -42,7 +41,7 @@ def run(args: list[str]) -> None:
     if not len(answered):
         raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
     datasets = choose_conversations(answered, validation, settled)
-    facts = {**settings_of(settled), **data_of(*datasets), **init_of(init), "thinking": recipe.thinking}
+    facts = {**settings_of(settled, init=init), **data_of(*datasets), "thinking": recipe.thinking}
     refuse_other_run(folder, facts)
     check_trackers(recipe.train.report_to)
     if announce(train_lines(settled, known_conversations(*datasets, settled), folder), args):

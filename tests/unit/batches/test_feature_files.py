@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from dpace.batches import feature_files
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
+from dpace.config import TrainConfig
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_recipe
@@ -31,9 +32,10 @@ def small_files(monkeypatch):
 def keep(language_target, language_responses, tmp_path):
     """Keep the first texts on disk, and give the dataset."""
 
-    def keep(count=10, **options):
+    def keep(count=10, with_head_input=False, **options):
         dataset = ResponseDataset(language_responses[:count], max_length=64, num_anchors=4, seed=0)
-        keep_on_disk(language_target, dataset, LAYERS, tmp_path / "kept", **{"limit_bytes": 1e9, **options})
+        config = TrainConfig(feature_files=str(tmp_path / "kept"), **options)
+        keep_on_disk(language_target, dataset, LAYERS, config, with_head_input=with_head_input)
         return dataset
 
     return keep
@@ -61,7 +63,7 @@ def test_rows_are_those_of_the_target(with_head_input, keep, language_target):
 
 @pytest.mark.parametrize(("dtype", "relative", "share"), [("bfloat16", 2**-8, 0.5), ("float8", 2**-4, 0.25)])
 def test_rounded_rows_are_near_and_smaller(dtype, relative, share, keep, language_target, tmp_path):
-    dataset = keep(dtype=dtype)
+    dataset = keep(feature_dtype=dtype)
     for found, expected in zip(dataset.features, computed(language_target, dataset), strict=True):
         smallest = expected.abs().amax(-1, keepdim=True) * 2**-15  # of float8, in the scale of the token
         assert ((found - expected).abs() <= relative * expected.abs() + smallest).all() and found.dtype == torch.float32
@@ -128,7 +130,7 @@ def test_a_damaged_file_is_named(keep, tmp_path):
 def test_more_than_the_limit_or_the_disk_is_refused_before_any_work(keep, no_target, monkeypatch, language_target):
     no_target()
     with pytest.raises(ValueError, match=r"need .* GiB and 0.0 GiB --train.feature-files-gib allows; raise it"):
-        keep(limit_bytes=100.0)
+        keep(feature_files_gib=1e-7)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="are free on the disk of .*; make room"):
@@ -185,11 +187,11 @@ def vllm(language_target, tmp_path):
 @pytest.mark.parametrize("fault", ["", "float8"])
 def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
     vllm.fault = fault
-    dataset = keep(servers=[vllm.url, vllm.url])
+    dataset = keep(feature_servers=[vllm.url, vllm.url])
     close = {"rtol": 0.07, "atol": 1e-2} if fault else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close([*dataset.features], computed(language_target, dataset), **close)
     assert len(vllm.requests) == len(dataset) + 1 and not list(vllm.folder.iterdir())
-    keep(servers=[vllm.url])
+    keep(feature_servers=[vllm.url])
     assert len(vllm.requests) == len(dataset) + 1
 
 
@@ -208,7 +210,7 @@ def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
 def test_what_a_server_does_wrong_is_one_line(fault, said, keep, vllm):
     vllm.fault = fault
     with pytest.raises(ValueError, match=said) as refused:
-        keep(servers=[vllm.url])
+        keep(feature_servers=[vllm.url])
     assert "\n" not in str(refused.value)
 
 
@@ -217,6 +219,6 @@ def test_a_server_with_other_layers_is_refused(keep, vllm):
     with pytest.raises(
         ValueError, match=r"other hidden states for layer 1 .*eagle_aux_hidden_state_layer_ids \[2, 4\]"
     ):
-        keep(servers=[vllm.url])
+        keep(feature_servers=[vllm.url])
     with pytest.raises(ValueError, match="give no input of the LM head"):
-        keep(servers=[vllm.url], with_head_input=True)
+        keep(feature_servers=[vllm.url], with_head_input=True)

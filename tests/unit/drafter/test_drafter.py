@@ -79,7 +79,6 @@ def test_compiled_training_makes_few_graphs(monkeypatch):
     drafter = make_drafter(target).train()
     counter = CompileCounter()
     compiled = torch.compile(drafter, backend=counter)
-    ids = drafter.view_options
     rng = random.Random(0)
     for number in range(30):
         batch, length, count = 1 if number % 7 == 6 else 2, rng.randint(30, 90), rng.randint(9, 20)
@@ -88,7 +87,7 @@ def test_compiled_training_makes_few_graphs(monkeypatch):
         blocks = build_blocks(token_ids, token_ids == 0, anchors, drafter.block_size)
         features = torch.randn(batch, length, len(drafter.target_layer_ids) * target.hidden_size)
         inputs = {"token_ids": token_ids, "features": features, **vars(blocks)}
-        hidden = blocks_hidden(compiled, target, inputs, **ids).hidden
+        hidden = blocks_hidden(drafter, target, inputs, model=compiled).hidden
         hidden.sum().backward()
     assert 1 <= counter.frame_count <= 3
 
@@ -147,9 +146,9 @@ def test_a_drafter_for_another_target_is_refused():
     ("changes", "reason"),
     [
         ({"target_layer_ids": [1, 5]}, "output of layer 5 is normalized"),
-        ({"target_layer_ids": [3, 1]}, "vLLM sorts them"),
-        ({"target_layer_ids": [-1, 2]}, "train with ascending ids"),
-        ({"block_size": 1}, "at least one draft slot"),
+        ({"target_layer_ids": [3, 1]}, "expected numbers in ascending order"),
+        ({"target_layer_ids": [-1, 2]}, "greater than or equal to 0"),
+        ({"block_size": 1}, "greater than or equal to 2"),
         ({"mask_token_id": 64}, "outside the target's embedding"),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, targe
     anchors = [2, 3, 7, 11, 12, 40, 43, 78]
     blocks = build_blocks(token_ids, token_ids > 0, [torch.tensor(anchors)], drafter.block_size)
     inputs = {"token_ids": token_ids, "features": features, **vars(blocks)}
-    trained = blocks_hidden(drafter, target, inputs, **drafter.view_options)[0][0]
+    trained = blocks_hidden(drafter, target, inputs)[0][0]
     caches = [
         TextCache(drafter.config, 80 + drafter.block_size, drafter.block_size),
         RaggedCache(drafter.config, 90, drafter.dtype, drafter.block_size, drafter.reaches),

@@ -33,11 +33,10 @@ MAX_NEW_TOKENS = 40
 def train_from_anchor(target: Target, drafter: Drafter, responses) -> None:
     """Teach slot 0 to predict the token behind the anchor, with a loop of a few lines."""
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
-    ids = drafter.view_options
     dataset = ResponseDataset(responses, max_length=64, num_anchors=12, seed=0)
     for step in range(100):
         rows = [dataset[(8 * step + i) % len(dataset)] for i in range(8)]
-        hidden, blocks = blocks_hidden(drafter, target, collate(rows, drafter.block_size), **ids)[:2]
+        hidden, blocks = blocks_hidden(drafter, target, collate(rows, drafter.block_size))[:2]
         logits = target.head.logits(hidden[blocks.is_scored])
         torch.nn.functional.cross_entropy(logits, blocks.labels[blocks.is_scored]).backward()
         optimizer.step()

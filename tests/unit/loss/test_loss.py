@@ -165,7 +165,9 @@ def test_leading_matches_are_the_greedy_prefix():
     for b, n in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
         length = 0
         while (
-            length < 5 and is_scored[b, n, length + 1] and out.top_tokens[b, n, length + 1] == labels[b, n, length + 1]
+            length < 5
+            and is_scored[b, n, length + 1]
+            and out.candidates[b, n, length + 1, 0] == labels[b, n, length + 1]
         ):
             length += 1
         assert found[b, n].tolist() == [1 <= slot <= length for slot in range(6)]

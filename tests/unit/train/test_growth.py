@@ -57,8 +57,7 @@ def test_short_blocks_do_not_see_each_other(random_target, make):
     token_ids, is_response = torch.randint(VOCAB, (20,)), torch.ones(20, dtype=torch.bool)
     row = {"token_ids": token_ids, "is_response": is_response, "features": None, "draw": 5}
     cut = collate([redraw(row, 6)], 2)
-    ids = drafter.view_options
-    together = blocks_hidden(drafter, random_target, cut, **ids)[0]
+    together = blocks_hidden(drafter, random_target, cut)[0]
     for block in range(6):
         alone = cut | {name: cut[name][:, [block]] for name in Blocks.__dataclass_fields__}
-        torch.testing.assert_close(blocks_hidden(drafter, random_target, alone, **ids)[0][:, 0], together[:, block])
+        torch.testing.assert_close(blocks_hidden(drafter, random_target, alone)[0][:, 0], together[:, block])

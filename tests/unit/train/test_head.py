@@ -20,8 +20,7 @@ from tests.conftest import LANGUAGE_RECIPE, make_recipe, make_with_head
 
 def naive(drafter, target, batch, way, penalty):
     """The loss of each block, from all logits, with a loop over blocks and slots."""
-    ids = drafter.view_options
-    found = blocks_hidden(drafter, target, batch, **ids, with_target_hidden=True)
+    found = blocks_hidden(drafter, target, batch, with_target_hidden=True)
     hidden, blocks = found.hidden, found.blocks
     log_probs = target.head.logits(hidden).log_softmax(-1)
     nll = -log_probs.gather(-1, blocks.labels[..., None])[..., 0].where(blocks.is_scored, 0.0)
@@ -122,8 +121,7 @@ def test_training_with_muon_convolutions_growing_blocks_and_a_head(language_targ
     datasets = make_datasets(language_target, language_responses[:20], language_responses[50:], recipe)
     assert datasets[0].features[0].shape[1] == 3 * 48, "the penalty needs the target's last hidden states"
     drafter = train(language_target, *datasets, recipe, tmp_path / "a")
-    shape = {name: value for name, value in vars(recipe.drafter).items() if name != "init"}
-    before = drafter.from_target(language_target, seed=42, **shape)
+    before = drafter.from_target(language_target, seed=42, **vars(recipe.drafter))
     changed = [not torch.equal(*pair) for pair in zip(drafter.parameters(), before.parameters(), strict=True)]
     assert all(changed)
 
