@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             module.run(argv[1:])
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            _print_reason(verb, "interrupted; finished work is kept: run the same command to continue")
+            _print_reason(verb, "interrupted; what is on disk is kept: run the same command to continue")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _is_unread():

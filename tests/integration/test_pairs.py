@@ -62,6 +62,37 @@ PAIRS = {
         "respond {recipe} --output {out}/a --prompts.path {corrected} --respond.source own",
         refused="has an answer with the id .*, but to another text",
     ),
+    "train, replies that were corrected after they were taken": Pair(
+        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
+        "train {recipe} --output {out}/a --prompts.path {corrected} --respond.source own --dry-run",
+        refused="has an answer with the id .*, but to another text",
+    ),
+    "bench, held-out prompts that were trained on": Pair(
+        "train {recipe} --output {out} --prompts.num-heldout 1; bench {recipe} --output {out} --prompts.num-heldout 1; "
+        "bench {recipe} --output {out}",
+        refused="holds a run with other .*; the held-out prompts may be among them",
+    ),
+    "bench, a later prompt that is too long": Pair(
+        f"bench {RECIPE} --drafters {{drafter}} --num-prompts 2 --sets long --sets-dir {{sets}}",
+        refused="prompt long/2 has .* tokens; with 8 new tokens it passes the target's limit",
+    ),
+    "several widths, none of them full": Pair(
+        f"bench {RECIPE} --drafters {{drafter}} --widths 4 auto; report {{out}}", "report.html"
+    ),
+    "generate, a drafter with its own mask embedding": Pair(
+        "generate --target {target} --drafter {masked} --prompt w1", refused="mask embedding of its own"
+    ),
+    "the recipe of a drafter that started from another": Pair(
+        f"train {RECIPE} --drafter.init {{drafter}}; train {{out}}/drafter/recipe.yaml", "drafter/provenance.json"
+    ),
+    "export, two formats into a folder": Pair(
+        "export {drafter} --target {target} --to vllm --output {out}/both; "
+        "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/both",
+        "both/config.json",
+    ),
+    "plan, real steps, growing blocks": Pair(
+        f"plan {RECIPE} --calibrate --train.grow-blocks --device cpu", "responses.jsonl"
+    ),
     "check, replies that the prompts came with": Pair(
         "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
         f"check {TARGET} --responses {{out}}/a/responses.jsonl",
@@ -235,7 +266,7 @@ PAIRS |= {
 
 
 @pytest.fixture(scope="module")
-def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]:
+def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> dict[str, str]:
     """A recipe, its answers and a drafter, and other files that commands name."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = ("prompts.jsonl", "own.jsonl", "corrected.jsonl", "moved.jsonl", "tools.jsonl")
@@ -253,6 +284,7 @@ def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]
     paths["sets"].mkdir()
     for name, texts in {"one": language_prompts[:2], "two": language_prompts[2:5]}.items():
         write_prompts(paths["sets"] / f"{name}.jsonl", texts)  # ids in both are line numbers
+    write_prompts(paths["sets"] / "long.jsonl", ["w1 w2", "w1 " * 5000])
     recipe = {
         "target": str(language_folder),
         "output": str(paths["out"]),
@@ -266,10 +298,14 @@ def files(language_folder, language_prompts, tmp_path_factory) -> dict[str, str]
     assert main(["respond", str(paths["recipe"])]) == main(["train", str(paths["recipe"])]) == 0
     drafter = (paths["out"] / "drafter").rename(folder / "drafter")
     other = Path(shutil.copytree(drafter, folder / "other" / "drafter"))
+    masked = Path(shutil.copytree(drafter, folder / "masked"))
+    (masked / "mask_embedding.pt").touch()
     return {name: str(path) for name, path in paths.items()} | {
         "target": str(language_folder),
         "drafter": str(drafter),
         "other": str(other),
+        "masked": str(masked),
+        "gguf": str(target_gguf),
     }
 
 
@@ -294,6 +330,35 @@ def test_what_a_page_shows_together_works_together(name, files, language_target,
     else:
         assert code == 0, printed.err
         assert list(out.glob(pair.written))
+
+
+def test_prompts_that_were_added_after_they_were_answered_are_told(files, language_prompts, tmp_path, capsys):
+    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+    write_prompts(tmp_path / "more.jsonl", language_prompts[:34])
+    command = f"train {{recipe}} --output {out} --prompts.path {tmp_path}/more.jsonl --dry-run"
+    assert main(shlex.split(command.format(**files))) == 0
+    assert re.search(r"^[34] prompts have no answer and are left out", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_command(files, tmp_path, capsys):
+    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+    answers = out / "responses.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:9]))
+    assert main(["plan", files["recipe"], "--output", str(out), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "disk: up to" in printed and "next: dpace respond" in printed and "no answers yet" not in printed
+
+
+def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(files, tmp_path, capsys):
+    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+    train = f"train {{recipe}} --output {out} --drafter.init {{drafter}}"
+    export = f"export {out}/drafter --target {{target}} --to vllm --output {tmp_path}/vllm"
+    for command in (train, export, train):
+        capsys.readouterr()
+        assert main(shlex.split(command.format(**files))) == 0
+    assert "reading hidden states" not in capsys.readouterr().err
+    card = (tmp_path / "vllm" / "README.md").read_text()
+    assert "num_layers: 1" in card and files["drafter"] not in card
 
 
 def test_comparing_again_measures_other_held_out_prompts(files, language_prompts, tmp_path):

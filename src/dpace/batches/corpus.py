@@ -5,6 +5,7 @@ prompts, and is made again where these changed.
 """
 
 import json
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -18,7 +19,8 @@ from dpace.config import PromptsConfig
 from dpace.prompts.formats import iterate_prompts
 from dpace.prompts.prompts import prompt_files, sources_of, split_ids
 from dpace.recipes.validation import to_json
-from dpace.respond.responses import Response, iterate_responses
+from dpace.respond.conversation import own_messages
+from dpace.respond.responses import Response, iterate_responses, read_meta
 from dpace.system.ledger import lock_file, naming_file, register_files, writing
 from dpace.system.provenance import hash_file, hash_json
 
@@ -154,10 +156,12 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                 for part, names in enumerate(split_ids(prompts)[:2])
                 for position, name in enumerate(names)
             }
+            is_own = read_meta(responses).get("source") == "own"
             asked = {
-                prompt.id: ([*map(len, prompt.turns)], hash_json(prompt.turns))
+                prompt.id: ([*map(len, turns)], hash_json(turns))
                 for prompt in iterate_prompts(sources_of(prompts)[0])
                 if prompt.id in known
+                for turns in ([[own_messages(prompt)] if is_own else prompt.turns])
             }
             found = (
                 (_checked(row, *asked[row.id], responses), *known[row.id])
@@ -169,7 +173,12 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                 while batch := list(islice(found, BATCH_ROWS)):
                     file.write_batch(_batch(batch))
             table = _map_file(path, made_from)
-    assert table is not None
+            assert table is not None
+            if missing := len(known) - len(table):
+                print(
+                    f"{missing:,} prompts have no answer and are left out: `dpace respond` asks for them",
+                    file=sys.stderr,
+                )
     order = np.argsort(table["place"].to_numpy())
     parts = table["part"].to_numpy()[order]
     return Corpus(table, order[parts == 0]), Corpus(table, order[parts == 1])

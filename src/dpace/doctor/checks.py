@@ -453,7 +453,7 @@ CONFIG_CHECKS = (
         "mask_embedding.pt",
         "warns",
         lambda folder: expect_none([path.name for path in folder.path.glob("mask_embedding.pt")]),
-        "remove the file: vLLM, SGLang and llama.cpp read it, others do not",
+        "write the target's embedding with this row at mask_token_id as embed_tokens.weight, and remove the file",
         "vLLM, SGLang and llama.cpp use it instead of the embedding's row, others do not",
     ),
     Check(

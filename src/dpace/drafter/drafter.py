@@ -317,12 +317,26 @@ class Drafter(DFlashDraftModel):
             shutil.copy(dpace.modeling_dflash.__file__, aside)
 
 
+def refuse_mask_embedding(folder: str | Path) -> None:
+    """Refuse a drafter that does not use the embedding of `mask_token_id`.
+
+    Raises:
+        ValueError: says where the embedding is to be written.
+    """
+    if (Path(folder) / "mask_embedding.pt").exists():
+        raise ValueError(
+            f"{folder} has a mask embedding of its own (mask_embedding.pt), a pickle, which dpace does not open; write "
+            "the target's embedding with this row at mask_token_id into model.safetensors, as embed_tokens.weight"
+        )
+
+
 def read_spec(folder: str | Path) -> DrafterSpec:
     """Read the description in a drafter's folder; a missing epsilon is transformers' default.
 
     Raises:
         ValueError: a config that cannot be read, or that no drafter has, or damaged weights.
     """
+    refuse_mask_embedding(folder)
     names: list[str] = []
     with translate_library_errors(f"the drafter {folder}", "train it, or copy it again"):
         for file in Path(folder).glob("*.safetensors"):

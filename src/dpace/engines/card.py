@@ -236,6 +236,7 @@ def card_sections(
     block_size: int,
     from_anchor: bool = False,
     has_head: bool = False,
+    has_tables: bool = False,
     break_even: Sequence[BreakEven] = (),
 ) -> list[str]:
     """Write the parts of a model card that say how to serve the drafter.
@@ -248,10 +249,12 @@ def card_sections(
         block_size: of a `Drafter`.
         from_anchor: see `serve_command`.
         has_head: whether the drafter has a head, which not every engine runs.
+        has_tables: whether it has an embedding or LM head of its own, which only vLLM runs.
         break_even: measured with this drafter.
     """
     sections = []
-    for engine in CARD_ENGINES.get(to, PUBLISHED[:-1] if has_head else PUBLISHED):
+    published = PUBLISHED[:1] if has_tables else PUBLISHED[:-1] if has_head else PUBLISHED
+    for engine in CARD_ENGINES.get(to, published):
         name = gguf if engine == "llamacpp" else drafter
         command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
         if engine == "tensorrt" and (most := most_requests(break_even)):
@@ -301,7 +304,8 @@ def write_card(
         drafter: as it was measured, in the target's dtype.
     """
     is_local = Path(target_name).is_dir()
-    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"])
+    has_tables = spec.has_own_embed_tokens or spec.has_own_lm_head
+    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"][: 1 if has_tables else None])
     front = {  # which the Hub reads
         "library_name": to if to in CARD_ENGINES else "transformers",
         "pipeline_tag": "text-generation",
@@ -327,6 +331,7 @@ def write_card(
             block_size=spec.num_draft_tokens + 1,
             from_anchor=spec.sample_from_anchor,
             has_head=spec.head is not None,
+            has_tables=has_tables,
             break_even=paying,
         ),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
@@ -414,13 +419,21 @@ def _way(row: Row) -> str:
 RESULT_COLUMNS = (SET, TEMPERATURE, Column("width", _way), TAU_INTERVAL, SPEEDUP, SAME_TEXT)
 
 
+PLACES = ("server", "init", "feature_files", "feature_servers")
+"""Options that name files and servers."""
+
+
 def _recipe_section(source: Path, objective_sha256: object) -> list[str]:
-    """Repeat the recipe of `dpace train`, without the places of files, and name the objective."""
+    """Repeat the recipe of `dpace train`, without the places of files and servers, and name the objective."""
     problems: dict[str, str] = {}
     recipe = read_recipe_values(source, problems)
     for problem in problems.values():
         print(f"the model card has no recipe: {source / 'recipe.yaml'}: {problem}", file=sys.stderr)
-    kept = {name: recipe[name] for name in ("respond", "drafter", "loss", "train") if name in recipe}
+    kept = {
+        name: {key: value for key, value in mapping(recipe[name]).items() if key not in PLACES}
+        for name in ("respond", "drafter", "loss", "train")
+        if name in recipe
+    }
     if not kept:
         return []
     objective = mapping(recipe.get("loss")).get("objective")

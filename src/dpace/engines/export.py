@@ -118,6 +118,9 @@ def export(
     spec, weights = read_folder(folder)
     spec.check()
     original = load_drafter(folder, target, all_tokens=True)
+    own = {name: getattr(original.spec, name) for name in ("has_own_embed_tokens", "has_own_lm_head")}
+    spec = replace(spec, **own)  # without tables that are the target's
+    weights = {name: tensor for name, tensor in weights.items() if name in spec.tensors}
     if is_plain:
         spec, weights = without_head(spec, weights)
         original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured

@@ -43,8 +43,9 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         **({"head_candidates": spec.head.candidate_topk} if spec.head else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": bool(spec.is_causal),
+        "norm_scale": 1.0,  # it has a final norm
     }
-    facts = {**own, "head_width": spec.head and spec.head_width, "norm_scale": "a final norm"}
+    facts = {**own, "head_width": spec.head and spec.head_width}
     for option, value in facts.items():
         asked = getattr(recipe.drafter, option)
         if asked not in (None, value) and f"drafter.{option}" in given:
@@ -53,7 +54,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
                 f"{flag} is {asked}, but {name} has {value}; leave {flag} out, or train without --drafter.init"
             )
     try:
-        return replace(recipe, drafter=replace(recipe.drafter, **own, norm_scale=1.0)), init
+        return replace(recipe, drafter=replace(recipe.drafter, **own)), init
     except ValidationError as error:
         wrong = error.errors()[0]
         raise ValueError(

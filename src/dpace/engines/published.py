@@ -10,7 +10,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from dpace.drafter import Drafter
 from dpace.drafter.dflash import SELECTOR_TENSORS
-from dpace.drafter.drafter import TARGET_TABLES
+from dpace.drafter.drafter import TARGET_TABLES, refuse_mask_embedding
 from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import mapping, read_files
@@ -37,11 +37,7 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
         raise ValueError(
             f"{folder} is not a drafter's folder: it has no config.json; name a folder that has one, or a .gguf file"
         )
-    if (folder / "mask_embedding.pt").exists():
-        raise ValueError(
-            f"{folder} has a mask embedding of its own (mask_embedding.pt), a pickle, which dpace does not open; write "
-            "the target's embedding with this row at mask_token_id into model.safetensors, as embed_tokens.weight"
-        )
+    refuse_mask_embedding(folder)
     files = read_files(folder)
     for file, problem in files.problems.items():
         if file != "recipe.yaml":  # which is not needed here

@@ -54,7 +54,8 @@ def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedRespo
 
     Source: the method with refused drafts is that of vllm-project/vllm#54691.
     """
-    in_order = sorted(measured, key=lambda pair: pair[1].prompt_tokens)
+    decoded = (pair for pair in measured if pair[1].decode_tokens)  # an answer of one token has no verification
+    in_order = sorted(decoded, key=lambda pair: pair[1].prompt_tokens)
     groups = group_by(in_order, lambda pair: (pair[0], context_of(pair[1].prompt_tokens)))
     for ((drafter, temperature, concurrency), _), pairs in groups.items():
         part = [response for _, response in pairs]
@@ -95,9 +96,11 @@ def compare_servers(before: ServerResults, after: ServerResults) -> list[Upgrade
     upgrades = []
     for old, new in product(before.rows, after.rows):
         sides = [row.responses or () for row in (new, old)]
-        common = set.intersection(*({response.id for response in side} for side in sides))
+        common = set.intersection(*({(response.id, response.prompt_tokens) for response in side} for side in sides))
         if setting(old) == setting(new) and common:
-            kept = (sorted((r for r in side if r.id in common), key=attrgetter("id")) for side in sides)
+            kept = (
+                sorted((r for r in side if (r.id, r.prompt_tokens) in common), key=attrgetter("id")) for side in sides
+            )
             ours, theirs = (prompt_totals(side, "num_emitted", "num_verifications", *TIMES) for side in kept)
             gain = nullable(ratio - 1 for ratio in decode_speedup(*ours[:2], *theirs[:2]))
             upgrades.append(Upgrade(*setting(new), gain, nullable(decode_speedup(*ours[2:], *theirs[2:]))))

@@ -252,8 +252,8 @@ class BenchResults(Provenance):
 
     @property
     def whole_blocks(self) -> list[Row]:
-        """The rows where whole drafts were verified, which say what a drafter can do; else all."""
-        return [row for row in self.rows if row.width == "full"] or self.rows
+        """The rows where whole drafts were verified, which say what a drafter can do."""
+        return [row for row in self.rows if row.width == "full"]
 
     @property
     def num_same_text(self) -> int:
@@ -319,10 +319,6 @@ def read_results(path: Path) -> Results:
     version = value.get("schema_version", "missing")
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema_version is {version!r:.40}, expected {SCHEMA_VERSION}; {MEASURE_AGAIN}")
-    for of_bench in (value, value.get("decode")):
-        if isinstance(of_bench, dict):
-            of_bench.pop("predictions", None)  # of older versions, as the next one
-            of_bench.pop("heldout", None)
     kind = CompareResults if "decode" in value else ServerResults if "servers" in value else BenchResults
     try:
         results = from_json(kind, value)

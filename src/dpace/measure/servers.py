@@ -4,6 +4,7 @@ In come their addresses and prompts. Both get the same token ids; out come rows 
 as each server reports these.
 """
 
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,6 +99,8 @@ def bench_servers(
         first_turn = encode_chat(chat, by_id[missing.ids[0]].turns[0])
         for server in sides.values():
             server.answer(first_turn, 16, missing.temperature, config.seed)
+    else:
+        print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
     with progress_bar() as bar:
         task = bar.add_task("asking servers", total=sum(len(job.ids) for job in jobs), info="")
         for number, job in enumerate(jobs):

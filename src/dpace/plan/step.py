@@ -17,13 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
@@ -31,7 +25,7 @@ from dpace.loss import block_loss
 from dpace.loss.head_scores import SOFT_COPIES, default_chunk_bytes
 from dpace.system.loading import attention_of, translate_library_errors
 from dpace.target import Target
-from dpace.target.files import find_target_files
+from dpace.target.files import auto_class, find_target_files
 from dpace.target.head import Head
 from dpace.train.loop import Scorer
 from dpace.train.optimizer import make_optimizer
@@ -178,7 +172,7 @@ def read_shape(name: str) -> PretrainedConfig:
     """
     with translate_library_errors(f"the config of {name}", "name the folder or the Hub id of a causal LM"):
         config = find_target_files(name).config
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if auto_class(config) is None:
             raise ValueError(f"transformers has no causal LM for {type(config).__name__}")
         return config
 
@@ -189,11 +183,12 @@ def make_target(config: PretrainedConfig, dtype: torch.dtype) -> PaperTarget:
     Raises:
         ValueError: a config that its own class refuses.
     """
-    attention = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    auto = auto_class(config)
+    attention = attention_of(auto._model_mapping[type(config)])
     fake = FakeTensorMode()
     way = "name another target"
     with translate_library_errors(f"a model of {type(config).__name__}", way), fake, initialization.no_init_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+        model = auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         model.tie_weights()
         return PaperTarget(model, fake)
 

@@ -245,7 +245,9 @@ class TrainingPlan:
             "steps": steps * self.flops["step"],
             "tau": len(unfinished) * self.flops["tau"],
         }
-        return {name: self.target.seconds_of(number) for name, number in flops.items()}
+        machine = self.machine if self.machine.is_cuda else self.machine._replace(dtype=torch.float32)
+        speeds = self.target.speed, machine.speed, machine.speed  # the drafter computes in fp32 on a CPU
+        return {name: flops[name] / speed.flops for name, speed in zip(flops, speeds, strict=True)}
 
 
 def plan_training(
@@ -299,7 +301,7 @@ def plan_training(
         features=features,
         feature_bytes=feature_bytes,
         drafter_parameters=parameters,
-        disk_bytes=2 * (4 * (1 + moments) + 2) * parameters,
+        disk_bytes=3 * (4 * (1 + moments) + 2) * parameters,
         flops={
             "features": target_flops * read_tokens / tokens_of_step,
             "step": sum(mean_flops.values()),

@@ -182,7 +182,7 @@ def _parse(row: dict[str, Any], default_id: str, default_set: str) -> Prompt:
         messages = [_parse_message(message, kind) for message in _check_list(row, kind)]
         if messages[-1]["role"] == "assistant":
             last = messages.pop()
-            answer = last if "tool_calls" in last else last["content"]
+            answer = last["content"] if last.keys() == {"role", "content"} else last
         turns = [messages]
     elif kind == "turns":
         turns = [

@@ -137,6 +137,7 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
             )
     validation, rest = _take_out(rest, config.num_validation, copies, seed=1)
     train, chosen = ([name for name in part if name not in of_public] for part in (rest, validation))
+    of_public = {name: like for name, like in of_public.items() if name in validation or name in rest}
     dropped = {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
     if config.near_duplicates:
         own = {} if heldout is None else {names.get(p.id, p.id): sign(p) for p in heldout}

@@ -113,7 +113,10 @@ def read_sets(names: Sequence[str], folder: str | Path | None = None, *, is_whol
         if folder is not None and not files:
             begin = f"{name}/"  # ids are unique in a file only
             named = read_prompts(Path(folder) / f"{name}.jsonl")
-            rows = [replace(prompt, set=name, id=begin + prompt.id.removeprefix(begin)) for prompt in named]
+            rows = [
+                replace(p, set=name + " (tools)" * ("tools" in p.turns[0][0]), id=begin + p.id.removeprefix(begin))
+                for p in named
+            ]
         else:
             assert known is not None
             own = [{"category": path.stem, **row} for path in files for _, row in read_jsonl(path)]

@@ -100,8 +100,11 @@ def advice(results: BenchResults) -> str:
     faster = faster_sets(results)
     others = [name for name in dict.fromkeys(row.set for row in results.rows) if name not in faster]
     if faster:
-        rest = f", but not on {' and '.join(others)}: decode that without the drafter" if others else ""
-        return f"faster than plain decoding on {' and '.join(faster)}{rest}"
+        found = f"faster than plain decoding on {' and '.join(faster)}"
+        more = (
+            f"{found}, but not clearly on {' and '.join(others)}: measure more prompts there, or decode those without"
+        )
+        return f"{more} the drafter" if others else found
     if all(verdict(row.decode_speedup_interval) == "slower" for row in results.rows):
         start = "nothing here is faster than plain decoding: decode without this drafter, or"
     else:
@@ -111,7 +114,12 @@ def advice(results: BenchResults) -> str:
 
 def copied_note(rows: Sequence[Row]) -> str:
     """Tell how many tokens of each set prompt lookup copied with width `auto`; empty where it copied none."""
-    shares = {(row.set, row.temperature): row.share_copied for row in rows if row.width == "auto"}
+    several = len({row.drafter for row in rows}) > 1
+    shares = {
+        (f"{row.set}, {row.drafter}," if several else row.set, row.temperature): row.share_copied
+        for row in rows
+        if row.width == "auto"
+    }
     if not any(shares.values()):
         return ""
     listed = ", ".join(f"{name} {share:.0%} at T={temperature:g}" for (name, temperature), share in shares.items())
@@ -206,7 +214,13 @@ PAIR_COLUMNS = (
 SERVER_COLUMNS = (
     Column(
         "verdict",
-        lambda row: "no baseline" if row.num_same_text is None else verdict(row.decode_speedup_interval),
+        lambda row: (
+            "no baseline"
+            if row.num_same_text is None
+            else "not known"
+            if row.decode_speedup is None
+            else verdict(row.decode_speedup_interval)
+        ),
     ),
     SET,
     TEMPERATURE,

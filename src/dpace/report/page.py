@@ -102,7 +102,8 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
     if benchmark:
         yield headline(benchmark)
         yield from tables_of(benchmark)
-        yield acceptance_by_slot(benchmark.whole_blocks)
+        if benchmark.whole_blocks:
+            yield acceptance_by_slot(benchmark.whole_blocks)
         yield from examples(benchmark)
     groups: dict[str, list[list[dict]]] = {}  # by the drafter's name, a log for each seed
     for path in [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]:
@@ -269,14 +270,13 @@ def _template():
     import jinja2
 
     source = (files("dpace") / "report" / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_show_controls)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not the SVG, marked as safe
+    )
     environment.filters["cell"] = _keep_interval
     return environment.from_string(source)
-
-
-def _show_controls(value: object) -> object:
-    """Show control characters; the SVG, which is marked as safe, has none."""
-    return printable(value) if type(value) is str else value
 
 
 def _keep_interval(text: str) -> str:

@@ -76,7 +76,7 @@ class Conversation:
             answers = f"{num_answers} answers of up to " if num_answers > 1 else ""
             raise ValueError(
                 f"prompt {self.prompt.id} has {num_tokens} tokens; with {answers}{length} new tokens it passes the "
-                f"target's limit of {limit}; shorten the prompt, remove a turn or lower --respond.max-new-tokens"
+                f"target's limit of {limit}; shorten the prompt, remove a turn or lower max-new-tokens"
             )
 
     def add(self, token_ids: list[int], answer: list[int]) -> None:

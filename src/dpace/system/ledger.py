@@ -361,7 +361,8 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
                 sync(file)
             if is_guarded:
                 register_files(folder, *(file.name for file in files))
-            (folder / last).unlink(missing_ok=True)
+            if files[-1].name == last:
+                (folder / last).unlink(missing_ok=True)
             for file in files:
                 file.replace(folder / file.name)
             sync(folder)

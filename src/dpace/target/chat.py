@@ -123,16 +123,16 @@ def encode_answer(
         The tokens before the answer, and those of the answer.
 
     Raises:
-        ValueError: as `encode_chat`; or an answer with tool calls whose own tokens are not known.
+        ValueError: as `encode_chat`; or an answer with more than a text whose own tokens are not known.
     """
     before = encode_chat(target, messages)
     stops = list(target.stop_token_ids)
     whole = encode_chat(target, [*messages, answer], is_answered=True)
     if target.tokenizer.chat_template is not None and whole[: len(before)] == before:
         tokens = whole[len(before) :]
-    elif "tool_calls" in answer:
+    elif answer.keys() != {"role", "content"}:
         raise ValueError(
-            f"the chat template of {target.name} changes what stands before an answer with tool calls, so that the "
+            f"the chat template of {target.name} changes what stands before an answer of more than a text, so that the "
             "answer's own tokens are not known; let the target answer with --respond.source target"
         )
     else:

@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -159,6 +157,12 @@ def _find_adapter(name: str) -> Path | None:
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed))
 
 
+def auto_class(config: Any) -> Any:
+    """Return transformers' auto class of a causal LM, or of a model for images and text; None where it has neither."""
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in classes if type(config) in auto._model_mapping), None)
+
+
 def open_target(
     name: str,
     *,
@@ -184,8 +188,7 @@ def open_target(
     spread: Any = device_map or ({"": device} if quantized is not None else None)
     config.transformers_weights = None  # may name a pickle
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else the Hub's bot converts one, and its proposal is loaded
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    auto = auto_class(config)
     config._attn_implementation = attention_of(auto._model_mapping[type(config)])
     over_ranks = plan_distribution(shard, auto, config)
     kind, fix = what, FIX
@@ -232,7 +235,7 @@ def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: Devi
             f"{what} is an adapter of {files.base}, whose weights are quantized; merging would round them anew: merge "
             "it into the model before it was quantized, and name the merged model"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if auto_class(config) is None:
         raise ValueError(
             f"{what} is of the kind {config.model_type}, which transformers has no decoder for; name a causal LM, or a "
             "model for images and text"

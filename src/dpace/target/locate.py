@@ -107,7 +107,8 @@ def find_drafter(name: str, option: str = "--drafter") -> str:
     import huggingface_hub
 
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "recipe.yaml"])
+        allowed = ["*.json", "*.safetensors", "recipe.yaml", "mask_embedding.pt"]  # the last one is never opened
+        return huggingface_hub.snapshot_download(name, allow_patterns=allowed)
     except Exception as error:  # the Hub's many ways not to give a repository
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -143,8 +143,7 @@ def find_newest(checkpoints: Path) -> Path | None:
     for folder in (checkpoints, *folders.values()):
         remove_unfinished(folder)
     for _, folder in sorted(folders.items(), reverse=True):
-        # Earlier versions wrote some best weights without the optimizer's state, from which training cannot go on.
-        if is_whole(folder) and (folder / MOMENTS).exists():
+        if is_whole(folder):
             best = best_of(folder)
             if best is None or is_whole(best):
                 remove_others(folder)

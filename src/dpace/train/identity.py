@@ -6,7 +6,6 @@ results.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,10 +27,9 @@ from dpace.target.chat import tokenizer_hashes
 
 RUN_FILE = "run.json"
 STEP_SIZE = "conversations_per_step"
-SPLIT = ("train.batch_size", "train.gradient_accumulation_steps", "ranks")
-"""What a step is split by; only the product counts, and is `STEP_SIZE`. Earlier versions wrote all three."""
 NO_RESULT = {
-    *SPLIT,
+    "train.batch_size",  # only the product with the next one and the ranks counts, and is `STEP_SIZE`
+    "train.gradient_accumulation_steps",
     "drafter.init",  # the weights count, by their hash
     "train.logging_steps",
     "train.save_steps",
@@ -125,10 +123,7 @@ def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
     run = read_run(folder)
     if run is None:
         return False
-    parts = [run.get(name, 1) for name in SPLIT]
-    step_size = math.prod(parts) if all(isinstance(part, int) for part in parts) else None
-    kept = {**settings_of(Recipe()), STEP_SIZE: step_size, **run}
-    same_run(kept, known, f"{folder} holds a run", OTHER_RUN, {STEP_SIZE: SAME_STEP})
+    same_run({**settings_of(Recipe()), **run}, known, f"{folder} holds a run", OTHER_RUN, {STEP_SIZE: SAME_STEP})
     return True
 
 

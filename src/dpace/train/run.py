@@ -183,7 +183,7 @@ def train(
         drafter = _make_drafter(target, dataset, recipe, init)
         layer_ids = drafter.target_layer_ids
         is_other = dataset.has_others(layer_ids, with_head_input=recipe.needs_target_hidden)
-        if is_other or validation.has_others(layer_ids):
+        if dataset.features is None or is_other or validation.has_others(layer_ids):
             keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
             drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"

@@ -15,6 +15,7 @@ from dpace.verbs import announce, load_chat, load_target
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
     recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
+    from dpace.batches.corpus import load_corpus
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
     from dpace.measure.results import BenchResults, refuse_other_results
@@ -22,10 +23,14 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import decoding_lines
     from dpace.prompts.prompts import split_prompts
     from dpace.prompts.public_sets import read_sets
+    from dpace.recipes.recipe_file import read_recipe
     from dpace.report.cells import advice, has_parts
     from dpace.report.page import contexts, tables_of
     from dpace.report.tables import console, section_table, slots_table
+    from dpace.system.provenance import same_run
     from dpace.target.locate import find_drafter
+    from dpace.train.identity import data_of, read_run
+    from dpace.train.run import choose_conversations
 
     if recipe.bench.sets:
         prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
@@ -55,6 +60,13 @@ def run(args: list[str]) -> None:
     folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]
     named = dict(zip(drafter_names(folders), found, strict=True))
+    answers = Path(recipe.output) / "responses.jsonl"
+    own = not (recipe.bench.sets or recipe.bench.drafters) and answers.exists() and read_run(found[0])
+    if own:
+        trained = read_recipe(Path(found[0]) / "recipe.yaml")
+        known = data_of(*choose_conversations(*load_corpus(answers, recipe.prompts), trained))
+        way_out = "the held-out prompts may be among them; give the prompts and options of the training"
+        same_run(own, known, f"{found[0]} holds a run", way_out, {})
     if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
         return
     if not Path(found[0]).exists():
@@ -67,7 +79,9 @@ def run(args: list[str]) -> None:
         results = bench(target, drafters, prompts, recipe.bench, recipe.output)
     if not ranks.end():
         return
-    tables = [*map(section_table, tables_of(results)), slots_table(results)]
+    tables = [*map(section_table, tables_of(results))]
+    if results.whole_blocks:
+        tables.append(slots_table(results))
     if has_parts([results]):
         tables.append(section_table(contexts([results])))
     console().print(*tables)

@@ -28,7 +28,7 @@ class ImportConfig:
     """
 
     source: Text
-    """Folder or Hub id of z-lab, SpecForge or speculators, or GGUF file (f32, f16, bf16) or its folder; given first."""
+    """Folder or Hub id of z-lab, SpecForge or speculators, or GGUF file or its folder; given first."""
     output: Text
     """Folder that the drafter is written to."""
     target: Text | None = None

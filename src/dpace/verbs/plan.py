@@ -33,7 +33,7 @@ def run(args: list[str]) -> None:
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
     from dpace.engines.initial import start_from
     from dpace.plan.calibrate import calibrate
-    from dpace.plan.lines import fit_lines, kept_answers, memory_lines, time_line, training_lines
+    from dpace.plan.lines import fit_lines, kept_answers, memory_lines, size, time_line, training_lines
     from dpace.plan.training import find_conversations, plan_recipe
     from dpace.prompts.prompts import split_prompts
     from dpace.train.run import check_recipe
@@ -50,9 +50,10 @@ def run(args: list[str]) -> None:
     if plan.num_steps is not None:
         lines.append(time_line(plan.seconds(folders), is_bound=not kept))
     lines += memory_lines(plan) + fit_lines(plan)
-    if not conversations.is_known:
+    lines.append(f"disk: up to {size(plan.disk_bytes)} in {folders[0]}")
+    if not kept:
         lines.append("no answers yet: each one counts as long as the recipe allows")
     print("\n".join(lines), flush=True)
     if recipe.calibrate:
         print(calibrate(recipe, plan))
-    print("next:", next_command("train" if kept else "respond", asked, args))
+    print("next:", next_command("train" if conversations.is_known else "respond", asked, args))

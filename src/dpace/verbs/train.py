@@ -26,7 +26,7 @@ def run(args: list[str]) -> None:
         target_of,
     )
     from dpace.train.progress import check_trackers
-    from dpace.train.run import check_recipe, choose_conversations, keep_features, train
+    from dpace.train.run import check_recipe, choose_conversations, train
 
     settled, init = start_from(recipe, given_options(Recipe, "train", args))
     check_recipe(settled)
@@ -51,7 +51,6 @@ def run(args: list[str]) -> None:
     refuse_other_answers(meta, of_target, path, respond)
     facts |= of_target
     refuse_other_run(folder, facts)
-    keep_features(target, *datasets, settled)
     train(target, *datasets, settled, folder, init=init, run=facts)
     if ranks.end():
         print(f"drafter in {folder}")

@@ -253,9 +253,10 @@ FILE_FAULTS = {
 def test_a_broken_file_is_named_and_the_rest_is_examined(fault, folder, language_target):
     change, expected = FILE_FAULTS[fault]
     change(folder)
-    assert named(folder, language_target) == {expected}
+    refused = {"loads"} if expected == "mask_embedding.pt" else set()
+    assert named(folder, language_target) == {expected, *refused}
     (folder / "recipe.yaml").write_text("[]")
-    assert named(folder, language_target) == {expected, "recipe readable"}
+    assert named(folder, language_target) == {expected, "recipe readable", *refused}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

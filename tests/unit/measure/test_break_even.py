@@ -50,6 +50,12 @@ def test_each_length_of_the_context_has_a_row_and_what_is_not_known_has_none():
         assert not list(find_break_even((("d", 0.0, 1), response) for response in some))
 
 
+def test_an_answer_of_one_token_does_not_count():
+    responses = [pair(0, 2.0), pair(1, 0.0, verifications=0, num_verifications=None)]
+    (found,) = find_break_even((("d", 0.0, 1), response) for response in responses)
+    assert found.break_even[0] == pytest.approx(2.5)
+
+
 def row(concurrency: int, speedup: tuple, **changes) -> BreakEven:
     values = {"prompt_tokens": 100, "temperature": 0.0, "drafter": "dpace", "tau": (3.0, 2.9, 3.1)}
     return BreakEven(concurrency=concurrency, break_even=(2.5, 2.4, 2.6), speedup=speedup, **{**values, **changes})

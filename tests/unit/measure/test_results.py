@@ -114,13 +114,6 @@ def test_a_wrong_key_is_named(tmp_path):
         read_results(path)
 
 
-def test_predictions_of_older_versions_are_left_out(tmp_path):
-    value = to_json(COMPARE)
-    value["decode"]["predictions"] = [{"drafter": "dpace", "widths": [2, 3]}]
-    (tmp_path / "results.json").write_text(json.dumps(value))
-    assert read_results(tmp_path / "results.json") == COMPARE
-
-
 def test_a_folder_without_results_is_told(tmp_path):
     with pytest.raises(ValueError, match="has no results.json or servers.json"):
         find_results(tmp_path)

@@ -30,6 +30,13 @@ def test_three_forms_of_a_line(tmp_path):
     assert third.set == "s" and third.turns == [messages]
 
 
+def test_all_that_a_reply_says_is_kept(tmp_path):
+    reply = {"role": "assistant", "content": "b", "reasoning_content": "c"}
+    rows = [{"messages": [{"role": "user", "content": "a"}, answer]} for answer in (reply, {**reply, "content": "d"})]
+    del rows[1]["messages"][1]["reasoning_content"]
+    assert [prompt.answer for prompt in read_prompts(write(tmp_path / "p.jsonl", *rows))] == [reply, "d"]
+
+
 def test_one_prompt_of_a_file(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"})
     assert find_prompt(f"{path}#y") == [{"role": "user", "content": "b"}]

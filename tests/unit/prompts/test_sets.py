@@ -69,6 +69,13 @@ def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
         read_sets(["gsm8k"])
 
 
+def test_prompts_with_tools_are_a_set_of_their_own(tmp_path):
+    tool = {"type": "function", "function": {"name": "f"}}
+    rows = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}], "tools": [tool]}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert {prompt.set for prompt in read_sets(["mine"], tmp_path)} == {"mine", "mine (tools)"}
+
+
 def test_files_as_their_authors_write_them(tmp_path):
     """Those of NVIDIA's script, which writes `messages`, and of Red Hat's repository."""
     users = [{"role": "user", "content": text} for text in ("Translate.", "Again.")]

@@ -70,6 +70,7 @@ def test_it_says_how_much_was_copied(folder, tmp_path):
     results = read_results(folder / "results.json")
     rows = [replace(row, share_copied=0.25 if row.width == "auto" else 0.0) for row in results.rows]
     assert "set1 25% at T=0," in copied_note(rows)
+    assert "set1, other, 25% at T=0" in copied_note([*rows, *(replace(row, drafter="other") for row in rows)])
     assert not copied_note([row for row in rows if row.width == "full"])
     write_results(tmp_path / "results.json", replace(results, rows=rows))
     page, _ = write_report([tmp_path], tmp_path / "report.html")

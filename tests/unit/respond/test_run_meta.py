@@ -165,7 +165,7 @@ def test_sigterm_is_an_interrupt():
             process.send_signal(number)
             _, err = process.communicate(timeout=30)
         assert process.returncode == expected
-        assert err == "dpace respond: interrupted; finished work is kept: run the same command to continue\n"
+        assert err == "dpace respond: interrupted; what is on disk is kept: run the same command to continue\n"
 
 
 def test_a_reader_that_has_enough_is_no_failure():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
+from dpace.cli import main
 from dpace.config import RespondConfig
 from dpace.decode import Paces, generate, generate_batch, generate_plain
 from dpace.respond.in_process import generate_responses
@@ -135,6 +136,12 @@ def test_experts_and_vision_language_models_keep_their_text(name, monkeypatch):
     Oracle(monkeypatch, drafter, target, SHARED + text, lambda n: n % 3 == 2)
     out = generate(target, drafter, SHARED, max_new_tokens=16, width="full")
     assert out.token_ids == text and sum(out.accepted_lengths) > 5
+
+
+def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
+    make_sharp_target("qwen2.5-vl").model.config.save_pretrained(tmp_path)
+    command = ["respond", "--target", str(tmp_path), "--prompts.path", "demo", "--output", str(tmp_path / "out")]
+    assert main([*command, "--dry-run"]) == 0, capsys.readouterr().err
 
 
 def test_layers_that_are_not_found_are_refused():

@@ -200,13 +200,12 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(
 def test_a_step_may_be_split_anew_and_options_that_are_newer_count_as_their_default(
     finished, copied, language_target, language_responses
 ):
-    """A run of an earlier version, which wrote the parts of a step's size, goes on from its second step."""
+    """A run of an earlier version goes on from its second step."""
     (copied / "provenance.json").unlink()
     shutil.rmtree(copied / "checkpoints" / "checkpoint-4")
     facts = read_json(copied / "run.json")
-    assert facts.pop("conversations_per_step") == 4 and facts.pop("train.grow_blocks") is False
-    split = {"train.batch_size": 2, "train.gradient_accumulation_steps": 1, "ranks": 2}
-    (copied / "run.json").write_text(json.dumps(facts | split))
+    assert facts["conversations_per_step"] == 4 and facts.pop("train.grow_blocks") is False
+    (copied / "run.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="conversations_per_step 4, not 2; keep the product of --train.batch-size"):
         run(language_target, language_responses, copied, batch_size=2)
     run(language_target, language_responses, copied, batch_size=1, gradient_accumulation_steps=4)
