@@ -75,9 +75,9 @@ def bench(
     setup = _bench_setup(target, named, config)
     records = ResponseRecords(folder / "bench.jsonl", setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
+    longest = RespondConfig(max_new_tokens=config.max_new_tokens)
     for prompt in prompts:
-        first_turn = replace(prompt, turns=prompt.turns[:1])
-        Conversation(target, first_turn, RespondConfig(max_new_tokens=config.max_new_tokens)).check()
+        Conversation(target, replace(prompt, turns=prompt.turns[:1]), longest).check()
     compiled = find_compiled(target, config)
     if compiled:
         ways[COMPILED, None] = compiled.decode

@@ -49,11 +49,18 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_losses(recipe: Recipe) -> None:
-    """Refuse a token loss or confidence that a head does not learn with.
+    """Refuse a loss that a head does not learn with, and options without what they are for.
 
     Raises:
-        ValueError: there is a head, and a loss that reads the target's distribution; or an option of a head, and none.
+        ValueError: there is a head, and a loss that reads the target's distribution; or an option of a head, and none;
+            or one of hidden states on disk, and no folder.
     """
+    config = recipe.train
+    if not config.feature_files and (config.feature_dtype != "target" or config.feature_servers):
+        raise ValueError(
+            "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
+            "with --train.feature-files"
+        )
     defaults = flat_settings(Recipe())
     for name, value in flat_settings(recipe).items():
         if ".head_" in name and recipe.drafter.head is None and value != defaults[name]:
@@ -101,15 +108,11 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
     if config.feature_files:
         keep_on_disk(target, dataset, layer_ids, config, with_head_input=with_head_input)
-    elif config.feature_dtype != "target" or config.feature_servers:
-        raise ValueError(
-            "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
-            "with --train.feature-files"
-        )
     for part, with_last in ((dataset, with_head_input), (validation, False)):
         if part.features is None or part.has_others(layer_ids, with_head_input=with_last):
-            limit = config.feature_cache_gib * 2**30
-            part.keep_features(target, layer_ids, limit_bytes=limit, with_head_input=with_last)
+            part.keep_features(
+                target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30, with_head_input=with_last
+            )
 
 
 def make_datasets(

@@ -61,12 +61,16 @@ def run(args: list[str]) -> None:
     found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]
     named = dict(zip(drafter_names(folders), found, strict=True))
     answers = Path(recipe.output) / "responses.jsonl"
-    own = not (recipe.bench.sets or recipe.bench.drafters) and answers.exists() and read_run(found[0])
-    if own:
-        trained = read_recipe(Path(found[0]) / "recipe.yaml")
-        known = data_of(*choose_conversations(*load_corpus(answers, recipe.prompts), trained))
-        way_out = "the held-out prompts may be among them; give the prompts and options of the training"
-        same_run(own, known, f"{found[0]} holds a run", way_out, {})
+    if not (recipe.bench.sets or recipe.bench.drafters) and answers.exists() and (kept := read_run(found[0])):
+        corpora = load_corpus(answers, recipe.prompts)
+        known = data_of(*choose_conversations(*corpora, read_recipe(Path(found[0]) / "recipe.yaml")))
+        same_run(
+            kept,
+            known,
+            f"{found[0]} holds a run",
+            "the held-out prompts may be among them; give the prompts and options of the training",
+            {},
+        )
     if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
         return
     if not Path(found[0]).exists():
