@@ -62,11 +62,10 @@ def run(args: list[str]) -> None:
     named = dict(zip(drafter_names(folders), found, strict=True))
     answers = Path(recipe.output) / "responses.jsonl"
     if not (recipe.bench.sets or recipe.bench.drafters) and answers.exists() and (kept := read_run(found[0])):
-        corpora = load_corpus(answers, recipe.prompts)
-        known = data_of(*choose_conversations(*corpora, read_recipe(Path(found[0]) / "recipe.yaml")))
+        trained = read_recipe(Path(found[0]) / "recipe.yaml")
         same_run(
             kept,
-            known,
+            data_of(*choose_conversations(*load_corpus(answers, recipe.prompts), trained)),
             f"{found[0]} holds a run",
             "the held-out prompts may be among them; give the prompts and options of the training",
             {},
