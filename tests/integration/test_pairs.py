@@ -3,6 +3,7 @@
 A pair is its commands, and the file that they leave; or the words with which the last one is refused.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -11,10 +12,12 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from dpace.cli import main
 from dpace.respond.responses import read_responses
 from dpace.target import Target
+from dpace.train.loop import TrainingLoop
 from tests.support.files import make_prompts, read_json, write_prompts, write_rows
 from tests.unit.respond.test_respond import Stub
 from tests.unit.target.test_target_files import write_adapter
@@ -89,9 +92,6 @@ PAIRS = {
         "export {drafter} --target {target} --to vllm --output {out}/both; "
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/both",
         "both/config.json",
-    ),
-    "plan, real steps, growing blocks": Pair(
-        f"plan {RECIPE} --calibrate --train.grow-blocks --device cpu", "responses.jsonl"
     ),
     "check, replies that the prompts came with": Pair(
         "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
@@ -337,16 +337,57 @@ def test_prompts_that_were_added_after_they_were_answered_are_told(files, langua
     write_prompts(tmp_path / "more.jsonl", language_prompts[:34])
     command = f"train {{recipe}} --output {out} --prompts.path {tmp_path}/more.jsonl --dry-run"
     assert main(shlex.split(command.format(**files))) == 0
-    assert re.search(r"^[34] prompts have no answer and are left out", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(r"^prompts without an answer, left out: [34];", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_command(files, tmp_path, capsys):
     out = Path(shutil.copytree(files["out"], tmp_path / "out"))
-    answers = out / "responses.jsonl"
+    answers, meta = out / "responses.jsonl", out / "responses.meta.json"
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:9]))
+    meta.write_text(json.dumps(read_json(meta) | {"complete": False}))
     assert main(["plan", files["recipe"], "--output", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "disk: up to" in printed and "next: dpace respond" in printed and "no answers yet" not in printed
+
+
+def test_real_steps_of_a_plan_are_of_full_size_and_read_hidden_states_as_training_does(files, tmp_path, monkeypatch):
+    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+    sizes, reads = [], []
+    take_step, features = TrainingLoop.take_step, Target.features
+
+    def note_size(loop, batches):
+        sizes.append({batch["is_scored"].shape[-1] for batch in batches})
+        take_step(loop, batches)
+
+    def note_read(target, *args, **kwargs):
+        reads.append(len(sizes))
+        return features(target, *args, **kwargs)
+
+    monkeypatch.setattr(TrainingLoop, "take_step", note_size)
+    monkeypatch.setattr(Target, "features", note_read)
+    command = f"plan {{recipe}} --output {out} --calibrate --train.grow-blocks --train.feature-files {out}/states"
+    assert main([*shlex.split(command.format(**files)), "--device", "cpu"]) == 0
+    assert sizes == [{8}] * 3 and set(reads) == {0}, "all are read before the first step"
+
+
+def test_tables_of_the_target_are_left_out_and_others_are_served_by_the_engine_that_reads_them(
+    files, language_target, tmp_path, capsys
+):
+    table = language_target.model.get_input_embeddings().weight
+    for name, own in (("same", table), ("other", 2 * table)):
+        folder = Path(shutil.copytree(files["drafter"], tmp_path / name))
+        tensors = load_file(folder / "model.safetensors") | {"embed_tokens.weight": own.detach().clone()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = read_json(folder / "config.json")
+        (folder / "config.json").write_text(json.dumps(config | {"has_own_embed_tokens": True}))
+    for name, engine in (("same", "sglang"), ("other", "vllm")):
+        command = f"export {tmp_path}/{name} --target {{target}} --to {engine} --output {tmp_path}/{engine}"
+        assert main(shlex.split(command.format(**files))) == 0, capsys.readouterr().err
+    assert "embed_tokens.weight" not in load_file(tmp_path / "sglang" / "model.safetensors")
+    assert "embed_tokens.weight" in load_file(tmp_path / "vllm" / "model.safetensors")
+    card = (tmp_path / "vllm" / "README.md").read_text()
+    assert "vllm serve" in card and "sglang" not in card
+    assert "sglang" in (tmp_path / "sglang" / "README.md").read_text()
 
 
 def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(files, tmp_path, capsys):

@@ -157,12 +157,11 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                 for position, name in enumerate(names)
             }
             is_own = read_meta(responses).get("source") == "own"
-            asked = {
-                prompt.id: ([*map(len, turns)], hash_json(turns))
-                for prompt in iterate_prompts(sources_of(prompts)[0])
-                if prompt.id in known
-                for turns in ([[own_messages(prompt)] if is_own else prompt.turns])
-            }
+            asked = {}
+            for prompt in iterate_prompts(sources_of(prompts)[0]):
+                if prompt.id in known:
+                    turns = [own_messages(prompt)] if is_own else prompt.turns
+                    asked[prompt.id] = [*map(len, turns)], hash_json(turns)
             found = (
                 (_checked(row, *asked[row.id], responses), *known[row.id])
                 for row in iterate_responses(responses)
@@ -176,8 +175,7 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
             assert table is not None
             if missing := len(known) - len(table):
                 print(
-                    f"{missing:,} prompts have no answer and are left out: `dpace respond` asks for them",
-                    file=sys.stderr,
+                    f"prompts without an answer, left out: {missing:,}; `dpace respond` asks for them", file=sys.stderr
                 )
     order = np.argsort(table["place"].to_numpy())
     parts = table["part"].to_numpy()[order]

@@ -240,14 +240,13 @@ class TrainingPlan:
         """
         unfinished = [folder for folder in folders if not (folder / "provenance.json").exists()]
         steps = sum(max(0, (self.num_steps or 0) - steps_done(folder)) for folder in unfinished)
-        flops = {
-            "hidden states": bool(unfinished) * self.flops["features"],
-            "steps": steps * self.flops["step"],
-            "tau": len(unfinished) * self.flops["tau"],
-        }
+        # On a CPU the drafter computes in fp32, whatever the target's dtype.
         machine = self.machine if self.machine.is_cuda else self.machine._replace(dtype=torch.float32)
-        speeds = self.target.speed, machine.speed, machine.speed  # the drafter computes in fp32 on a CPU
-        return {name: flops[name] / speed.flops for name, speed in zip(flops, speeds, strict=True)}
+        return {
+            "hidden states": self.target.seconds_of(bool(unfinished) * self.flops["features"]),
+            "steps": steps * self.flops["step"] / machine.speed.flops,
+            "tau": len(unfinished) * self.flops["tau"] / machine.speed.flops,
+        }
 
 
 def plan_training(

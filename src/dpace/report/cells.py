@@ -101,10 +101,8 @@ def advice(results: BenchResults) -> str:
     others = [name for name in dict.fromkeys(row.set for row in results.rows) if name not in faster]
     if faster:
         found = f"faster than plain decoding on {' and '.join(faster)}"
-        more = (
-            f"{found}, but not clearly on {' and '.join(others)}: measure more prompts there, or decode those without"
-        )
-        return f"{more} the drafter" if others else found
+        rest = f"but not clearly on {' and '.join(others)}: measure more prompts there, or decode without the drafter"
+        return f"{found}, {rest}" if others else found
     if all(verdict(row.decode_speedup_interval) == "slower" for row in results.rows):
         start = "nothing here is faster than plain decoding: decode without this drafter, or"
     else:

@@ -59,6 +59,10 @@ _VALUES = TypeAdapter(tuple[str, str, list[dict[str, Any]], list[int], list[list
 def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Response]:
     """Read `responses.jsonl`, which may still be written: a last line that is not finished is left out.
 
+    Args:
+        path: of the file.
+        num_tokens: tokens that the target has.
+
     Raises:
         ValueError: a file or a line that cannot be read, tokens that the target does not have, or an id that occurs
             twice.

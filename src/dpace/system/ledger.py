@@ -340,7 +340,8 @@ def filling(folder: str | Path, *, last: str = "config.json", is_guarded: bool =
 
     Args:
         folder: made where it is missing.
-        last: name of the file that makes the folder valid; it is removed first and moved last.
+        last: name of the file that makes the folder valid. Where it is among the new ones, the old one is removed
+            first, and the new one is moved last.
         is_guarded: lock the folder, and refuse to write over files that dpace did not write. Without it both are the
             caller's.
 

@@ -133,7 +133,8 @@ def encode_answer(
     elif answer.keys() != {"role", "content"}:
         raise ValueError(
             f"the chat template of {target.name} changes what stands before an answer of more than a text, so that the "
-            "answer's own tokens are not known; let the target answer with --respond.source target"
+            "answer's own tokens are not known; add --thinking where it has reasoning, or let the target answer with "
+            "--respond.source target"
         )
     else:
         tokens = target.tokenizer(answer["content"], add_special_tokens=False)["input_ids"] + stops[:1]

@@ -43,12 +43,12 @@ def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse what no training takes, before any work: see `make_weigh` and `check_losses`."""
+    """Refuse what no training takes, before any work: see `make_weigh` and `check_options`."""
     make_weigh(recipe.loss, recipe.drafter.block_size, is_growing=recipe.train.grow_blocks)
-    check_losses(recipe)
+    check_options(recipe)
 
 
-def check_losses(recipe: Recipe) -> None:
+def check_options(recipe: Recipe) -> None:
     """Refuse a loss that a head does not learn with, and options without what they are for.
 
     Raises:
@@ -82,10 +82,10 @@ def choose_conversations(
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on; or see `check_losses`.
+        ValueError: nothing to train on; or see `check_options`.
     """
     config = recipe.train
-    check_losses(recipe)
+    check_options(recipe)
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     if not len(dataset):
         raise ValueError(
@@ -167,11 +167,11 @@ def train(
     Raises:
         ValueError: the text contains the mask token; the folder holds another run, files that dpace did not write, or
             is written to by another process; a loss, gradient or weight that is not finite; an objective that fails; or
-            see `check_losses`.
+            see `check_options`.
         OSError: no room on the disk; the same call goes on when there is.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
-    check_losses(recipe)
+    check_options(recipe)
     if weigh is not None:
         recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
     block_size, is_growing = recipe.drafter.block_size, recipe.train.grow_blocks

@@ -36,6 +36,7 @@ def run(args: list[str]) -> None:
     from dpace.plan.lines import fit_lines, kept_answers, memory_lines, size, time_line, training_lines
     from dpace.plan.training import find_conversations, plan_recipe
     from dpace.prompts.prompts import split_prompts
+    from dpace.respond.responses import read_meta
     from dpace.train.run import check_recipe
 
     recipe, _ = start_from(asked, given_options(PlanConfig, "plan", args))
@@ -43,6 +44,7 @@ def run(args: list[str]) -> None:
     has_prompts = recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists()
     parts = split_prompts(recipe.prompts) if has_prompts else None
     kept = kept_answers(recipe)
+    is_answered = read_meta(Path(recipe.output) / "responses.jsonl").get("complete")
     conversations = find_conversations(recipe, parts, kept)
     plan = plan_recipe(recipe, conversations, memory=memory)
     folders = [Path(recipe.output) / "drafter"]
@@ -56,4 +58,4 @@ def run(args: list[str]) -> None:
     print("\n".join(lines), flush=True)
     if recipe.calibrate:
         print(calibrate(recipe, plan))
-    print("next:", next_command("train" if conversations.is_known else "respond", asked, args))
+    print("next:", next_command("train" if is_answered else "respond", asked, args))
