@@ -7,7 +7,7 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import PromptsConfig
-from dpace.prompts.prompts import demo_path, find_prompt, read_prompts, split_prompts
+from dpace.prompts.prompts import demo_path, find_prompt, read_prompts, split_ids, split_prompts
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
@@ -35,6 +35,16 @@ def test_all_that_a_reply_says_is_kept(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, answer]} for answer in (reply, {**reply, "content": "d"})]
     del rows[1]["messages"][1]["reasoning_content"]
     assert [prompt.answer for prompt in read_prompts(write(tmp_path / "p.jsonl", *rows))] == [reply, "d"]
+
+
+def test_held_out_prompts_of_a_public_set_stay_and_are_not_counted_as_left_out(tmp_path):
+    texts = [" ".join(f"word{i}of{number}" for i in range(15)) for number in range(40)]
+    path = write(tmp_path / "p.jsonl", *({"prompt": text} for text in texts))
+    public = write(tmp_path / "public.jsonl", *({"prompt": text} for text in texts[:30]))
+    split = split_ids(PromptsConfig(path=str(path), decontaminate=(str(public),)))
+    left_out = split.dropped["in the public sets"]
+    kept = {*split.train, *split.validation, *split.heldout}
+    assert left_out and not kept & left_out.keys() and len(kept) + len(left_out) == 40
 
 
 def test_one_prompt_of_a_file(tmp_path):

@@ -184,7 +184,7 @@ def test_turns_are_drawn_with_their_prompt(count, start, chat, tmp_path):
     assert (None in row.decode_speedup_interval) is (count < MIN_PROMPTS)
 
 
-def test_an_interrupted_call_goes_on(start, chat, tmp_path):
+def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothing(start, chat, tmp_path, capsys):
     drafter, plain = start("llama.cpp", drafts=True), start("llama.cpp")
     config = BenchConfig(temperatures=(0.0, 1.0), concurrencies=(1,))
     whole = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
@@ -196,6 +196,9 @@ def test_an_interrupted_call_goes_on(start, chat, tmp_path):
     assert len(drafter.bodies) == count + 3  # a warm-up and the two that were lost
     assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
     assert [row.num_responses for row in again.rows] == [3, 3]
+    assert "nothing is asked" not in capsys.readouterr().err
+    bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
+    assert f"nothing is asked: {path} has all answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("drafts", "tau"), [(True, 2.0), (False, None)])
