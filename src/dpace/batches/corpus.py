@@ -121,7 +121,7 @@ def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
     return merged
 
 
-def _checked(response: Response, lengths: Sequence[int], sha256: str, path: Path) -> Response:
+def _checked(response: Response, path: Path, lengths: Sequence[int], sha256: str) -> Response:
     """Refuse a response to another text, by the numbers of messages and the hash of the prompt's turns."""
     if hash_json(response.turns(lengths)) != sha256:
         raise ValueError(
@@ -157,13 +157,13 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
                 for position, name in enumerate(names)
             }
             is_own = read_meta(responses).get("source") == "own"
-            asked = {}
+            asked: dict[str, Any] = {}
             for prompt in iterate_prompts(sources_of(prompts)[0]):
                 if prompt.id in known:
                     turns = [own_messages(prompt)] if is_own else prompt.turns
                     asked[prompt.id] = [*map(len, turns)], hash_json(turns)
             found = (
-                (_checked(row, *asked[row.id], responses), *known[row.id])
+                (_checked(row, responses, *asked[row.id]), *known[row.id])
                 for row in iterate_responses(responses)
                 if row.id in known
             )

@@ -44,18 +44,17 @@ def run(args: list[str]) -> None:
     has_prompts = recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists()
     parts = split_prompts(recipe.prompts) if has_prompts else None
     kept = kept_answers(recipe)
-    is_answered = read_meta(Path(recipe.output) / "responses.jsonl").get("complete")
     conversations = find_conversations(recipe, parts, kept)
     plan = plan_recipe(recipe, conversations, memory=memory)
     folders = [Path(recipe.output) / "drafter"]
     lines = training_lines(plan, folders)
     if plan.num_steps is not None:
         lines.append(time_line(plan.seconds(folders), is_bound=not kept))
-    lines += memory_lines(plan) + fit_lines(plan)
-    lines.append(f"disk: up to {size(plan.disk_bytes)} in {folders[0]}")
+    lines += memory_lines(plan) + fit_lines(plan) + [f"disk: up to {size(plan.disk_bytes)} in {folders[0]}"]
     if not kept:
         lines.append("no answers yet: each one counts as long as the recipe allows")
     print("\n".join(lines), flush=True)
     if recipe.calibrate:
         print(calibrate(recipe, plan))
-    print("next:", next_command("train" if is_answered else "respond", asked, args))
+    meta = read_meta(Path(recipe.output) / "responses.jsonl")
+    print("next:", next_command("train" if meta.get("complete") else "respond", asked, args))
