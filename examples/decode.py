@@ -5,12 +5,9 @@ python examples/decode.py dpace-demo/dpace/seed-42 demo#notes/heldout/1
 
 import sys
 
-from dpace.decode import generate, generate_plain
-from dpace.drafter import load_drafter
+from dpace import Target, encode_chat, find_target, generate, generate_plain, load_drafter
 from dpace.prompts.prompts import find_prompt
-from dpace.target import Target
-from dpace.target.chat import encode_chat
-from dpace.target.locate import TARGET_ID, find_target
+from dpace.target.locate import TARGET_ID
 
 target = Target.load(find_target(TARGET_ID))
 drafter = load_drafter(sys.argv[1], target)

@@ -25,7 +25,8 @@ USAGE = "\n".join(
         "plan, data, respond, train, compare and bench take a recipe before the options,",
         "which override it: a YAML file of options, or the name of one that dpace has:",
         textwrap.fill(f"{', '.join(RECIPES)}.", 80, break_on_hyphens=False),
-        "`dpace VERB --help` lists the options; `dpace --version` prints the version.",
+        "`dpace VERB --help` lists the verb's options, `--help-all` those of all groups;",
+        "`dpace --version` prints the version.",
         "With --dry-run, a verb that works for long says what it would do, and stops.",
         "",
     ]
@@ -48,15 +49,15 @@ def main(argv: list[str] | None = None) -> int:
         0 for success, 1 for a failure whose reason was printed, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--version"]:
+    verb, *args = argv or [""]
+    if verb == "--version":
         print(f"dpace {dpace.__version__}")
         return 0
-    if not argv or argv[0] not in VERBS:
-        is_help = bool(argv) and argv[0] in ("-h", "--help")
-        unknown = f"unknown verb {ascii(argv[0])}; choose one of those below\n\n" if argv and not is_help else ""
+    if verb not in VERBS:
+        is_help = verb in ("-h", "--help")
+        unknown = f"unknown verb {ascii(verb)}; choose one of those below\n\n" if argv and not is_help else ""
         print(f"{unknown}{USAGE}", file=sys.stdout if is_help else sys.stderr)
         return 0 if is_help else 2
-    verb = argv[0]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # bars of transformers and others fill a log
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_as_interrupt():
             module = importlib.import_module(f"dpace.verbs.{'import_' if verb == 'import' else verb}")
-            module.run(argv[1:])
+            module.run(args)
     except KeyboardInterrupt as error:
         if ranks.is_first():
             _print_reason(verb, "interrupted; what is on disk is kept: run the same command to continue")
@@ -128,11 +129,10 @@ def _explain(error: Exception, verb: str) -> str | None:
         return _explain_os_error(error)
     if isinstance(error, ValueError):
         return str(error)
-    is_short = type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)  # torch's, on a CPU
+    is_short = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)  # torch's
     if isinstance(error, MemoryError) or is_short:
-        return (
-            f"out of memory ({str(error).partition('.')[0] or type(error).__name__}); {MEMORY.get(verb, LESS_MEMORY)}"
-        )
+        said = str(error).rpartition("Allocator: ")[2].partition(".")[0] or type(error).__name__
+        return f"out of memory ({said}); {MEMORY.get(verb, LESS_MEMORY)}"
     if isinstance(error, ImportError) and not (error.name or "dpace").startswith("dpace"):
         return f"the package {error.name} is needed for this and is not installed: run `pip install {error.name}`"
     return None

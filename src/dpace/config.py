@@ -216,7 +216,7 @@ class TrainConfig:
     num_anchors: Count = 512
     """Most blocks that are drawn from a conversation in each epoch (the paper: 512)."""
     grow_blocks: bool = False
-    """Train on short blocks first: of 4 slots, then of twice as many, up to block_size, in equal parts of the steps.
+    """Train on short blocks first: block_size is halved down to 4 to 7 slots, then doubled in equal parts of the steps.
     A step has as many slots as ever, in more blocks; docs/objectives.md says what it gains."""
     max_length: Annotated[int, integer(2)] = 3072
     """Length in tokens at which conversations are cut (the paper: 3072)."""
@@ -383,7 +383,7 @@ class CheckConfig:
     """JSONL file of prompts; `demo` is the held-out dataset that comes with dpace."""
     num_prompts: Count = 4
     """Prompts to take from each dataset of the file."""
-    max_new_tokens: Count = 64
+    max_new_tokens: Annotated[int, integer(3)] = 64
     """Longest response in tokens."""
     dtypes: OneOrMore[Literal["float32", "bfloat16", "float16"]] = ("float32",)
     """Precisions of the weights to check in."""

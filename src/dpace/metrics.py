@@ -230,15 +230,16 @@ def published_tau(accepted_lengths: Sequence[Sequence[int]]) -> float:
     return float(np.mean(means or [np.nan]))
 
 
-def published_speedup(
-    tokens: Sequence[int], seconds: Sequence[float], plain_tokens: Sequence[int], plain_seconds: Sequence[float]
-) -> float:
+def published_speedup(drafted: Iterable[tuple[int, float]], plain: Iterable[tuple[int, float]]) -> float:
     """Compute the speedup as published tables have it: plain over drafted mean seconds a token.
+
+    Args:
+        drafted: tokens and seconds of each response.
+        plain: the same without a drafter.
 
     Source: `dflash/benchmark.py` of z-lab/dflash.
     """
-    sides = (zip(tokens, seconds, strict=True), zip(plain_tokens, plain_seconds, strict=True))
-    means = [np.mean([time / count for count, time in side if count] or [np.nan]) for side in sides]
+    means = [np.mean([time / count for count, time in side if count] or [np.nan]) for side in (drafted, plain)]
     return float(means[1] / means[0])
 
 

@@ -99,17 +99,16 @@ def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: flo
 
 
 @torch.no_grad()
-def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored, scale: float = 1.0) -> Weights:
+def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored) -> Weights:
     """Weigh each slot by 1 plus its share in the undetached chain reward.
 
-    The loss `sum over k of -log q[k] - scale / slots * sum over m of product over i <= m of q[i]` has a reward that is
-    neither smoothed nor detached. Its gradient is that of cross-entropy weighed by `1 + scale / slots *
+    The loss `sum over k of -log q[k] - 1 / slots * sum over m of product over i <= m of q[i]` has a reward that is
+    neither smoothed nor detached. Its gradient is that of cross-entropy weighed by `1 + 1 / slots *
     dpace_weights(q, alpha=0)`, with `slots` the number of scored slots of the block.
 
     Args:
         token_probs: `q`, in [0, 1].
         is_scored: slots that count.
-        scale: scale of the reward, at least 0.
 
     Returns:
         fp32 weights, detached.
@@ -117,7 +116,7 @@ def chain_reward_weights(token_probs: TokenProbs, is_scored: IsScored, scale: fl
     Source: Teaching Diffusion to Speculate Left-to-Right (arXiv 2606.11552), the chain reward as an additive term.
     """
     num_slots = is_scored.sum(-1, keepdim=True).clamp_min(1)
-    return is_scored + scale / num_slots * dpace_weights(token_probs, is_scored, alpha=0.0)
+    return is_scored + dpace_weights(token_probs, is_scored, alpha=0.0) / num_slots
 
 
 def _behind_rejection(is_match: IsMatch, is_scored: IsScored) -> Int[Tensor, "batch block slot"]:

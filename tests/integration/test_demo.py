@@ -3,16 +3,20 @@
 import hashlib
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 
+import dpace.studies.demo
 import dpace.target.locate
 from dpace.cli import main
 from dpace.config import DemoConfig
 from dpace.measure.results import read_results
+from dpace.recipes import RECIPES
 from dpace.studies.demo import demo_recipe
+from tests.support.files import write_prompts
 
 
 def test_the_demo_runs_its_recipe():
@@ -21,6 +25,28 @@ def test_the_demo_runs_its_recipe():
     quick = demo_recipe(DemoConfig(quick=True, output="x"))
     assert quick.train.max_steps < recipe.train.max_steps and quick.output == "x"
     assert demo_recipe(DemoConfig(quick=True)).output != recipe.output
+
+
+def test_a_quick_demo_of_own_prompts(language_folder, language_prompts, tmp_path, capsys, monkeypatch):
+    real = dpace.studies.demo.demo_recipe
+
+    def short(config):
+        recipe = real(config)
+        return replace(recipe, train=replace(recipe.train, max_steps=2, eval_steps=2))
+
+    (tmp_path / "recipe.yaml").write_text(
+        "respond: {max_new_tokens: 16}\ndrafter: {num_layers: 1, block_size: 4}\n"
+        "train: {batch_size: 4, num_anchors: 4, max_length: 64}\nbench: {temperatures: [0.0], max_new_tokens: 8}\n"
+    )
+    monkeypatch.setitem(RECIPES, "demo-cpu", tmp_path / "recipe.yaml")
+    monkeypatch.setattr("dpace.studies.demo.demo_recipe", short)
+    prompts = write_prompts(tmp_path / "prompts.jsonl", language_prompts[:24])
+    flags = ["--target", str(language_folder), "--prompts", prompts, "--output", str(tmp_path / "out")]
+    assert main(["demo", *flags, "--dry-run"]) == 0
+    assert "time: " in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert main(["demo", *flags, "--quick"]) == 0
+    assert "lossless" in capsys.readouterr().out
 
 
 def test_a_target_on_disk_needs_no_network(tmp_path):

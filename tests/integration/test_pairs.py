@@ -1,26 +1,30 @@
 """Options and features that a page shows together, run together through the command line on tiny models.
 
-A pair is its commands, and the file that they leave; or the words with which the last one is refused.
+A pair is its commands, and the file that they leave or what the last one prints; or the words with which it is refused.
 """
 
 import json
 import re
 import shlex
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import dpace.train.loop
 from dpace.cli import main
 from dpace.respond.responses import read_responses
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from tests.support.files import make_prompts, read_json, write_prompts, write_rows
 from tests.unit.respond.test_respond import Stub
-from tests.unit.target.test_target_files import write_adapter
+from tests.unit.servers.test_servers import Fake
+from tests.unit.target.test_target_files import write_adapter, write_fp8
 
 
 class Pair(NamedTuple):
@@ -29,6 +33,7 @@ class Pair(NamedTuple):
     commands: str
     written: str = ""
     refused: str = ""
+    printed: str = ""
 
 
 RECIPE = "{recipe} --output {out}"
@@ -181,7 +186,8 @@ PAIRS = {
         "generate --target {target} --prompt w1 --verify-rule block", refused="--verify-rule need a drafter"
     ),
     "a head, another drafter to start from": Pair(
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr", refused="--drafter.head"
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr",
+        refused="--drafter.head is lilicorr, but .* has None",
     ),
     "chosen target layers, export, doctor": Pair(
         f"train {RECIPE} --drafter.target-layer-ids 0 4; "
@@ -220,13 +226,10 @@ PAIRS = {
         "train {recipe} --output {out}/new",
         "new/drafter/provenance.json",
     ),
-    "plan, real steps, hidden states on disk": Pair(
-        f"plan {RECIPE} --calibrate --train.feature-files {{out}}/states --device cpu", "responses.jsonl"
-    ),
     "stream, speculative sampling": Pair(
         f"generate {TARGET} --prompt w1 --stream --temperature 0.8 --seed 1 --verify-rule speculative "
         "--max-new-tokens 8",
-        "responses.jsonl",
+        printed=r"w\d+",
     ),
     "several verify rules, several drafters, report": Pair(
         f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative block --temperatures 1 "
@@ -235,7 +238,7 @@ PAIRS = {
     ),
     "stream, block verification": Pair(
         f"generate {TARGET} --prompt w1 --stream --temperature 0.8 --verify-rule block --max-new-tokens 8",
-        "responses.jsonl",
+        printed=r"w\d+",
     ),
     "compile, block verification": Pair(
         f"generate {TARGET} --prompt w1 --compile --temperature 1 --verify-rule block",
@@ -248,6 +251,100 @@ PAIRS = {
         f"train {RECIPE} --drafter.init {{drafter}} --drafter.head-width 16",
         refused="--drafter.head-width is 16, but .* has None",
     ),
+}
+TURNS = "{recipe} --output {out}/t --prompts.path {turns}"
+THINKING = "{recipe} --output {out}/t --thinking"
+LIMIT = "{recipe} --output {out}/l --prompts.limit 12 --prompts.num-validation 2"
+HEAD = "--drafter.head lilicorr --drafter.head-candidates 4"
+PAIRS |= {
+    "turns, messages, every verb": Pair(
+        f"respond {TURNS}; train {TURNS}; bench {TURNS} --num-prompts 2; "
+        "check --target {target} --drafter {out}/t/drafter --prompts {turns} --num-prompts 1 --max-new-tokens 6; "
+        f"data {TURNS}",
+        "t/results.json",
+    ),
+    "thinking, every verb": Pair(
+        f"respond {THINKING}; train {THINKING}; bench {THINKING}; "
+        "doctor {out}/t/drafter --target {target} --thinking; "
+        "generate --target {target} --drafter {out}/t/drafter --prompt w1 --thinking --max-new-tokens 4",
+        printed=r"w\d+",
+    ),
+    "a limit, a number of validation prompts": Pair(
+        f"respond {LIMIT}; train {LIMIT}; bench {LIMIT}", "l/drafter/provenance.json"
+    ),
+    "public sets, near duplicates": Pair(
+        f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl --prompts.near-duplicates 0.8",
+        printed="left out: 2 in the public sets",
+    ),
+    "check, two dtypes": Pair(
+        f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --dtypes float32 bfloat16",
+        printed="passed",
+    ),
+    "check, kept answers": Pair(
+        f"check {TARGET} --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6 --responses {{out}}/responses.jsonl",
+        printed="passed",
+    ),
+    "soft labels, overlap, options of the loss and of memory": Pair(
+        f"train {RECIPE} --loss.token-loss lk --loss.confidence overlap --loss.alpha 0 --loss.alpha-end 0.1 "
+        "--loss.chunk-mib 256 --train.no-group-by-length --train.save-steps 1 --train.max-grad-norm 0.5 "
+        "--train.feature-cache-gib 0",
+        "drafter/provenance.json",
+    ),
+    "options of a head": Pair(
+        f"train {RECIPE} {HEAD} --drafter.head-width 16 --loss.head-weights walk --loss.head-penalty 0",
+        "drafter/provenance.json",
+    ),
+    "from a drafter with a head": Pair(
+        f"train {RECIPE} {HEAD}; respond {{recipe}} --output {{out}}/b; "
+        "train {recipe} --output {out}/b --drafter.init {out}/drafter; "
+        "generate --target {target} --drafter {out}/b/drafter --prompt w1 --max-new-tokens 4",
+        printed=r"w\d+",
+    ),
+    "from a GGUF file": Pair(
+        "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
+        f"train {RECIPE} --drafter.init {{out}}/g",
+        "drafter/provenance.json",
+    ),
+    "export, a license, layers over the machine": Pair(
+        "export {drafter} --target {target} --to sglang --output {out}/x --license apache-2.0 --device-map auto",
+        "x/README.md",
+    ),
+    "compare, own answers": Pair(
+        "compare {recipe} --output {out}/a --prompts.path {own} --respond.source own --dry-run",
+        refused="--respond.source is own, and `dpace compare` measures tau on what the target answers",
+    ),
+    "compare, answers of another length": Pair(
+        f"compare {RECIPE} --respond.max-new-tokens 8 --dry-run", refused="max_new_tokens 12, not 8"
+    ),
+    "own answers, a prompt without a reply": Pair(
+        "respond {recipe} --output {out}/a --respond.source own --dry-run",
+        refused="prompt 1 has no reply at its end",
+    ),
+    "own answers, servers": Pair(
+        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own --respond.server {server}",
+        refused="--respond.server asks servers for answers, and --respond.source own takes those of the file",
+    ),
+    "held-out prompts of a file, all others like public ones": Pair(
+        "respond {recipe} --output {out}/a --prompts.heldout-path {sets}/one.jsonl --prompts.path {sets}/two.jsonl "
+        "--prompts.decontaminate {sets}/two.jsonl --dry-run",
+        refused="two.jsonl has no prompt left to train on",
+    ),
+    "bench, a later turn that is too long": Pair(
+        f"bench {RECIPE} --drafters {{drafter}} --sets later --sets-dir {{sets}}",
+        refused="prompt later/1 has .* tokens; with 2 answers of up to 8 new tokens it passes the target's limit",
+    ),
+    "bench, no drafter, a dry run": Pair("bench {recipe} --output {out}/off --dry-run", refused="there is no drafter"),
+    "bench, a folder of sets, no sets": Pair(
+        f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
+    ),
+    "bench, several requests at once, no server": Pair(
+        f"bench {RECIPE} --drafters {{drafter}} --concurrencies 1 8", refused="--bench.concurrencies is for servers"
+    ),
+    "bench, a server, compiled steps": Pair(
+        "bench --target {target} --prompts.path {prompts} --server http://x --compiled always",
+        refused="--bench.compiled is not for --bench.server",
+    ),
+    "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
 }
 OF_HEADS = {
     "drafter.head-candidates": 4,
@@ -269,7 +366,7 @@ PAIRS |= {
 def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> dict[str, str]:
     """A recipe, its answers and a drafter, and other files that commands name."""
     folder = tmp_path_factory.mktemp("pairs")
-    rows = ("prompts.jsonl", "own.jsonl", "corrected.jsonl", "moved.jsonl", "tools.jsonl")
+    rows = ("prompts.jsonl", "own.jsonl", "corrected.jsonl", "moved.jsonl", "tools.jsonl", "turns.jsonl")
     names = ("recipe.yaml", "out", "sets", *rows)
     paths = {name.partition(".")[0]: folder / name for name in names}
     write_prompts(paths["prompts"], language_prompts[:30])
@@ -279,12 +376,15 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
     corrected = [{"messages": [*row["messages"][:-1], answer | {"content": "w7 w8 w9"}]} for row in replies]
     write_rows(paths["corrected"], corrected)
     write_prompts(paths["moved"], ["w1 w2 w3", *language_prompts[:30]])  # ids are line numbers
+    turns = [{"turns": [text, "w5 w52"]} for text in language_prompts[:15]]
+    write_rows(paths["turns"], [row for both in zip(turns, replies[15:], strict=False) for row in both])
     tool = {"role": "tool", "content": "w9 w8"}
     write_rows(paths["tools"], [{"messages": [*replies[0]["messages"], tool]}])
     paths["sets"].mkdir()
     for name, texts in {"one": language_prompts[:2], "two": language_prompts[2:5]}.items():
         write_prompts(paths["sets"] / f"{name}.jsonl", texts)  # ids in both are line numbers
     write_prompts(paths["sets"] / "long.jsonl", ["w1 w2", "w1 " * 5000])
+    write_rows(paths["sets"] / "later.jsonl", [{"turns": ["w1 w2", "w1 " * 5000]}])
     recipe = {
         "target": str(language_folder),
         "output": str(paths["out"]),
@@ -319,6 +419,7 @@ def test_what_a_page_shows_together_works_together(name, files, language_target,
     try:
         for command in before:
             assert main(command) == 0, capsys.readouterr().err
+        capsys.readouterr()
         code = main(last)
     finally:
         if server:
@@ -329,7 +430,8 @@ def test_what_a_page_shows_together_works_together(name, files, language_target,
         assert re.search(pair.refused, printed.err), printed.err
     else:
         assert code == 0, printed.err
-        assert list(out.glob(pair.written))
+        assert list(out.glob(pair.written or "*"))
+        assert re.search(pair.printed, printed.out), printed.out
 
 
 def test_prompts_that_were_added_after_they_were_answered_are_told(files, language_prompts, tmp_path, capsys):
@@ -403,16 +505,110 @@ def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(
 
 
 def test_comparing_again_measures_other_held_out_prompts(files, language_prompts, tmp_path):
+    """Also where their ids are the same; the answers to the old ones were deleted, as the refusal says."""
     heldout = tmp_path / "heldout.jsonl"
-    for chosen in ((30, 31), (32, 33)):
-        write_rows(heldout, [{"id": f"row {number}", "prompt": language_prompts[number]} for number in chosen])
+    hashes = []
+    for names, chosen in (((30, 31), (30, 31)), ((32, 33), (32, 33)), ((32, 33), (34, 35))):
+        (tmp_path / "out" / "responses.jsonl").unlink(missing_ok=True)
+        rows = zip(names, chosen, strict=True)
+        write_rows(heldout, [{"id": f"row {name}", "prompt": language_prompts[number]} for name, number in rows])
         command = f"compare {{recipe}} --prompts.heldout-path {heldout} --output {tmp_path}/out --objectives dpace "
         command += "--baseline dpace --seeds 0 --bench.num-prompts 0"
         assert main(shlex.split(command.format(**files))) == 0
         (row,) = read_json(tmp_path / "out" / "results.json")["rows"]
         assert row["num_prompts"] == 2
         measured = read_json(tmp_path / "out" / "dpace" / "seed-0" / "heldout.json")
-        assert measured["ids"] == [f"row {number}" for number in chosen]
+        assert measured["ids"] == [f"row {name}" for name in names]
+        hashes.append(measured["responses_sha256"])
+    assert len(set(hashes)) == 3
+
+
+def test_the_order_of_keys_does_not_change_a_prompt(files, tmp_path):
+    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+    texts = [json.loads(line)["prompt"] for line in Path(files["prompts"]).read_text().splitlines()]
+    for name, order in (("a", ("role", "content")), ("b", ("content", "role"))):
+        messages = [{"role": "user", "content": text} for text in texts]
+        rows = [{"messages": [{key: message[key] for key in order}]} for message in messages]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        (out / "corpus.arrow").unlink(missing_ok=True)
+        command = f"train {{recipe}} --output {out} --prompts.path {tmp_path}/{name}.jsonl --dry-run"
+        assert main(shlex.split(command.format(**files))) == 0
+
+
+def test_compiled_steps_are_a_second_baseline(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda step, **_: step)
+    command = f"bench {{recipe}} --drafters {{drafter}} --compiled always --output {tmp_path}"
+    assert main(shlex.split(command.format(**files))) == 0
+    (row,) = read_json(tmp_path / "results.json")["rows"]
+    assert row["compiled"]["num_same_text"] == 1
+
+
+def test_thinking_on_and_off_are_side_by_side(files, tmp_path):
+    target = Path(shutil.copytree(files["target"], tmp_path / "target"))
+    template = target / "chat_template.jinja"
+    template.write_text("{% if enable_thinking %}w9 {% endif %}" + template.read_text())
+    write_rows(tmp_path / "qualitative.jsonl", [{"category": "math", "turns": ["w3 w51"]}])
+    command = f"bench {{recipe}} --target {target} --sets speed_bench --sets-dir {tmp_path} --drafters {{drafter}}"
+    for more in (f"--output {tmp_path}/off", f"--output {tmp_path}/on --thinking"):
+        assert main(shlex.split(f"{command} {more}".format(**files))) == 0
+    assert main(["report", str(tmp_path / "off"), str(tmp_path / "on")]) == 0
+    assert "tau, thinking off | tau, thinking on" in (tmp_path / "off" / "report.md").read_text()
+
+
+def test_the_card_has_what_this_process_and_servers_measured(files, language_prompts, tmp_path):
+    drafter = Path(shutil.copytree(files["drafter"], tmp_path / "out" / "drafter"))
+    servers = Fake("vllm", drafts=True, tells=True), Fake("vllm")
+    heldout = write_prompts(tmp_path / "heldout.jsonl", language_prompts[40:48])
+    asked = f"--prompts.heldout-path {heldout} --num-prompts 8 --output {drafter.parent}"
+    recipe = yaml.safe_load(Path(files["recipe"]).read_text())
+    del recipe["bench"]["widths"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with closing(servers[0]), closing(servers[1]):
+        commands = (
+            f"bench {tmp_path}/recipe.yaml {asked} --widths full",
+            f"bench {tmp_path}/recipe.yaml {asked} --server {servers[0].url} --plain-server {servers[1].url} "
+            "--concurrencies 1 2 --prefixes cold warm",
+            f"report {drafter.parent}",
+            f"export {drafter} --target {files['target']} --to vllm --output {tmp_path}/vllm",
+        )
+        for command in commands:
+            assert main(shlex.split(command)) == 0, command
+    card = (tmp_path / "vllm" / "README.md").read_text()
+    assert "2, warm" in card and "servers.json" in card
+
+
+QUANTIZED = """
+respond {recipe} --target {quantized} --output {out}
+train {recipe} --target {quantized} --output {out} --drafter.init {drafter}
+bench {recipe} --target {quantized} --output {out}
+check --target {quantized} --drafter {out}/drafter --prompts {prompts} --num-prompts 1 --max-new-tokens 6
+doctor {out}/drafter --target {quantized}
+generate --target {quantized} --drafter {out}/drafter --prompt w1 --max-new-tokens 4
+export {out}/drafter --target {quantized} --to vllm --output {out}/vllm
+"""
+
+
+def test_every_verb_takes_a_quantized_target(files, tmp_path, capsys):
+    write_fp8((None, files["target"]), tmp_path / "fp8")
+    values = files | {"quantized": str(tmp_path / "fp8"), "out": str(tmp_path / "out")}
+    for command in QUANTIZED.strip().splitlines():
+        assert main(shlex.split(command.format(**values))) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+def test_a_compiled_training_gives_the_same_weights(files, tmp_path, monkeypatch):
+    """The loop and its options; what the compiler does is torch's."""
+    make = dpace.train.loop.Accelerator
+
+    def eager(**options):
+        return make(**options | {"dynamo_backend": options["dynamo_backend"] and "eager"})
+
+    monkeypatch.setattr("dpace.train.loop.Accelerator", eager)
+    weights = []
+    for name, more in (("plain", ""), ("compiled", " --train.torch-compile")):
+        out = Path(shutil.copytree(files["out"], tmp_path / name))
+        assert main(shlex.split(f"train {{recipe}} --output {out}{more}".format(**files))) == 0
+        weights.append(load_file(out / "drafter" / "checkpoints" / "checkpoint-3" / "model.safetensors"))
+    torch.testing.assert_close(*weights)
 
 
 def test_a_chat_that_ends_in_a_tools_result_is_answered(files, tmp_path, capsys):
@@ -477,6 +673,9 @@ respond {{recipe}} --target {{adapter}} --output {{out}}/served --respond.server
 data {{recipe}} {ADAPTER}
 train {{recipe}} {ADAPTER}
 bench {{recipe}} {ADAPTER}
+bench {{recipe}} --target {{adapter}} --output {{out}}/before --bench.drafters {{drafter}}
+respond {{recipe}} --target {{adapter}} --output {{out}}/init
+train {{recipe}} --target {{adapter}} --output {{out}}/init --drafter.init {{drafter}}
 compare {{recipe}} {ADAPTER}-compared --objectives dpace --baseline dpace --seeds 0 --bench.num-prompts 0
 check --target {{adapter}} --drafter {{out}}/new/drafter --prompts {{prompts}} --num-prompts 1 --max-new-tokens 6
 doctor {{out}}/new/drafter --target {{adapter}} --engine vllm

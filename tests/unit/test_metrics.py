@@ -84,7 +84,7 @@ def test_tau_gain_is_paired():
 def test_published_definitions():
     """By hand: means of means, which the pooled numbers are not."""
     assert published_tau([[0, 0], [3], []]) == pytest.approx((1 + 4) / 2)
-    assert published_speedup([10, 2], [1.0, 1.0], [10, 2], [2.0, 1.0]) == pytest.approx((0.2 + 0.5) / (0.1 + 0.5))
+    assert published_speedup([(10, 1.0), (2, 1.0)], [(10, 2.0), (2, 1.0)]) == pytest.approx((0.2 + 0.5) / (0.1 + 0.5))
 
 
 def random_acceptance(generator, num_prompts: int, share: float) -> Acceptance:

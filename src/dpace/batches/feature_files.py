@@ -53,8 +53,7 @@ class ServerFeatures:
             from hs_connectors import FP8Transfer
         except ImportError as error:
             raise ValueError(
-                "--train.feature-servers needs the package hs-connectors; install it with "
-                "`pip install 'dpace[hidden-states]'`"
+                "--train.feature-servers needs the package hs-connectors; install it with `pip install hs-connectors`"
             ) from error
         self.servers = [VllmServer(url) for url in urls]
         self.target = target

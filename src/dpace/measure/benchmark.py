@@ -7,7 +7,7 @@ is the baseline that a drafter has to beat where compiling pays. `dpace.measure.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -77,7 +77,7 @@ def bench(
     prompts = first_of_each_set(prompts, config.num_prompts)
     longest = RespondConfig(max_new_tokens=config.max_new_tokens)
     for prompt in prompts:
-        Conversation(target, replace(prompt, turns=prompt.turns[:1]), longest).check()
+        Conversation(target, prompt, longest).check()
     compiled = find_compiled(target, config)
     if compiled:
         ways[COMPILED, None] = compiled.decode

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -69,8 +68,8 @@ def heldout_acceptance(
             for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
                 for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
                     known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
-            edges = np.flatnonzero(np.diff(dataset.is_response(i).numpy(), prepend=False, append=False))
-            spans = [span for span in edges.reshape(-1, 2).tolist() if span[1] - span[0] > 1]  # two tokens or more
+            cut = dataset.corpus.spans(int(dataset.chosen[i])).clip(max=dataset.max_length).tolist()
+            spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
             walks = [[walk(known, span, drafter.block_size) for span in spans] for known in accepted_from]
             results[i] = [Acceptance.pooled(parts) for parts in walks]
         elif dataset.features is None:

@@ -70,7 +70,7 @@ def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[Resp
     assert first.width is not None  # only plain decoding has none
     speedup = _speedup_over(ours, plain)
     times = attrgetter(*TIMES)
-    published = published_speedup(*zip(*map(times, ours), strict=True), *zip(*map(times, plain), strict=True))
+    published = published_speedup(map(times, ours), map(times, plain))
     return Row(
         drafter=first.drafter,
         width=first.width,
@@ -188,7 +188,11 @@ def make_examples(target: Target, ours: Sequence[ResponseRecord], plain: Sequenc
     chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
     return [
         Example(
-            id=response.id, what=what, tau=response.published_tau, speedup=speedup, pieces=_pieces(target, response)
+            id=response.id,
+            what=what,
+            tau=published_tau([response.accepted_lengths]),
+            speedup=speedup,
+            pieces=_pieces(target, response),
         )
         for what, (speedup, response) in chosen.items()
     ]

@@ -5,6 +5,7 @@ of requests to running servers. The rows of results are pooled from these record
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from operator import attrgetter
@@ -14,12 +15,12 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import Field
 
 from dpace.config import Width
-from dpace.metrics import Acceptance, published_tau
+from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json, json_object, optional, to_json
 from dpace.servers.apis import Counts
 from dpace.system import ranks
-from dpace.system.ledger import cut_unfinished_line, read_jsonl, register_files, write_text
+from dpace.system.ledger import cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
 from dpace.system.provenance import Hardware, Versions, hash_json
 
 PLAIN = "plain"
@@ -123,11 +124,6 @@ class ResponseRecord:
     same_text: bool
     """It has the tokens of plain decoding."""
 
-    @property
-    def published_tau(self) -> float:
-        """Mean of `accepted_length + 1`, as published tables have it; nan without a verification."""
-        return published_tau([self.accepted_lengths])
-
     def speedup_over(self, plain: "ResponseRecord") -> float | None:
         """Divide tokens a second by those of the plain response; None where one of them is a single token."""
         if not (self.decode_tokens and plain.decode_tokens):
@@ -169,11 +165,11 @@ class GroupRecord:
     """For each turn the answers by side, `drafter` and `plain`."""
 
 
-def rotated(ways: Iterable[Item], number: int) -> list[Item]:
+def rotated(ways: Iterable[Item], number: int) -> Iterable[Item]:
     """Return the ways to measure in an order that differs from prompt to prompt, so that a drift favours none."""
-    ways = list(ways)
-    start = number % len(ways)
-    return ways[start:] + ways[:start]
+    order = deque(ways)
+    order.rotate(-number)
+    return order
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
@@ -221,7 +217,7 @@ class Records(Generic[Record]):
     def add(self, record: Record) -> None:
         """Keep one, on disk at once."""
         self.rows.append(record)
-        with self.own.open("a", encoding="utf-8") as file:
+        with naming_file(self.own), self.own.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
 
     def collect(self) -> None:
@@ -243,7 +239,7 @@ class Records(Generic[Record]):
         """Append what ranks have measured; a kill in between leaves lines twice, of which the last count."""
         for part in sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")):
             cut_unfinished_line(part)
-            with self.path.open("ab") as file:
+            with naming_file(self.path), self.path.open("ab") as file:
                 file.write(part.read_bytes())
             part.unlink()
 

@@ -368,6 +368,8 @@ class Heldout:
     block_size: int
     histogram: list[list[Count]]
     num_without_bonus: list[Count]
+    responses_sha256: str | None = optional()
+    """Hash of the responses; older versions lack it."""
 
     def acceptance(self, ids: Sequence[str]) -> Acceptance | None:
         """Take the rows of some prompts, in their order; None where it has none of them."""
@@ -384,13 +386,17 @@ def has_heldout(folder: Path) -> bool:
     return (folder / HELDOUT_FILE).exists()
 
 
-def write_heldout(folder: Path, ids: list[str], acceptance: Acceptance) -> None:
-    """Write heldout.json into a drafter's folder, all or nothing, from an acceptance with a row for each prompt."""
+def write_heldout(folder: Path, ids: list[str], acceptance: Acceptance, sha256: str | None = None) -> None:
+    """Write heldout.json into a drafter's folder, all or nothing, from an acceptance with a row for each prompt.
+
+    `sha256` is the hash of the responses.
+    """
     heldout = Heldout(
         ids=ids,
         block_size=acceptance.block_size,
         histogram=acceptance.rows.tolist(),
         num_without_bonus=acceptance.without_bonus.tolist(),
+        responses_sha256=sha256,
     )
     with lock_folder(folder):
         register_files(folder, HELDOUT_FILE)

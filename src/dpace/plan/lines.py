@@ -23,6 +23,7 @@ from dpace.plan.training import (
     steps_done,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set
+from dpace.respond.conversation import own_messages
 from dpace.respond.responses import Response, responses_by_id
 
 ANSWER_BYTES = 12
@@ -84,8 +85,8 @@ def disk_line(folder: str | Path, needed: int) -> str:
     """Write how much of a disk a folder takes and has, and refuse one with too little room.
 
     Args:
-        folder: that will be written to.
-        needed: bytes that it will have at most; what it has already counts.
+        folder: that will be written to, or a file that will grow.
+        needed: bytes that a folder will have at most, what it has already counts; or that the file will grow by.
 
     Raises:
         ValueError: there is less room.
@@ -118,13 +119,15 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     """Write what `dpace respond` will do.
 
     Raises:
-        ValueError: the disk has no room for the answers.
+        ValueError: the disk has no room for the answers, or a prompt has no reply to train on.
     """
     kept = kept_answers(recipe)
     waiting = [prompt for part in parts for prompt in part if prompt.id not in kept]
     lines = [prompts_line(parts)]
     respond = recipe.respond
     if respond.source == "own":
+        for prompt in waiting:
+            own_messages(prompt)
         return [*lines, f"answers: {len(kept):,} kept, {len(waiting):,} taken from the prompts"]
     limit = respond.max_new_tokens
     turns = sum(len(prompt.turns) for prompt in waiting)
@@ -137,7 +140,7 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     if not servers:
         seconds = answering_seconds(recipe, find_speed(recipe), waiting, kept)
         lines.append(time_line({"answers": seconds}, is_bound=not kept))
-    return [*lines, disk_line(recipe.output, ANSWER_BYTES * turns * limit)]
+    return [*lines, disk_line(Path(recipe.output) / "responses.jsonl", ANSWER_BYTES * turns * limit)]
 
 
 def num_decodings(bench: BenchConfig, prompts: Sequence[Prompt], num_drafters: int) -> int:
@@ -176,8 +179,8 @@ def checking_lines(config: CheckConfig, num_prompts: int) -> list[str]:
 
 
 def records_of(folder: Path) -> int:
-    """Count the answers that benchmarks have kept in a folder."""
-    return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in folder.glob("bench-*.jsonl"))
+    """Count the answers that a benchmark has kept in a folder; of several, the one that has kept most."""
+    return max((path.read_bytes().count(b"\n") - 1 for path in folder.glob("bench-*.jsonl")), default=0)
 
 
 def train_lines(recipe: Recipe, conversations: Conversations, folder: Path) -> list[str]:

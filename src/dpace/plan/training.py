@@ -84,7 +84,7 @@ def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:
     Raises:
         ValueError: see `dpace.system.device.find_device`.
     """
-    has_gpu = torch.accelerator.current_accelerator(check_available=True) is not None
+    has_gpu = torch.accelerator.is_available()
     is_cuda = has_gpu or memory is not None if recipe.device == "auto" else recipe.device != "cpu"
     dtype = getattr(torch, recipe.dtype, torch.bfloat16 if is_cuda else torch.float32)  # the latter for auto
     if memory is None:

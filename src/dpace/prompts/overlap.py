@@ -13,6 +13,9 @@ RUN_WORDS = 13
 SHINGLE_WORDS = 5
 """Words in a row that near duplicates are compared by."""
 
+NO_SPACES = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Characters of scripts that put no spaces between words: kana, and Chinese characters."""
+
 
 class PublicTexts:
     """The word runs of public sets, each with the prompt that has it.
@@ -91,7 +94,8 @@ def _user_text(prompt: Prompt) -> str:
 
 
 def _split_words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\w+", text.lower()))
+    """Split a text into words; Chinese and Japanese characters, between which are no spaces, are words of their own."""
+    return tuple(re.findall(f"[{NO_SPACES}]|[^\\W{NO_SPACES}]+", text.lower()))
 
 
 def _runs(words: tuple[str, ...], size: int) -> set[tuple[str, ...]]:

@@ -64,6 +64,8 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     for reason, names in split.dropped.items():
         if names:
             print(f"{len(names)} prompts are {reason} and are left out", file=sys.stderr)
+    if not split.train:
+        raise ValueError(f"{path} has no prompt left to train on; add some, or leave fewer out")
     by_id = {prompt.id: prompt for prompt in prompts}
     own = by_id if heldout is None else {prompt.id: prompt for prompt in heldout}
     return PromptParts(

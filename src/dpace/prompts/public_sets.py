@@ -12,7 +12,7 @@ from dpace.system.ledger import read_jsonl
 
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 SHUFFLE_SEED = 0
-WAY_OUT = "name a folder of JSONL files with --bench.sets-dir"
+WAY_OUT = "name a folder of JSONL files with --bench.sets-dir, or a file of its prompts in --prompts.decontaminate"
 NOT_THERE = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 """How SPEED-Bench's rows begin whose text lies in another dataset."""
 

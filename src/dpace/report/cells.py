@@ -5,6 +5,7 @@ are shown as they are in Markdown and in one line.
 """
 
 import html
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter
@@ -252,8 +253,14 @@ BREAK_EVEN_COLUMNS = (
 )
 """What is written of a `BreakEven`."""
 
+
+def upgrade_verdict(gain: Estimate) -> str:
+    """Tell whether the second server accepts more; a server that reports no verifications has no gain."""
+    return "not known" if gain[0] is None else _judge(gain[1:], 0, "accepts more", "accepts less")
+
+
 UPGRADE_COLUMNS = (
-    Column("verdict", lambda row: _judge(row.tau_gain[1:], 0, "accepts more", "accepts less")),
+    Column("verdict", lambda row: upgrade_verdict(row.tau_gain)),
     SET,
     TEMPERATURE,
     AT_ONCE,
@@ -360,9 +367,7 @@ def has_parts(benchmarks: Sequence[BenchResults]) -> bool:
 
 def as_markdown(text: str) -> str:
     """Escape what Markdown and HTML would read in a text, in one line."""
-    text = html.escape(one_line(text).replace("\\", "\\\\"), quote=False)
-    for mark in ("`", "|", "*", "~"):
-        text = text.replace(mark, f"\\{mark}")
+    text = re.sub(r"([\\`|*~])", r"\\\1", html.escape(one_line(text), quote=False))
     return text.replace("](", "]\\(").replace("![", "!\\[")
 
 

@@ -8,7 +8,6 @@ plots.
 import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from operator import itemgetter
 from pathlib import Path
 
@@ -269,14 +268,14 @@ def to_markdown(sections: Sequence[Section]) -> str:
 def _template():
     import jinja2
 
-    source = (files("dpace") / "report" / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value) if type(value) is str else value,  # not the SVG, marked as safe
     )
     environment.filters["cell"] = _keep_interval
-    return environment.from_string(source)
+    return environment.get_template("report.html.jinja")
 
 
 def _keep_interval(text: str) -> str:

@@ -4,13 +4,11 @@ Prompts come in, lines of `responses.jsonl` go out: answered in this process or 
 continued where an earlier call was interrupted.
 """
 
-import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +100,7 @@ def answer_prompts(
             _append_rows(rows, _rank_paths(path)[ranks.rank()], len(mine))
         parts = ranks.gather(servers.left_out if servers else Counter())
         left_out = dict(sum(parts, Counter()))
-        ranks.from_first(lambda: _complete(prompts, path, meta, left_out, bool(waiting)))
+        ranks.from_first(lambda: _complete(prompts, path, meta, left_out))
     return left_out
 
 
@@ -152,14 +150,11 @@ def _find_waiting(
     return [names[number] for number in find_shared(list(waiting.values()))[0]]
 
 
-def _complete(
-    prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int], is_new: bool
-) -> None:
+def _complete(prompts: Sequence[Prompt], path: Path, meta: dict[str, Any], left_out: dict[str, int]) -> None:
     """Collect what the ranks wrote, put it in the order of the prompts, and note that the file is complete."""
-    if is_new:
-        _append_rank_files(path)
-        if sum(left_out.values()) == len(prompts):
-            raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
+    _append_rank_files(path)
+    if left_out and sum(left_out.values()) == len(prompts):
+        raise ValueError(f"no prompt was answered: {'; '.join(left_out)}; fix this, and run the same command again")
     if prompts:
         if path.exists() and not read_meta(path).get("complete"):
             places = {prompt.id: place for place, prompt in enumerate(prompts)}
@@ -199,19 +194,15 @@ def _rank_paths(path: Path) -> list[Path]:
 def _append_rank_files(path: Path) -> None:
     """Append what the ranks of this call, or of one that was killed, have written, and remove their files.
 
-    Line by line of each rank in turn, which is the order in which one process would have written them. An id that the
-    file has already is left out: its part was appended before the kill.
+    An id that the file has already is left out: its part was appended before the kill.
     """
     parts = sorted(path.parent.glob(f"{path.stem}.rank-*{path.suffix}"), key=lambda part: (len(part.name), part.name))
     refuse_foreign_files(path.parent, *(part.name for part in parts))
     if not parts:
         return
+    done = {response.id for response in iterate_responses(path)} if path.exists() else set()
     for part in parts:
         cut_unfinished_line(part)
-    done = {response.id for response in iterate_responses(path)} if path.exists() else set()
-    with contextlib.ExitStack() as files:
-        opened = [files.enter_context(part.open(encoding="utf-8", newline="\n")) for part in parts]
-        lines = [line for group in zip_longest(*opened) for line in group if line]
-    _append(path, [line for line in lines if json.loads(line)["id"] not in done])
-    for part in parts:
+        with part.open(encoding="utf-8", newline="\n") as lines:
+            _append(path, [line for line in lines if json.loads(line)["id"] not in done])
         part.unlink()

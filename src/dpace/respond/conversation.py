@@ -57,6 +57,8 @@ class Conversation:
             num_tokens = len(encode_chat(self.target, messages))
         if self.config.source == "target":
             self._check_length(num_tokens, len(turns))
+        else:
+            own_messages(self.prompt)
         return array("i", first)
 
     def ask(self) -> list[int]:
@@ -93,11 +95,6 @@ class Conversation:
         Raises:
             ValueError: it comes without one.
         """
-        if self.prompt.answer is None:
-            raise ValueError(
-                f"prompt {self.prompt.id} has no reply at its end, which --respond.source own trains on; remove the "
-                "prompt, or let the target answer with --respond.source target"
-            )
         for message in own_messages(self.prompt):
             if message["role"] == "assistant" and self.messages:
                 self._append(*encode_answer(self.target, self.messages, message))
@@ -111,8 +108,17 @@ class Conversation:
 
 
 def own_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """Return the messages of a prompt that comes with a reply, and the reply."""
+    """Return the messages of a prompt that comes with a reply, and the reply.
+
+    Raises:
+        ValueError: there is no reply.
+    """
     answer = prompt.answer
+    if answer is None:
+        raise ValueError(
+            f"prompt {prompt.id} has no reply at its end, which --respond.source own trains on; remove the prompt, or "
+            "let the target answer with --respond.source target"
+        )
     return [*prompt.turns[0], answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
 
 

@@ -37,14 +37,6 @@ class Response:
     response_spans: list[list[int]]
     """Span [start, end) of each answer of the target, stop token included."""
 
-    @property
-    def is_response(self) -> list[bool]:
-        """For each token, whether the target wrote it."""
-        flags = [False] * len(self.token_ids)
-        for start, end in self.response_spans:
-            flags[start:end] = [True] * (end - start)
-        return flags
-
     def turns(self, lengths: Iterable[int]) -> list[list[dict[str, Any]]]:
         """Return the messages that were answered, in turns of these lengths, and last those that are left over."""
         messages = iter(self.messages)
@@ -147,10 +139,7 @@ def meta_path(path: str | Path) -> Path:
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """Read what made a file of responses.
-
-    Args:
-        path: `responses.jsonl`, or the folder that has it.
+    """Read what made a file of responses, `responses.jsonl`.
 
     Returns:
         The keys of `Meta` among others; empty where there is no such file. `complete` says whether all `num_prompts`
@@ -159,8 +148,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, or a key has a value of another type.
     """
-    path = Path(path)
-    path = meta_path(path / "responses.jsonl" if path.is_dir() else path)
+    path = meta_path(path)
     if not path.exists():
         return {}
     fix = "delete it and the responses beside it, and write them again with `dpace respond`"
@@ -176,9 +164,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
     """Return what the responses depend on, as far as it is known before the target is loaded."""
     sampling = {"seed": config.seed} if config.temperature > 0 else {}
-    source = "servers" if config.server else config.source
     return {
-        **({} if source == "target" else {"source": source}),
+        "source": "servers" if config.server else config.source,
         "thinking": thinking,
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
@@ -221,9 +208,8 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
     other = "name another folder with --output, or delete the file"
     if not old:
         raise ValueError(f"{path} has no {meta_path(path).name} that tells what made it; {other}")
-    default = {"source": "target"}
-    now = default | {key: meta[key] for key in Meta.__annotations__ if key in meta and key != "target"}
-    same_run(default | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
+    now = {key: meta[key] for key in Meta.__annotations__ if key in meta and key != "target"}
+    same_run({"source": "target"} | old, now, f"{path} was made by {old.get('target')!r}", other, WAYS_OUT)
 
 
 def register_answers(path: Path) -> None:

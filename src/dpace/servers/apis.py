@@ -316,7 +316,10 @@ class VllmServer(Server):
 
     def counters(self):
         """See `Server`."""
-        page = self.address.get("/metrics")
+        try:
+            page = self.address.get("/metrics")
+        except Refused:  # by a proxy
+            return None
         line = r'^vllm:spec_decode_num_(\w+)_total(?:\{(?:[^}]*position="(\d+)")?[^}]*\})? ([0-9.e+]+)$'
         totals: Counter[tuple[str, int]] = Counter()
         try:
@@ -463,13 +466,17 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
         vocab_size: see `Server`.
 
     Raises:
-        ValueError: no address, nothing answers there, or none of the servers that are known.
+        ValueError: no address, nothing answers there, it wants a key, or none of the servers that are known.
     """
     address = Address(url)
     for path, kind in PROBES:
         try:
             answer = json.loads(address.get(path))
-        except (Refused, json.JSONDecodeError, RecursionError):
+        except Refused as error:
+            if error.status == 401:
+                raise
+            continue
+        except (json.JSONDecodeError, RecursionError):
             continue  # a server, but not this one
         if isinstance(answer, dict) and (kind is not VllmServer or "version" in answer):
             server = kind(url, vocab_size)

@@ -31,11 +31,11 @@ from dpace.measure.results import (
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights, tau_curves
 from dpace.respond.answering import write_responses
-from dpace.respond.responses import Response
+from dpace.respond.responses import Response, check_meta, known_settings
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
 from dpace.target import Target
-from dpace.train.identity import data_of, refuse_other_run, settings_of, target_of
+from dpace.train.identity import data_of, hash_rows, refuse_other_run, settings_of, target_of
 from dpace.train.run import check_recipe, choose_conversations, is_trained, keep_features, train
 
 Cell = tuple[str, int]
@@ -124,15 +124,21 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cel
     """Refuse an output folder that cannot be written to, before any work; return the recipe of each cell.
 
     Raises:
-        ValueError: see `make_recipes`; files that dpace did not write, or results of `dpace bench`; or a cell with
-            another run.
+        ValueError: see `make_recipes`; files that dpace did not write, results of `dpace bench`, or answers made in
+            another way; or a cell with another run.
         OSError: a file stands where the folder is to be.
     """
+    if config.respond.source == "own":
+        raise ValueError(
+            "--respond.source is own, and `dpace compare` measures tau on what the target answers; leave it out, or "
+            "train with `dpace train`"
+        )
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         folder.mkdir()  # raises the error
     refuse_foreign_files(folder, *FILES)
     refuse_other_results(folder / FILES[0], CompareResults)
+    check_meta(folder / "responses.jsonl", known_settings(config.respond, thinking=config.thinking))
     recipes = make_recipes(config)
     for cell, recipe in recipes.items():
         refuse_other_run(cell_folder(folder, cell), settings_of(recipe, init=init))
@@ -204,7 +210,7 @@ def heldout_set(heldout: Sequence[Response], recipe: Recipe) -> ResponseDataset:
 
 
 def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_set: ResponseDataset) -> None:
-    """Measure the drafters that have no heldout.json, or one that lacks a prompt.
+    """Measure the drafters that have no heldout.json, or one of other responses.
 
     Args:
         target: their target.
@@ -212,9 +218,9 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         folders: of the drafters.
         test_set: of `heldout_set`; features that it has are used, and kept here otherwise.
     """
-    wanted = {*test_set.ids}
+    wanted = hash_rows(test_set)
     unmeasured = ranks.from_first(
-        lambda: [folder for folder in folders if not has_heldout(folder) or not wanted <= {*read_heldout(folder).ids}]
+        lambda: [f for f in folders if not has_heldout(f) or read_heldout(f).responses_sha256 != wanted]
     )
     if not unmeasured:
         return
@@ -223,7 +229,7 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
         acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, over_ranks=True)
-        ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance))
+        ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance, wanted))
 
 
 def make_rows(cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:

@@ -65,8 +65,8 @@ def find_hardware(device: torch.device) -> Hardware:
 
 
 def hash_json(value: Any) -> str:
-    """Hash a value that JSON can hold: sha256, in hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    """Hash a value that JSON can hold, whatever the order of its keys: sha256, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -74,7 +74,7 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None, *, init: Drafter | N
 
 def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
     """Hash the conversations that are trained on and those that choose the checkpoint."""
-    return {"train_sha256": _hash_rows(dataset), "validation_sha256": _hash_rows(validation)}
+    return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
 
 
 def target_of(target: Target) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def target_of(target: Target) -> dict[str, Any]:
     }
 
 
-def _hash_rows(dataset: ResponseDataset) -> str:
+def hash_rows(dataset: ResponseDataset) -> str:
     """Hash ids, tokens, and which of them the target wrote."""
     digest = hashlib.sha256()
     for index, response_id in enumerate(dataset.ids):

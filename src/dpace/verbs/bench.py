@@ -1,7 +1,7 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dpace.config import BenchConfig, Recipe
@@ -10,6 +10,11 @@ from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
 from dpace.verbs import announce, load_chat, load_target
+
+IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
+"""Options that running servers do not take."""
+FOR_SERVERS = ("plain_server", "prefixes", "concurrencies")
+"""Options that only running servers take."""
 
 
 def run(args: list[str]) -> None:
@@ -32,36 +37,31 @@ def run(args: list[str]) -> None:
     from dpace.train.identity import data_of, read_run
     from dpace.train.run import choose_conversations
 
-    if recipe.bench.sets:
-        prompts = read_sets(recipe.bench.sets, recipe.bench.sets_dir)
-    else:
-        prompts = split_prompts(recipe.prompts).heldout
-    if recipe.bench.server:
-        for name in ("drafters", "widths", "verify_rules"):
-            if getattr(recipe.bench, name) != getattr(BenchConfig(), name):
-                flag = f"--bench.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is not for --bench.server, which was started with its own; leave one out")
+    config = recipe.bench
+    if config.num_prompts == 0:
+        raise ValueError("--bench.num-prompts is 0, which leaves out decoding in `dpace compare`; name 1 or more")
+    if config.sets_dir and not config.sets:
+        raise ValueError("--bench.sets-dir is a folder of sets; name those to measure on with --bench.sets")
+    prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
+    if config.server:
+        _refuse(config, IN_PROCESS, "is not for --bench.server, which was started with its own; leave one out")
         if DRY_RUN in args:
             print(f"prompts: {len(prompts):,}, sent to the server")
             return
         chat = load_chat(recipe)
-        urls = recipe.bench.server, recipe.bench.plain_server
         with lock_folder(recipe.output):
-            served = bench_servers(chat, *urls, prompts, recipe.bench, recipe.output)
+            served = bench_servers(chat, config.server, config.plain_server, prompts, config, recipe.output)
         console().print(*map(section_table, tables_of(served)))
         print(f"written: {recipe.output}/servers.json")
         print("next:", command("report", recipe.output))
         return
-    if recipe.bench.plain_server or recipe.bench.prefixes != ("cold",):
-        raise ValueError(
-            "--bench.plain-server and --bench.prefixes are for servers; name the one with a drafter by --bench.server"
-        )
+    _refuse(config, FOR_SERVERS, "is for servers; name the one with a drafter by --bench.server")
     refuse_other_results(Path(recipe.output) / "results.json", BenchResults)
-    folders = recipe.bench.drafters or (str(Path(recipe.output) / "drafter"),)
-    found = [find_drafter(folder, "--bench.drafters") if recipe.bench.drafters else folder for folder in folders]
+    folders = config.drafters or (str(Path(recipe.output) / "drafter"),)
+    found = [find_drafter(folder, "--bench.drafters") if config.drafters else folder for folder in folders]
     named = dict(zip(drafter_names(folders), found, strict=True))
     answers = Path(recipe.output) / "responses.jsonl"
-    if not (recipe.bench.sets or recipe.bench.drafters) and answers.exists() and (kept := read_run(found[0])):
+    if not (config.sets or config.drafters) and answers.exists() and (kept := read_run(found[0])):
         trained = read_recipe(Path(found[0]) / "recipe.yaml")
         same_run(
             kept,
@@ -70,16 +70,16 @@ def run(args: list[str]) -> None:
             "the held-out prompts may be among them; give the prompts and options of the training",
             {},
         )
-    if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
-        return
     if not Path(found[0]).exists():
         raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
+    if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
+        return
     target = load_target(recipe)
     if ranks.is_first():
         print(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}", file=sys.stderr)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
     with lock_folder(recipe.output):
-        results = bench(target, drafters, prompts, recipe.bench, recipe.output)
+        results = bench(target, drafters, prompts, config, recipe.output)
     if not ranks.end():
         return
     tables = [*map(section_table, tables_of(results))]
@@ -90,8 +90,15 @@ def run(args: list[str]) -> None:
     console().print(*tables)
     print_text(advice(results))
     print_text(f"written: {recipe.output}/results.json")
-    flags = {"target": recipe.target, "drafter": folders[0], "thinking": recipe.thinking, "prompt": PROMPT}
-    print("next:", command("generate", **flags))
+    asked = command("generate", target=recipe.target, drafter=folders[0], thinking=recipe.thinking, prompt=PROMPT)
+    print("next:", asked)
+
+
+def _refuse(config: BenchConfig, names: Iterable[str], reason: str) -> None:
+    """Refuse options that would do nothing."""
+    for name in names:
+        if getattr(config, name) != getattr(BenchConfig(), name):
+            raise ValueError(f"--bench.{name.replace('_', '-')} {reason}")
 
 
 def drafter_names(folders: Sequence[str]) -> list[str]:

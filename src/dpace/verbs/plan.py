@@ -35,15 +35,16 @@ def run(args: list[str]) -> None:
     from dpace.plan.calibrate import calibrate
     from dpace.plan.lines import fit_lines, kept_answers, memory_lines, size, time_line, training_lines
     from dpace.plan.training import find_conversations, plan_recipe
-    from dpace.prompts.prompts import split_prompts
+    from dpace.prompts.prompts import parse_hub_id, split_prompts
     from dpace.respond.responses import read_meta
     from dpace.train.run import check_recipe
 
     recipe, _ = start_from(asked, given_options(PlanConfig, "plan", args))
     check_recipe(recipe)
-    has_prompts = recipe.prompts.path == "demo" or Path(recipe.prompts.path).exists()
-    parts = split_prompts(recipe.prompts) if has_prompts else None
     kept = kept_answers(recipe)
+    path = recipe.prompts.path
+    has_prompts = path == "demo" or Path(path).exists() or (kept and parse_hub_id(path))
+    parts = split_prompts(recipe.prompts) if has_prompts else None
     conversations = find_conversations(recipe, parts, kept)
     plan = plan_recipe(recipe, conversations, memory=memory)
     folders = [Path(recipe.output) / "drafter"]

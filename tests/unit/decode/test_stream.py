@@ -8,6 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from dpace.cli import main
 from dpace.decode.loop import generate
 from dpace.decode.streaming import TextPieces, custom_generate, stream
+from dpace.target import chat
 from tests.conftest import make_drafter, make_target
 
 
@@ -103,14 +104,23 @@ def test_chat(language_folder, language_drafter, tmp_path, capsys, monkeypatch):
     """Two turns from standard input; the second prompt has the first answer."""
     language_drafter.save_pretrained(tmp_path / "drafter")
     monkeypatch.setattr("sys.stdin", io.StringIO("w3 w51\n\nw5 w51\n"))
+    asked = []
+    encode = chat.encode_chat
+
+    def note(target, messages):
+        asked.append([message["content"] for message in messages])
+        return encode(target, messages)
+
+    monkeypatch.setattr(chat, "encode_chat", note)
     flags = f"--target {language_folder} --drafter {tmp_path / 'drafter'} --stream --max-new-tokens 20".split()
     assert main(["generate", *flags]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("> ") == 4 and "w4 w5 w6" in printed.out
+    assert asked[0] == ["w3 w51"]
+    assert len(asked[1]) == 3 and "w4 w5 w6" in asked[1][1] and asked[1][2] == "w5 w51"
     sentence = r"^\d+ tokens?(?: at [\d.]+ tokens/s; each pass of the target gave [\d.]+ \(tau\))?$"
     ends = re.findall(sentence, printed.err, re.M)
     assert len(ends) == 2
     assert main(["generate", *flags, "--prompt", "w3 w51"]) == 0
     assert "w4 w5 w6" in capsys.readouterr().out
     assert main(["generate", "--target", str(language_folder)]) == 1
-    assert main(["generate", "--target", str(language_folder), "--stream"]) == 1

@@ -23,6 +23,7 @@ import dpace.engines.export
 import dpace.modeling_dflash
 from dpace.cli import main
 from dpace.config import BenchConfig
+from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import DrafterSpec
@@ -356,6 +357,13 @@ def test_kinds_of_drafters_are_what_their_names_say(expected, language_target, p
         texts, steps = zip(*expected[kind], strict=True)
         assert list(texts) == plain
         assert low <= sum(len(text) - 1 for text in texts) / sum(steps) < high, kind
+
+
+@pytest.mark.parametrize("kind", [*WINDOWS, "convolutions"])
+def test_batches_accept_what_single_decoding_does(kind, folders, expected, language_target, prompts):
+    drafter = load_drafter(folders[kind], language_target)
+    batch = generate_batch(language_target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    assert [(out.token_ids, len(out.widths)) for out in batch] == expected[kind]
 
 
 @quiet

@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
 from dpace.doctor.doctor import diagnose
-from dpace.drafter import Drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.lilicorr import OLDER_NAMES
 from dpace.engines.export import read_drafter
+from dpace.measure.heldout import heldout_acceptance
 from tests.conftest import make_drafter, make_with_head
 from tests.support.files import read_json, write_rows
 from tests.unit.doctor.test_doctor import edit, nested
@@ -126,11 +128,14 @@ def test_the_record_of_the_head_does_not_stay_without_it(language_target, langua
     assert read_json(tmp_path / "plain" / "config.json")["dpace"] == {"target": "a"}
 
 
-def test_doctor_measures_a_head_on_responses(language_target, language_folder, language_responses, tmp_path, capsys):
+def test_doctor_measures_a_head_on_responses(language_target, language_responses, tmp_path):
     make_with_head(language_target).save_pretrained(tmp_path / "head")
     write_rows(tmp_path / "some.jsonl", map(asdict, language_responses[:3]))
-    flags = ["--target", str(language_folder), "--responses", str(tmp_path / "some.jsonl")]
-    assert main(["doctor", str(tmp_path / "head"), *flags]) == 0, capsys.readouterr().out
+    found = diagnose(tmp_path / "head", language_target, responses=str(tmp_path / "some.jsonl"))
+    data = ResponseDataset(language_responses[:3], max_length=10**9, num_anchors=None, seed=0)
+    drafter = load_drafter(tmp_path / "head", language_target, all_tokens=True)
+    tau = heldout_acceptance(drafter, language_target, data).tau
+    assert {d.check: d.found for d in found}["drafts anything"] == f"tau {tau:.2f}"
 
 
 @pytest.mark.parametrize("value", [0, 48])

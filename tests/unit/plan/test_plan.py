@@ -139,6 +139,7 @@ def files(folder) -> dict:
 @pytest.mark.parametrize("verb", ["respond", "train", "compare", "bench", "check"])
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(verb, answered, tmp_path, capsys):
     """There are no weights, so that any work would fail."""
+    (tmp_path / "out" / "drafter").mkdir()
     before = files(tmp_path)
     options = answered if verb != "respond" else [*answered, "--output", str(tmp_path / "other")]
     if verb == "check":

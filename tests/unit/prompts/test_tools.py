@@ -118,8 +118,7 @@ def test_what_is_no_tool_is_refused_with_its_line(row, words, tmp_path):
     assert "x.jsonl:1: " in str(error.value)
 
 
-def test_a_result_that_is_given_is_answered_and_the_spans_are_the_targets_own(target, tmp_path):
-    """Also by a server, which gets the same tokens: tools are in them."""
+def test_a_result_that_is_given_is_answered_and_the_spans_are_the_targets_own(target, tmp_path, monkeypatch):
     turns = ["w1 w2", {"role": "tool", "content": "w9 w8"}]
     prompt = read_one(tmp_path / "x.jsonl", {"turns": turns, "tools": [TOOL]})
     config = RespondConfig(max_new_tokens=6)
@@ -130,7 +129,8 @@ def test_a_result_that_is_given_is_answered_and_the_spans_are_the_targets_own(ta
     start, end = response.response_spans[-1]
     assert decode(response.token_ids[:start]).endswith("w41 w9 w8 answer") and end == len(response.token_ids)
     assert read_responses(tmp_path / "r" / "responses.jsonl") == [response]
-    assert write_responses(target, [prompt], tmp_path / "r" / "responses.jsonl", config) == [response], "once"
+    monkeypatch.setattr("dpace.respond.answering._answer_here", lambda *_: pytest.fail("answered twice"))
+    assert write_responses(target, [prompt], tmp_path / "r" / "responses.jsonl", config) == [response]
 
 
 def test_own_answers_with_calls_are_trained_on(target, tmp_path):

@@ -18,6 +18,7 @@ from dpace.respond import from_servers
 from dpace.respond.answering import answer_prompts, write_responses
 from dpace.respond.in_process import generate_responses
 from dpace.respond.responses import read_meta, read_responses
+from dpace.servers.apis import connect
 from dpace.servers.transport import Address, Unavailable
 from dpace.system.ledger import register_files
 from dpace.target.chat import ChatTokenizer
@@ -144,7 +145,8 @@ def test_servers_give_what_this_process_gives(engine, temperature, start, chat, 
     assert counts == [len(stub.requests) for stub in stubs]
     for line in lines_of(path):
         reasons = ["stop" if line["token_ids"][end - 1] == EOS else "length" for _, end in line["response_spans"]]
-        assert line["finish_reasons"] == reasons[-1:] or line["finish_reasons"][-len(reasons) :] == reasons
+        assert len(line["finish_reasons"]) == sum(message["role"] == "user" for message in line["messages"])
+        assert line["finish_reasons"][-len(reasons) :] == reasons
         assert (line["engine"], line["model"]) == (engine, "m")
     meta = read_meta(path)
     assert meta["source"] == "servers" and meta["servers"] == [{"engine": engine, "model": "m"}] and meta["complete"]
@@ -189,7 +191,7 @@ def test_texts_are_turned_back_into_their_tokens_or_left_out(engine, start, chat
     assert list(left_out.values()) == [1] and "prompt 2 is left out: given as a text" in capsys.readouterr().err
     found = read_responses(tmp_path / "two" / "responses.jsonl")
     assert sorted(found, key=lambda one: one.id) == [one for one in own[0.0] if one.id != "2"]
-    assert read_meta(tmp_path / "two")["left_out"] == left_out
+    assert read_meta(tmp_path / "two" / "responses.jsonl")["left_out"] == left_out
 
 
 def test_requests_at_once_are_bounded_by_the_batch_size(start, chat, own, tmp_path):
@@ -275,6 +277,9 @@ def test_the_key_is_sent_and_is_neither_shown_nor_kept(start, chat, tmp_path, mo
     with pytest.raises(ValueError, match=r"refuses \(401\).*set DPACE_API_KEY") as error:
         write_responses(chat, make_prompts(12), tmp_path / "r.jsonl", at(stub))
     assert key not in str(error.value)
+    stub.get = lambda request: request.send({}, 401)
+    with pytest.raises(ValueError, match=r"refuses \(401\).*set DPACE_API_KEY"):
+        connect(stub.url)
     monkeypatch.setenv("DPACE_API_KEY", f"{key}\nX: y")
     with pytest.raises(ValueError, match="DPACE_API_KEY has characters") as error:
         Address("http://x")

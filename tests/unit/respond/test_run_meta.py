@@ -51,7 +51,7 @@ def path(tmp_path):
 def test_the_meta_file_tells_what_made_the_responses(target, path):
     write_responses(target, PROMPTS, path, CONFIG)
     meta = read_meta(path)
-    assert meta == read_meta(path.parent) and meta["complete"] is True and meta["num_prompts"] == 7
+    assert meta["complete"] is True and meta["num_prompts"] == 7
     assert meta["responses_sha256"] == hash_file(path) and meta["target_sha256"] == weights_fingerprint(target.model)
     before = {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
     write_responses(

@@ -74,11 +74,11 @@ def test_plain_and_drafted_text_is_the_targets(family, target, wrong_every, monk
     assert family in NOT_DRAFTED_FOR or accepted > 40
 
 
-def test_width_auto_and_streams_keep_the_text(family, target):
+def test_width_auto_keeps_the_text(family, target):
     if family in NOT_DRAFTED_FOR:
         pytest.skip(NOT_DRAFTED_FOR[family])
     drafter, paces = make_drafter(target, block_size=4, target_layer_ids=[0, 2]), Paces()
-    prompt = SHARED + SHARED  # so that something is copied
+    prompt = SHARED + SHARED
     text = own_text(target, prompt)
     assert generate(target, drafter, prompt, max_new_tokens=LENGTH, paces=paces).token_ids == text
 

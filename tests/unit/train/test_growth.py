@@ -1,5 +1,7 @@
 """Blocks that grow: as many slots a step, and anchors that depend on the draw only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes, sample_anchors
 from dpace.cli import main
 from dpace.drafter.views import blocks_hidden
-from tests.conftest import VOCAB, make_drafter, make_with_convolutions
+from dpace.train.loop import TrainingLoop
+from dpace.train.run import make_datasets, train
+from tests.conftest import VOCAB, make_drafter, make_recipe, make_with_convolutions
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,21 @@ def test_short_blocks_are_more(language_responses):
         assert set(drawn.tolist()) <= set(sample_anchors(row["is_response"]).tolist())
     dataset.epoch = 1
     assert not torch.equal(short["anchors"], collate([redraw(dataset[i], 6) for i in range(6)], 4)["anchors"])
+
+
+def test_training_takes_short_blocks_first(language_target, language_responses, tmp_path, monkeypatch):
+    seen = []
+    take_step = TrainingLoop.take_step
+
+    def note_shape(loop, batches):
+        seen.append(tuple(batches[0]["is_scored"].shape[1:]))
+        take_step(loop, batches)
+
+    monkeypatch.setattr(TrainingLoop, "take_step", note_shape)
+    recipe = make_recipe(max_steps=4, num_anchors=4, grow_blocks=True)
+    recipe = replace(recipe, drafter=replace(recipe.drafter, block_size=8))
+    train(language_target, *make_datasets(language_target, language_responses[:21], [], recipe), recipe, tmp_path)
+    assert seen == [(8, 4), (8, 4), (4, 8), (4, 8)]
 
 
 @torch.no_grad()

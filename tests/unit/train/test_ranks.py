@@ -12,6 +12,7 @@ from dpace.config import LossConfig
 from dpace.loss import REDUCTIONS
 from dpace.measure.results import read_log
 from dpace.train.loop import TrainingLoop
+from dpace.train.run import train
 from tests.conftest import make_recipe
 from tests.support import ranks
 from tests.support.files import read_json, write_rows
@@ -106,6 +107,20 @@ def test_several_ranks_give_the_same_steps(
     assert not list(folder.rglob("*.rank-*")) and len(list(folder.glob("features/*/*.safetensors"))) >= num_ranks
 
 
+def test_reductions_differ(on_one_rank):
+    assert len({read_log(on_one_rank / name)[0]["loss"] for name in REDUCTIONS}) == len(REDUCTIONS)
+
+
+def test_a_heads_step_is_the_same_however_it_is_split(language_target, responses, tmp_path):
+    base = replace(RECIPE, drafter=replace(RECIPE.drafter, head="lilicorr", head_candidates=4))
+    empty = ranks.ResponseDataset([], max_length=8, num_anchors=None, seed=0)
+    for size in (8, 2, 1):
+        recipe = replace(base, train=replace(base.train, batch_size=size, gradient_accumulation_steps=8 // size))
+        train(language_target, ranks.make_dataset(responses, recipe), empty, recipe, tmp_path / str(size))
+    for size in (2, 1):
+        assert_same(tmp_path / "8", tmp_path / str(size))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("size", [1, 2])
 def test_accumulation_gives_the_same_steps(reduction, size, on_one_rank, language_target, responses, tmp_path):
@@ -113,5 +128,5 @@ def test_accumulation_gives_the_same_steps(reduction, size, on_one_rank, languag
     config = replace(RECIPE.train, batch_size=size, gradient_accumulation_steps=8 // size)
     recipe = replace(RECIPE, train=config, loss=LossConfig(reduction=reduction))
     empty = ranks.ResponseDataset([], max_length=8, num_anchors=None, seed=0)
-    ranks.train(language_target, ranks.make_dataset(responses, RECIPE), empty, recipe, tmp_path)
+    train(language_target, ranks.make_dataset(responses, RECIPE), empty, recipe, tmp_path)
     assert_same(on_one_rank / reduction, tmp_path)

@@ -204,9 +204,8 @@ def test_weights_near_zero_are_told_once(language_target, language_responses, tm
     assert "near 0" not in capsys.readouterr().err
 
 
-def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
-    recipe = replace(short(), loss=LossConfig(vocabulary="seen"))
-    run_recipe(language_target, language_responses[:20], language_responses[50:52], recipe, tmp_path)
+def test_a_training_logs_its_weights_and_writes_its_files(language_target, language_responses, tmp_path):
+    run_recipe(language_target, language_responses[:20], language_responses[50:52], short(), tmp_path)
     log = read_log(tmp_path)
     shares = [log[0][f"weight_share/{k}"] for k in range(1, 6)]
     assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
@@ -214,6 +213,55 @@ def test_seen_vocabulary_trains(language_target, language_responses, tmp_path):
     assert any("eval_tau" in entry for entry in log)
     for name in ("config.json", "model.safetensors", "recipe.yaml", "provenance.json"):
         assert (tmp_path / name).exists()
+
+
+EACH = {
+    "loss.objective": "uniform",
+    "loss.token_loss": "kl",
+    "loss.alpha": 0.1,
+    "loss.alpha_end": 0.1,
+    "loss.reduction": "batch",
+    "loss.vocabulary": "seen",
+    "train.learning_rate": 1e-3,
+    "train.warmup_ratio": 1.0,
+    "train.weight_decay": 0.5,
+    "train.max_grad_norm": 1e-3,
+    "train.group_by_length": False,
+    "train.num_anchors": 3,
+    "train.max_length": 20,
+    "train.seed": 7,
+    "train.optimizer": "muon",
+    "train.grow_blocks": True,
+    "drafter.norm_scale": 0.5,
+    "drafter.causal": True,
+}
+"""Another value of each option that changes results."""
+
+
+def trace(target, responses, recipe, folder):
+    """What a training logs, and its weights."""
+    weights = weights_of(run_recipe(target, responses[:21], [], recipe, folder))
+    return [[entry.get(name) for name in ("loss", "nll", "grad_norm")] for entry in read_log(folder)], weights
+
+
+@pytest.fixture(scope="module")
+def usual(language_target, language_responses, tmp_path_factory):
+    return trace(language_target, language_responses, of_eight_slots(), tmp_path_factory.mktemp("usual"))
+
+
+def of_eight_slots():
+    recipe = short(batch_size=4)
+    return replace(recipe, drafter=replace(recipe.drafter, block_size=8, num_layers=1))
+
+
+@pytest.mark.parametrize("option", EACH)
+def test_each_option_changes_the_training(option, usual, language_target, language_responses, tmp_path):
+    group, name = option.split(".")
+    recipe = of_eight_slots()
+    recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{name: EACH[option]})})
+    log, weights = trace(language_target, language_responses, recipe, tmp_path)
+    assert log != usual[0]
+    assert not torch.equal(weights, usual[1])
 
 
 def test_the_last_step_is_measured_and_can_be_kept(language_target, language_responses, tmp_path):
