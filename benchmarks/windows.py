@@ -114,6 +114,7 @@ class Behind:
         self.token_ids = token_ids
         self.count = count
         self.cache = TextCache(target.config, len(token_ids) + count + drafter.block_size)
+        self.cache.activate_past_recording()
         with torch.inference_mode():
             prompt = torch.tensor([token_ids], device=target.device)
             hidden, self.features = target.read(prompt, self.cache, drafter.target_layer_ids)

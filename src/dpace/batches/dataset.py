@@ -81,10 +81,10 @@ class ResponseDataset(torch.utils.data.Dataset):
             flags[start:end] = True
         return flags
 
-    def has_others(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> bool:
-        """Whether features are kept, and not of these layers."""
+    def lacks(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> bool:
+        """Whether no features of these layers are kept."""
         layer_ids, has_head_input = self.kept
-        return self.features is not None and (layer_ids != [*target_layer_ids] or with_head_input > has_head_input)
+        return self.features is None or layer_ids != [*target_layer_ids] or with_head_input > has_head_input
 
     def keep_features(
         self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,7 +123,6 @@ class ServerFeatures:
         return hidden.flatten(1).to(self.target.head.weight.dtype)
 
 
-StoredDtype = Literal["target", "bfloat16", "float8"]
 SHARD_BYTES = 256 * 2**20
 """Size at which a file is written and the next one begun."""
 LARGEST_FLOAT8 = 448.0
@@ -260,7 +259,7 @@ def _find_missing(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> 
     return set(names) - set(_index_rows(folder)[0])
 
 
-def bytes_of_token(target: Any, num_layers: int, dtype: StoredDtype) -> int:
+def bytes_of_token(target: Any, num_layers: int, dtype: str) -> int:
     """Return the bytes of a token's hidden states on disk."""
     size = {"target": target.head.weight.element_size(), "bfloat16": 2, "float8": 1}[dtype]
     return num_layers * target.hidden_size * size + (4 if dtype == "float8" else 0)
@@ -281,7 +280,7 @@ def _refuse_size(size: int, limit_bytes: float, folder: Path) -> None:
         )
 
 
-def _fill(computed: Iterable[tuple[int, Tensor]], folder: Path, names: Sequence[str], dtype: StoredDtype) -> None:
+def _fill(computed: Iterable[tuple[int, Tensor]], folder: Path, names: Sequence[str], dtype: str) -> None:
     """Write rows as they are computed, a file at a time."""
     waiting: dict[str, Tensor] = {}
     for number, row in computed:

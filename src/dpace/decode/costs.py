@@ -78,6 +78,7 @@ def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0)
     sampler = Sampler(temperature, seed=0, device=target.device)
     filler = torch.full((1, max(FILLER_TOKENS, size)), drafter.mask_token_id, device=target.device)
     cache = TextCache(target.config, filler.shape[1] + size)
+    cache.activate_past_recording()
     _, features = target.read(filler, cache, drafter.target_layer_ids)
     draft_head = DraftHead(target, drafter.vocabulary)
 

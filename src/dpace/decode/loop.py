@@ -165,6 +165,7 @@ class Speculation:
         self.draft_head = DraftHead(target, vocabulary, text.token_ids)
         capacity = len(text.token_ids) + text.max_new_tokens + size
         self.cache = TextCache(target.config, capacity)
+        self.cache.activate_past_recording()
         self.drafter_cache = TextCache(drafter.config, capacity, drafter.num_slots)
         self.limits = torch.tensor([[text.limit]], device=target.device)
         self.unread: list[Float[Tensor, "1 new feature"]] = []
@@ -249,7 +250,7 @@ class Speculation:
         """
         text = self.text
         block, width = proposal.block, proposal.width
-        if self.target.cache_ability == "rewind":
+        if self.target.cache_ability == "rewind" and width > 1:
             self.recurrent_states = self.cache.recurrent_states()
         (logits,), self.state = verify_step(
             self.target, self.cache, self.drafter.target_layer_ids, block, proposal.ends
@@ -287,7 +288,7 @@ class Speculation:
         num_kept = len(step.token_ids)
         self.unread.append(self.state.features[:, :num_kept])
         num_rejected = proposal.width - num_kept
-        if self.recurrent_states and num_rejected:
+        if self.recurrent_states and num_rejected and not self.text.is_done:
             self.cache.rewind(self.recurrent_states, proposal.width)
             self.target.hidden(proposal.block[:, :num_kept], self.cache)
             num_rejected = 0

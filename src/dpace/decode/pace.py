@@ -7,10 +7,10 @@ the answers to copy from, from one response to the next.
 import itertools
 import math
 import operator
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from dpace.decode.copies import MAX_MATCH, NUM_KINDS, Copy, Recall
 from dpace.decode.costs import FILLER_TOKENS, StepCosts, measure_costs
@@ -269,8 +269,8 @@ class Paces:
 
     def __init__(self, recall_mib: float = 0.0):
         self.recall_mib = recall_mib
-        self._paces: weakref.WeakKeyDictionary[Drafter, dict[float, Pace]] = weakref.WeakKeyDictionary()
-        self._recalls: weakref.WeakKeyDictionary[Drafter, Recall] = weakref.WeakKeyDictionary()
+        self._paces: WeakKeyDictionary[Drafter, dict[float, Pace]] = WeakKeyDictionary()
+        self._recalls: WeakKeyDictionary[Drafter, Recall] = WeakKeyDictionary()
 
     def get(self, target: Target, drafter: Drafter, temperature: float = 0.0) -> Pace:
         """Return the drafter's pace at a temperature; at the first call, measure the machine."""

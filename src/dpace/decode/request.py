@@ -89,8 +89,9 @@ class Continuation:
             emitted = emitted[:end]
             accepted = min(accepted, end)
         self.token_ids += emitted
-        self.steps.append(Step(emitted, accepted, width, accepted if is_copied else 0))
-        return self.steps[-1]
+        step = Step(emitted, accepted, width, accepted if is_copied else 0)
+        self.steps.append(step)
+        return step
 
 
 def make_continuation(
@@ -111,9 +112,12 @@ def make_continuation(
         raise ValueError(f"{explain(error, SamplingConfig)}; change it, or leave it out for the default") from error
     sampling = dict(vars(config))
     max_new_tokens = sampling.pop("max_new_tokens")
-    prompt = torch.as_tensor(token_ids).flatten().tolist()
+    ids = torch.as_tensor(token_ids)
+    prompt = ids.flatten().tolist()
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
+    if len(prompt) > ids.shape[-1]:
+        raise ValueError(f"the prompt has the shape {[*ids.shape]}, expected one row; several are for `generate_batch`")
     limit = target.context
     if limit and len(prompt) + max_new_tokens > limit:
         raise ValueError(
@@ -121,12 +125,7 @@ def make_continuation(
             f"the target's limit of {limit}: shorten the prompt"
             + (f" or ask for at most {limit - len(prompt)} new tokens" if limit > len(prompt) else "")
         )
-    boundary = target.rotation_boundary
-    if boundary and len(prompt) <= boundary < len(prompt) + max_new_tokens:
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; past {boundary} "
-            f"tokens this target rotates all positions anew: ask for at most {boundary - len(prompt)} tokens"
-        )
+    target.refuse_crossing(len(prompt), max_new_tokens)
     target.refresh_copies()
     stops = target.stop_token_ids if stops is None else stops
     sampler = Sampler(**sampling, device=target.device)

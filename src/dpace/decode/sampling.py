@@ -63,7 +63,10 @@ class Sampler:
         self._first = 0
 
     def scores(self, logits: Float[Tensor, "slot vocab"], prefix: Sequence[int]) -> Float[Tensor, "slot vocab"]:
-        """Apply all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`."""
+        """Apply all processors and filters; row `k` follows `prefix[: len(prefix) - rows + 1 + k]`.
+
+        The scores are in fp32, in which `argmax` is several times faster than in bf16.
+        """
         if self.processors:
             rows = []
             first = len(prefix) - len(logits) + 1
@@ -72,11 +75,11 @@ class Sampler:
                 rows.append(self.processors(ids, row[None].float()))
             logits = torch.cat(rows)
         unused: Any = None
-        return self.warpers(unused, logits.float()) if self.warpers else logits
+        return self.warpers(unused, logits.float())
 
     def probs(self, scores: Float[Tensor, "slot vocab"]) -> Float[Tensor, "slot vocab"]:
         """Compute the distribution of each row."""
-        return torch.softmax(scores.float(), dim=-1)
+        return torch.softmax(scores, dim=-1)
 
     def draw(self, scores: Float[Tensor, "slot vocab"], position: int) -> Int[Tensor, " slot"]:
         """Draw one token a row from `scores`; the most likely one at temperature 0.
@@ -86,7 +89,7 @@ class Sampler:
         probability `p[x]`.
         """
         if self.temperature == 0:
-            return scores.float().argmax(-1)  # several times faster than in bf16
+            return scores.argmax(-1)
         chances = self.probs(scores)
         for row, noise in zip(chances, self.noise(position, chances), strict=True):
             row.div_(noise)  # in place, because allocating several megabytes is slow

@@ -69,7 +69,8 @@ class TextPieces:
     def flush(self) -> str:
         """Return the text that was held back."""
         piece = self._text()[len(self._text(self._num_returned)) :]
-        self._start = self._num_returned
+        if piece:  # tokens without text do not keep the space that the next ones begin with
+            self._start = self._num_returned
         self._num_returned = len(self.token_ids)
         return piece
 
@@ -86,9 +87,9 @@ def custom_generate(
 
         model.generate(**inputs, custom_generate=custom_generate(target, drafter), max_new_tokens=200)
 
-    All of transformers' processors, filters and stopping criteria apply as usual; `model` is `target.model`. Criteria
-    are checked after every token, in the order of the text. Only one prompt, no beams, and only tokens as output are
-    supported.
+    All of transformers' filters, stopping criteria and processors apply as usual, apart from `guidance_scale`, which is
+    refused; `model` is `target.model`. Criteria are checked after every token, in the order of the text. Only one
+    prompt of text, no beams, and only tokens as output are supported.
 
     Args:
         target: made from the model whose `generate` is called.
@@ -116,9 +117,16 @@ def custom_generate(
                 "the attention_mask hides tokens of the prompt; a drafter reads all of them: give a prompt without "
                 "padding"
             )
+        if not input_ids.numel() or model_inputs.get("mm_encoder_outputs"):
+            raise ValueError("the prompt has images or embeddings; a drafter decodes text only: give `input_ids` alone")
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"guidance_scale is {generation_config.guidance_scale}, which a drafter cannot follow; leave it out"
+            )
         num_prompt = input_ids.shape[1]
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)
         max_new_tokens = generation_config.max_length - num_prompt
+        target.refuse_crossing(num_prompt, max_new_tokens)
         stops = set(stop_tokens(generation_config))
         text = Continuation(input_ids[0].tolist(), num_prompt, max_new_tokens, stops, sampler)
         target.refresh_copies()

@@ -33,7 +33,8 @@ CacheAbility = Literal["crop", "rewind", "append"]
 class TextCache(DynamicCache):
     """The cache of one text.
 
-    Layers of a target with a sliding window or a recurrent state keep transformers' own cache layers.
+    Layers of a target with a sliding window or a recurrent state keep transformers' own cache layers. Only after
+    `activate_past_recording` can these be cropped; they then keep all tokens until the next crop.
 
     Memory: keys and values of `capacity` tokens in every full-attention layer, allocated at once; in a drafter's layers
     with a window, of about 1.25 windows at most.
@@ -51,7 +52,6 @@ class TextCache(DynamicCache):
                 self.layers[number] = PreallocatedLayer(capacity)
             elif num_slots and type(layer) is DynamicSlidingWindowLayer:
                 self.layers[number] = WindowLayer(capacity, layer.sliding_window - 1 + num_slots)
-        self.activate_past_recording()
 
     def place(self, positions: Int[Tensor, "1 new"]) -> None:
         """Return no mask: the next tokens follow those in the cache, and see these and one another as usual."""
@@ -78,7 +78,7 @@ class TextCache(DynamicCache):
 class PreallocatedLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the beginnings of two preallocated buffers.
 
-    New tokens are copied in; going back only sets a length.
+    New tokens are copied in; going back only sets a length. `keys` and `values` stay empty.
     """
 
     def __init__(self, capacity: int):
@@ -86,12 +86,6 @@ class PreallocatedLayer(DynamicLayer):
         self.length = 0
         self.buffers: list[Tensor] = []
         super().__init__()
-
-    keys: Any = property(lambda self: self._written(0), lambda self, new: None)  # `DynamicLayer` makes empty ones
-    values: Any = property(lambda self: self._written(1), lambda self, new: None)
-
-    def _written(self, index: int) -> Tensor:
-        return self.buffers[index].narrow(2, 0, self.length)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new keys and values behind the old ones and return views of all."""
@@ -350,6 +344,7 @@ def probe_cache(target: Any) -> CacheAbility:
 
     def start() -> TextCache:
         cache = TextCache(target.config, NUM_CONTEXT + NUM_READ)
+        cache.activate_past_recording()
         read(text[:, :NUM_CONTEXT], cache)
         return cache
 

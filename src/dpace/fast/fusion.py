@@ -133,7 +133,7 @@ class FusedProducts(FastForm):
         self.epsilons = torch.tensor(self.epsilon)
         self.widths = torch.tensor(float(len(self.norms[0])))
         self.head_dim = attention.head_dim
-        self.scaling = getattr(attention, "scaling", None)
+        self.scaling = attention.scaling
         num_queries, num_keys = (linear.out_features // self.head_dim for linear in self.linears[0][:2])
         self.sizes = num_queries, num_keys
         activation = layer.mlp.act_fn

@@ -94,6 +94,8 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
         for name in others:
             line = f"  --{name + '.*':<11} {kinds[name].__doc__}"
             print(textwrap.fill(line, width, subsequent_indent=" " * 16))
+    if verb in LONG_VERBS:
+        print(f"{DRY_RUN} says what this would do, and stops.")
     raise SystemExit(0)
 
 

@@ -193,8 +193,7 @@ def open_target(
     over_ranks = plan_distribution(shard, auto, config)
     kind, fix = what, FIX
     if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        kind = f"{what}, which is quantized ({getattr(method, 'value', method)})"
+        kind = f"{what}, which is quantized ({quantized.get('quant_method')})"
         fix = "install what is missing, or name the model that is not quantized"
     with translate_library_errors(kind, fix):
         loaded: Any = auto.from_pretrained(

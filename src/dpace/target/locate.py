@@ -64,9 +64,6 @@ def find_target(name: str) -> str:
                 ) from error
             huggingface_hub.constants.HF_HUB_OFFLINE = True  # so that nobody asks it again
         return name
-    ours = cache_folder() / "SmolLM2-135M-Instruct"
-    if (ours / "config.json").exists():
-        return str(ours)
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
     try:
         return huggingface_hub.snapshot_download(
@@ -74,6 +71,9 @@ def find_target(name: str) -> str:
         )
     except LocalEntryNotFoundError:
         pass
+    ours = cache_folder() / "SmolLM2-135M-Instruct"
+    if (ours / "config.json").exists():
+        return str(ours)
     try:
         huggingface_hub.HfApi().model_info(name, timeout=5)
         return huggingface_hub.snapshot_download(name, allow_patterns=wanted)

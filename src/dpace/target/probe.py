@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dpace.fast.packing import is_plain
 from dpace.system import ranks
@@ -31,7 +33,8 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
     """Run one token to find the scale of the embedding and the LM head.
 
     Raises:
-        ValueError: the model applies more than a scale to its embedding, or more than a scale and a cap to its logits.
+        ValueError: the model applies more than a scale to its embedding, or more than a scale and a cap to its logits;
+            or it does not use the cache.
     """
     seen = {}
     head_module = model.get_output_embeddings()
@@ -47,11 +50,16 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
     try:
         table = ranks.whole(model.get_input_embeddings().weight)
         token = torch.tensor([[config.vocab_size // 2]], device=table.device)
-        logits = model(token, use_cache=False).logits.to(table.device).float().flatten()
+        cache = DynamicCache(config=config)
+        logits = model(token, cache=cache, use_cache=True).logits.to(table.device).float().flatten()
     finally:
         for hook in hooks:
             hook.remove()
     name = type(model).__name__
+    if all(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers):
+        raise ValueError(
+            f"{name} keeps nothing in transformers' cache, so that it cannot go on from a text; choose another target"
+        )
     bias = getattr(head_module, "bias", None)
     if bias is not None and bool(bias.any()):
         raise ValueError(

@@ -287,6 +287,19 @@ class Target:
     def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
         """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
 
+    def refuse_crossing(self, num_prompt: int, max_new_tokens: int) -> None:
+        """Refuse a text that may grow past the rotation's boundary.
+
+        Raises:
+            ValueError: names the lengths, the boundary and what to do.
+        """
+        boundary = self.rotation_boundary
+        if boundary and num_prompt <= boundary < num_prompt + max_new_tokens:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and max_new_tokens is {max_new_tokens}; past {boundary} "
+                f"tokens this target rotates all positions anew: ask for at most {boundary - num_prompt} tokens"
+            )
+
     def refuse_rotation(self, num_rows: int, num_tokens: int) -> None:
         """Refuse several rows of texts that are longer than the rotation's boundary.
 

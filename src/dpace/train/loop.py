@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import patch_environment, send_to_device, set_seed
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -45,7 +45,7 @@ from dpace.train.checkpoints import (
 )
 from dpace.train.optimizer import make_optimizer
 from dpace.train.progress import Interrupt, StepLog, open_trackers, training_bar
-from dpace.train.sharding import copy_weights, shard, sharded_by_dpace, wants_shards
+from dpace.train.sharding import copy_weights, shard, wants_shards
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
 
@@ -245,7 +245,8 @@ class TrainingLoop:
         """Choose the precision: fp32 on a CPU, bf16 with fp32 weights on an accelerator."""
         device = self.target.device
         AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the device of a training before this one
-        with sharded_by_dpace():
+        # Accelerate would not shard on a CPU, and would have all in bf16 on a GPU.
+        with patch_environment(accelerate_use_fsdp=False):
             accelerator = Accelerator(
                 cpu=device.type == "cpu",
                 mixed_precision="bf16" if default_dtype(device) == torch.bfloat16 else "no",
@@ -257,7 +258,7 @@ class TrainingLoop:
     @property
     def progress(self) -> float:
         """Share of the training that is done, 0 to 1; the same for all micro-batches of a step."""
-        return self.state.global_step / max(1, self.state.max_steps)
+        return self.state.global_step / self.state.max_steps
 
     def run(self, newest: Path | None = None) -> None:
         """Train to the last step; the drafter then has the best weights, or the last where tau was not measured.
@@ -353,7 +354,10 @@ class TrainingLoop:
         for number, batch in enumerate(batches, start=1):
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
             inputs["text"] = batch["token_ids"]
-            with self.reduced_over_ranks(number == len(batches)):
+            is_last = number == len(batches)  # in whose backward pass alone the ranks exchange gradients
+            if self.is_sharded:
+                self.model.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
+            with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
                 out, blocks = self.scorer.score(self.wrapped, inputs, self.progress)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
@@ -386,13 +390,6 @@ class TrainingLoop:
         self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=seconds)
 
     @contextlib.contextmanager
-    def reduced_over_ranks(self, is_last: bool) -> Iterator[None]:
-        """Let the ranks exchange gradients in the backward pass of a step's last micro-batch only."""
-        if self.is_sharded:
-            self.model.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
-        with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
-            yield
-
     def refuse_infinite_step(self, loss: float, norm: float) -> None:
         """Refuse a step that would spoil the weights.
 

@@ -1,6 +1,8 @@
 """Show a training's numbers on the terminal and in trackers, and end it well at Ctrl-C and SIGTERM."""
 
+import contextlib
 import os
+import re
 import signal
 import statistics
 import sys
@@ -247,7 +249,8 @@ class PeakMemory:
         if device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(device)
         elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")
+            with contextlib.suppress(OSError):  # the peak then counts from the start of the process
+                Path("/proc/self/clear_refs").write_text("5")
 
     @property
     def bytes(self) -> int | None:
@@ -256,5 +259,5 @@ class PeakMemory:
             return torch.accelerator.max_memory_allocated(self.device)
         if sys.platform != "linux":
             return None
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+        found = re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return found and 1024 * int(found[1])

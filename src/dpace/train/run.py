@@ -96,7 +96,7 @@ def choose_conversations(
 
 
 def keep_features(target: Target, dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> None:
-    """Compute the features of both datasets where they fit in memory or go to disk.
+    """Compute the features that the datasets lack, where they fit in memory or go to disk.
 
     Several drafters that read the same layers can share them. `feature_cache_gib` is the limit in memory, and
     `feature_files` the folder on disk; those to validate on are never on disk.
@@ -106,10 +106,10 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     """
     config, with_head_input = recipe.train, recipe.needs_target_hidden
     layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
-    if config.feature_files:
+    if config.feature_files and dataset.lacks(layer_ids, with_head_input=with_head_input):
         keep_on_disk(target, dataset, layer_ids, config, with_head_input=with_head_input)
     for part, with_last in ((dataset, with_head_input), (validation, False)):
-        if part.features is None or part.has_others(layer_ids, with_head_input=with_last):
+        if part.lacks(layer_ids, with_head_input=with_last):
             part.keep_features(
                 target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30, with_head_input=with_last
             )
@@ -184,10 +184,7 @@ def train(
         if is_finished:
             return Drafter.from_pretrained(folder, dtype=torch.float32).to(target.device)
         drafter = _make_drafter(target, dataset, recipe, init)
-        layer_ids = drafter.target_layer_ids
-        is_other = dataset.has_others(layer_ids, with_head_input=recipe.needs_target_hidden)
-        if dataset.features is None or is_other or validation.has_others(layer_ids):
-            keep_features(target, dataset, validation, recipe)
+        keep_features(target, dataset, validation, recipe)
         loop = TrainingLoop(
             drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"
         )

@@ -4,12 +4,10 @@ Accelerate's own configuration asks for it: `accelerate launch --use_fsdp --fsdp
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,12 +26,12 @@ def wants_shards() -> bool:
     Raises:
         ValueError: DeepSpeed, the first version of FSDP, or an option of it that dpace does not have.
     """
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "accelerate's configuration asks for DeepSpeed, whose checkpoints dpace cannot write; choose FSDP with "
             "fsdp_version 2, or start with `torchrun`, which gives each process a whole drafter"
         )
-    if not _is_set(USE_FSDP) or ranks.num_ranks() == 1:
+    if not parse_flag_from_env(USE_FSDP) or ranks.num_ranks() == 1:
         return False
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
@@ -45,25 +43,9 @@ def wants_shards() -> bool:
         ("fsdp_offload_params", "leave it out: the weights are spread over the ranks instead"),
         ("fsdp_activation_checkpointing", "take --train.gradient-checkpointing"),
     ):
-        if _is_set(name.upper()):
+        if parse_flag_from_env(name.upper()):
             raise ValueError(f"accelerate's configuration sets {name}, which dpace does not have; {way}")
     return True
-
-
-def _is_set(name: str, default: str = "false") -> bool:
-    """Read a variable of `accelerate launch`."""
-    return bool(str_to_bool(os.environ.get(name, default)))
-
-
-@contextmanager
-def sharded_by_dpace() -> Iterator[None]:
-    """Keep accelerate from sharding by itself: it cannot on a CPU, and on a GPU all would be in bf16."""
-    asked = os.environ.pop(USE_FSDP, None)
-    try:
-        yield
-    finally:
-        if asked is not None:
-            os.environ[USE_FSDP] = asked
 
 
 def shard(model: Any) -> None:
@@ -74,7 +56,7 @@ def shard(model: Any) -> None:
     """
     mesh = init_device_mesh(model.device.type, (ranks.num_ranks(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=_is_set(RESHARD, "true"))
+        fully_shard(layer, mesh=mesh, reshard_after_forward=parse_flag_from_env(RESHARD, True))
     fully_shard(model, mesh=mesh)
 
 

@@ -225,6 +225,7 @@ def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, langu
     ("token_ids", "options", "match"),
     [
         ([], {}, "empty"),
+        (torch.tensor([[5, 6], [7, 8]]), {}, "expected one row"),
         ([5] * 250, {"max_new_tokens": 10}, "limit of 256"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens"),
         ([5], {"max_new_tokens": 5, "temperature": -1.0}, "temperature"),

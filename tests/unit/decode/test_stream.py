@@ -42,6 +42,18 @@ def test_characters_are_whole():
     assert [cut.add([byte]) for byte in "\u4e2d".encode()[:2]] == ["", ""] and cut.flush() == "\ufffd"
 
 
+class Words:
+    """A tokenizer of words that strips the first space; token 0 is special."""
+
+    def decode(self, token_ids, skip_special_tokens):
+        return " ".join(f"w{token}" for token in token_ids if token)
+
+
+def test_a_space_behind_a_special_token_is_kept():
+    pieces = TextPieces(Words())
+    assert "".join([pieces.add([1]), pieces.add([0]), pieces.add([2])]) == "w1 w2"
+
+
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 @pytest.mark.parametrize(
     "settings",
@@ -64,6 +76,13 @@ def test_custom_generate_is_generate(settings):
         assert found.tolist() == expected.tolist()
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # what a tokenizer gives
         assert target.model.generate(**inputs, custom_generate=decode, **options).tolist() == expected.tolist()
+
+
+def test_guidance_is_refused_in_custom_generate():
+    target = make_target("qwen3")
+    decode = custom_generate(target, make_drafter(target))
+    with pytest.raises(ValueError, match=r"guidance_scale is 1.5"):
+        target.model.generate(torch.tensor([[4, 9]]), custom_generate=decode, max_new_tokens=3, guidance_scale=1.5)
 
 
 class StopAt(StoppingCriteria):

@@ -17,7 +17,7 @@ from dpace.recipes.flags import given_options
 from dpace.system.loading import fingerprint
 from dpace.train.identity import read_run
 from dpace.train.run import make_datasets, train
-from tests.conftest import make_drafter, make_recipe, make_target, make_with_head
+from tests.conftest import make_drafter, make_recipe, make_target, make_with_convolutions, make_with_head
 from tests.support.files import read_json
 
 FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
@@ -115,6 +115,8 @@ def test_more_tokens_in_the_target_do_not_matter(language_drafter):
     start = language_drafter.to(torch.bfloat16).start_for(larger)
     language_drafter.float()
     assert start.spec.vocab_size == 72 and start.dtype == torch.float32 and not start.spec.record
+    start = make_with_convolutions(make_target("qwen3")).start_for(larger)
+    assert start.spec.vocab_size == 72
 
 
 def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder, tmp_path, monkeypatch, capsys):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Llama4TextConfig
+from transformers import AutoModelForCausalLM, Llama4TextConfig, RwkvConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dpace.cli import main
 from dpace.config import RespondConfig
-from dpace.decode import Paces, generate, generate_batch, generate_plain
+from dpace.decode import Paces, custom_generate, generate, generate_batch, generate_plain
+from dpace.fast.cache import TextCache
 from dpace.respond.in_process import generate_responses
 from dpace.target import Target
 from tests.conftest import Oracle, make_drafter
@@ -83,6 +85,23 @@ def test_width_auto_keeps_the_text(family, target):
     assert generate(target, drafter, prompt, max_new_tokens=LENGTH, paces=paces).token_ids == text
 
 
+def test_plain_decoding_keeps_the_window_only(family, target, monkeypatch):
+    """And not the whole text, which would make the baseline slow."""
+    caches = []
+
+    class Noted(TextCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            caches.append(self)
+
+    monkeypatch.setattr("dpace.decode.loop.TextCache", Noted)
+    generate_plain(target, SHARED, max_new_tokens=LENGTH)
+    (cache,) = caches
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            assert layer.keys.shape[2] <= layer.sliding_window
+
+
 def test_batches_keep_the_text_or_are_refused(family, target):
     prompts = [SHARED, SHARED[:7], [5, 9, 12]]
     drafter = None if family in NOT_DRAFTED_FOR else make_drafter(target, block_size=4, target_layer_ids=[0, 2])
@@ -150,6 +169,21 @@ def test_layers_that_are_not_found_are_refused():
         Target(AutoModelForCausalLM.from_config(config))
 
 
+def test_a_model_that_does_not_use_the_cache_is_refused():
+    config = RwkvConfig(vocab_size=VOCAB, hidden_size=48, num_hidden_layers=4, attention_hidden_size=48)
+    with pytest.raises(ValueError, match="RwkvForCausalLM keeps nothing in transformers' cache"):
+        Target(AutoModelForCausalLM.from_config(config))
+
+
+def test_prompts_with_images_are_refused_in_custom_generate():
+    target = make_sharp_target("qwen2.5-vl")
+    decode = custom_generate(target, make_drafter(target, target_layer_ids=[0, 2]))
+    with pytest.raises(ValueError, match="images or embeddings"):
+        target.model.generate(
+            inputs_embeds=target.embed(torch.tensor([SHARED])), custom_generate=decode, max_new_tokens=3
+        )
+
+
 def test_longrope_is_followed_on_either_side_and_refused_across():
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
     changes = {"rope_parameters": rope, "original_max_position_embeddings": 32}
@@ -160,6 +194,9 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
         assert generate(target, drafter, prompt, max_new_tokens=length, width="full").token_ids == text
     with pytest.raises(ValueError, match="ask for at most 12 tokens"):
         generate_plain(target, SHARED, max_new_tokens=13)
+    decode = custom_generate(target, drafter)
+    with pytest.raises(ValueError, match="ask for at most 12 tokens"):
+        target.model.generate(torch.tensor([SHARED]), custom_generate=decode, max_new_tokens=13)
     with pytest.raises(ValueError, match="one prompt at a time"):
         generate_batch(target, drafter, [SHARED[:5], SHARED + SHARED], max_new_tokens=5)
     with pytest.raises(ValueError, match="--train.max-length 32"):

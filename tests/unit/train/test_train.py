@@ -190,7 +190,7 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
     keep_features(language_target, *datasets, recipe)
     train(language_target, *datasets, replace(other, train=replace(other.train, max_steps=1)), tmp_path)
     ids = Drafter.layer_ids(language_target, **vars(other.drafter))
-    assert not any(data.features is None or data.has_others(ids) for data in datasets)
+    assert not any(data.lacks(ids) for data in datasets)
 
 
 def weigh_next_to_nothing(slots):
