@@ -1,9 +1,15 @@
-"""Prompts and JSON files as many tests write them."""
+"""Prompts, JSON files and folders of models as many tests write and change them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from safetensors.torch import load_file, save_file
 
 from dpace.prompts.prompts import Prompt
 
@@ -14,8 +20,13 @@ def make_prompts(texts: Iterable[str], name: str = "s") -> list[Prompt]:
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> str:
-    """A line of JSON for each row; gives the file's name."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """A line of JSON for each row, or a table or a list of JSON where the suffix says so; gives the file's name."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+        return str(path)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = f"[{','.join(lines)}]" if path.suffix == ".json" else "\n".join([*lines, ""])
+    path.write_bytes(text.encode())
     return str(path)
 
 
@@ -27,5 +38,35 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@contextmanager
+def changed_json(path: Path) -> Iterator[Any]:
+    """What a file holds; what the body makes of it is written."""
+    value = read_json(path)
+    yield value
+    path.write_text(json.dumps(value))
+
+
 def change_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(read_json(path) | changes))
+    with changed_json(path) as value:
+        value.update(changes)
+
+
+def change_config(folder: Path, **changes: object) -> Path:
+    """Other values in a model's config, also inside `dflash_config` where they stand there; None removes a key."""
+    with changed_json(folder / "config.json") as config:
+        nested = config.get("dflash_config", {})
+        for name, value in changes.items():
+            for values in (config, nested) if name in nested else (config,):
+                values[name] = value
+                if value is None:
+                    del values[name]
+    return folder
+
+
+@contextmanager
+def changed_weights(folder: Path, name: str = "model.safetensors") -> Iterator[dict[str, torch.Tensor]]:
+    """The same for the tensors of a folder."""
+    weights = load_file(folder / name)
+    yield weights
+    weights = {key: tensor.detach().clone().contiguous() for key, tensor in weights.items()}
+    save_file(weights, folder / name, {"format": "pt"})

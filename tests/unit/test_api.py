@@ -1,7 +1,6 @@
 """The public names, their page and an objective of the user's own."""
 
 import re
-import runpy
 import shutil
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from dpace.recipes.recipe_file import write_recipe
 from dpace.train.run import make_datasets
 from tests.conftest import make_recipe
 from tests.support.files import change_json, read_json, write_prompts
+from tests.support.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 SHORT = make_recipe(max_steps=2, eval_steps=2, logging_steps=1, num_anchors=4)
@@ -92,8 +92,7 @@ def test_the_examples_train(language_folder, language_prompts, tmp_path, monkeyp
     recipe = replace(SHORT, target=str(language_folder), output=str(tmp_path / "out"), prompts=prompts)
     write_recipe(recipe, tmp_path / "recipe.yaml")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "recipe.yaml")])
-    runpy.run_path(str(tmp_path / "train.py"))
+    run_script(tmp_path / "train.py", tmp_path / "recipe.yaml")
     assert re.search(r"tau \d\.\d\d", capsys.readouterr().out)
     run = read_json(tmp_path / "out" / "drafter" / "run.json")
     assert run["loss.objective"] == "objective:weigh"

@@ -389,7 +389,6 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=seconds)
 
-    @contextlib.contextmanager
     def refuse_infinite_step(self, loss: float, norm: float) -> None:
         """Refuse a step that would spoil the weights.
 
