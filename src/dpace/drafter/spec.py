@@ -167,11 +167,6 @@ class DrafterSpec:
         )
 
     @property
-    def has_own_tables(self) -> bool:
-        """Whether it has an embedding or LM head of its own, and not the target's."""
-        return self.has_own_embed_tokens or self.has_own_lm_head
-
-    @property
     def kind(self) -> Kind:
         """What is known of drafters like it."""
         return KINDS[self.parts.kind]

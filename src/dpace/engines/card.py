@@ -233,7 +233,10 @@ def card_sections(
     drafter: str,
     gguf: str,
     target: str,
-    spec: DrafterSpec,
+    block_size: int,
+    from_anchor: bool = False,
+    has_head: bool = False,
+    has_tables: bool = False,
     break_even: Sequence[BreakEven] = (),
 ) -> list[str]:
     """Write the parts of a model card that say how to serve the drafter.
@@ -243,15 +246,17 @@ def card_sections(
         drafter: name that engines are given for it.
         gguf: name of the drafter's GGUF file, for llama.cpp.
         target: name of the target.
-        spec: of the drafter. Not every engine runs a head, and only vLLM an embedding or LM head of its own.
+        block_size: of a `Drafter`.
+        from_anchor: see `serve_command`.
+        has_head: whether the drafter has a head, which not every engine runs.
+        has_tables: whether it has an embedding or LM head of its own, which only vLLM runs.
         break_even: measured with this drafter.
     """
     sections = []
-    has_head, block_size = spec.head is not None, spec.num_draft_tokens + 1
-    published = PUBLISHED[:1] if spec.has_own_tables else PUBLISHED[:-1] if has_head else PUBLISHED
+    published = PUBLISHED[:1] if has_tables else PUBLISHED[:-1] if has_head else PUBLISHED
     for engine in CARD_ENGINES.get(to, published):
         name = gguf if engine == "llamacpp" else drafter
-        command = serve_command(engine, name, target, block_size, from_anchor=spec.sample_from_anchor)
+        command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
         if engine == "tensorrt" and (most := most_requests(break_even)):
             command += f"\n  draft_len_schedule: {{{most}: {block_size - 1}}}"
         sections.append(ENGINES[engine].card.format(drafter=drafter, target=target, command=command).rstrip())
@@ -299,8 +304,8 @@ def write_card(
         drafter: as it was measured, in the target's dtype.
     """
     is_local = Path(target_name).is_dir()
-    published = ["vllm"] if spec.has_own_tables else ["vllm", "sglang"]
-    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, published)
+    has_tables = spec.has_own_embed_tokens or spec.has_own_lm_head
+    engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"][: 1 if has_tables else None])
     front = {  # which the Hub reads
         "library_name": to if to in CARD_ENGINES else "transformers",
         "pipeline_tag": "text-generation",
@@ -323,7 +328,10 @@ def write_card(
             drafter=name,
             gguf=path.name,
             target=target_name,
-            spec=spec,
+            block_size=spec.num_draft_tokens + 1,
+            from_anchor=spec.sample_from_anchor,
+            has_head=spec.head is not None,
+            has_tables=has_tables,
             break_even=paying,
         ),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),

@@ -12,7 +12,6 @@ from dpace.engines.card import card_sections, most_requests
 from dpace.measure.break_even import context_of, find_break_even
 from dpace.measure.results import BreakEven, PairedResponse, read_results
 from dpace.report.cells import with_interval
-from tests.conftest import make_drafter
 from tests.support.files import write_prompts
 
 PLAIN_SECONDS, STEP_SECONDS = 0.1, 0.25
@@ -76,11 +75,11 @@ PAYS, LOSES, UNCLEAR, FEW = (1.2, 1.1, 1.3), (0.8, 0.7, 0.9), (1.0, 0.9, 1.1), (
         ({1: [PAYS]}, 0),  # nothing is known of several requests
     ],
 )
-def test_the_schedule_of_tensorrt_is_what_was_measured(speedups, most, language_target):
+def test_the_schedule_of_tensorrt_is_what_was_measured(speedups, most):
     rows = [row(number, speedup) for number, of_number in speedups.items() for speedup in of_number]
     assert most_requests(rows) == most
-    spec = make_drafter(language_target, block_size=8).spec
-    card = "\n".join(card_sections("vllm", drafter="d", gguf="d.gguf", target="t", spec=spec, break_even=rows))
+    about = {"drafter": "d", "gguf": "d.gguf", "target": "t", "block_size": 8}
+    card = "\n".join(card_sections("vllm", **about, break_even=rows))
     (block,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
     config = yaml.safe_load(block)["speculative_config"]
     assert config.pop("draft_len_schedule", None) == ({most: 7} if most else None)
