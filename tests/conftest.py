@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import jaxtyping
 import pytest
 import torch
 from filelock import FileLock
@@ -24,6 +25,8 @@ from transformers import (
 )
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
+from dpace.decode import generate
+from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
 from dpace.drafter.dflash import LAYER_TENSORS, numbered
 from dpace.engines.export import export
@@ -106,6 +109,11 @@ def make_with_head(target: Target, **options) -> Drafter:
     return drafter
 
 
+def decode_whole(target: Target, drafter: Drafter, prompts, **options) -> list[Generation]:
+    """Each prompt alone, with whole blocks."""
+    return [generate(target, drafter, token_ids, width="full", **options) for token_ids in prompts]
+
+
 class Oracle:
     """Stands in for a drafter: drafts a given text, wrong where `is_wrong` says so, with a given confidence."""
 
@@ -146,6 +154,14 @@ def random_target(family) -> Target:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked_types():
+    """The type checks of the tests cannot be traced by torch.compile."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,13 +1,12 @@
 """What only a GPU can show: `pytest -m gpu`, or `python benchmarks/gpu.py`, which runs it first."""
 
-import importlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
+from gpu_step import time_training
 from transformers import AutoModelForCausalLM
 
 from dpace import modeling_dflash
@@ -30,16 +29,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore"),  # of torch.compile
+    pytest.mark.usefixtures("unchecked_types"),
 ]
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _unchecked_types():
-    """The type checks of the tests cannot be traced by torch.compile."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
@@ -218,10 +210,8 @@ def test_the_host_waits_once_in_a_training_step(language_responses):
     assert waits[-1] == 1, waits
 
 
-def test_parts_of_a_training_step_by_the_devices_clock(monkeypatch):
+def test_parts_of_a_training_step_by_the_devices_clock():
     """In bf16 with the mask of tiles, as `benchmarks/gpu.py` measures it; memory is near what is planned."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    time_training = importlib.import_module("gpu_step").time_training
     target = gpu_target(torch.bfloat16)
     train = replace(LANGUAGE_RECIPE.train, batch_size=2, num_anchors=64, max_length=250)
     _, found = time_training(target, replace(LANGUAGE_RECIPE, train=train), 12, peak=1e15)

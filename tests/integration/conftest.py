@@ -7,7 +7,6 @@ import pytest
 
 from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode.generation import Generation
-from dpace.decode.loop import generate
 from dpace.drafter import load_drafter
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt, demo_path, read_prompts
@@ -16,6 +15,7 @@ from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.target.locate import TARGET_ID, find_target
 from dpace.train.run import make_datasets, train
+from tests.conftest import decode_whole
 
 MAX_NEW_TOKENS = 48
 
@@ -44,6 +44,6 @@ def real_pair(tmp_path_factory) -> RealPair:
     train(target, *make_datasets(target, responses, [], recipe), recipe, folder / "drafter")
     drafter = load_drafter(folder / "drafter", target)
     encoded = [encode_chat(target, prompt.turns[0]) for prompt in prompts]
-    ours = [generate(target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for ids in encoded]
+    ours = decode_whole(target, drafter, encoded, max_new_tokens=MAX_NEW_TOKENS)
     assert 1.3 < Acceptance.pooled([out.acceptance for out in ours]).tau < 4
     return RealPair(target, folder / "drafter", prompts, ours)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpace.decode.loop import generate
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.engines.export import export, import_drafter
 from dpace.engines.published import read_folder
 from dpace.target import Target
-from tests.conftest import make_with_head
+from tests.conftest import decode_whole, make_with_head
+from tests.support.files import change_config, read_json
 
 CHILD = Path(__file__).parents[2] / "benchmarks" / "engines_child.py"
 
@@ -42,7 +42,7 @@ def ask(engine: str, folder: Path, **request) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([python_of(engine), CHILD, engine, *files], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(files[1].read_text())
+    return read_json(files[1])
 
 
 def export_shifted(drafter_folder: Path, target: Target, to: str, folder: Path, offset: int) -> Path:
@@ -50,10 +50,8 @@ def export_shifted(drafter_folder: Path, target: Target, to: str, folder: Path, 
     out = folder / f"dflash-{to}{offset:+d}"
     export(drafter_folder, target, to=to, output=out, name="x", target_name="x")
     if offset:
-        config = json.loads((out / "config.json").read_text())
-        config["target_layer_ids"] = [i + offset for i in config["target_layer_ids"]]
-        config["dflash_config"]["target_layer_ids"] = config["target_layer_ids"]
-        (out / "config.json").write_text(json.dumps(config))
+        ids = read_json(out / "config.json")["target_layer_ids"]
+        change_config(out, target_layer_ids=[i + offset for i in ids])
     return out
 
 
@@ -65,7 +63,7 @@ def test_engine_verifies_as_often_as_we_do(
     """With neighbouring layers as controls: the text stays, the numbers of verifications do not."""
     python_of(engine)
     drafter = load_drafter(language_drafter_folder, language_target, all_tokens=True)
-    ours = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in questions]
+    ours = decode_whole(language_target, drafter, questions, max_new_tokens=40)
     settings = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": drafter.block_size - 1, "max_model_len": 256}
     request = {"target": str(language_folder), "prompts": questions, **settings}
     formats = {"vllm": ["vllm", "speculators"], "mlx": ["zlab"]}[engine]
@@ -90,7 +88,7 @@ def test_speculators_loads_and_converts_to_the_same(
     request = {"target": name, "drafter": str(tmp_path / "speculators")}
     found = ask("speculators", tmp_path, **request, published=str(tmp_path / "zlab"), output=str(tmp_path / "theirs"))
     assert found["equal"] == [25, 25] and found["tensors"] == 25
-    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("speculators", "theirs"))
+    ours, theirs = (read_json(tmp_path / name / "config.json") for name in ("speculators", "theirs"))
     same = ("speculators_model_type", "aux_hidden_state_layer_ids", "mask_token_id", "block_size", "draft_vocab_size")
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     again = import_drafter(tmp_path / "theirs", tmp_path / "again", target=str(language_folder))
@@ -113,7 +111,7 @@ def test_vllm_drafts_with_our_draft_vocabulary_as_we_do(
     steps = []
     for folder in (tmp_path / "again", language_drafter_folder):
         drafter = load_drafter(folder, language_target, all_tokens=True)
-        done = [generate(language_target, drafter, ids, max_new_tokens=40, width="full") for ids in questions]
+        done = decode_whole(language_target, drafter, questions, max_new_tokens=40)
         steps.append([len(out.widths) for out in done])
     settings = {"max_new_tokens": 40, "rounds": 1, "num_draft_tokens": 5, "max_model_len": 256}
     found = ask("vllm", tmp_path, target=str(language_folder), prompts=questions, drafter=str(out), **settings)

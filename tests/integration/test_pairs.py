@@ -14,14 +14,22 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import dpace.train.loop
 from dpace.cli import main
 from dpace.respond.responses import read_responses
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
-from tests.support.files import make_prompts, read_json, write_prompts, write_rows
+from tests.support.files import (
+    change_config,
+    change_json,
+    changed_weights,
+    make_prompts,
+    read_json,
+    write_prompts,
+    write_rows,
+)
 from tests.unit.respond.test_respond import Stub
 from tests.unit.servers.test_servers import Fake
 from tests.unit.target.test_target_files import write_adapter, write_fp8
@@ -159,7 +167,7 @@ PAIRS = {
         "decode/bench-*.jsonl",
     ),
     "a head, soft labels, compare": Pair(
-        f"compare {RECIPE} --drafter.head lilicorr --objectives dpace+kl",
+        f"compare {RECIPE} --drafter.head lilicorr --objectives dpace dpace+kl",
         refused=r"objectives such as dpace\+kl",
     ),
     "a head, servers of hidden states": Pair(
@@ -181,9 +189,6 @@ PAIRS = {
     "export, import, into a trained drafter": Pair(
         "export {drafter} --target {target} --to vllm --output {out}/vllm; import {out}/vllm --output {other}",
         refused="holds a drafter that dpace trained",
-    ),
-    "a verify rule, no drafter": Pair(
-        "generate --target {target} --prompt w1 --verify-rule block", refused="--verify-rule need a drafter"
     ),
     "a head, another drafter to start from": Pair(
         f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr",
@@ -397,8 +402,8 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
     paths["recipe"].write_text(yaml.safe_dump(recipe))
     assert main(["respond", str(paths["recipe"])]) == main(["train", str(paths["recipe"])]) == 0
     drafter = (paths["out"] / "drafter").rename(folder / "drafter")
-    other = Path(shutil.copytree(drafter, folder / "other" / "drafter"))
-    masked = Path(shutil.copytree(drafter, folder / "masked"))
+    other = shutil.copytree(drafter, folder / "other" / "drafter")
+    masked = shutil.copytree(drafter, folder / "masked")
     (masked / "mask_embedding.pt").touch()
     return {name: str(path) for name, path in paths.items()} | {
         "target": str(language_folder),
@@ -409,10 +414,20 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
     }
 
 
+@pytest.fixture
+def out(files, tmp_path) -> Path:
+    """A copy of the answers and of what they gave, which the test changes."""
+    return shutil.copytree(files["out"], tmp_path / "out")
+
+
+def run(command: str, names: dict[str, str]) -> None:
+    """A command with names of files in braces, which ends well."""
+    assert main(shlex.split(command.format(**names))) == 0, command
+
+
 @pytest.mark.parametrize("name", PAIRS)
-def test_what_a_page_shows_together_works_together(name, files, language_target, tmp_path, capsys):
+def test_what_a_page_shows_together_works_together(name, files, out, language_target, capsys):
     pair = PAIRS[name]
-    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
     server = Stub(language_target, "vllm") if "{server}" in pair.commands else None
     values = files | {"out": str(out), "server": server.url if server else ""}
     *before, last = [shlex.split(command.format(**values)) for command in pair.commands.split(";")]
@@ -434,26 +449,23 @@ def test_what_a_page_shows_together_works_together(name, files, language_target,
         assert re.search(pair.printed, printed.out), printed.out
 
 
-def test_prompts_that_were_added_after_they_were_answered_are_told(files, language_prompts, tmp_path, capsys):
-    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+def test_prompts_that_were_added_after_they_were_answered_are_told(files, out, language_prompts, tmp_path, capsys):
     write_prompts(tmp_path / "more.jsonl", language_prompts[:34])
     command = f"train {{recipe}} --output {out} --prompts.path {tmp_path}/more.jsonl --dry-run"
-    assert main(shlex.split(command.format(**files))) == 0
+    run(command, files)
     assert re.search(r"^prompts without an answer, left out: [34];", capsys.readouterr().err, re.MULTILINE)
 
 
-def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_command(files, tmp_path, capsys):
-    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_command(files, out, capsys):
     answers, meta = out / "responses.jsonl", out / "responses.meta.json"
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:9]))
-    meta.write_text(json.dumps(read_json(meta) | {"complete": False}))
+    change_json(meta, complete=False)
     assert main(["plan", files["recipe"], "--output", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "disk: up to" in printed and "next: dpace respond" in printed and "no answers yet" not in printed
 
 
-def test_real_steps_of_a_plan_are_of_full_size_and_read_hidden_states_as_training_does(files, tmp_path, monkeypatch):
-    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+def test_real_steps_of_a_plan_are_of_full_size_and_read_hidden_states_as_training_does(files, out, monkeypatch):
     sizes, reads = [], []
     take_step, features = TrainingLoop.take_step, Target.features
 
@@ -473,18 +485,17 @@ def test_real_steps_of_a_plan_are_of_full_size_and_read_hidden_states_as_trainin
 
 
 def test_tables_of_the_target_are_left_out_and_others_are_served_by_the_engine_that_reads_them(
-    files, language_target, tmp_path, capsys
+    files, language_target, tmp_path
 ):
     table = language_target.model.get_input_embeddings().weight
     for name, own in (("same", table), ("other", 2 * table)):
-        folder = Path(shutil.copytree(files["drafter"], tmp_path / name))
-        tensors = load_file(folder / "model.safetensors") | {"embed_tokens.weight": own.detach().clone()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config = read_json(folder / "config.json")
-        (folder / "config.json").write_text(json.dumps(config | {"has_own_embed_tokens": True}))
+        folder = shutil.copytree(files["drafter"], tmp_path / name)
+        with changed_weights(folder) as tensors:
+            tensors["embed_tokens.weight"] = own
+        change_config(folder, has_own_embed_tokens=True)
     for name, engine in (("same", "sglang"), ("other", "vllm")):
         command = f"export {tmp_path}/{name} --target {{target}} --to {engine} --output {tmp_path}/{engine}"
-        assert main(shlex.split(command.format(**files))) == 0, capsys.readouterr().err
+        run(command, files)
     assert "embed_tokens.weight" not in load_file(tmp_path / "sglang" / "model.safetensors")
     assert "embed_tokens.weight" in load_file(tmp_path / "vllm" / "model.safetensors")
     card = (tmp_path / "vllm" / "README.md").read_text()
@@ -492,13 +503,12 @@ def test_tables_of_the_target_are_left_out_and_others_are_served_by_the_engine_t
     assert "sglang" in (tmp_path / "sglang" / "README.md").read_text()
 
 
-def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(files, tmp_path, capsys):
-    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(files, out, tmp_path, capsys):
     train = f"train {{recipe}} --output {out} --drafter.init {{drafter}}"
     export = f"export {out}/drafter --target {{target}} --to vllm --output {tmp_path}/vllm"
     for command in (train, export, train):
         capsys.readouterr()
-        assert main(shlex.split(command.format(**files))) == 0
+        run(command, files)
     assert "reading hidden states" not in capsys.readouterr().err
     card = (tmp_path / "vllm" / "README.md").read_text()
     assert "num_layers: 1" in card and files["drafter"] not in card
@@ -514,7 +524,7 @@ def test_comparing_again_measures_other_held_out_prompts(files, language_prompts
         write_rows(heldout, [{"id": f"row {name}", "prompt": language_prompts[number]} for name, number in rows])
         command = f"compare {{recipe}} --prompts.heldout-path {heldout} --output {tmp_path}/out --objectives dpace "
         command += "--baseline dpace --seeds 0 --bench.num-prompts 0"
-        assert main(shlex.split(command.format(**files))) == 0
+        run(command, files)
         (row,) = read_json(tmp_path / "out" / "results.json")["rows"]
         assert row["num_prompts"] == 2
         measured = read_json(tmp_path / "out" / "dpace" / "seed-0" / "heldout.json")
@@ -523,8 +533,7 @@ def test_comparing_again_measures_other_held_out_prompts(files, language_prompts
     assert len(set(hashes)) == 3
 
 
-def test_the_order_of_keys_does_not_change_a_prompt(files, tmp_path):
-    out = Path(shutil.copytree(files["out"], tmp_path / "out"))
+def test_the_order_of_keys_does_not_change_a_prompt(files, out, tmp_path):
     texts = [json.loads(line)["prompt"] for line in Path(files["prompts"]).read_text().splitlines()]
     for name, order in (("a", ("role", "content")), ("b", ("content", "role"))):
         messages = [{"role": "user", "content": text} for text in texts]
@@ -532,31 +541,31 @@ def test_the_order_of_keys_does_not_change_a_prompt(files, tmp_path):
         write_rows(tmp_path / f"{name}.jsonl", rows)
         (out / "corpus.arrow").unlink(missing_ok=True)
         command = f"train {{recipe}} --output {out} --prompts.path {tmp_path}/{name}.jsonl --dry-run"
-        assert main(shlex.split(command.format(**files))) == 0
+        run(command, files)
 
 
 def test_compiled_steps_are_a_second_baseline(files, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
     command = f"bench {{recipe}} --drafters {{drafter}} --compiled always --output {tmp_path}"
-    assert main(shlex.split(command.format(**files))) == 0
+    run(command, files)
     (row,) = read_json(tmp_path / "results.json")["rows"]
     assert row["compiled"]["num_same_text"] == 1
 
 
 def test_thinking_on_and_off_are_side_by_side(files, tmp_path):
-    target = Path(shutil.copytree(files["target"], tmp_path / "target"))
+    target = shutil.copytree(files["target"], tmp_path / "target")
     template = target / "chat_template.jinja"
     template.write_text("{% if enable_thinking %}w9 {% endif %}" + template.read_text())
     write_rows(tmp_path / "qualitative.jsonl", [{"category": "math", "turns": ["w3 w51"]}])
     command = f"bench {{recipe}} --target {target} --sets speed_bench --sets-dir {tmp_path} --drafters {{drafter}}"
     for more in (f"--output {tmp_path}/off", f"--output {tmp_path}/on --thinking"):
-        assert main(shlex.split(f"{command} {more}".format(**files))) == 0
+        run(f"{command} {more}", files)
     assert main(["report", str(tmp_path / "off"), str(tmp_path / "on")]) == 0
     assert "tau, thinking off | tau, thinking on" in (tmp_path / "off" / "report.md").read_text()
 
 
 def test_the_card_has_what_this_process_and_servers_measured(files, language_prompts, tmp_path):
-    drafter = Path(shutil.copytree(files["drafter"], tmp_path / "out" / "drafter"))
+    drafter = shutil.copytree(files["drafter"], tmp_path / "out" / "drafter")
     servers = Fake("vllm", drafts=True, tells=True), Fake("vllm")
     heldout = write_prompts(tmp_path / "heldout.jsonl", language_prompts[40:48])
     asked = f"--prompts.heldout-path {heldout} --num-prompts 8 --output {drafter.parent}"
@@ -588,11 +597,11 @@ export {out}/drafter --target {quantized} --to vllm --output {out}/vllm
 """
 
 
-def test_every_verb_takes_a_quantized_target(files, tmp_path, capsys):
+def test_every_verb_takes_a_quantized_target(files, tmp_path):
     write_fp8((None, files["target"]), tmp_path / "fp8")
     values = files | {"quantized": str(tmp_path / "fp8"), "out": str(tmp_path / "out")}
     for command in QUANTIZED.strip().splitlines():
-        assert main(shlex.split(command.format(**values))) == 0, f"{command}\n{capsys.readouterr().err}"
+        run(command, values)
 
 
 def test_a_compiled_training_gives_the_same_weights(files, tmp_path, monkeypatch):
@@ -605,38 +614,38 @@ def test_a_compiled_training_gives_the_same_weights(files, tmp_path, monkeypatch
     monkeypatch.setattr("dpace.train.loop.Accelerator", eager)
     weights = []
     for name, more in (("plain", ""), ("compiled", " --train.torch-compile")):
-        out = Path(shutil.copytree(files["out"], tmp_path / name))
-        assert main(shlex.split(f"train {{recipe}} --output {out}{more}".format(**files))) == 0
+        out = shutil.copytree(files["out"], tmp_path / name)
+        run(f"train {{recipe}} --output {out}{more}", files)
         weights.append(load_file(out / "drafter" / "checkpoints" / "checkpoint-3" / "model.safetensors"))
     torch.testing.assert_close(*weights)
 
 
 def test_a_chat_that_ends_in_a_tools_result_is_answered(files, tmp_path, capsys):
     """It does not wait for what the user types."""
-    target = Path(shutil.copytree(files["target"], tmp_path / "target"))
+    target = shutil.copytree(files["target"], tmp_path / "target")
     template = target / "chat_template.jinja"
     template.write_text(
         "{% if messages[-1].role == 'tool' %}w3 {{ messages[-1].content }} {% endif %}" + template.read_text()
     )
     command = f"generate {TARGET} --stream --prompt {{tools}}#1 --max-new-tokens 3"
-    assert main(shlex.split(command.format(**files | {"target": str(target)}))) == 0, capsys.readouterr().err
+    run(command, files | {"target": str(target)})
     assert re.search(r"\d tokens?\n", capsys.readouterr().err)
 
 
 def test_the_card_has_what_was_measured_in_another_dtype(files, tmp_path):
-    out = Path(shutil.copytree(files["drafter"], tmp_path / "out" / "drafter")).parent
+    out = shutil.copytree(files["drafter"], tmp_path / "out" / "drafter").parent
     commands = (
         f"bench {{recipe}} --output {out} --dtype bfloat16",
         f"export {out}/drafter --target {{target}} --to zlab --output {tmp_path}/zlab",
     )
     for command in commands:
-        assert main(shlex.split(command.format(**files))) == 0
+        run(command, files)
     assert "Measured with dpace.decode in bfloat16" in (tmp_path / "zlab" / "README.md").read_text()
 
 
 def test_sets_whose_ids_are_equal_are_all_measured(files, tmp_path):
     command = "bench {recipe} --drafters {drafter} --widths full --num-prompts 3 --sets one two --sets-dir {sets} "
-    assert main(shlex.split(f"{command}--output {tmp_path}".format(**files))) == 0
+    run(f"{command}--output {tmp_path}", files)
     rows = read_json(tmp_path / "results.json")["rows"]
     assert [(row["set"], row["num_responses"]) for row in rows] == [("one", 2), ("two", 3)]
 
@@ -645,7 +654,7 @@ def test_texts_count_where_the_rule_keeps_them(files, tmp_path):
     command = "bench {recipe} --drafters {drafter} --temperatures 1 --output {out} --verify-rules "
     for rules, words in (("speculative", ""), ("equality speculative", "1 of 1 responses are exactly")):
         out = tmp_path / rules.replace(" ", "-")
-        assert main(shlex.split(command.format(**files | {"out": str(out)}) + rules)) == 0
+        run(command + rules, files | {"out": str(out)})
         assert main(["report", str(out)]) == 0
         page = (out / "report.html").read_text()
         assert words in page and ("are exactly the target" in page) == bool(words)
@@ -686,7 +695,7 @@ import {{out}}/theirs --target {{adapter}} --output {{out}}/ours
 
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of peft
-def test_every_verb_takes_an_adapter(files, language_target, tmp_path, capsys):
+def test_every_verb_takes_an_adapter(files, language_target, tmp_path):
     """Also where it has no tokenizer of its own; a run names the weights that it was merged to."""
     pytest.importorskip("peft")
     down, up = write_adapter(tmp_path / "lora", files["target"], width=48).values()
@@ -694,13 +703,13 @@ def test_every_verb_takes_an_adapter(files, language_target, tmp_path, capsys):
     values = files | {"out": str(tmp_path), "adapter": str(tmp_path / "lora"), "server": server.url}
     try:
         for command in OF_ADAPTERS.strip().splitlines():
-            assert main(shlex.split(command.format(**values))) == 0, f"{command}\n{capsys.readouterr().err}"
+            run(command, values)
     finally:
         server.close()
     merged = Target.load(files["target"])
     merged.layers[1].self_attn.q_proj.weight.data += 2 * up @ down  # lora_alpha / r
-    run = read_json(tmp_path / "new" / "drafter" / "run.json")
-    assert run["target_sha256"] == merged.sha256
+    facts = read_json(tmp_path / "new" / "drafter" / "run.json")
+    assert facts["target_sha256"] == merged.sha256
 
 
 WITH_TOOLS = """
@@ -713,9 +722,9 @@ check --target {target} --drafter {out}/drafter --prompts {prompts} --num-prompt
 """
 
 
-def test_tools_reach_the_template_of_every_verb(files, language_target, tmp_path, capsys):
+def test_tools_reach_the_template_of_every_verb(files, language_target, tmp_path):
     """Answers of this process and of a server are those behind the tools."""
-    target = Path(shutil.copytree(files["target"], tmp_path / "target"))
+    target = shutil.copytree(files["target"], tmp_path / "target")
     tools = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
     template = target / "chat_template.jinja"
     template.write_text(tools + template.read_text())
@@ -727,7 +736,7 @@ def test_tools_reach_the_template_of_every_verb(files, language_target, tmp_path
     values |= {"out": str(tmp_path / "out"), "served": str(tmp_path / "served")}
     try:
         for command in WITH_TOOLS.strip().splitlines():
-            assert main(shlex.split(command.format(**values))) == 0, f"{command}\n{capsys.readouterr().err}"
+            run(command, values)
     finally:
         server.close()
     here, there = (read_responses(tmp_path / name / "responses.jsonl") for name in ("out", "served"))

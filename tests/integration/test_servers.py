@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from dpace.config import BenchConfig, RespondConfig
-from dpace.decode.loop import generate
 from dpace.engines.export import export
 from dpace.measure.results import ServerRow
 from dpace.measure.servers import bench_servers
@@ -26,7 +25,7 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.chat import ChatTokenizer, encode_chat
-from tests.conftest import make_target, make_tokenizer, write_target_gguf
+from tests.conftest import decode_whole, make_target, make_tokenizer, write_target_gguf
 from tests.integration.conftest import MAX_NEW_TOKENS
 from tests.integration.test_engines import python_of
 from tests.support.files import make_prompts
@@ -100,7 +99,7 @@ def test_llamacpp_reports_what_we_count(
     with llamacpp(target_gguf, exported.path, 5) as address, llamacpp(target_gguf) as plain:
         row = measure(language_target, prompts, address, plain, tmp_path, 40)
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
-    ours = [generate(language_target, language_drafter, ids, max_new_tokens=40, width="full") for ids in encoded]
+    ours = decode_whole(language_target, language_drafter, encoded, max_new_tokens=40)
     assert any(out.accepted_lengths[-1] == out.emitted_lengths[-1] for out in ours)  # the text ends inside a draft
     assert row.num_same_text == row.num_responses == 6
     # Its weights have 16 bits, so a near tie may end another way: one verification more or less for a prompt.

@@ -5,16 +5,15 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import pytest
 import yaml
 
 from dpace.cli import main
-from dpace.config import Engine
-from dpace.engines.card import serve_command
 from dpace.prompts.prompts import read_prompts
 from dpace.recipes import VERBS
+from tests.support.files import write_prompts
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -117,7 +116,7 @@ def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path,
     """All blocks of the README and then of docs/, each with what those before it wrote."""
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, target=str(language_folder))
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in language_prompts))
+    write_prompts(tmp_path / "prompts.jsonl", language_prompts)
 
     def renamed(text: str) -> str:
         return text.replace("Qwen/Qwen3-4B", str(language_folder)).replace("Qwen3-4B.gguf", str(target_gguf))
@@ -135,10 +134,3 @@ def test_the_pages_run(language_folder, target_gguf, language_prompts, tmp_path,
                 assert code == 0, f"{block.page}: {command}\n{capsys.readouterr().err[-2000:]}"
         for path in block.promised if block.language == "bash" else ():
             assert Path(path).exists(), f"{block.page} promises {path}"
-
-
-@pytest.mark.parametrize("engine", get_args(Engine))
-def test_every_engine_has_a_command_that_counts_the_block(engine):
-    command = serve_command(engine, "DRAFTER", "TARGET", 8)
-    assert "DRAFTER" in command
-    assert re.search(r"\b[78]\b", command) or engine in ("transformers", "zlab")  # these read the drafter's config

@@ -354,10 +354,7 @@ class TrainingLoop:
         for number, batch in enumerate(batches, start=1):
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
             inputs["text"] = batch["token_ids"]
-            is_last = number == len(batches)  # in whose backward pass alone the ranks exchange gradients
-            if self.is_sharded:
-                self.model.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
-            with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
+            with self.reduced_over_ranks(number == len(batches)):
                 out, blocks = self.scorer.score(self.wrapped, inputs, self.progress)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
@@ -388,6 +385,14 @@ class TrainingLoop:
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         seconds = time.perf_counter() - started
         self.log.add_step(loss=loss, grad_norm=norm, learning_rate=learning_rate, seconds=seconds)
+
+    @contextlib.contextmanager
+    def reduced_over_ranks(self, is_last: bool) -> Iterator[None]:
+        """Let the ranks exchange gradients in the backward pass of a step's last micro-batch only."""
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(is_last)  # pyright: ignore[reportCallIssue]
+        with contextlib.nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.wrapped):
+            yield
 
     def refuse_infinite_step(self, loss: float, norm: float) -> None:
         """Refuse a step that would spoil the weights.

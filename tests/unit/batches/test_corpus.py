@@ -1,12 +1,9 @@
 """What was written comes back from every format, and what is trained on is what the files say."""
 
-import json
 import sys
 from dataclasses import asdict, replace
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,25 +19,15 @@ from dpace.report.tables import console
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses
 from tests.conftest import EOS, make_target, make_tokenizer
-from tests.support.files import make_prompts
+from tests.support.files import make_prompts, write_prompts, write_rows
 
 EVERYTHING = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i <= 0xDFFF]
 TEXTS = ["".join(EVERYTHING[i : i + 50_000]) for i in range(0, len(EVERYTHING), 50_000)]
 
 
-def write_rows(path, rows):
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_bytes(json.dumps(rows, ensure_ascii=False).encode())
-    else:
-        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return str(path)
-
-
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
 def test_every_character_of_unicode_comes_back(ending, tmp_path):
-    name = write_rows(tmp_path / f"p.{ending}", [{"prompt": f"?{text}"} for text in TEXTS])
+    name = write_prompts(tmp_path / f"p.{ending}", (f"?{text}" for text in TEXTS))
     assert [prompt.turns[0][0]["content"] for prompt in read_prompts(name)] == [f"?{text}" for text in TEXTS]
 
 
@@ -194,8 +181,8 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
     public = [f"{PUBLIC} {phrase}", f"How many? {phrase}", "Why?"]
     rows = [f"q{i} {phrase}" for i in range(40)] + [f"Note: {PUBLIC.upper()}!", "why", "Why not?"]
     config = PromptsConfig(
-        path=write_rows(tmp_path / "p.jsonl", [{"prompt": text} for text in rows]),
-        decontaminate=(write_rows(tmp_path / "public.jsonl", [{"prompt": text} for text in public]),),
+        path=write_prompts(tmp_path / "p.jsonl", rows),
+        decontaminate=(write_prompts(tmp_path / "public.jsonl", public),),
         num_heldout=1,
         num_validation=0,
     )
@@ -208,14 +195,14 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
 
 def test_a_prompt_of_two_public_sets_is_found(tmp_path):
     """Word for word, and in other words around it."""
-    both = [write_rows(tmp_path / name, [{"prompt": PUBLIC}]) for name in ("a.jsonl", "b.jsonl")]
-    more = write_rows(tmp_path / "c.jsonl", [{"prompt": f"Please answer. {PUBLIC}"}])
+    both = [write_prompts(tmp_path / name, [PUBLIC]) for name in ("a.jsonl", "b.jsonl")]
+    more = write_prompts(tmp_path / "c.jsonl", [f"Please answer. {PUBLIC}"])
     (prompt,) = make_prompts([f"A note says: {PUBLIC}."])
     assert all(PublicTexts(names).find(prompt) == "1" for names in (both[:1], both, [*both, more]))
 
 
 def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
-    public = PublicTexts([write_rows(tmp_path / "a.jsonl", [{"prompt": PUBLIC}])])
+    public = PublicTexts([write_prompts(tmp_path / "a.jsonl", [PUBLIC])])
     user, reply = ({"role": role, "content": "Go on."} for role in ("user", "assistant"))
     chat = [{"role": "user", "content": PUBLIC}, reply, user]
     assert public.find(Prompt("a", "s", [chat], "Well.")) == "1", "a reply to it is trained on"
@@ -241,9 +228,9 @@ def test_near_duplicates_are_left_out(tmp_path):
     words = [f"w{i}" for i in range(400)]
     texts = [" ".join(words[i * 30 : i * 30 + 30]) for i in range(12)]
     rows = [*texts, texts[0] + " too", texts[1].replace("w31", "x")]
-    heldout = write_rows(tmp_path / "h.jsonl", [{"prompt": texts[5] + " ?!"}, {"prompt": texts[7] + " indeed"}])
+    heldout = write_prompts(tmp_path / "h.jsonl", [texts[5] + " ?!", texts[7] + " indeed"])
     config = PromptsConfig(
-        path=write_rows(tmp_path / "p.jsonl", [{"prompt": text} for text in rows]),
+        path=write_prompts(tmp_path / "p.jsonl", rows),
         heldout_path=heldout,
         num_validation=0,
         near_duplicates=0.7,

@@ -72,7 +72,7 @@ def test_rounded_rows_are_near_and_smaller(dtype, relative, share, keep, languag
     assert share * whole <= found <= (share + 0.1) * whole
 
 
-def test_only_new_texts_are_computed(keep, no_target, language_target, monkeypatch):
+def test_only_new_texts_are_computed(keep, no_target, monkeypatch):
     keep(6)
     asked, features = [], Target.features
 
@@ -112,7 +112,7 @@ def test_killed_it_goes_on(keep, language_target, tmp_path):
         assert not list(folder.rglob("*.unfinished"))
 
 
-def test_a_damaged_file_is_named(keep, tmp_path):
+def test_a_damaged_file_is_named(keep):
     dataset = keep()
     path = dataset.features.paths[dataset.features.names[0]]
     data = path.read_bytes()
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named(keep, tmp_path):
     assert len(list(keep().features)) == 10
 
 
-def test_more_than_the_limit_or_the_disk_is_refused_before_any_work(keep, no_target, monkeypatch, language_target):
+def test_more_than_the_limit_or_the_disk_is_refused_before_any_work(keep, no_target, monkeypatch):
     no_target()
     with pytest.raises(ValueError, match=r"need .* GiB and 0.0 GiB --train.feature-files-gib allows; raise it"):
         keep(feature_files_gib=1e-7)

@@ -1,33 +1,26 @@
 """benchmarks/gpu.py at tiny size, on a CPU."""
 
 import argparse
-import importlib
-from pathlib import Path
 
+import decode
+import gpu
+import gpu_step
 import pytest
 
 from dpace.drafter import Drafter
 from dpace.target import Target
 from tests.conftest import make_drafter, make_recipe, make_target
 
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("gpu")
-
 
 def tiny(**changes):
     return make_recipe(**{"batch_size": 2, "num_anchors": 6, "max_length": 40, **changes})
 
 
-def test_parts_of_a_step_add_up(gpu):
+def test_parts_of_a_step_add_up():
     """Also where a step has several micro-batches, and every part took some time."""
     drafter, found = gpu.time_training(make_target("qwen3"), tiny(gradient_accumulation_steps=2), 4, peak=1e12)
     assert isinstance(drafter, Drafter) and found["steps"] == 2
-    assert set(found["part_seconds"]) == set(importlib.import_module("gpu_step").PARTS)
+    assert set(found["part_seconds"]) == set(gpu_step.PARTS)
     assert all(seconds > 0 for seconds in found["part_seconds"].values())
     assert found["step_seconds"] == pytest.approx(sum(found["part_seconds"].values()), rel=0.5)
     assert found["tokens_per_second"] == pytest.approx(2 * 2 * 40 / found["step_seconds"])
@@ -36,7 +29,7 @@ def test_parts_of_a_step_add_up(gpu):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the loops of others
-def test_a_report_has_all_tables(gpu, monkeypatch, language_folder):
+def test_a_report_has_all_tables(monkeypatch, language_folder):
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "TOKENS", 6)
     monkeypatch.setattr(gpu, "PROMPTS_OF_SET", 1)
@@ -50,17 +43,16 @@ def test_a_report_has_all_tables(gpu, monkeypatch, language_folder):
         assert part in page
 
 
-def test_the_first_name_that_fits_gives_the_peak(gpu):
+def test_the_first_name_that_fits_gives_the_peak():
     assert gpu.peak_flops("NVIDIA H100 PCIe", None) == 756e12
     assert gpu.peak_flops("NVIDIA L40S", None) == 362e12
     assert gpu.peak_flops("a processor", None) is None
     assert gpu.peak_flops("NVIDIA L4", 100.0) == 1e14
 
 
-def test_compiled_plain_decoding_is_a_baseline(gpu, monkeypatch):
+def test_compiled_plain_decoding_is_a_baseline(monkeypatch):
     """Of both kinds of decoding; the ways that sample have no compiled one to be compared with."""
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
-    decode = importlib.import_module("decode")
     target = make_target("qwen3")
     ways = decode.our_ways(target, make_drafter(target)) | decode.compiled_ways(target, make_drafter(target))
     names = ("plain", decode.COMPILED, "dpace, auto", "T=1: plain", "dpace, compiled blocks of 4")

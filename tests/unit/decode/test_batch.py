@@ -1,4 +1,3 @@
-import jaxtyping
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -7,11 +6,11 @@ from dpace.cli import main
 from dpace.decode import Decoder
 from dpace.decode.batch import Batch
 from dpace.decode.decoder import generate_batch
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedLayer
 from dpace.target import Target
 from dpace.target.chat import encode_chat
-from tests.conftest import make_drafter, make_target, make_with_head
+from tests.conftest import decode_whole, make_drafter, make_target, make_with_head
 
 LENGTHS = [7, 1, 12, 3, 7]
 
@@ -21,10 +20,6 @@ def prompts(lengths=LENGTHS):
         torch.randint(4, 64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
         for seed, length in enumerate(lengths)
     ]
-
-
-def alone(target, drafter, rows, **options):
-    return [generate(target, drafter, row, width="full", **options) for row in rows]
 
 
 def facts(generations):
@@ -44,7 +39,7 @@ def test_texts_are_those_of_one_at_a_time(random_target, block_size):
     ours = generate_batch(random_target, drafter, prompts(), **options)
     plain = [generate_plain(random_target, row, **options).token_ids for row in prompts()]
     assert [out.token_ids for out in ours] == plain
-    assert facts(ours) == facts(alone(random_target, drafter, prompts(), **options))
+    assert facts(ours) == facts(decode_whole(random_target, drafter, prompts(), **options))
     plainly = generate_batch(random_target, None, prompts(), **options)
     assert facts(plainly) == [(text, [], [], []) for text in plain]
 
@@ -70,7 +65,7 @@ def test_a_trained_drafter_is_accepted_as_alone(language_target, language_drafte
     for stops in ([], [texts[0][3], texts[1][6], texts[2][11]]):
         options = {"max_new_tokens": limit, "stop_token_ids": stops}
         ours = generate_batch(language_target, language_drafter, rows, **options)
-        assert facts(ours) == facts(alone(language_target, language_drafter, rows, **options))
+        assert facts(ours) == facts(decode_whole(language_target, language_drafter, rows, **options))
         ends = [min([limit, *(text.index(stop) + 1 for stop in stops if stop in text)]) for text in texts]
         assert [out.token_ids for out in ours] == [text[:end] for text, end in zip(texts, ends, strict=True)]
     if limit == 20:
@@ -99,14 +94,6 @@ def test_what_a_row_has_not_written_is_never_seen(monkeypatch):
     monkeypatch.setattr(RaggedLayer, "update", spoil_first)
     assert facts(generate_batch(target, drafter, prompts(), **options)) == expected
     assert len(num_rows) > 1
-
-
-@pytest.fixture
-def unchecked_types():
-    """The type checks of these tests cannot be traced by torch.compile."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
@@ -266,7 +253,7 @@ def test_one_prompt_and_none():
     drafter = make_drafter(target)
     options = {"max_new_tokens": 10, "stop_token_ids": []}
     ours = generate_batch(target, drafter, prompts([30]), **options)
-    assert facts(ours) == facts(alone(target, drafter, prompts([30]), **options))
+    assert facts(ours) == facts(decode_whole(target, drafter, prompts([30]), **options))
     assert generate_batch(target, drafter, [], max_new_tokens=10) == []
 
 
@@ -277,7 +264,7 @@ def test_seeds_give_the_texts_of_one_at_a_time():
     drafter = make_drafter(target)
     options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "stop_token_ids": []}
     ours = generate_batch(target, drafter, prompts(), seed=5, **options)
-    one_by_one = [alone(target, drafter, [row], seed=5 + i, **options)[0] for i, row in enumerate(prompts())]
+    one_by_one = [decode_whole(target, drafter, [row], seed=5 + i, **options)[0] for i, row in enumerate(prompts())]
     assert facts(ours) == facts(one_by_one)
     same = generate_batch(target, drafter, prompts([5]) * 2, seed=5, **options)
     assert same[0].token_ids != same[1].token_ids

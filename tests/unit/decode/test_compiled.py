@@ -1,7 +1,5 @@
 """Plain decoding with compiled steps as a second baseline; what is compiled is in test_batch.py and tests/gpu."""
 
-import json
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from dpace.measure.benchmark import CompiledPlain, bench, find_compiled
 from dpace.measure.results import CompiledBaseline, read_results
 from dpace.report.page import speeds
 from tests.conftest import make_drafter, make_target, make_tokenizer
-from tests.support.files import make_prompts
+from tests.support.files import changed_json, make_prompts
 from tests.support.rows import make_bench, make_row
 
 PROMPTS = make_prompts(f"w{i} w51" for i in range(3))
@@ -59,10 +57,9 @@ def test_both_baselines_are_in_the_results(target, calls, tmp_path):
     again = bench(target, {"d": drafter}, PROMPTS, CONFIG, tmp_path)
     assert len(calls) == number and again.rows[0].compiled == results.rows[0].compiled
     path = tmp_path / "results.json"
-    old = json.loads(path.read_text())
-    for row in old["rows"]:
-        del row["compiled"]
-    path.write_text(json.dumps(old))
+    with changed_json(path) as old:
+        for row in old["rows"]:
+            del row["compiled"]
     assert [row.compiled for row in read_results(path).rows] == [None, None]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import dpace.blocks
 from dpace.blocks import Blocks
@@ -20,10 +19,10 @@ from dpace.drafter import Drafter
 from dpace.engines.card import serve_command
 from dpace.target import Target
 from tests.conftest import make_drafter, make_target, make_tokenizer, make_with_convolutions, make_with_head
-from tests.support.files import read_json, write_rows
+from tests.support.files import changed_json, changed_weights, write_rows
 
 Q, K, V = (f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")
-NORM, UP, GATE = "layers.1.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "layers.1.mlp.gate_proj.weight"
+NORM, UP = "layers.1.input_layernorm.weight", "layers.1.mlp.up_proj.weight"
 
 
 def named(folder, target, **options) -> set[str]:
@@ -32,12 +31,8 @@ def named(folder, target, **options) -> set[str]:
 
 def edit(folder: Path, change) -> None:
     """Let `change(config, tensors)` edit a drafter on disk."""
-    config, tensors = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    change(config, tensors)
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with changed_json(folder / "config.json") as config, changed_weights(folder) as tensors:
+        change(config, tensors)
 
 
 @pytest.fixture
@@ -133,14 +128,6 @@ def convolved(**sizes):
         tensors[f"{selector}hidden_projection.weight"] = torch.zeros(1, width, dtype=dtype)
 
     return change
-
-
-def one_value(value):
-    def make(old):
-        old.view(-1)[3] = value
-        return old
-
-    return make
 
 
 COMPARED = [key for key in (*FIXED_KEYS, *TENSOR_KEYS, *TARGET_KEYS) if "." not in key]
@@ -432,6 +419,8 @@ def test_the_verb(folder, language_folder, language_responses, capsys, monkeypat
 
 def test_commands_count_slots_as_the_engine_does():
     assert serve_command("sglang", "d", "t", 8).endswith("--speculative-dflash-block-size 8")
+    assert "--spec-draft-n-max 7" in serve_command("llamacpp", "d", "t", 8)
+    assert "max_draft_len: 7" in serve_command("tensorrt", "d", "t", 8)
     words = shlex.split(serve_command("vllm", "d", "t", 8))
     assert json.loads(words[-1])["num_speculative_tokens"] == 7
     for engine in ("transformers", "zlab"):

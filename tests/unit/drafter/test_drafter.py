@@ -13,7 +13,7 @@ from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.views import blocks_hidden
 from dpace.modeling_dflash import DFlashAttention, DFlashConvolution, DFlashDraftModel, DFlashLayer, _small_tiles
 from tests.conftest import MASK, make_drafter, make_target, make_tokenizer, make_with_convolutions
-from tests.support.files import change_json, read_json
+from tests.support.files import change_config, read_json
 
 
 def hidden_of_blocks(drafter, target, token_ids, features, anchors):
@@ -131,7 +131,7 @@ def test_reload_gives_equal_hidden_states_and_the_published_layout(random_target
 def test_a_config_does_not_choose_the_attention(language_target, tmp_path):
     """transformers would download such a kernel and run it."""
     make_drafter(language_target).save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", _attn_implementation="someone/kernel")
+    change_config(tmp_path, _attn_implementation="someone/kernel")
     for drafter in (load_drafter(tmp_path, language_target), Drafter.from_pretrained(tmp_path)):
         assert drafter.config._attn_implementation == "sdpa"
 

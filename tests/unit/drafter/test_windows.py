@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpace.blocks import Reach, build_blocks
-from dpace.decode import generate, generate_plain
+from dpace.decode import generate_plain
 from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import Speculation
 from dpace.decode.pace import Plan
@@ -17,7 +17,7 @@ from dpace.drafter import load_drafter
 from dpace.drafter.views import blocks_hidden, draft_block
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import RaggedCache, TextCache
-from tests.conftest import MASK, make_drafter, make_target
+from tests.conftest import MASK, decode_whole, make_drafter, make_target
 
 WINDOW = 9
 LAYOUTS = {
@@ -87,7 +87,7 @@ def test_text_is_the_targets_in_every_way_of_decoding(layout, target, tmp_path):
     drafter = load_drafter(tmp_path, target)
     prompts = [torch.randint(4, 64, (count,)).tolist() for count in (3, 70, 21)]
     plain = [generate_plain(target, prompt, max_new_tokens=60) for prompt in prompts]
-    alone = [generate(target, drafter, prompt, width="full", max_new_tokens=60) for prompt in prompts]
+    alone = decode_whole(target, drafter, prompts, max_new_tokens=60)
     batch = generate_batch(target, drafter, prompts, max_new_tokens=60)
     assert [out.token_ids for out in alone] == [out.token_ids for out in plain] == [out.token_ids for out in batch]
 

@@ -1,7 +1,6 @@
 """What is exported is the drafter, for each engine that runs here; what others wrote is taken over as it is."""
 
 import importlib
-import json
 import re
 import shutil
 import sys
@@ -24,7 +23,7 @@ import dpace.modeling_dflash
 from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.decode.decoder import generate_batch
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode.loop import generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.export import export, import_drafter, read_drafter
@@ -33,8 +32,8 @@ from dpace.engines.published import read_folder
 from dpace.measure.benchmark import bench
 from dpace.target import Target
 from dpace.train.run import make_datasets, train
-from tests.conftest import EOS, make_drafter, make_recipe, make_target, write_target_gguf
-from tests.support.files import make_prompts, read_json
+from tests.conftest import EOS, decode_whole, make_drafter, make_recipe, make_target, write_target_gguf
+from tests.support.files import change_config, changed_weights, make_prompts, read_json
 from tests.unit.target.test_target_files import write_fp8
 
 TO_READ = ["zlab", "speculators", "gguf"]
@@ -101,11 +100,7 @@ def do_export(language_target, folders, target_gguf, tmp_path):
 
 def edit(folder: Path, path: Path, **changes) -> Path:
     """A copy with another config; None removes a key."""
-    shutil.copytree(folder, path)
-    config = read_json(path / "config.json") | changes
-    config = {key: value for key, value in config.items() if value is not None}
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+    return change_config(shutil.copytree(folder, path), **changes)
 
 
 PAIRS = [(to, kind) for to in TO_READ for kind in ("half-trained", *WINDOWS) if (to, kind) not in REFUSED]
@@ -264,17 +259,16 @@ def test_quantized_weights_are_imported_as_plain_numbers(folder, language_folder
     edit(folder, tmp_path / "awq", quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
     assert main(["import", str(tmp_path / "awq"), "--output", str(tmp_path / "none")]) == 1
     assert re.search(r"is quantized \('awq'\).*pip install gptqmodel", capsys.readouterr().err)
-    weights = load_file(quantized / "model.safetensors")
-    save_file(weights | {"other": weights["norm.weight"].clone()}, quantized / "model.safetensors", {"format": "pt"})
+    with changed_weights(quantized) as weights:
+        weights["other"] = weights["norm.weight"]
     with pytest.raises(ValueError, match=r"not the tensors of a DFlash drafter: \['other'\]"):
         read_drafter(quantized)
 
 
 def test_a_trained_selector_is_refused(folders, tmp_path):
     shutil.copytree(folders["convolutions"], tmp_path / "x")
-    weights = load_file(tmp_path / "x" / "model.safetensors")
-    weights["candidate_selector.successor_codebook"][3] = 1
-    save_file(weights, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+    with changed_weights(tmp_path / "x") as weights:
+        weights["candidate_selector.successor_codebook"][3] = 1
     with pytest.raises(ValueError, match="trained candidate selector"):
         import_drafter(tmp_path / "x", tmp_path / "out")
     with pytest.raises(ValueError, match="trained candidate selector"):
@@ -288,8 +282,8 @@ def test_speculators_has_no_convolutions(do_export):
 
 def test_other_tensors_and_missing_folders_are_refused(folder, tmp_path):
     own = edit(folder, tmp_path / "own")
-    weights = load_file(own / "model.safetensors")
-    save_file({**weights, "mask_hidden": torch.zeros(48)}, own / "model.safetensors")
+    with changed_weights(own) as weights:
+        weights["mask_hidden"] = torch.zeros(48)
     with pytest.raises(ValueError, match="unknown .'mask_hidden'"):
         import_drafter(own, tmp_path / "out")
     with pytest.raises(ValueError, match="not a drafter's folder"):
@@ -337,7 +331,7 @@ def decode_and_count(target: Target, decode, token_ids: list[int]) -> tuple[list
 
 def our_steps(target: Target, drafter: Drafter, prompts) -> list[tuple[list[int], int]]:
     """The same of our decoder."""
-    done = [generate(target, drafter, token_ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for token_ids in prompts]
+    done = decode_whole(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
     return [(out.token_ids, len(out.widths)) for out in done]
 
 
@@ -499,7 +493,7 @@ def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, targe
         assert distance(offset, offset) <= 1 < 3 <= min(distance(0, offset), distance(offset, 0))
 
 
-def test_llamacpp_refuses_in_one_line(do_export, target_gguf, prompts, tmp_path):
+def test_llamacpp_refuses_in_one_line(target_gguf, prompts, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="llama.cpp ended with code"):
         run_llamacpp(

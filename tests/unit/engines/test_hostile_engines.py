@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from dpace.cli import main
 from dpace.measure.results import write_results
-from tests.support.files import read_json
+from tests.support.files import change_config, changed_json, changed_weights
 from tests.support.rows import make_bench, make_plain, make_response, make_row
 
 ESC = "\x1b[31m"
@@ -64,16 +63,7 @@ def own_lines(text: str) -> list[str]:
 
 
 def config(**changes):
-    def change(folder):
-        path = folder / "config.json"
-        found = read_json(path)
-        for name, value in changes.items():
-            if name in ("target_layer_ids", "mask_token_id", "block_size"):
-                found.get("dflash_config", {}).pop(name, None)
-            found[name] = value
-        path.write_text(json.dumps(found))
-
-    return change
+    return lambda folder: change_config(folder, **changes)
 
 
 def raw(name, data):
@@ -82,10 +72,8 @@ def raw(name, data):
 
 def weights(make):
     def change(folder):
-        path = folder / "model.safetensors"
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        make(tensors)
-        save_file(tensors, path)
+        with changed_weights(folder) as tensors:
+            make(tensors)
 
     return change
 
@@ -287,10 +275,9 @@ RESULTS = {
 @pytest.mark.parametrize("fault", RESULTS)
 def test_report_refuses_results_that_contradict_themselves(fault, tmp_path, capsys):
     write_results(tmp_path / "results.json", make_bench())
-    results = read_json(tmp_path / "results.json")
     (*path, key), value = RESULTS[fault]
-    functools.reduce(operator.getitem, path, results)[key] = value
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    with changed_json(tmp_path / "results.json") as results:
+        functools.reduce(operator.getitem, path, results)[key] = value
     refused(["report", str(tmp_path)], capsys, "results.json", "measure again")
     assert not (tmp_path / "report.html").exists()
 

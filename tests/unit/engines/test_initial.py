@@ -1,6 +1,5 @@
 """A training that starts from a trained drafter, in any layout, has its weights, its size and its mask token."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from dpace.system.loading import fingerprint
 from dpace.train.identity import read_run
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_drafter, make_recipe, make_target, make_with_convolutions, make_with_head
-from tests.support.files import read_json
+from tests.support.files import changed_json, read_json
 
 FEW_STEPS = make_recipe(max_steps=2, eval_steps=1, logging_steps=1)
 
@@ -38,9 +37,8 @@ def test_every_layout_gives_the_same_start(
         export(language_drafter_folder, language_target, to=layout, output=source, name="x", target_name="x")
     elif layout == "specforge":  # which keeps the block size at the top level, and no mark of dpace
         source = shutil.copytree(language_drafter_folder, tmp_path / "other")
-        config = read_json(source / "config.json")
-        config = {name: value for name, value in config.items() if name not in ("dpace", "mask_token_id")}
-        (source / "config.json").write_text(json.dumps(config))
+        with changed_json(source / "config.json") as config:
+            del config["dpace"], config["mask_token_id"]
     recipe, init = start_from(recipe_from(source, language_folder), given=())
     shape = recipe.drafter
     assert (shape.num_layers, shape.block_size, shape.num_features) == (2, 6, 2)

@@ -1,6 +1,5 @@
 """A drafter of each published layout is read, decoded, scored, examined, exported, and read back."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from llamacpp import run_llamacpp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TypicalLogitsWarper
 
 from dpace.batches.dataset import ResponseDataset, collate
@@ -24,8 +23,8 @@ from dpace.engines.published import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
 from dpace.target import Target
-from tests.conftest import EOS, make_drafter
-from tests.support.files import read_json, write_rows
+from tests.conftest import EOS, decode_whole, make_drafter
+from tests.support.files import changed_json, changed_weights, read_json, write_rows
 
 MAX_NEW_TOKENS = 40
 
@@ -46,12 +45,11 @@ def train_from_anchor(target: Target, drafter: Drafter, responses) -> None:
 def change_config(folder: Path, path: Path, **changes) -> Path:
     """A copy whose `dflash_config` and top level have other values; None removes a key."""
     shutil.copytree(folder, path)
-    config = read_json(path / "config.json")
-    for values in (config, config["dflash_config"]):
-        values |= changes
-        for name in [name for name, value in values.items() if value is None and name in changes]:
-            del values[name]
-    (path / "config.json").write_text(json.dumps(config))
+    with changed_json(path / "config.json") as config:
+        for values in (config, config["dflash_config"]):
+            values.update(changes)
+            for name in [name for name in changes if changes[name] is None]:
+                del values[name]
     return path
 
 
@@ -87,13 +85,24 @@ def responses_file(language_responses, tmp_path_factory) -> Path:
 def our_texts(target: Target, drafter: Drafter, prompts) -> tuple[list[list[int]], Acceptance]:
     """Texts of all ways of decoding, which are the target's own, and accepted lengths of whole blocks."""
     plain = [generate_plain(target, ids, max_new_tokens=MAX_NEW_TOKENS).token_ids for ids in prompts]
-    done = [generate(target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for ids in prompts]
+    done = decode_whole(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
     batch = generate_batch(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
     auto = [generate(target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS) for ids in prompts]
     for outs in (done, batch, auto):
         assert [out.token_ids for out in outs] == plain
     assert [out.widths for out in batch] == [out.widths for out in done]
     return plain, Acceptance.of_prompts([out.acceptance for out in done])
+
+
+def assert_llamacpp_agrees(target_gguf: Path, folder: Path, target: Target, drafter: Drafter, prompts, **options):
+    """With a file that was exported to the folder: the texts of a drafter, and about as many verifications."""
+    ours = decode_whole(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    (path,) = folder.glob("*.gguf")
+    options |= {"max_new_tokens": MAX_NEW_TOKENS, "drafter_gguf": path, "num_draft_tokens": 5}
+    theirs = run_llamacpp(target_gguf, prompts, **options)
+    assert [answer.token_ids for answer in theirs] == [out.token_ids for out in ours]
+    steps = [(answer.num_drafted / 5, len(out.widths)) for answer, out in zip(theirs, ours, strict=True)]
+    assert all(abs(a - b) <= 1 for a, b in steps)  # a near tie may fall the other way
 
 
 def scored(target: Target, drafter: Drafter, responses) -> Acceptance:
@@ -115,7 +124,7 @@ def test_slots_that_begin_at_the_anchor_are_decoded_and_scored(
 
 @pytest.mark.parametrize("to", ["gguf", "speculators"])
 def test_formats_that_can_say_so_carry_the_anchor(
-    to, anchored, language_target, language_folder, target_gguf, questions, tmp_path, capsys
+    to, anchored, language_target, language_folder, target_gguf, questions, tmp_path
 ):
     flags = ["--target", str(language_folder), "--target-gguf", str(target_gguf)]
     assert main(["export", str(anchored), *flags, "--to", to, "--output", str(tmp_path / to)]) == 0
@@ -127,14 +136,8 @@ def test_formats_that_can_say_so_carry_the_anchor(
         assert read_json(tmp_path / to / "config.json")["sample_from_anchor"] is True
         return
     assert "--spec-type draft-dspark --spec-draft-n-max 5" in card
-    drafter = load_drafter(anchored, language_target)
-    ours = [generate(language_target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS, width="full") for ids in questions]
-    (path,) = (tmp_path / to).glob("*.gguf")
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "drafter_gguf": path, "num_draft_tokens": 5, "from_anchor": True}
-    theirs = run_llamacpp(target_gguf, questions, **options)
-    assert [answer.token_ids for answer in theirs] == [out.token_ids for out in ours]
-    steps = [(answer.num_drafted / 5, len(out.widths)) for answer, out in zip(theirs, ours, strict=True)]
-    assert all(abs(a - b) <= 1 for a, b in steps)  # a near tie may fall the other way
+    ours = load_drafter(anchored, language_target)
+    assert_llamacpp_agrees(target_gguf, tmp_path / to, language_target, ours, questions, from_anchor=True)
 
 
 def test_other_formats_and_training_refuse_the_anchor_by_its_key(
@@ -182,9 +185,8 @@ TOKENS = [*range(4, 40), EOS, 0]
 def with_tables(folder: Path, path: Path, tables: dict[str, torch.Tensor], **changes) -> Path:
     """A copy whose weights have further tensors."""
     change_config(folder, path, **changes)
-    weights = load_file(path / "model.safetensors")
-    tables = {name: table.detach().clone() for name, table in tables.items()}
-    save_file(weights | tables, path / "model.safetensors", metadata={"format": "pt"})
+    with changed_weights(path) as weights:
+        weights.update(tables)
     return path
 
 
@@ -223,7 +225,7 @@ FORMATS = {"small": ["gguf", "vllm", "speculators"], "own": ["gguf", "vllm"]}
 
 @pytest.mark.parametrize("layout", KEYS)
 def test_own_tables_are_decoded_scored_and_checked(
-    layout, layouts, language_target, language_folder, language_responses, questions, tmp_path, capsys
+    layout, layouts, language_target, language_folder, language_responses, questions, tmp_path
 ):
     drafter = load_drafter(layouts[layout], language_target)
     _, decoded = our_texts(language_target, drafter, questions)
@@ -253,7 +255,7 @@ def test_processors_leave_a_whole_head_to_the_drafter(layout, layouts, language_
 
 @pytest.mark.parametrize(("layout", "to"), [(layout, to) for layout in FORMATS for to in FORMATS[layout]])
 def test_own_tables_are_exported_and_read_back(
-    layout, to, layouts, language_target, language_folder, target_gguf, questions, tmp_path, capsys
+    layout, to, layouts, language_target, language_folder, target_gguf, questions, tmp_path
 ):
     flags = ["--target", str(language_folder), "--target-gguf", str(target_gguf)]
     assert main(["export", str(layouts[layout]), *flags, "--to", to, "--output", str(tmp_path / to)]) == 0
@@ -267,14 +269,8 @@ def test_own_tables_are_exported_and_read_back(
         assert torch.equal(load_file(tmp_path / to / "model.safetensors")["t2d"], before["t2d"])
         assert read_json(tmp_path / to / "config.json")["draft_vocab_size"] == len(TOKENS)
     if to == "gguf":
-        drafter = load_drafter(layouts[layout], language_target)
-        ours = [generate(language_target, drafter, x, max_new_tokens=MAX_NEW_TOKENS, width="full") for x in questions]
-        (path,) = (tmp_path / to).glob("*.gguf")
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "drafter_gguf": path, "num_draft_tokens": 5}
-        theirs = run_llamacpp(target_gguf, questions, **options)
-        assert [answer.token_ids for answer in theirs] == [out.token_ids for out in ours]
-        steps = [(answer.num_drafted / 5, len(out.widths)) for answer, out in zip(theirs, ours, strict=True)]
-        assert all(abs(a - b) <= 1 for a, b in steps)
+        ours = load_drafter(layouts[layout], language_target)
+        assert_llamacpp_agrees(target_gguf, tmp_path / to, language_target, ours, questions)
 
 
 @pytest.mark.parametrize("layout", KEYS)
@@ -311,7 +307,7 @@ def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, langua
 
 
 def test_the_draft_vocabulary_is_written_for_speculators(
-    language_drafter_folder, language_target, language_folder, questions, tmp_path, capsys
+    language_drafter_folder, language_target, language_folder, tmp_path
 ):
     shutil.copytree(language_drafter_folder, tmp_path / "a")
     DraftVocabulary(TOKENS).save(tmp_path / "a")
@@ -326,11 +322,8 @@ def test_the_draft_vocabulary_is_written_for_speculators(
     ours = load_drafter(language_drafter_folder, language_target)
     ours.vocabulary = DraftVocabulary(TOKENS)
     theirs = load_drafter(tmp_path / "c", language_target)
-    pairs = [
-        [generate(language_target, drafter, [4, 20, 51, 5], max_new_tokens=30, width="full") for drafter in both]
-        for both in [(ours, theirs)]
-    ]
-    assert all(a.widths == b.widths for a, b in pairs)
+    done = [decode_whole(language_target, drafter, [[4, 20, 51, 5]], max_new_tokens=30) for drafter in (ours, theirs)]
+    assert done[0][0].widths == done[1][0].widths
     DraftVocabulary(range(64)).save(tmp_path / "a")  # no part of the target's
     assert main(["export", str(tmp_path / "a"), *flags[:-1], str(tmp_path / "d")]) == 0
     assert "d2t" not in load_file(tmp_path / "d" / "model.safetensors")
@@ -351,7 +344,7 @@ def test_the_draft_vocabulary_is_written_for_speculators(
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_key(
-    tables, changes, reason, layouts, language_target, language_folder, tmp_path, capsys
+    tables, changes, reason, layouts, language_target, tmp_path, capsys
 ):
     path = with_tables(layouts["small"], tmp_path / "x", tables, **changes)
     assert main(["import", str(path), "--output", str(tmp_path / "y")]) == 1

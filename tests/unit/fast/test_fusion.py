@@ -201,7 +201,7 @@ def test_layers_that_round_otherwise_are_fused_and_wrong_ones_are_not(error, is_
     assert fuse_layers(model) is is_fused
 
 
-def test_other_models_are_left_as_they_are(monkeypatch):
+def test_other_models_are_left_as_they_are():
     assert not fuse_layers(make_target("gemma2").model)
     unpacked = AutoModelForCausalLM.from_config(KNOWN["qwen3"]())
     assert not fuse_layers(unpacked)

@@ -22,7 +22,7 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_drafter, make_target, make_with_head
-from tests.support.files import make_prompts, write_prompts
+from tests.support.files import make_prompts, write_prompts, write_rows
 
 CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=2, max_new_tokens=12)
 LONG = replace(CONFIG, num_prompts=4, max_new_tokens=24)
@@ -177,7 +177,7 @@ def test_kept_responses_are_read_again(language_target, prompts, tmp_path):
 
 def test_only_greedy_responses_can_be_read_again(tmp_path):
     path = tmp_path / "responses.jsonl"
-    path.write_text(json.dumps({"id": "a", "set": "s", "messages": [], "token_ids": [1], "response_spans": []}) + "\n")
+    write_rows(path, [{"id": "a", "set": "s", "messages": [], "token_ids": [1], "response_spans": []}])
     with pytest.raises(ValueError, match="does not tell temperature"):
         read_greedy(path)
     meta = {"temperature": 0.5, "max_new_tokens": 2, "dtype": "torch.float32", "target_sha256": "0"}

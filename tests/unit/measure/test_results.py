@@ -1,7 +1,6 @@
 """results.json, servers.json and heldout.json are read as they were written, or refused in one line."""
 
 import json
-import os
 
 import pytest
 
@@ -117,19 +116,6 @@ def test_a_wrong_key_is_named(tmp_path):
 def test_a_folder_without_results_is_told(tmp_path):
     with pytest.raises(ValueError, match="has no results.json or servers.json"):
         find_results(tmp_path)
-
-
-def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_results(path, BENCH)
-
-    def fail(file):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_results(path, COMPARE)
-    assert read_results(path) == BENCH
 
 
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from dpace.prompts.public_sets import MATH_SUFFIX, NOT_THERE, REDHAT_SUBSETS, SETS, read_sets
+from tests.support.files import write_prompts, write_rows
 
 PAPER = ["gsm8k", "math500", "humaneval", "mbpp", "mt_bench", "alpaca"]
 
@@ -50,8 +51,8 @@ def test_the_hub_gives_the_published_prompts(monkeypatch, capsys):
 
 
 def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
-    lines = [json.dumps({"id": f"mine/{i}", "turns": ["a", "b"], "reference": 1}) for i in range(5)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    rows = [{"id": f"mine/{i}", "turns": ["a", "b"], "reference": 1} for i in range(5)]
+    write_rows(tmp_path / "mine.jsonl", rows)
     prompts = read_sets(["mine"], tmp_path)
     assert {prompt.set for prompt in prompts} == {"mine"} and len(prompts[0].turns) == 2
     assert [prompt.id for prompt in prompts] == [prompt.id for prompt in read_sets(["mine"], tmp_path)]
@@ -72,7 +73,7 @@ def test_a_folder_and_what_goes_wrong(tmp_path, monkeypatch):
 def test_prompts_with_tools_are_a_set_of_their_own(tmp_path):
     tool = {"type": "function", "function": {"name": "f"}}
     rows = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}], "tools": [tool]}]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path / "mine.jsonl", rows)
     assert {prompt.set for prompt in read_sets(["mine"], tmp_path)} == {"mine", "mine (tools)"}
 
 
@@ -80,8 +81,8 @@ def test_files_as_their_authors_write_them(tmp_path):
     """Those of NVIDIA's script, which writes `messages`, and of Red Hat's repository."""
     users = [{"role": "user", "content": text} for text in ("Translate.", "Again.")]
     row = {"question_id": "1", "category": "mixed", "messages": users}
-    (tmp_path / "throughput_8k.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "rag.jsonl").write_text(json.dumps({"prompt": "Read."}) + "\n")
+    write_rows(tmp_path / "throughput_8k.jsonl", [row])
+    write_prompts(tmp_path / "rag.jsonl", ["Read."])
     first, second = read_sets(["speed_bench_8k", "redhat"], tmp_path)
     assert first.set == "speed_bench_8k/mixed" and [turn[0]["content"] for turn in first.turns] == [
         "Translate.",
@@ -89,6 +90,6 @@ def test_files_as_their_authors_write_them(tmp_path):
     ]
     assert second.set == "redhat/rag" and second.turns == [[{"role": "user", "content": "Read."}]]
     row["messages"][0]["content"] = f"{NOT_THERE} USING SPECDEC_BENCH"
-    (tmp_path / "throughput_8k.jsonl").write_text(json.dumps(row) + "\n")
+    write_rows(tmp_path / "throughput_8k.jsonl", [row])
     with pytest.raises(ValueError, match="1 of the 1 rows of speed_bench_8k have their text in other datasets"):
         read_sets(["speed_bench_8k"], tmp_path)

@@ -2,8 +2,6 @@
 
 import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from dpace.cli import main
@@ -15,6 +13,7 @@ from dpace.respond.conversation import Conversation
 from dpace.respond.responses import read_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_target, make_tokenizer
+from tests.support.files import write_rows
 
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}w40 {{ tool.function.name }} {% endfor %}{% endif %}"
@@ -75,13 +74,11 @@ LAYOUTS = {
 
 
 def read_one(path, row) -> Prompt:
+    rows = [row]
     if path.suffix == ".parquet":
         kind = next(key for key in ("messages", "conversations", "turns") if key in row)
-        rows = [row, {kind: row[kind][:1]}]  # whose missing keys are empty in a table
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_text(json.dumps(row) + "\n")
-    return read_prompts(path)[0]
+        rows.append({kind: row[kind][:1]})  # whose missing keys are empty in a table
+    return read_prompts(write_rows(path, rows))[0]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -144,8 +141,8 @@ def test_own_answers_with_calls_are_trained_on(target, tmp_path):
 @pytest.mark.parametrize(("row", "word"), [(LAYOUTS["objects"], "tools"), ({"messages": MESSAGES}, "tool_calls")])
 def test_a_template_without_tools_is_refused_in_one_line(row, word, language_folder, tmp_path, capsys):
     rows = [{**row, "messages": [{"role": "user", "content": f"w{i}"}, *MESSAGES]} for i in range(20)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--target", str(language_folder), "--prompts.path", str(tmp_path / "x.jsonl"), "--output", str(tmp_path)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    flags = ["--target", str(language_folder), "--prompts.path", path, "--output", str(tmp_path)]
     code = main(["respond", *flags])
     error = capsys.readouterr().err
     assert code == 1 and f"knows no `{word}`, which the prompt has" in error

@@ -194,7 +194,7 @@ def test_texts_are_turned_back_into_their_tokens_or_left_out(engine, start, chat
     assert read_meta(tmp_path / "two" / "responses.jsonl")["left_out"] == left_out
 
 
-def test_requests_at_once_are_bounded_by_the_batch_size(start, chat, own, tmp_path):
+def test_requests_at_once_are_bounded_by_the_batch_size(start, chat, tmp_path):
     stub = start(rush=threading.Barrier(4))
     prompts = [prompt for prompt in PROMPTS if len(prompt.turns) == 1]
     assert len(prompts) == 8 and len(write_responses(chat, prompts, tmp_path / "r.jsonl", at(stub))) == 8

@@ -92,8 +92,3 @@ def test_two_turns_keep_both_spans(language_target, tmp_path):
     for start, end in response.response_spans:
         own = generate_plain(language_target, response.token_ids[:start], max_new_tokens=12).token_ids
         assert response.token_ids[start:end] == own
-
-
-def test_over_long_prompt_is_refused_before_work(language_target, tmp_path):
-    with pytest.raises(ValueError, match="prompt 0 has .* tokens"):
-        write_responses(language_target, make_prompts(["w1 " * 300]), tmp_path / "r.jsonl", CONFIG)

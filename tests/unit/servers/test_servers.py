@@ -245,7 +245,7 @@ def test_vllm_tells_the_acceptance_of_each_request(start, chat, tmp_path):
 
 
 @pytest.mark.parametrize(("engine", "key"), [("vllm", "cache_salt"), ("sglang", "extra_key"), ("llama.cpp", None)])
-def test_cold_and_warm_rows(engine, key, start, chat, tmp_path, capsys):
+def test_cold_and_warm_rows(engine, key, start, chat, tmp_path):
     """Cold: no prompt was sent with this salt before. Warm: each was sent once, and the second answer counts."""
     server = start(engine, drafts=True)
     config = BenchConfig(temperatures=(0.0,), concurrencies=(2,), prefixes=("cold", "warm"))

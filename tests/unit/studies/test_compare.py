@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from dpace.cli import main
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
 from dpace.measure.results import read_results
 from dpace.report.page import comparison
@@ -33,15 +32,6 @@ def config(language_prompts, tmp_path) -> CompareConfig:
             "seeds": (0, 1),
         }
     )
-
-
-def test_a_head_and_a_soft_token_loss_are_refused_whichever_comes_first(
-    language_folder, language_prompts, tmp_path, capsys
-):
-    path = write_prompts(tmp_path / "prompts.jsonl", language_prompts)
-    flags = ["compare", "--target", str(language_folder), "--prompts.path", str(path), "--drafter.head", "lilicorr"]
-    assert main([*flags, "--output", str(tmp_path / "out"), "--objectives", "dpace", "dpace+kl"]) == 1
-    assert "learns with nll and token only" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.fixture

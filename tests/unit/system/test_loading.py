@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from dpace.drafter import Drafter, load_drafter
 from dpace.target import Target
 from tests.conftest import make_drafter, make_target, make_tokenizer
+from tests.support.files import change_config, changed_weights, read_json
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,6 @@ def folders(tmp_path_factory):
     make_tokenizer().save_pretrained(folder / "target")
     make_drafter(target).save_pretrained(folder / "drafter")
     return folder
-
-
-def change_weights(folder, change):
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
 
 
 LOADERS = {"target": lambda folder: Target.load(str(folder)), "drafter": Drafter.from_pretrained}
@@ -47,7 +40,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(kind, fault, folders, tmp_p
     folder = shutil.copytree(folders / kind, tmp_path / kind)
     change, message = FAULTS.get(fault, (None, "damaged|cannot load"))
     if change:
-        change_weights(folder, lambda weights: change(weights, NAMES[kind]))
+        with changed_weights(folder) as weights:
+            change(weights, NAMES[kind])
     else:
         os.truncate(folder / "model.safetensors", 200)
     with pytest.raises(ValueError, match=message.format(NAMES[kind])) as refused:
@@ -59,7 +53,8 @@ def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path)
     """A target's file may have heads for other uses."""
     for kind in ("target", "drafter"):
         shutil.copytree(folders / kind, tmp_path / kind)
-        change_weights(tmp_path / kind, lambda weights: weights.update({"other.weight": torch.ones(3)}))
+        with changed_weights(tmp_path / kind) as weights:
+            weights["other.weight"] = torch.ones(3)
     Target.load(str(tmp_path / "target"))
     with pytest.raises(ValueError, match=r"have unknown other.weight"):
         Drafter.from_pretrained(tmp_path / "drafter")
@@ -78,7 +73,7 @@ def test_what_fits_is_loaded_as_it_was_written(tied, tmp_path):
 @pytest.mark.parametrize("value", ["x", -1, 1.5, [], True, 10**30])
 def test_a_hostile_config_is_refused_in_one_line(value, folders, tmp_path):
     folder = shutil.copytree(folders / "drafter", tmp_path / "d")
-    config, target = json.loads((folder / "config.json").read_text()), make_target("qwen3")
+    config, target = read_json(folder / "config.json"), make_target("qwen3")
     for key in ("hidden_size", "target_layer_ids", "rms_norm_eps", "dflash_config", "rope_parameters", "dpace"):
         if (key, value) in (("target_layer_ids", []), ("rope_parameters", [])):
             continue  # the published rule, or the other spelling, stands in
@@ -94,17 +89,16 @@ def test_a_hostile_config_is_refused_in_one_line(value, folders, tmp_path):
 def test_no_code_and_no_attention_of_a_config(folders, tmp_path):
     """`auto_map` is not followed, and attention stays torch's own."""
     shutil.copytree(folders / "target", tmp_path / "t")
-    path = tmp_path / "t" / "config.json"
-    config = json.loads(path.read_text())
     (tmp_path / "t" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    change_config(tmp_path / "t", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
     expected = Target.load(str(folders / "target")).model.config._attn_implementation
     assert expected != "eager"
     for name in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
-        path.write_text(json.dumps({**config, name: "eager"}))
+        change_config(tmp_path / "t", **{name: "eager"})
         target = Target.load(str(tmp_path / "t"))
         assert target.model.config._attn_implementation == expected
-    path.write_text(json.dumps({**config, "model_type": "evil"}))
+        change_config(tmp_path / "t", **{name: None})
+    change_config(tmp_path / "t", model_type="evil")
     with pytest.raises(ValueError):
         Target.load(str(tmp_path / "t"))
     assert not (tmp_path / "ran").exists()

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 import dpace.target.beginnings as beginnings
 from dpace.decode.decoder import generate_batch
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedCache, fill_places
 from dpace.fast.speed_up import speed_up
 from dpace.target import Target
 from dpace.target.beginnings import find_shared, read_texts
-from tests.conftest import make_drafter, make_target
+from tests.conftest import decode_whole, make_drafter, make_target
 
 
 def draw(count: int, seed: int) -> list[int]:
@@ -89,7 +89,7 @@ def test_a_batch_that_begins_alike_keeps_each_text(num_texts):
     alone = [generate_plain(target, text, max_new_tokens=24).token_ids for text in texts]
     stops = [alone[0][3], alone[1][9]]
     options = {"max_new_tokens": 24, "stop_token_ids": stops}
-    expected = [generate(target, drafter, text, width="full", **options) for text in texts]
+    expected = decode_whole(target, drafter, texts, **options)
     found = generate_batch(target, drafter, texts, **options)
     assert [(one.token_ids, one.accepted_lengths) for one in found] == [
         (one.token_ids, one.accepted_lengths) for one in expected

@@ -85,7 +85,7 @@ def test_width_auto_keeps_the_text(family, target):
     assert generate(target, drafter, prompt, max_new_tokens=LENGTH, paces=paces).token_ids == text
 
 
-def test_plain_decoding_keeps_the_window_only(family, target, monkeypatch):
+def test_plain_decoding_keeps_the_window_only(target, monkeypatch):
     """And not the whole text, which would make the baseline slow."""
     caches = []
 
@@ -113,7 +113,7 @@ def test_batches_keep_the_text_or_are_refused(family, target):
     assert [out.token_ids for out in found] == [own_text(target, prompt) for prompt in prompts]
 
 
-def test_answers_are_the_targets_own(family, target):
+def test_answers_are_the_targets_own(target):
     """In one batch, of different lengths, with a beginning that all share and without."""
     for prompts in ([[*SHARED, *rest] for rest in ([5], [9, 12, 7, 30], [40, 41])], [[5, 9], SHARED, [12] * 9]):
         answers = generate_responses(target, prompts, RespondConfig(max_new_tokens=LENGTH), range(len(prompts)))
@@ -134,7 +134,7 @@ def test_drawn_answers_of_padded_rows_are_those_of_their_seeds(name):
     ]
 
 
-def test_features_do_not_depend_on_what_is_read_together(family, target):
+def test_features_do_not_depend_on_what_is_read_together(target):
     prompts = torch.tensor([[*SHARED, 5, 9], [*SHARED, 12, 7], [*SHARED, 40, 41]])
     together = target.features(prompts, [0, 2], with_head_input=True)
     for row, prompt in zip(together, prompts, strict=True):

@@ -21,7 +21,7 @@ from dpace.target import Target
 from dpace.target.files import find_target_files
 from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.families import make_sharp_target
-from tests.support.files import change_json
+from tests.support.files import change_config, changed_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 PROMPT, LENGTH = [5, 9, 12, 7, 30], 20
@@ -33,10 +33,6 @@ def write(model, folder):
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-def change_config(folder, **changes):
-    change_json(folder / "config.json", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +84,8 @@ def test_a_lora_adapter_is_merged(base, tmp_path):
         torch.testing.assert_close(weight, expected[name], msg=name)
     assert target.name == str(tmp_path / "lora") and target.layers[1].fast
     assert assert_decodes(target) != assert_decodes(original)
-    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    weights["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"] = weights.popitem()[1]
-    save_file(weights, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with changed_weights(tmp_path / "lora", "adapter_model.safetensors") as weights:
+        weights["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"] = weights.popitem()[1]
     with pytest.raises(ValueError, match="lack base_model.model.model.layers.1") as refused:
         Target.load(str(tmp_path / "lora"))
     assert "\n" not in str(refused.value)
@@ -194,15 +189,13 @@ def test_a_config_does_not_choose_the_attention(base, tmp_path, monkeypatch):
 def write_fp8(base, folder):
     """Weights of the layers in 8 bits with one scale for each block of 128 x 128, as DeepSeek's and Qwen's are."""
     shutil.copytree(base[1], folder)
-    weights = load_file(folder / "model.safetensors")
-    for name in [name for name in weights if "proj" in name]:
-        scale = weights[name].abs().max() / 448
-        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
-        weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with changed_weights(folder) as weights:
+        for name in [name for name in weights if "proj" in name]:
+            scale = weights[name].abs().max() / 448
+            weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    change_config(folder, quantization_config=settings)
-    return folder
+    return change_config(folder, quantization_config=settings)
 
 
 def test_fp8_is_read_with_its_scales(base, tmp_path):

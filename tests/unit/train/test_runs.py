@@ -1,7 +1,6 @@
 """A run goes on only with the same data, target and settings, and nothing of it or of others is lost."""
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from dpace.train.identity import read_run
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_recipe
-from tests.support.files import change_json, read_json, write_prompts
+from tests.support.files import change_json, changed_json, read_json, write_prompts
 from tests.unit.system.test_ledger import hold
 
 
@@ -193,7 +192,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(
     assert is_whole(tmp_path / "d" / "checkpoints" / f"checkpoint-{step}")
     run(language_target, language_responses, tmp_path / "d")
     assert (tmp_path / "d" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (tmp_path / "d", finished)]
+    logs = [read_json(path / "trainer_state.json")["log_history"] for path in (tmp_path / "d", finished)]
     taus = [[(entry["step"], entry.get("eval_tau")) for entry in log] for log in logs]
     assert taus[0] == taus[1]
 
@@ -204,9 +203,8 @@ def test_a_step_may_be_split_anew_and_options_that_are_newer_count_as_their_defa
     """A run of an earlier version goes on from its second step."""
     (copied / "provenance.json").unlink()
     shutil.rmtree(copied / "checkpoints" / "checkpoint-4")
-    facts = read_json(copied / "run.json")
-    assert facts["conversations_per_step"] == 4 and facts.pop("train.grow_blocks") is False
-    (copied / "run.json").write_text(json.dumps(facts))
+    with changed_json(copied / "run.json") as facts:
+        assert facts["conversations_per_step"] == 4 and facts.pop("train.grow_blocks") is False
     with pytest.raises(ValueError, match="conversations_per_step 4, not 2; keep the product of --train.batch-size"):
         run(language_target, language_responses, copied, batch_size=2)
     run(language_target, language_responses, copied, batch_size=1, gradient_accumulation_steps=4)

@@ -54,7 +54,7 @@ def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_
             assert differences.quantile(0.999) <= CLOSE, (part.name, name)
 
 
-def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, monkeypatch, capsys):
+def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, capsys):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match="spreads plain weights only"):
         open_target(str(language_folder), dtype=torch.float32, device=device, device_map="auto", shard="fsdp")
