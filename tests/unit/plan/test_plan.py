@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.cli import main
-from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, TrainConfig
+from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, RespondConfig, TrainConfig
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.plan.lines import answer_lines
@@ -20,7 +20,7 @@ from dpace.plan.speed import START_SECONDS, Speed, measure_speed
 from dpace.plan.step import BatchShape, PaperStep, make_drafter, make_target
 from dpace.plan.training import Machine, expected_conversations, mean_answer, num_steps, plan_training
 from dpace.prompts.prompts import split_prompts
-from dpace.respond.responses import Response
+from dpace.respond.responses import Response, known_settings
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
@@ -121,7 +121,8 @@ def write_answered(folder, config) -> list[str]:
     out = folder / "out"
     out.mkdir()
     write_rows(out / "responses.jsonl", rows)
-    (out / "responses.meta.json").write_text(json.dumps({"complete": True, "thinking": False, "num_prompts": 20}))
+    meta = known_settings(RespondConfig(), thinking=False) | {"complete": True, "num_prompts": 20}
+    (out / "responses.meta.json").write_text(json.dumps(meta))
     return ["--target", str(folder / "target"), "--output", str(out), "--prompts.path", path]
 
 

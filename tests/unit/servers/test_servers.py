@@ -127,7 +127,8 @@ def recipe(language_folder, language_prompts, tmp_path):
     write_prompts(tmp_path / "heldout.jsonl", language_prompts[50:58])
     path = tmp_path / "recipe.yaml"
     files = {"path": str(tmp_path / "prompts.jsonl"), "heldout_path": str(tmp_path / "heldout.jsonl")}
-    path.write_text(yaml.safe_dump({"target": str(language_folder), "prompts": files}))
+    bench = {"max_new_tokens": 200}
+    path.write_text(yaml.safe_dump({"target": str(language_folder), "prompts": files, "bench": bench}))
     return path
 
 
