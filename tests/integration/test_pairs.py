@@ -326,7 +326,8 @@ PAIRS |= {
         refused="prompt 1 has no reply at its end",
     ),
     "own answers, servers": Pair(
-        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own --respond.server {server}",
+        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own "
+        "--respond.server http://x --dry-run",
         refused="--respond.server asks servers for answers, and --respond.source own takes those of the file",
     ),
     "held-out prompts of a file, all others like public ones": Pair(

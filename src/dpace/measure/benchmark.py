@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dpace.config import BenchConfig, RespondConfig, Width
+from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.measure.break_even import find_break_even
@@ -23,7 +23,7 @@ from dpace.measure.pooling import compare_drafters, make_rows, pair_responses
 from dpace.measure.records import COMPILED, PLAIN, SEED_RULE, Provenance, ResponseRecord, ResponseRecords, rotated
 from dpace.measure.results import BenchResults, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
-from dpace.respond.conversation import Conversation
+from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.ledger import register_files
 from dpace.system.loading import fingerprint
@@ -75,9 +75,7 @@ def bench(
     setup = _bench_setup(target, named, config)
     records = ResponseRecords(folder / "bench.jsonl", setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
-    longest = RespondConfig(max_new_tokens=config.max_new_tokens)
-    for prompt in prompts:
-        Conversation(target, prompt, longest).check()
+    refuse_long_prompts(target, prompts, config.max_new_tokens)
     compiled = find_compiled(target, config)
     if compiled:
         ways[COMPILED, None] = compiled.decode

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpace.config import BenchConfig, RespondConfig
+from dpace.config import BenchConfig
 from dpace.measure.break_even import PAIRED, find_break_even, prompt_totals
 from dpace.measure.records import (
     PLAIN,
@@ -32,7 +32,7 @@ from dpace.measure.records import (
 from dpace.measure.results import PairedResponse, ServerResults, ServerRow, nullable, write_results
 from dpace.metrics import Acceptance, decode_speedup, estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
-from dpace.respond.conversation import Conversation
+from dpace.respond.conversation import refuse_long_prompts
 from dpace.servers.apis import Answer, Counts, Server, connect
 from dpace.system.ledger import register_files
 from dpace.system.progress import progress_bar
@@ -92,9 +92,7 @@ def bench_servers(
     register_files(folder, SERVERS_FILE)
     records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
-    longest = RespondConfig(max_new_tokens=config.max_new_tokens)
-    for prompt in prompts:
-        Conversation(chat, prompt, longest).check()
+    refuse_long_prompts(chat, prompts, config.max_new_tokens)
     by_id = {prompt.id: prompt for prompt in prompts}
     done = {_Job(r.temperature, r.concurrency, r.prefix, tuple(r.ids)): r for r in records.rows}
     jobs = list(_make_jobs(prompts, config))

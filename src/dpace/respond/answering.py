@@ -83,8 +83,6 @@ def answer_prompts(
             prompts, or was not written by dpace; another process is writing to its folder; or no server answers.
         OSError: the disk is full; the same call goes on when there is room.
     """
-    if config.server and config.source == "own":
-        raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
     path = Path(path)
     with lock_folder(path.parent):
         meta = find_meta(target, config)

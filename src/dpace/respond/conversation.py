@@ -2,6 +2,7 @@
 
 import hashlib
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 from dpace.config import RespondConfig
@@ -105,6 +106,13 @@ class Conversation:
             self.spans = []  # the template rewrote what came before, so earlier answers are not the target's tokens
         self.token_ids = before + answer
         self.spans.append([len(before), len(self.token_ids)])
+
+
+def refuse_long_prompts(target: Target | ChatTokenizer, prompts: Iterable[Prompt], max_new_tokens: int) -> None:
+    """Refuse prompts that may pass the target's context with answers of this length; see `Conversation.check`."""
+    config = RespondConfig(max_new_tokens=max_new_tokens)
+    for prompt in prompts:
+        Conversation(target, prompt, config).check()
 
 
 def own_messages(prompt: Prompt) -> list[dict[str, Any]]:

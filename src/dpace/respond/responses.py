@@ -162,7 +162,13 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def known_settings(config: RespondConfig, *, thinking: bool) -> dict[str, Any]:
-    """Return what the responses depend on, as far as it is known before the target is loaded."""
+    """Return what the responses depend on, as far as it is known before the target is loaded.
+
+    Raises:
+        ValueError: servers are asked for answers that the prompts come with.
+    """
+    if config.server and config.source == "own":
+        raise ValueError("--respond.server asks servers for answers, and --respond.source own takes those of the file")
     sampling = {"seed": config.seed} if config.temperature > 0 else {}
     return {
         "source": "servers" if config.server else config.source,
