@@ -49,7 +49,7 @@ from dpace.batches.feature_files import keep_on_disk
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh, with_objective
-from dpace.measure.results import has_heldout
+from dpace.measure.results import HELDOUT_FILE
 from dpace.prompts.prompts import split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
@@ -310,7 +310,7 @@ def run_cells(plan: Plan, target: Target, cells: Sequence[Cell]) -> None:
     answers, num_features = answer(plan, target), None
     for number, cell in enumerate(sorted(cells, key=lambda cell: "features" in cell.objective), start=1):
         folder, recipe, candidate = plan.folder(cell), plan.recipe_of(cell), CANDIDATES[cell.objective]
-        if has_heldout(folder):
+        if (folder / HELDOUT_FILE).exists():
             continue
         if num_features != recipe.drafter.num_features:
             num_features, datasets, test_set = recipe.drafter.num_features, None, None  # frees their hidden states

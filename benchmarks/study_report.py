@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpace.measure.results import has_heldout, read_heldout, read_log
+from dpace.measure.results import HELDOUT_FILE, read_heldout, read_log
 from dpace.metrics import Acceptance, tau_estimate
 from dpace.report.plots import SERIES, SOFT, drawing, standalone, svg
 from dpace.system.ledger import write_text
@@ -45,7 +45,7 @@ def find_cells(output: Path) -> dict[Cell, Path]:
     found = {}
     for path in sorted(output.glob("cells/*/block-*/steps-*/seed-*")):
         numbers = [int(part.rpartition("-")[2]) for part in path.parts[-3:]]
-        if has_heldout(path):
+        if (path / HELDOUT_FILE).exists():
             found[Cell(path.parts[-4], *numbers)] = path
     return found
 
@@ -225,14 +225,21 @@ def kinds(study: Study, block: int) -> str:
 
 
 def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: str) -> str:
-    """Draw a quantity against the budget, a panel for each block size and a line for each objective; as SVG."""
+    """Draw a quantity against the budget, a panel for each block size and a line for each objective; as SVG.
+
+    A point with fewer seeds than the baseline has there is left out: its interval would tell of little else.
+    """
     with drawing() as plt:
         num, shape = len(study.blocks), {"sharey": True, "squeeze": False, "layout": "constrained"}
         figure, axes = plt.subplots(1, num, figsize=(4.2 * num, 3.9), **shape)
         for axis, block in zip(axes[0], study.blocks, strict=True):
             names = study.objectives
             every = {name: [(steps, value(name, block, steps)) for steps in study.budgets] for name in names}
-            known = {name: [(s, v) for s, v in points if v] for name, points in every.items()}
+            needed = {steps: len(study.seeds(block, (BASELINE, steps))) for steps in study.budgets}
+            known = {
+                name: [(s, v) for s, v in points if v and len(study.seeds(block, (name, s))) >= needed[s]]
+                for name, points in every.items()
+            }
             curves = [name for name in names if len(known[name]) > 1]
             names = curves or [name for name in names if known[name]]
             for place, name in enumerate(names):

@@ -116,7 +116,8 @@ class DrafterConfig:
     block_size: Annotated[int, integer(2, 1000)] = 16
     """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
     num_features: Size | None = None
-    """Number of target layers whose hidden states the drafter reads; num_layers by default."""
+    """Number of target layers whose hidden states the drafter reads; num_layers by default, and not read where
+    target_layer_ids names the layers."""
     target_layer_ids: Annotated[Entries[CountOrZero], AfterValidator(_refuse_descending)] | None = None
     """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published."""
     mask_token_id: CountOrZero | None = None

@@ -111,23 +111,10 @@ class Acceptance:
         return float(self.emitted_tokens.sum() / self.num_verifications) if self.num_verifications else math.nan
 
     @property
-    def acceptance_rate(self) -> float:
-        """Ratio of accepted to proposed draft tokens, 0 to 1."""
-        proposed = self.num_verifications * (self.block_size - 1)
-        return float((self.counts * np.arange(self.block_size)).sum() / proposed) if proposed else math.nan
-
-    @property
     def reach_rate(self) -> np.ndarray:
         """Share of verifications that accepted all slots 1..k, for k = 1 .. block_size - 1 (unconditional)."""
         reached = self.counts[::-1].cumsum()[::-1]
         return reached[1:] / max(1, reached[0])
-
-    @property
-    def slot_acceptance_rate(self) -> np.ndarray:
-        """How often slot k was accepted given that 1..k-1 were, from k = 1; nan where never reached."""
-        reached = self.counts[::-1].cumsum()[::-1]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return reached[1:] / reached[:-1]
 
     def interval(self) -> tuple[float, float]:
         """Bootstrap the 95 % interval of tau over prompts.

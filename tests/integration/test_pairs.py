@@ -252,6 +252,23 @@ PAIRS = {
     "stream, compile": Pair(
         f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
     ),
+    "report, a file of dpace": Pair(
+        f"bench {RECIPE} --drafters {{drafter}}; report {{out}} --output {{out}}/responses.jsonl",
+        refused="responses.jsonl is no HTML file",
+    ),
+    "plan, another run": Pair(
+        f"train {RECIPE}; plan {RECIPE} --train.max-steps 9 --device cpu",
+        refused="holds a run with train.max_steps 3, not 9",
+    ),
+    "servers of hidden states, soft labels, dry run": Pair(
+        f"train {RECIPE} --loss.token-loss kl --train.feature-files {{out}}/states "
+        "--train.feature-servers http://127.0.0.1:9 --dry-run",
+        refused="give no input of the LM head",
+    ),
+    "a head, answers shorter than a block": Pair(
+        f"train {RECIPE} --drafter.head lilicorr --drafter.block-size 200 --dry-run",
+        refused="no answer fills a block of 200 tokens",
+    ),
     "start, width of a head": Pair(
         f"train {RECIPE} --drafter.init {{drafter}} --drafter.head-width 16",
         refused="--drafter.head-width is 16, but .* has None",
@@ -744,3 +761,19 @@ def test_tools_reach_the_template_of_every_verb(files, language_target, tmp_path
     assert {row.id: row.token_ids for row in here} == {row.id: row.token_ids for row in there}
     word = language_target.tokenizer("w30")["input_ids"][0]
     assert {row.token_ids[0] for row in here} == {word}
+
+
+def test_deepspeed_is_refused_before_any_work(files, out, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert main(["train", files["recipe"], "--output", str(out), "--dry-run"]) == 1
+    assert "asks for DeepSpeed" in capsys.readouterr().err
+
+
+def test_the_users_folders_beside_checkpoints_stay(files, out):
+    run(f"train {{recipe}} --output {out}", files)
+    mine = out / "drafter" / "checkpoints" / "checkpoint-3-copy4"
+    shutil.copytree(mine.with_name("checkpoint-3"), mine)
+    (out / "drafter" / "provenance.json").unlink()
+    run(f"plan {{recipe}} --output {out} --device cpu", files)
+    run(f"train {{recipe}} --output {out}", files)
+    assert (mine / "model.safetensors").exists()

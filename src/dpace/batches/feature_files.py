@@ -27,7 +27,7 @@ from dpace.batches.dataset import FEATURE_BATCH, ResponseDataset, compute_featur
 from dpace.config import TrainConfig
 from dpace.servers.apis import VllmServer
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, write_json, writing
+from dpace.system.ledger import lock_folder, writing
 from dpace.system.provenance import hash_json
 from dpace.target import Target
 
@@ -191,22 +191,13 @@ def keep_on_disk(
     """
     assert config.feature_files, "a recipe without a folder keeps nothing on disk"
     dtype, servers = config.feature_dtype, config.feature_servers
-    if servers and with_head_input:
-        raise ValueError(
-            "--train.feature-servers give no input of the LM head, which this token loss, confidence or penalty of a "
-            "head needs; leave them out, or take --loss.token-loss nll and, with a head, --loss.head-penalty 0"
-        )
-    facts = {
-        "target": [target.sha256, str(target.model.dtype)],
-        "layers": list(target_layer_ids),
-        "with_head_input": with_head_input,
-        "dtype": dtype,
-        "by": "vllm" if servers else "dpace",
-    }
-    rows = Path(config.feature_files) / hash_json(list(facts.values()))[:16]
+    made_by = "vllm" if servers else "dpace"
+    of_target = [target.sha256, str(target.model.dtype)]
+    facts = [of_target, list(target_layer_ids), with_head_input, dtype, made_by]
+    rows = Path(config.feature_files) / hash_json(facts)[:16]
     names = [_hash_text(dataset.token_ids(i)) for i in range(len(dataset))]
     with lock_folder(rows):
-        missing = ranks.from_first(lambda: _find_missing(rows, facts, names))
+        missing = ranks.from_first(lambda: set(names) - set(_index_rows(rows)[0]))
         if missing:
             lengths = dataset.lengths.tolist()
             wanted = {name: i for i, name in enumerate(names) if name in missing}
@@ -251,12 +242,6 @@ def _index_rows(folder: Path) -> tuple[dict[str, Path], dict[str, int]]:
         paths |= dict.fromkeys(found, path)
         checksums |= found
     return paths, checksums
-
-
-def _find_missing(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> set[str]:
-    """Write what the folder is for, and find the rows that are missing."""
-    write_json(folder / "identity.json", facts)
-    return set(names) - set(_index_rows(folder)[0])
 
 
 def bytes_of_token(target: Any, num_layers: int, dtype: str) -> int:

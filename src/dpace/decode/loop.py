@@ -6,7 +6,7 @@ plan, propose, verify, emit. `steps` has what the models compute in a step.
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Unpack
+from typing import NamedTuple, Unpack, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -147,10 +147,11 @@ class Speculation:
         self.text = text
         size = drafter.block_size
         self.max_width = width if isinstance(width, int) else size
-        if not 2 <= self.max_width <= size:
+        rules = get_args(VerifyRule)
+        if width not in ("full", "auto", *range(2, size + 1)) or verify_rule not in rules:
             raise ValueError(
-                f"width is {width}; a block of {size} has 2 to {size} tokens to verify: "
-                "give such a number, 'full' or 'auto'"
+                f"width is {width} and verify_rule {verify_rule}; a block of {size} has 2 to {size} tokens to verify: "
+                f"give such a number, 'full' or 'auto', and one of the rules {', '.join(rules)}"
             )
         temperature = text.sampler.temperature
         paces = paces or Paces()

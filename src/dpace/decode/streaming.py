@@ -117,11 +117,14 @@ def custom_generate(
                 "the attention_mask hides tokens of the prompt; a drafter reads all of them: give a prompt without "
                 "padding"
             )
-        if not input_ids.numel() or model_inputs.get("mm_encoder_outputs"):
+        is_embedded = not input_ids.numel() or model_inputs.get("inputs_embeds") is not None
+        if is_embedded or model_inputs.get("mm_encoder_outputs"):
             raise ValueError("the prompt has images or embeddings; a drafter decodes text only: give `input_ids` alone")
-        if generation_config.guidance_scale not in (None, 1):
+        guidance = generation_config.guidance_scale
+        if guidance not in (None, 1) or hasattr(generation_config.watermarking_config, "ngram_len"):
             raise ValueError(
-                f"guidance_scale is {generation_config.guidance_scale}, which a drafter cannot follow; leave it out"
+                f"guidance_scale is {guidance}, or the watermark is SynthID's, which counts its calls; a drafter "
+                "cannot follow these: leave them out"
             )
         num_prompt = input_ids.shape[1]
         sampler = Sampler(float(generation_config.do_sample), processors=logits_processor)

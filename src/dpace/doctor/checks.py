@@ -52,13 +52,8 @@ class Check(NamedTuple):
 
 
 def expect_none(names: Sequence[str]) -> Observation:
-    """Expect an empty list of names."""
+    """Expect an empty list of faults."""
     return Observation(not names, first_names(names) or "none", "none")
-
-
-def expect_all(missing: Sequence[str], needed: Sequence[str]) -> Observation:
-    """Expect names of which none is missing."""
-    return Observation(not missing, f"without {first_names(missing)}" if missing else "complete", ", ".join(needed))
 
 
 def readable(folder: ExaminedFolder, name: str) -> Observation:
@@ -118,7 +113,7 @@ def mixture(folder: ExaminedFolder, key: str) -> Observation:
 
 def written(folder: ExaminedFolder, *keys: str) -> Observation:
     """Expect keys, whatever their values."""
-    return expect_all([key for key in keys if look_up(folder.config, key) == ABSENT], keys)
+    return expect_none([f"without {key}" for key in keys if look_up(folder.config, key) == ABSENT])
 
 
 def agreement(folder: ExaminedFolder) -> Observation:
@@ -157,9 +152,10 @@ def layer_ids(folder: ExaminedFolder) -> Observation:
 def layer_offset(folder: ExaminedFolder) -> Observation | None:
     """Look for ids that are the published rule's, shifted by one."""
     ids = folder.value("target_layer_ids")
-    if "drafter" in folder.recipe and ids == folder.trained["target_layer_ids"]:
+    num_layers = folder.target.num_layers
+    if len(ids) > num_layers - 3 or ("drafter" in folder.recipe and ids == folder.trained["target_layer_ids"]):
         return None
-    rule = build_target_layer_ids(folder.target.num_layers, len(ids))
+    rule = build_target_layer_ids(num_layers, len(ids))
     is_shifted = any(ids == [i + step for i in rule] for step in (-1, 1))
     return Observation(not is_shifted, ids, f"{rule} (the published rule), or ids that are not these shifted by one")
 
@@ -184,7 +180,7 @@ def rope(folder: ExaminedFolder) -> Observation:
 def rope_spellings(folder: ExaminedFolder) -> Observation:
     """Look for both spellings of the rotary embedding, since some engines read only one."""
     needed = ["rope_parameters", "rope_theta"] + ["rope_scaling"] * (folder.rope["rope_type"] != "default")
-    return expect_all([key for key in needed if not folder.config.get(key)], needed)
+    return expect_none([f"without {key}" for key in needed if not folder.config.get(key)])
 
 
 def mask_token(folder: ExaminedFolder) -> Observation:
@@ -304,24 +300,13 @@ SCALES = {
 }
 """Keys that are there only where the target scales or caps something."""
 
-FILE_CHECKS = (
-    Check("config readable", "fails", readable, COPY_AGAIN, "nothing loads", ("config.json",)),
-    Check(
-        "weights readable",
-        "fails",
-        readable,
-        COPY_AGAIN,
-        "nothing loads; a truncated copy is the usual cause",
-        ("model.safetensors",),
-    ),
-    Check(
-        "recipe readable",
-        "warns",
-        readable,
-        "copy it again, or delete it",
-        "the checks against the training are lost",
-        ("recipe.yaml",),
-    ),
+FILE_CHECKS = tuple(
+    Check(f"{kind} readable", effect, readable, fix, breaks, (name,))
+    for kind, effect, fix, breaks, name in (
+        ("config", "fails", COPY_AGAIN, "nothing loads", "config.json"),
+        ("weights", "fails", COPY_AGAIN, "nothing loads; a truncated copy is the usual cause", "model.safetensors"),
+        ("recipe", "warns", "copy it again, or delete it", "the checks against the training are lost", "recipe.yaml"),
+    )
 )
 CONFIG_CHECKS = (
     *(

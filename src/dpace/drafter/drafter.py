@@ -42,18 +42,18 @@ def spec_for(target: Target, *, conv_kernel_size: int = 0, **own: Any) -> Drafte
     `own` are the values of the spec that do not follow from the target.
     """
     config = target.config
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or max(1, config.hidden_size // 64)
     return DrafterSpec(
         num_target_layers=target.num_layers,
         vocab_size=len(target.head.weight),
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         num_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
         rope=rope_of(config),
-        max_position_embeddings=config.max_position_embeddings,
+        max_position_embeddings=getattr(config, "max_position_embeddings", None) or 32768,
         embed_scale=target.embed_scale,
         logit_scale=target.head.multiplier,
         softcap=target.head.softcap,

@@ -102,7 +102,7 @@ def served_lengths(results: ServerResults) -> Iterator[Advice]:
     engine = results.servers["drafter"].engine
     for row in results.rows:
         if row.decode_speedup is not None:
-            best = _best(row, str(len(row.histogram)) if row.histogram else "as it was started")
+            best = _best(row, str(len(row.histogram)) if row.histogram and engine == "vllm" else "as it was started")
             yield Advice(engine, row.set, row.temperature, AT_ONCE.write(row), best, SPEEDUP.write(row))
 
 
@@ -237,6 +237,7 @@ def card_sections(
     from_anchor: bool = False,
     has_head: bool = False,
     has_tables: bool = False,
+    has_gguf: bool = True,
     break_even: Sequence[BreakEven] = (),
 ) -> list[str]:
     """Write the parts of a model card that say how to serve the drafter.
@@ -249,7 +250,8 @@ def card_sections(
         block_size: of a `Drafter`.
         from_anchor: see `serve_command`.
         has_head: whether the drafter has a head, which not every engine runs.
-        has_tables: whether it has an embedding or LM head of its own, which only vLLM runs.
+        has_tables: whether it has an embedding, LM head or draft vocabulary of its own, which only vLLM runs.
+        has_gguf: whether a GGUF file can hold it.
         break_even: measured with this drafter.
     """
     sections = []
@@ -261,7 +263,7 @@ def card_sections(
             command += f"\n  draft_len_schedule: {{{most}: {block_size - 1}}}"
         sections.append(ENGINES[engine].card.format(drafter=drafter, target=target, command=command).rstrip())
     conversion = CONVERSION.format(target=target, plain=" --plain" * has_head)
-    return sections if to in CARD_ENGINES else [*sections, conversion]
+    return [*sections, conversion] if has_gguf and to not in CARD_ENGINES else sections
 
 
 def most_requests(rows: Sequence[BreakEven]) -> int:
@@ -304,7 +306,7 @@ def write_card(
         drafter: as it was measured, in the target's dtype.
     """
     is_local = Path(target_name).is_dir()
-    has_tables = spec.has_own_embed_tokens or spec.has_own_lm_head
+    has_tables = bool(spec.has_own_embed_tokens or spec.has_own_lm_head or spec.draft_vocab_size)
     engines = {"speculators": ["vllm"], "gguf": ["gguf"]}.get(to, ["vllm", "sglang"][: 1 if has_tables else None])
     front = {  # which the Hub reads
         "library_name": to if to in CARD_ENGINES else "transformers",
@@ -332,6 +334,7 @@ def write_card(
             from_anchor=spec.sample_from_anchor,
             has_head=spec.head is not None,
             has_tables=has_tables,
+            has_gguf=spec.rope["rope_type"] == "default" and spec.is_causal != "sliding",
             break_even=paying,
         ),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
@@ -379,7 +382,7 @@ def _read_if_possible(path: Path) -> Results | None:
 
 def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> tuple[list[Section], list[BreakEven]]:
     """Make the sections of what was measured with these weights, and return where drafts pay."""
-    results, served = (_read_if_possible(source.parent / name) for name in RESULT_FILES)
+    results, served = (_read_if_possible(source.resolve().parent / name) for name in RESULT_FILES)
     sections: list[Section] = []
     advice: list[Advice] = []
     paying: list[BreakEven] = []
@@ -388,10 +391,10 @@ def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> 
         names = [name for name, found in results.drafters.items() if found == weights]
         rows = [row for row in results.rows if row.drafter in names]
         measured = (
-            f"Measured with {results.engine} in {results.dtype} on {results.hardware.device} ({results.hardware.cores} "
-            f"cores), at most {results.max_new_tokens} tokens a response. tau: tokens emitted per verification. "
-            "decode_speedup: tokens a second over plain decoding (the baseline) of the same prompts. In brackets: 95 % "
-            "intervals over prompts."
+            f"Measured for {Path(results.target).name} with {results.engine} in {results.dtype} on "
+            f"{results.hardware.device} ({results.hardware.cores} cores), at most {results.max_new_tokens} tokens a "
+            "response. tau: tokens emitted per verification. decode_speedup: tokens a second over plain decoding (the "
+            "baseline) of the same prompts. In brackets: 95 % intervals over prompts."
         )
         if rounded_to:
             measured += f" The weights here are {rounded_to}, rounded from those that were measured."

@@ -230,14 +230,28 @@ def read_drafter(path: str | Path, *, num_target_layers: int | None = None) -> D
 def push(folder: str | Path, repo: str) -> str:
     """Upload a folder to the Hugging Face Hub and return the address.
 
-    The repository is made where it is missing. Hidden files, dpace's own notes, and folders stay here.
+    The repository is made where it is missing. Only what an export may write goes there, and no folder.
+
+    Raises:
+        ValueError: the Hub does not take it.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    address = api.create_repo(repo, exist_ok=True)
-    stays = [".*", "*/*"]
-    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload drafter", ignore_patterns=stays)
+    try:
+        address = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=repo,
+            commit_message="Upload drafter",
+            allow_patterns=[*IDENTIFYING, "*.py", "*.gguf"],
+            ignore_patterns=["*/*"],
+        )
+    except Exception as error:  # the Hub's many ways not to take files
+        raise ValueError(
+            f"the drafter is in {folder}, and the Hub does not take it as {repo} ({error}); check the "
+            "name, the network and `hf auth login`, and run the command again"
+        ) from error
     return str(address)
 
 

@@ -22,12 +22,12 @@ from dpace.drafter.dflash import TABLES, Parts
 from dpace.drafter.kinds import KINDS
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
+from dpace.system.loading import LIBRARY_ERRORS
 from dpace.system.progress import describe_error
 
 OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Names in transformers' own container, and the published ones."""
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
-UNREADABLE += (yaml.YAMLError, SafetensorError)
+UNREADABLE = (*LIBRARY_ERRORS, OSError, MemoryError, yaml.YAMLError, SafetensorError)
 """What reading a damaged file raises."""
 LAYER_NAME = re.compile(r"layers\.(\d{1,3})\.")
 """How the names of a layer's tensors begin; no drafter has a thousand layers."""

@@ -20,10 +20,11 @@ from dpace.drafter.dflash import CONVOLUTION_KEYS
 from dpace.drafter.spec import DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.speculators import to_layer_ids
+from dpace.system.loading import LIBRARY_ERRORS
 from dpace.system.progress import describe_error
 
 ARCHITECTURE = "dflash"
-BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error)
+BROKEN = (*LIBRARY_ERRORS, MemoryError, struct.error)
 """What reading a damaged file raises in gguf and numpy."""
 SIZES = {
     "num_hidden_layers": "block_count",
@@ -249,7 +250,7 @@ def _read_gguf_tensor(tensor: Any) -> Tensor:
             f"{tensor.name} is quantized ({tensor.tensor_type.name}), which the package gguf cannot read; name a file "
             "of the drafter in another precision, such as q8_0"
         ) from error
-    except (*BROKEN, RuntimeError) as error:
+    except BROKEN as error:
         raise ValueError(f"{tensor.name} cannot be read ({error}); write or download the file again") from error
 
 

@@ -107,7 +107,7 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
             )
         if name == "d2t":
             drafted_tokens(tensor, spec.vocab_size)
-        elif not tensor.is_floating_point() or tensor.element_size() < 2:
+        elif not tensor.is_floating_point() or tensor.element_size() not in (2, 4):
             raise ValueError(
                 f"{name} holds {dtype_name(tensor.dtype)}, expected float32, bfloat16 or float16; take "
                 "a drafter whose weights are not quantized"

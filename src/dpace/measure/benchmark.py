@@ -25,6 +25,7 @@ from dpace.measure.results import BenchResults, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
+from dpace.system.device import dtype_name
 from dpace.system.ledger import register_files
 from dpace.system.loading import fingerprint
 from dpace.system.progress import one_line, progress_bar
@@ -121,7 +122,7 @@ def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConf
         thinking=target.thinking,
         **tokenizer_hashes(target),
         engine="dpace.decode",
-        dtype=str(target.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(target.model.dtype),
         hardware=find_hardware(target.device),
         versions=find_versions(),
     )

@@ -54,7 +54,8 @@ def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedRespo
 
     Source: the method with refused drafts is that of vllm-project/vllm#54691.
     """
-    decoded = (pair for pair in measured if pair[1].decode_tokens)  # an answer of one token has no verification
+    # An answer of one token has no verification, and llama.cpp tells of none where it never drafted.
+    decoded = (pair for pair in measured if pair[1].decode_tokens and pair[1].num_verifications)
     in_order = sorted(decoded, key=lambda pair: pair[1].prompt_tokens)
     groups = group_by(in_order, lambda pair: (pair[0], context_of(pair[1].prompt_tokens)))
     for ((drafter, temperature, concurrency), _), pairs in groups.items():

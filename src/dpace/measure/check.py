@@ -102,7 +102,6 @@ def check_texts(
     ways: dict[str, dict[str, Any]] = {f"width {size}": {"width": size} for size in sizes}
     ways["width auto"] = {"width": "auto", "paces": Paces()}
     ways |= {f"rule {rule}": {"width": "full", "verify_rule": rule} for rule in ("speculative", "block")}
-    cases = f"{len(prompts)} prompts x {', '.join(ways)}, batch"
     findings = []
     whole = []
 
@@ -140,7 +139,8 @@ def check_texts(
             own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
             baseline = [(number, "plain decoding", text) for number, text in enumerate(plain)]
             compare("plain decoding is generate of transformers", f"{len(prompts)} prompts", baseline, own)
-        compare(name, cases, texts, plain)
+        tried = dict.fromkeys(how for _, how, _ in texts)
+        compare(name, f"{len(prompts)} prompts x {', '.join(tried)}", texts, plain)
     return findings, whole
 
 

@@ -94,10 +94,7 @@ class Row:
     tau: float | None
     """Pooled over verifications; None without one."""
     tau_interval: Interval
-    acceptance_rate: float | None
     reach_rate: list[float]
-    slot_acceptance_rate: list[float | None]
-    """None for slots that were never reached."""
     share_copied: float
     """Share of the tokens that prompt lookup proposed, 0 to 1."""
     tokens_per_second: float
@@ -379,11 +376,6 @@ class Heldout:
             return None
         counts = [self.num_without_bonus[i] for i in chosen]
         return Acceptance([self.histogram[i] for i in chosen], self.block_size, counts)
-
-
-def has_heldout(folder: Path) -> bool:
-    """Whether a drafter's folder has its heldout.json."""
-    return (folder / HELDOUT_FILE).exists()
 
 
 def write_heldout(folder: Path, ids: list[str], acceptance: Acceptance, sha256: str | None = None) -> None:

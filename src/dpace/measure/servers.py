@@ -135,11 +135,15 @@ class _Job(NamedTuple):
 
 
 def _make_jobs(prompts: Sequence[Prompt], config: BenchConfig) -> Iterator[_Job]:
-    """Yield the groups of prompts for each concurrency, temperature and state of the cache."""
-    for concurrency, temperature, prefix in product(config.concurrencies, config.temperatures, config.prefixes):
-        size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
-        for name in dict.fromkeys(prompt.set for prompt in prompts):
-            of_set = tuple(prompt.id for prompt in prompts if prompt.set == name)
+    """Yield the groups of prompts for each concurrency, temperature and state of the cache.
+
+    No more requests are open at a time than a set has prompts.
+    """
+    for name in dict.fromkeys(prompt.set for prompt in prompts):
+        of_set = tuple(prompt.id for prompt in prompts if prompt.set == name)
+        numbers = dict.fromkeys(min(number, len(of_set)) for number in config.concurrencies)
+        for concurrency, temperature, prefix in product(numbers, config.temperatures, config.prefixes):
+            size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
             for start in range(0, len(of_set), size):
                 yield _Job(temperature, concurrency, prefix, of_set[start : start + size])
 

@@ -28,7 +28,7 @@ from dpace.respond.responses import Response, responses_by_id
 
 ANSWER_BYTES = 12
 """Bytes of a token in `responses.jsonl`: its number, and its text."""
-NUM_WAYS = 14
+NUM_WAYS = 18
 """Ways in which `dpace check` answers a prompt."""
 LARGEST_BATCH = 64
 """Largest batch that is tried."""

@@ -35,6 +35,7 @@ from dpace.respond.responses import Response
 from dpace.system.device import find_device
 from dpace.system.ranks import num_ranks
 from dpace.target.locate import find_target
+from dpace.train.checkpoints import checkpoint_folders
 from dpace.train.loop import num_steps
 from dpace.train.run import choose_conversations
 
@@ -196,7 +197,7 @@ def mean_answer(responses: Iterable[Response], limit: int, batch_size: int = 1) 
 
 def steps_done(folder: Path) -> int:
     """Count the steps of a drafter's newest checkpoint; 0 without one."""
-    return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoints/checkpoint-*[0-9]")), default=0)
+    return max(checkpoint_folders(folder / "checkpoints"), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ RUN_WORDS = 13
 SHINGLE_WORDS = 5
 """Words in a row that near duplicates are compared by."""
 
-NO_SPACES = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Characters of scripts that put no spaces between words: kana, and Chinese characters."""
+NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Characters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, and Chinese characters."""
+MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"
+"""Accents and vowel signs that are parts of words, with the scripts of India."""
 
 
 class PublicTexts:
@@ -94,8 +96,8 @@ def _user_text(prompt: Prompt) -> str:
 
 
 def _split_words(text: str) -> tuple[str, ...]:
-    """Split a text into words; Chinese and Japanese characters, between which are no spaces, are words of their own."""
-    return tuple(re.findall(f"[{NO_SPACES}]|[^\\W{NO_SPACES}]+", text.lower()))
+    """Split a text into words; characters of scripts without spaces between words are words of their own."""
+    return tuple(re.findall(f"[{NO_SPACES}]|(?:[^\\W{NO_SPACES}]|[{MARKS}])+", text.lower()))
 
 
 def _runs(words: tuple[str, ...], size: int) -> set[tuple[str, ...]]:

@@ -91,14 +91,9 @@ def _judge(interval: Interval, border: int, above: str, below: str) -> str:
     return above if low > border else below if high < border else "no clear difference"
 
 
-def faster_sets(results: BenchResults) -> list[str]:
-    """Name the sets where some drafter, width or temperature is faster than plain decoding."""
-    return list(dict.fromkeys(r.set for r in results.rows if verdict(r.decode_speedup_interval) == "faster"))
-
-
 def advice(results: BenchResults) -> str:
     """Tell on which sets decoding is faster; where that is none, tell so and what can be done."""
-    faster = faster_sets(results)
+    faster = dict.fromkeys(row.set for row in results.rows if verdict(row.decode_speedup_interval) == "faster")
     others = [name for name in dict.fromkeys(row.set for row in results.rows) if name not in faster]
     if faster:
         found = f"faster than plain decoding on {' and '.join(faster)}"

@@ -39,7 +39,7 @@ def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tok
         "answers repeat another one token for token": _count_repeated(corpus),
     }
     facts = [
-        f"{len(corpus)} answers, {int(corpus.lengths.sum()):,} tokens with their prompts",
+        f"{len(corpus)} conversations, {int(corpus.lengths.sum()):,} tokens with their prompts",
         *(f"{count} {what}" for what, count in counts.items() if count),
         _answer_ends(answers, meta),
     ]
@@ -73,7 +73,7 @@ def _length_table(corpus: Corpus, answers: list[np.ndarray]) -> Table:
     table = Table("tokens", *QUANTILES, box=None)
     answered = np.array([lengths.sum() for lengths in answers] or [0])
     whole = corpus.lengths if len(corpus) else np.zeros(1, int)
-    for name, values in {"prompts": whole - answered, "answers": answered, "conversations": whole}.items():
+    for name, values in {"prompts": whole - answered, "with all answers": whole, "all answers": answered}.items():
         table.add_row(name, *(f"{length:.0f}" for length in np.quantile(values, list(QUANTILES.values()))))
     return table
 

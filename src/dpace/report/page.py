@@ -66,7 +66,7 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
         OSError: a file that cannot be read or written.
     """
     path = Path(path)
-    if path.is_dir() or not path.name or path.suffix == ".md":
+    if path.is_dir() or path.suffix != ".html":
         raise ValueError(f"the output {path} is no HTML file; name one with --output, such as report.html")
     markdown = path.with_suffix(".md")
     refuse_foreign_files(path.parent, path.name, markdown.name)  # before anything is read

@@ -86,13 +86,13 @@ def answer_prompts(
     path = Path(path)
     with lock_folder(path.parent):
         meta = find_meta(target, config)
-        waiting = ranks.from_first(lambda: _find_waiting(target, prompts, path, config, meta))
+        by_id = {prompt.id: prompt for prompt in prompts}
+        waiting = ranks.from_first(lambda: _find_waiting(target, by_id, path, config, meta))
         servers = ServerAnswers(target, config) if config.server and waiting else None
         if config.server:
             meta["servers"] = servers.described if servers else read_meta(path).get("servers")
         if waiting:
             ranks.from_first(lambda: write_meta(path, meta, prompts, is_complete=False))
-            by_id = {prompt.id: prompt for prompt in prompts}
             mine = [by_id[name] for name in ranks.share(waiting)]
             rows = servers.answers(mine) if servers else _answer_here(target, mine, config)
             _append_rows(rows, _rank_paths(path)[ranks.rank()], len(mine))
@@ -117,7 +117,7 @@ def _answer_here(
 
 
 def _find_waiting(
-    target: Target | ChatTokenizer, prompts: Sequence[Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
+    target: Target | ChatTokenizer, by_id: dict[str, Prompt], path: Path, config: RespondConfig, meta: dict[str, Any]
 ) -> list[str]:
     """Check what is there, and return the ids of the prompts that wait for an answer.
 
@@ -128,16 +128,16 @@ def _find_waiting(
     cut_unfinished_line(path)
     _append_rank_files(path)
     check_meta(path, meta)
-    done = responses_by_id(path)
-    waiting = {}
-    for prompt in prompts:
-        if prompt.id not in done:
-            waiting[prompt.id] = Conversation(target, prompt, config).check()
-        elif not is_answer(done[prompt.id], prompt, is_own=config.source == "own"):
+    done = set()
+    for response in iterate_responses(path) if path.exists() else ():
+        prompt = by_id.get(response.id)
+        if prompt and not is_answer(response, prompt, is_own=config.source == "own"):
             raise ValueError(
                 f"{path} has an answer with the id {prompt.id!r}, but to another text; name another folder with "
                 "--output, or delete the file"
             )
+        done.add(response.id)
+    waiting = {name: Conversation(target, prompt, config).check() for name, prompt in by_id.items() if name not in done}
     old = read_meta(path)
     if done and not waiting and old.get("complete") and old.get("responses_sha256") != hash_file(path):
         raise ValueError(

@@ -136,19 +136,18 @@ class ServerAnswers:
         Raises:
             ValueError: the last server was given up, a server refuses every request, or sends what is no answer.
         """
-        jobs = [_Job(Conversation(self.target, prompt, self.config)) for prompt in prompts]
-        for server in self.servers if jobs else ():
-            with contextlib.suppress(Unavailable):  # which is asked again
-                _ask_one_token(server, jobs[0])
         waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        for job in jobs:
-            waiting.put(job)
+        for prompt in prompts:
+            waiting.put(_Job(Conversation(self.target, prompt, self.config)))
+        for server in self.servers if prompts else ():
+            with contextlib.suppress(Unavailable):  # which is asked again
+                _ask_one_token(server, Conversation(self.target, prompts[0], self.config))
         pools = [_ServerPool(server, self.config, waiting, results) for server in self.servers]
         for pool in pools:
-            for _ in range(min(self.config.batch_size, len(jobs))):
+            for _ in range(min(self.config.batch_size, len(prompts))):
                 threading.Thread(target=pool.work, daemon=True).start()  # ends with the process, whatever it waits for
-        num_open = len(jobs)
+        num_open = len(prompts)
         try:
             while num_open:
                 recent = [results.get()]
@@ -178,9 +177,9 @@ class ServerAnswers:
             waiting.put(None)
 
 
-def _ask_one_token(server: Server, job: _Job) -> None:
+def _ask_one_token(server: Server, conversation: Conversation) -> None:
     """Ask for one token after the first one of a prompt, which a server that works gives for any prompt."""
-    server.answer(job.conversation.ask()[:1], 1, 0.0, 0, stream=False)
+    server.answer(conversation.ask()[:1], 1, 0.0, 0, stream=False)
 
 
 def _describe(server: Server) -> dict[str, str | None]:
@@ -282,7 +281,7 @@ class _ServerPool:
     def _works(self, job: _Job) -> bool:
         """Try out whether the server fails or this prompt."""
         try:
-            _ask_one_token(self.server, job)
+            _ask_one_token(self.server, job.conversation)
         except ValueError:
             return False
         return True

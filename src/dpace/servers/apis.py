@@ -450,12 +450,12 @@ class _Timings(BaseModel):
 
 
 PROBES = (
-    ("/props", LlamacppServer),
-    ("/get_server_info", SglangServer),
-    ("/server_info", SglangServer),
-    ("/version", VllmServer),
+    ("/props", LlamacppServer, ""),
+    ("/get_server_info", SglangServer, ""),
+    ("/server_info", SglangServer, "model_path"),  # vLLM may have this page too
+    ("/version", VllmServer, "version"),
 )
-"""Pages that only one kind of server has."""
+"""Pages that only one kind of server has, with a key of each where others have such a page."""
 
 
 def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
@@ -469,7 +469,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
         ValueError: no address, nothing answers there, it wants a key, or none of the servers that are known.
     """
     address = Address(url)
-    for path, kind in PROBES:
+    for path, kind, key in PROBES:
         try:
             answer = json.loads(address.get(path))
         except Refused as error:
@@ -478,7 +478,7 @@ def connect(url: str, vocab_size: int = MAX_TOKENS) -> Server:
             continue
         except (json.JSONDecodeError, RecursionError):
             continue  # a server, but not this one
-        if isinstance(answer, dict) and (kind is not VllmServer or "version" in answer):
+        if isinstance(answer, dict) and (not key or key in answer):
             server = kind(url, vocab_size)
             texts = {key: value for key, value in answer.items() if isinstance(value, str) and value}
             server.model = server.model or next((texts[key] for key in MODEL_KEYS if key in texts), None)

@@ -19,9 +19,9 @@ from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.pooling import pool_seeds
 from dpace.measure.results import (
+    HELDOUT_FILE,
     ComparedRow,
     CompareResults,
-    has_heldout,
     read_heldout,
     read_log,
     refuse_other_results,
@@ -220,7 +220,7 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
     """
     wanted = hash_rows(test_set)
     unmeasured = ranks.from_first(
-        lambda: [f for f in folders if not has_heldout(f) or read_heldout(f).responses_sha256 != wanted]
+        lambda: [f for f in folders if not (f / HELDOUT_FILE).exists() or read_heldout(f).responses_sha256 != wanted]
     )
     if not unmeasured:
         return

@@ -58,7 +58,7 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or is not a JSON object.
     """
-    text = read_text(path, "a JSON file")
+    text = read_text(path, "a JSON file", max_bytes=2**32)  # results hold every answer, and a log grows
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,23 @@ class TrainingState:
 
 def read_state(folder: Path) -> TrainingState:
     """Read where a training stood when a checkpoint was written."""
-    values = json.loads((folder / STATE).read_bytes())
-    return TrainingState(**{each.name: values[each.name] for each in fields(TrainingState)})
+    return TrainingState(**json.loads((folder / STATE).read_bytes()))
 
 
 def write_state(path: Path, state: TrainingState) -> None:
     """Write where a training stands, all or nothing."""
-    write_text(path, json.dumps(asdict(state), indent=2, sort_keys=True) + "\n")
+    write_text(path, json.dumps(vars(state), sort_keys=True) + "\n")
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
     return checkpoints / f"checkpoint-{step}"
+
+
+def checkpoint_folders(checkpoints: Path) -> dict[int, Path]:
+    """Find the folders that have the name of a step's checkpoint, by their steps."""
+    names = {path.name.removeprefix("checkpoint-"): path for path in checkpoints.glob("checkpoint-*")}
+    return {int(name): path for name, path in names.items() if name.isdecimal()}
 
 
 def write_checkpoint(checkpoints: Path, drafter: Drafter, state: TrainingState, optimizer: Any, schedule: Any) -> None:
@@ -138,8 +143,7 @@ def find_newest(checkpoints: Path) -> Path | None:
 
     Call it inside `lock_folder`. The steps of those that are not whole are taken again.
     """
-    names = {path.name.removeprefix("checkpoint-"): path for path in checkpoints.glob("checkpoint-*")}
-    folders = {int(name): path for name, path in names.items() if name.isdecimal()}
+    folders = checkpoint_folders(checkpoints)
     for folder in (checkpoints, *folders.values()):
         remove_unfinished(folder)
     for _, folder in sorted(folders.items(), reverse=True):
@@ -155,7 +159,7 @@ def find_newest(checkpoints: Path) -> Path | None:
 
 def remove_others(newest: Path) -> None:
     """Remove all checkpoints but this one and the best one when it was written."""
-    for path in set(newest.parent.glob("checkpoint-*")) - {newest, best_of(newest)}:
+    for path in {*checkpoint_folders(newest.parent).values()} - {newest, best_of(newest)}:
         shutil.rmtree(path)
 
 

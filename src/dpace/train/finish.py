@@ -16,6 +16,7 @@ from dpace.measure.heldout import heldout_acceptance, score_conversation
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
 from dpace.system import ranks
+from dpace.system.device import dtype_name
 from dpace.system.ledger import write_json
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
@@ -115,7 +116,7 @@ def _record(target: Target, acceptance: Acceptance | None, validation: ResponseD
     """
     record = {
         "target": target.short_name,
-        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(target.model.dtype),
         "thinking": recipe.thinking,
         **tokenizer_hashes(target),
     }

@@ -19,6 +19,7 @@ from dpace.drafter import Drafter
 from dpace.loss import Weigh
 from dpace.loss.objective import load_custom, source_sha256
 from dpace.system import ranks
+from dpace.system.device import dtype_name
 from dpace.system.ledger import read_object
 from dpace.system.loading import fingerprint
 from dpace.system.provenance import hash_file, same_run
@@ -81,7 +82,7 @@ def target_of(target: Target) -> dict[str, Any]:
     """Return what identifies a target and how its text is made."""
     return {
         "thinking": target.thinking,
-        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(target.model.dtype),
         **tokenizer_hashes(target),
         "target_sha256": target.sha256,
     }
@@ -158,9 +159,7 @@ def refuse_other_answers(meta: Mapping[str, Any], known: Mapping[str, Any], path
     """
     answered = {**meta, "dtype": str(meta.get("dtype")).removeprefix("torch.")}
     compared = {name: value for name, value in known.items() if name in meta}
-    flags = {"thinking": "thinking", "dtype": "dtype"}
-    ways = {
-        name: f"train on the target's own answers: set --{flags.get(name, 'target')} as it was" for name in compared
-    }
+    flags = {name: name if name in ("thinking", "dtype") else "target" for name in compared}
+    ways = {name: f"train on the target's own answers: set --{flag} as it was" for name, flag in flags.items()}
     other = f"write new answers into another folder with `{respond}`"
     same_run(answered, compared, f"the answers in {path} were made", other, ways)

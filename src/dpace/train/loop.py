@@ -436,10 +436,10 @@ class TrainingLoop:
         )
         if self.interrupt.is_asked:
             return False
-        low, high = acceptance.interval()
-        found = {"eval_tau": acceptance.tau, "eval_tau_low": low, "eval_tau_high": high}
-        of_head = zip(("eval_tau_top", "eval_tau_oracle"), acceptance.bounds, strict=False)
-        track(state.add_to_log(found | dict(of_head)))
+        names = ("eval_tau", "eval_tau_low", "eval_tau_high", "eval_tau_top", "eval_tau_oracle")
+        values = (acceptance.tau, *acceptance.interval(), *acceptance.bounds)
+        found = zip(names, values, strict=False)
+        track(state.add_to_log({name: value for name, value in found if not math.isnan(value)}))
         return state.note_tau(acceptance.tau)
 
     def save(self) -> None:

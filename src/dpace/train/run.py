@@ -27,6 +27,7 @@ from dpace.train.finish import write_finished
 from dpace.train.identity import RUN_FILE, data_of, flat_settings, refuse_other_run, settings_of, target_of
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
+from dpace.train.sharding import wants_shards
 
 DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VOCABULARY_FILE, ANSWERS_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
@@ -56,6 +57,12 @@ def check_options(recipe: Recipe) -> None:
             or one of hidden states on disk, and no folder.
     """
     config = recipe.train
+    wants_shards()
+    if config.feature_servers and recipe.needs_target_hidden:
+        raise ValueError(
+            "--train.feature-servers give no input of the LM head, which this token loss, confidence or penalty of a "
+            "head needs; leave them out, or take --loss.token-loss nll and, with a head, --loss.head-penalty 0"
+        )
     if not config.feature_files and (config.feature_dtype != "target" or config.feature_servers):
         raise ValueError(
             "--train.feature-dtype and --train.feature-servers are for hidden states on disk; name a folder for them "
@@ -82,7 +89,7 @@ def choose_conversations(
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on; or see `check_options`.
+        ValueError: nothing to train on, or no answer as long as a block for a head; or see `check_options`.
     """
     config = recipe.train
     check_options(recipe)
@@ -91,6 +98,12 @@ def choose_conversations(
         raise ValueError(
             f"none of the {len(responses)} responses has two tokens that the target wrote in a row, so there is "
             "nothing to train on; add prompts, or raise --train.max-length or --respond.max-new-tokens"
+        )
+    size = recipe.drafter.block_size
+    if recipe.drafter.head and dataset.corpus.num_anchors(config.max_length).max() < size - 1:
+        raise ValueError(
+            f"no answer fills a block of {size} tokens, so --drafter.head would learn nothing; lower "
+            "--drafter.block-size, or leave --drafter.head out"
         )
     return dataset, ResponseDataset(validation, max_length=config.max_length, num_anchors=None, seed=config.seed)
 
@@ -148,7 +161,7 @@ def train(
 
     Memory: drafter, its gradient and the optimizer's moments in fp32; the target; features of a batch, or of all
     conversations where they are kept; O(batch x block tokens x (tokens + block tokens)) bytes for the dense mask on
-    CPU; the loss as `frozen_head_nll` says. Disk: less than ten times the drafter's size in fp32.
+    CPU; the loss as `frozen_head_nll` says. Disk: up to eleven times the drafter's size in fp32.
 
     Args:
         target: the frozen target.

@@ -26,7 +26,7 @@ def run(args: list[str]) -> None:
     from dpace.measure.results import BenchResults, refuse_other_results
     from dpace.measure.servers import bench_servers
     from dpace.plan.lines import decoding_lines
-    from dpace.prompts.prompts import split_prompts
+    from dpace.prompts.prompts import first_of_each_set, split_prompts
     from dpace.prompts.public_sets import read_sets
     from dpace.recipes.recipe_file import read_recipe
     from dpace.report.cells import advice, has_parts
@@ -46,7 +46,7 @@ def run(args: list[str]) -> None:
     if config.server:
         _refuse(config, IN_PROCESS, "is not for --bench.server, which was started with its own; leave one out")
         if DRY_RUN in args:
-            print(f"prompts: {len(prompts):,}, sent to the server")
+            print(f"prompts: {len(first_of_each_set(prompts, config.num_prompts)):,}, sent to the server")
             return
         chat = load_chat(recipe)
         with lock_folder(recipe.output):

@@ -37,17 +37,21 @@ def run(args: list[str]) -> None:
     from dpace.plan.training import find_conversations, plan_recipe
     from dpace.prompts.prompts import parse_hub_id, split_prompts
     from dpace.respond.responses import read_meta
+    from dpace.train.identity import STEP_SIZE, refuse_other_run, settings_of
     from dpace.train.run import check_recipe
 
-    recipe, _ = start_from(asked, given_options(PlanConfig, "plan", args))
+    recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))
     check_recipe(recipe)
+    folders = [Path(recipe.output) / "drafter"]
+    known = settings_of(recipe, init=init)
+    del known[STEP_SIZE]  # of the ranks that will train
+    refuse_other_run(folders[0], known)
     kept = kept_answers(recipe)
     path = recipe.prompts.path
     has_prompts = path == "demo" or Path(path).exists() or (kept and parse_hub_id(path))
     parts = split_prompts(recipe.prompts) if has_prompts else None
     conversations = find_conversations(recipe, parts, kept)
     plan = plan_recipe(recipe, conversations, memory=memory)
-    folders = [Path(recipe.output) / "drafter"]
     lines = training_lines(plan, folders)
     if plan.num_steps is not None:
         lines.append(time_line(plan.seconds(folders), is_bound=not kept))

@@ -32,14 +32,15 @@ def run(args: list[str]) -> None:
     check_recipe(settled)
     prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
     path, respond = Path(recipe.output) / "responses.jsonl", next_command("respond", recipe, args)
+    unanswered = ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
     if not path.exists():
-        raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
+        raise unanswered
     meta, folder = read_meta(path), Path(recipe.output) / "drafter"
     refuse_unfinished_answers(meta, path, respond)
     refuse_other_answers(meta, {"thinking": recipe.thinking}, path, respond)
     answered, validation = load_corpus(path, recipe.prompts)
     if not len(answered):
-        raise ValueError(f"{path} has no answers to these prompts; write them first with `{respond}`")
+        raise unanswered
     datasets = choose_conversations(answered, validation, settled)
     facts = {**settings_of(settled, init=init), **data_of(*datasets), "thinking": recipe.thinking}
     refuse_other_run(folder, facts)

@@ -220,5 +220,3 @@ def test_a_server_with_other_layers_is_refused(keep, vllm):
         ValueError, match=r"other hidden states for layer 1 .*eagle_aux_hidden_state_layer_ids \[2, 4\]"
     ):
         keep(feature_servers=[vllm.url])
-    with pytest.raises(ValueError, match="give no input of the LM head"):
-        keep(feature_servers=[vllm.url], with_head_input=True)

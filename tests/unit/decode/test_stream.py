@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, SynthIDTextWatermarkingConfig, TextStreamer
 
 from dpace.cli import main
 from dpace.decode.loop import generate
@@ -78,11 +78,24 @@ def test_custom_generate_is_generate(settings):
         assert target.model.generate(**inputs, custom_generate=decode, **options).tolist() == expected.tolist()
 
 
-def test_guidance_is_refused_in_custom_generate():
+def test_what_cannot_be_followed_is_refused_in_custom_generate():
     target = make_target("qwen3")
-    decode = custom_generate(target, make_drafter(target))
+    ids = torch.tensor([[4, 9]])
+    options = {"custom_generate": custom_generate(target, make_drafter(target)), "max_new_tokens": 3}
     with pytest.raises(ValueError, match=r"guidance_scale is 1.5"):
-        target.model.generate(torch.tensor([[4, 9]]), custom_generate=decode, max_new_tokens=3, guidance_scale=1.5)
+        target.model.generate(ids, guidance_scale=1.5, **options)
+    watermark = SynthIDTextWatermarkingConfig(ngram_len=2, keys=[1, 2, 3])
+    with pytest.raises(ValueError, match="SynthID"):
+        target.model.generate(ids, watermarking_config=watermark, **options)
+    with pytest.raises(ValueError, match="images or embeddings"):
+        target.model.generate(ids, inputs_embeds=target.embed(ids), **options)
+
+
+@pytest.mark.parametrize("options", [{"verify_rule": "Equality"}, {"width": "half"}, {"width": None}, {"width": 1}])
+def test_a_mistyped_rule_or_width_is_refused(options):
+    target = make_target("qwen3")
+    with pytest.raises(ValueError, match="2 to 4 tokens to verify.*equality, speculative, block"):
+        generate(target, make_drafter(target), [4, 9], max_new_tokens=3, **options)
 
 
 class StopAt(StoppingCriteria):

@@ -222,6 +222,12 @@ def test_without_a_recipe_shifted_ids_are_suspected(folder, language_target):
     assert named(folder, language_target) == {"layer ids offset"}
 
 
+def test_more_ids_than_the_published_rule_has_are_no_fault(tmp_path):
+    target = make_target("qwen3")
+    make_drafter(target, num_features=None, target_layer_ids=[0, 1, 2, 3]).save_pretrained(tmp_path)
+    assert "layer ids offset" not in named(tmp_path, target)
+
+
 FILE_FAULTS = {
     "config gone": (lambda folder: (folder / "config.json").unlink(), "config readable"),
     "config cut": (lambda folder: (folder / "config.json").write_text('{"block_size": 6,'), "config readable"),

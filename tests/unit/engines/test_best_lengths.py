@@ -42,6 +42,10 @@ def test_a_server_has_the_length_that_it_ran_with(ends, best):
     results = make_servers(row)
     (found,) = served_lengths(results)
     assert found[:5] == ("vllm", "s", 0.0, "8", best)
+    server = replace(results.servers["drafter"], engine="sglang")
+    (other,) = served_lengths(replace(results, servers={**results.servers, "drafter": server}))
+    expected = "as it was started" if best == "3" else best
+    assert other.best == expected, "SGLang's histogram ends at the longest accepted draft"
     (warm,) = served_lengths(replace(results, rows=[replace(row, prefix="warm")]))
     assert warm.at_once == "8, warm", "two rows of one situation are told apart"
     assert not list(served_lengths(replace(results, rows=[replace(row, decode_speedup=None)])))

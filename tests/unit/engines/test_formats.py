@@ -530,7 +530,8 @@ def test_the_card_has_measured_rows_of_these_weights_only(do_export, language_ta
 def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, monkeypatch):
     out = tmp_path / "tiny-dflash-gguf"
     (out / "notes").mkdir(parents=True)
-    (out / "notes" / "own.txt").touch()
+    for name in ("notes/own.txt", "notes/own.py", "responses.jsonl", "bench-1.jsonl"):
+        (out / name).touch()
     flags = [str(folder), "--target", str(language_folder), "--to", "gguf", "--output", str(out)]
     flags += ["--dtype", "float16"]
     assert main(["export", *flags]) == 1
@@ -542,9 +543,9 @@ def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, monke
             uploads.append(repo)
             return f"https://example.org/{repo}"
 
-        def upload_folder(self, folder_path, repo_id, commit_message, ignore_patterns):
+        def upload_folder(self, folder_path, repo_id, commit_message, **patterns):
             files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-            uploads.append(sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+            uploads.append(sorted(filter_repo_objects(files, **patterns)))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert main(["export", *flags, "--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]) == 0
@@ -582,3 +583,30 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     flags[1] = str(language_folder)
     assert main(["export", str(folder), *flags]) == 0
     assert f"vllm serve {language_folder} " in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
+    class Api:
+        def create_repo(self, repo, exist_ok):
+            raise LookupError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    with pytest.raises(ValueError, match=r"the Hub does not take it as me/x \(Name or service not known\)"):
+        dpace.engines.export.push(tmp_path, "me/x")
+
+
+@quiet
+def test_the_card_names_only_engines_that_can_read_the_drafter(tmp_path):
+    target = make_target("llama3.1")
+    make_drafter(target).save_pretrained(tmp_path / "scaled")
+    done = export(tmp_path / "scaled", target, to="vllm", output=tmp_path / "vllm", name="x", target_name="me/t")
+    card = (done.path / "README.md").read_text()
+    assert "vllm serve" in card and "--to gguf" not in card, "no GGUF file has this rotary embedding"
+
+
+def test_weights_in_64_bits_are_refused(folder, tmp_path):
+    path = shutil.copytree(folder, tmp_path / "x")
+    with changed_weights(path) as tensors:
+        tensors["fc.weight"] = tensors["fc.weight"].double()
+    with pytest.raises(ValueError, match="holds float64, expected float32, bfloat16 or float16"):
+        read_drafter(path)

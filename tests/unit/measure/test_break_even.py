@@ -45,13 +45,17 @@ def test_each_length_of_the_context_has_a_row_and_what_is_not_known_has_none():
     names = ["context below 1k", "context 1k to 2k", "context 32k and more"]
     assert [context_of(row.prompt_tokens) for row in found] == names
     assert found[0].tau == (2.0, None, None), "two prompts have no interval"
-    for unknown in ({"num_verifications": None}, {"plain_tokens": None, "plain_seconds": None}):
-        some = [responses[0], pair(9, 2.0, **unknown)]
-        assert not list(find_break_even((("d", 0.0, 1), response) for response in some))
+    some = [responses[0], pair(9, 2.0, plain_tokens=None, plain_seconds=None)]
+    assert not list(find_break_even((("d", 0.0, 1), response) for response in some))
+    assert not list(find_break_even([(("d", 0.0, 1), pair(9, 2.0, num_verifications=None))]))
 
 
-def test_an_answer_of_one_token_does_not_count():
-    responses = [pair(0, 2.0), pair(1, 0.0, verifications=0, num_verifications=None)]
+def test_an_answer_of_one_token_or_without_drafts_does_not_count():
+    responses = [
+        pair(0, 2.0),
+        pair(1, 0.0, verifications=0, num_verifications=None),
+        pair(2, 2, num_verifications=None),
+    ]
     (found,) = find_break_even((("d", 0.0, 1), response) for response in responses)
     assert found.break_even[0] == pytest.approx(2.5)
 

@@ -45,6 +45,8 @@ def test_a_trained_and_an_untrained_drafter_pass(language_target, language_draft
     counts = (n * config.num_prompts for n in (1, 7, 5))
     assert [f.detail for f in findings[:3]] == [f"{n} of {n} texts equal" for n in counts]
     assert not failed(check(language_target, make_drafter(language_target), prompts, config))
+    tried = ["rule" in finding.cases and "batch" in finding.cases for finding in findings[1:3]]
+    assert tried == [True, False], "only what was decoded is named"
 
 
 def test_a_drafter_with_a_draft_vocabulary_passes(language_target, language_drafter, prompts, monkeypatch):

@@ -31,7 +31,7 @@ from tests.support.rows import (
 WHERE = {"set": "s", "temperature": 0.0}
 BENCH = make_bench(
     make_row(examples=[Example(id="0", what="fastest", tau=2.0, speedup=2.0, pieces=[("a", False), ("b", True)])]),
-    make_row(width=2, tau=None, tau_interval=(None, None), slot_acceptance_rate=[0.5, None]),
+    make_row(width=2, tau=None, tau_interval=(None, None)),
     comparisons=[
         Comparison(
             **WHERE, width="full", drafter="b", baseline="a", tau_gain=(None,) * 3, speed_ratio=(1.0, None, None)
@@ -58,7 +58,7 @@ def test_the_keys_of_the_file_are_kept():
     top = "target max_new_tokens seed drafters engine dtype hardware versions schema_version rows comparisons"
     assert " ".join(bench) == top and bench["schema_version"] == 1
     row = "drafter width set temperature num_responses block_size histogram num_without_bonus tau tau_interval"
-    row += " acceptance_rate reach_rate slot_acceptance_rate share_copied tokens_per_second plain_tokens_per_second"
+    row += " reach_rate share_copied tokens_per_second plain_tokens_per_second"
     row += " decode_speedup decode_speedup_interval published num_same_text responses plain_responses examples"
     assert " ".join(bench["rows"][0]) == row
     response = (

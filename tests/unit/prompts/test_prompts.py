@@ -5,6 +5,7 @@ import pytest
 
 from dpace.cli import main
 from dpace.config import PromptsConfig
+from dpace.prompts.overlap import _split_words
 from dpace.prompts.prompts import demo_path, find_prompt, read_prompts, split_ids, split_prompts
 from tests.support.files import write_prompts, write_rows
 
@@ -85,3 +86,11 @@ def test_demo_files_are_what_the_script_writes(tmp_path):
         if part != "tuning":
             assert (tmp_path / f"{part}.jsonl").read_text() == demo_path(part).read_text()
     assert len(texts["heldout"]) == 100 and not texts["heldout"] & (texts["train"] | texts["tuning"])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("हिन्दी में बताओ", 3), ("ภาษา", 4), ("日本語 now", 4), ("café au lait", 3), ("cafe\u0301 au lait", 3)],
+)
+def test_words_of_all_scripts(text, count):
+    assert len(_split_words(text)) == count

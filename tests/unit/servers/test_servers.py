@@ -112,6 +112,18 @@ def start():
         server.close()
 
 
+def test_no_more_requests_are_said_to_be_open_than_were(start, chat, tmp_path):
+    drafter = start("vllm", drafts=True)
+    config = BenchConfig(temperatures=(0.0,), concurrencies=(1, 32), max_new_tokens=9)
+    results = bench_servers(chat, drafter.url, start("vllm").url, prompts(), config, tmp_path)
+    assert [row.concurrency for row in results.rows] == [1, 3] and drafter.most_running == 3
+
+
+def test_a_dry_run_counts_the_prompts_that_would_be_sent(recipe, capsys):
+    assert main(["bench", str(recipe), "--server", "http://127.0.0.1:9", "--num-prompts", "1", "--dry-run"]) == 0
+    assert "prompts: 1, sent to the server" in capsys.readouterr().out
+
+
 def prompts(count=3, turns=1):
     words = "one two three four".split()
     return [

@@ -17,11 +17,13 @@ from dpace.config import PromptsConfig
 from dpace.system.ledger import (
     HOLDER,
     LOCK,
+    MAX_LINE_BYTES,
     filling,
     lock_file,
     lock_folder,
     make_readable,
     read_jsonl,
+    read_object,
     register_files,
     write_json,
     write_text,
@@ -188,3 +190,10 @@ def test_others_can_read_what_is_written(tmp_path):
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_long_log_can_be_read_again(tmp_path):
+    """One of all steps is longer than a line of answers may be."""
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"log": " " * MAX_LINE_BYTES}))
+    assert len(read_object(path, "")["log"]) == MAX_LINE_BYTES

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Llama4TextConfig, RwkvConfig
+from transformers import AutoModelForCausalLM, CodeGenConfig, FalconConfig, Llama4TextConfig, RwkvConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dpace.cli import main
@@ -161,6 +161,16 @@ def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
     make_sharp_target("qwen2.5-vl").model.config.save_pretrained(tmp_path)
     command = ["respond", "--target", str(tmp_path), "--prompts.path", "demo", "--output", str(tmp_path / "out")]
     assert main([*command, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [FalconConfig, CodeGenConfig])
+def test_a_config_without_sizes_that_others_have_gets_a_drafter(config):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    target = Target(AutoModelForCausalLM.from_config(config(**sizes, rotary_dim=8, eos_token_id=1, bos_token_id=2)))
+    drafter = make_drafter(target, target_layer_ids=[0, 2])
+    assert drafter.spec.intermediate_size == 192
+    ways = generate(target, drafter, [4, 9], max_new_tokens=8), generate_plain(target, [4, 9], max_new_tokens=8)
+    assert ways[0].token_ids == ways[1].token_ids
 
 
 def test_layers_that_are_not_found_are_refused():
