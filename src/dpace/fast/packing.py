@@ -178,8 +178,9 @@ def _pack_in_16_bits(weight: Tensor, bias: Tensor | None) -> Product | None:
     Returns None where fp16 would change a value of the weight.
 
     A power of two scales the weight to make room for the small values of bf16, whose exponents reach further down; rows
-    are divided by it. FBGEMM sums in the same order for any number of rows, so that a token's products do not depend on
-    the tokens that are read with it.
+    are divided by it. With AVX-512, FBGEMM sums in the same order for any number of rows, so that a token's products do
+    not depend on the tokens that are read with it. With AVX2 only, it sums in another order where its last one or two
+    rows remain; products then differ by rounding in fp32.
     """
     if not _has_fp16_products():
         return None
