@@ -300,13 +300,24 @@ SCALES = {
 }
 """Keys that are there only where the target scales or caps something."""
 
-FILE_CHECKS = tuple(
-    Check(f"{kind} readable", effect, readable, fix, breaks, (name,))
-    for kind, effect, fix, breaks, name in (
-        ("config", "fails", COPY_AGAIN, "nothing loads", "config.json"),
-        ("weights", "fails", COPY_AGAIN, "nothing loads; a truncated copy is the usual cause", "model.safetensors"),
-        ("recipe", "warns", "copy it again, or delete it", "the checks against the training are lost", "recipe.yaml"),
-    )
+FILE_CHECKS = (
+    Check("config readable", "fails", readable, COPY_AGAIN, "nothing loads", ("config.json",)),
+    Check(
+        "weights readable",
+        "fails",
+        readable,
+        COPY_AGAIN,
+        "nothing loads; a truncated copy is the usual cause",
+        ("model.safetensors",),
+    ),
+    Check(
+        "recipe readable",
+        "warns",
+        readable,
+        "copy it again, or delete it",
+        "the checks against the training are lost",
+        ("recipe.yaml",),
+    ),
 )
 CONFIG_CHECKS = (
     *(
