@@ -63,7 +63,11 @@ class StubServer(ThreadingHTTPServer):
 
 
 PAGES = {
-    "vllm": {"/version": {"version": "1"}, "/v1/models": {"data": [{"id": "m"}]}},
+    "vllm": {
+        "/server_info": {"vllm_config": "c"},  # in its developer mode
+        "/version": {"version": "1"},
+        "/v1/models": {"data": [{"id": "m"}]},
+    },
     "sglang": {"/get_server_info": {"model_path": "m"}},
     "llama.cpp": {"/props": {"model_alias": "m"}},
 }

@@ -268,6 +268,9 @@ def test_own_tables_are_exported_and_read_back(
     if to == "speculators":
         assert torch.equal(load_file(tmp_path / to / "model.safetensors")["t2d"], before["t2d"])
         assert read_json(tmp_path / to / "config.json")["draft_vocab_size"] == len(TOKENS)
+    if to == "vllm":
+        card = (tmp_path / to / "README.md").read_text()
+        assert "vllm serve" in card and not re.search("sglang|TensorRT|trust_remote_code", card), "they ignore tables"
     if to == "gguf":
         ours = load_drafter(layouts[layout], language_target)
         assert_llamacpp_agrees(target_gguf, tmp_path / to, language_target, ours, questions)
