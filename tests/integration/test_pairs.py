@@ -769,6 +769,13 @@ def test_deepspeed_is_refused_before_any_work(files, out, monkeypatch, capsys):
     assert "asks for DeepSpeed" in capsys.readouterr().err
 
 
+def test_a_log_of_few_validation_prompts_is_json(files, out):
+    """Without an interval of tau; NaN is none of JSON's numbers."""
+    run(f"train {{recipe}} --output {out} --prompts.num-validation 2", files)
+    log = json.loads((out / "drafter" / "trainer_state.json").read_text(), parse_constant=pytest.fail)["log_history"]
+    assert any("eval_tau" in entry for entry in log)
+
+
 def test_the_users_folders_beside_checkpoints_stay(files, out):
     run(f"train {{recipe}} --output {out}", files)
     mine = out / "drafter" / "checkpoints" / "checkpoint-3-copy4"

@@ -46,6 +46,8 @@ def prompt_totals(responses: Iterable[PairedResponse | ResponseRecord], *names: 
 def find_break_even(measured: Iterable[tuple[tuple[str, float, int], PairedResponse]]) -> Iterator[BreakEven]:
     """Yield the break-even of each range of context lengths; nothing where verifications or a baseline are not known.
 
+    A response whose verifications are not known is left out.
+
     A verification takes as long whether its draft is accepted or refused. So the ratio of its seconds to those of a
     plain token is that of the latencies with all drafts refused and without drafts.
 

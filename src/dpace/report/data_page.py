@@ -73,7 +73,7 @@ def _length_table(corpus: Corpus, answers: list[np.ndarray]) -> Table:
     table = Table("tokens", *QUANTILES, box=None)
     answered = np.array([lengths.sum() for lengths in answers] or [0])
     whole = corpus.lengths if len(corpus) else np.zeros(1, int)
-    for name, values in {"prompts": whole - answered, "with all answers": whole, "all answers": answered}.items():
+    for name, values in {"prompts": whole - answered, "answers, all turns": answered, "conversations": whole}.items():
         table.add_row(name, *(f"{length:.0f}" for length in np.quantile(values, list(QUANTILES.values()))))
     return table
 

@@ -53,8 +53,8 @@ def check_options(recipe: Recipe) -> None:
     """Refuse a loss that a head does not learn with, and options without what they are for.
 
     Raises:
-        ValueError: there is a head, and a loss that reads the target's distribution; or an option of a head, and none;
-            or one of hidden states on disk, and no folder.
+        ValueError: see `wants_shards`; there is a head, or servers of hidden states, and a loss that reads the target's
+            distribution; an option of a head, and none; or one of hidden states on disk, and no folder.
     """
     config = recipe.train
     wants_shards()

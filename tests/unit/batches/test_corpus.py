@@ -249,4 +249,4 @@ def test_one_page_says_what_is_there(files, capsys):
     assert f"{(lengths == 10).sum()} at --respond.max-new-tokens 10" in shown
     assert f"{(corpus.lengths > 20).sum()} conversations are cut" in shown
     assert "25 to train on, 2 for validation, 3 held out" in shown and "⟦" in shown
-    assert f"{len(corpus)} conversations, " in shown and "all answers" in shown
+    assert f"{len(corpus)} conversations, " in shown and "answers, all turns" in shown

@@ -1,9 +1,20 @@
 import io
 import re
+import string
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, SynthIDTextWatermarkingConfig, TextStreamer
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import (
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+    TextStreamer,
+)
 
 from dpace.cli import main
 from dpace.decode.loop import generate
@@ -76,6 +87,20 @@ def test_custom_generate_is_generate(settings):
         assert found.tolist() == expected.tolist()
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # what a tokenizer gives
         assert target.model.generate(**inputs, custom_generate=decode, **options).tolist() == expected.tolist()
+
+
+def test_stop_strings_are_given_as_the_page_says():
+    letters = {letter: number for number, letter in enumerate(f"{string.ascii_letters}{string.digits}+/")}
+    words = Tokenizer(BPE(letters, []))
+    words.decoder = Fuse()
+    target, tokenizer = make_target("qwen3"), PreTrainedTokenizerFast(tokenizer_object=words)
+    ids = torch.tensor([[4, 9, 12, 7]])
+    text = tokenizer.decode(target.model.generate(ids, max_new_tokens=12, do_sample=False)[0, 4:])
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [text[2:4]])])
+    options = {"max_new_tokens": 12, "do_sample": False, "stopping_criteria": criteria}
+    expected = target.model.generate(ids, **options)
+    found = target.model.generate(ids, custom_generate=custom_generate(target, make_drafter(target)), **options)
+    assert found.tolist() == expected.tolist() and found.shape[1] < 16
 
 
 def test_what_cannot_be_followed_is_refused_in_custom_generate():
