@@ -91,7 +91,7 @@ ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, descr
 TokenLoss = Literal["nll", "kl", "lk", "mix"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative", "block"]
-Width = Literal["auto", "full"] | Count
+Width = Literal["auto", "full", "copies"] | Count
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
@@ -197,6 +197,9 @@ class LossConfig:
 class TrainConfig:
     """Optimizer and its schedule; the defaults are the paper's."""
 
+    products: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Precision of the factors in matrix products while a CPU trains; sums are in float32. A GPU takes bfloat16.
+    bfloat16 is nearly twice as fast where the CPU has units for it (AVX-512 BF16, AMX); auto takes it there."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw (the paper's), or muon for the matrices.
     Muon is better for short trainings; its steps are slower."""
@@ -343,6 +346,7 @@ class BenchConfig:
     """Verification lengths to measure.
     full: whole drafts, as tau is defined.
     auto: as `dpace generate`, the number of drafted or copied tokens that is fastest on this machine.
+    copies: copied tokens alone, without the drafter: what `auto` has to beat.
     An integer: that number of tokens, the known one included."""
     verify_rules: OneOrMore[VerifyRule] = ("equality",)
     """Rules that accept draft tokens at a temperature above 0, as in `dpace generate`; each one gives rows of its own.

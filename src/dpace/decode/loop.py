@@ -51,7 +51,7 @@ def generate(
         token_ids: the prompt, one row.
         width: the verification length. `full` verifies the whole block; a number from 2 to the drafter's block size
             verifies that number of tokens, the last one included; `auto` chooses the fastest length at each step, after
-            it has measured this machine for about a second.
+            it has measured this machine for about a second; `copies` does so and never drafts, as a baseline.
         verify_rule: `equality` drafts greedily and accepts tokens that equal the target's own draw; `speculative` draws
             the draft and accepts by speculative sampling, `block` by block verification. All are the same at
             temperature 0.
@@ -125,6 +125,7 @@ class Speculation:
         max_width: largest number of tokens that the target verifies at once, the last token included.
         pace: chooses at each step the verification length, and between drafts and copies; None always verifies
             `max_width` tokens of a draft.
+        can_draft: whether the pace may choose a draft.
 
     Raises:
         ValueError: a drafter for another target, or a width outside its range.
@@ -148,14 +149,15 @@ class Speculation:
         size = drafter.block_size
         self.max_width = width if isinstance(width, int) else size
         rules = get_args(VerifyRule)
-        if width not in ("full", "auto", *range(2, size + 1)) or verify_rule not in rules:
+        if width not in ("full", "auto", "copies", *range(2, size + 1)) or verify_rule not in rules:
             raise ValueError(
                 f"width is {width} and verify_rule {verify_rule}; a block of {size} has 2 to {size} tokens to verify: "
-                f"give such a number, 'full' or 'auto', and one of the rules {', '.join(rules)}"
+                f"give such a number, 'full', 'auto' or 'copies', and one of the rules {', '.join(rules)}"
             )
         temperature = text.sampler.temperature
         paces = paces or Paces()
-        self.pace = paces.get(target, drafter, temperature) if width == "auto" else None
+        self.pace = paces.get(target, drafter, temperature) if width in ("auto", "copies") else None
+        self.can_draft = width != "copies"
         self.recall = paces.recall(drafter) if self.pace else None
         self.samples_draft = verify_rule != "equality" and temperature > 0
         self.by_block = verify_rule == "block"
@@ -205,7 +207,8 @@ class Speculation:
         copies = [self.lookup.propose(count)]
         if self.recall:
             copies.append(self.recall.propose(self.text.token_ids, count))
-        return self.pace.plan(copies, min(self.text.start - self.num_read, self.drafter.num_context))
+        num_unread = min(self.text.start - self.num_read, self.drafter.num_context)
+        return self.pace.plan(copies, num_unread, can_draft=self.can_draft)
 
     def propose(self, plan: Plan) -> Proposal:
         """Make the tokens that the target verifies."""

@@ -129,17 +129,20 @@ class Pace:
         self.credit = 0.0
         self.reading = costs.reading_seconds / FILLER_TOKENS * costs.plain_rate  # tokens lost by reading one token
 
-    def plan(self, copies: Sequence[Copy] = (), num_unread: int = 0) -> Plan:
+    def plan(self, copies: Sequence[Copy] = (), num_unread: int = 0, *, can_draft: bool = True) -> Plan:
         """Choose between a draft, copied tokens and a plain step; call this once a step.
 
         Args:
             copies: what could be copied, from the text and from earlier answers.
             num_unread: number of tokens that the drafter would read first.
+            can_draft: False chooses between copies and a plain step only.
         """
         choices = [(copy, self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
         seconds_of = self.copy_costs.verify_seconds
         copy, best = min(choices, key=lambda choice: (seconds_of[choice[1][0] - 1] / choice[1][1], -choice[0].match))
         width, promised = best
+        if not can_draft:
+            return Plan(False, copy, width, copies=copies)
         sums = self.drafted[copy.match].plus(self.all_drafted.average())
         seconds = sums.seconds * math.exp(self.drift[0] - self.drift[1])
         loss_now = promised / seconds_of[width - 1] * seconds - sums.tokens

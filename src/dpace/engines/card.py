@@ -84,7 +84,7 @@ ADVICE_COLUMNS = (
 
 def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Advice]:
     """Choose among what `dpace bench` measured."""
-    ours = [row for row in results.rows if row.drafter in drafters]
+    ours = [row for row in results.rows if row.drafter in drafters and row.width != "copies"]
     for rows in group_by(ours, attrgetter("set", "temperature")).values():
         row = max(rows, key=lambda row: (verdict(row.decode_speedup_interval) == "faster", row.decode_speedup or 0))
         length = _way(row).replace("full", f"{row.block_size}, whole drafts")

@@ -164,7 +164,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
         product = _pack_in_16_bits(weight, bias)
         if product is not None:
             return product
-    is_multiplied = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _multiplies_bf16())
+    is_multiplied = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bf16())
     if not is_multiplied or not torch.backends.mkldnn.is_available():
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
@@ -212,7 +212,7 @@ def _has_fp16_products() -> bool:
     return torch.allclose(out.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
     """Find out whether the CPU has instructions for products in bf16."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 

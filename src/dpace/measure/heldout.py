@@ -21,6 +21,7 @@ from dpace.fast.packing import refresh_copies
 from dpace.loss import frozen_head_nll
 from dpace.metrics import Acceptance
 from dpace.system import ranks
+from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.target.head import Head
 
@@ -37,6 +38,7 @@ def heldout_acceptance(
     token_ids: Tensor | None = None,
     over_ranks: bool = False,
     is_ended: Callable[[], bool] = lambda: False,
+    title: str = "",
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
 
@@ -52,6 +54,7 @@ def heldout_acceptance(
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
         over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
         is_ended: asked after each conversation, by all ranks as often; where it is true, the others are left out.
+        title: of a progress bar; none is shown without it.
 
     Raises:
         ValueError: no response of two tokens or more.
@@ -62,26 +65,36 @@ def heldout_acceptance(
     results: dict[int, list[Acceptance]] = {}
     indices = range(len(dataset))
     mine = [*ranks.share(indices), *[None] * ranks.num_short(indices)] if over_ranks else indices
-    for i in mine:
-        if i is not None:
-            accepted_from: list[dict[int, int]] = [{} for _ in range(3 if drafter.num_candidates > 1 else 1)]
-            for _, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
-                for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
-                    known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
-            cut = dataset.corpus.spans(int(dataset.chosen[i])).clip(max=dataset.max_length).tolist()
-            spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
-            walks = [[walk(known, span, drafter.block_size) for span in spans] for known in accepted_from]
-            results[i] = [Acceptance.pooled(parts) for parts in walks]
-        elif dataset.features is None:
-            target.join_features(drafter.target_layer_ids)
-        if is_ended():
-            break
+    with progress_bar(is_shown=bool(title)) as bar:
+        task = bar.add_task(title, total=len(mine), info="")
+        for i in mine:
+            if i is not None:
+                results[i] = walk_conversation(drafter, target, dataset, i, token_ids)
+            elif dataset.features is None:
+                target.join_features(drafter.target_layer_ids)
+            bar.update(task, advance=1)
+            if is_ended():
+                break
     drafter.train(was_training)
     if over_ranks:
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
     ways = zip(*(results[i] for i in sorted(results)), strict=True)
     drafted, *others = [Acceptance.of_prompts(rows) for rows in ways] or [Acceptance.of_prompts([])]
     return replace(drafted, bounds=tuple(way.tau for way in others))
+
+
+def walk_conversation(
+    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int, token_ids: Tensor | None
+) -> list[Acceptance]:
+    """Follow greedy decoding through the responses of a conversation, in each way of `score_conversation`."""
+    accepted_from: list[dict[int, int]] = [{} for _ in range(3 if drafter.num_candidates > 1 else 1)]
+    for _, blocks, is_accepted in score_conversation(drafter, target, dataset, index, token_ids):
+        for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
+            known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
+    cut = dataset.corpus.spans(int(dataset.chosen[index])).clip(max=dataset.max_length).tolist()
+    spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
+    walks = [[walk(known, span, drafter.block_size) for span in spans] for known in accepted_from]
+    return [Acceptance.pooled(parts) for parts in walks]
 
 
 def score_conversation(

@@ -91,15 +91,21 @@ def _judge(interval: Interval, border: int, above: str, below: str) -> str:
     return above if low > border else below if high < border else "no clear difference"
 
 
+def judge_gain(row: ComparedRow) -> str:
+    """Judge an objective from the interval of its gain: `better`, `worse`, or as `verdict` otherwise."""
+    return _judge(row.gain[1:], 0, "better", "worse")
+
+
 def advice(results: BenchResults) -> str:
     """Tell on which sets decoding is faster; where that is none, tell so and what can be done."""
-    faster = dict.fromkeys(row.set for row in results.rows if verdict(row.decode_speedup_interval) == "faster")
-    others = [name for name in dict.fromkeys(row.set for row in results.rows) if name not in faster]
+    rows = [row for row in results.rows if row.width != "copies"] or results.rows
+    faster = dict.fromkeys(row.set for row in rows if verdict(row.decode_speedup_interval) == "faster")
+    others = [name for name in dict.fromkeys(row.set for row in rows) if name not in faster]
     if faster:
         found = f"faster than plain decoding on {' and '.join(faster)}"
         rest = f"but not clearly on {' and '.join(others)}: measure more prompts there, or decode without the drafter"
         return f"{found}, {rest}" if others else found
-    if all(verdict(row.decode_speedup_interval) == "slower" for row in results.rows):
+    if all(verdict(row.decode_speedup_interval) == "slower" for row in rows):
         start = "nothing here is faster than plain decoding: decode without this drafter, or"
     else:
         start = "nothing here is clearly faster than plain decoding: measure more prompts, or"
@@ -279,7 +285,7 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
     def by_seed(row: ComparedRow) -> str:
         return " ".join("-" if value is None else f"{100 * value:+.1f}" for value in row.gain_by_seed)
 
-    judge = unless_baseline(lambda row: _judge(row.gain[1:], 0, "better", "worse"), "baseline")
+    judge = unless_baseline(judge_gain, "baseline")
     return [
         Column("verdict", judge),
         SET,

@@ -228,7 +228,8 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
         test_set.keep_features(target, layer_ids, limit_bytes=recipe.train.feature_cache_gib * 2**30)
     for folder in unmeasured:
-        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, over_ranks=True)
+        title = f"tau, {folder.parent.name}, {folder.name}"
+        acceptance = heldout_acceptance(load_drafter(folder, target), target, test_set, over_ranks=True, title=title)
         ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance, wanted))
 
 

@@ -1,13 +1,35 @@
-"""The demo: `dpace compare` with the recipe `demo-cpu`, and what it found in a few lines."""
+"""The demo: `dpace compare` with the recipe `demo-cpu`, decoding with the D-PACE drafter, and a screen of findings."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 from dpace.config import CompareConfig, DemoConfig
-from dpace.measure.results import BenchResults, CompareResults
+from dpace.drafter import load_drafter
+from dpace.measure.benchmark import bench
+from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
 from dpace.prompts.prompts import PromptParts, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.cells import percent, verdict
+from dpace.report.cells import SAME_TEXT, SET, Column, Section, judge_gain, percent
+from dpace.studies.compare import cell_folder, compare
+from dpace.system.ledger import lock_folder
+from dpace.target import Target
+
+OBJECTIVES = ("dpace", "dflash")
+QUICK = {
+    "prompts": {"limit": 72},
+    "train": {"max_steps": 40, "eval_steps": 40},
+    "bench": {"num_prompts": 3, "max_new_tokens": 64},
+}
+"""Options of the recipe with `quick`."""
+QUICK_HELDOUT = 12
+"""Held-out prompts of each set with `quick`."""
+SAMPLED_PROMPTS = 3
+"""Prompts of the first set that are decoded at temperature 1 too."""
+MANY_COPIED = 0.1
+"""Share of copied tokens from which on the demo speaks of them."""
 
 
 def demo_recipe(config: DemoConfig) -> CompareConfig:
@@ -15,58 +37,127 @@ def demo_recipe(config: DemoConfig) -> CompareConfig:
     recipe = read_recipe(RECIPES["demo-cpu"])
     if config.prompts:
         recipe = replace(recipe, prompts=replace(recipe.prompts, path=config.prompts))
-    objectives = ("dpace", "dflash")
     if config.quick:
-        objectives = ("dpace",)
-        recipe = replace(
-            recipe,
-            output="dpace-demo-quick",
-            prompts=replace(recipe.prompts, limit=72),
-            train=replace(recipe.train, max_steps=60, eval_steps=60),
-            bench=replace(recipe.bench, num_prompts=3, max_new_tokens=64),
-        )
+        changes = {group: replace(getattr(recipe, group), **options) for group, options in QUICK.items()}
+        recipe = replace(recipe, output="dpace-demo-quick", **changes)
     recipe = replace(recipe, target=config.target or recipe.target, output=config.output or recipe.output)
-    return CompareConfig(**vars(recipe), objectives=objectives, baseline=objectives[-1], seeds=(recipe.train.seed,))
+    return CompareConfig(**vars(recipe), objectives=OBJECTIVES, baseline="dflash", seeds=(recipe.train.seed,))
 
 
 def demo_prompts(config: DemoConfig) -> PromptParts:
-    """Read the demo's prompts; with `quick`, those that are decoded are held out, and no others."""
-    recipe = demo_recipe(config)
-    parts = split_prompts(recipe.prompts)
+    """Read the demo's prompts; with `quick`, fewer of each set are held out."""
+    parts = split_prompts(demo_recipe(config).prompts)
     if config.quick:
-        parts = parts._replace(heldout=first_of_each_set(parts.heldout, recipe.bench.num_prompts))
+        parts = parts._replace(heldout=first_of_each_set(parts.heldout, QUICK_HELDOUT))
     return parts
 
 
-FINDINGS = {
-    "faster": "makes decoding faster",
-    "slower": "makes decoding slower",
-    "too few prompts": "had too few prompts to tell",
-}
+class Demo(NamedTuple):
+    """What the demo measured."""
+
+    compared: CompareResults
+    """Tau of both objectives on the held-out prompts."""
+    greedy: BenchResults
+    """Decoding with the D-PACE drafter, and with copies alone."""
+    sampled: BenchResults
+    """Decoding at temperature 1, of the first set."""
 
 
-def decoding_summary(results: BenchResults) -> list[str]:
-    """Write what decoding with the D-PACE drafter gave: the text, and the speed of each set."""
-    same = f"{results.num_same_text} of {results.num_responses} responses"
-    lines = [f"lossless: {same} are the target's own text, token for token"]
-    ways = {"full": "the D-PACE drafter alone", "auto": "`dpace generate`"}  # which drafts, and copies of the text
-    for row in results.rows:
-        if row.drafter == "dpace" and row.width in ways and row.temperature == 0:
-            effect = FINDINGS.get(verdict(row.decode_speedup_interval), "makes no clear difference")
-            speedup = f"decode_speedup {row.decode_speedup or 0:.2f}, T=0"
-            lines.append(f"{row.set}: {ways[row.width]} {effect} ({speedup})")
-    return lines
+def run_demo(target: Target, recipe: CompareConfig, parts: PromptParts) -> Demo:
+    """Train, compare and decode; the folders `decode` and `sampled` of the output get the results of decoding.
 
-
-def summary(results: CompareResults) -> list[str]:
-    """Write what the demo found: about the text, the speed, and the gain of D-PACE over DFlash's decay on all sets.
-
-    There is no gain where only one objective was trained.
+    Raises:
+        ValueError: see `dpace.studies.compare.compare`.
+        OSError: see there.
     """
-    assert results.decode, "the demo's recipe decodes"
-    lines = decoding_summary(results.decode)
+    compared = compare(target, replace(recipe, bench=replace(recipe.bench, num_prompts=0)), parts=parts)
+    folder = Path(recipe.output)
+    drafters = {"dpace": load_drafter(cell_folder(folder, ("dpace", recipe.seeds[0])), target)}
+    with lock_folder(folder / "decode"):
+        greedy = bench(target, drafters, parts.heldout, recipe.bench, folder / "decode")
+    first_set = [prompt for prompt in parts.heldout if prompt.set == greedy.rows[0].set]
+    sampling = replace(recipe.bench, temperatures=(1.0,), widths=("auto",), num_prompts=SAMPLED_PROMPTS)
+    with lock_folder(folder / "sampled"):
+        sampled = bench(target, drafters, first_set, sampling, folder / "sampled")
+    return Demo(compared, greedy, sampled)
+
+
+class Speed(NamedTuple):
+    """A line of the speeds: a set with the drafter, and with copies alone where that was measured."""
+
+    ours: Row
+    copies: Row | None
+
+    @property
+    def name(self) -> str:
+        """The set, and the temperature where it is not 0."""
+        return self.ours.set if self.ours.temperature == 0 else f"{self.ours.set}, T={self.ours.temperature:g}"
+
+
+def _with_speedup(row: Row) -> str:
+    return f"{row.tokens_per_second:.0f} ({row.decode_speedup or 0:.1f}x)"
+
+
+SPEED_COLUMNS = (
+    Column("tokens/s", lambda line: line.name),
+    Column("plain", lambda line: f"{line.ours.plain_tokens_per_second:.0f}"),
+    Column("copies alone", lambda line: "-" if line.copies is None else _with_speedup(line.copies)),
+    Column("with the drafter", lambda line: _with_speedup(line.ours)),
+    Column("copied", lambda line: f"{line.ours.share_copied:.0%}"),
+    Column(SAME_TEXT.heading, lambda line: SAME_TEXT.write(line.ours)),
+)
+"""What is written of a `Speed`."""
+
+
+def speed_lines(results: Sequence[BenchResults]) -> list[Speed]:
+    """Pair the rows with the drafter and those of copies alone."""
+    rows = [row for part in results for row in part.rows]
+    copies = {(row.set, row.temperature): row for row in rows if row.width == "copies"}
+    return [Speed(row, copies.get((row.set, row.temperature))) for row in rows if row.width == "auto"]
+
+
+def gain_section(results: CompareResults) -> Section:
+    """Make the table of tau, a line a set."""
+    taus = {(row.set, row.drafter): row.tau or 0 for row in results.rows}
     ours = [row for row in results.rows if row.drafter == "dpace"]
-    if len(ours) < len(results.rows):
-        gain = f"tau of D-PACE over DFlash's decay {percent(ours[-1].gain)}, over prompts"
-        lines.append(f"all {ours[-1].num_prompts} held-out prompts: {gain}; one seed says nothing of other seeds")
-    return lines
+    columns = (
+        SET,
+        Column("prompts", lambda row: str(row.num_prompts)),
+        Column("tau, decay", lambda row: f"{taus[row.set, results.baseline]:.2f}"),
+        Column("tau, D-PACE", lambda row: f"{row.tau or 0:.2f}"),
+        Column("gain [95 % over prompts]", lambda row: percent(row.gain)),
+    )
+    return Section("Held-out prompts: tokens that one pass of the target gives (tau)", "", columns, ours)
+
+
+def findings(demo: Demo) -> tuple[list[Section], list[str]]:
+    """Make what the terminal shows at the end: two tables, and remarks."""
+    speeds = speed_lines([demo.greedy, demo.sampled])
+    gains = gain_section(demo.compared)
+    hardware = demo.greedy.hardware
+    machine = f"{hardware.device}, threads {hardware.torch_threads}"
+    about = f"{Path(demo.greedy.target).name}, {demo.greedy.dtype}, {machine}"
+    return [Section(about, "", SPEED_COLUMNS, speeds), gains], list(remarks(speeds, gains.items))
+
+
+def remarks(speeds: Sequence[Speed], gains: Sequence[ComparedRow]) -> Iterator[str]:
+    """Say how much of the speed comes from copies, and why something is slower or worse."""
+    copying = [line.name for line in speeds if line.copies and line.ours.share_copied >= MANY_COPIED]
+    if copying:
+        yield f"{_listed(copying)}: many tokens were copied from the text before, which needs no drafter."
+    slower = [line.name for line in speeds if (line.ours.decode_speedup or 1) < 1]
+    if slower:
+        yield (
+            f"{_listed(slower)}: slower than plain decoding, since trying drafts took more time than the accepted ones "
+            "saved. Longer training, or more prompts, gives better drafts."
+        )
+    worse = [row.set for row in gains if judge_gain(row) == "worse"]
+    if worse:
+        yield (
+            f"{_listed(worse)}: D-PACE is behind the decay with this seed and these prompts. "
+            "docs/results-training.md has six seeds."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "; ".join(names)

@@ -5,6 +5,7 @@ import sys
 import time
 import unicodedata
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from dpace.system import ranks
 
@@ -57,23 +59,25 @@ def _clock(seconds: int | float) -> timedelta:
     return timedelta(seconds=int(seconds))
 
 
-def progress_bar() -> Progress:
+def progress_bar(is_shown: bool = True) -> Progress:
     """Make a bar with count, elapsed time and ETA, on stderr; lines where that is no terminal.
 
     Of several ranks, only the first one shows its.
     """
-    if not ranks.is_first():
+    if not (is_shown and ranks.is_first()):
         return Progress(disable=True)
     is_terminal = sys.stderr.isatty()
+    whole = partial(Column, no_wrap=True)  # of 80 characters, numbers and times are all shown; texts are cut
     return (Progress if is_terminal else _LinesInPlaceOfABar)(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[info]}"),
+        TextColumn("{task.description}", table_column=Column(max_width=24, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=10, table_column=whole(min_width=10)),
+        MofNCompleteColumn(table_column=whole()),
+        TimeElapsedColumn(table_column=whole(min_width=7)),
+        TextColumn("ETA", table_column=whole(min_width=3)),
+        TimeRemainingColumn(table_column=whole(min_width=7)),
+        TextColumn("{task.fields[info]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         console=Console(stderr=True),
+        expand=True,
         disable=not is_terminal,
         get_time=time.monotonic,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import patch_environment, send_to_device, set_seed
+from accelerate.utils import convert_outputs_to_fp32, patch_environment, send_to_device, set_seed
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -43,7 +43,7 @@ from dpace.train.checkpoints import (
     read_state,
     write_checkpoint,
 )
-from dpace.train.optimizer import make_optimizer
+from dpace.train.optimizer import make_optimizer, products_dtype
 from dpace.train.progress import Interrupt, StepLog, open_trackers, training_bar
 from dpace.train.sharding import copy_weights, shard, wants_shards
 
@@ -227,12 +227,13 @@ class TrainingLoop:
             head_tokens,
             chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
             needs_target_hidden=recipe.needs_target_hidden,
-            autocast=self.accelerator.autocast,
+            autocast=self.autocast,
         )
         # Prepared are autocast and compilation, and, without shards, the sum of the gradients over the ranks.
         self.wrapped: Any = self.accelerator.prepare_model(
             self.model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
         )
+        self.forward = self.wrapped if target.device.type != "cpu" else convert_outputs_to_fp32(self._rounded)
         if self.is_sharded:
             self.accelerator.prepare_model(drafter, device_placement=False, evaluation_mode=True)  # for measuring
         self.optimizer = make_optimizer(self.model, self.config)
@@ -254,6 +255,16 @@ class TrainingLoop:
             )
         assert accelerator.device.type == device.type
         return accelerator
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Open the precision of `--train.products` for a `with` block."""
+        dtype = products_dtype(self.config, self.target.device)
+        return torch.autocast(self.target.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _rounded(self, **inputs: Any) -> Any:
+        """Run the drafter on a CPU; on an accelerator, accelerate's wrapper rounds its products."""
+        with self.autocast():
+            return self.wrapped(**inputs)
 
     @property
     def progress(self) -> float:
@@ -355,7 +366,7 @@ class TrainingLoop:
             inputs: Any = send_to_device(batch, self.target.device, non_blocking=True)
             inputs["text"] = batch["token_ids"]
             with self.reduced_over_ranks(number == len(batches)):
-                out, blocks = self.scorer.score(self.wrapped, inputs, self.progress)
+                out, blocks = self.scorer.score(self.forward, inputs, self.progress)
                 loss = block_loss(out.losses, blocks.is_scored, reduction=self.loss.reduction, num_items=1)
                 loss.backward()
             num_items = count_items(blocks.is_scored, self.loss.reduction, out.weights) * batch["counts"]

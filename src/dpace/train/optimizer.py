@@ -3,16 +3,25 @@
 Muon needs far fewer steps than AdamW where the budget is small.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpace.config import TrainConfig
+from dpace.fast.packing import multiplies_bf16
 from dpace.system import ranks
 from dpace.train.sharding import take_share
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that brings singular values near 1 in five steps (Keller Jordan's)."""
+
+
+def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of the factors in matrix products: bf16, and on a CPU what `--train.products` says."""
+    is_rounded = config.products == "bfloat16" or (config.products == "auto" and multiplies_bf16())
+    return torch.bfloat16 if device.type != "cpu" or is_rounded else torch.float32
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -26,20 +35,23 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         (matrices if is_matrix else norms).append(parameter)
     if is_muon:
         groups = [{"params": norms, "momentum": None, "weight_decay": 0.0}, {"params": matrices, "momentum": 0.95}]
-        return MuonAdamW(groups, lr=rate, weight_decay=decay)
+        dtype = products_dtype(config, matrices[0].device)
+        return MuonAdamW(groups, dtype, lr=rate, weight_decay=decay)
     groups = [{"params": matrices, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
-def orthogonalize(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+def orthogonalize(
+    matrix: Float[Tensor, "rows columns"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows columns"]:
     """Bring all singular values of a matrix near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
-    It computes in bf16 on a GPU, and in fp32 on a CPU, where bf16 products are slow without special units. That is why
-    this is not `torch.optim.Muon`, which always uses bf16.
+    It computes in `dtype`. `torch.optim.Muon` always takes bf16, in which products are slow on a CPU without units for
+    it.
 
     Source: Muon (https://kellerjordan.github.io/posts/muon), after Bernstein and Newhouse (arXiv 2409.20325).
     """
-    x = matrix.bfloat16() if matrix.device.type != "cpu" else matrix.float()
+    x = matrix.to(dtype)
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / x.norm().clamp_min(1e-7)
@@ -60,8 +72,17 @@ class MuonAdamW(torch.optim.AdamW):
     Memory: one buffer a matrix, two a vector. Of sharded matrices, one at a time is whole on each rank: the iteration
     needs all of it, and each rank computes it, as without shards.
 
+    Args:
+        groups: of parameters, each with a `momentum`, or None for AdamW.
+        dtype: of the products of `orthogonalize`.
+        options: of `torch.optim.AdamW`.
+
     Source: Muon as above; the scale from Liu et al. (arXiv 2502.16982), section 2.2.
     """
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32, **options: Any):
+        super().__init__(groups, **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -87,6 +108,6 @@ class MuonAdamW(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
         buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        update = take_share(orthogonalize(ranks.whole(grad.lerp(buffer, momentum))), parameter)
+        update = take_share(orthogonalize(ranks.whole(grad.lerp(buffer, momentum)), self.dtype), parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)

@@ -15,10 +15,10 @@ def run(args: list[str]) -> None:
     config = parse(DemoConfig, "demo", args)
 
     from dpace.plan.lines import comparison_lines
-    from dpace.report.page import comparison, speeds, write_report
-    from dpace.report.tables import console, section_table, slots_table
-    from dpace.studies.compare import cell_folder, check_output, compare
-    from dpace.studies.demo import demo_prompts, demo_recipe, summary
+    from dpace.report.page import write_report
+    from dpace.report.tables import console, plain, section_table
+    from dpace.studies.compare import cell_folder, check_output
+    from dpace.studies.demo import demo_prompts, demo_recipe, findings, run_demo
 
     recipe = demo_recipe(config)
     output = Path(recipe.output)
@@ -27,14 +27,11 @@ def run(args: list[str]) -> None:
     parts = demo_prompts(config)
     if announce(comparison_lines(recipe, parts, folders), args):
         return
-    results = compare(load_target(recipe), recipe, parts=parts)
-    decode = results.decode
-    assert decode, "the demo's recipe decodes"
-    console().print(section_table(speeds(decode)), slots_table(decode), section_table(comparison(results)))
-    for line in summary(results):
-        print(line)
-    write_report([output], output / PAGES[0])
+    demo = run_demo(load_target(recipe), recipe, parts)
+    tables, remarks = findings(demo)
+    console().print(*map(section_table, tables), *map(plain, remarks))
+    write_report([output, output / "decode", output / "sampled"], output / PAGES[0])
+    print(f"report: {output / PAGES[0]}")
     folder = cell_folder(output, ("dpace", recipe.seeds[0]))
-    print(f"\nwritten: {output}/report.html, results.json, acceptance.svg, weights.svg, and the drafter in {folder}")
-    prompt = f"{config.prompts or 'demo'}#{decode.rows[0].responses[0].id}"
-    print("next:", command("generate", target=results.target, drafter=folder, prompt=prompt))
+    prompt = f"{config.prompts or 'demo'}#{demo.greedy.rows[0].responses[0].id}"
+    print("next:", command("generate", target=demo.greedy.target, drafter=folder, prompt=prompt))

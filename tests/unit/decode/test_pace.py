@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dpace.decode.copies import Copy
 from dpace.decode.costs import StepCosts, measure_costs
-from dpace.decode.loop import generate
+from dpace.decode.loop import generate, generate_plain
 from dpace.decode.pace import Pace, Paces, Plan
 from tests.conftest import make_drafter, make_target
 
@@ -289,3 +289,15 @@ def test_costs_of_steps():
     costs = measure_costs(target, drafter)
     assert len(costs.verify_seconds) == 6 and min(costs.verify_seconds) > 0 < costs.draft_seconds
     assert list(costs.verify_seconds) == sorted(costs.verify_seconds)  # a width is never slower than a wider one
+
+
+def test_copies_alone_never_draft(monkeypatch):
+    """The text is the target's, and repeated text is copied."""
+    target = make_target("qwen3")
+    drafter = make_drafter(target)
+    prompt = [5, 6, 7, 8, 9] * 4
+    plain = generate_plain(target, prompt, max_new_tokens=40, stop_token_ids=[])
+    monkeypatch.setattr("dpace.decode.loop.draft_step", lambda *_: pytest.fail("a block was drafted"))
+    ours = generate(target, drafter, prompt, max_new_tokens=40, stop_token_ids=[], width="copies")
+    assert ours.token_ids == plain.token_ids
+    assert ours.num_copied == sum(ours.accepted_lengths) > 0

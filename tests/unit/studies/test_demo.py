@@ -3,13 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from dpace.cli import main
 from dpace.measure.results import CompareResults, read_results
 from dpace.recipes import RECIPES
-from dpace.studies.demo import summary
+from dpace.studies.demo import Speed, gain_section, remarks, speed_lines
 from tests.support.files import write_rows
 
 
@@ -21,30 +22,71 @@ def flags(language_folder, language_prompts, tmp_path) -> list[str]:
     return ["--target", str(language_folder), "--prompts", path, "--output", str(tmp_path / "out")]
 
 
-def test_both_objectives_are_compared(flags, tmp_path, capsys, monkeypatch):
-    """A row for each set and objective and for all sets together; the same command again trains nothing."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> None:
+    """A recipe of seconds in the place of the demo's."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
         "respond: {max_new_tokens: 16}\n"
         "drafter: {num_layers: 1, block_size: 4}\n"
         "train: {max_steps: 4, batch_size: 4, num_anchors: 4, max_length: 64, eval_steps: 2}\n"
-        "bench: {temperatures: [0.0], max_new_tokens: 8, num_prompts: 2}\n"
+        "bench: {temperatures: [0.0], widths: [auto, copies], max_new_tokens: 8, num_prompts: 2}\n"
     )
-    monkeypatch.setitem(RECIPES, "demo-cpu", recipe)
+    monkeypatch.setitem(RECIPES, "demo-cpu", path)
+
+
+def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
+    """Speeds, taus and the next command in 80 columns; the same command again trains nothing."""
     assert main(["demo", *flags]) == 0
-    printed = capsys.readouterr().out
-    results = read_results(tmp_path / "out" / "results.json")
+    done = capsys.readouterr()
+    lines = done.out.splitlines()
+    *screen, _, _ = lines  # the last ones have a path of the tests
+    assert max(map(len, screen)) <= 80 and len(lines) <= 24
+    assert all(name in done.out for name in ("plain", "copies", "drafter", "copied", "same", "gain", "T=1"))
+    speeds = [line.split() for line in lines if re.match(r" *set\d.*x\)", line)]
+    assert [line[-1] for line in speeds] == ["2/2", "2/2", "3/3"]  # two sets greedily, and one sampled
+    assert re.search(r"^next: dpace generate .*/dpace/seed-42 ", done.out, re.MULTILINE)
+    assert all(f"tau, {name}" in done.err for name in ("dpace", "dflash"))  # bars
+    out = tmp_path / "out"
+    results = read_results(out / "results.json")
     assert isinstance(results, CompareResults) and results.seeds == [42]
     assert [row.set for row in results.rows] == ["set0", "set0", "set1", "set1", "all", "all"]
     counts = {row.set: sum(row.histogram) for row in results.rows if row.drafter == "dpace"}
     assert counts["all"] == counts["set0"] + counts["set1"]
-    lines = summary(results)
-    assert "lossless: 16 of 16" in lines[0] and "all 6 held-out prompts: tau of D-PACE over" in lines[-1]
-    assert all(line in printed for line in lines) and re.search(r"next: dpace generate .*/dpace/seed-42 ", printed)
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert "Objectives, " in page and "decode_speedup" in page
     monkeypatch.setattr("dpace.studies.compare.train", lambda *_, **__: pytest.fail("trained again"))
     assert main(["demo", *flags]) == 0
+
+
+def test_what_is_slower_or_worse_has_a_reason(flags, recipe, tmp_path):
+    assert main(["demo", *flags]) == 0
+    (line, *_) = speed_lines([read_results(tmp_path / "out" / "decode" / "results.json")])
+    (row, *_) = gain_section(read_results(tmp_path / "out" / "results.json")).items
+    slow = Speed(replace(line.ours, decode_speedup=0.5, decode_speedup_interval=(0.4, 0.6), share_copied=0.0), None)
+    fast = Speed(
+        replace(line.ours, decode_speedup=2.0, decode_speedup_interval=(1.9, 2.1), share_copied=0.5), slow.ours
+    )
+    worse, better = replace(row, gain=(-0.1, -0.2, -0.05)), replace(row, gain=(0.1, 0.05, 0.2))
+    assert not [*remarks([fast._replace(copies=None)], [better])]
+    found = [*remarks([slow, fast], [worse])]
+    assert ["copied" in found[0], "slower" in found[1], "behind" in found[2]] == [True] * 3
+
+
+def test_quick_shows_the_same_rows(flags, recipe, capsys, monkeypatch):
+    """Both objectives are trained, on fewer prompts."""
+    import dpace.studies.demo as demo
+
+    monkeypatch.setattr(demo, "QUICK", replace_steps(demo.QUICK))
+    assert main(["demo", *flags, "--dry-run"]) == 0
+    assert "time: " in capsys.readouterr().out
+    assert main(["demo", *flags, "--quick"]) == 0
+    printed = capsys.readouterr()
+    assert "gain" in printed.out and "copies" in printed.out and "2 of 2: dflash" in printed.err
+
+
+def replace_steps(quick):
+    return {**quick, "train": {"max_steps": 2, "eval_steps": 2}}
 
 
 @pytest.mark.parametrize("verb", ["demo", "compare"])

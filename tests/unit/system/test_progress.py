@@ -1,8 +1,13 @@
 """Progress without a terminal."""
 
+import re
 import subprocess
 import sys
 
+import pytest
+from rich.console import Console
+
+from dpace.system import progress
 from dpace.system.progress import progress_bar
 
 
@@ -25,3 +30,20 @@ def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("working:")]
     assert [line.split(" of ")[0] for line in lines] == [f"working: {n}" for n in (1, 4, 7, 10, 12)]
     assert "ETA 0:01:" in lines[0] and lines[0].endswith("; at 0") and "ETA" not in lines[-1]
+
+
+@pytest.mark.parametrize("description", ["training, dpace", "tau, dpace-continuation-only, seed-4294967295"])
+def test_a_bar_fits_80_columns(description, capsys, monkeypatch):
+    """Numbers and times are whole; what does not fit of the texts is cut."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    terminal = {"width": 80, "force_terminal": True, "color_system": None}
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, **terminal))
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=12_000, info="validation tau 2.04, loss 3.19, slot 1 right 0.715")
+        bar.update(task, completed=11_000)
+        row = bar.make_tasks_table(bar.tasks)
+    capsys.readouterr()
+    Console(width=80).print(row)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) <= 80 and line.startswith(description[:15])
+    assert re.search(r" 11000/12000 \d:\d\d:\d\d ETA [-\d]:[-\d]{2}:[-\d]{2} ", line)

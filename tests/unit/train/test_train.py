@@ -231,6 +231,7 @@ EACH = {
     "train.max_length": 20,
     "train.seed": 7,
     "train.optimizer": "muon",
+    "train.products": "bfloat16",
     "train.grow_blocks": True,
     "drafter.norm_scale": 0.5,
     "drafter.causal": True,
