@@ -1,22 +1,27 @@
-"""Time a whole training step with uniform, decay and D-PACE weights.
+"""Time a whole training step with uniform, decay and D-PACE weights, and its parts.
 
-    python benchmarks/overhead.py [ROUNDS]
+    python benchmarks/overhead.py [ROUNDS [TARGET]]
 
 Uses the demo's recipe and target on random text. A step is blocks, drafter, loss, backward pass, clipping and
-optimizer. The loss uses all 49,152 tokens of the vocabulary, and then 1000 of them as the demo does. The same drafter
-and batch take each kind of step in turn, so only the weights differ. Prints the median step, and the median ratio to
-uniform weights in the same round with a 95 % bootstrap interval.
+optimizer. The loss uses all tokens of the vocabulary, and then 1000 of them, about as many as the demo's. The same
+drafter and batch take each kind of step in turn, so only the weights differ. Prints the median step, and the median
+ratio to uniform weights in the same round with a 95 % bootstrap interval.
+
+Then it prints the parts of the demo's step for each precision of products: seconds, operations of products, and the
+share of what a large product of that precision reaches here.
 """
 
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 from rich.progress import track
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.config import TrainConfig
@@ -29,58 +34,144 @@ from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
+from dpace.target.head import Head
 from dpace.target.locate import find_target
-from dpace.train.optimizer import make_optimizer
+from dpace.train.optimizer import make_optimizer, products_dtype
 
 OBJECTIVES = ("uniform", "dflash", "dpace")
-NUM_TOKENS, NUM_PROMPT_TOKENS = 260, 180
+NUM_TOKENS, NUM_PROMPT_TOKENS, NUM_SEEN = 260, 180, 1000
+PEAK_SIZE, PEAK_ROUNDS = 2048, 5
 
 
-def main(rounds: int) -> None:
-    torch.manual_seed(0)
-    recipe = read_recipe(RECIPES["demo-cpu"])
-    target, config = Target.load(find_target(recipe.target)), recipe.train
-    drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
-    spans = [[NUM_PROMPT_TOKENS, NUM_TOKENS]]
-    responses = [
-        Response(str(i), "random", [], torch.randint(1000, (NUM_TOKENS,)).tolist(), spans)
-        for i in range(config.batch_size)
-    ]
-    dataset = ResponseDataset(responses, max_length=NUM_TOKENS, num_anchors=config.num_anchors, seed=0)
-    dataset.keep_features(target, drafter.target_layer_ids, limit_bytes=float("inf"))
-    batch = collate([dataset[i] for i in range(len(dataset))], drafter.block_size)
-    batch = {name: value.to(target.device) for name, value in batch.items()}
-    optimizer = make_optimizer(drafter, TrainConfig(optimizer="muon", learning_rate=1e-5))
-    weighers = {name: make_weigh(replace(recipe.loss, objective=name), drafter.block_size) for name in OBJECTIVES}
-    print(f"torch {torch.__version__}, {target.device}, {platform.processor() or platform.machine()}, {rounds} rounds")
+class Step:
+    """The demo's training step on random text."""
 
-    for vocab in (len(target.head.weight), 1000):
-        head = target.head._replace(weight=target.head.weight[:vocab].contiguous())
+    def __init__(self, target: str | None) -> None:
+        torch.manual_seed(0)
+        self.recipe = read_recipe(RECIPES["demo-cpu"])
+        self.target = Target.load(find_target(target or self.recipe.target))
+        num_seen = min(NUM_SEEN, len(self.target.head.weight))
+        self.drafter = Drafter.from_target(self.target, seed=0, **vars(self.recipe.drafter))
+        batch_size, num_anchors = self.recipe.train.batch_size, self.recipe.train.num_anchors
+        spans = [[NUM_PROMPT_TOKENS, NUM_TOKENS]]
+        texts = [torch.randint(num_seen, (NUM_TOKENS,)).tolist() for _ in range(batch_size)]
+        responses = [Response(str(i), "random", [], text, spans) for i, text in enumerate(texts)]
+        dataset = ResponseDataset(responses, max_length=NUM_TOKENS, num_anchors=num_anchors, seed=0)
+        dataset.keep_features(self.target, self.drafter.target_layer_ids, limit_bytes=float("inf"))
+        batch = collate([dataset[i] for i in range(len(dataset))], self.drafter.block_size)
+        self.batch = {name: value.to(self.target.device) for name, value in batch.items()}
 
-        def step(weigh, head=head) -> float:
+    def use(self, products: str) -> None:
+        """Choose the precision of products, with an optimizer of its own."""
+        config = TrainConfig(optimizer="muon", learning_rate=1e-5, products=products)
+        self.dtype = products_dtype(config, self.target.device)
+        self.optimizer = make_optimizer(self.drafter, config)
+
+    def head(self, num_tokens: int) -> Head:
+        """Return the first rows of the target's head."""
+        return self.target.head._replace(weight=self.target.head.weight[:num_tokens].contiguous())
+
+    def weigh(self, objective: str) -> Callable:
+        """Make the weights of an objective."""
+        return make_weigh(replace(self.recipe.loss, objective=objective), self.drafter.block_size)
+
+    def parts(self, weigh: Callable, head: Head) -> Iterator[str]:
+        """Take a step, and yield the name of each part after it."""
+        device = self.target.device
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden, blocks = blocks_hidden(self.drafter, self.target, self.batch)[:2]
+        yield "drafter"
+        out = frozen_head_nll(hidden.float(), head, blocks.labels, blocks.is_scored, weigh=weigh)
+        loss = block_loss(out.losses, blocks.is_scored)
+        yield "loss"
+        loss.backward()
+        yield "backward pass"
+        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.recipe.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        yield "clipping, optimizer"
+
+    def take(self, weigh: Callable, head: Head) -> dict[str, float]:
+        """Take a step, and give the seconds of each part."""
+        seconds = {}
+        start = time.perf_counter()
+        for name in self.parts(weigh, head):
+            synchronize(self.target.device)
+            seconds[name] = time.perf_counter() - start
             start = time.perf_counter()
-            hidden, blocks = blocks_hidden(drafter, target, batch)[:2]
-            out = frozen_head_nll(hidden, head, blocks.labels, blocks.is_scored, weigh=weigh)
-            block_loss(out.losses, blocks.is_scored).backward()
-            torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            synchronize(target.device)
-            return time.perf_counter() - start
+        return seconds
 
-        for weigh in weighers.values():
-            step(weigh)
-        seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
-        for number in track(range(rounds), f"{vocab} tokens", console=None, transient=True):
-            for name in OBJECTIVES[number % 3 :] + OBJECTIVES[: number % 3]:
-                seconds[name].append(step(weighers[name]))
-        for name in OBJECTIVES:
-            ratios = np.array(seconds[name]) / np.array(seconds["uniform"])
-            picks = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
-            low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
-            middle = 1000 * statistics.median(seconds[name])
-            print(f"{vocab:>6} tokens  {name:<8} {middle:7.1f} ms  x {np.median(ratios):.3f} [{low:.3f}, {high:.3f}]")
+    def operations(self, weigh: Callable, head: Head) -> dict[str, float]:
+        """Count the operations of each part's products."""
+        counts, before = {}, 0
+        with FlopCounterMode(display=False) as counter:
+            for name in self.parts(weigh, head):
+                counts[name] = counter.get_total_flops() - before
+                before = counter.get_total_flops()
+        return counts
+
+    def peak(self) -> float:
+        """Measure the operations a second of a large product."""
+        rows = torch.randn(PEAK_SIZE, PEAK_SIZE, device=self.target.device).to(self.dtype)
+        seconds = []
+        for _ in range(PEAK_ROUNDS):
+            start = time.perf_counter()
+            rows @ rows
+            synchronize(self.target.device)
+            seconds.append(time.perf_counter() - start)
+        return 2 * PEAK_SIZE**3 / min(seconds)
+
+
+def compare_objectives(step: Step, num_tokens: int, rounds: int) -> None:
+    """Print the seconds of a step with each objective."""
+    head, weighers = step.head(num_tokens), {name: step.weigh(name) for name in OBJECTIVES}
+    for weigh in weighers.values():
+        step.take(weigh, head)
+    seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
+    for number in track(range(rounds), f"{num_tokens} tokens", console=None, transient=True):
+        for name in OBJECTIVES[number % 3 :] + OBJECTIVES[: number % 3]:
+            seconds[name].append(sum(step.take(weighers[name], head).values()))
+    for name in OBJECTIVES:
+        ratios = np.array(seconds[name]) / np.array(seconds["uniform"])
+        picks = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
+        low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
+        middle = 1000 * statistics.median(seconds[name])
+        print(f"{num_tokens:>6} tokens  {name:<8} {middle:7.1f} ms  x {np.median(ratios):.3f} [{low:.3f}, {high:.3f}]")
+
+
+def compare_products(step: Step, rounds: int) -> None:
+    """Print the parts of a step for both precisions, whose steps take turns."""
+    head, weigh = step.head(NUM_SEEN), step.weigh("dpace")
+    names = ("float32", "bfloat16")
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(rounds + 1):  # the first is a warm-up
+        for name in names:
+            step.use(name)
+            step.take(weigh, head)  # makes the optimizer's state
+            if number:
+                seconds[name].append(step.take(weigh, head))
+    operations = step.operations(weigh, head)
+    for name in names:
+        step.use(name)
+        peak = step.peak()
+        print(f"products in {name}: at most {peak / 1e12:.3f} TFLOP/s")
+        medians = {part: statistics.median(each[part] for each in seconds[name]) for part in operations}
+        medians["whole step"], operations["whole step"] = sum(medians.values()), sum(operations.values())
+        for part, value in medians.items():
+            share = operations[part] / value / peak
+            print(f"  {part:<20} {1000 * value:7.1f} ms  {operations[part] / 1e9:6.1f} GFLOP  {share:4.0%} of that")
+        del operations["whole step"]
+
+
+def main(rounds: int = 60, target: str | None = None) -> None:
+    step = Step(target)
+    device = step.target.device
+    print(f"torch {torch.__version__}, {device}, {platform.processor() or platform.machine()}, {rounds} rounds")
+    step.use("float32")
+    for num_tokens in (len(step.target.head.weight), NUM_SEEN):
+        compare_objectives(step, num_tokens, rounds)
+    compare_products(step, max(1, rounds // 6))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

@@ -42,7 +42,7 @@ if not sys.stderr.isatty():  # as `dpace`: the bars of transformers fill a log, 
 
 from make_prompts import make
 from study_report import ALWAYS, APART, OURS, Cell, find_cells, step_seconds, write_report
-from study_trials import distillation_temperature, products_in
+from study_trials import distillation_temperature
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
@@ -186,7 +186,8 @@ def make_plan(output: Path | None, data: Path | None, scale: float, products: st
     output = output or Path(recipe.output)
     paths = {"path": str(output / "prompts.jsonl"), "heldout_path": str(output / "heldout.jsonl")}
     prompts = replace(recipe.prompts, **paths, num_validation=NUM_VALIDATION)
-    return Plan(replace(recipe, output=str(output), prompts=prompts), output, data, scale, products)
+    train = replace(recipe.train, products={"fp32": "float32", "bf16": "bfloat16"}[products])
+    return Plan(replace(recipe, output=str(output), prompts=prompts, train=train), output, data, scale, products)
 
 
 def write_prompts(plan: Plan) -> None:
@@ -320,8 +321,7 @@ def run_cells(plan: Plan, target: Target, cells: Sequence[Cell]) -> None:
         dataset.num_anchors = recipe.train.num_anchors
         key = (f"{cell.objective}, blocks of {cell.block}, {cell.steps} steps", cell.seed)
         with candidate.trial():
-            with products_in(plan.products):
-                train_cells(target, {key: recipe}, {key: folder}, (dataset, datasets[1]))
+            train_cells(target, {key: recipe}, {key: folder}, (dataset, datasets[1]))
             measure_cells(target, recipe, [folder], test_set)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -333,7 +333,7 @@ def time_steps(plan: Plan, target: Target, dataset: ResponseDataset, cell: Cell)
     dataset = copy.copy(dataset)
     dataset.num_anchors = config.num_anchors
     nothing = ResponseDataset([], max_length=config.max_length, num_anchors=None, seed=0)
-    with candidate.trial(), products_in(plan.products), tempfile.TemporaryDirectory() as folder:
+    with candidate.trial(), tempfile.TemporaryDirectory() as folder:
         drafter = Drafter.from_target(target, seed=0, **vars(recipe.drafter))
         timed = replace(recipe, train=config)
         weigh = make_weigh(recipe.loss, cell.block)

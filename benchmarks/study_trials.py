@@ -29,14 +29,3 @@ def distillation_temperature(temperature: float) -> Iterator[None]:
 
     with mock.patch.object(scoring, "frozen_head_nll", softened):
         yield
-
-
-@contextlib.contextmanager
-def products_in(dtype: str) -> Iterator[None]:
-    """Let products of fp32 matrices round their factors to bf16, and add up in fp32, where `dtype` says `bf16`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == "bf16" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

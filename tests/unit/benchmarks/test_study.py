@@ -113,13 +113,12 @@ def test_each_head_is_compared_with_the_drafter_without_it(study):
 
 
 def test_products_in_bf16_are_those_of_training_only(study, tmp_path):
-    with study_trials.products_in("bf16"):
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == "highest"
+    plans = [study.make_plan(tmp_path, None, 1.0, products) for products in ("fp32", "bf16")]
+    assert [plan.recipe.train.products for plan in plans] == ["float32", "bfloat16"]
     (tmp_path / "study.json").write_text('{"scale": 1.0}')
-    study.refuse_other_study(study.make_plan(tmp_path, None, 1.0))
+    study.refuse_other_study(plans[0])
     with pytest.raises(SystemExit, match="holds a study with --products fp32, not bf16; name another --output"):
-        study.refuse_other_study(study.make_plan(tmp_path, None, 1.0, "bf16"))
+        study.refuse_other_study(plans[1])
 
 
 def test_the_kind_that_is_kept_apart_counts_in_no_other_number(study, output):
