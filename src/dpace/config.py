@@ -90,7 +90,7 @@ ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, descr
 """An objective of dpace, or `package.module:function` for a custom one."""
 TokenLoss = Literal["nll", "kl", "lk", "mix"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
-VerifyRule = Literal["equality", "speculative", "block"]
+VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full"] | Count
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

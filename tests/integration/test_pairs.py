@@ -237,17 +237,13 @@ PAIRS = {
         printed=r"w\d+",
     ),
     "several verify rules, several drafters, report": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative block --temperatures 1 "
+        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 1 "
         "--num-prompts 2; report {out}",
         "report.html",
     ),
-    "stream, block verification": Pair(
-        f"generate {TARGET} --prompt w1 --stream --temperature 0.8 --verify-rule block --max-new-tokens 8",
-        printed=r"w\d+",
-    ),
-    "compile, block verification": Pair(
-        f"generate {TARGET} --prompt w1 --compile --temperature 1 --verify-rule block",
-        refused="--compile .*another --verify-rule than equality",
+    "compile, speculative sampling": Pair(
+        f"generate {TARGET} --prompt w1 --compile --temperature 1 --verify-rule speculative",
+        refused="--compile .*--verify-rule speculative",
     ),
     "stream, compile": Pair(
         f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
