@@ -95,7 +95,7 @@ Width = Literal["auto", "full"] | Count
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
-TargetShard = Literal["none", "fsdp", "tp"]
+TargetShard = Literal["none", "fsdp"]
 Engine = Literal["vllm", "sglang", "llamacpp", "tensorrt", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
@@ -246,8 +246,7 @@ class TrainConfig:
     """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
     target_shard: TargetShard = "none"
     """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
-    none: each rank has all. fsdp: a layer is gathered where it runs.
-    tp: each matrix is split, and all ranks run all texts; take it only where fast links connect the GPUs."""
+    none: each rank has all. fsdp: a layer is gathered where it runs."""
     torch_compile: bool = False
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False
