@@ -292,10 +292,6 @@ class PromptsConfig:
     decontaminate: Entries[Text] = ()
     """Public datasets (see --bench.sets), or files of prompts, that no training prompt may repeat.
     A prompt is left out where it shares 13 words in a row with one of theirs."""
-    near_duplicates: Fraction | None = None
-    """Leave out training prompts that nearly repeat an earlier or a held-out one; needs the package datasketch.
-    The value is the least share of common word runs, above 0 to 1; 0.8 is usual.
-    By default only copies of held-out prompts are left out."""
 
 
 @options

@@ -290,8 +290,8 @@ PAIRS |= {
     "a limit, a number of validation prompts": Pair(
         f"respond {LIMIT}; train {LIMIT}; bench {LIMIT}", "l/drafter/provenance.json"
     ),
-    "public sets, near duplicates": Pair(
-        f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl --prompts.near-duplicates 0.8",
+    "public sets": Pair(
+        f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
         printed="left out: 2 in the public sets",
     ),
     "check, two dtypes": Pair(
