@@ -49,7 +49,7 @@ def test_rules_are_compared_on_the_same_prompts(language_target, language_drafte
 
 
 @pytest.mark.parametrize("num_prompts", [3, 6])
-def test_turns_are_drawn_with_their_prompt(num_prompts, language_target):
+def test_turns_are_drawn_with_their_prompt(num_prompts):
     """Two turns of a prompt say no more of other prompts than one that is twice as long."""
     speeds = [1.0, 2.0, 4.0, 1.5, 3.0, 2.5]
 
@@ -60,7 +60,7 @@ def test_turns_are_drawn_with_their_prompt(num_prompts, language_target):
             make_response(**place, **counts, decode_tokens=8 // num_turns, decode_seconds=8 / num_turns / speed)
             for place, speed in zip(places, np.repeat(speeds[:num_prompts], num_turns).tolist(), strict=True)
         ]
-        (row,) = make_rows(language_target, [*plain, *ours], {"dpace": 3}, ["full"])
+        (row,) = make_rows([*plain, *ours], {"dpace": 3}, ["full"])
         return row
 
     two, one = measure(2), measure(1, histogram=[2, 0, 2])
