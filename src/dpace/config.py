@@ -88,7 +88,7 @@ Objective = Literal[
 CUSTOM_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
 ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, description="package.module:function")]
 """An objective of dpace, or `package.module:function` for a custom one."""
-TokenLoss = Literal["nll", "kl", "lk", "mix"]
+TokenLoss = Literal["nll", "kl", "lk"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
 VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full"] | Count
@@ -155,7 +155,7 @@ class LossConfig:
     token_loss: TokenLoss = "nll"
     """Loss of one slot.
     nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
-    lk: -log of the overlap of both distributions. mix: half nll, half kl."""
+    lk: -log of the overlap of both distributions."""
     confidence: Literal["token", "overlap"] = "token"
     """How D-PACE estimates that a slot is accepted.
     token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
@@ -440,7 +440,7 @@ class CompareConfig(Recipe):
     """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: OneOrMore[Text] = ("dpace", "dflash", "uniform")
     """Values of loss.objective, to which a token loss and a confidence may be added.
-    +kl, +lk or +mix is the token loss, +overlap the confidence: dpace+kl+overlap."""
+    +kl or +lk is the token loss, +overlap the confidence: dpace+kl+overlap."""
     seeds: OneOrMore[Seed] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: Text = "dflash"

@@ -133,7 +133,7 @@ PAIRS = {
         "drafter/provenance.json",
     ),
     "Muon, checkpointing, soft labels": Pair(
-        f"train {RECIPE} --train.optimizer muon --train.gradient-checkpointing --loss.token-loss mix",
+        f"train {RECIPE} --train.optimizer muon --train.gradient-checkpointing --loss.token-loss kl",
         "drafter/provenance.json",
     ),
     "convolutions, draft vocabulary, export": Pair(
