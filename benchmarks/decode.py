@@ -94,7 +94,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
     ways[f"random drafter, blocks of {drafter.block_size}"] = ours(random_drafter, width="full")
     sampled = {"temperature": 1.0, "seed": 0}
     ways["T=1: plain"] = lambda ids, count: generate_plain(target, ids, max_new_tokens=count, **sampled).token_ids
-    for rule in ("equality", "speculative", "block"):
+    for rule in ("equality", "speculative"):
         ways[f"T=1: dpace, auto, {rule}"] = ours(drafter, width="auto", verify_rule=rule, **sampled)
     return ways
 

@@ -88,14 +88,14 @@ Objective = Literal[
 CUSTOM_OBJECTIVE = r"^[^\W\d][\w.]*:[\w.<>]+$"
 ObjectiveName = Objective | Annotated[str, Field(pattern=CUSTOM_OBJECTIVE, description="package.module:function")]
 """An objective of dpace, or `package.module:function` for a custom one."""
-TokenLoss = Literal["nll", "kl", "lk", "mix"]
+TokenLoss = Literal["nll", "kl", "lk"]
 Reduction = Literal["anchors", "batch", "slots", "weights"]
-VerifyRule = Literal["equality", "speculative", "block"]
+VerifyRule = Literal["equality", "speculative"]
 Width = Literal["auto", "full", "copies"] | Count
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
-TargetShard = Literal["none", "fsdp", "tp"]
+TargetShard = Literal["none", "fsdp"]
 Engine = Literal["vllm", "sglang", "llamacpp", "tensorrt", "transformers", "zlab"]
 Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
@@ -155,7 +155,7 @@ class LossConfig:
     token_loss: TokenLoss = "nll"
     """Loss of one slot.
     nll (the paper's): -log of the probability of the target's token. kl: divergence from the target's distribution.
-    lk: -log of the overlap of both distributions. mix: half nll, half kl."""
+    lk: -log of the overlap of both distributions."""
     confidence: Literal["token", "overlap"] = "token"
     """How D-PACE estimates that a slot is accepted.
     token: by the probability of the target's token. overlap: by the overlap of both models' distributions."""
@@ -249,8 +249,7 @@ class TrainConfig:
     """Addresses of running vLLM servers that compute what goes into feature_files; by default this process does."""
     target_shard: TargetShard = "none"
     """How the target's weights are spread over the ranks of `dpace train`, where they do not fit into one device.
-    none: each rank has all. fsdp: a layer is gathered where it runs.
-    tp: each matrix is split, and all ranks run all texts; take it only where fast links connect the GPUs."""
+    none: each rank has all. fsdp: a layer is gathered where it runs."""
     torch_compile: bool = False
     """Compile the drafter with torch.compile, which makes steps on a GPU faster and the first ones slow."""
     gradient_checkpointing: bool = False
@@ -296,10 +295,6 @@ class PromptsConfig:
     decontaminate: Entries[Text] = ()
     """Public datasets (see --bench.sets), or files of prompts, that no training prompt may repeat.
     A prompt is left out where it shares 13 words in a row with one of theirs."""
-    near_duplicates: Fraction | None = None
-    """Leave out training prompts that nearly repeat an earlier or a held-out one; needs the package datasketch.
-    The value is the least share of common word runs, above 0 to 1; 0.8 is usual.
-    By default only copies of held-out prompts are left out."""
 
 
 @options
@@ -449,7 +444,7 @@ class CompareConfig(Recipe):
     """Folder that everything is written to; the same command continues an interrupted run in it."""
     objectives: OneOrMore[Text] = ("dpace", "dflash", "uniform")
     """Values of loss.objective, to which a token loss and a confidence may be added.
-    +kl, +lk or +mix is the token loss, +overlap the confidence: dpace+kl+overlap."""
+    +kl or +lk is the token loss, +overlap the confidence: dpace+kl+overlap."""
     seeds: OneOrMore[Seed] = (0, 1, 2)
     """Seeds; each gives every objective the same initial weights, order of conversations and blocks."""
     baseline: Text = "dflash"

@@ -140,8 +140,8 @@ def vat_weights(is_match: IsMatch, is_scored: IsScored, gamma: float = 7.0) -> W
     Returns:
         fp32 weights in (0, 1].
 
-    Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification. Its mixed
-    labels are the token loss `mix`.
+    Source: verification-aware training, VAT (arXiv 2608.30135): its weights with greedy verification, without its
+    labels and its head.
     """
     return torch.exp(-_behind_rejection(is_match, is_scored).clamp_min(0) / gamma) * is_scored
 

@@ -133,7 +133,7 @@ PAIRS = {
         "drafter/provenance.json",
     ),
     "Muon, checkpointing, soft labels": Pair(
-        f"train {RECIPE} --train.optimizer muon --train.gradient-checkpointing --loss.token-loss mix",
+        f"train {RECIPE} --train.optimizer muon --train.gradient-checkpointing --loss.token-loss kl",
         "drafter/provenance.json",
     ),
     "convolutions, draft vocabulary, export": Pair(
@@ -237,17 +237,13 @@ PAIRS = {
         printed=r"w\d+",
     ),
     "several verify rules, several drafters, report": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative block --temperatures 1 "
+        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 1 "
         "--num-prompts 2; report {out}",
         "report.html",
     ),
-    "stream, block verification": Pair(
-        f"generate {TARGET} --prompt w1 --stream --temperature 0.8 --verify-rule block --max-new-tokens 8",
-        printed=r"w\d+",
-    ),
-    "compile, block verification": Pair(
-        f"generate {TARGET} --prompt w1 --compile --temperature 1 --verify-rule block",
-        refused="--compile .*another --verify-rule than equality",
+    "compile, speculative sampling": Pair(
+        f"generate {TARGET} --prompt w1 --compile --temperature 1 --verify-rule speculative",
+        refused="--compile .*--verify-rule speculative",
     ),
     "stream, compile": Pair(
         f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
@@ -294,8 +290,8 @@ PAIRS |= {
     "a limit, a number of validation prompts": Pair(
         f"respond {LIMIT}; train {LIMIT}; bench {LIMIT}", "l/drafter/provenance.json"
     ),
-    "public sets, near duplicates": Pair(
-        f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl --prompts.near-duplicates 0.8",
+    "public sets": Pair(
+        f"data {RECIPE} --prompts.decontaminate {{sets}}/one.jsonl",
         printed="left out: 2 in the public sets",
     ),
     "check, two dtypes": Pair(

@@ -55,7 +55,6 @@ _ROW = Row(
     num_same_text=1,
     responses=[],
     plain_responses=[],
-    examples=[],
 )
 _COMPARED = ComparedRow(
     set="s",

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpace.batches import feature_files
-from dpace.config import LossConfig, Recipe, TargetShard, TrainConfig
+from dpace.config import LossConfig, Recipe, TrainConfig
 from dpace.drafter import Drafter
 from dpace.loss import REDUCTIONS
 from dpace.loss.objective import make_weigh
@@ -142,9 +142,9 @@ def train_sharded(target: Target, responses: list[Response], recipe: Recipe, fol
             wants_shards()
 
 
-def check_target(shard: TargetShard, name: str, whole: Target) -> ShardedTarget:
+def check_target(name: str, whole: Target) -> ShardedTarget:
     """Load the shares of a target: the same features for other texts on each rank, from its share of the layers."""
-    target, num_ranks, rank = Target.load(name, shard=shard), dist.get_world_size(), dist.get_rank()
+    target, num_ranks, rank = Target.load(name, shard="fsdp"), dist.get_world_size(), dist.get_rank()
     kept = sum(ranks.local(parameter).numel() for parameter in target.layers.parameters())
     assert kept <= 1.02 / num_ranks * sum(parameter.numel() for parameter in whole.layers.parameters())
     assert target.sha256 == whole.sha256 and torch.equal(target.head.weight, whole.head.weight)
@@ -162,23 +162,17 @@ def check_target(shard: TargetShard, name: str, whole: Target) -> ShardedTarget:
 
 def train_on_shares(name: str, whole: Target, responses: list[Response], recipe: Recipe, folder: Path) -> None:
     """Train on the shares of a target, with hidden states of each step, and of an odd number of texts on disk."""
-    for shard in ("fsdp", "tp"):
-        heads = whole.config.num_key_value_heads
-        if shard == "tp" and heads % dist.get_world_size():
-            with pytest.raises(ValueError, match=f"{heads} heads"):
-                Target.load(name, shard=shard)
-            continue
-        target = check_target(shard, name, whole)
-        train_all(target, responses, recipe, folder / shard, ["anchors", "growing"])
-        dataset = run.make_datasets(whole, responses[:3], [], recipe)[0]
-        for each in (target, whole):
-            path = folder / shard / type(each).__name__
-            with mock.patch("dpace.batches.dataset.FEATURE_BATCH", 1):
-                feature_files.keep_on_disk(each, dataset, [1, 3], TrainConfig(feature_files=str(path)))
-            assert dataset.features is not None
-            for i in range(len(dataset)):
-                expected = whole.features(dataset.token_ids(i)[None], [1, 3])[0]
-                torch.testing.assert_close(dataset.features[i], expected, rtol=1e-4, atol=1e-5)
+    target = check_target(name, whole)
+    train_all(target, responses, recipe, folder, ["anchors", "growing"])
+    dataset = run.make_datasets(whole, responses[:3], [], recipe)[0]
+    for each in (target, whole):
+        path = folder / type(each).__name__
+        with mock.patch("dpace.batches.dataset.FEATURE_BATCH", 1):
+            feature_files.keep_on_disk(each, dataset, [1, 3], TrainConfig(feature_files=str(path)))
+        assert dataset.features is not None
+        for i in range(len(dataset)):
+            expected = whole.features(dataset.token_ids(i)[None], [1, 3])[0]
+            torch.testing.assert_close(dataset.features[i], expected, rtol=1e-4, atol=1e-5)
 
 
 def main(way: str, name: str, responses: list[Response], recipe: Recipe, folder: Path) -> None:
@@ -190,7 +184,7 @@ def main(way: str, name: str, responses: list[Response], recipe: Recipe, folder:
     if way == "drafter":
         train_sharded(target, responses, recipe, folder / way)
     elif way == "target":
-        train_on_shares(name, target, responses, recipe, folder)
+        train_on_shares(name, target, responses, recipe, folder / way)
     else:
         train_all(target, responses, recipe, folder / way, RESUMED)
     if way == "resume":

@@ -168,7 +168,7 @@ PATHS = {
     "demo --prompts no.jsonl": "no.jsonl",
     f"generate --target {TARGET} --stream": "--verify-rule need a drafter",
     f"generate --target {TARGET} --compile --prompt a": "--verify-rule need a drafter",
-    f"generate --target {TARGET} --verify-rule block --prompt a": "--verify-rule need a drafter",
+    f"generate --target {TARGET} --verify-rule speculative --prompt a": "--verify-rule need a drafter",
     f"generate --target {TARGET}": "no prompt to answer",
     f"generate --target {TARGET} --prompt demo#nothing": "no prompt with the id 'nothing'",
 }

@@ -53,8 +53,7 @@ def generate(
             verifies that number of tokens, the last one included; `auto` chooses the fastest length at each step, after
             it has measured this machine for about a second; `copies` does so and never drafts, as a baseline.
         verify_rule: `equality` drafts greedily and accepts tokens that equal the target's own draw; `speculative` draws
-            the draft and accepts by speculative sampling, `block` by block verification. All are the same at
-            temperature 0.
+            the draft and accepts by speculative sampling. Both are the same at temperature 0.
         paces: measurements, experience and answers of earlier calls with width `auto`; without it each call measures
             the machine again.
         options: see `SamplingOptions`. With the rule `equality` a `seed` gives the same text as in `generate_plain`, up
@@ -160,7 +159,6 @@ class Speculation:
         self.can_draft = width != "copies"
         self.recall = paces.recall(drafter) if self.pace else None
         self.samples_draft = verify_rule != "equality" and temperature > 0
-        self.by_block = verify_rule == "block"
         vocabulary = drafter.vocabulary
         is_part = vocabulary is not None and len(vocabulary.known) < len(target.head.weight)
         if is_part and self.samples_draft and text.sampler.processors:
@@ -262,9 +260,7 @@ class Speculation:
         if proposal.draft_probs is not None:
             draft = block[0, 1:].tolist()
             target_probs = text.sampler.probs(text.sampler.scores(logits, text.token_ids + draft))
-            accepted, next_token = verify_sampled(
-                draft, proposal.draft_probs, target_probs, text.sampler, by_block=self.by_block
-            )
+            accepted, next_token = verify_sampled(draft, proposal.draft_probs, target_probs, text.sampler)
             return accepted, [*draft[:accepted], next_token]
         drawn = text.draw(logits, block[0, 1:].tolist() if text.sampler.processors else ())
         both = torch.cat([block[0, 1:], drawn]).tolist()  # one wait for the device, beside the pace's

@@ -1,6 +1,5 @@
-"""Sampling from the target's logits, and the three rules that verify drafts."""
+"""Sampling from the target's logits, and the two rules that verify drafts."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -180,71 +179,30 @@ def verify_sampled(
     draft_probs: Float[Tensor, "draft vocab"],
     target_probs: Float[Tensor, "slot vocab"],
     sampler: Sampler,
-    *,
-    by_block: bool = False,
 ) -> tuple[int, int]:
-    """Verify a draft by speculative sampling, token by token or as a block.
+    """Verify a draft by speculative sampling.
 
-    Token by token, draft token `x` is accepted with probability `min(1, p(x) / q(x))`, so a slot is accepted with
-    probability `sum of min(p, q)`. The first rejected token is replaced by a draw from `max(p - q, 0)`, normalized;
-    after a draft that is accepted whole, the next token is drawn from `p`.
+    Draft token `x` is accepted with probability `min(1, p(x) / q(x))`, so a slot is accepted with probability
+    `sum of min(p, q)`. The first rejected token is replaced by a draw from `max(p - q, 0)`, normalized; after a draft
+    that is accepted whole, the next token is drawn from `p`.
 
-    As a block, each beginning of the draft is accepted with its chance (`block_chances`), and the longest accepted one
-    counts: a later token can save an earlier one. This accepts no fewer tokens in expectation. The next token is then
-    drawn from `max(w p - q, 0)`.
-
-    Either way the output has the target's distribution. This holds only if the draft tokens are draws from
-    `draft_probs`, and their number does not depend on which tokens were drawn.
+    The output has the target's distribution. This holds only if the draft tokens are draws from `draft_probs`, and
+    their number does not depend on which tokens were drawn.
 
     Returns:
         The number of accepted draft tokens, and the next token.
 
-    Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Sun et al., arXiv 2403.10444, algorithm 2.
+    Source: Leviathan et al., arXiv 2211.17192, algorithm 1.
     """
     rows = torch.arange(len(draft_tokens), device=target_probs.device)
     tokens = torch.tensor(draft_tokens, device=target_probs.device, dtype=torch.long)
     ratios = (target_probs[rows, tokens] / draft_probs[rows, tokens]).tolist()
     draws = torch.rand(len(tokens), generator=sampler.generator, device=tokens.device).tolist()
     accepted = 0
-    weight = 1.0
-    if by_block:
-        chances, weights = block_chances(ratios, draft_probs, target_probs)
-        accepted = max((k + 1 for k, chance in enumerate(chances) if draws[k] < chance), default=0)
-        weight = weights[accepted]
-    else:
-        while accepted < len(draft_tokens) and draws[accepted] < ratios[accepted]:
-            accepted += 1
+    while accepted < len(draft_tokens) and draws[accepted] < ratios[accepted]:
+        accepted += 1
     next_probs = target_probs[accepted]
     if accepted < len(draft_tokens):
-        rest = (weight * next_probs - draft_probs[accepted]).clamp_min(0)
+        rest = (next_probs - draft_probs[accepted]).clamp_min(0)
         next_probs = rest if rest.any() else next_probs  # equal distributions, and a draw that rounding rejected
     return accepted, int(torch.multinomial(next_probs, 1, generator=sampler.generator))
-
-
-def block_chances(
-    ratios: Sequence[float], draft_probs: Float[Tensor, "draft vocab"], target_probs: Float[Tensor, "slot vocab"]
-) -> tuple[list[float], list[float]]:
-    """Compute the chance of each beginning of a draft in block verification, and the weights behind it.
-
-    `w[0] = 1`, and `w[k] = min(1, w[k - 1] p(x_k) / q(x_k))` is the probability that `k` or more tokens are accepted.
-    `s[k]` is the sum of `max(w[k] p - q, 0)` over the tokens that may follow the first `k`. These are accepted with the
-    chance `s[k] / (s[k] + 1 - w[k])`, and the whole draft with the chance `w`.
-
-    Why: `sum of q min(1, w p / q)` is `w - s`. So, by induction from the end, `k` or more are accepted with the
-    probability `h + (1 - h) (w - s) = w`, where `h` is the chance, and exactly `k` with `w - (w - s) = s`. A token `x`
-    follows them with `s max(w p(x) - q(x), 0) / s` in the second case, and with `q(x) min(1, w p(x) / q(x))` where more
-    are accepted. Together that is `w p(x)`, the target's. As `w[k]` is at least the product of `min(1, p / q)`, the
-    probability of the rule that goes token by token, no fewer tokens are accepted.
-
-    Args:
-        ratios: `p(x) / q(x)` of each draft token.
-        draft_probs: `q`.
-        target_probs: `p`.
-
-    Returns:
-        The chances of the first 1, 2, ... tokens, nan where a longer beginning is surely accepted; and `w` from `w[0]`.
-    """
-    weights = list(itertools.accumulate(ratios, lambda weight, ratio: min(1.0, weight * ratio), initial=1.0))
-    before = torch.tensor(weights[:-1], device=target_probs.device)
-    sums = (before[:, None] * target_probs[:-1] - draft_probs).clamp_min(0).sum(-1)
-    return [*(sums / (sums + 1 - before)).tolist()[1:], weights[-1]], weights

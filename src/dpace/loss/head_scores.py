@@ -132,12 +132,9 @@ def _soft_scores(
     nll, top_tokens = -log_probs.gather(-1, labels), logits.argmax(-1, keepdim=True)
     if token_loss == "nll":
         losses, grad = nll, probs.scatter_add_(-1, labels, -torch.ones_like(nll))
-    elif token_loss in ("kl", "mix"):
+    elif token_loss == "kl":
         losses = (target_probs * log_target.sub_(log_probs)).sum(-1, keepdim=True)
         grad = probs.sub_(target_probs)
-        if token_loss == "mix":  # d nll = probs - onehot, so half of the target's share moves to the label
-            losses = (losses + nll) / 2
-            grad = grad.add_(target_probs, alpha=0.5).scatter_add_(-1, labels, -torch.ones_like(nll) / 2)
     else:  # d overlap / d probs is 1 where the drafter's probability is below the target's, else 0
         losses = -overlap.clamp_min(TINY).log()
         falls_short = (probs < target_probs).float()

@@ -94,8 +94,7 @@ def frozen_head_nll(
     - `nll`: `-log q[label]`, the paper's;
     - `kl`: `sum of p log(p / q)`, soft labels;
     - `lk`: `-log sum of min(p, q)`, the negative log of the rate at which speculative sampling accepts (LK, arXiv
-      2602.23881);
-    - `mix`: half `nll`, half `kl`: hard and soft labels together, as in VAT (arXiv 2608.30135); the halves are ours.
+      2602.23881).
 
     Memory: `chunk_bytes`, and two gradients of the size of `hidden`; nothing grows with rows x vocabulary.
 
@@ -105,7 +104,7 @@ def frozen_head_nll(
         labels: the target's token at each slot; ignored where not scored.
         is_scored: slots that count.
         weigh: computes weights from `Slots`, see `dpace.weights`; called once, its result detached.
-        token_loss: `nll`, `kl`, `lk` or `mix`.
+        token_loss: `nll`, `kl` or `lk`.
         target_hidden: input of the target's own head where it predicts each slot; `nll` without
             `Slots.overlap` does not need it.
         scored_rows: numbers of the scored slots in `is_scored.flatten()`, where they are known; to find them, the host
@@ -178,7 +177,7 @@ def frozen_head_nll_reference(
         accepted = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
         overlap = accepted.detach().where(is_scored, 1.0)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        of_loss = {"nll": nll, "kl": kl, "lk": -accepted.log(), "mix": (nll + kl) / 2}
+        of_loss = {"nll": nll, "kl": kl, "lk": -accepted.log()}
         losses = of_loss[token_loss].where(is_scored, 0.0)
     top = logits.log_softmax(-1).topk(num_candidates)
     candidates = top.indices.where(is_scored[..., None], -1)

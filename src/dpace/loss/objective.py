@@ -159,8 +159,7 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     if not is_known or changes["token_loss"] not in get_args(TokenLoss):
         raise ValueError(
             f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or a custom one as "
-            "package.module:function, and add +kl, +lk or +mix for that token loss, and +overlap for that "
-            "confidence"
+            "package.module:function, and add +kl or +lk for that token loss, and +overlap for that confidence"
         )
     return replace(loss, objective=objective, **changes)
 

@@ -97,7 +97,7 @@ def bench(
             bar.update(task, advance=1, info=_so_far(records.rows))
     records.collect()
     block_sizes = {name: drafter.block_size for name, drafter in named.items()}
-    rows = make_rows(target, records.of(config.temperatures, prompts), block_sizes, config.widths)
+    rows = make_rows(records.of(config.temperatures, prompts), block_sizes, config.widths)
     results = BenchResults(
         **vars(setup),
         rows=rows,

@@ -21,9 +21,9 @@ from dpace.metrics import decode_speedup, estimate
 EDGES = (1024, 2048, 4096, 8192, 16384, 32768)
 """Tokens of a prompt at which a range of context lengths ends and the next one begins."""
 CONTEXTS = (
-    "context below 1k",
-    *(f"context {edge // 1024}k to {edge // 512}k" for edge in EDGES[:-1]),
-    "context 32k and more",
+    "below 1k",
+    *(f"{edge // 1024}k to {edge // 512}k" for edge in EDGES[:-1]),
+    "32k and more",
 )
 """Names of the ranges."""
 TIMES = ("decode_tokens", "decode_seconds")

@@ -1,16 +1,15 @@
 """Pool finished responses into the rows of results.json.
 
 In come records of single responses, or the acceptance of held-out answers by seed; out come rows with tau, speed and
-their intervals, comparisons of drafters, and examples to show.
+their intervals, and comparisons of drafters.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 
 from dpace.config import Width
-from dpace.decode.streaming import TextPieces
 from dpace.measure.break_even import TIMES, prompt_totals
 from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of
 from dpace.measure.results import (
@@ -18,7 +17,6 @@ from dpace.measure.results import (
     Comparison,
     CompiledBaseline,
     Estimate,
-    Example,
     PairedResponse,
     Published,
     Row,
@@ -26,16 +24,12 @@ from dpace.measure.results import (
     nullable,
 )
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_estimate, tau_gain
-from dpace.target import Target
 
 
-def make_rows(
-    target: Target, records: Sequence[ResponseRecord], block_sizes: Mapping[str, int], widths: Sequence[Width]
-) -> list[Row]:
+def make_rows(records: Sequence[ResponseRecord], block_sizes: Mapping[str, int], widths: Sequence[Width]) -> list[Row]:
     """Pool records into one row for each set, temperature, drafter and width.
 
     Args:
-        target: whose tokenizer writes the examples.
         records: of the same prompts for `PLAIN` and every drafter, and maybe for `COMPILED`.
         block_sizes: by the drafter's name.
         widths: that each drafter was measured with.
@@ -49,7 +43,7 @@ def make_rows(
         compiled = by_way.get((*group, COMPILED, None), {})
         for name, width in product(block_sizes, widths):
             ours = [by_way[*group, name, width][key] for key in plain]
-            row = _pool_responses(target, ours, list(plain.values()), block_sizes[name])
+            row = _pool_responses(ours, list(plain.values()), block_sizes[name])
             if compiled.keys() >= plain.keys():
                 theirs = [compiled[key] for key in plain]
                 speedup = _speedup_over(ours, theirs)
@@ -64,7 +58,7 @@ def make_rows(
     return rows
 
 
-def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
+def _pool_responses(ours: list[ResponseRecord], plain: list[ResponseRecord], block_size: int) -> Row:
     acceptance = acceptance_of(ours, block_size)
     first = ours[0]
     assert first.width is not None  # only plain decoding has none
@@ -94,7 +88,6 @@ def _pool_responses(target: Target, ours: list[ResponseRecord], plain: list[Resp
         num_same_text=sum(r.same_text for r in ours),
         responses=ours,
         plain_responses=plain,
-        examples=make_examples(target, ours, plain),
     )
 
 
@@ -177,34 +170,3 @@ def pool_seeds(
         step_seconds=costs[0],
         peak_memory_bytes=costs[1],
     )
-
-
-def make_examples(target: Target, ours: Sequence[ResponseRecord], plain: Sequence[ResponseRecord]) -> list[Example]:
-    """Choose the fastest and the slowest response, and mark what came from the drafter."""
-    pairs = [(a.speedup_over(b), a) for a, b in zip(ours, plain, strict=True) if a.accepted_lengths]
-    order = sorted(((speedup, a) for speedup, a in pairs if speedup is not None), key=itemgetter(0))
-    chosen = {"fastest": order[-1], "slowest": order[0]} if len(order) > 1 else {}
-    return [
-        Example(
-            id=response.id,
-            what=what,
-            tau=published_tau([response.accepted_lengths]),
-            speedup=speedup,
-            pieces=_pieces(target, response),
-        )
-        for what, (speedup, response) in chosen.items()
-    ]
-
-
-def _pieces(target: Target, response: ResponseRecord) -> list[tuple[str, bool]]:
-    """Cut a response's text into pieces, each with whether it came from the drafter."""
-    text = TextPieces(target.tokenizer)
-    tokens = response.token_ids
-    position = 1
-    pieces = [(text.add(tokens[:1]), False)]
-    for accepted in response.accepted_lengths:
-        for length, is_draft in ((accepted, True), (1, False)):
-            pieces.append((text.add(tokens[position : position + length]), is_draft and length > 0))
-            position += length
-    pieces.append((text.flush(), False))
-    return [(piece, is_draft) for piece, is_draft in pieces if piece]

@@ -124,12 +124,6 @@ class ResponseRecord:
     same_text: bool
     """It has the tokens of plain decoding."""
 
-    def speedup_over(self, plain: "ResponseRecord") -> float | None:
-        """Divide tokens a second by those of the plain response; None where one of them is a single token."""
-        if not (self.decode_tokens and plain.decode_tokens):
-            return None
-        return self.decode_tokens * plain.decode_seconds / (self.decode_seconds * plain.decode_tokens)
-
 
 @json_object
 class SideRecord:

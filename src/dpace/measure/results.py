@@ -52,21 +52,6 @@ class Published:
 
 
 @json_object
-class Example:
-    """A response to show."""
-
-    id: str
-    """The prompt's."""
-    what: str
-    """Why it is shown: `fastest` or `slowest`."""
-    tau: float
-    """As published tables have it."""
-    speedup: float
-    pieces: list[tuple[str, bool]]
-    """Pieces of its text, and whether each came from the drafter."""
-
-
-@json_object
 class CompiledBaseline:
     """Plain decoding with compiled steps, of the same prompts, and the drafter against it."""
 
@@ -107,7 +92,6 @@ class Row:
     responses: list[ResponseRecord]
     plain_responses: list[ResponseRecord]
     """Plain decoding of the same prompts, in the same order."""
-    examples: list[Example]
     compiled: CompiledBaseline | None = optional()
     """None where it was not measured, as on a CPU."""
 
@@ -117,14 +101,12 @@ class Row:
         return acceptance_of(self.responses, self.block_size)
 
     @property
-    def verify_rule(self) -> str:
-        """The verify rule, after which `dpace bench` names a drafter where it is not equality."""
-        return next((rule for rule in ("speculative", "block") if self.drafter.endswith(f", {rule}")), "equality")
-
-    @property
     def keeps_text(self) -> bool:
-        """Whether the text is to be the target's own; above temperature 0, other rules than equality draw another."""
-        return self.temperature == 0 or self.verify_rule == "equality"
+        """Whether the text is to be the target's own; above temperature 0, the rule `speculative` draws another.
+
+        `dpace bench` names such a drafter after the rule.
+        """
+        return self.temperature == 0 or not self.drafter.endswith(", speculative")
 
 
 @json_object

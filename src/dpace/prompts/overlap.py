@@ -1,17 +1,14 @@
-"""Find prompts that say what other prompts say: of public sets word for word, of each other nearly."""
+"""Find prompts that repeat a prompt of a public set."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from dpace.prompts.formats import Prompt, read_prompts
 from dpace.prompts.public_sets import SETS, read_sets
 
 RUN_WORDS = 13
 """Words in a row that two texts have in common only where one is copied (GPT-3, arXiv 2005.14165, appendix C)."""
-SHINGLE_WORDS = 5
-"""Words in a row that near duplicates are compared by."""
 
 NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Characters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, and Chinese characters."""
@@ -32,9 +29,9 @@ class PublicTexts:
         for name in names:
             prompts = read_sets([name], is_whole=True) if name in SETS else read_prompts(name)
             texts = {_split_words(_user_text(prompt)): prompt.id for prompt in prompts}
-            counts = Counter(run for words in texts for run in _runs(words, RUN_WORDS))
+            counts = Counter(run for words in texts for run in _runs(words))
             common |= {run for run, count in counts.items() if count > 1}
-            self._owners |= {run: owner for words, owner in texts.items() for run in _runs(words, RUN_WORDS)}
+            self._owners |= {run: owner for words, owner in texts.items() for run in _runs(words)}
             self._whole |= texts
         for run in common:
             self._owners.pop(run, None)
@@ -44,46 +41,7 @@ class PublicTexts:
         words = _split_words(_user_text(prompt))
         if owner := self._whole.get(words):
             return owner
-        return next((self._owners[run] for run in _runs(words, RUN_WORDS) if run in self._owners), None)
-
-
-def sign(prompt: Prompt) -> Any:
-    """Compute the MinHash signature of a prompt's words.
-
-    Raises:
-        ImportError: datasketch is not installed.
-    """
-    from datasketch import MinHash
-
-    signature = MinHash(num_perm=128, seed=1)
-    signature.update_batch([" ".join(run).encode() for run in _runs(_split_words(_user_text(prompt)), SHINGLE_WORDS)])
-    return signature
-
-
-def find_near(known: Mapping[str, Any], signed: Iterable[tuple[str, Any]], threshold: float) -> dict[str, str]:
-    """Find prompts that nearly repeat a known one, or an earlier one that is kept.
-
-    Args:
-        known: what `sign` computes of the prompts that are kept in any case, by id.
-        signed: the same of the others.
-        threshold: least share of the word runs of both that both have (Jaccard), as MinHash estimates it.
-
-    Returns:
-        For each such prompt, the id of the earlier one.
-    """
-    from datasketch import MinHashLSH
-
-    index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=128)  # above, it would have too few bands
-    kept = {}
-    near = {}
-    for name, signature in [*known.items(), *signed]:
-        alike = [str(other) for other in index.query(signature) if kept[other].jaccard(signature) >= threshold]
-        if alike and name not in known:
-            near[name] = min(alike)
-        else:
-            index.insert(name, signature)
-            kept[name] = signature
-    return near
+        return next((self._owners[run] for run in _runs(words) if run in self._owners), None)
 
 
 def _user_text(prompt: Prompt) -> str:
@@ -100,6 +58,6 @@ def _split_words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(f"[{NO_SPACES}]|(?:[^\\W{NO_SPACES}]|[{MARKS}])+", text.lower()))
 
 
-def _runs(words: tuple[str, ...], size: int) -> set[tuple[str, ...]]:
-    """Return all runs of a number of words; the whole text where it is shorter."""
-    return {words[i : i + size] for i in range(max(1, len(words) - size + 1))}
+def _runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Return all runs of `RUN_WORDS` words; the whole text where it is shorter."""
+    return {words[i : i + RUN_WORDS] for i in range(max(1, len(words) - RUN_WORDS + 1))}

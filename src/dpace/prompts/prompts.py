@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dpace.config import PromptsConfig
 from dpace.prompts.formats import Prompt, iterate_prompts, parse_hub_id, read_prompts
-from dpace.prompts.overlap import PublicTexts, find_near, sign
+from dpace.prompts.overlap import PublicTexts
 from dpace.prompts.public_sets import SETS
 
 
@@ -108,14 +108,11 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
     rest: dict[str, bytes] = {}
     num_answers = 0
     of_public: dict[str, str] = {}
-    signatures = {}
     for prompt in prompts:
         rest[prompt.id] = _hash_text(prompt)
         num_answers += prompt.answer is not None
         if public and (like := public.find(prompt)):
             of_public[prompt.id] = like
-        if config.near_duplicates:
-            signatures[prompt.id] = sign(prompt)
     copies: dict[str, str] = {}
     names: dict[str, str] = {}
     if heldout is not None:
@@ -141,13 +138,6 @@ def _split(prompts: Iterable[Prompt], heldout: Sequence[Prompt] | None, config: 
     train, chosen = ([name for name in part if name not in of_public] for part in (rest, validation))
     of_public = {name: like for name, like in of_public.items() if name in validation or name in rest}
     dropped = {"copies of held-out or validation prompts": copies, "in the public sets": of_public}
-    if config.near_duplicates:
-        own = {} if heldout is None else {names.get(p.id, p.id): sign(p) for p in heldout}
-        known = own or {name: signatures[name] for name in taken}
-        known |= {name: signatures[name] for name in chosen}
-        near = find_near(known, ((name, signatures[name]) for name in train), config.near_duplicates)
-        dropped["nearly the same as others"] = near
-        train = [name for name in train if name not in near]
     return Split(train[: config.limit], chosen, list(taken), names, dropped, num_answers)
 
 

@@ -7,23 +7,18 @@ are shown as they are in Markdown and in one line.
 import html
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
-from dpace.measure.break_even import CONTEXTS, EDGES, context_of
-from dpace.measure.records import PROMPT, ResponseRecord, acceptance_of
+from dpace.measure.break_even import context_of
 from dpace.measure.results import (
     BenchResults,
     BreakEven,
     ComparedRow,
     Estimate,
-    Example,
     Interval,
     Row,
-    nullable,
 )
-from dpace.metrics import tau_estimate
 from dpace.system.progress import one_line
 
 
@@ -48,8 +43,6 @@ class Section(NamedTuple):
     """Stands below the table."""
     figures: Sequence[str] = ()
     """Panels as SVG, all of one size."""
-    examples: Sequence[tuple[str, Example]] = ()
-    """Responses to show, each with the name of its set."""
 
     @property
     def rows(self) -> list[list[str]]:
@@ -245,7 +238,7 @@ def pays(row: BreakEven) -> str:
 
 BREAK_EVEN_COLUMNS = (
     Column("verdict", pays),
-    Column("context", lambda row: context_of(row.prompt_tokens).removeprefix("context ")),
+    Column("context", lambda row: context_of(row.prompt_tokens)),
     Column("at once", lambda row: str(row.concurrency)),
     TEMPERATURE,
     DRAFTER,
@@ -302,68 +295,6 @@ def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]
             only="page",
         ),
     ]
-
-
-class Part(NamedTuple):
-    """The responses of one drafter to the prompts of one category, or of one range of lengths."""
-
-    name: str
-    drafter: str
-    temperature: float
-    block_size: int
-    responses: tuple[list[ResponseRecord], list[ResponseRecord]]
-    """With thinking off, and on."""
-
-    def tau(self, thinking: bool) -> str:
-        """Write tau and its interval; `-` where nothing was measured."""
-        if not self.responses[thinking]:
-            return "-"
-        acceptance = acceptance_of(self.responses[thinking], self.block_size)
-        return with_interval(*nullable(tau_estimate([[acceptance]])))
-
-
-CONTEXT_COLUMNS = (
-    Column("category", attrgetter("name")),
-    TEMPERATURE,
-    DRAFTER,
-    Column("prompts", lambda part: str(len({*map(PROMPT, chain(*part.responses))}))),
-    Column("tau, thinking off", lambda part: part.tau(False)),
-    Column("tau, thinking on", lambda part: part.tau(True)),
-)
-"""What is written of a `Part`."""
-
-
-def find_parts(benchmarks: Iterable[BenchResults]) -> list[Part]:
-    """Sort the responses with whole drafts of benchmarks by category, then by length of the context.
-
-    The length is that of the prompt with earlier turns, in tokens. Responses of the same drafter (by its weights) to
-    the same target stand in one row, also from several benchmarks.
-    """
-    parts: dict[tuple, Part] = {}
-    for results in benchmarks:
-        for row in results.rows:
-            if row.width != "full":
-                continue
-            who = (
-                results.target,
-                results.drafters.get(row.drafter, row.drafter),
-                row.verify_rule,
-                row.temperature,
-                row.block_size,
-            )
-            for response in row.responses:
-                for name in (row.set, context_of(response.prompt_tokens)):
-                    new = Part(name, row.drafter, row.temperature, row.block_size, ([], []))
-                    parts.setdefault((name, *who), new).responses[bool(results.thinking)].append(response)
-    return sorted(parts.values(), key=lambda part: CONTEXTS.index(part.name) if part.name in CONTEXTS else -1)
-
-
-def has_parts(benchmarks: Sequence[BenchResults]) -> bool:
-    """Whether `find_parts` tells more than the rows of the sets: of categories, long contexts, or thinking."""
-    rows = [row for results in benchmarks for row in results.rows if row.width == "full"]
-    is_long = any(response.prompt_tokens >= EDGES[0] for row in rows for response in row.responses)
-    is_both = len({bool(results.thinking) for results in benchmarks}) > 1
-    return bool(rows) and (is_long or is_both or any("/" in row.set for row in rows))
 
 
 def as_markdown(text: str) -> str:

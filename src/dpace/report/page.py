@@ -26,7 +26,6 @@ from dpace.measure.results import (
 from dpace.recipes.flags import command
 from dpace.report.cells import (
     BREAK_EVEN_COLUMNS,
-    CONTEXT_COLUMNS,
     PAIR_COLUMNS,
     SERVER_COLUMNS,
     SPEEDUP,
@@ -39,8 +38,6 @@ from dpace.report.cells import (
     compared_columns,
     compiled_note,
     copied_note,
-    find_parts,
-    has_parts,
     result_columns,
     verdict,
 )
@@ -74,9 +71,6 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     sections = [section for results, folder in measured for section in sections_of(results, folder)]
     served = [results for results, _ in measured if isinstance(results, ServerResults)]
     sections += [section for other in served[1:] if (section := upgrade(served[0], other)).items]
-    benchmarks = [benchmark for results, _ in measured if (benchmark := benchmark_of(results))]
-    if has_parts(benchmarks):
-        sections.insert(1, contexts(benchmarks))
     targets = dict.fromkeys(Path(results.target).name for results, _ in measured)
     title = f"Drafters for {', '.join(targets)}"
     date = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -103,7 +97,6 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         yield from tables_of(benchmark)
         if benchmark.whole_blocks:
             yield acceptance_by_slot(benchmark.whole_blocks)
-        yield from examples(benchmark)
     groups: dict[str, list[list[dict]]] = {}  # by the drafter's name, a log for each seed
     for path in [*sorted(folder.glob("*/trainer_state.json")), *sorted(folder.glob("*/seed-*/trainer_state.json"))]:
         groups.setdefault(path.relative_to(folder).parts[0], []).append(read_log(path.parent))
@@ -161,15 +154,6 @@ def speeds(results: BenchResults) -> Section:
     return Section(title, text, result_columns(results.rows), results.rows, note)
 
 
-def contexts(benchmarks: Sequence[BenchResults]) -> Section:
-    """Make the table by category and by length of the context, with thinking on and off side by side."""
-    text = (
-        "tau of whole drafts, with 95 % intervals by bootstrap over prompts. A set's categories come first, then all "
-        "prompts of the drafter by their length in tokens (1k is 1024), earlier turns included."
-    )
-    return Section("Category and context length", text, CONTEXT_COLUMNS, find_parts(benchmarks))
-
-
 def servers(results: ServerResults) -> Section:
     """Make the table of a benchmark of running servers."""
     names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
@@ -201,19 +185,6 @@ def upgrade(before: ServerResults, after: ServerResults) -> Section:
         "tokens a second, with 95 % intervals of the paired difference. The verdict is that of tau."
     )
     return Section(f"From {old} to {new}", text, UPGRADE_COLUMNS, compare_servers(before, after))
-
-
-def examples(results: BenchResults) -> Iterator[Section]:
-    """Show the fastest and the slowest response of each set, with what came from the drafter."""
-    first = results.rows[0].drafter
-    rows = [row for row in results.whole_blocks if row.temperature == 0 and row.drafter == first]
-    chosen = [(row.set, example) for row in rows for example in row.examples]
-    text = (
-        "Marked text was proposed by the drafter and accepted, one mark a verification. All other text is the target's "
-        "own next token."
-    )
-    if chosen:
-        yield Section("Best and slowest responses", text, examples=chosen)
 
 
 def comparison(results: CompareResults) -> Section:
@@ -257,11 +228,6 @@ def to_markdown(sections: Sequence[Section]) -> str:
             lines += [head, "|" + "---|" * len(section.rows[0]), *body, ""]
         if section.note:
             lines += [as_markdown(section.note), ""]
-        for set_name, example in section.examples:
-            text = "".join(f"[{piece}]" if is_draft else piece for piece, is_draft in example.pieces)
-            about = f"{set_name}, {example.what}: {example.id}"
-            lines += [f"{as_markdown(about)}, tau {example.tau:.2f}", ""]
-            lines += ["    " + printable(line) for line in text.splitlines()] + [""]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from dpace.system.progress import one_line
 
 MAX_SLOTS = 15
 """Columns of slots that fit 80 characters."""
-NAMES = ("set", "drafter", "objective", "category")
+NAMES = ("set", "drafter", "objective")
 """Columns that may be folded over lines."""
 WORDS = ("verdict", "width", "context")
 """Other columns that begin at the left."""

@@ -8,7 +8,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dpace.fast.packing import is_plain
-from dpace.system import ranks
 from dpace.target.head import Head
 
 
@@ -48,7 +47,7 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
         decoder.register_forward_hook(lambda _module, _args, out: seen.update(decoded=out.last_hidden_state)),
     ]
     try:
-        table = ranks.whole(model.get_input_embeddings().weight)
+        table = model.get_input_embeddings().weight
         token = torch.tensor([[config.vocab_size // 2]], device=table.device)
         cache = DynamicCache(config=config)
         logits = model(token, cache=cache, use_cache=True).logits.to(table.device).float().flatten()
@@ -73,7 +72,7 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
         )
     first = seen["first"].to(table.device).flatten().float()
     scale = _find_scale(model, first, table[token[0, 0]].float(), "input embedding")
-    weight = ranks.whole(head_module.weight).to(table.device)  # a copy where the layers are spread over devices
+    weight = head_module.weight.to(table.device)  # a copy where the layers are spread over devices
     softcap = getattr(config, "final_logit_softcapping", None)
     raw = weight.float() @ last.float()
     uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
@@ -84,7 +83,7 @@ def _refuse_quantized_tables(model: Any, head_module: Any) -> None:
     """Refuse an embedding or head that is no table of plain numbers."""
     for part, module in (("input embedding", model.get_input_embeddings()), ("LM head", head_module)):
         weight = getattr(module, "weight", None)
-        if not (is_plain(weight) or ranks.is_spread(weight)):
+        if not is_plain(weight):
             raise ValueError(
                 f"the {part} of {type(model).__name__} is quantized ({type(module).__name__}); drafters share it as a "
                 "table of plain numbers: choose a checkpoint that quantizes the layers only"

@@ -120,7 +120,7 @@ class Target:
             name, dtype=dtype or default_dtype(place), device=place, device_map=device_map, shard=shard
         )
         if shard != "none" and ranks.num_ranks() > 1:
-            target = ShardedTarget(model, tokenizer, shard)
+            target = ShardedTarget(model, tokenizer)
         else:
             done = speed_up(model)
             target = cls(model, tokenizer)
@@ -338,32 +338,21 @@ class Target:
 class ShardedTarget(Target):
     """A target for training, of which each rank has a share of the layers, and both tables.
 
-    All ranks have to call its methods together, as often and in the same order. With `fsdp` each brings a text of its
-    own; a layer's weights are gathered where it runs. With `tp` the ranks share the work on each text, and so all run
-    the texts of all.
+    All ranks have to call its methods together, as often and in the same order, each with a text of its own. A layer's
+    weights are gathered where it runs.
 
-    Memory: the layers' weights over the number of ranks, the tables, and with `fsdp` one whole layer.
-
-    Raises:
-        ValueError: a model that transformers has no plan for.
+    Memory: the layers' weights over the number of ranks, the tables, and one whole layer.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shard: TargetShard):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self._sha256 = weights_fingerprint(model)
         gather_tables(model)
         super().__init__(model, tokenizer)
-        self._shard = shard
-        is_tied = self.config.tie_word_embeddings
-        self._table = self.head.weight if is_tied else ranks.whole(model.get_input_embeddings().weight)
 
     @property
     def sha256(self) -> str:
         """Fingerprint of its weights, the same as of the whole target."""
         return self._sha256
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Compute the input embeddings as the first layer sees them."""
-        return nn.functional.embedding(token_ids, self._table) * self.embed_scale
 
     @torch.no_grad()
     def features(self, token_ids: Tensor, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> Tensor:
@@ -372,17 +361,7 @@ class ShardedTarget(Target):
         A beginning that rows share is read once for each row.
         """
         self.refuse_rotation(*token_ids.shape)
-        if self._shard == "fsdp":
-            return self._run(token_ids.to(self.device), target_layer_ids, with_head_input=with_head_input)
-        own = token_ids.tolist()
-        features = token_ids
-        texts = ranks.gather(own)
-        for i, text in enumerate(texts):
-            if text not in texts[:i]:
-                all_ids = torch.tensor(text, device=self.device)
-                computed = self._run(all_ids, target_layer_ids, with_head_input=with_head_input)
-                features = computed if text == own else features
-        return features
+        return self._run(token_ids.to(self.device), target_layer_ids, with_head_input=with_head_input)
 
     def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
         """Take part in a call of `features` for which this rank has no text."""

@@ -29,8 +29,8 @@ def run(args: list[str]) -> None:
     from dpace.prompts.prompts import first_of_each_set, split_prompts
     from dpace.prompts.public_sets import read_sets
     from dpace.recipes.recipe_file import read_recipe
-    from dpace.report.cells import advice, has_parts
-    from dpace.report.page import contexts, tables_of
+    from dpace.report.cells import advice
+    from dpace.report.page import tables_of
     from dpace.report.tables import console, section_table, slots_table
     from dpace.system.provenance import same_run
     from dpace.target.locate import find_drafter
@@ -85,8 +85,6 @@ def run(args: list[str]) -> None:
     tables = [*map(section_table, tables_of(results))]
     if results.whole_blocks:
         tables.append(slots_table(results))
-    if has_parts([results]):
-        tables.append(section_table(contexts([results])))
     console().print(*tables)
     print_text(advice(results))
     print_text(f"written: {recipe.output}/results.json")

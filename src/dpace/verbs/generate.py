@@ -43,11 +43,10 @@ class GenerateConfig(SamplingConfig):
     chat; 0 keeps none. Only with a drafter, and not with --compile."""
     verify_rule: VerifyRule = "equality"
     """Rule that accepts draft tokens at a temperature above 0.
-    equality: those that equal the target's own sample. speculative: by speculative sampling, token by token.
-    block: by block verification, which accepts no fewer in expectation."""
+    equality: those that equal the target's own sample. speculative: by speculative sampling."""
     compile: bool = False
     """Compile the decoding steps, on a GPU as CUDA graphs, and verify whole drafts.
-    It cannot be combined with --stream or another --verify-rule than equality."""
+    It cannot be combined with --stream or --verify-rule speculative."""
 
 
 def run(args: list[str]) -> None:
@@ -61,7 +60,7 @@ def run(args: list[str]) -> None:
         )
     if config.compile and (config.stream or config.verify_rule != "equality"):
         raise ValueError(
-            "--compile cannot be combined with --stream or another --verify-rule than equality; leave one of them out"
+            "--compile cannot be combined with --stream or --verify-rule speculative; leave one of them out"
         )
     if "recall_mib" in given and (config.compile or config.width == "full"):
         raise ValueError("--recall-mib needs --width auto, and not --compile; leave it out")

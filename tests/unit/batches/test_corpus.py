@@ -12,7 +12,7 @@ from dpace.batches.corpus import Corpus, load_corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, RespondConfig
-from dpace.prompts.overlap import PublicTexts, find_near, sign
+from dpace.prompts.overlap import PublicTexts
 from dpace.prompts.prompts import Prompt, read_prompts, split_ids, split_prompts
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
@@ -209,34 +209,6 @@ def test_all_that_the_user_says_in_a_chat_with_replies_counts(tmp_path):
     assert public.find(Prompt("a", "s", [chat])) is None, "only the last message is answered"
     result = {"role": "tool", "content": PUBLIC}
     assert public.find(Prompt("a", "s", [[user, reply, result]])) is None, "which the user did not say"
-
-
-def test_what_is_like_a_held_out_prompt_is_found_beside_one_like_it():
-    pytest.importorskip("datasketch")
-    words = [f"w{i}" for i in range(100)]
-    texts = {"a": words, "b": words[:-12], "c": words[12:-12]}
-    signed = {name: sign(*make_prompts([" ".join(text)])) for name, text in texts.items()}
-    known = {name: signed[name] for name in "ab"}
-    threshold = (signed["b"].jaccard(signed["c"]) + signed["a"].jaccard(signed["c"])) / 2
-    assert signed["a"].jaccard(signed["b"]) > threshold > signed["a"].jaccard(signed["c"])
-    assert find_near(known, [("c", signed["c"])], threshold) == {"c": "b"}
-    assert find_near({}, [("d", signed["a"]), *signed.items()], 1.0) == {"a": "d"}
-
-
-def test_near_duplicates_are_left_out(tmp_path):
-    pytest.importorskip("datasketch")
-    words = [f"w{i}" for i in range(400)]
-    texts = [" ".join(words[i * 30 : i * 30 + 30]) for i in range(12)]
-    rows = [*texts, texts[0] + " too", texts[1].replace("w31", "x")]
-    heldout = write_prompts(tmp_path / "h.jsonl", [texts[5] + " ?!", texts[7] + " indeed"])
-    config = PromptsConfig(
-        path=write_prompts(tmp_path / "p.jsonl", rows),
-        heldout_path=heldout,
-        num_validation=0,
-        near_duplicates=0.7,
-    )
-    split = split_ids(config)
-    assert set(split.dropped["nearly the same as others"]) == {"6", "8", "13", "14"}
 
 
 def test_one_page_says_what_is_there(files, capsys):

@@ -87,8 +87,6 @@ def chi_square(counts, probs):
         ("equality", "full", {}, [1, 3]),
         ("speculative", "full", {}, [1, 3]),
         ("speculative", "auto", {"top_p": 0.9}, [1, 3]),
-        ("block", "full", {}, None),
-        ("block", "auto", {"top_k": 3}, [1, 3]),
     ],
 )
 @pytest.mark.parametrize("samples", [300, pytest.param(1500, marks=pytest.mark.slow)])

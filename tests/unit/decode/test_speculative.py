@@ -1,7 +1,6 @@
 """Speculative sampling with transformers' processors: what they see, what is accepted, and what comes out."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from dpace.decode import custom_generate
 from dpace.decode.costs import StepCosts
 from dpace.decode.pace import Plan
-from dpace.decode.sampling import Sampler, block_chances, draw_draft, verify_sampled
+from dpace.decode.sampling import Sampler, draw_draft, verify_sampled
 from tests.conftest import make_drafter, make_target
 from tests.unit.decode.test_decode import chi_square
 
 VOCAB = 6
-TINY = 3
 
 
 class Recorder:
@@ -61,91 +59,11 @@ def test_the_overlap_is_accepted():
     assert abs(accepted / samples - expected) < 4 * (1 / samples) ** 0.5  # the number lies in 0 .. 2: deviation <= 1
 
 
-def random_pair(num_drafts, peak):
-    """Distributions of every prefix of up to `num_drafts` tokens: the drafter's, and the target's with one more."""
-    prefixes = [p for n in range(num_drafts + 1) for p in itertools.product(range(TINY), repeat=n)]
-    draft = {p: torch.softmax(peak * torch.randn(TINY).double(), 0) for p in prefixes}
-    return draft, {p: torch.softmax(peak * torch.randn(TINY).double(), 0) for p in prefixes}
-
-
-def block_reference(draft, p, q):
-    """Algorithm 2 of arXiv 2403.10444, word by word: the probability of each accepted length, and what follows it."""
-    h, ways, weight = [], [], 1.0
-    for i in range(len(draft) + 1):
-        prefix = draft[:i]
-        if i:
-            weight = min(weight * float(p[prefix[:-1]][prefix[-1]] / q[prefix[:-1]][prefix[-1]]), 1.0)
-        if i == len(draft):
-            h.append(weight)
-            ways.append(p[prefix])
-            continue
-        rest = [max(weight * float(p[prefix][x]) - float(q[prefix][x]), 0.0) for x in range(TINY)]
-        h.append(sum(rest) / (sum(rest) + 1 - weight) if sum(rest) + 1 - weight else 1.0)
-        ways.append(torch.tensor(rest).double() / sum(rest) if sum(rest) else p[prefix])
-    h[0] = 1.0  # nothing accepted is always possible
-    longer, lengths = 1.0, []
-    for chance in reversed(h):
-        lengths.append(longer * chance)
-        longer *= 1 - chance
-    return lengths[::-1], ways
-
-
-@pytest.mark.parametrize(("num_drafts", "peak"), [(1, 1.0), (2, 2.0), (3, 1.0), (3, 0.0)])
-def test_a_block_has_the_targets_distribution_and_accepts_no_less(num_drafts, peak):
-    """Exactly, by enumeration of all drafts and of what is drawn after them; and as the paper's algorithm."""
-    torch.manual_seed(num_drafts)
-    q, p = random_pair(num_drafts, peak)
-    if not peak:
-        p = q  # the same distributions: all is accepted
-    found = torch.zeros([TINY] * (num_drafts + 1)).double()
-    expected_length, token_length = 0.0, 0.0
-    for draft in itertools.product(range(TINY), repeat=num_drafts):
-        chance_of_draft = math.prod(float(q[draft[:i]][x]) for i, x in enumerate(draft))
-        draft_probs = torch.stack([q[draft[:i]] for i in range(num_drafts)])
-        target_probs = torch.stack([p[draft[:i]] for i in range(num_drafts + 1)])
-        ratios = [float(p[draft[:i]][x] / q[draft[:i]][x]) for i, x in enumerate(draft)]
-        chances, weights = block_chances(ratios, draft_probs, target_probs)
-        lengths, ways = block_reference(draft, p, q)
-        longer = 1.0
-        for accepted in range(num_drafts, -1, -1):
-            chance = 1.0 if accepted == 0 else chances[accepted - 1]
-            chance = 1.0 if math.isnan(chance) else chance
-            share, longer = longer * chance, longer * (1 - chance)
-            assert share == pytest.approx(lengths[accepted], abs=1e-6)
-            rest = (weights[accepted] * target_probs[accepted] - q[draft[:accepted]]).clamp_min(0)
-            follow = rest / rest.sum() if accepted < num_drafts and rest.any() else target_probs[accepted]
-            assert share < 1e-6 or torch.allclose(follow, ways[accepted], atol=1e-5)
-            expected_length += chance_of_draft * share * accepted
-            rest_of_text = follow
-            for prefix_length in range(accepted + 1, num_drafts + 1):  # the target goes on by itself
-                texts = itertools.product(range(TINY), repeat=prefix_length - accepted)
-                tails = torch.stack([p[draft[:accepted] + text] for text in texts])
-                rest_of_text = rest_of_text.flatten()[:, None] * tails
-            found[draft[:accepted]] += chance_of_draft * share * rest_of_text.reshape(found[draft[:accepted]].shape)
-        token_length += chance_of_draft * sum(itertools.accumulate((min(1.0, r) for r in ratios), lambda a, b: a * b))
-    for text in itertools.product(range(TINY), repeat=num_drafts + 1):
-        of_target = math.prod(float(p[text[:i]][x]) for i, x in enumerate(text))
-        assert float(found[text]) == pytest.approx(of_target, abs=1e-5)
-    assert expected_length >= token_length - 1e-6
-    assert (expected_length > token_length + 1e-3) is (num_drafts > 1 and peak > 0)
-
-
-def test_a_later_token_saves_an_earlier_one():
-    """Draws decide as the chances say: the longest accepted beginning counts."""
-    q = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
-    p = torch.tensor([[0.4, 0.6], [0.1, 0.9], [0.5, 0.5]])
-    lengths = [verify_sampled([0, 1], q, p, Sampler(1.0, seed=seed), by_block=True)[0] for seed in range(400)]
-    assert lengths.count(2) == 400, "0.8 x 9 is above 1: the second token makes up for the first"
-    token = [verify_sampled([0, 1], q, p, Sampler(1.0, seed=seed))[0] for seed in range(400)]
-    assert 40 < token.count(0) < 120
-
-
 def test_equal_distributions_and_a_draw_that_rounding_rejects_still_give_a_token(monkeypatch):
     probs = torch.tensor([[0.25, 0.25, 0.5], [0.25, 0.25, 0.5]])
     sampler = Sampler(1.0, seed=0)
     monkeypatch.setattr(torch, "rand", lambda count, **_: torch.ones(count))
     assert verify_sampled([1], probs[:1], probs, sampler)[0] == 0
-    assert verify_sampled([1], probs[:1], probs, sampler, by_block=True)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -37,19 +37,19 @@ def test_drafters_are_compared_with_the_first(results):
 def test_rules_are_compared_on_the_same_prompts(language_target, language_drafter, language_prompts, tmp_path):
     """One command gives both rows, paired; the default rule has no name of its own."""
     config = BenchConfig(
-        max_new_tokens=16, temperatures=(1.0,), widths=("full",), verify_rules=("equality", "speculative", "block")
+        max_new_tokens=16, temperatures=(1.0,), widths=("full",), verify_rules=("equality", "speculative")
     )
     prompts = make_prompts(language_prompts[50:56])
     results = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)
-    assert [row.drafter for row in results.rows] == ["d", "d, speculative", "d, block"] == list(results.drafters)
-    assert [row.num_same_text == 6 for row in results.rows] == [True, False, False]
-    assert {(c.drafter, c.baseline) for c in results.comparisons} == {("d, speculative", "d"), ("d, block", "d")}
+    assert [row.drafter for row in results.rows] == ["d", "d, speculative"] == list(results.drafters)
+    assert [row.num_same_text == 6 for row in results.rows] == [True, False]
+    assert {(c.drafter, c.baseline) for c in results.comparisons} == {("d, speculative", "d")}
     assert all(None not in c.tau_gain for c in results.comparisons) and all(row.tau > 1 for row in results.rows)
     assert len(set(results.drafters.values())) == 1
 
 
 @pytest.mark.parametrize("num_prompts", [3, 6])
-def test_turns_are_drawn_with_their_prompt(num_prompts, language_target):
+def test_turns_are_drawn_with_their_prompt(num_prompts):
     """Two turns of a prompt say no more of other prompts than one that is twice as long."""
     speeds = [1.0, 2.0, 4.0, 1.5, 3.0, 2.5]
 
@@ -60,7 +60,7 @@ def test_turns_are_drawn_with_their_prompt(num_prompts, language_target):
             make_response(**place, **counts, decode_tokens=8 // num_turns, decode_seconds=8 / num_turns / speed)
             for place, speed in zip(places, np.repeat(speeds[:num_prompts], num_turns).tolist(), strict=True)
         ]
-        (row,) = make_rows(language_target, [*plain, *ours], {"dpace": 3}, ["full"])
+        (row,) = make_rows([*plain, *ours], {"dpace": 3}, ["full"])
         return row
 
     two, one = measure(2), measure(1, histogram=[2, 0, 2])

@@ -42,7 +42,7 @@ def test_each_length_of_the_context_has_a_row_and_what_is_not_known_has_none():
     lengths = [100, 1023, 1024, 40_000]
     responses = [pair(n, 2.0, length) for n, length in enumerate(lengths)]
     found = list(find_break_even((("d", 0.0, 1), response) for response in responses))
-    names = ["context below 1k", "context 1k to 2k", "context 32k and more"]
+    names = ["below 1k", "1k to 2k", "32k and more"]
     assert [context_of(row.prompt_tokens) for row in found] == names
     assert found[0].tau == (2.0, None, None), "two prompts have no interval"
     some = [responses[0], pair(9, 2.0, plain_tokens=None, plain_seconds=None)]

@@ -6,7 +6,6 @@ import pytest
 
 from dpace.measure.results import (
     Comparison,
-    Example,
     Heldout,
     find_results,
     read_heldout,
@@ -21,8 +20,6 @@ from tests.support.rows import (
     make_bench,
     make_compare,
     make_compared,
-    make_plain,
-    make_response,
     make_row,
     make_served,
     make_servers,
@@ -30,7 +27,7 @@ from tests.support.rows import (
 
 WHERE = {"set": "s", "temperature": 0.0}
 BENCH = make_bench(
-    make_row(examples=[Example(id="0", what="fastest", tau=2.0, speedup=2.0, pieces=[("a", False), ("b", True)])]),
+    make_row(),
     make_row(width=2, tau=None, tau_interval=(None, None)),
     comparisons=[
         Comparison(
@@ -59,7 +56,7 @@ def test_the_keys_of_the_file_are_kept():
     assert " ".join(bench) == top and bench["schema_version"] == 1
     row = "drafter width set temperature num_responses block_size histogram num_without_bonus tau tau_interval"
     row += " reach_rate share_copied tokens_per_second plain_tokens_per_second"
-    row += " decode_speedup decode_speedup_interval published num_same_text responses plain_responses examples"
+    row += " decode_speedup decode_speedup_interval published num_same_text responses plain_responses"
     assert " ".join(bench["rows"][0]) == row
     response = (
         "drafter width set id turn temperature prompt_tokens token_ids accepted_lengths widths num_copied histogram"
@@ -135,9 +132,3 @@ def test_heldout_rows_are_chosen_by_prompt(tmp_path):
 def test_a_log_may_hold_nan(tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": NaN}]}')
     assert len(read_log(tmp_path)) == 1
-
-
-def test_each_response_has_one_speedup():
-    ours, plain = make_response(decode_tokens=6, decode_seconds=2.0), make_plain(decode_tokens=4, decode_seconds=2.0)
-    assert ours.speedup_over(plain) == pytest.approx(1.5)
-    assert ours.speedup_over(make_plain(decode_tokens=0)) is None

@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from dpace.measure.results import BreakEven, Comparison, PairedResponse, write_results
-from dpace.report.cells import advice, find_parts, has_parts
-from dpace.report.page import break_even, comparison, contexts, servers, speeds, tables_of, upgrade, write_report
+from dpace.measure.results import BreakEven, Comparison, PairedResponse
+from dpace.report.cells import advice
+from dpace.report.page import break_even, comparison, servers, speeds, tables_of, upgrade
 from dpace.report.tables import console, section_table, slots_table
 from tests.support.rows import (
     make_bench,
     make_compare,
     make_compared,
-    make_plain,
     make_response,
     make_row,
     make_served,
@@ -45,7 +44,6 @@ def tables():
     bench = make_bench(row, row)
     yield "no clear difference", section_table(speeds(bench))
     yield "0.6", slots_table(make_bench(replace(row, width="full")))
-    yield "0.6", section_table(contexts([make_bench(replace(row, width="full"))]))
     pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
     yield "no clear difference", section_table(list(tables_of(make_bench(comparisons=[pair])))[1])
     compared = make_compared(
@@ -103,44 +101,3 @@ def test_advice_follows_from_the_verdicts():
     assert "nothing here is faster than plain decoding: decode without this drafter" in advice(results(a=(0.7, 0.9)))
     assert "nothing here is clearly faster" in advice(results(a=(0.7, 0.9), b=(0.9, 1.1)))
     assert "measure more prompts" in advice(results(a=(None, None)))
-
-
-def test_categories_and_lengths_are_in_one_table_with_thinking(tmp_path):
-    """Two benchmarks of one drafter: the same rows, and a column for each."""
-
-    def measure(thinking: bool, lengths: list[int]):
-        responses = [make_response(id=str(n), prompt_tokens=n) for n in lengths]
-        plain = [make_plain(id=str(n), prompt_tokens=n) for n in lengths]
-        names = ("speed_bench/math", "speed_bench/coding")
-        rows = [make_row(set=name, responses=responses, plain_responses=plain) for name in names]
-        return make_bench(*rows, thinking=thinking)
-
-    off, on = measure(False, [1023, 1024, 40_000]), measure(True, [1024])
-    names = [part.name for part in find_parts([off, on])]
-    bins = ["context below 1k", "context 1k to 2k", "context 32k and more"]
-    assert names == ["speed_bench/math", "speed_bench/coding", *bins]
-    headings, *rows = contexts([off, on]).rows
-    assert headings[-2:] == ["tau, thinking off", "tau, thinking on"]
-    assert [row[-1] for row in rows][2:] == ["-", "2.00", "-"]
-    assert sum(len(responses) for part in find_parts([off]) for responses in part.responses) == 2 * 6
-    other = make_bench(make_row(set="speed_bench/math"), drafters={"dpace": "1" * 64})
-    assert len(find_parts([off, other])) == 2 + 3 + 2, "another drafter of the same name has rows of its own"
-    assert has_parts([off]) and not has_parts([make_bench()]) and has_parts([make_bench(thinking=True), make_bench()])
-    rules = make_bench(
-        *(make_row(set="a/b", drafter=name) for name in ("dpace", "dpace, speculative", "dpace, block")),
-        make_row(set="a/b", width="auto"),
-        drafters=dict.fromkeys(("dpace", "dpace, speculative", "dpace, block"), "0" * 64),
-    )
-    parts = [(part.name, part.drafter, len(part.responses[0])) for part in find_parts([rules])]
-    assert parts[::2] == [
-        ("a/b", "dpace", 1),
-        ("a/b", "dpace, block", 1),
-        ("context below 1k", "dpace, speculative", 1),
-    ]
-    assert not has_parts([make_bench(make_row(set="a/b", width="auto"))]), "whole drafts only"
-    for name, results in (("off", off), ("on", on)):
-        (tmp_path / name).mkdir()
-        write_results(tmp_path / name / "results.json", results)
-    page, markdown = write_report([tmp_path / "off", tmp_path / "on"], tmp_path / "report.html")
-    assert page.read_text().count("<h2>Category and context length</h2>") == 1
-    assert "| context 1k to 2k | 0 | dpace | 1 | 2.00 | 2.00 |" in markdown.read_text()

@@ -318,7 +318,7 @@ def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
     [
         "--plain-server http://127.0.0.1:9",
         "--prefixes warm",
-        "--server http://127.0.0.1:9 --verify-rules block",
+        "--server http://127.0.0.1:9 --verify-rules speculative",
         "--server http://127.0.0.1:9 --drafters folder",
         "--server http://127.0.0.1:9 --widths auto",
     ],

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from dpace.cli import main
 from dpace.config import Recipe
 from dpace.target import Target
-from dpace.target.files import gather_tables, open_target
+from dpace.target.files import open_target
 from dpace.verbs import load_target
 from tests.conftest import make_recipe
 from tests.support import sharded
@@ -21,9 +21,6 @@ LAST = Path("checkpoints", "checkpoint-3", "model.safetensors")
 """Weights before they are rounded."""
 
 
-WAYS = {"whole": ["whole"], "drafter": ["drafter"], "resume": ["resume"], "target": ["fsdp", "tp"]}
-
-
 @pytest.fixture(scope="module")
 def on_one_rank(language_target, language_responses, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
@@ -32,26 +29,19 @@ def on_one_rank(language_target, language_responses, tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["whole", "drafter", "resume", "target"])
 def test_weights_are_those_of_one_process(way, num_ranks, on_one_rank, language_folder, language_responses, tmp_path):
     """Every reduction, both optimizers, growing blocks, accumulation, checkpointing, SIGTERM; shares of the target."""
     folder = tmp_path / "ranks"
     on_ranks(num_ranks, sharded.main, way, str(language_folder), language_responses[:19], RECIPE, folder)
-    parts = [folder / name for name in WAYS[way] if (folder / name).exists()]
-    assert len(parts) == len(WAYS[way]) - (way == "target" and num_ranks == 4)
-    for part in parts:
-        trained = [name for name in sharded.JOBS if (part / name / "provenance.json").exists()]
-        assert len(trained) == (len(sharded.JOBS) if way == "drafter" else 2)
-        for name in trained:
-            found, expected = (load_file(path / name / LAST) for path in (part, on_one_rank))
-            assert found.keys() == expected.keys()
-            differences = torch.cat([(value - expected[key]).abs().flatten() for key, value in found.items()])
-            print(part.name, name, differences.max(), differences.quantile(0.999))
-            # Products that are split over ranks are rounded otherwise, and an optimizer's first steps have the size of
-            # the learning rate also where a gradient is nearly 0: there single weights may differ by that much.
-            is_split = part.name == "tp"
-            assert differences.max() <= (RECIPE.train.learning_rate if is_split else CLOSE), (part.name, name)
-            assert differences.quantile(0.999) <= CLOSE, (part.name, name)
+    trained = [name for name in sharded.JOBS if (folder / way / name / "provenance.json").exists()]
+    assert len(trained) == (len(sharded.JOBS) if way == "drafter" else 2)
+    for name in trained:
+        found, expected = (load_file(path / name / LAST) for path in (folder / way, on_one_rank))
+        assert found.keys() == expected.keys()
+        difference = max((value - expected[key]).abs().max() for key, value in found.items())
+        print(way, name, difference)
+        assert difference <= CLOSE, (way, name)
 
 
 def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, capsys):
@@ -60,11 +50,5 @@ def test_shares_of_a_target_are_for_training_and_plain_weights(language_folder, 
         open_target(str(language_folder), dtype=torch.float32, device=device, device_map="auto", shard="fsdp")
     assert main(["compare", "--target", str(language_folder), "--train.target-shard", "fsdp"]) == 1
     assert "decodes, which needs the whole target" in capsys.readouterr().err
-    alone = load_target(Recipe(target=str(language_folder)), shard="tp")  # one rank has all of it
+    alone = load_target(Recipe(target=str(language_folder)), shard="fsdp")  # one rank has all of it
     assert type(alone) is Target
-
-
-def test_a_rule_that_splits_nothing_is_refused(language_target, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="leaves 100% of the layers"):
-        gather_tables(language_target.model)
