@@ -352,12 +352,7 @@ class BenchConfig:
     server: Text | None = None
     """Address of a running server to measure instead, http://host:port: vLLM, SGLang or llama.cpp with a drafter."""
     plain_server: Text | None = None
-    """Address of a server of the same target without a drafter, as the baseline of --bench.server."""
-    prefixes: OneOrMore[Literal["cold", "warm"]] = ("cold",)
-    """Whether a server has the prompts in its cache, with --bench.server.
-    cold: a prompt is not found there. warm: each request is sent twice, and the second one counts."""
-    concurrencies: OneOrMore[Annotated[int, integer(1, 4096)]] = (1, 2, 4, 8)
-    """Numbers of requests at the same time, with --bench.server."""
+    """Address of a server of the same target without a drafter, for --bench.server to compare with; asked twice."""
     seed: Seed = 0
     """Seed for sampling at a temperature above 0."""
 

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import shutil
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,6 @@ from tests.support.files import (
     write_rows,
 )
 from tests.unit.respond.test_respond import Stub
-from tests.unit.servers.test_servers import Fake
 from tests.unit.target.test_target_files import write_adapter, write_fp8
 
 
@@ -356,9 +354,6 @@ PAIRS |= {
     "bench, a folder of sets, no sets": Pair(
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
-    "bench, several requests at once, no server": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} --concurrencies 1 8", refused="--bench.concurrencies is for servers"
-    ),
     "bench, a server, compiled steps": Pair(
         "bench --target {target} --prompts.path {prompts} --server http://x --compiled always",
         refused="--bench.compiled is not for --bench.server",
@@ -576,28 +571,6 @@ def test_thinking_on_and_off_are_side_by_side(files, tmp_path):
         run(f"{command} {more}", files)
     assert main(["report", str(tmp_path / "off"), str(tmp_path / "on")]) == 0
     assert "tau, thinking off | tau, thinking on" in (tmp_path / "off" / "report.md").read_text()
-
-
-def test_the_card_has_what_this_process_and_servers_measured(files, language_prompts, tmp_path):
-    drafter = shutil.copytree(files["drafter"], tmp_path / "out" / "drafter")
-    servers = Fake("vllm", drafts=True, tells=True), Fake("vllm")
-    heldout = write_prompts(tmp_path / "heldout.jsonl", language_prompts[40:48])
-    asked = f"--prompts.heldout-path {heldout} --num-prompts 8 --output {drafter.parent}"
-    recipe = yaml.safe_load(Path(files["recipe"]).read_text())
-    del recipe["bench"]["widths"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with closing(servers[0]), closing(servers[1]):
-        commands = (
-            f"bench {tmp_path}/recipe.yaml {asked} --widths full",
-            f"bench {tmp_path}/recipe.yaml {asked} --server {servers[0].url} --plain-server {servers[1].url} "
-            "--concurrencies 1 2 --prefixes cold warm",
-            f"report {drafter.parent}",
-            f"export {drafter} --target {files['target']} --to vllm --output {tmp_path}/vllm",
-        )
-        for command in commands:
-            assert main(shlex.split(command)) == 0, command
-    card = (tmp_path / "vllm" / "README.md").read_text()
-    assert "2, warm" in card and "servers.json" in card
 
 
 QUANTIZED = """

@@ -85,9 +85,15 @@ def measure(
 ) -> ServerRow:
     """The row of a server with a drafter; all prompts in one."""
     prompts = [replace(prompt, set="all") for prompt in prompts]
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(1,), max_new_tokens=count)
+    config = BenchConfig(temperatures=(0.0,), max_new_tokens=count)
     (row,) = bench_servers(ChatTokenizer("target", target.tokenizer), address, plain, prompts, config, folder).rows
     return row
+
+
+def answers(folder: Path) -> list[dict]:
+    """What the server with a drafter answered to each prompt's first turn."""
+    records = [json.loads(line) for line in next(folder.glob("servers-*.jsonl")).read_text().splitlines()[1:]]
+    return [record["turns"][0]["drafter"] for record in records]
 
 
 def test_llamacpp_reports_what_we_count(
@@ -101,11 +107,11 @@ def test_llamacpp_reports_what_we_count(
     encoded = [encode_chat(language_target, prompt.turns[0]) for prompt in prompts]
     ours = decode_whole(language_target, language_drafter, encoded, max_new_tokens=40)
     assert any(out.accepted_lengths[-1] == out.emitted_lengths[-1] for out in ours)  # the text ends inside a draft
-    assert row.num_same_text == row.num_responses == 6
+    assert row.num_same_text == row.control_same_text == row.num_responses == 6
     # Its weights have 16 bits, so a near tie may end another way: one verification more or less for a prompt.
-    pairs = zip(row.responses, ours, strict=True)
-    assert all(abs(found.num_verifications - len(out.widths)) <= 1 for found, out in pairs)
-    assert row.num_verifications == sum(found.num_verifications for found in row.responses)
+    counts = [answer["counts"]["num_verifications"] for answer in answers(tmp_path)]
+    assert all(abs(count - len(out.widths)) <= 1 for count, out in zip(counts, ours, strict=True))
+    assert row.num_verifications == sum(counts)
     assert row.tau == pytest.approx(Acceptance.pooled([out.acceptance for out in ours]).tau, rel=0.05)
 
 
@@ -127,9 +133,7 @@ def test_llamacpp_answers_as_this_process_does(tmp_path):
 def test_vllm_reports_what_we_count(real_pair, tmp_path):
     with vllm(python_of("vllm"), real_pair.target.name, real_pair.drafter_folder, 7) as address:
         row = measure(real_pair.target, real_pair.prompts, address, None, tmp_path, MAX_NEW_TOKENS)
-    records = [json.loads(line) for line in next(tmp_path.glob("servers-*.jsonl")).read_text().splitlines()[1:]]
-    texts = [record["turns"][0]["drafter"]["token_ids"][0] for record in records]
-    assert texts == [out.token_ids for out in real_pair.ours]
+    assert [answer["token_ids"] for answer in answers(tmp_path)] == [out.token_ids for out in real_pair.ours]
     assert row.num_verifications == pytest.approx(sum(len(out.widths) for out in real_pair.ours), abs=3)
     tau = Acceptance.pooled([out.acceptance for out in real_pair.ours]).tau
     assert row.tau == pytest.approx(tau, rel=0.05) and sum(row.histogram) == row.num_verifications

@@ -75,19 +75,18 @@ _COMPARED = ComparedRow(
 _SERVED = ServerRow(
     set="s",
     temperature=0.0,
-    concurrency=1,
-    tokens_per_second=1.0,
-    throughput=1.0,
-    first_seconds=(0.1, 0.2),
     num_responses=1,
     tau=None,
     tau_interval=(None, None),
     num_verifications=None,
     histogram=None,
-    reach_rate=None,
-    decode_speedup=None,
-    decode_speedup_interval=(None, None),
+    tau_here=(None, None, None),
+    tau_over_here=(None, None, None),
+    tokens_per_second=1.0,
+    plain_tokens_per_second=None,
     num_same_text=None,
+    control_same_text=None,
+    same_text_gain=(None, None, None),
 )
 
 
@@ -119,7 +118,7 @@ def make_compare(*rows: ComparedRow, **changes: Any) -> CompareResults:
 
 def make_servers(*rows: ServerRow) -> ServerResults:
     servers = {"drafter": ServerAddress(url="http://localhost:8001", engine="vllm")}
-    return ServerResults(target="t", servers=servers, max_new_tokens=9, seed=0, rows=list(rows))
+    return ServerResults(target="t", servers=servers, max_new_tokens=9, seed=0, tau_in_training=None, rows=list(rows))
 
 
 def make_bench(*rows: Row, **changes: Any) -> BenchResults:

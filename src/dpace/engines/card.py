@@ -1,16 +1,12 @@
 """Write a drafter's model card: what it is, its results, how it was trained and how to serve it.
 
 What comes in is a spec, the drafter as it was measured, and the results beside its folder; what goes out is
-`README.md`. It names the best verification length in each engine that was measured, or that nothing is gained, and has
-each engine's command (`ENGINES`), which `dpace doctor` and the documentation print too.
+`README.md`. It has each engine's command (`ENGINES`), which `dpace doctor` and the documentation print too.
 """
 
 import json
-import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,90 +16,23 @@ from dpace.config import Engine, Format
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe_values
-from dpace.measure.records import group_by
-from dpace.measure.results import (
-    RESULT_FILES,
-    BenchResults,
-    BreakEven,
-    Results,
-    Row,
-    ServerResults,
-    ServerRow,
-    read_results,
-)
+from dpace.measure.results import BenchResults, Row, read_results
 from dpace.report.cells import (
-    AT_ONCE,
     SAME_TEXT,
     SET,
     SPEEDUP,
     TAU_INTERVAL,
     TEMPERATURE,
+    VERDICT,
     Column,
     Section,
     as_code,
     as_markdown,
     copied_note,
-    pays,
-    verdict,
 )
-from dpace.report.page import break_even, to_markdown
+from dpace.report.page import to_markdown
 from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
-
-NO_GAIN, UNKNOWN = "no gain", "too few prompts to tell"
-ADVICE_TEXT = (
-    "The best verification length is the number of tokens that the target checks in one pass: the known one and the "
-    "draft tokens. auto chooses it at each step. no gain: decode without this drafter there."
-)
-SERVED_NOTE = "Rows of servers are from servers.json: a server does not say which weights it drafts with."
-
-
-class Advice(NamedTuple):
-    """The best verification length in one situation."""
-
-    engine: str
-    set: str
-    temperature: float
-    at_once: str
-    best: str
-    """A number of tokens, the known one included; or `auto`, `no gain`, or why it is not known."""
-    speedup: str
-    """decode_speedup there; of the fastest length where nothing is gained."""
-
-
-ADVICE_COLUMNS = (
-    Column("engine", attrgetter("engine")),
-    SET,
-    TEMPERATURE,
-    Column("at once", attrgetter("at_once")),
-    Column("best verification length", attrgetter("best")),
-    Column("decode_speedup", attrgetter("speedup")),
-)
-"""What is written of an `Advice`."""
-
-
-def best_lengths(results: BenchResults, drafters: Sequence[str]) -> Iterator[Advice]:
-    """Choose among what `dpace bench` measured."""
-    ours = [row for row in results.rows if row.drafter in drafters and row.width != "copies"]
-    for rows in group_by(ours, attrgetter("set", "temperature")).values():
-        row = max(rows, key=lambda row: (verdict(row.decode_speedup_interval) == "faster", row.decode_speedup or 0))
-        length = _way(row).replace("full", f"{row.block_size}, whole drafts")
-        yield Advice("dpace", row.set, row.temperature, "1", _best(row, length), SPEEDUP.write(row))
-
-
-def _best(row: Row | ServerRow, length: str) -> str:
-    """Advise a length; only an interval above 1 is a gain."""
-    outcomes = {"faster": length, "too few prompts": UNKNOWN}
-    return outcomes.get(verdict(row.decode_speedup_interval), NO_GAIN)
-
-
-def served_lengths(results: ServerResults) -> Iterator[Advice]:
-    """Yield what servers gained with the length that they ran with; nothing where there was no plain server."""
-    engine = results.servers["drafter"].engine
-    for row in results.rows:
-        if row.decode_speedup is not None:
-            best = _best(row, str(len(row.histogram)) if row.histogram and engine == "vllm" else "as it was started")
-            yield Advice(engine, row.set, row.temperature, AT_ONCE.write(row), best, SPEEDUP.write(row))
 
 
 class Serving(NamedTuple):
@@ -163,7 +92,6 @@ probability; try a few values on your prompts.
 ```
 
 `draft_len_schedule` has the draft length up to each number of requests at once, and no drafts above the last one.
-`dpace bench --server` measures up to which number drafts pay.
 """,
     ),
     "transformers": Serving(
@@ -238,7 +166,6 @@ def card_sections(
     has_head: bool = False,
     has_tables: bool = False,
     has_gguf: bool = True,
-    break_even: Sequence[BreakEven] = (),
 ) -> list[str]:
     """Write the parts of a model card that say how to serve the drafter.
 
@@ -252,26 +179,15 @@ def card_sections(
         has_head: whether the drafter has a head, which not every engine runs.
         has_tables: whether it has an embedding, LM head or draft vocabulary of its own, which only vLLM runs.
         has_gguf: whether a GGUF file can hold it.
-        break_even: measured with this drafter.
     """
     sections = []
     published = PUBLISHED[:1] if has_tables else PUBLISHED[:-1] if has_head else PUBLISHED
     for engine in CARD_ENGINES.get(to, published):
         name = gguf if engine == "llamacpp" else drafter
         command = serve_command(engine, name, target, block_size, from_anchor=from_anchor)
-        if engine == "tensorrt" and (most := most_requests(break_even)):
-            command += f"\n  draft_len_schedule: {{{most}: {block_size - 1}}}"
         sections.append(ENGINES[engine].card.format(drafter=drafter, target=target, command=command).rstrip())
     conversion = CONVERSION.format(target=target, plain=" --plain" * has_head)
     return [*sections, conversion] if has_gguf and to not in CARD_ENGINES else sections
-
-
-def most_requests(rows: Sequence[BreakEven]) -> int:
-    """Return up to how many requests at once drafts pay, for all lengths of the context; 0 where that is not known."""
-    numbers = sorted({row.concurrency for row in rows})
-    losing = {row.concurrency for row in rows if pays(row) != "pays"}
-    paying = [number for number in numbers if number < min(losing, default=math.inf)]
-    return paying[-1] if paying and len(numbers) > 1 else 0
 
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
@@ -315,7 +231,6 @@ def write_card(
         **({} if is_local else {"base_model": target_name}),
         "tags": [*TAGS, *engines],
     }
-    sections, paying = _result_sections(source, drafter, dtype if is_rounded else None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(Path(name).name)}",
@@ -323,7 +238,7 @@ def write_card(
         "target keeps those that it would have written itself.",
         *[f"`{as_code(target_name)}` is a folder: elsewhere, put the target's Hub id in its place below."] * is_local,
         _facts_table(spec, target_name, dtype),
-        to_markdown(sections).rstrip(),
+        _results_section(source, drafter, dtype if is_rounded else None),
         "## How to serve it",
         *card_sections(
             to,
@@ -335,7 +250,6 @@ def write_card(
             has_head=spec.head is not None,
             has_tables=has_tables,
             has_gguf=spec.rope["rope_type"] == "default" and spec.is_causal != "sliding",
-            break_even=paying,
         ),
         *_recipe_section(source, mapping(getattr(drafter.config, "dpace", None)).get("objective_sha256")),
     ]
@@ -369,49 +283,27 @@ def _facts_table(spec: DrafterSpec, target: str, weights: str) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
 
 
-def _read_if_possible(path: Path) -> Results | None:
-    """Read results; None where there are none that can be read."""
-    if not path.exists():
-        return None
+def _results_section(source: Path, drafter: Drafter, rounded_to: str | None) -> str:
+    """Write what `dpace bench` measured with these weights; empty where there is nothing."""
+    path = source.resolve().parent / "results.json"
     try:
-        return read_results(path)
+        results = read_results(path) if path.exists() else None
     except (ValueError, OSError) as error:  # another program's file, or another version's
         print(f"the model card has no measured numbers of {path.name}: {error}", file=sys.stderr)
-        return None
-
-
-def _result_sections(source: Path, drafter: Drafter, rounded_to: str | None) -> tuple[list[Section], list[BreakEven]]:
-    """Make the sections of what was measured with these weights, and return where drafts pay."""
-    results, served = (_read_if_possible(source.resolve().parent / name) for name in RESULT_FILES)
-    sections: list[Section] = []
-    advice: list[Advice] = []
-    paying: list[BreakEven] = []
-    if isinstance(results, BenchResults):
-        weights = fingerprint(drafter, results.dtype)  # they may have been loaded in another one here
-        names = [name for name, found in results.drafters.items() if found == weights]
-        rows = [row for row in results.rows if row.drafter in names]
-        measured = (
-            f"Measured for {Path(results.target).name} with {results.engine} in {results.dtype} on "
-            f"{results.hardware.device} ({results.hardware.cores} cores), at most {results.max_new_tokens} tokens a "
-            "response. tau: tokens emitted per verification. decode_speedup: tokens a second over plain decoding (the "
-            "baseline) of the same prompts. In brackets: 95 % intervals over prompts."
-        )
-        if rounded_to:
-            measured += f" The weights here are {rounded_to}, rounded from those that were measured."
-        if rows:
-            sections.append(Section("Results", measured, RESULT_COLUMNS, rows, copied_note(rows)))
-        advice += best_lengths(results, names)
-        paying += [row for row in results.break_even or () if row.drafter in names]
-    if isinstance(served, ServerResults):
-        advice += served_lengths(served)
-        paying += served.break_even or ()
-    if paying:
-        sections.append(break_even(paying))
-    if advice:
-        sections.append(
-            Section("Verification length", ADVICE_TEXT, ADVICE_COLUMNS, advice, SERVED_NOTE if served else "")
-        )
-    return sections, paying
+        return ""
+    if not isinstance(results, BenchResults):
+        return ""
+    weights = fingerprint(drafter, results.dtype)  # they may have been loaded in another one here
+    rows = [row for row in results.rows if results.drafters.get(row.drafter) == weights]
+    measured = (
+        f"Measured for {Path(results.target).name} with {results.engine} in {results.dtype} on "
+        f"{results.hardware.device} ({results.hardware.cores} cores), at most {results.max_new_tokens} tokens a "
+        "response. tau: tokens emitted per verification. decode_speedup: tokens a second over plain decoding (the "
+        "baseline) of the same prompts. In brackets: 95 % intervals over prompts."
+    )
+    if rounded_to:
+        measured += f" The weights here are {rounded_to}, rounded from those that were measured."
+    return to_markdown([Section("Results", measured, RESULT_COLUMNS, rows, copied_note(rows))]).rstrip() if rows else ""
 
 
 def _way(row: Row) -> str:
@@ -419,7 +311,7 @@ def _way(row: Row) -> str:
     return ", ".join(filter(None, [str(row.width), row.drafter.partition(", ")[2]]))
 
 
-RESULT_COLUMNS = (SET, TEMPERATURE, Column("width", _way), TAU_INTERVAL, SPEEDUP, SAME_TEXT)
+RESULT_COLUMNS = (VERDICT, SET, TEMPERATURE, Column("width", _way), TAU_INTERVAL, SPEEDUP, SAME_TEXT)
 
 
 PLACES = ("server", "init", "feature_files", "feature_servers")

@@ -18,8 +18,7 @@ import torch
 from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
-from dpace.measure.break_even import find_break_even
-from dpace.measure.pooling import compare_drafters, make_rows, pair_responses
+from dpace.measure.pooling import compare_drafters, make_rows
 from dpace.measure.records import COMPILED, PLAIN, SEED_RULE, Provenance, ResponseRecord, ResponseRecords, rotated
 from dpace.measure.results import BenchResults, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
@@ -98,12 +97,7 @@ def bench(
     records.collect()
     block_sizes = {name: drafter.block_size for name, drafter in named.items()}
     rows = make_rows(records.of(config.temperatures, prompts), block_sizes, config.widths)
-    results = BenchResults(
-        **vars(setup),
-        rows=rows,
-        comparisons=list(compare_drafters(rows)),
-        break_even=list(find_break_even(pair_responses(rows))),
-    )
+    results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
     ranks.from_first(lambda: write_results(folder / "results.json", results))
     return results
 

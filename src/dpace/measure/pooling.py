@@ -9,21 +9,24 @@ from dataclasses import replace
 from itertools import product
 from operator import attrgetter
 
+import numpy as np
+
 from dpace.config import Width
-from dpace.measure.break_even import TIMES, prompt_totals
-from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of
+from dpace.measure.records import COMPILED, PLAIN, ResponseRecord, acceptance_of, group_by
 from dpace.measure.results import (
     ComparedRow,
     Comparison,
     CompiledBaseline,
     Estimate,
-    PairedResponse,
     Published,
     Row,
     defined,
     nullable,
 )
 from dpace.metrics import Acceptance, decode_speedup, published_speedup, published_tau, tau_estimate, tau_gain
+
+TIMES = attrgetter("decode_tokens", "decode_seconds")
+"""What the speed of a response follows from."""
 
 
 def make_rows(records: Sequence[ResponseRecord], block_sizes: Mapping[str, int], widths: Sequence[Width]) -> list[Row]:
@@ -63,8 +66,7 @@ def _pool_responses(ours: list[ResponseRecord], plain: list[ResponseRecord], blo
     first = ours[0]
     assert first.width is not None  # only plain decoding has none
     speedup = _speedup_over(ours, plain)
-    times = attrgetter(*TIMES)
-    published = published_speedup(map(times, ours), map(times, plain))
+    published = published_speedup(map(TIMES, ours), map(TIMES, plain))
     return Row(
         drafter=first.drafter,
         width=first.width,
@@ -92,7 +94,13 @@ def _pool_responses(ours: list[ResponseRecord], plain: list[ResponseRecord], blo
 
 
 def _speedup_over(ours: Sequence[ResponseRecord], theirs: Sequence[ResponseRecord]) -> Estimate:
-    return nullable(decode_speedup(*prompt_totals(ours, *TIMES), *prompt_totals(theirs, *TIMES)))
+    return nullable(decode_speedup(*_prompt_times(ours), *_prompt_times(theirs)))
+
+
+def _prompt_times(responses: Sequence[ResponseRecord]) -> np.ndarray:
+    """Sum tokens and seconds of each prompt, "2 prompt", in the order of the prompts."""
+    groups = group_by(responses, attrgetter("id")).values()
+    return np.array([np.sum([TIMES(response) for response in group], 0) for group in groups]).T
 
 
 def _tokens_per_second(responses: Sequence[ResponseRecord]) -> float:
@@ -114,23 +122,6 @@ def compare_drafters(rows: Sequence[Row]) -> Iterator[Comparison]:
                 tau_gain=nullable(tau_gain([row.acceptance], [base.acceptance])),
                 speed_ratio=_speedup_over(row.responses, base.responses),
             )
-
-
-def pair_responses(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, float, int], PairedResponse]]:
-    """Yield the responses with whole drafts, beside the plain ones, as `find_break_even` takes them."""
-    for row in rows:
-        for ours, plain in zip(row.responses, row.plain_responses, strict=True):
-            if row.width == "full":
-                pair = PairedResponse(
-                    id=ours.id,
-                    prompt_tokens=ours.prompt_tokens,
-                    decode_tokens=ours.decode_tokens,
-                    decode_seconds=ours.decode_seconds,
-                    num_verifications=len(ours.accepted_lengths),
-                    plain_tokens=plain.decode_tokens,
-                    plain_seconds=plain.decode_seconds,
-                )
-                yield (row.drafter, row.temperature, 1), pair
 
 
 def pool_seeds(

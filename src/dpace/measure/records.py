@@ -1,7 +1,7 @@
 """Finished responses of a measurement, kept on disk at once, so that an interrupted one goes on after them.
 
-`Records` takes what is measured and how, and gives back what a file holds of it: responses of `dpace bench`, or groups
-of requests to running servers. The rows of results are pooled from these records.
+`Records` takes what is measured and how, and gives back what a file holds of it: responses of `dpace bench`, or prompts
+that running servers answered. The rows of results are pooled from these records.
 """
 
 import json
@@ -87,8 +87,6 @@ class ServerSetup(Setup):
 
     servers: dict[str, ServerAddress]
     """By side, `drafter` and `plain`."""
-    salted: bool | None = optional()
-    """Whether no prompt was in a server's cache before; older versions did not see to it."""
 
 
 @json_object
@@ -126,37 +124,26 @@ class ResponseRecord:
 
 
 @json_object
-class SideRecord:
-    """What one server answered to a group of requests; the lists have one entry a request."""
+class ServedAnswer:
+    """What a server answered to one turn of a prompt."""
 
-    token_ids: list[list[int]]
-    decode_tokens: list[int]
-    decode_seconds: list[float]
-    first_seconds: list[float]
-    """To the first token."""
-    seconds: float
-    """Until all were answered."""
+    token_ids: list[int]
+    decode_seconds: Seconds
+    """After the first token."""
     counts: Counts | None
-    """Verifications, as far as the server reports them."""
-    request_counts: list[Counts] | None = optional()
-    """Those of each request; None where they are known for all together only."""
+    """Verifications; None where the server reports none."""
 
 
 @json_object
-class GroupRecord:
-    """Prompts that were sent to servers together; a line of servers.jsonl."""
+class ServedRecord:
+    """A prompt that servers answered; a line of servers.jsonl."""
 
     set: str
-    ids: list[str]
-    """The prompts'."""
+    id: str
+    """The prompt's."""
     temperature: float
-    concurrency: int
-    prefix: str
-    """`cold`, or `warm` where the same requests were sent once before, for a server that keeps prompts in a cache."""
-    prompt_tokens: list[list[int]]
-    """For each turn the tokens of each prompt, earlier turns included."""
-    turns: list[dict[str, SideRecord]]
-    """For each turn the answers by side, `drafter` and `plain`."""
+    turns: list[dict[str, ServedAnswer]]
+    """For each turn the answers by side: `drafter`, and `plain` and `plain again` where there is such a server."""
 
 
 def rotated(ways: Iterable[Item], number: int) -> Iterable[Item]:
@@ -183,11 +170,11 @@ def acceptance_of(responses: Iterable[ResponseRecord], block_size: int) -> Accep
     return Acceptance.of_prompts(list(map(Acceptance.pooled, prompts)))
 
 
-Record = TypeVar("Record", ResponseRecord, GroupRecord)
+Record = TypeVar("Record", ResponseRecord, ServedRecord)
 
 
 class Records(Generic[Record]):
-    """Finished responses or groups of them, kept in a file whose first line says all that changes them.
+    """Finished responses or prompts, kept in a file whose first line says all that changes them.
 
     Each way to measure has a file of its own, which its name tells by a hash of that line. So records of other weights,
     servers or settings are neither taken for new ones nor lost. Each rank of a command adds to a file of its own until
@@ -247,10 +234,10 @@ class Records(Generic[Record]):
         return rows
 
 
-class GroupRecords(Records[GroupRecord]):
-    """Groups of requests to servers."""
+class ServedRecords(Records[ServedRecord]):
+    """Prompts that servers answered."""
 
-    kind = GroupRecord
+    kind = ServedRecord
 
 
 class ResponseRecords(Records[ResponseRecord]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpace.config import Width
-from dpace.measure.records import Count, Provenance, ResponseRecord, Seconds, ServerSetup, acceptance_of
+from dpace.measure.records import Count, Provenance, ResponseRecord, ServerSetup, acceptance_of
 from dpace.metrics import Acceptance
 from dpace.recipes.validation import from_json, json_object, optional, to_json
 from dpace.system.ledger import lock_folder, read_object, register_files, write_json
@@ -101,12 +101,14 @@ class Row:
         return acceptance_of(self.responses, self.block_size)
 
     @property
-    def keeps_text(self) -> bool:
-        """Whether the text is to be the target's own; above temperature 0, the rule `speculative` draws another.
+    def verify_rule(self) -> str:
+        """The verify rule, after which `dpace bench` names a drafter where it is not equality."""
+        return "speculative" if self.drafter.endswith(", speculative") else "equality"
 
-        `dpace bench` names such a drafter after the rule.
-        """
-        return self.temperature == 0 or not self.drafter.endswith(", speculative")
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the text is to be the target's own; above temperature 0, the rule `speculative` draws another."""
+        return self.temperature == 0 or self.verify_rule == "equality"
 
 
 @json_object
@@ -150,71 +152,32 @@ class ComparedRow:
 
 
 @json_object
-class PairedResponse:
-    """A response with a drafter, beside those to the same prompt without one; None is what is not known."""
-
-    id: str
-    """The prompt's."""
-    prompt_tokens: int
-    decode_tokens: Count
-    """Tokens after the first."""
-    decode_seconds: Seconds
-    num_verifications: Count | None = optional()
-    num_emitted: Count | None = optional()
-    """Tokens that the verifications emitted."""
-    plain_tokens: Count | None = optional()
-    plain_seconds: Seconds | None = optional()
-
-
-@json_object
-class BreakEven:
-    """The tau above which drafts pay, for one range of context lengths and number of requests."""
-
-    prompt_tokens: int
-    """Median of the prompts, earlier turns included."""
-    concurrency: int
-    temperature: float
-    drafter: str
-    """Its name, or the engine's."""
-    tau: Estimate
-    break_even: Estimate
-    """Seconds of a step with a draft over those of a plain token."""
-    speedup: Estimate
-    """Tokens a second over those of plain decoding: measured, or tau over the break-even where that was timed alone."""
-
-
-@json_object
 class ServerRow:
-    """A server with a drafter, on one set at one temperature and concurrency; `plain_` is the one without."""
+    """A server with a drafter, on one set at one temperature; `plain_` is the one without."""
 
     set: str
     temperature: float
-    concurrency: int
-    prefix: str = "cold"
-    """`warm` where each prompt was sent once before, so that a server could have it in its cache."""
-    tokens_per_second: float
-    """Rate of a request after its first token."""
-    throughput: float
-    """Tokens a second of all requests together, with prompts read."""
-    first_seconds: tuple[float, float]
-    """To the first token: median and 95th percentile."""
-    plain_tokens_per_second: float | None = optional()
-    plain_throughput: float | None = optional()
-    plain_first_seconds: tuple[float, float] | None = optional()
     num_responses: int
     tau: float | None
     """None where the server does not report verifications, as are the next ones."""
     tau_interval: Interval
     num_verifications: int | None
     histogram: list[Count] | None
-    reach_rate: list[float] | None
-    decode_speedup: float | None
-    """None without a plain server."""
-    decode_speedup_interval: Interval
+    """Verifications by accepted length, where the server tells more than the sum."""
+    tau_here: Estimate
+    """Of whole drafts in this process, on the prompts that both have; from results.json."""
+    tau_over_here: Estimate
+    """Ratio of the taus on these prompts minus 1."""
+    tokens_per_second: float | None
+    """Rate of a request after its first token; None where all tokens came at once."""
+    plain_tokens_per_second: float | None
+    """None without a plain server, as are the next ones."""
     num_same_text: int | None
-    """None without a plain server."""
-    responses: list[PairedResponse] | None = optional()
-    """All of them, by which two versions of a server are compared."""
+    """Responses with the plain server's text."""
+    control_same_text: int | None
+    """The same for the plain server's own second pass."""
+    same_text_gain: Estimate
+    """Difference of these two as shares of the responses."""
 
 
 @json_object
@@ -226,8 +189,6 @@ class BenchResults(Provenance):
     """One for each drafter, width, set and temperature."""
     comparisons: list[Comparison]
     """Every drafter against the first."""
-    break_even: list[BreakEven] | None = optional()
-    """One for each drafter with whole drafts, temperature, context length and number of requests."""
 
     @property
     def whole_blocks(self) -> list[Row]:
@@ -265,12 +226,11 @@ class CompareResults:
 class ServerResults(ServerSetup):
     """servers.json of `dpace bench --bench.server`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
+    tau_in_training: float | None
+    """Of the validation responses, which chose the checkpoint; None where the log is missing."""
     rows: list[ServerRow]
-    """One for each set, temperature and concurrency."""
-    break_even: list[BreakEven] | None = optional()
-    """One for each temperature, number of requests and context length, where the baseline and verifications are known.
-    """
+    """One for each set and temperature."""
 
 
 Results = BenchResults | CompareResults | ServerResults
@@ -295,10 +255,10 @@ def read_results(path: Path) -> Results:
         OSError: a file that cannot be read.
     """
     value = read_object(path, MEASURE_AGAIN)
-    version = value.get("schema_version", "missing")
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema_version is {version!r:.40}, expected {SCHEMA_VERSION}; {MEASURE_AGAIN}")
     kind = CompareResults if "decode" in value else ServerResults if "servers" in value else BenchResults
+    version = value.get("schema_version", "missing")
+    if version != kind.schema_version:
+        raise ValueError(f"{path}: schema_version is {version!r:.40}, expected {kind.schema_version}; {MEASURE_AGAIN}")
     try:
         results = from_json(kind, value)
         for found in (results, benchmark_of(results)):

@@ -1,49 +1,63 @@
 """Measure running servers, one with a drafter and one without, and write servers.json.
 
-In come their addresses and prompts. Both get the same token ids; out come rows with text, speed and accepted lengths,
-as each server reports these.
+In come their addresses and prompts. All get the same token ids, one prompt at a time; the server without a drafter gets
+them twice, and its second pass is the control for equal texts. Out come rows with the tau that the server reports,
+beside that of this process and of training, with speeds and with the number of equal texts.
 """
 
 import sys
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dpace.config import BenchConfig
-from dpace.measure.break_even import PAIRED, find_break_even, prompt_totals
 from dpace.measure.records import (
     PLAIN,
     SEED_RULE,
-    GroupRecord,
-    GroupRecords,
+    ServedAnswer,
+    ServedRecord,
+    ServedRecords,
     ServerAddress,
     ServerSetup,
-    SideRecord,
+    Setup,
+    acceptance_of,
     group_by,
     rotated,
 )
-from dpace.measure.results import PairedResponse, ServerResults, ServerRow, nullable, write_results
-from dpace.metrics import Acceptance, decode_speedup, estimate
+from dpace.measure.results import (
+    BenchResults,
+    Estimate,
+    Row,
+    ServerResults,
+    ServerRow,
+    nullable,
+    read_log,
+    read_results,
+    write_results,
+)
+from dpace.metrics import FIRST, Statistic, estimate
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.conversation import refuse_long_prompts
-from dpace.servers.apis import Answer, Counts, Server, connect
+from dpace.servers.apis import Counts, Server, connect
 from dpace.system.ledger import register_files
 from dpace.system.progress import progress_bar
+from dpace.system.provenance import same_run
 from dpace.target.chat import ChatTokenizer, encode_chat, tokenizer_hashes
 
 DRAFTER = "drafter"
-"""Name of the side with the drafter; the other one is `PLAIN`."""
+"""Name of the side with the drafter; the one without is `PLAIN`."""
+CONTROL = "plain again"
+"""Name of the second pass of the server without a drafter."""
 SERVERS_FILE = "servers.json"
 """What the rows are written to."""
-GROUPS_PER_WORKER = 4
-"""Requests of a group for each that runs at the same time: the last ones of a group run with fewer beside them."""
+Found = TypeVar("Found")
 
 
 def bench_servers(
@@ -54,18 +68,18 @@ def bench_servers(
     config: BenchConfig,
     folder: str | Path,
 ) -> ServerResults:
-    """Send every prompt to a server with a drafter and to one without, and write `servers.json`.
+    """Send every prompt to a server with a drafter and twice to one without, and write `servers.json`.
 
-    Both get the same token ids. The sides alternate: prompt by prompt at concurrency 1, by groups of requests at
-    others. Prompt `i` draws with `seed + i` on both. Each finished group is kept in `servers-*.jsonl`, a file for each
-    way to measure; an interrupted call goes on after it.
+    All sides get the same token ids, in turn. Prompt `i` draws with `seed + i` on each. Each finished prompt is kept in
+    `servers-*.jsonl`, a file for each way to measure; an interrupted call goes on after it. What stands beside the
+    served tau is read from `folder`: `results.json` of `dpace bench`, and the log of `drafter`.
 
     Args:
         chat: the target's tokenizer with what belongs to it.
         drafter_url: address of the server with the drafter, `http://host:port`.
         plain_url: of one that serves the same model without; None leaves out what needs a baseline.
         prompts: not trained on.
-        config: temperatures, lengths, concurrencies, how many prompts of each set.
+        config: temperatures, lengths, how many prompts of each set.
         folder: for these files.
 
     Returns:
@@ -74,6 +88,7 @@ def bench_servers(
     Raises:
         ValueError: a server that does not answer, refuses a request, or is of no known kind; or an over-long prompt.
     """
+    folder = Path(folder)
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
     sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items()}
     setup = ServerSetup(
@@ -82,7 +97,6 @@ def bench_servers(
             side: ServerAddress(url=s.url, engine=s.engine, model=s.model, version=s.version)
             for side, s in sides.items()
         },
-        salted=True,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         prompt_seeds=SEED_RULE,
@@ -90,222 +104,211 @@ def bench_servers(
         **tokenizer_hashes(chat),
     )
     register_files(folder, SERVERS_FILE)
-    records = GroupRecords(Path(folder) / "servers.jsonl", setup, prompts)
+    records = ServedRecords(folder / "servers.jsonl", setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
     refuse_long_prompts(chat, prompts, config.max_new_tokens)
-    by_id = {prompt.id: prompt for prompt in prompts}
-    done = {_Job(r.temperature, r.concurrency, r.prefix, tuple(r.ids)): r for r in records.rows}
-    jobs = list(_make_jobs(prompts, config))
-    missing = next((job for job in jobs if job not in done), None)
+    here = _unless_missing("here", partial(rows_here, folder / "results.json", setup)) or {}
+    tau_in_training = _unless_missing("in training", partial(find_tau_in_training, folder / "drafter"))
+    jobs = list(product(config.temperatures, prompts))
+    done = {(record.temperature, record.id): record for record in records.rows}
+    missing = [(temperature, prompt) for temperature, prompt in jobs if (temperature, prompt.id) not in done]
     if missing:  # a warm-up, which is not counted
-        first_turn = encode_chat(chat, by_id[missing.ids[0]].turns[0])
+        first_turn = encode_chat(chat, missing[0][1].turns[0])
         for server in sides.values():
-            server.answer(first_turn, 16, missing.temperature, config.seed)
+            server.answer(first_turn, 16, missing[0][0], config.seed)
     else:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
+    passes = sides | ({CONTROL: sides[PLAIN]} if plain_url else {})
     with progress_bar() as bar:
-        task = bar.add_task("asking servers", total=sum(len(job.ids) for job in jobs), info="")
-        for number, job in enumerate(jobs):
-            if job not in done:
-                asked = [by_id[name] for name in job.ids]
-                done[job] = _ask_servers(
-                    chat, sides, job, asked, max_new_tokens=config.max_new_tokens, seeds=records.seeds, rotation=number
-                )
-                records.add(done[job])
-            bar.update(task, advance=len(job.ids), info=f"concurrency {job.concurrency}")
-    rows = make_rows([done[job] for job in jobs], by_id)
-    measured = (
-        ((sides[DRAFTER].engine, row.temperature, row.concurrency), response)
-        for row in rows
-        if row.prefix == config.prefixes[0]
-        for response in row.responses or ()
-    )
-    results = ServerResults(**vars(setup), rows=rows, break_even=list(find_break_even(measured)))
-    write_results(Path(folder) / SERVERS_FILE, results)
+        task = bar.add_task("asking servers", total=len(jobs), completed=len(jobs) - len(missing), info="")
+        for number, (temperature, prompt) in enumerate(missing):
+            record = ServedRecord(
+                set=prompt.set,
+                id=prompt.id,
+                temperature=temperature,
+                turns=_ask_sides(
+                    chat,
+                    passes,
+                    prompt,
+                    rotation=number,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=temperature,
+                    seed=records.seeds[prompt.id],
+                ),
+            )
+            records.add(record)
+            done[temperature, prompt.id] = record
+            bar.update(task, advance=1)
+    rows = make_rows([done[temperature, prompt.id] for temperature, prompt in jobs], here)
+    results = ServerResults(**vars(setup), tau_in_training=tau_in_training, rows=rows)
+    write_results(folder / SERVERS_FILE, results)
     return results
 
 
-class _Job(NamedTuple):
-    """Prompts of one set that are sent together, and how."""
+def _unless_missing(what: str, find: Callable[[], Found]) -> Found | None:
+    """Return what stands beside the served tau; where there is none, say why."""
+    try:
+        return find()
+    except (OSError, ValueError) as error:
+        print(f"tau {what} is not known: {error}", file=sys.stderr)
+        return None
 
-    temperature: float
-    concurrency: int
-    prefix: str
-    ids: tuple[str, ...]
 
+def rows_here(path: Path, setup: Setup) -> dict[tuple[float, str], Row]:
+    """Read what this process measured with whole drafts, verified by equality: rows by temperature and set.
 
-def _make_jobs(prompts: Sequence[Prompt], config: BenchConfig) -> Iterator[_Job]:
-    """Yield the groups of prompts for each concurrency, temperature and state of the cache.
+    Args:
+        path: of the results.json of `dpace bench`.
+        setup: how the servers are asked.
 
-    No more requests are open at a time than a set has prompts.
+    Raises:
+        ValueError: there is no such file, or its rows cannot stand beside those of the servers.
+        OSError: a file that cannot be read.
     """
-    for name in dict.fromkeys(prompt.set for prompt in prompts):
-        of_set = tuple(prompt.id for prompt in prompts if prompt.set == name)
-        numbers = dict.fromkeys(min(number, len(of_set)) for number in config.concurrencies)
-        for concurrency, temperature, prefix in product(numbers, config.temperatures, config.prefixes):
-            size = 1 if concurrency == 1 else GROUPS_PER_WORKER * concurrency
-            for start in range(0, len(of_set), size):
-                yield _Job(temperature, concurrency, prefix, of_set[start : start + size])
+    if not path.exists():
+        raise ValueError(f"there is no {path}; run the command without --bench.server too")
+    results = read_results(path)
+    if not isinstance(results, BenchResults):
+        raise ValueError(f"{path} is not from `dpace bench`; name a folder with one by --output")
+    now = {field.name: getattr(setup, field.name) for field in fields(Setup)}
+    same_run(vars(results), now, f"{path} was measured", "give both commands the same options", {})
+    rows = [row for row in results.rows if row.width == "full" and row.verify_rule == "equality"]
+    drafters = {row.drafter for row in rows}
+    if len(drafters) != 1:
+        raise ValueError(
+            f"{path} has whole drafts of {len(drafters)} drafters, expected 1; measure the served one alone, with "
+            "--bench.widths full"
+        )
+    return {(row.temperature, row.set): row for row in rows}
 
 
-def _ask_servers(
-    chat: ChatTokenizer,
-    sides: dict[str, Server],
-    job: _Job,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    seeds: Mapping[str, int],
-    rotation: int,
-) -> GroupRecord:
-    """Send a group to all sides, turn by turn; the answers to earlier turns are the plain server's."""
-    messages: list[list[dict[str, Any]]] = [[] for _ in prompts]
+def find_tau_in_training(folder: Path) -> float:
+    """Find the tau of a drafter's validation responses that chose its checkpoint.
+
+    Raises:
+        ValueError: there is no log, it has no tau, or training did not write it.
+        OSError: a file that cannot be read.
+    """
+    path = folder / "trainer_state.json"
+    if not path.exists():
+        raise ValueError(f"there is no {path}; name the folder of the training by --output")
+    taus = [entry["eval_tau"] for entry in read_log(folder) if "eval_tau" in entry]
+    if not taus:
+        raise ValueError(f"{path} has no eval_tau, since the drafter was trained without validation responses")
+    return max(taus)
+
+
+def _ask_sides(
+    chat: ChatTokenizer, sides: Mapping[str, Server], prompt: Prompt, *, rotation: int, **options: Any
+) -> list[dict[str, ServedAnswer]]:
+    """Send a prompt to all sides, turn by turn; the answers to earlier turns are the plain server's."""
+    messages = []
     turns = []
-    prompt_tokens = []
-    for turn in range(max(len(prompt.turns) for prompt in prompts)):
-        asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
-        requests = []
-        for i in asked:
-            messages[i] += prompts[i].turns[turn]
-            requests.append((encode_chat(chat, messages[i]), seeds[prompts[i].id], uuid.uuid4().hex))
-        answers = {name: _ask_server(sides[name], requests, job, max_new_tokens) for name in rotated(sides, rotation)}
+    for new_messages in prompt.turns:
+        messages += new_messages
+        token_ids = encode_chat(chat, messages)
+        answers = {side: _ask_server(sides[side], token_ids, **options) for side in rotated(sides, rotation)}
         turns.append(answers)
-        prompt_tokens.append([len(request[0]) for request in requests])
-        plain = answers[PLAIN if PLAIN in answers else DRAFTER]
-        for i, token_ids in zip(asked, plain.token_ids, strict=True):
-            text = chat.tokenizer.decode(token_ids, skip_special_tokens=True)
-            messages[i].append({"role": "assistant", "content": text})
-    return GroupRecord(
-        set=prompts[0].set,
-        ids=list(job.ids),
-        temperature=job.temperature,
-        concurrency=job.concurrency,
-        prefix=job.prefix,
-        prompt_tokens=prompt_tokens,
-        turns=turns,
-    )
+        text = chat.tokenizer.decode(answers.get(PLAIN, answers[DRAFTER]).token_ids, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+    return turns
 
 
 def _ask_server(
-    server: Server, requests: Sequence[tuple[list[int], int, str]], job: _Job, max_new_tokens: int
-) -> SideRecord:
-    """Send prompts, each with its seed and salt, to one server, as many at a time as the job says.
-
-    No request had the salt before, so the prompts are new to the server's cache. Where it is to be warm, all are sent
-    once before they are counted.
-    """
-
-    def send(*, is_warm: bool) -> list[Answer]:
-        def ask(token_ids: list[int], seed: int, salt: str) -> Answer:
-            more = server.measured(salt, is_warm=is_warm)
-            return server.answer(token_ids, max_new_tokens, job.temperature, seed, more=more)
-
-        with ThreadPoolExecutor(job.concurrency) as pool:
-            return list(pool.map(ask, *zip(*requests, strict=True)))
-
-    if job.prefix == "warm":
-        send(is_warm=False)
+    server: Server, token_ids: Sequence[int], *, max_new_tokens: int, temperature: float, seed: int
+) -> ServedAnswer:
+    """Send token ids to a server, with a salt of their own: they are new to its cache."""
     before = server.counters()
-    started = time.perf_counter()
-    answers = send(is_warm=job.prefix == "warm")
-    seconds = time.perf_counter() - started
+    more = server.measured(uuid.uuid4().hex)
+    answer = server.answer(token_ids, max_new_tokens, temperature, seed, more=more)
     after = server.counters()
-    known = [answer.counts for answer in answers if answer.counts]
-    counts = Counts.pooled(known)
-    if len(known) < len(answers) and before and after and after.num_verifications > before.num_verifications:
+    counts = answer.counts
+    if counts is None and before and after and after.num_verifications > before.num_verifications:
         counts = after - before
-        known = [counts] if counts else []
-    return SideRecord(
-        token_ids=[answer.token_ids for answer in answers],
-        decode_tokens=[answer.decode_tokens for answer in answers],
-        decode_seconds=[answer.seconds - answer.first_seconds for answer in answers],
-        first_seconds=[answer.first_seconds for answer in answers],
-        seconds=seconds,
-        counts=counts,
-        request_counts=known if len(known) == len(answers) else None,
-    )
+    return ServedAnswer(token_ids=answer.token_ids, decode_seconds=answer.seconds - answer.first_seconds, counts=counts)
 
 
-def make_rows(records: Sequence[GroupRecord], prompts: Mapping[str, Prompt]) -> list[ServerRow]:
-    """Pool groups of these prompts into one row for each set, temperature, concurrency and state of the cache."""
-    rows = group_by(records, attrgetter("temperature", "set", "concurrency", "prefix"))
-    return [_pool_groups(rows[key], prompts) for key in sorted(rows)]
+def make_rows(records: Sequence[ServedRecord], here: Mapping[tuple[float, str], Row]) -> list[ServerRow]:
+    """Pool prompts into one row for each temperature and set, beside the rows of this process."""
+    groups = group_by(records, attrgetter("temperature", "set"))
+    return [_pool_prompts(groups[key], here.get(key)) for key in sorted(groups)]
 
 
-def _pool_groups(groups: Sequence[GroupRecord], prompts: Mapping[str, Prompt]) -> ServerRow:
-    """Pool groups of one row.
+def _pool_prompts(records: Sequence[ServedRecord], here: Row | None) -> ServerRow:
+    """Pool the prompts of one row; intervals resample them.
 
-    `tau` is tokens emitted a verification, from the accepted counts that the server reports; None where it reports
-    none. Intervals resample prompts; that of tau resamples groups where counts of requests are not known.
+    `tau` is tokens emitted a verification, from the accepted counts that the server reports. A prompt for which it
+    reports none is left out.
     """
-    first = groups[0]
-    responses = [response for group in groups for response in _pair_sides(group, prompts)]
-    ours = _sides(groups, DRAFTER)
-    plain = _sides(groups, PLAIN)
-    counts = _pool_counts(ours)
-    histogram = counts and counts.histogram
-    emitted = prompt_totals(responses, "num_emitted", "num_verifications")
-    if np.isnan(emitted).any():  # a server that tells the sum of all requests only
-        by_group = [of_group for group in groups if (of_group := _pool_counts(_sides([group], DRAFTER)))]
-        emitted = np.array([[c.num_emitted, c.num_verifications] for c in by_group] or [[0, 0]]).T
-    tau, *tau_ends = nullable(estimate(emitted[:, None, None]))
-    speedup, *ends = nullable(decode_speedup(*prompt_totals(responses, *PAIRED)))
-    pairs = [pair for a, b in zip(ours, plain, strict=False) for pair in zip(a.token_ids, b.token_ids, strict=True)]
+    pooled = {record.id: _pool_counts(record) for record in records}
+    counts = {name: of_prompt for name, of_prompt in pooled.items() if of_prompt}
+    total = Counts.pooled(list(counts.values()))
+    served = {name: (of_prompt.num_emitted, of_prompt.num_verifications) for name, of_prompt in counts.items()}
+    ours = _totals_here(here) if here else {}
+    common = [name for name in served if name in ours]
+    paired = [[served[name] for name in common], [ours[name] for name in common]]
+    tau = _estimate_tau([list(served.values())])
+    drafted, plain = (_answers(records, side) for side in (DRAFTER, PLAIN))
+    same, control = (_same_texts(records, side) if plain else [] for side in (DRAFTER, CONTROL))
     return ServerRow(
-        set=first.set,
-        temperature=first.temperature,
-        concurrency=first.concurrency,
-        prefix=first.prefix,
-        **_rates(ours),
-        **({f"plain_{name}": value for name, value in _rates(plain).items()} if plain else {}),
-        num_responses=len(responses),
-        tau=tau,
-        tau_interval=tuple(tau_ends),
-        num_verifications=counts and counts.num_verifications,
-        histogram=histogram,
-        reach_rate=Acceptance(histogram, len(histogram)).reach_rate.tolist() if histogram else None,
-        decode_speedup=speedup,
-        decode_speedup_interval=tuple(ends),
-        num_same_text=sum(a == b for a, b in pairs) if plain else None,
-        responses=responses,
+        set=records[0].set,
+        temperature=records[0].temperature,
+        num_responses=len(drafted),
+        tau=tau[0],
+        tau_interval=tau[1:],
+        num_verifications=total and total.num_verifications,
+        histogram=total and total.histogram,
+        tau_here=_estimate_tau(paired[1:]),
+        tau_over_here=_estimate_tau(paired, lambda taus: taus[0] / taus[1] - 1),
+        tokens_per_second=_tokens_per_second(drafted),
+        plain_tokens_per_second=_tokens_per_second(plain),
+        num_same_text=sum(same) if plain else None,
+        control_same_text=sum(control) if plain else None,
+        same_text_gain=_share_gain(same, control, [len(record.turns) for record in records] if plain else []),
     )
 
 
-def _pair_sides(group: GroupRecord, prompts: Mapping[str, Prompt]) -> Iterator[PairedResponse]:
-    """Yield the requests of a group, each with what all sides gave."""
-    for turn, sides in enumerate(group.turns):
-        ours = sides[DRAFTER]
-        for i, name in enumerate(name for name in group.ids if turn < len(prompts[name].turns)):
-            counts = ours.request_counts[i] if ours.request_counts else None
-            plain = sides.get(PLAIN)
-            yield PairedResponse(
-                id=name,
-                prompt_tokens=group.prompt_tokens[turn][i],
-                decode_tokens=ours.decode_tokens[i],
-                decode_seconds=ours.decode_seconds[i],
-                num_verifications=counts and counts.num_verifications,
-                num_emitted=counts and counts.num_emitted,
-                plain_tokens=plain and plain.decode_tokens[i],
-                plain_seconds=plain and plain.decode_seconds[i],
-            )
+def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
+    """Return what one side answered, turn by turn; nothing where there is no such side."""
+    return [turn[side] for record in records for turn in record.turns if side in turn]
 
 
-def _sides(groups: Sequence[GroupRecord], name: str) -> list[SideRecord]:
-    """Return what one server answered, turn by turn; nothing where there is no such server."""
-    return [turn[name] for group in groups for turn in group.turns if name in turn]
+def _pool_counts(record: ServedRecord) -> Counts | None:
+    """Add up the verifications of a prompt's turns; None where the server reports none."""
+    return Counts.pooled([answer.counts for answer in _answers([record], DRAFTER) if answer.counts])
 
 
-def _pool_counts(sides: Sequence[SideRecord]) -> Counts | None:
-    return Counts.pooled([side.counts for side in sides if side.counts])
+def _totals_here(row: Row) -> dict[str, tuple[int, int]]:
+    """Count what this process decoded: for each prompt the tokens that its verifications emitted, and their number."""
+    groups = group_by(row.responses, attrgetter("id"))
+    acceptances = {name: acceptance_of(responses, row.block_size) for name, responses in groups.items()}
+    return {name: (int(a.emitted_tokens.sum()), a.num_verifications) for name, a in acceptances.items()}
 
 
-def _rates(sides: Sequence[SideRecord]) -> dict[str, Any]:
-    """Compute the fields of a row that tell how fast one server was."""
-    seconds = sum(sum(side.decode_seconds) for side in sides)
-    num_tokens = sum(len(token_ids) for side in sides for token_ids in side.token_ids)
-    first = [seconds for side in sides for seconds in side.first_seconds]
-    return {
-        "tokens_per_second": sum(sum(side.decode_tokens) for side in sides) / max(1e-9, seconds),
-        "throughput": num_tokens / max(1e-9, sum(side.seconds for side in sides)),
-        "first_seconds": tuple(np.quantile(first, [0.5, 0.95]).tolist()),
-    }
+def _estimate_tau(sides: Sequence[Sequence[tuple[int, int]]], statistic: Statistic = FIRST) -> Estimate:
+    """Compute a number from the taus of sides, by default the first one's tau; see `estimate`.
+
+    Args:
+        sides: tokens and verifications of each prompt; all sides have the same prompts.
+        statistic: of the taus, "side ...".
+    """
+    totals = np.array(sides, float).reshape(len(sides), -1, 2)
+    return nullable(estimate(totals.transpose(2, 0, 1)[:, :, None], statistic))
+
+
+def _tokens_per_second(answers: Sequence[ServedAnswer]) -> float | None:
+    """Return the rate after the first token; None where all tokens came at once, and without answers."""
+    seconds = sum(answer.decode_seconds for answer in answers)
+    return sum(len(answer.token_ids) - 1 for answer in answers) / seconds if seconds else None
+
+
+def _same_texts(records: Iterable[ServedRecord], side: str) -> list[int]:
+    """Count for each prompt the turns in which a side's text is that of the plain server's first pass."""
+    return [sum(turn[side].token_ids == turn[PLAIN].token_ids for turn in record.turns) for record in records]
+
+
+def _share_gain(same: Sequence[int], control: Sequence[int], turns: Sequence[int]) -> Estimate:
+    """Subtract the control's share of equal texts from the drafter's; each list has one number a prompt."""
+    counts = np.array([same, control], float) + turns  # one is added to both shares: `estimate` has no ratio of 0
+    totals = np.array([counts, np.broadcast_to(turns, counts.shape)])
+    return nullable(estimate(totals[:, :, None], lambda shares: shares[0] - shares[1]))

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
-from dpace.measure.break_even import context_of
 from dpace.measure.results import (
     BenchResults,
-    BreakEven,
     ComparedRow,
     Estimate,
     Interval,
     Row,
+    ServerRow,
 )
 from dpace.system.progress import one_line
 
@@ -142,6 +141,7 @@ def _with_and_without(name: str, read: Callable[[Any], Estimate]) -> tuple[Colum
     )
 
 
+VERDICT = Column("verdict", lambda row: verdict(row.decode_speedup_interval))
 SET = Column("set", attrgetter("set"))
 TEMPERATURE = Column("T", lambda row: f"{row.temperature:g}")
 DRAFTER = Column("drafter", attrgetter("drafter"))
@@ -149,7 +149,7 @@ WIDTH = Column("width", lambda row: str(row.width))
 TAU, TAU_INTERVAL = _with_and_without("tau", lambda row: (row.tau, *row.tau_interval))
 SPEEDUP = Column("decode_speedup [95 %]", lambda row: with_interval(row.decode_speedup, *row.decode_speedup_interval))
 RATE = Column("tok/s", lambda row: _rate(row.tokens_per_second))
-PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second), only="page")
+PLAIN_RATE = Column("plain tok/s", lambda row: _rate(row.plain_tokens_per_second))
 SAME_TEXT = Column(
     "same text",
     lambda row: (
@@ -158,11 +158,10 @@ SAME_TEXT = Column(
         else "-"
     ),
 )
-AT_ONCE = Column("at once", lambda row: f"{row.concurrency}{', warm' * (row.prefix == 'warm')}")
 """Columns of several kinds of rows."""
 
 RESULT_COLUMNS = (
-    Column("verdict", lambda row: verdict(row.decode_speedup_interval)),
+    VERDICT,
     SET,
     TEMPERATURE,
     DRAFTER,
@@ -171,7 +170,7 @@ RESULT_COLUMNS = (
     TAU,
     TAU_INTERVAL,
     RATE,
-    PLAIN_RATE,
+    PLAIN_RATE._replace(only="page"),
     Column("tau*", lambda row: with_interval(row.published.tau), only="page"),
     Column("speedup*", lambda row: with_interval(row.published.decode_speedup), only="page"),
     SAME_TEXT,
@@ -204,63 +203,42 @@ PAIR_COLUMNS = (
 """What is written of a `Comparison`."""
 
 
+def served_verdict(row: ServerRow) -> str:
+    """Judge whether a server accepts what this process does."""
+    if row.tau is None:
+        return "not known"
+    if row.tau_here[0] is None:
+        return "no tau here"
+    return _judge(row.tau_over_here[1:], 0, "accepts more", "accepts less")
+
+
 SERVER_COLUMNS = (
-    Column(
-        "verdict",
-        lambda row: (
-            "no baseline"
-            if row.num_same_text is None
-            else "not known"
-            if row.decode_speedup is None
-            else verdict(row.decode_speedup_interval)
-        ),
-    ),
+    Column("verdict", served_verdict),
     SET,
     TEMPERATURE,
-    AT_ONCE,
-    SPEEDUP,
     TAU,
     TAU_INTERVAL,
+    *_with_and_without("tau here", attrgetter("tau_here")),
+    Column("over here [95 %]", lambda row: percent(row.tau_over_here), only="page"),
     RATE,
     PLAIN_RATE,
-    Column("throughput", lambda row: _rate(row.throughput), only="page"),
-    Column("plain throughput", lambda row: _rate(row.plain_throughput), only="page"),
-    Column("TTFT s (95 %)", lambda row: "{:.2f} ({:.2f})".format(*row.first_seconds), only="page"),
     SAME_TEXT,
+    Column(
+        "control",
+        lambda row: "-" if row.control_same_text is None else f"{row.control_same_text}/{row.num_responses}",
+    ),
 )
 """What is written of a `ServerRow`."""
 
 
-def pays(row: BreakEven) -> str:
-    """Judge whether drafts pay there."""
-    return _judge(row.speedup[1:], 1, "pays", "does not pay")
-
-
-BREAK_EVEN_COLUMNS = (
-    Column("verdict", pays),
-    Column("context", lambda row: context_of(row.prompt_tokens)),
-    Column("at once", lambda row: str(row.concurrency)),
-    TEMPERATURE,
-    DRAFTER,
-    Column("break-even [95 %]", lambda row: with_interval(*row.break_even)),
-    *_with_and_without("tau", attrgetter("tau")),
-)
-"""What is written of a `BreakEven`."""
-
-
-def upgrade_verdict(gain: Estimate) -> str:
-    """Tell whether the second server accepts more; a server that reports no verifications has no gain."""
-    return "not known" if gain[0] is None else _judge(gain[1:], 0, "accepts more", "accepts less")
-
-
-UPGRADE_COLUMNS = (
-    Column("verdict", lambda row: upgrade_verdict(row.tau_gain)),
-    SET,
-    TEMPERATURE,
-    AT_ONCE,
-    *PAIR_COLUMNS[5:],
-)
-"""What is written of an `Upgrade`."""
+def texts_note(rows: Iterable[ServerRow]) -> str:
+    """Compare greedy texts with those of the plain server's second pass, set by set; empty without such a server."""
+    judged = [
+        f"{row.set} {_judge(row.same_text_gain[1:], 0, 'more often equal', 'less often equal')}"
+        for row in rows
+        if row.temperature == 0 and row.num_same_text is not None
+    ]
+    return f"greedy texts against the control, the plain server's second pass: {', '.join(judged)}" if judged else ""
 
 
 def compared_columns(baseline: str, decoded: Sequence[Row] = ()) -> list[Column]:

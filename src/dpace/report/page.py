@@ -11,11 +11,9 @@ from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
 
-from dpace.measure.break_even import compare_servers
 from dpace.measure.results import (
     RESULT_FILES,
     BenchResults,
-    BreakEven,
     CompareResults,
     Results,
     ServerResults,
@@ -25,11 +23,9 @@ from dpace.measure.results import (
 )
 from dpace.recipes.flags import command
 from dpace.report.cells import (
-    BREAK_EVEN_COLUMNS,
     PAIR_COLUMNS,
     SERVER_COLUMNS,
     SPEEDUP,
-    UPGRADE_COLUMNS,
     Column,
     Section,
     advice,
@@ -39,7 +35,9 @@ from dpace.report.cells import (
     compiled_note,
     copied_note,
     result_columns,
+    texts_note,
     verdict,
+    with_interval,
 )
 from dpace.report.plots import acceptance_by_slot, slot_weights, tau_curves
 from dpace.system.ledger import lock_folder, refuse_foreign_files, register_files, write_text
@@ -69,8 +67,6 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> list[Path]:
     refuse_foreign_files(path.parent, path.name, markdown.name)  # before anything is read
     measured = [(results, Path(folder)) for folder in folders for results in find_results(Path(folder))]
     sections = [section for results, folder in measured for section in sections_of(results, folder)]
-    served = [results for results, _ in measured if isinstance(results, ServerResults)]
-    sections += [section for other in served[1:] if (section := upgrade(served[0], other)).items]
     targets = dict.fromkeys(Path(results.target).name for results, _ in measured)
     title = f"Drafters for {', '.join(targets)}"
     date = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -116,8 +112,6 @@ def tables_of(results: BenchResults | ServerResults) -> Iterator[Section]:
             title = f"Compared with {results.comparisons[0].baseline}"
             text = "Differences on the same prompts, with 95 % intervals of the paired difference."
             yield Section(title, text, PAIR_COLUMNS, results.comparisons)
-    if results.break_even:
-        yield break_even(results.break_even)
 
 
 def headline(results: BenchResults) -> Section:
@@ -158,33 +152,14 @@ def servers(results: ServerResults) -> Section:
     """Make the table of a benchmark of running servers."""
     names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
     text = (
-        "tau is the mean acceptance length that the server reports. tok/s counts the tokens of a request "
-        "after its first one. Throughput counts all requests together, with the time to read their prompts. TTFT is "
-        "the time to the first token, as median and 95th percentile."
+        "tau is the mean acceptance length that the server reports; beside it is that of whole drafts in this process, "
+        "on the same prompts. tok/s counts the tokens of a request after its first one, one request at a time. Same "
+        "text and control count the texts that are those of the plain server's first pass: with the drafter, and in "
+        "its second pass."
     )
-    return Section(f"{Path(results.target).name}: {names}", text, SERVER_COLUMNS, results.rows)
-
-
-def break_even(rows: Sequence[BreakEven]) -> Section:
-    """Make the table of where drafts pay."""
-    text = (
-        "A step with a whole draft takes longer than a plain token. Break-even is the ratio of their seconds: the tau "
-        "above which drafts pay, by the length of the prompt and the number of requests at once. Beside it is the tau "
-        "that was measured."
-    )
-    return Section("Break-even", text, BREAK_EVEN_COLUMNS, rows)
-
-
-def upgrade(before: ServerResults, after: ServerResults) -> Section:
-    """Make the table of one server against another, such as two versions of an engine."""
-    old, new = [
-        f"{server.engine} {server.version or server.url}" for server in (r.servers["drafter"] for r in (before, after))
-    ]
-    text = (
-        "Both servers with the drafter, on the prompts that both were asked: tau as a ratio minus 1, and the ratio of "
-        "tokens a second, with 95 % intervals of the paired difference. The verdict is that of tau."
-    )
-    return Section(f"From {old} to {new}", text, UPGRADE_COLUMNS, compare_servers(before, after))
+    trained = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
+    note = "; ".join(filter(None, [trained, texts_note(results.rows)]))
+    return Section(f"{Path(results.target).name}: {names}", text, SERVER_COLUMNS, results.rows, note)
 
 
 def comparison(results: CompareResults) -> Section:

@@ -146,14 +146,13 @@ class Server(ABC):
             ValueError: what is none of this engine's; or another one of `UNREADABLE`.
         """
 
-    @abstractmethod
-    def measured(self, salt: str, *, is_warm: bool) -> dict:
-        """Return what a measured request adds to the body.
+    def measured(self, salt: str) -> dict:
+        """Return what a measured request adds to the body; by default nothing.
 
         Args:
             salt: the server finds the prompt in its cache only where a request with the same salt had it.
-            is_warm: whether the prompt was sent before with this salt.
         """
+        return {}
 
     def counters(self) -> Counts | None:
         """Return all verifications since the server began, for servers whose responses tell nothing."""
@@ -310,7 +309,7 @@ class VllmServer(Server):
             histogram=spec.get("acceptance_histogram"),
         )
 
-    def measured(self, salt, *, is_warm):
+    def measured(self, salt):
         """See `Server`."""
         return {"cache_salt": salt, "stream_options": {"include_usage": True}}
 
@@ -380,7 +379,7 @@ class SglangServer(Server):
             histogram=meta.get("spec_accept_histogram") or meta.get("spec_correct_drafts_histogram") or None,
         )
 
-    def measured(self, salt, *, is_warm):
+    def measured(self, salt):
         """See `Server`."""
         return {"extra_key": salt}
 
@@ -424,10 +423,6 @@ class LlamacppServer(Server):
             num_tokens=event.get("tokens_predicted"),
             **counts,
         )
-
-    def measured(self, salt, *, is_warm):
-        """See `Server`; it has no salts, and reuses what its slots hold where it is told to."""
-        return {"cache_prompt": is_warm}
 
 
 class _Timings(BaseModel):

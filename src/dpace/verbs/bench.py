@@ -1,7 +1,7 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpace.config import BenchConfig, Recipe
@@ -13,8 +13,6 @@ from dpace.verbs import announce, load_chat, load_target
 
 IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 """Options that running servers do not take."""
-FOR_SERVERS = ("plain_server", "prefixes", "concurrencies")
-"""Options that only running servers take."""
 
 
 def run(args: list[str]) -> None:
@@ -44,7 +42,12 @@ def run(args: list[str]) -> None:
         raise ValueError("--bench.sets-dir is a folder of sets; name those to measure on with --bench.sets")
     prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
     if config.server:
-        _refuse(config, IN_PROCESS, "is not for --bench.server, which was started with its own; leave one out")
+        for name in IN_PROCESS:
+            if getattr(config, name) != getattr(BenchConfig(), name):
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out"
+                )
         if DRY_RUN in args:
             print(f"prompts: {len(first_of_each_set(prompts, config.num_prompts)):,}, sent to the server")
             return
@@ -55,7 +58,8 @@ def run(args: list[str]) -> None:
         print(f"written: {recipe.output}/servers.json")
         print("next:", command("report", recipe.output))
         return
-    _refuse(config, FOR_SERVERS, "is for servers; name the one with a drafter by --bench.server")
+    if config.plain_server:
+        raise ValueError("--bench.plain-server is for servers; name the one with a drafter by --bench.server")
     refuse_other_results(Path(recipe.output) / "results.json", BenchResults)
     folders = config.drafters or (str(Path(recipe.output) / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if config.drafters else folder for folder in folders]
@@ -90,13 +94,6 @@ def run(args: list[str]) -> None:
     print_text(f"written: {recipe.output}/results.json")
     asked = command("generate", target=recipe.target, drafter=folders[0], thinking=recipe.thinking, prompt=PROMPT)
     print("next:", asked)
-
-
-def _refuse(config: BenchConfig, names: Iterable[str], reason: str) -> None:
-    """Refuse options that would do nothing."""
-    for name in names:
-        if getattr(config, name) != getattr(BenchConfig(), name):
-            raise ValueError(f"--bench.{name.replace('_', '-')} {reason}")
 
 
 def drafter_names(folders: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from dpace.measure.records import GroupRecords, Provenance, ResponseRecords, ServerAddress, ServerSetup
+from dpace.measure.records import Provenance, ResponseRecords, ServedRecords, ServerAddress, ServerSetup
 from dpace.system.provenance import Hardware
 from tests.support.files import make_prompts
 from tests.support.rows import make_bench, make_plain, make_response
@@ -57,8 +57,8 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     setup = ServerSetup(
         target="t", servers={"drafter": ServerAddress(url="http://x", engine="vllm")}, max_new_tokens=4, seed=0
     )
-    written = GroupRecords(path, setup, PROMPTS).path
+    written = ServedRecords(path, setup, PROMPTS).path
     with written.open("a") as file:
         file.write('{"set": "s"}\n')
     with pytest.raises(ValueError, match=r"servers-\w{8}.jsonl:2: .* missing, expected .*; remove the line"):
-        GroupRecords(path, setup, PROMPTS)
+        ServedRecords(path, setup, PROMPTS)

@@ -65,7 +65,11 @@ def test_the_keys_of_the_file_are_kept():
     assert " ".join(bench["rows"][0]["responses"][0]) == response
     assert bench["rows"][1]["tau"] is None and bench["rows"][1]["width"] == 2
     assert " ".join(to_json(COMPARE)) == "schema_version target baseline seeds reduction rows decode"
-    assert not any(key.startswith("plain_") for key in to_json(make_served()))  # without a plain server
+    served = to_json(SERVERS)
+    assert served["schema_version"] == 2 and " ".join(served["rows"][0]) == (
+        "set temperature num_responses tau tau_interval num_verifications histogram tau_here tau_over_here "
+        "tokens_per_second plain_tokens_per_second num_same_text control_same_text same_text_gain"
+    )
     assert " ".join(to_json(HELDOUT)) == "ids block_size histogram num_without_bonus"
 
 
@@ -77,6 +81,7 @@ def test_the_keys_of_the_file_are_kept():
         ("{}", "schema_version is 'missing', expected 1"),
         ('{"schema_version": 2}', "schema_version is 2, expected 1"),
         ('{"schema_version": true}', "expected"),
+        ('{"schema_version": 1, "servers": {}}', "schema_version is 1, expected 2"),
         ('{"schema_version": 1, "rows": NaN}', "rows is nan, expected a list"),
     ],
 )

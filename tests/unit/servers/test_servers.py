@@ -1,22 +1,25 @@
 import json
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
 from dpace.cli import main
 from dpace.config import BenchConfig
-from dpace.measure.break_even import compare_servers
-from dpace.measure.results import read_results
-from dpace.measure.servers import GROUPS_PER_WORKER, bench_servers
+from dpace.measure.records import ServedAnswer, ServedRecord
+from dpace.measure.results import Row, read_results, write_results
+from dpace.measure.servers import CONTROL, bench_servers, make_rows
 from dpace.metrics import MIN_PROMPTS
 from dpace.prompts.prompts import Prompt
-from dpace.report.cells import with_interval
+from dpace.report.cells import served_verdict, texts_note, with_interval
 from dpace.report.page import servers
-from dpace.servers.apis import LlamacppServer, connect
+from dpace.servers.apis import Counts, LlamacppServer, connect
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.support.files import write_prompts
+from tests.support.rows import make_compare, make_plain, make_response, make_row
 from tests.support.stub_server import PAGES, StubServer, pages
 
 ACCEPTED = [2, 0, 1]
@@ -27,11 +30,10 @@ NUM_TOKENS = 1 + sum(ACCEPTED) + len(ACCEPTED)
 class Fake(StubServer):
     """Speaks one engine's dialect; a response is made from the prompt, so that both sides give the same."""
 
-    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False, version: str = "1"):
+    def __init__(self, engine: str, *, drafts: bool = False, tells: bool = False, repeats: bool = True):
         super().__init__(self.page, self.answer)
-        self.engine, self.drafts, self.tells, self.version = engine, drafts, tells, version
+        self.engine, self.drafts, self.tells, self.repeats = engine, drafts, tells, repeats
         self.shift = 0
-        self.accepted = ACCEPTED
 
     @property
     def bodies(self) -> list[dict]:
@@ -40,8 +42,7 @@ class Fake(StubServer):
     def page(self, request):
         if request.path == "/metrics":
             return request.send(self.metrics().encode())
-        known = PAGES.get(self.engine, {})
-        pages({**known, "/version": {"version": self.version}} if self.engine == "vllm" else known)(request)
+        pages(PAGES.get(self.engine, {}))(request)
 
     def metrics(self) -> str:
         if not self.drafts:
@@ -59,12 +60,13 @@ class Fake(StubServer):
 
     def answer(self, request):
         prompt = request.body.get("prompt") or request.body["input_ids"]
-        tokens = [(sum(prompt) + i + self.shift) % 50 for i in range(NUM_TOKENS)]
+        shift = self.shift if self.repeats else len(self.requests)
+        tokens = [(sum(prompt) + i + shift) % 50 for i in range(NUM_TOKENS)]
         threading.Event().wait(0.02)
         events = list(EVENTS[self.engine](tokens, self.drafts))
         if self.tells and (request.body.get("stream_options") or {}).get("include_usage"):
             shorter = sum(prompt) % 2  # requests differ in what is accepted
-            accepted = [max(0, count - shorter) for count in self.accepted]
+            accepted = [max(0, count - shorter) for count in ACCEPTED]
             histogram = [accepted.count(n) for n in range(4)]
             spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": sum(accepted), "acceptance_histogram": histogram}
             events[-1]["metrics"] = {"speculative_decoding": spec}
@@ -96,7 +98,7 @@ def llamacpp_events(tokens, drafts):
 
 
 EVENTS = {"vllm": vllm_events, "sglang": sglang_events, "llama.cpp": llamacpp_events}
-GREEDY = BenchConfig(temperatures=(0.0,), concurrencies=(1,))
+GREEDY = BenchConfig(temperatures=(0.0,), max_new_tokens=9)
 
 
 @pytest.fixture
@@ -110,13 +112,6 @@ def start():
     yield make
     for server in running:
         server.close()
-
-
-def test_no_more_requests_are_said_to_be_open_than_were(start, chat, tmp_path):
-    drafter = start("vllm", drafts=True)
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(1, 32), max_new_tokens=9)
-    results = bench_servers(chat, drafter.url, start("vllm").url, prompts(), config, tmp_path)
-    assert [row.concurrency for row in results.rows] == [1, 3] and drafter.most_running == 3
 
 
 def test_a_dry_run_counts_the_prompts_that_would_be_sent(recipe, capsys):
@@ -149,25 +144,32 @@ def chat(language_target):
     return ChatTokenizer("target", language_target.tokenizer)
 
 
+SALTS = {"vllm": "cache_salt", "sglang": "extra_key"}
+
+
 @pytest.mark.parametrize("engine", EVENTS)
-@pytest.mark.parametrize("concurrency", [1, 2])
-def test_every_dialect_gives_the_same_numbers(engine, concurrency, start, chat, tmp_path):
+def test_every_dialect_gives_the_same_numbers(engine, start, chat, tmp_path):
     """Pooled accepted lengths 2, 0, 1: tau is 2, whoever reports it and however."""
     drafter, plain = start(engine, drafts=True), start(engine)
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(concurrency,), max_new_tokens=9)
-    results = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
+    results = bench_servers(chat, drafter.url, plain.url, prompts(), GREEDY, tmp_path)
     (row,) = results.rows
     assert row.tau == 2.0 and row.num_verifications == 3 * len(ACCEPTED)
-    assert row.num_same_text == row.num_responses == 3
+    assert row.num_same_text == row.control_same_text == row.num_responses == 3
     if engine != "llama.cpp":
-        assert row.histogram[:3] == [3, 3, 3] and row.reach_rate[:2] == pytest.approx([2 / 3, 1 / 3])
-    assert drafter.most_running == plain.most_running == concurrency
-    for server in (drafter, plain):
-        sent = [body.get("prompt") or body["input_ids"] for body in server.bodies[1:]]  # the first is a warm-up
-        assert sorted(sent) == sorted(encode_chat(chat, prompt.turns[0]) for prompt in prompts())
+        assert row.histogram[:3] == [3, 3, 3]
+    assert drafter.most_running == plain.most_running == 1
+    for server, num_passes in ((drafter, 1), (plain, 2)):
+        sent = server.bodies[1:]  # the first is a warm-up
+        asked = [body.get("prompt") or body["input_ids"] for body in sent]
+        assert sorted(asked) == sorted(num_passes * [encode_chat(chat, prompt.turns[0]) for prompt in prompts()])
+        if engine in SALTS:  # no prompt is in a server's cache, also not the second time
+            assert len({body[SALTS[engine]] for body in sent}) == len(sent)
+        else:
+            assert not any(body["cache_prompt"] for body in sent)
     assert read_results(tmp_path / "servers.json") == results
     shown, tau = shown_row(tmp_path), with_interval(row.tau, *row.tau_interval)
-    assert [shown[name] for name in ("set", "T", "at once", "tau [95 %]")] == ["s", "0", str(concurrency), tau]
+    found = [shown[name] for name in ("set", "T", "tau [95 %]", "same text", "control")]
+    assert found == ["s", "0", tau, "3/3", "3/3"]
 
 
 def shown_row(folder):
@@ -180,26 +182,24 @@ def test_later_turns_see_the_plain_servers_answers(start, chat, tmp_path):
     drafter, plain = start("vllm", drafts=True), start("vllm")
     drafter.shift = 1
     (row,) = bench_servers(chat, drafter.url, plain.url, prompts(1, turns=2), GREEDY, tmp_path).rows
-    assert row.num_same_text == 0
-    (_, _, ours), (_, _, theirs) = ([body["prompt"] for body in server.bodies] for server in (drafter, plain))
+    assert row.num_same_text == 0 and row.control_same_text == row.num_responses == 2
+    (_, *ours), (_, *theirs) = ([body["prompt"] for body in server.bodies] for server in (drafter, plain))
     first = encode_chat(chat, prompts(1)[0].turns[0])
-    assert ours == theirs and len(ours) > len(first) + NUM_TOKENS
+    assert theirs == [ours[0], ours[0], ours[1], ours[1]] and len(ours[1]) > len(first) + NUM_TOKENS
 
 
 @pytest.mark.parametrize("count", [4, 6])
 def test_turns_are_drawn_with_their_prompt(count, start, chat, tmp_path):
     """Of four prompts, six requests are no six prompts; with six prompts there is an interval."""
-    drafter, plain = start("vllm", drafts=True), start("vllm")
     some = [replace(prompt, turns=prompt.turns[: 1 + number % 2]) for number, prompt in enumerate(prompts(count, 2))]
-    config = replace(GREEDY, concurrencies=(2,))
-    (row,) = bench_servers(chat, drafter.url, plain.url, some, config, tmp_path).rows
-    assert row.num_responses == count * 3 // 2 and row.decode_speedup is not None
-    assert (None in row.decode_speedup_interval) is (count < MIN_PROMPTS)
+    (row,) = bench_servers(chat, start("vllm", drafts=True).url, start("vllm").url, some, GREEDY, tmp_path).rows
+    assert row.num_responses == count * 3 // 2 and row.tau == 2.0
+    assert (None in row.tau_interval) is (None in row.same_text_gain) is (count < MIN_PROMPTS)
 
 
 def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothing(start, chat, tmp_path, capsys):
     drafter, plain = start("llama.cpp", drafts=True), start("llama.cpp")
-    config = BenchConfig(temperatures=(0.0, 1.0), concurrencies=(1,))
+    config = replace(GREEDY, temperatures=(0.0, 1.0))
     whole = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
     (path,) = tmp_path.glob("servers-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
@@ -207,99 +207,131 @@ def test_an_interrupted_call_goes_on_and_a_finished_one_says_that_it_asks_nothin
     count = len(drafter.bodies)
     again = bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
     assert len(drafter.bodies) == count + 3  # a warm-up and the two that were lost
-    assert [row.histogram for row in again.rows] == [row.histogram for row in whole.rows]
+    assert [row.num_verifications for row in again.rows] == [row.num_verifications for row in whole.rows]
     assert [row.num_responses for row in again.rows] == [3, 3]
     assert "nothing is asked" not in capsys.readouterr().err
     bench_servers(chat, drafter.url, plain.url, prompts(), config, tmp_path)
     assert f"nothing is asked: {path} has all answers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("drafts", "tau"), [(True, 2.0), (False, None)])
-def test_one_server_has_no_speedup_and_no_tau_unless_it_drafts(drafts, tau, start, chat, tmp_path):
-    (row,) = bench_servers(chat, start("vllm", drafts=drafts).url, None, prompts(), GREEDY, tmp_path).rows
-    assert row.tau == tau and row.decode_speedup is None
+@pytest.mark.parametrize(("drafts", "tau", "verdict"), [(True, 2.0, "no tau here"), (False, None, "not known")])
+def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, tau, verdict, start, chat, tmp_path):
+    results = bench_servers(chat, start("vllm", drafts=drafts).url, None, prompts(), GREEDY, tmp_path)
+    (row,) = results.rows
+    assert row.tau == tau and row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
+    assert row.tokens_per_second > 0 and not texts_note(results.rows)
     shown = shown_row(tmp_path)
-    assert shown["verdict"] == "no baseline" and (shown["tau [95 %]"] == "-") is not drafts
+    assert shown["verdict"] == verdict and shown["same text"] == shown["control"] == shown["plain tok/s"] == "-"
 
 
 def test_each_prompt_has_its_own_seed(start, chat, tmp_path):
     """And the same one on both sides."""
     sides = [start("vllm", drafts=True), start("vllm")]
-    config = BenchConfig(temperatures=(1.0,), concurrencies=(1,), max_new_tokens=9, seed=7)
+    config = replace(GREEDY, temperatures=(1.0,), seed=7)
     results = bench_servers(chat, *(side.url for side in sides), prompts(), config, tmp_path)
-    for side in sides:
-        assert [body["seed"] for body in side.bodies[1:]] == [7, 8, 9]  # the first is a warm-up
+    for side, num_passes in zip(sides, (1, 2), strict=True):
+        seeds = [body["seed"] for body in side.bodies[1:]]  # the first is a warm-up
+        assert sorted(seeds) == sorted(num_passes * [7, 8, 9])
     assert results.prompt_seeds and results.seed == 7
 
 
-def test_groups_keep_servers_busy(start, chat, tmp_path):
-    server = start("sglang", drafts=True)
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(2,))
-    bench_servers(chat, server.url, None, prompts(2 * GROUPS_PER_WORKER + 1), config, tmp_path)
-    groups = [json.loads(line) for line in next(tmp_path.glob("servers-*.jsonl")).read_text().splitlines()[1:]]
-    assert [len(group["ids"]) for group in groups] == [2 * GROUPS_PER_WORKER, 1]
+@pytest.mark.parametrize("tells", [True, False])
+def test_vllm_tells_the_acceptance_of_each_request_or_counts_all(tells, start, chat, tmp_path):
+    """By `--per-request-spec-decode-metrics`, or by what its counters rise by while one prompt is answered."""
+    drafter = start("vllm", drafts=True, tells=tells)
+    (row,) = bench_servers(chat, drafter.url, None, prompts(8), GREEDY, tmp_path).rows
+    shorter = [tells * (sum(encode_chat(chat, prompt.turns[0])) % 2) for prompt in prompts(8)]
+    assert row.num_verifications == sum(row.histogram) == 24 and None not in row.tau_interval
+    assert row.tau == pytest.approx(sum(3 + sum(ACCEPTED) - 2 * less for less in shorter) / 24)
 
 
-def test_vllm_tells_the_acceptance_of_each_request(start, chat, tmp_path):
-    """`--per-request-spec-decode-metrics`: an interval over prompts with several requests at once, and by context."""
-    drafter, plain = start("vllm", drafts=True, tells=True), start("vllm")
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(4,), max_new_tokens=9)
-    results = bench_servers(chat, drafter.url, plain.url, prompts(8), config, tmp_path)
-    (row,) = results.rows
-    assert row.num_verifications == 24 and sum(row.histogram) == 24 and None not in row.tau_interval
-    expected = [3 + sum(ACCEPTED) - 2 * (sum(encode_chat(chat, p.turns[0])) % 2) for p in prompts(8)]
-    assert [r.num_emitted for r in row.responses] == expected and row.tau == pytest.approx(sum(expected) / 24)
-    (found,) = results.break_even
-    assert found.concurrency == 4 and found.drafter == "vllm" and found.break_even[0] > 0
-    assert found.break_even[0] == pytest.approx(found.tau[0] / found.speedup[0])
-    without = tmp_path / "without"
-    quiet = bench_servers(chat, start("vllm", drafts=True).url, plain.url, prompts(8), config, without)
-    assert quiet.rows[0].tau == 2.0 and quiet.rows[0].tau_interval == (None, None) and quiet.break_even == []
+@pytest.mark.parametrize(
+    ("repeats", "shift", "texts", "verdict"),
+    [
+        (True, 0, (6, 6), "no clear difference"),
+        (True, 1, (0, 6), "less often equal"),
+        (False, 0, (0, 0), "no clear difference"),  # not even the plain server writes its own text again
+    ],
+)
+def test_texts_are_judged_by_the_plain_servers_second_pass(repeats, shift, texts, verdict, start, chat, tmp_path):
+    drafter, plain = start("vllm", drafts=True), start("vllm", repeats=repeats)
+    drafter.shift = shift if repeats else -1
+    (row,) = bench_servers(chat, drafter.url, plain.url, prompts(6), GREEDY, tmp_path).rows
+    assert (row.num_same_text, row.control_same_text) == texts
+    assert row.same_text_gain[0] == pytest.approx((texts[0] - texts[1]) / 6)
+    assert texts_note([row]).endswith(f": s {verdict}")
+    assert not texts_note([replace(row, temperature=1.0)]), "servers draw in other ways with a drafter"
 
 
-@pytest.mark.parametrize(("engine", "key"), [("vllm", "cache_salt"), ("sglang", "extra_key"), ("llama.cpp", None)])
-def test_cold_and_warm_rows(engine, key, start, chat, tmp_path):
-    """Cold: no prompt was sent with this salt before. Warm: each was sent once, and the second answer counts."""
-    server = start(engine, drafts=True)
-    config = BenchConfig(temperatures=(0.0,), concurrencies=(2,), prefixes=("cold", "warm"))
-    results = bench_servers(chat, server.url, None, prompts(), config, tmp_path)
-    assert [row.prefix for row in results.rows] == ["cold", "warm"]
-    assert [row.num_verifications for row in results.rows] == [9, 9]
-    sent = server.bodies[1:]  # the first is a warm-up
-    assert len(sent) == 3 * 3
-    if key:
-        salts = [body[key] for body in sent]
-        assert len(set(salts)) == 6 and all(salts.count(salt) == 1 for salt in salts[:3])
-        assert sorted(salts[3:6]) == sorted(salts[6:])
-    else:
-        assert [body["cache_prompt"] for body in sent] == [False] * 6 + [True] * 3
-    assert [cells[3] for cells in servers(results).rows[1:]] == ["2", "2, warm"]
+def served(name: str, accepted: list[int], seconds: float) -> ServedRecord:
+    """A prompt with these accepted lengths, whose texts are equal."""
+    counts = Counts(len(accepted), sum(accepted), None)
+    answer = ServedAnswer(token_ids=[1, 2, 3], decode_seconds=seconds, counts=None)
+    sides = {"drafter": replace(answer, counts=counts), "plain": answer, CONTROL: answer}
+    return ServedRecord(set="s", id=name, temperature=0.0, turns=[sides])
 
 
-def test_two_versions_of_an_engine_are_compared(start, recipe, tmp_path, capsys):
-    """Through the command line: bench twice, then one report with the verdict."""
-    plain = start("vllm")
-    for version, accepted in (("0.31", [2, 2, 2]), ("0.32", [2, 1, 1])):
-        server = start("vllm", drafts=True, tells=True, version=version)
-        server.accepted = accepted
-        flags = f"--server {server.url} --plain-server {plain.url} --concurrencies 2 --temperatures 0"
-        assert main(["bench", str(recipe), "--output", str(tmp_path / version), *flags.split()]) == 0
-    printed = capsys.readouterr().out
-    assert "Break-even" in printed and "below 1k" in printed
-    assert main(["report", str(tmp_path / "0.31"), str(tmp_path / "0.32")]) == 0
-    page = (tmp_path / "0.31" / "report.md").read_text()
-    assert "## From vllm 0.31 to vllm 0.32" in page and "| accepts less |" in page
-    before, after = (read_results(tmp_path / version / "servers.json") for version in ("0.31", "0.32"))
-    taus = [results.rows[0].tau for results in (before, after)]
-    assert f"| {100 * (taus[1] / taus[0] - 1):+.1f} % [" in page
-    (upgrade,) = compare_servers(before, after)
-    assert upgrade.tau_gain[2] < 0 and upgrade.speed_ratio[0] > 0
-    fewer = replace(after, rows=[replace(after.rows[0], responses=after.rows[0].responses[:3])])
-    (on_three,) = compare_servers(before, fewer)
-    assert on_three.tau_gain[1:] == (None, None) and not compare_servers(before, replace(after, rows=[]))
-    assert compare_servers(before, replace(after, target="other")) == [], "of another target"
-    older = replace(after, rows=[replace(after.rows[0], responses=None)])
-    assert compare_servers(before, older) == [], "servers.json of an older version has no responses"
+def measured(*names: str) -> dict[tuple[float, str], Row]:
+    """What this process measured on prompts: the accepted lengths 0 and 2 each."""
+    ours, plain = ([make(id=name) for name in names] for make in (make_response, make_plain))
+    return {(0.0, "s"): make_row(responses=ours, plain_responses=plain)}
+
+
+def test_tau_here_is_that_of_the_prompts_that_both_have():
+    records = [served(str(number), [1, 0], 0.5) for number in range(8)]
+    (row,) = make_rows(records, measured(*"2345679", "other"))
+    assert row.tau == 1.5 and row.tau_here == (2.0, 2.0, 2.0)
+    assert row.tau_over_here == pytest.approx((-0.25,) * 3) and served_verdict(row) == "accepts less"
+    (row,) = make_rows(records, measured("1", "2"))
+    assert row.tau_here == (2.0, None, None) and served_verdict(row) == "too few prompts"
+    for here in (measured("other"), {(1.0, "s"): measured("1")[0.0, "s"]}, {}):
+        (row,) = make_rows(records, here)
+        assert row.tau_here == row.tau_over_here == (None, None, None) and served_verdict(row) == "no tau here"
+
+
+def test_a_prompt_without_verifications_or_times_leaves_out_what_follows_from_them():
+    (row,) = make_rows([served("0", [2, 0], 1.0), served("1", [], 3.0)], measured("0", "1"))
+    assert row.tau == 2.0 and row.num_verifications == 2 and row.tokens_per_second == 4 / 4
+    (row,) = make_rows([served("0", [2, 0], 0.0)], {})
+    assert row.tokens_per_second is None, "all tokens came at once"
+
+
+def test_the_verb_shows_tau_served_here_and_in_training(start, recipe, language_drafter_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    drafter = Path(shutil.copytree(language_drafter_folder, out / "drafter"))
+    (drafter / "trainer_state.json").unlink()
+    server, plain = start("vllm", drafts=True), start("vllm")
+    common = f"bench {recipe} --output {out} --temperatures 0 --bench.max-new-tokens 12"
+    asked = f"{common} --server {server.url} --plain-server {plain.url}".split()
+
+    def said(*args: str) -> str:
+        assert main(list(args)) == 0
+        return " ".join("".join(capsys.readouterr()).split())
+
+    def reason(results) -> str:
+        write_results(out / "results.json", results)
+        return said(*asked)
+
+    first = said(*asked)
+    assert f"tau here is not known: there is no {out}/results.json; run" in first and "no tau here" in first
+    assert f"tau in training is not known: there is no {drafter}/trainer_state.json; name" in first
+    log = [{"step": 1, "eval_tau": 1.25}, {"step": 2, "eval_tau": 1.5}, {"step": 3, "eval_tau": 1.4}]
+    (drafter / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert main([*common.split(), "--widths", "full"]) == 0
+    number = len(server.bodies)
+    again = said(*asked)
+    assert len(server.bodies) == number, "its answers are kept"
+    assert "not known" not in again and "tau in training, on validation responses: 1.50" in again
+    here, found = read_results(out / "results.json"), read_results(out / "servers.json")
+    (row,) = found.rows
+    assert found.tau_in_training == 1.5 and row.tau_here == (here.rows[0].tau, *here.rows[0].tau_interval)
+    assert row.tau_over_here[0] == pytest.approx(2.0 / row.tau_here[0] - 1)
+    assert main(["report", str(out)]) == 0
+    assert f"| {with_interval(*row.tau_here)} |" in (out / "report.md").read_text()
+    assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
+    assert "other chat template (sha256" in reason(replace(here, chat_template_sha256="0" * 64))
+    assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))
+    assert "is not from `dpace bench`" in reason(make_compare())
 
 
 def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
@@ -317,7 +349,6 @@ def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
     "flags",
     [
         "--plain-server http://127.0.0.1:9",
-        "--prefixes warm",
         "--server http://127.0.0.1:9 --verify-rules speculative",
         "--server http://127.0.0.1:9 --drafters folder",
         "--server http://127.0.0.1:9 --widths auto",
