@@ -100,7 +100,7 @@ def test_a_wrong_key_is_named(tmp_path):
     value["decode"]["rows"][1]["responses"][0]["width"] = "wide"
     path = tmp_path / "results.json"
     path.write_text(json.dumps(value))
-    place = r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected one of auto, full or an integer"
+    place = r"decode\.rows\[1\]\.responses\[0\]\.width is 'wide', expected one of auto, full, copies or an integer"
     with pytest.raises(ValueError, match=place):
         read_results(path)
     value = to_json(COMPARE)
