@@ -82,7 +82,7 @@ def our_ways(target: Target, drafter: Drafter) -> dict[str, Way]:
 
     drafts_alone = Paces()
     pace = drafts_alone.get(target, drafter)
-    pace.plan = lambda copies=(), num_unread=0: Pace.plan(pace, (), num_unread)
+    pace.plan = lambda copies=(), *args, **options: Pace.plan(pace, (), *args, **options)
     ways: dict[str, Way] = {
         "plain": lambda ids, count: generate_plain(target, ids, max_new_tokens=count).token_ids,
         AUTO: ours(drafter, width="auto"),

@@ -179,7 +179,7 @@ def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
     )
     steps = itertools.count()
 
-    def plan(_, copies, num_unread):
+    def plan(_, copies, num_unread, can_draft):
         (copy,) = copies
         return Plan(not copy.token_ids or not is_copied(next(steps)), copy, len(copy.token_ids) + 1)
 

@@ -78,7 +78,7 @@ def test_generate_with_processors_has_the_targets_distribution(options, widths, 
     """Chi-square of the 2nd and 3rd token against transformers' own chain of processors, for cut and whole drafts."""
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
     cycle = itertools.cycle(widths)
-    monkeypatch.setattr("dpace.decode.pace.Pace.plan", lambda *_: Plan(is_drafted=True))
+    monkeypatch.setattr("dpace.decode.pace.Pace.plan", lambda *_, **__: Plan(is_drafted=True))
     monkeypatch.setattr(
         "dpace.decode.pace.Pace.choose_width", lambda _, plan, confidences: (min(next(cycle), len(confidences) + 1), 0)
     )
