@@ -27,7 +27,7 @@ from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
-MAX_CALIBRATION_ROWS = 1500
+MAX_CALIBRATION_ROWS = 500
 """Number of slots that the temperature is fitted to."""
 MAX_ANSWER_TOKENS = 200_000
 """Most tokens of answers that are written beside a drafter, about 1.3 MB."""
