@@ -209,17 +209,25 @@ def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 
 
 def train_on_language(model, tokenizer) -> None:
+    """Train on answers only, with a learning rate that ends at 0.
+
+    Each CPU rounds in its own way, and gets other weights. Trained so, the target gives the right answers on all.
+    """
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
     for _ in range(200):
         rows = []
         for _ in range(16):
             question, answer = language_text(rng)
             rows.append(tokenizer(f"ask {question} answer {answer} <eos>")["input_ids"])
         token_ids = torch.tensor(rows)
-        loss = model(input_ids=token_ids, labels=token_ids).loss
+        labels = token_ids.clone()
+        labels[:, :4] = -100  # the question
+        loss = model(input_ids=token_ids, labels=labels).loss
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
 
 

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 
 import dpace.train.loop
 from dpace.cli import main
+from dpace.decode import generate_plain
+from dpace.prompts.prompts import find_prompt
 from dpace.respond.responses import read_responses
 from dpace.target import Target
+from dpace.target.chat import encode_chat
 from dpace.train.loop import TrainingLoop
 from tests.support.files import (
     change_config,
@@ -230,7 +233,7 @@ PAIRS = {
         "new/drafter/provenance.json",
     ),
     "stream, speculative sampling": Pair(
-        f"generate {TARGET} --prompt w1 --stream --temperature 0.8 --seed 1 --verify-rule speculative "
+        f"generate {TARGET} --prompt 'w3 w51' --stream --temperature 0.8 --seed 1 --verify-rule speculative "
         "--max-new-tokens 8",
         printed=r"w\d+",
     ),
@@ -282,7 +285,7 @@ PAIRS |= {
     "thinking, every verb": Pair(
         f"respond {THINKING}; train {THINKING}; bench {THINKING}; "
         "doctor {out}/t/drafter --target {target} --thinking; "
-        "generate --target {target} --drafter {out}/t/drafter --prompt w1 --thinking --max-new-tokens 4",
+        "generate --target {target} --drafter {out}/t/drafter --prompt 'w3 w51' --thinking --max-new-tokens 4",
         printed=r"w\d+",
     ),
     "a limit, a number of validation prompts": Pair(
@@ -313,7 +316,7 @@ PAIRS |= {
     "from a drafter with a head": Pair(
         f"train {RECIPE} {HEAD}; respond {{recipe}} --output {{out}}/b; "
         "train {recipe} --output {out}/b --drafter.init {out}/drafter; "
-        "generate --target {target} --drafter {out}/b/drafter --prompt w1 --max-new-tokens 4",
+        "generate --target {target} --drafter {out}/b/drafter --prompt 'w3 w51' --max-new-tokens 4",
         printed=r"w\d+",
     ),
     "from a GGUF file": Pair(
@@ -607,16 +610,17 @@ def test_a_compiled_training_gives_the_same_weights(files, tmp_path, monkeypatch
     torch.testing.assert_close(*weights)
 
 
-def test_a_chat_that_ends_in_a_tools_result_is_answered(files, tmp_path, capsys):
-    """It does not wait for what the user types."""
-    target = shutil.copytree(files["target"], tmp_path / "target")
-    template = target / "chat_template.jinja"
+def test_a_chat_that_ends_in_a_tools_result_is_answered(files, endless_folder, capsys):
+    """With what the target says, and it does not wait for what the user types."""
+    template = endless_folder / "chat_template.jinja"
     template.write_text(
         "{% if messages[-1].role == 'tool' %}w3 {{ messages[-1].content }} {% endif %}" + template.read_text()
     )
-    command = f"generate {TARGET} --stream --prompt {{tools}}#1 --max-new-tokens 3"
-    run(command, files | {"target": str(target)})
-    assert re.search(r"\d tokens?\n", capsys.readouterr().err)
+    run(f"generate {TARGET} --stream --prompt {{tools}}#1 --max-new-tokens 3", files | {"target": str(endless_folder)})
+    target = Target.load(str(endless_folder))
+    prompt = encode_chat(target, find_prompt(f"{files['tools']}#1"))
+    answer = generate_plain(target, prompt, max_new_tokens=3)
+    assert capsys.readouterr().out == target.tokenizer.decode(answer.token_ids, skip_special_tokens=True) + "\n"
 
 
 def test_the_card_has_what_was_measured_in_another_dtype(files, tmp_path):

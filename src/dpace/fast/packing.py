@@ -164,7 +164,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Product | None:
         product = _pack_in_16_bits(weight, bias)
         if product is not None:
             return product
-    is_multiplied = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bf16())
+    is_multiplied = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_fast_bf16())
     if not is_multiplied or not torch.backends.mkldnn.is_available():
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
@@ -212,9 +212,15 @@ def _has_fp16_products() -> bool:
     return torch.allclose(out.double(), rows.double() @ weight.double().T, rtol=0, atol=1e-4)
 
 
-def multiplies_bf16() -> bool:
-    """Find out whether the CPU has instructions for products in bf16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def has_fast_bf16() -> bool:
+    """Find out whether products in bf16 are fast on this CPU: it has instructions for them, and oneDNN takes them.
+
+    oneDNN emulates bf16 on CPUs without such instructions, and refuses it where `ONEDNN_MAX_CPU_ISA` hides too much of
+    the CPU.
+    """
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    is_in_build = torch.backends.mkldnn.is_available()
+    return has_instructions and is_in_build and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def join(linears: Sequence[nn.Linear]) -> Product:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpace.config import TrainConfig
-from dpace.fast.packing import multiplies_bf16
+from dpace.fast.packing import has_fast_bf16
 from dpace.system import ranks
 from dpace.train.sharding import take_share
 
@@ -20,7 +20,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 def products_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of the factors in matrix products: bf16, and on a CPU what `--train.products` says."""
-    is_rounded = config.products == "bfloat16" or (config.products == "auto" and multiplies_bf16())
+    is_rounded = config.products == "bfloat16" or (config.products == "auto" and has_fast_bf16())
     return torch.bfloat16 if device.type != "cpu" or is_rounded else torch.float32
 
 

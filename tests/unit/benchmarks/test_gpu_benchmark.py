@@ -22,7 +22,7 @@ def test_parts_of_a_step_add_up():
     assert isinstance(drafter, Drafter) and found["steps"] == 2
     assert set(found["part_seconds"]) == set(gpu_step.PARTS)
     assert all(seconds > 0 for seconds in found["part_seconds"].values())
-    assert found["step_seconds"] == pytest.approx(sum(found["part_seconds"].values()), rel=0.5)
+    assert found["step_seconds"] == pytest.approx(sum(found["part_seconds"].values()))  # medians of two are means
     assert found["tokens_per_second"] == pytest.approx(2 * 2 * 40 / found["step_seconds"])
     assert found["mfu"] == pytest.approx(found["tflops_per_step"] / found["step_seconds"])
     assert 0 < found["planned_memory_bytes"] < found["peak_memory_bytes"]  # which is the whole process on a CPU

@@ -7,8 +7,8 @@ from torch import nn
 
 from dpace.fast.packing import (
     PackedLinear,
-    _multiplies_bf16,
     _pack_in_16_bits,
+    has_fast_bf16,
     join,
     pack,
     pack_linears,
@@ -24,7 +24,7 @@ def test_packed_products_are_those_of_linear(num_rows, bias, dtype):
     x = torch.randn(2, num_rows, 48, dtype=dtype)
     exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     is_fast = pack_linears(layer)
-    assert is_fast == (type(layer) is PackedLinear) == (dtype == torch.float32 or _multiplies_bf16())
+    assert is_fast == (type(layer) is PackedLinear) == (dtype == torch.float32 or has_fast_bf16())
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
     with torch.no_grad():
         torch.testing.assert_close(layer(x), exact.to(dtype), **close)
@@ -108,10 +108,19 @@ def test_joined_layers_share_one_tensor_and_are_saved_as_before(tmp_path):
     assert saved.keys() == before.state_dict().keys() and torch.equal(saved["2.weight"], before[2].weight)
 
 
-def test_nothing_is_packed_without_room_or_where_it_is_not_faster(monkeypatch):
+def test_nothing_is_packed_without_room(monkeypatch):
     monkeypatch.setattr("dpace.fast.packing.psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
     assert not pack_linears(nn.Linear(48, 33))
-    monkeypatch.undo()
-    monkeypatch.setattr("dpace.fast.packing._multiplies_bf16", lambda: False)
+
+
+@pytest.mark.parametrize(("has_instructions", "is_taken"), [(True, True), (True, False), (False, True)])
+def test_bf16_is_fast_where_the_cpu_has_instructions_and_onednn_takes_them(has_instructions, is_taken, monkeypatch):
+    """The second: a container hides a part of the CPU. The third: oneDNN would emulate bf16. Nothing is packed then."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_taken)
+    is_fast = has_instructions and is_taken
+    assert has_fast_bf16() == is_fast
     layer = nn.Linear(8, 4).to(torch.bfloat16)
-    assert not pack_linears(layer) and type(layer) is nn.Linear
+    if not is_fast:
+        assert pack(layer.weight) is None and not pack_linears(layer) and type(layer) is nn.Linear

@@ -37,7 +37,7 @@ def test_drafters_are_compared_with_the_first(results):
 def test_rules_are_compared_on_the_same_prompts(language_target, language_drafter, language_prompts, tmp_path):
     """One command gives both rows, paired; the default rule has no name of its own."""
     config = BenchConfig(
-        max_new_tokens=16, temperatures=(1.0,), widths=("full",), verify_rules=("equality", "speculative")
+        max_new_tokens=16, temperatures=(2.0,), widths=("full",), verify_rules=("equality", "speculative")
     )
     prompts = make_prompts(language_prompts[50:56])
     results = bench(language_target, {"d": language_drafter}, prompts, config, tmp_path)

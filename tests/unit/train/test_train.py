@@ -240,8 +240,13 @@ EACH = {
 
 
 def trace(target, responses, recipe, folder):
-    """What a training logs, and its weights."""
-    weights = weights_of(run_recipe(target, responses[:21], [], recipe, folder))
+    """What a training logs, and its weights; every third answer has one anchor, so that reductions differ."""
+    answers = [
+        replace(response, response_spans=[[start, start + 2]]) if number % 3 == 0 else response
+        for number, response in enumerate(responses[:21])
+        for start, _ in response.response_spans
+    ]
+    weights = weights_of(run_recipe(target, answers, [], recipe, folder))
     return [[entry.get(name) for name in ("loss", "nll", "grad_norm")] for entry in read_log(folder)], weights
 
 
