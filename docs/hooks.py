@@ -64,7 +64,6 @@ def generated_pages() -> dict[str, str]:
     return {
         **{page: (ROOT / source).read_text() for page, source in COPIED.items()},
         "reference/cli.md": cli_page(),
-        "reference/doctor.md": doctor_page(),
         "reference/recipe.md": recipe_page(),
         "reference/results.md": results_page(),
     }
@@ -77,22 +76,6 @@ def engine_commands() -> str:
     about: Any = {"drafter": "dpace-out/drafter", "target": "Qwen/Qwen3-4B", "gguf": "drafter.gguf", "block_size": 16}
     text = "\n\n".join([*card_sections("vllm", **about), *card_sections("gguf", **about)])
     return re.sub(r"^\*\*([^*]+)\*\* ?(.*)$", r"### \1\n\n\2", text, flags=re.MULTILINE)
-
-
-def doctor_page() -> str:
-    """Write what `dpace doctor` examines, from its tables of checks."""
-    from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, WEIGHT_CHECKS
-    from dpace.doctor.doctor import RUN_CHECKS
-
-    checks = (*FILE_CHECKS, *CONFIG_CHECKS, *WEIGHT_CHECKS, *RUN_CHECKS)
-    lines = [
-        "# Doctor's checks\n",
-        "What `dpace doctor` examines, and what breaks where a check does not pass. "
-        "[serve.md](../serve.md#check-a-folder-dpace-doctor) says how to run it.\n",
-        "| check | result | what breaks | what to do |\n|---|---|---|---|",
-        *(f"| `{check.name}` | {check.severity} | {check.breaks} | {check.fix} |" for check in checks),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def cli_page() -> str:

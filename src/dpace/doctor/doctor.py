@@ -1,158 +1,203 @@
 """Examine a drafter's folder by named checks of what would go wrong when it is served.
 
-What comes in is a folder and its target; what goes out is a `Diagnosis` for each check: first those of the files
-(`dpace.doctor.checks`), then, where the drafter loads, those that run it: leaks, parity and accepted lengths.
+What comes in is a folder and its target; what goes out is a `Diagnosis` for each check. First come those of the files
+(`dpace.doctor.checks`). Then the drafter is run: it decodes three prompts, and its tau is measured as the config says
+and as other values would have it.
 """
 
+import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
 import torch
 
+from dpace.batches.dataset import ResponseDataset
 from dpace.config import Engine
-from dpace.doctor.checks import CONFIG_CHECKS, FILE_CHECKS, TENSOR_KEYS, WEIGHT_CHECKS, Check, Observation
-from dpace.doctor.examined import ExaminedFolder
-from dpace.engines.folder import read_files
-from dpace.measure.parity import check_views
-from dpace.metrics import tau_gain
+from dpace.decode import generate, generate_plain
+from dpace.doctor.checks import CONFIG, RECIPE, WEIGHTS, Diagnosis, attempt, check_files, replace_trained
+from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.spec import DrafterSpec, find_layer_id_faults
+from dpace.engines.folder import DrafterFolder, mapping, read_files
+from dpace.measure.heldout import heldout_acceptance
+from dpace.metrics import Acceptance, tau_gain
 from dpace.respond.responses import Response, read_responses
+from dpace.system.device import dtype_name
 from dpace.system.loading import first_names
-from dpace.system.progress import one_line, printable, progress_bar
+from dpace.system.progress import printable, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
+PROMPTS = (
+    "Count from one to twenty, in words.",
+    "Write a Python function that reverses a list.",
+    "Explain in two sentences why the sky is blue.",
+)
+MAX_NEW_TOKENS = 32
+"""Tokens that each of them is answered with."""
+MAX_ANSWERS = 24
+"""Answers that two ways of reading a drafter are compared on."""
 MIN_TAU = 1.1
 """Lowest useful mean acceptance length, in tokens per verification; decoding without a drafter gives 1."""
-MIN_SHIFT_GAIN = 0.25
-"""Least relative gain of tau from which on drafts count as read from the wrong slots; chosen, not measured."""
 MAX_TAU_CHANGE = 0.01
 """Largest relative change of tau on the same responses in fp32, where only rounding differs."""
-EXACT_DTYPES = {"float32", "bfloat16"}
+EXACT_DTYPES = {torch.float32, torch.bfloat16}
 """Dtypes of weights as training writes them."""
-REPORT = "report this to dpace: its code is wrong, not the folder"
 
 
-def compare_views(folder: ExaminedFolder, number: str) -> Observation:
-    """Return one finding of `check_views`, on two responses, or on a prompt where there are none."""
-    if folder.target.model.dtype != torch.float32:
-        return Observation(None, "the target is not in fp32, which this check needs")
-    responses = folder.responses[:2]
-    if not responses:
-        token_ids = encode_chat(folder.target, [{"role": "user", "content": "Count from one to twenty, in words."}])
-        responses = [Response("prompt", "doctor", [], token_ids, [[len(token_ids) // 2, len(token_ids)]])]
-    finding = check_views(folder.target, folder.drafter, responses)[int(number)]
-    return Observation(finding.is_passed, finding.detail, "equal up to rounding")
+@dataclass
+class Trial:
+    """A drafter that is run, and what it is measured on."""
+
+    target: Target
+    files: DrafterFolder
+    responses: list[Response]
+
+    @cached_property
+    def drafter(self) -> Drafter:
+        """The drafter, loaded as for decoding."""
+        return load_drafter(self.files.path, self.target)
+
+    @cached_property
+    def spec(self) -> DrafterSpec:
+        """What the config says."""
+        return self.drafter.spec
+
+    @cached_property
+    def answers(self) -> ResponseDataset:
+        """The first responses."""
+        return self.select(self.responses[:MAX_ANSWERS])
+
+    @cached_property
+    def acceptance(self) -> Acceptance:
+        """Accepted lengths on the answers, as the config says."""
+        return self.measure(self.answers)
+
+    def is_confirmed(self, key: str) -> bool:
+        """Whether the recipe of the training says the same of a key as the config."""
+        trained, _ = attempt(RECIPE, lambda: replace_trained(self.spec, self.files, self.target))
+        return "drafter" in self.files.recipe and getattr(trained, key, None) == getattr(self.spec, key)
+
+    def select(self, responses: Sequence[Response]) -> ResponseDataset:
+        """Prepare responses, cut as in training."""
+        longest = mapping(self.files.recipe.get("train")).get("max_length", 10**9)
+        return ResponseDataset(responses, max_length=longest, num_anchors=None, seed=0)
+
+    def measure(self, answers: ResponseDataset, **changes: Any) -> Acceptance:
+        """Measure accepted lengths where the config's values are these; the drafter stays as it was."""
+        read_as(self.drafter, replace(self.spec, **changes))
+        try:
+            return heldout_acceptance(self.drafter, self.target, answers)
+        finally:
+            read_as(self.drafter, self.spec)
 
 
-def accepts_drafts(folder: ExaminedFolder) -> Observation:
-    """Measure whether any draft is accepted."""
-    if folder.acceptance is None:
-        return Observation(None, "no responses to measure on; name a file with --responses")
-    return Observation(folder.acceptance.tau >= MIN_TAU, f"tau {folder.acceptance.tau:.2f}", f"{MIN_TAU} or more")
+def read_as(drafter: Drafter, spec: DrafterSpec) -> None:
+    """Let a drafter have the slots, the causality and the layers of another spec."""
+    drafter.config.dflash_config["sample_from_anchor"] = spec.sample_from_anchor
+    drafter.config.target_layer_ids = list(spec.target_layer_ids)
+    for layer in drafter.layers:
+        part: Any = layer.self_attn
+        part.is_causal = part.kind == "sliding_attention" if spec.is_causal == "sliding" else spec.is_causal
 
 
-def first_slot(folder: ExaminedFolder) -> Observation | None:
-    """Compare tau with that of drafts read one slot before or behind, which has to be clearly higher to count.
+def decode_prompts(name: str, trial: Trial) -> Diagnosis:
+    """Compare the texts of decoding with and without the drafter."""
+    target = trial.target
+    done = []
+    num_same = 0
+    for prompt in PROMPTS:
+        token_ids = encode_chat(target, [{"role": "user", "content": prompt}])
+        plain = generate_plain(target, token_ids, max_new_tokens=MAX_NEW_TOKENS)
+        drafted = generate(target, trial.drafter, token_ids, width="full", max_new_tokens=MAX_NEW_TOKENS)
+        num_same += drafted.token_ids == plain.token_ids
+        done.append(drafted.acceptance)
+    found = f"tau {Acceptance.of_prompts(done).tau:.2f}, {num_same} of {len(done)} texts as without the drafter"
+    if num_same == len(done):
+        return Diagnosis(name, "passes", found)
+    if target.model.dtype != torch.float32:
+        return Diagnosis(name, "skipped", f"{found}; in {dtype_name(target.model.dtype)} a near tie may change one")
+    return Diagnosis(name, "fails", found, "the same texts", "run `dpace check`, and report what it prints")
 
-    Both are near 1 for a drafter that was hardly trained, and either may be the higher one: its gain counts from
-    `MIN_SHIFT_GAIN` on, and where its interval is above 0. A head has no vector for the slot that blocks would have
-    more.
+
+def accept_drafts(name: str, trial: Trial) -> Diagnosis:
+    """Compare tau with what training recorded, and with the lowest useful one.
+
+    On the recorded responses in fp32, where nothing is left to chance, it may differ by `MAX_TAU_CHANGE`. Elsewhere it
+    has to reach the recorded interval.
     """
-    if folder.drafter.spec.head:
-        return None
-    acceptance, shifted = folder.acceptance, folder.shifted_acceptance
-    if acceptance is None or shifted is None:
-        return Observation(None, "no responses to measure on")
-    gain, low, _ = tau_gain([shifted], [acceptance])
-    is_right = shifted.tau < MIN_TAU or gain < MIN_SHIFT_GAIN or not low > 0  # of few responses, low is nan
-    found = f"tau {acceptance.tau:.2f}, and {shifted.tau:.2f} when read with the other value"
-    return Observation(is_right, found, f"{bool(1 - folder.drafter.first_slot)}, with the higher tau")
+    record = trial.files.record
+    ids = record.get("tau_responses", [])
+    recorded = [response for response in trial.responses if response.id in ids]
+    tau = trial.measure(trial.select(recorded)).tau if recorded else trial.acceptance.tau
+    found = f"tau {tau:.3f}{' on the responses of the training' if recorded else ''}"
+    low, high = record.get("tau_interval", [None])[0], math.inf
+    is_exact = (
+        record.get("dtype") == dtype_name(trial.target.model.dtype) == "float32"
+        and {tensor.dtype for tensor in trial.files.stored.values()} <= EXACT_DTYPES
+    )
+    if is_exact and len(recorded) == len(ids) > 0 and "train" in trial.files.recipe:
+        low, high = record["tau"] * (1 - MAX_TAU_CHANGE), record["tau"] * (1 + MAX_TAU_CHANGE)
+    if low is not None and not low <= tau <= high:
+        fix = "name the target of the training, or copy the drafter again: one of them is another one"
+        return Diagnosis(name, "fails", found, f"{low:.3f} to {high:.3f}", fix)
+    if tau < MIN_TAU:
+        return Diagnosis(name, "warns", found, f"{MIN_TAU} or more", "train longer, or for this target")
+    return Diagnosis(name, "passes", found)
 
 
-def accepted_length(folder: ExaminedFolder) -> Observation:
-    """Compare tau with the interval that training recorded.
+def compare_ways(name: str, trial: Trial, *, key: str) -> Diagnosis:
+    """Measure tau on the same answers as if the config had another value, and fail where that is better.
 
-    On the very same responses with the target in fp32, where nothing is left to chance, the range is `MAX_TAU_CHANGE`
-    around the recorded tau, which is that of the weights in the file.
+    The interval of the paired gain over answers has to exclude 0, drafts have to be accepted at all, and no recipe may
+    say that the config is right.
     """
-    record, acceptance = folder.record, folder.acceptance
-    if acceptance is None:
-        return Observation(None, "no responses to measure on")
-    if "tau" not in record:
-        return Observation(None, "training did not record it")
-    before, (low, high) = record["tau"], record["tau_interval"]
-    is_exact = {record["dtype"], folder.facts["dtype"]} == {"float32"} and not {*folder.stored_dtypes} - EXACT_DTYPES
-    is_same = is_exact and "train" in folder.recipe and {*record["tau_responses"]} <= {r.id for r in folder.responses}
-    if is_same:
-        low, high = before * (1 - MAX_TAU_CHANGE), before * (1 + MAX_TAU_CHANGE)
-    elif None in (low, high):
-        return Observation(None, "training had too few responses for an interval")
-    tau = acceptance.tau
-    observed = f"tau {tau:.3f} on {len(acceptance.rows)} responses{', those of the training' if is_same else ''}"
-    is_right = low <= tau <= high or tau > before and not is_same
-    return Observation(is_right, observed, f"{before:.3f} [{low:.3f}, {high:.3f}]")
+    others = other_values(trial.spec, key)
+    if not others:
+        return Diagnosis(name, "skipped", "this drafter can be read in one way only")
+    ways = [(trial.measure(trial.answers, **{key: value}), value) for value in others]
+    best, value = max(ways, key=lambda way: way[0].tau)
+    said = json.dumps(value)
+    found = f"tau {trial.acceptance.tau:.2f} as the config says, {best.tau:.2f} with {said}"
+    _, low, high = tau_gain([best], [trial.acceptance])
+    if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (low > 0 or high < 0):
+        return Diagnosis(name, "skipped", f"{found}: cannot be told apart on {len(trial.answers)} answers")
+    if high < 0 or trial.is_confirmed(key):
+        return Diagnosis(name, "passes", found)
+    fix = f'write "{key}": {said} into config.json, also where dflash_config has it'
+    return Diagnosis(name, "fails", found, said, fix)
 
 
-RUN_CHECKS = (
-    Check(
-        "loads",
-        "fails",
-        lambda folder: Observation(bool(folder.drafter), "yes", "yes"),
-        "fix what the message names",
-        "anything that the checks above did not see",
-    ),
-    Check("no leak from the future", "fails", compare_views, REPORT, "tau in training is too good to be true", ("0",)),
-    Check(
-        "training view is serving view",
-        "fails",
-        compare_views,
-        REPORT,
-        "tau in training is not tau when decoding",
-        ("1",),
-    ),
-    Check(
-        "drafts anything",
-        "warns",
-        accepts_drafts,
-        "train longer, or train a drafter for this target",
-        "tau is below 1.1 on responses: drafting costs more than it gives",
-    ),
-    Check(
-        "sample_from_anchor",
-        "fails",
-        first_slot,
-        "write the other value of sample_from_anchor into dflash_config: drafts are read one slot too late or too soon",
-        "slot 0 predicts the first draft token in some drafters that do not say so (DeepSpec); nothing is accepted",
-    ),
-    Check(
-        "accepted length",
-        "fails",
-        accepted_length,
-        "copy the drafter again and name the right target: these are not the weights or the target of the training",
-        "tau is not what training recorded: other weights or target, or layers or columns reordered",
-    ),
-)
-"""Checks that run the drafter; the others need it to load."""
-MAX_SHOWN = 300
-"""Characters of a value that the table shows."""
-UNSAFE = (*(check.name for check in (*FILE_CHECKS, *WEIGHT_CHECKS)), *TENSOR_KEYS, "hidden_size")
-"""Checks without which a drafter is not loaded: it might not fit into memory."""
+def other_values(spec: DrafterSpec, key: str) -> list[Any]:
+    """Return the values of a key that a drafter may have been trained with instead."""
+    if key == "target_layer_ids":
+        moved = [tuple(layer + step for layer in spec.target_layer_ids) for step in (1, -1)]
+        return [ids for ids in moved if not find_layer_id_faults(ids, spec.num_target_layers)]
+    if key == "sample_from_anchor" and spec.head:
+        return []  # a head has no vector for the slot that blocks would have more
+    return [not getattr(spec, key)]
 
 
-class Diagnosis(NamedTuple):
-    """The result of one check."""
-
-    check: str
-    result: Literal["passes", "warns", "fails", "skipped"]
-    """`fails`: engines refuse the folder or draft badly. `warns`: only some do, or it may be intended.
-
-    `skipped`: it cannot be decided."""
-    found: str
-    expected: str
-    fix: str
-    """What to do, in one line; empty where there is nothing to do."""
+Check = Callable[[str, Trial], Diagnosis]
+MEASURED: dict[str, Check] = {
+    "accepted length": accept_drafts,
+    "measured sample_from_anchor": partial(compare_ways, key="sample_from_anchor"),
+    "measured is_causal": partial(compare_ways, key="is_causal"),
+    "measured target_layer_ids": partial(compare_ways, key="target_layer_ids"),
+}
+"""Checks that need answers of the target."""
+RUN: dict[str, Check] = {
+    "loads": lambda name, trial: Diagnosis(name, "passes", f"{trial.drafter.num_parameters():,} parameters"),
+    "decodes three prompts": decode_prompts,
+    **MEASURED,
+}
+"""Checks that run the drafter, in this order."""
+NEEDED = {CONFIG, WEIGHTS, "loads"}
+"""Checks without which nothing is run: the drafter might not fit into memory."""
 
 
 def diagnose(
@@ -160,15 +205,14 @@ def diagnose(
 ) -> list[Diagnosis]:
     """Examine a drafter's folder: first the files on disk, then the drafter as it runs.
 
-    One failed check does not stop the others. Files that cannot be read are not examined further; weights that are
-    damaged, or that fail to load after another failure, are not run.
+    One failed check does not stop the others, except those that need what failed: they are skipped.
 
-    Memory: the drafter as stored and as loaded; what `heldout_acceptance` says.
+    Memory: the drafter twice; what `heldout_acceptance` says.
 
     Args:
         folder: of the drafter.
-        target: what it is to draft for; in fp32 for the checks of leaks and views.
-        engine: what will serve it, for a check of its own.
+        target: what it is to draft for.
+        engine: what will serve it, for checks of its own.
         responses: the `responses.jsonl` of the training; by default one in the folder or in the two above it.
 
     Returns:
@@ -178,33 +222,28 @@ def diagnose(
         ValueError: responses that were named and cannot be read.
     """
     recorded = _find_responses(Path(folder), target, responses)
-    examined = ExaminedFolder(**vars(read_files(folder)), target=target, engine=engine, responses=recorded)
-    static = [*FILE_CHECKS]
-    static += CONFIG_CHECKS if "config.json" not in examined.problems else ()
-    static += WEIGHT_CHECKS if "model.safetensors" not in examined.problems else ()
-    diagnoses: list[Diagnosis] = []
     with progress_bar() as bar:
-        task = bar.add_task("examining", total=len(static) + len(RUN_CHECKS), info="")
-
-        def run(checks: Sequence[Check]) -> None:
-            for check in checks:
-                bar.update(task, info=check.name)
-                diagnoses.extend(_run_check(check, examined))
-                bar.update(task, advance=1)
-
-        run(static)
-        failed = [diagnosis.check for diagnosis in diagnoses if diagnosis.result == "fails"]
-        damaged = [name for name in UNSAFE if name in failed]
-        if damaged:
-            reason = f"not tried, since these checks fail: {first_names(damaged)}"
-            return [*diagnoses, Diagnosis(RUN_CHECKS[0].name, "skipped", reason, "", "")]
-        run(RUN_CHECKS[:1])
-        if diagnoses[-1].result == "passes":
-            run(RUN_CHECKS[1:])
-        elif failed:
-            reason = "refused; fix the failures above first"
-            diagnoses[-1] = diagnoses[-1]._replace(result="skipped", found=reason, expected="", fix="")
+        task = bar.add_task("examining", total=1 + len(RUN), info="files")
+        files = read_files(folder)
+        diagnoses = check_files(files, target, engine)
+        trial = Trial(target, files, recorded)
+        for name, check in RUN.items():
+            bar.update(task, advance=1, info=name)
+            failed = [d.check for d in diagnoses if d.result == "fails" and d.check in NEEDED]
+            if failed:
+                diagnoses.append(Diagnosis(name, "skipped", f"fix first: {first_names(failed)}"))
+            else:
+                found, broken = attempt(name, partial(_run, name, check, trial))
+                diagnoses.append(found or broken)
+        bar.update(task, advance=1, info="")
     return diagnoses
+
+
+def _run(name: str, check: Check, trial: Trial) -> Diagnosis:
+    """Run a check, where there is what it needs."""
+    if name in MEASURED and not len(trial.answers):
+        return Diagnosis(name, "skipped", "no responses to measure on; name a file with --responses")
+    return check(name, trial)
 
 
 def _find_responses(folder: Path, target: Target, named: str | Path | None) -> list[Response]:
@@ -219,23 +258,3 @@ def _find_responses(folder: Path, target: Target, named: str | Path | None) -> l
     except ValueError as error:
         print(f"tau is not measured: {printable(str(error))}", file=sys.stderr)
         return []
-
-
-def _run_check(check: Check, folder: ExaminedFolder) -> list[Diagnosis]:
-    """Run one check; a value that cannot even be compared is a failure of that check."""
-    try:
-        observation = check.probe(folder, *check.keys)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        observation = Observation(False, str(error) or type(error).__name__)
-        check = check._replace(severity="fails")
-    if observation is None:
-        return []
-    result = "skipped" if observation.is_right is None else "passes" if observation.is_right else check.severity
-    fix = check.fix if observation.is_right is False else ""
-    return [Diagnosis(check.name, result, _short(observation.found), _short(observation.expected), fix)]
-
-
-def _short(value: object) -> str:
-    """Return a value as one line of the table; a config may hold any text."""
-    text = one_line(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

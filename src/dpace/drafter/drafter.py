@@ -36,6 +36,19 @@ TARGET_TABLES = {"embed_tokens.weight", "lm_head.weight", "t2d", "verifier_norm.
 """Tensors that say nothing new: tables that the config calls the target's, and what speculators trains with."""
 
 
+def facts_of(target: Target) -> dict[str, Any]:
+    """Return the values of a spec that have to be the target's own."""
+    return {
+        "num_target_layers": target.num_layers,
+        "vocab_size": len(target.head.weight),
+        "hidden_size": target.hidden_size,
+        "rope": rope_of(target.config),
+        "embed_scale": target.embed_scale,
+        "logit_scale": target.head.multiplier,
+        "softcap": target.head.softcap,
+    }
+
+
 def spec_for(target: Target, *, conv_kernel_size: int = 0, **own: Any) -> DrafterSpec:
     """Describe a drafter with the target's width, heads, feed-forward and rotary embedding; see `from_target`.
 
@@ -44,19 +57,13 @@ def spec_for(target: Target, *, conv_kernel_size: int = 0, **own: Any) -> Drafte
     config = target.config
     heads = getattr(config, "num_attention_heads", None) or max(1, config.hidden_size // 64)
     return DrafterSpec(
-        num_target_layers=target.num_layers,
-        vocab_size=len(target.head.weight),
-        hidden_size=config.hidden_size,
+        **facts_of(target),
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         num_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        rope=rope_of(config),
         max_position_embeddings=getattr(config, "max_position_embeddings", None) or 32768,
-        embed_scale=target.embed_scale,
-        logit_scale=target.head.multiplier,
-        softcap=target.head.softcap,
         conv_kernel_size=conv_kernel_size,
         conv_group_size=math.gcd(CONV_GROUP_SIZE, config.hidden_size) if conv_kernel_size else 0,
         special_token_ids={name: getattr(config, name, None) for name in SPECIAL_TOKENS},

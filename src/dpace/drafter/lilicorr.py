@@ -5,7 +5,7 @@ Its network is `dpace.modeling_dflash.LiLiCorr`; `dpace.train.loop` adds its los
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -112,11 +112,6 @@ def tensors(parts: Parts) -> dict[str, tuple[str, str]]:
     has = parts.has_projection
     head = {PREFIX + name: (axes, "") for name, axes in head.items() if has or "token_proj" not in name}
     return dflash.tensors(parts) | dflash.numbered(head, parts.num_head_layers)
-
-
-def count_head_layers(names: Iterable[str]) -> int:
-    """Count the layers of the head that have a tensor among these published names; 0 without a head."""
-    return len({name.split(".")[2] for name in names if name.startswith(f"{PREFIX}layers.")})
 
 
 def published_name(name: str) -> str:

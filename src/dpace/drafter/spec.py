@@ -302,7 +302,7 @@ class DrafterSpec:
                 "mask_token_id": _either(config, nested, "mask_token_id"),
                 "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
                 "target_layer_ids": () if layer_ids is None else layer_ids,
-                "rope_parameters": _read_rope(config),
+                "rope_parameters": read_rope(config),
                 "is_causal": _read_causality(config, nested),
                 "special_token_ids": {name: config[name] for name in SPECIAL_TOKENS if name in config},
             }
@@ -412,7 +412,7 @@ def _read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the rotary embedding from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
     rope = _read_object(config, "rope_parameters")
     if not rope:

@@ -1,11 +1,10 @@
 """Read a drafter's folder as it is on disk, and name its tensors.
 
 What comes in is a folder, whole or broken; no model class is needed to read it. What goes out are its config, recipe
-and tensors, and why any of them could not be read. `dpace.drafter.kinds` has the names and axes of the tensors.
+and tensors, also by their published names, and why any of them could not be read.
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpace.drafter import lilicorr
-from dpace.drafter.dflash import TABLES, Parts
-from dpace.drafter.kinds import KINDS
 from dpace.recipes.recipe_file import PlainLoader
 from dpace.system.ledger import read_text
 from dpace.system.loading import LIBRARY_ERRORS
@@ -29,8 +26,6 @@ OTHER_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight
 """Names in transformers' own container, and the published ones."""
 UNREADABLE = (*LIBRARY_ERRORS, OSError, MemoryError, yaml.YAMLError, SafetensorError)
 """What reading a damaged file raises."""
-LAYER_NAME = re.compile(r"layers\.(\d{1,3})\.")
-"""How the names of a layer's tensors begin; no drafter has a thousand layers."""
 
 
 @dataclass
@@ -47,15 +42,6 @@ class DrafterFolder:
     """Reason why a file could not be read, by the file's name."""
 
     @property
-    def nested(self) -> dict[str, Any]:
-        """The part of the config that most engines read."""
-        return mapping(self.config.get("dflash_config"))
-
-    def value(self, key: str) -> Any:
-        """Return a key of DFlash, from `dflash_config` or else the top level; None where it is missing."""
-        return self.nested.get(key, self.config.get(key))
-
-    @property
     def record(self) -> dict[str, Any]:
         """What training recorded in the config."""
         return mapping(self.config.get("dpace"))
@@ -65,35 +51,6 @@ class DrafterFolder:
         """Tensors by their published names."""
         stored = {name.removeprefix("model."): tensor for name, tensor in self.stored.items()}
         return {OTHER_NAMES.get(name, lilicorr.published_name(name)): tensor for name, tensor in stored.items()}
-
-    @cached_property
-    def num_layers(self) -> int:
-        """Number of layers that have a tensor."""
-        return 1 + max((int(found[1]) for name in self.tensors if (found := LAYER_NAME.match(name))), default=-1)
-
-    @cached_property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """The axes of each tensor that there should be."""
-        parts = Parts(
-            num_layers=self.num_layers,
-            has_taps="layers.0.mlp_conv.base_kernel" in self.tensors,
-            num_head_layers=lilicorr.count_head_layers(self.tensors),
-            has_projection=f"{lilicorr.PREFIX}token_proj.weight" in self.tensors,
-        )
-        known = KINDS[parts.kind].tensors(parts)
-        known |= {name: axes for name, axes in TABLES.items() if name in self.tensors}
-        return {name: tuple(axes.split()) for name, (axes, _) in known.items()}
-
-    def size(self, axis: str) -> int | None:
-        """Return the length of an axis; None where the tensors that have it differ."""
-        lengths = {
-            length
-            for name, axes in self.axes.items()
-            if name in self.tensors and self.tensors[name].dim() == len(axes)
-            for length, one in zip(self.tensors[name].shape, axes, strict=True)
-            if one == axis
-        }
-        return lengths.pop() if len(lengths) == 1 else None
 
 
 def read_files(path: str | Path) -> DrafterFolder:

@@ -1,6 +1,6 @@
 """Check that no block reads what it predicts, and that blocks are equal in training and serving.
 
-In come a target in fp32, a drafter and some responses; out come findings, also for `dpace doctor`.
+In come a target in fp32, a drafter and some responses; out come findings for `dpace check`.
 """
 
 from collections.abc import Sequence

@@ -135,7 +135,7 @@ def test_doctor_measures_a_head_on_responses(language_target, language_responses
     data = ResponseDataset(language_responses[:3], max_length=10**9, num_anchors=None, seed=0)
     drafter = load_drafter(tmp_path / "head", language_target, all_tokens=True)
     tau = heldout_acceptance(drafter, language_target, data).tau
-    assert {d.check: d.found for d in found}["drafts anything"] == f"tau {tau:.2f}"
+    assert {d.check: d.found for d in found}["accepted length"] == f"tau {tau:.3f}"
 
 
 @pytest.mark.parametrize("value", [0, 48])
@@ -169,12 +169,14 @@ def drop_one(config, tensors):
 @pytest.mark.parametrize(
     ("change", "check"),
     [
-        (nested(lilicorr_logit_scale="8"), "head keys"),
-        (lambda config, _: config["dflash_config"].pop("lilicorr_vector_eps"), "head keys"),
-        (nested(lilicorr_num_heads=2), "head keys"),
+        (nested(lilicorr_logit_scale="8"), "config.json"),
+        (lambda config, _: config["dflash_config"].pop("lilicorr_vector_eps"), "config.json"),
+        (nested(lilicorr_num_heads=2), "model.safetensors"),
         (lambda config, _: config.update(architectures=["DFlashDraftModel"]), "architectures"),
-        (drop_one, "tensor names"),
-        (lambda config, _: config.update(block_size=5), "block_size"),
+        (nested(projector_type="none"), "dflash_config.projector_type"),
+        (lambda config, _: config["dflash_config"].pop("lilicorr_enabled"), "dflash_config.lilicorr_enabled"),
+        (drop_one, "model.safetensors"),
+        (lambda config, _: config.update(block_size=5), "model.safetensors"),
     ],
 )
 def test_doctor_looks_at_the_head(change, check, language_target, tmp_path):
