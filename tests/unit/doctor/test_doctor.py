@@ -377,9 +377,11 @@ def test_another_target_of_the_same_shape_is_found(folder, language_responses):
 WAYS = {
     "sample_from_anchor": lambda drafter: drafter.first_slot == 0,
     "is_causal": lambda drafter: all(reach.is_causal for reach in drafter.reaches.values()),
-    "target_layer_ids": lambda drafter: drafter.target_layer_ids == [2, 4],
+    "target_layer_ids": lambda drafter: drafter.target_layer_ids,
 }
-"""Whether a drafter is read in another way than the one that it was trained in says."""
+"""How a drafter is read."""
+SAID = {"sample_from_anchor": (False, True), "is_causal": (False, True), "target_layer_ids": ([1, 3], [2, 4])}
+"""What its config says, and another way."""
 
 
 def accept_where(is_right):
@@ -406,8 +408,9 @@ def test_the_better_way_is_named(
     key, case, num_answers, result, random_drafter_folder, language_target, language_responses, monkeypatch
 ):
     """With the answers that are needed; where nothing is accepted either way, neither is better."""
-    is_right = {"other": WAYS[key], "same": lambda drafter: not WAYS[key](drafter), "none": lambda drafter: False}[case]
-    monkeypatch.setattr("dpace.doctor.doctor.heldout_acceptance", accept_where(is_right))
+    right = {"same": SAID[key][0], "other": SAID[key][1], "none": None}[case]
+    measure = accept_where(lambda drafter: WAYS[key](drafter) == right)
+    monkeypatch.setattr("dpace.doctor.doctor.heldout_acceptance", measure)
     found = compare_way(key, random_drafter_folder, language_target, language_responses[:num_answers])
     assert found.result == result
     if result == "fails":
@@ -427,8 +430,8 @@ def test_a_better_way_is_no_fault_where_the_recipe_confirms_the_config(
     key, value, is_edited, result, folder, language_target, language_responses, monkeypatch
 ):
     edit(folder, both(**{key: value}) if is_edited else keys())
-    is_right = (lambda drafter: not WAYS[key](drafter)) if is_edited else WAYS[key]
-    monkeypatch.setattr("dpace.doctor.doctor.heldout_acceptance", accept_where(is_right))
+    right = SAID[key][0 if is_edited else 1]
+    monkeypatch.setattr("dpace.doctor.doctor.heldout_acceptance", accept_where(lambda found: WAYS[key](found) == right))
     assert compare_way(key, folder, language_target, language_responses[:20]).result == result
 
 
