@@ -34,4 +34,4 @@ def run(args: list[str]) -> None:
     print(f"report: {output / PAGES[0]}")
     folder = cell_folder(output, ("dpace", recipe.seeds[0]))
     prompt = f"{config.prompts or 'demo'}#{demo.greedy.rows[0].responses[0].id}"
-    print("next:", command("generate", target=demo.greedy.target, drafter=folder, prompt=prompt))
+    print("next:", command("generate", target=recipe.target, drafter=folder, prompt=prompt))
