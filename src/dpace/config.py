@@ -451,7 +451,7 @@ class DemoConfig:
     """Train a drafter for a real LLM on this machine and show what it gains."""
 
     quick: bool = False
-    """Use fewer prompts and steps, and only the objective dpace: 4 minutes at most on two cores, instead of 15."""
+    """Use fewer prompts and steps, which takes less than half of the time; the numbers are rougher."""
     prompts: Text | None = None
     """JSONL file of your own prompts; the demo's prompts by default."""
     target: Text | None = None

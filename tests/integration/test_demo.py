@@ -104,7 +104,7 @@ def test_the_main_job_on_smollm2(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--quick", "--output", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "same text" in text and "next: dpace generate" in text
+    assert "the drafter" in text and "next: dpace generate" in text
     greedy = {row.set: row for row in read_results(out / "decode" / "results.json").rows if row.width == "auto"}
     assert all(row.num_same_text == row.num_responses for row in greedy.values())
     assert read_results(out / "results.json").rows[0].tau > 1

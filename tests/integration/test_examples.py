@@ -22,7 +22,7 @@ def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "lossless" in said and re.search(r"^tau \d", said, flags=re.MULTILINE)
+    assert "drafter" in said and re.search(r"^tau \d", said, flags=re.MULTILINE)
 
 
 def test_the_notebook_imports_names_that_exist():
