@@ -66,7 +66,7 @@ RANGES = {
     "train --train.learning-rate=0": "--train.learning-rate is 0.0, expected a number above 0",
     "train --train.warmup-ratio=nan": "is nan, expected",
     "train --train.max-steps=-2": "is -2, expected -1 or an integer of 1 or more",
-    "bench --widths=0": "--bench.widths is 0, expected one of auto, full or an integer of 1 or more",
+    "bench --widths=0": "--bench.widths is 0, expected one of auto, full, copies or an integer of 1 or more",
     "bench --temperatures 0 0.0": "--bench.temperatures has 0.0 twice",
     "train --drafter.target-layer-ids 3 1": r"is \(3, 1\), expected numbers in ascending order",
     "respond --target '  '": "--target is '  ', expected a text that is not empty",

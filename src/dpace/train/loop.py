@@ -257,9 +257,11 @@ class TrainingLoop:
         return accelerator
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Open the precision of `--train.products` for a `with` block."""
+        """Open the precision of products for a `with` block: accelerate's, and on a CPU that of `--train.products`."""
+        if self.target.device.type != "cpu":
+            return self.accelerator.autocast()
         dtype = products_dtype(self.config, self.target.device)
-        return torch.autocast(self.target.device.type, dtype, enabled=dtype != torch.float32)
+        return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
     def _rounded(self, **inputs: Any) -> Any:
         """Run the drafter on a CPU; on an accelerator, accelerate's wrapper rounds its products."""

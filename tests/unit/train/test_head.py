@@ -99,7 +99,7 @@ def test_a_head_computes_in_the_precision_of_the_training(language_target, langu
     recipe = make_recipe(max_steps=1)
     data = make_datasets(language_target, language_responses[:4], [], recipe)
     loop = TrainingLoop(drafter, language_target, *data, recipe, weigh=make_weigh(loss, 5), checkpoints=tmp_path)
-    assert loop.scorer.autocast == loop.accelerator.autocast
+    assert loop.scorer.autocast == loop.autocast
 
 
 def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, language_responses):
