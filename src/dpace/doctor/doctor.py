@@ -43,8 +43,9 @@ MAX_ANSWERS = 24
 """Answers that two ways of reading a drafter are compared on."""
 MIN_TAU = 1.1
 """Lowest useful mean acceptance length, in tokens per verification; decoding without a drafter gives 1."""
-LEAST_GAIN = 0.2
-"""Least gain of tau by which another way of reading a drafter is taken to be the one that it was trained in."""
+LEAST_GAIN = {"sample_from_anchor": 0.2, "is_causal": 0.02, "target_layer_ids": 0.02}
+"""Least gain of tau by which another way of reading a drafter is taken to be the one that it was trained in.
+Shifted slots cost a trained drafter most of its tau. A drafter that has learned little gains a little by a shift."""
 MAX_TAU_CHANGE = 0.01
 """Largest relative change of tau on the same responses in fp32, where only rounding differs."""
 EXACT_DTYPES = {torch.float32, torch.bfloat16}
@@ -156,7 +157,7 @@ def compare_ways(name: str, trial: Trial, *, key: str) -> Diagnosis:
     """Measure tau on the same answers as if the config had another value, and fail where that is better.
 
     The interval of the paired gain over answers has to lie above `LEAST_GAIN`, drafts have to be accepted at all, and
-    no recipe may say that the config is right. A drafter that has learned little may gain less than that by luck.
+    no recipe may say that the config is right.
     """
     others = other_values(trial.spec, key)
     if not others:
@@ -166,7 +167,7 @@ def compare_ways(name: str, trial: Trial, *, key: str) -> Diagnosis:
     said = json.dumps(value)
     found = f"tau {trial.acceptance.tau:.2f} as the config says, {best.tau:.2f} with {said}"
     _, low, high = tau_gain([best], [trial.acceptance])
-    if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (low > LEAST_GAIN or high < 0):
+    if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (low > LEAST_GAIN[key] or high < 0):
         return Diagnosis(name, "skipped", f"{found}: cannot be told apart on {len(trial.answers)} answers")
     if high < 0 or trial.is_confirmed(key):
         return Diagnosis(name, "passes", found)

@@ -524,3 +524,20 @@ def test_every_compared_key_has_a_fault():
     provoked = {name for _, _, names in FAULTS for name in names.split(", ")} | {"dpace.target"}
     compared = {key for keys in COMPARED for key in keys.names.split()}
     assert compared <= provoked | {"dflash_config.lilicorr_enabled"}
+
+
+@pytest.mark.parametrize(("key", "result"), [("sample_from_anchor", "skipped"), ("is_causal", "fails")])
+def test_a_small_gain_names_a_wrong_mask_and_no_shifted_slots(
+    key, result, random_drafter_folder, language_target, language_responses, monkeypatch
+):
+    """A drafter that has learned little gains a little by a shift; a wrong mask costs little."""
+
+    def measure(drafter, _, answers):
+        rows = np.zeros((len(answers), drafter.block_size), int)
+        rows[:, 1] = 9
+        rows[:, 2] = WAYS[key](drafter) == SAID[key][1]  # tau 2.1 for 2
+        return Acceptance(rows, drafter.block_size)
+
+    monkeypatch.setattr("dpace.doctor.doctor.heldout_acceptance", measure)
+    found = compare_way(key, random_drafter_folder, language_target, language_responses[:20])
+    assert found.result == result
