@@ -27,6 +27,9 @@ from dpace.target.head import Head
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""
+Visit = Callable[[int, Tensor, Tensor], None]
+"""Gets the number of a conversation; states or scores of the slots that decoding may reach, of `score_conversation`,
+"slot hidden"; and whether each is accepted as it is drafted, "slot"."""
 
 
 @torch.no_grad()
@@ -38,6 +41,7 @@ def heldout_acceptance(
     token_ids: Tensor | None = None,
     over_ranks: bool = False,
     is_ended: Callable[[], bool] = lambda: False,
+    visit: Visit | None = None,
     title: str = "",
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
@@ -54,6 +58,7 @@ def heldout_acceptance(
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
         over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
         is_ended: asked after each conversation, by all ranks as often; where it is true, the others are left out.
+        visit: called with what decoding may reach in each conversation that this rank measures.
         title: of a progress bar; none is shown without it.
 
     Raises:
@@ -69,7 +74,7 @@ def heldout_acceptance(
         task = bar.add_task(title, total=len(mine), info="")
         for i in mine:
             if i is not None:
-                results[i] = walk_conversation(drafter, target, dataset, i, token_ids)
+                results[i] = walk_conversation(drafter, target, dataset, i, token_ids, visit)
             elif dataset.features is None:
                 target.join_features(drafter.target_layer_ids)
             bar.update(task, advance=1)
@@ -84,13 +89,26 @@ def heldout_acceptance(
 
 
 def walk_conversation(
-    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int, token_ids: Tensor | None
+    drafter: Drafter,
+    target: Target,
+    dataset: ResponseDataset,
+    index: int,
+    token_ids: Tensor | None,
+    visit: Visit | None = None,
 ) -> list[Acceptance]:
     """Follow greedy decoding through the responses of a conversation, in each way of `score_conversation`."""
     accepted_from: list[dict[int, int]] = [{} for _ in range(3 if drafter.num_candidates > 1 else 1)]
-    for _, blocks, is_accepted in score_conversation(drafter, target, dataset, index, token_ids):
+    reached = []
+    for states, blocks, is_accepted in score_conversation(drafter, target, dataset, index, token_ids):
         for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
             known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
+        if visit is not None:
+            drafted = is_accepted[:1]
+            slots = torch.arange(drafter.block_size, device=target.device)
+            is_reached = blocks.is_scored & (slots <= drafted.sum(-1, keepdim=True) + 1)
+            reached.append((states[is_reached], drafted[is_reached]))
+    if visit is not None:
+        visit(index, *(torch.cat(parts) for parts in zip(*reached, strict=True)))
     cut = dataset.corpus.spans(int(dataset.chosen[index])).clip(max=dataset.max_length).tolist()
     spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
     walks = [[walk(known, span, drafter.block_size) for span in spans] for known in accepted_from]

@@ -12,7 +12,7 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftVocabulary
-from dpace.measure.heldout import heldout_acceptance, score_conversation
+from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
 from dpace.system import ranks
@@ -28,7 +28,7 @@ from dpace.train.progress import PeakMemory
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-6, 11)]
 MAX_CALIBRATION_ROWS = 500
-"""Number of slots that the temperature is fitted to."""
+"""About how many slots the temperature is fitted to."""
 MAX_ANSWER_TOKENS = 200_000
 """Most tokens of answers that are written beside a drafter, about 1.3 MB."""
 SERVED = torch.bfloat16
@@ -51,12 +51,11 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
     validation, recipe = loop.validation, loop.recipe
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    acceptance = heldout_acceptance(drafter, target, validation, over_ranks=True) if len(validation) else None
+    acceptance = None
+    temperature = 1.0
+    if len(validation):
+        acceptance, temperature = measure_and_calibrate(drafter, target, validation)
     vocabulary = _find_vocabulary(loop, acceptance)
-    temperature = fit_confidence_temperature(drafter, target, validation)
-    if vocabulary is not None:
-        token_ids = vocabulary.token_ids
-        vocabulary.confidence_temperature = fit_confidence_temperature(drafter, target, validation, token_ids)
     if not ranks.is_first():
         return
     objective = {"objective": recipe.loss.objective}
@@ -96,8 +95,9 @@ def _find_vocabulary(loop: TrainingLoop, acceptance: Acceptance | None) -> Draft
     if acceptance is None or loop.recipe.drafter.init is not None:
         return None
     vocabulary = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *loop.target.stop_token_ids])
-    token_ids = vocabulary.token_ids
-    part = heldout_acceptance(loop.drafter, loop.target, loop.validation, token_ids=token_ids, over_ranks=True)
+    part, vocabulary.confidence_temperature = measure_and_calibrate(
+        loop.drafter, loop.target, loop.validation, vocabulary.token_ids
+    )
     return vocabulary if part.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau else None
 
 
@@ -130,44 +130,35 @@ def _record(target: Target, acceptance: Acceptance | None, validation: ResponseD
 
 
 @torch.no_grad()
-def fit_confidence_temperature(
+def measure_and_calibrate(
     drafter: Drafter, target: Target, dataset: ResponseDataset, token_ids: Tensor | None = None
-) -> float:
-    """Find the temperature at which the drafter's confidence best says whether a slot is accepted.
+) -> tuple[Acceptance, float]:
+    """Measure tau on responses, and find the temperature at which confidence best says whether a slot is accepted.
 
-    The slots are those that decoding reaches: all slots before them are right. At most `MAX_CALIBRATION_ROWS` are used.
+    The slots are those that decoding reaches: all slots before them are right. About `MAX_CALIBRATION_ROWS` are used.
     What is minimized, over a grid of quarter octaves, is the cross-entropy between the probability of the drafter's
     most likely token and whether it is the text's token.
 
     Args:
         drafter: a trained drafter.
         target: its target.
-        dataset: responses that were not trained on, every token an anchor.
+        dataset: responses that were not trained on, every token an anchor; each rank measures a share.
         token_ids: the only tokens that are drafted; by default all.
 
     Returns:
-        The temperature, above 1 for a drafter that is too sure; 1 without a response.
+        The accepted lengths; and the temperature, above 1 for a drafter that is too sure.
     """
-    was_training = drafter.training
-    drafter.eval()
     head, _ = target.head.part(token_ids)
-    confidences = []
-    matches = []
-    for i in range(len(dataset)):
-        reached = []
-        for states, blocks, is_accepted in score_conversation(drafter, target, dataset, i, token_ids):
-            slots = torch.arange(drafter.block_size, device=target.device)
-            is_accepted = is_accepted[:1]  # as drafted
-            is_reached = blocks.is_scored & (slots <= is_accepted.sum(-1, keepdim=True) + 1)
-            reached.append((states[is_reached], is_accepted[is_reached]))
-        rows, is_right = (torch.cat(parts) for parts in zip(*reached, strict=True))
+    errors: dict[int, Tensor] = {}
+
+    def add_errors(index: int, rows: Tensor, is_right: Tensor) -> None:
         share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
         scores = head.logits(rows[::share]) if drafter.num_candidates == 1 else rows[::share]
-        confidences.append(torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]))
-        matches.append(is_right[::share])
-    drafter.train(was_training)
-    if not sum(map(len, matches)):
-        return 1.0
-    log_confidence, is_match = torch.cat(confidences, dim=1).log().clamp_max(-1e-6), torch.cat(matches)
-    errors = -torch.where(is_match, log_confidence, torch.log(-torch.expm1(log_confidence))).mean(-1)
-    return TEMPERATURES[int(errors.argmin())]
+        log_confidence = torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]).log().clamp_max(-1e-6)
+        log_probs = torch.where(is_right[::share], log_confidence, torch.log(-torch.expm1(log_confidence)))
+        errors[index] = -log_probs.sum(-1).cpu()
+
+    acceptance = heldout_acceptance(drafter, target, dataset, token_ids=token_ids, over_ranks=True, visit=add_errors)
+    everywhere = {index: error for share in ranks.gather(errors) for index, error in share.items()}
+    total = torch.stack([everywhere[index] for index in sorted(everywhere)]).sum(0)
+    return acceptance, TEMPERATURES[int(total.argmin())]

@@ -15,7 +15,7 @@ from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
-from dpace.train.finish import fit_confidence_temperature
+from dpace.train.finish import measure_and_calibrate
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import keep_features, make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_recipe
@@ -149,9 +149,9 @@ def test_what_is_measured_is_what_is_written(language_target, language_responses
     assert config["dtype"] == "bfloat16" and config["dpace"]["dtype"] == "float32"
     loaded, data = load_drafter(tmp_path, language_target), measured(language_responses[50:])
     assert torch.equal(weights_of(loaded), weights_of(written)) and loaded.dtype == torch.float32
-    acceptance = heldout_acceptance(loaded, language_target, data)
+    acceptance, temperature = measure_and_calibrate(loaded, language_target, data)
+    assert acceptance.tau == heldout_acceptance(loaded, language_target, data).tau
     assert config["dpace"]["tau"] == acceptance.tau and config["dpace"]["tau_interval"] == [*acceptance.interval()]
-    temperature = fit_confidence_temperature(loaded, language_target, data)
     assert config["dpace"]["confidence_temperature"] == temperature
     again = run_recipe(language_target, language_responses[:21], language_responses[50:], short(), tmp_path)
     assert torch.equal(weights_of(again), weights_of(written)) and again.dtype == torch.float32
