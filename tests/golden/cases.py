@@ -1,0 +1,201 @@
+"""What training, measuring and decoding give, for each kind of drafter and each objective, with fixed seeds.
+
+`python -m tests.golden.cases` writes `values.json`, with which `test_golden.py` compares. Write it again only where the
+numbers are meant to change, and say so in the commit. The texts in it are the target's own; they are kept, so that all
+machines train on the same ones.
+"""
+
+import json
+import random
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpace.batches.dataset import ResponseDataset
+from dpace.config import DrafterConfig, LossConfig, Recipe, TrainConfig
+from dpace.decode import generate, generate_batch, generate_plain
+from dpace.drafter import Drafter
+from dpace.drafter.vocabulary import DraftVocabulary
+from dpace.loss.objective import make_weigh, with_objective
+from dpace.measure.heldout import heldout_acceptance
+from dpace.metrics import Acceptance
+from dpace.respond.responses import Response
+from dpace.target import Target
+from dpace.train.loop import TrainingLoop
+from tests.conftest import VOCAB, make_target
+
+VALUES = Path(__file__).with_name("values.json")
+MASK = 15
+"""A token that the target does not write here."""
+NUM_PROMPT = 4
+"""Tokens of a text that are its prompt."""
+LENGTH = 32
+NUM_TEXTS = 20
+NUM_TRAINED = 14
+"""Texts that are trained on; the others are measured."""
+NUM_DECODED = 2
+"""Texts whose prompts are decoded."""
+GREEDY = {"max_new_tokens": LENGTH - NUM_PROMPT}
+SAMPLED = {**GREEDY, "temperature": 1.0, "seed": 5}
+WAYS: dict[str, Any] = {
+    "greedy": GREEDY,
+    "sampled": SAMPLED,
+    "speculative": {**SAMPLED, "verify_rule": "speculative"},
+}
+"""Options of decoding."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A drafter and what it learns with."""
+
+    drafter: dict[str, Any] = field(default_factory=dict)
+    loss: LossConfig = LossConfig()
+    train: dict[str, Any] = field(default_factory=dict)
+    steps: int = 8
+    is_decoded: bool = True
+    from_anchor: bool = False
+    """Whether the anchor's slot predicts the first token."""
+
+
+def named(name: str, **loss: Any) -> Case:
+    """A few steps with another objective."""
+    return Case(loss=with_objective(LossConfig(**loss), name), steps=3, is_decoded=False)
+
+
+LILICORR = {"head": "lilicorr", "head_candidates": 4}
+KINDS = {
+    "dflash": Case(),
+    "convolutions": Case({"conv_kernel_size": 2}),
+    "lilicorr": Case(LILICORR),
+    "lilicorr walk": Case(
+        {**LILICORR, "conv_kernel_size": 2}, LossConfig(head_weights="walk", head_penalty=0.0, vocabulary="seen")
+    ),
+    "lilicorr objective": Case(LILICORR, LossConfig(head_weights="objective"), steps=4, is_decoded=False),
+    "from anchor": Case(from_anchor=True),
+    "causal": Case({"causal": True}),
+    "window": Case({"sliding_window": 9, "full_layers": (0,)}),
+    "vocabulary": Case(loss=LossConfig(vocabulary="seen")),
+    "growing": Case({"block_size": 8}, train={"grow_blocks": True}),
+    "growing lilicorr": Case({**LILICORR, "block_size": 8}, train={"grow_blocks": True}, steps=4, is_decoded=False),
+    "muon": Case(
+        train={"optimizer": "muon", "batch_size": 2, "gradient_accumulation_steps": 2}, steps=4, is_decoded=False
+    ),
+}
+OBJECTIVES = (
+    "dflash dpace-confidence-only dpace-continuation-only dpace-exact chain-reward vat spec-auf uniform medusa "
+    "dpace+kl dpace+lk dpace+overlap dpace+kl+overlap"
+).split()
+CASES = {
+    **KINDS,
+    **{f"objective {name}": named(name) for name in OBJECTIVES},
+    **{f"reduction {name}": named("dpace", reduction=name, alpha_end=0.9) for name in ("batch", "slots", "weights")},
+}
+
+
+class Outcome(NamedTuple):
+    """What a case gives."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    changes: dict[str, Tensor]
+    """Of the weights, since before training."""
+    heldout: Acceptance
+    texts: dict[str, list[list[int]]]
+    """Responses, for each of `WAYS` and for a batch."""
+    accepted: dict[str, list[list[int]]]
+    """Their accepted lengths."""
+
+
+@cache
+def target() -> Target:
+    return make_target("qwen3")
+
+
+def write_texts() -> list[list[int]]:
+    """Answer random prompts."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(MASK + 1, VOCAB) for _ in range(NUM_PROMPT)] for _ in range(NUM_TEXTS)]
+    return [prompt + generate_plain(target(), prompt, **GREEDY).token_ids for prompt in prompts]
+
+
+def run(case: Case, texts: list[list[int]]) -> Outcome:
+    """Train, measure and decode."""
+    train = {"batch_size": 4, "num_anchors": 10, "learning_rate": 3e-3, "warmup_ratio": 0.2, "eval_steps": 10**6}
+    size = {"num_layers": 2, "num_features": 2, "block_size": 6, "mask_token_id": MASK}
+    recipe = Recipe(
+        drafter=DrafterConfig(**{**size, **case.drafter}),
+        loss=case.loss,
+        train=TrainConfig(**{**train, "max_length": LENGTH, "logging_steps": 1, "max_steps": case.steps, **case.train}),
+    )
+    drafter = Drafter.from_target(target(), seed=0, **vars(recipe.drafter))
+    if case.from_anchor:
+        drafter.config.dflash_config["sample_from_anchor"] = True
+    responses = [Response(str(i), "golden", [], ids, [[NUM_PROMPT, len(ids)]]) for i, ids in enumerate(texts)]
+    dataset = ResponseDataset(responses[:NUM_TRAINED], max_length=LENGTH, num_anchors=recipe.train.num_anchors, seed=42)
+    heldout, none = (
+        ResponseDataset(part, max_length=LENGTH, num_anchors=None, seed=42) for part in (responses[NUM_TRAINED:], [])
+    )
+    weigh = make_weigh(case.loss, drafter.block_size, is_growing=recipe.train.grow_blocks)
+    before = {name: value.clone() for name, value in drafter.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        loop = TrainingLoop(drafter, target(), dataset, none, recipe, weigh=weigh, checkpoints=Path(folder))
+        loop.run()
+    losses = [entry["loss"] for entry in loop.state.log_history if "loss" in entry]
+    weights = drafter.state_dict()
+    changes = {name: value - before[name] for name, value in weights.items()}
+    token_ids = None
+    if case.loss.vocabulary == "seen":
+        drafter.vocabulary = DraftVocabulary(dataset.seen_tokens.tolist())
+        token_ids = drafter.vocabulary.token_ids
+    measured = heldout_acceptance(drafter, target(), heldout, token_ids=token_ids)
+    prompts = [ids[:NUM_PROMPT] for ids in texts[NUM_TRAINED:][:NUM_DECODED]] if case.is_decoded else []
+    drafter.eval()
+    found = {
+        way: [generate(target(), drafter, prompt, width="full", **options) for prompt in prompts]
+        for way, options in WAYS.items()
+    }
+    found["batch"] = generate_batch(target(), drafter, prompts, **WAYS["greedy"])
+    return Outcome(
+        losses,
+        weights,
+        changes,
+        measured,
+        {way: [out.token_ids for out in outs] for way, outs in found.items()},
+        {way: [out.accepted_lengths for out in outs] for way, outs in found.items()},
+    )
+
+
+def project(change: Tensor) -> float:
+    """The direction of a change: its product with a fixed vector, as large as a number of the normal distribution."""
+    vector = torch.randn(change.numel(), generator=torch.Generator().manual_seed(0))
+    return float(change.flatten() @ vector / change.norm().clamp_min(1e-12))
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """What `values.json` keeps of it; tensors in the order of their names."""
+    changes = [outcome.changes[name] for name in sorted(outcome.changes)]
+    return {
+        "losses": [float(f"{loss:.6g}") for loss in outcome.losses],
+        "norms": [float(f"{change.norm():.4g}") for change in changes],
+        "projections": [round(project(change), 3) for change in changes],
+        "tau": [float(f"{tau:.4g}") for tau in (outcome.heldout.tau, *outcome.heldout.bounds)],
+        "accepted": sum(sum(lengths) for way in outcome.accepted.values() for lengths in way),
+    }
+
+
+def main() -> None:
+    """Write `values.json`, with the texts that it has; the target answers where it has none."""
+    torch.set_num_threads(1)
+    texts = json.loads(VALUES.read_text())["texts"] if VALUES.exists() else write_texts()
+    values = {"texts": texts, "cases": {name: summary(run(case, texts)) for name, case in CASES.items()}}
+    VALUES.write_text(json.dumps(values, separators=(",", ":")).replace('{"losses', '\n{"losses') + "\n")
+
+
+if __name__ == "__main__":
+    main()
