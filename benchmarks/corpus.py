@@ -60,13 +60,13 @@ def read(folder: Path) -> None:
     """Read them up to the first batch, and say what it took."""
     from dpace.batches.corpus import load_corpus
     from dpace.batches.dataset import ResponseDataset, collate
-    from dpace.train.identity import data_of
+    from dpace.train.identity import data_facts
 
     before, start, used = status("VmRSS"), time.perf_counter(), time.process_time()
     parts = load_corpus(folder / "responses.jsonl", PromptsConfig(path=str(folder / "prompts.jsonl")))
     loaded = time.perf_counter() - start
     train, validation = (ResponseDataset(part, max_length=3072, num_anchors=512, seed=42) for part in parts)
-    data_of(train, validation)
+    data_facts(train, validation)
     steps = train.steps(8, seed=0, is_grouped=True)
     batch = collate([train[i] for i in steps[0]], 16)
     seconds = time.perf_counter() - start

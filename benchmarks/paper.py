@@ -32,8 +32,8 @@ from dpace.report.tables import console, section_table
 from dpace.respond.answering import write_responses
 from dpace.target import Target
 from dpace.target.locate import TARGET_ID, find_target
-from dpace.train.identity import data_of, settings_of, target_of
-from dpace.train.run import choose_conversations, is_trained, keep_features, train
+from dpace.train.identity import Run, data_facts, target_facts
+from dpace.train.run import choose_conversations, keep_features, train
 
 DEPTHS = (3, 5)
 OBJECTIVES = ("dflash", "dpace")
@@ -191,15 +191,16 @@ def main() -> None:
     results = {}
     for depth, recipe in recipes.items():
         folders = {name: options.output / f"{depth}l" / name for name in OBJECTIVES}
-        runs = {name: replace(recipe, loss=replace(recipe.loss, objective=name)) for name in OBJECTIVES}
         data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
-        facts = {**target_of(target), **data_of(*data)}
-        wanted = {name: {**facts, **settings_of(runs[name])} for name in OBJECTIVES}
-        missing = [name for name in OBJECTIVES if not is_trained(folders[name], wanted[name])]
+        facts = {**target_facts(target), **data_facts(*data)}
+        runs = {name: Run(replace(recipe, loss=replace(recipe.loss, objective=name))) for name in OBJECTIVES}
+        for run in runs.values():
+            run.facts |= facts
+        missing = [name for name in OBJECTIVES if not runs[name].is_finished_in(folders[name])]
         if missing:
             keep_features(target, *data, recipe)
             for name in missing:
-                train(target, *data, runs[name], folders[name])
+                train(target, *data, runs[name].recipe, folders[name], run=runs[name])
         drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
         settings = replace(recipe.bench, widths=("full",))
         results[depth] = bench(target, drafters, sets, settings, options.output / f"{depth}l")

@@ -58,7 +58,7 @@ from dpace.respond.responses import Response
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
 from dpace.system.ledger import lock_folder, write_json, write_text
 from dpace.target import Target
-from dpace.train.identity import refuse_other_run, settings_of
+from dpace.train.identity import Run
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
 from dpace.verbs import load_target
@@ -384,7 +384,7 @@ def main() -> None:
     cells = [] if args.stage == "answers" else choose_cells(plan, args)
     refuse_other_study(plan)
     for cell in cells:  # before any work
-        refuse_other_run(plan.folder(cell), settings_of(plan.recipe_of(cell)))
+        Run(plan.recipe_of(cell)).is_in(plan.folder(cell))
     estimate(plan, cells)
     if args.dry_run:
         return

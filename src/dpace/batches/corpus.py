@@ -7,7 +7,7 @@ prompts, and is made again where these changed.
 import json
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from dpace.config import PromptsConfig
+from dpace.config import PromptsConfig, Recipe
 from dpace.prompts.formats import iterate_prompts
 from dpace.prompts.prompts import prompt_files, sources_of, split_ids
 from dpace.recipes.validation import to_json
 from dpace.respond.conversation import own_messages
 from dpace.respond.responses import Response, iterate_responses, read_meta
 from dpace.system.ledger import lock_file, naming_file, register_files, writing
-from dpace.system.provenance import hash_file, hash_json
+from dpace.system.provenance import hash_file, hash_json, same_run
 
 NAME = "corpus.arrow"
 FORMAT = 1
@@ -129,6 +129,71 @@ def _checked(response: Response, path: Path, lengths: Sequence[int], sha256: str
             "were, or name another folder with --output"
         )
     return response
+
+
+class Answers:
+    """The answers in a recipe's folder, and what made them.
+
+    Args:
+        recipe: names the folder and the prompts.
+        respond: the command that writes the answers.
+
+    Raises:
+        ValueError: there are none, not all prompts are answered, it is not known what made the answers, they were
+            changed, or they were made with another `thinking`.
+    """
+
+    def __init__(self, recipe: Recipe, respond: str):
+        self.prompts = recipe.prompts
+        self.respond = respond
+        self.path = Path(recipe.output) / "responses.jsonl"
+        prompt_files(recipe.prompts)  # refuses a missing file before the advice to answer it
+        if not self.path.exists():
+            raise ValueError(self._none())
+        self.meta = read_meta(self.path)
+        again = f"write the answers again, into another folder, with `{respond}`"
+        if not self.meta:
+            raise ValueError(
+                f"{self.path} has no meta file beside it that says which target made the answers; put it back, or "
+                f"{again}"
+            )
+        if self.meta.get("complete") is False:
+            raise ValueError(
+                f"{self.path} holds the answers of an interrupted `dpace respond`; run the same "
+                f"`dpace respond` command again: `{respond}`"
+            )
+        if self.meta.get("responses_sha256") not in (None, hash_file(self.path)):
+            raise ValueError(
+                f"{self.path} was changed after `dpace respond` wrote it; put it back as it was, or {again}"
+            )
+        self.refuse_others({"thinking": recipe.thinking})
+
+    def _none(self) -> str:
+        return f"{self.path} has no answers to these prompts; write them first with `{self.respond}`"
+
+    def load(self) -> tuple[Corpus, Corpus]:
+        """Map those to train on and those of validation; see `load_corpus`.
+
+        Raises:
+            ValueError: none to train on.
+        """
+        parts = load_corpus(self.path, self.prompts)
+        if not len(parts[0]):
+            raise ValueError(self._none())
+        return parts
+
+    def refuse_others(self, known: Mapping[str, Any]) -> None:
+        """Refuse answers that another target gave, or that were made in another way.
+
+        Raises:
+            ValueError: names the first thing that differs, with both values.
+        """
+        answered = {**self.meta, "dtype": str(self.meta.get("dtype")).removeprefix("torch.")}
+        compared = {name: value for name, value in known.items() if name in self.meta}
+        flags = {name: name if name in ("thinking", "dtype") else "target" for name in compared}
+        ways = {name: f"train on the target's own answers: set --{flag} as it was" for name, flag in flags.items()}
+        other = f"write new answers into another folder with `{self.respond}`"
+        same_run(answered, compared, f"the answers in {self.path} were made", other, ways)
 
 
 def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus]:

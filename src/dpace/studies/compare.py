@@ -35,8 +35,8 @@ from dpace.respond.responses import Response, check_meta, known_settings
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
 from dpace.target import Target
-from dpace.train.identity import data_of, hash_rows, refuse_other_run, settings_of, target_of
-from dpace.train.run import check_recipe, choose_conversations, is_trained, keep_features, train
+from dpace.train.identity import Run, data_facts, hash_rows, target_facts
+from dpace.train.run import check_recipe, choose_conversations, keep_features, train
 
 Cell = tuple[str, int]
 """An objective and a seed."""
@@ -125,7 +125,7 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cel
 
     Raises:
         ValueError: see `make_recipes`; files that dpace did not write, results of `dpace bench`, or answers made in
-            another way; or a cell with another run.
+            another way; or a cell that holds another run.
         OSError: a file stands where the folder is to be.
     """
     if config.respond.source == "own":
@@ -141,7 +141,7 @@ def check_output(config: CompareConfig, init: Drafter | None = None) -> dict[Cel
     check_meta(folder / "responses.jsonl", known_settings(config.respond, thinking=config.thinking))
     recipes = make_recipes(config)
     for cell, recipe in recipes.items():
-        refuse_other_run(cell_folder(folder, cell), settings_of(recipe, init=init))
+        Run(recipe, init).is_in(cell_folder(folder, cell))
     return recipes
 
 
@@ -187,9 +187,11 @@ def train_cells(
         datasets: of `choose_conversations`; features that they have are used, and kept here otherwise.
         init: a drafter that all start from, see `train`.
     """
-    facts = {**target_of(target), **data_of(*datasets)}
-    runs = {cell: {**facts, **settings_of(recipe, init=init)} for cell, recipe in recipes.items()}
-    untrained = ranks.from_first(lambda: [cell for cell in cells if not is_trained(cells[cell], runs[cell])])
+    runs = {cell: Run(recipe, init) for cell, recipe in recipes.items()}
+    known = data_facts(*datasets) | target_facts(target)
+    for run in runs.values():
+        run.facts |= known
+    untrained = ranks.from_first(lambda: [cell for cell in cells if not runs[cell].is_finished_in(cells[cell])])
     if not untrained:
         return
     dataset, measured = datasets

@@ -19,12 +19,12 @@ from dpace.target import Target
 
 OBJECTIVES = ("dpace", "dflash")
 QUICK = {
-    "prompts": {"limit": 72},
-    "train": {"max_steps": 40, "eval_steps": 40},
-    "bench": {"num_prompts": 3, "max_new_tokens": 64},
+    "prompts": {"limit": 48},
+    "train": {"max_steps": 30, "eval_steps": 30},
+    "bench": {"num_prompts": 2},
 }
 """Options of the recipe with `quick`."""
-QUICK_HELDOUT = 12
+QUICK_HELDOUT = 10
 """Held-out prompts of each set with `quick`."""
 SAMPLED_PROMPTS = 3
 """Prompts of the first set that are decoded at temperature 1 too."""

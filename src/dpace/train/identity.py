@@ -6,7 +6,6 @@ results.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from dpace.system import ranks
 from dpace.system.device import dtype_name
 from dpace.system.ledger import read_object
 from dpace.system.loading import fingerprint
-from dpace.system.provenance import hash_file, same_run
+from dpace.system.provenance import same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
 
@@ -53,7 +52,7 @@ def flat_settings(recipe: Recipe) -> dict[str, Any]:
     return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
-def settings_of(recipe: Recipe, weigh: Weigh | None = None, *, init: Drafter | None = None) -> dict[str, Any]:
+def settings_of(recipe: Recipe, weigh: Weigh | None = None, init: Drafter | None = None) -> dict[str, Any]:
     """Return the settings that change what is trained on these ranks, and hashes of what they name by code or weights.
 
     Args:
@@ -73,21 +72,6 @@ def settings_of(recipe: Recipe, weigh: Weigh | None = None, *, init: Drafter | N
     return json.loads(json.dumps(settings))
 
 
-def data_of(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
-    """Hash the conversations that are trained on and those that choose the checkpoint."""
-    return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
-
-
-def target_of(target: Target) -> dict[str, Any]:
-    """Return what identifies a target and how its text is made."""
-    return {
-        "thinking": target.thinking,
-        "dtype": dtype_name(target.model.dtype),
-        **tokenizer_hashes(target),
-        "target_sha256": target.sha256,
-    }
-
-
 def hash_rows(dataset: ResponseDataset) -> str:
     """Hash ids, tokens, and which of them the target wrote."""
     digest = hashlib.sha256()
@@ -100,7 +84,7 @@ def hash_rows(dataset: ResponseDataset) -> str:
 
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:
-    """Read what the run in a folder depends on; None where the folder has no run.
+    """Read the facts of the run in a folder; None where the folder has no run.
 
     Raises:
         ValueError: the file cannot be read as that.
@@ -109,57 +93,68 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     return read_object(path, OTHER_RUN) if path.exists() else None
 
 
-def refuse_other_run(folder: str | Path, known: Mapping[str, Any]) -> bool:
-    """Refuse a folder whose run differs, and say whether it has a run.
+class Run:
+    """A training: its recipe, the drafter that it starts from, and the facts that decide what comes out of it.
 
-    An option that the folder's version of dpace did not have counts as its default.
+    `facts` is what `run.json` holds. Those of the settings are there at once; `data_facts` and `target_facts` are added
+    when they are known, so that a folder with another run is refused before a model is loaded.
 
     Args:
-        folder: a drafter's folder; it may be missing.
-        known: what is known of this run so far; the rest is not compared.
+        recipe: every setting, as `start_from` gives it where there is a drafter to start from.
+        init: that drafter.
+        weigh: the function of a custom objective, where it is at hand; otherwise it is imported by its name.
 
     Raises:
-        ValueError: names the first thing that differs, with both values.
+        ValueError: see `settings_of`.
     """
-    run = read_run(folder)
-    if run is None:
-        return False
-    same_run({**settings_of(Recipe()), **run}, known, f"{folder} holds a run", OTHER_RUN, {STEP_SIZE: SAME_STEP})
-    return True
+
+    def __init__(self, recipe: Recipe, init: Drafter | None = None, weigh: Weigh | None = None):
+        self.recipe = recipe
+        self.init = init
+        self.facts = {**settings_of(recipe, weigh, init), "thinking": recipe.thinking}
+
+    def is_in(self, folder: str | Path) -> bool:
+        """Return whether a folder holds this run, finished or not.
+
+        Facts that are not known yet are not compared. An option that the folder's version of dpace did not have counts
+        as its default.
+
+        Args:
+            folder: a drafter's folder; it may be missing.
+
+        Raises:
+            ValueError: it holds another run; names the first thing that differs, with both values.
+        """
+        kept = read_run(folder)
+        if kept is None:
+            return False
+        ways = {STEP_SIZE: SAME_STEP}
+        if is_finished(folder):
+            longer = f"to train it further, run `mv {folder} {folder}-before`, then add --drafter.init {folder}-before"
+            ways |= {"train.max_steps": longer, "train.num_epochs": longer}
+        same_run({**settings_of(Recipe()), **kept}, self.facts, f"{folder} holds a run", OTHER_RUN, ways)
+        return True
+
+    def is_finished_in(self, folder: str | Path) -> bool:
+        """Return whether a folder holds this run with its drafter; see `is_in`."""
+        return self.is_in(folder) and is_finished(folder)
 
 
-def refuse_unfinished_answers(meta: Mapping[str, Any], path: Path, respond: str) -> None:
-    """Refuse the answers of an interrupted `dpace respond`.
-
-    Raises:
-        ValueError: not all prompts are answered, it is not known what made the answers, or they were changed.
-    """
-    if not meta:
-        raise ValueError(
-            f"{path} has no meta file beside it that says which target made the answers; put it back, or write the "
-            f"answers again, into another folder, with `{respond}`"
-        )
-    if meta.get("complete") is False:
-        raise ValueError(
-            f"{path} holds the answers of an interrupted `dpace respond`; run the same `dpace respond` command again: "
-            f"`{respond}`"
-        )
-    if meta.get("responses_sha256") not in (None, hash_file(path)):
-        raise ValueError(
-            f"{path} was changed after `dpace respond` wrote it; put it back as it was, or write the answers again, "
-            f"into another folder, with `{respond}`"
-        )
+def is_finished(folder: str | Path) -> bool:
+    """Return whether the run of a folder, whichever it is, has written its drafter."""
+    return (Path(folder) / "provenance.json").exists()
 
 
-def refuse_other_answers(meta: Mapping[str, Any], known: Mapping[str, Any], path: Path, respond: str) -> None:
-    """Refuse answers that another target gave, or that were made in another way.
+def data_facts(dataset: ResponseDataset, validation: ResponseDataset) -> dict[str, Any]:
+    """Hash the conversations that are trained on and those that choose the checkpoint."""
+    return {"train_sha256": hash_rows(dataset), "validation_sha256": hash_rows(validation)}
 
-    Raises:
-        ValueError: names the first thing that differs, with both values.
-    """
-    answered = {**meta, "dtype": str(meta.get("dtype")).removeprefix("torch.")}
-    compared = {name: value for name, value in known.items() if name in meta}
-    flags = {name: name if name in ("thinking", "dtype") else "target" for name in compared}
-    ways = {name: f"train on the target's own answers: set --{flag} as it was" for name, flag in flags.items()}
-    other = f"write new answers into another folder with `{respond}`"
-    same_run(answered, compared, f"the answers in {path} were made", other, ways)
+
+def target_facts(target: Target) -> dict[str, Any]:
+    """Return what identifies a target and how its text is made."""
+    return {
+        "thinking": target.thinking,
+        "dtype": dtype_name(target.model.dtype),
+        **tokenizer_hashes(target),
+        "target_sha256": target.sha256,
+    }

@@ -1,10 +1,9 @@
 """Train a drafter: from responses to a folder with its weights, recipe and provenance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from dpace.system.ledger import lock_folder, register_files, write_json
 from dpace.target import Target
 from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
-from dpace.train.identity import RUN_FILE, data_of, flat_settings, refuse_other_run, settings_of, target_of
+from dpace.train.identity import RUN_FILE, Run, data_facts, flat_settings, target_facts
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import PeakMemory
 from dpace.train.sharding import wants_shards
@@ -32,15 +31,6 @@ from dpace.train.sharding import wants_shards
 DRAFTER_FILES = ("config.json", "model.safetensors", "modeling_dflash.py", VOCABULARY_FILE, ANSWERS_FILE)
 FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "checkpoints")
 """What `train` writes into a drafter's folder."""
-
-
-def is_trained(folder: str | Path, run: Mapping[str, Any]) -> bool:
-    """Return whether a folder holds the finished drafter of a run.
-
-    Raises:
-        ValueError: it holds a run, finished or not, of other data, another target or other settings; names the first.
-    """
-    return refuse_other_run(folder, run) and (Path(folder) / "provenance.json").exists()
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -153,7 +143,7 @@ def train(
     *,
     weigh: Weigh | None = None,
     init: Drafter | None = None,
-    run: Mapping[str, Any] | None = None,
+    run: Run | None = None,
 ) -> Drafter:
     """Train a drafter and write its folder.
 
@@ -171,7 +161,7 @@ def train(
         folder: receives what `FILES` names.
         weigh: a custom objective, recorded by its name and source.
         init: a trained drafter to start from, with the recipe's size, as `engines.initial.start_from` gives both.
-        run: what `run.json` is to hold, where it is known: facts of `dpace.train.identity`; computed by default.
+        run: this run with all its facts, where they are known; computed by default.
 
     Returns:
         The best drafter by tau of the validation responses, or the last one where there are none, in fp32 with its
@@ -191,7 +181,8 @@ def train(
     checked = make_weigh(recipe.loss, block_size, weigh, is_growing=is_growing)
     folder = Path(folder)
     if run is None:
-        run = target_of(target) | data_of(dataset, validation) | settings_of(recipe, weigh, init=init)
+        run = Run(recipe, init, weigh)
+        run.facts |= data_facts(dataset, validation) | target_facts(target)
     with ExitStack() as locks:
         is_finished, newest = ranks.from_first(lambda: _open_folder(folder, run, locks))
         if is_finished:
@@ -202,19 +193,19 @@ def train(
             drafter, target, dataset, validation, recipe, weigh=checked, checkpoints=folder / "checkpoints"
         )
         if ranks.is_first():
-            write_json(folder / RUN_FILE, dict(run))
+            write_json(folder / RUN_FILE, run.facts)
             write_recipe(recipe, folder / "recipe.yaml")
         memory = PeakMemory(target.device)
         loop.run(newest)
-        write_finished(folder, loop, run, memory)
+        write_finished(folder, loop, run.facts, memory)
     return drafter
 
 
-def _open_folder(folder: Path, run: Mapping[str, Any], locks: ExitStack) -> tuple[bool, Path | None]:
+def _open_folder(folder: Path, run: Run, locks: ExitStack) -> tuple[bool, Path | None]:
     """Lock a folder for a run; return whether the run is finished, and its newest checkpoint."""
     locks.enter_context(lock_folder(folder))
     register_files(folder, *FILES)
-    return is_trained(folder, run), find_newest(folder / "checkpoints")
+    return run.is_finished_in(folder), find_newest(folder / "checkpoints")
 
 
 def _make_drafter(target: Target, dataset: ResponseDataset, recipe: Recipe, init: Drafter | None) -> Drafter:

@@ -32,7 +32,7 @@ def run(args: list[str]) -> None:
     from dpace.report.tables import console, section_table, slots_table
     from dpace.system.provenance import same_run
     from dpace.target.locate import find_drafter
-    from dpace.train.identity import data_of, read_run
+    from dpace.train.identity import data_facts, read_run
     from dpace.train.run import choose_conversations
 
     config = recipe.bench
@@ -69,7 +69,7 @@ def run(args: list[str]) -> None:
         trained = read_recipe(Path(found[0]) / "recipe.yaml")
         same_run(
             kept,
-            data_of(*choose_conversations(*load_corpus(answers, recipe.prompts), trained)),
+            data_facts(*choose_conversations(*load_corpus(answers, recipe.prompts), trained)),
             f"{found[0]} holds a run",
             "the held-out prompts may be among them; give the prompts and options of the training",
             {},

@@ -37,15 +37,15 @@ def run(args: list[str]) -> None:
     from dpace.plan.training import find_conversations, plan_recipe
     from dpace.prompts.prompts import parse_hub_id, split_prompts
     from dpace.respond.responses import read_meta
-    from dpace.train.identity import STEP_SIZE, refuse_other_run, settings_of
+    from dpace.train.identity import STEP_SIZE, Run
     from dpace.train.run import check_recipe
 
     recipe, init = start_from(asked, given_options(PlanConfig, "plan", args))
     check_recipe(recipe)
     folders = [Path(recipe.output) / "drafter"]
-    known = settings_of(recipe, init=init)
-    del known[STEP_SIZE]  # of the ranks that will train
-    refuse_other_run(folders[0], known)
+    run = Run(recipe, init)
+    del run.facts[STEP_SIZE]  # of the ranks that will train
+    run.is_in(folders[0])
     kept = kept_answers(recipe)
     path = recipe.prompts.path
     has_prompts = path == "demo" or Path(path).exists() or (kept and parse_hub_id(path))

@@ -3,8 +3,10 @@
 import errno
 import math
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -308,10 +310,27 @@ def test_train_twice_and_with_more_answers(answered, tmp_path, capsys):
     flags = [*flags, "--output", str(tmp_path / "out")]
     assert main(["train", *flags]) == 0
     before = files_of(tmp_path / "out" / "drafter")
+    capsys.readouterr()
     assert main(["train", *flags, "--train.logging-steps", "5"]) == 0
     assert files_of(tmp_path / "out" / "drafter") == before
-    capsys.readouterr()
+    said = capsys.readouterr()
+    assert "drafter is finished" in said.err and "disk:" not in said.err and "next: dpace bench" in said.out
     assert main(["train", *flags, "--prompts.limit", "9"]) == 1
     assert "other training answers" in capsys.readouterr().err
     assert files_of(tmp_path / "out" / "drafter") == before
     assert read_run(tmp_path / "out" / "drafter")["train.max_steps"] == 2
+
+
+def test_a_finished_drafter_is_trained_further_as_the_message_says(answered, tmp_path, capsys):
+    out, flags = answered
+    shutil.copytree(out, tmp_path / "out")
+    flags = [*flags, "--output", str(tmp_path / "out")]
+    assert main(["train", *flags]) == 0
+    assert main(["train", *flags, "--train.max-steps", "4"]) == 1
+    error = capsys.readouterr().err
+    advice = r"train.max_steps 2, not 4; to train it further, run `mv (\S+) (\S+)`, then add (\S+) (\S+), or"
+    found = re.search(advice, error)
+    assert found, error
+    Path(found[1]).rename(found[2])
+    assert main(["train", *flags, "--train.max-steps", "4", found[3], found[4]]) == 0
+    assert read_run(tmp_path / "out" / "drafter")["train.max_steps"] == 4
