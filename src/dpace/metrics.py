@@ -15,8 +15,10 @@ NUM_RESAMPLES = 2000
 """Bootstrap samples of an interval."""
 MIN_PROMPTS = 6
 """Least number of prompts for a 95 % interval: with five, all lie on one side of the median one time in sixteen."""
+NORMAL = 1.959964
+"""The normal distribution's 97.5 % quantile."""
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t for a 95 % interval, by degrees of freedom from 1; the last one serves for more, and is a little wide."""
+"""Student's t for a 95 % interval, by degrees of freedom from 1."""
 Numbers = Sequence[int | float] | np.ndarray
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Makes numbers, "...", from ratios, "side ..."."""
@@ -117,18 +119,40 @@ class Acceptance:
         return reached[1:] / max(1, reached[0])
 
     def interval(self) -> tuple[float, float]:
-        """Bootstrap the 95 % interval of tau over prompts.
+        """Estimate the 95 % interval of tau over prompts.
 
         Returns:
             Lower and upper end, in tokens; (nan, nan) without a verification, and for fewer than `MIN_PROMPTS`.
         """
         return tau_estimate([[self]])[1:]
 
-    def reach_interval(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bootstrap the 95 % interval of `reach_rate` over prompts: lower and upper end for each slot."""
+    def reach_interval(self) -> np.ndarray:
+        """Estimate the 95 % interval of `reach_rate` over two prompts or more, "2 slot": lower and upper ends."""
         reached = resample_sums(self.rows.T)[::-1].cumsum(0)[::-1]
-        low, high = np.quantile(reached[1:] / np.maximum(reached[:1], 1), [0.025, 0.975], axis=1)
-        return low, high
+        ends = np.quantile(reached[1:] / np.maximum(reached[:1], 1), [0.025, 0.975], axis=1)
+        return (self.reach_rate + widening(len(self.rows)) * (ends - self.reach_rate)).clip(0, 1)
+
+
+def student_t(degrees: int) -> float:
+    """Return Student's t for a 95 % interval; within 0.2 % beyond the table.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.5.
+    """
+    if degrees <= len(STUDENT_T):
+        return STUDENT_T[degrees - 1]
+    z = NORMAL
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def widening(num_prompts: int) -> float:
+    """Return by how much the interval of a bootstrap is too narrow, for two prompts or more.
+
+    A bootstrap takes the spread of few prompts for that of all, and its quantiles for the normal distribution's: of 6
+    prompts, its intervals of 95 % hold 85 % of the time. With this factor they hold 93 to 96 %, a test counts.
+
+    Source: Hesterberg, What Teachers Should Know About the Bootstrap (2015), section 5.3.
+    """
+    return student_t(num_prompts - 1) / NORMAL * math.sqrt(num_prompts / (num_prompts - 1))
 
 
 def resample_sums(values: np.ndarray) -> np.ndarray:
@@ -154,9 +178,10 @@ def _ratio(totals: np.ndarray) -> np.ndarray:
 def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, float, float]:
     """Compute a number from ratios of totals, with its 95 % interval over prompts and training seeds.
 
-    The prompts' part is a bootstrap of the prompts, all seeds together. The seeds' part is `t * s / sqrt(n)`: `s` is
-    the standard deviation of the numbers of the `n` seeds, and `t` is Student's, with `n - 1` degrees of freedom. A
-    bootstrap of few seeds would be far too narrow. The parts are independent, so their squares are added.
+    The prompts' part is a bootstrap of the prompts, all seeds together, times `widening`. The seeds' part is
+    `t * s / sqrt(n)`: `s` is the standard deviation of the numbers of the `n` seeds, and `t` is Student's, with `n - 1`
+    degrees of freedom. A bootstrap of few seeds would be far too narrow. The parts are independent, so their squares
+    are added.
 
     Args:
         totals: top and bottom of each side's ratio, "2 side seed prompt"; what has no seeds has an axis of one there.
@@ -171,12 +196,13 @@ def estimate(totals: np.ndarray, statistic: Statistic = FIRST) -> tuple[float, f
     value = float(statistic(_ratio(totals.sum((-2, -1)))))
     if np.isnan(value) or totals.shape[-1] < MIN_PROMPTS:
         return value, math.nan, math.nan
-    low, high = np.nanquantile(statistic(_ratio(resample_sums(totals.sum(-2)))), [0.025, 0.975]).tolist()
+    ends = np.nanquantile(statistic(_ratio(resample_sums(totals.sum(-2)))), [0.025, 0.975])
+    low, high = (value + widening(totals.shape[-1]) * (ends - value)).tolist()
     num_seeds = totals.shape[-2]
     if num_seeds == 1:
         return value, low, high
     by_seed = statistic(_ratio(totals.sum(-1)))
-    part = STUDENT_T[min(num_seeds - 1, len(STUDENT_T)) - 1] * float(by_seed.std(ddof=1)) / num_seeds**0.5
+    part = student_t(num_seeds - 1) * float(by_seed.std(ddof=1)) / num_seeds**0.5
     return value, value - math.hypot(value - low, part), value + math.hypot(high - value, part)
 
 
