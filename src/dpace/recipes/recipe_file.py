@@ -57,9 +57,9 @@ def without_passwords(value: Any) -> Any:
     """Leave user and password out of all addresses in nested settings; other values stay."""
     if isinstance(value, dict):
         return {name: without_passwords(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [without_passwords(item) for item in value]
-    return re.sub(r"^(https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
+    return re.sub(r"(?i)^(\s*https?://)[^/]*@", r"\1", value) if isinstance(value, str) else value
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -29,6 +29,8 @@ from dpace.target.chat import ChatTokenizer
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 """Seconds until a worker whose request failed sends another: doubled with each failure, and less by chance."""
+LEAST_FAILURES = 4
+"""Requests in a row that fail before a prompt is left out: two may be far apart, and say nothing of the prompt."""
 OF_PROMPT = (400, 413, 422)
 """HTTP statuses that refuse one prompt; others refuse all of them."""
 
@@ -95,7 +97,9 @@ class _Job:
     reasons: list[str] = field(default_factory=list)
     """Why each answer ended."""
     failing_since: float | None = None
-    """When a request for it failed first."""
+    """When the failures began that no answered turn has come after."""
+    num_failures: int = 0
+    """How many these are."""
 
 
 Result = tuple[_Job, Row | Exception]
@@ -106,8 +110,8 @@ class ServerAnswers:
     """Running servers, each asked no more than `batch_size` prompts at any time.
 
     A prompt that a server cannot answer now goes back to the queue, from which any server may take it; who asked for it
-    waits, longer with each failure in a row, and as long as the server wants (`Retry-After`). After
-    `retry_seconds` of failures a prompt is left out where the server still answers a prompt of one token. A server that
+    waits, longer with each failure in a row, and as long as the server wants (`Retry-After`). After `retry_seconds` and
+    `LEAST_FAILURES` failures a prompt is left out where the server still answers a prompt of one token. A server that
     does not is given up, and with the last one the call ends.
 
     Args:
@@ -243,6 +247,8 @@ class _ServerPool:
             token_ids = conversation.ask()
             answer = self.server.answer(token_ids, length, self.config.temperature, conversation.seed, stream=False)
             self.failing_since = None
+            job.failing_since = None
+            job.num_failures = 0
             tokens, reason = tokens_of_answer(answer, token_ids, conversation.target, length)
             conversation.add(token_ids, tokens)
             job.reasons.append(reason)
@@ -261,7 +267,8 @@ class _ServerPool:
         limit = self.config.retry_seconds
         job.failing_since = job.failing_since or now
         self.failing_since = self.failing_since or now
-        is_late = now - job.failing_since >= limit
+        job.num_failures += 1
+        is_late = now - job.failing_since >= limit and job.num_failures >= LEAST_FAILURES
         is_server_late = now - self.failing_since >= limit
         if (is_late or is_server_late) and self._works(job):
             self.failing_since = None
@@ -270,6 +277,7 @@ class _ServerPool:
                 return True
         elif is_server_late:
             job.failing_since = None
+            job.num_failures = 0
             self.waiting.put(job)
             self.is_given_up = True
             self.results.put((job, error))

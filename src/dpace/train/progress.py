@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dpace.config import Recipe
 from dpace.loss import HeadOutput
+from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
 from dpace.system.progress import one_line, progress_bar
 from dpace.train.checkpoints import TrainingState
@@ -195,7 +196,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
         folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs"), time.strftime("%Y-%m-%d_%H-%M-%S"))
         trackers[name] = make(project, folder) if make.requires_logging_directory else make(project)
         trackers[name].start()
-        settings = {"target": recipe.target, **flat_settings(recipe)}
+        settings = without_passwords({"target": recipe.target, **flat_settings(recipe)})
         kept = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
         trackers[name].store_init_configuration(kept)
 

@@ -1,5 +1,6 @@
 """Answers of running servers are those of this process, whatever the servers and the processes suffer."""
 
+import itertools
 import json
 import random
 import threading
@@ -7,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -249,6 +251,16 @@ def test_a_prompt_that_a_server_cannot_answer_is_left_out(status, start, chat, o
     assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == found, "where it is the only one left, too"
     stub.fault = lambda *_: None
     assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", config) == own[0.0], "the same call asks it again"
+
+
+def test_two_failures_of_a_prompt_far_apart_leave_nothing_out(start, chat, own, tmp_path, monkeypatch):
+    """Each a failed request, with hours in the queue between them."""
+    clock = itertools.count(0, 3600)
+    monkeypatch.setattr(from_servers, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=time.sleep))
+    bad = own[0.0][4].token_ids[: own[0.0][4].response_spans[0][0]]
+    faults = iter([({}, 503), ({}, 503)])
+    stub = start(fault=lambda prompt, _: next(faults, None) if prompt == bad else None)
+    assert write_responses(chat, PROMPTS, tmp_path / "r.jsonl", at(stub, retry_seconds=0.3)) == own[0.0]
 
 
 def test_answers_that_are_cut_or_end_elsewhere_are_left_out(start, chat, tmp_path):

@@ -17,6 +17,7 @@ from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
 from dpace.train.finish import measure_and_calibrate
 from dpace.train.loop import TrainingLoop
+from dpace.train.progress import open_trackers
 from dpace.train.run import keep_features, make_datasets, train
 from tests.conftest import LANGUAGE_RECIPE, make_drafter, make_recipe
 from tests.support.files import read_json
@@ -294,12 +295,14 @@ def test_trackers_get_the_log_and_one_that_fails_is_left_out(
     class Kept(GeneralTracker):
         name, requires_logging_directory, tracker = "wandb", False, None
         entries: ClassVar[list] = []
+        servers: ClassVar[list] = []
 
         def __init__(self, project):
             self.entries.append(project)
 
         def store_init_configuration(self, values):
             self.entries.append(values["train.max_steps"])
+            self.servers.append(values["train.feature_servers"])
 
         def log(self, values, step=None, **_):
             self.entries.append((step, sorted(values)))
@@ -317,3 +320,5 @@ def test_trackers_get_the_log_and_one_that_fails_is_left_out(
     expected = [(entry["step"], sorted(set(entry) - {"step"})) for entry in log]
     assert Kept.entries == ["dpace", 3, "mine", 3, *expected]
     assert capsys.readouterr().err.count("the tracker trackio failed ('no key'); the training goes on") == 1
+    with open_trackers(short(report_to=("wandb",), feature_servers=("http://ann:secret@a:1",))):
+        assert Kept.servers[-1] == "['http://a:1']"
