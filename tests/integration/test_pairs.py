@@ -573,7 +573,7 @@ def test_thinking_on_and_off_are_side_by_side(files, tmp_path):
     for more in (f"--output {tmp_path}/off", f"--output {tmp_path}/on --thinking"):
         run(f"{command} {more}", files)
     assert main(["report", str(tmp_path / "off"), str(tmp_path / "on")]) == 0
-    page = (tmp_path / "off" / "report.md").read_text()
+    page = (tmp_path / "off" / "report.html").read_text()
     assert f"{tmp_path}/off" in page and f"{tmp_path}/on" in page
 
 

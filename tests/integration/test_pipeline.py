@@ -10,8 +10,8 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
 from dpace.measure.results import read_log, read_results
-from dpace.report.cells import verdict
-from dpace.report.plots import acceptance_by_slot, slot_weights
+from dpace.report.plots import acceptance_by_slot, slot_weights, training_curves
+from dpace.report.sections import verdict
 from tests.support.files import make_prompts, write_prompts
 
 
@@ -47,8 +47,9 @@ def test_every_verb(recipe, tmp_path, capsys, language_folder, language_prompts)
     assert all(row.num_same_text == row.num_responses == 6 for row in results.rows)
     assert greedy.tau > 1.5 and greedy.tau_interval[0] <= greedy.tau <= greedy.tau_interval[1]
     assert sum(greedy.histogram) == sum(len(r.accepted_lengths) for r in greedy.responses)
-    sections = [acceptance_by_slot(results.whole_blocks), slot_weights({"drafter": [read_log(out / "drafter")]})]
-    assert all("<path" in panel for section in sections for panel in section.figures)
+    logs = {"drafter": [read_log(out / "drafter")]}
+    drawings = [acceptance_by_slot(results.whole_blocks), training_curves(logs), slot_weights(logs)]
+    assert all(drawing.startswith("<svg") and "line2d" in drawing for drawing in drawings)
     assert results.num_same_text == results.num_responses == 24
 
     assert main(["bench", str(recipe), "--bench.num-prompts", "1"]) == 0  # too few to call anything faster
@@ -103,5 +104,5 @@ def test_an_interrupted_bench_goes_on(language_target, language_drafter, tmp_pat
 def test_verdict_is_honest():
     assert verdict((1.1, 1.3)) == "faster"
     assert verdict((0.7, 0.9)) == "slower"
-    assert verdict((0.9, 1.1)) == "no clear difference"
+    assert verdict((0.9, 1.1)) == "not clear"
     assert verdict((None, None)) == "too few prompts"

@@ -7,6 +7,7 @@ What comes in is a spec, the drafter as it was measured, and the results beside 
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +17,9 @@ from dpace.config import Engine, Format
 from dpace.drafter import Drafter
 from dpace.drafter.spec import DrafterSpec
 from dpace.engines.folder import mapping, read_recipe_values
-from dpace.measure.results import BenchResults, Row, read_results
-from dpace.report.cells import (
-    SAME_TEXT,
-    SET,
-    SPEEDUP,
-    TAU_INTERVAL,
-    TEMPERATURE,
-    VERDICT,
-    Column,
-    Section,
-    as_code,
-    as_markdown,
-    copied_note,
-)
-from dpace.report.page import to_markdown
+from dpace.measure.results import BenchResults, read_results
+from dpace.report.sections import speeds
+from dpace.report.tables import as_code, as_markdown, to_markdown
 from dpace.system.ledger import write_text
 from dpace.system.loading import fingerprint
 
@@ -299,19 +288,12 @@ def _results_section(source: Path, drafter: Drafter, rounded_to: str | None) -> 
         f"Measured for {Path(results.target).name} with {results.engine} in {results.dtype} on "
         f"{results.hardware.device} ({results.hardware.cores} cores), at most {results.max_new_tokens} tokens a "
         "response. tau: tokens emitted per verification. decode_speedup: tokens a second over plain decoding (the "
-        "baseline) of the same prompts. In brackets: 95 % intervals over prompts."
+        "baseline, in brackets) of the same prompts. With intervals of 95 % over prompts."
     )
     if rounded_to:
         measured += f" The weights here are {rounded_to}, rounded from those that were measured."
-    return to_markdown([Section("Results", measured, RESULT_COLUMNS, rows, copied_note(rows))]).rstrip() if rows else ""
-
-
-def _way(row: Row) -> str:
-    """Name a row's width, and its verify rule where that is not the default one."""
-    return ", ".join(filter(None, [str(row.width), row.drafter.partition(", ")[2]]))
-
-
-RESULT_COLUMNS = (VERDICT, SET, TEMPERATURE, Column("width", _way), TAU_INTERVAL, SPEEDUP, SAME_TEXT)
+    table = speeds(replace(results, rows=rows))._replace(title="Results", text=measured, note="")
+    return to_markdown(table) if rows else ""
 
 
 PLACES = ("server", "init", "feature_files", "feature_servers")

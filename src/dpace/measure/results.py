@@ -21,8 +21,8 @@ RESULT_FILES = ("results.json", "servers.json")
 """Names under which results are found in a folder."""
 HELDOUT_FILE = "heldout.json"
 MEASURE_AGAIN = "measure again with this version of dpace"
-DRAWN = ("step", "step_seconds", "eval_tau")
-"""Keys of a training log that are drawn, beside `weight_share/SLOT`."""
+DRAWN = ("step", "step_seconds", "loss", "eval_tau")
+"""Keys of a training log that are read, beside `weight_share/SLOT`."""
 MAX_LOGGED = 1e15
 """Largest number of a training log that is drawn."""
 Interval = tuple[float | None, float | None]

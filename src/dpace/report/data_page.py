@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from dpace.batches.corpus import Corpus
 from dpace.prompts.prompts import Split
+from dpace.report.tables import Section, section_table
 from dpace.system.progress import printable
 
 NUM_SHOWN = 2
@@ -33,26 +33,29 @@ def prompts_page(split: Split) -> RenderableType:
 def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tokenizer: Any) -> RenderableType:
     """Show lengths, ends and repetitions of the training answers, and some of them."""
     answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
+    distinct = {hash(_answer_bytes(corpus, i)) for i in range(len(corpus))}
     counts = {
         f"conversations are cut at --train.max-length {max_length}": int((corpus.lengths > max_length).sum()),
         "have no two tokens of an answer in a row, and are left out": int((corpus.num_anchors(max_length) == 0).sum()),
-        "answers repeat another one token for token": _count_repeated(corpus),
+        "answers repeat another one token for token": len(corpus) - len(distinct),
     }
     facts = [
         f"{len(corpus)} conversations, {int(corpus.lengths.sum()):,} tokens with their prompts",
         *(f"{count} {what}" for what, count in counts.items() if count),
         _answer_ends(answers, meta),
     ]
-    return Group(Text("\n".join(facts)), _length_table(corpus, answers), *_preview(corpus, tokenizer))
+    answered = np.array([lengths.sum() for lengths in answers])
+    lengths = {"prompts": corpus.lengths - answered, "answers, all turns": answered, "conversations": corpus.lengths}
+    rows = [
+        {"tokens": name, **{at: f"{np.quantile(values, share):.0f}" for at, share in QUANTILES.items()}}
+        for name, values in lengths.items()
+    ]
+    return Group(Text("\n".join(facts)), section_table(Section("", rows=rows)), *_preview(corpus, tokenizer))
 
 
-def _count_repeated(corpus: Corpus) -> int:
-    """Count conversations whose answers another one before has too."""
-    seen = set()
-    for i in range(len(corpus)):
-        tokens = corpus.token_ids(i)
-        seen.add(hash(b"|".join(tokens[start:end].tobytes() for start, end in corpus.spans(i))))
-    return len(corpus) - len(seen)
+def _answer_bytes(corpus: Corpus, number: int) -> bytes:
+    tokens = corpus.token_ids(number)
+    return b"|".join(tokens[start:end].tobytes() for start, end in corpus.spans(number))
 
 
 def _answer_ends(answers: list[np.ndarray], meta: Mapping[str, Any]) -> str:
@@ -62,20 +65,9 @@ def _answer_ends(answers: list[np.ndarray], meta: Mapping[str, Any]) -> str:
         return "the answers came with the prompts"
     if limit is None:
         return "why answers end is unknown: there is no responses.meta.json"
-    num_cut = sum(int((lengths == limit).sum()) for lengths in answers)
-    return (
-        f"{sum(map(len, answers)) - num_cut} answers end by themselves, {num_cut} at --respond.max-new-tokens {limit}"
-    )
-
-
-def _length_table(corpus: Corpus, answers: list[np.ndarray]) -> Table:
-    """Show the spread of lengths."""
-    table = Table("tokens", *QUANTILES, box=None)
-    answered = np.array([lengths.sum() for lengths in answers] or [0])
-    whole = corpus.lengths if len(corpus) else np.zeros(1, int)
-    for name, values in {"prompts": whole - answered, "answers, all turns": answered, "conversations": whole}.items():
-        table.add_row(name, *(f"{length:.0f}" for length in np.quantile(values, list(QUANTILES.values()))))
-    return table
+    lengths = np.concatenate(answers)
+    num_cut = int((lengths == limit).sum())
+    return f"{len(lengths) - num_cut} answers end by themselves, {num_cut} at --respond.max-new-tokens {limit}"
 
 
 def _preview(corpus: Corpus, tokenizer: Any) -> Iterator[RenderableType]:

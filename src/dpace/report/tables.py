@@ -1,26 +1,35 @@
-"""Tables of results for the terminal, in 80 columns; the page of `dpace report` has all that is known."""
+"""Describe a table once; write it for the terminal and in Markdown. The page's template writes the same.
 
-from collections.abc import Sequence
-from functools import partial
+In come texts by heading. The terminal has 80 columns or more: what stands in brackets gets a line of its own there,
+words are folded, and numbers are never cut.
+"""
 
-import numpy as np
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpace.measure.results import BenchResults, Row
-from dpace.report.cells import DRAFTER, SET, TEMPERATURE, Column, Section
 from dpace.system.progress import one_line
 
-MAX_SLOTS = 15
-"""Columns of slots that fit 80 characters."""
-NAMES = ("set", "drafter", "objective")
-"""Columns that may be folded over lines."""
-WORDS = ("verdict", "width", "context")
-"""Other columns that begin at the left."""
-STYLES = {"fails": "bold red", "warns": "yellow", "skipped": "dim"}
-"""Style of a line of `dpace doctor`, by its result."""
+
+class Section(NamedTuple):
+    """A heading, what to read from it, and a table or a drawing. The terminal shows heading, table and note."""
+
+    title: str
+    text: str = ""
+    rows: Sequence[Mapping[str, str]] = ()
+    """Cells by heading; the first row's headings are those of the table."""
+    num_texts: int = 1
+    """Columns of words, which come first and begin at the left; the others are numbers."""
+    note: str = ""
+    """Stands below the table."""
+    drawing: str = ""
+    """SVG; only the page has it."""
 
 
 def console() -> Console:
@@ -29,54 +38,19 @@ def console() -> Console:
 
 
 def section_table(section: Section) -> Table:
-    """Make the table of a section of the page, with the columns that fit.
-
-    Names may be folded over lines, numbers are never cut.
-    """
-    table = Table(title=plain(section.title), caption=plain(section.note) or None, box=SIMPLE_HEAD, padding=0)
-    kept = [column for column in section.columns if column.only != "page"]
-    for column in kept:
-        at = " [" if " [" in column.heading else " "  # broken before its unit, or else at its first space
-        heading = plain(column.heading).replace(at, "\n" + at[1:], 1)
-        is_name = column.heading in NAMES
-        justify = "left" if is_name or column.heading in WORDS else "right"
-        table.add_column(heading, justify=justify, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis")
-    for row in section.items:
-        table.add_row(*(plain(column.write(row)) for column in kept))
-    return table
-
-
-def slots_table(results: BenchResults) -> Table:
-    """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot, in percent.
-
-    There are at most `MAX_SLOTS` slots, evenly chosen, with the first and the last.
-    """
-    rows = results.whole_blocks
-    last = max((row.block_size for row in rows), default=1) - 1
-    slots = np.linspace(1, last, min(last, MAX_SLOTS)).round().astype(int).tolist()
-
-    def write(slot: int, row: Row) -> str:  # a drafter's blocks may be shorter
-        return f"{100 * row.reach_rate[slot - 1]:.0f}" if slot < row.block_size else ""
-
-    columns = [SET, TEMPERATURE, DRAFTER, *(Column(str(slot), partial(write, slot)) for slot in slots)]
-    return section_table(Section("reach rate in %: slots 1..k all accepted", "", columns, rows))
-
-
-def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
-    """Make one line for each check: whether it passed, name, cases, detail."""
-    table = _text_table(title, "", "check", "cases", "found")
-    for name, cases, is_passed, detail in findings:
-        table.add_row(*map(plain, ["pass" if is_passed else "FAIL", name, cases, detail]))
-    return table
-
-
-def doctor_table(diagnoses: Sequence[tuple[str, str, str, str, str]], title: str) -> Table:
-    """Make one line for each check: result, name, found, expected and, where it is not right, what to do."""
-    table = _text_table(title, "", "check", "found", "expected", "to do")
-    for name, result, found, expected, fix in diagnoses:
-        shown = result.upper() if result == "fails" else result
-        expected = expected if result in ("fails", "warns") else ""
-        table.add_row(*map(plain, [shown, name, found, expected, fix]), style=STYLES.get(result, ""))
+    """Make the terminal's table."""
+    table = Table(title=plain(section.title), box=SIMPLE_HEAD, padding=0)
+    table.caption = plain(section.note) or None
+    table.caption_justify = "left"
+    for number, heading in enumerate(section.rows[0] if section.rows else ()):
+        is_text = number < section.num_texts
+        justify = "left" if is_text else "right"
+        broken = plain(heading) if is_text else re.sub(r" (?!%)", "\n", plain(heading))
+        table.add_column(broken, justify=justify, no_wrap=not is_text, overflow="fold")
+    for row in section.rows:
+        cells = [plain(cell) for cell in row.values()]
+        numbers = [cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells[section.num_texts :]]
+        table.add_row(*cells[: section.num_texts], *numbers)
     return table
 
 
@@ -85,9 +59,21 @@ def plain(text: str) -> str:
     return escape(one_line(text))
 
 
-def _text_table(title: str, *headings: str) -> Table:
-    """Make a table of texts, which are folded over lines."""
-    table = Table(title=plain(title), box=SIMPLE_HEAD, padding=0)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+def to_markdown(section: Section) -> str:
+    """Write a section in Markdown, without its drawing."""
+    rows = [section.rows[0], *(row.values() for row in section.rows)]
+    head, *body = ("| " + " | ".join(map(as_markdown, row)) + " |" for row in rows)
+    table = "\n".join([head, "|" + "---|" * len(section.rows[0]), *body])
+    paragraphs = f"## {as_markdown(section.title)}", as_markdown(section.text), table, as_markdown(section.note)
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def as_markdown(text: str) -> str:
+    """Escape what Markdown and HTML would read in a text, in one line."""
+    text = re.sub(r"([\\`|*~])", r"\\\1", html.escape(one_line(text), quote=False))
+    return text.replace("](", "]\\(").replace("![", "!\\[")
+
+
+def as_code(text: str) -> str:
+    """Write a text that stands between backticks, also in a table."""
+    return one_line(text).replace("`", "'").replace("|", "\u00a6").replace("<", "\u2039")

@@ -29,11 +29,11 @@ from dpace.measure.results import (
     write_results,
 )
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
-from dpace.report.plots import acceptance_by_slot, save_figures, slot_weights, tau_curves
+from dpace.report.plots import acceptance_by_slot, slot_weights, training_curves
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, check_meta, known_settings
 from dpace.system import ranks
-from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files
+from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files, write_text
 from dpace.target import Target
 from dpace.train.identity import Run, data_facts, hash_rows, target_facts
 from dpace.train.run import check_recipe, choose_conversations, keep_features, train
@@ -42,7 +42,7 @@ Cell = tuple[str, int]
 """An objective and a seed."""
 ALL_SETS = "all"
 """Name of all sets together, in the rows of several sets."""
-FILES = ("results.json", "tau.svg", "acceptance.svg", "weights.svg")
+FILES = ("results.json", "training.svg", "acceptance.svg", "weights.svg")
 """What `compare` writes into its folder itself."""
 
 
@@ -57,7 +57,8 @@ def compare(
     kept: the same call goes on after it.
 
     Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
-    `decode/` with the results of decoding, `results.json`, and the plots `tau.svg`, `acceptance.svg` and `weights.svg`.
+    `decode/` with the results of decoding, `results.json`, and the drawings `training.svg`, `acceptance.svg` and
+    `weights.svg`.
 
     Disk: each cell is a drafter and at most two checkpoints, so seven times its fp32 size.
 
@@ -110,9 +111,9 @@ def _write_and_draw(folder: Path, results: CompareResults, cells: Mapping[Cell, 
     """Write `FILES`."""
     write_results(folder / "results.json", results)
     logs = {name: [read_log(cells[name, seed]) for seed in results.seeds] for name, _ in cells}
-    save_figures(tau_curves(logs), folder / "tau.svg")
-    save_figures(slot_weights(logs), folder / "weights.svg")
-    save_figures(acceptance_by_slot(results.rows), folder / "acceptance.svg")
+    write_text(folder / "training.svg", training_curves(logs))
+    write_text(folder / "weights.svg", slot_weights(logs))
+    write_text(folder / "acceptance.svg", acceptance_by_slot(results.rows))
 
 
 def cell_folder(output: str | Path, cell: Cell) -> Path:

@@ -12,7 +12,8 @@ from dpace.measure.results import BenchResults, ComparedRow, CompareResults, Row
 from dpace.prompts.prompts import PromptParts, first_of_each_set, split_prompts
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.cells import SAME_TEXT, SET, Column, Section, judge_gain, percent
+from dpace.report.sections import judge_gain, percent, same_text
+from dpace.report.tables import Section
 from dpace.studies.compare import cell_folder, compare
 from dpace.system.ledger import lock_folder
 from dpace.target import Target
@@ -98,17 +99,6 @@ def _with_speedup(row: Row) -> str:
     return f"{row.tokens_per_second:.0f} ({row.decode_speedup or 0:.1f}x)"
 
 
-SPEED_COLUMNS = (
-    Column("tokens/s", lambda line: line.name),
-    Column("plain", lambda line: f"{line.ours.plain_tokens_per_second:.0f}"),
-    Column("copies alone", lambda line: "-" if line.copies is None else _with_speedup(line.copies)),
-    Column("with the drafter", lambda line: _with_speedup(line.ours)),
-    Column("copied", lambda line: f"{line.ours.share_copied:.0%}"),
-    Column(SAME_TEXT.heading, lambda line: SAME_TEXT.write(line.ours)),
-)
-"""What is written of a `Speed`."""
-
-
 def speed_lines(results: Sequence[BenchResults]) -> list[Speed]:
     """Pair the rows with the drafter and those of copies alone."""
     rows = [row for part in results for row in part.rows]
@@ -116,28 +106,50 @@ def speed_lines(results: Sequence[BenchResults]) -> list[Speed]:
     return [Speed(row, copies.get((row.set, row.temperature))) for row in rows if row.width == "auto"]
 
 
+def speed_section(lines: Sequence[Speed], title: str) -> Section:
+    """Make the table of speeds, a line a set and temperature."""
+    rows = [
+        {
+            "tokens/s": line.name,
+            "plain": f"{line.ours.plain_tokens_per_second:.0f}",
+            "copies alone": "-" if line.copies is None else _with_speedup(line.copies),
+            "with the drafter": _with_speedup(line.ours),
+            "copied": f"{line.ours.share_copied:.0%}",
+            "same text": same_text(line.ours),
+        }
+        for line in lines
+    ]
+    return Section(title, rows=rows)
+
+
 def gain_section(results: CompareResults) -> Section:
     """Make the table of tau, a line a set."""
     taus = {(row.set, row.drafter): row.tau or 0 for row in results.rows}
-    ours = [row for row in results.rows if row.drafter == "dpace"]
-    columns = (
-        SET,
-        Column("prompts", lambda row: str(row.num_prompts)),
-        Column("tau, decay", lambda row: f"{taus[row.set, results.baseline]:.2f}"),
-        Column("tau, D-PACE", lambda row: f"{row.tau or 0:.2f}"),
-        Column("gain [95 % over prompts]", lambda row: percent(row.gain)),
-    )
-    return Section("Held-out prompts: tokens that one pass of the target gives (tau)", "", columns, ours)
+    rows = [
+        {
+            "set": row.set,
+            "prompts": str(row.num_prompts),
+            "tau, decay": f"{taus[row.set, results.baseline]:.2f}",
+            "tau, D-PACE": f"{row.tau or 0:.2f}",
+            "gain [95 % over prompts]": percent(row.gain),
+        }
+        for row in _ours(results)
+    ]
+    return Section("Held-out prompts: tokens that one pass of the target gives (tau)", rows=rows)
+
+
+def _ours(results: CompareResults) -> list[ComparedRow]:
+    return [row for row in results.rows if row.drafter == "dpace"]
 
 
 def findings(demo: Demo) -> tuple[list[Section], list[str]]:
     """Make what the terminal shows at the end: two tables, and remarks."""
     speeds = speed_lines([demo.greedy, demo.sampled])
-    gains = gain_section(demo.compared)
     hardware = demo.greedy.hardware
     machine = f"{hardware.device}, threads {hardware.torch_threads}"
     about = f"{Path(demo.greedy.target).name}, {demo.greedy.dtype}, {machine}"
-    return [Section(about, "", SPEED_COLUMNS, speeds), gains], list(remarks(speeds, gains.items))
+    tables = [speed_section(speeds, about), gain_section(demo.compared)]
+    return tables, list(remarks(speeds, _ours(demo.compared)))
 
 
 def remarks(speeds: Sequence[Speed], gains: Sequence[ComparedRow]) -> Iterator[str]:

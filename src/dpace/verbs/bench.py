@@ -27,9 +27,8 @@ def run(args: list[str]) -> None:
     from dpace.prompts.prompts import first_of_each_set, split_prompts
     from dpace.prompts.public_sets import read_sets
     from dpace.recipes.recipe_file import read_recipe
-    from dpace.report.cells import advice
-    from dpace.report.page import tables_of
-    from dpace.report.tables import console, section_table, slots_table
+    from dpace.report.sections import tables_of
+    from dpace.report.tables import console, section_table
     from dpace.system.provenance import same_run
     from dpace.target.locate import find_drafter
     from dpace.train.identity import data_facts, read_run
@@ -86,11 +85,7 @@ def run(args: list[str]) -> None:
         results = bench(target, drafters, prompts, config, recipe.output)
     if not ranks.end():
         return
-    tables = [*map(section_table, tables_of(results))]
-    if results.whole_blocks:
-        tables.append(slots_table(results))
-    console().print(*tables)
-    print_text(advice(results))
+    console().print(*map(section_table, tables_of(results)))
     print_text(f"written: {recipe.output}/results.json")
     asked = command("generate", target=recipe.target, drafter=folders[0], thinking=recipe.thinking, prompt=PROMPT)
     print("next:", asked)

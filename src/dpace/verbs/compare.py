@@ -12,7 +12,7 @@ def run(args: list[str]) -> None:
     from dpace.engines.initial import start_from
     from dpace.plan.lines import comparison_lines
     from dpace.prompts.prompts import split_prompts
-    from dpace.report.page import comparison
+    from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
     from dpace.train.progress import check_trackers
@@ -33,8 +33,8 @@ def run(args: list[str]) -> None:
         return
     console().print(section_table(comparison(results)))
     print(
-        f"written: {config.output}/results.json, tau.svg, acceptance.svg, weights.svg, a drafter for each objective "
-        "and seed"
+        f"written: {config.output}/results.json, training.svg, acceptance.svg, weights.svg, a drafter for each "
+        "objective and seed"
     )
     last_set = results.rows[-1].set  # of several sets, all together
     best = next(row.drafter for row in results.rows if row.set == last_set)

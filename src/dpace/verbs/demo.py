@@ -7,7 +7,7 @@ from dpace.recipes.flags import command, parse
 from dpace.system.ledger import refuse_foreign_files
 from dpace.verbs import announce, load_target
 
-PAGES = ("report.html", "report.md")
+PAGE = "report.html"
 
 
 def run(args: list[str]) -> None:
@@ -23,15 +23,15 @@ def run(args: list[str]) -> None:
     recipe = demo_recipe(config)
     output = Path(recipe.output)
     folders = [cell_folder(output, cell) for cell in check_output(recipe)]
-    refuse_foreign_files(output, *PAGES)
+    refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
     if announce(comparison_lines(recipe, parts, folders), args):
         return
     demo = run_demo(load_target(recipe), recipe, parts)
     tables, remarks = findings(demo)
     console().print(*map(section_table, tables), *map(plain, remarks))
-    write_report([output, output / "decode", output / "sampled"], output / PAGES[0])
-    print(f"report: {output / PAGES[0]}")
+    write_report([output, output / "decode", output / "sampled"], output / PAGE)
+    print(f"report: {output / PAGE}")
     folder = cell_folder(output, ("dpace", recipe.seeds[0]))
     prompt = f"{config.prompts or 'demo'}#{demo.greedy.rows[0].responses[0].id}"
     print("next:", command("generate", target=recipe.target, drafter=folder, prompt=prompt))

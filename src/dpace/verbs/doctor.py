@@ -11,14 +11,24 @@ def run(args: list[str]) -> None:
     from dpace.doctor.doctor import RUN, diagnose
     from dpace.drafter.drafter import read_spec
     from dpace.engines.card import serve_command
-    from dpace.report.tables import console, doctor_table
+    from dpace.report.tables import Section, console, section_table
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
     target = load_target(Recipe(target=config.target, device_map=config.device_map, thinking=config.thinking))
     diagnoses = diagnose(folder, target, engine=config.engine, responses=config.responses)
     shown = [d for d in diagnoses if d.result != "passes" or d.check in RUN]
-    console().print(doctor_table(shown, f"{config.drafter} for {target.short_name}"))
+    rows = [
+        {
+            "result": "FAILS" if found.result == "fails" else found.result,
+            "check": found.check,
+            "found": found.found,
+            "expected": found.expected if found.result in ("fails", "warns") else "",
+            "to do": found.fix,
+        }
+        for found in shown
+    ]
+    console().print(section_table(Section(f"{config.drafter} for {target.short_name}", "", rows, num_texts=5)))
     silent = [d.check for d in diagnoses if d not in shown]
     console().print(f"{len(silent)} other checks pass:", ", ".join(silent), "\n", highlight=False)
     failed = [d.check for d in diagnoses if d.result == "fails"]

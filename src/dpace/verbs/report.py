@@ -8,7 +8,7 @@ from dpace.recipes.flags import first_as, parse
 
 @options
 class ReportConfig:
-    """Write report.html, one page that needs no network, and the same as Markdown.
+    """Write report.html, one page of tables and drawings that needs no network.
 
     Usage: dpace report FOLDER [FOLDER ...].
     """
@@ -24,5 +24,6 @@ def run(args: list[str]) -> None:
     config = parse(ReportConfig, "report", first_as("folders", args))
     from dpace.report.page import write_report
 
-    written = write_report(config.folders, config.output or Path(config.folders[0]) / "report.html")
-    print("written:", ", ".join(map(str, written)))
+    page = config.output or Path(config.folders[0]) / "report.html"
+    write_report(config.folders, page)
+    print("written:", page)

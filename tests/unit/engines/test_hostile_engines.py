@@ -284,6 +284,7 @@ def test_report_refuses_results_that_contradict_themselves(fault, tmp_path, caps
 
 LOGS = {
     "a step is a text": [{"step": "x", "step_seconds": 1.0}],
+    "a loss is a text": [{"step": 1, "loss": "x"}],
     "a share is a text": [{"step": 1, "weight_share/1": "x"}],
     "no list": "x",
     "no entries": [1],
@@ -300,32 +301,32 @@ def test_report_refuses_logs_that_are_none(fault, tmp_path, capsys):
 
 def test_names_are_shown_as_they_are(tmp_path, capsys):
     """In the page, in the Markdown and in the terminal's tables."""
-    from dpace.report.page import speeds
-    from dpace.report.tables import console, doctor_table, section_table, slots_table
+    from dpace.report.sections import tables_of
+    from dpace.report.tables import Section, console, section_table, to_markdown
 
     named = [make_row(set=NAME, drafter=NAME, responses=[make_response(set=NAME)], plain_responses=[make_plain()])]
     results = make_bench(*named, drafters={NAME: "0" * 64}, target=f"t/{NAME}")
     write_results(tmp_path / "results.json", results)
     assert main(["report", str(tmp_path)]) == 0
-    page, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
-    for text in (page, markdown):
+    markdown = "\n\n".join(map(to_markdown, tables_of(results)))
+    for text in ((tmp_path / "report.html").read_text(), markdown):
         assert "<script" not in text and "\x1b" not in text
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all("\n# d" not in line for line in lines) and "\\|b" in markdown and "\n# d" not in markdown
     capsys.readouterr()
-    console().print(section_table(speeds(results)), slots_table(results))
-    console().print(doctor_table([(NAME, "fails", NAME, NAME, NAME)], NAME))
+    words = Section(NAME, NAME, [{NAME: NAME, "check": NAME}], num_texts=2, note=NAME)
+    console().print(*map(section_table, [*tables_of(results), words]))
     out = capsys.readouterr().out
     assert "\x1b" not in out and "[bold]e[/bold]" in out
 
 
-@pytest.mark.parametrize("name", ["report.html", "report.md"])
-def test_report_leaves_pages_of_others(name, tmp_path, capsys):
+def test_report_leaves_pages_of_others(tmp_path, capsys):
     write_results(tmp_path / "results.json", make_bench())
-    (tmp_path / name).write_text("mine")
-    refused(["report", str(tmp_path)], capsys, name, NOT_WRITTEN)
-    assert (tmp_path / name).read_text() == "mine"
-    (tmp_path / name).unlink()
+    page = tmp_path / "report.html"
+    page.write_text("mine")
+    refused(["report", str(tmp_path)], capsys, page.name, NOT_WRITTEN)
+    assert page.read_text() == "mine"
+    page.unlink()
     assert main(["report", str(tmp_path)]) == 0 and main(["report", str(tmp_path)]) == 0
 
 

@@ -7,7 +7,7 @@ from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
 from dpace.measure.pooling import make_rows, pool_seeds
 from dpace.metrics import MIN_PROMPTS, Acceptance
-from dpace.report.page import comparison
+from dpace.report.sections import comparison
 from tests.conftest import make_drafter
 from tests.support.files import make_prompts
 from tests.support.rows import make_compare, make_plain, make_response
@@ -76,4 +76,4 @@ def test_three_seeds_that_differ_show_no_gain():
     row = pool_seeds("s", "dpace", 8, ours, [theirs] * 3)
     assert row.gain == pytest.approx((0.044, -0.0145, 0.1025), abs=2e-4)
     assert row.tau_interval == pytest.approx((1.566 - 0.0877, 1.566 + 0.0877), abs=2e-4)
-    assert comparison(make_compare(row)).rows[1][0] == "no clear difference"
+    assert comparison(make_compare(row)).rows[0]["verdict"] == "not clear"

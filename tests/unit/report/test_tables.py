@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 
 from dpace.measure.results import Comparison
-from dpace.report.cells import advice
-from dpace.report.page import comparison, servers, speeds, tables_of
-from dpace.report.tables import console, section_table, slots_table
+from dpace.report.sections import advice, comparison, pairs, servers, slots, speeds, tables_of
+from dpace.report.tables import Section, console, section_table
 from tests.support.rows import (
     make_bench,
     make_compare,
@@ -41,15 +40,11 @@ def tables():
         share_copied=0.5,
         width="auto",
     )
-    bench = make_bench(row, row)
-    yield "no clear difference", section_table(speeds(bench))
-    yield "0.6", slots_table(make_bench(replace(row, width="full")))
-    pair = Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))
-    yield "no clear difference", section_table(list(tables_of(make_bench(comparisons=[pair])))[1])
-    compared = make_compared(
-        **NAMES, tau_interval=INTERVAL, gain=GAIN, gain_by_seed=[0.1, None, 0.1], peak_memory_bytes=2**34
-    )
-    yield "no clear difference", section_table(comparison(make_compare(compared, decode=bench)))
+    yield speeds(make_bench(row, row))
+    yield slots([row])
+    yield pairs([Comparison(**NAMES, width="full", baseline="dflash", tau_gain=GAIN, speed_ratio=(1.1, *INTERVAL))])
+    compared = make_compared(**NAMES, tau_interval=INTERVAL, gain=GAIN, peak_memory_bytes=2**34)
+    yield comparison(make_compare(compared))
     served = make_served(
         set=NAMES["set"],
         temperature=0.6,
@@ -63,16 +58,39 @@ def tables():
         control_same_text=880,
         num_responses=880,
     )
-    yield "no clear difference", section_table(servers(make_servers(served)))
+    yield servers(make_servers(served))
 
 
-@pytest.mark.parametrize("cell, table", list(tables()))
-def test_tables_fit_80_columns_with_the_verdict_first(cell, table, capsys, monkeypatch):
+@pytest.mark.parametrize("table", list(tables()), ids=lambda table: table.title)
+def test_tables_fit_80_columns_with_the_verdict_first(table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    console().print(table)
+    console().print(section_table(table))
     printed = capsys.readouterr().out
-    assert all(len(line.rstrip()) <= 80 for line in printed.splitlines()) and "…" not in printed
-    assert cell in printed and (cell == "0.6" or re.search(rf"^ {cell} ", printed, re.MULTILINE))
+    assert all(len(line.rstrip()) <= 80 for line in printed.splitlines())
+    for number, cell in enumerate(table.rows[0].values()):
+        for word in re.split(r" (?=[\[(])", cell) if number >= table.num_texts else ():
+            assert f"{word} " in printed.replace("\n", " \n"), "a number is cut"
+    assert "verdict" not in table.rows[0] or re.search(r"^ not ", printed, re.MULTILINE)
+
+
+def test_a_table_of_several_rows_has_each_rows_cells(capsys):
+    """With words at the left, and numbers whose interval has a line of its own."""
+    rows = [{"name": name, "tau [95 %]": f"{tau} [1.00, 9.00]"} for name, tau in (("a (b)", "2.00"), ("c", "3.00"))]
+    console().print(section_table(Section("title", rows=rows, note="below")))
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    words = [[word.strip() for word in line if word.strip()] for line in lines]
+    shown = [["a (b)", "2.00"], ["[1.00, 9.00]"], ["c", "3.00"], ["[1.00, 9.00]"]]
+    assert [line for line in words if line in shown] == shown and ["below"] in words
+
+
+def test_tables_of_a_comparison_have_those_of_its_decoding():
+    titles = [section.title for section in tables_of(make_compare(make_compared(), decode=make_bench()))]
+    assert [title.partition(" ")[0] for title in titles] == ["Objectives:", "Speed:", "Reach"]
+
+
+def test_a_shorter_block_has_no_cells_for_the_last_slots():
+    first, second = slots([make_row(reach_rate=[0.5], block_size=2), make_row(reach_rate=[1.0] * 3, block_size=4)]).rows
+    assert [*first.values()][3:] == ["50", "", ""] and [*second.values()][3:] == ["100"] * 3
 
 
 def test_advice_follows_from_the_verdicts():
@@ -82,6 +100,9 @@ def test_advice_follows_from_the_verdicts():
     mixed = results(a=(1.1, 1.3), b=(0.7, 0.9))
     assert "on a, but not clearly on b: measure more prompts there" in advice(mixed)
     assert advice(results(a=(1.1, 1.3))) == "faster than plain decoding on a"
-    assert "nothing here is faster than plain decoding: decode without this drafter" in advice(results(a=(0.7, 0.9)))
-    assert "nothing here is clearly faster" in advice(results(a=(0.7, 0.9), b=(0.9, 1.1)))
-    assert "measure more prompts" in advice(results(a=(None, None)))
+    for ends in ((0.7, 0.9), (0.9, 1.1), (None, None)):
+        assert "nothing here is clearly faster than plain decoding: measure more prompts" in advice(results(a=ends))
+    copies = make_row(width="copies", decode_speedup_interval=(1.1, 1.3))
+    slower = make_row(decode_speedup_interval=(0.7, 0.9))
+    assert "nothing here" in advice(make_bench(copies, slower)), "copies need no drafter"
+    assert advice(make_bench(replace(copies, width="auto"), slower)) == "faster than plain decoding on s"

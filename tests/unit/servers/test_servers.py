@@ -14,8 +14,7 @@ from dpace.measure.results import Row, read_results, write_results
 from dpace.measure.servers import CONTROL, bench_servers, make_rows
 from dpace.metrics import MIN_PROMPTS
 from dpace.prompts.prompts import Prompt
-from dpace.report.cells import served_verdict, texts_note, with_interval
-from dpace.report.page import servers
+from dpace.report.sections import percent, served_verdict, servers, texts_note, with_interval
 from dpace.servers.apis import Counts, LlamacppServer, connect
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.support.files import write_prompts
@@ -168,14 +167,13 @@ def test_every_dialect_gives_the_same_numbers(engine, start, chat, tmp_path):
             assert not any(body["cache_prompt"] for body in sent)
     assert read_results(tmp_path / "servers.json") == results
     shown, tau = shown_row(tmp_path), with_interval(row.tau, *row.tau_interval)
-    found = [shown[name] for name in ("set", "T", "tau [95 %]", "same text", "control")]
-    assert found == ["s", "0", tau, "3/3", "3/3"]
+    found = [shown[name] for name in ("set", "T", "tau [95 %]", "same text (control)")]
+    assert found == ["s", "0", tau, "3/3 (3)"]
 
 
 def shown_row(folder):
     """The first row of the page's table, by heading."""
-    headings, row, *_ = servers(read_results(folder / "servers.json")).rows
-    return dict(zip(headings, row, strict=True))
+    return servers(read_results(folder / "servers.json")).rows[0]
 
 
 def test_later_turns_see_the_plain_servers_answers(start, chat, tmp_path):
@@ -221,7 +219,8 @@ def test_one_server_has_no_texts_to_compare_and_no_tau_unless_it_drafts(drafts, 
     assert row.tau == tau and row.num_same_text is row.control_same_text is row.plain_tokens_per_second is None
     assert row.tokens_per_second > 0 and not texts_note(results.rows)
     shown = shown_row(tmp_path)
-    assert shown["verdict"] == verdict and shown["same text"] == shown["control"] == shown["plain tok/s"] == "-"
+    assert shown["verdict"] == verdict and shown["same text (control)"] == "-"
+    assert shown["tok/s (plain)"].endswith(" (-)")
 
 
 def test_each_prompt_has_its_own_seed(start, chat, tmp_path):
@@ -248,9 +247,9 @@ def test_vllm_tells_the_acceptance_of_each_request_or_counts_all(tells, start, c
 @pytest.mark.parametrize(
     ("repeats", "shift", "texts", "verdict"),
     [
-        (True, 0, (6, 6), "no clear difference"),
+        (True, 0, (6, 6), "not clear"),
         (True, 1, (0, 6), "less often equal"),
-        (False, 0, (0, 0), "no clear difference"),  # not even the plain server writes its own text again
+        (False, 0, (0, 0), "not clear"),  # not even the plain server writes its own text again
     ],
 )
 def test_texts_are_judged_by_the_plain_servers_second_pass(repeats, shift, texts, verdict, start, chat, tmp_path):
@@ -327,7 +326,7 @@ def test_the_verb_shows_tau_served_here_and_in_training(start, recipe, language_
     assert found.tau_in_training == 1.5 and row.tau_here == (here.rows[0].tau, *here.rows[0].tau_interval)
     assert row.tau_over_here[0] == pytest.approx(2.0 / row.tau_here[0] - 1)
     assert main(["report", str(out)]) == 0
-    assert f"| {with_interval(*row.tau_here)} |" in (out / "report.md").read_text()
+    assert f">{percent(row.tau_over_here)}</td>" in (out / "report.html").read_text()
     assert "was measured with max_new_tokens 7, not 12; give both" in reason(replace(here, max_new_tokens=7))
     assert "other chat template (sha256" in reason(replace(here, chat_template_sha256="0" * 64))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))

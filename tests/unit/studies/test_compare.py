@@ -8,7 +8,7 @@ import torch
 
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, Recipe
 from dpace.measure.results import read_results
-from dpace.report.page import comparison
+from dpace.report.sections import comparison
 from dpace.report.tables import console, section_table
 from dpace.studies.compare import compare
 from tests.conftest import LANGUAGE_RECIPE
@@ -53,8 +53,8 @@ def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
             assert row.gain == (0, 0, 0)
     console().print(section_table(comparison(results)))
     printed = capsys.readouterr().out
-    assert all(name in printed for name in names) and "over dflash" in printed
-    for name in ("tau.svg", "acceptance.svg", "weights.svg", "results.json", "decode/results.json"):
+    assert all(name in printed for name in names) and "over dflash [95 %]" in comparison(results).rows[0]
+    for name in ("training.svg", "acceptance.svg", "weights.svg", "results.json", "decode/results.json"):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
     greedy = {row.drafter: row for row in results.decode.rows}

@@ -1,0 +1,248 @@
+"""Tables of results: numbers with their intervals, verdicts, and what to read from them.
+
+In come results, as other verbs wrote them; out come sections, which the terminal, the page and the model card show.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpace.measure.results import (
+    BenchResults,
+    ComparedRow,
+    CompareResults,
+    Comparison,
+    Estimate,
+    Interval,
+    Results,
+    Row,
+    ServerResults,
+    ServerRow,
+    benchmark_of,
+)
+from dpace.report.tables import Section
+
+MAX_SLOTS = 15
+"""Columns of slots that fit 80 characters."""
+UNKNOWN: Estimate = (None, None, None)
+
+
+def with_interval(
+    value: float | None, low: float | None = None, high: float | None = None, form: str = ".2f", unit: str = ""
+) -> str:
+    """Write `1.23 [1.20, 1.26]`, the number alone where it has no interval, or `-` for none."""
+    if value is None:
+        return "-"
+    number = f"{value:{form}}{unit}"
+    return number if low is None or high is None else f"{number} [{low:{form}}, {high:{form}}]"
+
+
+def percent(gain: Estimate) -> str:
+    """Write a gain and the ends of its interval, `+5.6 % [+3.1, +8.3]`, or `-` where there is none."""
+    return with_interval(*(None if end is None else 100 * end for end in gain), form="+.1f", unit=" %")
+
+
+def same_text(row: Row) -> str:
+    """Count the responses with the target's own text, where they are to keep it."""
+    return f"{row.num_same_text}/{row.num_responses}" if row.keeps_text else "-"
+
+
+def _rates(row: Row | ServerRow) -> str:
+    """Write tokens a second, and those of plain decoding in brackets."""
+    plain = with_interval(row.plain_tokens_per_second, form=".1f")
+    return f"{with_interval(row.tokens_per_second, form='.1f')} ({plain})"
+
+
+def _way(row: Row | Comparison) -> dict[str, str]:
+    """Name a row; a width that copied says how many of the tokens."""
+    copied = f", {row.share_copied:.0%} copied" if isinstance(row, Row) and row.share_copied else ""
+    return {"set": row.set, "drafter": row.drafter, "width": f"{row.width}{copied}", "T": f"{row.temperature:g}"}
+
+
+def verdict(interval: Interval, border: int = 1, above: str = "faster", below: str = "slower") -> str:
+    """Tell on which side of a border an interval lies: by default, whether a decode_speedup is one.
+
+    Returns:
+        `above`, `below`, `not clear` or `too few prompts`.
+    """
+    low, high = interval
+    if low is None or high is None:
+        return "too few prompts"
+    return above if low > border else below if high < border else "not clear"
+
+
+def judge_gain(row: ComparedRow) -> str:
+    """Judge an objective from the interval of its gain: `better`, `worse`, or as `verdict` otherwise."""
+    return verdict(row.gain[1:], 0, "better", "worse")
+
+
+def served_verdict(row: ServerRow) -> str:
+    """Judge whether a server accepts what this process does."""
+    if row.tau is None:
+        return "not known"
+    if row.tau_here[0] is None:
+        return "no tau here"
+    return verdict(row.tau_over_here[1:], 0, "accepts more", "accepts less")
+
+
+def tables_of(results: Results) -> Iterator[Section]:
+    """Yield all tables of results, in the order in which they are read."""
+    if isinstance(results, ServerResults):
+        yield servers(results)
+        return
+    if isinstance(results, CompareResults):
+        yield comparison(results)
+    benchmark = benchmark_of(results)
+    if benchmark:
+        yield speeds(benchmark)
+        if benchmark.comparisons:
+            yield pairs(benchmark.comparisons)
+    if whole := whole_blocks(results):
+        yield slots(whole)
+
+
+def whole_blocks(results: BenchResults | CompareResults) -> Sequence[Row] | Sequence[ComparedRow]:
+    """Take the rows that say what a drafter accepts of whole drafts."""
+    return results.rows if isinstance(results, CompareResults) else results.whole_blocks
+
+
+def speeds(results: BenchResults) -> Section:
+    """Make the table of decoding, by set and temperature."""
+    text = (
+        "tau is the mean acceptance length: the tokens that one pass of the target emits, averaged over verifications. "
+        "With width auto, passes without a draft count too, and tokens copied from the text before them. "
+        "decode_speedup divides the tokens a second with the drafter by those of plain decoding, which stand in "
+        "brackets; reading the prompt is not counted. Intervals are 95 %, by bootstrap over prompts."
+    )
+    rows = [
+        {
+            "verdict": verdict(row.decode_speedup_interval),
+            **_way(row),
+            "decode_speedup [95 %]": with_interval(row.decode_speedup, *row.decode_speedup_interval),
+            "tau [95 %]": with_interval(row.tau, *row.tau_interval),
+            "tok/s (plain)": _rates(row),
+            "same text": same_text(row),
+        }
+        for row in results.rows
+    ]
+    title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
+    same = f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text"
+    notes = advice(results), results.num_responses and same, compiled_note(results.rows)
+    return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
+
+
+def advice(results: BenchResults) -> str:
+    """Tell on which sets decoding is faster; where that is none, tell so and what can be done."""
+    rows = [row for row in results.rows if row.width != "copies"] or results.rows
+    faster = dict.fromkeys(row.set for row in rows if verdict(row.decode_speedup_interval) == "faster")
+    others = dict.fromkeys(row.set for row in rows if row.set not in faster)
+    if not faster:
+        return (
+            "nothing here is clearly faster than plain decoding: measure more prompts, train longer or on more prompts "
+            "(docs/train.md), or decode without the drafter"
+        )
+    found = f"faster than plain decoding on {' and '.join(faster)}"
+    rest = f"but not clearly on {' and '.join(others)}: measure more prompts there, or decode without the drafter"
+    return f"{found}, {rest}" if others else found
+
+
+def compiled_note(rows: Sequence[Row]) -> str:
+    """Compare decoding with compiled plain decoding; empty where that was not measured."""
+    found = [f"{' '.join(_way(row).values())}: {row.compiled.decode_speedup or 0:.2f}" for row in rows if row.compiled]
+    return f"decode_speedup over plain decoding with compiled steps: {', '.join(found)}" if found else ""
+
+
+def pairs(comparisons: Sequence[Comparison]) -> Section:
+    """Make the table of drafters against the first one."""
+    rows = [
+        {
+            "verdict": verdict(row.speed_ratio[1:]),
+            **_way(row),
+            "tau [95 %]": percent(row.tau_gain),
+            "speed ratio [95 %]": with_interval(*row.speed_ratio),
+        }
+        for row in comparisons
+    ]
+    text = "Differences on the same prompts, with 95 % intervals of the paired difference."
+    return Section(f"Compared with {comparisons[0].baseline}", text, rows, num_texts=4)
+
+
+def slots(whole: Sequence[Row] | Sequence[ComparedRow]) -> Section:
+    """Make one line for each drafter: how often the drafts of a block are all accepted up to each slot.
+
+    There are at most `MAX_SLOTS` slots, evenly chosen, with the first and the last. A drafter's blocks may be shorter.
+    """
+    last = max(row.block_size for row in whole) - 1
+    shown = np.linspace(1, last, min(last, MAX_SLOTS)).round().astype(int).tolist()
+    rows = []
+    for row in whole:
+        rates = {f"{slot}": f"{100 * rate:.0f}" for slot, rate in enumerate(row.reach_rate, start=1)}
+        named = {"set": row.set, "drafter": row.drafter, "T": f"{row.temperature:g}"}
+        rows.append({**named, **{f"{slot}": rates.get(f"{slot}", "") for slot in shown}})
+    return Section("Reach rate in %: slots 1 to k of a whole draft all accepted", "", rows, num_texts=2)
+
+
+def comparison(results: CompareResults) -> Section:
+    """Make the table of `dpace compare`."""
+    text = (
+        "Mean acceptance length (tau) on held-out prompts at temperature 0. Intervals are 95 %, paired: by bootstrap "
+        "over prompts, and by Student's t over seeds."
+    )
+    rows = []
+    for row in results.rows:
+        is_baseline = row.drafter == results.baseline
+        seconds, memory = row.step_seconds, row.peak_memory_bytes
+        rows.append(
+            {
+                "verdict": "baseline" if is_baseline else judge_gain(row),
+                "set": row.set,
+                "objective": row.drafter,
+                "tau [95 %]": with_interval(row.tau, *row.tau_interval),
+                f"over {results.baseline} [95 %]": percent(UNKNOWN if is_baseline else row.gain),
+                "ms/step": "-" if seconds is None else f"{1000 * seconds:.0f}",
+                "peak GiB": "-" if memory is None else f"{memory / 2**30:.2f}",
+            }
+        )
+    seeds = ", ".join(map(str, results.seeds))
+    title = f"Objectives: {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
+    return Section(title, text, rows, num_texts=3)
+
+
+def servers(results: ServerResults) -> Section:
+    """Make the table of a benchmark of running servers."""
+    text = (
+        "tau is the mean acceptance length that the server reports; beside it is that of whole drafts in this process, "
+        "on the same prompts. tok/s counts the tokens of a request after its first one, one request at a time; those "
+        "of the plain server stand in brackets. Same text counts the texts that are those of the plain server's first "
+        "pass; in brackets, those of its own second pass."
+    )
+    rows = []
+    for row in results.rows:
+        same = f"{row.num_same_text}/{row.num_responses} ({row.control_same_text})"
+        rows.append(
+            {
+                "verdict": served_verdict(row),
+                "set": row.set,
+                "T": f"{row.temperature:g}",
+                "tau [95 %]": with_interval(row.tau, *row.tau_interval),
+                "tau here": with_interval(row.tau_here[0]),
+                "over here [95 %]": percent(row.tau_over_here),
+                "tok/s (plain)": _rates(row),
+                "same text (control)": "-" if row.num_same_text is None else same,
+            }
+        )
+    names = ", ".join(f"{side} {server.engine} at {server.url}" for side, server in results.servers.items())
+    trained = f"tau in training, on validation responses: {with_interval(results.tau_in_training)}"
+    note = "; ".join(filter(None, [trained, texts_note(results.rows)]))
+    return Section(f"{Path(results.target).name}: {names}", text, rows, num_texts=2, note=note)
+
+
+def texts_note(rows: Sequence[ServerRow]) -> str:
+    """Compare greedy texts with those of the plain server's second pass, set by set; empty without such a server."""
+    judged = [
+        f"{row.set} {verdict(row.same_text_gain[1:], 0, 'more often equal', 'less often equal')}"
+        for row in rows
+        if row.temperature == 0 and row.num_same_text is not None
+    ]
+    return f"greedy texts against the control, the plain server's second pass: {', '.join(judged)}" if judged else ""
