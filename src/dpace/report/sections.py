@@ -128,7 +128,7 @@ def speeds(results: BenchResults) -> Section:
     ]
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
     same = f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text"
-    notes = advice(results), results.num_responses and same, compiled_note(results.rows)
+    notes = advice(results), same if results.num_responses else "", compiled_note(results.rows)
     return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
 
 

@@ -1,7 +1,7 @@
 """Describe a table once; write it for the terminal and in Markdown. The page's template writes the same.
 
-In come texts by heading. The terminal has 80 columns or more: what stands in brackets gets a line of its own there,
-words are folded, and numbers are never cut.
+In come texts by heading. The terminal has 80 columns or more: where a table is too wide, what stands in brackets gets
+a line of its own, and words are folded. Numbers are never cut.
 """
 
 import html
@@ -15,6 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpace.system.progress import one_line
+
+MAX_WIDTH = 10_000
+"""Columns of the widest terminal."""
 
 
 class Section(NamedTuple):
@@ -38,18 +41,24 @@ def console() -> Console:
 
 
 def section_table(section: Section) -> Table:
-    """Make the terminal's table."""
+    """Make the terminal's table, with intervals on lines of their own where it would be too wide."""
+    table = _table(section, " ")
+    needed = Console(width=MAX_WIDTH).measure(table).maximum
+    return table if needed <= console().width else _table(section, "\n")
+
+
+def _table(section: Section, before_brackets: str) -> Table:
     table = Table(title=plain(section.title), box=SIMPLE_HEAD, padding=0)
     table.caption = plain(section.note) or None
     table.caption_justify = "left"
     for number, heading in enumerate(section.rows[0] if section.rows else ()):
         is_text = number < section.num_texts
         justify = "left" if is_text else "right"
-        broken = plain(heading) if is_text else re.sub(r" (?!%)", "\n", plain(heading))
+        broken = plain(heading) if is_text else re.sub(r" (?!%)", before_brackets, plain(heading))
         table.add_column(broken, justify=justify, no_wrap=not is_text, overflow="fold")
     for row in section.rows:
         cells = [plain(cell) for cell in row.values()]
-        numbers = [cell.replace(" [", "\n[").replace(" (", "\n(") for cell in cells[section.num_texts :]]
+        numbers = [re.sub(r" (?=[\[(])", before_brackets, cell) for cell in cells[section.num_texts :]]
         table.add_row(*cells[: section.num_texts], *numbers)
     return table
 

@@ -54,7 +54,7 @@ def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
     counts = {row.set: sum(row.histogram) for row in results.rows if row.drafter == "dpace"}
     assert counts["all"] == counts["set0"] + counts["set1"]
     page = (out / "report.html").read_text()
-    assert "Objectives, " in page and "decode_speedup" in page
+    assert "Objectives: " in page and "decode_speedup" in page
     monkeypatch.setattr("dpace.studies.compare.train", lambda *_, **__: pytest.fail("trained again"))
     assert main(["demo", *flags]) == 0
 
