@@ -27,7 +27,7 @@ from dpace.prompts.prompts import Prompt, read_prompts
 from dpace.prompts.public_sets import SETS, read_sets
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.page import speeds
+from dpace.report.sections import speeds
 from dpace.report.tables import console, section_table
 from dpace.respond.answering import write_responses
 from dpace.target import Target

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpace.measure.results import HELDOUT_FILE, read_heldout, read_log
 from dpace.metrics import Acceptance, tau_estimate
-from dpace.report.plots import SERIES, SOFT, drawing, standalone, svg
+from dpace.report.plots import draw_panels
 from dpace.system.ledger import write_text
 
 BASELINE, OURS = ALWAYS = "dflash", "dpace"
@@ -229,38 +229,33 @@ def draw(study: Study, value: Callable[[str, int, int], Value | None], ylabel: s
 
     A point with fewer seeds than the baseline has there is left out: its interval would tell of little else.
     """
-    with drawing() as plt:
-        num, shape = len(study.blocks), {"sharey": True, "squeeze": False, "layout": "constrained"}
-        figure, axes = plt.subplots(1, num, figsize=(4.2 * num, 3.9), **shape)
-        for axis, block in zip(axes[0], study.blocks, strict=True):
-            names = study.objectives
-            every = {name: [(steps, value(name, block, steps)) for steps in study.budgets] for name in names}
-            needed = {steps: len(study.seeds(block, (BASELINE, steps))) for steps in study.budgets}
-            known = {
-                name: [(s, v) for s, v in points if v and len(study.seeds(block, (name, s))) >= needed[s]]
-                for name, points in every.items()
-            }
-            curves = [name for name in names if len(known[name]) > 1]
-            names = curves or [name for name in names if known[name]]
-            for place, name in enumerate(names):
-                points = known[name]
-                shift = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not cover each other
-                where, middle = [steps * shift for steps, _ in points], np.array([found for _, found in points])
-                ends = np.abs(middle[:, 1:] - middle[:, :1]).T
-                color = SERIES[study.objectives.index(name) % len(SERIES)]
-                axis.errorbar(where, middle[:, 0], yerr=ends, color=color, marker="o", ms=3.5, lw=1.4, label=name)
-            axis.set_xscale("log")
-            axis.set_xticks(study.budgets, [str(steps) for steps in study.budgets])
-            axis.minorticks_off()
-            axis.set(title=f"blocks of {block}", xlabel="optimizer steps")
-            axis.grid(alpha=0.6, axis="y")
-        axes[0][0].set_ylabel(ylabel)
+
+    def panel(axis, block: int) -> None:
+        names = study.objectives
+        every = {name: [(steps, value(name, block, steps)) for steps in study.budgets] for name in names}
+        needed = {steps: len(study.seeds(block, (BASELINE, steps))) for steps in study.budgets}
+        known = {
+            name: [(s, v) for s, v in points if v and len(study.seeds(block, (name, s))) >= needed[s]]
+            for name, points in every.items()
+        }
+        curves = [name for name in names if len(known[name]) > 1]
+        names = curves or [name for name in names if known[name]]
+        for place, name in enumerate(names):
+            points = known[name]
+            shift = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not cover each other
+            where = [steps * shift for steps, _ in points]
+            middle = np.array([found for _, found in points])
+            ends = np.abs(middle[:, 1:] - middle[:, :1]).T
+            color = f"C{study.objectives.index(name)}"
+            axis.errorbar(where, middle[:, 0], yerr=ends, color=color, lw=1.4, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(study.budgets, [str(steps) for steps in study.budgets])
+        axis.minorticks_off()
+        axis.set(xlabel="optimizer steps", ylabel=ylabel)
         if ylabel.startswith("gain"):
-            for axis in axes[0]:
-                axis.axhline(0, color=SOFT, lw=1)
-        handles = {n: h for axis in axes[0] for h, n in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * num)
-        return standalone(svg(figure))
+            axis.axhline(0, color="gray", lw=1, marker="")
+
+    return draw_panels({f"blocks of {block}": block for block in study.blocks}, panel)
 
 
 def commands(study: Study) -> str:
