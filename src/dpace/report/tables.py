@@ -63,6 +63,15 @@ def _table(section: Section, before_brackets: str) -> Table:
     return table
 
 
+def check_table(findings: Sequence[tuple[str, str, bool, str]], title: str) -> Table:
+    """Make one line for each check: whether it passed, name, cases, detail."""
+    rows = [
+        {"result": "pass" if is_passed else "FAIL", "check": name, "cases": cases, "found": detail}
+        for name, cases, is_passed, detail in findings
+    ]
+    return section_table(Section(title, rows=rows, num_texts=4))
+
+
 def plain(text: str) -> str:
     """Write a text that the terminal shows as it is: in one line, and no markup of rich."""
     return escape(one_line(text))

@@ -15,7 +15,7 @@ def run(args: list[str]) -> None:
     from dpace.measure.own_text import check_responses, read_greedy
     from dpace.plan.lines import checking_lines
     from dpace.prompts.prompts import first_of_each_set, read_heldout
-    from dpace.report.tables import Section, console, section_table
+    from dpace.report.tables import check_table, console
     from dpace.target.locate import find_drafter
 
     prompts = read_heldout(config.prompts)
@@ -35,16 +35,7 @@ def run(args: list[str]) -> None:
         findings = check(target, load_drafter(folder, target), prompts, config)
         if responses and dtype == answered_in:
             findings += check_responses(target, responses, meta)
-        rows = [
-            {
-                "result": "pass" if found.is_passed else "FAIL",
-                "check": found.name,
-                "cases": found.cases,
-                "found": found.detail,
-            }
-            for found in findings
-        ]
-        console().print(section_table(Section(f"{Path(target.name).name} in {dtype}", "", rows, num_texts=4)))
+        console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
     if failed:
         raise ValueError(
