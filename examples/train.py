@@ -19,6 +19,6 @@ answered, validation = ([answers[prompt.id] for prompt in part if prompt.id in a
 datasets = dpace.make_datasets(target, answered, validation, recipe)
 drafter = dpace.train(target, *datasets, recipe, Path(recipe.output) / "drafter", weigh=weigh)
 token_ids = dpace.encode_chat(target, parts.heldout[0].turns[0])
-generation = dpace.generate(target, drafter, token_ids, max_new_tokens=64)
+generation = dpace.generate(target, drafter, token_ids, max_new_tokens=64, width="full")
 print(target.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
 print(f"tau {generation.acceptance.tau:.2f}")

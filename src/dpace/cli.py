@@ -1,5 +1,6 @@
 """The command line: `dpace VERB [recipe.yaml] [--group.field value]`; a recipe where the verb reads one."""
 
+import difflib
 import errno
 import importlib
 import os
@@ -55,8 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         is_help = verb in ("-h", "--help")
-        unknown = f"unknown verb {ascii(verb)}; choose one of those below\n\n" if argv and not is_help else ""
-        print(f"{unknown}{USAGE}", file=sys.stdout if is_help else sys.stderr)
+        if argv and not is_help:
+            meant = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"did you mean {meant[0]}?" if meant else "choose one of those below"
+            print(f"unknown verb {ascii(verb)}; {hint}\n", file=sys.stderr)
+        print(USAGE, file=sys.stdout if is_help else sys.stderr)
         return 0 if is_help else 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():

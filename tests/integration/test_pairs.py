@@ -147,7 +147,7 @@ PAIRS = {
         f"train {RECIPE} --drafter.num-layers 2 --drafter.sliding-window 9 --drafter.full-layers 1 --drafter.causal; "
         f"bench {RECIPE} --drafters {{out}}/drafter; "
         "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "
-        "generate --target {target} --drafter {out}/vllm --prompt w1 --width full --max-new-tokens 8",
+        "generate --target {target} --drafter {out}/vllm --prompt w1 --width 3 --max-new-tokens 8",
         "vllm/README.md",
     ),
     "a head, windows, growing blocks, export, doctor": Pair(

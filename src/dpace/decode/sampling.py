@@ -196,13 +196,14 @@ def verify_sampled(
     """
     rows = torch.arange(len(draft_tokens), device=target_probs.device)
     tokens = torch.tensor(draft_tokens, device=target_probs.device, dtype=torch.long)
-    ratios = (target_probs[rows, tokens] / draft_probs[rows, tokens]).tolist()
-    draws = torch.rand(len(tokens), generator=sampler.generator, device=tokens.device).tolist()
+    chances = target_probs[rows, tokens] / draft_probs[rows, tokens]
+    drawn = torch.rand(len(tokens), generator=sampler.generator, device=tokens.device)
+    ratios, draws = torch.stack([chances, drawn]).tolist()
     accepted = 0
     while accepted < len(draft_tokens) and draws[accepted] < ratios[accepted]:
         accepted += 1
     next_probs = target_probs[accepted]
     if accepted < len(draft_tokens):
         rest = (next_probs - draft_probs[accepted]).clamp_min(0)
-        next_probs = rest if rest.any() else next_probs  # equal distributions, and a draw that rounding rejected
+        next_probs = torch.where(rest.any(), rest, next_probs)  # equal ones, and a draw that rounding rejected
     return accepted, int(torch.multinomial(next_probs, 1, generator=sampler.generator))

@@ -235,7 +235,9 @@ class RaggedCache(DynamicCache):
         self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None, layers: Sequence[Any] | None = None
     ) -> None:
         """Make the next pass write its tokens to these columns, of all rows and in all layers or of the given ones."""
-        numbers = torch.tensor(range(len(columns)) if rows is None else rows, device=columns.device)
+        # without a copy from the host, for which it would wait
+        every = torch.arange(len(columns), device=columns.device)
+        numbers = every if rows is None else torch.tensor(rows, device=columns.device)
         for layer in layers or self.layers:
             layer.rows = numbers[:, None]
             layer.is_part = rows is not None

@@ -93,7 +93,7 @@ def bench(
                 }
                 for record in _decode_prompt(target, ways, prompt, options, rotation=number):
                     records.add(record)
-            bar.update(task, advance=1, info=_so_far(records.rows))
+            bar.update(task, advance=1)
     records.collect()
     block_sizes = {name: drafter.block_size for name, drafter in named.items()}
     rows = make_rows(records.of(config.temperatures, prompts), block_sizes, config.widths)
@@ -185,15 +185,6 @@ def _decode_prompt(
             )
         text = target.tokenizer.decode(plain.token_ids, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})
-
-
-def _so_far(records: Sequence[ResponseRecord]) -> str:
-    """Return tau and speed of all drafters together, for the progress bar."""
-    drafted = [r for r in records if r.width is not None]
-    verifications = sum(len(r.accepted_lengths) for r in drafted)
-    tokens = sum(r.decode_tokens for r in drafted)
-    seconds = sum(r.decode_seconds for r in drafted)
-    return f"tau {tokens / max(1, verifications):.2f}, {tokens / max(1e-9, seconds):.0f} tokens/s"
 
 
 class CompiledPlain:

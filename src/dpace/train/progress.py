@@ -160,10 +160,15 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     available = set(map(str, get_available_trackers()))
     for name in names:
-        if name not in available:
+        if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(
-                f"--train.report-to has {name!r}, which accelerate does not know or which is not installed; choose "
-                f"some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, install its package, or leave it out"
+                f"--train.report-to has {name!r}, which accelerate does not know; choose some of "
+                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, or leave it out"
+            )
+        if name not in available:
+            package = name.replace("_", "-")
+            raise ValueError(
+                f"--train.report-to has {name}, which is not installed; run `pip install {package}`, or leave it out"
             )
 
 

@@ -30,16 +30,22 @@ def run(args: list[str]) -> None:
     if announce(checking_lines(config, len(first_of_each_set(prompts, config.num_prompts))), args):
         return
     failed = []
+    unlike = []
     for dtype in config.dtypes:
         target = load_target(Recipe(target=config.target, dtype=dtype, device_map=config.device_map))
         findings = check(target, load_drafter(folder, target), prompts, config)
-        if responses and dtype == answered_in:
-            findings += check_responses(target, responses, meta)
-        console().print(check_table(findings, f"{Path(target.name).name} in {dtype}"))
+        of_answers = check_responses(target, responses, meta) if responses and dtype == answered_in else []
+        console().print(check_table([*findings, *of_answers], f"{Path(target.name).name} in {dtype}"))
         failed += [f"{finding.name} ({dtype})" for finding in findings if not finding.is_passed]
+        unlike += [finding.name for finding in of_answers if not finding.is_passed]
     if failed:
         raise ValueError(
-            f"failed: {', '.join(failed)}; all checks were expected to pass: do not serve {config.drafter} with "
+            f"failed: {'; '.join(failed)}. All checks were expected to pass: do not serve {config.drafter} with "
             f"{config.target} before the cause is found"
+        )
+    if unlike:
+        raise ValueError(
+            f"failed: {'; '.join(unlike)}. The drafter keeps the text, but {config.responses} is not what "
+            f"{config.target} answers: write it again with `dpace respond`, and train on that"
         )
     print("passed")

@@ -3,9 +3,9 @@
 import sys
 import time
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, options
+from dpace.config import DeviceMap, Dtype, PositiveOrZero, Recipe, SamplingConfig, Text, VerifyRule, Width, options
 from dpace.recipes.flags import command, given_options, parse
 from dpace.system.progress import print_text
 from dpace.verbs import load_target
@@ -36,8 +36,9 @@ class GenerateConfig(SamplingConfig):
     """Precision of the weights; auto is bf16 on a GPU and fp32 on a CPU, where texts are equal token for token."""
     device_map: DeviceMap = None
     """auto: spread the target's layers over all GPUs, for targets that are larger than one."""
-    width: Literal["auto", "full"] = "auto"
-    """Verification length: auto finds the fastest on this machine, full verifies whole drafts."""
+    width: Width = "auto"
+    """Verification length: auto finds the fastest on this machine, full verifies whole drafts, copies never drafts; or
+    a number of tokens, the anchor included."""
     recall_mib: PositiveOrZero = 64.0
     """MiB of memory of answers that width auto copies from: those that the drafter was trained on, then those of the
     chat; 0 keeps none. Only with a drafter, and not with --compile."""
@@ -62,7 +63,7 @@ def run(args: list[str]) -> None:
         raise ValueError(
             "--compile cannot be combined with --stream or --verify-rule speculative; leave one of them out"
         )
-    if "recall_mib" in given and (config.compile or config.width == "full"):
+    if "recall_mib" in given and (config.compile or config.width not in ("auto", "copies")):
         raise ValueError("--recall-mib needs --width auto, and not --compile; leave it out")
     if config.prompt is None and not config.stream:
         raise ValueError("there is no prompt to answer; give one with --prompt, or chat with --stream and --drafter")
@@ -87,6 +88,7 @@ def run(args: list[str]) -> None:
     if drafter is None:
         generation = generate_plain(target, token_ids, **options)
     elif config.compile:
+        print("compiling the decoding steps, which takes a minute or more", file=sys.stderr)
         (generation,) = generate_batch(target, drafter, [token_ids], compile=True, **options)
     else:
         generation = generate(target, drafter, token_ids, **ways, **options)

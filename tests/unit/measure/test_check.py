@@ -22,7 +22,7 @@ from dpace.prompts.prompts import Prompt
 from dpace.respond.answering import write_responses
 from dpace.target.chat import encode_chat
 from tests.conftest import make_drafter, make_target, make_with_head
-from tests.support.files import make_prompts, write_prompts, write_rows
+from tests.support.files import change_json, make_prompts, write_prompts, write_rows
 
 CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=2, max_new_tokens=12)
 LONG = replace(CONFIG, num_prompts=4, max_new_tokens=24)
@@ -123,7 +123,9 @@ def test_p_values_are_uniform_where_nothing_is_wrong():
     assert uniformity(skewed, 10) < SIGNIFICANCE
 
 
-def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path, capsys, monkeypatch):
+def test_the_verb(
+    language_folder, language_target, language_drafter, language_prompts, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     language_drafter.save_pretrained(tmp_path / "drafter")
     path = write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:52])
@@ -132,6 +134,11 @@ def test_the_verb(language_folder, language_drafter, language_prompts, tmp_path,
     assert main(["check", *flags]) == 0
     printed = capsys.readouterr()
     assert [line.split()[:1] for line in printed.out.splitlines()].count(["pass"]) == 8 and "checking" in printed.err
+    answers = tmp_path / "r.jsonl"
+    write_responses(language_target, make_prompts(language_prompts[50:52]), answers, RespondConfig(max_new_tokens=6))
+    change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
+    assert main(["check", *flags, "--responses", str(answers)]) == 1
+    assert "failed: responses are of this target. The drafter keeps the text" in capsys.readouterr().err
     monkeypatch.setattr(dpace.decode.batch, "verify_draft", lambda draft, own: len(draft))
     assert main(["check", *flags]) == 1
     printed = capsys.readouterr()

@@ -64,7 +64,8 @@ def test_passwords_of_addresses_are_written_nowhere(tmp_path):
 def test_exit_codes_of_usage(capsys):
     assert main(["--help"]) == 0 and "usage: dpace" in capsys.readouterr().out
     assert main([]) == 2
-    assert main(["fly"]) == 2 and "unknown verb 'fly'" in capsys.readouterr().err
+    assert main(["fly"]) == 2 and "unknown verb 'fly'; choose one" in capsys.readouterr().err
+    assert main(["trian"]) == 2 and "did you mean train?" in capsys.readouterr().err
 
 
 def test_commands_are_quoted_for_a_shell():
