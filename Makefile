@@ -21,7 +21,7 @@ setup: $(BIN)/.engines  ## make .venv with the package, its tools and the engine
 demo: $(BIN)/.installed  ## train a drafter for a real LLM and show what it gains (ARGS=--quick for a short one)
 	$(BIN)/dpace demo $(ARGS)
 
-test: setup  ## run the tests, a process for each core (ARGS='-m slow' for the ones on the real model)
+test: setup  ## run the tests, a process for each core (ARGS='-m wide' for more cases, '-m slow' for the real model)
 	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: setup  ## lint, format check, types, and who may import whom

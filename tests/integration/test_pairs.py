@@ -23,6 +23,7 @@ from dpace.respond.responses import read_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from dpace.train.loop import TrainingLoop
+from tests.support.cases import wide
 from tests.support.files import (
     change_config,
     change_json,
@@ -437,7 +438,25 @@ def run(command: str, names: dict[str, str]) -> None:
     assert main(shlex.split(command.format(**names))) == 0, command
 
 
-@pytest.mark.parametrize("name", PAIRS)
+COVER = (
+    "a head, windows, growing blocks, export, doctor",
+    "windows, causal blocks, mixed layers, bench, export, generate",
+    "convolutions, draft vocabulary, export",
+    "compare, growing blocks, hidden states on disk, soft labels",
+    "turns, messages, every verb",
+    "own answers, data, train",
+    "export for speculators, import, bench",
+    "from a GGUF file",
+    "check, kept answers",
+    "several widths, several temperatures",
+    "several verify rules, several drafters, report",
+    "stream, speculative sampling",
+)
+"""Pairs that run by default, beside those that are refused at once."""
+AT_ONCE = [name for name, pair in PAIRS.items() if pair.refused and ";" not in pair.commands]
+
+
+@pytest.mark.parametrize("name", wide(PAIRS, *COVER, *AT_ONCE))
 def test_what_a_page_shows_together_works_together(name, files, out, language_target, capsys):
     pair = PAIRS[name]
     server = Stub(language_target, "vllm") if "{server}" in pair.commands else None
@@ -526,6 +545,7 @@ def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(
     assert "num_layers: 1" in card and files["drafter"] not in card
 
 
+@pytest.mark.wide
 def test_comparing_again_measures_other_held_out_prompts(files, language_prompts, tmp_path):
     """Also where their ids are the same; the answers to the old ones were deleted, as the refusal says."""
     heldout = tmp_path / "heldout.jsonl"
@@ -687,6 +707,7 @@ import {{out}}/theirs --target {{adapter}} --output {{out}}/ours
 
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of peft
+@pytest.mark.wide
 def test_every_verb_takes_an_adapter(files, language_target, tmp_path):
     """Also where it has no tokenizer of its own; a run names the weights that it was merged to."""
     pytest.importorskip("peft")

@@ -87,7 +87,7 @@ def test_dense_and_flex_are_one_rule():
     torch.testing.assert_close(found, expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(2, 200), st.integers(3, 700), st.lists(st.integers(0, 30), min_size=1, max_size=3), st.randoms())
 def test_tiles_are_those_of_the_dense_mask(block_size, num_context, counts, random):
     """Any anchors, block size and text: every tile with a visible pair is there, and whole tiles are whole."""

@@ -100,6 +100,7 @@ def test_training_reads_the_same(language_target, language_responses, tmp_path):
     assert list((tmp_path / "kept").rglob("*.safetensors"))
 
 
+@pytest.mark.wide
 def test_killed_it_goes_on(keep, language_target, tmp_path):
     folder = tmp_path / "kept"
     operations = operations_of(lambda: keep(6), folder)

@@ -11,6 +11,7 @@ from dpace.fast.cache import RaggedLayer
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 from tests.conftest import decode_whole, make_drafter, make_target, make_with_head
+from tests.support.cases import wide
 
 LENGTHS = [7, 1, 12, 3, 7]
 
@@ -32,7 +33,7 @@ def outcomes(generations):
 
 
 @pytest.mark.parametrize("block_size", [2, 5])
-@pytest.mark.parametrize("family", ["llama3.1", "qwen3", "smollm2"], indirect=True)
+@pytest.mark.parametrize("family", wide(["llama3.1", "qwen3", "smollm2"], "qwen3"), indirect=True)
 def test_texts_are_those_of_one_at_a_time(random_target, block_size):
     drafter = make_drafter(random_target, block_size=block_size)
     options = {"max_new_tokens": 25, "stop_token_ids": []}
@@ -56,7 +57,7 @@ def test_eager_attention_and_positions_up_to_the_limit():
     ]
 
 
-@pytest.mark.parametrize("limit", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize("limit", wide([1, 2, 5, 9, 20], 9))
 def test_a_trained_drafter_is_accepted_as_alone(language_target, language_drafter, questions, limit):
     """Rows accept different numbers of tokens, and end by a stop token or by the limit, inside blocks."""
     rows = questions[:6]
@@ -114,9 +115,10 @@ def graphs(monkeypatch, unchecked_types):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize(("temperature", "kind"), [(0.0, "plain"), (1.0, "plain"), (0.0, "head"), (0.0, "windows")])
-def test_compiled_steps_of_fixed_shapes(temperature, kind, graphs, language_target, language_drafter, questions):
+@pytest.mark.parametrize("way", wide([(0.0, "plain"), (1.0, "plain"), (0.0, "head"), (0.0, "windows")], (0.0, "plain")))
+def test_compiled_steps_of_fixed_shapes(way, graphs, language_target, language_drafter, questions):
     """Rows that are done wait for the others."""
+    temperature, kind = way
     if kind == "head":
         language_drafter = make_with_head(language_target)
     if kind == "windows":
@@ -137,7 +139,7 @@ def test_compiled_steps_of_fixed_shapes(temperature, kind, graphs, language_targ
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
-@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("has_head", wide([False, True], False))
 def test_calls_with_other_prompts_compile_nothing_again(
     has_head, graphs, monkeypatch, language_target, language_drafter
 ):
@@ -209,6 +211,7 @@ def test_no_step_reads_what_a_graph_has_overwritten(
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.wide
 def test_a_prompt_as_short_as_a_block_is_compiled_too(graphs, language_folder, tmp_path, capsys):
     """The first step is never compiled: it makes the drafter's cache, and reads a prompt of any length."""
     target = Target.load(str(language_folder))

@@ -11,13 +11,14 @@ from dpace.decode.pace import Plan
 from dpace.decode.sampling import Sampler
 from dpace.drafter.vocabulary import DraftVocabulary
 from tests.conftest import EOS, MASK, Oracle, make_drafter, make_target
+from tests.support.cases import wide
 
 
 def prompt(length=7, seed=0):
     return torch.randint(4, 64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("block_size", [2, 3, 5, 8])
+@pytest.mark.parametrize("block_size", wide([2, 3, 5, 8], 2, 5))
 @pytest.mark.parametrize(
     ("seeds", "length"), [([0], 20), pytest.param([0, 1, 2], 30, marks=pytest.mark.slow)], ids=["short", "long"]
 )
@@ -82,10 +83,10 @@ def chi_square(counts, probs):
     ("rule", "width", "filters", "drafted"),
     [
         ("equality", "auto", {"temperature": 1.4, "top_p": 0.8}, None),
-        ("speculative", "full", {}, None),
-        ("speculative", "auto", {"top_k": 3}, None),
-        ("equality", "full", {}, [1, 3]),
-        ("speculative", "full", {}, [1, 3]),
+        pytest.param("speculative", "full", {}, None, marks=pytest.mark.wide),
+        pytest.param("speculative", "auto", {"top_k": 3}, None, marks=pytest.mark.wide),
+        pytest.param("equality", "full", {}, [1, 3], marks=pytest.mark.wide),
+        pytest.param("speculative", "full", {}, [1, 3], marks=pytest.mark.wide),
         ("speculative", "auto", {"top_p": 0.9}, [1, 3]),
     ],
 )
@@ -203,7 +204,11 @@ def test_copies_of_the_text_keep_it(is_copied, rule, temperature, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "filters", [{}, {"temperature": 2.0, "top_k": 9, "min_p": 0.01}, {"temperature": 1.6, "top_p": 0.97}]
+    "filters",
+    wide(
+        [{}, {"temperature": 2.0, "top_k": 9, "min_p": 0.01}, {"temperature": 1.6, "top_p": 0.97}],
+        {"temperature": 1.6, "top_p": 0.97},
+    ),
 )
 def test_a_seed_gives_the_text_of_plain_decoding(filters, language_target, language_drafter, questions):
     """Also above temperature 0, with any width: the position's random numbers are the same."""

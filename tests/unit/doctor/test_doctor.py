@@ -22,7 +22,8 @@ from dpace.engines.folder import read_files
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.target import Target
-from tests.conftest import make_drafter, make_target, make_tokenizer, make_with_convolutions, make_with_head
+from tests.conftest import FAMILIES, make_drafter, make_target, make_tokenizer, make_with_convolutions, make_with_head
+from tests.support.cases import wide
 from tests.support.files import change_config, changed_json, changed_weights, write_rows
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -272,6 +273,7 @@ def test_a_broken_file_is_named_once_and_the_rest_is_examined(fault, folder, lan
         assert named(folder, language_target) == {expected, "recipe.yaml", "model_type"}
 
 
+@pytest.mark.parametrize("family", wide(FAMILIES, "smollm2"), indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_good_drafters_pass(random_target, dtype, tmp_path):
     random_target.tokenizer = make_tokenizer()
@@ -486,6 +488,7 @@ def test_a_text_that_the_drafter_changes_is_named(dtype, result, tmp_path, monke
     assert found.result == result and "0 of 3 texts" in found.found
 
 
+@pytest.mark.wide
 def test_no_value_of_the_config_stops_the_examination(folder, language_target):
     whole = (folder / CONFIG).read_text()
     values = (None, "x", [], {}, -1, 0.5)

@@ -18,6 +18,7 @@ from dpace.drafter.views import blocks_hidden, draft_block
 from dpace.drafter.vocabulary import DraftHead
 from dpace.fast.cache import RaggedCache, TextCache
 from tests.conftest import MASK, decode_whole, make_drafter, make_target
+from tests.support.cases import wide
 
 WINDOW = 9
 LAYOUTS = {
@@ -80,7 +81,7 @@ def test_a_block_is_the_same_in_training_in_decoding_and_in_dflash(layout, targe
             torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
 
 
-@layouts
+@pytest.mark.parametrize("layout", wide(LAYOUTS, "mixed, causal"))
 def test_text_is_the_targets_in_every_way_of_decoding(layout, target, tmp_path):
     """Much longer than the window."""
     make(target, layout).save_pretrained(tmp_path)

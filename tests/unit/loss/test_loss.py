@@ -22,6 +22,7 @@ from dpace.loss import (
 from dpace.loss.objective import make_weigh, with_objective
 from dpace.measure.heldout import leading_matches
 from dpace.target.head import Head
+from tests.support.cases import wide
 
 OBJECTIVES = get_args(Objective)
 HEADS = {"plain": (1.0, None), "capped": (1.0, 5.0), "scaled": (0.25, None), "both": (0.5, 3.0)}
@@ -55,7 +56,7 @@ def compare(data, chunk_bytes, **options):
     return our_grad
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", wide(OBJECTIVES, "dpace", "uniform"))
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("chunk_bytes", [4, 300, None])
 def test_equals_the_plain_reference(objective, head, chunk_bytes):
@@ -105,8 +106,8 @@ def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
 
 @pytest.mark.parametrize("token_loss", get_args(TokenLoss))
 @pytest.mark.parametrize("confidence", ["token", "overlap"])
-@pytest.mark.parametrize("objective", ["dpace", "dpace-exact", "uniform"])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("objective", wide(["dpace", "dpace-exact", "uniform"], "dpace"))
+@pytest.mark.parametrize("head", wide(HEADS, "both"))
 def test_soft_losses_equal_the_plain_reference(token_loss, confidence, objective, head):
     data = problem(head=head)
     options = {
@@ -189,6 +190,7 @@ def test_settings_that_do_not_fit_are_refused():
     )
 
 
+@pytest.mark.wide
 def test_inside_a_compiled_step_the_same_gradient():
     """In a process of its own: the shape checks of the tests cannot be compiled."""
     code = """

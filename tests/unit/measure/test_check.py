@@ -54,6 +54,7 @@ def test_a_drafter_with_a_draft_vocabulary_passes(language_target, language_draf
     assert not failed(check(language_target, language_drafter, prompts, CONFIG))
 
 
+@pytest.mark.wide
 def test_a_drafter_with_a_head_passes(language_target, prompts):
     """Greedy walks at every width and in a batch, draws from the walk, and accepted lengths of both views."""
     config = replace(CONFIG, num_prompts=3, max_new_tokens=20)
@@ -123,9 +124,7 @@ def test_p_values_are_uniform_where_nothing_is_wrong():
     assert uniformity(skewed, 10) < SIGNIFICANCE
 
 
-def test_the_verb(
-    language_folder, language_target, language_drafter, language_prompts, tmp_path, capsys, monkeypatch
-):
+def test_the_verb(language_folder, language_target, language_drafter, language_prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     language_drafter.save_pretrained(tmp_path / "drafter")
     path = write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:52])

@@ -12,7 +12,7 @@ from dpace.servers.apis import LlamacppServer, SglangServer, VllmServer
 from dpace.servers.transport import Address
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-MANY = settings(FEW, max_examples=150)
+MANY = settings(FEW, max_examples=50)
 SCALARS = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=8)
 
 

@@ -22,6 +22,7 @@ from dpace.respond.answering import write_responses
 from dpace.studies.compare import compare
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_recipe
+from tests.support.cases import wide
 from tests.support.crash import GROWING, fill, kill, operations_of
 from tests.support.files import make_prompts, write_prompts
 from tests.unit.measure.test_results import SERVERS
@@ -43,8 +44,8 @@ ALL = [
     "export over another",
 ]
 ALL += ["import zlab", "import speculators", "import gguf", "report"]
-QUICK = {"train", "respond", "bench", "export gguf", "import zlab", "report"}
-"""One of each kind; `compare` makes runs of other verbs, and the formats share how they are written."""
+QUICK = "train", "respond"
+"""Those that take hours; the others write in the same way."""
 
 
 class Runs:
@@ -213,9 +214,7 @@ def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[s
     assert all(row.endswith(" same") for row in rows), table
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-)
+@pytest.mark.parametrize("name", wide(ALL, *QUICK))
 def test_a_run_that_dies_goes_on_to_the_same_end(name, runs, tmp_path):
     """A spread of all operations: the disk gets full, half of a file is left, or nothing happens."""
 

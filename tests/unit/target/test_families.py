@@ -12,6 +12,7 @@ from dpace.fast.cache import TextCache
 from dpace.respond.in_process import generate_responses
 from dpace.target import Target
 from tests.conftest import Oracle, make_drafter
+from tests.support.cases import wide
 from tests.support.families import (
     ALWAYS,
     CONFIGS,
@@ -29,7 +30,7 @@ SHARED = [(7 * i) % 59 + 4 for i in range(20)]
 """A beginning of several prompts, longer than the windows."""
 
 
-@pytest.fixture(params=CONFIGS, scope="module")
+@pytest.fixture(params=wide(CONFIGS, "llama", "gemma3", "gpt-oss", "lfm2", "qwen3.5"), scope="module")
 def family(request) -> str:
     return request.param
 
@@ -213,7 +214,7 @@ def test_longrope_is_followed_on_either_side_and_refused_across():
         target.features(torch.tensor([SHARED + SHARED] * 2), [0, 2])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "cohere2"])
+@pytest.mark.parametrize("family", wide(["llama", "qwen3", "cohere2"], "llama"))
 @pytest.mark.parametrize("part", ["layers.1", "lm_head", "embed_tokens", "norm"])
 @torch.no_grad()
 def test_weights_that_are_changed_in_place_are_seen(family, part):
