@@ -53,7 +53,7 @@ NUM_RESAMPLES = 2000
 
 
 def small(recipe: Recipe) -> Recipe:
-    """Shrink a recipe to a size for two CPU cores, with the optimizer of the demo (docs/results-training.md)."""
+    """Shrink a recipe to a size for two CPU cores, with the optimizer of the demo."""
     return replace(
         recipe,
         target=TARGET_ID,

@@ -118,8 +118,8 @@ KINDS = {
 MAX_CHARACTERS = 600
 """Longest prompt: long ones cost much, and their answers are cut at the same length."""
 
-# Seconds on two quiet cores of the machine of docs/results-training.md, for `--dry-run`. Steps of finished cells
-# replace those here.
+# Seconds on two quiet cores of an AMD EPYC, for `--dry-run`. Steps of finished cells replace
+# those here.
 ANSWER_SECONDS, FEATURE_SECONDS = 0.9, 0.3
 STEP_SECONDS = {8: 0.5, 16: 0.85}
 MEASURE_SECONDS = {8: 0.25, 16: 0.55}

@@ -107,7 +107,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
         "max_new_tokens, stop_token_ids, 0.0)",
     ),
 }
-"""Source: the engines' own documentation; docs/results-decoding.md says which were run."""
+"""Source: the engines' own documentation; docs/results.md says which were run."""
 
 CARD_ENGINES: dict[Format, tuple[Engine, ...]] = {"speculators": ("vllm",), "gguf": ("llamacpp",)}
 """Engines that a model card has commands for; of all other formats, `PUBLISHED`."""

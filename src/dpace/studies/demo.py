@@ -167,7 +167,7 @@ def remarks(speeds: Sequence[Speed], gains: Sequence[ComparedRow]) -> Iterator[s
     if worse:
         yield (
             f"{_listed(worse)}: D-PACE is behind the decay with this seed and these prompts. "
-            "docs/results-training.md has six seeds."
+            "docs/results.md has six seeds."
         )
 
 
