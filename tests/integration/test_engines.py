@@ -3,7 +3,7 @@ r"""Engines that need an environment of their own, which is named by a variable:
     DPACE_VLLM_PYTHON=/tmp/vllm/bin/python DPACE_MLX_PYTHON=/tmp/mlx/bin/python \
         DPACE_SPECULATORS_PYTHON=/tmp/spec/bin/python pytest -m slow tests/integration/test_engines.py
 
-docs/serve.md has the commands that make them.
+CONTRIBUTING.md has the commands that make them.
 """
 
 import json
