@@ -16,7 +16,8 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
-from dpace.plan.training import Machine, known_conversations, plan_training
+from dpace.plan.speed import find_machine
+from dpace.plan.training import TrainingPlan, known_lengths
 from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
@@ -156,11 +157,10 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
             run.run()
     counted = run.marks.steps[min(WARM_UP, steps // 2) :]
     seconds = statistics.median(sum(step.values()) for step in counted)
-    machine = Machine(device.type != "cpu", target.model.dtype, memory=0, is_here=False)
-    conversations = known_conversations(dataset, nothing, recipe)
     uncached = replace(recipe, train=replace(config, feature_cache_gib=0.0))
-    plan = plan_training(uncached, target.model.config, conversations=conversations, machine=machine)
-    flops = sum(plan.step.flops.values())
+    lengths = map(known_lengths, (dataset, nothing))
+    plan = TrainingPlan(target, find_machine(recipe), uncached, drafter, *lengths)
+    flops = sum(plan.flops(plan.shape()).values())
     tokens = per_step * config.max_length
     return drafter.eval(), {
         "steps": len(counted),
@@ -170,5 +170,5 @@ def time_training(target: Target, recipe: Recipe, steps: int, peak: float | None
         "tflops_per_step": flops / 1e12,
         "mfu": None if peak is None else flops / seconds / peak,
         "peak_memory_bytes": memory.bytes,
-        "planned_memory_bytes": plan.step.peak_bytes,
+        "planned_memory_bytes": sum(plan.memory(plan.shape()).values()),
     }

@@ -8,7 +8,7 @@ drafter and batch take each kind of step in turn, so only the weights differ. Pr
 ratio to uniform weights in the same round with a 95 % bootstrap interval.
 
 Then it prints the parts of the demo's step for each precision of products: seconds, operations of products, and the
-share of what a large product of that precision reaches here.
+share of what a large product of that precision reaches here; and the time that `dpace plan` would say.
 """
 
 import platform
@@ -29,6 +29,7 @@ from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden
 from dpace.loss import block_loss, frozen_head_nll
 from dpace.loss.objective import make_weigh
+from dpace.plan.speed import measure_speed
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response
@@ -160,7 +161,8 @@ def compare_products(step: Step, rounds: int) -> None:
         for part, value in medians.items():
             share = operations[part] / value / peak
             print(f"  {part:<20} {1000 * value:7.1f} ms  {operations[part] / 1e9:6.1f} GFLOP  {share:4.0%} of that")
-        del operations["whole step"]
+        planned = operations.pop("whole step") / measure_speed(step.target.device, step.dtype).flops
+        print(f"  {'planned':<20} {1000 * planned:7.1f} ms")
 
 
 def main(rounds: int = 60, target: str | None = None) -> None:

@@ -22,7 +22,6 @@ from dpace.prompts.prompts import find_prompt
 from dpace.respond.responses import read_responses
 from dpace.target import Target
 from dpace.target.chat import encode_chat
-from dpace.train.loop import TrainingLoop
 from tests.support.cases import wide
 from tests.support.files import (
     change_config,
@@ -494,25 +493,6 @@ def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_comm
     assert main(["plan", files["recipe"], "--output", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "disk: up to" in printed and "next: dpace respond" in printed and "no answers yet" not in printed
-
-
-def test_real_steps_of_a_plan_are_of_full_size_and_read_hidden_states_as_training_does(files, out, monkeypatch):
-    sizes, reads = [], []
-    take_step, features = TrainingLoop.take_step, Target.features
-
-    def note_size(loop, batches):
-        sizes.append({batch["is_scored"].shape[-1] for batch in batches})
-        take_step(loop, batches)
-
-    def note_read(target, *args, **kwargs):
-        reads.append(len(sizes))
-        return features(target, *args, **kwargs)
-
-    monkeypatch.setattr(TrainingLoop, "take_step", note_size)
-    monkeypatch.setattr(Target, "features", note_read)
-    command = f"plan {{recipe}} --output {out} --calibrate --train.grow-blocks --train.feature-files {out}/states"
-    assert main([*shlex.split(command.format(**files)), "--device", "cpu"]) == 0
-    assert sizes == [{8}] * 3 and set(reads) == {0}, "all are read before the first step"
 
 
 def test_tables_of_the_target_are_left_out_and_others_are_served_by_the_engine_that_reads_them(

@@ -1,21 +1,23 @@
-"""Measure how fast this machine is, and estimate the seconds of each kind of work from that.
+"""Find where a recipe computes, and measure how fast that is.
 
-Sizes of models and numbers of tokens come in; seconds go out. Two speeds are measured, in a fifth of a second: of
-products, which is what long texts and training take, and of reading weights, which is what a new token takes. On two
-cores of an AMD EPYC each kind of work was within a factor of 1.7 of its estimate (SmolLM2-135M-Instruct in fp32).
+Two speeds are measured, in a fifth of a second: of products, which is what long texts and training take, and of reading
+weights, which is what a new token takes.
 """
 
 from functools import cache
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch.utils.benchmark import Timer
+
+from dpace.config import Recipe
+from dpace.system.device import default_dtype, find_device
+from dpace.train.optimizer import products_dtype
 
 Number = int | float
 MEASURING_SECONDS = 0.1
 """Time of one measurement."""
-START_SECONDS = 15.0
-"""Time that a command takes beside its work: to import libraries, to load and hash the target, and to write."""
 
 
 class Speed(NamedTuple):
@@ -29,36 +31,6 @@ class Speed(NamedTuple):
 
 ASSUMED_GPU = Speed(3e14, 2e12)
 """Speed that is assumed for a GPU that is not at hand: a third of an H100's products in bf16, and its memory's."""
-
-
-class TargetSpeed(NamedTuple):
-    """A target on a machine."""
-
-    speed: Speed
-    parameters: int
-    num_bytes: int
-    """Bytes of its weights."""
-
-    def seconds_of(self, flops: Number) -> Number:
-        """Estimate the seconds of products."""
-        return flops / self.speed.flops
-
-    def reading_seconds(self, num_tokens: Number) -> Number:
-        """Estimate the seconds in which the target reads texts, with all their tokens at once."""
-        return self.seconds_of(2 * self.parameters * num_tokens)
-
-    def decoding_seconds(self, num_answers: int, num_tokens: Number, batch_size: int = 1) -> Number:
-        """Estimate the seconds of plain decoding: each token reads all weights, and multiplies them with the batch.
-
-        Args:
-            num_answers: answers to write; none where it is not above 0.
-            num_tokens: of each answer, or of the longest one of a batch, which takes the batch's time.
-            batch_size: answers that are written at once.
-        """
-        num_answers = max(0, num_answers)
-        products = 2 * min(batch_size, num_answers) * self.parameters
-        token_seconds = self.num_bytes / self.speed.bytes_per_second + self.seconds_of(products)
-        return -(-num_answers // batch_size) * num_tokens * token_seconds
 
 
 @cache
@@ -75,3 +47,39 @@ def _seconds(a: torch.Tensor, b: torch.Tensor) -> Number:
     """Time a product: the least of the blocks that fit into the time, which other programs disturb least."""
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=MEASURING_SECONDS).times)
+
+
+class Machine(NamedTuple):
+    """Where a recipe computes."""
+
+    is_cpu: bool
+    memory: int
+    """Bytes that are free for it."""
+    dtype: torch.dtype
+    """Of the target's weights."""
+    products: torch.dtype
+    """Of the products in which a drafter is trained."""
+    speed: Speed
+    """Of the target."""
+    training_speed: Speed
+    """Of the drafter's training."""
+
+
+def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:
+    """Find out where a recipe would compute, and how fast.
+
+    Args:
+        recipe: names the device and the dtype.
+        memory: bytes to plan for, of a GPU where no device is named; by default what is free on this machine.
+
+    Raises:
+        ValueError: see `dpace.system.device.find_device`.
+    """
+    is_here = memory is None or recipe.device == "cpu" or torch.accelerator.is_available()
+    device = find_device(recipe.device) if is_here else torch.device("cuda")
+    is_cpu = device.type == "cpu"
+    if memory is None:
+        memory = psutil.virtual_memory().available if is_cpu else torch.accelerator.get_memory_info(device)[0]
+    dtypes = getattr(torch, recipe.dtype, default_dtype(device)), products_dtype(recipe.train, device)
+    speeds = (measure_speed(device, dtype) if is_here else ASSUMED_GPU for dtype in dtypes)
+    return Machine(is_cpu, memory, *dtypes, *speeds)

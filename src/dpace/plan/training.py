@@ -1,198 +1,154 @@
-"""Plan a training before a weight is loaded: its conversations, steps, memory, disk and time.
+"""Plan a training by formula: memory, operations, time and disk, before a weight is loaded.
 
-A recipe, the target's config, and what is known of the prompts and answers come in; a `TrainingPlan` goes out.
+Models whose tensors have shapes only, and the lengths of the conversations come in; numbers go out. Memory is a sum of
+named terms, as if all of them were there at once. Operations are those of products of matrices.
 """
 
+import copy
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
-from transformers import PretrainedConfig
 
-from dpace.batches.corpus import load_corpus
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import bytes_of_token
 from dpace.config import Recipe
-from dpace.plan.speed import ASSUMED_GPU, Number, Speed, TargetSpeed, measure_speed
-from dpace.plan.step import (
-    FEATURES,
-    TARGET,
-    BatchShape,
-    PaperStep,
-    PaperTarget,
-    StepCost,
-    make_target,
-    read_shape,
-)
-from dpace.prompts.prompts import Prompt, PromptParts
+from dpace.drafter import Drafter
+from dpace.loss.head_scores import default_chunk_bytes
+from dpace.plan.speed import Machine, Number, find_machine
+from dpace.prompts.prompts import Prompt
 from dpace.respond.responses import Response
-from dpace.system.device import find_device
+from dpace.system.loading import attention_of, translate_library_errors
 from dpace.system.ranks import num_ranks
+from dpace.target import Target
+from dpace.target.files import auto_class, find_target_files
+from dpace.target.head import Head
 from dpace.target.locate import find_target
 from dpace.train.checkpoints import checkpoint_folders
 from dpace.train.loop import num_steps
-from dpace.train.run import choose_conversations
 
+START_SECONDS = 15.0
+"""Time that a command takes to import libraries, to find its files, and to write what it found."""
+FILE_SPEED = 1e9
+"""Bytes of files that are assumed to be read in a second."""
 CONTEXT_BYTES = 3 * 2**28
 """Bytes that CUDA's context and libraries are assumed to take on a GPU."""
-BYTES_PER_TOKEN = 3
-"""Bytes of a prompt's text that a token has at least, on average; more in English."""
-TOKENS_PER_MESSAGE = 5
-"""Tokens that a chat template adds to a message."""
+BYTES_PER_TOKEN = 4
+"""Bytes of a prompt's messages that a token of them has at least, on average: the names of their parts count too."""
 DISTINCT_TOKENS = 10
 """Distinct tokens of a text, divided by the root of its length, as Heaps' law has them."""
-FeaturePlace = Literal["kept", "on disk", "computed in every step"]
-"""Where the target's features are: in memory, in files, or nowhere."""
+KEPT_STATES = 1.5
+"""Numbers that the backward pass reads, over those that products read and give: norms and activations keep theirs."""
 MATCHED_ROWS = 3
 """Rows of a block that are multiplied with the head where its drafts are compared with a text: about tau."""
-FINAL_MEASUREMENTS = 3
-"""Measurements of tau after the last step: of the rounded weights, of the draft vocabulary, and of confidences."""
+FINAL_MEASUREMENTS = 2
+"""Measurements of tau after the last step: of the rounded weights, and of the draft vocabulary."""
+SMALL_FILES = 2**23
+"""Bytes of all files of a drafter's folder but weights, moments and log, at most; the largest is a list of tokens."""
+SLOT_BYTES = 128
+"""Bytes of a slot in an entry of the log, at most."""
 
 
-class Machine(NamedTuple):
-    """Where a training runs."""
+class PaperTarget(Target):
+    """A target whose tensors have shapes and no values; that embedding and head are plain tables is not looked at."""
 
-    is_cuda: bool
-    dtype: torch.dtype
-    """Dtype of the target's weights."""
-    memory: int
-    """Bytes that are free for it."""
-    is_here: bool = True
-    """Whether it is this machine, so that its speed can be measured."""
-    ranks: int = 1
+    cache_ability: Any = "crop"
+    stop_token_ids: Any = ()
 
-    @property
-    def speed(self) -> Speed:
-        """Its speed, measured, or assumed where it is not at hand."""
-        if not self.is_here:
-            return ASSUMED_GPU
-        return measure_speed(find_device("auto" if self.is_cuda else "cpu"), self.dtype)
+    def _find_tables(self) -> tuple[float, Head]:
+        return 1.0, Head(self.model.get_output_embeddings().weight)
 
 
-def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:
-    """Find out where a training would run.
-
-    Args:
-        recipe: names the device and the dtype.
-        memory: bytes to plan for, of a GPU where no device is named; by default what is free on this machine.
+def paper_target(name: str, dtype: torch.dtype) -> Target:
+    """Make a target of its config alone.
 
     Raises:
-        ValueError: see `dpace.system.device.find_device`.
+        OSError: there is no readable config of that name.
+        ValueError: a config that transformers does not know, or that its own class refuses; or see `find_target`.
     """
-    has_gpu = torch.accelerator.is_available()
-    is_cuda = has_gpu or memory is not None if recipe.device == "auto" else recipe.device != "cpu"
-    dtype = getattr(torch, recipe.dtype, torch.bfloat16 if is_cuda else torch.float32)  # the latter for auto
-    if memory is None:
-        device = find_device(recipe.device)
-        memory = (
-            psutil.virtual_memory().available if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
-        )
-    return Machine(is_cuda, dtype, memory, has_gpu or not is_cuda, num_ranks())
+    with translate_library_errors(f"the config of {name}", "name the folder or the Hub id of a causal LM"):
+        config = find_target_files(find_target(name)).config
+        auto = auto_class(config)
+        if auto is None:
+            raise ValueError(f"transformers has no causal LM for {type(config).__name__}")
+        attention = attention_of(auto._model_mapping[type(config)])
+        with torch.device("meta"):
+            return PaperTarget(auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention))
 
 
-class Conversations(NamedTuple):
-    """What is known of the conversations that are trained on."""
-
-    number: int | None
-    """None where there are no prompts yet."""
-    shape: BatchShape
-    """Largest micro-batch."""
-    mean_tokens: Number
-    mean_blocks: Number
-    validation_tokens: Number
-    """Tokens of all validation conversations."""
-    validation_blocks: Number
-    """Their blocks: every token of a response is an anchor there."""
-    is_known: bool = False
-    """Whether they are answered; else the answers' lengths are expected ones."""
+def known_lengths(dataset: ResponseDataset) -> np.ndarray:
+    """Return tokens and anchors of conversations that are answered, "2 conversation"."""
+    anchors = dataset.corpus.num_anchors(dataset.max_length)[dataset.chosen]
+    return np.stack([dataset.lengths, anchors]).astype(float)
 
 
-def _describe(recipe: Recipe, trained: np.ndarray, checked: np.ndarray) -> Conversations:
-    """Describe conversations by the tokens and anchors of each, "2 conversation": to train on, and to choose by."""
-    tokens, anchors = trained
-    blocks = anchors.clip(1, recipe.train.num_anchors)
-    return Conversations(
-        number=len(tokens),
-        shape=BatchShape(min(recipe.train.batch_size, len(tokens)), int(tokens.max()), int(blocks.max())),
-        mean_tokens=float(tokens.mean()),
-        mean_blocks=float(blocks.mean()),
-        validation_tokens=float(checked[0].sum()),
-        validation_blocks=float(checked[1].sum()),
-    )
+def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, kept: Mapping[str, Response]) -> np.ndarray:
+    """Estimate what `known_lengths` will be: from the prompts' texts, and from the mean answer where there is none."""
+    answer = mean_answer(kept, recipe)
+    rows = np.ones((2, len(prompts)))
+    for number, prompt in enumerate(prompts):
+        answered = len(prompt.turns) * answer
+        tokens = len(str(prompt.turns).encode()) / BYTES_PER_TOKEN + answered
+        if response := kept.get(prompt.id):
+            answered = sum(end - start for start, end in response.response_spans)
+            tokens = len(response.token_ids)
+        rows[:, number] = tokens, answered
+    return rows.clip(1, recipe.train.max_length)
 
 
-def known_conversations(dataset: ResponseDataset, validation: ResponseDataset, recipe: Recipe) -> Conversations:
-    """Take the lengths of conversations that are answered."""
-    parts = (dataset, validation)
-    lengths = [np.stack([part.lengths, part.corpus.num_anchors(part.max_length)[part.chosen]]) for part in parts]
-    known = _describe(recipe, *lengths)
-    rows = len(dataset.seen_tokens) if recipe.loss.vocabulary == "seen" else None
-    return known._replace(shape=known.shape._replace(num_head_rows=rows), is_known=True)
+def mean_answer(kept: Mapping[str, Response], recipe: Recipe, batch_size: int = 1) -> Number:
+    """Compute the mean length in tokens of the longest answer of each batch, which takes the time of that one.
 
-
-def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, answer_tokens: Number) -> np.ndarray:
-    """Estimate the tokens of each conversation, and the anchors in its answers, from the prompts' texts.
-
-    Returns:
-        Both, "2 prompt".
-    """
-    asked = [
-        sum(
-            len(message["content"].encode()) / BYTES_PER_TOKEN + TOKENS_PER_MESSAGE
-            for turn in prompt.turns
-            for message in turn
-        )
-        for prompt in prompts
-    ]
-    answers = np.array([len(prompt.turns) for prompt in prompts])
-    tokens = np.minimum(np.array(asked) + answers * answer_tokens, recipe.train.max_length)
-    return np.stack([tokens, np.minimum(answers * answer_tokens, tokens) - answers])
-
-
-def expected_conversations(recipe: Recipe, parts: PromptParts | None, answer_tokens: Number) -> Conversations:
-    """Estimate the conversations that prompts will become; without prompts, the longest ones that are allowed.
-
-    The largest micro-batch has answers of the longest length, whatever is expected on average.
+    Without answers, it is the longest that the recipe allows.
     """
     limit = recipe.respond.max_new_tokens
-    if parts is None:
-        tokens = np.full(recipe.train.batch_size, recipe.train.max_length)
-        longest = np.stack([tokens, tokens.clip(max=limit) - 1])
-        return _describe(recipe, longest, longest[:, :0])._replace(number=None)
-    expected, checked = (expected_lengths(part, recipe, answer_tokens) for part in (parts.train, parts.validation))
-    longest = _describe(recipe, expected_lengths(parts.train, recipe, limit), checked)
-    return _describe(recipe, expected, checked)._replace(shape=longest.shape)
-
-
-def find_conversations(recipe: Recipe, parts: PromptParts | None, kept: Mapping[str, Response]) -> Conversations:
-    """Take the answers of a recipe, else expect as many as it has prompts, else know nothing of them.
-
-    Raises:
-        ValueError: answers that cannot be read.
-    """
-    if parts and kept and all(prompt.id in kept for prompt in parts.train):
-        answered, validation = load_corpus(Path(recipe.output) / "responses.jsonl", recipe.prompts)
-        return known_conversations(*choose_conversations(answered, validation, recipe), recipe)
-    return expected_conversations(recipe, parts, mean_answer(kept.values(), recipe.respond.max_new_tokens))
-
-
-def mean_answer(responses: Iterable[Response], limit: int, batch_size: int = 1) -> Number:
-    """Compute the mean length in tokens of the longest answer of each batch; `limit` without answers.
-
-    Args:
-        responses: in the order in which they were answered.
-        limit: the longest answer.
-        batch_size: answered at once; a batch takes the time of its longest answer.
-    """
-    lengths = [end - start for response in responses for start, end in response.response_spans]
+    lengths = [end - start for response in kept.values() for start, end in response.response_spans]
     longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
     return min(limit, statistics.mean(longest or [limit]))
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """What a target takes on a machine; it needs no values."""
+
+    target: Target
+    machine: Machine
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of its weights."""
+        return self.target.model.get_memory_footprint(return_buffers=False)
+
+    @property
+    def start_seconds(self) -> Number:
+        """Seconds until it is loaded."""
+        return START_SECONDS + self.target_bytes / FILE_SPEED
+
+    def reading_seconds(self, num_tokens: Number) -> Number:
+        """Estimate the seconds in which texts are read, with all their tokens at once."""
+        return 2 * self.target.model.num_parameters() * num_tokens / self.machine.speed.flops
+
+    def decoding_seconds(self, num_answers: int, num_tokens: Number, batch_size: int = 1) -> Number:
+        """Estimate the seconds of plain decoding: each token reads all weights, and multiplies them with the batch.
+
+        Args:
+            num_answers: answers to write.
+            num_tokens: of each answer, or of the longest one of a batch, which takes the batch's time.
+            batch_size: answers that are written at once.
+        """
+        seconds = self.target_bytes / self.machine.speed.bytes_per_second + self.reading_seconds(batch_size)
+        return -(-num_answers // batch_size) * num_tokens * seconds
+
+
+def plan_target(recipe: Recipe) -> TargetPlan:
+    """Plan what the target of a recipe takes; see `plan_recipe`."""
+    machine = find_machine(recipe)
+    return TargetPlan(paper_target(recipe.target, machine.dtype), machine)
 
 
 def steps_done(folder: Path) -> int:
@@ -200,38 +156,151 @@ def steps_done(folder: Path) -> int:
     return max(checkpoint_folders(folder / "checkpoints"), default=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """What a training takes."""
+class Shape(NamedTuple):
+    """A micro-batch, all of whose blocks are full."""
 
-    machine: Machine
-    target: TargetSpeed
-    conversations: Conversations
-    step: StepCost
-    """Cost of the largest step."""
-    paper: PaperStep
-    """To look at steps of other shapes."""
-    num_steps: int | None
-    """Optimizer steps; None where the number of conversations is not known."""
-    features: FeaturePlace
-    feature_bytes: int
-    """Bytes that the features of all conversations take there, or would take."""
-    drafter_parameters: int
-    disk_bytes: int
-    """Bytes of disk of a drafter and its checkpoints, each beside the one that it replaces."""
-    flops: dict[str, Number]
-    """Operations of `features` (those that are computed once for all drafters), of a mean `step`, of all measurements
-    of `tau` during a training, and of drafting a `block` and comparing it."""
+    batch_size: int
+    num_tokens: Number
+    """Tokens of each conversation."""
+    num_blocks: Number
+    """Blocks of each conversation."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan(TargetPlan):
+    """What a training takes; neither target nor drafter need values."""
+
+    recipe: Recipe
+    drafter: Drafter
+    trained: np.ndarray
+    """Tokens and anchors of the conversations, "2 conversation"."""
+    validation: np.ndarray
+    """The same of those to validate on."""
 
     @property
-    def room(self) -> int:
-        """Bytes of memory for tensors: on a GPU without CUDA's context."""
-        return self.machine.memory - (CONTEXT_BYTES if self.machine.is_cuda else 0)
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return num_steps(self.recipe.train, self.trained.shape[1], num_ranks())
 
     @property
-    def fits(self) -> bool:
-        """Whether the peak is within the memory."""
-        return self.step.peak_bytes <= self.room
+    def num_moments(self) -> int:
+        """Numbers that the optimizer keeps: two for each weight, and Muon one; its second ones of vectors are few."""
+        return self.drafter.num_parameters() * (1 if self.recipe.train.optimizer == "muon" else 2)
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the softmax covers."""
+        num_seen = int(DISTINCT_TOKENS * self.trained[0].sum() ** 0.5)
+        num_tokens = len(self.target.head.weight)
+        return min(num_tokens, num_seen) if self.recipe.loss.vocabulary == "seen" else num_tokens
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's features where a training reads them."""
+        num_layers = len(self.drafter.target_layer_ids) + self.recipe.needs_target_hidden
+        return bytes_of_token(self.target, num_layers, self.recipe.train.feature_dtype)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the features of all conversations."""
+        return int(self.trained[0].sum() * self.token_bytes)
+
+    @property
+    def feature_place(self) -> str:
+        """Where the features of all conversations are, see `keep_features`."""
+        train = self.recipe.train
+        if train.feature_files:
+            return "on disk"
+        return "kept" if self.feature_bytes <= train.feature_cache_gib * 2**30 else "computed in every step"
+
+    @property
+    def read_weights(self) -> int:
+        """Weights that a token's features take; experts that are not chosen count too."""
+        last = None if self.recipe.needs_target_hidden else max(self.drafter.target_layer_ids) + 1
+        return sum(weight.numel() for weight in self.target.layers[:last].parameters())
+
+    def shape(self, summary: Callable[[np.ndarray], Any] = np.max) -> Shape:
+        """Return the largest micro-batch, or with `np.mean` the mean one."""
+        train, (tokens, anchors) = self.recipe.train, self.trained
+        blocks = anchors.clip(max=train.num_anchors)
+        return Shape(min(train.batch_size, len(tokens)), float(summary(tokens)), float(summary(blocks)))
+
+    def matrices(self, shape: Shape) -> list[tuple[Number, int, int]]:
+        """List the sizes of each matrix of the drafter, behind the rows that a micro-batch multiplies with it."""
+        context = shape.batch_size * shape.num_tokens
+        slots = shape.batch_size * shape.num_blocks * self.drafter.block_size
+        found = []
+        for name, weight in self.drafter.named_parameters():
+            rows = slots * (self.drafter.num_candidates if name.startswith("lilicorr") else 1)
+            if name == "fc.weight":
+                rows = context
+            elif "k_proj" in name or "v_proj" in name:
+                rows = context + slots
+            if weight.ndim == 2:
+                found.append((rows, *weight.shape))
+        return found
+
+    def memory(self, shape: Shape, *, is_checkpointed: bool = False) -> dict[str, int]:
+        """Compute the bytes of a step by part.
+
+        Args:
+            shape: of the micro-batch.
+            is_checkpointed: compute activations again, whatever the recipe says.
+        """
+        drafter, head, machine = self.drafter, self.target.head.weight, self.machine
+        hidden, num_layers, item = self.target.hidden_size, len(drafter.layers), machine.products.itemsize
+        slots = shape.batch_size * shape.num_blocks * drafter.block_size
+        seen = shape.num_tokens + shape.num_blocks * drafter.block_size
+        activations = KEPT_STATES * item * sum(rows * (out + of) for rows, out, of in self.matrices(shape))
+        activations += 4 * num_layers * slots * seen if machine.is_cpu else 0  # the mask of attention as numbers
+        if is_checkpointed or self.recipe.train.gradient_checkpointing:
+            activations = activations / num_layers + 4 * num_layers * slots * hidden
+        loss = self.recipe.loss
+        chunk = default_chunk_bytes(head, is_cpu=machine.is_cpu, is_soft=loss.needs_target_probs)
+        tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
+        return {
+            "target": self.target_bytes,
+            "its copies for speed": self.target_bytes // 2 if machine.is_cpu and head.itemsize == 4 else 0,
+            "drafter": drafter.num_parameters() * (4 if item == 4 else 4 + item),
+            "optimizer's moments": 4 * self.num_moments,
+            "gradient": 4 * drafter.num_parameters(),
+            "hidden states": int(shape.batch_size * shape.num_tokens * self.token_bytes),
+            "hidden states that are kept": self.feature_bytes if machine.is_cpu and self.feature_place == "kept" else 0,
+            "activations of the drafter": int(activations),
+            "loss through the head": int(12 * slots * hidden + 2 * tiles),
+            "CUDA's context": 0 if machine.is_cpu else CONTEXT_BYTES,
+        }
+
+    def fits(self, shape: Shape, *, is_checkpointed: bool = False) -> bool:
+        """Return whether a step fits into the memory."""
+        return sum(self.memory(shape, is_checkpointed=is_checkpointed).values()) <= self.machine.memory
+
+    def flops(self, shape: Shape) -> dict[str, Number]:
+        """Compute the operations of an optimizer step by part."""
+        drafter, train = self.drafter, self.recipe.train
+        slots = shape.batch_size * shape.num_blocks * drafter.block_size
+        seen = shape.num_tokens + shape.num_blocks * drafter.block_size
+        if not self.machine.is_cpu:  # whose kernel leaves out what a slot does not see
+            seen = shape.num_tokens / 2 + drafter.block_size
+        matrices = self.matrices(shape)
+        work = sum(rows * out * of for rows, out, of in matrices)
+        config: Any = drafter.config
+        work += 2 * slots * seen * len(drafter.layers) * config.num_attention_heads * config.head_dim
+        scored = slots * (1 - 1 / drafter.block_size) * self.num_rows * self.target.hidden_size
+        sizes = [sorted(sizes) for _, *sizes in matrices if train.optimizer == "muon"]
+        twice = 2 * train.gradient_accumulation_steps
+        return {
+            "target": twice * shape.batch_size * shape.num_tokens * self.read_weights,
+            "drafter": twice * work * (4 if train.gradient_checkpointing else 3),
+            "head": twice * scored * (3 if self.recipe.loss.needs_target_probs else 2),
+            "optimizer": sum(10 * (2 * short**2 * long + short**3) for short, long in sizes),
+        }
+
+    def measuring_seconds(self, num_blocks: Number) -> Number:
+        """Estimate the seconds in which blocks are drafted and compared with a text, in the target's precision."""
+        work = sum(rows * out * of for rows, out, of in self.matrices(Shape(1, 0, 1)))
+        work += MATCHED_ROWS * self.target.head.weight.numel()
+        return 2 * work * num_blocks / self.machine.speed.flops
 
     def seconds(self, folders: Sequence[Path]) -> dict[str, Number]:
         """Estimate the seconds that are left of the training of drafters, by kind of work.
@@ -239,118 +308,44 @@ class TrainingPlan:
         Args:
             folders: of the drafters; a finished one takes no time, and one with a checkpoint goes on after it.
         """
+        train, machine = self.recipe.train, self.machine
         unfinished = [folder for folder in folders if not (folder / "provenance.json").exists()]
-        steps = sum(max(0, (self.num_steps or 0) - steps_done(folder)) for folder in unfinished)
-        # On a CPU the drafter computes in fp32, whatever the target's dtype.
-        machine = self.machine if self.machine.is_cuda else self.machine._replace(dtype=torch.float32)
+        left = sum(max(0, self.num_steps - steps_done(folder)) for folder in unfinished)
+        mean = self.shape(np.mean)
+        work = self.flops(mean)
+        read = work.pop("target") / machine.speed.flops
+        num_tokens = self.validation[0].sum()
+        if self.feature_place != "computed in every step":
+            num_tokens += self.trained[0].sum()
+            tokens = train.gradient_accumulation_steps * mean.batch_size * mean.num_tokens
+            read = tokens * self.token_bytes / FILE_SPEED if train.feature_files else 0
+        measured = self.validation[1].sum() * (math.ceil(self.num_steps / train.eval_steps) + FINAL_MEASUREMENTS)
         return {
-            "hidden states": self.target.seconds_of(bool(unfinished) * self.flops["features"]),
-            "steps": steps * self.flops["step"] / machine.speed.flops,
-            "tau": len(unfinished) * self.flops["tau"] / machine.speed.flops,
+            "hidden states": 2 * self.read_weights * num_tokens / machine.speed.flops if unfinished else 0,
+            "steps": left * (read + sum(work.values()) / machine.training_speed.flops),
+            "tau": len(unfinished) * self.measuring_seconds(measured),
         }
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of a drafter's folder, at most: three checkpoints, since one is written beside two; and the drafter."""
+        train = self.recipe.train
+        weights = sum(tensor.numel() for tensor in self.drafter.state_dict().values())
+        entries = 2 + self.num_steps // train.logging_steps + self.num_steps // train.eval_steps
+        log = entries * SLOT_BYTES * (4 + self.drafter.block_size)
+        return 12 * (weights + self.num_moments) + 2 * weights + 4 * log + SMALL_FILES
 
-def plan_training(
-    recipe: Recipe, config: PretrainedConfig, *, conversations: Conversations, machine: Machine
+
+def plan_recipe(
+    recipe: Recipe, trained: np.ndarray, validation: np.ndarray, *, memory: int | None = None
 ) -> TrainingPlan:
-    """Plan a training from the target's config.
-
-    Raises:
-        ValueError: a drafter that cannot work with this target; names the option.
-    """
-    train = recipe.train
-    shape = conversations.shape
-    number = conversations.number or 0
-    target = make_target(config, machine.dtype)
-    paper = PaperStep(target, recipe, is_cuda=machine.is_cuda)
-    features, feature_bytes = _plan_features(paper, conversations)
-    if not machine.is_cuda:
-        paper.more_bytes[TARGET] = _copies_bytes(target, config)
-        paper.more_bytes[FEATURES] = feature_bytes if features == "kept" else 0
-    drafter = paper.drafter
-    parameters = drafter.num_parameters()
-    read = parameters
-    matched_rows = MATCHED_ROWS
-    if drafter.lilicorr is not None:  # its walk takes all rows, and reads each candidate of a slot
-        matched_rows = drafter.block_size
-        read += (drafter.num_candidates - 1) * sum(weight.numel() for weight in drafter.lilicorr.parameters())
-    block_flops = 2.0 * (drafter.block_size * read + matched_rows * target.head.weight.numel())
-    mean_tokens = max(1, round(conversations.mean_tokens))
-    mean_blocks = max(1, round(conversations.mean_blocks))
-    rows = shape.num_head_rows
-    if recipe.loss.vocabulary == "seen" and rows is None:
-        num_seen = DISTINCT_TOKENS * (number * mean_tokens) ** 0.5
-        rows = max(1, min(len(target.head.weight), int(num_seen)))
-    mean_flops = paper.take(BatchShape(shape.batch_size, mean_tokens, mean_blocks, rows)).flops
-    steps = num_steps(train, number, machine.ranks)
-    read_tokens = conversations.validation_tokens
-    target_flops = mean_flops["target"]
-    if features != "computed in every step":
-        read_tokens += number * conversations.mean_tokens
-        mean_flops["target"] = 0.0
-    tokens_of_step = train.gradient_accumulation_steps * shape.batch_size * mean_tokens
-    measurements = math.ceil(steps / train.eval_steps) + FINAL_MEASUREMENTS
-    moments = 1 if train.optimizer == "muon" else 2
-    return TrainingPlan(
-        machine=machine,
-        target=target_speed(target, machine),
-        conversations=conversations,
-        step=paper.take(shape),
-        paper=paper,
-        num_steps=steps if number or train.max_steps > 0 else None,
-        features=features,
-        feature_bytes=feature_bytes,
-        drafter_parameters=parameters,
-        disk_bytes=3 * (4 * (1 + moments) + 2) * parameters,
-        flops={
-            "features": target_flops * read_tokens / tokens_of_step,
-            "step": sum(mean_flops.values()),
-            "tau": measurements * conversations.validation_blocks * block_flops,
-            "block": block_flops,
-        },
-    )
-
-
-def plan_recipe(recipe: Recipe, conversations: Conversations, *, memory: int | None = None) -> TrainingPlan:
     """Plan a training from its recipe, on this machine or on one with as much memory.
 
     Raises:
-        ValueError: see `find_machine` and `plan_training`; or there is no such target.
+        ValueError: see `find_machine` and `paper_target`; or a drafter that cannot work with this target.
     """
-    config = read_shape(find_target(recipe.target))
-    return plan_training(recipe, config, conversations=conversations, machine=find_machine(recipe, memory=memory))
-
-
-def find_speed(recipe: Recipe) -> TargetSpeed:
-    """Find out how fast a recipe's target is here, from its config."""
-    machine = find_machine(recipe)
-    return target_speed(make_target(read_shape(find_target(recipe.target)), machine.dtype), machine)
-
-
-def target_speed(target: PaperTarget, machine: Machine) -> TargetSpeed:
-    """Add up the weights of a target on paper."""
-    num_bytes = target.model.get_memory_footprint(return_buffers=False)
-    return TargetSpeed(machine.speed, target.model.num_parameters(), num_bytes)
-
-
-def _plan_features(paper: PaperStep, conversations: Conversations) -> tuple[FeaturePlace, int]:
-    """Return where `keep_features` keeps the features of all conversations, and their bytes there."""
-    train, target = paper.recipe.train, paper.target
-    layers = len(paper.drafter.target_layer_ids)
-    trained_layers = layers + paper.recipe.needs_target_hidden
-    tokens = (conversations.number or 0) * conversations.mean_tokens
-    if train.feature_files:
-        return "on disk", int(tokens * bytes_of_token(target, trained_layers, train.feature_dtype))
-    size = tokens * bytes_of_token(target, trained_layers, "target")
-    if conversations.number is None or size > train.feature_cache_gib * 2**30:
-        return "computed in every step", int(size)
-    return "kept", int(size + conversations.validation_tokens * bytes_of_token(target, layers, "target"))
-
-
-def _copies_bytes(target: Any, config: PretrainedConfig) -> int:
-    """Compute the bytes of copies in a faster layout, which a target has on a CPU."""
-    if target.head.weight.dtype != torch.float32:
-        return 0
-    matrices = sum(parameter.numel() for parameter in target.layers.parameters() if parameter.ndim == 2)
-    published = str(config.get_text_config(decoder=True).dtype)
-    return matrices * (2 if published.endswith("float16") else 4)
+    machine = find_machine(recipe, memory=memory)
+    target = paper_target(recipe.target, machine.dtype)
+    with torch.device("meta"):
+        drafter = Drafter.from_target(target, **vars(recipe.drafter))
+    return TrainingPlan(target, machine, recipe, drafter, trained, validation)

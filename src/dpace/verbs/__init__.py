@@ -5,7 +5,7 @@ command that comes next. Heavy imports stand behind the arguments, so that `--he
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dpace.config import Recipe, TargetShard
@@ -13,6 +13,7 @@ from dpace.recipes.flags import DRY_RUN
 from dpace.system import ranks
 
 if TYPE_CHECKING:
+    from dpace.prompts.prompts import Prompt
     from dpace.target import Target
     from dpace.target.chat import ChatTokenizer
 
@@ -26,6 +27,19 @@ def announce(lines: Sequence[str], args: Sequence[str]) -> bool:
     if ranks.is_first():
         print("\n".join(lines), file=sys.stdout if is_dry else sys.stderr, flush=True)
     return is_dry
+
+
+def refuse_unreadable(recipe: Recipe, prompts: Iterable["Prompt"], max_new_tokens: int, args: Sequence[str]) -> None:
+    """Refuse with `--dry-run` the prompts that a verb refuses once its target is loaded; it takes the tokenizer alone.
+
+    Raises:
+        ValueError: a prompt that passes the target's context with so many new tokens, or that its chat template does
+            not take.
+    """
+    from dpace.respond.conversation import refuse_long_prompts
+
+    if DRY_RUN in args:
+        refuse_long_prompts(load_chat(recipe), prompts, max_new_tokens)
 
 
 def load_target(recipe: Recipe, *, shard: TargetShard = "none") -> "Target":

@@ -9,7 +9,7 @@ from dpace.recipes.flags import DRY_RUN, PROMPT, command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
-from dpace.verbs import announce, load_chat, load_target
+from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
 
 IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 """Options that running servers do not take."""
@@ -23,7 +23,7 @@ def run(args: list[str]) -> None:
     from dpace.measure.benchmark import bench
     from dpace.measure.results import BenchResults, refuse_other_results
     from dpace.measure.servers import bench_servers
-    from dpace.plan.lines import decoding_lines
+    from dpace.plan.lines import decoding_lines, num_decoded, num_decodings
     from dpace.prompts.prompts import first_of_each_set, split_prompts
     from dpace.prompts.public_sets import read_sets
     from dpace.recipes.recipe_file import read_recipe
@@ -48,6 +48,7 @@ def run(args: list[str]) -> None:
                     f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out"
                 )
         if DRY_RUN in args:
+            refuse_unreadable(recipe, first_of_each_set(prompts, config.num_prompts), config.max_new_tokens, args)
             print(f"prompts: {len(first_of_each_set(prompts, config.num_prompts)):,}, sent to the server")
             return
         chat = load_chat(recipe)
@@ -75,7 +76,10 @@ def run(args: list[str]) -> None:
         )
     if not Path(found[0]).exists():
         raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
-    if announce(decoding_lines(recipe, prompts, num_drafters=len(folders)), args):
+    num_answers = num_decodings(recipe, prompts, len(folders))
+    refuse_unreadable(recipe, first_of_each_set(prompts, config.num_prompts), config.max_new_tokens, args)
+    done = num_decoded(Path(recipe.output))
+    if announce(decoding_lines(recipe, num_answers, config.max_new_tokens, done=done), args):
         return
     target = load_target(recipe)
     if ranks.is_first():

@@ -3,7 +3,7 @@
 from dpace.config import CompareConfig
 from dpace.recipes.flags import PROMPT, command, given_options, parse
 from dpace.system import ranks
-from dpace.verbs import announce, load_target
+from dpace.verbs import announce, load_target, refuse_unreadable
 
 
 def run(args: list[str]) -> None:
@@ -26,6 +26,8 @@ def run(args: list[str]) -> None:
     folders = [cell_folder(config.output, cell) for cell in check_output(config, init)]
     check_trackers(config.train.report_to)
     parts = split_prompts(config.prompts)
+    for prompts, limits in ((parts.heldout, config.bench), (sum(parts, []), config.respond)):
+        refuse_unreadable(config, prompts, limits.max_new_tokens, args)
     if announce(comparison_lines(config, parts, folders), args):
         return
     results = compare(load_target(config), config, parts=parts, init=init)

@@ -5,7 +5,7 @@ from pathlib import Path
 from dpace.config import DemoConfig
 from dpace.recipes.flags import command, parse
 from dpace.system.ledger import refuse_foreign_files
-from dpace.verbs import announce, load_target
+from dpace.verbs import announce, load_target, refuse_unreadable
 
 PAGE = "report.html"
 
@@ -25,6 +25,7 @@ def run(args: list[str]) -> None:
     folders = [cell_folder(output, cell) for cell in check_output(recipe)]
     refuse_foreign_files(output, PAGE)
     parts = demo_prompts(config)
+    refuse_unreadable(recipe, sum(parts, []), recipe.respond.max_new_tokens, args)
     if announce(comparison_lines(recipe, parts, folders), args):
         return
     demo = run_demo(load_target(recipe), recipe, parts)

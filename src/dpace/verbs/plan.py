@@ -15,15 +15,13 @@ Memory = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? *[GM]i?B$", description
 class PlanConfig(Recipe):
     """Say what training a recipe takes: memory by part, disk, tokens, steps and time.
 
-    It reads the target's config.json and the drafter of --drafter.init. The training step is computed on tensors
-    without values.
+    It reads the target's config.json, prompts, answers, and the drafter of --drafter.init, and computes the rest from
+    their sizes.
     """
 
     memory: Memory | None = None
     """Memory to plan for, such as 24GiB or 80GB: of a GPU, or of a CPU with --device cpu.
     By default what is free on this machine."""
-    calibrate: bool = False
-    """Also load the target, take a few real steps here, and compare."""
 
 
 def run(args: list[str]) -> None:
@@ -31,10 +29,11 @@ def run(args: list[str]) -> None:
     asked = parse(PlanConfig, "plan", args)
     next_command("train", asked, args)  # refuses keys of the recipe that other verbs do not have
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
+    import numpy as np
+
     from dpace.engines.initial import start_from
-    from dpace.plan.calibrate import calibrate
-    from dpace.plan.lines import fit_lines, kept_answers, memory_lines, size, time_line, training_lines
-    from dpace.plan.training import find_conversations, plan_recipe
+    from dpace.plan.lines import kept_answers, memory_lines, size, time_line, training_lines
+    from dpace.plan.training import expected_lengths, plan_recipe
     from dpace.prompts.prompts import parse_hub_id, split_prompts
     from dpace.respond.responses import read_meta
     from dpace.train.identity import STEP_SIZE, Run
@@ -50,16 +49,15 @@ def run(args: list[str]) -> None:
     path = recipe.prompts.path
     has_prompts = path == "demo" or Path(path).exists() or (kept and parse_hub_id(path))
     parts = split_prompts(recipe.prompts) if has_prompts else None
-    conversations = find_conversations(recipe, parts, kept)
-    plan = plan_recipe(recipe, conversations, memory=memory)
-    lines = training_lines(plan, folders)
-    if plan.num_steps is not None:
-        lines.append(time_line(plan.seconds(folders), is_bound=not kept))
-    lines += memory_lines(plan) + fit_lines(plan) + [f"disk: up to {size(plan.disk_bytes)} in {folders[0]}"]
+    longest = np.full((2, recipe.train.batch_size), float(recipe.train.max_length))
+    lengths = [expected_lengths(part, recipe, kept) for part in parts[:2]] if parts else [longest, longest[:, :0]]
+    plan = plan_recipe(recipe, *lengths, memory=memory)
+    lines = training_lines(plan, folders) if parts else ["no prompts yet: memory and disk of the longest conversations"]
+    if parts:
+        lines.append(time_line({"start": plan.start_seconds, **plan.seconds(folders)}, is_bound=not kept))
+    lines += [*memory_lines(plan), f"disk: up to {size(plan.disk_bytes)} in {folders[0]}"]
     if not kept:
         lines.append("no answers yet: each one counts as long as the recipe allows")
-    print("\n".join(lines), flush=True)
-    if recipe.calibrate:
-        print(calibrate(recipe, plan))
+    print("\n".join(lines))
     meta = read_meta(Path(recipe.output) / "responses.jsonl")
     print("next:", next_command("train" if meta.get("complete") else "respond", asked, args))

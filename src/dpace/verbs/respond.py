@@ -8,7 +8,7 @@ from dpace.recipes.flags import DRY_RUN, next_command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
-from dpace.verbs import announce, load_chat, load_target
+from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
 
 
 def run(args: list[str]) -> None:
@@ -23,9 +23,12 @@ def run(args: list[str]) -> None:
     parts = split_prompts(recipe.prompts)
     path = Path(recipe.output) / "responses.jsonl"
     find_target(recipe.target)
+    prompts = [prompt for part in parts for prompt in part]
 
     def check_and_announce() -> None:
         check_meta(path, known_settings(recipe.respond, thinking=recipe.thinking))
+        if recipe.respond.source == "target":
+            refuse_unreadable(recipe, prompts, recipe.respond.max_new_tokens, args)
         announce(answer_lines(recipe, parts), args)
 
     if DRY_RUN in args:
@@ -36,7 +39,6 @@ def run(args: list[str]) -> None:
         if ranks.is_first():
             register_answers(path)
         ranks.from_first(check_and_announce)
-        prompts = [prompt for part in parts for prompt in part]
         answered = sum(prompt.answer is not None for prompt in prompts)
         if recipe.respond.source == "target" and answered and ranks.is_first():
             note = "prompts come with an answer, which is left out; --respond.source own would train on it"

@@ -14,7 +14,7 @@ def run(args: list[str]) -> None:
     from dpace.batches.corpus import Answers
     from dpace.engines.initial import start_from
     from dpace.plan.lines import train_lines
-    from dpace.plan.training import known_conversations
+    from dpace.plan.training import known_lengths, plan_recipe
     from dpace.train.identity import Run, data_facts, target_facts
     from dpace.train.progress import check_trackers
     from dpace.train.run import check_recipe, choose_conversations, train
@@ -29,7 +29,7 @@ def run(args: list[str]) -> None:
     check_trackers(recipe.train.report_to)
     lines = [f"{folder} is finished"]
     if not is_finished:
-        lines = train_lines(run.recipe, known_conversations(*datasets, run.recipe), folder)
+        lines = train_lines(plan_recipe(run.recipe, *map(known_lengths, datasets)), folder)
     if announce(lines, args):
         return
     target = load_target(recipe, shard=recipe.train.target_shard)

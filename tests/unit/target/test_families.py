@@ -5,7 +5,6 @@ import torch
 from transformers import AutoModelForCausalLM, CodeGenConfig, FalconConfig, Llama4TextConfig, RwkvConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from dpace.cli import main
 from dpace.config import RespondConfig
 from dpace.decode import Paces, custom_generate, generate, generate_batch, generate_plain
 from dpace.fast.cache import TextCache
@@ -156,12 +155,6 @@ def test_experts_and_vision_language_models_keep_their_text(name, monkeypatch):
     Oracle(monkeypatch, drafter, target, SHARED + text, lambda n: n % 3 == 2)
     out = generate(target, drafter, SHARED, max_new_tokens=16, width="full")
     assert out.token_ids == text and sum(out.accepted_lengths) > 5
-
-
-def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
-    make_sharp_target("qwen2.5-vl").model.config.save_pretrained(tmp_path)
-    command = ["respond", "--target", str(tmp_path), "--prompts.path", "demo", "--output", str(tmp_path / "out")]
-    assert main([*command, "--dry-run"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [FalconConfig, CodeGenConfig])
