@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -59,8 +60,9 @@ def run(target, responses, folder, weigh=None, **changes):
 def test_a_resumed_run_ends_with_the_same_weights(
     optimizer, grow_blocks, weigh, language_target, language_responses, tmp_path, monkeypatch
 ):
-    """Also with an objective that draws."""
+    """And with the same log; also with an objective that draws."""
     changes = {"max_steps": 8, "eval_steps": 3, "batch_size": 4, "optimizer": optimizer, "grow_blocks": grow_blocks}
+    changes |= {"logging_steps": 4}  # the checkpoint stands between two entries
     whole = run(language_target, language_responses, tmp_path / "whole", weigh, **changes)
     take_step, steps = TrainingLoop.take_step, []
 
@@ -76,6 +78,11 @@ def test_a_resumed_run_ends_with_the_same_weights(
     resumed = run(language_target, language_responses, tmp_path / "resumed", weigh, **changes)
     assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
     assert torch.equal(resumed, whole)
+    logs = [read_log(tmp_path / name) for name in ("whole", "resumed")]
+    for entry in itertools.chain(*logs):
+        entry.pop("step_seconds", None)
+        entry.pop("tokens_per_second", None)
+    assert logs[0] == logs[1]
 
 
 def test_checkpoints_apart_from_measurements(language_target, language_responses, tmp_path, monkeypatch):
