@@ -147,7 +147,7 @@ def results_page() -> str:
 
     parts = [
         "# Keys of result files",
-        "Each table is a JSON object. [measuring.md](../measuring.md#files) says which file holds which. "
+        "Each table is a JSON object. [measure.md](../measure.md#files) says which file holds which. "
         "Where a value is `null`, its meaning says why.",
     ]
     waiting, seen = [BenchResults, CompareResults, ServerResults, Heldout], []
