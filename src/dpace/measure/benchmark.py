@@ -7,9 +7,10 @@ is the baseline that a drafter has to beat where compiling pays. `dpace.measure.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.measure.pooling import compare_drafters, make_rows
 from dpace.measure.records import COMPILED, PLAIN, SEED_RULE, Provenance, ResponseRecord, ResponseRecords, rotated
-from dpace.measure.results import BenchResults, write_results
+from dpace.measure.results import BenchResults, Row, read_results, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
+from dpace.recipes.validation import to_json
 from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
@@ -37,6 +39,10 @@ WARM_UP_TOKENS = 8
 RECOMPILE_LIMIT = 256
 """Shapes that may be compiled; past torch's own limit of 8, steps would not be compiled, and nothing says so."""
 
+OF_DRAFTERS = ("drafters", "drafter_configs")
+"""Fields of `Provenance` that have an entry a drafter."""
+WAY = attrgetter("set", "temperature", "drafter", "width")
+"""What tells rows of the same results from one another."""
 Way = tuple[str, Width | None]
 """A way to decode: the drafter's name, `PLAIN` or `COMPILED`, and the width."""
 Ways = dict[Way, Callable[..., Generation]]
@@ -47,6 +53,8 @@ def bench(
     target: Target, drafters: dict[str, Drafter], prompts: Sequence[Prompt], config: BenchConfig, folder: str | Path
 ) -> BenchResults:
     """Decode every prompt plainly and with each drafter and width, in turn, and write `results.json`.
+
+    Rows that it has of other sets, temperatures, widths, rules and drafters stay, where all else is the same.
 
     The order alternates from prompt to prompt, after a warm-up that is not counted, so that a drift of the machine's
     speed does not favour one side. Each finished response is kept in `bench-*.jsonl`, a file for each way to measure;
@@ -98,8 +106,47 @@ def bench(
     block_sizes = {name: drafter.block_size for name, drafter in named.items()}
     rows = make_rows(records.of(config.temperatures, prompts), block_sizes, config.widths)
     results = BenchResults(**vars(setup), rows=rows, comparisons=list(compare_drafters(rows)))
-    ranks.from_first(lambda: write_results(folder / "results.json", results))
+    return ranks.from_first(lambda: _write_with_earlier(folder / "results.json", results))
+
+
+def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
+    """Write results, with the rows of earlier calls for other sets, temperatures, widths, rules or drafters.
+
+    Where anything else of an earlier call differs, its file gets another name, which a message says.
+    """
+    try:
+        earlier = read_results(path)
+    except (ValueError, OSError):
+        earlier = None
+    if isinstance(earlier, BenchResults):
+        shared = [field.name for field in fields(Provenance) if field.name not in OF_DRAFTERS]
+        if all(getattr(earlier, name) == getattr(results, name) for name in shared):
+            results = _join(earlier, results)
+        else:
+            aside = path.with_stem(f"{path.stem}-{hash_json(to_json(earlier))[:8]}")
+            register_files(path.parent, aside.name)
+            path.replace(aside)
+            print(f"{path} had results of other settings, which are now in {aside.name}", file=sys.stderr)
+    write_results(path, results)
     return results
+
+
+def _join(earlier: BenchResults, results: BenchResults) -> BenchResults:
+    """Put the rows of earlier results before those that were measured now, without those of drafters that changed."""
+    weights = {name.partition(", ")[0]: sha256 for name, sha256 in results.drafters.items()}  # without the rule
+
+    def is_kept(row: Row) -> bool:
+        sha256 = earlier.drafters[row.drafter]
+        return WAY(row) not in measured and weights.get(row.drafter.partition(", ")[0], sha256) == sha256
+
+    measured = {WAY(row) for row in results.rows}
+    rows = [*filter(is_kept, earlier.rows), *results.rows]
+    named = {row.drafter for row in rows}
+    of_drafters = {}
+    for name in OF_DRAFTERS:
+        both = {**(getattr(earlier, name) or {}), **(getattr(results, name) or {})}
+        of_drafters[name] = {drafter: value for drafter, value in both.items() if drafter in named}
+    return replace(results, **of_drafters, rows=rows, comparisons=list(compare_drafters(rows)))
 
 
 def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:

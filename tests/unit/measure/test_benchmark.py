@@ -1,11 +1,14 @@
 """A benchmark of two drafters with several widths, and what its rows say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
 from dpace.measure.pooling import make_rows, pool_seeds
+from dpace.measure.results import read_results
 from dpace.metrics import MIN_PROMPTS, Acceptance
 from dpace.report.sections import comparison
 from tests.conftest import make_drafter
@@ -46,6 +49,31 @@ def test_rules_are_compared_on_the_same_prompts(language_target, language_drafte
     assert {(c.drafter, c.baseline) for c in results.comparisons} == {("d, speculative", "d")}
     assert all(None not in c.tau_gain for c in results.comparisons) and all(row.tau > 1 for row in results.rows)
     assert len(set(results.drafters.values())) == 1
+
+
+def test_a_second_call_keeps_the_rows_of_the_first(
+    language_target, language_drafter, language_prompts, tmp_path, capsys
+):
+    """Where settings differ, the first results get another name; rows of a drafter with other weights leave."""
+    prompts = make_prompts(language_prompts[50:52])
+    config = BenchConfig(max_new_tokens=8, temperatures=(0.0,), widths=("full",))
+    other = make_drafter(language_target, block_size=language_drafter.block_size)
+
+    def measure(drafter, **changes):
+        return bench(language_target, {"d": drafter}, prompts, replace(config, **changes), tmp_path)
+
+    measure(language_drafter)
+    measure(language_drafter, verify_rules=("speculative",), temperatures=(1.0,))
+    both = measure(language_drafter, widths=(2,))
+    assert [(row.drafter, row.width) for row in both.rows] == [("d", "full"), ("d, speculative", "full"), ("d", 2)]
+    assert set(both.drafters) == set(both.drafter_configs) == {"d", "d, speculative"}
+    assert read_results(tmp_path / "results.json") == both
+    assert [row.width for row in measure(other, widths=(3,)).rows] == [3]
+    assert "had results" not in capsys.readouterr().err
+    measure(other, widths=(3,), max_new_tokens=9)
+    assert "results of other settings, which are now in results-" in capsys.readouterr().err
+    (aside,) = tmp_path.glob("results-*.json")
+    assert [row.width for row in read_results(aside).rows] == [3]
 
 
 @pytest.mark.parametrize("num_prompts", [3, 6])
