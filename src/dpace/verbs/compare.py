@@ -11,7 +11,7 @@ def run(args: list[str]) -> None:
     config = parse(CompareConfig, "compare", args)
     from dpace.engines.initial import start_from
     from dpace.plan.lines import comparison_lines
-    from dpace.prompts.prompts import split_prompts
+    from dpace.prompts.prompts import first_of_each_set, split_prompts
     from dpace.report.sections import comparison
     from dpace.report.tables import console, section_table
     from dpace.studies.compare import cell_folder, check_output, compare
@@ -26,7 +26,8 @@ def run(args: list[str]) -> None:
     folders = [cell_folder(config.output, cell) for cell in check_output(config, init)]
     check_trackers(config.train.report_to)
     parts = split_prompts(config.prompts)
-    for prompts, limits in ((parts.heldout, config.bench), (sum(parts, []), config.respond)):
+    decoded = first_of_each_set(parts.heldout, config.bench.num_prompts)
+    for prompts, limits in ((decoded, config.bench), (sum(parts, []), config.respond)):
         refuse_unreadable(config, prompts, limits.max_new_tokens, args)
     if announce(comparison_lines(config, parts, folders), args):
         return
