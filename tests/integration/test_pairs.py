@@ -635,11 +635,16 @@ def test_the_card_has_what_was_measured_in_another_dtype(files, tmp_path):
     assert "with dpace.decode in bfloat16" in (tmp_path / "zlab" / "README.md").read_text()
 
 
-def test_sets_whose_ids_are_equal_are_all_measured(files, tmp_path):
+def test_sets_whose_ids_are_equal_are_all_measured(files, tmp_path, capsys):
+    """And a dry run says how many of these very answers are left."""
     command = "bench {recipe} --drafters {drafter} --widths full --num-prompts 3 --sets one two --sets-dir {sets} "
     run(f"{command}--output {tmp_path}", files)
     rows = read_json(tmp_path / "results.json")["rows"]
     assert [(row["set"], row["num_responses"]) for row in rows] == [("one", 2), ("two", 3)]
+    for other, left in (("", 0), ("--max-new-tokens 7", 10), ("--widths full 2", 5), ("--num-prompts 2", 0)):
+        capsys.readouterr()
+        run(f"{command} --output {tmp_path} --dry-run {other}", files)
+        assert re.search(rf"^answers: .*, {left} left to decode$", capsys.readouterr().out, re.MULTILINE), other
 
 
 def test_texts_count_where_the_rule_keeps_them(files, tmp_path):

@@ -6,9 +6,10 @@ refused here.
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from dpace.config import CompareConfig, Recipe
+from dpace.config import BenchConfig, CompareConfig, Recipe
 from dpace.plan.speed import Number
 from dpace.plan.training import (
     TargetPlan,
@@ -22,6 +23,8 @@ from dpace.plan.training import (
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set
 from dpace.respond.conversation import own_messages
 from dpace.respond.responses import Response, responses_by_id
+from dpace.system.ledger import read_jsonl
+from dpace.system.provenance import hash_json
 
 TOKEN_BYTES = 8
 """Bytes of a token's number in `responses.jsonl`, and of its text, at most."""
@@ -162,9 +165,25 @@ def num_decodings(recipe: Recipe, prompts: Sequence[Prompt], num_drafters: int) 
     return turns * len(bench.temperatures) * (1 + num_drafters * len(bench.widths) * len(bench.verify_rules))
 
 
-def num_decoded(folder: Path) -> int:
-    """Count the answers that a benchmark has kept in a folder; of several, the one that has kept most."""
-    return max((path.read_bytes().count(b"\n") - 1 for path in folder.glob("bench-*.jsonl")), default=0)
+def num_decoded(folder: Path, bench: BenchConfig, prompts: Sequence[Prompt]) -> int:
+    """Count the answers that a benchmark of these settings and prompts has kept in a folder.
+
+    Those of drafters that were trained again since count too: their weights are not read here.
+    """
+    known = {
+        "max_new_tokens": bench.max_new_tokens,
+        "seed": bench.seed,
+        "prompts_sha256": hash_json([asdict(prompt) for prompt in prompts]),
+    }
+    chosen = {prompt.id for prompt in first_of_each_set(prompts, bench.num_prompts)}
+    most = 0
+    for path in folder.glob("bench-*.jsonl"):
+        setup, *rows = (row for _, row in read_jsonl(path, is_growing=True))
+        if all(setup.get(name) == value for name, value in known.items()):
+            ways = {*bench.widths, None}
+            done = [r for r in rows if r["id"] in chosen and r["temperature"] in bench.temperatures]
+            most = max(most, sum(r["width"] in ways for r in done))
+    return most
 
 
 def decoding_lines(recipe: Recipe, num_answers: int, num_tokens: int, *, done: int = 0) -> list[str]:
@@ -203,7 +222,7 @@ def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequenc
     plan = plan_recipe(config, *(expected_lengths(part, config, kept) for part in parts[:2]))
     unmeasured = sum(not (folder / "heldout.json").exists() for folder in folders)
     decodings = num_decodings(config, parts.heldout, len(folders) // len(config.seeds))
-    left = max(0, decodings - num_decoded(Path(config.output) / "decode"))
+    left = max(0, decodings - num_decoded(Path(config.output) / "decode", config.bench, parts.heldout))
     limit = config.bench.max_new_tokens
     seconds = {
         "start": plan.start_seconds,

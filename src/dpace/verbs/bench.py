@@ -78,7 +78,7 @@ def run(args: list[str]) -> None:
         raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
     num_answers = num_decodings(recipe, prompts, len(folders))
     refuse_unreadable(recipe, first_of_each_set(prompts, config.num_prompts), config.max_new_tokens, args)
-    done = num_decoded(Path(recipe.output))
+    done = num_decoded(Path(recipe.output), config, prompts)
     if announce(decoding_lines(recipe, num_answers, config.max_new_tokens, done=done), args):
         return
     target = load_target(recipe)
