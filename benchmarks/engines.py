@@ -40,12 +40,12 @@ from rich.table import Table
 from transformers import AutoModel
 
 import dpace
-from dpace.config import Format
 from dpace.decode.loop import generate, generate_plain
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.vocabulary import VOCABULARY_FILE
+from dpace.engines import EngineName
+from dpace.engines.engine import Request
 from dpace.engines.export import export, import_drafter
-from dpace.engines.gguf import QUANTIZED
 from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console
 from dpace.target import Target
@@ -85,7 +85,7 @@ class Job:
     prompts: list[list[int]]
     max_new_tokens: int
     rounds: int
-    folders: dict[Format, Path]
+    folders: dict[EngineName, Path]
     """Exported folders or files of the drafter."""
     f16: Path | None
     """File of the target for llama.cpp."""
@@ -313,21 +313,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         target_name = str(Path(options.target).resolve())
         about = {"name": "dflash", "target_name": target_name, "target_gguf": options.gguf}
-        folders: dict[Format, Path] = {}
+        folders: dict[EngineName, Path] = {}
         whole = Path(folder) / "whole"
         shutil.copytree(options.drafter, whole, ignore=shutil.ignore_patterns(VOCABULARY_FILE, "checkpoints"))
         for to in ("zlab", "speculators"):
-            done = export(whole, target, to=to, output=Path(folder) / f"dflash-{to}", **about)
-            folders[to] = done.path
+            request = Request(to=to, output=Path(folder) / f"dflash-{to}", **about)
+            folders[to] = export(whole, target, request).path
         small = None
         if (Path(options.drafter) / VOCABULARY_FILE).exists():
             output = Path(folder) / "dflash-small"
-            small = export(options.drafter, target, to="speculators", output=output, **about).path
+            small = export(options.drafter, target, Request(to="speculators", output=output, **about)).path
         ggufs = {}
         for name in options.precisions if options.gguf else ():
-            kind = {"precision": name} if name in QUANTIZED else {"dtype": getattr(torch, name)}
-            done = export(whole, target, to="gguf", output=Path(folder) / f"dflash-{name}", **about, **kind)
-            ggufs[name] = done.path
+            request = Request(to="gguf", output=Path(folder) / f"dflash-{name}", dtype=name, **about)
+            ggufs[name] = export(whole, target, request).path
         f16 = Path(folder) / "f16.gguf" if options.gguf else None
         if f16:
             write_f16(options.gguf, f16)

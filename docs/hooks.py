@@ -71,10 +71,27 @@ def generated_pages() -> dict[str, str]:
 
 def engine_commands() -> str:
     """Write how each engine serves a drafter, as model cards say it."""
-    from dpace.engines.card import card_sections
+    from dpace.drafter.spec import DrafterSpec
+    from dpace.engines.card import engine_sections
 
-    about: Any = {"drafter": "dpace-out/drafter", "target": "Qwen/Qwen3-4B", "gguf": "drafter.gguf", "block_size": 16}
-    text = "\n\n".join([*card_sections("vllm", **about), *card_sections("gguf", **about)])
+    spec = DrafterSpec(
+        block_size=16,
+        mask_token_id=151669,
+        target_layer_ids=(1, 17, 33),
+        num_target_layers=36,
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_layers=3,
+        num_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope={"rope_type": "default", "rope_theta": 1e6},
+        max_position_embeddings=40960,
+    )
+    published = engine_sections("published", spec, "dpace-out/drafter", "Qwen/Qwen3-4B")
+    text = "\n\n".join([*published.values(), *engine_sections("gguf", spec, "drafter.gguf", "Qwen/Qwen3-4B").values()])
     return re.sub(r"^\*\*([^*]+)\*\* ?(.*)$", r"### \1\n\n\2", text, flags=re.MULTILINE)
 
 

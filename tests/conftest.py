@@ -29,6 +29,7 @@ from dpace.decode import generate
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
 from dpace.drafter.dflash import LAYER_TENSORS, numbered
+from dpace.engines.engine import Request
 from dpace.engines.export import export
 from dpace.fast.speed_up import speed_up
 from dpace.respond.answering import write_responses
@@ -320,8 +321,9 @@ def random_drafter_folder(language_target, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def random_drafter_gguf(random_drafter_folder, language_target, target_gguf, tmp_path_factory) -> bytes:
     """The same as a file of llama.cpp."""
-    options = {"to": "gguf", "output": tmp_path_factory.mktemp("gguf"), "name": "x", "target_name": "some/target"}
-    return export(random_drafter_folder, language_target, target_gguf=target_gguf, **options).path.read_bytes()
+    names = {"output": tmp_path_factory.mktemp("gguf"), "name": "x", "target_name": "some/target"}
+    request = Request(to="gguf", target_gguf=target_gguf, **names)
+    return export(random_drafter_folder, language_target, request).path.read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -96,8 +96,6 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto"] | None
 TargetShard = Literal["none", "fsdp"]
-Engine = Literal["vllm", "sglang", "llamacpp", "tensorrt", "transformers", "zlab"]
-Format = Literal["zlab", "sglang", "vllm", "speculators", "gguf"]
 
 
 def is_custom(objective: str) -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from dpace.drafter import load_drafter
 from dpace.drafter.vocabulary import DraftVocabulary
+from dpace.engines.engine import Request
 from dpace.engines.export import export, import_drafter
 from dpace.engines.published import read_folder
 from dpace.target import Target
@@ -48,7 +49,7 @@ def ask(engine: str, folder: Path, **request) -> dict:
 def export_shifted(drafter_folder: Path, target: Target, to: str, folder: Path, offset: int) -> Path:
     """An export whose layer ids are off by so many: a mistake that no engine reports."""
     out = folder / f"dflash-{to}{offset:+d}"
-    export(drafter_folder, target, to=to, output=out, name="x", target_name="x")
+    export(drafter_folder, target, Request(to=to, output=out, name="x", target_name="x"))
     if offset:
         ids = read_json(out / "config.json")["target_layer_ids"]
         change_config(out, target_layer_ids=[i + offset for i in ids])
@@ -84,7 +85,8 @@ def test_speculators_loads_and_converts_to_the_same(
     python_of("speculators")
     name = str(language_folder)
     for to in ("zlab", "speculators"):
-        export(language_drafter_folder, language_target, to=to, output=tmp_path / to, name="x", target_name=name)
+        request = Request(to=to, output=tmp_path / to, name="x", target_name=name)
+        export(language_drafter_folder, language_target, request)
     request = {"target": name, "drafter": str(tmp_path / "speculators")}
     found = ask("speculators", tmp_path, **request, published=str(tmp_path / "zlab"), output=str(tmp_path / "theirs"))
     assert found["equal"] == [25, 25] and found["tensors"] == 25
@@ -104,9 +106,8 @@ def test_vllm_drafts_with_our_draft_vocabulary_as_we_do(
     shutil.copytree(language_drafter_folder, tmp_path / "small")
     DraftVocabulary([1, *range(4, 44)]).save(tmp_path / "small")
     out = tmp_path / "dflash-small"
-    export(
-        tmp_path / "small", language_target, to="speculators", output=out, name="x", target_name=str(language_folder)
-    )
+    request = Request(to="speculators", output=out, name="x", target_name=str(language_folder))
+    export(tmp_path / "small", language_target, request)
     import_drafter(out, tmp_path / "again", target=str(language_folder))
     steps = []
     for folder in (tmp_path / "again", language_drafter_folder):
@@ -128,7 +129,8 @@ def test_vllms_own_head_gives_our_scores(language_target, language_folder, tmp_p
     drafter = make_with_head(language_target, block_size=5)
     drafter.save_pretrained(tmp_path / "made")
     out = tmp_path / "dflash-head"
-    export(tmp_path / "made", language_target, to="vllm", output=out, name="x", target_name=str(language_folder))
+    request = Request(to="vllm", output=out, name="x", target_name=str(language_folder))
+    export(tmp_path / "made", language_target, request)
     inputs = {
         "token_embeddings": torch.randn(3, 4, 4, 48),
         "candidate_log_probs": -torch.rand(3, 4, 4).cumsum(-1),

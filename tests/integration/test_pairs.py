@@ -178,8 +178,8 @@ PAIRS = {
     ),
     "a head, doctor, llama.cpp": Pair(
         f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4; "
-        "doctor {out}/drafter --target {target} --engine llamacpp",
-        refused="engine: head",
+        "doctor {out}/drafter --target {target} --engine gguf",
+        refused="engine: gguf",
     ),
     "plan, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"

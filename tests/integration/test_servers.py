@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dpace.config import BenchConfig, RespondConfig
+from dpace.engines.engine import Request
 from dpace.engines.export import export
 from dpace.measure.results import ServerRow
 from dpace.measure.servers import bench_servers
@@ -100,7 +101,8 @@ def test_llamacpp_reports_what_we_count(
     language_target, language_drafter_folder, language_drafter, language_prompts, target_gguf, tmp_path
 ):
     names = {"name": "x", "target_name": "x", "target_gguf": target_gguf}
-    exported = export(language_drafter_folder, language_target, to="gguf", output=tmp_path / "gguf", **names)
+    request = Request(to="gguf", output=tmp_path / "gguf", **names)
+    exported = export(language_drafter_folder, language_target, request)
     prompts = make_prompts(language_prompts[50:56])
     with llamacpp(target_gguf, exported.path, 5) as address, llamacpp(target_gguf) as plain:
         row = measure(language_target, prompts, address, plain, tmp_path, 40)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from dpace.config import DrafterConfig, Engine
-from dpace.drafter import Drafter, lilicorr
+from dpace.config import DrafterConfig
+from dpace.drafter import Drafter
 from dpace.drafter.drafter import TARGET_TABLES, attention_of, facts_of, find_shared_tables
 from dpace.drafter.spec import DrafterSpec, own_tables, read_rope
+from dpace.engines import EngineName, engine_of
 from dpace.engines.folder import UNREADABLE, DrafterFolder, mapping
 from dpace.engines.published import make_drafter
 from dpace.recipes.validation import from_json
@@ -112,7 +113,7 @@ def attempt(check: str, action: Callable[[], Made]) -> tuple[Made | None, Diagno
         return None, Diagnosis(check, "fails", shown(reason), "", shown(fix or COPY_AGAIN))
 
 
-def check_files(files: DrafterFolder, target: Target, engine: Engine | None) -> list[Diagnosis]:
+def check_files(files: DrafterFolder, target: Target, engine: EngineName | None) -> list[Diagnosis]:
     """Check all that shows without running the drafter.
 
     A damaged file is one failure, and what needs it is left out.
@@ -196,17 +197,17 @@ def look_up(config: Mapping[str, Any], path: str) -> Any:
     return None if str(value) in NEUTRAL and key not in SAID else value
 
 
-def check_engine(spec: DrafterSpec, engine: Engine | None) -> Iterator[Diagnosis]:
-    """Name what the engine that will serve the drafter does not read."""
-    if spec.sample_from_anchor and engine not in (None, "llamacpp"):
-        fix = "decode with dpace, or export with --to gguf for llama.cpp"
-        yield Diagnosis("engine: slots", "fails", "blocks begin at the anchor", "they begin behind it", fix)
-    if spec.head and engine in lilicorr.UNREAD_ENGINES:
-        fix = "use vLLM, SGLang or TensorRT-LLM, or write it without its head: dpace export --plain"
-        yield Diagnosis("engine: head", "fails", "a head", "none", fix)
-    if engine == "vllm" and {spec.embed_scale, spec.logit_scale, spec.softcap} != {1.0, None}:
-        fix = "use another engine: vLLM's V1 runner does not read them"
-        yield Diagnosis("engine: scales", "warns", "scales or a cap", "none", fix)
+def check_engine(spec: DrafterSpec, engine: EngineName | None) -> Iterator[Diagnosis]:
+    """Say what the engine that will serve the drafter does not read."""
+    if engine is None:
+        return
+    results: dict[Result, str] = {"fails": engine_of(engine).fault(spec), "warns": engine_of(engine).doubt(spec)}
+    for result, reason in results.items():
+        found, _, fix = reason.partition("; ")
+        if reason:
+            yield Diagnosis(f"engine: {engine}", result, found, "", fix)
+    if not any(results.values()):
+        yield Diagnosis(f"engine: {engine}", "passes")
 
 
 def check_tables(files: DrafterFolder, target: Target) -> list[Diagnosis]:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import Engine
 from dpace.decode import generate, generate_plain
 from dpace.doctor.checks import CONFIG, RECIPE, WEIGHTS, Diagnosis, attempt, check_files, replace_trained
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.spec import DrafterSpec, find_layer_id_faults
+from dpace.engines import EngineName
 from dpace.engines.folder import DrafterFolder, mapping, read_files
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance, tau_gain
@@ -204,7 +204,7 @@ NEEDED = {CONFIG, WEIGHTS, "loads"}
 
 
 def diagnose(
-    folder: str | Path, target: Target, *, engine: Engine | None = None, responses: str | Path | None = None
+    folder: str | Path, target: Target, *, engine: EngineName | None = None, responses: str | Path | None = None
 ) -> list[Diagnosis]:
     """Examine a drafter's folder: first the files on disk, then the drafter as it runs.
 

@@ -10,4 +10,6 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Load a name of `dpace.drafter.drafter` when it is first used."""
+    if name not in ("Drafter", "load_drafter"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("dpace.drafter.drafter"), name)

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, Strict
 from torch import Tensor, nn
 
-from dpace.config import Engine, Format
 from dpace.drafter import dflash
 from dpace.drafter.dflash import Draft, Parts
 from dpace.drafter.vocabulary import DraftHead
@@ -53,13 +52,6 @@ OLDER_NAMES = {
     "mlp.2": "mlp.down_proj",
 }
 """Names of parts of the head in older checkpoints, and the newer ones, without which vLLM 0.32 refuses a head."""
-UNREAD_FORMATS: dict[Format, str] = {
-    "speculators": "the format of speculators has none",
-    "gguf": "how llama.cpp names its tensors and keys is not known",
-}
-"""Formats that cannot hold it, and why."""
-UNREAD_ENGINES: tuple[Engine, ...] = ("llamacpp", "transformers", "zlab")
-"""Engines that load a drafter and leave its head out."""
 
 Positive = Annotated[int, Strict(), Field(ge=1, le=2**20)]
 Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]

@@ -79,6 +79,17 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def to_layer_ids(hidden_state_ids: object) -> list[int]:
+    """Turn indices into `hidden_states`, where 0 is the embedding, into ids of layers; the inverse of the spec's.
+
+    Raises:
+        ValueError: they are no list of integers.
+    """
+    if not isinstance(hidden_state_ids, list) or not all(type(index) is int for index in hidden_state_ids):
+        raise ValueError(f"layer ids are {hidden_state_ids!r:.200}, expected a list of integers; copy the file again")
+    return [index - 1 for index in hidden_state_ids]
+
+
 def _read_named_values(file: Path, read: Callable[[Path], object], problems: dict[str, str]) -> dict[str, Any]:
     """Read a file, or note why that is not possible."""
     try:

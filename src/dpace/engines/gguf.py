@@ -1,13 +1,18 @@
-"""Write a drafter as a GGUF file for llama.cpp, and read one.
+"""llama.cpp, and what is built on it: a GGUF file of the architecture `dflash`.
 
 What comes in is a spec with its tensors and any GGUF file of the target, whose tokenizer is repeated; what goes out is
 one file. Reading gives spec and tensors back, bit for bit, or one line about a file that is damaged or another's.
+
+Source: `tools/server/README.md` and `src/models/dflash.cpp` of ggml-org/llama.cpp.
 """
 
 import contextlib
 import io
+import shlex
 import struct
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,8 @@ from torch import Tensor
 from dpace.drafter.dflash import CONVOLUTION_KEYS
 from dpace.drafter.spec import DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
-from dpace.engines.speculators import to_layer_ids
+from dpace.engines.engine import PROPERTIES, Contents, Engine
+from dpace.engines.folder import to_layer_ids
 from dpace.system.loading import LIBRARY_ERRORS
 from dpace.system.progress import describe_error
 
@@ -55,6 +61,99 @@ QUANTIZED = ("q8_0", "q5_0", "q4_0")
 """Precisions of llama.cpp in which a block of 32 numbers shares a scale, and which `gguf` can write."""
 
 
+class Gguf(Engine):
+    """See `Engine`."""
+
+    name = "gguf"
+    title = "llama.cpp"
+    reads = ("DFlashDraftModel", "DFlash2DraftModel", *PROPERTIES)
+    precisions = (*Engine.precisions, *QUANTIZED)
+    layout = "gguf"
+    library = "gguf"
+    tags = ("gguf",)
+    card = """**llama.cpp** (without `--spec-draft-n-max` it drafts 3 tokens, which this drafter was not trained for)
+
+```bash
+{command}
+```
+
+By default it verifies all that is drafted. `--spec-draft-p-min 0.5` ends a draft before its first token of a lower
+probability; try a few values on your prompts.
+
+`TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
+"""
+
+    def check(self, request):
+        """See `Engine`."""
+        super().check(request)
+        if request.target_gguf is None:
+            raise ValueError(
+                "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
+                "--target-gguf"
+            )
+
+    def fault(self, spec):
+        """See `Engine`.
+
+        Its network takes no frequency factors of a scaled rotary embedding; other scalings were not tested.
+        """
+        if spec.is_causal == "sliding":
+            return (
+                "is_causal is not set, so that sliding layers are causal and full ones are not; llama.cpp has one "
+                "value for all layers: serve this drafter with vLLM or z-lab's code"
+            )
+        if spec.rope["rope_type"] != "default":
+            return (
+                f"the drafter's rope_type is {spec.rope['rope_type']!r}, expected 'default': llama.cpp's DFlash "
+                "network takes no frequency factors, which Llama 3.1's scaling needs, and other scalings were not "
+                "tested; serve this drafter with vLLM, SGLang or transformers"
+            )
+        return super().fault(spec)
+
+    def command(self, spec, drafter, target):
+        """See `Engine`; drafters whose blocks begin at the anchor run as DSpark's without a head."""
+        file = shlex.quote(drafter) if drafter.endswith(".gguf") else "DRAFTER.gguf"
+        kind = "dspark" if spec.sample_from_anchor else "dflash"
+        count = spec.num_draft_tokens
+        return f"llama-server -m TARGET.gguf -md {file} --spec-type draft-{kind} --spec-draft-n-max {count}"
+
+    def section(self, layout, spec, drafter, target):
+        """See `Engine`; cards of the published layout say how the file is made."""
+        if layout != Engine.layout:
+            return super().section(layout, spec, drafter, target)
+        if self.fault(replace(spec, head=None)):
+            return ""
+        plain = " --plain" if spec.head else ""
+        return (
+            f"For llama.cpp: `dpace export FOLDER --target {target} --to gguf{plain} --target-gguf TARGET.gguf "
+            "--output FOLDER-gguf`."
+        )
+
+    def cast(self, tensor, dtype):
+        """See `Engine`; llama.cpp needs all but matrices in float32."""
+        if tensor.dim() != 2:
+            return super().cast(tensor, "float32")
+        return quantize(tensor, dtype)[1] if dtype in QUANTIZED else super().cast(tensor, dtype)
+
+    def write(self, folder, contents, request, target):
+        """See `Engine`."""
+        path = folder / f"dflash-{Path(request.target_name).resolve().name}-{contents.dtype}.gguf"
+        write_gguf(path, contents, str(request.target_gguf))
+        return path
+
+    def is_written(self, path):
+        """See `Engine`; a folder may hold the file."""
+        return path.suffix == ".gguf" or not (path / "config.json").exists() and any(path.glob("*.gguf"))
+
+    def read(self, path, num_target_layers):
+        """See `Engine`."""
+        files = [path] if path.is_file() or path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            names = " and ".join(file.name for file in files)
+            raise ValueError(f"{path} has {names}, and each may be another drafter; name one of the files")
+        return read_gguf(files[0], num_target_layers=num_target_layers)
+
+
 def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
     """Quantize a matrix.
 
@@ -74,58 +173,36 @@ def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
     return data, torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
 
 
-def write_gguf(
-    path: str | Path,
-    spec: DrafterSpec,
-    tensors: dict[str, Tensor],
-    *,
-    target_gguf: str | Path,
-    precision: str | None = None,
-) -> None:
-    """Write a drafter for llama.cpp, with tensors in the dtype that they have.
+def write_gguf(path: Path, contents: Contents, target_gguf: str | Path) -> None:
+    """Write a drafter for llama.cpp.
 
     Args:
         path: of the new file.
-        spec: of the drafter.
-        tensors: its weights; matrices float32, float16 or bfloat16, all others float32, as llama.cpp needs them.
+        contents: matrices in float32, float16, bfloat16, or to be quantized; all other tensors in float32.
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
-        precision: one of `QUANTIZED`, for the matrices.
 
     Raises:
-        ValueError: a file of another model; a scaled rotary embedding, since llama.cpp's network takes no frequency
-            factors, and other scalings were not tested; or layers of which only some are causal.
+        ValueError: a file of another model.
     """
-    if spec.is_causal == "sliding":
-        raise ValueError(
-            "is_causal is not set, so that sliding layers are causal and full ones are not; llama.cpp has one value "
-            "for all layers; serve this drafter with vLLM or z-lab's code"
-        )
-    if spec.rope["rope_type"] != "default":
-        raise ValueError(
-            f"the drafter's rope_type is {spec.rope['rope_type']!r}, expected 'default': llama.cpp's DFlash network "
-            "takes no frequency factors, which Llama 3.1's scaling needs, and other scalings were not tested; serve "
-            "this drafter with vLLM, SGLang or transformers"
-        )
+    spec, tensors = contents.spec, contents.tensors
+    quantized = contents.dtype if contents.dtype in QUANTIZED else ""
     target = _open_gguf(target_gguf)
     tokens = target.fields.get("tokenizer.ggml.tokens")
     architecture = _read_value(target, "general.architecture")
-    theirs = {
-        "hidden_size": _read_value(target, f"{architecture}.embedding_length"),
-        "num_target_layers": _read_value(target, f"{architecture}.block_count"),
-        "vocab_size": len(tokens.data) if tokens else None,
-    }
-    for name, found in theirs.items():
-        if found != getattr(spec, name):
-            raise ValueError(
-                f"{target_gguf} has {name} {found} and the drafter's target {getattr(spec, name)}; name a GGUF file of "
-                "that target with --target-gguf"
-            )
+    sizes = [_read_value(target, f"{architecture}.{name}") for name in ("block_count", "embedding_length")]
+    found = [*sizes, len(tokens.data) if tokens else None]
+    expected = [spec.num_target_layers, spec.hidden_size, spec.vocab_size]
+    if found != expected:
+        raise ValueError(
+            f"{target_gguf} has {found} and the drafter's target {expected} (layers, hidden size, tokens); name a GGUF "
+            "file of that target with --target-gguf"
+        )
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     for name, field in target.fields.items():
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
             _copy_field(writer, field)
     _write_fields(writer, spec)
-    mostly = precision or TENSOR_TYPES[tensors["fc.weight"].dtype].name
+    mostly = quantized or TENSOR_TYPES[tensors["fc.weight"].dtype].name
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly.upper()}"])
     for ours, (_, name) in spec.tensors.items():
         tensor = tensors[ours].detach().cpu().contiguous()
@@ -134,9 +211,9 @@ def write_gguf(
         kind = TENSOR_TYPES[tensor.dtype]
         # numpy has no bf16: gguf takes its bytes, as those of blocks
         data = (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        if precision and tensor.dim() == 2:
-            data = quantize(tensor, precision)[0]
-            kind = gguf.GGMLQuantizationType[precision.upper()] if data.dtype == np.uint8 else kind
+        if quantized and tensor.dim() == 2:
+            data = quantize(tensor, quantized)[0]
+            kind = gguf.GGMLQuantizationType[quantized.upper()] if data.dtype == np.uint8 else kind
         writer.add_tensor(name, data, raw_dtype=kind)
     _write_file(writer)
 
@@ -161,25 +238,31 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
     The file numbers the target's layers by their input, so one higher than here.
     """
     config = spec.config()
-    kinds = gguf.GGUFValueType
-    sizes = {name: getattr(config, ours) for ours, name in SIZES.items()}
-    sizes |= {"attention.value_length": spec.head_dim, **spec.kind.config_keys(spec)}
     if spec.sliding_window is not None:
-        sizes["attention.sliding_window"] = spec.sliding_window
         pattern = [kind == "sliding_attention" for kind in spec.layer_types]
         writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", pattern)
-    scales = {name: getattr(config, ours) for ours, name in SCALES.items() if hasattr(config, ours)}
-    scales |= {"attention.layer_norm_rms_epsilon": spec.rms_norm_eps, "rope.freq_base": spec.rope["rope_theta"]}
-    flags = {"attention.causal": bool(spec.is_causal), "sample_from_anchor": spec.sample_from_anchor}
-    for kind, values in ((kinds.UINT32, sizes), (kinds.FLOAT32, scales), (kinds.BOOL, flags)):
-        for name, value in values.items():
-            writer.add_key_value(f"{ARCHITECTURE}.{name}", value, kind)
+    values = {
+        **{name: getattr(config, ours) for ours, name in SIZES.items()},
+        "attention.value_length": spec.head_dim,
+        **spec.kind.config_keys(spec),
+        "attention.sliding_window": spec.sliding_window,
+        **{name: getattr(config, ours, None) for ours, name in SCALES.items()},
+        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "rope.freq_base": spec.rope["rope_theta"],
+        "attention.causal": bool(spec.is_causal),
+        "sample_from_anchor": spec.sample_from_anchor,
+    }
+    kinds = gguf.GGUFValueType
+    types = {int: kinds.UINT32, float: kinds.FLOAT32, bool: kinds.BOOL}
+    for name, value in values.items():
+        if value is not None:
+            writer.add_key_value(f"{ARCHITECTURE}.{name}", value, types[type(value)])
     writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
 
 
 def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
-    """Read a drafter's GGUF file, as `dpace.engines.published.read_folder` reads a folder.
+    """Read a drafter's GGUF file, see `Engine.read`.
 
     Raises:
         ValueError: not a drafter's file, weights that `gguf` cannot read, or the number of the target's layers is not
@@ -195,12 +278,12 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     if num_target_layers is None:
         raise ValueError(f"{path} does not say how many layers the target has; name the target with --target")
 
-    def get(name: str, default: Any = None) -> Any:
-        return _read_value(reader, f"{ARCHITECTURE}.{name}", default)
+    def get(name: str) -> Any:
+        return _read_value(reader, f"{ARCHITECTURE}.{name}")
 
-    pattern = get("attention.sliding_window_pattern", [])
-    window = get("attention.sliding_window", 0) or None
-    if not isinstance(pattern, list) or (window and not pattern):
+    pattern = get("attention.sliding_window_pattern")
+    window = get("attention.sliding_window") or None
+    if window and not isinstance(pattern, list):
         raise ValueError(
             f"{path} has sliding_window {window} and sliding_window_pattern {pattern!r:.50}, expected a list that says "
             "of each layer whether it has the window; write it again with such a list"
@@ -208,21 +291,20 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     tokens = _read_value(reader, "tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise ValueError(f"{path} has no list of tokens; write or download it again")
-    tensors = {tensor.name: _read_gguf_tensor(tensor) for tensor in reader.tensors}
+    tensors = {tensor.name: _read_tensor(tensor) for tensor in reader.tensors}
     values = {
         **{published: get(name) for published, name in SIZES.items()},
-        **{published: get(name, 0.0) or None for published, name in SCALES.items()},
+        **{published: get(name) or None for published, name in SCALES.items()},
+        **{name: get(name) for name in (*CONVOLUTION_KEYS, "sample_from_anchor")},
         "mask_token_id": _read_value(reader, "tokenizer.ggml.mask_token_id"),
         "num_target_layers": num_target_layers,
         "vocab_size": len(tokens),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base")},
         "sliding_window": window,
-        "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern],
-        "is_causal": get("attention.causal", False),
-        **{name: get(name, 0) for name in CONVOLUTION_KEYS},
-        "sample_from_anchor": get("sample_from_anchor", False),
-        "draft_vocab_size": len(tensors["d2t"]) if "d2t" in tensors else 0,
+        "layer_types": ["sliding_attention" if is_sliding else "full_attention" for is_sliding in pattern or ()],
+        "is_causal": get("attention.causal"),
+        "draft_vocab_size": len(tensors.get("d2t", ())),
         "has_own_embed_tokens": "token_embd.weight" in tensors,
         "has_own_lm_head": "output.weight" in tensors and "d2t" not in tensors,
     }
@@ -232,26 +314,28 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         raise ValueError(f"{path}: {error}") from error
     if "d2t" in tensors:  # the tokens themselves here
         tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
-    names = {theirs: ours for ours, (_, theirs) in spec.tensors.items()}
+    names: dict[Any, str] = {theirs: ours for ours, (_, theirs) in spec.tensors.items()}
     return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def _read_gguf_tensor(tensor: Any) -> Tensor:
+def _read_tensor(tensor: Any) -> Tensor:
     """Read a tensor of the file, bit for bit; quantized ones become the numbers that they stand for, in fp32."""
     dtypes = {kind: dtype for dtype, kind in TENSOR_TYPES.items()}
-    try:
+    with _naming(tensor.name, "name a file of the drafter in another precision, such as q8_0, or download it again"):
         shape = [int(size) for size in reversed(tensor.shape)]
         if tensor.tensor_type not in dtypes:
             return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type) + 0).reshape(shape)
         data = torch.from_numpy(np.array(tensor.data))
         return data.view(dtypes[tensor.tensor_type]).reshape(shape)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{tensor.name} is quantized ({tensor.tensor_type.name}), which the package gguf cannot read; name a file "
-            "of the drafter in another precision, such as q8_0"
-        ) from error
+
+
+@contextlib.contextmanager
+def _naming(what: str, fix: str = "write or download the file again") -> Iterator[None]:
+    """Turn what gguf and numpy raise for a damaged file into one line."""
+    try:
+        yield
     except BROKEN as error:
-        raise ValueError(f"{tensor.name} cannot be read ({error}); write or download the file again") from error
+        raise ValueError(f"{what} cannot be read ({describe_error(error)[:300]}); {fix}") from error
 
 
 class _BoundedReader(gguf.GGUFReader):
@@ -276,22 +360,17 @@ def _open_gguf(path: str | Path) -> gguf.GGUFReader:
     """Open a GGUF file."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; name a GGUF file that exists")
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # numpy's, about numbers that no length is
-            return _BoundedReader(path)
-    except BROKEN as error:
-        raise ValueError(
-            f"{path} is no GGUF file, or a damaged one ({describe_error(error)[:300]}); write or download it again"
-        ) from error
+    with _naming(f"the GGUF file {path}"), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # numpy's, about numbers that no length is
+        return _BoundedReader(path)
 
 
-def _read_value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
-    """Read a metadata value, which must be there unless a default is given."""
-    field = reader.fields.get(name)
-    if field is None and default is None:
-        raise ValueError(f"the GGUF file has no value {name} and is not complete; write or download it again")
-    try:
-        return default if field is None else field.contents()
-    except BROKEN as error:
-        raise ValueError(f"the GGUF file's value {name} cannot be read ({error}); download it again") from error
+def _read_value(reader: gguf.GGUFReader, name: str) -> Any:
+    """Read a metadata value; None where there is none."""
+    if name not in reader.fields:
+        return None
+    with _naming(f"the GGUF file's value {name}"):
+        return reader.fields[name].contents()
+
+
+ENGINE = Gguf()

@@ -1,5 +1,6 @@
 """Read a drafter's folder in the published DFlash layout, and make a `Drafter` of a spec and its tensors."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from dpace.drafter.drafter import TARGET_TABLES, refuse_mask_embedding
 from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import mapping, read_files
-from dpace.engines.speculators import of_speculators
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
 from dpace.system.loading import translate_library_errors
@@ -23,8 +23,14 @@ OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
 """Entries of the record that were measured with the head."""
 
 
-def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
-    """Read a z-lab, SpecForge or speculators folder, also one whose weights are quantized as transformers reads it.
+def read_folder(
+    folder: str | Path, to_published: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> tuple[DrafterSpec, dict[str, Tensor]]:
+    """Read a z-lab or SpecForge folder, also one whose weights are quantized as transformers reads it.
+
+    Args:
+        folder: of the drafter.
+        to_published: turns another layout's config into the published one.
 
     Returns:
         The spec, and the weights under this project's names, as they are in the files.
@@ -43,8 +49,7 @@ def read_folder(folder: str | Path, *, num_target_layers: int | None = None) -> 
         if file != "recipe.yaml":  # which is not needed here
             raise ValueError(f"{folder / file} is damaged ({problem}); copy or export it again")
     try:
-        is_published = "speculators_model_type" not in files.config
-        config = files.config if is_published else of_speculators(files.config, num_target_layers)
+        config = to_published(files.config)
         spec = DrafterSpec.from_config({**own_tables(files.tensors), **config, "quantization_config": None})
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error

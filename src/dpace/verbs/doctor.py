@@ -1,6 +1,7 @@
 """Say what would go wrong when an engine serves a drafter."""
 
-from dpace.config import DeviceMap, Engine, Recipe, Text, options
+from dpace.config import DeviceMap, Recipe, Text, options
+from dpace.engines import EngineName, engine_of
 from dpace.recipes.flags import command, first_as, parse
 from dpace.verbs import load_target
 
@@ -10,7 +11,6 @@ def run(args: list[str]) -> None:
     config = parse(DoctorConfig, "doctor", first_as("drafter", args))
     from dpace.doctor.doctor import RUN, diagnose
     from dpace.drafter.drafter import read_spec
-    from dpace.engines.card import serve_command
     from dpace.report.tables import Section, console, section_table
     from dpace.target.locate import find_drafter
 
@@ -36,9 +36,7 @@ def run(args: list[str]) -> None:
         raise ValueError(f"failed: {', '.join(failed)}; the table above says what to do about each")
     print("passed")
     if config.engine:
-        spec = read_spec(folder)
-        names = config.engine, config.drafter, config.target
-        served = serve_command(*names, spec.num_draft_tokens + 1, from_anchor=spec.sample_from_anchor)
+        served = engine_of(config.engine).command(read_spec(folder), config.drafter, config.target)
         print("serve with:", served, sep="\n")
     print("next:", command("check", target=config.target, drafter=config.drafter))
 
@@ -57,8 +55,9 @@ class DoctorConfig:
     """Folder or Hub id of the drafter; given first, or with this flag."""
     target: Text
     """Folder or Hub id of the target."""
-    engine: Engine | None = None
-    """Engine that will serve the drafter; its start command is printed, set to draft whole blocks."""
+    engine: EngineName | None = None
+    """Engine that will serve the drafter, gguf for llama.cpp.
+    What it does not read fails; its start command is printed, set to draft whole blocks."""
     responses: Text | None = None
     """responses.jsonl to measure tau on; by default, the one in the drafter's folder or in the two above it."""
     device_map: DeviceMap = None

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from dpace.config import DeviceMap, Format, Recipe, Text, options
+from dpace.config import DeviceMap, Recipe, Text, options
+from dpace.engines import EngineName
 from dpace.recipes.flags import first_as, parse
 from dpace.verbs import load_target
 
@@ -10,27 +11,23 @@ from dpace.verbs import load_target
 def run(args: list[str]) -> None:
     """Run `dpace export`."""
     config = parse(ExportConfig, "export", first_as("drafter", args))
-    import torch
-
+    from dpace.engines.engine import Request
     from dpace.engines.export import export, push
-    from dpace.engines.gguf import QUANTIZED
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
     target = load_target(Recipe(target=config.target, device_map=config.device_map))
-    done = export(
-        folder,
-        target,
+    request = Request(
         to=config.to,
         output=config.output,
         name=config.push or config.output,
         target_name=config.target,
         target_gguf=config.target_gguf,
-        dtype=getattr(torch, config.dtype, None),
-        precision=config.dtype if config.dtype in QUANTIZED else None,
+        dtype=config.dtype,
         license=config.license,
         is_plain=config.plain,
     )
+    done = export(folder, target, request)
     print(f"{done.num_tensors} of {done.num_tensors} tensors read back bit for bit", end="")
     print(f"; rounded by at most {done.rounding:.1g} (relative)" if done.rounding else "")
     print(f"written: {done.path}, {config.output}/README.md")
@@ -52,8 +49,9 @@ class ExportConfig:
     """Folder or Hub id of the drafter; given first, or with this flag."""
     target: Text
     """Folder or Hub id of the target, which the model card and the config of speculators name too."""
-    to: Format
-    """Format to write: zlab, sglang and vllm are the files that `dpace train` writes; gguf is for llama.cpp."""
+    to: EngineName
+    """Engine to write for; gguf is for llama.cpp. All but gguf and speculators read the layout of `dpace train`.
+    A drafter that the engine would read wrongly is refused."""
     output: Text
     """Folder that the files are written to."""
     target_gguf: Text | None = None

@@ -7,12 +7,13 @@ from dpace.recipes.flags import command, first_as, parse
 def run(args: list[str]) -> None:
     """Run `dpace import`."""
     config = parse(ImportConfig, "import", first_as("source", args))
-    from dpace.engines.export import import_drafter
-    from dpace.engines.speculators import verifier_name
+    from pathlib import Path
+
+    from dpace.engines.export import import_drafter, writer_of
     from dpace.target.locate import find_drafter, find_target
 
     source = find_drafter(config.source, "--source")
-    name = config.target or verifier_name(source)
+    name = config.target or writer_of(Path(source)).target_of(Path(source))
     drafter = import_drafter(source, config.output, target=find_target(name) if name else None)
     layers = ", ".join(map(str, drafter.target_layer_ids))
     print(f"blocks of {drafter.num_slots}, hidden states of layers {layers}, mask token {drafter.mask_token_id}")

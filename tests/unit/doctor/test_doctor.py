@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from dpace.cli import main
 from dpace.doctor.checks import COMPARED
 from dpace.doctor.doctor import RUN, Trial, accept_drafts, diagnose, read_as
 from dpace.drafter import load_drafter
-from dpace.engines.card import serve_command
 from dpace.engines.folder import read_files
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import MIN_PROMPTS, Acceptance
@@ -308,7 +306,7 @@ def test_scaling_of_rope_and_logits_is_compared(tmp_path):
     target = make_target("gemma2")
     target.tokenizer = make_tokenizer()
     make_drafter(target).save_pretrained(tmp_path)
-    assert named(tmp_path, target, engine="vllm") == {"engine: scales"}
+    assert named(tmp_path, target, engine="vllm") == {"engine: vllm"}
     edit(tmp_path, without("final_logit_softcapping", "input_embedding_scale"))
     assert named(tmp_path, target) == {"final_logit_softcapping", "input_embedding_scale"}
 
@@ -502,7 +500,7 @@ def test_the_verb(folder, language_folder, language_responses, capsys, monkeypat
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
     write_responses(folder, language_responses)
     flags = [str(folder), "--target", str(language_folder)]
-    for engine, drafts in (("vllm", '"num_speculative_tokens": 5'), ("llamacpp", "--spec-draft-n-max 5")):
+    for engine, drafts in (("vllm", '"num_speculative_tokens": 5'), ("gguf", "--spec-draft-n-max 5")):
         assert main(["doctor", *flags, "--engine", engine]) == 0
         printed = capsys.readouterr()
         assert drafts in printed.out and "next: dpace check" in printed.out and "on the responses of" in printed.out
@@ -511,16 +509,6 @@ def test_the_verb(folder, language_folder, language_responses, capsys, monkeypat
     assert main(["doctor", *flags]) == 1
     printed = capsys.readouterr()
     assert "FAILS" in printed.out and "failed: is_causal" in printed.err
-
-
-def test_commands_count_slots_as_the_engine_does():
-    assert serve_command("sglang", "d", "t", 8).endswith("--speculative-dflash-block-size 8")
-    assert "--spec-draft-n-max 7" in serve_command("llamacpp", "d", "t", 8)
-    assert "max_draft_len: 7" in serve_command("tensorrt", "d", "t", 8)
-    words = shlex.split(serve_command("vllm", "d", "t", 8))
-    assert json.loads(words[-1])["num_speculative_tokens"] == 7
-    for engine in ("transformers", "zlab"):
-        compile(serve_command(engine, "d", "t", 8), engine, "eval")
 
 
 def test_every_compared_key_has_a_fault():

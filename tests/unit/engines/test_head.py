@@ -106,7 +106,7 @@ def test_without_the_head_it_is_dflashs(made, language_target, language_folder, 
         more = ["--target-gguf", str(target_gguf)] if to == "gguf" else []
         assert export(folder, language_folder, to, tmp_path / to, *more) == 1
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "LiLiCorr head" in line and "--plain" in line and not (tmp_path / to).exists()
+        assert "LiLiCorrDraftModel" in line and "--plain" in line and not (tmp_path / to).exists()
     more = ["--plain", "--target-gguf", str(target_gguf)]
     assert export(folder, language_folder, "gguf", tmp_path / "gguf", *more) == 0
     assert export(folder, language_folder, "zlab", tmp_path / "plain", "--plain") == 0

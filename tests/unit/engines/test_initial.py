@@ -9,6 +9,7 @@ import torch
 from dpace.cli import main
 from dpace.config import DrafterConfig, Recipe
 from dpace.drafter import Drafter
+from dpace.engines.engine import Request
 from dpace.engines.export import export
 from dpace.engines.initial import start_from
 from dpace.measure.results import read_log
@@ -34,7 +35,7 @@ def test_every_layout_gives_the_same_start(
     source = language_drafter_folder
     if layout == "speculators":
         source = tmp_path / "exported"
-        export(language_drafter_folder, language_target, to=layout, output=source, name="x", target_name="x")
+        export(language_drafter_folder, language_target, Request(to=layout, output=source, name="x", target_name="x"))
     elif layout == "specforge":  # which keeps the block size at the top level, and no mark of dpace
         source = shutil.copytree(language_drafter_folder, tmp_path / "other")
         with changed_json(source / "config.json") as config:

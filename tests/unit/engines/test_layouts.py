@@ -146,7 +146,7 @@ def test_other_formats_and_training_refuse_the_anchor_by_its_key(
     flags = ["--target", str(language_folder), "--output", str(tmp_path / "out")]
     for to in ("zlab", "vllm", "sglang"):
         assert main(["export", str(anchored), *flags, "--to", to]) == 1
-        assert "sample_from_anchor is True" in capsys.readouterr().err
+        assert "the drafter has sample_from_anchor True" in capsys.readouterr().err
     with pytest.raises(ValueError, match="sample_from_anchor is true"):
         load_drafter(anchored, language_target).start_for(language_target)
 
@@ -156,10 +156,10 @@ def test_doctor_names_slots_that_begin_at_the_anchor(
     spelling, anchored, language_target, language_folder, responses_file, tmp_path, capsys
 ):
     folder = change_config(anchored, tmp_path / "said", **spelling)
-    code, said = examine(folder, language_folder, responses_file, capsys, "--engine", "llamacpp")
+    code, said = examine(folder, language_folder, responses_file, capsys, "--engine", "gguf")
     assert code == 0 and "--spec-type draft-dspark --spec-draft-n-max 5" in said
     code, said = examine(folder, language_folder, responses_file, capsys, "--engine", "vllm")
-    assert code == 1 and "failed: engine: slots" in said
+    assert code == 1 and "failed: engine: vllm" in said
     silent = change_config(anchored, tmp_path / "silent", sample_from_anchor=None)
     code, said = examine(silent, language_folder, responses_file, capsys)
     assert code == 1 and "failed: measured sample_from_anchor" in said

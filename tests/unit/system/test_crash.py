@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from dpace.cli import main
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, RespondConfig
+from dpace.engines.engine import Request
 from dpace.engines.export import export
 from dpace.measure.results import write_results
 from dpace.respond.answering import write_responses
@@ -114,7 +115,7 @@ class Runs:
         folder = self.folder / to
         if not folder.exists():
             options = {"name": "d", "target_name": str(self.target_folder), "target_gguf": self.target_gguf}
-            export(self.drafter, self.target, to=to, output=folder, **options)
+            export(self.drafter, self.target, Request(to=to, output=folder, **options))
         return next(folder.glob("*.gguf"), folder)
 
     def command(self, *words: str) -> None:

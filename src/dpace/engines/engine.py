@@ -1,0 +1,160 @@
+"""What an engine is, for those that read the published layout; the others override what differs.
+
+In come a drafter's spec and tensors; out come the files that an engine reads, its command, and its part of the card.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines import EngineName, all_engines
+from dpace.engines.published import make_drafter, read_folder
+from dpace.target import Target
+
+NETWORKS = ("DFlashDraftModel", "DFlash2DraftModel", "LiLiCorrDraftModel")
+"""Published names of the networks that dpace trains."""
+PROPERTIES = ("sample_from_anchor", "draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
+"""Properties of a `DrafterSpec` that not every engine reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of an export."""
+
+    to: EngineName
+    """The engine that it is for."""
+    output: str | Path
+    """Folder for the files."""
+    name: str
+    """What the model card calls the drafter: a Hub id or a folder."""
+    target_name: str
+    """What the engine is to call the target: a Hub id, or a folder."""
+    target_gguf: str | Path | None = None
+    """Any GGUF file of the target; needed for `gguf`."""
+    dtype: str = "keep"
+    """Precision of the weights, one of `Engine.precisions`."""
+    license: str = "other"
+    """License of the weights, for the model card."""
+    is_plain: bool = False
+    """Leave out the drafter's head."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is written of a drafter."""
+
+    spec: DrafterSpec
+    tensors: dict[str, Tensor]
+    dtype: str = ""
+    """Precision of the matrices."""
+    rounding: float = 0.0
+    """Largest relative change of a tensor by the change of precision; 0 where it was kept."""
+
+
+class Engine:
+    """An engine that reads the published layout, which `dpace train` writes."""
+
+    name: EngineName
+    title: str
+    """Its name on pages and in messages."""
+    reads: tuple[str, ...] = ("DFlashDraftModel",)
+    """What it reads that not every engine does: published names of networks, and `PROPERTIES`."""
+    precisions: tuple[str, ...] = ("keep", "float32", "float16", "bfloat16")
+    layout: str = "published"
+    """Which files it reads; a model card is for all engines that read the same ones."""
+    library: str = "transformers"
+    """What the Hub reads the files with."""
+    tags: tuple[str, ...] = ()
+    """Its tags on the Hub."""
+    card: str = ""
+    """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that it cannot have, before anything is read.
+
+        Raises:
+            ValueError: names the option.
+        """
+        if request.dtype not in self.precisions:
+            raise ValueError(
+                f"--dtype is {request.dtype}, which is not written for {self.title}; take one of "
+                f"{', '.join(self.precisions)}, or --to gguf"
+            )
+
+    def fault(self, spec: DrafterSpec) -> str:
+        """Say why it cannot serve a drafter and, behind a semicolon, what to do; empty where it can."""
+        for trait in [spec.kind.architecture, *(key for key in PROPERTIES if getattr(spec, key))]:
+            if trait not in self.reads:
+                others = " or ".join(f"--to {engine.name}" for engine in all_engines() if trait in engine.reads)
+                plain = ", or without its head, with --plain" if spec.head else ""
+                value = f" {getattr(spec, trait, '')}".rstrip()
+                return (
+                    f"the drafter has {trait}{value}, which {self.title} does not read, and so would draft wrongly "
+                    f"without a message; export it with {others}{plain}"
+                )
+        return ""
+
+    def doubt(self, spec: DrafterSpec) -> str:
+        """Say what it may not read and, behind a semicolon, what to do; empty where nothing is known."""
+        return ""
+
+    def command(self, spec: DrafterSpec, drafter: str, target: str) -> str:
+        """Write the command, the configuration or the line of Python with which it drafts whole blocks.
+
+        Args:
+            spec: of the drafter.
+            drafter: its folder, file or Hub id.
+            target: its target's folder or Hub id.
+        """
+        raise NotImplementedError
+
+    def section(self, layout: str, spec: DrafterSpec, drafter: str, target: str) -> str:
+        """Write its part of the model card for files of a layout; empty where it does not read them or the drafter.
+
+        The other arguments are those of `command`.
+        """
+        if layout != self.layout or not self.card or self.fault(spec):
+            return ""
+        return self.card.format(drafter=drafter, target=target, command=self.command(spec, drafter, target)).rstrip()
+
+    def adapt(self, contents: Contents, folder: Path, target: Target) -> Contents:
+        """Turn a drafter into what the files hold; by default nothing changes.
+
+        Args:
+            contents: the drafter.
+            folder: that it was read from.
+            target: its target.
+        """
+        return contents
+
+    def cast(self, tensor: Tensor, dtype: str) -> Tensor:
+        """Round a tensor to one of `precisions`."""
+        return tensor.to(getattr(torch, dtype, tensor.dtype) if tensor.is_floating_point() else tensor.dtype)
+
+    def write(self, folder: Path, contents: Contents, request: Request, target: Target) -> Path:
+        """Write the files into an empty folder; return what the engine is given: the folder, or a file in it."""
+        make_drafter(contents.spec, contents.tensors).save_pretrained(folder)
+        return folder
+
+    def is_written(self, path: Path) -> bool:
+        """Return whether a path holds files of a layout of its own."""
+        return False
+
+    def read(self, path: Path, num_target_layers: int | None) -> tuple[DrafterSpec, dict[str, Tensor]]:
+        """Read the files as they are.
+
+        Args:
+            path: the folder, or a file.
+            num_target_layers: for layouts that do not say it.
+
+        Raises:
+            ValueError: damaged files, those of another kind of drafter, or `num_target_layers` is needed.
+        """
+        return read_folder(path)
+
+    def target_of(self, path: Path) -> str | None:
+        """Return which target the files name; None where they name none."""
+        return None

@@ -1,0 +1,34 @@
+"""SGLang: the published layout.
+
+Source: https://docs.sglang.ai and its sources; it was not run.
+"""
+
+import shlex
+
+from dpace.engines.engine import NETWORKS, Engine
+
+
+class Sglang(Engine):
+    """See `Engine`."""
+
+    name = "sglang"
+    title = "SGLang"
+    reads = NETWORKS
+    tags = ("sglang",)
+    card = """**SGLang** (not run by us)
+
+```bash
+{command}
+```
+"""
+
+    def command(self, spec, drafter, target):
+        """See `Engine`; the block counts the known token."""
+        return (
+            f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm DFLASH "
+            f"--speculative-draft-model-path {shlex.quote(drafter)} "
+            f"--speculative-dflash-block-size {spec.num_draft_tokens + 1}"
+        )
+
+
+ENGINE = Sglang()

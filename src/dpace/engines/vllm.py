@@ -1,0 +1,42 @@
+"""vLLM: the published layout, also with tables of the drafter's own.
+
+Source: https://docs.vllm.ai; docs/results.md says what was run.
+"""
+
+import json
+import shlex
+
+from dpace.engines.engine import NETWORKS, Engine
+
+
+class Vllm(Engine):
+    """See `Engine`."""
+
+    name = "vllm"
+    title = "vLLM"
+    reads = (*NETWORKS, "draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head")
+    tags = ("vllm",)
+    card = """**vLLM**
+
+```bash
+{command}
+```
+
+Add `--per-request-spec-decode-metrics summary`, and each response has its own acceptance. Adaptive verification
+verifies no more of a draft than pays under the load: `"enable_adaptive_verification": true` in the speculative config.
+It needs Model Runner V2 with full CUDA graphs (not run by us).
+"""
+
+    def doubt(self, spec):
+        """See `Engine`."""
+        if {spec.embed_scale, spec.logit_scale, spec.softcap} == {1.0, None}:
+            return ""
+        return "the drafter has scales or a cap, which vLLM's V1 runner does not read; use another engine"
+
+    def command(self, spec, drafter, target):
+        """See `Engine`."""
+        config = {"method": "dflash", "model": drafter, "num_speculative_tokens": spec.num_draft_tokens}
+        return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(json.dumps(config))}"
+
+
+ENGINE = Vllm()

@@ -1,0 +1,24 @@
+"""z-lab's `dflash`, for torch and for MLX: the published layout, which is its own.
+
+Source: https://github.com/z-lab/dflash.
+"""
+
+from dpace.engines.engine import Engine
+
+
+class Zlab(Engine):
+    """See `Engine`."""
+
+    name = "zlab"
+    title = "z-lab's dflash"
+    reads = ("DFlashDraftModel", "DFlash2DraftModel")
+
+    def command(self, spec, drafter, target):
+        """See `Engine`."""
+        return (
+            f"dflash_generate(DFlashDraftModel.from_pretrained({drafter!r}, dtype=model.dtype), model, token_ids, "
+            "max_new_tokens, stop_token_ids, 0.0)"
+        )
+
+
+ENGINE = Zlab()

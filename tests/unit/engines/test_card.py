@@ -1,0 +1,144 @@
+"""The model card, the verbs that write and upload it, and the command of each engine."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+from huggingface_hub.utils import filter_repo_objects
+
+from dpace.cli import main
+from dpace.config import BenchConfig
+from dpace.decode.loop import generate_plain
+from dpace.drafter import load_drafter
+from dpace.engines import engine_of
+from dpace.engines.engine import Request
+from dpace.engines.export import export, push
+from dpace.engines.published import read_folder
+from dpace.measure.benchmark import bench
+from tests.conftest import make_drafter, make_target
+from tests.support.files import make_prompts
+
+quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+
+
+def test_commands_count_slots_as_the_engine_does(folder):
+    spec, _ = read_folder(folder)
+    assert engine_of("sglang").command(spec, "d", "t").endswith("--speculative-dflash-block-size 6")
+    assert "--spec-draft-n-max 5" in engine_of("gguf").command(spec, "d", "t")
+    assert "max_draft_len: 5" in engine_of("tensorrt").command(spec, "d", "t")
+    words = shlex.split(engine_of("vllm").command(spec, "d", "t"))
+    assert json.loads(words[-1])["num_speculative_tokens"] == 5
+    for name in ("transformers", "zlab"):
+        compile(engine_of(name).command(spec, "d", "t"), name, "eval")
+
+
+def test_the_card_has_measured_rows_of_these_weights_only(do_export, language_target, folder, tmp_path):
+    source = tmp_path / "run" / "drafter"
+    shutil.copytree(folder, source)
+    (source / "recipe.yaml").write_text("target: some/target\nloss:\n  objective: dpace\n")
+    asked = make_prompts((f"w{i} w51" for i in range(4)), "language")
+    config = BenchConfig(max_new_tokens=12, temperatures=(0.0,), widths=("full",))
+    mine, other = load_drafter(source, language_target), make_drafter(language_target, block_size=6)
+    results = bench(language_target, {"mine": mine, "other": other}, asked, config, source.parent)
+
+    def card(**options):
+        path = do_export("zlab", folder=source, name="me/tiny-DFlash", license="mit", **options).path
+        return (path / "README.md").read_text()
+
+    text = card()
+    front = yaml.safe_load(text.split("---\n", 2)[1])
+    assert (front["base_model"], front["license"], front["library_name"]) == ("some/target", "mit", "transformers")
+    assert {"dflash", "vllm"} <= set(front["tags"])
+    rows = re.findall(r"^\| too few prompts \| language .*$", text, flags=re.MULTILINE)
+    assert len(rows) == 1 and f"| {results.rows[0].tau:.2f} |" in rows[0]
+    for part in ("objective `dpace` ([D-PACE]", '"num_speculative_tokens": 5', "not run by us"):
+        assert part in text
+    assert str(tmp_path) not in text and "rounded from" not in text
+    assert "float16, rounded from those that were measured" in card(dtype="float16")
+
+
+class Api:
+    """Stands in for the Hub: notes what is uploaded."""
+
+    uploads: list
+
+    def create_repo(self, repo, exist_ok):
+        self.uploads.append(repo)
+        return f"https://example.org/{repo}"
+
+    def upload_folder(self, folder_path, repo_id, commit_message, **patterns):
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        self.uploads.append(sorted(filter_repo_objects(files, **patterns)))
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> list:
+    monkeypatch.setattr(Api, "uploads", [], raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return Api.uploads
+
+
+def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, uploads):
+    out = tmp_path / "tiny-dflash-gguf"
+    (out / "notes").mkdir(parents=True)
+    for name in ("notes/own.txt", "notes/own.py", "responses.jsonl", "bench-1.jsonl"):
+        (out / name).touch()
+    flags = [str(folder), "--target", str(language_folder), "--to", "gguf", "--output", str(out)]
+    flags += ["--dtype", "float16"]
+    assert main(["export", *flags]) == 1
+    assert "--target-gguf" in capsys.readouterr().err
+    assert main(["export", *flags, "--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]) == 0
+    printed = capsys.readouterr().out
+    assert "25 of 25 tensors read back bit for bit; rounded by at most" in printed
+    assert "uploaded: https://example.org/me/tiny-dflash" in printed
+    (written,) = out.glob("dflash-*-float16.gguf")
+    assert uploads == ["me/tiny-dflash", ["README.md", written.name]]
+    assert f"-md {written.name} --spec-type draft-dflash --spec-draft-n-max 5" in (out / "README.md").read_text()
+    again = tmp_path / "again"
+    assert main(["import", str(out), "--output", str(again), "--target", str(language_folder)]) == 0
+    assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
+    for source, words in (("nothing", "nothing is missing, expected a folder or a Hub id"), ("again", "own folder")):
+        assert main(["import", str(tmp_path / source), "--output", str(again)]) == 1
+        assert words in capsys.readouterr().err
+
+
+@quiet
+def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
+    language_folder, language_target, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(language_folder.parent)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    flags = ["--target", language_folder.name, "--to", "zlab", "--output", str(tmp_path / "out")]
+    assert main(["export", str(folder), *flags]) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"`{language_folder.name}` is a folder: elsewhere, put the target's Hub id" in text
+    assert "base_model" not in text and f"vllm serve {language_folder.name} " in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    capsys.readouterr()
+    exec(compile(code.replace('"..."', '"w3 w51"').replace(": 256", ": 20"), "README.md", "exec"), {})
+    ids = language_target.tokenizer("ask w3 w51 answer")["input_ids"]
+    plain = generate_plain(language_target, ids, max_new_tokens=20).token_ids
+    expected = language_target.tokenizer.decode(plain, skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
+    def fail(self, repo, exist_ok):
+        raise LookupError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", type("Api", (), {"create_repo": fail}))
+    with pytest.raises(ValueError, match=r"the Hub does not take it as me/x \(Name or service not known\)"):
+        push(tmp_path, "me/x")
+
+
+def test_the_card_names_only_engines_that_can_read_the_drafter(tmp_path):
+    target = make_target("llama3.1")
+    make_drafter(target).save_pretrained(tmp_path / "scaled")
+    request = Request(to="vllm", output=tmp_path / "vllm", name="x", target_name="me/t")
+    card = (export(tmp_path / "scaled", target, request).path / "README.md").read_text()
+    assert "vllm serve" in card and "--to gguf" not in card, "no GGUF file has this rotary embedding"

@@ -1,0 +1,177 @@
+"""Each engine that runs here decodes with what is exported as we do: the same texts, as many verifications."""
+
+import importlib
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers
+from llamacpp import run_llamacpp
+from transformers import AutoModel
+
+import dpace.modeling_dflash
+from dpace.cli import main
+from dpace.decode.decoder import generate_batch
+from dpace.decode.loop import generate_plain
+from dpace.drafter import Drafter, load_drafter
+from dpace.engines.engine import Contents
+from dpace.engines.gguf import write_gguf
+from dpace.engines.published import make_drafter, read_folder
+from dpace.target import Target
+from tests.conftest import EOS, decode_whole
+from tests.support.files import read_json
+from tests.unit.engines.conftest import KINDS, WINDOWS
+
+MAX_NEW_TOKENS = 40
+"""More than any response here has, so that no engine drafts less at the end."""
+Steps = list[tuple[list[int], int]]
+"""Text and number of verifications of each prompt."""
+quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+
+
+@pytest.fixture(scope="session")
+def prompts(questions) -> list[list[int]]:
+    return questions[:6]
+
+
+def decode_and_count(target: Target, decode, prompts) -> Steps:
+    """With a loop that calls our target: its forward passes after the first."""
+    steps = []
+    for token_ids in prompts:
+        calls = []
+        hook = target.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        try:
+            output = decode(torch.tensor([token_ids]))
+        finally:
+            hook.remove()
+        steps.append((output[0, len(token_ids) :].tolist(), len(calls) - 1))
+    return steps
+
+
+def our_steps(target: Target, drafter: Drafter, prompts) -> Steps:
+    done = decode_whole(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    return [(out.token_ids, len(out.widths)) for out in done]
+
+
+def llamacpp_steps(target_gguf: Path, path: Path, prompts) -> Steps:
+    """llama.cpp tells how many tokens it drafted: 5 for each verification of a whole block."""
+    options = {"drafter_gguf": path, "num_draft_tokens": 5}
+    answers = run_llamacpp(target_gguf, prompts, max_new_tokens=MAX_NEW_TOKENS, **options)
+    assert all(answer.num_drafted % 5 == 0 for answer in answers)
+    return [(answer.token_ids, answer.num_drafted // 5) for answer in answers]
+
+
+def distance(found: Steps, expected: Steps) -> int:
+    """Difference of the verifications, of equal texts."""
+    assert [text for text, _ in found] == [text for text, _ in expected]
+    return sum(abs(a - b) for (_, a), (_, b) in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="session")
+def expected(folders, language_target, prompts) -> dict[str, Steps]:
+    """What our decoder does with each kind of drafter."""
+    return {
+        kind: our_steps(language_target, load_drafter(path, language_target), prompts) for kind, path in folders.items()
+    }
+
+
+def test_all_kinds_but_the_random_one_accept_drafts_and_keep_the_text(expected, language_target, prompts):
+    """A random one shows exactness only; the others also wrong features, and runs up to whole blocks."""
+    plain = [generate_plain(language_target, ids, max_new_tokens=MAX_NEW_TOKENS).token_ids for ids in prompts]
+    for kind, found in expected.items():
+        texts, steps = zip(*found, strict=True)
+        assert list(texts) == plain
+        tau = sum(len(text) - 1 for text in texts) / sum(steps)
+        assert (tau > 1.3) == (kind != "random"), kind
+
+
+@pytest.mark.parametrize("kind", [*WINDOWS, "convolutions"])
+def test_batches_accept_what_single_decoding_does(kind, folders, expected, language_target, prompts):
+    drafter = load_drafter(folders[kind], language_target)
+    batch = generate_batch(language_target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    assert [(out.token_ids, len(out.widths)) for out in batch] == expected[kind]
+
+
+@quiet
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_and_zlab_decode_with_the_exported_folder_as_we_do(
+    kind, expected, do_export, language_target, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = do_export("zlab", kind).path
+    assistant = AutoModel.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
+    assert "dpace" not in type(assistant).__module__
+    options = {"assistant_model": assistant, "speculation_type": "dflash", "do_sample": False}
+
+    def with_transformers(inputs):
+        mask = torch.ones_like(inputs)
+        return language_target.model.generate(inputs, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **options)
+
+    assert decode_and_count(language_target, with_transformers, prompts) == expected[kind]
+    zlab = importlib.import_module("dflash.model")
+    network = getattr(zlab, read_json(path / "config.json")["architectures"][0])
+    theirs, info = network.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+    def with_zlab(inputs):
+        return zlab.dflash_generate(theirs.eval(), language_target.model, inputs, MAX_NEW_TOKENS, [EOS], 0.0)
+
+    assert decode_and_count(language_target, with_zlab, prompts) == expected[kind]
+
+
+def test_the_bundled_module_needs_torch_and_transformers_only():
+    source = Path(dpace.modeling_dflash.__file__).read_text()
+    imported = re.findall(r"^\s*(?:from|import) (\w+)", source, flags=re.MULTILINE)
+    assert set(imported) - sys.stdlib_module_names == {"torch", "transformers"}
+
+
+HALF_PRECISION = [("trained", "float16"), ("trained", "bfloat16")]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "keep") for kind in KINDS), *HALF_PRECISION])
+def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, language_target, target_gguf, prompts):
+    ours = expected[kind]
+    if dtype != "keep":
+        folder = do_export("zlab", kind, dtype=dtype).path
+        ours = our_steps(language_target, load_drafter(folder, language_target), prompts)
+    theirs = llamacpp_steps(target_gguf, do_export("gguf", kind, dtype=dtype).path, prompts)
+    assert distance(theirs, ours) <= len(prompts) * (kind != "random")  # a near tie may fall the other way
+
+
+@pytest.mark.parametrize("precision", ["q8_0", "q4_0"])
+def test_quantized_files_are_read_back_and_llamacpp_runs_them(
+    precision, folder, language_folder, target_gguf, language_target, prompts, tmp_path, capsys
+):
+    """With about as many verifications as of the drafter that is read back; llama.cpp rounds inputs too."""
+    flags = ["--target", str(language_folder), "--dtype", precision, "--output", str(tmp_path / "out")]
+    assert main(["export", str(folder), "--to", "gguf", "--target-gguf", str(target_gguf), *flags]) == 0
+    assert "rounded by at most" in capsys.readouterr().out
+    (file,) = (tmp_path / "out").glob(f"*-{precision}.gguf")
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors} == {precision.upper(), "F32"}
+    assert main(["import", str(file), "--target", str(language_folder), "--output", str(tmp_path / "in")]) == 0
+    ours = our_steps(language_target, load_drafter(tmp_path / "in", language_target), prompts)
+    assert distance(llamacpp_steps(target_gguf, file, prompts), ours) <= 2 * len(prompts)
+
+
+def test_llamacpp_reads_the_layers_that_are_named(folder, language_target, target_gguf, prompts, tmp_path):
+    """Neighbouring layers change the number of verifications, in llama.cpp as here: the numbering is the same one."""
+    spec, weights = read_folder(folder)
+    found, ours = {}, {}
+    for offset in (-1, 0, 1):
+        shifted = replace(spec, target_layer_ids=tuple(i + offset for i in spec.target_layer_ids))
+        path = tmp_path / f"{offset}.gguf"
+        write_gguf(path, Contents(shifted, weights), target_gguf)
+        found[offset] = llamacpp_steps(target_gguf, path, prompts)
+        ours[offset] = our_steps(language_target, make_drafter(shifted, weights), prompts)
+    assert all(distance(found[offset], ours[offset]) <= 1 for offset in found)  # a near tie may fall the other way
+    assert all(min(distance(found[0], ours[o]), distance(found[o], ours[0])) >= 3 for o in (-1, 1))
+
+
+def test_llamacpp_refuses_in_one_line(target_gguf, prompts, tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="llama.cpp ended with code"):
+        llamacpp_steps(target_gguf, tmp_path / "broken.gguf", prompts[:1])
