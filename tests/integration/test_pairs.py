@@ -105,7 +105,7 @@ PAIRS = {
     "export, two formats into a folder": Pair(
         "export {drafter} --target {target} --to vllm --output {out}/both; "
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/both",
-        "both/config.json",
+        "both/README.md",
     ),
     "check, replies that the prompts came with": Pair(
         "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "

@@ -44,7 +44,9 @@ def engine_sections(layout: str, spec: DrafterSpec, drafter: str, target: str) -
     return parts
 
 
-def write_card(path: Path, contents: Contents, request: Request, *, source: Path, drafter: Drafter) -> None:
+def write_card(
+    path: Path, contents: Contents, request: Request, *, source: Path, drafter: Drafter, merging: str = ""
+) -> None:
     """Write `README.md` beside what was exported.
 
     Args:
@@ -54,6 +56,7 @@ def write_card(path: Path, contents: Contents, request: Request, *, source: Path
         source: the drafter's own folder. The card has its `recipe.yaml`, and those rows of the `results.json` beside
             the folder that were measured with these weights.
         drafter: as it was measured, in the target's dtype.
+        merging: lines that merge the target, where engines cannot serve it as it is.
     """
     engine = engine_of(request.to)
     target = request.target_name
@@ -80,6 +83,7 @@ def write_card(path: Path, contents: Contents, request: Request, *, source: Path
         name=Path(request.name).name,
         target=target,
         is_local=is_local,
+        merging=merging,
         spec=contents.spec,
         dtype=contents.dtype,
         results=_results_section(source, drafter, contents.dtype if contents.rounding else None),

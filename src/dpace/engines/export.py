@@ -3,6 +3,9 @@
 All that is written is read again and compared with what was to be written, before it takes its place.
 """
 
+import glob
+import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +19,14 @@ from dpace.engines.card import write_card
 from dpace.engines.engine import Contents, Engine, Request
 from dpace.engines.published import make_drafter, read_folder, without_head
 from dpace.system.device import dtype_name
-from dpace.system.ledger import filling, refuse_foreign_files
+from dpace.system.ledger import filling, refuse_foreign_files, remove_files
 from dpace.system.loading import translate_library_errors
 from dpace.target import Target
-from dpace.target.files import find_target_files
+from dpace.target.files import find_adapter, find_target_files
 from dpace.train.identity import RUN_FILE
 
+PATTERNS = ("config.json", "README.md", "model*.safetensors*", "modeling_*.py", "*.gguf")
+"""Files of a drafter that an export or an import may write."""
 IDENTIFYING = ("config.json", "README.md", "model.safetensors")
 """Files that say whose a folder is: where another program wrote them, dpace writes nothing beside them."""
 
@@ -47,6 +52,8 @@ class Exported(NamedTuple):
 
     path: Path
     """What an engine is given: the folder, or the GGUF file in it."""
+    files: list[str]
+    """Names of all files."""
     num_tensors: int
     """Number of tensors, all equal, bit for bit, to those that were to be written."""
     rounding: float
@@ -68,13 +75,41 @@ def export(folder: str | Path, target: Target, request: Request) -> Exported:
     contents, measured = _read_contents(folder, target, is_plain=request.is_plain)
     if fault := engine.fault(contents.spec):
         raise ValueError(fault)
+    merging = lines_to_merge(target, request.target_name)
+    if merging:
+        print(
+            f"{request.target_name} is a LoRA adapter, which engines do not serve as a model; merge it, and name the "
+            f"merged model with --target-name:\n{merging}",
+            file=sys.stderr,
+        )
     contents = _cast(engine.adapt(contents, folder, target), engine, request.dtype)
     with filling(output) as aside:
         path = engine.write(aside, contents, request, target)
-        write_card(path, contents, request, source=folder, drafter=measured)
+        write_card(path, contents, request, source=folder, drafter=measured, merging=merging)
         final = output / path.relative_to(aside)
         _compare_files(final, contents, read_drafter(path, num_target_layers=target.num_layers))
-    return Exported(final, len(contents.spec.tensors), contents.rounding)
+        files = _names_in(aside)
+    _remove_earlier(output, files)
+    return Exported(final, files, len(contents.spec.tensors), contents.rounding)
+
+
+def lines_to_merge(target: Target, name: str) -> str:
+    """Write the lines of Python that merge a LoRA adapter into its base.
+
+    Args:
+        target: that was loaded.
+        name: what the engine is to call it.
+
+    Returns:
+        The lines; empty where the name is not that of an adapter.
+    """
+    if not target.name or target.name not in (name, str(Path(name).resolve())) or not find_adapter(target.name):
+        return ""
+    return (
+        "import peft, transformers\n"
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')\n"
+        f"transformers.AutoTokenizer.from_pretrained({target.tokenizer.name_or_path!r}).save_pretrained('merged')"
+    )
 
 
 def import_drafter(source: str | Path, output: str | Path, *, target: str | None = None) -> Drafter:
@@ -97,7 +132,19 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     with filling(output) as aside:
         drafter.save_pretrained(aside)
         _compare_files(output, Contents(spec, drafter.state_dict()), read_drafter(aside))
+        files = _names_in(aside)
+    _remove_earlier(output, files)
     return drafter
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def _remove_earlier(output: Path, files: list[str]) -> None:
+    """Remove what dpace wrote of another drafter to the same folder, which would be uploaded and read with this one."""
+    if old := remove_files(output, PATTERNS, keep=files):
+        print(f"removed from {output}, where dpace wrote an earlier drafter: {', '.join(old)}", file=sys.stderr)
 
 
 def count_layers(target: str) -> int:
@@ -129,10 +176,10 @@ def writer_of(path: Path) -> Engine:
     return next((engine for engine in all_engines() if engine.is_written(path)), engine_of("zlab"))
 
 
-def push(folder: str | Path, repo: str) -> str:
-    """Upload a folder to the Hugging Face Hub and return the address.
+def push(folder: str | Path, repo: str, files: Sequence[str]) -> str:
+    """Upload files of a folder to the Hugging Face Hub and return the address.
 
-    The repository is made where it is missing. Only what an export may write goes there, and no folder.
+    The repository is made where it is missing.
 
     Raises:
         ValueError: the Hub does not take it.
@@ -146,8 +193,7 @@ def push(folder: str | Path, repo: str) -> str:
             folder_path=folder,
             repo_id=repo,
             commit_message="Upload drafter",
-            allow_patterns=[*IDENTIFYING, "*.py", "*.gguf"],
-            ignore_patterns=["*/*"],
+            allow_patterns=[glob.escape(name) for name in files],
         )
     except Exception as error:  # the Hub's many ways not to take files
         raise ValueError(

@@ -4,6 +4,7 @@ Source: https://github.com/vllm-project/speculators.
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpace.drafter.spec import DrafterSpec
-from dpace.drafter.vocabulary import drafted_tokens, load_vocabulary
+from dpace.drafter.vocabulary import VOCABULARY_FILE, drafted_tokens, load_vocabulary
 from dpace.engines.engine import Contents
 from dpace.engines.folder import mapping, to_layer_ids
 from dpace.engines.published import read_folder
@@ -49,6 +50,11 @@ class Speculators(Vllm):
         if spec.draft_vocab_size or vocabulary is None or len(vocabulary.token_ids) == spec.vocab_size:
             return contents
         token_ids = vocabulary.token_ids
+        print(
+            f"the LM head has {len(token_ids)} of {spec.vocab_size} tokens, those of {VOCABULARY_FILE}: engines draft "
+            "no others; remove that file to keep all",
+            file=sys.stderr,
+        )
         exact = target.head.weight[token_ids.to(target.device)].cpu()
         rows = exact.to(tensors["fc.weight"].dtype)
         rows = rows if torch.equal(rows.to(exact.dtype), exact) else exact

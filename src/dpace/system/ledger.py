@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,26 @@ def register_files(folder: str | Path, *names: str, are_ours: bool = False) -> N
     written = refuse_foreign_files(folder, *(() if are_ours else names))
     if not written.issuperset(names):
         write_json(folder / MARKER, {"files": sorted(written | set(names))})
+
+
+def remove_files(folder: str | Path, patterns: Sequence[str], *, keep: Collection[str]) -> list[str]:
+    """Remove what dpace wrote to a folder, by patterns of names, but for the names to keep; return what was removed.
+
+    What another program wrote stays, whatever its name.
+    """
+    folder = Path(folder)
+    with lock_folder(folder):
+        written = refuse_foreign_files(folder)
+        old = sorted(
+            name
+            for name in written.difference(keep)
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and (folder / name).is_file()
+        )
+        for name in old:
+            (folder / name).unlink()
+        if old:
+            write_json(folder / MARKER, {"files": sorted(written.difference(old))})
+    return old
 
 
 @contextlib.contextmanager

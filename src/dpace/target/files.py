@@ -94,7 +94,7 @@ def find_target_files(name: str) -> TargetFiles:
         OSError: there is no readable config of that name.
         ValueError: the same; or an adapter that is not LoRA's, or whose base is not named or not found.
     """
-    folder = _find_adapter(name)
+    folder = find_adapter(name)
     if folder is None:
         with translate_library_errors(f"the target {name}", FIX):
             return TargetFiles(AutoConfig.from_pretrained(name, trust_remote_code=False), name, None, name)
@@ -118,7 +118,7 @@ def find_target_files(name: str) -> TargetFiles:
     return TargetFiles(config, base, str(folder), str(folder) if has_tokenizer else base)
 
 
-def _find_adapter(name: str) -> Path | None:
+def find_adapter(name: str) -> Path | None:
     """Find the folder of an adapter; None where there is none, or a folder that also has whole weights."""
     if find_adapter_config_file(name) is None:
         return None

@@ -1,16 +1,26 @@
 """Write a drafter in the format of an engine."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from dpace.config import DeviceMap, Recipe, Text, options
 from dpace.engines import EngineName
 from dpace.recipes.flags import first_as, parse
 from dpace.verbs import load_target
 
+HubName = Annotated[str, Field(pattern=r"^([\w-][\w.-]*/)?[\w-][\w.-]*$", description="a name on the Hub, OWNER/NAME")]
+
 
 def run(args: list[str]) -> None:
     """Run `dpace export`."""
     config = parse(ExportConfig, "export", first_as("drafter", args))
+    if config.push and not config.target_name and Path(config.target).exists():
+        raise ValueError(
+            f"the target {config.target} is a place on this machine, and what is uploaded would name it; give its Hub "
+            "id with --target-name"
+        )
     from dpace.engines.engine import Request
     from dpace.engines.export import export, push
     from dpace.target.locate import find_drafter
@@ -21,7 +31,7 @@ def run(args: list[str]) -> None:
         to=config.to,
         output=config.output,
         name=config.push or config.output,
-        target_name=config.target,
+        target_name=config.target_name or config.target,
         target_gguf=config.target_gguf,
         dtype=config.dtype,
         license=config.license,
@@ -32,7 +42,7 @@ def run(args: list[str]) -> None:
     print(f"; rounded by at most {done.rounding:.1g} (relative)" if done.rounding else "")
     print(f"written: {done.path}, {config.output}/README.md")
     if config.push:
-        print("uploaded:", push(config.output, config.push))
+        print("uploaded:", push(config.output, config.push, done.files))
     print(f"next: start an engine with a command of {config.output}/README.md")
 
 
@@ -48,7 +58,10 @@ class ExportConfig:
     drafter: Text
     """Folder or Hub id of the drafter; given first, or with this flag."""
     target: Text
-    """Folder or Hub id of the target, which the model card and the config of speculators name too."""
+    """Folder or Hub id of the target."""
+    target_name: HubName | None = None
+    """Hub id of the target for the model card and the config of speculators, as OWNER/NAME; --target by default.
+    It keeps a folder's path out of them, and is needed to push where the target is a folder."""
     to: EngineName
     """Engine to write for; gguf is for llama.cpp. All but gguf and speculators read the layout of `dpace train`.
     A drafter that the engine would read wrongly is refused."""

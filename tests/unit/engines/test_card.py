@@ -1,5 +1,6 @@
 """The model card, the verbs that write and upload it, and the command of each engine."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -17,11 +18,14 @@ from dpace.decode.loop import generate_plain
 from dpace.drafter import load_drafter
 from dpace.engines import engine_of
 from dpace.engines.engine import Request
-from dpace.engines.export import export, push
+from dpace.engines.export import export, import_drafter, push
 from dpace.engines.published import read_folder
 from dpace.measure.benchmark import bench
+from dpace.system.ledger import MARKER
+from dpace.target import Target
 from tests.conftest import make_drafter, make_target
-from tests.support.files import make_prompts
+from tests.support.files import make_prompts, read_json
+from tests.unit.target.test_target_files import write_adapter
 
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
@@ -92,7 +96,10 @@ def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, uploa
     flags += ["--dtype", "float16"]
     assert main(["export", *flags]) == 1
     assert "--target-gguf" in capsys.readouterr().err
-    assert main(["export", *flags, "--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]) == 0
+    flags += ["--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]
+    assert main(["export", *flags]) == 1 and not uploads
+    assert f"the target {language_folder} is a place on this machine" in capsys.readouterr().err
+    assert main(["export", *flags, "--target-name", "me/target"]) == 0
     printed = capsys.readouterr().out
     assert "25 of 25 tensors read back bit for bit; rounded by at most" in printed
     assert "uploaded: https://example.org/me/tiny-dflash" in printed
@@ -127,13 +134,70 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
+@pytest.mark.parametrize("to", ["vllm", "speculators", "gguf"])
+def test_a_name_of_the_target_keeps_its_place_out_of_all_files(to, language_folder, folder, target_gguf, tmp_path):
+    flags = ["--target", str(language_folder), "--to", to, "--output", "out", "--target-gguf", str(target_gguf)]
+    with contextlib.chdir(tmp_path):
+        assert main(["export", str(folder), *flags, "--target-name", "me/target"]) == 0
+    files = [path for path in (tmp_path / "out").iterdir() if path.name[0] != "."]
+    assert all(str(language_folder.parent).encode() not in path.read_bytes() for path in files)
+    assert "base_model: me/target" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_holds_the_last_export_only(folder, language_folder, target_gguf, tmp_path, capsys, uploads):
+    """What dpace wrote of an earlier one is removed and named; files of others stay, and are not uploaded."""
+    (out := tmp_path / "out").mkdir()
+    (out / "own.gguf").write_text("mine")
+    flags = [str(folder), "--output", str(out), "--target", str(language_folder), "--target-name", "me/t"]
+    flags += ["--target-gguf", str(target_gguf), "--push", "me/x"]
+    names = {"zlab": {"config.json", "model.safetensors", "modeling_dflash.py"}}
+    names |= {dtype: {f"dflash-t-{dtype}.gguf"} for dtype in ("q8_0", "float16")}
+    before: set[str] = set()
+    for dtype, written in [*names.items(), ("zlab", names["zlab"])]:
+        more = ["--to", "zlab"] if dtype == "zlab" else ["--to", "gguf", "--dtype", dtype]
+        assert main(["export", *flags, *more]) == 0
+        assert {path.name for path in out.iterdir() if path.name[0] != "."} == {*written, "README.md", "own.gguf"}
+        assert uploads[-1] == sorted({*written, "README.md"})
+        said = capsys.readouterr().err
+        assert all(name in said for name in before) and ("earlier drafter" in said) == bool(before)
+        before = written
+    assert set(read_json(out / MARKER)["files"]) == {*names["zlab"], "README.md"}
+
+
+def test_of_several_gguf_files_one_is_to_be_named(do_export, language_folder, tmp_path):
+    for dtype in ("q8_0", "float16"):
+        shutil.copy(do_export("gguf", dtype=dtype).path, tmp_path)
+    with pytest.raises(ValueError, match=r"has dflash-target-float16.gguf and dflash-target-q8_0.gguf.*name one"):
+        import_drafter(tmp_path, tmp_path / "again", target=str(language_folder))
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of peft
+def test_an_adapter_is_to_be_merged_and_the_lines_do_so(folder, language_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "lora", str(language_folder), width=48)
+    flags = ["--target", "lora", "--to", "vllm", "--output", "out"]
+    assert main(["export", str(folder), *flags]) == 0
+    said = capsys.readouterr().err
+    assert "lora is a LoRA adapter, which engines do not serve as a model; merge it, and name the merged" in said
+    card = Path("out/README.md").read_text()
+    assert "`lora` is a LoRA adapter" in card and "is a folder" not in card
+    lines = re.findall(r"```python\n(.*?)\n```", card, flags=re.DOTALL)[0]
+    assert lines in said and lines.count("\n") == 2
+    exec(lines, {})
+    merged, target = Target.load("merged"), Target.load("lora")
+    assert merged.sha256 == target.sha256 and merged.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    assert main(["export", str(folder), *flags, "--target-name", "me/merged"]) == 0
+    assert "LoRA" not in capsys.readouterr().err + Path("out/README.md").read_text()
+
+
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
     def fail(self, repo, exist_ok):
         raise LookupError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.HfApi", type("Api", (), {"create_repo": fail}))
     with pytest.raises(ValueError, match=r"the Hub does not take it as me/x \(Name or service not known\)"):
-        push(tmp_path, "me/x")
+        push(tmp_path, "me/x", [])
 
 
 def test_the_card_names_only_engines_that_can_read_the_drafter(tmp_path):

@@ -310,12 +310,13 @@ def test_tables_that_are_the_targets_are_dropped(language_drafter_folder, langua
 
 
 def test_the_draft_vocabulary_is_written_for_speculators(
-    language_drafter_folder, language_target, language_folder, tmp_path
+    language_drafter_folder, language_target, language_folder, tmp_path, capsys
 ):
     shutil.copytree(language_drafter_folder, tmp_path / "a")
     DraftVocabulary(TOKENS).save(tmp_path / "a")
     flags = ["--target", str(language_folder), "--to", "speculators", "--output", str(tmp_path / "b")]
     assert main(["export", str(tmp_path / "a"), *flags]) == 0
+    assert f"the LM head has {len(TOKENS)} of 64 tokens, those of draft_vocabulary.json" in capsys.readouterr().err
     assert f"{len(TOKENS)} of 64 tokens" in (tmp_path / "b" / "README.md").read_text()
     tensors = load_file(tmp_path / "b" / "model.safetensors")
     ids = tensors["d2t"] + torch.arange(len(TOKENS))
