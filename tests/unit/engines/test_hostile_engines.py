@@ -1,8 +1,6 @@
-"""Hostile files and folders for four verbs: one clear line, or a right result."""
+"""Hostile files and folders for the verbs that read them: one clear line, or a right result."""
 
-import functools
 import json
-import operator
 import os
 import resource
 import shutil
@@ -13,13 +11,10 @@ import pytest
 import torch
 
 from dpace.cli import main
-from dpace.measure.results import write_results
-from tests.support.files import change_config, changed_json, changed_weights
-from tests.support.rows import make_bench, make_plain, make_response, make_row
+from tests.support.files import change_config, changed_weights
 
 ESC = "\x1b[31m"
 BARS = ("Loading weights", "Writing model shards", "examining")
-NOT_WRITTEN = "was not written by dpace"
 
 
 @pytest.fixture(autouse=True)
@@ -257,82 +252,3 @@ def test_a_failed_comparison_leaves_what_was_there(folder, tmp_path, capsys, mon
             refused(args, capsys, "does not read back")
         assert (tree(out) if before else out.exists()) == (before or False)
     assert main(args) == 0 and tree(out) == before
-
-
-# --- reports ----------------------------------------------------------------------------------------------------------
-
-NAME = f"{ESC}a|b`c`<script>alert(1)</script>\n# d [bold]e[/bold] $x$ \\"
-
-
-RESULTS = {
-    "a histogram too long": (["rows", 0, "histogram"], [1, 2, 3, 4]),
-    "infinity": (["rows", 0, "tau"], 1e999),
-    "a response in no time": (["rows", 0, "responses", 0, "decode_seconds"], 0.0),
-    "accepted more than drafted": (["rows", 0, "responses", 0, "accepted_lengths"], [7]),
-}
-
-
-@pytest.mark.parametrize("fault", RESULTS)
-def test_report_refuses_results_that_contradict_themselves(fault, tmp_path, capsys):
-    write_results(tmp_path / "results.json", make_bench())
-    (*path, key), value = RESULTS[fault]
-    with changed_json(tmp_path / "results.json") as results:
-        functools.reduce(operator.getitem, path, results)[key] = value
-    refused(["report", str(tmp_path)], capsys, "results.json", "measure again")
-    assert not (tmp_path / "report.html").exists()
-
-
-LOGS = {
-    "a step is a text": [{"step": "x", "step_seconds": 1.0}],
-    "a loss is a text": [{"step": 1, "loss": "x"}],
-    "a share is a text": [{"step": 1, "weight_share/1": "x"}],
-    "no list": "x",
-    "no entries": [1],
-}
-
-
-@pytest.mark.parametrize("fault", LOGS)
-def test_report_refuses_logs_that_are_none(fault, tmp_path, capsys):
-    write_results(tmp_path / "results.json", make_bench())
-    (tmp_path / "dpace").mkdir()
-    (tmp_path / "dpace" / "trainer_state.json").write_text(json.dumps({"log_history": LOGS[fault]}))
-    refused(["report", str(tmp_path)], capsys, "trainer_state.json")
-
-
-def test_names_are_shown_as_they_are(tmp_path, capsys):
-    """In the page, in the Markdown and in the terminal's tables."""
-    from dpace.report.sections import tables_of
-    from dpace.report.tables import Section, console, section_table, to_markdown
-
-    named = [make_row(set=NAME, drafter=NAME, responses=[make_response(set=NAME)], plain_responses=[make_plain()])]
-    results = make_bench(*named, drafters={NAME: "0" * 64}, target=f"t/{NAME}")
-    write_results(tmp_path / "results.json", results)
-    assert main(["report", str(tmp_path)]) == 0
-    markdown = "\n\n".join(map(to_markdown, tables_of(results)))
-    for text in ((tmp_path / "report.html").read_text(), markdown):
-        assert "<script" not in text and "\x1b" not in text
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert all("\n# d" not in line for line in lines) and "\\|b" in markdown and "\n# d" not in markdown
-    capsys.readouterr()
-    words = Section(NAME, NAME, [{NAME: NAME, "check": NAME}], num_texts=2, note=NAME)
-    console().print(*map(section_table, [*tables_of(results), words]))
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and "[bold]e[/bold]" in out
-
-
-def test_report_leaves_pages_of_others(tmp_path, capsys):
-    write_results(tmp_path / "results.json", make_bench())
-    page = tmp_path / "report.html"
-    page.write_text("mine")
-    refused(["report", str(tmp_path)], capsys, page.name, NOT_WRITTEN)
-    assert page.read_text() == "mine"
-    page.unlink()
-    assert main(["report", str(tmp_path)]) == 0 and main(["report", str(tmp_path)]) == 0
-
-
-@pytest.mark.parametrize("output", ["report.md", ".", "a\x00b.html", "results.json/x.html"])
-def test_report_refuses_places_that_are_none(output, tmp_path, capsys):
-    write_results(tmp_path / "results.json", make_bench())
-    before = tree(tmp_path)
-    refused(["report", str(tmp_path), "--output", f"{tmp_path}/{output}"], capsys)
-    assert tree(tmp_path) == before
