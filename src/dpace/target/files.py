@@ -261,6 +261,7 @@ def _merge_adapter(what: str, model: Any, folder: str) -> Any:
             f"{what} is a LoRA adapter that changes {tables[0]}, which embedding and head share, so both would "
             "change; untie them when training, or name a merged model"
         )
-    merged = adapted.merge_and_unload()
+    with translate_library_errors(what, "train the adapter without what cannot be merged, or name the base alone"):
+        merged = adapted.merge_and_unload()
     refuse_infinite(what, merged, FIX)
     return merged

@@ -108,6 +108,18 @@ def test_an_adapter_that_cannot_be_merged_is_one_line(changes, reason, base, tmp
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("changes", [{"lora_bias": True}, {"alora_invocation_tokens": [5]}])
+def test_an_adapter_that_peft_cannot_merge_is_one_line(changes, base, tmp_path):
+    pytest.importorskip("peft")
+    weights = write_adapter(tmp_path / "lora", base[1], **changes)
+    if "lora_bias" in changes:
+        bias = {"base_model.model.model.layers.1.self_attn.q_proj.lora_B.bias": torch.ones(128)}
+        save_file(weights | bias, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="name the base alone") as refused:
+        Target.load(str(tmp_path / "lora"))
+    assert "\n" not in str(refused.value)
+
+
 def test_an_adapter_of_a_quantized_base_is_refused_and_its_layers_are_counted(base, tmp_path):
     folder = shutil.copytree(base[1], tmp_path / "base")
     write_adapter(tmp_path / "lora", folder)
