@@ -42,7 +42,7 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
         "head": "lilicorr" if spec.head else None,
         **({"head_candidates": spec.head.candidate_topk} if spec.head else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
-        "causal": bool(spec.is_causal),
+        "causal": spec.is_causal is True,  # of all layers
         "norm_scale": 1.0,  # it has a final norm
     }
     facts = {**own, "head_width": spec.head and spec.head_width}
