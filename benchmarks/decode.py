@@ -42,7 +42,7 @@ from dpace.decode.loop import Speculation
 from dpace.decode.pace import Pace
 from dpace.decode.request import make_continuation
 from dpace.drafter import Drafter, load_drafter
-from dpace.drafter.vocabulary import DraftHead
+from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.packing import pack_linears
 from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
 from dpace.report.tables import console
@@ -288,7 +288,7 @@ def profile(target: Target, drafter: Drafter, prompts: list[list[int]], count: i
     changed = [
         timed(target, "read", "target's layers"),
         timed(target, "logits", "LM head, verification"),
-        timed(DraftHead, "logits", "LM head, drafts"),
+        timed(PackedRows, "logits", "LM head, drafts"),
         timed(drafter, "forward", "drafter's layers"),
     ]
     total, parts, num_calls = 0.0, Counter(), Counter()

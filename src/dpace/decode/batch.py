@@ -15,7 +15,7 @@ from dpace.decode.request import Continuation
 from dpace.decode.sampling import verify_draft
 from dpace.decode.steps import Ends, State, draft_step, verify_step
 from dpace.drafter import Drafter
-from dpace.drafter.vocabulary import DraftHead
+from dpace.drafter.vocabulary import DraftRows, PackedRows
 from dpace.fast.attention import NAME as GROUPED_ATTENTION
 from dpace.fast.cache import RaggedCache, fill_places
 from dpace.target import Target
@@ -52,7 +52,7 @@ class RowCaches:
 def draft_and_verify(
     target: Target,
     drafter: Drafter | None,
-    head: DraftHead,
+    rows: DraftRows,
     caches: RowCaches,
     state: State,
     *,
@@ -66,7 +66,7 @@ def draft_and_verify(
     Args:
         target: verifies.
         drafter: None for plain decoding, in which a block is the last token.
-        head: for drafts.
+        rows: of the tokens that may be drafted.
         caches: of both.
         state: where the texts end, and what the drafter reads.
         width: number of slots that are verified, the anchor included.
@@ -79,7 +79,7 @@ def draft_and_verify(
     """
     blocks = state.ends.last_ids
     if drafter is not None:
-        blocks, _ = draft_step(drafter, head, caches.drafter, state, width)
+        blocks, _ = draft_step(drafter, rows, caches.drafter, state, width)
     layer_ids = () if drafter is None else drafter.target_layer_ids
     logits, state = verify_step(target, caches.target, layer_ids, blocks, state.ends)
     if not is_greedy:
@@ -126,7 +126,7 @@ class Batch:
         vocabulary = None if drafter is None else drafter.vocabulary
         if is_compiled and vocabulary is not None and vocabulary.head is None:
             vocabulary = None  # the number of choices would differ from prompt to prompt
-        self.head = DraftHead(target, vocabulary, (token for row in rows for token in row.token_ids))
+        self.draft_rows = PackedRows(target, vocabulary, (token for row in rows for token in row.token_ids))
         self.draft_and_verify: Any = draft_and_verify
 
     def prefill(self) -> None:
@@ -160,7 +160,7 @@ class Batch:
                 width = min(width, 1 + max(row.remaining for row in self.rows))
             self.caches.target.end = 1 + max(min(row.start + width - 1, row.limit) for row in self.rows)
         (blocks, drawn), state = self.draft_and_verify(
-            self.target, self.drafter, self.head, self.caches, self.state, width=width, is_greedy=self.is_greedy
+            self.target, self.drafter, self.draft_rows, self.caches, self.state, width=width, is_greedy=self.is_greedy
         )
         if self.is_compiled:
             # A CUDA graph writes its results to the same place each time, and frees them before it runs again.

@@ -11,7 +11,7 @@ import torch
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
 from dpace.drafter.views import draft_block, to_predicted
-from dpace.drafter.vocabulary import DraftHead
+from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.cache import TextCache
 from dpace.target import Target
 
@@ -80,7 +80,7 @@ def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0)
     cache = TextCache(target.config, filler.shape[1] + size)
     cache.activate_past_recording()
     _, features = target.read(filler, cache, drafter.target_layer_ids)
-    draft_head = DraftHead(target, drafter.vocabulary)
+    rows = PackedRows(target, drafter.vocabulary)
 
     def step(width: int) -> None:
         """Verify a number of tokens behind the filler, or draft."""
@@ -92,7 +92,7 @@ def measure_costs(target: Target, drafter: Drafter, *, temperature: float = 0.0)
         read = features if width == FIRST_DRAFT else features[:, :4]
         hidden = draft_block(drafter, target, filler[:, : drafter.num_slots], read)
         hidden = to_predicted(hidden, drafter.first_slot)
-        draft = drafter.kind.propose(drafter, draft_head, hidden, lambda: read[:, -1], size)
+        draft = drafter.selector.propose(rows, hidden, lambda: read[:, -1], size)
         drafter.confidences(draft.scores[0]).tolist()  # waits for the device, as drawing does
 
     seconds = {kind: [] for kind in (FIRST_DRAFT, DRAFT, *timed)}

@@ -17,10 +17,10 @@ from dpace.decode.copies import PromptLookup
 from dpace.decode.generation import Generation, Step, collect
 from dpace.decode.pace import Paces, Plan
 from dpace.decode.request import Continuation, SamplingOptions, make_continuation
-from dpace.decode.sampling import draw_draft, draw_walk, verify_draft, verify_sampled
+from dpace.decode.sampling import verify_draft, verify_sampled
 from dpace.decode.steps import Ends, State, draft_step, verify_step
 from dpace.drafter import Drafter
-from dpace.drafter.vocabulary import DraftHead
+from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.cache import TextCache
 from dpace.fast.packing import refresh_copies
 from dpace.target import Target
@@ -163,7 +163,7 @@ class Speculation:
         is_part = vocabulary is not None and len(vocabulary.known) < len(target.head.weight)
         if is_part and self.samples_draft and text.sampler.processors:
             vocabulary = None  # processors may allow only tokens outside of it, and then no draft could be drawn
-        self.draft_head = DraftHead(target, vocabulary, text.token_ids)
+        self.draft_rows = PackedRows(target, vocabulary, text.token_ids)
         capacity = len(text.token_ids) + text.max_new_tokens + size
         self.cache = TextCache(target.config, capacity)
         self.cache.activate_past_recording()
@@ -220,7 +220,7 @@ class Speculation:
         positions = torch.arange(start - features.shape[1], start, device=row.device)[None]
         block, draft = draft_step(
             self.drafter,
-            self.draft_head,
+            self.draft_rows,
             self.drafter_cache,
             State(ends, features, positions),
             min(self.text.remaining + 1, self.max_width),
@@ -233,13 +233,9 @@ class Speculation:
         if self.pace is not None:
             width, promised = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]).tolist())
         if self.samples_draft and width > 1:
-            sampler = self.text.sampler
-            if draft.lattice is not None:
-                vocab_size = len(self.target.head.weight)
-                tokens, draft_probs = draw_walk(draft.lattice, width - 1, sampler, vocab_size)
-            else:
-                spread = self.draft_head.spread(draft.scores[0, : width - 1])
-                tokens, draft_probs = draw_draft(spread, self.text.token_ids, sampler)
+            tokens, draft_probs = self.drafter.selector.draw(
+                draft, width - 1, self.draft_rows, self.text.token_ids, self.text.sampler
+            )
             block = torch.cat([block[:, :1], tokens[None]], dim=1)
         num_read = min(features.shape[1], self.drafter.num_context)
         return Proposal(block[:, :width], ends, num_read, draft_probs, promised)

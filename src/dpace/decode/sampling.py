@@ -14,8 +14,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpace.drafter.lilicorr import Lattice
-
 
 class Sampler:
     """A sampler of tokens from logits, with the filters of `model.generate` in the same order.
@@ -120,58 +118,6 @@ def verify_draft(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> i
     while accepted < len(draft_tokens) and draft_tokens[accepted] == target_tokens[accepted]:
         accepted += 1
     return accepted
-
-
-def draw_draft(
-    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: Sampler
-) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
-    """Draw a draft for speculative sampling from the drafter's logits.
-
-    Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
-
-    Args:
-        logits: of the slots that will be verified, and of no others.
-        text: the tokens before the draft.
-        sampler: of the target.
-
-    Returns:
-        The tokens, and the distribution that each was drawn from.
-    """
-    if not sampler.processors:
-        probs = sampler.probs(sampler.scores(logits, text))
-        return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
-    drawn = []
-    rows = []
-    for slot in logits:
-        probs = sampler.probs(sampler.scores(slot[None], [*text, *drawn]))
-        drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
-        rows.append(probs)
-    return torch.tensor(drawn, device=logits.device), torch.cat(rows)
-
-
-def draw_walk(
-    lattice: Lattice, count: int, sampler: Sampler, vocab_size: int
-) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
-    """Draw a draft for speculative sampling from a head's lattice of one block, a slot after the other.
-
-    A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature. Filters
-    and processors of the target do not matter: any distribution keeps the target's text, if it is the one drawn from.
-
-    Returns:
-        The tokens, and the distribution that each was drawn from.
-    """
-    scores = lattice.start
-    rows = []
-    chosen = []
-    for slot in range(count):
-        rows.append((scores / sampler.temperature).softmax(-1))
-        index = torch.multinomial(rows[-1], 1, generator=sampler.generator)
-        chosen.append(index)
-        if slot + 1 < count:
-            scores = lattice.pairs[0, slot, index[0]]
-    candidates = lattice.candidates[0, :count]
-    probs = torch.zeros(count, vocab_size, device=candidates.device)
-    return candidates.gather(1, torch.cat(chosen))[:, 0], probs.scatter_(1, candidates, torch.cat(rows))
 
 
 def verify_sampled(

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpace.drafter import Drafter
-from dpace.drafter.dflash import Draft
+from dpace.drafter.selector import Draft
 from dpace.drafter.views import draft_block, to_predicted
-from dpace.drafter.vocabulary import DraftHead
+from dpace.drafter.vocabulary import DraftRows
 from dpace.fast.cache import RaggedCache, TextCache
 from dpace.target import Target
 
@@ -46,13 +46,13 @@ class State(NamedTuple):
 
 
 def draft_step(
-    drafter: Drafter, head: DraftHead, cache: TextCache | RaggedCache, state: State, width: int
+    drafter: Drafter, rows: DraftRows, cache: TextCache | RaggedCache, state: State, width: int
 ) -> tuple[Int[Tensor, "batch width"], Draft]:
     """Let the drafter read the features that it has not read, and draft a block behind each text.
 
     Args:
         drafter: drafts all slots of a block in one pass.
-        head: turns the hidden states of slots into logits.
+        rows: of the tokens that may be drafted.
         cache: the drafter's.
         state: where the texts end, and what the drafter reads.
         width: number of tokens that may be verified, the anchor included; 2 to the drafter's block size.
@@ -68,7 +68,7 @@ def draft_step(
     features, positions = state.features[:, read], state.positions[:, read]
     hidden = draft_block(
         drafter,
-        head.target,
+        rows.target,
         torch.cat([ends.last_ids, masks], dim=1),
         features,
         position_ids=torch.cat([positions, ends.starts + slots], dim=1),
@@ -82,7 +82,7 @@ def draft_step(
         place = (state.positions == ends.starts - 1).int().argmax(-1)
         return state.features[torch.arange(len(place), device=place.device), place]
 
-    draft = drafter.kind.propose(drafter, head, to_predicted(hidden, drafter.first_slot), newest, width)
+    draft = drafter.selector.propose(rows, to_predicted(hidden, drafter.first_slot), newest, width)
     return torch.cat([ends.last_ids, draft.tokens], dim=1), draft
 
 

@@ -1,15 +1,10 @@
-"""DFlash and DFlash2: their tensors and config keys in each engine, and drafts of each slot's own best token.
+"""DFlash and DFlash2: their tensors and config keys in each engine.
 
 Source: DFlash (arXiv 2602.06036); DFlash2, z-lab/dflash.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from dpace.drafter.vocabulary import DraftHead
 
 Tensors = Mapping[str, tuple[str, str]]
 """Published name of each tensor, its axes, and llama.cpp's name."""
@@ -73,17 +68,6 @@ class Parts(NamedTuple):
         return "dflash2" if self.has_taps else "dflash"
 
 
-class Draft(NamedTuple):
-    """What a drafter proposes behind each text."""
-
-    tokens: Int[Tensor, "batch draft"]
-    """The best token of each slot."""
-    scores: Float[Tensor, "batch draft choice"]
-    """Logits of each slot's choices, of which the token is the best; with a head, see `lilicorr.take_walk`."""
-    lattice: Any = None
-    """The `dpace.drafter.lilicorr.Lattice` that a head walked by; None without a head."""
-
-
 def numbered(tensors: Tensors, num_layers: int) -> dict[str, tuple[str, str]]:
     """Name the tensors of each layer, whose number is `N` in a table."""
     return {
@@ -115,24 +99,3 @@ def config_keys(spec: Any) -> dict[str, Any]:
         return keys
     top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= spec.hidden_size), 2)
     return {**keys, "selector_rank": 1, "selector_top_k": top_k}
-
-
-def propose(
-    drafter: Any,
-    head: DraftHead,
-    hidden: Float[Tensor, "batch slot hidden"],
-    newest: Callable[[], Float[Tensor, "batch feature"]],
-    width: int,
-) -> Draft:
-    """Propose the best token of each slot.
-
-    Args:
-        drafter: whose network computed the hidden states.
-        head: for drafts.
-        hidden: of whole blocks.
-        newest: returns the features of the token before each anchor, which a head may read.
-        width: number of slots that may be verified, the anchor included.
-    """
-    logits = head.logits(hidden[:, 1:width].flatten(0, 1))
-    tokens = head.tokens(logits.float().argmax(-1)).unflatten(0, (len(hidden), -1))
-    return Draft(tokens, logits.unflatten(0, tokens.shape))

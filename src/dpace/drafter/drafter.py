@@ -20,6 +20,7 @@ from dpace.drafter.dflash import SELECTOR_TENSORS, TABLES
 from dpace.drafter.kinds import KINDS, Kind
 from dpace.drafter.lilicorr import head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
+from dpace.drafter.selector import Selector
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, own_tables
 from dpace.drafter.vocabulary import DraftVocabulary, drafted_tokens, load_vocabulary, read_token_ids
 from dpace.fast.speed_up import speed_up
@@ -109,14 +110,14 @@ class Drafter(DFlashDraftModel):
 
     @property
     def kind(self) -> Kind:
-        """What is known of drafters like it, and how they propose."""
+        """What is known of drafters like it."""
         plain = "dflash2" if hasattr(self, "candidate_selector") else "dflash"
         return KINDS[plain if self.lilicorr is None else "lilicorr"]
 
     @property
-    def num_candidates(self) -> int:
-        """Number of tokens of each slot that its head chooses from; 1 without a head."""
-        return 1 if self.lilicorr is None else self.lilicorr.num_candidates
+    def selector(self) -> Selector:
+        """How its drafts are chosen."""
+        return self.kind.selector(self)
 
     @property
     def num_slots(self) -> int:
@@ -166,17 +167,17 @@ class Drafter(DFlashDraftModel):
     ) -> Float[Tensor, " draft"]:
         """Estimate how likely each slot's token is accepted, given that the tokens before it are.
 
-        That is the calibrated probability of its most likely token; with a head, of its best one after those before,
+        That is the calibrated probability of its most likely token; of a candidate, of the best one after those before,
         times that of all candidates.
 
         Args:
-            scores: see `dpace.drafter.dflash.Draft`.
+            scores: see `dpace.drafter.selector.Draft`.
             temperature: the divisor of `scores`; by default `confidence_temperature`.
         """
         scores = scores.float()
         temperature = temperature or self.confidence_temperature
         odds = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()  # in place is fast
-        best = 1.0 if self.lilicorr is None else odds[..., :-1].amax(-1)
+        best = 1.0 if self.selector.num_candidates == 1 else odds[..., :-1].amax(-1)
         return best / odds.sum(-1)
 
     @classmethod

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dpace.drafter import dflash, lilicorr
-from dpace.drafter.dflash import Draft, Parts
+from dpace.drafter.dflash import Parts
+from dpace.drafter.selector import Selector
 
 
 class Kind(NamedTuple):
@@ -15,16 +16,16 @@ class Kind(NamedTuple):
 
     architecture: str
     """Name of its network in published configs."""
-    tensors: Callable[[Parts], dict[str, tuple[str, str]]]
+    tensors: Callable[[Parts], dict[str, tuple[str, str]]] = dflash.tensors
     """Returns axes and llama.cpp's name of every tensor, by its published name."""
-    config_keys: Callable[[Any], dict[str, Any]]
+    config_keys: Callable[[Any], dict[str, Any]] = dflash.config_keys
     """Returns what it adds to `dflash_config`, for a `DrafterSpec`."""
-    propose: Callable[..., Draft]
-    """Makes a draft from hidden states, see `dflash.propose`."""
+    selector: type[Selector] = Selector
+    """How its drafts are chosen."""
 
 
 KINDS = {
-    "dflash": Kind("DFlashDraftModel", dflash.tensors, dflash.config_keys, dflash.propose),
-    "dflash2": Kind("DFlash2DraftModel", dflash.tensors, dflash.config_keys, dflash.propose),
-    "lilicorr": Kind("LiLiCorrDraftModel", lilicorr.tensors, lilicorr.config_keys, lilicorr.propose),
+    "dflash": Kind("DFlashDraftModel"),
+    "dflash2": Kind("DFlash2DraftModel"),
+    "lilicorr": Kind("LiLiCorrDraftModel", lilicorr.tensors, lilicorr.config_keys, lilicorr.LatticeSelector),
 }

@@ -1,11 +1,11 @@
-"""LiLiCorr, a head that makes the slots of a draft agree: its sizes, tensors and config keys, its drafts and its loss.
+"""LiLiCorr, a selector that makes the slots of a draft agree.
 
-Its network is `dpace.modeling_dflash.LiLiCorr`; `dpace.train.loop` adds its loss to that of the blocks.
+Here are its sizes, tensors and config keys, its drafts and its loss. Its network is `dpace.modeling_dflash.LiLiCorr`.
 
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -14,10 +14,13 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, Strict
 from torch import Tensor, nn
 
+from dpace.config import LossConfig
 from dpace.drafter import dflash
-from dpace.drafter.dflash import Draft, Parts
-from dpace.drafter.vocabulary import DraftHead
-from dpace.target import Target
+from dpace.drafter.dflash import Parts
+from dpace.drafter.selector import SCORED_ROWS, Draft, Selector
+from dpace.drafter.views import BlocksHidden
+from dpace.drafter.vocabulary import DraftRows
+from dpace.loss import Slots, SlotScores, Weigh, candidate_logits
 
 CE_WEIGHT = 0.25
 """Weight of its cross-entropy beside the loss of the blocks, as published."""
@@ -144,22 +147,140 @@ class Lattice(NamedTuple):
     """Logarithm of the odds that a slot's token is a candidate, in the drafter's softmax."""
 
 
-def propose(
-    drafter: Any,
-    head: DraftHead,
-    hidden: Float[Tensor, "batch slot hidden"],
-    newest: Callable[[], Float[Tensor, "batch feature"]],
-    width: int,
-) -> Draft:
-    """Walk through the lattice of all slots, as in training, and propose the first tokens; see `dflash.propose`."""
-    states = hidden[:, 1:]
-    logits = head.logits(states.flatten(0, 1)).float()
-    top, index = logits.topk(drafter.num_candidates)
-    log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
-    candidates = head.tokens(index).view(log_probs.shape)
-    lattice = make_lattice(drafter, head.target, candidates, log_probs, states, newest())
-    tokens, scores = take_walk(lattice)
-    return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
+class LatticeSelector(Selector):
+    """Walks through the lattice of a block's candidates; see `Selector`."""
+
+    def __init__(self, drafter: Any):
+        super().__init__(drafter)
+        self.num_candidates = drafter.lilicorr.num_candidates
+
+    def make_lattice(
+        self,
+        rows: DraftRows,
+        index: Int[Tensor, "block draft choice"],
+        log_probs: Float[Tensor, "block draft choice"],
+        hidden: Float[Tensor, "block draft hidden"],
+        features: Float[Tensor, "block feature"],
+        has_anchor: Bool[Tensor, " block"] | None = None,
+    ) -> Lattice:
+        """Score the candidates of blocks.
+
+        Args:
+            rows: of the tokens that may be drafted.
+            index: the best of these rows at each slot.
+            log_probs: theirs in the drafter's softmax, at temperature 1, in fp32.
+            hidden: final hidden states of the slots.
+            features: of the token before each anchor.
+            has_anchor: whether there is such a token; by default there is.
+        """
+        candidates = rows.tokens(index)
+        anchor = self.drafter.anchor_rows(features)
+        start, pairs = self.drafter.lilicorr(rows.target.embed(candidates), log_probs, hidden, anchor, has_anchor)
+        return Lattice(candidates, start, pairs, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
+
+    def propose(
+        self,
+        rows: DraftRows,
+        hidden: Float[Tensor, "batch slot hidden"],
+        before: Callable[[], Float[Tensor, "batch feature"]],
+        width: int,
+        has_anchor: Bool[Tensor, " batch"] | None = None,
+    ) -> Draft:
+        """Walk through the lattice of all slots, as in training, and propose the first tokens."""
+        states = hidden[:, 1:]
+        logits = rows.logits(states.flatten(0, 1)).float()
+        top, index = logits.topk(self.num_candidates)
+        log_probs = (top - logits.logsumexp(-1, keepdim=True)).unflatten(0, states.shape[:2])
+        lattice = self.make_lattice(rows, index.view(log_probs.shape), log_probs, states, before(), has_anchor)
+        tokens, scores = take_walk(lattice)
+        return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
+
+    def draw(
+        self, draft: Draft, num_drawn: int, rows: DraftRows, text: Sequence[int], sampler: Any
+    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+        """Draw the tokens from the lattice, a slot after the other.
+
+        A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
+        Filters and processors of the target do not matter: any distribution keeps the target's text, if it is the one
+        drawn from.
+        """
+        scores = draft.lattice.start
+        probs = []
+        chosen = []
+        for slot in range(num_drawn):
+            probs.append((scores / sampler.temperature).softmax(-1))
+            chosen.append(torch.multinomial(probs[-1], 1, generator=sampler.generator))
+            if slot + 1 < num_drawn:
+                scores = draft.lattice.pairs[0, slot, chosen[-1][0]]
+        candidates = draft.lattice.candidates[0, :num_drawn]
+        whole = torch.zeros(num_drawn, len(rows.target.head.weight), device=candidates.device)
+        return candidates.gather(1, torch.cat(chosen))[:, 0], whole.scatter_(1, candidates, torch.cat(probs))
+
+    def match(self, found: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "3 block slot"]]:
+        """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
+        labels = found.blocks.labels[0, :, 1:]
+        num_slots = labels.shape[1]
+        has_anchor = found.blocks.anchors[0] > 0
+
+        def draft(part: Tensor) -> Draft:
+            hidden = found.hidden[0, part]
+            return self.propose(rows, hidden, lambda: found.before[0, part], num_slots + 1, has_anchor[part])
+
+        parts = torch.arange(len(labels), device=labels.device).split(max(1, SCORED_ROWS // num_slots))
+        tokens, scores, lattices = zip(*map(draft, parts), strict=True)
+        is_true = torch.cat([lattice.candidates for lattice in lattices]) == labels[..., None]
+        is_right = torch.stack([torch.cat(tokens) == labels, is_true[..., 0], is_true.any(-1)])
+        is_accepted = (is_right & found.blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
+        return nn.functional.pad(torch.cat(scores), (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
+
+    def scores(self, states: Float[Tensor, "slot choice"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
+        """Return the states, which are scores."""
+        return states
+
+    def add_loss(
+        self,
+        scores: SlotScores,
+        found: BlocksHidden,
+        rows: DraftRows,
+        *,
+        weigh: Weigh,
+        config: LossConfig,
+        whole_blocks: Int[Tensor, " whole"] | None,
+        autocast: Callable[[], Any],
+    ) -> SlotScores:
+        """Add the loss of the walk, in blocks all of whose slots are scored."""
+        blocks = found.blocks
+        whole = whole_blocks
+        if whole is None:
+            whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
+        if not len(whole):  # a gradient of 0, since ranks wait for each other's
+            nothing = sum(parameter.sum() * 0 for parameter in self.drafter.lilicorr.parameters())
+            return scores._replace(losses=scores.losses + nothing)
+
+        def pick(values: Tensor) -> Tensor:
+            return values.flatten(0, 1)[whole][:, 1:]
+
+        hidden = pick(found.hidden)
+        labels = pick(blocks.labels)
+        index = pick(scores.candidates)
+        logits = candidate_logits(hidden, rows.head, torch.cat([index, rows.index(labels)[..., None]], dim=-1))
+        log_probs = logits[..., :-1] - logits[..., -1:] - pick(scores.token_losses)[..., None]
+        theirs = found.target_hidden
+        target_logits = None if theirs is None else candidate_logits(pick(theirs), rows.head, index)
+        features = found.before.flatten(0, 1)[whole]
+        with autocast():
+            lattice = self.make_lattice(rows, index, log_probs, hidden, features, blocks.anchors.flatten()[whole] > 0)
+        walk = walk_losses(lattice, labels, target_logits, config.head_penalty)
+        walk_weights = walk.is_candidate.int().cumprod(-1)
+        if config.head_weights != "mean":
+            probs = torch.exp(-scores.nll).flatten(0, 1)
+            probs[whole, 1:] = walk.probs
+            weights = weigh(Slots(blocks.is_scored, probs.view_as(scores.nll), scores.is_match, None)).detach().float()
+            walk_weights = pick(weights)
+            if config.head_weights == "walk":
+                scores = scores._replace(weights=weights, losses=(weights * scores.token_losses).sum(-1))
+        losses = scores.losses.flatten().index_add(0, whole, (walk_weights * walk.losses).sum(-1))
+        return scores._replace(losses=losses.view_as(scores.losses))
 
 
 def take_walk(lattice: Lattice) -> tuple[Int[Tensor, "batch draft"], Float[Tensor, "batch draft choice_or_rest"]]:
@@ -184,31 +305,6 @@ def rows_after(lattice: Lattice, index: Int[Tensor, "batch draft"]) -> Float[Ten
     pairs = lattice.pairs
     chosen = index[:, : pairs.shape[1], None, None].expand(-1, -1, 1, pairs.shape[-1])
     return torch.cat([lattice.start[:, None], pairs.gather(2, chosen)[:, :, 0]], dim=1)
-
-
-def make_lattice(
-    network: Any,
-    target: Target,
-    candidates: Int[Tensor, "block draft choice"],
-    log_probs: Float[Tensor, "block draft choice"],
-    hidden: Float[Tensor, "block draft hidden"],
-    features: Float[Tensor, "block feature"],
-    has_anchor: Bool[Tensor, " block"] | None = None,
-) -> Lattice:
-    """Score the candidates of blocks with the network's head.
-
-    Args:
-        network: of the drafter.
-        target: has the embedding.
-        candidates: best tokens of each slot.
-        log_probs: theirs in the drafter's softmax, at temperature 1, in fp32.
-        hidden: final hidden states of the slots.
-        features: of the token before each anchor.
-        has_anchor: whether there is such a token; by default there is.
-    """
-    anchor = network.anchor_rows(features)
-    start, pairs = network.lilicorr(target.embed(candidates), log_probs, hidden, anchor, has_anchor)
-    return Lattice(candidates, start, pairs, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
 
 
 class WalkLosses(NamedTuple):

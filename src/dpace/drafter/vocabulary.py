@@ -131,28 +131,36 @@ def drafted_tokens(d2t: Tensor, num_tokens: int) -> Int[Tensor, " choice"]:
     return token_ids
 
 
-class DraftHead:
-    """The target's head for drafts: of all tokens, or of the draft vocabulary and a prompt's tokens."""
+class DraftRows:
+    """The LM head's rows of the tokens that may be drafted: of all, or a copy of those of some.
 
-    def __init__(self, target: Target, vocabulary: DraftVocabulary | None, prompt: Iterable[int] = ()):
+    Args:
+        target: has the head.
+        token_ids: in the order of the rows; all by default.
+        weight: rows of an LM head of the drafter's own.
+    """
+
+    def __init__(self, target: Target, token_ids: Tensor | None = None, weight: Tensor | None = None):
         self.target = target
+        self.head = target.head
         self.token_ids: Int[Tensor, " choice"] | None = None
-        if vocabulary is not None:
-            others = set(prompt) - vocabulary.known if vocabulary.head is None else ()
-            more = torch.tensor(sorted(others), dtype=torch.long)
-            self.token_ids = torch.cat([vocabulary.token_ids, more]).to(target.device)
-            self._product = vocabulary.product(target)
-            self._more = target.head.weight[more.to(target.device)]
+        if token_ids is not None:
+            self.token_ids = token_ids.to(target.device)
+            rows = target.head.weight[self.token_ids].contiguous() if weight is None else weight
+            self.head = target.head._replace(weight=rows)
+            self._index = torch.full_like(target.head.weight[:, 0], -1, dtype=torch.long)
+            self._index[self.token_ids] = torch.arange(len(token_ids), device=target.device)
 
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row choice"]:
         """Compute the logits of the tokens that may be drafted."""
-        if self.token_ids is None:
-            return self.target.logits(hidden)
-        rows = hidden.to(self._more.dtype)
-        return self.target.head.finish(torch.cat([self._product(rows), rows @ self._more.T], dim=-1))
+        return self.head.logits(hidden)
 
-    def tokens(self, index: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-        """Return the tokens of logits."""
+    def index(self, token_ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return the row of each token; -1 where it has none."""
+        return token_ids if self.token_ids is None else self._index[token_ids]
+
+    def tokens(self, index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return the tokens of rows."""
         return index if self.token_ids is None else self.token_ids[index]
 
     def spread(self, logits: Float[Tensor, "row choice"]) -> Float[Tensor, "row vocab"]:
@@ -161,3 +169,23 @@ class DraftHead:
             return logits
         whole = logits.new_full((len(logits), len(self.target.head.weight)), -torch.inf)
         return whole.index_copy_(1, self.token_ids, logits)
+
+
+class PackedRows(DraftRows):
+    """The rows that decoding reads: of all tokens, or of the draft vocabulary and a prompt's tokens."""
+
+    def __init__(self, target: Target, vocabulary: DraftVocabulary | None, prompt: Iterable[int] = ()):
+        super().__init__(target)
+        if vocabulary is not None:
+            others = set(prompt) - vocabulary.known if vocabulary.head is None else ()
+            more = torch.tensor(sorted(others), dtype=torch.long)
+            self.token_ids = torch.cat([vocabulary.token_ids, more]).to(target.device)
+            self._product = vocabulary.product(target)
+            self._more = target.head.weight[more.to(target.device)]
+
+    def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row choice"]:
+        """Compute the logits with packed copies of the rows."""
+        if self.token_ids is None:
+            return self.target.logits(hidden)
+        rows = hidden.to(self._more.dtype)
+        return self.head.finish(torch.cat([self._product(rows), rows @ self._more.T], dim=-1))

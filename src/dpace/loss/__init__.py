@@ -2,8 +2,8 @@
 
 from dpace.loss.loss import (
     REDUCTIONS,
-    HeadOutput,
     Slots,
+    SlotScores,
     Weigh,
     block_loss,
     candidate_logits,
@@ -14,7 +14,7 @@ from dpace.loss.loss import (
 
 __all__ = [
     "REDUCTIONS",
-    "HeadOutput",
+    "SlotScores",
     "Slots",
     "Weigh",
     "block_loss",

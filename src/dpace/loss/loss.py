@@ -42,7 +42,7 @@ class Slots(NamedTuple):
 Weigh = Callable[[Slots], Float[Tensor, "batch block slot"]]
 
 
-class HeadOutput(NamedTuple):
+class SlotScores(NamedTuple):
     """Losses and statistics from one pass through the head.
 
     All but the losses are detached. Values are 0 where a slot is not scored and nothing else is said.
@@ -79,7 +79,7 @@ def frozen_head_nll(
     scored_rows: Int[Tensor, " row"] | None = None,
     chunk_bytes: int | None = None,
     num_candidates: int = 1,
-) -> HeadOutput:
+) -> SlotScores:
     """Compute the weighted loss of each block; equals `frozen_head_nll_reference`.
 
     The head is frozen, so the gradient of a row's cross-entropy with respect to its hidden state is
@@ -114,7 +114,7 @@ def frozen_head_nll(
         num_candidates: number of best tokens to find, exactly; 1 with `target_hidden`.
 
     Returns:
-        See `HeadOutput`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
+        See `SlotScores`. Without a gradient to compute (`torch.no_grad`), the product for the gradient is skipped.
 
     Raises:
         ValueError: unknown `token_loss`, or one that needs `target_hidden`.
@@ -133,12 +133,12 @@ def frozen_head_nll(
     return _weighted(labels, is_scored, weigh, *found)
 
 
-def _weighted(labels, is_scored, weigh: Weigh, losses, nll, overlap, candidates, log_probs) -> HeadOutput:
+def _weighted(labels, is_scored, weigh: Weigh, losses, nll, overlap, candidates, log_probs) -> SlotScores:
     """Weigh the slots' token losses."""
     is_match = (candidates[..., 0] == labels) & is_scored
     weights = weigh(Slots(is_scored, torch.exp(-nll), is_match, overlap)).detach().float()
     sums = (weights * losses).sum(-1)
-    return HeadOutput(sums, nll, weights, is_match, losses, candidates, log_probs)
+    return SlotScores(sums, nll, weights, is_match, losses, candidates, log_probs)
 
 
 def candidate_logits(
@@ -162,7 +162,7 @@ def frozen_head_nll_reference(
     token_loss: TokenLoss = "nll",
     target_hidden: Float[Tensor, "batch block slot hidden"] | None = None,
     num_candidates: int = 1,
-) -> HeadOutput:
+) -> SlotScores:
     """Compute `frozen_head_nll` in plain PyTorch: all logits at once, gradient by autograd.
 
     For tests and for readers.
@@ -193,7 +193,7 @@ def count_items(
     """Count the items that a reduction divides by.
 
     Items are sequences for `batch`, sequences with an anchor for `anchors`, scored slots for `slots`, and for
-    `weights` the sum of `HeadOutput.weights`.
+    `weights` the sum of `SlotScores.weights`.
 
     Raises:
         ValueError: the reduction `weights` without them.
@@ -207,7 +207,7 @@ def count_items(
     if weights is None:
         raise ValueError(
             "the reduction `weights` divides by the sum of the weights, which is known only after the forward pass; "
-            "pass the sum of HeadOutput.weights to block_loss as num_items"
+            "pass the sum of SlotScores.weights to block_loss as num_items"
         )
     return weights.sum()
 
@@ -236,7 +236,7 @@ def block_loss(
         is_scored: slots that count.
         reduction: one of the names above.
         num_items: `count_items` summed over the whole step (all ranks, all accumulated micro-batches); for `weights`,
-            the sum of `HeadOutput.weights`. The results of all parts then add up to the loss of the whole step, for any
+            the sum of `SlotScores.weights`. The results of all parts then add up to the loss of the whole step, for any
             split. By default the items of this batch alone are counted, which `weights` does not allow.
 
     Returns:

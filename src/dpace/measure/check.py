@@ -20,7 +20,7 @@ from dpace.decode.decoder import generate_batch
 from dpace.decode.generation import Generation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import Drafter
-from dpace.drafter.vocabulary import DraftHead
+from dpace.drafter.vocabulary import PackedRows
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.own_text import find_divergence, generate_transformers, text_finding
 from dpace.measure.parity import Finding, check_views
@@ -240,7 +240,7 @@ def check_lengths(
     for response, _ in pairs:
         dataset = ResponseDataset([response], max_length=10**9, num_anchors=None, seed=0)
         prompt = response.token_ids[: response.response_spans[0][0]]
-        drafted = DraftHead(target, drafter.vocabulary, prompt).token_ids
+        drafted = PackedRows(target, drafter.vocabulary, prompt).token_ids
         trained.append(heldout_acceptance(drafter, target, dataset, token_ids=drafted))
     in_training = Acceptance.of_prompts(trained)
     decoded = Acceptance.of_prompts([out.acceptance for _, out in pairs])

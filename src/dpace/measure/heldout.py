@@ -9,27 +9,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.blocks import Blocks
 from dpace.drafter import Drafter
-from dpace.drafter.lilicorr import make_lattice, take_walk
-from dpace.drafter.views import BlocksHidden, blocks_hidden
+from dpace.drafter.views import blocks_hidden
+from dpace.drafter.vocabulary import DraftRows
 from dpace.fast.packing import refresh_copies
-from dpace.loss import frozen_head_nll
 from dpace.metrics import Acceptance
 from dpace.system import ranks
 from dpace.system.progress import progress_bar
 from dpace.target import Target
-from dpace.target.head import Head
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""
 Visit = Callable[[int, Tensor, Tensor], None]
-"""Gets the number of a conversation; states or scores of the slots that decoding may reach, of `score_conversation`,
-"slot hidden"; and whether each is accepted as it is drafted, "slot"."""
+"""Gets the number of a conversation; the states, of `Selector.match`, of the slots that decoding may reach, "slot
+state"; and whether each is accepted as it is drafted, "slot"."""
 
 
 @torch.no_grad()
@@ -97,9 +94,10 @@ def walk_conversation(
     visit: Visit | None = None,
 ) -> list[Acceptance]:
     """Follow greedy decoding through the responses of a conversation, in each way of `score_conversation`."""
-    accepted_from: list[dict[int, int]] = [{} for _ in range(3 if drafter.num_candidates > 1 else 1)]
+    accepted_from: list[dict[int, int]] = []
     reached = []
     for states, blocks, is_accepted in score_conversation(drafter, target, dataset, index, token_ids):
+        accepted_from = accepted_from or [{} for _ in is_accepted]
         for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
             known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
         if visit is not None:
@@ -126,13 +124,12 @@ def score_conversation(
     bytes for the dense mask on a CPU.
 
     Yields:
-        Final hidden states, "1 block slot hidden", or with a head of the drafter's own the scores of its drafts; the
-        blocks; and the slots that are accepted, "way block slot". With a head there are three ways: its walk, each
-        slot's own best token, and the target's token wherever it is a candidate.
+        The states of `Selector.match`, the blocks, and the slots that are accepted, "way block slot".
     """
-    head, rows = target.head.part(token_ids)
-    if drafter.vocabulary is not None and drafter.vocabulary.head is not None:
-        head, rows = target.head.part(drafter.vocabulary.token_ids, drafter.vocabulary.head.weight)
+    rows = DraftRows(target, token_ids)
+    vocabulary = drafter.vocabulary
+    if vocabulary is not None and vocabulary.head is not None:
+        rows = DraftRows(target, vocabulary.token_ids, vocabulary.head.weight)
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
     inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
     tokens, features = inputs["token_ids"], inputs["features"]
@@ -144,64 +141,8 @@ def score_conversation(
         text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
         with torch.no_grad():
             found = blocks_hidden(drafter, target, {**chosen, **text})
-            states, blocks = found[:2]
-            labels = blocks.labels if rows is None else rows[blocks.labels]
-            if drafter.num_candidates == 1:
-                is_accepted = leading_matches(states, head, labels, blocks.is_scored)
-            else:
-                states, is_right = walk_blocks(drafter, target, found, head, token_ids)
-                is_accepted = (is_right & blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
-                is_accepted = torch.nn.functional.pad(is_accepted, (1, 0))
-        yield states, blocks, is_accepted
-
-
-def walk_blocks(
-    drafter: Drafter, target: Target, found: BlocksHidden, head: Head, token_ids: Tensor | None
-) -> tuple[Float[Tensor, "1 block slot choice"], Bool[Tensor, "3 block draft"]]:
-    """Draft the blocks of a conversation with the drafter's head.
-
-    Returns:
-        Its scores, of slot 0 any; and which drafts are the target's, for each way of `score_conversation`.
-    """
-    hidden, blocks = found[:2]
-    every = torch.ones_like(blocks.is_scored)
-    out = frozen_head_nll(hidden, head, blocks.labels * 0, every, num_candidates=drafter.num_candidates)
-    candidates = out.candidates if token_ids is None else token_ids.to(out.candidates.device)[out.candidates]
-    candidates, log_probs, states = (x[0, :, 1:] for x in (candidates, out.log_probs, hidden))
-    lattice = make_lattice(drafter, target, candidates, log_probs, states, found.before[0], blocks.anchors[0] > 0)
-    tokens, scores = take_walk(lattice)
-    labels = blocks.labels[0, :, 1:]
-    is_true = candidates == labels[..., None]
-    is_right = torch.stack([tokens == labels, is_true[..., 0], is_true.any(-1)])
-    return torch.cat([scores[:, :1], scores], dim=1)[None], is_right
-
-
-def leading_matches(
-    hidden: Float[Tensor, "batch block slot hidden"],
-    head: Head,
-    labels: Int[Tensor, "batch block slot"],
-    is_scored: Bool[Tensor, "batch block slot"],
-) -> Bool[Tensor, "batch block slot"]:
-    """Find the slots of each block that greedy verification accepts: those before its first wrong draft.
-
-    It is what `frozen_head_nll` finds, up to each block's first miss. Blocks that are right so far go on with twice as
-    many slots, so little more than tau rows of a block are multiplied with the head, in few products.
-
-    Memory: logits of `SCORED_BLOCKS` rows.
-    """
-    is_accepted, is_right = torch.zeros_like(is_scored), torch.ones_like(is_scored[..., 0])
-    start, width = 1, 1
-    while start < labels.shape[-1] and is_right.any():
-        at = slice(start, start + width)
-        is_tried = is_right[..., None] & is_scored[..., at]
-        rows = hidden[..., at, :][is_tried].split(SCORED_BLOCKS)
-        is_match = torch.zeros_like(is_tried)
-        is_match[is_tried] = torch.cat([head.logits(part).argmax(-1) for part in rows]) == labels[..., at][is_tried]
-        is_accepted[..., at] = is_match.int().cumprod(-1).bool()
-        is_right = is_accepted[..., at][..., -1]
-        start += width
-        width *= 2
-    return is_accepted
+            states, is_accepted = drafter.selector.match(found, rows)
+        yield states, found.blocks, is_accepted
 
 
 def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:

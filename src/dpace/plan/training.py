@@ -231,7 +231,7 @@ class TrainingPlan(TargetPlan):
         slots = shape.batch_size * shape.num_blocks * self.drafter.block_size
         found = []
         for name, weight in self.drafter.named_parameters():
-            rows = slots * (self.drafter.num_candidates if name.startswith("lilicorr") else 1)
+            rows = slots * (self.drafter.selector.num_candidates if name.startswith("lilicorr") else 1)
             if name == "fc.weight":
                 rows = context
             elif "k_proj" in name or "v_proj" in name:

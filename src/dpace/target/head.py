@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
@@ -28,20 +28,6 @@ class Head(NamedTuple):
         if self.multiplier != 1:
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def part(
-        self, token_ids: Int[Tensor, " choice"] | None, weight: Float[Tensor, "choice hidden"] | None = None
-    ) -> tuple["Head", Int[Tensor, " vocab"] | None]:
-        """Copy the rows of some tokens, or take others, and return the row of each token; -1 where it has none.
-
-        For None, that is this head and None.
-        """
-        if token_ids is None:
-            return self, None
-        token_ids = token_ids.to(self.weight.device)
-        index = torch.full_like(self.weight[:, 0], -1, dtype=torch.long)
-        index[token_ids] = torch.arange(len(token_ids), device=index.device)
-        return self._replace(weight=self.weight[token_ids].contiguous() if weight is None else weight), index
 
     def slope(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"] | None:
         """Compute the derivative of the cap, given the capped logits; None without a cap."""

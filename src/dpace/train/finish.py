@@ -11,7 +11,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
-from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftVocabulary
+from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftRows, DraftVocabulary
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
@@ -148,12 +148,12 @@ def measure_and_calibrate(
     Returns:
         The accepted lengths; and the temperature, above 1 for a drafter that is too sure.
     """
-    head, _ = target.head.part(token_ids)
+    rows = DraftRows(target, token_ids)
     errors: dict[int, Tensor] = {}
 
-    def add_errors(index: int, rows: Tensor, is_right: Tensor) -> None:
-        share = max(1, round(len(rows) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scores = head.logits(rows[::share]) if drafter.num_candidates == 1 else rows[::share]
+    def add_errors(index: int, states: Tensor, is_right: Tensor) -> None:
+        share = max(1, round(len(states) * len(dataset) / MAX_CALIBRATION_ROWS))
+        scores = drafter.selector.scores(states[::share], rows)
         log_confidence = torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]).log().clamp_max(-1e-6)
         log_probs = torch.where(is_right[::share], log_confidence, torch.log(-torch.expm1(log_confidence)))
         errors[index] = -log_probs.sum(-1).cpu()

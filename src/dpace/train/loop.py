@@ -26,15 +26,14 @@ from dpace.batches.dataset import ResponseDataset, collate, redraw
 from dpace.blocks import Blocks, block_sizes
 from dpace.config import LossConfig, Recipe, TrainConfig, is_custom
 from dpace.drafter import Drafter
-from dpace.drafter.lilicorr import make_lattice, walk_losses
-from dpace.drafter.views import BlocksHidden, blocks_hidden
-from dpace.loss import HeadOutput, Slots, Weigh, block_loss, candidate_logits, count_items, frozen_head_nll
+from dpace.drafter.views import blocks_hidden
+from dpace.drafter.vocabulary import DraftRows
+from dpace.loss import Slots, SlotScores, Weigh, block_loss, count_items, frozen_head_nll
 from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
 from dpace.system.loading import refuse_infinite
 from dpace.target import Target
-from dpace.target.head import Head
 from dpace.train.checkpoints import (
     WEIGHTS,
     TrainingState,
@@ -67,12 +66,8 @@ class Scorer:
     loss: LossConfig
     weigh: Weigh
     """Computes the weights."""
-    head: Head
-    """The target's, or its rows of the tokens that `head_index` knows."""
-    head_index: Tensor | None = None
-    """The row of each token in `head`; None where it has all."""
-    head_tokens: Tensor | None = None
-    """The token of each of its rows; None where it has all."""
+    rows: DraftRows
+    """Of the LM head, for the tokens that the softmax covers."""
     make_mask: Callable[..., Any] | None = None
     """See `blocks_hidden`."""
     chunk_bytes: int | None = None
@@ -80,9 +75,9 @@ class Scorer:
     needs_target_hidden: bool = False
     """Whether the losses read the input of the target's head, see `Recipe.needs_target_hidden`."""
     autocast: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
-    """In which the drafter's head computes, as the rest of the drafter does when it is trained."""
+    """In which the drafter's selector computes, as the rest of the drafter does when it is trained."""
 
-    def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[HeadOutput, Blocks]:
+    def score(self, model: Any, batch: dict[str, Any], progress: float = 0.0) -> tuple[SlotScores, Blocks]:
         """Draft the blocks of a micro-batch, and compute their losses.
 
         Returns:
@@ -97,72 +92,33 @@ class Scorer:
             make_mask=self.make_mask,
         )
         blocks = found.blocks
+        selector = self.drafter.selector
+
+        def weigh(slots: Slots) -> Tensor:
+            return self.weigh(slots._replace(progress=progress))
+
         out = frozen_head_nll(
             found.hidden,
-            self.head,
-            blocks.labels if self.head_index is None else self.head_index[blocks.labels],
+            self.rows.head,
+            self.rows.index(blocks.labels),
             blocks.is_scored,
             scored_rows=batch.get("scored_rows"),
-            weigh=lambda slots: self.weigh(slots._replace(progress=progress)),
+            weigh=weigh,
             token_loss=self.loss.token_loss,
             target_hidden=found.target_hidden if self.loss.needs_target_probs else None,
             chunk_bytes=self.chunk_bytes,
-            num_candidates=self.drafter.num_candidates,
+            num_candidates=selector.num_candidates,
         )
-        if self.drafter.num_candidates > 1:
-            out = self.add_head(out, found, batch.get("whole_blocks"), progress)
+        out = selector.add_loss(
+            out,
+            found,
+            self.rows,
+            weigh=weigh,
+            config=self.loss,
+            whole_blocks=batch.get("whole_blocks"),
+            autocast=self.autocast,
+        )
         return out, blocks
-
-    def add_head(self, out: HeadOutput, found: BlocksHidden, whole: Tensor | None, progress: float) -> HeadOutput:
-        """Add the loss of the drafter's head, in blocks all of whose slots are scored.
-
-        Args:
-            out: of these blocks, without the head.
-            found: what their forward pass gave.
-            whole: numbers of these blocks among all, where they are known; the host waits for the device otherwise.
-            progress: share of the training that is done.
-        """
-        blocks = found.blocks
-        if whole is None:
-            whole = blocks.is_scored[..., 1:].flatten(0, 1).all(-1).nonzero()[:, 0]
-        if not len(whole):  # a gradient of 0, since ranks wait for each other's
-            head: Any = self.drafter.lilicorr
-            nothing = sum(parameter.sum() * 0 for parameter in head.parameters())
-            return out._replace(losses=out.losses + nothing)
-
-        def pick(values: Tensor) -> Tensor:
-            return values.flatten(0, 1)[whole][:, 1:]
-
-        hidden = pick(found.hidden)
-        labels = pick(blocks.labels)
-        rows = pick(out.candidates)
-        own = labels if self.head_index is None else self.head_index[labels]
-        logits = candidate_logits(hidden, self.head, torch.cat([rows, own[..., None]], dim=-1))
-        log_probs = logits[..., :-1] - logits[..., -1:] - pick(out.token_losses)[..., None]
-        theirs = found.target_hidden
-        target_logits = None if theirs is None else candidate_logits(pick(theirs), self.head, rows)
-        with self.autocast():
-            lattice = make_lattice(
-                self.drafter,
-                self.target,
-                rows if self.head_tokens is None else self.head_tokens[rows],
-                log_probs,
-                hidden,
-                found.before.flatten(0, 1)[whole],
-                blocks.anchors.flatten()[whole] > 0,
-            )
-        walk = walk_losses(lattice, labels, target_logits, self.loss.head_penalty)
-        head_weights = walk.is_candidate.int().cumprod(-1)
-        if self.loss.head_weights != "mean":
-            probs = torch.exp(-out.nll).flatten(0, 1)
-            probs[whole, 1:] = walk.probs
-            slots = Slots(blocks.is_scored, probs.view_as(out.nll), out.is_match, None, progress)
-            weights = self.weigh(slots).detach().float()
-            head_weights = pick(weights)
-            if self.loss.head_weights == "walk":
-                out = out._replace(weights=weights, losses=(weights * out.token_losses).sum(-1))
-        losses = out.losses.flatten().index_add(0, whole, (head_weights * walk.losses).sum(-1))
-        return out._replace(losses=losses.view_as(out.losses))
 
 
 class TrainingLoop:
@@ -215,16 +171,12 @@ class TrainingLoop:
         if self.is_sharded:
             self.model = copy.deepcopy(drafter)
             shard(self.model)
-        head_tokens = dataset.seen_tokens.to(target.device) if self.loss.vocabulary == "seen" else None
-        head, head_index = target.head.part(head_tokens)
         self.scorer = Scorer(
             self.model,
             target,
             self.loss,
             weigh,
-            head,
-            head_index,
-            head_tokens,
+            DraftRows(target, dataset.seen_tokens if self.loss.vocabulary == "seen" else None),
             chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
             needs_target_hidden=recipe.needs_target_hidden,
             autocast=self.autocast,

@@ -21,7 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from torch import Tensor
 
 from dpace.config import Recipe
-from dpace.loss import HeadOutput
+from dpace.loss import SlotScores
 from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
 from dpace.system.progress import one_line, progress_bar
@@ -107,7 +107,7 @@ class StepLog:
         self._steps: list[dict[str, float]] = []
         self._has_warned = not ranks.is_first()
 
-    def add_batch(self, out: HeadOutput, is_scored: Tensor) -> None:
+    def add_batch(self, out: SlotScores, is_scored: Tensor) -> None:
         """Add what the head gives for a micro-batch."""
         by_slot = (out.weights, out.is_match, out.nll, is_scored)
         self._sums[:, : is_scored.shape[-1]] += torch.stack([values.float().sum((0, 1)) for values in by_slot])

@@ -9,7 +9,8 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from dpace.decode import custom_generate
 from dpace.decode.costs import StepCosts
 from dpace.decode.pace import Plan
-from dpace.decode.sampling import Sampler, draw_draft, verify_sampled
+from dpace.decode.sampling import Sampler, verify_sampled
+from dpace.drafter.selector import draw_draft
 from tests.conftest import make_drafter, make_target
 from tests.unit.decode.test_decode import chi_square
 

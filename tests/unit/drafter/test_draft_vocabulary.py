@@ -14,7 +14,7 @@ from dpace.decode.loop import Speculation
 from dpace.decode.request import Continuation
 from dpace.decode.sampling import Sampler
 from dpace.drafter import load_drafter
-from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftHead, DraftVocabulary, load_vocabulary
+from dpace.drafter.vocabulary import VOCABULARY_FILE, DraftVocabulary, PackedRows, load_vocabulary
 from dpace.train.finish import measure_and_calibrate
 from tests.conftest import LANGUAGE_RECIPE, make_target
 from tests.unit.train.test_train import run_recipe, short
@@ -37,7 +37,7 @@ def test_it_is_the_head_with_all_other_tokens_left_out(family, dtype):
     for change in (1.0, -2.0):
         with torch.no_grad():
             target.head.weight.mul_(change)
-        head, whole = DraftHead(target, vocabulary, [2, 7, 7]), target.head.logits(hidden).float()
+        head, whole = PackedRows(target, vocabulary, [2, 7, 7]), target.head.logits(hidden).float()
         allowed = [2, 7, 9, 33]
         expected = torch.full_like(whole, -torch.inf)
         expected[:, allowed] = whole[:, allowed]
@@ -45,7 +45,7 @@ def test_it_is_the_head_with_all_other_tokens_left_out(family, dtype):
         torch.testing.assert_close(head.spread(found).float(), expected, rtol=2e-2, atol=2e-2)
         assert found.shape == (5, 4)
         assert torch.equal(head.tokens(found.argmax(-1)), head.spread(found).float().argmax(-1))
-    with_all = DraftHead(target, None)
+    with_all = PackedRows(target, None)
     assert with_all.spread(with_all.logits(hidden)).shape == whole.shape
 
 
@@ -105,7 +105,7 @@ def test_speculative_sampling_with_processors_drafts_any_token(language_target, 
     processors = LogitsProcessorList([lambda ids, scores: scores])
     for given, rule, is_whole in ((processors, "speculative", True), (None, "speculative", False)):
         text = Continuation([5, 6, 7], 3, 9, set(), Sampler(1.0, processors=given, seed=0))
-        head = Speculation(language_target, drafter, text, width="full", verify_rule=rule).draft_head
+        head = Speculation(language_target, drafter, text, width="full", verify_rule=rule).draft_rows
         assert (head.token_ids is None) == is_whole
 
 

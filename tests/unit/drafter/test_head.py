@@ -8,8 +8,7 @@ import torch
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.decode import generate, generate_batch
-from dpace.drafter.kinds import KINDS
-from dpace.drafter.lilicorr import Lattice, take_walk, walk_losses
+from dpace.drafter.lilicorr import Lattice, LatticeSelector, take_walk, walk_losses
 from dpace.measure.heldout import score_conversation
 from dpace.modeling_dflash import LiLiCorr
 from dpace.respond.responses import Response
@@ -199,14 +198,14 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
     target = make_target("qwen3")
     drafter = make_with_head(target, block_size=5)
     found = []
-    kind = KINDS["lilicorr"]
+    propose = LatticeSelector.propose
 
     def spy(*args):
-        draft = kind.propose(*args)
+        draft = propose(*args)
         found.append(draft.lattice)
         return draft
 
-    monkeypatch.setitem(KINDS, "lilicorr", kind._replace(propose=spy))
+    monkeypatch.setattr(LatticeSelector, "propose", spy)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
     outs = generate_batch(target, drafter, prompts, max_new_tokens=9, stop_token_ids=[])
     batched, alone = found[:], []

@@ -15,7 +15,7 @@ from dpace.decode.request import make_continuation
 from dpace.decode.steps import Ends, State, draft_step
 from dpace.drafter import load_drafter
 from dpace.drafter.views import blocks_hidden, draft_block
-from dpace.drafter.vocabulary import DraftHead
+from dpace.drafter.vocabulary import PackedRows
 from dpace.fast.cache import RaggedCache, TextCache
 from tests.conftest import MASK, decode_whole, make_drafter, make_target
 from tests.support.cases import wide
@@ -107,7 +107,7 @@ def test_rejected_tokens_do_not_push_accepted_ones_out(target):
         cache = RaggedCache(drafter.config, 30, drafter.dtype, drafter.num_slots, drafter.reaches)
         cache.end = 30
         state = State(ends, features[:, :count], positions[:, :count])
-        scores.append(draft_step(drafter, DraftHead(target, None), cache, state, drafter.block_size)[1].scores)
+        scores.append(draft_step(drafter, PackedRows(target, None), cache, state, drafter.block_size)[1].scores)
     torch.testing.assert_close(*scores)
 
 

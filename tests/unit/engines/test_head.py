@@ -111,7 +111,7 @@ def test_without_the_head_it_is_dflashs(made, language_target, language_folder, 
     assert export(folder, language_folder, "gguf", tmp_path / "gguf", *more) == 0
     assert export(folder, language_folder, "zlab", tmp_path / "plain", "--plain") == 0
     plain = Drafter.from_pretrained(tmp_path / "plain")
-    assert plain.lilicorr is None and plain.num_candidates == 1
+    assert plain.lilicorr is None and plain.selector.num_candidates == 1
     own = drafter.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in plain.state_dict().items() if name in own)
     assert not [d for d in diagnose(tmp_path / "plain", language_target) if d.result in ("fails", "warns")]

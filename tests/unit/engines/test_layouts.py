@@ -18,7 +18,7 @@ from dpace.decode.request import make_continuation
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.views import blocks_hidden
-from dpace.drafter.vocabulary import DraftHead, DraftVocabulary
+from dpace.drafter.vocabulary import DraftVocabulary, PackedRows
 from dpace.engines.published import read_folder
 from dpace.measure.heldout import heldout_acceptance
 from dpace.metrics import Acceptance
@@ -233,7 +233,7 @@ def test_own_tables_are_decoded_scored_and_checked(
     trained = scored(language_target, drafter, language_responses[50:])
     assert abs(trained.tau - decoded.tau) < 0.2
     hidden = torch.randn(5, 48)
-    logits = DraftHead(language_target, drafter.vocabulary, questions[0]).spread(drafter.lm_head(hidden))
+    logits = PackedRows(language_target, drafter.vocabulary, questions[0]).spread(drafter.lm_head(hidden))
     rows = load_file(layouts[layout] / "model.safetensors")["lm_head.weight"]
     chosen = torch.tensor(TOKENS) if layout == "small" else torch.arange(64)
     torch.testing.assert_close(logits[:, chosen], hidden @ rows.T, rtol=1e-4, atol=1e-4)
@@ -249,7 +249,7 @@ def test_processors_leave_a_whole_head_to_the_drafter(layout, layouts, language_
     drafter = load_drafter(layouts[layout], language_target)
     text = make_continuation(language_target, [4, 20], temperature=1.0, max_new_tokens=9)
     text.sampler.processors.append(TypicalLogitsWarper())
-    head = Speculation(language_target, drafter, text, width="full", verify_rule="speculative").draft_head
+    head = Speculation(language_target, drafter, text, width="full", verify_rule="speculative").draft_rows
     assert (head.token_ids is None) == (layout == "small")
 
 

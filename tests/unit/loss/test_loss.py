@@ -2,6 +2,7 @@ import inspect
 import subprocess
 import sys
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpace.config import LossConfig, Objective, TokenLoss
+from dpace.drafter.selector import leading_matches
+from dpace.drafter.vocabulary import DraftRows
 from dpace.loss import (
     REDUCTIONS,
     block_loss,
@@ -20,7 +23,6 @@ from dpace.loss import (
     head_scores,
 )
 from dpace.loss.objective import make_weigh, with_objective
-from dpace.measure.heldout import leading_matches
 from dpace.target.head import Head
 from tests.support.cases import wide
 
@@ -162,7 +164,8 @@ def test_end_to_end_tv_is_dpace_of_the_overlap_without_smoothing():
 def test_leading_matches_are_the_greedy_prefix():
     states, head, labels, is_scored = problem(vocab=3)
     out = frozen_head_nll(states, head, labels, is_scored)
-    found = leading_matches(states, head, labels, is_scored)
+    rows = Mock(spec=DraftRows, logits=head.logits, tokens=lambda index: index)
+    found = leading_matches(states, rows, labels, is_scored)
     for b, n in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
         length = 0
         while (

@@ -9,6 +9,7 @@ import torch
 from dpace.batches.dataset import ResponseDataset, collate
 from dpace.config import LossConfig
 from dpace.drafter.views import blocks_hidden
+from dpace.drafter.vocabulary import DraftRows
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
@@ -30,7 +31,7 @@ def naive(drafter, target, batch, way, penalty):
     for b, n in torch.cartesian_prod(*map(torch.arange, blocks.anchors.shape)).tolist():
         if not blocks.is_scored[b, n, 1:].all():
             continue
-        top = log_probs[b, n, 1:].topk(drafter.num_candidates)
+        top = log_probs[b, n, 1:].topk(drafter.selector.num_candidates)
         labels, anchor = blocks.labels[b, n, 1:].tolist(), int(blocks.anchors[b, n])
         row = drafter.hidden_norm(drafter.fc(batch["features"][b, anchor - 1, : drafter.fc.in_features]))
         inputs = target.embed(top.indices), top.values, hidden[b, n, 1:], row
@@ -65,7 +66,8 @@ def test_the_loss_of_a_head_is_that_of_all_logits(way, language_target, language
     ids = drafter.target_layer_ids
     batch["features"] = language_target.features(batch["token_ids"], ids, with_head_input=True)
     loss = LossConfig(head_weights=way, head_penalty=0.5)
-    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), language_target.head, needs_target_hidden=True)
+    rows = DraftRows(language_target)
+    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), rows, needs_target_hidden=True)
     out, _ = scorer.score(drafter, batch)
     out.losses.sum().backward()
     found = {name: p.grad for name, p in drafter.named_parameters()}
@@ -77,8 +79,7 @@ def test_the_loss_of_a_head_is_that_of_all_logits(way, language_target, language
     for name, parameter in drafter.named_parameters():
         assert float((found[name] - parameter.grad).norm() / parameter.grad.norm()) < 1e-3, name
     every = torch.arange(64)
-    part, index = language_target.head.part(every.flip(0))
-    seen = replace(scorer, head=part, head_index=index, head_tokens=every.flip(0))
+    seen = replace(scorer, rows=DraftRows(language_target, every.flip(0)))
     torch.testing.assert_close(seen.score(drafter, batch)[0].losses, losses, rtol=1e-4, atol=1e-4)
 
 
@@ -88,7 +89,7 @@ def test_a_head_computes_in_the_precision_of_the_training(language_target, langu
     dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
     batch = collate([dataset[i] for i in range(3)], 5)
     loss = LossConfig(head_penalty=0.0)
-    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), language_target.head)
+    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), DraftRows(language_target))
     seen = []
     drafter.lilicorr.out_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     drafter.lilicorr.register_forward_hook(lambda module, args, out: seen.extend(scores.dtype for scores in out))
@@ -109,7 +110,7 @@ def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, l
     batch = collate([dataset[0]], 5)
     batch["is_scored"][..., 4] = False
     loss = LossConfig(head_penalty=0.0)
-    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), language_target.head)
+    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), DraftRows(language_target))
     scorer.score(drafter, batch)[0].losses.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in drafter.lilicorr.parameters())
 

@@ -1,0 +1,168 @@
+"""How the tokens of a draft are chosen from what the network computes for each slot; here, each slot's own best one.
+
+A drafter with a selector of its own has a subclass of `Selector`. Training, measuring and decoding call its methods,
+and know no more of it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dpace.config import LossConfig
+from dpace.drafter.views import BlocksHidden
+from dpace.drafter.vocabulary import DraftRows
+from dpace.loss import SlotScores, Weigh
+
+SCORED_ROWS = 128
+"""Number of slots whose logits exist at once where known responses are measured."""
+
+
+class Draft(NamedTuple):
+    """What a drafter proposes behind each text."""
+
+    tokens: Int[Tensor, "batch draft"]
+    """The best token of each slot."""
+    scores: Float[Tensor, "batch draft choice"]
+    """Logits of each slot's choices; of a selector that chooses from candidates, a last one for all other tokens."""
+    lattice: Any = None
+    """What a selector of the drafter's own keeps of it."""
+
+
+class Selector:
+    """Takes each slot's own best token.
+
+    Args:
+        drafter: whose network computes the hidden states.
+    """
+
+    num_candidates = 1
+    """Number of best tokens of each slot that it chooses from; 1 where it has no choice."""
+
+    def __init__(self, drafter: Any):
+        self.drafter = drafter
+
+    def add_loss(
+        self,
+        scores: SlotScores,
+        found: BlocksHidden,
+        rows: DraftRows,
+        *,
+        weigh: Weigh,
+        config: LossConfig,
+        whole_blocks: Int[Tensor, " whole"] | None,
+        autocast: Callable[[], Any],
+    ) -> SlotScores:
+        """Add the loss that the selector itself is trained with; this one has nothing to train.
+
+        Args:
+            scores: of the blocks, without it.
+            found: what the forward pass gave.
+            rows: of the tokens that the loss knows.
+            weigh: computes weights from `Slots`.
+            config: of the loss.
+            whole_blocks: numbers of the blocks all of whose slots are scored, where they are known; the host waits for
+                the device otherwise.
+            autocast: in which the selector computes, as the rest of the drafter.
+        """
+        return scores
+
+    def propose(
+        self,
+        rows: DraftRows,
+        hidden: Float[Tensor, "batch slot hidden"],
+        before: Callable[[], Float[Tensor, "batch feature"]],
+        width: int,
+    ) -> Draft:
+        """Propose the best tokens.
+
+        Args:
+            rows: of the tokens that may be drafted.
+            hidden: of whole blocks.
+            before: returns the features of the token before each anchor.
+            width: number of slots that may be verified, the anchor included.
+        """
+        logits = rows.logits(hidden[:, 1:width].flatten(0, 1))
+        tokens = rows.tokens(logits.float().argmax(-1)).unflatten(0, (len(hidden), -1))
+        return Draft(tokens, logits.unflatten(0, tokens.shape))
+
+    def draw(
+        self, draft: Draft, num_drawn: int, rows: DraftRows, text: Sequence[int], sampler: Any
+    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+        """Draw a draft of one text for speculative sampling.
+
+        Args:
+            draft: what was proposed.
+            num_drawn: number of slots that will be verified.
+            rows: of the tokens that may be drafted.
+            text: the tokens before the draft.
+            sampler: the target's, of `dpace.decode.sampling`.
+
+        Returns:
+            The tokens, and the distribution that each was drawn from.
+        """
+        return draw_draft(rows.spread(draft.scores[0, :num_drawn]), text, sampler)
+
+    def match(self, found: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "way block slot"]]:
+        """Find the slots of a text's blocks that greedy verification accepts.
+
+        Returns:
+            States of the slots, "1 block slot state", of which `scores` makes those of a draft; and the accepted slots,
+            as they are drafted, and behind that in the other ways of `Acceptance.bounds`.
+        """
+        blocks = found.blocks
+        return found.hidden, leading_matches(found.hidden, rows, blocks.labels, blocks.is_scored)
+
+    def scores(self, states: Float[Tensor, "slot state"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
+        """Turn states of `match` into scores of a `Draft`."""
+        return rows.logits(states)
+
+
+def draw_draft(
+    logits: Float[Tensor, "draft vocab"], text: Sequence[int], sampler: Any
+) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    """Draw each slot's token from its logits; see `Selector.draw`.
+
+    Processors see the text and the draft tokens that were drawn before a slot, as they do when the target verifies it.
+    """
+    if not sampler.processors:
+        probs = sampler.probs(sampler.scores(logits, text))
+        return torch.multinomial(probs, 1, generator=sampler.generator)[:, 0], probs
+    drawn = []
+    rows = []
+    for slot in logits:
+        probs = sampler.probs(sampler.scores(slot[None], [*text, *drawn]))
+        drawn.append(int(torch.multinomial(probs, 1, generator=sampler.generator)))
+        rows.append(probs)
+    return torch.tensor(drawn, device=logits.device), torch.cat(rows)
+
+
+def leading_matches(
+    hidden: Float[Tensor, "batch block slot hidden"],
+    rows: DraftRows,
+    labels: Int[Tensor, "batch block slot"],
+    is_scored: Bool[Tensor, "batch block slot"],
+) -> Bool[Tensor, "batch block slot"]:
+    """Find the slots of each block that greedy verification accepts: those before its first wrong draft.
+
+    It is what `frozen_head_nll` finds, up to each block's first miss. Blocks that are right so far go on with twice as
+    many slots, so little more than tau rows of a block are multiplied with the head, in few products.
+
+    Memory: logits of `SCORED_ROWS` slots.
+    """
+    is_accepted, is_right = torch.zeros_like(is_scored), torch.ones_like(is_scored[..., 0])
+    start, width = 1, 1
+    while start < labels.shape[-1] and is_right.any():
+        at = slice(start, start + width)
+        is_tried = is_right[..., None] & is_scored[..., at]
+        parts = hidden[..., at, :][is_tried].split(SCORED_ROWS)
+        is_match = torch.zeros_like(is_tried)
+        drafted = rows.tokens(torch.cat([rows.logits(part).argmax(-1) for part in parts]))
+        is_match[is_tried] = drafted == labels[..., at][is_tried]
+        is_accepted[..., at] = is_match.int().cumprod(-1).bool()
+        is_right = is_accepted[..., at][..., -1]
+        start += width
+        width *= 2
+    return is_accepted
