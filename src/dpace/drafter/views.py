@@ -1,6 +1,5 @@
 """The drafter's forward pass over all blocks of a text (training) or the block behind it (decoding)."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpace.blocks import Blocks, Reach, dense_mask, flex_mask
+from dpace.blocks import Blocks, dense_mask, flex_mask
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import TILED
 from dpace.target import Target
@@ -81,7 +80,6 @@ def blocks_hidden(
     *,
     model: Any = None,
     with_target_hidden: bool = False,
-    make_mask: Callable[[Blocks, int, Reach], Any] | None = None,
 ) -> BlocksHidden:
     """Run the drafter over all blocks of a batch at once: the training forward pass.
 
@@ -98,7 +96,6 @@ def blocks_hidden(
             `Target.features`.
         model: the drafter's wrapper in training; by default the drafter itself.
         with_target_hidden: give the input of the target's head too.
-        make_mask: gives the attention mask; by default `flex_mask` on a GPU and `dense_mask` elsewhere.
     """
     blocks = Blocks(**{name: inputs[name] for name in Blocks.__dataclass_fields__})
     token_ids, features = inputs["token_ids"], inputs["features"]
@@ -107,7 +104,7 @@ def blocks_hidden(
         features = target.features(text, drafter.target_layer_ids, with_head_input=with_target_hidden)
     num_features = len(drafter.target_layer_ids) * target.hidden_size
     batch, num_context = token_ids.shape
-    make_mask = make_mask or (flex_mask if token_ids.device.type in TILED else dense_mask)
+    make_mask = flex_mask if token_ids.device.type in TILED else dense_mask
     read = blocks
     if not drafter.first_slot:
         read = replace(blocks, labels=blocks.labels[..., :-1], is_scored=blocks.is_scored[..., :-1])

@@ -62,16 +62,11 @@ class Scorer:
     """The forward pass of a micro-batch, up to the weighted loss of each block."""
 
     drafter: Drafter
-    target: Target
     loss: LossConfig
     weigh: Weigh
     """Computes the weights."""
     rows: DraftRows
-    """Of the LM head, for the tokens that the softmax covers."""
-    make_mask: Callable[..., Any] | None = None
-    """See `blocks_hidden`."""
-    chunk_bytes: int | None = None
-    """See `frozen_head_nll`."""
+    """Of the target's LM head, for the tokens that the softmax covers."""
     needs_target_hidden: bool = False
     """Whether the losses read the input of the target's head, see `Recipe.needs_target_hidden`."""
     autocast: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -85,11 +80,10 @@ class Scorer:
         """
         found = blocks_hidden(
             self.drafter,
-            self.target,
+            self.rows.target,
             batch,
             model=model,
             with_target_hidden=self.needs_target_hidden,
-            make_mask=self.make_mask,
         )
         blocks = found.blocks
         selector = self.drafter.selector
@@ -106,7 +100,7 @@ class Scorer:
             weigh=weigh,
             token_loss=self.loss.token_loss,
             target_hidden=found.target_hidden if self.loss.needs_target_probs else None,
-            chunk_bytes=self.chunk_bytes,
+            chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
             num_candidates=selector.num_candidates,
         )
         out = selector.add_loss(
@@ -173,11 +167,9 @@ class TrainingLoop:
             shard(self.model)
         self.scorer = Scorer(
             self.model,
-            target,
             self.loss,
             weigh,
             DraftRows(target, dataset.seen_tokens if self.loss.vocabulary == "seen" else None),
-            chunk_bytes=self.loss.chunk_mib and self.loss.chunk_mib * 2**20,
             needs_target_hidden=recipe.needs_target_hidden,
             autocast=self.autocast,
         )

@@ -67,7 +67,7 @@ def test_the_loss_of_a_head_is_that_of_all_logits(way, language_target, language
     batch["features"] = language_target.features(batch["token_ids"], ids, with_head_input=True)
     loss = LossConfig(head_weights=way, head_penalty=0.5)
     rows = DraftRows(language_target)
-    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), rows, needs_target_hidden=True)
+    scorer = Scorer(drafter, loss, make_weigh(loss, 5), rows, needs_target_hidden=True)
     out, _ = scorer.score(drafter, batch)
     out.losses.sum().backward()
     found = {name: p.grad for name, p in drafter.named_parameters()}
@@ -89,7 +89,7 @@ def test_a_head_computes_in_the_precision_of_the_training(language_target, langu
     dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
     batch = collate([dataset[i] for i in range(3)], 5)
     loss = LossConfig(head_penalty=0.0)
-    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), DraftRows(language_target))
+    scorer = Scorer(drafter, loss, make_weigh(loss, 5), DraftRows(language_target))
     seen = []
     drafter.lilicorr.out_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     drafter.lilicorr.register_forward_hook(lambda module, args, out: seen.extend(scores.dtype for scores in out))
@@ -110,7 +110,7 @@ def test_a_batch_without_a_whole_block_has_a_gradient_of_zero(language_target, l
     batch = collate([dataset[0]], 5)
     batch["is_scored"][..., 4] = False
     loss = LossConfig(head_penalty=0.0)
-    scorer = Scorer(drafter, language_target, loss, make_weigh(loss, 5), DraftRows(language_target))
+    scorer = Scorer(drafter, loss, make_weigh(loss, 5), DraftRows(language_target))
     scorer.score(drafter, batch)[0].losses.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in drafter.lilicorr.parameters())
 
