@@ -28,9 +28,9 @@ from dpace.config import DrafterConfig, Recipe, RespondConfig, TrainConfig
 from dpace.decode import generate
 from dpace.decode.generation import Generation
 from dpace.drafter import Drafter
-from dpace.drafter.dflash import LAYER_TENSORS, numbered
 from dpace.engines.engine import Request
 from dpace.engines.export import export
+from dpace.engines.gguf import gguf_name
 from dpace.fast.speed_up import speed_up
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import Response, read_responses
@@ -295,8 +295,8 @@ def write_target_gguf(target: Target, path: Path) -> Path:
         getattr(writer, f"add_{name}")(value)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
-    layers = numbered(LAYER_TENSORS, config.num_hidden_layers)
-    names |= {f"model.{ours}": theirs for ours, (_, theirs) in layers.items()}
+    layers = [name.removeprefix("model.") for name in weights if ".layers." in name]
+    names |= {f"model.{name}": gguf_name(name) for name in layers}
     for ours, theirs in names.items():
         writer.add_tensor(theirs, weights[ours].float().numpy())
     writer.write_header_to_file()

@@ -130,7 +130,7 @@ def check_files(files: DrafterFolder, target: Target, engine: EngineName | None)
             trained, found[RECIPE] = attempt(RECIPE, lambda: replace_trained(spec, files, target))
         compared += [*compare(files, trained or spec, target), *check_engine(spec, engine)]
         if WEIGHTS not in found:
-            unused = TARGET_TABLES - spec.tensors.keys()
+            unused = TARGET_TABLES - spec.shapes.keys()
             tensors = {name: tensor for name, tensor in files.stored.items() if name not in unused}
             drafter, found[WEIGHTS] = attempt(WEIGHTS, lambda: make_drafter(spec, tensors))
             compared += check_tables(files, target) if drafter else []

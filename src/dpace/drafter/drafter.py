@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DrafterConfig
-from dpace.drafter.dflash import SELECTOR_TENSORS, TABLES
 from dpace.drafter.kinds import KINDS, Kind
 from dpace.drafter.lilicorr import head_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
@@ -245,7 +244,7 @@ class Drafter(DFlashDraftModel):
                 )
         with torch.random.fork_rng():
             drafter: Any = Drafter(spec.config())
-        own = {name: value for name, value in self.state_dict().items() if name not in {*TABLES, *SELECTOR_TENSORS}}
+        own = {name: value for name, value in self.named_parameters() if name not in TARGET_TABLES}
         drafter.load_state_dict(drafter.state_dict() | own)
         drafter.check_target(target)
         return drafter.to(target.device)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dpace.drafter import dflash, lilicorr
-from dpace.drafter.dflash import Parts
 from dpace.drafter.selector import Selector
 
 
@@ -16,8 +15,6 @@ class Kind(NamedTuple):
 
     architecture: str
     """Name of its network in published configs."""
-    tensors: Callable[[Parts], dict[str, tuple[str, str]]] = dflash.tensors
-    """Returns axes and llama.cpp's name of every tensor, by its published name."""
     config_keys: Callable[[Any], dict[str, Any]] = dflash.config_keys
     """Returns what it adds to `dflash_config`, for a `DrafterSpec`."""
     selector: type[Selector] = Selector
@@ -27,5 +24,5 @@ class Kind(NamedTuple):
 KINDS = {
     "dflash": Kind("DFlashDraftModel"),
     "dflash2": Kind("DFlash2DraftModel"),
-    "lilicorr": Kind("LiLiCorrDraftModel", lilicorr.tensors, lilicorr.config_keys, lilicorr.LatticeSelector),
+    "lilicorr": Kind("LiLiCorrDraftModel", lilicorr.config_keys, lilicorr.LatticeSelector),
 }

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dpace.config import LossConfig
 from dpace.drafter import dflash
-from dpace.drafter.dflash import Parts
 from dpace.drafter.selector import SCORED_ROWS, Draft, Selector
 from dpace.drafter.views import BlocksHidden
 from dpace.drafter.vocabulary import DraftRows
@@ -24,29 +23,6 @@ from dpace.loss import Slots, SlotScores, Weigh, candidate_logits
 
 CE_WEIGHT = 0.25
 """Weight of its cross-entropy beside the loss of the blocks, as published."""
-PREFIX = "lilicorr."
-"""Beginning of the names of its tensors and, with `_` for the point, of its config keys."""
-LINEARS = {
-    "correlator hidden": "token_proj pass_hidden_proj context_proj",
-    "five": "feature_norm",
-    "correlator five": "feature_mlp.up_proj",
-    "correlator correlator": "feature_mlp.down_proj layers.N.attn.out_proj",
-    "wide correlator": "layers.N.mlp.up_proj",
-    "correlator wide": "layers.N.mlp.down_proj",
-    "correlator joined": "factor_input_proj",
-    "factor correlator": "out_head in_head anchor_out_head",
-}
-"""Parts of the head that have a weight and a bias, by the axes of the weight; `N` is the number of a layer."""
-VECTORS = {
-    "one one draft one correlator": "slot_embedding",
-    "one one one candidate correlator": "rank_embedding",
-    "heads distance": "relative_slot_bias",
-    "heads": "same_slot_bias",
-    "correlator": "output_norm.weight anchor_norm.weight layers.N.attn_norm.weight layers.N.mlp_norm.weight",
-    "joined correlator": "layers.N.attn.in_proj_weight",
-    "joined": "layers.N.attn.in_proj_bias",
-}
-"""Its other tensors, by their axes."""
 OLDER_NAMES = {
     "feature_mlp.0": "feature_norm",
     "feature_mlp.1": "feature_mlp.up_proj",
@@ -98,20 +74,9 @@ def head_for(hidden_size: int, num_candidates: int, width: int | None = None) ->
     )
 
 
-def tensors(parts: Parts) -> dict[str, tuple[str, str]]:
-    """Return the tensors of a drafter with a head, as `dflash.tensors`; its names in llama.cpp are not known."""
-    head = {name: axes for axes, names in VECTORS.items() for name in names.split()}
-    for axes, names in LINEARS.items():
-        for name in names.split():
-            head |= {f"{name}.weight": axes, f"{name}.bias": axes.split()[0]}
-    has = parts.has_projection
-    head = {PREFIX + name: (axes, "") for name, axes in head.items() if has or "token_proj" not in name}
-    return dflash.tensors(parts) | dflash.numbered(head, parts.num_head_layers)
-
-
 def published_name(name: str) -> str:
     """Return the newer name of a tensor of the head, which this project writes; other names stay as they are."""
-    if not name.startswith(PREFIX):
+    if not name.startswith("lilicorr."):
         return name
     for older, newer in OLDER_NAMES.items():
         name = name.replace(f".{older}.", f".{newer}.")

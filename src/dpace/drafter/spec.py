@@ -6,18 +6,21 @@ the config that every engine reads.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpace.blocks import build_target_layer_ids
-from dpace.drafter.dflash import CONVOLUTION_KEYS, TABLES, Parts
+from dpace.drafter.dflash import CONVOLUTION_KEYS
 from dpace.drafter.kinds import KINDS, Kind
 from dpace.drafter.lilicorr import HeadSpec, Scale, read_sizes
-from dpace.modeling_dflash import refuse_variants
+from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
+from dpace.system.loading import translate_library_errors
 
 MAX_LAYERS = 1000
 """Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
@@ -157,60 +160,20 @@ class DrafterSpec:
         return self.head and self.head.hidden_size or self.hidden_size
 
     @property
-    def parts(self) -> Parts:
-        """What its network has."""
-        return Parts(
-            num_layers=self.num_layers,
-            has_taps=self.conv_kernel_size > 0,
-            num_head_layers=self.head.num_layers if self.head else 0,
-            has_projection=self.head_width != self.hidden_size,
-        )
-
-    @property
     def kind(self) -> Kind:
         """What is known of drafters like it."""
-        return KINDS[self.parts.kind]
+        return KINDS["lilicorr" if self.head else "dflash2" if self.conv_kernel_size else "dflash"]
 
-    @property
-    def tensors(self) -> dict[str, tuple[str, str]]:
-        """Axes and llama.cpp's name of every tensor, by its published name."""
-        has_head = self.has_own_lm_head or self.draft_vocab_size
-        own = dict(zip(TABLES, (self.has_own_embed_tokens, has_head, self.draft_vocab_size), strict=True))
-        return self.kind.tensors(self.parts) | {name: TABLES[name] for name in own if own[name]}
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of every tensor of its network, by its published name.
 
-    @property
-    def axis_sizes(self) -> dict[str, int]:
-        """Length of each axis of the tensors."""
-        sizes = {
-            "hidden": self.hidden_size,
-            "feature": len(self.target_layer_ids) * self.hidden_size,
-            "query": self.num_heads * self.head_dim,
-            "key": self.num_key_value_heads * self.head_dim,
-            "head": self.head_dim,
-            "inner": self.intermediate_size,
-            "vocab": self.vocab_size,
-            "choice": self.draft_vocab_size or self.vocab_size,
-            "rank": 1,
-            "side": 2,
-            "tap": self.conv_kernel_size,
-            "kernel": 2 * self.conv_kernel_size * (self.hidden_size // max(1, self.conv_group_size)),
-        }
-        head = self.head
-        width = self.head_width
-        if not head:
-            return sizes
-        return sizes | {
-            "one": 1,
-            "five": 5,
-            "candidate": head.candidate_topk,
-            "draft": self.block_size - 1,
-            "distance": 2 * self.block_size - 1,
-            "heads": head.num_heads,
-            "correlator": width,
-            "joined": 3 * width,
-            "wide": int(head.mlp_ratio * width),
-            "factor": head.factor_dim,
-        }
+        Raises:
+            ValueError: sizes that no network has.
+        """
+        with translate_library_errors("the drafter of this config", COPY_AGAIN), torch.device("meta"):
+            network = DFlashDraftModel(self.config())
+        return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "DrafterSpec":

@@ -90,7 +90,7 @@ def export(folder: str | Path, target: Target, request: Request) -> Exported:
         _compare_files(final, contents, read_drafter(path, num_target_layers=target.num_layers))
         files = _names_in(aside)
     _remove_earlier(output, files)
-    return Exported(final, files, len(contents.spec.tensors), contents.rounding)
+    return Exported(final, files, len(contents.spec.shapes), contents.rounding)
 
 
 def lines_to_merge(target: Target, name: str) -> str:
@@ -217,7 +217,7 @@ def _read_contents(folder: Path, target: Target, *, is_plain: bool) -> tuple[Con
     original = load_drafter(folder, target, all_tokens=True)
     own = {name: getattr(original.spec, name) for name in ("has_own_embed_tokens", "has_own_lm_head")}
     spec = replace(spec, **own)
-    weights = {name: tensor for name, tensor in weights.items() if name in spec.tensors}
+    weights = {name: tensor for name, tensor in weights.items() if name in spec.shapes}
     if is_plain:
         spec, weights = without_head(spec, weights)
         original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured

@@ -8,6 +8,7 @@ Source: `tools/server/README.md` and `src/models/dflash.cpp` of ggml-org/llama.c
 
 import contextlib
 import io
+import re
 import shlex
 import struct
 import warnings
@@ -49,6 +50,36 @@ SCALES = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """The same of scales and caps, which are only written where they change something."""
+NAMES = {
+    "fc.weight": "fc.weight",
+    "hidden_norm.weight": "enc.output_norm.weight",
+    "norm.weight": "output_norm.weight",
+    "candidate_selector.predecessor_codebook": "selector_predecessor.weight",
+    "candidate_selector.successor_codebook": "selector_successor.weight",
+    "candidate_selector.hidden_projection.weight": "selector_hidden.weight",
+    "embed_tokens.weight": "token_embd.weight",
+    "lm_head.weight": "output.weight",
+    "d2t": "d2t",
+}
+"""Published name and llama.cpp's name of each tensor; nothing is permuted, because the rotary embedding is NeoX's."""
+LAYER_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "attention_conv.base_kernel": "attn_conv_base",
+    "attention_conv.kernel_projection.weight": "attn_conv_proj.weight",
+    "mlp_conv.base_kernel": "ffn_conv_base",
+    "mlp_conv.kernel_projection.weight": "ffn_conv_proj.weight",
+}
+"""The same of the tensors of a layer."""
 MAX_READS = 2**21
 """Most numbers and texts before the weights; a vocabulary of 262,144 tokens with its merges takes about 1.1 million."""
 TENSOR_TYPES = {
@@ -154,6 +185,12 @@ probability; try a few values on your prompts.
         return read_gguf(files[0], num_target_layers=num_target_layers)
 
 
+def gguf_name(name: str) -> str:
+    """Return llama.cpp's name of a tensor."""
+    of_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    return NAMES[name] if of_layer is None else f"blk.{of_layer[1]}.{LAYER_NAMES[of_layer[2]]}"
+
+
 def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
     """Quantize a matrix.
 
@@ -204,7 +241,7 @@ def write_gguf(path: Path, contents: Contents, target_gguf: str | Path) -> None:
     _write_fields(writer, spec)
     mostly = quantized or TENSOR_TYPES[tensors["fc.weight"].dtype].name
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if mostly == "F32" else f"MOSTLY_{mostly.upper()}"])
-    for ours, (_, name) in spec.tensors.items():
+    for ours in spec.shapes:
         tensor = tensors[ours].detach().cpu().contiguous()
         if ours == "d2t":
             tensor = drafted_tokens(tensor, spec.vocab_size)
@@ -214,7 +251,7 @@ def write_gguf(path: Path, contents: Contents, target_gguf: str | Path) -> None:
         if quantized and tensor.dim() == 2:
             data = quantize(tensor, quantized)[0]
             kind = gguf.GGMLQuantizationType[quantized.upper()] if data.dtype == np.uint8 else kind
-        writer.add_tensor(name, data, raw_dtype=kind)
+        writer.add_tensor(gguf_name(ours), data, raw_dtype=kind)
     _write_file(writer)
 
 
@@ -314,7 +351,7 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         raise ValueError(f"{path}: {error}") from error
     if "d2t" in tensors:  # the tokens themselves here
         tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
-    names: dict[Any, str] = {theirs: ours for ours, (_, theirs) in spec.tensors.items()}
+    names: dict[Any, str] = {gguf_name(ours): ours for ours in spec.shapes}
     return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 

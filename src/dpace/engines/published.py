@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from dpace.drafter import Drafter
-from dpace.drafter.dflash import SELECTOR_TENSORS
 from dpace.drafter.drafter import TARGET_TABLES, refuse_mask_embedding
 from dpace.drafter.spec import DrafterSpec, own_tables
 from dpace.drafter.vocabulary import drafted_tokens
@@ -55,7 +54,7 @@ def read_folder(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     quantized = mapping(files.config.get("quantization_config"))
     tensors = _read_quantized(folder, spec, quantized) if quantized else files.tensors
-    unused = TARGET_TABLES - spec.tensors.keys()
+    unused = TARGET_TABLES - spec.shapes.keys()
     unused |= {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     return spec, {name: tensor for name, tensor in tensors.items() if name not in unused}
 
@@ -93,8 +92,7 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     Raises:
         ValueError: tensors that are missing, unknown or of another shape.
     """
-    sizes = spec.axis_sizes
-    known = spec.tensors
+    known = spec.shapes
     missing = sorted(known.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - known.keys())
     if missing or unknown:
@@ -104,11 +102,10 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
             "drafter with the project that trained it"
         )
     for name, tensor in tensors.items():
-        expected = tuple(sizes[axis] for axis in known[name][0].split())
-        if tuple(tensor.shape) != expected:
+        if tensor.shape != known[name]:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {expected} by the config: config and weights belong "
-                "to different drafters; copy both again"
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(known[name])} by the config: config and "
+                "weights belong to different drafters; copy both again"
             )
         if name == "d2t":
             drafted_tokens(tensor, spec.vocab_size)
@@ -137,7 +134,5 @@ def without_head(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[Drafter
         raise ValueError("the drafter has no head that could be left out; export it without --plain")
     record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
     plain = replace(spec, head=None, record=record)
-    sizes = plain.axis_sizes
-    make = tensors["norm.weight"].new_zeros
-    zeros = {name: make([sizes[axis] for axis in axes.split()]) for name, (axes, _) in SELECTOR_TENSORS.items()}
-    return plain, {name: (zeros | tensors)[name] for name in plain.tensors}
+    zeros = tensors["norm.weight"].new_zeros
+    return plain, {name: tensors[name] if name in tensors else zeros(shape) for name, shape in plain.shapes.items()}
