@@ -58,6 +58,7 @@ from dpace.respond.responses import Response
 from dpace.studies.compare import heldout_set, measure_cells, train_cells
 from dpace.system.ledger import lock_folder, write_json, write_text
 from dpace.target import Target
+from dpace.target.target import HEAD_INPUT
 from dpace.train.identity import Run
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
@@ -299,7 +300,7 @@ def make_sets(
     config = replace(recipe.train, feature_files=str(plan.output / "features"), feature_files_gib=LIMIT_GIB)
     for dataset in (*datasets, test_set):
         is_trained_on = dataset is datasets[0]  # by some with soft labels
-        keep_on_disk(target, dataset, layer_ids, config, with_head_input=is_trained_on)
+        keep_on_disk(target, dataset, layer_ids + [HEAD_INPUT] * is_trained_on, config)
     return datasets, test_set
 
 

@@ -24,7 +24,7 @@ from dpace.measure import heldout
 from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.target import Target
-from dpace.target.target import ShardedTarget
+from dpace.target.target import HEAD_INPUT, ShardedTarget
 from dpace.train import run
 from dpace.train.loop import TrainingLoop
 from dpace.train.sharding import USE_FSDP, wants_shards
@@ -149,10 +149,9 @@ def check_target(name: str, whole: Target) -> ShardedTarget:
     assert kept <= 1.02 / num_ranks * sum(parameter.numel() for parameter in whole.layers.parameters())
     assert target.sha256 == whole.sha256 and torch.equal(target.head.weight, whole.head.weight)
     text = torch.randint(4, 30, (2 + rank, 9 + 3 * rank))
-    for with_head_input in (False, True):
-        options = {"target_layer_ids": [1, 3], "with_head_input": with_head_input}
-        expected = whole.features(text, **options)
-        torch.testing.assert_close(target.features(text, **options), expected, rtol=1e-4, atol=1e-5)
+    for layer_ids in ([1, 3], [1, 3, HEAD_INPUT]):
+        expected = whole.features(text, layer_ids)
+        torch.testing.assert_close(target.features(text, layer_ids), expected, rtol=1e-4, atol=1e-5)
     if rank:
         torch.testing.assert_close(target.features(text, [1]), whole.features(text, [1]), rtol=1e-4, atol=1e-5)
     else:

@@ -22,6 +22,7 @@ from dpace.respond.responses import Response
 from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.target.beginnings import find_shared
+from dpace.target.target import HEAD_INPUT
 
 FEATURE_BATCH = 16
 """Number of conversations whose features are computed together, where all are kept."""
@@ -41,8 +42,8 @@ class ResponseDataset(torch.utils.data.Dataset):
         self.num_anchors = num_anchors
         self.seed = seed
         self.features: Sequence[Tensor] | None = None
-        self.kept: tuple[list[int], bool] = ([], False)
-        """Layers whose outputs are the features, and whether the LM head's input is behind them."""
+        self.kept: list[int] = []
+        """Layers whose outputs are the features, see `Target.features`."""
         self.corpus = responses if isinstance(responses, Corpus) else Corpus.of(responses)
         self.chosen = np.flatnonzero(self.corpus.num_anchors(max_length))
         """Numbers of the corpus's conversations that have an anchor."""
@@ -81,25 +82,21 @@ class ResponseDataset(torch.utils.data.Dataset):
             flags[start:end] = True
         return flags
 
-    def lacks(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> bool:
+    def lacks(self, layer_ids: Sequence[int]) -> bool:
         """Whether no features of these layers are kept."""
-        layer_ids, has_head_input = self.kept
-        return self.features is None or layer_ids != [*target_layer_ids] or with_head_input > has_head_input
+        return self.features is None or self.kept not in ([*layer_ids], [*layer_ids, HEAD_INPUT])
 
-    def keep_features(
-        self, target: Target, target_layer_ids: Sequence[int], *, limit_bytes: float, with_head_input: bool = False
-    ) -> None:
+    def keep_features(self, target: Target, layer_ids: Sequence[int], *, limit_bytes: float) -> None:
         """Compute the features of every conversation once, where they fit in memory; see `Target.features`."""
-        num_layers = len(target_layer_ids) + with_head_input
-        size = int(self.lengths.sum()) * num_layers * target.hidden_size * target.head.weight.element_size()
+        size = int(self.lengths.sum()) * len(layer_ids) * target.hidden_size * target.head.weight.element_size()
         self.features = None
         if size > limit_bytes:
             return
-        compute = partial(compute_features, target, target_layer_ids, with_head_input=with_head_input)
+        compute = partial(compute_features, target, layer_ids)
         rows = self.compute_rows(compute, self.batches_that_begin_alike(range(len(self))), "reading hidden states")
         kept = {number: row.clone() for number, row in rows}  # of a padded batch
         self.features = [kept[i] for i in range(len(self))]
-        self.kept = [*target_layer_ids], with_head_input
+        self.kept = [*layer_ids]
 
     def batches_that_begin_alike(self, numbers: Iterable[int]) -> list[list[int]]:
         """Put conversations into batches that begin alike or are about equally long, to compute features together."""
@@ -154,11 +151,9 @@ def pad(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def compute_features(
-    target: Target, target_layer_ids: Sequence[int], texts: Sequence[Tensor], *, with_head_input: bool = False
-) -> list[Tensor]:
+def compute_features(target: Target, layer_ids: Sequence[int], texts: Sequence[Tensor]) -> list[Tensor]:
     """Compute the features of texts, each "seq feature", on the CPU; see `Target.features`."""
-    features = target.features(pad(texts), target_layer_ids, with_head_input=with_head_input).cpu()
+    features = target.features(pad(texts), layer_ids).cpu()
     return [row[: len(text)] for row, text in zip(features, texts, strict=True)]
 
 

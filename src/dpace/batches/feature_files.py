@@ -30,6 +30,7 @@ from dpace.system import ranks
 from dpace.system.ledger import lock_folder, writing
 from dpace.system.provenance import hash_json
 from dpace.target import Target
+from dpace.target.target import HEAD_INPUT
 
 MOST_APART = 0.2
 """Largest error of a layer's hidden states that is taken for rounding, as a share of their norm."""
@@ -176,10 +177,8 @@ class FeatureFiles(Sequence[Tensor]):
 def keep_on_disk(
     target: Target,
     dataset: ResponseDataset,
-    target_layer_ids: Sequence[int],
+    layer_ids: Sequence[int],
     config: TrainConfig,
-    *,
-    with_head_input: bool = False,
 ) -> None:
     """Let a dataset read its features from disk, and first compute those that are not there; see `Target.features`.
 
@@ -193,7 +192,8 @@ def keep_on_disk(
     dtype, servers = config.feature_dtype, config.feature_servers
     made_by = "vllm" if servers else "dpace"
     of_target = [target.sha256, str(target.model.dtype)]
-    facts = [of_target, list(target_layer_ids), with_head_input, dtype, made_by]
+    of_layers = [[layer for layer in layer_ids if layer != HEAD_INPUT], HEAD_INPUT in layer_ids]
+    facts = [of_target, *of_layers, dtype, made_by]
     rows = Path(config.feature_files) / hash_json(facts)[:16]
     names = [_hash_text(dataset.token_ids(i)) for i in range(len(dataset))]
     with lock_folder(rows):
@@ -201,21 +201,21 @@ def keep_on_disk(
         if missing:
             lengths = dataset.lengths.tolist()
             wanted = {name: i for i, name in enumerate(names) if name in missing}
-            row_bytes = bytes_of_token(target, len(target_layer_ids) + with_head_input, dtype)
+            row_bytes = bytes_of_token(target, len(layer_ids), dtype)
             size = row_bytes * sum(lengths[i] for i in wanted.values())
             ranks.from_first(lambda: _refuse_size(size, config.feature_files_gib * 2**30, rows))
             batches = dataset.batches_that_begin_alike(wanted.values())
             if servers:
-                compute = ServerFeatures(servers, target, target_layer_ids)
+                compute = ServerFeatures(servers, target, layer_ids)
                 compute.check(dataset.token_ids(batches[0][0]))
             else:
-                compute = partial(compute_features, target, target_layer_ids, with_head_input=with_head_input)
+                compute = partial(compute_features, target, layer_ids)
             _fill(dataset.compute_rows(compute, ranks.share(batches), "keeping hidden states"), rows, names, dtype)
             for _ in range(0 if servers else ranks.num_short(batches)):
-                target.join_features(target_layer_ids, with_head_input=with_head_input)
+                target.join_features(layer_ids)
         ranks.barrier()
     dataset.features = FeatureFiles(rows, names, target.head.weight.dtype)
-    dataset.kept = [*target_layer_ids], with_head_input
+    dataset.kept = [*layer_ids]
 
 
 def _hash_text(token_ids: Tensor) -> str:

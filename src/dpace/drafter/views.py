@@ -11,6 +11,7 @@ from dpace.blocks import Blocks, dense_mask, flex_mask
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import TILED
 from dpace.target import Target
+from dpace.target.target import HEAD_INPUT
 
 
 def draft_block(
@@ -101,7 +102,7 @@ def blocks_hidden(
     token_ids, features = inputs["token_ids"], inputs["features"]
     if features is None:
         text = inputs.get("text", token_ids)
-        features = target.features(text, drafter.target_layer_ids, with_head_input=with_target_hidden)
+        features = target.features(text, drafter.target_layer_ids + [HEAD_INPUT] * with_target_hidden)
     num_features = len(drafter.target_layer_ids) * target.hidden_size
     batch, num_context = token_ids.shape
     make_mask = flex_mask if token_ids.device.type in TILED else dense_mask

@@ -24,6 +24,8 @@ from dpace.target.files import gather_tables, open_target
 from dpace.target.head import Head
 from dpace.target.probe import find_layers, find_tables
 
+HEAD_INPUT = -1
+"""The input of the LM head, in place of the id of a layer behind those of others."""
 MIN_SHARED = 16
 """Least number of shared first tokens that are worth a forward pass of their own."""
 MIN_SAVED = 1 / 8
@@ -253,7 +255,7 @@ class Target:
 
     @torch.no_grad()
     def features(
-        self, token_ids: Int[Tensor, "batch seq"], target_layer_ids: Sequence[int], *, with_head_input: bool = False
+        self, token_ids: Int[Tensor, "batch seq"], layer_ids: Sequence[int]
     ) -> Float[Tensor, "batch seq feature"]:
         """Concatenate the outputs of the chosen layers; higher layers and the LM head do not run.
 
@@ -264,12 +266,10 @@ class Target:
 
         Args:
             token_ids: any text; from the CPU it is read without waiting for the device.
-            target_layer_ids: 0-based decoder layers whose output is used.
-            with_head_input: run all layers and append the LM head's input.
+            layer_ids: 0-based decoder layers whose output is used; a last `HEAD_INPUT` runs all layers.
 
         Returns:
-            Features, detached, in the dtype of the target. `feature` is `len(target_layer_ids) * hidden`, and `hidden`
-            more with `with_head_input`.
+            Features, detached, in the dtype of the target. `feature` is `len(layer_ids) * hidden`.
         """
         self.refuse_rotation(*token_ids.shape)
         self.refresh_copies()
@@ -277,14 +277,14 @@ class Target:
         token_ids = token_ids.to(self.device, non_blocking=True)
         is_worth_it = num_shared >= MIN_SHARED and num_shared * (len(token_ids) - 1) >= MIN_SAVED * token_ids.numel()
         if not is_worth_it or num_shared == token_ids.shape[1] or self.cache_ability == "append":
-            return self._run(token_ids, target_layer_ids, with_head_input=with_head_input)
+            return self._run(token_ids, layer_ids)
         cache: Any = DynamicCache(config=self.config)
-        shared = self._run(token_ids[:1, :num_shared], target_layer_ids, with_head_input=with_head_input, cache=cache)
+        shared = self._run(token_ids[:1, :num_shared], layer_ids, cache)
         cache.reorder_cache(token_ids.new_zeros(len(token_ids)))  # row 0 for each
-        rest = self._run(token_ids[:, num_shared:], target_layer_ids, with_head_input=with_head_input, cache=cache)
+        rest = self._run(token_ids[:, num_shared:], layer_ids, cache)
         return torch.cat([shared.expand(len(token_ids), -1, -1), rest], dim=1)
 
-    def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+    def join_features(self, layer_ids: Sequence[int]) -> None:
         """Do nothing: only a target that is spread over the ranks takes part in the others' forward passes."""
 
     def refuse_crossing(self, num_prompt: int, max_new_tokens: int) -> None:
@@ -313,26 +313,24 @@ class Target:
                 f"anew: decode one prompt at a time with `generate`, and train with --train.max-length {boundary}"
             )
 
-    def _run(
-        self, token_ids, target_layer_ids: Sequence[int], *, with_head_input: bool, cache: Cache | None = None
-    ) -> Tensor:
+    def _run(self, token_ids, layer_ids: Sequence[int], cache: Cache | None = None) -> Tensor:
         """Run the model up to the last of the layers, or up to the head's input."""
-        if with_head_input:
-            hidden, features = self.read(token_ids, cache, target_layer_ids)
+        if layer_ids[-1] == HEAD_INPUT:
+            hidden, features = self.read(token_ids, cache, layer_ids[:-1])
             return torch.cat([features, hidden], dim=-1)
 
         def stop(*_):
             raise _StopForward
 
-        with self._outputs.record(self.layers, target_layer_ids) as found:
-            handle = self.layers[max(target_layer_ids)].register_forward_hook(stop)
+        with self._outputs.record(self.layers, layer_ids) as found:
+            handle = self.layers[max(layer_ids)].register_forward_hook(stop)
             try:
                 self.model(token_ids, cache=cache, use_cache=cache is not None)
             except _StopForward:
                 pass
             finally:
                 handle.remove()
-            return torch.cat([found[layer_id].to(self.device) for layer_id in target_layer_ids], dim=-1)
+            return torch.cat([found[layer_id].to(self.device) for layer_id in layer_ids], dim=-1)
 
 
 class ShardedTarget(Target):
@@ -355,15 +353,15 @@ class ShardedTarget(Target):
         return self._sha256
 
     @torch.no_grad()
-    def features(self, token_ids: Tensor, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> Tensor:
+    def features(self, token_ids: Tensor, layer_ids: Sequence[int]) -> Tensor:
         """Compute the features of this rank's text, while the other ranks call this with theirs.
 
         A beginning that rows share is read once for each row.
         """
         self.refuse_rotation(*token_ids.shape)
-        return self._run(token_ids.to(self.device), target_layer_ids, with_head_input=with_head_input)
+        return self._run(token_ids.to(self.device), layer_ids)
 
-    def join_features(self, target_layer_ids: Sequence[int], *, with_head_input: bool = False) -> None:
+    def join_features(self, layer_ids: Sequence[int]) -> None:
         """Take part in a call of `features` for which this rank has no text."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self.features(token, target_layer_ids, with_head_input=with_head_input)
+        self.features(token, layer_ids)

@@ -21,6 +21,7 @@ from dpace.respond.responses import Response
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, register_files, write_json
 from dpace.target import Target
+from dpace.target.target import HEAD_INPUT
 from dpace.train.checkpoints import STATE, find_newest
 from dpace.train.finish import write_finished
 from dpace.train.identity import RUN_FILE, Run, data_facts, flat_settings, target_facts
@@ -107,15 +108,14 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     Raises:
         ValueError: see `keep_on_disk`.
     """
-    config, with_head_input = recipe.train, recipe.needs_target_hidden
-    layer_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
-    if config.feature_files and dataset.lacks(layer_ids, with_head_input=with_head_input):
-        keep_on_disk(target, dataset, layer_ids, config, with_head_input=with_head_input)
-    for part, with_last in ((dataset, with_head_input), (validation, False)):
-        if part.lacks(layer_ids, with_head_input=with_last):
-            part.keep_features(
-                target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30, with_head_input=with_last
-            )
+    config = recipe.train
+    measured_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
+    trained_ids = measured_ids + [HEAD_INPUT] * recipe.needs_target_hidden
+    if config.feature_files and dataset.lacks(trained_ids):
+        keep_on_disk(target, dataset, trained_ids, config)
+    for part, layer_ids in ((dataset, trained_ids), (validation, measured_ids)):
+        if part.lacks(layer_ids):
+            part.keep_features(target, layer_ids, limit_bytes=config.feature_cache_gib * 2**30)
 
 
 def make_datasets(

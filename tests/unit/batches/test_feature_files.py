@@ -13,6 +13,7 @@ from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
 from dpace.config import TrainConfig
 from dpace.target import Target
+from dpace.target.target import HEAD_INPUT
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_recipe
 from tests.support.crash import kill, operations_of
@@ -32,10 +33,10 @@ def small_files(monkeypatch):
 def keep(language_target, language_responses, tmp_path):
     """Keep the first texts on disk, and give the dataset."""
 
-    def keep(count=10, with_head_input=False, **options):
+    def keep(count=10, layer_ids=LAYERS, **options):
         dataset = ResponseDataset(language_responses[:count], max_length=64, num_anchors=4, seed=0)
         config = TrainConfig(feature_files=str(tmp_path / "kept"), **options)
-        keep_on_disk(language_target, dataset, LAYERS, config, with_head_input=with_head_input)
+        keep_on_disk(language_target, dataset, layer_ids, config)
         return dataset
 
     return keep
@@ -49,15 +50,15 @@ def no_target(monkeypatch):
     return lambda: monkeypatch.setattr(Target, "features", refuse)
 
 
-def computed(target, dataset, **options):
-    rows = [target.features(dataset.token_ids(i)[None], LAYERS, **options)[0] for i in range(len(dataset))]
+def computed(target, dataset, layer_ids=LAYERS):
+    rows = [target.features(dataset.token_ids(i)[None], layer_ids)[0] for i in range(len(dataset))]
     return [row.float() for row in rows]
 
 
-@pytest.mark.parametrize("with_head_input", [False, True])
-def test_rows_are_those_of_the_target(with_head_input, keep, language_target):
-    dataset = keep(with_head_input=with_head_input)
-    expected = computed(language_target, dataset, with_head_input=with_head_input)
+@pytest.mark.parametrize("layer_ids", [LAYERS, [*LAYERS, HEAD_INPUT]])
+def test_rows_are_those_of_the_target(layer_ids, keep, language_target):
+    dataset = keep(layer_ids=layer_ids)
+    expected = computed(language_target, dataset, layer_ids)
     torch.testing.assert_close([*dataset.features], expected, rtol=1e-4, atol=1e-5)
 
 

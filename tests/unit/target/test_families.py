@@ -10,6 +10,7 @@ from dpace.decode import Paces, custom_generate, generate, generate_batch, gener
 from dpace.fast.cache import TextCache
 from dpace.respond.in_process import generate_responses
 from dpace.target import Target
+from dpace.target.target import HEAD_INPUT
 from tests.conftest import Oracle, make_drafter
 from tests.support.cases import wide
 from tests.support.families import (
@@ -136,11 +137,9 @@ def test_drawn_answers_of_padded_rows_are_those_of_their_seeds(name):
 
 def test_features_do_not_depend_on_what_is_read_together(target):
     prompts = torch.tensor([[*SHARED, 5, 9], [*SHARED, 12, 7], [*SHARED, 40, 41]])
-    together = target.features(prompts, [0, 2], with_head_input=True)
+    together = target.features(prompts, [0, 2, HEAD_INPUT])
     for row, prompt in zip(together, prompts, strict=True):
-        torch.testing.assert_close(
-            row, target.features(prompt[None], [0, 2], with_head_input=True)[0], rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(row, target.features(prompt[None], [0, 2, HEAD_INPUT])[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

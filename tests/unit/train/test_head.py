@@ -13,6 +13,7 @@ from dpace.drafter.vocabulary import DraftRows
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
+from dpace.target.target import HEAD_INPUT
 from dpace.train.loop import Scorer, TrainingLoop
 from dpace.train.run import choose_conversations, make_datasets, train
 from dpace.weights import dpace_weights
@@ -64,7 +65,7 @@ def test_the_loss_of_a_head_is_that_of_all_logits(way, language_target, language
     dataset = ResponseDataset(language_responses[:3], max_length=64, num_anchors=None, seed=0)
     batch = collate([dataset[i] for i in range(3)], 5)
     ids = drafter.target_layer_ids
-    batch["features"] = language_target.features(batch["token_ids"], ids, with_head_input=True)
+    batch["features"] = language_target.features(batch["token_ids"], [*ids, HEAD_INPUT])
     loss = LossConfig(head_weights=way, head_penalty=0.5)
     rows = DraftRows(language_target)
     scorer = Scorer(drafter, loss, make_weigh(loss, 5), rows, needs_target_hidden=True)

@@ -16,6 +16,7 @@ from dpace.measure import heldout
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.results import read_log
 from dpace.metrics import Acceptance
+from dpace.target.target import HEAD_INPUT
 from dpace.train.finish import measure_and_calibrate
 from dpace.train.loop import TrainingLoop
 from dpace.train.progress import open_trackers
@@ -190,7 +191,7 @@ def test_features_of_other_layers_are_computed_anew(language_target, language_re
         ids = Drafter.layer_ids(language_target, **vars(asked.drafter))
         for data, is_trained_on in zip(datasets, (True, False), strict=True):
             text = data.token_ids(0)[None]
-            expected = language_target.features(text, ids, with_head_input=is_trained_on)[0]
+            expected = language_target.features(text, ids + [HEAD_INPUT] * is_trained_on)[0]
             torch.testing.assert_close(data.features[0], expected, rtol=1e-4, atol=1e-4)
     no_room = replace(other, train=replace(other.train, feature_cache_gib=0.0))
     keep_features(language_target, *datasets, no_room)
