@@ -1,8 +1,10 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpace.config import BenchConfig, Recipe
 from dpace.recipes.flags import DRY_RUN, PROMPT, command, parse
@@ -11,88 +13,117 @@ from dpace.system.ledger import lock_folder
 from dpace.system.progress import print_text
 from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
 
+if TYPE_CHECKING:
+    from dpace.prompts.prompts import Prompt
+
 IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 """Options that running servers do not take."""
+Refuse = Callable[[], None]
+"""Refuses prompts that the target cannot read."""
 
 
 def run(args: list[str]) -> None:
     """Run `dpace bench`."""
     recipe = parse(Recipe, "bench", args, groups=("prompts", "bench"))
-    from dpace.batches.corpus import load_corpus
-    from dpace.drafter import load_drafter
-    from dpace.measure.benchmark import bench
-    from dpace.measure.results import BenchResults, refuse_other_results
-    from dpace.measure.servers import bench_servers
-    from dpace.plan.lines import decoding_lines, num_decoded, num_decodings
     from dpace.prompts.prompts import first_of_each_set, split_prompts
     from dpace.prompts.public_sets import read_sets
-    from dpace.recipes.recipe_file import read_recipe
-    from dpace.report.sections import tables_of
-    from dpace.report.tables import console, section_table
-    from dpace.system.provenance import same_run
-    from dpace.target.locate import find_drafter
-    from dpace.train.identity import data_facts, read_run
-    from dpace.train.run import choose_conversations
 
     config = recipe.bench
     if config.num_prompts == 0:
         raise ValueError("--bench.num-prompts is 0, which leaves out decoding in `dpace compare`; name 1 or more")
     if config.sets_dir and not config.sets:
         raise ValueError("--bench.sets-dir is a folder of sets; name those to measure on with --bench.sets")
-    prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
-    if config.server:
-        for name in IN_PROCESS:
-            if getattr(config, name) != getattr(BenchConfig(), name):
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out"
-                )
-        if DRY_RUN in args:
-            refuse_unreadable(recipe, first_of_each_set(prompts, config.num_prompts), config.max_new_tokens, args)
-            print(f"prompts: {len(first_of_each_set(prompts, config.num_prompts)):,}, sent to the server")
-            return
-        chat = load_chat(recipe)
-        with lock_folder(recipe.output):
-            served = bench_servers(chat, config.server, config.plain_server, prompts, config, recipe.output)
-        console().print(*map(section_table, tables_of(served)))
-        print(f"written: {recipe.output}/servers.json")
-        print("next:", command("report", recipe.output))
-        return
-    if config.plain_server:
+    if config.plain_server and not config.server:
         raise ValueError("--bench.plain-server is for servers; name the one with a drafter by --bench.server")
-    refuse_other_results(Path(recipe.output) / "results.json", BenchResults)
-    folders = config.drafters or (str(Path(recipe.output) / "drafter"),)
+    prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
+    decoded = first_of_each_set(prompts, config.num_prompts)
+    work = partial(_measure_servers if config.server else _measure_here, recipe, prompts)
+    work(partial(refuse_unreadable, recipe, decoded, config.max_new_tokens, args), args)
+
+
+def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]", refuse_prompts: Refuse, args: list[str]) -> None:
+    """Send the prompts to running servers."""
+    from dpace.measure.servers import bench_servers
+    from dpace.prompts.prompts import first_of_each_set
+    from dpace.report.sections import tables_of
+    from dpace.report.tables import console, section_table
+
+    config = recipe.bench
+    assert config.server is not None
+    for name in IN_PROCESS:
+        if getattr(config, name) != getattr(BenchConfig(), name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out")
+    if DRY_RUN in args:
+        refuse_prompts()
+        print(f"prompts: {len(first_of_each_set(prompts, config.num_prompts)):,}, sent to the server")
+        return
+    chat = load_chat(recipe)
+    with lock_folder(recipe.output):
+        served = bench_servers(chat, config.server, config.plain_server, prompts, config, recipe.output)
+    console().print(*map(section_table, tables_of(served)))
+    print(f"written: {recipe.output}/servers.json")
+    print("next:", command("report", recipe.output))
+
+
+def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", refuse_prompts: Refuse, args: list[str]) -> None:
+    """Decode the prompts with the drafters and plainly."""
+    from dpace.drafter import load_drafter
+    from dpace.measure.benchmark import bench
+    from dpace.measure.results import BenchResults, refuse_other_results
+    from dpace.plan.lines import decoding_lines, num_decoded, num_decodings
+    from dpace.report.sections import tables_of
+    from dpace.report.tables import console, section_table
+    from dpace.target.locate import find_drafter
+
+    config, output = recipe.bench, Path(recipe.output)
+    refuse_other_results(output / "results.json", BenchResults)
+    folders = config.drafters or (str(output / "drafter"),)
     found = [find_drafter(folder, "--bench.drafters") if config.drafters else folder for folder in folders]
     named = dict(zip(drafter_names(folders), found, strict=True))
-    answers = Path(recipe.output) / "responses.jsonl"
-    if not (config.sets or config.drafters) and answers.exists() and (kept := read_run(found[0])):
-        trained = read_recipe(Path(found[0]) / "recipe.yaml")
-        same_run(
-            kept,
-            data_facts(*choose_conversations(*load_corpus(answers, recipe.prompts), trained)),
-            f"{found[0]} holds a run",
-            "the held-out prompts may be among them; give the prompts and options of the training",
-            {},
-        )
+    if not (config.sets or config.drafters):
+        _refuse_trained_prompts(recipe, Path(found[0]))
     if not Path(found[0]).exists():
         raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
+    refuse_prompts()
     num_answers = num_decodings(recipe, prompts, len(folders))
-    refuse_unreadable(recipe, first_of_each_set(prompts, config.num_prompts), config.max_new_tokens, args)
-    done = num_decoded(Path(recipe.output), config, prompts)
+    done = num_decoded(output, config, prompts)
     if announce(decoding_lines(recipe, num_answers, config.max_new_tokens, done=done), args):
         return
     target = load_target(recipe)
     if ranks.is_first():
         print(f"the target's code: {', '.join(target.speed_ups) or 'that of transformers'}", file=sys.stderr)
     drafters = {name: load_drafter(folder, target) for name, folder in named.items()}
-    with lock_folder(recipe.output):
-        results = bench(target, drafters, prompts, config, recipe.output)
+    with lock_folder(output):
+        results = bench(target, drafters, prompts, config, output)
     if not ranks.end():
         return
     console().print(*map(section_table, tables_of(results)))
-    print_text(f"written: {recipe.output}/results.json")
+    print_text(f"written: {output}/results.json")
     asked = command("generate", target=recipe.target, drafter=folders[0], thinking=recipe.thinking, prompt=PROMPT)
     print("next:", asked)
+
+
+def _refuse_trained_prompts(recipe: Recipe, drafter: Path) -> None:
+    """Refuse held-out prompts that the recipe's own drafter may have been trained on.
+
+    Raises:
+        ValueError: its run was split in another way.
+    """
+    from dpace.batches.corpus import load_corpus
+    from dpace.recipes.recipe_file import read_recipe
+    from dpace.system.provenance import same_run
+    from dpace.train.identity import data_facts, read_run
+    from dpace.train.run import choose_conversations
+
+    answers = Path(recipe.output) / "responses.jsonl"
+    kept = read_run(drafter)
+    if kept is None or not answers.exists():
+        return
+    trained = read_recipe(drafter / "recipe.yaml")
+    way_out = "the held-out prompts may be among them; give the prompts and options of the training"
+    now = data_facts(*choose_conversations(*load_corpus(answers, recipe.prompts), trained))
+    same_run(kept, now, f"{drafter} holds a run", way_out, {})
 
 
 def drafter_names(folders: Sequence[str]) -> list[str]:
