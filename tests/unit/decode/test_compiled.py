@@ -63,20 +63,14 @@ def test_both_baselines_are_in_the_results(target, calls, tmp_path):
     assert [row.compiled for row in read_results(path).rows] == [None, None]
 
 
-def test_steps_of_another_length_are_compiled_before_they_are_timed(calls):
-    plain = CompiledPlain(make_target("qwen3", max_position_embeddings=512))
-    for length in (12, 13, 300, 299):
-        plain.decode([5, 6, 7], max_new_tokens=length, stop_token_ids=list(range(64)))
-    assert [length for length, _ in calls] == [8, 12, 13, 8, 300, 299]
-
-
-def test_a_longer_prompt_gets_longer_caches(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+def test_a_longer_text_gets_longer_caches_before_it_is_timed(calls):
+    """By its first tokens."""
     target = make_target("qwen3", max_position_embeddings=512)
     plain = CompiledPlain(target)
-    for text, length in ([5, 6, 7], 12), ([5, 6, 7], 270), ([9] * 300, 5):
-        found = plain.decode(text, max_new_tokens=length, stop_token_ids=[])
-        assert found.token_ids == generate_plain(target, text, max_new_tokens=length, stop_token_ids=[]).token_ids
+    for length, text in ((12, [5, 6, 7]), (270, [5, 6, 7]), (5, [9] * 300)):
+        options = {"max_new_tokens": length, "stop_token_ids": []}
+        assert plain.decode(text, **options).token_ids == generate_plain(target, text, **options).token_ids
+    assert [length for length, _ in calls] == [8, 12, 8, 270, 5]
 
 
 def test_where_it_cannot_be_compiled_it_is_left_out(target, monkeypatch, tmp_path, capsys):
@@ -96,3 +90,9 @@ def test_tables_name_it_where_it_was_measured():
     shown = speeds(make_bench(make_row(compiled=found), make_row()))
     assert shown.note.endswith("plain decoding with compiled steps: s dpace full 0: 1.33")
     assert "compiled" not in speeds(make_bench()).note
+
+
+def test_tables_count_texts_where_the_rule_keeps_them():
+    rows = make_row(temperature=1.0, drafter="d, speculative"), make_row(temperature=1.0)
+    assert "1 of 1 responses are exactly" in speeds(make_bench(*rows)).note
+    assert "are exactly" not in speeds(make_bench(rows[0])).note

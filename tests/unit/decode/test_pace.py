@@ -28,33 +28,64 @@ def test_best_width_is_the_best_of_all(confidences, increments, draft):
     assert emitted == pytest.approx(1 + sum(reach[: width - 1]))
 
 
-def new_tokens(accepted: int) -> list[tuple[int, bool]]:
-    """Return what a lookup finds for tokens that stood nowhere before."""
-    return [(0, False)] * (accepted + 1)
+COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
+SURE = [0.9] * 7
 
 
-def draft(pace: Pace, plan: Plan, accepted_of, confidence=0.9, slowness=1.0, **facts) -> tuple[int, float]:
-    """Take a step that drafts; return its tokens and seconds, `slowness` times their costs."""
-    width, promised = pace.choose_width(plan, [confidence] * 7)
-    accepted = accepted_of(width)
-    cost = slowness * (pace.costs.draft_seconds + pace.costs.verify_seconds[width - 1])
-    known = {"seconds": cost, "lookups": new_tokens(accepted), **facts}
-    pace.learn_drafting(plan, width, accepted, promised=promised, **known)
-    return accepted + 1, cost
+def costs_of(costs: StepCosts, wide: float = 1.0, draft: float = 1.0, speed: float = 1.0):
+    """Return the seconds of steps on a machine: those of costs, with factors for wide passes, drafts and all."""
+
+    def seconds_of(width: int, is_drafted: bool) -> float:
+        factor = 1 + (wide - 1) * (width > 2)
+        return speed * (factor * costs.verify_seconds[width - 1] + is_drafted * draft * costs.draft_seconds)
+
+    return seconds_of
 
 
-def run(pace: Pace, steps: int, accepted_of, confidence=0.9, slowness=1.0) -> tuple[float, int]:
-    """Return the speed over plain decoding and the number of drafts."""
+def draft(pace: Pace, plan: Plan, right: int, confidences=SURE, seconds_of=None, noise=lambda: 1.0, lookups=None):
+    """Take a step that drafts; return its width and seconds.
+
+    Args:
+        pace: makes the choices.
+        plan: of this step.
+        right: number of drafted tokens that are right.
+        confidences: what the drafter says.
+        seconds_of: the machine's seconds of a step, by its width and whether it drafts; those of the pace by default.
+        noise: factor of the seconds that the pace sees.
+        lookups: what is found for the tokens; by default they stood nowhere before.
+    """
+    width, promised = pace.choose_width(plan, confidences)
+    accepted = min(right, width - 1)
+    seconds = (seconds_of or costs_of(pace.costs))(width, True)
+    lookups = lookups or [(0, False)] * (accepted + 1)
+    pace.learn_drafting(plan, width, accepted, promised=promised, seconds=seconds * noise(), lookups=lookups)
+    return width, seconds
+
+
+def run(pace: Pace, steps: int, draw, *, seconds_of=None, noise=lambda: 1.0, copies=lambda: []) -> tuple[float, int]:
+    """Decode; return tokens in the seconds of a plain step, and the number of drafts.
+
+    `draw` gives the confidences of a step and how many of the next tokens are right; the others are those of `draft`.
+    """
+    seconds_of = seconds_of or costs_of(pace.costs)
     seconds, tokens, drafts = 0.0, 0, 0
     for _ in range(steps):
-        plan = pace.plan()
+        confidences, right = draw()
+        plan = pace.plan(copies())
         if plan.is_drafted:
-            emitted, cost = draft(pace, plan, accepted_of, confidence, slowness)
+            width, cost = draft(pace, plan, right, confidences, seconds_of, noise)
         else:
-            emitted, cost = 1, pace.costs.verify_seconds[0]
-            pace.learn_plain(cost)
-        seconds, tokens, drafts = seconds + cost, tokens + emitted, drafts + plan.is_drafted
-    return tokens * pace.costs.verify_seconds[0] / seconds, drafts
+            width, cost = plan.width, seconds_of(plan.width, False)
+            pace.learn_plain(cost * noise(), width)
+        pace.learn_copying(plan, [1] * right + [2])
+        seconds += cost
+        tokens += min(right, width - 1) + 1
+        drafts += plan.is_drafted
+    return tokens * seconds_of(1, False) / seconds, drafts
+
+
+def always(right: int, confidence: float = 0.9):
+    return lambda: ([confidence] * 7, right)
 
 
 def learn_copies(pace: Pace, match: int, emitted: list[int]) -> None:
@@ -67,16 +98,13 @@ def count_drafts(pace: Pace, steps: int, *args) -> int:
     return sum(pace.plan(*args).is_drafted for _ in range(steps))
 
 
-COSTS = StepCosts([40.0, 50.0, 55.0, 60.0, 62.0, 64.0, 66.0, 70.0], 10.0)
-
-
 @pytest.mark.parametrize(("confidence", "most"), [(0.01, 12), (0.9, 30)])
 def test_a_useless_drafter_costs_almost_nothing(confidence, most):
     """One that knows it is useless, and one that promises much: that takes some drafts to find out, but once only."""
     pace = Pace(COSTS)
-    speed, drafts = run(pace, 200, lambda width: 0, confidence)
+    speed, drafts = run(pace, 200, always(0, confidence))
     assert speed > 0.95 and drafts <= most
-    again, drafts = run(pace, 200, lambda width: 0, confidence)
+    again, drafts = run(pace, 200, always(0, confidence))
     assert again > 0.985 and drafts <= 12
 
 
@@ -89,77 +117,39 @@ def test_a_drafter_that_is_right_as_often_as_it_says_gains_more_than_any_fixed_w
         confidences = [rng.uniform(0.05, best) * 0.85**k for k in range(7)]
         return confidences, next((k for k, c in enumerate(confidences) if rng.random() > c), 7)
 
-    def speed(fixed, steps=2000) -> float:
-        seconds = tokens = 0.0
-        for _ in range(steps):
-            confidences, right = draw()
-            width, plan = fixed or 1, Plan(True) if fixed else pace.plan()
-            if plan.is_drafted and not fixed:
-                width, promised = pace.choose_width(plan, confidences)
-            accepted = min(right, width - 1)
-            cost = pace.costs.verify_seconds[width - 1] + plan.is_drafted * pace.costs.draft_seconds
-            if plan.is_drafted and not fixed:
-                new = new_tokens(accepted)
-                pace.learn_drafting(plan, width, accepted, promised=promised, seconds=cost, lookups=new)
-            seconds += cost
-            tokens += accepted + 1
-        return tokens * pace.costs.verify_seconds[0] / seconds
+    def fixed(width: int) -> float:
+        tokens = sum(min(draw()[1], width - 1) + 1 for _ in range(2000)) / 2000
+        return tokens * pace.costs.verify_seconds[0] / costs_of(pace.costs)(width, True)
 
-    assert speed(None) > max(1.0, *(speed(width) for width in range(2, 9)))
+    assert run(pace, 2000, draw)[0] > max(1.0, *(fixed(width) for width in range(2, 9)))
 
 
 def test_costs_that_were_measured_wrong_are_corrected():
     """Drafts that would pay by the costs, and do not by what steps take; the same where all steps take longer."""
     costs = StepCosts([20.0, 20.5, 21.0, 21.5, 22.0, 22.5, 23.0, 24.0], 5.0)
+    rng, plain = random.Random(0), costs.verify_seconds[0]
 
-    def accepted(rng):
-        return lambda width: min(width - 1, rng.choice([0, 0, 0, 1]))
+    def slow_drafts(width: int, is_drafted: bool) -> float:
+        return (1.5 if is_drafted else 1.0) * costs_of(costs)(width, is_drafted)
 
-    speed, drafts = run(Pace(costs), 1000, accepted(random.Random(0)), confidence=0.25, slowness=1.5)
+    speed, _ = run(Pace(costs), 1000, lambda: ([0.25] * 7, rng.choice([0, 0, 0, 1])), seconds_of=slow_drafts)
     assert speed > 0.97
     slow = Pace(costs)
     for _ in range(100):
-        slow.learn_plain(2 * costs.verify_seconds[0])
-    assert run(slow, 200, lambda width: width - 1, slowness=2.0)[1] > 190
+        slow.learn_plain(2 * plain)
+    assert run(slow, 200, always(7), seconds_of=costs_of(costs, speed=2.0))[1] > 190
 
 
-def machine(pace: Pace, seconds_of, steps: int, rng: random.Random, right: float, noise=lambda: 1.0) -> float:
-    """Decode where each drafted or copied token is right at a rate; return tokens a second.
+def chain(right: float, rng: random.Random):
+    """Each token is right at a rate, which the drafter says, and each second step could copy as many."""
 
-    Args:
-        pace: makes the choices.
-        seconds_of: the machine's seconds of a step, by its width and whether it drafts.
-        steps: number of them.
-        rng: of what is right.
-        right: rate at which the next token is right.
-        noise: factor of the seconds that the pace sees.
-    """
-    seconds, tokens = 0.0, 0
-    for _ in range(steps):
-        run_of = next((k for k in range(7) if rng.random() > right), 7)
-        plan = pace.plan([Copy(3, [1] * 7)] if rng.random() < 0.5 else [])
-        width, promised = pace.choose_width(plan, [right] * 7) if plan.is_drafted else (plan.width, 0.0)
-        accepted = min(run_of, width - 1)
-        cost = seconds_of(width, plan.is_drafted)
-        seen = cost * noise()
-        if plan.is_drafted:
-            new = new_tokens(accepted)
-            pace.learn_drafting(plan, width, accepted, promised=promised, seconds=seen, lookups=new)
-        else:
-            pace.learn_plain(seen, width)
-        pace.learn_copying(plan, [1] * run_of + [2])
-        seconds, tokens = seconds + cost, tokens + accepted + 1
-    return tokens / seconds
+    def draw() -> tuple[list[float], int]:
+        return [right] * 7, next((k for k in range(7) if rng.random() > right), 7)
 
+    def copies() -> list[Copy]:
+        return [Copy(3, [1] * 7)] if rng.random() < 0.5 else []
 
-def costs_of(pace_costs: StepCosts, wide: float = 1.0, draft: float = 1.0, speed: float = 1.0):
-    """Return the seconds of steps on a machine: those of costs, with factors for wide passes, drafts and all."""
-
-    def seconds_of(width: int, is_drafted: bool) -> float:
-        factor = 1 + (wide - 1) * (width > 2)
-        return speed * (factor * pace_costs.verify_seconds[width - 1] + is_drafted * draft * pace_costs.draft_seconds)
-
-    return seconds_of
+    return {"draw": draw, "copies": copies}
 
 
 CHANGES = {
@@ -176,14 +166,15 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_costs_that_change_in_the_middle_are_learned(change, right):
     """After some steps of the changed machine, a pace that knew the old one is as fast as one that measured the new."""
-    fast, rng = costs_of(COSTS), random.Random(0)
-    seconds_of = costs_of(COSTS, **CHANGES[change])
+    seconds_of, first = costs_of(COSTS, **CHANGES[change]), chain(right, random.Random(0))
     pace = Pace(COSTS)
-    machine(pace, fast, 1000, rng, right)
-    machine(pace, seconds_of, 300, rng, right)
+    run(pace, 1000, **first)
+    run(pace, 300, seconds_of=seconds_of, **first)
     known = Pace(StepCosts([seconds_of(w, False) for w in range(1, 9)], seconds_of(1, True) - seconds_of(1, False)))
-    machine(known, seconds_of, 1300, rng, right)
-    speed, best = (machine(p, seconds_of, 3000, random.Random(1), right) for p in (pace, known))
+    run(known, 1300, seconds_of=seconds_of, **first)
+    speed, best = (
+        run(each, 3000, seconds_of=seconds_of, **chain(right, random.Random(1)))[0] for each in (pace, known)
+    )
     assert speed > 0.97 * best
 
 
@@ -195,23 +186,24 @@ def test_noise_decides_nothing(right):
     def noise() -> float:
         return rng.gauss(1, 0.15) * (8 if rng.random() < 0.1 else 1)
 
-    machine(noisy, costs_of(COSTS), 2000, random.Random(0), right, noise)
-    found = machine(noisy, costs_of(COSTS), 3000, random.Random(1), right, noise)
-    machine(quiet, costs_of(COSTS), 2000, random.Random(0), right)
-    assert found > 0.98 * machine(quiet, costs_of(COSTS), 3000, random.Random(1), right)
+    seconds_of = costs_of(COSTS)
+    run(noisy, 2000, seconds_of=seconds_of, noise=noise, **chain(right, random.Random(0)))
+    found, _ = run(noisy, 3000, seconds_of=seconds_of, noise=noise, **chain(right, random.Random(1)))
+    run(quiet, 2000, seconds_of=seconds_of, **chain(right, random.Random(0)))
+    assert found > 0.98 * run(quiet, 3000, seconds_of=seconds_of, **chain(right, random.Random(1)))[0]
     assert quiet.draft_costs.verify_seconds == pytest.approx(COSTS.verify_seconds)
 
 
 def test_a_drafter_that_gets_good_is_found_again():
     pace = Pace(COSTS)
-    run(pace, 150, lambda width: 0)
-    speed, _ = run(pace, 400, lambda width: width - 1)
+    run(pace, 150, always(0))
+    speed, _ = run(pace, 400, always(7))
     assert speed > 2.5
 
 
 def test_what_is_copied_is_verified_as_far_as_it_was_right():
     pace = Pace(COSTS)
-    run(pace, 50, lambda width: 0)  # a useless drafter
+    run(pace, 50, always(0))  # a useless drafter
     for match, emitted in ((1, [2, 1, 1]), (2, [1, 1, 2]), (3, [1] * 8)):
         learn_copies(pace, match, emitted)
     assert pace.copy_rates[1][0].value < 0.03
@@ -227,7 +219,7 @@ def test_what_is_copied_is_verified_as_far_as_it_was_right():
 def test_a_good_drafter_is_preferred_to_doubtful_copies():
     """And is tried where it was not yet, with what it gave elsewhere."""
     pace = Pace(COSTS)
-    run(pace, 50, lambda width: width - 1, confidence=0.99)
+    run(pace, 50, always(7, 0.99))
     learn_copies(pace, 2, [1, 1, 2])
     learn_copies(pace, 3, [1] * 8)
     assert pace.plan([Copy(2, [1] * 7)]).is_drafted
@@ -241,7 +233,7 @@ def test_drafts_are_told_apart_by_the_match_before_them():
         for match, accepted in ((0, 7), (1, 0)):
             plan = pace.plan([Copy(match)])
             if plan.is_drafted:
-                draft(pace, plan, lambda _, accepted=accepted: accepted)
+                draft(pace, plan, accepted)
     assert pace.plan().is_drafted and count_drafts(pace, 100, [Copy(1)]) < 4
 
 
@@ -254,13 +246,13 @@ def test_drafting_what_would_have_been_copied_is_worth_little():
             plan = pace.plan()
             if plan.is_drafted:
                 lookups = [(0, False), (3, is_copyable), (3, is_copyable)]
-                draft(pace, plan, lambda _: 2, lookups=lookups)
+                draft(pace, plan, 2, lookups=lookups)
         assert count_drafts(pace, 100) in counts
 
 
 def test_a_drafter_that_loses_is_not_tried_where_it_has_much_to_read():
     pace = Pace(StepCosts(COSTS.verify_seconds, COSTS.draft_seconds, reading_seconds=200.0))
-    run(pace, 200, lambda width: 0)
+    run(pace, 200, always(0))
     tries = {num_unread: count_drafts(pace, 2000, [], num_unread) for num_unread in (0, 128)}
     assert 0 < 5 * tries[128] < tries[0]
 

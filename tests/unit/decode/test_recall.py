@@ -18,6 +18,7 @@ from dpace.decode.copies import BYTES_PER_TOKEN, CONTEXT_TOKENS, MAX_MATCH, NUM_
 from dpace.decode.costs import StepCosts
 from dpace.drafter.drafter import ANSWERS_FILE, load_drafter
 from dpace.train import finish
+from tests.support.cases import wide
 
 FLAT = StepCosts([10.0, 10.1, 10.2, 10.3, 10.4, 10.5], 5.0)
 
@@ -80,7 +81,7 @@ def costs(monkeypatch):
     monkeypatch.setattr("dpace.decode.pace.PRIOR_GAIN", 0.5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", wide([0.0, 1.0], 1.0))
 def test_text_is_equal_with_memory(temperature, costs, language_target, random_drafter_folder, questions):
     """Also where the same question comes again, which is then mostly copied; and the memory is of the decoder."""
     drafter = load_drafter(random_drafter_folder, language_target)
