@@ -8,7 +8,6 @@ target of the same shape where nothing can be downloaded; then only seconds mean
 `gpu.json` and, for pages, `gpu.md`. z-lab's loop runs where its package is found, see `benchmarks/zlab.py`.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,30 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import COLUMNS, compiled_ways, measure, other_ways, our_ways, rows_of
+import tyro
+from decode import AUTO, PLAIN, compiled_ways, measure, other_ways, our_ways, rows_of
 from gpu_step import PROMPT_TOKENS, peak_flops, time_training
+from loops import Way, demo_questions
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from dpace.config import Recipe
 from dpace.drafter import Drafter, load_drafter
 from dpace.fast.speed_up import speed_up
-from dpace.prompts.prompts import demo_path, first_of_each_set, read_prompts
-from dpace.recipes.flags import parse
+from dpace.recipes import RECIPES
+from dpace.recipes.recipe_file import read_recipe
+from dpace.report.tables import Section, to_markdown
 from dpace.system.device import default_dtype, find_device
 from dpace.system.ledger import write_text
 from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
-from dpace.target.chat import encode_chat
 from dpace.target.locate import find_drafter, find_target
 
-RECIPE, SMALL = "qwen3-4b-3l", "Qwen/Qwen3-0.6B"
-_QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960}
+SMALL = "Qwen/Qwen3-0.6B"
 SHAPES = {
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32),
     SMALL: (1024, 3072, 28, 16),
 }
 """Hidden and feed-forward size, layers and heads of published targets, for --random; the rest is the same."""
-ROUNDS, PROMPTS_OF_SET, TOKENS = 3, 2, 128
+ROUNDS = 3
+NUM_PROMPTS = 2
 
 
 def run_tests() -> dict[str, Any]:
@@ -61,14 +62,23 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     if name not in SHAPES:
         raise SystemExit(f"--random knows the shapes of {', '.join(SHAPES)}, not of {name}")
     hidden, feed_forward, layers, heads = SHAPES[name]
-    sizes = {"hidden_size": hidden, "intermediate_size": feed_forward, "num_attention_heads": heads}
-    config = Qwen3Config(**_QWEN3, **sizes, num_hidden_layers=layers, tie_word_embeddings=True)
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def working_ways(ways: dict[str, Callable], ids: Sequence[int]) -> tuple[dict[str, Callable], dict[str, str]]:
+def working_ways(ways: dict[str, Way], ids: Sequence[int]) -> tuple[dict[str, Way], dict[str, str]]:
     """Try each way of decoding; give those that work, and the reasons why others do not."""
     skipped = {}
     for name, way in ways.items():
@@ -79,104 +89,115 @@ def working_ways(ways: dict[str, Callable], ids: Sequence[int]) -> tuple[dict[st
     return {name: way for name, way in ways.items() if name not in skipped}, skipped
 
 
-def time_decoding(
-    target: Target, drafter: Drafter, folder: str, model: Any, *, is_compiled: bool, tokens: int
-) -> dict[str, Any]:
-    """Decode with this project's loop, plainly, compiled, and with the loops of others on a model as it was loaded."""
+def time_decoding(target: Target, drafter: Drafter, folder: str, model: Any, tokens: int) -> dict[str, Any]:
+    """Decode with this project's loop, plainly, compiled on a GPU, and with the loops of others.
+
+    `model` is the target's as it was loaded; None to read it again.
+    """
     if target.tokenizer is None:
         generator = torch.Generator().manual_seed(1)
-        rows = torch.randint(len(target.head.weight) - 1, (PROMPTS_OF_SET, PROMPT_TOKENS), generator=generator)
-        prompts = [("random tokens", row) for row in rows.tolist()]
+        rows = torch.randint(len(target.head.weight) - 1, (NUM_PROMPTS, PROMPT_TOKENS), generator=generator)
+        questions = [("random tokens", row) for row in rows.tolist()]
     else:
-        chosen = first_of_each_set(read_prompts(demo_path("heldout")), PROMPTS_OF_SET)
-        prompts = [("demo", encode_chat(target, prompt.turns[0])) for prompt in chosen]
-    whole = f"dpace, blocks of {drafter.block_size}"
-    ways = {name: way for name, way in our_ways(target, drafter).items() if name in ("plain", "dpace, auto", whole)}
-    skipped = {} if is_compiled else {"compiled": "on a CPU it is left out"}
-    ways |= compiled_ways(target, drafter) if is_compiled else {}
+        questions = [("demo", ids) for _, ids in demo_questions(target, NUM_PROMPTS)]
+    set_name, ids = questions[0]
+    names = (PLAIN, AUTO, f"dpace, width {drafter.block_size}")
+    ways = {name: way for name, way in our_ways(target, drafter).items() if name in names}
+    ways |= compiled_ways(target, drafter) if target.device.type != "cpu" else {}
     ways |= {name: way for name, way in other_ways(target, drafter, folder, model).items() if "lookup" not in name}
-    working, found = working_ways(ways, prompts[0][1])
-    if not any(name.startswith("z-lab") for name in ways):
-        skipped["z-lab, DFlash"] = "no package `dflash`"
-    set_name = prompts[0][0]
-    rows = rows_of(measure(working, prompts, ROUNDS, tokens), set_name)
-    return {
-        "prompts": f"{len(prompts)}, {set_name}",
-        "rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
-        "skipped": skipped | found,
-    }
+    working, skipped = working_ways(ways, ids)
+    rows = rows_of(measure(working, questions, ROUNDS, tokens), set_name)
+    return {"prompts": f"{len(questions)}, {set_name}", "rows": rows, "skipped": skipped}
 
 
 def markdown(report: dict[str, Any]) -> str:
     """Write the tables of a report for a page."""
-    gib, training, hardware = 2**30, report["training"], report["hardware"]["device"]
-    lines = [f"## {report['target']} on one {hardware}", "", f"Tests: {report['tests']['summary']}.", ""]
-    step = training["step_seconds"]
-    lines += ["| part of a training step | ms | share |", "|---|---|---|"]
-    lines += [f"| {part} | {1000 * s:.1f} | {s / step:.0%} |" for part, s in training["part_seconds"].items()]
-    lines += [f"| **whole step** | {1000 * step:.1f} | |", "", "| training | |", "|---|---|"]
-    lines += [f"| tokens/s | {training['tokens_per_second']:.0f} |"]
-    mfu = "peak of this device not known: name it by --peak-tflops" if training["mfu"] is None else ""
-    lines += [f"| MFU | {mfu or format(training['mfu'], '.1%')} |"]
-    found = training["peak_memory_bytes"]
-    lines += [f"| peak memory | {'not told' if found is None else f'{found / gib:.2f} GiB'} |"]
-    lines += [f"| planned | {training['planned_memory_bytes'] / gib:.2f} GiB |"]
-    lines += ["", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(row.values())} |" for row in report["decoding"]["rows"]]
-    lines += ["", *(f"Left out: {name} ({why})." for name, why in report["decoding"]["skipped"].items())]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def main() -> None:
-    """Run everything and write `gpu.json` and `gpu.md`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help=f"{SMALL} in place of the recipe's target")
-    parser.add_argument("--target", help="another target in place of the recipe's")
-    parser.add_argument("--random", action="store_true", help="random weights in the target's shape; no download")
-    parser.add_argument("--drafter", help="folder or Hub id of a trained drafter to decode with")
-    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of this device")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--out", default=".", help="folder for gpu.json and gpu.md")
-    options = parser.parse_args()
-    recipe: Recipe = parse(Recipe, "train", [RECIPE])
-    recipe = replace(recipe, target=options.target or (SMALL if options.small else recipe.target))
-    device = find_device()
-    if device.type == "cpu":
-        raise SystemExit("torch finds no accelerator here; this benchmark is for one GPU")
-    tests = run_tests()
-    make_model = partial(random_model, recipe.target, default_dtype(device), device) if options.random else None
-    if make_model is None:
-        target = Target.load(find_target(recipe.target))
-    else:
-        target = Target(make_model())
-        target.speed_ups = speed_up(target.model)  # as `Target.load` does
-    report = measure_all(target, recipe, options, make_model, is_compiled=True)
-    report = {"target": recipe.target, "is_random": options.random, "tests": tests, **report}
-    for name, text in (("gpu.json", json.dumps(report, indent=2) + "\n"), ("gpu.md", markdown(report))):
-        write_text(Path(options.out) / name, text)
-    print(markdown(report))
-    sys.exit(not tests["passed"])
+    training, decoding = report["training"], report["decoding"]
+    step, peak = training["step_seconds"], training["peak_memory_bytes"]
+    parts = [
+        {"part of a step": part, "ms": f"{1000 * seconds:.1f}", "share": f"{seconds / step:.0%}"}
+        for part, seconds in [*training["part_seconds"].items(), ("whole step", step)]
+    ]
+    unknown = "peak of this device not known: name it by --peak-tflops"
+    facts = {
+        "tokens/s": f"{training['tokens_per_second']:.0f}",
+        "MFU": unknown if training["mfu"] is None else f"{training['mfu']:.1%}",
+        "peak memory": "not told" if peak is None else f"{peak / 2**30:.2f} GiB",
+        "planned": f"{training['planned_memory_bytes'] / 2**30:.2f} GiB",
+    }
+    skipped = [f"left out: {name} ({why})" for name, why in decoding["skipped"].items()]
+    title = f"{report['target']} on one {report['hardware']['device']}"
+    sections = [
+        Section(title, f"Tests: {report['tests']['summary']}.", parts),
+        Section("Training", rows=[{"training": name, "": fact} for name, fact in facts.items()]),
+        Section(f"Decoding: {decoding['prompts']}", rows=decoding["rows"], note="; ".join(skipped)),
+    ]
+    return "\n\n".join(map(to_markdown, sections)) + "\n"
 
 
 def measure_all(
-    target: Target, recipe: Recipe, options: Any, make_model: Callable | None = None, *, is_compiled: bool
+    target: Target,
+    recipe: Recipe,
+    steps: int,
+    drafter: str | None = None,
+    peak_tflops: float | None = None,
+    make_model: Callable[[], Any] = lambda: None,
+    tokens: int = 128,
 ) -> dict[str, Any]:
     """Train and decode; what `markdown` writes, without the tests.
 
     `make_model` makes the target's model again, where it cannot be loaded by its name.
     """
     hardware = find_hardware(target.device)
-    drafter, training = time_training(target, recipe, options.steps, peak_flops(hardware.device, options.peak_tflops))
+    trained, training = time_training(target, recipe, steps, peak_flops(hardware.device, peak_tflops))
     with tempfile.TemporaryDirectory() as folder:
-        place = find_drafter(options.drafter, "--drafter") if options.drafter else folder
-        if not options.drafter:
-            drafter.save_pretrained(folder)
-        ours, model = load_drafter(place, target), make_model() if make_model else None
-        decoding = time_decoding(target, ours, str(place), model, is_compiled=is_compiled, tokens=TOKENS)
-    facts = {"hardware": asdict(hardware), "versions": asdict(find_versions())}
-    facts |= {"recipe": RECIPE, "speed_ups": target.speed_ups}
+        place = find_drafter(drafter, "--drafter") if drafter else folder
+        if not drafter:
+            trained.save_pretrained(folder)
+        decoding = time_decoding(target, load_drafter(place, target), str(place), make_model(), tokens)
+    facts = {"hardware": asdict(hardware), "versions": asdict(find_versions()), "speed_ups": target.speed_ups}
     return {**facts, "training": training, "decoding": decoding}
 
 
+def main(
+    target: str | None = None,
+    small: bool = False,
+    random: bool = False,
+    drafter: str | None = None,
+    peak_tflops: float | None = None,
+    steps: int = 50,
+    out: Path = Path(),
+) -> None:
+    """Run everything and write `gpu.json` and `gpu.md`.
+
+    Args:
+        target: another target in place of the recipe's.
+        small: Qwen3-0.6B in place of the recipe's target.
+        random: random weights in the target's shape; no download.
+        drafter: folder or Hub id of a trained drafter to decode with.
+        peak_tflops: dense bf16 peak of this device.
+        steps: of training.
+        out: folder for gpu.json and gpu.md.
+    """
+    recipe = read_recipe(RECIPES["qwen3-4b-3l"])
+    recipe = replace(recipe, target=target or (SMALL if small else recipe.target))
+    device = find_device()
+    if device.type == "cpu":
+        sys.exit("torch finds no accelerator here; this benchmark is for one GPU")
+    tests = run_tests()
+    if random:
+        make_model = partial(random_model, recipe.target, default_dtype(device), device)
+        loaded = Target(make_model())
+        loaded.speed_ups = speed_up(loaded.model)  # as `Target.load` does
+        found = measure_all(loaded, recipe, steps, drafter, peak_tflops, make_model)
+    else:
+        found = measure_all(Target.load(find_target(recipe.target)), recipe, steps, drafter, peak_tflops)
+    report = {"target": recipe.target, "is_random": random, "tests": tests, **found}
+    write_text(out / "gpu.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "gpu.md", markdown(report))
+    print(markdown(report))
+    sys.exit(not tests["passed"])
+
+
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

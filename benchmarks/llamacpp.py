@@ -75,29 +75,6 @@ def run_llamacpp(
         return [Answer(*row) for row in json.loads(answers.read_text())]
 
 
-def write_f16(source: str | Path, path: str | Path) -> None:
-    """Write a target's GGUF file again with matrices in f16 and vectors in f32.
-
-    Quantized matrices round a block and a single token differently, so that any drafter changes the text; f16 and f32
-    do not.
-    """
-    import gguf  # here, since the process that answers needs none of this
-    import numpy as np
-
-    from dpace.engines.gguf import _copy_field, _open_gguf, _read_value, _write_file
-
-    reader = _open_gguf(source)
-    writer = gguf.GGUFWriter(path, _read_value(reader, "general.architecture"))
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            _copy_field(writer, field)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
-    _write_file(writer)
-
-
 def make_server(
     target: str,
     drafter: str | None = None,

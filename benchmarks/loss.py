@@ -1,6 +1,6 @@
 """Compare time and peak memory of the frozen-head loss with two other implementations.
 
-    python benchmarks/loss.py [--quick]
+    python benchmarks/loss.py [--shape 49152 576 64]
 
 All three process the same scored rows, give the same gradient (checked) and use D-PACE's weights. `materialized` is
 plain PyTorch, which keeps the logits for the backward pass. `checkpointed` cuts the rows into chunks and recomputes
@@ -11,11 +11,11 @@ and backward pass; memory is the peak that a run adds, as reported by the operat
 import ctypes
 import os
 import statistics
-import sys
 import time
 
 import psutil
 import torch
+import tyro
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -26,8 +26,10 @@ from dpace.train.progress import PeakMemory
 from dpace.weights import dpace_weights
 
 BLOCK_SIZE = 8
-SHAPES = {(49152, 576): (64, 256, 1024), (151936, 2560): (64, 256)}
-"""Numbers of blocks by vocabulary and hidden size, those of SmolLM2 and Qwen3-4B."""
+SMOLLM2 = (49152, 576)
+QWEN3_4B = (151936, 2560)
+SHAPES = [*((*SMOLLM2, blocks) for blocks in (64, 256, 1024)), *((*QWEN3_4B, blocks) for blocks in (64, 256))]
+"""Vocabulary, hidden size and number of blocks."""
 
 
 def weigh(slots: Slots) -> torch.Tensor:
@@ -69,7 +71,9 @@ def run(method, hidden, head, labels, is_scored):
     block_loss(method(hidden, head, labels, is_scored), is_scored).backward()
 
 
-def measure(vocab: int, width: int, num_blocks: int, repeats: int, device: str) -> dict[str, tuple[float, float]]:
+def measure(
+    vocab: int, width: int, num_blocks: int, repeats: int, device: torch.device
+) -> dict[str, tuple[float, float]]:
     """Measure median seconds and peak bytes of each method."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device)
@@ -107,27 +111,27 @@ def peak(method, data) -> float:
     return (memory.bytes or float("nan")) - before
 
 
-def main(quick: bool) -> None:
+def main(shape: tuple[int, int, int] | None = None, rounds: int = 5) -> None:
+    """Print the table.
+
+    Args:
+        shape: vocabulary, hidden size and number of blocks; by default those of SmolLM2 and Qwen3-4B.
+        rounds: of which the median counts.
+    """
     device = find_device()
-    print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32, "
-        f"blocks of {BLOCK_SIZE}"
-    )
-    if device == "cpu":  # freed tensors return to the system at once, so that each run has its own peak
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32")
+    if device.type == "cpu":  # freed tensors return to the system at once, so that each run has its own peak
         ctypes.CDLL(None).mallopt(-3, 2**20)
     print(f"{'vocab':>7}{'hidden':>7}{'blocks':>7}   {'method':<14}{'ms':>8}{'x':>7}{'MiB':>8}{'x':>7}")
-    for (vocab, width), counts in SHAPES.items():
-        for num_blocks in counts[:1] if quick else counts:
-            results = measure(vocab, width, num_blocks, 1 if quick else 5, device)
-            base_seconds, base_bytes = results["materialized"]
-            for name, (seconds, size) in results.items():
-                ratios = (
-                    f"{1000 * seconds:8.0f}{seconds / base_seconds:7.2f}{size / 2**20:8.0f}{size / base_bytes:7.2f}"
-                )
-                print(f"{vocab:>7}{width:>7}{num_blocks:>7}   {name:<14}{ratios}", flush=True)
-            ratio = results["frozen-head"][0] / results["checkpointed"][0]
-            print(f"{'':24}frozen-head over checkpointed: time {ratio:.2f}")
+    for vocab, width, num_blocks in [shape] if shape else SHAPES:
+        results = measure(vocab, width, num_blocks, rounds, device)
+        base_seconds, base_bytes = results["materialized"]
+        for name, (seconds, size) in results.items():
+            found = f"{1000 * seconds:8.0f}{seconds / base_seconds:7.2f}{size / 2**20:8.0f}{size / base_bytes:7.2f}"
+            print(f"{vocab:>7}{width:>7}{num_blocks:>7}   {name:<14}{found}", flush=True)
+        ratio = results["frozen-head"][0] / results["checkpointed"][0]
+        print(f"{'':24}frozen-head over checkpointed: time {ratio:.2f}")
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    tyro.cli(main, description=__doc__)

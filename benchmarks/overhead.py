@@ -13,13 +13,13 @@ share of what a large product of that precision reaches here; and the time that 
 
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+import tyro
 from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -165,7 +165,13 @@ def compare_products(step: Step, rounds: int) -> None:
         print(f"  {'planned':<20} {1000 * planned:7.1f} ms")
 
 
-def main(rounds: int = 60, target: str | None = None) -> None:
+def main(rounds: tyro.conf.Positional[int] = 60, target: tyro.conf.Positional[str | None] = None) -> None:
+    """Print both tables.
+
+    Args:
+        rounds: in which each kind of step takes its turn.
+        target: another one than the demo's.
+    """
     step = Step(target)
     device = step.target.device
     print(f"torch {torch.__version__}, {device}, {platform.processor() or platform.machine()}, {rounds} rounds")
@@ -176,4 +182,4 @@ def main(rounds: int = 60, target: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]), *sys.argv[2:])
+    tyro.cli(main, description=__doc__)

@@ -9,27 +9,27 @@ Trains what the recipes qwen3-4b-3l and -5l say, with each objective, and measur
 run that ended goes on where it was.
 """
 
-import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+import tyro
 
 from dpace.config import Recipe
-from dpace.drafter import load_drafter
+from dpace.drafter import Drafter, load_drafter
 from dpace.measure.benchmark import bench
 from dpace.measure.results import BenchResults, Row
 from dpace.prompts.prompts import Prompt, read_prompts
 from dpace.prompts.public_sets import SETS, read_sets
 from dpace.recipes import RECIPES
 from dpace.recipes.recipe_file import read_recipe
-from dpace.report.sections import speeds
-from dpace.report.tables import console, section_table
+from dpace.report.sections import percent, speeds, with_interval
+from dpace.report.tables import Section, console, section_table
 from dpace.respond.answering import write_responses
+from dpace.respond.responses import Response
 from dpace.target import Target
 from dpace.target.locate import TARGET_ID, find_target
 from dpace.train.identity import Run, data_facts, target_facts
@@ -52,7 +52,7 @@ Source: README of Lucas-TY/D-PACE, with T=1 at its commit a46ac89.
 NUM_RESAMPLES = 2000
 
 
-def small(recipe: Recipe) -> Recipe:
+def shrink(recipe: Recipe) -> Recipe:
     """Shrink a recipe to a size for two CPU cores, with the optimizer of the demo."""
     return replace(
         recipe,
@@ -124,89 +124,98 @@ def speedup_of(row: Row, picks: np.ndarray) -> float:
     return float(sides[0] / sides[1])
 
 
-def matrix(results: dict[int, BenchResults]) -> Table:
+def matrix(results: dict[int, BenchResults]) -> Section:
     """Make one line for each depth, temperature and objective, beside the published averages."""
-    table = Table(title="averages over the sets, 95 % intervals over prompts; published: Qwen3-4B", box=SIMPLE_HEAD)
-    columns = ("layers", "T", "objective", "speedup*", "tau*", "tau* over dflash, %", "published speedup*, tau*, %")
-    for heading in columns:
-        table.add_column(heading, no_wrap=True)
+    lines = []
     for depth, of_depth in results.items():
         for temperature in dict.fromkeys(row.temperature for row in of_depth.rows):
-            chosen = {
-                name: [
-                    row
-                    for row in of_depth.rows
-                    if (row.drafter, row.temperature, row.width) == (name, temperature, "full")
-                ]
-                for name in OBJECTIVES
-            }
+            of_temperature = [row for row in of_depth.rows if row.temperature == temperature]
+            chosen = {name: [row for row in of_temperature if row.drafter == name] for name in OBJECTIVES}
+            speeds, taus = PUBLISHED[depth, temperature]
             for number, (name, rows) in enumerate(chosen.items()):
-                gain = mean_over_sets(rows, tau_of, chosen["dflash"])
-                speeds, taus = PUBLISHED.get((depth, temperature), ((np.nan,) * 2,) * 2)
-                known = f"{speeds[number]:.2f}, {taus[number]:.2f}, {100 * (taus[number] / taus[0] - 1):+.1f}"
-                table.add_row(
-                    str(depth),
-                    f"{temperature:g}",
-                    name,
-                    "{:.2f} [{:.2f}, {:.2f}]".format(*mean_over_sets(rows, speedup_of)),
-                    "{:.2f} [{:.2f}, {:.2f}]".format(*mean_over_sets(rows, tau_of)),
-                    "-" if name == "dflash" else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * (x - 1) for x in gain)),
-                    known,
+                ratio, low, high = mean_over_sets(rows, tau_of, chosen["dflash"])
+                lines.append(
+                    {
+                        "objective": name,
+                        "layers": str(depth),
+                        "T": f"{temperature:g}",
+                        "speedup*": with_interval(*mean_over_sets(rows, speedup_of)),
+                        "tau*": with_interval(*mean_over_sets(rows, tau_of)),
+                        "tau* over dflash": percent((ratio - 1, low - 1, high - 1)),
+                        "published": f"{speeds[number]:.2f}, {taus[number]:.2f}, {taus[number] / taus[0] - 1:+.1%}",
+                    }
                 )
-    return table
+    text = "Averages over the sets, 95 % intervals over prompts. Published: speedup*, tau* and gain with Qwen3-4B."
+    return Section("The paper's matrix", rows=lines, note=text)
 
 
-def training_prompts(options: argparse.Namespace) -> list[Prompt]:
-    """Read the prompts to train on; with `--data-dir` a mixture of its training files, as much of each."""
-    if options.prompts:
-        return read_prompts(options.prompts)
-    files = sorted(Path(options.data_dir).glob("*_train.jsonl"))
+def training_prompts(prompts: str | None, data_dir: Path | None, num_prompts: int) -> list[Prompt]:
+    """Read the prompts to train on; from a folder a mixture of its training files, as much of each."""
+    if prompts:
+        return read_prompts(prompts)
+    files = sorted(data_dir.glob("*_train.jsonl")) if data_dir else []
     if not files:
-        raise SystemExit(f"{options.data_dir} has no *_train.jsonl; give training prompts with --prompts FILE")
-    share = -(-options.num_prompts // len(files))
+        sys.exit("there are no training prompts: give --prompts FILE, or --data-dir DIR that has *_train.jsonl")
+    share = -(-num_prompts // len(files))
     return [prompt for file in files for prompt in random.Random(0).sample(read_prompts(file), share)]
 
 
-def main() -> None:
-    """Run the missing parts and print all results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--prompts", help="JSONL file of training prompts")
-    parser.add_argument("--data-dir", help="folder with the six datasets, and training prompts if --prompts is missing")
-    parser.add_argument("--num-prompts", type=int, default=270, help="number of training prompts from --data-dir")
-    options = parser.parse_args()
-    if not options.prompts and not options.data_dir:
-        parser.error("there are no training prompts: give --prompts FILE or --data-dir DIR")
-    recipes = {depth: read_recipe(RECIPES[f"qwen3-4b-{depth}l"]) for depth in DEPTHS}
-    if options.small:
-        recipes = {depth: small(recipe) for depth, recipe in recipes.items()}
-    first = recipes[DEPTHS[0]]
-    target = Target.load(find_target(first.target))
-    prompts = training_prompts(options)
-    random.Random(1).shuffle(prompts)
-    responses = write_responses(target, prompts, options.output / "responses.jsonl", first.respond)
+def train_both(target: Target, recipe: Recipe, responses: Sequence[Response], folder: Path) -> dict[str, Drafter]:
+    """Train with both objectives what is not finished."""
     num_validation = min(32, len(responses) // 10)
-    sets = read_sets(list(SETS), options.data_dir)
+    data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
+    facts = {**target_facts(target), **data_facts(*data)}
+    runs = {name: Run(replace(recipe, loss=replace(recipe.loss, objective=name))) for name in OBJECTIVES}
+    for run in runs.values():
+        run.facts |= facts
+    missing = [name for name, run in runs.items() if not run.is_finished_in(folder / name)]
+    if missing:
+        keep_features(target, *data, recipe)
+    for name in missing:
+        train(target, *data, runs[name].recipe, folder / name, run=runs[name])
+    return {name: load_drafter(folder / name, target) for name in OBJECTIVES}
+
+
+def main(
+    output: tyro.conf.Positional[Path],
+    prompts: str | None = None,
+    data_dir: Path | None = None,
+    num_prompts: int = 270,
+    small: bool = False,
+    target: str | None = None,
+    steps: int | None = None,
+) -> None:
+    """Run the missing parts and print all results.
+
+    Args:
+        output: folder of all files.
+        prompts: JSONL file of training prompts.
+        data_dir: folder with the six datasets, and training prompts if --prompts is missing.
+        num_prompts: number of training prompts from --data-dir.
+        small: a size for two CPU cores.
+        target: another target.
+        steps: other numbers of training steps.
+    """
+    rows = training_prompts(prompts, data_dir, num_prompts)
+    random.Random(1).shuffle(rows)
+    recipes = {depth: read_recipe(RECIPES[f"qwen3-4b-{depth}l"]) for depth in DEPTHS}
+    if small:
+        recipes = {depth: shrink(recipe) for depth, recipe in recipes.items()}
+    if steps:
+        changes = {"max_steps": steps, "eval_steps": steps}
+        recipes = {depth: replace(r, train=replace(r.train, **changes)) for depth, r in recipes.items()}
+    first = recipes[DEPTHS[0]]
+    loaded = Target.load(find_target(target or first.target))
+    responses = write_responses(loaded, rows, output / "responses.jsonl", first.respond)
+    sets = read_sets(list(SETS), None if data_dir is None else str(data_dir))
     results = {}
     for depth, recipe in recipes.items():
-        folders = {name: options.output / f"{depth}l" / name for name in OBJECTIVES}
-        data = choose_conversations(responses[num_validation:], responses[:num_validation], recipe)
-        facts = {**target_facts(target), **data_facts(*data)}
-        runs = {name: Run(replace(recipe, loss=replace(recipe.loss, objective=name))) for name in OBJECTIVES}
-        for run in runs.values():
-            run.facts |= facts
-        missing = [name for name in OBJECTIVES if not runs[name].is_finished_in(folders[name])]
-        if missing:
-            keep_features(target, *data, recipe)
-            for name in missing:
-                train(target, *data, runs[name].recipe, folders[name], run=runs[name])
-        drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
-        settings = replace(recipe.bench, widths=("full",))
-        results[depth] = bench(target, drafters, sets, settings, options.output / f"{depth}l")
+        folder = output / f"{depth}l"
+        drafters = train_both(loaded, recipe, responses, folder)
+        results[depth] = bench(loaded, drafters, sets, replace(recipe.bench, widths=("full",)), folder)
         console().print(section_table(speeds(results[depth])))
-    console().print(matrix(results))
+    console().print(section_table(matrix(results)))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

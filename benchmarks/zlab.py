@@ -10,56 +10,48 @@ without the bonus token where an accepted stop token or the length limit ends it
 import sys
 import time
 
-import dflash.model as zlab
 import torch
+import tyro
+from loops import demo_questions, zlab_drafter, zlab_package
 
-from dpace.decode.loop import generate, generate_plain
+from dpace.decode import generate, generate_plain
 from dpace.drafter import load_drafter
-from dpace.prompts.prompts import demo_path, read_prompts
 from dpace.target import Target
-from dpace.target.chat import encode_chat
-
-MAX_NEW_TOKENS = 128
 
 
-def main(target_name: str, drafter_folder: str) -> int:
-    target = Target.load(target_name)
-    ours = load_drafter(drafter_folder, target, all_tokens=True)
-    theirs, info = zlab.DFlashDraftModel.from_pretrained(
-        drafter_folder, dtype=target.model.dtype, output_loading_info=True
-    )
-    theirs = theirs.to(target.device).eval()
-    print("keys missing and unexpected in z-lab's class:", info["missing_keys"] or 0, info["unexpected_keys"] or 0)
+def main(target: tyro.conf.Positional[str], drafter: tyro.conf.Positional[str], tokens: int = 128) -> None:
+    """Decode the demo's held-out prompts with both loops.
+
+    Args:
+        target: folder or Hub id.
+        drafter: its folder.
+        tokens: most tokens of a response.
+    """
+    try:
+        zlab = zlab_package()
+    except ImportError as error:
+        sys.exit(str(error))
+    loaded = Target.load(target)
+    ours = load_drafter(drafter, loaded, all_tokens=True)
+    theirs = zlab_drafter(drafter, loaded.model)
     zlab._cuda_time = time.perf_counter  # its clock needs a GPU
-    prompts = read_prompts(demo_path("heldout"))
-    same_text = same_lengths = same_as_plain = 0
-    seconds = {"ours": 0.0, "z-lab": 0.0}
-    tokens = 0
-    for prompt in prompts:
-        token_ids = encode_chat(target, prompt.turns[0])
-        mine = generate(target, ours, token_ids, max_new_tokens=MAX_NEW_TOKENS, width="full")
-        inputs = torch.tensor([token_ids], device=target.device)
+    questions = demo_questions(loaded, sys.maxsize)
+    num_same = {"text": 0, "accepted lengths": 0, "text as plain": 0}
+    for _, ids in questions:
+        mine = generate(loaded, ours, ids, max_new_tokens=tokens, width="full")
+        inputs = torch.tensor([ids], device=loaded.device)
         other = zlab.dflash_generate(
-            theirs, target.model, inputs, MAX_NEW_TOKENS, target.stop_token_ids, 0.0, return_stats=True
+            theirs, loaded.model, inputs, tokens, loaded.stop_token_ids, 0.0, return_stats=True
         )
-        text = other.output_ids[0, len(token_ids) :].tolist()
-        same_text += text == mine.token_ids
+        text = other.output_ids[0, len(ids) :].tolist()
         lengths = list(other.acceptance_lengths)
-        overflow = sum(lengths) - (len(text) - 1)  # at the length limit z-lab counts a bonus token that it then drops
-        lengths[-1] -= max(0, overflow)
-        same_lengths += lengths == mine.emitted_lengths
-        same_as_plain += mine.token_ids == generate_plain(target, token_ids, max_new_tokens=MAX_NEW_TOKENS).token_ids
-        tokens += mine.num_decode_tokens
-        seconds["ours"] += mine.decode_seconds
-        seconds["z-lab"] += other.time_per_output_token * other.num_output_tokens
-    total = len(prompts)
-    print(
-        f"same text {same_text}/{total}, same accepted lengths {same_lengths}/{total}, "
-        f"same as plain {same_as_plain}/{total}"
-    )
-    print({name: f"{tokens / value:.1f} tokens/s" for name, value in seconds.items()})
-    return int(min(same_text, same_lengths, same_as_plain) < total)
+        lengths[-1] -= max(0, sum(lengths) - (len(text) - 1))  # at the limit z-lab counts a bonus token that it drops
+        num_same["text"] += text == mine.token_ids
+        num_same["accepted lengths"] += lengths == mine.emitted_lengths
+        num_same["text as plain"] += mine.token_ids == generate_plain(loaded, ids, max_new_tokens=tokens).token_ids
+    print(f"of {len(questions)} responses, the same: {num_same}")
+    sys.exit(min(num_same.values()) < len(questions))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    tyro.cli(main, description=__doc__)

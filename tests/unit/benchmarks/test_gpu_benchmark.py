@@ -1,7 +1,5 @@
 """benchmarks/gpu.py at tiny size, on a CPU."""
 
-import argparse
-
 import decode
 import gpu
 import gpu_step
@@ -31,14 +29,11 @@ def test_parts_of_a_step_add_up():
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the loops of others
 def test_a_report_has_all_tables(monkeypatch, language_folder):
     monkeypatch.setattr(gpu, "ROUNDS", 1)
-    monkeypatch.setattr(gpu, "TOKENS", 6)
-    monkeypatch.setattr(gpu, "PROMPTS_OF_SET", 1)
+    monkeypatch.setattr(gpu, "NUM_PROMPTS", 1)
     target = Target.load(str(language_folder))
-    options = argparse.Namespace(steps=2, peak_tflops=None, drafter=None)
-    found = gpu.measure_all(target, tiny(), options, is_compiled=False)
+    found = gpu.measure_all(target, tiny(), steps=2, tokens=6)
     page = gpu.markdown({"target": "tiny", "tests": {"passed": True, "summary": "3 passed"}, **found})
     assert {"plain", "dpace, auto"} < {row["way"] for row in found["decoding"]["rows"]}
-    assert "compiled" in found["decoding"]["skipped"]
     for part in (*found["training"]["part_seconds"], "3 passed", "planned", "| plain |", "--peak-tflops"):
         assert part in page
 
@@ -57,6 +52,7 @@ def test_compiled_plain_decoding_is_a_baseline(monkeypatch):
     ways = decode.our_ways(target, make_drafter(target)) | decode.compiled_ways(target, make_drafter(target))
     names = ("plain", decode.COMPILED, "dpace, auto", "T=1: plain", "dpace, compiled blocks of 4")
     found = decode.measure({name: ways[name] for name in names}, [("s", [5, 6, 7])], rounds=1, count=8)
-    rows = {row[0]: row for row in decode.rows_of(found, "s")}
-    assert rows[decode.COMPILED][3] == rows["plain"][2] == "1.00" and rows["plain"][3] and not rows["T=1: plain"][3]
-    assert all(row[-1] == "1/1" for row in rows.values())
+    rows = {row["way"]: row for row in decode.rows_of(found, "s")}
+    assert rows[decode.COMPILED]["over compiled"] == rows["plain"]["over plain"] == "1.00"
+    assert rows["plain"]["over compiled"] and not rows["T=1: plain"]["over compiled"]
+    assert all(row["same text"] == "1/1" for row in rows.values())
