@@ -37,10 +37,7 @@ PEAK_TFLOPS = {
     "A100": 312,
     "L40S": 362,
     "L4": 121,
-    "A10G": 70,
-    "A10": 125,
     "RTX 4090": 165,
-    "RTX 3090": 71,
     "MI300X": 1307,
 }
 """Dense bf16 products of a device in 1e12 operations a second, from data sheets; the first name that fits counts."""

@@ -9,7 +9,6 @@ and backward pass; memory is the peak that a run adds, as reported by the operat
 """
 
 import ctypes
-import os
 import statistics
 import time
 
@@ -119,7 +118,7 @@ def main(shape: tuple[int, int, int] | None = None, rounds: int = 5) -> None:
         rounds: of which the median counts.
     """
     device = find_device()
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, fp32")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, fp32")
     if device.type == "cpu":  # freed tensors return to the system at once, so that each run has its own peak
         ctypes.CDLL(None).mallopt(-3, 2**20)
     print(f"{'vocab':>7}{'hidden':>7}{'blocks':>7}   {'method':<14}{'ms':>8}{'x':>7}{'MiB':>8}{'x':>7}")

@@ -11,7 +11,6 @@ Then it prints the parts of the demo's step for each precision of products: seco
 share of what a large product of that precision reaches here; and the time that `dpace plan` would say.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -173,8 +172,7 @@ def main(rounds: tyro.conf.Positional[int] = 60, target: tyro.conf.Positional[st
         target: another one than the demo's.
     """
     step = Step(target)
-    device = step.target.device
-    print(f"torch {torch.__version__}, {device}, {platform.processor() or platform.machine()}, {rounds} rounds")
+    print(f"torch {torch.__version__}, {step.target.device}, {rounds} rounds")
     step.use("float32")
     for num_tokens in (len(step.target.head.weight), NUM_SEEN):
         compare_objectives(step, num_tokens, rounds)

@@ -32,7 +32,6 @@ from dpace.target.locate import TARGET_ID, find_target
 
 NUM_PROMPTS = 40
 """Prompts for each request that is on its way."""
-NUM_TOKENS = 64
 
 
 class Tokenizer:
@@ -60,7 +59,7 @@ def measure(url: str, concurrency: int) -> float:
     """Return answers a second."""
     count = NUM_PROMPTS * concurrency
     prompts = [Prompt(str(i), "s", [[{"role": "user", "content": f"prompt {i}"}]]) for i in range(count)]
-    config = RespondConfig(max_new_tokens=NUM_TOKENS, batch_size=concurrency, server=(url,))
+    config = RespondConfig(max_new_tokens=64, batch_size=concurrency, server=(url,))
     chat = ChatTokenizer("stub", Tokenizer(), stop_token_ids=[0])
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ if not sys.stderr.isatty():  # as `dpace`: the bars of transformers fill a log, 
 
 import tyro
 from make_prompts import make
-from study_report import ALWAYS, APART, Cell, find_cells, step_seconds, write_report
+from study_report import ALWAYS, APART, Cell, find_cells, write_report
 
 from dpace.batches.dataset import ResponseDataset
 from dpace.batches.feature_files import keep_on_disk
@@ -87,7 +86,7 @@ KINDS = {
 MAX_CHARACTERS = 600
 """Longest prompt: long ones cost much, and their answers are cut at the same length."""
 STEP_SECONDS = {8: 0.5, 16: 0.85}
-"""On two quiet cores of an AMD EPYC, for `--dry-run`; steps of finished cells replace them."""
+"""On two quiet cores of an AMD EPYC, without a head, for `--dry-run`."""
 NUM_VALIDATION = 24
 LIMIT_GIB = 20.0
 """Most GiB of hidden states on disk."""
@@ -183,10 +182,7 @@ def estimate(plan: Plan, cells: Sequence[Cell]) -> None:
     """Print how many drafters are to be trained, and how long their steps take."""
     found = find_cells(plan.output)
     waiting = [cell for cell in cells if cell not in found]
-    seconds = 0.0
-    for cell in waiting:
-        known = [step_seconds(folder) for other, folder in found.items() if other[:2] == cell[:2]]
-        seconds += cell.steps * (statistics.median(known) if known else STEP_SECONDS[cell.block])
+    seconds = sum(cell.steps * STEP_SECONDS[cell.block] for cell in waiting)
     print(f"{len(waiting)} drafters to train, {seconds / 60:.0f} minutes of steps")
 
 
