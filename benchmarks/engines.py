@@ -289,7 +289,6 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         job = Job(loaded, ours, request, export_all(loaded, Path(drafter), Path(folder), gguf, precisions))
         rows = [*our_rows(job), *loop_rows(job), *llamacpp_rows(job, precisions), *vllm_rows(job, vllm_python)]
-    rows.append(("SGLang", "not run: refuses CPUs", None, None))
     title = f"{len(request['prompts'])} prompts, {tokens} tokens, {torch.get_num_threads()} threads"
     console().print(section_table(Section(title, rows=[shown(row, rows[0][3], loaded.stop_token_ids) for row in rows])))
 

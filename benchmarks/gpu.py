@@ -1,6 +1,6 @@
 """Measure one GPU: the tests that need it, a training step by part, memory against the plan, and decoding.
 
-    python benchmarks/gpu.py [--small | --target NAME] [--random] [--drafter FOLDER] [--peak-tflops N]
+    python benchmarks/gpu.py [--target NAME] [--random] [--drafter FOLDER] [--peak-tflops N]
 
 Trains 50 steps of the recipe `qwen3-4b-3l` on random tokens, whose steps take as long as those on text. Then it decodes
 the demo's prompts with this drafter, or with that of --drafter, whose text is accepted more often. --random makes a
@@ -37,10 +37,9 @@ from dpace.system.provenance import find_hardware, find_versions
 from dpace.target import Target
 from dpace.target.locate import find_drafter, find_target
 
-SMALL = "Qwen/Qwen3-0.6B"
 SHAPES = {
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32),
-    SMALL: (1024, 3072, 28, 16),
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16),
 }
 """Hidden and feed-forward size, layers and heads of published targets, for --random; the rest is the same."""
 ROUNDS = 3
@@ -161,7 +160,6 @@ def measure_all(
 
 def main(
     target: str | None = None,
-    small: bool = False,
     random: bool = False,
     drafter: str | None = None,
     peak_tflops: float | None = None,
@@ -171,8 +169,7 @@ def main(
     """Run everything and write `gpu.json` and `gpu.md`.
 
     Args:
-        target: another target in place of the recipe's.
-        small: Qwen3-0.6B in place of the recipe's target.
+        target: another target in place of the recipe's, such as Qwen/Qwen3-0.6B.
         random: random weights in the target's shape; no download.
         drafter: folder or Hub id of a trained drafter to decode with.
         peak_tflops: dense bf16 peak of this device.
@@ -180,7 +177,7 @@ def main(
         out: folder for gpu.json and gpu.md.
     """
     recipe = read_recipe(RECIPES["qwen3-4b-3l"])
-    recipe = replace(recipe, target=target or (SMALL if small else recipe.target))
+    recipe = replace(recipe, target=target or recipe.target)
     device = find_device()
     if device.type == "cpu":
         sys.exit("torch finds no accelerator here; this benchmark is for one GPU")

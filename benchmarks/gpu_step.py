@@ -36,8 +36,6 @@ PEAK_TFLOPS = {
     "H100": 989,
     "A100": 312,
     "L40S": 362,
-    "L4": 121,
-    "RTX 4090": 165,
     "MI300X": 1307,
 }
 """Dense bf16 products of a device in 1e12 operations a second, from data sheets; the first name that fits counts."""

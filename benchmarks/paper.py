@@ -74,6 +74,16 @@ def shrink(recipe: Recipe) -> Recipe:
     )
 
 
+def shorten(recipe: Recipe) -> Recipe:
+    """Leave two steps and a few tokens."""
+    return replace(
+        recipe,
+        respond=replace(recipe.respond, max_new_tokens=8),
+        train=replace(recipe.train, max_steps=2, eval_steps=2),
+        bench=replace(recipe.bench, max_new_tokens=4, num_prompts=1),
+    )
+
+
 def resample_prompts(row: Row, generator: np.random.Generator) -> list[np.ndarray]:
     """Return the places of all responses of a row, and those of each resample of its prompts, with all their turns."""
     places: dict[str, list[int]] = {}
@@ -183,7 +193,7 @@ def main(
     num_prompts: int = 270,
     small: bool = False,
     target: str | None = None,
-    steps: int | None = None,
+    tiny: bool = False,
 ) -> None:
     """Run the missing parts and print all results.
 
@@ -194,16 +204,15 @@ def main(
         num_prompts: number of training prompts from --data-dir.
         small: a size for two CPU cores.
         target: another target.
-        steps: other numbers of training steps.
+        tiny: two steps and a few tokens, which show that everything works, and no more.
     """
     rows = training_prompts(prompts, data_dir, num_prompts)
     random.Random(1).shuffle(rows)
     recipes = {depth: read_recipe(RECIPES[f"qwen3-4b-{depth}l"]) for depth in DEPTHS}
     if small:
         recipes = {depth: shrink(recipe) for depth, recipe in recipes.items()}
-    if steps:
-        changes = {"max_steps": steps, "eval_steps": steps}
-        recipes = {depth: replace(r, train=replace(r.train, **changes)) for depth, r in recipes.items()}
+    if tiny:
+        recipes = {depth: shorten(recipe) for depth, recipe in recipes.items()}
     first = recipes[DEPTHS[0]]
     loaded = Target.load(find_target(target or first.target))
     responses = write_responses(loaded, rows, output / "responses.jsonl", first.respond)

@@ -45,7 +45,7 @@ def test_engines(language_folder, language_drafter_folder, target_gguf, monkeypa
     assert {row.split(",")[0].strip() for row in rows} >= {"dpace", "transformers", "llama.cpp"}
     whole = [line for line in rows if "width auto" not in line]
     assert len({re.search(r" 2/2 +2/2 +(\S+)", line)[1] for line in whole}) == 1, "tau"
-    assert "vLLM, not installed" in printed and "SGLang, not run: refuses CPUs" in printed
+    assert "vLLM, not installed" in printed
 
 
 def test_zlab_says_what_it_needs(monkeypatch):
@@ -57,7 +57,7 @@ def test_zlab_says_what_it_needs(monkeypatch):
 def test_gpu_says_what_it_needs(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     with pytest.raises(SystemExit, match="^torch finds no accelerator here; this benchmark is for one GPU$"):
-        run_script("gpu.py", "--small", "--random")
+        run_script("gpu.py", "--random")
 
 
 def test_loss(capsys):
@@ -94,7 +94,7 @@ def test_paper(language_folder, tmp_path, monkeypatch, capsys):
         write_rows(tmp_path / f"{name}.jsonl", [{"turns": [f"w{i} w51"]} for i in range(2)])
     write_rows(tmp_path / "x_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(12)])
     out = tmp_path / "out"
-    size = ["--num-prompts", "12", "--steps", "2", "--target", language_folder]
+    size = ["--num-prompts", "12", "--tiny", "--target", language_folder]
     written = []
     for _ in range(2):
         run_script("paper.py", out, "--small", "--data-dir", tmp_path, *size)
