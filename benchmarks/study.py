@@ -17,7 +17,6 @@ units for them, such as AMX.
 
 import copy
 import json
-import os
 import random
 import shutil
 import sys
@@ -25,10 +24,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-if not sys.stderr.isatty():  # as `dpace`: the bars of transformers fill a log, and are turned off before it is imported
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
 
 import tyro
 from make_prompts import make

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import paper
 import pytest
+import study
 import study_report
 
 from dpace.measure.results import write_heldout
@@ -21,15 +22,7 @@ LENGTHS = {25: 4, 100: 6, 400: 8}
 
 
 @pytest.fixture
-def study():
-    """Imported late: it turns the bars of others off."""
-    import study
-
-    return study
-
-
-@pytest.fixture
-def output(study, tmp_path):
+def output(tmp_path):
     """Two objectives that learn the same in a step, where a step of `spec-auf` takes twice as long."""
     plan = study.make_plan(tmp_path, None, 1.0, "float32")
     for name, seconds in {"dflash": 1.0, "dpace": 1.0, "spec-auf": 2.0}.items():
@@ -47,7 +40,7 @@ def output(study, tmp_path):
     return tmp_path
 
 
-def test_each_candidate_is_a_recipe_of_its_own(study, tmp_path):
+def test_each_candidate_is_a_recipe_of_its_own(tmp_path):
     plan = study.make_plan(tmp_path, None, 1.0, "float32")
     runs = [plan.recipe_of(study.Cell(name, 16, 25, 0)) for name in study.CANDIDATES]
     assert all(runs.count(run) == 1 for run in runs)
@@ -85,7 +78,7 @@ def test_a_miniature_trains_and_the_same_command_only_reports(language_folder, t
     assert "| spec-auf | 4 |" in (tmp_path / "out" / "study.md").read_text()
 
 
-def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
+def test_gains_at_equal_seconds_are_over_twice_the_steps(output):
     found = study_report.Study(output)
     for steps, length in LENGTHS.items():
         assert found.gain("spec-auf", "dpace", 16, steps) == (0, 0, 0)
@@ -94,7 +87,7 @@ def test_gains_at_equal_seconds_are_over_twice_the_steps(study, output):
     assert found.step_cost("spec-auf", "dpace", 16) == 2
 
 
-def test_equal_seconds_take_the_budgets_that_the_seeds_share(study, output):
+def test_equal_seconds_take_the_budgets_that_the_seeds_share(output):
     """One seed with a long budget does not narrow the comparison of a short one to that seed."""
     long = output / "cells/dpace/block-16/steps-400/seed-0"
     shutil.copytree(long, output / "cells/dpace/block-16/steps-1600/seed-0")
@@ -103,7 +96,7 @@ def test_equal_seconds_take_the_budgets_that_the_seeds_share(study, output):
     assert gain == pytest.approx([-1 / 9] * 3)
 
 
-def test_products_in_bf16_are_those_of_training_only(study, tmp_path):
+def test_products_in_bf16_are_those_of_training_only(tmp_path):
     plans = [study.make_plan(tmp_path, None, 1.0, products) for products in ("float32", "bfloat16")]
     assert [plan.recipe.train.products for plan in plans] == ["float32", "bfloat16"]
     (tmp_path / "study.json").write_text('{"scale": 1.0, "products": "float32"}')
@@ -112,7 +105,7 @@ def test_products_in_bf16_are_those_of_training_only(study, tmp_path):
         study.refuse_other_study(plans[1])
 
 
-def test_the_kind_that_is_kept_apart_counts_in_no_other_number(study, output):
+def test_the_kind_that_is_kept_apart_counts_in_no_other_number(output):
     before = study_report.Study(output).tau("dpace", 16, 100)
     for folder in study_report.find_cells(output).values():
         names = [f"{kind}/heldout/{i}" for kind in (*study.KINDS, study.APART) for i in (0, 1)]
@@ -126,7 +119,7 @@ def test_the_kind_that_is_kept_apart_counts_in_no_other_number(study, output):
     assert found.gain("dpace", "dflash", 16, 100, study.APART)[0] == 0
 
 
-def test_the_report_has_every_objective_and_the_figure(study, output):
+def test_the_report_has_every_objective_and_the_figure(output):
     text = study_report.write_report(output, list(study.CANDIDATES)).read_text()
     assert text.count("| spec-auf |") == 3 + 3 * 2
     assert "](study-tau.svg)" in text and "spec-auf" in (output / "study-tau.svg").read_text()
