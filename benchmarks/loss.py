@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpace.loss import Slots, block_loss, frozen_head_nll
 from dpace.system.device import find_device, synchronize
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 from dpace.train.progress import PeakMemory
 from dpace.weights import dpace_weights
 
@@ -80,7 +80,7 @@ def measure(
     labels = torch.randint(vocab, (1, num_blocks, BLOCK_SIZE), generator=generator).to(device)
     is_scored = torch.ones_like(labels, dtype=torch.bool)
     is_scored[..., 0] = False
-    data = (hidden, Head(weight), labels, is_scored)
+    data = (hidden, LmHead(weight), labels, is_scored)
     methods = {"frozen-head": frozen, "materialized": materialized, "checkpointed": checkpointed}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     grads = {}

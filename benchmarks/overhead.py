@@ -34,7 +34,7 @@ from dpace.recipes.recipe_file import read_recipe
 from dpace.respond.responses import Response
 from dpace.system.device import synchronize
 from dpace.target import Target
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 from dpace.target.locate import find_target
 from dpace.train.optimizer import make_optimizer, products_dtype
 
@@ -67,7 +67,7 @@ class Step:
         self.dtype = products_dtype(config, self.target.device)
         self.optimizer = make_optimizer(self.drafter, config)
 
-    def head(self, num_tokens: int) -> Head:
+    def head(self, num_tokens: int) -> LmHead:
         """Return the first rows of the target's head."""
         return self.target.head._replace(weight=self.target.head.weight[:num_tokens].contiguous())
 
@@ -75,7 +75,7 @@ class Step:
         """Make the weights of an objective."""
         return make_weigh(replace(self.recipe.loss, objective=objective), self.drafter.block_size)
 
-    def parts(self, weigh: Callable, head: Head) -> Iterator[str]:
+    def parts(self, weigh: Callable, head: LmHead) -> Iterator[str]:
         """Take a step, and yield the name of each part after it."""
         device = self.target.device
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -91,7 +91,7 @@ class Step:
         self.optimizer.zero_grad()
         yield "clipping, optimizer"
 
-    def take(self, weigh: Callable, head: Head) -> dict[str, float]:
+    def take(self, weigh: Callable, head: LmHead) -> dict[str, float]:
         """Take a step, and give the seconds of each part."""
         seconds = {}
         start = time.perf_counter()
@@ -101,7 +101,7 @@ class Step:
             start = time.perf_counter()
         return seconds
 
-    def operations(self, weigh: Callable, head: Head) -> dict[str, float]:
+    def operations(self, weigh: Callable, head: LmHead) -> dict[str, float]:
         """Count the operations of each part's products."""
         counts, before = {}, 0
         with FlopCounterMode(display=False) as counter:

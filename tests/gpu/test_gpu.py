@@ -20,7 +20,7 @@ from dpace.fast.speed_up import speed_up
 from dpace.loss import block_loss, frozen_head_nll, frozen_head_nll_reference
 from dpace.loss.objective import make_weigh
 from dpace.target import Target
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations, keep_features
 from tests.conftest import FAMILIES, LANGUAGE_RECIPE, make_drafter
@@ -99,7 +99,7 @@ def test_the_compiled_tile_of_the_loss_equals_the_reference(dtype, softcap):
 
     def run(function, kind, **options):
         rows = states.to(kind).clone().requires_grad_()
-        out = function(rows, Head(weight.to(kind), 0.5, softcap), labels, is_scored, weigh=weigh, **options)
+        out = function(rows, LmHead(weight.to(kind), 0.5, softcap), labels, is_scored, weigh=weigh, **options)
         loss = block_loss(out.losses, is_scored)
         loss.backward()
         assert rows.grad is not None

@@ -180,7 +180,7 @@ def other_values(spec: DrafterSpec, key: str) -> list[Any]:
     if key == "target_layer_ids":
         moved = [tuple(layer + step for layer in spec.target_layer_ids) for step in (1, -1)]
         return [ids for ids in moved if not find_layer_id_faults(ids, spec.num_target_layers)]
-    if key == "sample_from_anchor" and spec.head:
+    if key == "sample_from_anchor" and spec.selector:
         return []  # a head has no vector for the slot that blocks would have more
     return [not getattr(spec, key)]
 

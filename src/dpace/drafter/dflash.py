@@ -16,7 +16,7 @@ def config_keys(spec: Any) -> dict[str, Any]:
     if not spec.conv_kernel_size:
         return {}
     keys = {name: getattr(spec, name) for name in CONVOLUTION_KEYS}
-    if spec.head:
+    if spec.selector:
         return keys
     top_k = next((k for k in (16, 8, 4) if k * (k + 1) <= spec.hidden_size), 2)
     return {**keys, "selector_rank": 1, "selector_top_k": top_k}

@@ -17,7 +17,7 @@ import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DrafterConfig
 from dpace.drafter.kinds import KINDS, Kind
-from dpace.drafter.lilicorr import head_for
+from dpace.drafter.lilicorr import sizes_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.selector import Selector
 from dpace.drafter.spec import CONV_GROUP_SIZE, SPECIAL_TOKENS, DrafterSpec, own_tables
@@ -200,7 +200,7 @@ class Drafter(DFlashDraftModel):
             mask_token_id=choose_mask_token(target) if mask_token_id is None else mask_token_id,
             target_layer_ids=tuple(cls.layer_ids(target, **vars(config))),
             conv_kernel_size=config.conv_kernel_size,
-            head=head_for(target.hidden_size, config.head_candidates, config.head_width) if config.head else None,
+            selector=sizes_for(target.hidden_size, config.head_candidates, config.head_width) if config.head else None,
             **attention_of(**vars(config)),
         )
         spec.check()

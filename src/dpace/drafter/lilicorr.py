@@ -5,7 +5,7 @@ Here are its sizes, tensors and config keys, its drafts and its loss. Its networ
 Source: LiLiCorr (arXiv 2608.20530), as in NVIDIA's Model-Optimizer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -14,12 +14,10 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, Strict
 from torch import Tensor, nn
 
-from dpace.config import LossConfig
 from dpace.drafter import dflash
 from dpace.drafter.selector import SCORED_ROWS, Draft, Selector
-from dpace.drafter.views import BlocksHidden
 from dpace.drafter.vocabulary import DraftRows
-from dpace.loss import Slots, SlotScores, Weigh, candidate_logits
+from dpace.loss import Slots, candidate_logits
 
 CE_WEIGHT = 0.25
 """Weight of its cross-entropy beside the loss of the blocks, as published."""
@@ -37,8 +35,8 @@ Scale = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
 
 
 @dataclass(frozen=True)
-class HeadSpec:
-    """Sizes and constants of a LiLiCorr head; published config keys are these names after `lilicorr_`."""
+class SelectorSizes:
+    """Sizes and constants of a LiLiCorr selector; published config keys are these names after `lilicorr_`."""
 
     candidate_topk: Annotated[int, Strict(), Field(ge=1, le=1024)]
     """Best tokens of each slot that it chooses from."""
@@ -52,9 +50,32 @@ class HeadSpec:
     vector_eps: Scale
     logit_scale: Scale
 
+    def check(self, spec: Any) -> None:
+        """Refuse what does not go together with the rest of a `DrafterSpec`.
 
-def head_for(hidden_size: int, num_candidates: int, width: int | None = None) -> HeadSpec:
-    """Choose the sizes of a head.
+        Raises:
+            ValueError: names the value.
+        """
+        if spec.selector_width % self.num_heads:
+            raise ValueError(
+                f"lilicorr_num_heads is {self.num_heads}, expected a divisor of the head's width, which is "
+                f"{spec.selector_width}; copy the config again from where the drafter was trained"
+            )
+        for key in ("sample_from_anchor", "draft_vocab_size"):
+            if getattr(spec, key):
+                raise ValueError(
+                    f"{key} is {getattr(spec, key)}, which dpace does not run with a LiLiCorr head; serve this drafter "
+                    "with the project that trained it"
+                )
+        if self.candidate_topk > spec.vocab_size:
+            raise ValueError(
+                f"the head chooses from {self.candidate_topk} tokens of each slot, and the target has "
+                f"{spec.vocab_size}; train with fewer --drafter.head-candidates"
+            )
+
+
+def sizes_for(hidden_size: int, num_candidates: int, width: int | None = None) -> SelectorSizes:
+    """Choose the sizes of a selector.
 
     Published ones are a quarter as wide as the drafter (1024 at 4096). There the head is 3 % of a step. Next to a small
     target on a CPU it would be more than 10 %, so below 1024 a sixth is taken, 96 at 576, which is about 5 %.
@@ -62,7 +83,7 @@ def head_for(hidden_size: int, num_candidates: int, width: int | None = None) ->
     narrow = max(8, hidden_size // 48 * 8)
     width = width or (hidden_size // 4 if hidden_size >= 1024 else narrow)
     num_heads = next(count for count in (8, 4, 2, 1) if width % count == 0 and width >= 24 * count or count == 1)
-    return HeadSpec(
+    return SelectorSizes(
         candidate_topk=num_candidates,
         hidden_size=0 if width == hidden_size else width,
         num_heads=num_heads,
@@ -85,12 +106,12 @@ def published_name(name: str) -> str:
 
 def config_keys(spec: Any) -> dict[str, Any]:
     """Return what head and convolutions add to `dflash_config`."""
-    sizes = {f"lilicorr_{name}": value for name, value in vars(spec.head).items()}
+    sizes = {f"lilicorr_{name}": value for name, value in vars(spec.selector).items()}
     return {"projector_type": "lilicorr", "lilicorr_enabled": True, **sizes, **dflash.config_keys(spec)}
 
 
 def read_sizes(config: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the values of `HeadSpec` in a config and its `dflash_config`, not checked yet; None without a head."""
+    """Return the values of `SelectorSizes` in a config and its `dflash_config`, not checked yet; None without them."""
     keys = {name.removeprefix("lilicorr_"): value for name, value in nested.items() if name.startswith("lilicorr_")}
     has_head = keys.pop("enabled", False) or "LiLiCorr" in str(config.get("architectures"))
     return keys if has_head else None
@@ -113,7 +134,7 @@ class Lattice(NamedTuple):
 
 
 class LatticeSelector(Selector):
-    """Walks through the lattice of a block's candidates; see `Selector`."""
+    """Walks through the lattice of a block's candidates; shapes and arguments are those of `Selector`."""
 
     def __init__(self, drafter: Any):
         super().__init__(drafter)
@@ -143,14 +164,7 @@ class LatticeSelector(Selector):
         start, pairs = self.drafter.lilicorr(rows.target.embed(candidates), log_probs, hidden, anchor, has_anchor)
         return Lattice(candidates, start, pairs, log_probs.detach().exp().sum(-1).logit(eps=1e-6))
 
-    def propose(
-        self,
-        rows: DraftRows,
-        hidden: Float[Tensor, "batch slot hidden"],
-        before: Callable[[], Float[Tensor, "batch feature"]],
-        width: int,
-        has_anchor: Bool[Tensor, " batch"] | None = None,
-    ) -> Draft:
+    def propose(self, rows, hidden, before, width, has_anchor=None):
         """Walk through the lattice of all slots, as in training, and propose the first tokens."""
         states = hidden[:, 1:]
         logits = rows.logits(states.flatten(0, 1)).float()
@@ -160,9 +174,7 @@ class LatticeSelector(Selector):
         tokens, scores = take_walk(lattice)
         return Draft(tokens[:, : width - 1], scores[:, : width - 1], lattice)
 
-    def draw(
-        self, draft: Draft, num_drawn: int, rows: DraftRows, text: Sequence[int], sampler: Any
-    ) -> tuple[Int[Tensor, " draft"], Float[Tensor, "draft vocab"]]:
+    def draw(self, draft, num_drawn, rows, text, sampler):
         """Draw the tokens from the lattice, a slot after the other.
 
         A slot's token is a draw from the softmax of its scores after the token drawn before, over the temperature.
@@ -181,7 +193,7 @@ class LatticeSelector(Selector):
         whole = torch.zeros(num_drawn, len(rows.target.head.weight), device=candidates.device)
         return candidates.gather(1, torch.cat(chosen))[:, 0], whole.scatter_(1, candidates, torch.cat(probs))
 
-    def match(self, found: BlocksHidden, rows: DraftRows) -> tuple[Tensor, Bool[Tensor, "3 block slot"]]:
+    def match(self, found, rows):
         """Find the accepted slots of the walk, of each slot's own best token, and of candidates that are the label."""
         labels = found.blocks.labels[0, :, 1:]
         num_slots = labels.shape[1]
@@ -198,21 +210,11 @@ class LatticeSelector(Selector):
         is_accepted = (is_right & found.blocks.is_scored[..., 1:]).int().cumprod(-1).bool()
         return nn.functional.pad(torch.cat(scores), (0, 0, 1, 0))[None], nn.functional.pad(is_accepted, (1, 0))
 
-    def scores(self, states: Float[Tensor, "slot choice"], rows: DraftRows) -> Float[Tensor, "slot choice"]:
+    def scores(self, states, rows):
         """Return the states, which are scores."""
         return states
 
-    def add_loss(
-        self,
-        scores: SlotScores,
-        found: BlocksHidden,
-        rows: DraftRows,
-        *,
-        weigh: Weigh,
-        config: LossConfig,
-        whole_blocks: Int[Tensor, " whole"] | None,
-        autocast: Callable[[], Any],
-    ) -> SlotScores:
+    def add_loss(self, scores, found, rows, *, weigh, config, whole_blocks, autocast):
         """Add the loss of the walk, in blocks all of whose slots are scored."""
         blocks = found.blocks
         whole = whole_blocks

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dpace.blocks import build_target_layer_ids
 from dpace.drafter.dflash import CONVOLUTION_KEYS
 from dpace.drafter.kinds import KINDS, Kind
-from dpace.drafter.lilicorr import HeadSpec, Scale, read_sizes
+from dpace.drafter.lilicorr import Scale, SelectorSizes, read_sizes
 from dpace.modeling_dflash import DFlashDraftModel, refuse_variants
 from dpace.system.loading import translate_library_errors
 
@@ -123,8 +123,8 @@ class DrafterSpec:
     sample_from_anchor: Flag = False
     """Whether each slot predicts the token behind its own position, as in DeepSpec: `block_size` slots give as many
     draft tokens. Otherwise a slot predicts the token at its position, and slot 0 none."""
-    head: HeadSpec | None = None
-    """Sizes of a LiLiCorr head; None without one."""
+    selector: SelectorSizes | None = None
+    """Sizes of a LiLiCorr selector; None without one."""
     sliding_window: Count | None = None
     """Window of sliding layers, in tokens, see `dpace.modeling_dflash.DFlashAttention`; None without such layers."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
@@ -155,14 +155,14 @@ class DrafterSpec:
         return [layer + 1 for layer in self.target_layer_ids]
 
     @property
-    def head_width(self) -> int:
-        """Width of the head; that of the drafter without one."""
-        return self.head and self.head.hidden_size or self.hidden_size
+    def selector_width(self) -> int:
+        """Width of the selector; that of the drafter without one."""
+        return self.selector and self.selector.hidden_size or self.hidden_size
 
     @property
     def kind(self) -> Kind:
         """What is known of drafters like it."""
-        return KINDS["lilicorr" if self.head else "dflash2" if self.conv_kernel_size else "dflash"]
+        return KINDS["lilicorr" if self.selector else "dflash2" if self.conv_kernel_size else "dflash"]
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -188,8 +188,8 @@ class DrafterSpec:
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
-            if name == "head":
-                values = {f"lilicorr_{key}": value for key, value in values["head"].items()}
+            if name == "selector":
+                values = {f"lilicorr_{key}": value for key, value in values["selector"].items()}
                 name = f"lilicorr_{first['loc'][1]}"
             if first["type"] == "missing":
                 raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
@@ -201,17 +201,8 @@ class DrafterSpec:
                 f"num_attention_heads is {spec.num_heads}, expected a multiple of num_key_value_heads, which is "
                 f"{spec.num_key_value_heads}; {COPY_AGAIN}"
             )
-        if spec.head and spec.head_width % spec.head.num_heads:
-            raise ValueError(
-                f"lilicorr_num_heads is {spec.head.num_heads}, expected a divisor of the head's width, which is "
-                f"{spec.head_width}; {COPY_AGAIN}"
-            )
-        for key in ("sample_from_anchor", "draft_vocab_size"):
-            if spec.head and getattr(spec, key):
-                raise ValueError(
-                    f"{key} is {getattr(spec, key)}, which dpace does not run with a LiLiCorr head; serve this drafter "
-                    "with the project that trained it"
-                )
+        if spec.selector:
+            spec.selector.check(spec)
         if "sliding_attention" not in spec.layer_types:
             return replace(spec, layer_types=(), sliding_window=None)
         if len(spec.layer_types) != spec.num_layers:
@@ -260,7 +251,7 @@ class DrafterSpec:
                 "draft_vocab_size": config["draft_vocab_size"] if is_small else 0,
                 "has_own_lm_head": not is_small and config.get("has_own_lm_head"),
                 **convolutions,
-                "head": read_sizes(config, nested),
+                "selector": read_sizes(config, nested),
                 "block_size": 16 if block_size is None else block_size,
                 "mask_token_id": _either(config, nested, "mask_token_id"),
                 "sample_from_anchor": next((value for value in from_anchor if value is not None), False),
@@ -276,7 +267,7 @@ class DrafterSpec:
 
     def config(self) -> Qwen3Config:
         """Make the config of a `Drafter`."""
-        elsewhere = {*CONVOLUTION_KEYS, "head", "special_token_ids"}
+        elsewhere = {*CONVOLUTION_KEYS, "selector", "special_token_ids"}
         values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
         named = {name: values[name] for name in nested if name in values}
@@ -323,11 +314,8 @@ class DrafterSpec:
             raise ValueError(
                 f"block_size is {self.block_size}; it must be 2 or more: an anchor and at least one draft slot"
             )
-        if self.head and self.head.candidate_topk > self.vocab_size:
-            raise ValueError(
-                f"the head chooses from {self.head.candidate_topk} tokens of each slot, and the target has "
-                f"{self.vocab_size}; train with fewer --drafter.head-candidates"
-            )
+        if self.selector:
+            self.selector.check(self)
         if self.sliding_window is not None and self.sliding_window <= self.block_size:
             raise ValueError(
                 f"sliding_window is {self.sliding_window} and block_size {self.block_size}; a window must be longer "

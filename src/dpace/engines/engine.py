@@ -89,7 +89,7 @@ class Engine:
         for trait in [spec.kind.architecture, *(key for key in PROPERTIES if getattr(spec, key))]:
             if trait not in self.reads:
                 others = " or ".join(f"--to {engine.name}" for engine in all_engines() if trait in engine.reads)
-                plain = ", or without its head, with --plain" if spec.head else ""
+                plain = ", or without its head, with --plain" if spec.selector else ""
                 value = f" {getattr(spec, trait, '')}".rstrip()
                 return (
                     f"the drafter has {trait}{value}, which {self.title} does not read, and so would draft wrongly "

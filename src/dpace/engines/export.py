@@ -17,7 +17,7 @@ from dpace.drafter.spec import MAX_LAYERS
 from dpace.engines import all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Contents, Engine, Request
-from dpace.engines.published import make_drafter, read_folder, without_head
+from dpace.engines.published import make_drafter, read_folder, without_selector
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files, remove_files
 from dpace.system.loading import translate_library_errors
@@ -219,7 +219,7 @@ def _read_contents(folder: Path, target: Target, *, is_plain: bool) -> tuple[Con
     spec = replace(spec, **own)
     weights = {name: tensor for name, tensor in weights.items() if name in spec.shapes}
     if is_plain:
-        spec, weights = without_head(spec, weights)
+        spec, weights = without_selector(spec, weights)
         original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured
     return Contents(spec, weights), original
 

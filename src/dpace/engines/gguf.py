@@ -152,9 +152,9 @@ probability; try a few values on your prompts.
         """See `Engine`; cards of the published layout say how the file is made."""
         if layout != Engine.layout:
             return super().section(layout, spec, drafter, target)
-        if self.fault(replace(spec, head=None)):
+        if self.fault(replace(spec, selector=None)):
             return ""
-        plain = " --plain" if spec.head else ""
+        plain = " --plain" if spec.selector else ""
         return (
             f"For llama.cpp: `dpace export FOLDER --target {target} --to gguf{plain} --target-gguf TARGET.gguf "
             "--output FOLDER-gguf`."

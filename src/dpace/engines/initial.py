@@ -39,13 +39,13 @@ def start_from(recipe: AnyRecipe, given: Collection[str]) -> tuple[AnyRecipe, Dr
     own = {name: getattr(spec, name) for name in SAME}
     own |= {
         "num_features": len(spec.target_layer_ids),
-        "head": "lilicorr" if spec.head else None,
-        **({"head_candidates": spec.head.candidate_topk} if spec.head else {}),
+        "head": "lilicorr" if spec.selector else None,
+        **({"head_candidates": spec.selector.candidate_topk} if spec.selector else {}),
         "full_layers": tuple(i for i, kind in enumerate(spec.layer_types) if kind == "full_attention"),
         "causal": spec.is_causal is True,  # of all layers
         "norm_scale": 1.0,  # it has a final norm
     }
-    facts = {**own, "head_width": spec.head and spec.head_width}
+    facts = {**own, "head_width": spec.selector and spec.selector_width}
     for option, value in facts.items():
         asked = getattr(recipe.drafter, option)
         if asked not in (None, value) and f"drafter.{option}" in given:

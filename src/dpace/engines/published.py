@@ -124,15 +124,15 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     return drafter.requires_grad_(False)
 
 
-def without_head(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[DrafterSpec, dict[str, Tensor]]:
+def without_selector(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[DrafterSpec, dict[str, Tensor]]:
     """Return a drafter as it is without its head: DFlash's, or DFlash2's where it has convolutions.
 
     Raises:
         ValueError: it has no head.
     """
-    if spec.head is None:
+    if spec.selector is None:
         raise ValueError("the drafter has no head that could be left out; export it without --plain")
     record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
-    plain = replace(spec, head=None, record=record)
+    plain = replace(spec, selector=None, record=record)
     zeros = tensors["norm.weight"].new_zeros
     return plain, {name: tensors[name] if name in tensors else zeros(shape) for name, shape in plain.shapes.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpace.config import TokenLoss
 from dpace.system.device import TILED
-from dpace.target.head import TINY, Head
+from dpace.target.head import TINY, LmHead
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 2**30
 """Bytes of fp32 logits that exist at once: enough to fit a core's cache, and enough to keep a GPU busy."""
@@ -35,7 +35,7 @@ class _Scores(NamedTuple):
 
 
 def _hard_scores(
-    rows: Tensor, head: Head, labels: Tensor, num_columns: int, needs_grad: bool, num_candidates: int
+    rows: Tensor, head: LmHead, labels: Tensor, num_columns: int, needs_grad: bool, num_candidates: int
 ) -> _Scores:
     """Compute the cross-entropy with the labels, `num_columns` tokens of the vocabulary at a time.
 
@@ -81,7 +81,7 @@ class _Sums(NamedTuple):
     """Sum of exp(logit - highest) times the head's row, "rows hidden"; one 0 where no gradient is needed."""
 
 
-def _add_tile(sums: _Sums, part: Head, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
+def _add_tile(sums: _Sums, part: LmHead, operands: Tensor, column: Tensor, start: Tensor, needs_grad: bool) -> _Sums:
     """Add the tokens of a part of the head; `column` is the label's, which may lie in another part."""
     logits = part.logits(operands).float()
     before, num_candidates = sums.top_logits[:, :1], sums.top_logits.shape[1]
@@ -118,7 +118,7 @@ def _compiled_add_tile():
 
 
 def _soft_scores(
-    rows: Tensor, target_rows: Tensor, head: Head, labels: Tensor, token_loss: TokenLoss, needs_grad: bool
+    rows: Tensor, target_rows: Tensor, head: LmHead, labels: Tensor, token_loss: TokenLoss, needs_grad: bool
 ) -> _Scores:
     """Compute the token loss against the target's distribution, and the overlap of both distributions.
 
@@ -172,7 +172,7 @@ class TokenLosses(torch.autograd.Function):
 
         Arguments as in `dpace.loss.frozen_head_nll`.
         """
-        head, needs_grad = Head(weight, multiplier, softcap), ctx.needs_input_grad[0]
+        head, needs_grad = LmHead(weight, multiplier, softcap), ctx.needs_input_grad[0]
         losses = torch.zeros(is_scored.shape, device=hidden.device)
         nll = torch.zeros_like(losses)
         overlap = None if target_hidden is None else torch.ones_like(losses)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpace.config import Reduction, TokenLoss
 from dpace.loss.head_scores import TokenLosses, default_chunk_bytes
-from dpace.target.head import TINY, Head
+from dpace.target.head import TINY, LmHead
 from dpace.weights import uniform_weights
 
 REDUCTIONS = get_args(Reduction)
@@ -69,7 +69,7 @@ def _uniform(slots: Slots) -> Tensor:
 
 def frozen_head_nll(
     hidden: Float[Tensor, "batch block slot hidden"],
-    head: Head,
+    head: LmHead,
     labels: Int[Tensor, "batch block slot"],
     is_scored: Bool[Tensor, "batch block slot"],
     *,
@@ -142,7 +142,7 @@ def _weighted(labels, is_scored, weigh: Weigh, losses, nll, overlap, candidates,
 
 
 def candidate_logits(
-    hidden: Float[Tensor, "*rows hidden"], head: Head, candidates: Int[Tensor, "*rows candidate"]
+    hidden: Float[Tensor, "*rows hidden"], head: LmHead, candidates: Int[Tensor, "*rows candidate"]
 ) -> Float[Tensor, "*rows candidate"]:
     """Compute the logits of a few tokens of each row, in fp32 and with the gradient to the hidden states.
 
@@ -154,7 +154,7 @@ def candidate_logits(
 
 def frozen_head_nll_reference(
     hidden: Float[Tensor, "batch block slot hidden"],
-    head: Head,
+    head: LmHead,
     labels: Int[Tensor, "batch block slot"],
     is_scored: Bool[Tensor, "batch block slot"],
     *,

@@ -27,7 +27,7 @@ from dpace.system.loading import attention_of, translate_library_errors
 from dpace.system.ranks import num_ranks
 from dpace.target import Target
 from dpace.target.files import auto_class, find_target_files
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 from dpace.target.locate import find_target
 from dpace.train.checkpoints import checkpoint_folders
 from dpace.train.loop import num_steps
@@ -60,8 +60,8 @@ class PaperTarget(Target):
     cache_ability: Any = "crop"
     stop_token_ids: Any = ()
 
-    def _find_tables(self) -> tuple[float, Head]:
-        return 1.0, Head(self.model.get_output_embeddings().weight)
+    def _find_tables(self) -> tuple[float, LmHead]:
+        return 1.0, LmHead(self.model.get_output_embeddings().weight)
 
 
 def paper_target(name: str, dtype: torch.dtype) -> Target:

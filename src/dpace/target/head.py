@@ -9,7 +9,7 @@ from torch import Tensor
 TINY = torch.finfo(torch.float32).tiny
 
 
-class Head(NamedTuple):
+class LmHead(NamedTuple):
     """The target's frozen LM head: `softcap * tanh(multiplier * hidden @ weight.T / softcap)`.
 
     The multiplier is 1 and the cap absent in most families (Gemma 2 caps, Granite and Cohere scale).

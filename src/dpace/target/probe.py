@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dpace.fast.packing import is_plain
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 
 
 def find_layers(model: Any, decoder: nn.Module, config: Any) -> nn.ModuleList:
@@ -28,7 +28,7 @@ def find_layers(model: Any, decoder: nn.Module, config: Any) -> nn.ModuleList:
 
 
 @torch.no_grad()
-def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: Any) -> tuple[float, Head]:
+def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: Any) -> tuple[float, LmHead]:
     """Run one token to find the scale of the embedding and the LM head.
 
     Raises:
@@ -76,7 +76,7 @@ def find_tables(model: Any, decoder: nn.Module, layers: nn.ModuleList, config: A
     softcap = getattr(config, "final_logit_softcapping", None)
     raw = weight.float() @ last.float()
     uncapped = logits if softcap is None else softcap * torch.atanh((logits / softcap).clamp(-0.999999, 0.999999))
-    return scale, Head(weight, _find_scale(model, uncapped, raw, "LM head"), softcap)
+    return scale, LmHead(weight, _find_scale(model, uncapped, raw, "LM head"), softcap)
 
 
 def _refuse_quantized_tables(model: Any, head_module: Any) -> None:

@@ -21,7 +21,7 @@ from dpace.system.device import default_dtype, find_device
 from dpace.system.progress import quoted
 from dpace.system.provenance import weights_fingerprint
 from dpace.target.files import gather_tables, open_target
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 from dpace.target.probe import find_layers, find_tables
 
 HEAD_INPUT = -1
@@ -84,7 +84,7 @@ class Target:
         refresh_copies(self.model)
         self.embed_scale, self.head = self._find_tables()
 
-    def _find_tables(self) -> tuple[float, Head]:
+    def _find_tables(self) -> tuple[float, LmHead]:
         return find_tables(self.model, self.decoder, self.layers, self.config)
 
     @classmethod

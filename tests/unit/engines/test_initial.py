@@ -85,7 +85,7 @@ def test_an_option_that_contradicts_is_refused_with_both_values(
 
 def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(language_target, language_folder, tmp_path):
     spec = make_with_head(language_target).spec
-    Drafter(replace(spec, head=replace(spec.head, candidate_topk=6)).config()).save_pretrained(tmp_path / "six")
+    Drafter(replace(spec, selector=replace(spec.selector, candidate_topk=6)).config()).save_pretrained(tmp_path / "six")
     with pytest.raises(ValueError, match=r"six has head_candidates 6.*train without --drafter.init$"):
         start_from(recipe_from(tmp_path / "six", language_folder), given=())
 

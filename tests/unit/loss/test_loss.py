@@ -23,7 +23,7 @@ from dpace.loss import (
     head_scores,
 )
 from dpace.loss.objective import make_weigh, with_objective
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 from tests.support.cases import wide
 
 OBJECTIVES = get_args(Objective)
@@ -38,7 +38,7 @@ def problem(dtype=torch.float32, batch=3, blocks=5, slots=6, hidden=16, vocab=50
     is_scored[..., 0] = False
     is_scored[1:2] = False
     labels[~is_scored] = 10**6  # must never be looked up
-    return states, Head(torch.randn(vocab, hidden, dtype=dtype), *HEADS[head]), labels, is_scored
+    return states, LmHead(torch.randn(vocab, hidden, dtype=dtype), *HEADS[head]), labels, is_scored
 
 
 def run(function, states, head, labels, is_scored, **options):
@@ -89,7 +89,7 @@ def test_the_compiled_tile_equals_the_plain_reference(monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(head_scores, "TILED", ("cpu",))
     for name in ("logits", "finish", "slope"):  # without the checks of types, which cannot be compiled
-        monkeypatch.setattr(Head, name, inspect.unwrap(getattr(Head, name)))
+        monkeypatch.setattr(LmHead, name, inspect.unwrap(getattr(LmHead, name)))
     tile = inspect.unwrap(head_scores._add_tile)
     compiled = torch.compile(tile, backend=counter, dynamic=True, fullgraph=True)
     monkeypatch.setattr(head_scores, "_compiled_add_tile", lambda: compiled)
@@ -199,9 +199,9 @@ def test_inside_a_compiled_step_the_same_gradient():
     code = """
 import torch
 from dpace.loss import block_loss, frozen_head_nll
-from dpace.target.head import Head
+from dpace.target.head import LmHead
 torch.manual_seed(0)
-layer, head = torch.nn.Linear(16, 16), Head(torch.randn(50, 16))
+layer, head = torch.nn.Linear(16, 16), LmHead(torch.randn(50, 16))
 states, labels, is_scored = torch.randn(2, 3, 4, 16), torch.randint(50, (2, 3, 4)), torch.rand(2, 3, 4) < 0.7
 def step(x):
     return block_loss(frozen_head_nll(layer(x).relu(), head, labels, is_scored).losses, is_scored)

@@ -97,7 +97,7 @@ def make_loop(name: str, folder) -> tuple[TrainingPlan, TrainingLoop]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_memory_of_a_step_is_near_the_measured_peak(name, tmp_path):
     plan, loop = make_loop(name, tmp_path)
-    head = loop.scorer.head.weight
+    head = loop.scorer.rows.head.weight
     loop.save = lambda **_: None
     held = {p.untyped_storage()._cdata: p.nbytes for p in [*plan.target.model.parameters(), *loop.drafter.parameters()]}
     held[head.untyped_storage()._cdata] = head.nbytes
