@@ -204,7 +204,7 @@ def main(
         num_prompts: number of training prompts from --data-dir.
         small: a size for two CPU cores.
         target: another target.
-        tiny: two steps and a few tokens, which show that everything works, and no more.
+        tiny: one depth, two steps and a few tokens, which show that everything works, and no more.
     """
     rows = training_prompts(prompts, data_dir, num_prompts)
     random.Random(1).shuffle(rows)
@@ -212,7 +212,7 @@ def main(
     if small:
         recipes = {depth: shrink(recipe) for depth, recipe in recipes.items()}
     if tiny:
-        recipes = {depth: shorten(recipe) for depth, recipe in recipes.items()}
+        recipes = {3: shorten(recipes[3])}
     first = recipes[DEPTHS[0]]
     loaded = Target.load(find_target(target or first.target))
     responses = write_responses(loaded, rows, output / "responses.jsonl", first.respond)
