@@ -23,6 +23,14 @@ from dpace.loss import Slots, Weigh
 from dpace.system.progress import describe_error
 from dpace.system.provenance import hash_json
 
+OF_CONFIDENCE = {
+    "dpace": W.dpace_weights,
+    "dpace-confidence-only": W.dpace_confidence_only_weights,
+    "dpace-continuation-only": W.dpace_continuation_only_weights,
+    "dpace-exact": W.dpace_exact_weights,
+}
+"""Weights of the objectives that smooth confidences with alpha."""
+
 
 def load_custom(name: str) -> Weigh:
     """Import the function of an objective `package.module:function`.
@@ -185,34 +193,29 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
         for size in sizes:
             try_out(weigh, block_size=size, has_overlap=config.needs_target_probs)
         return weigh
+    objective = config.objective
     gamma = config.gamma or W.dflash_gamma(block_size)
+    alpha_end = config.alpha if config.alpha_end is None else config.alpha_end
 
-    def alpha(slots: Slots) -> float:
-        end = config.alpha if config.alpha_end is None else config.alpha_end
-        return config.alpha + (end - config.alpha) * slots.progress
-
-    def confidence(slots: Slots) -> Tensor:
-        if config.confidence == "token":
-            return slots.token_probs
-        if slots.overlap is None:
+    def weigh_slots(slots: Slots) -> Tensor:
+        is_scored = slots.is_scored
+        confidence = slots.token_probs if config.confidence == "token" else slots.overlap
+        if confidence is None:
             raise ValueError("confidence 'overlap' compares with the target's distribution and needs target_hidden")
-        return slots.overlap
+        if objective in OF_CONFIDENCE:
+            alpha = config.alpha + (alpha_end - config.alpha) * slots.progress
+            return OF_CONFIDENCE[objective](confidence, is_scored, alpha)
+        if objective == "chain-reward":
+            return W.chain_reward_weights(confidence, is_scored)
+        if objective == "vat":
+            return W.vat_weights(slots.is_match, is_scored, gamma)
+        if objective == "spec-auf":
+            return W.spec_auf_weights(slots.is_match, is_scored)
+        if objective == "dflash":
+            return W.dflash_weights(is_scored, gamma)
+        if objective == "medusa":
+            return W.medusa_weights(is_scored, config.base)
+        assert objective == "uniform"
+        return W.uniform_weights(is_scored)
 
-    of_confidence = {
-        "dpace": W.dpace_weights,
-        "dpace-confidence-only": W.dpace_confidence_only_weights,
-        "dpace-continuation-only": W.dpace_continuation_only_weights,
-        "dpace-exact": W.dpace_exact_weights,
-    }
-    if config.objective in of_confidence:
-        weights = of_confidence[config.objective]
-        return lambda s: weights(confidence(s), s.is_scored, alpha(s))
-    functions: dict[str, Weigh] = {
-        "chain-reward": lambda s: W.chain_reward_weights(confidence(s), s.is_scored),
-        "vat": lambda s: W.vat_weights(s.is_match, s.is_scored, gamma),
-        "spec-auf": lambda s: W.spec_auf_weights(s.is_match, s.is_scored),
-        "dflash": lambda s: W.dflash_weights(s.is_scored, gamma),
-        "uniform": lambda s: W.uniform_weights(s.is_scored),
-        "medusa": lambda s: W.medusa_weights(s.is_scored, config.base),
-    }
-    return functions[config.objective]
+    return weigh_slots
