@@ -66,10 +66,6 @@ PAIRS = {
         f"bench {RECIPE} --drafters {{drafter}} --dry-run",
         refused="results.json holds what `dpace compare` or `dpace demo` measured; name another folder with --output",
     ),
-    "bench into a folder without a drafter": Pair(
-        "bench {recipe} --output {out}/off",
-        refused="there is no drafter .*off.drafter; train one, or name one with --bench.drafters",
-    ),
     "prompts that moved after they were answered": Pair(
         f"train {RECIPE} --prompts.path {{moved}} --dry-run",
         refused="has an answer with the id .*, but to another text",
@@ -79,25 +75,10 @@ PAIRS = {
         "respond {recipe} --output {out}/a --prompts.path {corrected} --respond.source own",
         refused="has an answer with the id .*, but to another text",
     ),
-    "train, replies that were corrected after they were taken": Pair(
-        "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
-        "train {recipe} --output {out}/a --prompts.path {corrected} --respond.source own --dry-run",
-        refused="has an answer with the id .*, but to another text",
-    ),
     "bench, held-out prompts that were trained on": Pair(
         "train {recipe} --output {out} --prompts.num-heldout 1; bench {recipe} --output {out} --prompts.num-heldout 1; "
         "bench {recipe} --output {out}",
         refused="holds a run with other .*; the held-out prompts may be among them",
-    ),
-    "bench, a later prompt that is too long": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} --num-prompts 2 --sets long --sets-dir {{sets}}",
-        refused="prompt long/2 has .* tokens; with 8 new tokens it passes the target's limit",
-    ),
-    "several widths, none of them full": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} --widths 4 auto; report {{out}}", "report.html"
-    ),
-    "generate, a drafter with its own mask embedding": Pair(
-        "generate --target {target} --drafter {masked} --prompt w1", refused="mask embedding of its own"
     ),
     "the recipe of a drafter that started from another": Pair(
         f"train {RECIPE} --drafter.init {{drafter}}; train {{out}}/drafter/recipe.yaml", "drafter/provenance.json"
@@ -122,8 +103,9 @@ PAIRS = {
         "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal --dry-run",
         refused="--drafter.causal is False, but .* has True; leave --drafter.causal out",
     ),
-    "from another drafter, growing blocks": Pair(
-        f"train {RECIPE} --drafter.init {{drafter}} --train.grow-blocks", "drafter/provenance.json"
+    "a head, another drafter to start from": Pair(
+        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr",
+        refused="--drafter.head is lilicorr, but .* has None",
     ),
     "from another drafter, hidden states on disk in 8 bits": Pair(
         f"train {RECIPE} --drafter.init {{drafter}} --train.feature-files {{out}}/states --train.feature-dtype float8",
@@ -158,11 +140,6 @@ PAIRS = {
         "doctor {out}/vllm --target {target} --engine vllm",
         "vllm/README.md",
     ),
-    "a head, two widths, sampling, report": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4; "
-        f"bench {RECIPE} --widths full auto --temperatures 0 1 --verify-rules equality speculative; report {{out}}",
-        "report.html",
-    ),
     "a head, compare, decoding": Pair(
         f"compare {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4 --objectives dpace --seeds 0",
         "decode/bench-*.jsonl",
@@ -184,16 +161,9 @@ PAIRS = {
     "plan, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"
     ),
-    "plan, growing blocks, short blocks": Pair(
-        f"plan {RECIPE} --train.grow-blocks --drafter.block-size 6", refused="--drafter.block-size is 6"
-    ),
     "export, import, into a trained drafter": Pair(
         "export {drafter} --target {target} --to vllm --output {out}/vllm; import {out}/vllm --output {other}",
         refused="holds a drafter that dpace trained",
-    ),
-    "a head, another drafter to start from": Pair(
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head lilicorr",
-        refused="--drafter.head is lilicorr, but .* has None",
     ),
     "chosen target layers, export, doctor": Pair(
         f"train {RECIPE} --drafter.target-layer-ids 0 4; "
@@ -211,10 +181,6 @@ PAIRS = {
         f"bench {RECIPE} --bench.drafters {{drafter}} {{other}} --bench.sets one two --bench.sets-dir {{sets}}; "
         "report {out}",
         "report.html",
-    ),
-    "several widths, several temperatures": Pair(
-        f"bench {RECIPE} --bench.drafters {{drafter}} --bench.widths full auto 3 --bench.temperatures 0 0.7",
-        "results.json",
     ),
     "servers, hidden states on disk": Pair(
         "respond {recipe} --output {out}/new --respond.server {server}; "
@@ -237,9 +203,9 @@ PAIRS = {
         "--max-new-tokens 8",
         printed=r"w\d+",
     ),
-    "several verify rules, several drafters, report": Pair(
-        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 1 "
-        "--num-prompts 2; report {out}",
+    "several widths, verify rules and drafters, report": Pair(
+        f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 0.7 1 "
+        "--widths 4 auto; report {out}",
         "report.html",
     ),
     "compile, speculative sampling": Pair(
@@ -248,10 +214,6 @@ PAIRS = {
     ),
     "stream, compile": Pair(
         f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
-    ),
-    "report, a file of dpace": Pair(
-        f"bench {RECIPE} --drafters {{drafter}}; report {{out}} --output {{out}}/responses.jsonl",
-        refused="responses.jsonl is no HTML file",
     ),
     "plan, another run": Pair(
         f"train {RECIPE}; plan {RECIPE} --train.max-steps 9 --device cpu",
@@ -265,10 +227,6 @@ PAIRS = {
     "a head, answers shorter than a block": Pair(
         f"train {RECIPE} --drafter.head lilicorr --drafter.block-size 200 --dry-run",
         refused="no answer fills a block of 200 tokens",
-    ),
-    "start, width of a head": Pair(
-        f"train {RECIPE} --drafter.init {{drafter}} --drafter.head-width 16",
-        refused="--drafter.head-width is 16, but .* has None",
     ),
 }
 TURNS = "{recipe} --output {out}/t --prompts.path {turns}"
@@ -335,10 +293,6 @@ PAIRS |= {
     "compare, answers of another length": Pair(
         f"compare {RECIPE} --respond.max-new-tokens 8 --dry-run", refused="max_new_tokens 12, not 8"
     ),
-    "own answers, a prompt without a reply": Pair(
-        "respond {recipe} --output {out}/a --respond.source own --dry-run",
-        refused="prompt 1 has no reply at its end",
-    ),
     "own answers, servers": Pair(
         "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own "
         "--respond.server http://x --dry-run",
@@ -357,10 +311,6 @@ PAIRS |= {
     "bench, a folder of sets, no sets": Pair(
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
-    "bench, a server, compiled steps": Pair(
-        "bench --target {target} --prompts.path {prompts} --server http://x --compiled always",
-        refused="--bench.compiled is not for --bench.server",
-    ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
 }
 OF_HEADS = {
@@ -370,12 +320,11 @@ OF_HEADS = {
     "loss.head-penalty": 0.5,
 }
 PAIRS |= {
-    f"{verb}, {name}, no head": Pair(
-        f"{verb} {RECIPE} --{name} {value}",
+    f"plan, {name}, no head": Pair(
+        f"plan {RECIPE} --{name} {value}",
         refused=f"--{name} is {value}, and the drafter has no head; add --drafter.head",
     )
     for name, value in OF_HEADS.items()
-    for verb in ("plan", "train")
 }
 
 
@@ -400,7 +349,6 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
     paths["sets"].mkdir()
     for name, texts in {"one": language_prompts[:2], "two": language_prompts[2:5]}.items():
         write_prompts(paths["sets"] / f"{name}.jsonl", texts)  # ids in both are line numbers
-    write_prompts(paths["sets"] / "long.jsonl", ["w1 w2", "w1 " * 5000])
     write_rows(paths["sets"] / "later.jsonl", [{"turns": ["w1 w2", "w1 " * 5000]}])
     recipe = {
         "target": str(language_folder),
@@ -415,13 +363,10 @@ def files(language_folder, language_prompts, target_gguf, tmp_path_factory) -> d
     assert main(["respond", str(paths["recipe"])]) == main(["train", str(paths["recipe"])]) == 0
     drafter = (paths["out"] / "drafter").rename(folder / "drafter")
     other = shutil.copytree(drafter, folder / "other" / "drafter")
-    masked = shutil.copytree(drafter, folder / "masked")
-    (masked / "mask_embedding.pt").touch()
     return {name: str(path) for name, path in paths.items()} | {
         "target": str(language_folder),
         "drafter": str(drafter),
         "other": str(other),
-        "masked": str(masked),
         "gguf": str(target_gguf),
     }
 
@@ -447,8 +392,7 @@ COVER = (
     "export for speculators, import, bench",
     "from a GGUF file",
     "check, kept answers",
-    "several widths, several temperatures",
-    "several verify rules, several drafters, report",
+    "several widths, verify rules and drafters, report",
     "stream, speculative sampling",
 )
 """Pairs that run by default, beside those that are refused at once."""
@@ -495,25 +439,6 @@ def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_comm
     assert "disk: up to" in printed and "next: dpace respond" in printed and "no answers yet" not in printed
 
 
-def test_tables_of_the_target_are_left_out_and_others_are_served_by_the_engine_that_reads_them(
-    files, language_target, tmp_path
-):
-    table = language_target.model.get_input_embeddings().weight
-    for name, own in (("same", table), ("other", 2 * table)):
-        folder = shutil.copytree(files["drafter"], tmp_path / name)
-        with changed_weights(folder) as tensors:
-            tensors["embed_tokens.weight"] = own
-        change_config(folder, has_own_embed_tokens=True)
-    for name, engine in (("same", "sglang"), ("other", "vllm")):
-        command = f"export {tmp_path}/{name} --target {{target}} --to {engine} --output {tmp_path}/{engine}"
-        run(command, files)
-    assert "embed_tokens.weight" not in load_file(tmp_path / "sglang" / "model.safetensors")
-    assert "embed_tokens.weight" in load_file(tmp_path / "vllm" / "model.safetensors")
-    card = (tmp_path / "vllm" / "README.md").read_text()
-    assert "vllm serve" in card and "sglang" not in card
-    assert "sglang" in (tmp_path / "sglang" / "README.md").read_text()
-
-
 def test_a_finished_training_reads_no_hidden_states_and_its_card_names_no_place(files, out, tmp_path, capsys):
     train = f"train {{recipe}} --output {out} --drafter.init {{drafter}}"
     export = f"export {out}/drafter --target {{target}} --to vllm --output {tmp_path}/vllm"
@@ -556,27 +481,6 @@ def test_the_order_of_keys_does_not_change_a_prompt(files, out, tmp_path):
         run(command, files)
 
 
-def test_compiled_steps_are_a_second_baseline(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.compile", lambda step, **_: step)
-    command = f"bench {{recipe}} --drafters {{drafter}} --compiled always --output {tmp_path}"
-    run(command, files)
-    (row,) = read_json(tmp_path / "results.json")["rows"]
-    assert row["compiled"]["num_same_text"] == 1
-
-
-def test_thinking_on_and_off_are_side_by_side(files, tmp_path):
-    target = shutil.copytree(files["target"], tmp_path / "target")
-    template = target / "chat_template.jinja"
-    template.write_text("{% if enable_thinking %}w9 {% endif %}" + template.read_text())
-    write_rows(tmp_path / "qualitative.jsonl", [{"category": "math", "turns": ["w3 w51"]}])
-    command = f"bench {{recipe}} --target {target} --sets speed_bench --sets-dir {tmp_path} --drafters {{drafter}}"
-    for more in (f"--output {tmp_path}/off", f"--output {tmp_path}/on --thinking"):
-        run(f"{command} {more}", files)
-    assert main(["report", str(tmp_path / "off"), str(tmp_path / "on")]) == 0
-    page = (tmp_path / "off" / "report.html").read_text()
-    assert f"{tmp_path}/off" in page and f"{tmp_path}/on" in page
-
-
 QUANTIZED = """
 respond {recipe} --target {quantized} --output {out}
 train {recipe} --target {quantized} --output {out} --drafter.init {drafter}
@@ -588,6 +492,7 @@ export {out}/drafter --target {quantized} --to vllm --output {out}/vllm
 """
 
 
+@pytest.mark.wide
 def test_every_verb_takes_a_quantized_target(files, tmp_path):
     write_fp8((None, files["target"]), tmp_path / "fp8")
     values = files | {"quantized": str(tmp_path / "fp8"), "out": str(tmp_path / "out")}
@@ -645,16 +550,6 @@ def test_sets_whose_ids_are_equal_are_all_measured(files, tmp_path, capsys):
         capsys.readouterr()
         run(f"{command} --output {tmp_path} --dry-run {other}", files)
         assert re.search(rf"^answers: .*, {left} left to decode$", capsys.readouterr().out, re.MULTILINE), other
-
-
-def test_texts_count_where_the_rule_keeps_them(files, tmp_path):
-    command = "bench {recipe} --drafters {drafter} --temperatures 1 --output {out} --verify-rules "
-    for rules, words in (("speculative", ""), ("equality speculative", "1 of 1 responses are exactly")):
-        out = tmp_path / rules.replace(" ", "-")
-        run(command + rules, files | {"out": str(out)})
-        assert main(["report", str(out)]) == 0
-        page = (out / "report.html").read_text()
-        assert words in page and ("are exactly the target" in page) == bool(words)
 
 
 def test_a_plan_takes_its_sizes_from_the_drafter_to_start_from(files, tmp_path, capsys):
@@ -720,6 +615,7 @@ check --target {target} --drafter {out}/drafter --prompts {prompts} --num-prompt
 """
 
 
+@pytest.mark.wide
 def test_tools_reach_the_template_of_every_verb(files, language_target, tmp_path):
     """Answers of this process and of a server are those behind the tools."""
     target = shutil.copytree(files["target"], tmp_path / "target")
@@ -743,12 +639,6 @@ def test_tools_reach_the_template_of_every_verb(files, language_target, tmp_path
     assert {row.token_ids[0] for row in here} == {word}
 
 
-def test_deepspeed_is_refused_before_any_work(files, out, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert main(["train", files["recipe"], "--output", str(out), "--dry-run"]) == 1
-    assert "asks for DeepSpeed" in capsys.readouterr().err
-
-
 def test_a_log_of_few_validation_prompts_is_json(files, out):
     """Without an interval of tau; NaN is none of JSON's numbers."""
     run(f"train {{recipe}} --output {out} --prompts.num-validation 2", files)
@@ -764,3 +654,18 @@ def test_the_users_folders_beside_checkpoints_stay(files, out):
     run(f"plan {{recipe}} --output {out} --device cpu", files)
     run(f"train {{recipe}} --output {out}", files)
     assert (mine / "model.safetensors").exists()
+
+
+def test_deepspeed_is_refused_before_any_work(files, out, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert main(["train", files["recipe"], "--output", str(out), "--dry-run"]) == 1
+    assert "asks for DeepSpeed" in capsys.readouterr().err
+
+
+def test_tables_of_the_target_are_left_out_of_an_export(files, language_target, tmp_path):
+    folder = shutil.copytree(files["drafter"], tmp_path / "own")
+    with changed_weights(folder) as tensors:
+        tensors["embed_tokens.weight"] = language_target.model.get_input_embeddings().weight
+    change_config(folder, has_own_embed_tokens=True)
+    run(f"export {folder} --target {{target}} --to sglang --output {tmp_path}/sglang", files)
+    assert "embed_tokens.weight" not in load_file(tmp_path / "sglang" / "model.safetensors")

@@ -150,14 +150,15 @@ class Vllm(StubServer):
     def __init__(self, target: Target, folder: Path):
         super().__init__(pages(PAGES["vllm"]), self.answer)
         self.target, self.folder = target, folder
-        self.fault, self.shift = "", 0
+        self.fault = ""
 
     def answer(self, request):
         body = request.body
         assert body["model"] == "m" and body["max_tokens"] == 1
         ids = torch.tensor(body["prompt"])
+        below = self.fault == "other layers"
         with self.lock:
-            rows = Target.features(self.target, ids[None], [i + self.shift for i in LAYERS])[0]
+            rows = Target.features(self.target, ids[None], [i - below for i in LAYERS])[0]
         path = self.folder / f"{id(request)}.safetensors"
         hidden = rows.unflatten(-1, (len(LAYERS), -1))
         if self.fault == "cut":
@@ -207,6 +208,7 @@ def test_a_server_gives_the_same_rows(fault, keep, vllm, language_target):
         "gone": "is not seen here; let both share that folder",
         "another file": "names no file of hidden states",
         "no file": "names no file of hidden states",
+        "other layers": r"other hidden states for layer 1 .*eagle_aux_hidden_state_layer_ids \[2, 4\]",
     }.items(),
 )
 def test_what_a_server_does_wrong_is_one_line(fault, said, keep, vllm):
@@ -214,11 +216,3 @@ def test_what_a_server_does_wrong_is_one_line(fault, said, keep, vllm):
     with pytest.raises(ValueError, match=said) as refused:
         keep(feature_servers=[vllm.url])
     assert "\n" not in str(refused.value)
-
-
-def test_a_server_with_other_layers_is_refused(keep, vllm):
-    vllm.shift = -1
-    with pytest.raises(
-        ValueError, match=r"other hidden states for layer 1 .*eagle_aux_hidden_state_layer_ids \[2, 4\]"
-    ):
-        keep(feature_servers=[vllm.url])

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +10,7 @@ from dpace.engines.export import read_drafter
 from dpace.servers.apis import LlamacppServer, SglangServer, VllmServer
 from dpace.servers.transport import Address
 
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-MANY = settings(FEW, max_examples=50)
+MANY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=8)
 
 
@@ -65,11 +63,17 @@ EVENTS = st.recursive(
 )
 
 
-@pytest.mark.parametrize("is_stream", [False, True])
-@pytest.mark.parametrize("kind", [VllmServer, SglangServer, LlamacppServer])
-@MANY
-@given(events=st.lists(st.none() | st.dictionaries(st.sampled_from(KEYS), EVENTS, max_size=5), max_size=4))
-@example(events=[{"choices": [{"token_ids": [1], "finish_reason": {"type": {}}}], "output_ids": [1]}])
+ODD = [{"choices": [{"token_ids": [1], "finish_reason": {"type": {}}}], "output_ids": [1]}]
+
+
+@settings(MANY, max_examples=100)
+@given(
+    kind=st.sampled_from([VllmServer, SglangServer, LlamacppServer]),
+    is_stream=st.booleans(),
+    events=st.lists(st.none() | st.dictionaries(st.sampled_from(KEYS), EVENTS, max_size=5), max_size=4),
+)
+@example(kind=VllmServer, is_stream=False, events=ODD)
+@example(kind=SglangServer, is_stream=True, events=ODD)
 def test_events_of_servers(kind, is_stream, events, monkeypatch):
     monkeypatch.setattr(Address, "get", lambda *_: '{"data": [{"id": "m"}]}')
     monkeypatch.setattr(Address, "events", lambda *_: (event for event in events))

@@ -8,7 +8,6 @@ from dpace.respond import in_process
 from dpace.respond.answering import write_responses
 from dpace.respond.responses import read_responses
 from dpace.target.chat import encode_chat
-from tests.conftest import make_tokenizer
 from tests.support.files import make_prompts
 
 CONFIG = RespondConfig(max_new_tokens=12, batch_size=4)
@@ -20,13 +19,18 @@ def prompts(language_prompts):
 
 
 def test_batched_answers_are_those_of_one_at_a_time(language_target, prompts, tmp_path):
-    for response, prompt in zip(
-        write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True
-    ):
+    """Also those of a second turn."""
+    prompts[3] = Prompt("3", "s", [[{"role": "user", "content": text}] for text in ("w3 w51", "w5 w52")])
+    responses = write_responses(language_target, prompts, tmp_path / "r.jsonl", CONFIG)
+    for response, prompt in zip(responses, prompts, strict=True):
         token_ids = encode_chat(language_target, prompt.turns[0])
-        expected = generate_plain(language_target, token_ids, max_new_tokens=12).token_ids
-        ((start, end),) = response.response_spans
-        assert response.token_ids == token_ids + expected and (start, end) == (len(token_ids), len(response.token_ids))
+        assert response.token_ids[: response.response_spans[0][0]] == token_ids
+        assert response.response_spans[-1][1] == len(response.token_ids)
+        for start, end in response.response_spans:
+            expected = generate_plain(language_target, response.token_ids[:start], max_new_tokens=12).token_ids
+            assert response.token_ids[start:end] == expected
+        assert [m["role"] for m in response.messages] == ["user", "assistant"] * len(prompt.turns)
+        assert len(response.response_spans) == len(prompt.turns)
 
 
 def test_a_target_on_several_devices_reads_padded_rows(language_target, prompts, monkeypatch):
@@ -38,19 +42,6 @@ def test_a_target_on_several_devices_reads_padded_rows(language_target, prompts,
     with pytest.raises(ValueError, match="several devices"):
         generate_batch(language_target, None, encoded, max_new_tokens=6)
     assert in_process.generate_responses(language_target, encoded, config, range(3)) == answers
-
-
-def test_prompts_with_a_shared_beginning(random_target, tmp_path):
-    """Read once for the batch; every family, of which some have sliding windows."""
-    random_target.tokenizer = make_tokenizer()
-    example = [{"role": "user", "content": "w1 w2 w3 " * 6}, {"role": "assistant", "content": "w4"}]
-    texts = ["w5 w6", "w9", "w7 w8 w9 w10 w11"]
-    prompts = [Prompt(str(i), "s", [[*example, {"role": "user", "content": text}]]) for i, text in enumerate(texts)]
-    for response, prompt in zip(
-        write_responses(random_target, prompts, tmp_path / "r.jsonl", CONFIG), prompts, strict=True
-    ):
-        token_ids = encode_chat(random_target, prompt.turns[0])
-        assert response.token_ids == token_ids + generate_plain(random_target, token_ids, max_new_tokens=12).token_ids
 
 
 def test_an_interrupted_call_goes_on(language_target, prompts, tmp_path, monkeypatch):
@@ -82,13 +73,3 @@ def test_answers_to_other_texts_are_refused(language_target, prompts, tmp_path):
     changed = [*make_prompts(["w9 w52"]), *prompts[1:]]
     with pytest.raises(ValueError, match="id '0', but to another text"):
         write_responses(language_target, changed, tmp_path / "r.jsonl", CONFIG)
-
-
-def test_two_turns_keep_both_spans(language_target, tmp_path):
-    turns = [[{"role": "user", "content": text}] for text in ("w3 w51", "w5 w52")]
-    (response,) = write_responses(language_target, [Prompt("a", "s", turns)], tmp_path / "r.jsonl", CONFIG)
-    assert [m["role"] for m in response.messages] == ["user", "assistant"] * 2
-    assert len(response.response_spans) == 2
-    for start, end in response.response_spans:
-        own = generate_plain(language_target, response.token_ids[:start], max_new_tokens=12).token_ids
-        assert response.token_ids[start:end] == own

@@ -49,23 +49,18 @@ def path(tmp_path):
 
 
 def test_the_meta_file_tells_what_made_the_responses(target, path):
+    write_responses(target, PROMPTS[:4], path, CONFIG)
+    first = path.read_bytes()
     write_responses(target, PROMPTS, path, CONFIG)
+    assert path.read_bytes().startswith(first)
     meta = read_meta(path)
     assert meta["complete"] is True and meta["num_prompts"] == 7
     assert meta["responses_sha256"] == hash_file(path) and meta["target_sha256"] == weights_fingerprint(target.model)
     before = {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
-    write_responses(
-        target, PROMPTS, path, replace(CONFIG, batch_size=1, seed=5)
-    )  # greedy answers do not depend on them
+    others = replace(CONFIG, batch_size=1, seed=5)  # greedy answers do not depend on them
+    write_responses(target, PROMPTS, path, others)
     write_responses(target, PROMPTS[:3], path, CONFIG)
     assert before == {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir() if file.suffix}
-
-
-def test_more_prompts_go_on(target, path):
-    write_responses(target, PROMPTS[:4], path, CONFIG)
-    first = path.read_bytes()
-    write_responses(target, PROMPTS, path, CONFIG)
-    assert path.read_bytes().startswith(first) and read_meta(path)["num_prompts"] == 7
 
 
 @pytest.mark.parametrize(
@@ -107,10 +102,17 @@ def test_another_seed_is_another_run_when_sampling(target, path):
         write_responses(target, PROMPTS, path, replace(config, seed=1))
 
 
-def test_changed_responses_are_refused(target, path):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.write_text(path.read_text().replace(": [", ":  [", 1)), "was changed after dpace wrote it"),
+        (lambda path: path.with_name("responses.meta.json").unlink(), "has no responses.meta.json that tells"),
+    ],
+)
+def test_responses_of_unknown_origin_are_refused(change, words, target, path):
     write_responses(target, PROMPTS, path, CONFIG)
-    path.write_bytes(path.read_bytes().replace(b'"token_ids": [', b'"token_ids":  ['))
-    with pytest.raises(ValueError, match="was changed after dpace wrote it"):
+    change(path)
+    with pytest.raises(ValueError, match=words):
         write_responses(target, PROMPTS, path, CONFIG)
 
 
@@ -129,17 +131,10 @@ def test_the_commands_train_on_answers_that_were_copied(
         if is_changed := verb == "respond":
             path.write_bytes(path.read_bytes() + b"\n")
         before = hash_file(path)
-        own = flags if verb == "compare" else flags.replace("--seeds 0", "")
+        own = f"{flags} --dry-run" if verb == "compare" else flags.replace("--seeds 0", "")
         assert main([verb, *own.split(), "--output", verb]) == is_changed
         assert hash_file(path) == before
     assert "was not written by dpace" in capsys.readouterr().err
-
-
-def test_responses_of_unknown_origin_are_refused(target, path):
-    write_responses(target, PROMPTS, path, CONFIG)
-    path.with_name("responses.meta.json").unlink()
-    with pytest.raises(ValueError, match=r"has no responses.meta.json that tells what made it"):
-        write_responses(target, PROMPTS, path, CONFIG)
 
 
 def test_every_turn_counts_against_the_context(target, path):

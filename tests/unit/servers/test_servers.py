@@ -351,6 +351,7 @@ def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
         "--server http://127.0.0.1:9 --verify-rules speculative",
         "--server http://127.0.0.1:9 --drafters folder",
         "--server http://127.0.0.1:9 --widths auto",
+        "--server http://127.0.0.1:9 --compiled always",
     ],
 )
 def test_the_verb_wants_the_server_for_its_flags_and_those_only(flags, recipe, capsys):

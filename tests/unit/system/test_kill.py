@@ -87,18 +87,6 @@ def answered(undisturbed, tmp_path):
     return tmp_path
 
 
-def test_two_processes_at_once(answered, flags):
-    """The second is told who writes; the first goes on, until it is ended with a checkpoint."""
-    words = ["train", *flags, "--output", str(answered), "--train.max-steps", "2000"]
-    first = start(*words)
-    wait_for(answered / "drafter" / "run.json", first)
-    code, text = end(start(*words))
-    assert code == 1 and f"process {first.pid}" in text and "Traceback" not in text, text
-    first.send_signal(signal.SIGTERM)
-    code, text = end(first)
-    assert "run the same command" in text and list((answered / "drafter" / "checkpoints").glob("checkpoint-*")), text
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_process_or_to_torchrun(name, num_ranks, answered, flags):

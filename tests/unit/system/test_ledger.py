@@ -22,20 +22,12 @@ from dpace.system.ledger import (
     lock_file,
     lock_folder,
     make_readable,
-    read_jsonl,
     read_object,
     register_files,
     write_json,
     write_text,
     writing,
 )
-
-
-def test_every_character_stays_in_its_line(tmp_path):
-    text = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n\n" + json.dumps({"n": 2}) + "\n")
-    assert list(read_jsonl(path)) == [(1, {"text": text}), (3, {"n": 2})]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,22 +1,12 @@
 """Progress without a terminal."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
 
 from dpace.system import progress
 from dpace.system.progress import progress_bar
-
-
-def test_a_log_has_no_bars_of_other_libraries(language_folder):
-    """They would fill one line; transformers draws one while it reads weights, and another for GGUF files."""
-    args = ["generate", "--target", str(language_folder), "--prompt", "w1 w51", "--max-new-tokens", "2"]
-    done = subprocess.run([sys.executable, "-m", "dpace.cli", *args], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip()
-    assert "it/s" not in done.stderr and "\r" not in done.stderr
 
 
 def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):

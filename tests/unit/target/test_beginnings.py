@@ -9,10 +9,9 @@ import dpace.target.beginnings as beginnings
 from dpace.decode.decoder import generate_batch
 from dpace.decode.loop import generate_plain
 from dpace.fast.cache import RaggedCache, fill_places
-from dpace.fast.speed_up import speed_up
-from dpace.target import Target
 from dpace.target.beginnings import find_shared, read_texts
 from tests.conftest import decode_whole, make_drafter, make_target
+from tests.support.cases import wide
 
 
 def draw(count: int, seed: int) -> list[int]:
@@ -58,13 +57,8 @@ def test_texts_that_begin_alike_are_neighbours_and_short_ones_come_first():
     assert [(part.start, part.end) for part in shared] == [(0, 70), (70, 109)]
 
 
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_what_is_read_together_is_what_is_read_alone(is_fast):
-    target = make_target("smollm2", seed=1)
-    if is_fast:
-        speed_up(target.model)
-    target = Target(target.model)
-    num_read = []
+def test_what_is_read_together_is_what_is_read_alone():
+    target, num_read = make_target("smollm2", seed=1), []
     read = target.read
     target.read = lambda ids, *args, **options: num_read.append(ids.numel()) or read(ids, *args, **options)
     cache = RaggedCache(target.config, 200, torch.float32)
@@ -78,13 +72,10 @@ def test_what_is_read_together_is_what_is_read_alone(is_fast):
         assert not features[row, len(text) :].any()
 
 
-@pytest.mark.parametrize("num_texts", [len(TEXTS), 5])
+@pytest.mark.parametrize("num_texts", wide([len(TEXTS), 5], len(TEXTS)))
 def test_a_batch_that_begins_alike_keeps_each_text(num_texts):
     """Also where attention reads what all rows share once, and rows leave the batch one after the other."""
-    target = make_target("smollm2", seed=2)
-    speed_up(target.model)
-    target = Target(target.model)
-    texts = TEXTS[-num_texts:]
+    target, texts = make_target("smollm2", seed=2), TEXTS[-num_texts:]
     drafter = make_drafter(target, block_size=4)
     alone = [generate_plain(target, text, max_new_tokens=24).token_ids for text in texts]
     stops = [alone[0][3], alone[1][9]]

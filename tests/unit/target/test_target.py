@@ -2,7 +2,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
 
 from dpace.target import Target
 from tests.conftest import make_target
@@ -39,12 +38,6 @@ def test_embedding_and_head_are_those_of_the_model(family, random_target):
     torch.testing.assert_close(random_target.head.logits(seen["last"]), logits, rtol=1e-3, atol=1e-4)
     assert (random_target.embed_scale != 1) == family.startswith("gemma")
     assert (random_target.head.softcap is not None) == (family == "gemma2")
-
-
-def test_a_target_with_learned_positions_is_refused():
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=2, n_positions=64)
-    with pytest.raises(ValueError, match="more than a scaled table"):
-        Target(AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -56,6 +56,13 @@ def assert_decodes(target, expected=None):
     return text
 
 
+def refused(folder, words, **options):
+    """A folder is refused in one line."""
+    with pytest.raises(ValueError, match=words) as error:
+        Target.load(str(folder), **options)
+    assert "\n" not in str(error.value)
+
+
 # adapters
 
 
@@ -86,9 +93,7 @@ def test_a_lora_adapter_is_merged(base, tmp_path):
     assert assert_decodes(target) != assert_decodes(original)
     with changed_weights(tmp_path / "lora", "adapter_model.safetensors") as weights:
         weights["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"] = weights.popitem()[1]
-    with pytest.raises(ValueError, match="lack base_model.model.model.layers.1") as refused:
-        Target.load(str(tmp_path / "lora"))
-    assert "\n" not in str(refused.value)
+    refused(tmp_path / "lora", "lack base_model.model.model.layers.1")
 
 
 @pytest.mark.parametrize(
@@ -103,9 +108,7 @@ def test_a_lora_adapter_is_merged(base, tmp_path):
 def test_an_adapter_that_cannot_be_merged_is_one_line(changes, reason, base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     write_adapter(tmp_path / "lora", base[1], **changes)
-    with pytest.raises(ValueError, match=reason) as refused:
-        Target.load(str(tmp_path / "lora"))
-    assert "\n" not in str(refused.value)
+    refused(tmp_path / "lora", reason)
 
 
 @pytest.mark.parametrize("changes", [{"lora_bias": True}, {"alora_invocation_tokens": [5]}])
@@ -115,9 +118,7 @@ def test_an_adapter_that_peft_cannot_merge_is_one_line(changes, base, tmp_path):
     if "lora_bias" in changes:
         bias = {"base_model.model.model.layers.1.self_attn.q_proj.lora_B.bias": torch.ones(128)}
         save_file(weights | bias, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="name the base alone") as refused:
-        Target.load(str(tmp_path / "lora"))
-    assert "\n" not in str(refused.value)
+    refused(tmp_path / "lora", "name the base alone")
 
 
 def test_an_adapter_of_a_quantized_base_is_refused_and_its_layers_are_counted(base, tmp_path):
@@ -125,8 +126,7 @@ def test_an_adapter_of_a_quantized_base_is_refused_and_its_layers_are_counted(ba
     write_adapter(tmp_path / "lora", folder)
     assert count_layers(str(tmp_path / "lora")) == 4
     change_config(folder, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ValueError, match="whose weights are quantized; merging would round them anew"):
-        Target.load(str(tmp_path / "lora"))
+    refused(tmp_path / "lora", "whose weights are quantized; merging would round them anew")
     shutil.copy(folder / "model.safetensors", tmp_path / "lora")  # whole weights: no adapter any more
     assert find_target_files(str(folder)).adapter is None
 
@@ -181,17 +181,14 @@ def test_a_pickle_on_the_hub_is_not_converted_there(base, monkeypatch):
     assert not asked
 
 
-def test_a_config_does_not_choose_the_attention(base, tmp_path, monkeypatch):
-    """Neither where a model is loaded, nor where only its layers are looked for."""
-    folder = shutil.copytree(base[1], tmp_path / "base")
-    change_config(folder, _attn_implementation="someone/kernel")
-    assert Target.load(str(folder)).model.model.config._attn_implementation == "grouped_heads"
+def test_a_config_does_not_choose_the_attention_of_a_sharded_target(base, tmp_path, monkeypatch):
+    """Where only its layers are looked for first."""
+    folder = change_config(shutil.copytree(base[1], tmp_path / "base"), _attn_implementation="someone/kernel")
     monkeypatch.setattr("dpace.target.files.ranks.num_ranks", lambda: 2)
     monkeypatch.setattr("dpace.target.files.ranks.barrier", lambda: None)
     plans = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: plans.append(options) or 1 / 0)
-    with pytest.raises(ValueError, match="division by zero"):
-        Target.load(str(folder), shard="fsdp")
+    refused(folder, "division by zero", shard="fsdp")
     assert plans[0]["distributed_config"].fsdp_plan == {"model.layers.*": "free_full_weight"}
 
 
@@ -241,9 +238,7 @@ def test_a_missing_package_is_named(base, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
     folder = shutil.copytree(base[1], tmp_path / "awq")
     change_config(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
-    with pytest.raises(ValueError, match=r"is quantized \(awq\).*pip install gptqmodel") as refused:
-        Target.load(str(folder))
-    assert "\n" not in str(refused.value)
+    refused(folder, r"is quantized \(awq\).*pip install gptqmodel")
 
 
 def test_stop_tokens_and_a_tokenizer_that_do_not_fit_are_one_line(tmp_path, capsys):
@@ -259,13 +254,27 @@ def test_stop_tokens_and_a_tokenizer_that_do_not_fit_are_one_line(tmp_path, caps
         assert f"the target's eos_token_id is {eos!r}, expected a token's number" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens"])
-def test_a_quantized_table_is_refused(part):
-    target = make_sharp_target("llama")
-    module = target.model.get_submodule(part)
+def quantize(module):
     module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"is quantized \((Embedding|PackedLinear)\); drafters share it"):
-        Target(target.model)
+
+
+def add_bias(module):
+    module.bias = torch.nn.Parameter(torch.full((64,), 1e-4))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("lm_head", quantize, r"is quantized \(PackedLinear\); drafters share it"),
+        ("model.embed_tokens", quantize, r"is quantized \(Embedding\); drafters share it"),
+        ("lm_head", add_bias, "has a bias"),
+    ],
+)
+def test_a_table_that_drafters_cannot_share_is_refused(part, change, reason):
+    model = make_sharp_target("llama").model
+    change(model.get_submodule(part))
+    with pytest.raises(ValueError, match=reason):
+        Target(model)
 
 
 # devices
@@ -293,8 +302,7 @@ def test_device_map_of_one_device_is_a_plain_target(base, monkeypatch):
     target = Target.load(str(base[1]), device_map="auto")
     assert not target.is_spread and target.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="torchrun starts several"):
-        Target.load(str(base[1]), device_map="auto")
+    refused(base[1], "torchrun starts several", device_map="auto")
 
 
 @pytest.mark.parametrize("outside, is_refused", [(0, False), (3, True), (8, False)])
@@ -310,8 +318,7 @@ def test_a_target_that_is_in_part_on_no_gpu_is_refused(outside, is_refused, base
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_in_parts)
     if is_refused:
-        with pytest.raises(ValueError, match="3 of its 8 parts would stay outside"):
-            Target.load(str(base[1]), device_map="auto")
+        refused(base[1], "3 of its 8 parts would stay outside", device_map="auto")
     else:
         Target.load(str(base[1]), device_map="auto")
 
