@@ -24,9 +24,9 @@ from dpace.target import Target
 
 SCORED_BLOCKS = 128
 """Number of blocks of a text that are drafted at once where it is measured."""
-Visit = Callable[[int, Tensor, Tensor], None]
-"""Gets the number of a conversation; the states, of `Selector.match`, of the slots that decoding may reach, "slot
-state"; and whether each is accepted as it is drafted, "slot"."""
+Visit = Callable[[int, int, Tensor, Tensor], None]
+"""Gets the numbers of a conversation and of a vocabulary; the states, of `Selector.match`, of the slots that decoding
+may reach, "slot state"; and whether each is accepted as it is drafted, "slot"."""
 
 
 @torch.no_grad()
@@ -38,7 +38,6 @@ def heldout_acceptance(
     token_ids: Tensor | None = None,
     over_ranks: bool = False,
     is_ended: Callable[[], bool] = lambda: False,
-    visit: Visit | None = None,
     title: str = "",
 ) -> Acceptance:
     """Measure accepted lengths on responses that the target wrote greedily, without decoding.
@@ -55,23 +54,51 @@ def heldout_acceptance(
         token_ids: the only tokens that are drafted; by default all. Decoding drafts those of the prompt too.
         over_ranks: let each rank measure a share; all ranks of the command must be here, and all get the result.
         is_ended: asked after each conversation, by all ranks as often; where it is true, the others are left out.
-        visit: called with what decoding may reach in each conversation that this rank measures.
         title: of a progress bar; none is shown without it.
 
     Raises:
         ValueError: no response of two tokens or more.
     """
+    options = {"over_ranks": over_ranks, "is_ended": is_ended, "title": title}
+    (found,) = measure_vocabularies(drafter, target, dataset, [token_ids], **options)
+    return found
+
+
+@torch.no_grad()
+def measure_vocabularies(
+    drafter: Drafter,
+    target: Target,
+    dataset: ResponseDataset,
+    vocabularies: Sequence[Tensor | None],
+    *,
+    over_ranks: bool = False,
+    is_ended: Callable[[], bool] = lambda: False,
+    visit: Visit | None = None,
+    title: str = "",
+) -> list[Acceptance]:
+    """Do what `heldout_acceptance` does for several `token_ids`, with one forward pass of the drafter.
+
+    Args:
+        drafter: see there, as for what is not named here.
+        target: see there.
+        dataset: see there.
+        vocabularies: the only tokens that are drafted, each in turn; None for all.
+        over_ranks: see there.
+        is_ended: see there.
+        visit: called with what decoding may reach in each conversation that this rank measures.
+        title: see there.
+    """
     was_training = drafter.training
     drafter.eval()
     refresh_copies(drafter)
-    results: dict[int, list[Acceptance]] = {}
+    results: dict[int, list[list[Acceptance]]] = {}
     indices = range(len(dataset))
     mine = [*ranks.share(indices), *[None] * ranks.num_short(indices)] if over_ranks else indices
     with progress_bar(is_shown=bool(title)) as bar:
         task = bar.add_task(title, total=len(mine), info="")
         for i in mine:
             if i is not None:
-                results[i] = walk_conversation(drafter, target, dataset, i, token_ids, visit)
+                results[i] = walk_conversation(drafter, target, dataset, i, vocabularies, visit)
             elif dataset.features is None:
                 target.join_features(drafter.target_layer_ids)
             bar.update(task, advance=1)
@@ -80,8 +107,13 @@ def heldout_acceptance(
     drafter.train(was_training)
     if over_ranks:
         results = {i: row for share in ranks.gather(results) for i, row in share.items()}
-    ways = zip(*(results[i] for i in sorted(results)), strict=True)
-    drafted, *others = [Acceptance.of_prompts(rows) for rows in ways] or [Acceptance.of_prompts([])]
+    return [_pool_ways([results[i][number] for i in sorted(results)]) for number in range(len(vocabularies))]
+
+
+def _pool_ways(conversations: Sequence[Sequence[Acceptance]]) -> Acceptance:
+    """Put conversations together, each with its ways; the first way is what is drafted, the others are bounds."""
+    ways = [Acceptance.of_prompts(rows) for rows in zip(*conversations, strict=True)]
+    drafted, *others = ways or [Acceptance.of_prompts([])]
     return replace(drafted, bounds=tuple(way.tau for way in others))
 
 
@@ -90,46 +122,58 @@ def walk_conversation(
     target: Target,
     dataset: ResponseDataset,
     index: int,
-    token_ids: Tensor | None,
+    vocabularies: Sequence[Tensor | None],
     visit: Visit | None = None,
-) -> list[Acceptance]:
-    """Follow greedy decoding through the responses of a conversation, in each way of `score_conversation`."""
-    accepted_from: list[dict[int, int]] = []
-    reached = []
-    for states, blocks, is_accepted in score_conversation(drafter, target, dataset, index, token_ids):
-        accepted_from = accepted_from or [{} for _ in is_accepted]
-        for known, lengths in zip(accepted_from, is_accepted.sum(-1).tolist(), strict=True):
-            known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
-        if visit is not None:
-            drafted = is_accepted[:1]
-            slots = torch.arange(drafter.block_size, device=target.device)
-            is_reached = blocks.is_scored & (slots <= drafted.sum(-1, keepdim=True) + 1)
-            reached.append((states[is_reached], drafted[is_reached]))
+) -> list[list[Acceptance]]:
+    """Follow greedy decoding through the responses of a conversation.
+
+    Returns:
+        For each vocabulary, the accepted lengths in each way of `Selector.match`.
+    """
+    accepted_from: list[list[dict[int, int]]] = [[] for _ in vocabularies]
+    reached: list[list[tuple[Tensor, Tensor]]] = [[] for _ in vocabularies]
+    slots = torch.arange(drafter.block_size, device=target.device)
+    for blocks, matches in score_conversation(drafter, target, dataset, index, vocabularies):
+        for number, (states, is_accepted) in enumerate(matches):
+            accepted_from[number] = accepted_from[number] or [{} for _ in is_accepted]
+            for known, lengths in zip(accepted_from[number], is_accepted.sum(-1).tolist(), strict=True):
+                known |= zip(blocks.anchors[0].tolist(), lengths, strict=True)
+            if visit is not None:
+                drafted = is_accepted[:1]
+                is_reached = blocks.is_scored & (slots <= drafted.sum(-1, keepdim=True) + 1)
+                reached[number].append((states[is_reached], drafted[is_reached]))
     if visit is not None:
-        visit(index, *(torch.cat(parts) for parts in zip(*reached, strict=True)))
+        for number, parts in enumerate(reached):
+            visit(index, number, *map(torch.cat, zip(*parts, strict=True)))
     cut = dataset.corpus.spans(int(dataset.chosen[index])).clip(max=dataset.max_length).tolist()
     spans = [span for span in cut if span[1] - span[0] > 1]  # two tokens or more
-    walks = [[walk(known, span, drafter.block_size) for span in spans] for known in accepted_from]
-    return [Acceptance.pooled(parts) for parts in walks]
+    return [
+        [Acceptance.pooled([walk(known, span, drafter.block_size) for span in spans]) for known in ways]
+        for ways in accepted_from
+    ]
 
 
 def score_conversation(
-    drafter: Drafter, target: Target, dataset: ResponseDataset, index: int, token_ids: Tensor | None = None
-) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
+    drafter: Drafter,
+    target: Target,
+    dataset: ResponseDataset,
+    index: int,
+    vocabularies: Sequence[Tensor | None] = (None,),
+) -> Iterator[tuple[Blocks, list[tuple[Tensor, Tensor]]]]:
     """Draft the blocks of a conversation in parts, and compare the drafts with its text.
 
-    A part has `SCORED_BLOCKS` blocks. With `token_ids`, only these tokens are drafted, and no other matches.
+    A part has `SCORED_BLOCKS` blocks. Of a vocabulary only its tokens are drafted, and no other matches.
 
     Memory: features of the conversation; O(`SCORED_BLOCKS` x block_size x (tokens + `SCORED_BLOCKS` x block_size))
     bytes for the dense mask on a CPU.
 
     Yields:
-        The states of `Selector.match`, the blocks, and the slots that are accepted, "way block slot".
+        The blocks; and for each vocabulary the states of `Selector.match` and the accepted slots, "way block slot".
     """
-    rows = DraftRows(target, token_ids)
-    vocabulary = drafter.vocabulary
-    if vocabulary is not None and vocabulary.head is not None:
-        rows = DraftRows(target, vocabulary.token_ids, vocabulary.head.weight)
+    rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
+    own = drafter.vocabulary
+    if own is not None and own.head is not None:
+        rows = [DraftRows(target, own.token_ids, own.head.weight)] * len(rows)
     inputs: dict[str, Any] = collate([dataset[index]], drafter.block_size)
     inputs = {name: value if value is None else value.to(target.device) for name, value in inputs.items()}
     tokens, features = inputs["token_ids"], inputs["features"]
@@ -141,8 +185,8 @@ def score_conversation(
         text = {"token_ids": tokens[:, seen], "features": features[:, seen]}
         with torch.no_grad():
             found = blocks_hidden(drafter, target, {**chosen, **text})
-            states, is_accepted = drafter.selector.match(found, rows)
-        yield states, found.blocks, is_accepted
+            matches = [drafter.selector.match(found, part) for part in rows]
+        yield found.blocks, matches
 
 
 def walk(accepted_from: dict[int, int], span: Sequence[int], block_size: int) -> Acceptance:

@@ -1,6 +1,6 @@
 """Write a trained drafter, rounded, measured and calibrated, with what it was made from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dpace.config import Recipe
 from dpace.drafter import Drafter
 from dpace.drafter.drafter import ANSWERS_FILE
 from dpace.drafter.vocabulary import MAX_TAU_LOSS, DraftRows, DraftVocabulary
-from dpace.measure.heldout import heldout_acceptance
+from dpace.measure.heldout import measure_vocabularies
 from dpace.measure.results import defined
 from dpace.metrics import Acceptance
 from dpace.system import ranks
@@ -51,11 +51,15 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
     validation, recipe = loop.validation, loop.recipe
     for parameter in drafter.parameters():
         parameter.copy_(parameter.to(SERVED))
-    acceptance = None
+    acceptance = vocabulary = None
     temperature = 1.0
     if len(validation):
-        acceptance, temperature = measure_and_calibrate(drafter, target, validation)
-    vocabulary = _find_vocabulary(loop, acceptance)
+        seen = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *target.stop_token_ids])
+        measured = measure_and_calibrate(drafter, target, validation, [None, seen.token_ids])
+        (acceptance, temperature), (part, seen.confidence_temperature) = measured
+        # A drafter that started from another one has learned tokens of other texts.
+        if recipe.drafter.init is None and part.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau:
+            vocabulary = seen
     if not ranks.is_first():
         return
     objective = {"objective": recipe.loss.objective}
@@ -84,21 +88,6 @@ def write_finished(folder: Path, loop: TrainingLoop, run: Mapping[str, Any], mem
         write_json(folder / ANSWERS_FILE, {"token_ids": _find_answers(loop.dataset)})
         write_state(folder / STATE, loop.state)
         write_json(folder / "provenance.json", provenance, indent=2)
-
-
-def _find_vocabulary(loop: TrainingLoop, acceptance: Acceptance | None) -> DraftVocabulary | None:
-    """Return the tokens of the training text as a draft vocabulary, where the drafter needs no others.
-
-    None where tau of the validation responses falls by more than `MAX_TAU_LOSS`, or is not known. None for a drafter
-    that started from another one, which has learned tokens of other texts.
-    """
-    if acceptance is None or loop.recipe.drafter.init is not None:
-        return None
-    vocabulary = DraftVocabulary([*loop.dataset.seen_tokens.tolist(), *loop.target.stop_token_ids])
-    part, vocabulary.confidence_temperature = measure_and_calibrate(
-        loop.drafter, loop.target, loop.validation, vocabulary.token_ids
-    )
-    return vocabulary if part.tau >= (1 - MAX_TAU_LOSS) * acceptance.tau else None
 
 
 def _find_answers(dataset: ResponseDataset) -> list[int]:
@@ -131,8 +120,8 @@ def _record(target: Target, acceptance: Acceptance | None, validation: ResponseD
 
 @torch.no_grad()
 def measure_and_calibrate(
-    drafter: Drafter, target: Target, dataset: ResponseDataset, token_ids: Tensor | None = None
-) -> tuple[Acceptance, float]:
+    drafter: Drafter, target: Target, dataset: ResponseDataset, vocabularies: Sequence[Tensor | None]
+) -> list[tuple[Acceptance, float]]:
     """Measure tau on responses, and find the temperature at which confidence best says whether a slot is accepted.
 
     The slots are those that decoding reaches: all slots before them are right. About `MAX_CALIBRATION_ROWS` are used.
@@ -143,22 +132,25 @@ def measure_and_calibrate(
         drafter: a trained drafter.
         target: its target.
         dataset: responses that were not trained on, every token an anchor; each rank measures a share.
-        token_ids: the only tokens that are drafted; by default all.
+        vocabularies: the only tokens that are drafted, each in turn; None for all.
 
     Returns:
-        The accepted lengths; and the temperature, above 1 for a drafter that is too sure.
+        For each vocabulary, the accepted lengths; and the temperature, above 1 for a drafter that is too sure.
     """
-    rows = DraftRows(target, token_ids)
-    errors: dict[int, Tensor] = {}
+    rows = [DraftRows(target, token_ids) for token_ids in vocabularies]
+    errors: dict[tuple[int, int], Tensor] = {}
 
-    def add_errors(index: int, states: Tensor, is_right: Tensor) -> None:
+    def add_errors(index: int, number: int, states: Tensor, is_right: Tensor) -> None:
         share = max(1, round(len(states) * len(dataset) / MAX_CALIBRATION_ROWS))
-        scores = drafter.selector.scores(states[::share], rows)
+        scores = drafter.selector.scores(states[::share], rows[number])
         log_confidence = torch.stack([drafter.confidences(scores, t) for t in TEMPERATURES]).log().clamp_max(-1e-6)
         log_probs = torch.where(is_right[::share], log_confidence, torch.log(-torch.expm1(log_confidence)))
-        errors[index] = -log_probs.sum(-1).cpu()
+        errors[number, index] = -log_probs.sum(-1).cpu()
 
-    acceptance = heldout_acceptance(drafter, target, dataset, token_ids=token_ids, over_ranks=True, visit=add_errors)
-    everywhere = {index: error for share in ranks.gather(errors) for index, error in share.items()}
-    total = torch.stack([everywhere[index] for index in sorted(everywhere)]).sum(0)
-    return acceptance, TEMPERATURES[int(total.argmin())]
+    found = measure_vocabularies(drafter, target, dataset, vocabularies, over_ranks=True, visit=add_errors)
+    everywhere = {key: error for share in ranks.gather(errors) for key, error in share.items()}
+    temperatures = []
+    for number in range(len(vocabularies)):
+        total = torch.stack([everywhere[key] for key in sorted(everywhere) if key[0] == number]).sum(0)
+        temperatures.append(TEMPERATURES[int(total.argmin())])
+    return list(zip(found, temperatures, strict=True))

@@ -86,7 +86,7 @@ def test_training_writes_it_where_it_loses_no_tau(language_target, language_resp
     assert loaded is not None and loaded.known == seen | set(language_target.stop_token_ids)
     data = ResponseDataset(language_responses[50:], max_length=64, num_anchors=None, seed=0)
     ours = load_drafter(tmp_path / "a", language_target)
-    _, temperature = measure_and_calibrate(ours, language_target, data, loaded.token_ids)
+    ((_, temperature),) = measure_and_calibrate(ours, language_target, data, [loaded.token_ids])
     assert ours.confidence_temperature == written["confidence_temperature"] == temperature
     for values, message in (({"token_ids": [3, 64]}, r"0 \.\. 63; copy"), ({"confidence_temperature": 0}, "above 0")):
         path.write_text(json.dumps(written | values))

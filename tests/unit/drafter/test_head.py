@@ -222,7 +222,7 @@ def test_the_lattice_in_training_is_that_of_decoding_in_any_batch(monkeypatch):
         text = prompt + out.token_ids
         response = Response("a", "set", [], text, [[len(prompt), len(text)]])
         dataset = ResponseDataset([response], max_length=99, num_anchors=None, seed=0)
-        scored = [scores[0] for scores, _, _ in score_conversation(drafter, target, dataset, 0)][0]
+        scored = [matches[0][0][0] for _, matches in score_conversation(drafter, target, dataset, 0)][0]
         anchor = 0
         for lattice, accepted in zip(lattices, out.accepted_lengths, strict=False):
             torch.testing.assert_close(scored[anchor, 1:], take_walk(lattice)[1][0], atol=1e-3, rtol=1e-3)

@@ -158,7 +158,7 @@ def test_what_is_measured_is_what_is_written(language_target, language_responses
     assert config["dtype"] == "bfloat16" and config["dpace"]["dtype"] == "float32"
     loaded, data = load_drafter(tmp_path, language_target), measured(language_responses[50:])
     assert torch.equal(weights_of(loaded), weights_of(written)) and loaded.dtype == torch.float32
-    acceptance, temperature = measure_and_calibrate(loaded, language_target, data)
+    ((acceptance, temperature),) = measure_and_calibrate(loaded, language_target, data, [None])
     assert acceptance.tau == heldout_acceptance(loaded, language_target, data).tau
     assert config["dpace"]["tau"] == acceptance.tau and config["dpace"]["tau_interval"] == [*acceptance.interval()]
     assert config["dpace"]["confidence_temperature"] == temperature
