@@ -29,6 +29,20 @@ def test_greedy_text_is_the_targets(random_target, block_size):
         assert generate(random_target, drafter, prompt(), width=width, **options).token_ids == plain
 
 
+@pytest.fixture
+def oracle(monkeypatch):
+    """Make a target, a drafter that drafts its text with faults, and 60 tokens of that text."""
+
+    def make(is_wrong, confidence=0.99, **options):
+        target = make_target("qwen3")
+        drafter = make_drafter(target, **options)
+        plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[]).token_ids
+        Oracle(monkeypatch, drafter, target, prompt() + plain, is_wrong, confidence)
+        return target, drafter, plain
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("is_wrong", "expected"),
     [
@@ -38,28 +52,22 @@ def test_greedy_text_is_the_targets(random_target, block_size):
     ],
     ids=["always", "never", "sometimes"],
 )
-def test_fake_drafters(monkeypatch, is_wrong, expected):
-    target = make_target("qwen3")
-    drafter = make_drafter(target)
-    plain = generate_plain(target, prompt(), max_new_tokens=40, stop_token_ids=[])
-    Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong)
+def test_fake_drafters(is_wrong, expected, oracle):
+    target, drafter, plain = oracle(is_wrong)
     ours = generate(target, drafter, prompt(), max_new_tokens=21, stop_token_ids=[], width="full")
-    assert ours.token_ids == plain.token_ids[:21]
+    assert ours.token_ids == plain[:21]
     assert ours.accepted_lengths[: len(expected) - 1] == expected[:-1]
     assert sum(ours.emitted_lengths) == 20
 
 
 @pytest.mark.parametrize("end", range(1, 9))
 @pytest.mark.parametrize("has_stop", [True, False], ids=["stop token", "length limit"])
-def test_a_text_that_ends_inside_a_block(monkeypatch, has_stop, end):
-    target = make_target("qwen3")
-    drafter = make_drafter(target)
-    plain = generate_plain(target, prompt(), max_new_tokens=20, stop_token_ids=[]).token_ids
+def test_a_text_that_ends_inside_a_block(has_stop, end, oracle):
+    target, drafter, plain = oracle(lambda n: False)
     options = {"max_new_tokens": end, "stop_token_ids": []}
     if has_stop:
         options = {"max_new_tokens": 20, "stop_token_ids": [plain[end]]}
         end = plain.index(plain[end]) + 1
-    Oracle(monkeypatch, drafter, target, prompt() + plain, lambda n: False)
     ours = generate(target, drafter, prompt(), width="full", **options)
     assert ours.token_ids == plain[:end] == generate_plain(target, prompt(), **options).token_ids
     assert sum(ours.emitted_lengths) == end - 1 == ours.acceptance.emitted_tokens.sum()
@@ -144,18 +152,15 @@ def test_filters_are_those_of_transformers(filters):
 
 @pytest.mark.parametrize("confidence", [0.2, 0.6, 0.99])
 @pytest.mark.parametrize("wrong", [0, 2, 3, 1])
-def test_any_pace_keeps_the_text(confidence, wrong, monkeypatch):
+def test_any_pace_keeps_the_text(confidence, wrong, oracle, monkeypatch):
     """Whatever the drafter is and says, and whatever the costs, the text is the target's and the caches stay right."""
-    target = make_target("qwen3")
-    drafter = make_drafter(target, block_size=6)
-    plain = generate_plain(target, prompt(), max_new_tokens=60, stop_token_ids=[])
     costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: costs)
     monkeypatch.setattr("dpace.decode.copies.PromptLookup.propose", lambda *_: Copy())
     is_wrong = {0: lambda n: False, 1: lambda n: True}.get(wrong, lambda n: n % wrong == 0)
-    Oracle(monkeypatch, drafter, target, prompt() + plain.token_ids, is_wrong, confidence)
+    target, drafter, plain = oracle(is_wrong, confidence, block_size=6)
     ours = generate(target, drafter, prompt(), max_new_tokens=50, stop_token_ids=[], width="auto")
-    assert ours.token_ids == plain.token_ids[:50]
+    assert ours.token_ids == plain[:50]
     assert all(a < w for a, w in zip(ours.accepted_lengths, ours.widths, strict=True))
     if wrong == 1:  # nothing is ever accepted: soon hardly anything is drafted
         assert sum(width > 1 for width in ours.widths) < 10
