@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from dpace.cli import main
 from dpace.config import BenchConfig, CompareConfig, PromptsConfig, RespondConfig
 from dpace.engines.engine import Request
 from dpace.engines.export import export
-from dpace.measure.results import write_results
 from dpace.respond.answering import write_responses
 from dpace.studies.compare import compare
 from dpace.train.run import make_datasets, train
@@ -26,7 +24,6 @@ from tests.conftest import make_recipe
 from tests.support.cases import wide
 from tests.support.crash import GROWING, fill, kill, operations_of
 from tests.support.files import make_prompts, write_prompts
-from tests.unit.measure.test_results import SERVERS
 
 UNUSED = {"tokens_per_second", "peak_memory_bytes", "total_flos", "python"}
 """What tells of this process alone; Python's random numbers, which training does not use, among it."""
@@ -34,17 +31,8 @@ FAULTS = ("full", "torn", "")
 """What happens at an operation: no room from there on, half of its file, or nothing any more."""
 TORN = ("open", "append", "save", "fsync")
 """Operations that may leave half of a file."""
-ALL = [
-    "train",
-    "respond",
-    "compare",
-    "bench",
-    "export zlab",
-    "export speculators",
-    "export gguf",
-    "export over another",
-]
-ALL += ["import zlab", "import speculators", "import gguf", "report"]
+ALL = ["train", "respond", "compare", "bench", "export zlab", "export speculators", "export gguf"]
+ALL += ["export over another", "import zlab", "import speculators", "import gguf"]
 QUICK = "train", "respond"
 """Those that take hours; the others write in the same way."""
 
@@ -104,12 +92,6 @@ class Runs:
     def import_(self, output: Path, source: str) -> None:
         self.main("import", f"{self.exported(source)} --output {output}")
 
-    def report(self, output: Path) -> None:
-        results = self.folder / "results"
-        results.mkdir(exist_ok=True)
-        write_results(results / "servers.json", SERVERS)
-        self.command("report", str(results), "--output", str(output / "report.html"))
-
     def exported(self, to: str) -> Path:
         """The drafter for an engine, written once; the GGUF file for llama.cpp."""
         folder = self.folder / to
@@ -118,16 +100,13 @@ class Runs:
             export(self.drafter, self.target, Request(to=to, output=folder, **options))
         return next(folder.glob("*.gguf"), folder)
 
-    def command(self, *words: str) -> None:
+    def main(self, verb: str, words: str) -> None:
         """Run a verb, and raise what it says when it fails: its last words, in one line."""
         with redirect_stderr(io.StringIO()) as said:
-            code = main(list(words))
+            code = main([verb, *words.split(), "--target", str(self.target_folder)])
         if code:
             assert "Traceback" not in said.getvalue(), said.getvalue()
             raise OSError(said.getvalue().strip().rsplit("\n", 1)[-1])
-
-    def main(self, verb: str, words: str) -> None:
-        self.command(verb, *words.split(), "--target", str(self.target_folder))
 
 
 @pytest.fixture(scope="session")
@@ -189,10 +168,7 @@ def operations(runs: Runs, name: str, folder: Path) -> list[str]:
 
 
 def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[str]], list[tuple[int, str]]]) -> None:
-    """Die at each point, or have no room from there on, run again, and compare.
-
-    `DPACE_CRASH_TABLE` names a file that gets the table.
-    """
+    """Die at each point, or have no room from there on, run again, and compare."""
     undisturbed, folder, rows = tmp_path / "undisturbed" / "out", tmp_path / "killed" / "out", []
     runs.prepare(name, undisturbed)
     points = choose(operations(runs, name, undisturbed))
@@ -208,10 +184,6 @@ def check_points(runs: Runs, name: str, tmp_path: Path, choose: Callable[[list[s
         rows.append(f"{point:4d}  {what:76s} {'; '.join(differing) or 'same'}")
         shutil.rmtree(folder)
     table = f"{name}, {len(rows)} points\n" + "\n".join(rows)
-    if os.environ.get("DPACE_CRASH_TABLE"):
-        with open(os.environ["DPACE_CRASH_TABLE"], "a") as file:
-            file.write(table + "\n")
-    print(table)
     assert all(row.endswith(" same") for row in rows), table
 
 
