@@ -1,5 +1,6 @@
 """The DFlash drafter: making, checking, saving and loading it."""
 
+import functools
 import json
 import math
 import shutil
@@ -113,9 +114,9 @@ class Drafter(DFlashDraftModel):
         plain = "dflash2" if hasattr(self, "candidate_selector") else "dflash"
         return KINDS[plain if self.lilicorr is None else "lilicorr"]
 
-    @property
+    @functools.cached_property
     def selector(self) -> Selector:
-        """How its drafts are chosen."""
+        """How its drafts are chosen; made once, since compiled steps cannot make it."""
         return self.kind.selector(self)
 
     @property
