@@ -1,6 +1,5 @@
 """The DFlash drafter: making, checking, saving and loading it."""
 
-import functools
 import json
 import math
 import shutil
@@ -100,6 +99,7 @@ class Drafter(DFlashDraftModel):
     """Offset from each row of an own head to its token, where that has rows for some tokens only."""
     vocabulary: DraftVocabulary | None = None
     """The tokens that decoding drafts; None for all."""
+    _selector: Any = None
     answers: list[int] = []
     """Tokens of the answers that it was trained on, one answer after the other; decoding can copy from them."""
 
@@ -114,10 +114,12 @@ class Drafter(DFlashDraftModel):
         plain = "dflash2" if hasattr(self, "candidate_selector") else "dflash"
         return KINDS[plain if self.lilicorr is None else "lilicorr"]
 
-    @functools.cached_property
+    @property
     def selector(self) -> Selector:
-        """How its drafts are chosen; made once, since compiled steps cannot make it."""
-        return self.kind.selector(self)
+        """How its drafts are chosen; made once for its kind, since compiled steps cannot make it."""
+        if type(self._selector) is not self.kind.selector:
+            self._selector = self.kind.selector(self)
+        return self._selector
 
     @property
     def num_slots(self) -> int:
