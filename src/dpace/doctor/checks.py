@@ -130,13 +130,21 @@ def check_files(files: DrafterFolder, target: Target, engine: EngineName | None)
             trained, found[RECIPE] = attempt(RECIPE, lambda: replace_trained(spec, files, target))
         compared += [*compare(files, trained or spec, target), *check_engine(spec, engine)]
         if WEIGHTS not in found:
-            unused = TARGET_TABLES - spec.shapes.keys()
-            tensors = {name: tensor for name, tensor in files.stored.items() if name not in unused}
-            drafter, found[WEIGHTS] = attempt(WEIGHTS, lambda: make_drafter(spec, tensors))
+            drafter, found[WEIGHTS] = attempt(WEIGHTS, lambda: load_stored(spec, files))
             compared += check_tables(files, target) if drafter else []
     if RECIPE in found and found[RECIPE].result == "fails":
         found[RECIPE] = found[RECIPE]._replace(result="warns")  # engines do not read it
     return [*found.values(), *compared]
+
+
+def load_stored(spec: DrafterSpec, files: DrafterFolder) -> Drafter:
+    """Make the drafter, without tables of the target that are stored beside its tensors.
+
+    Raises:
+        ValueError: tensors or sizes that no drafter has.
+    """
+    unused = TARGET_TABLES - spec.shapes.keys()
+    return make_drafter(spec, {name: tensor for name, tensor in files.stored.items() if name not in unused})
 
 
 def replace_trained(spec: DrafterSpec, files: DrafterFolder, target: Target) -> DrafterSpec:
