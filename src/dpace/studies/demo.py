@@ -20,12 +20,12 @@ from dpace.target import Target
 
 OBJECTIVES = ("dpace", "dflash")
 QUICK = {
-    "prompts": {"limit": 48},
-    "train": {"max_steps": 30, "eval_steps": 30},
+    "prompts": {"limit": 36},
+    "train": {"max_steps": 26, "eval_steps": 26},
     "bench": {"num_prompts": 2},
 }
 """Options of the recipe with `quick`."""
-QUICK_HELDOUT = 10
+QUICK_HELDOUT = 8
 """Held-out prompts of each set with `quick`."""
 SAMPLED_PROMPTS = 3
 """Prompts of the first set that are decoded at temperature 1 too."""
