@@ -100,6 +100,7 @@ class Drafter(DFlashDraftModel):
     vocabulary: DraftVocabulary | None = None
     """The tokens that decoding drafts; None for all."""
     _selector: Any = None
+    """What `selector` has made."""
     answers: list[int] = []
     """Tokens of the answers that it was trained on, one answer after the other; decoding can copy from them."""
 

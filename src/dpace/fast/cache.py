@@ -235,9 +235,9 @@ class RaggedCache(DynamicCache):
         self, columns: Int[Tensor, "batch new"], rows: Sequence[int] | None = None, layers: Sequence[Any] | None = None
     ) -> None:
         """Make the next pass write its tokens to these columns, of all rows and in all layers or of the given ones."""
-        # without a copy from the host, for which it would wait
-        every = torch.arange(len(columns), device=columns.device)
-        numbers = every if rows is None else torch.tensor(rows, device=columns.device)
+        device = columns.device
+        # All rows are counted on the device, which does not have to wait for the host.
+        numbers = torch.arange(len(columns), device=device) if rows is None else torch.tensor(rows, device=device)
         for layer in layers or self.layers:
             layer.rows = numbers[:, None]
             layer.is_part = rows is not None

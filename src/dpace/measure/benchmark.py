@@ -133,11 +133,15 @@ def _write_with_earlier(path: Path, results: BenchResults) -> BenchResults:
 
 def _join(earlier: BenchResults, results: BenchResults) -> BenchResults:
     """Put the rows of earlier results before those that were measured now, without those of drafters that changed."""
-    weights = {name.partition(", ")[0]: sha256 for name, sha256 in results.drafters.items()}  # without the rule
+
+    def without_rule(name: str) -> str:
+        return name.removesuffix(", speculative")
 
     def is_kept(row: Row) -> bool:
         sha256 = earlier.drafters[row.drafter]
-        return WAY(row) not in measured and weights.get(row.drafter.partition(", ")[0], sha256) == sha256
+        return WAY(row) not in measured and weights.get(without_rule(row.drafter), sha256) == sha256
+
+    weights = {without_rule(name): sha256 for name, sha256 in results.drafters.items()}
 
     measured = {WAY(row) for row in results.rows}
     rows = [*filter(is_kept, earlier.rows), *results.rows]

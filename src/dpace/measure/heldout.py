@@ -78,15 +78,8 @@ def measure_vocabularies(
 ) -> list[Acceptance]:
     """Do what `heldout_acceptance` does for several `token_ids`, with one forward pass of the drafter.
 
-    Args:
-        drafter: see there, as for what is not named here.
-        target: see there.
-        dataset: see there.
-        vocabularies: the only tokens that are drafted, each in turn; None for all.
-        over_ranks: see there.
-        is_ended: see there.
-        visit: called with what decoding may reach in each conversation that this rank measures.
-        title: see there.
+    `visit` is called with what decoding may reach in each conversation that this rank measures. The other arguments
+    are those of `heldout_acceptance`; None among `vocabularies` stands for all tokens.
     """
     was_training = drafter.training
     drafter.eval()

@@ -165,7 +165,7 @@ class ServerRow:
     histogram: list[Count] | None
     """Verifications by accepted length, where the server tells more than the sum."""
     tau_here: Estimate
-    """Of whole drafts in this process, on the prompts that both have; from results.json."""
+    """Tau of whole drafts in this process, on the prompts that both have; from results.json."""
     tau_over_here: Estimate
     """Ratio of the taus on these prompts minus 1."""
     tokens_per_second: float | None
@@ -228,7 +228,7 @@ class ServerResults(ServerSetup):
 
     schema_version: Literal[2] = 2
     tau_in_training: float | None
-    """Of the validation responses, which chose the checkpoint; None where the log is missing."""
+    """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
     rows: list[ServerRow]
     """One for each set and temperature."""
 

@@ -56,13 +56,13 @@ class Machine(NamedTuple):
     memory: int
     """Bytes that are free for it."""
     dtype: torch.dtype
-    """Of the target's weights."""
+    """Precision of the target's weights."""
     products: torch.dtype
-    """Of the products in which a drafter is trained."""
+    """Precision of the products in which a drafter is trained."""
     speed: Speed
-    """Of the target."""
+    """Speed of the target's products."""
     training_speed: Speed
-    """Of the drafter's training."""
+    """Speed of the products in which a drafter is trained."""
 
 
 def find_machine(recipe: Recipe, *, memory: int | None = None) -> Machine:

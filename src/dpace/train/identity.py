@@ -6,6 +6,7 @@ results.
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ class Run:
             return False
         ways = {STEP_SIZE: SAME_STEP}
         if is_finished(folder):
-            longer = f"to train it further, run `mv {folder} {folder}-before`, then add --drafter.init {folder}-before"
+            here, aside = shlex.quote(str(folder)), shlex.quote(f"{folder}-before")
+            longer = f"to train it further, run `mv {here} {aside}`, then add --drafter.init {aside}"
             ways |= {"train.max_steps": longer, "train.num_epochs": longer}
         same_run({**settings_of(Recipe()), **kept}, self.facts, f"{folder} holds a run", OTHER_RUN, ways)
         return True

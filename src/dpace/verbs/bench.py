@@ -1,8 +1,7 @@
 """Measure drafters, or running servers, against the baseline without a drafter."""
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,10 @@ from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
 if TYPE_CHECKING:
     from dpace.prompts.prompts import Prompt
 
+    Prompts = Sequence[Prompt]
+
 IN_PROCESS = ("drafters", "widths", "verify_rules", "compiled")
 """Options that running servers do not take."""
-Refuse = Callable[[], None]
-"""Refuses prompts that the target cannot read."""
 
 
 def run(args: list[str]) -> None:
@@ -37,14 +36,13 @@ def run(args: list[str]) -> None:
         raise ValueError("--bench.plain-server is for servers; name the one with a drafter by --bench.server")
     prompts = read_sets(config.sets, config.sets_dir) if config.sets else split_prompts(recipe.prompts).heldout
     decoded = first_of_each_set(prompts, config.num_prompts)
-    work = partial(_measure_servers if config.server else _measure_here, recipe, prompts)
-    work(partial(refuse_unreadable, recipe, decoded, config.max_new_tokens, args), args)
+    measure = _measure_servers if config.server else _measure_here
+    measure(recipe, prompts, decoded, args)
 
 
-def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]", refuse_prompts: Refuse, args: list[str]) -> None:
-    """Send the prompts to running servers."""
+def _measure_servers(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: list[str]) -> None:
+    """Send `decoded`, the first prompts of each set, to running servers."""
     from dpace.measure.servers import bench_servers
-    from dpace.prompts.prompts import first_of_each_set
     from dpace.report.sections import tables_of
     from dpace.report.tables import console, section_table
 
@@ -55,8 +53,8 @@ def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]", refuse_prompts
             flag = name.replace("_", "-")
             raise ValueError(f"--bench.{flag} is not for --bench.server, which was started with its own; leave one out")
     if DRY_RUN in args:
-        refuse_prompts()
-        print(f"prompts: {len(first_of_each_set(prompts, config.num_prompts)):,}, sent to the server")
+        refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
+        print(f"prompts: {len(decoded):,}, sent to the server")
         return
     chat = load_chat(recipe)
     with lock_folder(recipe.output):
@@ -66,8 +64,8 @@ def _measure_servers(recipe: Recipe, prompts: "Sequence[Prompt]", refuse_prompts
     print("next:", command("report", recipe.output))
 
 
-def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", refuse_prompts: Refuse, args: list[str]) -> None:
-    """Decode the prompts with the drafters and plainly."""
+def _measure_here(recipe: Recipe, prompts: "Prompts", decoded: "Prompts", args: list[str]) -> None:
+    """Decode `decoded`, the first prompts of each set, with the drafters and plainly."""
     from dpace.drafter import load_drafter
     from dpace.measure.benchmark import bench
     from dpace.measure.results import BenchResults, refuse_other_results
@@ -85,7 +83,7 @@ def _measure_here(recipe: Recipe, prompts: "Sequence[Prompt]", refuse_prompts: R
         _refuse_trained_prompts(recipe, Path(found[0]))
     if not Path(found[0]).exists():
         raise ValueError(f"there is no drafter {found[0]}; train one, or name one with --bench.drafters")
-    refuse_prompts()
+    refuse_unreadable(recipe, decoded, config.max_new_tokens, args)
     num_answers = num_decodings(recipe, prompts, len(folders))
     done = num_decoded(output, config, prompts)
     if announce(decoding_lines(recipe, num_answers, config.max_new_tokens, done=done), args):
