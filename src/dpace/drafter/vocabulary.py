@@ -153,7 +153,7 @@ class DraftRows:
 
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row choice"]:
         """Compute the logits of the tokens that may be drafted."""
-        return self.head.logits(hidden)
+        return self.target.logits(hidden) if self.token_ids is None else self.head.logits(hidden)
 
     def index(self, token_ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Return the row of each token; -1 where it has none."""
@@ -186,6 +186,6 @@ class PackedRows(DraftRows):
     def logits(self, hidden: Float[Tensor, "row hidden"]) -> Float[Tensor, "row choice"]:
         """Compute the logits with packed copies of the rows."""
         if self.token_ids is None:
-            return self.target.logits(hidden)
+            return super().logits(hidden)
         rows = hidden.to(self._more.dtype)
         return self.head.finish(torch.cat([self._product(rows), rows @ self._more.T], dim=-1))

@@ -215,8 +215,8 @@ class FusedDraftLayer(FastModule, DFlashLayer):
     def forward(self, hidden, context, rope, mask, cache, block_size=None):
         """Compute the output of a `DFlashLayer`, whose own code also runs for the masks of training."""
         fused = self.fast
-        is_decoding = mask is None or (isinstance(mask, Tensor) and hidden.shape[1] <= MAX_QUERIES)
-        if fused is None or not is_decoding or not self.is_usable(hidden, fused.dtype):
+        is_dense = mask is None or isinstance(mask, Tensor)
+        if fused is None or not is_dense or not self.is_usable(hidden, fused.dtype):
             return super().forward(hidden, context, rope, mask, cache, block_size)
         attention: Any = self.self_attn
         rotation = _rotation(rope)
@@ -225,8 +225,13 @@ class FusedDraftLayer(FastModule, DFlashLayer):
             heads = fused.heads(torch.cat([context, rows], dim=1), rotation)
             if cache is not None:
                 heads = _Heads(heads.query, *cache.update(heads.key, heads.value, attention.layer_idx))
+            query = heads.query[:, :, context.shape[1] :]
             seen = attention.limit(mask, rows.shape[1], heads.key)
-            attended = attend_in_groups(heads.query[:, :, context.shape[1] :], heads.key, heads.value, seen)
+            if rows.shape[1] <= MAX_QUERIES:
+                attended = attend_in_groups(query, heads.key, heads.value, seen)
+            else:
+                sdpa = nn.functional.scaled_dot_product_attention
+                attended = sdpa(query, heads.key, heads.value, attn_mask=seen, enable_gqa=True).transpose(1, 2)
             return fused.out(attended.flatten(2))
 
         hidden = hidden + around(self.attention_conv, fused.norm(hidden, 0), attend, block_size)

@@ -27,7 +27,7 @@ QUICK = {
 """Options of the recipe with `quick`."""
 QUICK_HELDOUT = 8
 """Held-out prompts of each set with `quick`."""
-SAMPLED_PROMPTS = 3
+SAMPLED_PROMPTS = 2
 """Prompts of the first set that are decoded at temperature 1 too."""
 MANY_COPIED = 0.1
 """Share of copied tokens from which on the demo speaks of them."""

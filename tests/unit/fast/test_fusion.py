@@ -133,11 +133,12 @@ def test_the_drafters_layers(make, tmp_path, language_target):
         ours, theirs = (cache.layers[1] for cache in caches)
         assert ours.length == theirs.length > 0
         torch.testing.assert_close(ours.buffers[0], theirs.buffers[0], rtol=1e-5, atol=1e-6)
-    by_slot = torch.ones(1, 1, 4, 7, dtype=torch.bool).tril(3)
-    with torch.no_grad():
-        inputs = inputs[0][:1], inputs[1][:1], inputs[2]
-        found, expected = (m(*inputs, attention_mask=by_slot).last_hidden_state for m in (drafter, plain))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for slots in (4, MAX_QUERIES + 4):  # those of a text that is measured are many
+        by_slot = torch.ones(1, 1, slots, 3 + slots, dtype=torch.bool).tril(3)
+        inputs = torch.randn(1, slots, width), inputs[1][:1], torch.arange(3 + slots)[None]
+        with torch.no_grad():
+            found, expected = (m(*inputs, attention_mask=by_slot).last_hidden_state for m in (drafter, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def exchange_module(layer):
