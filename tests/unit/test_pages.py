@@ -106,6 +106,20 @@ def test_every_verb_is_shown():
     assert {"make demo", "pip install ."} <= set(COMMANDS)
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what a link can name behind `#`, as GitHub and the site make it of a page's headings."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings():
+    for page in PAGES:
+        for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            linked = (page.parent / name).resolve() if name else page
+            assert linked.is_file(), f"{page.name} links to {name}"
+            assert not anchor or anchor in anchors(linked), f"{page.name} links to {name}#{anchor}"
+
+
 def test_lines_of_prompts_are_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(block_of("json"))
