@@ -112,7 +112,9 @@ def make_served(**changes: Any) -> ServerRow:
 
 
 def make_compare(*rows: ComparedRow, **changes: Any) -> CompareResults:
-    results = CompareResults(target="t", baseline="dflash", seeds=[0], reduction="mean", rows=list(rows), decode=None)
+    results = CompareResults(
+        target="t", baseline="dflash", seeds=[0], reduction="mean", rows=list(rows) or [_COMPARED], decode=None
+    )
     return replace(results, **changes)
 
 

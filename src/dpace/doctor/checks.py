@@ -184,6 +184,8 @@ def compare(files: DrafterFolder, trained: DrafterSpec, target: Target) -> Itera
                 yield Diagnosis(key, "passes")
             else:
                 result = keys.if_absent if None in (value, right) else keys.if_other
+                if key == "block_size" and value is None and look_up(config, "dflash_config.block_size") is None:
+                    result = "fails"  # engines refuse the folder, or take 16
                 yield Diagnosis(key, result, shown(value), shown(right), "" if result == "skipped" else keys.fix)
 
 

@@ -28,7 +28,7 @@ from dpace.metrics import Acceptance, tau_gain
 from dpace.respond.responses import Response, read_responses
 from dpace.system.device import dtype_name
 from dpace.system.loading import first_names
-from dpace.system.progress import printable, progress_bar
+from dpace.system.progress import count, printable, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
@@ -168,7 +168,7 @@ def compare_ways(name: str, trial: Trial, *, key: str) -> Diagnosis:
     found = f"tau {trial.acceptance.tau:.2f} as the config says, {best.tau:.2f} with {said}"
     _, low, high = tau_gain([best], [trial.acceptance])
     if max(best.tau, trial.acceptance.tau) < MIN_TAU or not (low > LEAST_GAIN[key] or high < 0):
-        return Diagnosis(name, "skipped", f"{found}: cannot be told apart on {len(trial.answers)} answers")
+        return Diagnosis(name, "skipped", f"{found}: cannot be told apart on {count(len(trial.answers), 'answer')}")
     if high < 0 or trial.is_confirmed(key):
         return Diagnosis(name, "passes", found)
     fix = f'write "{key}": {said} into config.json, also where dflash_config has it'

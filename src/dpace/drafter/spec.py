@@ -195,7 +195,8 @@ class DrafterSpec:
                 raise ValueError(f"the drafter's config has no {name}; {COPY_AGAIN}") from error
             fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
             fault = fault.replace("a valid tuple", "a list").replace("a valid dictionary", "an object")
-            raise ValueError(f"{name} is {values[name]!r:.100}: {fault}; {COPY_AGAIN}") from error
+            text = "the text " if isinstance(values[name], str) else ""
+            raise ValueError(f"{name} is {text}{values[name]!r:.100}: {fault}; {COPY_AGAIN}") from error
         if spec.num_heads % spec.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {spec.num_heads}, expected a multiple of num_key_value_heads, which is "
@@ -338,7 +339,7 @@ def _either(config: Mapping[str, Any], nested: Mapping[str, Any], key: str) -> A
     inner, outer = nested.get(key), config.get(key)
     if inner is not None and outer is not None and inner != outer:
         raise ValueError(
-            f"{key} is {inner} in dflash_config and {outer} at the top level; engines read one or the other: "
+            f"{key} is {inner!r} in dflash_config and {outer!r} at the top level; engines read one or the other: "
             "make them equal"
         )
     return outer if inner is None else inner
@@ -373,7 +374,7 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = rope.get("rope_theta")
     outer = config.get("rope_theta")
     if theta is not None and outer is not None and theta != outer:
-        raise ValueError(f"rope_theta is {theta} in rope_parameters and {outer} at the top level; make them equal")
+        raise ValueError(f"rope_theta is {theta!r} in rope_parameters and {outer!r} at the top level; make them equal")
     theta = outer if theta is None else theta
     if theta is None:
         raise ValueError(

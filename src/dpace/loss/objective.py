@@ -157,7 +157,7 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
     All other settings stay as they are.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: unknown name; the message lists the known ones. Or a confidence for an objective without one.
     """
     objective, *parts = name.split("+")
     changes = {"token_loss": "nll", "confidence": "token"}
@@ -168,6 +168,10 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
         raise ValueError(
             f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or a custom one as "
             "package.module:function, and add +kl or +lk for that token loss, and +overlap for that confidence"
+        )
+    if "overlap" in parts and not is_custom(objective) and objective not in (*OF_CONFIDENCE, "chain-reward"):
+        raise ValueError(
+            f"the objective {objective} has no confidence, so {name} trains as without +overlap; take it out"
         )
     return replace(loss, objective=objective, **changes)
 

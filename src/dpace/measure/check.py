@@ -27,7 +27,7 @@ from dpace.measure.parity import Finding, check_views
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.respond.responses import Response
-from dpace.system.progress import progress_bar
+from dpace.system.progress import count, progress_bar
 from dpace.target import Target
 from dpace.target.chat import encode_chat
 
@@ -138,9 +138,9 @@ def check_texts(
         if not temperature:
             own = [generate_transformers(target, token_ids, config.max_new_tokens) for token_ids in encoded]
             baseline = [(number, "plain decoding", text) for number, text in enumerate(plain)]
-            compare("plain decoding is generate of transformers", f"{len(prompts)} prompts", baseline, own)
+            compare("plain decoding is generate of transformers", count(len(prompts), "prompt"), baseline, own)
         tried = dict.fromkeys(how for _, how, _ in texts)
-        compare(name, f"{len(prompts)} prompts x {', '.join(tried)}", texts, plain)
+        compare(name, f"{count(len(prompts), 'prompt')} x {', '.join(tried)}", texts, plain)
     return findings, whole
 
 
@@ -233,7 +233,7 @@ def check_lengths(
     """Compare accepted lengths as training measures them with those of decoding."""
     name = "accepted lengths in training are those of decoding"
     pairs = [(response, out) for response, out in zip(responses, whole, strict=True) if len(out.token_ids) > 1]
-    cases = f"every verification of {len(pairs)} responses"
+    cases = f"every verification of {count(len(pairs), 'response')}"
     if not pairs:
         return Finding(name, cases, False, "no response has two tokens")
     trained = []

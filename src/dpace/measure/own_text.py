@@ -18,6 +18,7 @@ from dpace.fast.cache import TextCache
 from dpace.measure.parity import Finding
 from dpace.respond.in_process import run_transformers
 from dpace.respond.responses import Response, read_meta, read_responses
+from dpace.system.progress import count
 from dpace.target import Target, answer_end
 from dpace.target.chat import tokenizer_hashes
 
@@ -114,7 +115,7 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
     text = text_finding(
         target,
         "responses are the target's greedy text",
-        f"{len(chosen)} responses",
+        count(len(chosen), "response"),
         num_tokens,
         wrong,
         what="tokens are the most likely ones",

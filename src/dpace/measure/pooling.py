@@ -128,6 +128,7 @@ def pool_seeds(
     set_name: str,
     name: str,
     num_prompts: int,
+    temperature: float,
     ours: Sequence[Acceptance],
     theirs: Sequence[Acceptance],
     costs: tuple[float | None, int | None] = (None, None),
@@ -138,6 +139,7 @@ def pool_seeds(
         set_name: of the prompts.
         name: of the objective.
         num_prompts: in the set.
+        temperature: at which the responses were written.
         ours: held-out acceptance of each seed.
         theirs: the baseline's, for the same seeds and prompts.
         costs: seconds of a training step and peak bytes, where they are known.
@@ -148,7 +150,7 @@ def pool_seeds(
     return ComparedRow(
         set=set_name,
         drafter=name,
-        temperature=0.0,
+        temperature=temperature,
         num_prompts=num_prompts,
         block_size=pooled.block_size,
         histogram=pooled.counts.tolist(),

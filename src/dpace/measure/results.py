@@ -8,7 +8,9 @@ numbers that have to fit together by functions at the end of this file.
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from dpace.config import Width
 from dpace.measure.records import Count, Provenance, ResponseRecord, ServerSetup, acceptance_of
@@ -25,6 +27,7 @@ DRAWN = ("step", "step_seconds", "loss", "eval_tau")
 """Keys of a training log that are read, beside `weight_share/SLOT`."""
 MAX_LOGGED = 1e15
 """Largest number of a training log that is drawn."""
+NOT_EMPTY = Field(min_length=1, description="a list of one or more rows")
 Interval = tuple[float | None, float | None]
 """Ends of a 95 % interval; None where there are too few prompts for one, or nothing to measure."""
 Estimate = tuple[float | None, float | None, float | None]
@@ -135,6 +138,7 @@ class ComparedRow:
     drafter: str
     """The objective."""
     temperature: float
+    """At which the target wrote the responses."""
     num_prompts: int
     block_size: int
     histogram: list[Count]
@@ -185,8 +189,8 @@ class BenchResults(Provenance):
     """results.json of `dpace bench`, and what `dpace compare` and `dpace demo` decoded."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    rows: list[Row]
-    """One for each drafter, width, set and temperature."""
+    rows: Annotated[list[Row], NOT_EMPTY]
+    """One or more: for each drafter, width, set and temperature."""
     comparisons: list[Comparison]
     """Every drafter against the first."""
 
@@ -216,7 +220,7 @@ class CompareResults:
     """The objective that the others are compared with."""
     seeds: list[int]
     reduction: str
-    rows: list[ComparedRow]
+    rows: Annotated[list[ComparedRow], NOT_EMPTY]
     """One for each objective and set; those of all sets together come last where there are several."""
     decode: BenchResults | None
     """What decoding with the drafters of the first seed gave; None where that was left out."""
@@ -229,7 +233,7 @@ class ServerResults(ServerSetup):
     schema_version: Literal[2] = 2
     tau_in_training: float | None
     """Tau of the validation responses, which chose the checkpoint; None where the log is missing."""
-    rows: list[ServerRow]
+    rows: Annotated[list[ServerRow], NOT_EMPTY]
     """One for each set and temperature."""
 
 
@@ -239,7 +243,7 @@ Results = BenchResults | CompareResults | ServerResults
 def benchmark_of(results: Results) -> BenchResults | None:
     """Take what decoding gave; None for servers, and where nothing was decoded."""
     decoded = results.decode if isinstance(results, CompareResults) else results
-    return decoded if isinstance(decoded, BenchResults) and decoded.rows else None
+    return decoded if isinstance(decoded, BenchResults) else None
 
 
 def write_results(path: Path, results: Results) -> None:
@@ -388,6 +392,8 @@ def _check_rows(rows: Sequence[Row] | Sequence[ComparedRow]) -> None:
         where = f"rows[{number}]"
         _expect_length(row.histogram, row.block_size, f"{where}.histogram")
         _expect_length(row.reach_rate, row.block_size - 1, f"{where}.reach_rate")
+        if row.tau is None and any(row.histogram):
+            raise ValueError(f"{where}.tau is null, expected a number, since the histogram has verifications")
         if isinstance(row, ComparedRow):
             continue
         _expect_length(row.plain_responses, len(row.responses), f"{where}.plain_responses")

@@ -231,19 +231,22 @@ def _ask_server(
 def make_rows(records: Sequence[ServedRecord], here: Mapping[tuple[float, str], Row]) -> list[ServerRow]:
     """Pool prompts into one row for each temperature and set, beside the rows of this process."""
     groups = group_by(records, attrgetter("temperature", "set"))
-    return [_pool_prompts(groups[key], here.get(key)) for key in sorted(groups)]
+    drafts = any(answer.counts for answer in _answers(records, DRAFTER))
+    return [_pool_prompts(groups[key], here.get(key), drafts=drafts) for key in sorted(groups)]
 
 
-def _pool_prompts(records: Sequence[ServedRecord], here: Row | None) -> ServerRow:
+def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: bool) -> ServerRow:
     """Pool the prompts of one row; intervals resample them.
 
-    `tau` is tokens emitted a verification, from the accepted counts that the server reports. A prompt for which it
-    reports none is left out.
+    `tau` is tokens emitted a verification, from the accepted counts that the server reports. Where it reports some, an
+    answer without any had no drafts: each pass of the target then emitted one token.
     """
-    pooled = {record.id: _pool_counts(record) for record in records}
-    counts = {name: of_prompt for name, of_prompt in pooled.items() if of_prompt}
-    total = Counts.pooled(list(counts.values()))
-    served = {name: (of_prompt.num_emitted, of_prompt.num_verifications) for name, of_prompt in counts.items()}
+    counts = {record.id: _turn_counts(record) for record in records} if drafts else {}
+    total = Counts.pooled([of_turn for turns in counts.values() for of_turn in turns])
+    served = {
+        name: (sum(of_turn.num_emitted for of_turn in turns), sum(of_turn.num_verifications for of_turn in turns))
+        for name, turns in counts.items()
+    }
     ours = _totals_here(here) if here else {}
     common = [name for name in served if name in ours]
     paired = [[served[name] for name in common], [ours[name] for name in common]]
@@ -273,9 +276,11 @@ def _answers(records: Iterable[ServedRecord], side: str) -> list[ServedAnswer]:
     return [turn[side] for record in records for turn in record.turns if side in turn]
 
 
-def _pool_counts(record: ServedRecord) -> Counts | None:
-    """Add up the verifications of a prompt's turns; None where the server reports none."""
-    return Counts.pooled([answer.counts for answer in _answers([record], DRAFTER) if answer.counts])
+def _turn_counts(record: ServedRecord) -> list[Counts]:
+    """Return the verifications of each turn; without drafts, they are the tokens after the first."""
+    turns = _answers([record], DRAFTER)
+    passes = [len(answer.token_ids) - 1 for answer in turns]
+    return [answer.counts or Counts(n, 0, [n]) for answer, n in zip(turns, passes, strict=True)]
 
 
 def _totals_here(row: Row) -> dict[str, tuple[int, int]]:

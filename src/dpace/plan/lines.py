@@ -24,6 +24,7 @@ from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set
 from dpace.respond.conversation import own_messages
 from dpace.respond.responses import Response, responses_by_id
 from dpace.system.ledger import read_jsonl
+from dpace.system.progress import count
 from dpace.system.provenance import hash_json
 
 TOKEN_BYTES = 8
@@ -54,11 +55,6 @@ def duration(seconds: Number) -> str:
         if seconds >= 1.5 * length:
             return f"{seconds / length:.{1 if seconds < 10 * length else 0}f} {unit}"
     return f"{max(1, seconds):.0f} s"
-
-
-def count(number: int, noun: str) -> str:
-    """Write a number of things, such as 1 prompt or 2,000 prompts."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def time_line(seconds: Mapping[str, Number], *, is_bound: bool) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 from dpace.batches.corpus import Corpus
 from dpace.prompts.prompts import Split
 from dpace.report.tables import Section, section_table
-from dpace.system.progress import printable
+from dpace.system.progress import count, printable
 
 NUM_SHOWN = 2
 """Conversations that are shown."""
@@ -35,13 +35,13 @@ def responses_page(corpus: Corpus, max_length: int, meta: Mapping[str, Any], tok
     answers = [np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))]
     distinct = {hash(_answer_bytes(corpus, i)) for i in range(len(corpus))}
     counts = {
-        f"conversations are cut at --train.max-length {max_length}": int((corpus.lengths > max_length).sum()),
-        "have no two tokens of an answer in a row, and are left out": int((corpus.num_anchors(max_length) == 0).sum()),
-        "answers repeat another one token for token": len(corpus) - len(distinct),
+        f"conversations cut at --train.max-length {max_length}": int((corpus.lengths > max_length).sum()),
+        "left out, without two tokens of an answer in a row": int((corpus.num_anchors(max_length) == 0).sum()),
+        "answers that repeat another one token for token": len(corpus) - len(distinct),
     }
     facts = [
-        f"{len(corpus)} conversations, {int(corpus.lengths.sum()):,} tokens with their prompts",
-        *(f"{count} {what}" for what, count in counts.items() if count),
+        f"{count(len(corpus), 'conversation')}, {int(corpus.lengths.sum()):,} tokens with their prompts",
+        *(f"{what}: {number}" for what, number in counts.items() if number),
         _answer_ends(answers, meta),
     ]
     answered = np.array([lengths.sum() for lengths in answers])
@@ -67,7 +67,7 @@ def _answer_ends(answers: list[np.ndarray], meta: Mapping[str, Any]) -> str:
         return "why answers end is unknown: there is no responses.meta.json"
     lengths = np.concatenate(answers)
     num_cut = int((lengths == limit).sum())
-    return f"{len(lengths) - num_cut} answers end by themselves, {num_cut} at --respond.max-new-tokens {limit}"
+    return f"answers that end at --respond.max-new-tokens {limit}: {num_cut} of {len(lengths)}"
 
 
 def _preview(corpus: Corpus, tokenizer: Any) -> Iterator[RenderableType]:

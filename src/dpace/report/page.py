@@ -49,11 +49,17 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
         title=f"Drafters for {', '.join(targets)}",
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         command=command("report", *folders, output=path),
-        results=[(str(folder), sections_of(results, folder)) for results, folder in measured],
+        results=[(heading(results, folder), sections_of(results, folder)) for results, folder in measured],
     )
     with lock_folder(path.parent):
         register_files(path.parent, path.name)
         write_text(path, page)
+
+
+def heading(results: Results, folder: Path) -> str:
+    """Name a folder, and say where answers were measured with thinking."""
+    measured = results if isinstance(results, ServerResults) else benchmark_of(results)
+    return f"{folder}, with thinking" if measured and measured.thinking else str(folder)
 
 
 def sections_of(results: Results, folder: Path) -> Iterator[Section]:
@@ -80,6 +86,8 @@ def sections_of(results: Results, folder: Path) -> Iterator[Section]:
         yield Section("Weights over training", text, drawing=slot_weights(logs))
     if measured := benchmark_of(results):
         facts = {name: str(getattr(measured, name)) for name in ("target", "engine", "dtype", "seed", "max_new_tokens")}
+        if measured.thinking is not None:
+            facts["thinking"] = "on" if measured.thinking else "off"
         for name in ("hardware", "versions"):
             facts[name] = ", ".join(f"{key} {value}" for key, value in vars(getattr(measured, name)).items())
         hashes = {"the target's weights": measured.target_weights_sha256, **measured.drafters}

@@ -128,7 +128,12 @@ def speeds(results: BenchResults) -> Section:
     ]
     title = f"Speed: {Path(results.target).name}, {results.dtype}, {results.hardware.device}"
     same = f"{results.num_same_text} of {results.num_responses} responses are exactly the target's own text"
-    notes = advice(results), same if results.num_responses else "", compiled_note(results.rows)
+    notes = (
+        advice(results),
+        same if results.num_responses else "",
+        compiled_note(results.rows),
+        no_tau_note(results.rows),
+    )
     return Section(title, text, rows, num_texts=4, note="; ".join(filter(None, notes)))
 
 
@@ -151,6 +156,14 @@ def compiled_note(rows: Sequence[Row]) -> str:
     """Compare decoding with compiled plain decoding; empty where that was not measured."""
     found = [f"{' '.join(_way(row).values())}: {row.compiled.decode_speedup or 0:.2f}" for row in rows if row.compiled]
     return f"decode_speedup over plain decoding with compiled steps: {', '.join(found)}" if found else ""
+
+
+def no_tau_note(rows: Sequence[Row] | Sequence[ComparedRow]) -> str:
+    """Say why some rows have no tau; empty where all have."""
+    names = dict.fromkeys(row.set for row in rows if row.tau is None)
+    if not names:
+        return ""
+    return f"no tau on {' and '.join(names)}: no answer has two tokens, so nothing was verified; allow longer answers"
 
 
 def pairs(comparisons: Sequence[Comparison]) -> Section:
@@ -186,8 +199,9 @@ def slots(whole: Sequence[Row] | Sequence[ComparedRow]) -> Section:
 def comparison(results: CompareResults) -> Section:
     """Make the table of `dpace compare`."""
     text = (
-        "Mean acceptance length (tau) on held-out prompts at temperature 0. Intervals are 95 %, paired: by bootstrap "
-        "over prompts, and by Student's t over seeds."
+        "Mean acceptance length (tau) on held-out answers, which the target wrote at temperature "
+        f"{results.rows[0].temperature:g}. Intervals are 95 %, paired: by bootstrap over prompts, and by Student's t "
+        "over seeds."
     )
     rows = []
     for row in results.rows:
@@ -206,7 +220,7 @@ def comparison(results: CompareResults) -> Section:
         )
     seeds = ", ".join(map(str, results.seeds))
     title = f"Objectives: {Path(results.target).name}, reduction {results.reduction}, seeds {seeds}"
-    return Section(title, text, rows, num_texts=3)
+    return Section(title, text, rows, num_texts=3, note=no_tau_note(results.rows))
 
 
 def servers(results: ServerResults) -> Section:

@@ -52,9 +52,9 @@ def compare(
     """Train every objective with every seed, measure all on the same held-out prompts, and write results.
 
     For a seed, all objectives start from the same weights and see the same batches and anchors. Tau is the walk over
-    the held-out responses, which are the target's greedy text and only measure. `decode_speedup` is measured by
-    decoding with the drafters of the first seed (`bench.num_prompts` of each set; 0 leaves it out). A finished cell is
-    kept: the same call goes on after it.
+    the held-out responses, which only measure; where the target drew them, it is that of the rule `equality` at their
+    temperature. `decode_speedup` is measured by decoding with the drafters of the first seed (`bench.num_prompts` of
+    each set; 0 leaves it out). A finished cell is kept: the same call goes on after it.
 
     Writes into the output folder: `responses.jsonl`, `OBJECTIVE/seed-N/` with each drafter, its log and `heldout.json`,
     `decode/` with the results of decoding, `results.json`, and the drawings `training.svg`, `acceptance.svg` and
@@ -88,7 +88,7 @@ def compare(
         datasets = choose_conversations(*answered, recipe=next(iter(recipes.values())))
         train_cells(target, recipes, cells, datasets, init=init)
         measure_cells(target, config, cells.values(), heldout_set(heldout, config))
-        rows = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline))
+        rows = ranks.from_first(lambda: make_rows(cells, parts.heldout, config.baseline, config.respond.temperature))
         decode = None
         if config.bench.num_prompts != 0:
             first_seed = config.seeds[0]
@@ -150,8 +150,8 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
     """Make the recipe of each cell, in the order in which they are trained.
 
     Raises:
-        ValueError: an unknown objective, a custom one that cannot be found or gives wrong weights; or see
-            `check_recipe`.
+        ValueError: an unknown objective, one that is named in two ways, a custom one that cannot be found or gives
+            wrong weights; or see `check_recipe`.
     """
     for name in ("token_loss", "confidence"):
         if (found := getattr(config.loss, name)) != getattr(LossConfig(), name):
@@ -161,7 +161,10 @@ def make_recipes(config: CompareConfig) -> dict[Cell, Recipe]:
             )
     names = list(dict.fromkeys([*config.objectives, config.baseline]))
     losses = {name: with_objective(config.loss, name) for name in names}
-    for loss in losses.values():
+    first_names: dict[LossConfig, str] = {}
+    for name, loss in losses.items():
+        if (same := first_names.setdefault(loss, name)) != name:
+            raise ValueError(f"the objectives {same} and {name} are the same; name it once")
         check_recipe(replace(config, loss=loss))
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return {
@@ -236,10 +239,13 @@ def measure_cells(target: Target, recipe: Recipe, folders: Iterable[Path], test_
         ranks.from_first(partial(write_heldout, folder, test_set.ids, acceptance, wanted))
 
 
-def make_rows(cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: str) -> list[ComparedRow]:
+def make_rows(
+    cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: str, temperature: float
+) -> list[ComparedRow]:
     """Make one row for each set that has responses and objective, all seeds pooled, the best first.
 
-    Where there are several sets, the rows of all of them together come last, as `ALL_SETS`.
+    Where there are several sets, the rows of all of them together come last, as `ALL_SETS`. The responses were written
+    at `temperature`.
     """
     names = list(dict.fromkeys(name for name, _ in cells))
     seeds = list(dict.fromkeys(seed for _, seed in cells))
@@ -262,7 +268,10 @@ def make_rows(cells: Mapping[Cell, Path], heldout: Sequence[Prompt], baseline: s
                 f"{cells[names[0], seeds[0]].parent.parent}, and the same command measures all again"
             )
         by_seed = {name: [known[name, seed] for seed in seeds] for name in names}
-        of_set = [pool_seeds(set_name, name, len(ids), by_seed[name], by_seed[baseline], costs[name]) for name in names]
+        of_set = [
+            pool_seeds(set_name, name, len(ids), temperature, by_seed[name], by_seed[baseline], costs[name])
+            for name in names
+        ]
         rows += sorted(of_set, key=lambda row: -(row.tau or 0))
     return rows
 

@@ -83,6 +83,11 @@ def progress_bar(is_shown: bool = True) -> Progress:
     )
 
 
+def count(number: int, noun: str) -> str:
+    """Write a number of things, such as 1 prompt or 2,000 prompts."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     r"""Show the control characters of a text as `\x1b`, so that it cannot steer a terminal.
 

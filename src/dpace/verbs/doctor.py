@@ -3,6 +3,7 @@
 from dpace.config import DeviceMap, Recipe, Text, options
 from dpace.engines import EngineName, engine_of
 from dpace.recipes.flags import command, first_as, parse
+from dpace.system.progress import count
 from dpace.verbs import load_target
 
 
@@ -30,7 +31,7 @@ def run(args: list[str]) -> None:
     ]
     console().print(section_table(Section(f"{config.drafter} for {target.short_name}", "", rows, num_texts=5)))
     silent = [d.check for d in diagnoses if d not in shown]
-    console().print(f"{len(silent)} other checks pass:", ", ".join(silent), "\n", highlight=False)
+    console().print(f"{count(len(silent), 'other check')} passed:", ", ".join(silent), "\n", highlight=False)
     failed = [d.check for d in diagnoses if d.result == "fails"]
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; the table above says what to do about each")

@@ -7,7 +7,7 @@ from dpace.config import Recipe
 from dpace.recipes.flags import DRY_RUN, next_command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
-from dpace.system.progress import print_text
+from dpace.system.progress import count, print_text
 from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
 
 
@@ -47,7 +47,7 @@ def run(args: list[str]) -> None:
         left_out = answer_prompts(target, prompts, path, recipe.respond)
     if not ranks.end():
         return
-    for reason, count in left_out.items():
-        print(f"{count} prompts have no answer: {reason}", file=sys.stderr)
-    print_text(f"{len(prompts) - sum(left_out.values())} responses in {path}")
+    for reason, number in left_out.items():
+        print(f"{count(number, 'prompt')} without an answer: {reason}", file=sys.stderr)
+    print_text(f"{count(len(prompts) - sum(left_out.values()), 'response')} in {path}")
     print_text(f"next: {next_command('train', recipe, args)}")

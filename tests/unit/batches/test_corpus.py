@@ -190,7 +190,7 @@ def test_prompts_of_public_sets_are_left_out(tmp_path, capsys):
     assert split.dropped["in the public sets"] == {"41": "1", "42": "3"} and "43" in split.train + split.heldout
     assert not {"41", "42"} & set(split.train)
     split_prompts(config)
-    assert "2 prompts are in the public sets and are left out" in capsys.readouterr().err
+    assert "2 prompts left out: in the public sets" in capsys.readouterr().err
 
 
 def test_a_prompt_of_two_public_sets_is_found(tmp_path):
@@ -218,7 +218,7 @@ def test_one_page_says_what_is_there(files, capsys):
     console().print(prompts_page(split_ids(config)), page)
     shown = capsys.readouterr().out
     lengths = np.concatenate([np.diff(corpus.spans(i), axis=1).ravel() for i in range(len(corpus))])
-    assert f"{(lengths == 10).sum()} at --respond.max-new-tokens 10" in shown
-    assert f"{(corpus.lengths > 20).sum()} conversations are cut" in shown
+    assert f"at --respond.max-new-tokens 10: {(lengths == 10).sum()} of {len(lengths)}" in shown
+    assert f"conversations cut at --train.max-length 20: {(corpus.lengths > 20).sum()}" in shown
     assert "25 to train on, 2 for validation, 3 held out" in shown and "⟦" in shown
     assert f"{len(corpus)} conversations, " in shown and "answers, all turns" in shown

@@ -217,7 +217,15 @@ def test_a_fault_is_named_and_nothing_else(change, expected, folder, language_ta
 def test_a_text_for_a_number_is_called_so(folder, language_target):
     edit(folder, keys(block_size="8"))
     (found,) = [d.found for d in diagnose(folder, language_target) if d.check == CONFIG]
-    assert found == "block_size is '8': it should be a valid integer"
+    assert found == "block_size is the text '8': it should be a valid integer"
+
+
+@pytest.mark.parametrize(("change", "result"), [(lambda *_: None, "fails"), (nested(block_size=6), "warns")])
+def test_a_block_size_is_needed_in_one_place(change, result, folder, language_target):
+    """Where none is, engines refuse the folder or take 16; where it is in one place, some look in the other."""
+    edit(folder, without("block_size"))
+    edit(folder, change)
+    assert [d.result for d in diagnose(folder, language_target) if d.check == "block_size"] == [result]
 
 
 @pytest.mark.parametrize("has_recipe", [True, False])

@@ -188,6 +188,8 @@ def test_settings_that_do_not_fit_are_refused():
         frozen_head_nll(states, head, labels, is_scored, weigh=weigh)
     with pytest.raises(ValueError, match="no objective 'dpace.tv'"):
         with_objective(LossConfig(), "dpace+tv")
+    with pytest.raises(ValueError, match=r"the objective dflash has no confidence, .*; take it out"):
+        with_objective(LossConfig(), "dflash+kl+overlap")
     assert with_objective(LossConfig(alpha=0.3), "dpace+kl+overlap") == LossConfig(
         alpha=0.3, token_loss="kl", confidence="overlap"
     )

@@ -101,7 +101,7 @@ def test_three_seeds_that_differ_show_no_gain():
     """7.1, 2.8 and 3.3 %: a bootstrap of the seeds gave [+2.8, +7.1]."""
     theirs = Acceptance([[5000, 5000]] * 8, 2)
     ours = [Acceptance([[5000 - more, 5000 + more]] * 8, 2) for more in (1065, 420, 495)]
-    row = pool_seeds("s", "dpace", 8, ours, [theirs] * 3)
+    row = pool_seeds("s", "dpace", 8, 0.0, ours, [theirs] * 3)
     assert row.gain == pytest.approx((0.044, -0.0145, 0.1025), abs=2e-4)
     assert row.tau_interval == pytest.approx((1.566 - 0.0877, 1.566 + 0.0877), abs=2e-4)
     assert comparison(make_compare(row)).rows[0]["verdict"] == "not clear"

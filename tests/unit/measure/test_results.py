@@ -28,7 +28,7 @@ from tests.support.rows import (
 WHERE = {"set": "s", "temperature": 0.0}
 BENCH = make_bench(
     make_row(),
-    make_row(width=2, tau=None, tau_interval=(None, None)),
+    make_row(width=2, tau=None, histogram=[0, 0, 0], tau_interval=(None, None)),
     comparisons=[
         Comparison(
             **WHERE, width="full", drafter="b", baseline="a", tau_gain=(None,) * 3, speed_ratio=(1.0, None, None)

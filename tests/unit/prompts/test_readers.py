@@ -163,7 +163,7 @@ def test_copies_stay_in_one_part(path, capsys):
     assert [len(part) for part in parts] == [3 * 33, 3, 4], (
         "a copy is measured once and trained on as often as it is there"
     )
-    assert "14 prompts are copies of held-out or validation prompts and are left out" in capsys.readouterr().err
+    assert "14 prompts left out: copies of held-out or validation prompts" in capsys.readouterr().err
 
 
 def test_held_out_ids_are_never_those_of_training(path):

@@ -19,6 +19,8 @@ RESULTS = {
     "a histogram too long": (["rows", 0, "histogram"], [1, 2, 3, 4]),
     "infinity": (["rows", 0, "tau"], 1e999),
     "a response in no time": (["rows", 0, "responses", 0, "decode_seconds"], 0.0),
+    "no rows": (["rows"], []),
+    "verifications without a tau": (["rows", 0, "tau"], None),
     "accepted more than drafted": (["rows", 0, "responses", 0, "accepted_lengths"], [7]),
 }
 

@@ -60,6 +60,15 @@ def test_it_has_the_cells_of_the_terminals_tables(folder, tmp_path):
             assert re.search("<tr>" + "".join(f"<td[^>]*{re.escape(cell)}" for cell in cells), text)
 
 
+def test_thinking_is_named(folder, tmp_path):
+    results = read_results(folder / "results.json")
+    write_results(tmp_path / "results.json", replace(results, thinking=True))
+    write_report([folder, tmp_path], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert f"<h2>{folder}</h2>" in text and f"<h2>{tmp_path}, with thinking</h2>" in text
+    assert re.findall(r">thinking</td><td>(\w+)<", text) == ["off", "on"]
+
+
 def test_it_says_how_much_was_copied(folder, tmp_path):
     """Where copies were tried, and only where some were taken."""
     results = read_results(folder / "results.json")
@@ -101,7 +110,9 @@ def test_a_browser_shows_it_without_errors(width, folder, tmp_path):
 def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
     row = make_compared(set="a", tau_by_seed=[2.0, 2.0], gain_by_seed=[0.1, None], step_seconds=None)
     decoded = read_results(folder / "results.json")
-    compared = make_compare(row, replace(row, drafter="dflash", tau=None), seeds=[0, 1], decode=decoded)
+    compared = make_compare(
+        row, replace(row, drafter="dflash", tau=None, histogram=[0, 0, 0]), seeds=[0, 1], decode=decoded
+    )
     write_results(tmp_path / "results.json", compared)
     log = [
         {"step": 10, "loss": 1.0, "weight_share/1": 0.6, "weight_share/2": 0.4},

@@ -295,6 +295,17 @@ def test_a_prompt_without_verifications_or_times_leaves_out_what_follows_from_th
     assert row.tokens_per_second is None, "all tokens came at once"
 
 
+def test_an_answer_without_drafts_counts_a_token_a_pass():
+    """llama.cpp says nothing of drafts where there were none."""
+    drafted = served("0", [2, 0], 1.0)
+    (sides,) = served("1", [], 1.0).turns
+    plain = replace(drafted, id="1", turns=[{**sides, "drafter": sides["plain"]}])  # three tokens
+    (row,) = make_rows([drafted, plain], {})
+    assert (row.tau, row.num_verifications) == ((4 + 2) / 4, 4)
+    (row,) = make_rows([plain], {})
+    assert row.tau is row.num_verifications is None, "nothing says that it drafts"
+
+
 def test_the_verb_shows_tau_served_here_and_in_training(start, recipe, language_drafter_folder, tmp_path, capsys):
     out = tmp_path / "out"
     drafter = Path(shutil.copytree(language_drafter_folder, out / "drafter"))

@@ -78,6 +78,11 @@ def test_fewer_steps_than_logging_steps(one_cell, language_target, tmp_path):
         compare(language_target, config)
 
 
+def test_the_temperature_is_that_of_the_answers(one_cell, language_target):
+    results = compare(language_target, replace(one_cell, respond=replace(one_cell.respond, temperature=0.5)))
+    assert {row.temperature for row in results.rows} == {0.5} and "at temperature 0.5" in comparison(results).text
+
+
 def test_a_cell_of_another_run_is_refused_before_any_work(one_cell, language_target, tmp_path, monkeypatch):
     compare(language_target, one_cell)
     monkeypatch.setattr("dpace.studies.compare.write_responses", lambda *_: pytest.fail("work was done"))
@@ -87,6 +92,9 @@ def test_a_cell_of_another_run_is_refused_before_any_work(one_cell, language_tar
     (tmp_path / "other" / "results.json").write_text("mine")
     with pytest.raises(ValueError, match="results.json was not written by dpace"):
         compare(language_target, replace(one_cell, output=str(tmp_path / "other")))
+    for names, fault in ((("dflash+overlap",), "has no confidence"), (("dflash+nll",), "are the same; name it once")):
+        with pytest.raises(ValueError, match=fault):
+            compare(language_target, replace(one_cell, objectives=names))
 
 
 def test_same_batches_and_a_finished_cell_is_kept(config, language_target, tmp_path, monkeypatch):
