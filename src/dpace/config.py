@@ -78,6 +78,7 @@ Objective = Literal[
     "dpace-confidence-only",
     "dpace-continuation-only",
     "dpace-exact",
+    "bv",
     "chain-reward",
     "vat",
     "spec-auf",

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpace.weights import (
+    bv_weights,
     dflash_gamma,
     dflash_weights,
     dpace_confidence_only_weights,
@@ -122,6 +123,23 @@ def test_exact_weights_are_the_gradient_of_the_smoothed_surrogate(q, mask_bits, 
     (products * mask).sum().backward()
     weights = dpace_exact_weights(block(q), scored(mask.tolist()), alpha)[0, 0, 1:]
     torch.testing.assert_close(weights.double(), log_q.grad * mask, rtol=1e-4, atol=1e-5)
+
+
+@given(probabilities, st.integers(0, 2**15 - 1))
+def test_bv_weights_are_the_gradient_of_the_logarithm_of_the_expected_length(q, mask_bits):
+    """By autograd, with respect to log q, at alpha 0; all 0 where no slot is scored."""
+    q = [0.01 + 0.99 * x for x in q]
+    mask = scored([mask_bits >> k & 1 for k in range(len(q))])[0, 0, 1:]
+    log_q = torch.tensor(q, dtype=torch.float64).log().requires_grad_()
+    length = (torch.where(mask, log_q.exp(), 1.0).cumprod(0) * mask).sum()
+    (expected,) = torch.autograd.grad(length.clamp_min(1e-30).log(), log_q)
+    weights = bv_weights(block(q), scored(mask.tolist()), 0.0)[0, 0, 1:]
+    torch.testing.assert_close(weights.double(), expected * mask, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.0, [1, 0.401198, 0.101796, 0.041916]), (1.0, [1, 0.75, 0.5, 0.25])])
+def test_bv_goes_from_a_linear_decay_to_the_logarithm(alpha, expected):
+    assert bv_weights(block(Q), scored([1] * 4), alpha)[0, 0, 1:].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_exact_weights_of_impossible_tokens_are_zero():

@@ -28,6 +28,7 @@ OF_CONFIDENCE = {
     "dpace-confidence-only": W.dpace_confidence_only_weights,
     "dpace-continuation-only": W.dpace_continuation_only_weights,
     "dpace-exact": W.dpace_exact_weights,
+    "bv": W.bv_weights,
 }
 """Weights of the objectives that smooth confidences with alpha."""
 
