@@ -102,10 +102,10 @@ def dpace_exact_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: flo
 def bv_weights(token_probs: TokenProbs, is_scored: IsScored, alpha: float = 0.5) -> Weights:
     """Weigh each slot by its share in the logarithm of the expected accepted length.
 
-    `w[j] = dpace_weights[j] / sum over m of P[m]`: at `alpha = 0` the gradient of `log(sum over m of P[m])` with respect
-    to `log q[j]`, which for a greedy target is the loss of BV at its end. It begins with a linear decay, which is
-    `alpha = 1`. The first scored slot always weighs 1, so a block that is rejected at once counts as much as one that is
-    accepted whole. Arguments, returns and errors as in `dpace_weights`.
+    `w[j] = dpace_weights[j] / sum over m of P[m]`: at `alpha = 0` the gradient of `log(sum over m of P[m])` with
+    respect to `log q[j]`, which for a greedy target is the loss of BV at its end. It begins with a linear decay, which
+    is `alpha = 1`. The first scored slot always weighs 1, so a block that is rejected at once counts as much as one
+    that is accepted whole. Arguments, returns and errors as in `dpace_weights`.
 
     Source: BV (arXiv 2609.34832), with greedy verification; the relation to D-PACE is ours.
     """
