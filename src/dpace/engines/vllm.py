@@ -27,6 +27,15 @@ verifies no more of a draft than pays under the load: `"enable_adaptive_verifica
 It needs Model Runner V2 with full CUDA graphs (not run by us).
 """
 
+    def fault(self, spec):
+        """See `Engine`; vllm#57934 says which pair it does not read."""
+        if spec.selector and spec.draft_vocab_size:
+            return (
+                f"the drafter has a head and a small vocabulary, draft_vocab_size {spec.draft_vocab_size}, which vLLM "
+                "does not read together; export it without its head, with --plain"
+            )
+        return super().fault(spec)
+
     def doubt(self, spec):
         """See `Engine`."""
         if {spec.embed_scale, spec.logit_scale, spec.softcap} == {1.0, None}:

@@ -1,6 +1,6 @@
 """A drafter with a LiLiCorr head in the layout that engines read, and without the head."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from dpace.cli import main
 from dpace.doctor.doctor import diagnose
 from dpace.drafter import Drafter, load_drafter
 from dpace.drafter.lilicorr import OLDER_NAMES
+from dpace.engines import vllm
 from dpace.engines.export import read_drafter
 from dpace.measure.heldout import heldout_acceptance
 from tests.conftest import make_drafter, make_with_head
@@ -183,3 +184,11 @@ def test_doctor_looks_at_the_head(change, check, language_target, tmp_path):
     make_with_head(language_target).save_pretrained(tmp_path)
     edit(tmp_path, change)
     assert check in {d.check for d in diagnose(tmp_path, language_target) if d.result == "fails"}
+
+
+def test_a_head_and_a_small_vocabulary_are_not_for_vllm(language_target):
+    """It reads each of the two alone."""
+    spec = make_with_head(language_target).spec
+    small = replace(spec, draft_vocab_size=20)
+    assert "--plain" in vllm.ENGINE.fault(small)
+    assert vllm.ENGINE.fault(spec) == vllm.ENGINE.fault(replace(small, selector=None)) == ""
