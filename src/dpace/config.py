@@ -68,6 +68,14 @@ def _refuse_descending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _refuse_other_number(layers: tuple[int, ...], options: Any) -> tuple[int, ...]:
+    """Refuse feature layers that are not as many as `num_features`; pydantic gives the options before this one."""
+    count = options.data.get("num_features")
+    if count not in (None, len(layers)):
+        raise ValueError(f"is {layers}, but num_features is {count}; leave one of the two out")
+    return layers
+
+
 Entry = TypeVar("Entry")
 _HINT = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default or None})")
 Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple), AfterValidator(_refuse_twice), _HINT]
@@ -115,10 +123,12 @@ class DrafterConfig:
     block_size: Annotated[int, integer(2, 1000)] = 16
     """Slots in a block, 2 or more: one known token, then block_size - 1 drafted ones (the paper: 16; 10 for Llama)."""
     num_features: Size | None = None
-    """Number of target layers whose hidden states the drafter reads; num_layers by default, and not read where
-    target_layer_ids names the layers."""
-    target_layer_ids: Annotated[Entries[CountOrZero], AfterValidator(_refuse_descending)] | None = None
-    """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published."""
+    """Number of target layers whose hidden states the drafter reads; num_layers by default."""
+    target_layer_ids: (
+        Annotated[Entries[CountOrZero], AfterValidator(_refuse_descending), AfterValidator(_refuse_other_number)] | None
+    ) = None
+    """Numbers of these target layers, counted from 0, in ascending order; evenly spaced by default, as published.
+    With them, leave num_features out."""
     mask_token_id: CountOrZero | None = None
     """Id of a token that no text contains, for slots not drafted yet; found in the tokenizer by default."""
     norm_scale: Positive = 1.0

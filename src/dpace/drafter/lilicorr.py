@@ -240,9 +240,11 @@ class LatticeSelector(Selector):
         walk = walk_losses(lattice, labels, target_logits, config.head_penalty)
         walk_weights = walk.is_candidate.int().cumprod(-1)
         if config.head_weights != "mean":
-            probs = torch.exp(-scores.nll).flatten(0, 1)
-            probs[whole, 1:] = walk.probs
-            weights = weigh(Slots(blocks.is_scored, probs.view_as(scores.nll), scores.is_match, None)).detach().float()
+            probs = torch.exp(-scores.nll)
+            probs.flatten(0, 1)[whole, 1:] = walk.probs
+            is_match = scores.is_match.clone()
+            is_match.flatten(0, 1)[whole, 1:] = walk.is_match
+            weights = weigh(Slots(blocks.is_scored, probs, is_match, None)).detach().float()
             walk_weights = pick(weights)
             if config.head_weights == "walk":
                 scores = scores._replace(weights=weights, losses=(weights * scores.token_losses).sum(-1))
@@ -283,6 +285,8 @@ class WalkLosses(NamedTuple):
     """Probability of the target's token, detached; 0 where it cannot be taken."""
     is_candidate: Bool[Tensor, "block draft"]
     """Whether the target's token is a candidate."""
+    is_match: Bool[Tensor, "block draft"]
+    """Whether the walk takes the target's token."""
 
 
 def walk_losses(
@@ -316,4 +320,5 @@ def walk_losses(
         worse = (target_logits.gather(-1, index[..., None]) - target_logits).clamp_min(0)
         losses = losses + penalty * (log_probs.exp() * worse).sum(-1)
     can_take = is_candidate & nn.functional.pad(is_candidate[:, :-1], (1, 0), value=True)
-    return WalkLosses(losses * can_take, own.detach().exp() * can_take, is_candidate)
+    is_match = can_take & (log_probs.argmax(-1) == index)
+    return WalkLosses(losses * can_take, own.detach().exp() * can_take, is_candidate, is_match)

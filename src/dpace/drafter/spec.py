@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dpace.blocks import build_target_layer_ids
 from dpace.drafter.dflash import CONVOLUTION_KEYS
@@ -24,6 +25,7 @@ from dpace.system.loading import translate_library_errors
 
 MAX_LAYERS = 1000
 """Most layers of a drafter or of a target; each costs time and memory before the weights are read."""
+WHAT = "the drafter of this config"
 COPY_AGAIN = "copy the config again from where the drafter was trained"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FROM_ANCHOR = ("sample_from_anchor", "query_zero_predicts_next")
@@ -94,7 +96,7 @@ Flag = Annotated[bool, Strict()]
 class DrafterSpec:
     """All that an engine must know about a drafter apart from its weights, in this project's conventions."""
 
-    block_size: Count
+    block_size: Annotated[int, Strict(), Field(ge=1, le=1000)]
     """Number of slots, the anchor included; engines that count draft tokens get `num_draft_tokens`."""
     mask_token_id: Index
     target_layer_ids: tuple[Annotated[int, Strict()], ...]
@@ -171,8 +173,9 @@ class DrafterSpec:
         Raises:
             ValueError: sizes that no network has.
         """
-        with translate_library_errors("the drafter of this config", COPY_AGAIN), torch.device("meta"):
-            network = DFlashDraftModel(self.config())
+        config = self.config()
+        with translate_library_errors(WHAT, COPY_AGAIN), torch.device("meta"):
+            network = DFlashDraftModel(config)
         return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
     @classmethod
@@ -204,15 +207,18 @@ class DrafterSpec:
             )
         if spec.selector:
             spec.selector.check(spec)
+        eos = spec.special_token_ids.get("eos_token_id")
+        for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+            if type(token) is not int or not 0 <= token < spec.vocab_size:
+                raise ValueError(
+                    f"eos_token_id is {eos!r:.100}, expected numbers of tokens, 0 to {spec.vocab_size - 1}; correct "
+                    "it, or leave it out"
+                )
         if "sliding_attention" not in spec.layer_types:
-            return replace(spec, layer_types=(), sliding_window=None)
-        if len(spec.layer_types) != spec.num_layers:
-            raise ValueError(
-                f"layer_types has {len(spec.layer_types)} entries, expected num_hidden_layers, which is "
-                f"{spec.num_layers}; {COPY_AGAIN}"
-            )
-        if spec.sliding_window is None:
+            spec = replace(spec, layer_types=(), sliding_window=None)
+        elif spec.sliding_window is None:
             raise ValueError(f"the drafter's config has sliding layers and no sliding_window; {COPY_AGAIN}")
+        spec.config()
         return spec
 
     @classmethod
@@ -267,7 +273,11 @@ class DrafterSpec:
         return replace(spec, target_layer_ids=tuple(build_target_layer_ids(spec.num_target_layers, spec.num_layers)))
 
     def config(self) -> Qwen3Config:
-        """Make the config of a `Drafter`."""
+        """Make the config of a `Drafter`.
+
+        Raises:
+            ValueError: values that transformers refuses, or that give no rotation.
+        """
         elsewhere = {*CONVOLUTION_KEYS, "selector", "special_token_ids"}
         values = _SPEC.dump_python(self, mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere)
         nested = ("mask_token_id", "target_layer_ids", "sample_from_anchor")
@@ -277,12 +287,21 @@ class DrafterSpec:
             "use_sliding_window": self.sliding_window is not None,
             "is_causal": None if self.is_causal == "sliding" else self.is_causal,
         }
-        return Qwen3Config(
-            **self.special_token_ids,
-            **values | attention,
-            tie_word_embeddings=False,
-            dflash_config=named | self.kind.config_keys(self),  # pyright: ignore[reportCallIssue]
-        )
+        with translate_library_errors(WHAT, COPY_AGAIN), torch.device("cpu"):  # also where networks are on paper
+            config = Qwen3Config(
+                **self.special_token_ids,
+                **values | attention,
+                tie_word_embeddings=False,
+                dflash_config=named | self.kind.config_keys(self),  # pyright: ignore[reportCallIssue]
+            )
+            rotary = Qwen3RotaryEmbedding(config)
+            cosines, _ = rotary(torch.zeros(1), torch.tensor([[self.max_position_embeddings]]))
+        if cosines.shape[-1] != self.head_dim or not (cosines.isfinite().all() and (rotary.inv_freq >= 0).all()):
+            raise ValueError(
+                f"rope_parameters is {self.rope!r:.300}, which gives no rotation of heads of {self.head_dim} numbers; "
+                f"{COPY_AGAIN}"
+            )
+        return config
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the `config.json` that transformers wrote with the values that engines read."""

@@ -198,6 +198,7 @@ def _warm_up(
             decode(token_ids, max_new_tokens=min(16, max_new_tokens), temperature=temperature)
     try:
         if compiled:
+            print("compiling the steps of plain decoding, which takes a minute or more", file=sys.stderr)
             compiled.prepare(token_ids, max_new_tokens, temperature)
     except (ValueError, torch.OutOfMemoryError, TorchDynamoException) as error:
         print(f"plain decoding with compiled steps is left out: {one_line(error)[:300]}", file=sys.stderr)

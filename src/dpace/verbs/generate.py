@@ -47,7 +47,7 @@ class GenerateConfig(SamplingConfig):
     equality: those that equal the target's own sample. speculative: by speculative sampling."""
     compile: bool = False
     """Compile the decoding steps, on a GPU as CUDA graphs, and verify whole drafts.
-    It cannot be combined with --stream or --verify-rule speculative."""
+    It cannot be combined with --stream, --verify-rule speculative or another --width."""
 
 
 def run(args: list[str]) -> None:
@@ -59,9 +59,11 @@ def run(args: list[str]) -> None:
             "--stream, --compile, --recall-mib, --width and --verify-rule need a drafter, and none is named; name its "
             "folder with --drafter"
         )
-    if config.compile and (config.stream or config.verify_rule != "equality"):
+    is_other_width = "width" in given and config.width != "full"
+    if config.compile and (config.stream or config.verify_rule != "equality" or is_other_width):
         raise ValueError(
-            "--compile cannot be combined with --stream or --verify-rule speculative; leave one of them out"
+            "--compile cannot be combined with --stream, --verify-rule speculative or a --width other than full; leave "
+            "one of them out"
         )
     if "recall_mib" in given and (config.compile or config.width not in ("auto", "copies")):
         raise ValueError("--recall-mib needs --width auto, and not --compile; leave it out")

@@ -43,11 +43,12 @@ def test_it_is_measured_on_an_accelerator_or_where_asked_for(target):
     assert [choice for choice, found in wanted.items() if found] == ["always"]
 
 
-def test_both_baselines_are_in_the_results(target, calls, tmp_path):
+def test_both_baselines_are_in_the_results(target, calls, tmp_path, capsys):
     """Same texts, no drafter among the rows, nothing decoded twice; old files have no such column."""
     drafter = make_drafter(target)
     results = bench(target, {"d": drafter}, PROMPTS, CONFIG, tmp_path)
     assert [row.drafter for row in results.rows] == ["d", "d"]
+    assert "compiling the steps of plain decoding" in capsys.readouterr().err
     for row in results.rows:
         assert row.compiled and row.compiled.num_same_text == row.num_responses == 3
         assert row.compiled.decode_speedup == pytest.approx(row.tokens_per_second / row.compiled.tokens_per_second)

@@ -187,6 +187,7 @@ def test_the_loss_is_a_loop_over_slots():
             expected = can_take * (0.25 * -probs[true].log() + 0.25 * penalty)
             torch.testing.assert_close(found.losses[block, slot], expected)
             torch.testing.assert_close(found.probs[block, slot], (can_take * probs[true]).detach())
+            assert bool(found.is_match[block, slot]) == (can_take and int(probs.argmax()) == int(true))
     assert found.is_candidate.tolist() == (~missing).tolist()
     found.losses.sum().backward()
     assert not lattice.pairs.grad[4].any() and not lattice.pairs.grad[1, 0].any() and lattice.pairs.grad[0].any()

@@ -141,7 +141,7 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         ({"architectures": ["DFlash2DraftModel"]}, "no conv_kernel_size"),
         ({"dflash_config": {"selector_rank": 256}}, "candidate selector of rank 256"),
         ({"layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
-        ({"layer_types": ["sliding_attention"] * 3, "sliding_window": 8}, "layer_types has 3 entries"),
+        ({"layer_types": ["sliding_attention"] * 3, "sliding_window": 8}, "the number of `layer_types` .3."),
         ({"layer_types": ["linear_attention"] * 2}, "layer_types is"),
         ({"layer_types": None, "use_sliding_window": True}, "no layer_types"),
         ({"is_causal": 1}, "is_causal is 1"),

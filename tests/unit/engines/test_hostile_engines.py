@@ -98,6 +98,20 @@ FOLDERS = {
     "layer ids are floats": config(target_layer_ids=[1.0, 3.0]),
     "the confidence temperature is a text": config(dpace={"confidence_temperature": "hot"}),
     "rope of no known type": config(rope_parameters={"rope_type": ESC, "rope_theta": 1e4}),
+    "rope without its factor": config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "rope that turns backwards": config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": -4.0}),
+    "rope of two factors": config(
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0], "long_factor": [1.0]}
+    ),
+    "rope divided by 0": config(
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "original_max_position_embeddings": 0}
+    ),
+    "an odd head_dim": config(head_dim=33),
+    "a block of ages": config(block_size=2**31 - 1),
+    "padding of a text": config(pad_token_id="x"),
+    "begin of a list": config(bos_token_id=[2]),
+    "end below 0": config(eos_token_id=[1, -2]),
+    "end behind the last token": config(eos_token_id=10**9),
     "rope of a text": config(rope_parameters={"rope_type": "default", "rope_theta": "x"}, rope_theta=None),
     "layers out of the target": config(target_layer_ids=[1, 99]),
     "mask token outside": config(mask_token_id=10**6),
@@ -130,10 +144,19 @@ def test_import_refuses_a_folder_in_one_line(fault, folder, tmp_path, capsys):
 def test_what_has_another_type_is_refused_before_decoding(folder, capsys, monkeypatch, language_target):
     monkeypatch.setattr("dpace.verbs.generate.load_target", lambda *_, **__: language_target)
     args = ["generate", "--target", "t", "--drafter", str(folder), "--prompt", "w3 w51", "--max-new-tokens", "4"]
-    for fault, words in {"the confidence temperature is a text": "'hot'", "layer ids are floats": "[1.0, 3.0]"}.items():
+    whole = (folder / "config.json").read_bytes()
+    for fault, words in {
+        "the confidence temperature is a text": "'hot'",
+        "layer ids are floats": "[1.0, 3.0]",
+        "rope without its factor": "'rope_type'='yarn': {'factor'}",
+        "rope that turns backwards": "'factor': -4.0}, which gives no rotation",
+        "an odd head_dim": "`head_dim`=33",
+        "padding of a text": "'pad_token_id' with value 'x'",
+        "end below 0": "eos_token_id is [1, -2], expected numbers of tokens, 0 to 63",
+    }.items():
         FOLDERS[fault](folder)
-        refused(args, capsys, words, "copy the config again")
-        assert main(["doctor", str(folder), "--target", "t"]) == 1
+        refused(args, capsys, words, ";")
+        (folder / "config.json").write_bytes(whole)
     config(architectures=5)(folder)
     assert main(["doctor", str(folder), "--target", "t"]) == 1
 

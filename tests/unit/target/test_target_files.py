@@ -248,10 +248,10 @@ def test_stop_tokens_and_a_tokenizer_that_do_not_fit_are_one_line(tmp_path, caps
     assert main([*args, "w1 w2"]) == 0
     assert main([*args, "w1 w57"]) == 1
     assert "gives the token 63, and its embedding has 60 rows; copy both again" in capsys.readouterr().err
-    for eos in ("text", [1, "text"], 1.5):
+    for eos in ("text", [1, "text"], 1.5, -1, [1, 60]):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         assert main([*args, "w1"]) == 1
-        assert f"the target's eos_token_id is {eos!r}, expected a token's number" in capsys.readouterr().err
+        assert f"the target's eos_token_id is {eos!r}, expected a token's number, 0 to 59" in capsys.readouterr().err
 
 
 def quantize(module):
