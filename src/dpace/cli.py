@@ -9,6 +9,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -41,6 +42,8 @@ MEMORY = {
 }
 """Options that take less memory, by verb."""
 LESS_MEMORY = "free memory, choose a smaller target, or lower --max-new-tokens where the verb has it"
+SAME_REASON_SECONDS = 2.0
+"""How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         reason = _explain(error, verb)
         if reason is None:  # a bug of dpace, which the traceback shows
             raise
+        if not ranks.is_first():
+            time.sleep(SAME_REASON_SECONDS)
         _print_reason(verb, reason)
         from dpace.recipes.validation import UsageError
 

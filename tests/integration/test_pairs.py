@@ -427,7 +427,7 @@ def test_prompts_that_were_added_after_they_were_answered_are_told(files, out, l
     write_prompts(tmp_path / "more.jsonl", language_prompts[:34])
     command = f"train {{recipe}} --output {out} --prompts.path {tmp_path}/more.jsonl --dry-run"
     run(command, files)
-    assert re.search(r"^prompts without an answer, left out: [34];", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(r"^[34] prompts left out: no answer;", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_plan_of_answers_that_are_not_all_there_has_the_disk_and_the_next_command(files, out, capsys):

@@ -5,9 +5,8 @@ prompts, and is made again where these changed.
 """
 
 import json
-import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dpace.recipes.validation import to_json
 from dpace.respond.conversation import own_messages
 from dpace.respond.responses import Response, iterate_responses, read_meta
 from dpace.system.ledger import lock_file, naming_file, register_files, writing
+from dpace.system.progress import count, note
 from dpace.system.provenance import hash_file, hash_json, same_run
 
 NAME = "corpus.arrow"
@@ -63,7 +63,7 @@ class Corpus:
     @classmethod
     def of(cls, responses: Iterable[Response]) -> "Corpus":
         """Make a corpus in memory."""
-        return cls(pyarrow.Table.from_batches([_batch((response, 0, i) for i, response in enumerate(responses))]))
+        return cls(_table((response, 0, i) for i, response in enumerate(responses)))
 
     def __len__(self):
         """Count the conversations."""
@@ -108,6 +108,41 @@ def _batch(rows: Iterable[tuple[Response, int, int]]) -> pyarrow.RecordBatch:
         for response, part, place in rows
     ]
     return pyarrow.RecordBatch.from_pylist(filled, SCHEMA)
+
+
+def _batches(rows: Iterator[tuple[Response, int, int]]) -> Iterator[pyarrow.RecordBatch]:
+    """Put rows into columns, some at a time."""
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield _batch(batch)
+
+
+def _table(rows: Iterator[tuple[Response, int, int]]) -> pyarrow.Table:
+    """Put rows into columns in memory."""
+    return pyarrow.Table.from_batches(_batches(rows), SCHEMA)
+
+
+def read_corpora(path: Path, parts: Sequence[Sequence[str]]) -> list[Corpus]:
+    """Read what is trained on of the answers to the prompts of each part, in their order, into memory.
+
+    Args:
+        path: of `responses.jsonl`.
+        parts: ids of prompts; those without an answer are left out.
+    """
+    known = _places(parts)
+    found = ((row, *known[row.id]) for row in iterate_responses(path) if row.id in known)
+    return _divide(_table(found), len(parts))
+
+
+def _places(parts: Sequence[Sequence[str]]) -> dict[str, tuple[int, int]]:
+    """Return the part and the place in it of each id."""
+    return {name: (part, place) for part, names in enumerate(parts) for place, name in enumerate(names)}
+
+
+def _divide(table: pyarrow.Table, num_parts: int) -> list[Corpus]:
+    """Divide a table into its parts, each in the order of its prompts."""
+    order = np.argsort(table["place"].to_numpy())
+    parts = table["part"].to_numpy()[order]
+    return [Corpus(table, order[parts == part]) for part in range(num_parts)]
 
 
 def _merge(spans: Sequence[Sequence[int]]) -> list[int]:
@@ -216,11 +251,7 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
         table = _map_file(path, made_from)
         if table is None:
             register_files(path.parent, path.name)
-            known = {
-                name: (part, position)
-                for part, names in enumerate(split_ids(prompts)[:2])
-                for position, name in enumerate(names)
-            }
+            known = _places(split_ids(prompts)[:2])
             is_own = read_meta(responses).get("source") == "own"
             asked: dict[str, Any] = {}
             for prompt in iterate_prompts(sources_of(prompts)[0]):
@@ -234,17 +265,14 @@ def load_corpus(responses: Path, prompts: PromptsConfig) -> tuple[Corpus, Corpus
             )
             schema = SCHEMA.with_metadata({MADE_FROM: json.dumps(made_from)})
             with writing(path) as unfinished, pyarrow.ipc.new_file(unfinished, schema) as file:
-                while batch := list(islice(found, BATCH_ROWS)):
-                    file.write_batch(_batch(batch))
+                for batch in _batches(found):
+                    file.write_batch(batch)
             table = _map_file(path, made_from)
             assert table is not None
             if missing := len(known) - len(table):
-                print(
-                    f"prompts without an answer, left out: {missing:,}; `dpace respond` asks for them", file=sys.stderr
-                )
-    order = np.argsort(table["place"].to_numpy())
-    parts = table["part"].to_numpy()[order]
-    return Corpus(table, order[parts == 0]), Corpus(table, order[parts == 1])
+                note(f"{count(missing, 'prompt')} left out: no answer; `dpace respond` asks for them")
+    train, validation = _divide(table, 2)
+    return train, validation
 
 
 def _map_file(path: Path, made_from: dict[str, Any]) -> pyarrow.Table | None:

@@ -26,7 +26,7 @@ from dpace.fast.speed_up import speed_up
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling
-from dpace.system.loading import read_config, refuse_infinite, refuse_mismatch, translate_library_errors
+from dpace.system.loading import quiet_library, read_config, refuse_infinite, refuse_mismatch, translate_library_errors
 from dpace.target import Target
 from dpace.target.probe import rope_of
 
@@ -319,7 +319,7 @@ class Drafter(DFlashDraftModel):
 
         transformers needs the code to load it. Files are written all or nothing, the config last, tensors in `dtype`.
         """
-        with filling(save_directory, is_guarded=False) as aside:
+        with filling(save_directory, is_guarded=False) as aside, quiet_library():
             tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
             super().save_pretrained(aside, state_dict=tensors, **kwargs)
             path = aside / "config.json"

@@ -21,7 +21,7 @@ from dpace.measure.results import BenchResults, read_results
 from dpace.report.sections import speeds
 from dpace.report.tables import as_code, as_markdown, to_markdown
 from dpace.system.ledger import write_text
-from dpace.system.loading import fingerprint
+from dpace.system.provenance import fingerprint
 
 TAGS = ["dflash", "speculative-decoding", "block-diffusion", "draft-model", "efficiency"]
 PLACES = ("server", "init", "feature_files", "feature_servers")
@@ -104,7 +104,7 @@ def _results_section(source: Path, drafter: Drafter, rounded_to: str | None) -> 
         return ""
     if not isinstance(results, BenchResults):
         return ""
-    weights = fingerprint(drafter, results.dtype)  # they may have been loaded in another one here
+    weights = fingerprint(drafter, dtype=results.dtype)  # they may have been loaded in another one here
     rows = [row for row in results.rows if results.drafters.get(row.drafter) == weights]
     measured = (
         f"Measured for {Path(results.target).name} with {results.engine} in {results.dtype} on "

@@ -28,9 +28,8 @@ from dpace.respond.conversation import refuse_long_prompts
 from dpace.system import ranks
 from dpace.system.device import dtype_name
 from dpace.system.ledger import register_files
-from dpace.system.loading import fingerprint
 from dpace.system.progress import one_line, progress_bar
-from dpace.system.provenance import find_hardware, find_versions, hash_json
+from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
 from dpace.target import Target
 from dpace.target.chat import encode_chat, tokenizer_hashes
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpace.batches.dataset import ResponseDataset
-from dpace.config import CheckConfig, VerifyRule
+from dpace.config import CheckConfig, RespondConfig, VerifyRule
 from dpace.decode import Paces, generate, generate_plain
 from dpace.decode.decoder import generate_batch
 from dpace.decode.generation import Generation
@@ -26,10 +26,10 @@ from dpace.measure.own_text import find_divergence, generate_transformers, text_
 from dpace.measure.parity import Finding, check_views
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt, first_of_each_set
+from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
 from dpace.system.progress import count, progress_bar
 from dpace.target import Target
-from dpace.target.chat import encode_chat
 
 SIGNIFICANCE = 0.01
 """Probability that a correct implementation fails one or more of the chi-square tests."""
@@ -57,7 +57,8 @@ def check(target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: C
     drafter.check_target(target)
     prompts = first_of_each_set(prompts, config.num_prompts)
     is_exact = target.model.dtype == torch.float32
-    encoded = [encode_chat(target, prompt.turns[0]) for prompt in prompts]
+    limits = RespondConfig(max_new_tokens=config.max_new_tokens)
+    encoded = [Conversation(target, prompt, limits).ask() for prompt in prompts]
     with progress_bar() as bar:
         task = bar.add_task("checking", total=len(prompts) * (3 if is_exact else 2) + 1, info="")
 

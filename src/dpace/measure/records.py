@@ -59,7 +59,7 @@ class Provenance(Setup):
     drafters: dict[str, str]
     """Hashes of their weights, by name."""
     target_weights_sha256: str | None = optional()
-    """`dpace.system.provenance.weights_fingerprint`."""
+    """`dpace.target.Target.sha256`."""
     drafter_configs: dict[str, str] | None = optional()
     """Hashes of the drafters' configs, by name."""
     engine: str

@@ -22,7 +22,7 @@ from dpace.plan.training import (
 )
 from dpace.prompts.prompts import Prompt, PromptParts, first_of_each_set
 from dpace.respond.conversation import own_messages
-from dpace.respond.responses import Response, responses_by_id
+from dpace.respond.responses import AnswerLengths, answer_lengths
 from dpace.system.ledger import read_jsonl
 from dpace.system.progress import count
 from dpace.system.provenance import hash_json
@@ -100,9 +100,9 @@ def disk_line(folder: str | Path, needed: int) -> str:
     return f"disk: up to {size(needed)} in {folder}, {size(free)} free"
 
 
-def kept_answers(recipe: Recipe) -> dict[str, Response]:
-    """Read the answers that a recipe's folder has, by the prompt's id."""
-    return responses_by_id(Path(recipe.output) / "responses.jsonl")
+def kept_answers(recipe: Recipe) -> dict[str, AnswerLengths]:
+    """Read the lengths of the answers that a recipe's folder has, by the prompt's id."""
+    return answer_lengths(Path(recipe.output) / "responses.jsonl")
 
 
 def answer_bytes(recipe: Recipe, prompts: Sequence[Prompt]) -> int:
@@ -145,7 +145,7 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
 
 
 def answering_seconds(
-    recipe: Recipe, target: TargetPlan, prompts: Sequence[Prompt], kept: Mapping[str, Response]
+    recipe: Recipe, target: TargetPlan, prompts: Sequence[Prompt], kept: Mapping[str, AnswerLengths]
 ) -> Number:
     """Estimate the seconds in which the target reads prompts and writes answers, in batches, like those it wrote."""
     turns = sum(len(prompt.turns) for prompt in prompts)

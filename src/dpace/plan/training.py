@@ -22,7 +22,7 @@ from dpace.drafter import Drafter
 from dpace.loss.head_scores import default_chunk_bytes
 from dpace.plan.speed import Machine, Number, find_machine
 from dpace.prompts.prompts import Prompt
-from dpace.respond.responses import Response
+from dpace.respond.responses import AnswerLengths
 from dpace.system.loading import attention_of, translate_library_errors
 from dpace.system.ranks import num_ranks
 from dpace.target import Target
@@ -87,27 +87,27 @@ def known_lengths(dataset: ResponseDataset) -> np.ndarray:
     return np.stack([dataset.lengths, anchors]).astype(float)
 
 
-def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, kept: Mapping[str, Response]) -> np.ndarray:
+def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, kept: Mapping[str, AnswerLengths]) -> np.ndarray:
     """Estimate what `known_lengths` will be: from the prompts' texts, and from the mean answer where there is none."""
     answer = mean_answer(kept, recipe)
     rows = np.ones((2, len(prompts)))
     for number, prompt in enumerate(prompts):
         answered = len(prompt.turns) * answer
         tokens = len(str(prompt.turns).encode()) / BYTES_PER_TOKEN + answered
-        if response := kept.get(prompt.id):
-            answered = sum(end - start for start, end in response.response_spans)
-            tokens = len(response.token_ids)
+        if found := kept.get(prompt.id):
+            answered = sum(found.answers)
+            tokens = found.num_tokens
         rows[:, number] = tokens, answered
     return rows.clip(1, recipe.train.max_length)
 
 
-def mean_answer(kept: Mapping[str, Response], recipe: Recipe, batch_size: int = 1) -> Number:
+def mean_answer(kept: Mapping[str, AnswerLengths], recipe: Recipe, batch_size: int = 1) -> Number:
     """Compute the mean length in tokens of the longest answer of each batch, which takes the time of that one.
 
     Without answers, it is the longest that the recipe allows.
     """
     limit = recipe.respond.max_new_tokens
-    lengths = [end - start for response in kept.values() for start, end in response.response_spans]
+    lengths = [length for found in kept.values() for length in found.answers]
     longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
     return min(limit, statistics.mean(longest or [limit]))
 

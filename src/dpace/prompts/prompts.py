@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
@@ -15,7 +14,7 @@ from dpace.config import PromptsConfig
 from dpace.prompts.formats import Prompt, iterate_prompts, parse_hub_id, read_prompts
 from dpace.prompts.overlap import PublicTexts
 from dpace.prompts.public_sets import SETS
-from dpace.system.progress import count
+from dpace.system.progress import count, note
 
 
 def demo_path(part: str) -> Path:
@@ -64,7 +63,7 @@ def split_prompts(config: PromptsConfig) -> PromptParts:
     split = _split(prompts, heldout, config)
     for reason, names in split.dropped.items():
         if names:
-            print(f"{count(len(names), 'prompt')} left out: {reason}", file=sys.stderr)
+            note(f"{count(len(names), 'prompt')} left out: {reason}")
     if not split.train:
         raise ValueError(f"{path} has no prompt left to train on; add some, or leave fewer out")
     by_id = {prompt.id: prompt for prompt in prompts}

@@ -1,7 +1,6 @@
 """Read public datasets of prompts in the formats that published tables use."""
 
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dpace.prompts.formats import Prompt, load_from_hub, read_prompts
 from dpace.system.ledger import read_jsonl
+from dpace.system.progress import note
 
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 SHUFFLE_SEED = 0
@@ -142,7 +142,7 @@ def _with_text(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
         lost = f"{len(prompts) - len(kept)} of the {len(prompts)} rows of {name} have their text in other datasets"
         if not kept:
             raise ValueError(f"{lost}, so none is left; {fix}")
-        print(f"{lost} and are left out; {fix}", file=sys.stderr)
+        note(f"{lost} and are left out; {fix}")
     return kept
 
 

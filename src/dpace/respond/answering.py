@@ -24,7 +24,6 @@ from dpace.respond.responses import (
     iterate_responses,
     read_meta,
     register_answers,
-    responses_by_id,
     write_meta,
 )
 from dpace.system import ranks
@@ -52,7 +51,7 @@ def write_responses(
         The responses of the given prompts, in their order, without those that servers could not answer.
     """
     answer_prompts(target, prompts, path, config)
-    by_id = responses_by_id(path)
+    by_id = {response.id: response for response in iterate_responses(path)} if prompts else {}
     return [by_id[prompt.id] for prompt in prompts if prompt.id in by_id]
 
 

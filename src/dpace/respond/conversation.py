@@ -2,7 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dpace.config import RespondConfig
@@ -49,13 +50,15 @@ class Conversation:
             ValueError: names the prompt, its tokens and the limit.
         """
         turns = self.prompt.turns
-        first = encode_chat(self.target, turns[0])
+        with self._named():
+            first = encode_chat(self.target, turns[0])
         num_tokens = len(first)
         if len(turns) > 1:
             messages = list(turns[0])
             for turn in turns[1:]:
                 messages += [{"role": "assistant", "content": "."}, *turn]
-            num_tokens = len(encode_chat(self.target, messages))
+            with self._named():
+                num_tokens = len(encode_chat(self.target, messages))
         if self.config.source == "target":
             self._check_length(num_tokens, len(turns))
         else:
@@ -68,9 +71,18 @@ class Conversation:
         Raises:
             ValueError: read again through the template, the text has grown past the target's context.
         """
-        token_ids = encode_chat(self.target, [*self.messages, *self.prompt.turns[self.num_answers]])
+        with self._named():
+            token_ids = encode_chat(self.target, [*self.messages, *self.prompt.turns[self.num_answers]])
         self._check_length(len(token_ids), 1)
         return token_ids
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let a refusal inside the `with` block name the prompt."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"prompt {self.prompt.id}: {error}") from error
 
     def _check_length(self, num_tokens: int, num_answers: int) -> None:
         """Refuse a text that leaves no room for answers."""
@@ -98,7 +110,9 @@ class Conversation:
         """
         for message in own_messages(self.prompt):
             if message["role"] == "assistant" and self.messages:
-                self._append(*encode_answer(self.target, self.messages, message))
+                with self._named():
+                    tokens = encode_answer(self.target, self.messages, message)
+                self._append(*tokens)
             self.messages.append(message)
 
     def _append(self, before: list[int], answer: list[int]) -> None:

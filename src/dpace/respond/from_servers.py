@@ -6,7 +6,6 @@ prompts. What a server sends is turned into the tokens that the target would hav
 
 import contextlib
 import queue
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from dpace.respond.conversation import Conversation
 from dpace.respond.responses import Response
 from dpace.servers.apis import Answer, Server, connect
 from dpace.servers.transport import Refused, Unavailable
-from dpace.system.progress import printable
+from dpace.system.progress import note
 from dpace.target import Target, answer_end
 from dpace.target.chat import ChatTokenizer
 
@@ -164,8 +163,7 @@ class ServerAnswers:
                     if isinstance(result, LeftOut):
                         self.left_out[result.reason] += 1
                         if self.left_out[result.reason] == 1:  # of each reason the first one is printed at once
-                            name = job.conversation.prompt.id
-                            print(printable(f"prompt {name} is left out: {result}"), file=sys.stderr)
+                            note(f"prompt {job.conversation.prompt.id} is left out: {result}")
                     elif isinstance(result, Unavailable) and not all(pool.is_given_up for pool in pools):
                         num_open += 1  # another server takes it
                     elif isinstance(result, Unavailable):

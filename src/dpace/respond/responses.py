@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -62,9 +62,22 @@ def read_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> list[Respo
     return list(iterate_responses(path, num_tokens))
 
 
-def responses_by_id(path: str | Path) -> dict[str, Response]:
-    """Read `responses.jsonl` as `read_responses` does, by the prompt's id; nothing where there is no such file."""
-    return {response.id: response for response in read_responses(path)} if Path(path).exists() else {}
+class AnswerLengths(NamedTuple):
+    """Tokens of a conversation."""
+
+    num_tokens: int
+    """All of them."""
+    answers: list[int]
+    """Those of each answer of the target."""
+
+
+def answer_lengths(path: str | Path) -> dict[str, AnswerLengths]:
+    """Read the lengths in `responses.jsonl`, by the prompt's id; nothing where there is no such file."""
+    responses = iterate_responses(path) if Path(path).exists() else ()
+    return {
+        one.id: AnswerLengths(len(one.token_ids), [end - start for start, end in one.response_spans])
+        for one in responses
+    }
 
 
 def iterate_responses(path: str | Path, num_tokens: int = MAX_TOKENS) -> Iterator[Response]:

@@ -5,12 +5,12 @@ A recipe, objectives and seeds come in; a drafter for each objective and seed, `
 """
 
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+from dpace.batches.corpus import Corpus, read_corpora
 from dpace.batches.dataset import ResponseDataset
 from dpace.config import CompareConfig, LossConfig, Recipe
 from dpace.drafter import Drafter, load_drafter
@@ -30,10 +30,11 @@ from dpace.measure.results import (
 )
 from dpace.prompts.prompts import Prompt, PromptParts, split_prompts
 from dpace.report.plots import acceptance_by_slot, slot_weights, training_curves
-from dpace.respond.answering import write_responses
+from dpace.respond.answering import answer_prompts
 from dpace.respond.responses import Response, check_meta, known_settings
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder, read_object, refuse_foreign_files, register_files, write_text
+from dpace.system.progress import note
 from dpace.target import Target
 from dpace.train.identity import Run, data_facts, hash_rows, target_facts
 from dpace.train.run import check_recipe, choose_conversations, keep_features, train
@@ -82,9 +83,10 @@ def compare(
         ranks.from_first(lambda: register_files(folder, *FILES))
         parts = parts or split_prompts(config.prompts)
         prompts = [prompt for part in parts for prompt in part]
-        responses = write_responses(target, prompts, folder / "responses.jsonl", config.respond)
-        by_id = {response.id: response for response in responses}
-        *answered, heldout = ([by_id[p.id] for p in part if p.id in by_id] for part in parts)
+        answer_prompts(target, prompts, folder / "responses.jsonl", config.respond)
+        *answered, heldout = read_corpora(
+            folder / "responses.jsonl", [[prompt.id for prompt in part] for part in parts]
+        )
         datasets = choose_conversations(*answered, recipe=next(iter(recipes.values())))
         train_cells(target, recipes, cells, datasets, init=init)
         measure_cells(target, config, cells.values(), heldout_set(heldout, config))
@@ -204,13 +206,12 @@ def train_cells(
         widest = max((recipes[cell] for cell in untrained), key=lambda recipe: recipe.needs_target_hidden)
         keep_features(target, *datasets, widest)
     for number, cell in enumerate(untrained, start=1):
-        if ranks.is_first():
-            print(f"{number} of {len(untrained)}: {cell[0]}, seed {cell[1]}", file=sys.stderr)
+        note(f"{number} of {len(untrained)}: {cell[0]}, seed {cell[1]}")
         seeded = dataset.with_seed(cell[1])
         train(target, seeded, measured, recipes[cell], cells[cell], init=init, run=runs[cell])
 
 
-def heldout_set(heldout: Sequence[Response], recipe: Recipe) -> ResponseDataset:
+def heldout_set(heldout: Corpus | Sequence[Response], recipe: Recipe) -> ResponseDataset:
     """Make the dataset that `measure_cells` takes, without features."""
     return ResponseDataset(heldout, max_length=recipe.train.max_length, num_anchors=None, seed=0)
 

@@ -1,7 +1,7 @@
 """Load only weights that the model expects: every tensor, in its shape, with finite values."""
 
-import hashlib
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from dpace.system import ranks
 from dpace.system.ledger import read_object
@@ -26,15 +27,27 @@ def first_names(names: Sequence[str]) -> str:
 
 
 @contextmanager
+def quiet_library() -> Iterator[None]:
+    """Show no bar of transformers, and no warning to peft's authors, inside the `with` block; downloads keep theirs."""
+    before = set_tqdm_hook(lambda _factory, args, _options: EmptyTqdm(*args))
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        set_tqdm_hook(before)
+
+
+@contextmanager
 def translate_library_errors(what: str, fix: str) -> Iterator[None]:
-    """Turn what transformers raises for files that it cannot read into one line.
+    """Turn what transformers raises for files that it cannot read into one line, and let it show nothing else.
 
     Raises:
         ValueError: damaged weights, a config that its own class refuses, or a package that is missing.
         OSError: a file that is missing or cannot be read, or weights that are in a pickle only.
     """
     try:
-        yield
+        with quiet_library():
+            yield
     except OSError as error:
         if error.errno or not re.search(r"\b(adapter_)?model\.safetensors", str(error)):
             raise
@@ -112,14 +125,3 @@ def attention_of(model_class: Any) -> str:
     It is passed explicitly, since a config may name another one, also one that has to be downloaded.
     """
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
-
-
-def fingerprint(model: torch.nn.Module, dtype: str | None = None) -> str:
-    """Compute the sha256 of the weights, in another dtype where one is named; it identifies a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        if dtype and tensor.is_floating_point():
-            tensor = tensor.to(getattr(torch, dtype))
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

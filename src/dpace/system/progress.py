@@ -101,6 +101,12 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
+def note(text: str) -> None:
+    """Print a message on stderr, once for all ranks, so that it cannot steer a terminal."""
+    if ranks.is_first():
+        print(printable(text), file=sys.stderr, flush=True)
+
+
 def describe_error(error: BaseException) -> str:
     """Return the kind of an error and what it says, in one line."""
     return one_line(f"{type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ from dpace.system import ranks
 from dpace.system.device import device_name
 
 FINGERPRINT_VALUES = 64
-"""Values of each tensor that the fingerprint of weights reads."""
+"""Values of each tensor that the fingerprint of a target reads."""
 HASHED = {
     "init_sha256": "weights to start from",
     "target_sha256": "weights of the target",
@@ -69,18 +69,23 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Hash weights, to know them again: sha256 over the name, shape, dtype and some values of each tensor.
+def fingerprint(model: torch.nn.Module, *, dtype: str | None = None, num_values: int | None = None) -> str:
+    """Hash weights, to know them again: sha256 over the name, shape, dtype and values of each tensor.
 
-    At most `FINGERPRINT_VALUES` values of a tensor are read, evenly spread.
+    Args:
+        model: also a quantized or sharded one.
+        dtype: in which the weights are hashed; their own by default.
+        num_values: most values of a tensor that are read, evenly spread; all by default.
     """
     digest = hashlib.sha256()
     tensors = [part for item in model.state_dict().items() for part in _plain_tensors(*item)]
     for name, tensor in sorted(tensors, key=operator.itemgetter(0)):
         tensor = ranks.whole(tensor)  # one at a time
+        if dtype and tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype))
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
-        stride = max(1, -(-flat.numel() // FINGERPRINT_VALUES))
+        stride = max(1, -(-flat.numel() // num_values)) if num_values else 1
         digest.update(flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

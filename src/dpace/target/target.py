@@ -19,7 +19,7 @@ from dpace.fast.speed_up import speed_up
 from dpace.system import ranks
 from dpace.system.device import default_dtype, find_device
 from dpace.system.progress import quoted
-from dpace.system.provenance import weights_fingerprint
+from dpace.system.provenance import FINGERPRINT_VALUES, fingerprint
 from dpace.target.files import gather_tables, open_target
 from dpace.target.head import LmHead
 from dpace.target.probe import find_layers, find_tables
@@ -152,7 +152,7 @@ class Target:
     @property
     def sha256(self) -> str:
         """Fingerprint of its weights."""
-        return weights_fingerprint(self.model)
+        return fingerprint(self.model, num_values=FINGERPRINT_VALUES)
 
     @property
     def device(self) -> torch.device:
@@ -347,7 +347,7 @@ class ShardedTarget(Target):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self._sha256 = weights_fingerprint(model)
+        self._sha256 = fingerprint(model, num_values=FINGERPRINT_VALUES)
         gather_tables(model)
         super().__init__(model, tokenizer)
 

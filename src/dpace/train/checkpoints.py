@@ -6,7 +6,6 @@ names every file with its size and hash.
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 from dpace.drafter import Drafter
 from dpace.system import ranks
 from dpace.system.ledger import filling, remove_unfinished, write_json, write_text
+from dpace.system.progress import note
 from dpace.system.provenance import hash_file
 from dpace.train.sharding import take_share
 
@@ -154,7 +154,7 @@ def find_newest(checkpoints: Path) -> Path | None:
             if best is None or is_whole(best):
                 remove_others(folder)
                 return folder
-        print(f"{folder} is not whole, and is removed", file=sys.stderr)
+        note(f"{folder} is not whole, and is removed")
         shutil.rmtree(folder)
     return None
 

@@ -21,8 +21,7 @@ from dpace.loss.objective import load_custom, source_sha256
 from dpace.system import ranks
 from dpace.system.device import dtype_name
 from dpace.system.ledger import read_object
-from dpace.system.loading import fingerprint
-from dpace.system.provenance import same_run
+from dpace.system.provenance import fingerprint, same_run
 from dpace.target import Target
 from dpace.target.chat import tokenizer_hashes
 

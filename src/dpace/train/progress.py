@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from torch import Tensor
@@ -24,7 +23,7 @@ from dpace.config import Recipe
 from dpace.loss import SlotScores
 from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
-from dpace.system.progress import one_line, progress_bar
+from dpace.system.progress import note, one_line, progress_bar
 from dpace.train.checkpoints import TrainingState
 from dpace.train.identity import flat_settings
 
@@ -78,7 +77,7 @@ class Interrupt:
             self.asked_at = now
             self.number = number
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            print(f"\n{name}: finishing this step and saving; once more stops at once", file=sys.stderr)
+            note(f"\n{name}: finishing this step and saving; once more stops at once")
         elif now - self.asked_at > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt(self.number)
 
@@ -105,7 +104,7 @@ class StepLog:
     def __init__(self, block_size: int, device: torch.device):
         self._sums = torch.zeros(len(SUMS), block_size, device=device)
         self._steps: list[dict[str, float]] = []
-        self._has_warned = not ranks.is_first()
+        self._has_warned = False
 
     def add_batch(self, out: SlotScores, is_scored: Tensor) -> None:
         """Add what the head gives for a micro-batch."""
@@ -141,10 +140,9 @@ class StepLog:
         mean_weight = float(sums["weights"].sum() / num_slots)
         if mean_weight < LEAST_WEIGHT and not self._has_warned:
             self._has_warned = True
-            print(
+            note(
                 f"the objective gives all slots weights near 0 ({mean_weight:.2g} on average), so the drafter learns "
-                "next to nothing; let the weights of slots that matter be near 1",
-                file=sys.stderr,
+                "next to nothing; let the weights of slots that matter be near 1"
             )
         entry = {
             "loss": statistics.mean(step["loss"] for step in steps),
@@ -203,7 +201,7 @@ def open_trackers(recipe: Recipe) -> Iterator[Callable[[dict[str, float]], None]
             work()
         except Exception as error:
             reason = one_line(error)[:300] or type(error).__name__
-            print(f"the tracker {name} failed ({reason}); the training goes on without it", file=sys.stderr)
+            note(f"the tracker {name} failed ({reason}); the training goes on without it")
             trackers.pop(name, None)
 
     def start(name: str) -> None:  # as `Accelerator.init_trackers` does
@@ -238,21 +236,15 @@ def latest_numbers(state: TrainingState) -> str:
 
 @contextmanager
 def training_bar(objective: str, state: TrainingState) -> Iterator[Callable[[], None]]:
-    """Show a progress bar inside the `with` block, and no bar of transformers, which would break it up.
+    """Show a progress bar inside the `with` block.
 
     Yields:
         Moves the bar to where the training stands.
     """
-    had_others = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with progress_bar() as bar:
-            done = state.global_step
-            task = bar.add_task(f"training, {objective}", total=state.max_steps, completed=done, first=done, info="")
-            yield lambda: bar.update(task, completed=state.global_step, info=latest_numbers(state))
-    finally:
-        if had_others:
-            transformers.utils.logging.enable_progress_bar()
+    with progress_bar() as bar:
+        done = state.global_step
+        task = bar.add_task(f"training, {objective}", total=state.max_steps, completed=done, first=done, info="")
+        yield lambda: bar.update(task, completed=state.global_step, info=latest_numbers(state))
 
 
 class PeakMemory:

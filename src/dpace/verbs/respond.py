@@ -1,13 +1,12 @@
 """Let the target answer the prompts."""
 
-import sys
 from pathlib import Path
 
 from dpace.config import Recipe
 from dpace.recipes.flags import DRY_RUN, next_command, parse
 from dpace.system import ranks
 from dpace.system.ledger import lock_folder
-from dpace.system.progress import count, print_text
+from dpace.system.progress import count, note, print_text
 from dpace.verbs import announce, load_chat, load_target, refuse_unreadable
 
 
@@ -40,14 +39,13 @@ def run(args: list[str]) -> None:
             register_answers(path)
         ranks.from_first(check_and_announce)
         answered = sum(prompt.answer is not None for prompt in prompts)
-        if recipe.respond.source == "target" and answered and ranks.is_first():
-            note = "prompts come with an answer, which is left out; --respond.source own would train on it"
-            print(f"{answered} {note}", file=sys.stderr)
+        if recipe.respond.source == "target" and answered:
+            note(f"the answers of {count(answered, 'prompt')} left out: --respond.source own would train on them")
         target = load_chat(recipe) if recipe.respond.server else load_target(recipe)
         left_out = answer_prompts(target, prompts, path, recipe.respond)
     if not ranks.end():
         return
     for reason, number in left_out.items():
-        print(f"{count(number, 'prompt')} without an answer: {reason}", file=sys.stderr)
+        note(f"{count(number, 'prompt')} without an answer: {reason}")
     print_text(f"{count(len(prompts) - sum(left_out.values()), 'response')} in {path}")
     print_text(f"next: {next_command('train', recipe, args)}")

@@ -1,14 +1,16 @@
 """What was written comes back from every format, and what is trained on is what the files say."""
 
 import sys
-from dataclasses import asdict, replace
+import weakref
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpace.batches.corpus import Corpus, load_corpus
+from dpace.batches.corpus import Corpus, load_corpus, read_corpora
 from dpace.batches.dataset import ResponseDataset
 from dpace.blocks import sample_anchors
 from dpace.config import PromptsConfig, RespondConfig
@@ -17,7 +19,7 @@ from dpace.prompts.prompts import Prompt, read_prompts, split_ids, split_prompts
 from dpace.report.data_page import prompts_page, responses_page
 from dpace.report.tables import console
 from dpace.respond.answering import write_responses
-from dpace.respond.responses import Response, read_responses
+from dpace.respond.responses import Response, answer_lengths, read_responses
 from tests.conftest import EOS, make_target, make_tokenizer
 from tests.support.files import make_prompts, write_prompts, write_rows
 
@@ -170,6 +172,30 @@ def test_own_answers_are_scored_where_the_template_puts_them(tmp_path):
         write_responses(target, [Prompt("a", "s", [turn])], tmp_path / "o" / "r.jsonl", RespondConfig())
     with pytest.raises(ValueError, match="prompt b has no reply at its end"):
         write_responses(target, [Prompt("b", "s", [turn])], tmp_path / "b" / "r.jsonl", config)
+
+
+def test_few_answers_are_in_memory_together(tmp_path, monkeypatch):
+    """Plans and comparisons read lengths and tokens, and not what was said."""
+    rows = [Response(str(i), "s", [{"role": "user", "content": "q"}], [5] * (i + 2), [[0, 2]]) for i in range(40)]
+    path = Path(write_rows(tmp_path / "responses.jsonl", map(asdict, rows)))
+    living = weakref.WeakSet()
+    most = []
+
+    def make(*values):
+        living.add(response := Response(*values))
+        most.append(len(living))
+        return response
+
+    monkeypatch.setattr("dpace.respond.responses.Response.__hash__", object.__hash__)
+    monkeypatch.setattr("dpace.respond.responses.Response", make)
+    monkeypatch.setattr("dpace.respond.responses.fields", lambda _: fields(Response))
+    monkeypatch.setattr("dpace.batches.corpus.BATCH_ROWS", 3)
+    lengths = answer_lengths(path)
+    assert lengths["7"] == (9, [2]) and len(lengths) == 40
+    first, second = read_corpora(path, [["30", "7", "none"], ["1"]])
+    assert [first.id(i) for i in range(len(first))] == ["30", "7"] and second.lengths.tolist() == [3]
+    assert len(read_corpora(path, [[one.id for one in rows]])[0]) == 40
+    assert max(most) <= 3 + 3 + 1, "two batches and the next row"
 
 
 PUBLIC = "Seven tall dwarfs walked over the green hill and sang about their silver hammers all day long"

@@ -14,7 +14,7 @@ from dpace.engines.export import export
 from dpace.engines.initial import start_from
 from dpace.measure.results import read_log
 from dpace.recipes.flags import given_options
-from dpace.system.loading import fingerprint
+from dpace.system.provenance import fingerprint
 from dpace.train.identity import read_run
 from dpace.train.run import make_datasets, train
 from tests.conftest import make_drafter, make_recipe, make_target, make_with_convolutions, make_with_head

@@ -22,7 +22,7 @@ from dpace.plan.lines import answer_lines
 from dpace.plan.speed import Machine, Speed, measure_speed
 from dpace.plan.training import START_SECONDS, TrainingPlan, known_lengths, mean_answer, paper_target, plan_recipe
 from dpace.prompts.prompts import split_prompts
-from dpace.respond.responses import Response, known_settings
+from dpace.respond.responses import AnswerLengths, Response, known_settings
 from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
@@ -266,7 +266,7 @@ def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
 
 def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, capsys):
     """A batch takes as long as its longest answer."""
-    kept = {str(i): Response(str(i), "set", [], [0] * n, [[0, n]]) for i, n in enumerate([3, 9, 1, 1, 5])}
+    kept = {str(i): AnswerLengths(n, [n]) for i, n in enumerate([3, 9, 1, 1, 5])}
     recipe = Recipe(respond=RespondConfig(max_new_tokens=8))
     assert mean_answer(kept, recipe, 2) == (9 + 1 + 5) / 3 and mean_answer({}, recipe) == 8
     path = tmp_path / "out" / "responses.jsonl"

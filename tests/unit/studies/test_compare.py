@@ -85,7 +85,7 @@ def test_the_temperature_is_that_of_the_answers(one_cell, language_target):
 
 def test_a_cell_of_another_run_is_refused_before_any_work(one_cell, language_target, tmp_path, monkeypatch):
     compare(language_target, one_cell)
-    monkeypatch.setattr("dpace.studies.compare.write_responses", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("dpace.studies.compare.answer_prompts", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="train.max_steps 2, not 3"):
         compare(language_target, replace(one_cell, train=replace(one_cell.train, max_steps=3)))
     (tmp_path / "other").mkdir()

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from dpace.drafter import Drafter, load_drafter
+from dpace.modeling_dflash import DFlashDraftModel
 from dpace.target import Target
 from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.files import change_config, changed_weights, read_json
@@ -47,6 +49,21 @@ def test_weights_that_do_not_fit_are_refused_by_name(kind, fault, folders, tmp_p
     with pytest.raises(ValueError, match=message.format(NAMES[kind])) as refused:
         LOADERS[kind](folder)
     assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
+
+
+def test_no_bar_of_transformers_is_shown(folders, tmp_path):
+    """Neither while weights are read nor while they are written."""
+    shown = []
+    before = logging.set_tqdm_hook(lambda factory, args, options: shown.append(options) or factory(*args, **options))
+    try:
+        for kind, load in LOADERS.items():
+            loaded = load(folders / kind)
+        loaded.save_pretrained(tmp_path)
+        assert not shown
+        DFlashDraftModel.from_pretrained(tmp_path)
+        assert shown, "the bar is another one now"
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def test_only_a_drafter_refuses_tensors_that_it_does_not_know(folders, tmp_path):

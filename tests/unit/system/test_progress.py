@@ -5,8 +5,12 @@ import re
 import pytest
 from rich.console import Console
 
+from dpace.cli import main
+from dpace.config import PromptsConfig
+from dpace.prompts.prompts import split_prompts
 from dpace.system import progress
 from dpace.system.progress import progress_bar
+from tests.support.files import write_prompts
 
 
 def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
@@ -20,6 +24,20 @@ def test_lines_stand_for_a_bar_without_a_terminal(capsys, monkeypatch):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("working:")]
     assert [line.split(" of ")[0] for line in lines] == [f"working: {n}" for n in (1, 4, 7, 10, 12)]
     assert "ETA 0:01:" in lines[0] and lines[0].endswith("; at 0") and "ETA" not in lines[-1]
+
+
+def test_one_rank_says_what_all_have_to_say(tmp_path, capsys, monkeypatch):
+    """A reason comes from the others too, after a while in which the launcher ends them where the first one has it."""
+    path = write_prompts(tmp_path / "p.jsonl", [f"w{i % 20}" for i in range(40)])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waits = []
+    monkeypatch.setattr("dpace.cli.time.sleep", waits.append)
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        split_prompts(PromptsConfig(path=path, num_heldout=1, num_validation=1))
+        assert capsys.readouterr().err.count("2 prompts left out: copies of held-out") == 1 - rank
+        assert main(["respond", "--prompts.path", "none.jsonl"]) == 1
+        assert len(waits) == rank and "cannot read none.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("description", ["training, dpace", "tau, dpace-continuation-only, seed-4294967295"])

@@ -16,8 +16,8 @@ from dpace.cli import main
 from dpace.decode import generate, generate_plain
 from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
-from dpace.system.provenance import weights_fingerprint
 from dpace.target import Target
+from dpace.target.chat import ChatTokenizer
 from dpace.target.files import find_target_files
 from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.families import make_sharp_target
@@ -52,7 +52,7 @@ def assert_decodes(target, expected=None):
     assert generate(target, drafter, PROMPT, max_new_tokens=LENGTH, width="full").token_ids == text
     padded = target.features(torch.tensor([PROMPT + [0, 0]]), [0, 2])
     torch.testing.assert_close(padded[:, :5], target.features(ids, [0, 2]), rtol=1e-3, atol=1e-3)
-    assert len(weights_fingerprint(target.model)) == 64
+    assert len(target.sha256) == 64
     return text
 
 
@@ -252,6 +252,26 @@ def test_stop_tokens_and_a_tokenizer_that_do_not_fit_are_one_line(tmp_path, caps
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         assert main([*args, "w1"]) == 1
         assert f"the target's eos_token_id is {eos!r}, expected a token's number, 0 to 59" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("generation_config.json", '{"eos', "generation_config.json is not JSON"),
+        ("generation_config.json", "[]", "generation_config.json holds list, expected an object"),
+        ("config.json", {"quant_method": "none"}, "quantized in a way that transformers does not have .*'none'"),
+        ("config.json", {"bits": 4}, "no `quant_method`"),
+    ],
+)
+def test_what_transformers_would_leave_out_in_silence_is_refused(name, text, words, base, tmp_path):
+    folder = shutil.copytree(base[1], tmp_path / "base")
+    if isinstance(text, dict):
+        change_config(folder, quantization_config=text)
+    else:
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=words):
+            ChatTokenizer.load(str(folder))
+    refused(folder, words)
 
 
 def quantize(module):
