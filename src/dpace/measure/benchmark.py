@@ -20,7 +20,15 @@ from dpace.config import BenchConfig, Width
 from dpace.decode import Decoder, Generation, Paces, generate, generate_plain
 from dpace.drafter import Drafter
 from dpace.measure.pooling import compare_drafters, make_rows
-from dpace.measure.records import COMPILED, PLAIN, SEED_RULE, Provenance, ResponseRecord, ResponseRecords, rotated
+from dpace.measure.records import (
+    COMPILED,
+    PLAIN,
+    Provenance,
+    ResponseRecord,
+    ResponseRecords,
+    ask_in_turn,
+    setup_of,
+)
 from dpace.measure.results import BenchResults, Row, read_results, write_results
 from dpace.prompts.prompts import Prompt, first_of_each_set
 from dpace.recipes.validation import to_json
@@ -31,7 +39,7 @@ from dpace.system.ledger import register_files
 from dpace.system.progress import one_line, progress_bar
 from dpace.system.provenance import find_hardware, find_versions, fingerprint, hash_json
 from dpace.target import Target
-from dpace.target.chat import encode_chat, tokenizer_hashes
+from dpace.target.chat import encode_chat
 
 WARM_UP_TOKENS = 8
 """Tokens that are decoded after steps of other shapes were compiled: CUDA graphs are recorded in the first ones."""
@@ -155,15 +163,10 @@ def _join(earlier: BenchResults, results: BenchResults) -> BenchResults:
 def _bench_setup(target: Target, drafters: dict[str, Drafter], config: BenchConfig) -> Provenance:
     """Return all that the responses depend on, apart from the prompts."""
     return Provenance(
-        target=target.name,
+        **setup_of(target, config),
         drafters={name: fingerprint(drafter) for name, drafter in drafters.items()},
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        prompt_seeds=SEED_RULE,
         target_weights_sha256=target.sha256,
         drafter_configs={name: _hash_config(drafter) for name, drafter in drafters.items()},
-        thinking=target.thinking,
-        **tokenizer_hashes(target),
         engine="dpace.decode",
         dtype=dtype_name(target.model.dtype),
         hardware=find_hardware(target.device),
@@ -208,12 +211,8 @@ def _decode_prompt(
     target: Target, ways: Ways, prompt: Prompt, options: dict[str, Any], *, rotation: int
 ) -> Iterator[ResponseRecord]:
     """Decode one prompt in every way, and yield a record for each turn and way."""
-    messages = []
-    for turn, new_messages in enumerate(prompt.turns):
-        messages += new_messages
-        token_ids = encode_chat(target, messages)
-        done = {way: ways[way](token_ids, **options) for way in rotated(ways, rotation)}
-        plain = done[PLAIN, None]
+    plain = PLAIN, None
+    for turn, (token_ids, done) in enumerate(ask_in_turn(target, prompt, ways, plain, rotation, **options)):
         for (name, width), generation in done.items():
             yield ResponseRecord(
                 drafter=name,
@@ -232,10 +231,8 @@ def _decode_prompt(
                 decode_tokens=generation.num_decode_tokens,
                 decode_seconds=generation.decode_seconds,
                 prefill_seconds=generation.prefill_seconds,
-                same_text=generation.token_ids == plain.token_ids,
+                same_text=generation.token_ids == done[plain].token_ids,
             )
-        text = target.tokenizer.decode(plain.token_ids, skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": text})
 
 
 class CompiledPlain:

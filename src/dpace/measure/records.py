@@ -6,7 +6,7 @@ that running servers answered. The rows of results are pooled from these records
 
 import json
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
@@ -14,14 +14,17 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
-from dpace.config import Width
+from dpace.config import BenchConfig, RespondConfig, Width
 from dpace.metrics import Acceptance
 from dpace.prompts.prompts import Prompt
 from dpace.recipes.validation import from_json, json_object, optional, to_json
+from dpace.respond.conversation import Conversation
 from dpace.servers.apis import Counts
 from dpace.system import ranks
 from dpace.system.ledger import cut_unfinished_line, naming_file, read_jsonl, register_files, write_text
 from dpace.system.provenance import Hardware, Versions, hash_json
+from dpace.target import Target
+from dpace.target.chat import ChatTokenizer, tokenizer_hashes
 
 PLAIN = "plain"
 """Name of decoding without a drafter."""
@@ -146,11 +149,47 @@ class ServedRecord:
     """For each turn the answers by side: `drafter`, and `plain` and `plain again` where there is such a server."""
 
 
-def rotated(ways: Iterable[Item], number: int) -> Iterable[Item]:
-    """Return the ways to measure in an order that differs from prompt to prompt, so that a drift favours none."""
+def setup_of(chat: Target | ChatTokenizer, config: BenchConfig) -> dict[str, Any]:
+    """Return the values of a `Setup`."""
+    return {
+        "target": chat.name,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "prompt_seeds": SEED_RULE,
+        "thinking": chat.thinking,
+        **tokenizer_hashes(chat),
+    }
+
+
+def ask_in_turn(
+    chat: Target | ChatTokenizer,
+    prompt: Prompt,
+    ways: Mapping[Any, Callable[..., Any]],
+    baseline: Any,
+    rotation: int,
+    **options: Any,
+) -> Iterator[tuple[list[int], dict[Any, Any]]]:
+    """Let all ways answer the turns of a prompt; answers to earlier turns are those of `baseline`.
+
+    Args:
+        chat: tokenizer and template.
+        prompt: has one turn or more.
+        ways: what answers in each way; they get token ids and the options, and their answers have `token_ids`.
+        baseline: one of the ways.
+        rotation: turns their order, which differs from prompt to prompt, so that a drift of the speed favours none.
+        options: `max_new_tokens` and others, for the ways.
+
+    Yields:
+        For each turn, its token ids and the answers by way.
+    """
     order = deque(ways)
-    order.rotate(-number)
-    return order
+    order.rotate(-rotation)
+    conversation = Conversation(chat, prompt, RespondConfig(max_new_tokens=options["max_new_tokens"]))
+    while not conversation.is_answered:
+        token_ids = conversation.ask()
+        answers = {way: ways[way](token_ids, **options) for way in order}
+        yield token_ids, answers
+        conversation.add(token_ids, answers[baseline].token_ids)
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:

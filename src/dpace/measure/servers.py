@@ -13,23 +13,22 @@ from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from dpace.config import BenchConfig
 from dpace.measure.records import (
     PLAIN,
-    SEED_RULE,
     ServedAnswer,
     ServedRecord,
     ServedRecords,
     ServerAddress,
     ServerSetup,
     Setup,
-    acceptance_of,
+    ask_in_turn,
     group_by,
-    rotated,
+    setup_of,
 )
 from dpace.measure.results import (
     BenchResults,
@@ -49,7 +48,7 @@ from dpace.servers.apis import Counts, Server, connect
 from dpace.system.ledger import register_files
 from dpace.system.progress import progress_bar
 from dpace.system.provenance import same_run
-from dpace.target.chat import ChatTokenizer, encode_chat, tokenizer_hashes
+from dpace.target.chat import ChatTokenizer, encode_chat
 
 DRAFTER = "drafter"
 """Name of the side with the drafter; the one without is `PLAIN`."""
@@ -91,18 +90,10 @@ def bench_servers(
     folder = Path(folder)
     urls = {DRAFTER: drafter_url} | ({PLAIN: plain_url} if plain_url else {})
     sides = {side: connect(url, len(chat.tokenizer)) for side, url in urls.items()}
-    setup = ServerSetup(
-        target=chat.name,
-        servers={
-            side: ServerAddress(url=s.url, engine=s.engine, model=s.model, version=s.version)
-            for side, s in sides.items()
-        },
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        prompt_seeds=SEED_RULE,
-        thinking=chat.thinking,
-        **tokenizer_hashes(chat),
-    )
+    addresses = {
+        side: ServerAddress(url=s.url, engine=s.engine, model=s.model, version=s.version) for side, s in sides.items()
+    }
+    setup = ServerSetup(**setup_of(chat, config), servers=addresses)
     register_files(folder, SERVERS_FILE)
     records = ServedRecords(folder / "servers.jsonl", setup, prompts)
     prompts = first_of_each_set(prompts, config.num_prompts)
@@ -119,23 +110,18 @@ def bench_servers(
     else:
         print(f"nothing is asked: {records.path} has all answers; remove it to measure again", file=sys.stderr)
     passes = sides | ({CONTROL: sides[PLAIN]} if plain_url else {})
+    ways = {side: partial(_ask_server, server) for side, server in passes.items()}
+    baseline = PLAIN if plain_url else DRAFTER
     with progress_bar() as bar:
         task = bar.add_task("asking servers", total=len(jobs), completed=len(jobs) - len(missing), info="")
         for number, (temperature, prompt) in enumerate(missing):
-            record = ServedRecord(
-                set=prompt.set,
-                id=prompt.id,
-                temperature=temperature,
-                turns=_ask_sides(
-                    chat,
-                    passes,
-                    prompt,
-                    rotation=number,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=temperature,
-                    seed=records.seeds[prompt.id],
-                ),
-            )
+            options = {
+                "max_new_tokens": config.max_new_tokens,
+                "temperature": temperature,
+                "seed": records.seeds[prompt.id],
+            }
+            turns = [answers for _, answers in ask_in_turn(chat, prompt, ways, baseline, number, **options)]
+            record = ServedRecord(set=prompt.set, id=prompt.id, temperature=temperature, turns=turns)
             records.add(record)
             done[temperature, prompt.id] = record
             bar.update(task, advance=1)
@@ -198,22 +184,6 @@ def find_tau_in_training(folder: Path) -> float:
     return max(taus)
 
 
-def _ask_sides(
-    chat: ChatTokenizer, sides: Mapping[str, Server], prompt: Prompt, *, rotation: int, **options: Any
-) -> list[dict[str, ServedAnswer]]:
-    """Send a prompt to all sides, turn by turn; the answers to earlier turns are the plain server's."""
-    messages = []
-    turns = []
-    for new_messages in prompt.turns:
-        messages += new_messages
-        token_ids = encode_chat(chat, messages)
-        answers = {side: _ask_server(sides[side], token_ids, **options) for side in rotated(sides, rotation)}
-        turns.append(answers)
-        text = chat.tokenizer.decode(answers.get(PLAIN, answers[DRAFTER]).token_ids, skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": text})
-    return turns
-
-
 def _ask_server(
     server: Server, token_ids: Sequence[int], *, max_new_tokens: int, temperature: float, seed: int
 ) -> ServedAnswer:
@@ -247,7 +217,11 @@ def _pool_prompts(records: Sequence[ServedRecord], here: Row | None, *, drafts: 
         name: (sum(of_turn.num_emitted for of_turn in turns), sum(of_turn.num_verifications for of_turn in turns))
         for name, turns in counts.items()
     }
-    ours = _totals_here(here) if here else {}
+    ours = {}
+    if here:
+        names = dict.fromkeys(response.id for response in here.responses)
+        totals = np.stack([here.acceptance.emitted_tokens, here.acceptance.rows.sum(-1)], 1).tolist()
+        ours = dict(zip(names, totals, strict=True))
     common = [name for name in served if name in ours]
     paired = [[served[name] for name in common], [ours[name] for name in common]]
     tau = _estimate_tau([list(served.values())])
@@ -283,14 +257,7 @@ def _turn_counts(record: ServedRecord) -> list[Counts]:
     return [answer.counts or Counts(n, 0, [n]) for answer, n in zip(turns, passes, strict=True)]
 
 
-def _totals_here(row: Row) -> dict[str, tuple[int, int]]:
-    """Count what this process decoded: for each prompt the tokens that its verifications emitted, and their number."""
-    groups = group_by(row.responses, attrgetter("id"))
-    acceptances = {name: acceptance_of(responses, row.block_size) for name, responses in groups.items()}
-    return {name: (int(a.emitted_tokens.sum()), a.num_verifications) for name, a in acceptances.items()}
-
-
-def _estimate_tau(sides: Sequence[Sequence[tuple[int, int]]], statistic: Statistic = FIRST) -> Estimate:
+def _estimate_tau(sides: Sequence[Sequence[Sequence[int]]], statistic: Statistic = FIRST) -> Estimate:
     """Compute a number from the taus of sides, by default the first one's tau; see `estimate`.
 
     Args:

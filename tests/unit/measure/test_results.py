@@ -115,11 +115,6 @@ def test_a_wrong_key_is_named(tmp_path):
         read_results(path)
 
 
-def test_a_folder_without_results_is_told(tmp_path):
-    with pytest.raises(ValueError, match="has no results.json or servers.json"):
-        find_results(tmp_path)
-
-
 def test_heldout_rows_are_chosen_by_prompt(tmp_path):
     acceptance = Acceptance([[1, 2], [3, 4]], 2, [0, 1])
     write_heldout(tmp_path, ["a", "b"], acceptance)

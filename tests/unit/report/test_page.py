@@ -1,8 +1,6 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -11,25 +9,20 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.measure.benchmark import bench
 from dpace.measure.results import find_results, read_results, write_results
-from dpace.prompts.prompts import Prompt
+from dpace.metrics import MIN_PROMPTS
 from dpace.report.page import sections_of, write_report
 from dpace.report.sections import speeds, tables_of
 from tests.support.files import make_prompts
-from tests.support.rows import make_compare, make_compared
-
-CHROMIUM = shutil.which("chromium")
+from tests.support.rows import make_bench, make_compare, make_compared, make_plain, make_response, make_row
 
 
-@pytest.fixture(scope="module")
-def folder(language_target, language_drafter, language_prompts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    prompts = [
-        Prompt(str(i), f"<{i % 2}>", [[{"role": "user", "content": text}]])
-        for i, text in enumerate(language_prompts[50:56])
-    ]
-    config = BenchConfig(max_new_tokens=16, temperatures=(0.0, 1.0))
-    bench(language_target, {"dpace": language_drafter}, prompts, config, folder)
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    responses = [make_response(id=str(number)) for number in range(MIN_PROMPTS)]
+    plain = [make_plain(id=response.id) for response in responses]
+    rows = [make_row(set=f"<{number}>", responses=responses, plain_responses=plain) for number in range(2)]
+    write_results(tmp_path / "results.json", make_bench(*rows, thinking=False))
+    return tmp_path
 
 
 def test_the_page_has_every_section(folder, tmp_path):
@@ -61,22 +54,12 @@ def test_it_has_the_cells_of_the_terminals_tables(folder, tmp_path):
 
 
 def test_thinking_is_named(folder, tmp_path):
-    results = read_results(folder / "results.json")
-    write_results(tmp_path / "results.json", replace(results, thinking=True))
-    write_report([folder, tmp_path], tmp_path / "report.html")
+    (tmp_path / "on").mkdir()
+    write_results(tmp_path / "on" / "results.json", make_bench(thinking=True))
+    write_report([folder, tmp_path / "on"], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    assert f"<h2>{folder}</h2>" in text and f"<h2>{tmp_path}, with thinking</h2>" in text
+    assert f"<h2>{folder}</h2>" in text and f"<h2>{tmp_path / 'on'}, with thinking</h2>" in text
     assert re.findall(r">thinking</td><td>(\w+)<", text) == ["off", "on"]
-
-
-def test_it_says_how_much_was_copied(folder, tmp_path):
-    """Where copies were tried, and only where some were taken."""
-    results = read_results(folder / "results.json")
-    rows = [replace(row, share_copied=0.25 if row.width == "auto" else 0.0) for row in results.rows]
-    write_results(tmp_path / "results.json", replace(results, rows=rows))
-    write_report([tmp_path], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    assert ">auto, 25% copied</td>" in text and ">full</td>" in text
 
 
 def test_the_verb(folder, tmp_path, capsys):
@@ -89,29 +72,10 @@ def test_the_verb(folder, tmp_path, capsys):
     assert "schema_version is 1, expected 2; measure again" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-@pytest.mark.parametrize("width", [390, 1400])
-def test_a_browser_shows_it_without_errors(width, folder, tmp_path):
-    page = tmp_path / "report.html"
-    write_report([folder], page)
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    command = [CHROMIUM, *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path}/profile"]
-    command += [
-        "--enable-logging=stderr",
-        f"--window-size={width},3000",
-        f"--screenshot={tmp_path}/page.png",
-        f"file://{page}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert (tmp_path / "page.png").stat().st_size > 10_000
-
-
-def test_a_folder_of_compare_and_logs_are_read(folder, tmp_path):
+def test_a_folder_of_compare_and_logs_are_read(tmp_path):
     row = make_compared(set="a", tau_by_seed=[2.0, 2.0], gain_by_seed=[0.1, None], step_seconds=None)
-    decoded = read_results(folder / "results.json")
     compared = make_compare(
-        row, replace(row, drafter="dflash", tau=None, histogram=[0, 0, 0]), seeds=[0, 1], decode=decoded
+        row, replace(row, drafter="dflash", tau=None, histogram=[0, 0, 0]), seeds=[0, 1], decode=make_bench()
     )
     write_results(tmp_path / "results.json", compared)
     log = [

@@ -82,6 +82,11 @@ def test_an_interval_has_a_line_of_its_own_where_the_table_is_too_wide(words, in
     assert f"2.00{interval}" in printed and f"3.00{interval}" in printed and "\nbelow\n" in printed
 
 
+def test_a_width_says_how_much_was_copied():
+    rows = speeds(make_bench(make_row(share_copied=0.25, width="auto"), make_row())).rows
+    assert [row["width"] for row in rows] == ["auto, 25% copied", "full"]
+
+
 def test_tables_of_a_comparison_have_those_of_its_decoding():
     titles = [section.title for section in tables_of(make_compare(make_compared(), decode=make_bench()))]
     assert [title.partition(" ")[0] for title in titles] == ["Objectives:", "Speed:", "Reach"]
