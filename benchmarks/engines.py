@@ -241,7 +241,7 @@ def export_all(
     shutil.copytree(source, whole, ignore=shutil.ignore_patterns(VOCABULARY_FILE, "checkpoints"))
 
     def write(name: str, place: Path, to: Any, **more: Any) -> Path:
-        about = {"name": "dflash", "target_name": target.name, "target_gguf": gguf}
+        about = {"name": "dflash", "target_name": target.name, "target_gguf": gguf if to == "gguf" else None}
         return export(place, target, Request(to=to, output=folder / f"dflash-{name}", **about, **more)).path
 
     folders = {name: write(name, whole, name) for name in ("zlab", "speculators")}

@@ -72,17 +72,21 @@ class Engine:
     card: str = ""
     """Its part of the model card, with `{target}`, `{drafter}` and `{command}` to fill in; empty where it has none."""
 
-    def check(self, request: Request) -> None:
-        """Refuse a request that it cannot have, before anything is read.
+    def check(self, request: Request, spec: DrafterSpec) -> None:
+        """Refuse what it cannot have, before a model is loaded.
 
         Raises:
-            ValueError: names the option.
+            ValueError: names the option; or see `fault`.
         """
         if request.dtype not in self.precisions:
             raise ValueError(
                 f"--dtype is {request.dtype}, which is not written for {self.title}; take one of "
                 f"{', '.join(self.precisions)}, or --to gguf"
             )
+        if request.target_gguf and self.layout != "gguf":
+            raise ValueError(f"--target-gguf is for --to gguf, and this is --to {self.name}; leave it out")
+        if fault := self.fault(spec):
+            raise ValueError(fault)
 
     def fault(self, spec: DrafterSpec) -> str:
         """Say why it cannot serve a drafter and, behind a semicolon, what to do; empty where it can."""

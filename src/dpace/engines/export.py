@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 
 from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.drafter import read_spec
 from dpace.drafter.spec import MAX_LAYERS
 from dpace.engines import all_engines, engine_of
 from dpace.engines.card import write_card
 from dpace.engines.engine import Contents, Engine, Request
-from dpace.engines.published import make_drafter, read_folder, without_selector
+from dpace.engines.published import DEQUANTIZED, make_drafter, read_folder, without_selector
 from dpace.system.device import dtype_name
 from dpace.system.ledger import filling, refuse_foreign_files, remove_files
 from dpace.system.loading import translate_library_errors
@@ -60,20 +61,38 @@ class Exported(NamedTuple):
     """Largest relative change of a tensor by the change of dtype; 0 where it was kept."""
 
 
+def check_export(folder: Path, request: Request) -> Engine:
+    """Refuse an export that cannot be made, before a model is loaded, and return its engine.
+
+    Whether tables of the drafter's own are the target's is not known yet; here they count as such.
+
+    Raises:
+        ValueError: a folder that is not to be written to; a drafter in another layout than the published one, or that
+            cannot be served; or see `Engine.check`.
+    """
+    engine, writer = engine_of(request.to), writer_of(folder)
+    refuse_output(Path(request.output), folder, Path(request.target_name))
+    if writer.layout != Engine.layout:
+        raise ValueError(f"{folder} is for {writer.title}, not in the published layout; convert it with `dpace import`")
+    spec = read_spec(folder)
+    spec.check()
+    spec = without_selector(spec) if request.is_plain else spec
+    engine.check(request, replace(spec, has_own_embed_tokens=False, has_own_lm_head=False))
+    return engine
+
+
 def export(folder: str | Path, target: Target, request: Request) -> Exported:
     """Write a drafter for an engine with a model card, read it again, and compare.
 
     Raises:
-        ValueError: a drafter that cannot be served, an option that the engine does not have, or files that do not read
-            back as they were written.
+        ValueError: see `check_export`; tables of its own that the engine does not read, or files that do not read back
+            as they were written.
     """
     folder = Path(folder)
     output = Path(request.output)
-    engine = engine_of(request.to)
-    engine.check(request)
-    refuse_output(output, folder, Path(request.target_name))
+    engine = check_export(folder, request)
     contents, measured = _read_contents(folder, target, is_plain=request.is_plain)
-    if fault := engine.fault(contents.spec):
+    if fault := engine.fault(contents.spec):  # of tables that are not the target's
         raise ValueError(fault)
     merging = lines_to_merge(target, request.target_name)
     if merging:
@@ -129,6 +148,8 @@ def import_drafter(source: str | Path, output: str | Path, *, target: str | None
     drafter = read_drafter(source, num_target_layers=num_target_layers)
     spec = drafter.spec
     spec.check()
+    if DEQUANTIZED in spec.record:
+        print(f"quantized weights ({spec.record[DEQUANTIZED]}) are written as float32", file=sys.stderr)
     with filling(output) as aside:
         drafter.save_pretrained(aside)
         _compare_files(output, Contents(spec, drafter.state_dict()), read_drafter(aside))
@@ -204,22 +225,16 @@ def push(folder: str | Path, repo: str, files: Sequence[str]) -> str:
 
 
 def _read_contents(folder: Path, target: Target, *, is_plain: bool) -> tuple[Contents, Drafter]:
-    """Read a drafter without the tables that are the target's; return also the drafter that may have been measured.
-
-    Raises:
-        ValueError: it is in another layout than the published one, cannot be served, or has no head to leave out.
-    """
-    writer = writer_of(folder)
-    if writer.layout != Engine.layout:
-        raise ValueError(f"{folder} is for {writer.title}, not in the published layout; convert it with `dpace import`")
+    """Read a drafter without the tables that are the target's; return also the drafter that may have been measured."""
     spec, weights = read_folder(folder)
-    spec.check()
     original = load_drafter(folder, target, all_tokens=True)
     own = {name: getattr(original.spec, name) for name in ("has_own_embed_tokens", "has_own_lm_head")}
     spec = replace(spec, **own)
     weights = {name: tensor for name, tensor in weights.items() if name in spec.shapes}
     if is_plain:
-        spec, weights = without_selector(spec, weights)
+        spec = without_selector(spec)
+        zeros = weights["norm.weight"].new_zeros
+        weights = {name: weights[name] if name in weights else zeros(shape) for name, shape in spec.shapes.items()}
         original = make_drafter(spec, weights).to(target.model.dtype)  # of which nothing was measured
     return Contents(spec, weights), original
 

@@ -8,6 +8,7 @@ Source: `tools/server/README.md` and `src/models/dflash.cpp` of ggml-org/llama.c
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import struct
@@ -23,14 +24,17 @@ import torch
 from torch import Tensor
 
 from dpace.drafter.dflash import CONVOLUTION_KEYS
-from dpace.drafter.spec import DrafterSpec
+from dpace.drafter.spec import SPECIAL_TOKENS, DrafterSpec
 from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.engine import PROPERTIES, Contents, Engine
-from dpace.engines.folder import to_layer_ids
+from dpace.engines.folder import mapping, to_layer_ids
+from dpace.engines.published import DEQUANTIZED
 from dpace.system.loading import LIBRARY_ERRORS
 from dpace.system.progress import describe_error
 
 ARCHITECTURE = "dflash"
+OURS = "dpace.config"
+"""Key of the file, a text in JSON: record and special tokens of the drafter's config, which llama.cpp does not read."""
 BROKEN = (*LIBRARY_ERRORS, MemoryError, struct.error)
 """What reading a damaged file raises in gguf and numpy."""
 SIZES = {
@@ -114,14 +118,15 @@ probability; try a few values on your prompts.
 `TARGET.gguf` in f16, bf16 or f32 keeps the target's text; quantized targets round a block and a token differently.
 """
 
-    def check(self, request):
-        """See `Engine`."""
-        super().check(request)
+    def check(self, request, spec):
+        """See `Engine`; also of a GGUF file that is not the target's."""
+        super().check(request, spec)
         if request.target_gguf is None:
             raise ValueError(
                 "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
                 "--target-gguf"
             )
+        open_target(request.target_gguf, spec)
 
     def fault(self, spec):
         """See `Engine`.
@@ -210,6 +215,26 @@ def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
     return data, torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
 
 
+def open_target(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
+    """Open a GGUF file of a drafter's target.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or of another model.
+    """
+    target = _open_gguf(path)
+    tokens = target.fields.get("tokenizer.ggml.tokens")
+    architecture = _read_value(target, "general.architecture")
+    sizes = [_read_value(target, f"{architecture}.{name}") for name in ("block_count", "embedding_length")]
+    found = [*sizes, len(tokens.data) if tokens else None]
+    expected = [spec.num_target_layers, spec.hidden_size, spec.vocab_size]
+    if found != expected:
+        raise ValueError(
+            f"{path} has {found} and the drafter's target {expected} (layers, hidden size, tokens); name a GGUF "
+            "file of that target with --target-gguf"
+        )
+    return target
+
+
 def write_gguf(path: Path, contents: Contents, target_gguf: str | Path) -> None:
     """Write a drafter for llama.cpp.
 
@@ -219,23 +244,12 @@ def write_gguf(path: Path, contents: Contents, target_gguf: str | Path) -> None:
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
 
     Raises:
-        ValueError: a file of another model.
+        ValueError: see `open_target`.
     """
     spec, tensors = contents.spec, contents.tensors
     quantized = contents.dtype if contents.dtype in QUANTIZED else ""
-    target = _open_gguf(target_gguf)
-    tokens = target.fields.get("tokenizer.ggml.tokens")
-    architecture = _read_value(target, "general.architecture")
-    sizes = [_read_value(target, f"{architecture}.{name}") for name in ("block_count", "embedding_length")]
-    found = [*sizes, len(tokens.data) if tokens else None]
-    expected = [spec.num_target_layers, spec.hidden_size, spec.vocab_size]
-    if found != expected:
-        raise ValueError(
-            f"{target_gguf} has {found} and the drafter's target {expected} (layers, hidden size, tokens); name a GGUF "
-            "file of that target with --target-gguf"
-        )
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    for name, field in target.fields.items():
+    for name, field in open_target(target_gguf, spec).fields.items():
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
             _copy_field(writer, field)
     _write_fields(writer, spec)
@@ -296,6 +310,7 @@ def _write_fields(writer: gguf.GGUFWriter, spec: DrafterSpec) -> None:
             writer.add_key_value(f"{ARCHITECTURE}.{name}", value, types[type(value)])
     writer.add_key_value(f"{ARCHITECTURE}.target_layers", spec.hidden_state_ids, kinds.ARRAY, kinds.INT32)
     writer.add_uint32("tokenizer.ggml.mask_token_id", spec.mask_token_id)
+    writer.add_string(OURS, json.dumps({"dpace": spec.record, **spec.special_token_ids}))
 
 
 def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tuple[DrafterSpec, dict[str, Tensor]]:
@@ -329,11 +344,16 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
     if not isinstance(tokens, list):
         raise ValueError(f"{path} has no list of tokens; write or download it again")
     tensors = {tensor.name: _read_tensor(tensor) for tensor in reader.tensors}
+    kept = _read_ours(reader)
+    if quantized := {tensor.tensor_type for tensor in reader.tensors} - {*TENSOR_TYPES.values()}:
+        kept["dpace"] = mapping(kept.get("dpace")) | {DEQUANTIZED: ", ".join(sorted(kind.name for kind in quantized))}
     values = {
         **{published: get(name) for published, name in SIZES.items()},
         **{published: get(name) or None for published, name in SCALES.items()},
         **{name: get(name) for name in (*CONVOLUTION_KEYS, "sample_from_anchor")},
         "mask_token_id": _read_value(reader, "tokenizer.ggml.mask_token_id"),
+        "dpace": kept.get("dpace"),
+        "special_token_ids": {name: kept[name] for name in SPECIAL_TOKENS if name in kept},
         "num_target_layers": num_target_layers,
         "vocab_size": len(tokens),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
@@ -353,6 +373,13 @@ def read_gguf(path: str | Path, *, num_target_layers: int | None = None) -> tupl
         tensors["d2t"] -= torch.arange(len(tensors["d2t"]))
     names: dict[Any, str] = {gguf_name(ours): ours for ours in spec.shapes}
     return spec, {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def _read_ours(reader: gguf.GGUFReader) -> dict[str, Any]:
+    """Read the keys of the config that only dpace reads; none where another program wrote the file."""
+    text = _read_value(reader, OURS)
+    with _naming(f"the GGUF file's value {OURS}"):
+        return dict(json.loads(text or "{}"))
 
 
 def _read_tensor(tensor: Any) -> Tensor:

@@ -18,6 +18,8 @@ from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
 from dpace.system.loading import translate_library_errors
 
+DEQUANTIZED = "dequantized_from"
+"""Entry of the record that names the precision of the files that the weights were read from."""
 OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
 """Entries of the record that were measured with the head."""
 
@@ -52,7 +54,8 @@ def read_folder(
         spec = DrafterSpec.from_config({**own_tables(files.tensors), **config, "quantization_config": None})
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    quantized = mapping(files.config.get("quantization_config"))
+    if quantized := mapping(files.config.get("quantization_config")):
+        spec = replace(spec, record=spec.record | {DEQUANTIZED: quantized.get("quant_method")})
     tensors = _read_quantized(folder, spec, quantized) if quantized else files.tensors
     unused = TARGET_TABLES - spec.shapes.keys()
     unused |= {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
@@ -124,8 +127,8 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     return drafter.requires_grad_(False)
 
 
-def without_selector(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[DrafterSpec, dict[str, Tensor]]:
-    """Return a drafter as it is without its head: DFlash's, or DFlash2's where it has convolutions.
+def without_selector(spec: DrafterSpec) -> DrafterSpec:
+    """Return what a drafter is without its head: DFlash's, or DFlash2's where it has convolutions.
 
     Raises:
         ValueError: it has no head.
@@ -133,6 +136,4 @@ def without_selector(spec: DrafterSpec, tensors: dict[str, Tensor]) -> tuple[Dra
     if spec.selector is None:
         raise ValueError("the drafter has no head that could be left out; export it without --plain")
     record = {name: value for name, value in spec.record.items() if name not in OF_HEAD}
-    plain = replace(spec, selector=None, record=record)
-    zeros = tensors["norm.weight"].new_zeros
-    return plain, {name: tensors[name] if name in tensors else zeros(shape) for name, shape in plain.shapes.items()}
+    return replace(spec, selector=None, record=record)

@@ -20,7 +20,7 @@ from dpace.engines.published import read_folder
 from dpace.engines.vllm import Vllm
 from dpace.system.loading import read_config
 
-OURS = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config", "dpace"}
+OURS = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "dflash_config"}
 OURS |= {"sample_from_anchor", "draft_vocab_size"}
 """Keys of the published layout that stand elsewhere here."""
 

@@ -22,11 +22,10 @@ def run(args: list[str]) -> None:
             "id with --target-name"
         )
     from dpace.engines.engine import Request
-    from dpace.engines.export import export, push
+    from dpace.engines.export import check_export, export, push
     from dpace.target.locate import find_drafter
 
     folder = find_drafter(config.drafter)
-    target = load_target(Recipe(target=config.target, device_map=config.device_map))
     request = Request(
         to=config.to,
         output=config.output,
@@ -37,6 +36,8 @@ def run(args: list[str]) -> None:
         license=config.license,
         is_plain=config.plain,
     )
+    check_export(Path(folder), request)
+    target = load_target(Recipe(target=config.target, device_map=config.device_map))
     done = export(folder, target, request)
     print(f"{done.num_tensors} of {done.num_tensors} tensors read back bit for bit", end="")
     print(f"; rounded by at most {done.rounding:.1g} (relative)" if done.rounding else "")

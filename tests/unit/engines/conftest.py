@@ -1,15 +1,20 @@
 """Drafters of several kinds that accept something, and their exports."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from dpace.batches.dataset import ResponseDataset, collate
+from dpace.drafter import Drafter, load_drafter
+from dpace.drafter.views import blocks_hidden
 from dpace.engines.engine import Request
 from dpace.engines.export import Exported, export
-from tests.conftest import make_drafter
-from tests.support.files import change_config
+from dpace.target import Target
+from tests.conftest import EOS, decode_whole, make_drafter
+from tests.support.files import change_config, changed_weights
 
 WINDOWS = {
     "windows": {"sliding_window": 8},
@@ -19,24 +24,86 @@ WINDOWS = {
 }
 KINDS = {"random": {}, "trained": {}, "convolutions": {"conv_kernel_size": 2}, **WINDOWS}
 """Options of each kind; all but the first have the weights of one training, in which there were none of them."""
+LAYOUTS = ("anchored", "small", "own")
+"""Layouts of others: 5 slots that give 5 draft tokens, a head for `TOKENS` only, and tables for all tokens."""
+TOKENS = [*range(4, 39), 51, EOS, 0]
+"""Of a small vocabulary, in no order, with all tokens of the prompts: those are drafted in any case."""
+RECORD = {"confidence_temperature": 1.5, "tau": 2.5, "target": "a"}
+"""What a training leaves in the config."""
+MAX_NEW_TOKENS = 40
+"""More than any response here has, so that no engine drafts less at the end."""
+Steps = list[tuple[list[int], int]]
+"""Text and number of verifications of each prompt."""
+
+
+def our_steps(target: Target, drafter: Drafter, prompts) -> Steps:
+    done = decode_whole(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    return [(out.token_ids, len(out.widths)) for out in done]
+
+
+def train_from_anchor(target: Target, drafter: Drafter, responses) -> None:
+    """Teach slot 0 to predict the token behind the anchor, with a loop of a few lines."""
+    for values in (vars(drafter.config), drafter.config.dflash_config):
+        values["sample_from_anchor"] = True
+    optimizer = torch.optim.AdamW(drafter.train().requires_grad_().parameters(), lr=5e-3)
+    dataset = ResponseDataset(responses, max_length=64, num_anchors=12, seed=0)
+    for step in range(50):
+        rows = [dataset[(8 * step + i) % len(dataset)] for i in range(8)]
+        hidden, blocks = blocks_hidden(drafter, target, collate(rows, drafter.block_size))[:2]
+        logits = target.head.logits(hidden[blocks.is_scored])
+        torch.nn.functional.cross_entropy(logits, blocks.labels[blocks.is_scored]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def small_head(target: Target, change: float = 0.0) -> dict[str, torch.Tensor]:
+    """The target's rows for `TOKENS`, or others, as speculators and vLLM store them."""
+    rows = target.head.weight[torch.tensor(TOKENS)]
+    t2d = torch.zeros(64, dtype=torch.bool)
+    t2d[TOKENS] = True
+    d2t = torch.tensor(TOKENS) - torch.arange(len(TOKENS))
+    return {"lm_head.weight": rows + change * torch.randn_like(rows), "d2t": d2t, "t2d": t2d}
+
+
+def own_tables(target: Target) -> dict[str, torch.Tensor]:
+    """An embedding and a head for all tokens that differ from the target's."""
+    tables = {"embed_tokens.weight": target.model.get_input_embeddings().weight, "lm_head.weight": target.head.weight}
+    return {name: table + 0.02 * torch.randn_like(table) for name, table in tables.items()}
+
+
+def with_tables(folder: Path, path: Path, tables: dict[str, torch.Tensor], **changes) -> Path:
+    """A copy whose weights have further tensors."""
+    change_config(shutil.copytree(folder, path), **changes)
+    with changed_weights(path) as weights:
+        weights.update(tables)
+    return path
 
 
 @pytest.fixture(scope="session")
-def folders(language_drafter, language_target, tmp_path_factory) -> dict[str, Path]:
-    """A drafter of each kind, in fp32 and with values that 16 bits change."""
-    made = tmp_path_factory.mktemp("kinds")
-    torch.manual_seed(0)
-    for kind, options in KINDS.items():
-        drafter = make_drafter(language_target, block_size=6, **options).requires_grad_(False)
-        if kind != "random":
-            drafter.load_state_dict(language_drafter.state_dict(), strict=False)
-        for name, parameter in drafter.named_parameters():
-            if "selector" not in name:
-                parameter.mul_(1.001)
-            if "_conv." in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        drafter.save_pretrained(made / kind)
-    return {kind: made / kind for kind in KINDS}
+def folders(language_drafter, language_target, language_responses, make_once) -> dict[str, Path]:
+    """A drafter of each kind and layout, in fp32 and with values that 16 bits change."""
+
+    def fill(made: Path) -> None:
+        torch.manual_seed(0)
+        for kind, options in {**KINDS, "anchored": {"block_size": 5}}.items():
+            drafter = make_drafter(language_target, **{"block_size": 6, **options}).requires_grad_(False)
+            if kind != "random":
+                drafter.load_state_dict(language_drafter.state_dict(), strict=False)
+            for name, parameter in drafter.named_parameters():
+                if "selector" not in name:
+                    parameter.mul_(1.001)
+                if "_conv." in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+            if kind == "anchored":
+                train_from_anchor(language_target, drafter, language_responses[:50])
+            drafter.config.dpace = RECORD
+            drafter.save_pretrained(made / kind)
+        small = small_head(language_target, 0.01)
+        with_tables(made / "trained", made / "small", small, draft_vocab_size=len(TOKENS))
+        with_tables(made / "trained", made / "own", own_tables(language_target))
+
+    made = make_once("kinds", fill)
+    return {kind: made / kind for kind in (*KINDS, *LAYOUTS)}
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +111,26 @@ def folder(folders) -> Path:
     return folders["trained"]
 
 
+@pytest.fixture(scope="session")
+def prompts(questions) -> list[list[int]]:
+    return questions[:6]
+
+
+@pytest.fixture(scope="session")
+def expected(folders, language_target, prompts) -> dict[str, Steps]:
+    """What our decoder does with each kind of drafter."""
+    return {
+        kind: our_steps(language_target, load_drafter(path, language_target), prompts) for kind, path in folders.items()
+    }
+
+
 @pytest.fixture
-def do_export(language_target, folders, target_gguf, tmp_path):
+def do_export(language_target, folders, target_gguf, tmp_path) -> Callable[..., Exported]:
     def run(to, kind="trained", folder=None, **options) -> Exported:
         settings = {"output": tmp_path / to, "name": "tiny-dflash", "target_name": "some/target"}
-        request = Request(to=to, **{**settings, "target_gguf": target_gguf, **options})
+        if to == "gguf":
+            settings["target_gguf"] = target_gguf
+        request = Request(to=to, **settings | options)
         return export(folder or folders[kind], language_target, request)
 
     return run

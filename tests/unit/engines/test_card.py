@@ -87,33 +87,6 @@ def uploads(monkeypatch) -> list:
     return Api.uploads
 
 
-def test_the_verbs(language_folder, folder, target_gguf, tmp_path, capsys, uploads):
-    out = tmp_path / "tiny-dflash-gguf"
-    (out / "notes").mkdir(parents=True)
-    for name in ("notes/own.txt", "notes/own.py", "responses.jsonl", "bench-1.jsonl"):
-        (out / name).touch()
-    flags = [str(folder), "--target", str(language_folder), "--to", "gguf", "--output", str(out)]
-    flags += ["--dtype", "float16"]
-    assert main(["export", *flags]) == 1
-    assert "--target-gguf" in capsys.readouterr().err
-    flags += ["--target-gguf", str(target_gguf), "--push", "me/tiny-dflash"]
-    assert main(["export", *flags]) == 1 and not uploads
-    assert f"the target {language_folder} is a place on this machine" in capsys.readouterr().err
-    assert main(["export", *flags, "--target-name", "me/target"]) == 0
-    printed = capsys.readouterr().out
-    assert "25 of 25 tensors read back bit for bit; rounded by at most" in printed
-    assert "uploaded: https://example.org/me/tiny-dflash" in printed
-    (written,) = out.glob("dflash-*-float16.gguf")
-    assert uploads == ["me/tiny-dflash", ["README.md", written.name]]
-    assert f"-md {written.name} --spec-type draft-dflash --spec-draft-n-max 5" in (out / "README.md").read_text()
-    again = tmp_path / "again"
-    assert main(["import", str(out), "--output", str(again), "--target", str(language_folder)]) == 0
-    assert "next: dpace check" in capsys.readouterr().out and (again / "modeling_dflash.py").exists()
-    for source, words in (("nothing", "nothing is missing, expected a folder or a Hub id"), ("again", "own folder")):
-        assert main(["import", str(tmp_path / source), "--output", str(again)]) == 1
-        assert words in capsys.readouterr().err
-
-
 @quiet
 def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     language_folder, language_target, folder, tmp_path, monkeypatch, capsys
@@ -136,7 +109,8 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
 
 @pytest.mark.parametrize("to", ["vllm", "speculators", "gguf"])
 def test_a_name_of_the_target_keeps_its_place_out_of_all_files(to, language_folder, folder, target_gguf, tmp_path):
-    flags = ["--target", str(language_folder), "--to", to, "--output", "out", "--target-gguf", str(target_gguf)]
+    flags = ["--target", str(language_folder), "--to", to, "--output", "out"]
+    flags += ["--target-gguf", str(target_gguf)] if to == "gguf" else []
     with contextlib.chdir(tmp_path):
         assert main(["export", str(folder), *flags, "--target-name", "me/target"]) == 0
     files = [path for path in (tmp_path / "out").iterdir() if path.name[0] != "."]
@@ -148,18 +122,22 @@ def test_a_folder_holds_the_last_export_only(folder, language_folder, target_ggu
     """What dpace wrote of an earlier one is removed and named; files of others stay, and are not uploaded."""
     (out := tmp_path / "out").mkdir()
     (out / "own.gguf").write_text("mine")
-    flags = [str(folder), "--output", str(out), "--target", str(language_folder), "--target-name", "me/t"]
-    flags += ["--target-gguf", str(target_gguf), "--push", "me/x"]
+    flags = [str(folder), "--output", str(out), "--target", str(language_folder), "--push", "me/x"]
+    assert main(["export", *flags, "--to", "zlab"]) == 1 and not uploads
+    assert f"the target {language_folder} is a place on this machine" in capsys.readouterr().err
     names = {"zlab": {"config.json", "model.safetensors", "modeling_dflash.py"}}
     names |= {dtype: {f"dflash-t-{dtype}.gguf"} for dtype in ("q8_0", "float16")}
     before: set[str] = set()
     for dtype, written in [*names.items(), ("zlab", names["zlab"])]:
-        more = ["--to", "zlab"] if dtype == "zlab" else ["--to", "gguf", "--dtype", dtype]
-        assert main(["export", *flags, *more]) == 0
+        more = ["--to", "gguf", "--target-gguf", str(target_gguf), "--dtype", dtype]
+        more = ["--to", "zlab"] if dtype == "zlab" else more
+        assert main(["export", *flags, "--target-name", "me/t", *more]) == 0
         assert {path.name for path in out.iterdir() if path.name[0] != "."} == {*written, "README.md", "own.gguf"}
-        assert uploads[-1] == sorted({*written, "README.md"})
-        said = capsys.readouterr().err
+        assert uploads[-2:] == ["me/x", sorted({*written, "README.md"})]
+        out_said, said = capsys.readouterr()
         assert all(name in said for name in before) and ("earlier drafter" in said) == bool(before)
+        assert ("rounded by at most" in out_said) == (dtype != "zlab")
+        assert "tensors read back bit for bit" in out_said and "uploaded: https://example.org/me/x" in out_said
         before = written
     assert set(read_json(out / MARKER)["files"]) == {*names["zlab"], "README.md"}
 

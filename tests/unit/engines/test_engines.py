@@ -16,26 +16,17 @@ from transformers import AutoModel
 import dpace.modeling_dflash
 from dpace.cli import main
 from dpace.decode.decoder import generate_batch
-from dpace.decode.loop import generate_plain
-from dpace.drafter import Drafter, load_drafter
+from dpace.decode.loop import generate, generate_plain
+from dpace.drafter import load_drafter
 from dpace.engines.engine import Contents
 from dpace.engines.gguf import write_gguf
 from dpace.engines.published import make_drafter, read_folder
 from dpace.target import Target
-from tests.conftest import EOS, decode_whole
+from tests.conftest import EOS
 from tests.support.files import read_json
-from tests.unit.engines.conftest import KINDS, WINDOWS
+from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps
 
-MAX_NEW_TOKENS = 40
-"""More than any response here has, so that no engine drafts less at the end."""
-Steps = list[tuple[list[int], int]]
-"""Text and number of verifications of each prompt."""
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
-
-
-@pytest.fixture(scope="session")
-def prompts(questions) -> list[list[int]]:
-    return questions[:6]
 
 
 def decode_and_count(target: Target, decode, prompts) -> Steps:
@@ -52,14 +43,9 @@ def decode_and_count(target: Target, decode, prompts) -> Steps:
     return steps
 
 
-def our_steps(target: Target, drafter: Drafter, prompts) -> Steps:
-    done = decode_whole(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
-    return [(out.token_ids, len(out.widths)) for out in done]
-
-
-def llamacpp_steps(target_gguf: Path, path: Path, prompts) -> Steps:
+def llamacpp_steps(target_gguf: Path, path: Path, prompts, **options) -> Steps:
     """llama.cpp tells how many tokens it drafted: 5 for each verification of a whole block."""
-    options = {"drafter_gguf": path, "num_draft_tokens": 5}
+    options = {"drafter_gguf": path, "num_draft_tokens": 5, **options}
     answers = run_llamacpp(target_gguf, prompts, max_new_tokens=MAX_NEW_TOKENS, **options)
     assert all(answer.num_drafted % 5 == 0 for answer in answers)
     return [(answer.token_ids, answer.num_drafted // 5) for answer in answers]
@@ -69,14 +55,6 @@ def distance(found: Steps, expected: Steps) -> int:
     """Difference of the verifications, of equal texts."""
     assert [text for text, _ in found] == [text for text, _ in expected]
     return sum(abs(a - b) for (_, a), (_, b) in zip(found, expected, strict=True))
-
-
-@pytest.fixture(scope="session")
-def expected(folders, language_target, prompts) -> dict[str, Steps]:
-    """What our decoder does with each kind of drafter."""
-    return {
-        kind: our_steps(language_target, load_drafter(path, language_target), prompts) for kind, path in folders.items()
-    }
 
 
 def test_all_kinds_but_the_random_one_accept_drafts_and_keep_the_text(expected, language_target, prompts):
@@ -89,11 +67,14 @@ def test_all_kinds_but_the_random_one_accept_drafts_and_keep_the_text(expected, 
         assert (tau > 1.3) == (kind != "random"), kind
 
 
-@pytest.mark.parametrize("kind", [*WINDOWS, "convolutions"])
+@pytest.mark.parametrize("kind", [*WINDOWS, "convolutions", *LAYOUTS])
 def test_batches_accept_what_single_decoding_does(kind, folders, expected, language_target, prompts):
+    """And width `auto`, which accepts other drafts, keeps the text."""
     drafter = load_drafter(folders[kind], language_target)
     batch = generate_batch(language_target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS)
     assert [(out.token_ids, len(out.widths)) for out in batch] == expected[kind]
+    paced = [generate(language_target, drafter, ids, max_new_tokens=MAX_NEW_TOKENS) for ids in prompts]
+    assert [out.token_ids for out in paced] == [text for text, _ in expected[kind]]
 
 
 @quiet
@@ -132,13 +113,14 @@ def test_the_bundled_module_needs_torch_and_transformers_only():
 HALF_PRECISION = [("trained", "float16"), ("trained", "bfloat16")]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "keep") for kind in KINDS), *HALF_PRECISION])
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "keep") for kind in (*KINDS, *LAYOUTS)), *HALF_PRECISION])
 def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, language_target, target_gguf, prompts):
     ours = expected[kind]
     if dtype != "keep":
         folder = do_export("zlab", kind, dtype=dtype).path
         ours = our_steps(language_target, load_drafter(folder, language_target), prompts)
-    theirs = llamacpp_steps(target_gguf, do_export("gguf", kind, dtype=dtype).path, prompts)
+    path = do_export("gguf", kind, dtype=dtype).path
+    theirs = llamacpp_steps(target_gguf, path, prompts, from_anchor=kind == "anchored")
     assert distance(theirs, ours) <= len(prompts) * (kind != "random")  # a near tie may fall the other way
 
 
@@ -153,6 +135,7 @@ def test_quantized_files_are_read_back_and_llamacpp_runs_them(
     (file,) = (tmp_path / "out").glob(f"*-{precision}.gguf")
     assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors} == {precision.upper(), "F32"}
     assert main(["import", str(file), "--target", str(language_folder), "--output", str(tmp_path / "in")]) == 0
+    assert f"quantized weights ({precision.upper()}) are written as float32" in capsys.readouterr().err
     ours = our_steps(language_target, load_drafter(tmp_path / "in", language_target), prompts)
     assert distance(llamacpp_steps(target_gguf, file, prompts), ours) <= 2 * len(prompts)
 

@@ -14,40 +14,67 @@ import dpace.engines.gguf
 import dpace.engines.speculators
 from dpace.cli import main
 from dpace.drafter import Drafter
-from dpace.engines import all_engines
 from dpace.engines.engine import Contents
 from dpace.engines.export import import_drafter, read_drafter
 from dpace.engines.gguf import read_gguf, write_gguf
 from dpace.engines.published import read_folder
 from tests.conftest import EOS, make_drafter, make_target, make_with_convolutions, write_target_gguf
 from tests.support.files import change_config, changed_weights, read_json
-from tests.unit.engines.conftest import WINDOWS
+from tests.unit.engines.conftest import LAYOUTS, RECORD, WINDOWS
 from tests.unit.target.test_target_files import write_fp8
 
-REFUSED = [("speculators", "causal")]
-PAIRS = [(to, kind) for to in ("zlab", "speculators", "gguf") for kind in WINDOWS if (to, kind) not in REFUSED]
-DTYPES = [(to, "trained", dtype) for to in ("zlab", "speculators", "gguf") for dtype in ("bfloat16", "float16")]
-SHAPES = [*PAIRS, ("gguf", "convolutions"), ("zlab", "convolutions")]
+REFUSED = {
+    ("speculators", "causal"): "is_causal is true",
+    ("speculators", "convolutions"): "DFlash2DraftModel, which speculators .* --to vllm or .*--to gguf",
+    ("speculators", "own"): "has_own_embed_tokens",
+    ("zlab", "anchored"): "the drafter has sample_from_anchor True, which .* --to speculators or --to gguf",
+    ("zlab", "small"): "draft_vocab_size",
+    ("zlab", "own"): "has_own_embed_tokens",
+    ("vllm", "anchored"): "the drafter has sample_from_anchor True",
+}
+"""What an engine does not read, with the engines that do."""
+TO = ("zlab", "speculators", "gguf")
+CASES = [(to, kind, "keep") for to in TO for kind in (*WINDOWS, "convolutions", *LAYOUTS)]
+CASES += [("vllm", kind, "keep") for kind in LAYOUTS]
+CASES += [(to, "trained", dtype) for to in TO for dtype in ("bfloat16", "float16")]
 
 
-@pytest.mark.parametrize(("to", "kind", "dtype"), [*((to, kind, "keep") for to, kind in SHAPES), *DTYPES])
-def test_out_and_in_again_is_the_same_drafter(to, kind, dtype, do_export, folders, language_folder, tmp_path):
+@pytest.mark.parametrize(("to", "kind", "dtype"), CASES)
+def test_out_and_in_again_is_the_same_drafter_or_it_is_refused(
+    to, kind, dtype, do_export, folders, language_folder, tmp_path
+):
+    if reason := REFUSED.get((to, kind)):
+        with pytest.raises(ValueError, match=reason):
+            do_export(to, kind)
+        return
     spec, weights = read_folder(folders[kind])
     done = do_export(to, kind, dtype=dtype)
-    assert done.num_tensors == len(weights) == (36 if kind == "convolutions" else 25)
     assert (done.rounding == 0) == (dtype == "keep") and done.rounding < 0.01
     again = import_drafter(done.path, tmp_path / "again", target=str(language_folder))
     files = load_file(tmp_path / "again" / "model.safetensors")
+    assert files.keys() == weights.keys()
     for name, tensor in weights.items():
         is_kept = dtype == "keep" or (to == "gguf" and tensor.dim() != 2)
         expected = tensor if is_kept else tensor.to(getattr(torch, dtype))
         assert files[name].dtype == expected.dtype and torch.equal(files[name], expected), name
-    assert again.spec == spec
+    assert again.spec == spec and again.spec.record == RECORD
+    assert again.spec.special_token_ids == spec.special_token_ids != {}
+    if kind == "small" and to == "speculators":
+        before, after = (load_file(path / "model.safetensors") for path in (folders[kind], done.path))
+        assert torch.equal(after["t2d"], before["t2d"])
 
 
-@pytest.mark.parametrize("engine", [engine for engine in all_engines() if engine.layout == "published"])
-def test_save_is_export(engine, do_export, folder):
-    path = do_export(engine.name).path
+def test_cards_say_what_engines_must_know(do_export):
+    cards = [(do_export(*case).path.parent / "README.md") for case in (("gguf", "anchored"),)]
+    cards += [do_export(*case).path / "README.md" for case in (("speculators", "anchored"), ("vllm", "own"))]
+    for_llamacpp, for_speculators, with_tables = (card.read_text() for card in cards)
+    assert "--spec-type draft-dspark --spec-draft-n-max 5" in for_llamacpp
+    assert "sample_from_anchor" in for_speculators and '"num_speculative_tokens": 5' in for_speculators
+    assert not re.search("sglang|TensorRT|trust_remote_code", with_tables), "they ignore tables"
+
+
+def test_save_is_export(do_export, folder):
+    path = do_export("vllm").path
     for name in ("model.safetensors", "modeling_dflash.py"):
         assert (path / name).read_bytes() == (folder / name).read_bytes()
     assert read_json(path / "config.json") == read_json(folder / "config.json")
@@ -116,8 +143,6 @@ def test_layers_of_which_some_are_causal(folders, do_export, tmp_path):
         assert read_drafter(do_export(to, folder=path).path, num_target_layers=6).spec == spec
     with pytest.raises(ValueError, match="is_causal is not set"):
         do_export("gguf", folder=path)
-    with pytest.raises(ValueError, match="is_causal is true"):
-        do_export("speculators", "causal")
 
 
 def test_scaled_rope_and_scales_survive(tmp_path):
@@ -187,6 +212,7 @@ def test_quantized_weights_are_imported_as_plain_numbers(folder, edit, language_
     assert main(["generate", *f"--target {language_folder} --drafter {quantized} --prompt w1".split()]) == 1
     assert "method 'fp8'" in (error := capsys.readouterr().err) and "dpace import" in error
     assert main(["import", str(quantized), "--output", str(tmp_path / "plain")]) == 0
+    assert "quantized weights (fp8) are written as float32" in capsys.readouterr().err
     before, found = (read_drafter(path).state_dict() for path in (folder, tmp_path / "plain"))
     for name, weight in before.items():
         error = (found[name] - weight).norm() / weight.norm()
@@ -247,13 +273,3 @@ def test_quantized_zeros_are_read_back(dtype, tmp_path):
 
 def _parts(drafter: Drafter):
     return drafter.spec, {name: tensor.detach() for name, tensor in drafter.state_dict().items()}
-
-
-@pytest.mark.parametrize(
-    ("to", "kind", "words"),
-    [("speculators", "convolutions", "DFlash2DraftModel, which speculators"), ("zlab", "trained", "--dtype is q8_0")],
-)
-def test_what_an_engine_does_not_read_is_refused_with_those_that_do(to, kind, words, do_export):
-    with pytest.raises(ValueError, match=words) as refusal:
-        do_export(to, kind, dtype="q8_0" if kind == "trained" else "keep")
-    assert re.search("--to (vllm or .*--to )?gguf", str(refusal.value))

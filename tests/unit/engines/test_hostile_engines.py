@@ -167,7 +167,8 @@ def test_a_full_disk_is_one_line(verb, folder, tmp_path, capsys, target_gguf):
     out = tmp_path / "out"
     to = verb.split()[-1].replace("export", "zlab")
     args = [verb.split()[0], str(folder), "--output", str(out)]
-    args += ["--target", "t", "--to", to, "--target-gguf", str(target_gguf)] if verb != "import" else []
+    args += ["--target", "t", "--to", to] if verb != "import" else []
+    args += ["--target-gguf", str(target_gguf)] if to == "gguf" else []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -261,6 +262,28 @@ def test_folders_of_others_are_left_alone(verb, name, folder, language_folder, t
     args = [verb, str(folder), "--output", str(out), "--target", str(out if name == "the target" else language_folder)]
     refused([*args, *(["--to", "zlab"] if verb == "export" else [])], capsys, "--output")
     assert (tree(out) if out.is_dir() else out.read_text()) == before
+
+
+LATE = {
+    "--to zlab --dtype q8_0": "--dtype is q8_0",
+    "--to zlab --plain": "has no head",
+    "--to gguf": "name one with --target-gguf",
+    "--to gguf --target-gguf nothing.gguf": "there is no file",
+    "--to vllm --target-gguf {gguf}": "--target-gguf is for --to gguf",
+    "--to speculators --output {trained}": "holds a drafter that dpace trained",
+    "--to speculators": "is_causal is true",
+}
+
+
+@pytest.mark.parametrize("flags", LATE)
+def test_an_export_that_is_refused_loads_no_target(
+    flags, folder, language_drafter_folder, target_gguf, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("dpace.verbs.export.load_target", lambda *_, **__: pytest.fail("it was loaded"))
+    change_config(folder, is_causal=True)
+    words = flags.format(gguf=target_gguf, trained=language_drafter_folder).split()
+    refused(["export", str(folder), "--target", "t", "--output", str(tmp_path / "out"), *words], capsys, LATE[flags])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_comparison_leaves_what_was_there(folder, tmp_path, capsys, monkeypatch):

@@ -86,8 +86,8 @@ class Runs:
     def export(self, output: Path, *words: str) -> None:
         if words == ("over", "another"):
             words = ("zlab", "--dtype", "bfloat16")
-        flags = f"--target-gguf {self.target_gguf} --output {output}"
-        self.main("export", f"{self.drafter} --to {' '.join(words)} {flags}")
+        flags = f"--target-gguf {self.target_gguf}" if words == ("gguf",) else ""
+        self.main("export", f"{self.drafter} --to {' '.join(words)} --output {output} {flags}")
 
     def import_(self, output: Path, source: str) -> None:
         self.main("import", f"{self.exported(source)} --output {output}")
@@ -96,7 +96,8 @@ class Runs:
         """The drafter for an engine, written once; the GGUF file for llama.cpp."""
         folder = self.folder / to
         if not folder.exists():
-            options = {"name": "d", "target_name": str(self.target_folder), "target_gguf": self.target_gguf}
+            options = {"name": "d", "target_name": str(self.target_folder)}
+            options |= {"target_gguf": self.target_gguf} if to == "gguf" else {}
             export(self.drafter, self.target, Request(to=to, output=folder, **options))
         return next(folder.glob("*.gguf"), folder)
 
