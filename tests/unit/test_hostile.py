@@ -257,6 +257,7 @@ def test_help_fits_a_terminal(verb, monkeypatch, capsys):
     empty = [not line.strip("│ ") for line in lines]
     assert not any(first and second for first, second in itertools.pairwise(empty))
     if verb in ("data", "respond", "train", "bench"):
+        assert (f"--{verb}.NAME may be written as --NAME." in lines) == (verb != "data")
         assert lines[0] == f"{VERBS[verb].capitalize()}." and f"usage: dpace {verb} [RECIPE] [-h] [OPTIONS]" in lines
     if verb == "respond":
         assert len(lines) <= 120 and any("--train.*" in line for line in lines)

@@ -8,20 +8,20 @@ import contextlib
 import inspect
 import io
 import itertools
-import re
 import shlex
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, is_dataclass, make_dataclass
+from collections.abc import Sequence
+from dataclasses import is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+import tyro
 from pydantic import ValidationError
 
 from dpace.config import Recipe
 from dpace.recipes import RECIPES, VERBS
-from dpace.recipes.recipe_file import read_recipe, read_settings, without_passwords
+from dpace.recipes.recipe_file import read_settings, without_passwords
 from dpace.recipes.validation import UsageError, explain
 
 DRY_RUN = "--dry-run"
@@ -52,13 +52,12 @@ def parse(config_class: type[Options], verb: str, args: list[str], *, groups: Se
         known = _groups(config_class)
         shown = known if groups is None or "--help-all" in args else groups
         _print_help(config_class, verb, [name for name in known if name not in shown])
-    import tyro
-
+    recipe, _, flags = _read(config_class, _words(config_class, verb, args))
     output = io.StringIO()
     try:
         # without a terminal, tyro draws in ASCII
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return tyro.cli(config_class, prog=f"dpace {verb}", args=_full_flags(config_class, verb, args))
+            return tyro.cli(config_class, prog=f"dpace {verb}", args=flags, default=recipe)
     except (SystemExit, ValidationError) as end:
         raise _refusal(end, output.getvalue(), config_class, verb) from end
 
@@ -75,8 +74,6 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
     Raises:
         SystemExit: always.
     """
-    import tyro
-
     kinds = _groups(config_class)
     hidden: Any = [(name, Annotated[kinds[name], tyro.conf.Suppress], kinds[name]()) for name in others]
     shown = make_dataclass(config_class.__name__, hidden, bases=(config_class,), frozen=True)
@@ -94,18 +91,29 @@ def _print_help(config_class: type, verb: str, others: Sequence[str]) -> None:
         for name in others:
             line = f"  --{name + '.*':<11} {kinds[name].__doc__}"
             print(textwrap.fill(line, width, subsequent_indent=" " * 16))
+    if verb in kinds:
+        print(f"--{verb}.NAME may be written as --NAME.")
     if verb in LONG_VERBS:
         print(f"{DRY_RUN} says what this would do, and stops.")
     raise SystemExit(0)
 
 
-def _full_flags(config_class: type, verb: str, args: list[str]) -> list[str]:
-    """Return all options as flags with their full names, those of a recipe before those that override them."""
-    if verb in LONG_VERBS:
-        args = [arg for arg in args if arg != DRY_RUN]
-    path = _recipe_path(args, config_class)
-    recipe = _flags(_options(read_settings(path, config_class))) if path else []
-    return [*recipe, *(_with_group(config_class, verb, arg) for arg in args[path is not None :])]
+def _words(config_class: type, verb: str, args: list[str]) -> list[str]:
+    """Return the arguments without `--dry-run`, and the flags among them with their full names."""
+    names, groups = get_type_hints(config_class), _groups(config_class)
+    own = get_type_hints(groups[verb]).keys() - names.keys() if verb in groups else ()
+    return [
+        f"--{verb}.{arg.removeprefix('--')}" if arg.startswith("--") and _option_of(arg) in own else arg
+        for arg in args
+        if arg != DRY_RUN or verb not in LONG_VERBS
+    ]
+
+
+def _read(config_class: type, words: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
+    """Read the recipe that stands first, if one does; return it, its settings, and the flags."""
+    path = _recipe_path(words, config_class)
+    recipe, settings = read_settings(path, config_class) if path else (tyro.MISSING_NONPROP, {})
+    return recipe, settings, words[path is not None :]
 
 
 def _recipe_path(args: list[str], config_class: type) -> str | Path | None:
@@ -119,13 +127,10 @@ def _recipe_path(args: list[str], config_class: type) -> str | Path | None:
     return RECIPES[args[0]]
 
 
-def _with_group(config_class: type, verb: str, arg: str) -> str:
-    """Add a verb's own group where a flag leaves it out: `dpace bench --sets` means `--bench.sets`."""
-    names, groups = get_type_hints(config_class), _groups(config_class)
-    flag = re.match(r"--(?:no-)?([\w-]+)", arg)
-    name = flag[1].replace("-", "_") if flag else ""
-    is_own = name not in names and verb in groups and name in get_type_hints(groups[verb])
-    return f"--{verb}.{arg.removeprefix('--')}" if is_own else arg
+def _option_of(flag: str) -> str:
+    """Return the option that a flag sets: `train.torch_compile` of --train.no-torch-compile."""
+    group, dot, name = flag.removeprefix("--").partition("=")[0].rpartition(".")
+    return f"{group}{dot}{name.removeprefix('no-')}".replace("-", "_")
 
 
 def _refusal(end: BaseException, output: str, config_class: type, verb: str) -> ValueError:
@@ -154,7 +159,7 @@ def _one_line(output: str, verb: str) -> str:
     """Shorten tyro's box to what is wrong and the option that may have been meant."""
     lines = [line.strip("| ") for line in output.splitlines()][2:]  # without the title
     problem = " ".join(itertools.takewhile(lambda line: line.strip("-"), lines)).removesuffix(".")
-    meant = next((line.split()[0] for line in lines if re.match(r"--\w", line)), "")
+    meant = next((line.split()[0] for line in lines if line.startswith("--") and line.strip("-")), "")
     hint = f"did you mean {meant}? " if meant and meant not in problem else ""
     return f"{problem or 'the flags cannot be read'}; {hint}`dpace {verb} --help` lists the options"
 
@@ -164,9 +169,11 @@ def given_options(config_class: type, verb: str, args: list[str]) -> set[str]:
 
     Its arguments are those of `parse`.
     """
-    flags = _full_flags(config_class, verb, args)
-    names = (flag.partition("=")[0] for flag in flags if flag.startswith("--"))
-    return {re.sub(r"^--|(?<=[-.])no-", "", name).replace("-", "_") for name in names}
+    _, settings, flags = _read(config_class, _words(config_class, verb, args))
+    given = {_option_of(flag) for flag in flags if flag.startswith("--")}
+    for name, value in settings.items():
+        given |= {f"{name}.{each}" for each in value} if isinstance(value, dict) else {name}
+    return given
 
 
 def first_as(name: str, args: list[str]) -> list[str]:
@@ -189,35 +196,9 @@ def command(verb: str, *values: Any, **flags: Any) -> str:
     return shlex.join(without_passwords(words))
 
 
-def next_command(verb: str, recipe: Recipe, args: list[str]) -> str:
+def next_command(verb: str, before: str, args: list[str]) -> str:
     """Return the command that runs another verb with the same settings.
 
-    It names the recipe file that was given, and each setting that differs from that file by its full name, which all
-    verbs that take a recipe know.
+    It has the recipe and the flags of the verb before, by their full names, which all verbs that take a recipe know.
     """
-    path = _recipe_path(args, Recipe)
-    base = dict(_options(asdict(read_recipe(path) if path else Recipe())))
-    changed = [(name, value) for name, value in _options(asdict(recipe)) if value != base.get(name, value)]
-    return command(verb, *(args[:1] if path else []), *_flags(changed))
-
-
-def _options(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the names of nested settings, such as `drafter.block_size`, and their values."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _options(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _flags(options: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Yield the flags and values of settings."""
-    for name, value in options:
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            yield flag if value else re.sub(r"(\w[\w-]*)$", r"no-\1", flag)
-        elif isinstance(value, str) and value.startswith("-"):
-            yield f"{flag}={value}"
-        else:
-            yield flag
-            yield from map(str, value if isinstance(value, list | tuple) else [value])
+    return command(verb, *_words(Recipe, before, args))

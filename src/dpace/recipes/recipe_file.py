@@ -3,7 +3,7 @@
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,6 +12,7 @@ from dpace.recipes.validation import from_json, to_json
 from dpace.system.ledger import read_text, write_text
 from dpace.system.progress import one_line, quoted
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 MAX_BYTES = 2**20
 """Bytes of the largest recipe."""
 
@@ -22,11 +23,11 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises:
         ValueError: the file, the key and the value of what is wrong, and what was expected.
     """
-    return from_json(Recipe, read_settings(path, Recipe))
+    return read_settings(path, Recipe)[0]
 
 
-def read_settings(path: str | Path, config_class: type[Recipe]) -> dict[str, Any]:
-    """Read the settings that a YAML recipe has, without defaults.
+def read_settings(path: str | Path, config_class: type[AnyRecipe]) -> tuple[AnyRecipe, dict[str, Any]]:
+    """Read a YAML recipe; return also the settings that it has, without defaults.
 
     Raises:
         ValueError: the file, the key and the value of what is wrong, and what was expected.
@@ -40,12 +41,11 @@ def read_settings(path: str | Path, config_class: type[Recipe]) -> dict[str, Any
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {path} holds {quoted(values)}; expected lines such as `name: value`")
     try:
-        from_json(config_class, values)
+        return from_json(config_class, values), values
     except ValueError as error:
         how = " (a text in quotes)" if "expected a text" in str(error) else ""
         fix = f"change it{how}, or leave the line out for the default"
         raise ValueError(f"the recipe {path}: {error}; {fix}") from error
-    return values
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:

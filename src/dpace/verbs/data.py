@@ -21,8 +21,8 @@ def run(args: list[str]) -> None:
     train = load_corpus(path, recipe.prompts)[0] if path.exists() else None
     if not train:
         print(f"{path} has no answers to these prompts")
-        print("next:", next_command("respond", recipe, args))
+        print("next:", next_command("respond", "data", args))
         return
     tokenizer = load_chat(recipe).tokenizer
     console().print(responses_page(train, recipe.train.max_length, read_meta(path), tokenizer))
-    print("next:", next_command("train", recipe, args))
+    print("next:", next_command("train", "data", args))

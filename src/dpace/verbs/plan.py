@@ -27,7 +27,9 @@ class PlanConfig(Recipe):
 def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     asked = parse(PlanConfig, "plan", args)
-    next_command("train", asked, args)  # refuses keys of the recipe that other verbs do not have
+    pairs = zip(["", *args], args, strict=False)
+    shared = [arg for before, arg in pairs if before != "--memory" and not arg.startswith("--memory")]
+    parse(Recipe, "plan", shared)  # refuses keys of the recipe that other verbs do not have
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
     import numpy as np
 
@@ -60,4 +62,4 @@ def run(args: list[str]) -> None:
         lines.append("no answers yet: each one counts as long as the recipe allows")
     print("\n".join(lines))
     meta = read_meta(Path(recipe.output) / "responses.jsonl")
-    print("next:", next_command("train" if meta.get("complete") else "respond", asked, args))
+    print("next:", next_command("train" if meta.get("complete") else "respond", "plan", shared))

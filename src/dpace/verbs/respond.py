@@ -48,4 +48,4 @@ def run(args: list[str]) -> None:
     for reason, number in left_out.items():
         note(f"{count(number, 'prompt')} without an answer: {reason}")
     print_text(f"{count(len(prompts) - sum(left_out.values()), 'response')} in {path}")
-    print_text(f"next: {next_command('train', recipe, args)}")
+    print_text(f"next: {next_command('train', 'respond', args)}")

@@ -21,7 +21,7 @@ def run(args: list[str]) -> None:
 
     run = Run(*start_from(recipe, given_options(Recipe, "train", args)))
     check_recipe(run.recipe)
-    answers = Answers(recipe, next_command("respond", recipe, args))
+    answers = Answers(recipe, next_command("respond", "train", args))
     datasets = choose_conversations(*answers.load(), run.recipe)
     run.facts |= data_facts(*datasets)
     folder = Path(recipe.output) / "drafter"
@@ -40,4 +40,4 @@ def run(args: list[str]) -> None:
     train(target, *datasets, run.recipe, folder, init=run.init, run=run)
     if ranks.end():
         print(f"drafter in {folder}")
-        print("next:", next_command("bench", recipe, args))
+        print("next:", next_command("bench", "train", args))
