@@ -149,9 +149,9 @@ def answering_seconds(
 ) -> Number:
     """Estimate the seconds in which the target reads prompts and writes answers, in batches, like those it wrote."""
     turns = sum(len(prompt.turns) for prompt in prompts)
-    batch_size = recipe.respond.batch_size
-    read = target.reading_seconds(expected_lengths(prompts, recipe, kept)[0].sum())
-    return read + target.decoding_seconds(turns, mean_answer(kept, recipe, batch_size), batch_size)
+    tokens, answered = expected_lengths(prompts, recipe, kept)
+    read = target.reading_seconds((tokens - answered).sum())
+    return read + target.decoding_seconds(turns, mean_answer(kept, recipe), recipe.respond.batch_size)
 
 
 def num_decodings(recipe: Recipe, prompts: Sequence[Prompt], num_drafters: int) -> int:

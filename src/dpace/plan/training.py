@@ -101,15 +101,10 @@ def expected_lengths(prompts: Sequence[Prompt], recipe: Recipe, kept: Mapping[st
     return rows.clip(1, recipe.train.max_length)
 
 
-def mean_answer(kept: Mapping[str, AnswerLengths], recipe: Recipe, batch_size: int = 1) -> Number:
-    """Compute the mean length in tokens of the longest answer of each batch, which takes the time of that one.
-
-    Without answers, it is the longest that the recipe allows.
-    """
+def mean_answer(kept: Mapping[str, AnswerLengths], recipe: Recipe) -> Number:
+    """Compute the mean length of answers in tokens; without any, it is the longest that the recipe allows."""
     limit = recipe.respond.max_new_tokens
-    lengths = [length for found in kept.values() for length in found.answers]
-    longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
-    return min(limit, statistics.mean(longest or [limit]))
+    return min(limit, statistics.mean([length for found in kept.values() for length in found.answers] or [limit]))
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,11 @@ class TargetPlan:
         return self.target.model.get_memory_footprint(return_buffers=False)
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes of its copies in 16 bits, which a CPU reads in the place of weights in fp32."""
+        return self.target_bytes // 2 if self.machine.is_cpu and self.target.head.weight.itemsize == 4 else 0
+
+    @property
     def start_seconds(self) -> Number:
         """Seconds until it is loaded."""
         return START_SECONDS + self.target_bytes / FILE_SPEED
@@ -134,15 +134,15 @@ class TargetPlan:
         return 2 * self.target.model.num_parameters() * num_tokens / self.machine.speed.flops
 
     def decoding_seconds(self, num_answers: int, num_tokens: Number, batch_size: int = 1) -> Number:
-        """Estimate the seconds of plain decoding: each token reads all weights, and multiplies them with the batch.
+        """Estimate the seconds of plain decoding: a step reads all weights, and multiplies them at the same time.
 
         Args:
             num_answers: answers to write.
-            num_tokens: of each answer, or of the longest one of a batch, which takes the batch's time.
+            num_tokens: of each answer.
             batch_size: answers that are written at once.
         """
-        seconds = self.target_bytes / self.machine.speed.bytes_per_second + self.reading_seconds(batch_size)
-        return -(-num_answers // batch_size) * num_tokens * seconds
+        num_bytes = -(-num_answers // batch_size) * num_tokens * (self.copied_bytes or self.target_bytes)
+        return max(num_bytes / self.machine.speed.bytes_per_second, self.reading_seconds(num_answers * num_tokens))
 
 
 def plan_target(recipe: Recipe) -> TargetPlan:
@@ -260,7 +260,7 @@ class TrainingPlan(TargetPlan):
         tiles = min(loss.chunk_mib * 2**20 if loss.chunk_mib else chunk, 4 * slots * self.num_rows)
         return {
             "target": self.target_bytes,
-            "its copies for speed": self.target_bytes // 2 if machine.is_cpu and head.itemsize == 4 else 0,
+            "its copies for speed": self.copied_bytes,
             "drafter": drafter.num_parameters() * (4 if item == 4 else 4 + item),
             "optimizer's moments": 4 * self.num_moments,
             "gradient": 4 * drafter.num_parameters(),

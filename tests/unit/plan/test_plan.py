@@ -18,7 +18,7 @@ from dpace.config import DrafterConfig, LossConfig, PromptsConfig, Recipe, Respo
 from dpace.drafter import Drafter
 from dpace.loss.objective import make_weigh
 from dpace.measure.heldout import heldout_acceptance
-from dpace.plan.lines import answer_lines
+from dpace.plan.lines import answer_lines, answering_seconds
 from dpace.plan.speed import Machine, Speed, measure_speed
 from dpace.plan.training import START_SECONDS, TrainingPlan, known_lengths, mean_answer, paper_target, plan_recipe
 from dpace.prompts.prompts import split_prompts
@@ -27,6 +27,7 @@ from dpace.target import Target
 from dpace.train.loop import TrainingLoop
 from dpace.train.run import choose_conversations
 from tests.conftest import make_tokenizer
+from tests.support.cases import wide
 from tests.support.families import make_sharp_target
 from tests.support.files import make_prompts, write_prompts, write_rows
 from tests.support.memory import peak_bytes
@@ -94,7 +95,10 @@ def make_loop(name: str, folder) -> tuple[TrainingPlan, TrainingLoop]:
     return plan, TrainingLoop(made, target, *datasets, recipe, weigh=weigh, checkpoints=folder)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+DEFAULT = "soft labels, checkpointing", "a head, bf16"
+
+
+@pytest.mark.parametrize("name", wide(SHAPES, *DEFAULT))
 def test_the_memory_of_a_step_is_near_the_measured_peak(name, tmp_path):
     plan, loop = make_loop(name, tmp_path)
     head = loop.scorer.rows.head.weight
@@ -129,7 +133,7 @@ def test_weights_and_moments_of_a_plan_are_those_of_the_files(tmp_path):
     assert sum(written.values()) < plan.disk_bytes / 3
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", wide(SHAPES, *DEFAULT))
 def test_the_operations_of_a_step_are_those_that_torch_counts(name, tmp_path):
     plan, loop = make_loop(name, tmp_path)
     batches = next(loop.batches_of_steps())
@@ -152,37 +156,19 @@ def test_measuring_a_block_takes_the_planned_operations(head, tmp_path):
     assert planned / 1.5 < counter.get_total_flops() < 1.5 * planned
 
 
-@pytest.mark.parametrize("changes", [{"num_epochs": 2.5}, {"max_steps": 7}, {"gradient_accumulation_steps": 4}])
-def test_steps_are_counted_as_the_loop_counts_them(changes, tmp_path):
-    plan, loop = make_loop("many small blocks", tmp_path)
-    recipe = replace(plan.recipe, train=TrainConfig(**{"num_epochs": 1.0, "batch_size": 3, **changes}))
-    for conversations in (1, 2, 13, 24, 25):
-        rows = [Response(str(i), "set", [], [5, 6, 7], [[0, 3]]) for i in range(conversations)]
-        datasets = choose_conversations(rows, [], recipe)
-        weigh = make_weigh(recipe.loss, loop.drafter.block_size)
-        loop = TrainingLoop(loop.drafter, loop.target, *datasets, recipe, weigh=weigh, checkpoints=tmp_path)
-        plan = replace(plan, recipe=recipe, trained=known_lengths(datasets[0]))
-        assert plan.num_steps == loop.state.max_steps
-
-
-def write_answered(folder, config) -> list[str]:
+@pytest.fixture
+def answered(tmp_path) -> list[str]:
     """A recipe's folder with answers, and a target of which there are only config and tokenizer."""
-    config.save_pretrained(folder / "target")
-    make_tokenizer().save_pretrained(folder / "target")
+    SHAPES["many small blocks"][0].save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
     prompts = make_prompts(f"question {i}" for i in range(20))
-    path = write_rows(folder / "prompts.jsonl", ({"messages": one.turns[0], "id": one.id} for one in prompts))
+    path = write_rows(tmp_path / "prompts.jsonl", ({"messages": one.turns[0], "id": one.id} for one in prompts))
     rows = (asdict(Response(one.id, "prompts", one.turns[0], list(range(5, 45)), [[10, 40]])) for one in prompts)
-    out = folder / "out"
-    out.mkdir()
+    (out := tmp_path / "out").mkdir()
     write_rows(out / "responses.jsonl", rows)
     meta = known_settings(RespondConfig(), thinking=False) | {"complete": True, "num_prompts": 20}
     (out / "responses.meta.json").write_text(json.dumps(meta))
-    return ["--target", str(folder / "target"), "--output", str(out), "--prompts.path", path]
-
-
-@pytest.fixture
-def answered(tmp_path) -> list[str]:
-    return write_answered(tmp_path, SHAPES["many small blocks"][0])
+    return ["--target", str(tmp_path / "target"), "--output", str(out), "--prompts.path", path]
 
 
 def files(folder) -> dict:
@@ -246,17 +232,6 @@ def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsy
     assert capsys.readouterr().out == "", "the other verbs would not read this recipe"
 
 
-def test_checkpointing_and_smaller_batches_make_a_step_fit(tmp_path):
-    plan, _ = make_loop("long blocks, AdamW", tmp_path)
-    shape = plan.shape()
-    needed = [sum(plan.memory(shape, is_checkpointed=again).values()) for again in (False, True)]
-    needed.append(sum(plan.memory(shape._replace(batch_size=1)).values()))
-    assert needed[1] < needed[0] > needed[2]
-    plan = replace(plan, machine=plan.machine._replace(memory=needed[0] - 1))
-    assert not plan.fits(shape) and plan.fits(shape, is_checkpointed=True)
-    assert plan.fits(shape._replace(batch_size=1))
-
-
 def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
     make_sharp_target("qwen2.5-vl").model.config.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -265,10 +240,9 @@ def test_a_target_that_reads_images_is_planned_for(tmp_path, capsys):
 
 
 def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, capsys):
-    """A batch takes as long as its longest answer."""
     kept = {str(i): AnswerLengths(n, [n]) for i, n in enumerate([3, 9, 1, 1, 5])}
     recipe = Recipe(respond=RespondConfig(max_new_tokens=8))
-    assert mean_answer(kept, recipe, 2) == (9 + 1 + 5) / 3 and mean_answer({}, recipe) == 8
+    assert mean_answer(kept, recipe) == 19 / 5 and mean_answer({}, recipe) == 8
     path = tmp_path / "out" / "responses.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     prompts = PromptsConfig(path=str(tmp_path / "prompts.jsonl"))
@@ -279,6 +253,20 @@ def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, cap
     assert main(["plan", *answered]) == 0
     printed = capsys.readouterr().out
     assert "time: up to " in printed and "no answers yet" in printed and "fits in " in printed
+
+
+def test_answers_compute_each_token_once_or_read_the_copies_of_weights_in_each_step(tmp_path):
+    plan, _ = make_loop("many small blocks", tmp_path)
+    recipe = replace(plan.recipe, respond=RespondConfig(max_new_tokens=10, batch_size=2))
+    prompts = make_prompts(["x" * 400] * 3)
+    tokens = sum(len(str(prompt.turns)) for prompt in prompts) / 4 + 3 * 10
+    fast = SPEED._replace(bytes_per_second=1e30)
+    on = plan.machine._replace(speed=fast)
+    each = 2 * plan.target.model.num_parameters() / fast.flops
+    assert answering_seconds(recipe, replace(plan, machine=on), prompts, {}) == pytest.approx(tokens * each)
+    on = plan.machine._replace(speed=SPEED._replace(flops=1e30))
+    step = plan.target_bytes / 2 / SPEED.bytes_per_second
+    assert answering_seconds(recipe, replace(plan, machine=on), prompts, {}) == pytest.approx(2 * 10 * step)
 
 
 def test_the_speed_follows_from_the_least_time(monkeypatch):
