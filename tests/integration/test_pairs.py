@@ -83,11 +83,6 @@ PAIRS = {
     "the recipe of a drafter that started from another": Pair(
         f"train {RECIPE} --drafter.init {{drafter}}; train {{out}}/drafter/recipe.yaml", "drafter/provenance.json"
     ),
-    "export, two formats into a folder": Pair(
-        "export {drafter} --target {target} --to vllm --output {out}/both; "
-        "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/both",
-        "both/README.md",
-    ),
     "check, replies that the prompts came with": Pair(
         "respond {recipe} --output {out}/a --prompts.path {own} --respond.source own; "
         f"check {TARGET} --responses {{out}}/a/responses.jsonl",
@@ -98,6 +93,10 @@ PAIRS = {
         refused="--loss.token-loss is kl, and `dpace compare` takes it from the names of --objectives",
     ),
     "the largest seed, several steps": Pair(f"train {RECIPE} --train.seed 4294967295", "drafter/provenance.json"),
+    "a head, soft labels, compare": Pair(
+        f"compare {RECIPE} --drafter.head lilicorr --objectives dpace dpace+kl",
+        refused=r"objectives such as dpace\+kl",
+    ),
     "from a causal drafter, and not causal": Pair(
         "respond {recipe} --output {out}/a; train {recipe} --output {out}/a --drafter.causal; "
         "train {recipe} --output {out}/a --drafter.init {out}/a/drafter --drafter.no-causal --dry-run",
@@ -144,10 +143,6 @@ PAIRS = {
         f"compare {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4 --objectives dpace --seeds 0",
         "decode/bench-*.jsonl",
     ),
-    "a head, soft labels, compare": Pair(
-        f"compare {RECIPE} --drafter.head lilicorr --objectives dpace dpace+kl",
-        refused=r"objectives such as dpace\+kl",
-    ),
     "a head, servers of hidden states": Pair(
         f"train {RECIPE} --drafter.head lilicorr --train.feature-files {{out}}/states "
         "--train.feature-servers http://127.0.0.1:9",
@@ -160,22 +155,6 @@ PAIRS = {
     ),
     "plan, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"
-    ),
-    "export, import, into a trained drafter": Pair(
-        "export {drafter} --target {target} --to vllm --output {out}/vllm; import {out}/vllm --output {other}",
-        refused="holds a drafter that dpace trained",
-    ),
-    "chosen target layers, export, doctor": Pair(
-        f"train {RECIPE} --drafter.target-layer-ids 0 4; "
-        "export {out}/drafter --target {target} --to vllm --output {out}/vllm; "
-        "doctor {out}/vllm --target {target} --engine vllm",
-        "vllm/README.md",
-    ),
-    "export for speculators, import, bench": Pair(
-        "export {drafter} --target {target} --to speculators --output {out}/theirs; "
-        "import {out}/theirs --output {out}/ours; "
-        f"bench {RECIPE} --bench.drafters {{out}}/ours",
-        "results.json",
     ),
     "several drafters in folders of one name, several sets, report": Pair(
         f"bench {RECIPE} --bench.drafters {{drafter}} {{other}} --bench.sets one two --bench.sets-dir {{sets}}; "
@@ -207,10 +186,6 @@ PAIRS = {
         f"bench {RECIPE} --drafters {{drafter}} {{other}} --verify-rules speculative equality --temperatures 0.7 1 "
         "--widths 4 auto; report {out}",
         "report.html",
-    ),
-    "compile, speculative sampling": Pair(
-        f"generate {TARGET} --prompt w1 --compile --temperature 1 --verify-rule speculative",
-        refused="--compile .*--verify-rule speculative",
     ),
     "stream, compile": Pair(
         f"generate {TARGET} --prompt w1 --stream --compile", refused="--compile .*cannot be combined with --stream"
@@ -311,20 +286,11 @@ PAIRS |= {
     "bench, a folder of sets, no sets": Pair(
         f"bench {RECIPE} --drafters {{drafter}} --sets-dir {{sets}}", refused="name those to measure on"
     ),
+    "plan, an option of a head, no head": Pair(
+        f"plan {RECIPE} --loss.head-weights walk",
+        refused="--loss.head-weights is walk, and the drafter has no head; add --drafter.head",
+    ),
     "bench, no prompts": Pair(f"bench {RECIPE} --num-prompts 0", refused="--bench.num-prompts is 0"),
-}
-OF_HEADS = {
-    "drafter.head-candidates": 4,
-    "drafter.head-width": 16,
-    "loss.head-weights": "walk",
-    "loss.head-penalty": 0.5,
-}
-PAIRS |= {
-    f"plan, {name}, no head": Pair(
-        f"plan {RECIPE} --{name} {value}",
-        refused=f"--{name} is {value}, and the drafter has no head; add --drafter.head",
-    )
-    for name, value in OF_HEADS.items()
 }
 
 
@@ -389,7 +355,6 @@ COVER = (
     "compare, growing blocks, hidden states on disk, soft labels",
     "turns, messages, every verb",
     "own answers, data, train",
-    "export for speculators, import, bench",
     "from a GGUF file",
     "check, kept answers",
     "several widths, verify rules and drafters, report",

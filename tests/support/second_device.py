@@ -263,7 +263,7 @@ def main() -> None:
         data = ResponseDataset(responses, max_length=64, num_anchors=None, seed=0)
         return heldout_acceptance(drafter, target, data).rows.tolist()
 
-    short, paces = {"max_new_tokens": 12}, Paces()
+    short, paces = {"max_new_tokens": 8}, Paces()
     parts = {
         "plain": lambda t, d: generate_plain(t, prompts[0], **short).token_ids,
         "full": lambda t, d: generate(t, d, prompts[0], width="full", **short).token_ids,
@@ -293,9 +293,9 @@ def main() -> None:
             "auto": count_steps(device, lambda **n: [generate(*fast, prompts[0], width="auto", paces=paces, **n)]),
             "8 rows": count_steps(device, lambda **n: generate_batch(*fast, 4 * prompts[:2], **n)),
         }
-        deep = make_target("qwen3", num_hidden_layers=36, layer_types=36 * ["full_attention"])
-        fast = Target(load(deep.model, torch.bfloat16)), load(make_drafter(deep, num_layers=5), torch.bfloat16)
-        steps["36 layers"] = count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)])
+        deep = make_target("qwen3", num_hidden_layers=12, layer_types=12 * ["full_attention"])
+        fast = Target(load(deep.model, torch.bfloat16)), load(make_drafter(deep), torch.bfloat16)
+        steps["12 layers"] = count_steps(device, lambda **n: [generate(*fast, prompts[0], width="full", **n)])
     print(json.dumps(found))
 
 

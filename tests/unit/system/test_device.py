@@ -25,7 +25,7 @@ def test_a_second_device_computes_the_same_and_nothing_is_left_behind(part, on_s
     assert on_second_device[part]["is_same"]
 
 
-@pytest.mark.parametrize(("part", "limit"), [("full", 1), ("auto", 2), ("8 rows", 1), ("36 layers", 1)])
+@pytest.mark.parametrize(("part", "limit"), [("full", 1), ("auto", 2), ("8 rows", 1), ("12 layers", 1)])
 def test_the_host_waits_at_most_so_often_in_a_step(part, limit, on_second_device):
     """For the tokens that the target chose and, with width `auto`, for confidences; also for the first token."""
     found = on_second_device["steps"][part]
@@ -33,10 +33,10 @@ def test_the_host_waits_at_most_so_often_in_a_step(part, limit, on_second_device
 
 
 def test_a_step_has_few_operations(on_second_device):
-    """For a target of 36 layers and a drafter of 5 in bf16; a GPU's time is that of launching them."""
-    operations = on_second_device["steps"]["36 layers"]["operations"]
-    assert sum(operations.values()) <= 1000
-    assert operations["scaled_dot_product_attention"] == 41 and operations["mm"] < 5 * 41
+    """For a target of 12 layers and a drafter of 2 in bf16; a GPU's time is that of launching them."""
+    operations = on_second_device["steps"]["12 layers"]["operations"]
+    assert sum(operations.values()) <= 420
+    assert operations["scaled_dot_product_attention"] == 14 and operations["mm"] < 5 * 14
     assert "copies of masks" not in operations
 
 
