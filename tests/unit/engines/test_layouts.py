@@ -121,7 +121,7 @@ def test_the_draft_vocabulary_is_written_for_speculators(
         ({"lm_head.weight": torch.zeros(3, 48)}, {}, "lm_head.weight has shape"),
         ({}, {"draft_vocab_size": 12}, "has shape"),
         ({}, {"draft_vocab_size": None}, "unknown .'d2t'"),
-        ({}, {"draft_vocab_size": "x"}, "draft_vocab_size is 'x'"),
+        ({}, {"draft_vocab_size": "x"}, "draft_vocab_size is the text 'x'"),
         ({}, {"markov_rank": 256}, "markov_rank"),
         ({}, {"attention_sink_bias": True}, "attention_sink_bias"),
     ],
