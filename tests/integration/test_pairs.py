@@ -148,11 +148,6 @@ PAIRS = {
         "--train.feature-servers http://127.0.0.1:9",
         refused="--loss.head-penalty 0",
     ),
-    "a head, doctor, llama.cpp": Pair(
-        f"train {RECIPE} --drafter.head lilicorr --drafter.head-candidates 4; "
-        "doctor {out}/drafter --target {target} --engine gguf",
-        refused="engine: gguf",
-    ),
     "plan, another drafter, other blocks": Pair(
         f"plan {RECIPE} --drafter.init {{drafter}} --drafter.block-size 4", refused="--drafter.block-size is 4, but"
     ),
@@ -256,10 +251,6 @@ PAIRS |= {
         "export {drafter} --target {target} --to gguf --target-gguf {gguf} --output {out}/g; "
         f"train {RECIPE} --drafter.init {{out}}/g",
         "drafter/provenance.json",
-    ),
-    "export, a license, layers over the machine": Pair(
-        "export {drafter} --target {target} --to sglang --output {out}/x --license apache-2.0 --device-map auto",
-        "x/README.md",
     ),
     "compare, own answers": Pair(
         "compare {recipe} --output {out}/a --prompts.path {own} --respond.source own --dry-run",
@@ -481,6 +472,30 @@ def test_a_compiled_training_gives_the_same_weights(files, tmp_path, monkeypatch
     torch.testing.assert_close(*weights)
 
 
+def test_the_objective_of_the_page_is_the_example_and_trains(files, out, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs/reference/api.md").read_text(), flags=re.DOTALL)
+    (printed,) = (block for block in blocks if "def weigh" in block)
+    assert printed in (root / "examples" / "objective.py").read_text()
+    (tmp_path / "of_the_page.py").write_text(printed)
+    monkeypatch.chdir(tmp_path)
+    run(f"train {{recipe}} --output {out} --loss.objective of_the_page:weigh", files)
+
+
+def test_an_interrupted_bench_goes_on(files, tmp_path):
+    command = f"bench {{recipe}} --drafters {{drafter}} --num-prompts 2 --output {tmp_path}"
+    run(command, files)
+    whole = read_json(tmp_path / "results.json")["rows"][0]
+    (path,) = tmp_path.glob("bench-*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:10])
+    run(command, files)
+    again = read_json(tmp_path / "results.json")["rows"][0]
+    assert again["histogram"] == whole["histogram"]
+    kept, fresh = (row["responses"][0]["decode_seconds"] for row in (whole, again))
+    assert kept == fresh
+
+
 def test_a_chat_that_ends_in_a_tools_result_is_answered(files, endless_folder, capsys):
     """With what the target says, and it does not wait for what the user types."""
     template = endless_folder / "chat_template.jinja"
@@ -619,12 +634,6 @@ def test_the_users_folders_beside_checkpoints_stay(files, out):
     run(f"plan {{recipe}} --output {out} --device cpu", files)
     run(f"train {{recipe}} --output {out}", files)
     assert (mine / "model.safetensors").exists()
-
-
-def test_deepspeed_is_refused_before_any_work(files, out, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert main(["train", files["recipe"], "--output", str(out), "--dry-run"]) == 1
-    assert "asks for DeepSpeed" in capsys.readouterr().err
 
 
 def test_tables_of_the_target_are_left_out_of_an_export(files, language_target, tmp_path):

@@ -55,8 +55,6 @@ class Exported(NamedTuple):
     """What an engine is given: the folder, or the GGUF file in it."""
     files: list[str]
     """Names of all files."""
-    num_tensors: int
-    """Number of tensors, all equal, bit for bit, to those that were to be written."""
     rounding: float
     """Largest relative change of a tensor by the change of dtype; 0 where it was kept."""
 
@@ -109,7 +107,7 @@ def export(folder: str | Path, target: Target, request: Request) -> Exported:
         _compare_files(final, contents, read_drafter(path, num_target_layers=target.num_layers))
         files = _names_in(aside)
     _remove_earlier(output, files)
-    return Exported(final, files, len(contents.spec.shapes), contents.rounding)
+    return Exported(final, files, contents.rounding)
 
 
 def lines_to_merge(target: Target, name: str) -> str:

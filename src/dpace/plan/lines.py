@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from pydantic import ByteSize
+
 from dpace.config import BenchConfig, CompareConfig, Recipe
 from dpace.plan.speed import Number
 from dpace.plan.training import (
@@ -42,11 +44,7 @@ SMALLER = "a lower --train.num-anchors or --train.max-length, or a smaller targe
 
 def size(num_bytes: Number) -> str:
     """Write a number of bytes, such as 1.2 GiB."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
+    return ByteSize(num_bytes).human_readable(separator=" ")
 
 
 def duration(seconds: Number) -> str:

@@ -13,7 +13,7 @@ from dpace.drafter.views import blocks_hidden
 from dpace.engines.engine import Request
 from dpace.engines.export import Exported, export
 from dpace.target import Target
-from tests.conftest import EOS, decode_whole, make_drafter
+from tests.conftest import EOS, decode_whole, make_drafter, make_with_head
 from tests.support.files import change_config, changed_weights
 
 WINDOWS = {
@@ -24,6 +24,8 @@ WINDOWS = {
 }
 KINDS = {"random": {}, "trained": {}, "convolutions": {"conv_kernel_size": 2}, **WINDOWS}
 """Options of each kind; all but the first have the weights of one training, in which there were none of them."""
+HEADS = {"head": {}, "head, convolutions": {"conv_kernel_size": 2}}
+"""The same of drafters with a head, all of random weights."""
 LAYOUTS = ("anchored", "small", "own")
 """Layouts of others: 5 slots that give 5 draft tokens, a head for `TOKENS` only, and tables for all tokens."""
 TOKENS = [*range(4, 39), 51, EOS, 0]
@@ -85,9 +87,10 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
 
     def fill(made: Path) -> None:
         torch.manual_seed(0)
-        for kind, options in {**KINDS, "anchored": {"block_size": 5}}.items():
-            drafter = make_drafter(language_target, **{"block_size": 6, **options}).requires_grad_(False)
-            if kind != "random":
+        for kind, options in {**KINDS, **HEADS, "anchored": {"block_size": 5}}.items():
+            make = make_with_head if kind in HEADS else make_drafter
+            drafter = make(language_target, **{"block_size": 6, **options}).requires_grad_(False)
+            if kind != "random" and kind not in HEADS:
                 drafter.load_state_dict(language_drafter.state_dict(), strict=False)
             for name, parameter in drafter.named_parameters():
                 if "selector" not in name:
@@ -103,7 +106,7 @@ def folders(language_drafter, language_target, language_responses, make_once) ->
         with_tables(made / "trained", made / "own", own_tables(language_target))
 
     made = make_once("kinds", fill)
-    return {kind: made / kind for kind in (*KINDS, *LAYOUTS)}
+    return {kind: made / kind for kind in (*KINDS, *HEADS, *LAYOUTS)}
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +123,8 @@ def prompts(questions) -> list[list[int]]:
 def expected(folders, language_target, prompts) -> dict[str, Steps]:
     """What our decoder does with each kind of drafter."""
     return {
-        kind: our_steps(language_target, load_drafter(path, language_target), prompts) for kind, path in folders.items()
+        kind: our_steps(language_target, load_drafter(folders[kind], language_target), prompts)
+        for kind in (*KINDS, *LAYOUTS)
     }
 
 

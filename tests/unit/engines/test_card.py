@@ -1,6 +1,5 @@
 """The model card, the verbs that write and upload it, and the command of each engine."""
 
-import contextlib
 import json
 import re
 import shlex
@@ -16,10 +15,12 @@ from dpace.cli import main
 from dpace.config import BenchConfig
 from dpace.decode.loop import generate_plain
 from dpace.drafter import load_drafter
-from dpace.engines import engine_of
+from dpace.drafter.drafter import read_spec
+from dpace.drafter.spec import DrafterSpec
+from dpace.engines import EngineName, engine_of
+from dpace.engines.card import engine_sections
 from dpace.engines.engine import Request
 from dpace.engines.export import export, import_drafter, push
-from dpace.engines.published import read_folder
 from dpace.measure.benchmark import bench
 from dpace.system.ledger import MARKER
 from dpace.target import Target
@@ -30,15 +31,23 @@ from tests.unit.target.test_target_files import write_adapter
 quiet = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
-def test_commands_count_slots_as_the_engine_does(folder):
-    spec, _ = read_folder(folder)
-    assert engine_of("sglang").command(spec, "d", "t").endswith("--speculative-dflash-block-size 6")
-    assert "--spec-draft-n-max 5" in engine_of("gguf").command(spec, "d", "t")
-    assert "max_draft_len: 5" in engine_of("tensorrt").command(spec, "d", "t")
-    words = shlex.split(engine_of("vllm").command(spec, "d", "t"))
-    assert json.loads(words[-1])["num_speculative_tokens"] == 5
+def test_commands_and_cards_say_what_the_engine_must_know(folders):
+    """Engines count slots in ways of their own, and not all read tables of the drafter's own."""
+    spec, anchored, own = (read_spec(folders[kind]) for kind in ("trained", "anchored", "own"))
+
+    def command(name: EngineName, spec: DrafterSpec = spec) -> str:
+        return engine_of(name).command(spec, "d", "t")
+
+    assert command("sglang").endswith("--speculative-dflash-block-size 6")
+    assert "--spec-type draft-dflash --spec-draft-n-max 5" in command("gguf")
+    assert "--spec-type draft-dspark --spec-draft-n-max 5" in command("gguf", anchored)
+    assert "max_draft_len: 5" in command("tensorrt")
+    for each in (spec, anchored):
+        assert json.loads(shlex.split(command("vllm", each))[-1])["num_speculative_tokens"] == 5
     for name in ("transformers", "zlab"):
-        compile(engine_of(name).command(spec, "d", "t"), name, "eval")
+        compile(command(name), name, "eval")
+    sections = engine_sections("published", own, "d", "t")
+    assert sections.keys() == {"vllm", "gguf"}, "the others ignore tables"
 
 
 def test_the_card_has_measured_rows_of_these_weights_only(do_export, language_target, folder, tmp_path):
@@ -107,38 +116,36 @@ def test_the_card_of_a_target_in_a_folder_has_commands_that_run_here(
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
-@pytest.mark.parametrize("to", ["vllm", "speculators", "gguf"])
-def test_a_name_of_the_target_keeps_its_place_out_of_all_files(to, language_folder, folder, target_gguf, tmp_path):
-    flags = ["--target", str(language_folder), "--to", to, "--output", "out"]
-    flags += ["--target-gguf", str(target_gguf)] if to == "gguf" else []
-    with contextlib.chdir(tmp_path):
-        assert main(["export", str(folder), *flags, "--target-name", "me/target"]) == 0
-    files = [path for path in (tmp_path / "out").iterdir() if path.name[0] != "."]
-    assert all(str(language_folder.parent).encode() not in path.read_bytes() for path in files)
-    assert "base_model: me/target" in (tmp_path / "out" / "README.md").read_text()
-
-
 def test_a_folder_holds_the_last_export_only(folder, language_folder, target_gguf, tmp_path, capsys, uploads):
-    """What dpace wrote of an earlier one is removed and named; files of others stay, and are not uploaded."""
+    """What dpace wrote of an earlier one is removed and named; files of others stay, and are not uploaded.
+
+    A name of the target keeps its place on this machine out of all files.
+    """
     (out := tmp_path / "out").mkdir()
     (out / "own.gguf").write_text("mine")
-    flags = [str(folder), "--output", str(out), "--target", str(language_folder), "--push", "me/x"]
-    assert main(["export", *flags, "--to", "zlab"]) == 1 and not uploads
+    flags = ["export", str(folder), "--output", str(out), "--target", str(language_folder), "--push", "me/x"]
+    assert main([*flags, "--to", "zlab"]) == 1 and not uploads
     assert f"the target {language_folder} is a place on this machine" in capsys.readouterr().err
-    names = {"zlab": {"config.json", "model.safetensors", "modeling_dflash.py"}}
-    names |= {dtype: {f"dflash-t-{dtype}.gguf"} for dtype in ("q8_0", "float16")}
+    names = {
+        "zlab": {"config.json", "model.safetensors", "modeling_dflash.py"},
+        "gguf": {"dflash-t-float16.gguf"},
+        "speculators": {"config.json", "model.safetensors"},
+    }
     before: set[str] = set()
-    for dtype, written in [*names.items(), ("zlab", names["zlab"])]:
-        more = ["--to", "gguf", "--target-gguf", str(target_gguf), "--dtype", dtype]
-        more = ["--to", "zlab"] if dtype == "zlab" else more
-        assert main(["export", *flags, "--target-name", "me/t", *more]) == 0
-        assert {path.name for path in out.iterdir() if path.name[0] != "."} == {*written, "README.md", "own.gguf"}
-        assert uploads[-2:] == ["me/x", sorted({*written, "README.md"})]
-        out_said, said = capsys.readouterr()
-        assert all(name in said for name in before) and ("earlier drafter" in said) == bool(before)
-        assert ("rounded by at most" in out_said) == (dtype != "zlab")
-        assert "tensors read back bit for bit" in out_said and "uploaded: https://example.org/me/x" in out_said
-        before = written
+    for to in (*names, "gguf", "zlab"):
+        more = ["--target-gguf", str(target_gguf), "--dtype", "float16"] if to == "gguf" else []
+        assert main([*flags, "--target-name", "me/t", "--to", to, *more]) == 0
+        files = {path.name: path.read_bytes() for path in out.iterdir() if path.name[0] != "."}
+        assert files.keys() == {*names[to], "README.md", "own.gguf"}
+        assert uploads[-2:] == ["me/x", sorted({*names[to], "README.md"})]
+        assert not any(str(language_folder.parent).encode() in content for content in files.values())
+        assert b"base_model: me/t" in files["README.md"]
+        printed, said = capsys.readouterr()
+        removed = before - names[to]
+        assert all(name in said for name in removed) and ("earlier drafter" in said) == bool(removed)
+        assert ("; rounded by at most" in printed) == (to == "gguf")
+        assert "tensors read back bit for bit" in printed and "uploaded: https://example.org/me/x" in printed
+        before = names[to]
     assert set(read_json(out / MARKER)["files"]) == {*names["zlab"], "README.md"}
 
 

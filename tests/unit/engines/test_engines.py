@@ -23,6 +23,7 @@ from dpace.engines.gguf import write_gguf
 from dpace.engines.published import make_drafter, read_folder
 from dpace.target import Target
 from tests.conftest import EOS
+from tests.support.cases import wide
 from tests.support.files import read_json
 from tests.unit.engines.conftest import KINDS, LAYOUTS, MAX_NEW_TOKENS, WINDOWS, Steps, our_steps
 
@@ -67,7 +68,7 @@ def test_all_kinds_but_the_random_one_accept_drafts_and_keep_the_text(expected, 
         assert (tau > 1.3) == (kind != "random"), kind
 
 
-@pytest.mark.parametrize("kind", [*WINDOWS, "convolutions", *LAYOUTS])
+@pytest.mark.parametrize("kind", wide([*WINDOWS, "convolutions", *LAYOUTS], "mixed layers", *LAYOUTS))
 def test_batches_accept_what_single_decoding_does(kind, folders, expected, language_target, prompts):
     """And width `auto`, which accepts other drafts, keeps the text."""
     drafter = load_drafter(folders[kind], language_target)
@@ -78,7 +79,7 @@ def test_batches_accept_what_single_decoding_does(kind, folders, expected, langu
 
 
 @quiet
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", wide(KINDS, "trained", "convolutions", "mixed layers"))
 def test_transformers_and_zlab_decode_with_the_exported_folder_as_we_do(
     kind, expected, do_export, language_target, prompts, tmp_path, monkeypatch
 ):
@@ -111,10 +112,13 @@ def test_the_bundled_module_needs_torch_and_transformers_only():
 
 
 HALF_PRECISION = [("trained", "float16"), ("trained", "bfloat16")]
+CASES = [*((kind, "keep") for kind in (*KINDS, *LAYOUTS)), *HALF_PRECISION]
+BY_DEFAULT = [(kind, "keep") for kind in ("random", "convolutions", "causal windows", *LAYOUTS)]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "keep") for kind in (*KINDS, *LAYOUTS)), *HALF_PRECISION])
-def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, language_target, target_gguf, prompts):
+@pytest.mark.parametrize("case", wide(CASES, *BY_DEFAULT), ids=str)
+def test_llamacpp_verifies_as_often_as_we_do(case, expected, do_export, language_target, target_gguf, prompts):
+    kind, dtype = case
     ours = expected[kind]
     if dtype != "keep":
         folder = do_export("zlab", kind, dtype=dtype).path
@@ -124,7 +128,7 @@ def test_llamacpp_verifies_as_often_as_we_do(kind, dtype, expected, do_export, l
     assert distance(theirs, ours) <= len(prompts) * (kind != "random")  # a near tie may fall the other way
 
 
-@pytest.mark.parametrize("precision", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("precision", wide(["q8_0", "q4_0"], "q8_0"))
 def test_quantized_files_are_read_back_and_llamacpp_runs_them(
     precision, folder, language_folder, target_gguf, language_target, prompts, tmp_path, capsys
 ):

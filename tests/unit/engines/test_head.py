@@ -1,23 +1,21 @@
 """A drafter with a LiLiCorr head in the layout that engines read, and without the head."""
 
-from dataclasses import asdict, replace
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from dpace.batches.dataset import ResponseDataset
-from dpace.cli import main
 from dpace.doctor.doctor import diagnose
-from dpace.drafter import Drafter, load_drafter
+from dpace.drafter import Drafter
 from dpace.drafter.lilicorr import OLDER_NAMES
 from dpace.engines import vllm
 from dpace.engines.export import read_drafter
-from dpace.measure.heldout import heldout_acceptance
-from tests.conftest import make_drafter, make_with_head
-from tests.support.files import read_json, write_rows
-from tests.unit.doctor.test_doctor import edit, nested
+from tests.conftest import make_with_head
+from tests.support.files import change_config, changed_weights, read_json
+from tests.unit.engines.conftest import HEADS
 
 KEYS = {
     "projector_type": "lilicorr",
@@ -46,45 +44,37 @@ NAMES = {f"lilicorr.{name}" for name in VECTORS}
 NAMES |= {f"lilicorr.{name}.{leaf}" for name in LINEARS for leaf in ("weight", "bias")}
 
 
-@pytest.fixture(params=[0, 2], ids=["alone", "convolutions"])
-def made(request, language_target, tmp_path):
-    drafter = make_with_head(language_target, conv_kernel_size=request.param)
-    with torch.no_grad():
-        for name, parameter in drafter.named_parameters():
-            parameter.add_(0.1 if "_conv." in name else 0.0)
-    drafter.save_pretrained(tmp_path / "made")
-    return tmp_path / "made", drafter
+@pytest.fixture(params=HEADS)
+def kind(request) -> str:
+    return request.param
 
 
-def export(folder, language_folder, to, output, *more):
-    flags = ["export", str(folder), "--target", str(language_folder), "--to", to, "--output", str(output), *more]
-    return main(flags)
+@pytest.fixture
+def drafter(kind, folders) -> Drafter:
+    return Drafter.from_pretrained(folders[kind], dtype=torch.float32)
 
 
-def test_the_layout_is_that_of_the_engines_and_reads_back(made, language_folder, tmp_path):
-    folder, drafter = made
-    assert export(folder, language_folder, "vllm", tmp_path / "out") == 0
-    config = read_json(tmp_path / "out" / "config.json")
+def test_the_layout_is_that_of_the_engines(kind, drafter, do_export):
+    path = do_export("vllm", kind).path
+    config = read_json(path / "config.json")
     assert config["architectures"] == ["LiLiCorrDraftModel"]
     taps = {"conv_kernel_size": 2, "conv_group_size": 16} if drafter.spec.conv_kernel_size else {}
     usual = ("mask_token_id", "target_layer_ids")
     assert {k: v for k, v in config["dflash_config"].items() if k not in usual} == KEYS | taps
-    files = load_file(tmp_path / "out" / "model.safetensors")
+    files = load_file(path / "model.safetensors")
     assert {name for name in files if name.startswith("lilicorr.")} == NAMES
     assert not any("selector" in name for name in files)
-    again = read_drafter(tmp_path / "out")
-    assert again.spec == drafter.spec
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (path / "README.md").read_text()
     assert "| head | LiLiCorr, over the 4 best tokens" in card
     assert "--to gguf --plain" in card and "from transformers" not in card
-    theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    inputs = torch.randn(2, 3, 4, 48), torch.randn(2, 3, 4), torch.randn(2, 3, 48), torch.randn(2, 48)
+    theirs = AutoModel.from_pretrained(path, trust_remote_code=True)
+    inputs = torch.randn(2, 5, 4, 48), torch.randn(2, 5, 4), torch.randn(2, 5, 48), torch.randn(2, 48)
     for found, expected in zip(theirs.lilicorr(*inputs), drafter.lilicorr(*inputs), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def test_older_names_are_read(made, language_folder, tmp_path):
-    folder, drafter = made
+def test_older_names_are_read(kind, drafter, folders, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / "older")
     files = load_file(folder / "model.safetensors")
     for older, newer in OLDER_NAMES.items():
         files = {
@@ -95,48 +85,18 @@ def test_older_names_are_read(made, language_folder, tmp_path):
     save_file(files, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lack lilicorr.*or `dpace import` it where another program wrote it"):
         Drafter.from_pretrained(folder)
-    flags = ["import", str(folder), "--output", str(tmp_path / "again"), "--target", str(language_folder)]
-    assert main(flags) == 0
-    again = Drafter.from_pretrained(tmp_path / "again")
+    again = read_drafter(folder)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in drafter.state_dict().items())
 
 
-def test_without_the_head_it_is_dflashs(made, language_target, language_folder, target_gguf, tmp_path, capsys):
-    folder, drafter = made
-    for to in ("gguf", "speculators"):
-        more = ["--target-gguf", str(target_gguf)] if to == "gguf" else []
-        assert export(folder, language_folder, to, tmp_path / to, *more) == 1
-        line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "LiLiCorrDraftModel" in line and "--plain" in line and not (tmp_path / to).exists()
-    more = ["--plain", "--target-gguf", str(target_gguf)]
-    assert export(folder, language_folder, "gguf", tmp_path / "gguf", *more) == 0
-    assert export(folder, language_folder, "zlab", tmp_path / "plain", "--plain") == 0
-    plain = Drafter.from_pretrained(tmp_path / "plain")
+def test_without_the_head_it_is_dflashs(kind, drafter, do_export):
+    assert do_export("gguf", kind, is_plain=True).path.exists()
+    path = do_export("zlab", kind, is_plain=True).path
+    assert read_json(path / "config.json")["dpace"] == {"target": "a"}, "what was measured with the head does not stay"
+    plain = Drafter.from_pretrained(path)
     assert plain.lilicorr is None and plain.selector.num_candidates == 1
     own = drafter.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in plain.state_dict().items() if name in own)
-    assert not [d for d in diagnose(tmp_path / "plain", language_target) if d.result in ("fails", "warns")]
-    make_drafter(language_target).save_pretrained(tmp_path / "none")
-    assert export(tmp_path / "none", language_folder, "zlab", tmp_path / "x", "--plain") == 1
-    assert "has no head" in capsys.readouterr().err
-
-
-def test_the_record_of_the_head_does_not_stay_without_it(language_target, language_folder, tmp_path):
-    drafter = make_with_head(language_target)
-    drafter.config.dpace = {"confidence_temperature": 2.0, "tau": 3.0, "target": "a"}
-    drafter.save_pretrained(tmp_path / "made")
-    assert export(tmp_path / "made", language_folder, "zlab", tmp_path / "plain", "--plain") == 0
-    assert read_json(tmp_path / "plain" / "config.json")["dpace"] == {"target": "a"}
-
-
-def test_doctor_measures_a_head_on_responses(language_target, language_responses, tmp_path):
-    make_with_head(language_target).save_pretrained(tmp_path / "head")
-    write_rows(tmp_path / "some.jsonl", map(asdict, language_responses[:3]))
-    found = diagnose(tmp_path / "head", language_target, responses=str(tmp_path / "some.jsonl"))
-    data = ResponseDataset(language_responses[:3], max_length=10**9, num_anchors=None, seed=0)
-    drafter = load_drafter(tmp_path / "head", language_target, all_tokens=True)
-    tau = heldout_acceptance(drafter, language_target, data).tau
-    assert {d.check: d.found for d in found}["accepted length"] == f"tau {tau:.3f}"
 
 
 @pytest.mark.parametrize("value", [0, 48])
@@ -144,45 +104,40 @@ def test_a_head_as_wide_as_the_drafter(value, language_target, tmp_path):
     """Its width is written as 0, and read in both spellings, as whole numbers are for a scale."""
     make_with_head(language_target, head_width=48).save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["dflash_config"]["lilicorr_hidden_size"] == 0
-    edit(tmp_path, nested(lilicorr_hidden_size=value, lilicorr_logit_scale=4))
+    change_config(tmp_path, lilicorr_hidden_size=value, lilicorr_logit_scale=4)
     assert not [d for d in diagnose(tmp_path, language_target) if d.result == "fails"]
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("changes", "line"),
     [
-        (lambda config, _: config["dflash_config"].pop("lilicorr_logit_scale"), "has no lilicorr_logit_scale"),
-        (nested(sample_from_anchor=True), "sample_from_anchor is True, which"),
-        (lambda config, _: config.update(draft_vocab_size=9), "draft_vocab_size is 9, which"),
+        ({"lilicorr_logit_scale": None}, "has no lilicorr_logit_scale"),
+        ({"sample_from_anchor": True}, "sample_from_anchor is True, which"),
+        ({"draft_vocab_size": 9}, "draft_vocab_size is 9, which"),
     ],
 )
-def test_what_does_not_go_with_a_head_is_refused_by_its_key(change, line, language_target, tmp_path):
+def test_what_does_not_go_with_a_head_is_refused_by_its_key(changes, line, language_target, tmp_path):
     make_with_head(language_target).save_pretrained(tmp_path)
-    edit(tmp_path, change)
     with pytest.raises(ValueError, match=line):
-        read_drafter(tmp_path)
-
-
-def drop_one(config, tensors):
-    del tensors["lilicorr.out_head.bias"]
+        read_drafter(change_config(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
-    ("change", "check"),
+    ("changes", "check"),
     [
-        (nested(lilicorr_logit_scale="8"), "config.json"),
-        (lambda config, _: config["dflash_config"].pop("lilicorr_vector_eps"), "config.json"),
-        (nested(lilicorr_num_heads=2), "model.safetensors"),
-        (lambda config, _: config.update(architectures=["DFlashDraftModel"]), "architectures"),
-        (nested(projector_type="none"), "dflash_config.projector_type"),
-        (lambda config, _: config["dflash_config"].pop("lilicorr_enabled"), "dflash_config.lilicorr_enabled"),
-        (drop_one, "model.safetensors"),
-        (lambda config, _: config.update(block_size=5), "model.safetensors"),
+        ({"lilicorr_vector_eps": None}, "config.json"),
+        ({"lilicorr_num_heads": 2}, "model.safetensors"),
+        ({"architectures": ["DFlashDraftModel"]}, "architectures"),
+        ({"projector_type": "none"}, "dflash_config.projector_type"),
+        ({}, "model.safetensors"),
     ],
 )
-def test_doctor_looks_at_the_head(change, check, language_target, tmp_path):
+def test_doctor_looks_at_the_head(changes, check, language_target, tmp_path):
     make_with_head(language_target).save_pretrained(tmp_path)
-    edit(tmp_path, change)
+    change_config(tmp_path, **changes)
+    if not changes:
+        with changed_weights(tmp_path) as tensors:
+            del tensors["lilicorr.out_head.bias"]
     assert check in {d.check for d in diagnose(tmp_path, language_target) if d.result == "fails"}
 
 

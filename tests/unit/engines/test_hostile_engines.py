@@ -93,6 +93,7 @@ FOLDERS = {
     "config is no UTF-8": raw("config.json", b'{"a": "\xff"}'),
     "config has an endless number": raw("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"),
     "config is a pipe": fifo("config.json"),
+    "an epsilon of a text": config(rms_norm_eps="x"),
     "dflash_config is a list": config(dflash_config=[1]),
     "layer_types is a number": config(layer_types=5),
     "layer ids are floats": config(target_layer_ids=[1.0, 3.0]),

@@ -42,15 +42,6 @@ SHAPES = {
         LossConfig(vocabulary="seen"),
         TrainConfig(optimizer="muon", batch_size=6, num_anchors=16, max_steps=2),
     ),
-    "long blocks, AdamW": (
-        Qwen3Config(
-            vocab_size=9000, hidden_size=96, intermediate_size=256, num_hidden_layers=8, num_attention_heads=6,
-            num_key_value_heads=2, head_dim=32, tie_word_embeddings=False,
-        ),
-        DrafterConfig(num_layers=3, block_size=16),
-        LossConfig(objective="dflash"),
-        TrainConfig(batch_size=2, num_anchors=32, max_steps=2, feature_cache_gib=0.0),
-    ),
     "soft labels, checkpointing": (
         LlamaConfig(
             vocab_size=3000, hidden_size=256, intermediate_size=700, num_hidden_layers=7, num_attention_heads=8,
@@ -219,7 +210,7 @@ def test_a_training_says_where_it_goes_on(answered, tmp_path, capsys):
 def test_plan_needs_no_weights_and_says_what_to_change(answered, tmp_path, capsys):
     assert main(["plan", *answered, "--memory", "20MiB", "--device", "cpu"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "does not fit in 20 MiB" in said and "largest --train.batch-size that fits: 0" in said
+    assert "does not fit in 20.0 MiB" in said and "largest --train.batch-size that fits: 0" in said
     assert "makes it fit: a lower --train.num-anchors" in said
     assert main(["plan", *answered, "--memory", "80GB", "--prompts.path", str(tmp_path / "none.jsonl")]) == 0
     said = capsys.readouterr().out
@@ -289,7 +280,7 @@ def test_the_announced_time_counts_what_is_left_and_the_disk_is_a_bound(
     monkeypatch.setattr("dpace.plan.speed.measure_speed", lambda *_: SPEED)
     path = write_prompts(tmp_path / "prompts.jsonl", language_prompts)
     out = tmp_path / "out"
-    args = ["compare", "--target", str(language_folder), "--output", str(out), "--seeds", "0", "1"]
+    args = ["compare", "--target", str(language_folder), "--output", str(out), "--seeds", "0"]
     args += ["--prompts.path", path, "--respond.max-new-tokens", "8", "--drafter.num-layers", "1"]
     args += ["--objectives", "dpace", "--train.max-steps", "2", "--train.num-anchors", "4", "--bench.num-prompts", "1"]
     args += ["--bench.max-new-tokens", "8", "--bench.temperatures", "0"]
@@ -309,9 +300,8 @@ def test_the_announced_time_counts_what_is_left_and_the_disk_is_a_bound(
     (needed,) = re.findall(r"disk: up to ([\d.]+) MiB", capsys.readouterr().err)
     assert sum(each.stat().st_size for each in out.rglob("*") if each.is_file()) < float(needed) * 2**20
     assert announced() == START_SECONDS
-    for name in ("dpace", "dflash"):  # as a drafter is left that was interrupted before its last step
-        (out / name / "seed-1" / "provenance.json").unlink()
-        (out / name / "seed-1" / "heldout.json").unlink()
+    for name in ("provenance.json", "heldout.json"):  # as a drafter is left that was interrupted before its last step
+        (out / "dpace" / "seed-0" / name).unlink()
     assert START_SECONDS < announced() < first / 2
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dpace.measure.results import Comparison
-from dpace.report.sections import advice, comparison, pairs, servers, slots, speeds, tables_of
+from dpace.report.sections import advice, comparison, pairs, servers, slots, speeds, tables_of, verdict
 from dpace.report.tables import Section, console, section_table
 from tests.support.rows import (
     make_bench,
@@ -110,3 +110,10 @@ def test_advice_follows_from_the_verdicts():
     slower = make_row(decode_speedup_interval=(0.7, 0.9))
     assert "nothing here" in advice(make_bench(copies, slower)), "copies need no drafter"
     assert advice(make_bench(replace(copies, width="auto"), slower)) == "faster than plain decoding on s"
+
+
+def test_verdict_is_honest():
+    assert verdict((1.1, 1.3)) == "faster"
+    assert verdict((0.7, 0.9)) == "slower"
+    assert verdict((0.9, 1.1)) == "not clear"
+    assert verdict((None, None)) == "too few prompts"

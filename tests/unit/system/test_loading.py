@@ -1,6 +1,5 @@
 """Weights that do not fit, or are not numbers, are refused by name; no code of a checkpoint runs."""
 
-import json
 import os
 import shutil
 
@@ -8,11 +7,11 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from dpace.drafter import Drafter, load_drafter
+from dpace.drafter import Drafter
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.target import Target
 from tests.conftest import make_drafter, make_target, make_tokenizer
-from tests.support.files import change_config, changed_weights, read_json
+from tests.support.files import change_config, changed_weights
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +84,6 @@ def test_what_fits_is_loaded_as_it_was_written(tied, tmp_path):
     again = Target.load(str(tmp_path))
     for name, value in target.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
-
-
-@pytest.mark.parametrize("value", ["x", -1, 1.5, [], True, 10**30])
-def test_a_hostile_config_is_refused_in_one_line(value, folders, tmp_path):
-    folder = shutil.copytree(folders / "drafter", tmp_path / "d")
-    config, target = read_json(folder / "config.json"), make_target("qwen3")
-    for key in ("hidden_size", "target_layer_ids", "rms_norm_eps", "dflash_config", "rope_parameters", "dpace"):
-        if (key, value) in (("target_layer_ids", []), ("rope_parameters", [])):
-            continue  # the published rule, or the other spelling, stands in
-        (folder / "config.json").write_text(json.dumps({**config, key: value}))
-        if key == "rms_norm_eps" and value == 1.5:
-            load_drafter(folder, target)
-            continue
-        with pytest.raises(ValueError) as refused:
-            load_drafter(folder, target)
-        assert "\n" not in str(refused.value), (key, value)
 
 
 def test_no_code_and_no_attention_of_a_config(folders, tmp_path):
