@@ -67,8 +67,8 @@ class ResponseDataset(torch.utils.data.Dataset):
     @property
     def seen_tokens(self) -> Int[Tensor, " token"]:
         """The different tokens of all conversations, ascending."""
-        seen = {token for index in range(len(self)) for token in self.token_ids(index).tolist()}
-        return torch.tensor(sorted(seen), dtype=torch.long)
+        parts = [np.unique(self.token_ids(index).numpy()) for index in range(len(self))]
+        return torch.from_numpy(np.unique(np.concatenate([np.zeros(0, np.int64), *parts])))
 
     def token_ids(self, index: int) -> Int[Tensor, " seq"]:
         """Return the tokens of a conversation."""

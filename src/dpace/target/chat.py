@@ -6,14 +6,13 @@ The target may be here, or only its tokenizer (`ChatTokenizer`), as where a serv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from dpace.system.provenance import hash_json
 from dpace.target import Target, answer_end, stop_tokens
-from dpace.target.files import find_target_files
+from dpace.target.files import find_target_files, full_name, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,8 @@ class ChatTokenizer:
             stops = stop_tokens(GenerationConfig.from_pretrained(files.base))
         except OSError:  # no such file: then the model's config says it
             stops = stop_tokens(config)
-        return cls(
-            str(Path(name).resolve()) if Path(name).is_dir() else name,
-            AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False),
-            thinking,
-            stops,
-            getattr(config, "max_position_embeddings", None),
-        )
+        context = getattr(config, "max_position_embeddings", None)
+        return cls(full_name(name), read_tokenizer(name, files), thinking, stops, context)
 
 
 def encode_chat(
@@ -102,7 +96,10 @@ def encode_chat(
                 "it knows"
             ) from error
     if not token_ids:
-        raise ValueError("the prompt gives no token, expected one or more; write a prompt that is not empty")
+        raise ValueError(
+            "the prompt gives no token, expected one or more; write a prompt that is not empty, and see whether the "
+            "target has the files of its tokenizer"
+        )
     if isinstance(target, Target) and max(token_ids) >= len(target.head.weight):
         raise ValueError(
             f"the tokenizer of {target.name} gives the token {max(token_ids)}, and its embedding has "

@@ -100,11 +100,7 @@ def find_target_files(name: str) -> TargetFiles:
     folder = find_adapter(name)
     if folder is None:
         with translate_library_errors(f"the target {name}", FIX):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            settings = cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-        if settings is not None:
-            read_object(Path(settings), FIX)
-        return TargetFiles(config, name, None, name)
+            return TargetFiles(_read_config(name), name, None, name)
     what = f"the target {name} is an adapter (adapter_config.json)"
     settings = read_object(folder / "adapter_config.json", FIX)
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
@@ -114,7 +110,7 @@ def find_target_files(name: str) -> TargetFiles:
         raise ValueError(f"{what} that names no base model; merge it yourself, and name the merged model")
     try:
         base = find_target(base)
-        config = find_target_files(base).config
+        config = _read_config(base)
     except (*LIBRARY_ERRORS, OSError) as error:
         reason = one_line(error)[:200]
         raise ValueError(
@@ -123,6 +119,14 @@ def find_target_files(name: str) -> TargetFiles:
         ) from error
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     return TargetFiles(config, base, str(folder), str(folder) if has_tokenizer else base)
+
+
+def _read_config(name: str) -> Any:
+    """Read the config of a model, and refuse a generation config that is not JSON."""
+    settings = cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if settings is not None:
+        read_object(Path(settings), FIX)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def find_adapter(name: str) -> Path | None:
@@ -136,6 +140,17 @@ def find_adapter(name: str) -> Path | None:
 
     allowed = ["adapter_*.json", "adapter_*.safetensors", "*token*", "vocab*", "merges.txt", "*.jinja"]
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed))
+
+
+def read_tokenizer(name: str, files: TargetFiles) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a target."""
+    with translate_library_errors(f"the target {name}", FIX):
+        return AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
+
+
+def full_name(name: str) -> str:
+    """Return a Hub id, or the full path of a folder."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def auto_class(config: Any) -> Any:
@@ -164,8 +179,7 @@ def open_target(
     config = files.config
     quantized = getattr(config, "quantization_config", None)
     _refuse_kind(what, files, quantized, device_map, shard)
-    with translate_library_errors(what, FIX):
-        tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
+    tokenizer = read_tokenizer(name, files)
     spread: Any = device_map or ({"": device} if quantized is not None else None)
     config.transformers_weights = None  # may name a pickle
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else the Hub's bot converts one, and its proposal is loaded

@@ -19,7 +19,7 @@ def find_layers(model: Any, decoder: nn.Module, config: Any) -> nn.ModuleList:
     """
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     candidates = [child for child in lists if len(child) == config.num_hidden_layers]
-    if len(candidates) != 1:
+    if len(candidates) != 1 or not candidates[0]:
         raise ValueError(
             f"{type(model).__name__} has {len(candidates)} lists of {config.num_hidden_layers} decoder "
             "layers; choose a target made of embedding, exactly one such list, norm and LM head"

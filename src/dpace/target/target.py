@@ -20,7 +20,7 @@ from dpace.system import ranks
 from dpace.system.device import default_dtype, find_device
 from dpace.system.progress import quoted
 from dpace.system.provenance import FINGERPRINT_VALUES, fingerprint
-from dpace.target.files import gather_tables, open_target
+from dpace.target.files import full_name, gather_tables, open_target
 from dpace.target.head import LmHead
 from dpace.target.probe import find_layers, find_tables
 
@@ -137,8 +137,7 @@ class Target:
     @property
     def name(self) -> str:
         """The model's Hub id, or the full path of its folder; empty for a model made in memory."""
-        name = self.model.config._name_or_path
-        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+        return full_name(self.model.config._name_or_path)
 
     @property
     def short_name(self) -> str:

@@ -66,8 +66,18 @@ class TrainingState:
 
 
 def read_state(folder: Path) -> TrainingState:
-    """Read where a training stood when a checkpoint was written."""
-    return TrainingState(**json.loads((folder / STATE).read_bytes()))
+    """Read where a training stood when a checkpoint was written.
+
+    Raises:
+        ValueError: another version of dpace wrote it, with other keys.
+    """
+    try:
+        return TrainingState(**json.loads((folder / STATE).read_bytes()))
+    except TypeError as error:
+        raise ValueError(
+            f"{folder / STATE} is of another version of dpace ({error}); name another folder with --output, or go on "
+            "with that version"
+        ) from error
 
 
 def write_state(path: Path, state: TrainingState) -> None:

@@ -106,9 +106,15 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     `feature_files` the folder on disk; those to validate on are never on disk.
 
     Raises:
-        ValueError: see `keep_on_disk`.
+        ValueError: a token that the target does not have; or see `keep_on_disk`.
     """
-    config = recipe.train
+    config, num_rows = recipe.train, len(target.head.weight)
+    for part in (dataset, validation):
+        if len(part) and (last := int(part.seen_tokens[-1])) >= num_rows:
+            raise ValueError(
+                f"the answers have the token {last}, and the target's embedding has {num_rows} rows; train on what this "
+                "target answered"
+            )
     measured_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
     trained_ids = measured_ids + [HEAD_INPUT] * recipe.needs_target_hidden
     if config.feature_files and dataset.lacks(trained_ids):

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CodeGenConfig, FalconConfig, GPT2Config, Llama4TextConfig, RwkvConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CodeGenConfig,
+    FalconConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    RwkvConfig,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dpace.config import RespondConfig
@@ -159,13 +167,14 @@ REFUSED = [
     (Llama4TextConfig, {"num_local_experts": 2, "intermediate_size_mlp": 64}, "has 0 lists of 4 decoder layers"),
     (RwkvConfig, {"attention_hidden_size": 48}, "keeps nothing in transformers' cache"),
     (GPT2Config, {"num_attention_heads": 2}, "more than a scaled table"),  # learned positions
+    (LlamaConfig, {"num_attention_heads": 2, "num_hidden_layers": 0}, "has 1 lists of 0 decoder layers"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "sizes", "reason"), REFUSED)
 def test_other_models_are_refused(kind, sizes, reason):
     with pytest.raises(ValueError, match=reason):
-        Target(AutoModelForCausalLM.from_config(kind(**SMALL, **sizes)))
+        Target(AutoModelForCausalLM.from_config(kind(**{**SMALL, **sizes})))
 
 
 def test_longrope_is_followed_on_either_side_and_refused_across():

@@ -17,7 +17,7 @@ from dpace.decode import generate, generate_plain
 from dpace.engines.export import count_layers
 from dpace.fast.speed_up import speed_up
 from dpace.target import Target
-from dpace.target.chat import ChatTokenizer
+from dpace.target.chat import ChatTokenizer, encode_chat
 from dpace.target.files import find_target_files
 from tests.conftest import make_drafter, make_target, make_tokenizer
 from tests.support.families import make_sharp_target
@@ -259,6 +259,7 @@ def test_stop_tokens_and_a_tokenizer_that_do_not_fit_are_one_line(tmp_path, caps
     [
         ("generation_config.json", '{"eos', "generation_config.json is not JSON"),
         ("generation_config.json", "[]", "generation_config.json holds list, expected an object"),
+        ("tokenizer.json", "{", "cannot load the target .*/base: Expecting property name"),
         ("config.json", {"quant_method": "none"}, "quantized in a way that transformers does not have .*'none'"),
         ("config.json", {"bits": 4}, "no `quant_method`"),
     ],
@@ -272,6 +273,14 @@ def test_what_transformers_would_leave_out_in_silence_is_refused(name, text, wor
         with pytest.raises(ValueError, match=words):
             ChatTokenizer.load(str(folder))
     refused(folder, words)
+
+
+def test_text_needs_the_files_of_a_tokenizer(tmp_path):
+    """Without them, transformers makes an empty one for some families."""
+    make_target("qwen3").model.save_pretrained(tmp_path)
+    for target in (Target.load(str(tmp_path)), ChatTokenizer.load(str(tmp_path))):
+        with pytest.raises(ValueError, match="gives no token, .* the files of its tokenizer"):
+            encode_chat(target, [{"role": "user", "content": "w1"}])
 
 
 def quantize(module):

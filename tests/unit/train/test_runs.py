@@ -1,11 +1,13 @@
 """A run goes on only with the same data, target and settings, and nothing of it or of others is lost."""
 
 import errno
+import hashlib
 import math
 import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -135,6 +137,23 @@ def test_a_damaged_checkpoint_is_not_taken(damage, copied, language_target, lang
     assert "checkpoint-4 is not whole" in capsys.readouterr().err
     assert is_whole(last) and (copied / "model.safetensors").read_bytes() == expected
     assert not list(copied.rglob("*.unfinished"))
+
+
+def test_a_checkpoint_of_another_version_and_tokens_of_another_target_are_one_line(
+    copied, language_target, language_responses
+):
+    (copied / "provenance.json").unlink()
+    last = copied / "checkpoints" / "checkpoint-4"
+    change_json(last / "trainer_state.json", newer=1)
+    with changed_json(last / "manifest.json") as manifest:
+        data = (last / "trainer_state.json").read_bytes()
+        facts = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"]["trainer_state.json"] = facts
+    with pytest.raises(ValueError, match="trainer_state.json is of another version of dpace .*'newer'"):
+        run(language_target, language_responses, copied)
+    rows = [replace(row, token_ids=[64, *row.token_ids[1:]]) for row in language_responses]
+    with pytest.raises(ValueError, match="have the token 64, and the target's embedding has 64 rows"):
+        run(language_target, rows, copied.with_name("other"))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
