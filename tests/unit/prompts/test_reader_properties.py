@@ -10,7 +10,7 @@ from dpace.engines.export import read_drafter
 from dpace.servers.apis import LlamacppServer, SglangServer, VllmServer
 from dpace.servers.transport import Address
 
-MANY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=8)
 
 
@@ -66,7 +66,7 @@ EVENTS = st.recursive(
 ODD = [{"choices": [{"token_ids": [1], "finish_reason": {"type": {}}}], "output_ids": [1]}]
 
 
-@settings(MANY, max_examples=100)
+@settings(MANY, max_examples=40)
 @given(
     kind=st.sampled_from([VllmServer, SglangServer, LlamacppServer]),
     is_stream=st.booleans(),

@@ -143,21 +143,22 @@ def test_what_is_no_server_is_an_error(fault, start, ask, capsys):
     refused(ask(f"http://{start(events(TOKEN, END), page)}"), capsys, expected)
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1:9",
-        "file:///etc/passwd",
-        "http://user:secret",
-        "http://127.0.0.1:99999",
-        "http://127.0.0.1:9?key=secret",
-        "http://user:secret@127.0.0.1:9",
-        "http://\u2024\u2024.invalid",
-        f"http://a{ESC}b",
-    ],
-)
+NO_ADDRESSES = [
+    "127.0.0.1:9",
+    "file:///etc/passwd",
+    "http://user:secret",
+    "http://127.0.0.1:99999",
+    "http://127.0.0.1:9?key=secret",
+    "http://\u2024\u2024.invalid",
+    f"http://a{ESC}b",
+]
+ADDRESSES = dict.fromkeys(NO_ADDRESSES, "give http://host:port")
+ADDRESSES["http://user:secret@127.0.0.1:9"] = "nothing answers at http://127.0.0.1:9/props"
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_that_are_none_are_refused_and_show_no_password(address, ask, capsys):
-    refused(ask(address), capsys, "http://")
+    refused(ask(address), capsys, ADDRESSES[address])
 
 
 def test_a_right_server_is_measured_without_a_proxy_and_its_password_is_not_kept(

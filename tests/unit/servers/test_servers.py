@@ -15,7 +15,7 @@ from dpace.measure.servers import CONTROL, bench_servers, make_rows
 from dpace.metrics import MIN_PROMPTS
 from dpace.prompts.prompts import Prompt
 from dpace.report.sections import percent, served_verdict, servers, texts_note, with_interval
-from dpace.servers.apis import Counts, LlamacppServer, connect
+from dpace.servers.apis import Counts, LlamacppServer
 from dpace.target.chat import ChatTokenizer, encode_chat
 from tests.support.files import write_prompts
 from tests.support.rows import make_compare, make_plain, make_response, make_row
@@ -342,17 +342,6 @@ def test_the_verb_shows_tau_served_here_and_in_training(start, recipe, language_
     assert "other chat template (sha256" in reason(replace(here, chat_template_sha256="0" * 64))
     assert "has whole drafts of 2 drafters" in reason(replace(here, rows=[*here.rows, make_row(drafter="b")]))
     assert "is not from `dpace bench`" in reason(make_compare())
-
-
-def test_errors_name_the_server_and_the_way_out(start, chat, tmp_path):
-    with pytest.raises(ValueError, match=r"nothing answers at http://127.0.0.1:9/props .*start the server"):
-        connect("http://127.0.0.1:9/")
-    with pytest.raises(ValueError, match="neither vLLM nor SGLang nor llama.cpp"):
-        connect(start("none").url)
-    server = start("vllm")
-    server.post = lambda request: request.send({"error": "prompt is too long"}, 400)
-    with pytest.raises(ValueError, match=r"completions refuses \(400\): .*prompt is too long"):
-        bench_servers(chat, server.url, None, prompts(), GREEDY, tmp_path)
 
 
 @pytest.mark.parametrize(
