@@ -34,20 +34,20 @@ FILES = (*DRAFTER_FILES, "recipe.yaml", RUN_FILE, "provenance.json", STATE, "che
 """What `train` writes into a drafter's folder."""
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse what no training takes, before any work: see `make_weigh` and `check_options`."""
-    make_weigh(recipe.loss, recipe.drafter.block_size, is_growing=recipe.train.grow_blocks)
-    check_options(recipe)
+def check_recipe(recipe: Recipe, weigh: Weigh | None = None) -> Weigh:
+    """Refuse what no training takes, before any work, and return what computes the weights.
 
-
-def check_options(recipe: Recipe) -> None:
-    """Refuse a loss that a head does not learn with, and options without what they are for.
+    Args:
+        recipe: every setting.
+        weigh: the function of a custom objective; otherwise it is imported by its name.
 
     Raises:
-        ValueError: see `wants_shards`; there is a head, or servers of hidden states, and a loss that reads the target's
-            distribution; an option of a head, and none; or one of hidden states on disk, and no folder.
+        ValueError: see `make_weigh` and `wants_shards`; there is a head, or servers of hidden states, and a loss that
+            reads the target's distribution; an option of a head, and none; or one of hidden states on disk, and no
+            folder.
     """
     config = recipe.train
+    checked = make_weigh(recipe.loss, recipe.drafter.block_size, weigh, is_growing=config.grow_blocks)
     wants_shards()
     if config.feature_servers and recipe.needs_target_hidden:
         raise ValueError(
@@ -72,6 +72,7 @@ def check_options(recipe: Recipe) -> None:
             "with --drafter.head learns with nll and token only: leave out what differs, and objectives such as "
             "dpace+kl, which set them"
         )
+    return checked
 
 
 def choose_conversations(
@@ -80,10 +81,9 @@ def choose_conversations(
     """Make the two datasets that `train` takes, without features.
 
     Raises:
-        ValueError: nothing to train on, or no answer as long as a block for a head; or see `check_options`.
+        ValueError: nothing to train on, or no answer as long as a block for a head.
     """
     config = recipe.train
-    check_options(recipe)
     dataset = ResponseDataset(responses, max_length=config.max_length, num_anchors=config.num_anchors, seed=config.seed)
     if not len(dataset):
         raise ValueError(
@@ -133,8 +133,9 @@ def make_datasets(
     `feature_cache_gib`, so that several drafters can share them.
 
     Raises:
-        ValueError: nothing to train on.
+        ValueError: nothing to train on; or see `check_recipe`.
     """
+    check_recipe(recipe)
     datasets = choose_conversations(responses, validation, recipe)
     keep_features(target, *datasets, recipe)
     return datasets
@@ -176,15 +177,13 @@ def train(
     Raises:
         ValueError: the text contains the mask token; the folder holds another run, files that dpace did not write, or
             is written to by another process; a loss, gradient or weight that is not finite; an objective that fails; or
-            see `check_options`.
+            see `check_recipe`.
         OSError: no room on the disk; the same call goes on when there is.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
-    check_options(recipe)
     if weigh is not None:
         recipe = replace(recipe, loss=replace(recipe.loss, objective=name_of(weigh)))
-    block_size, is_growing = recipe.drafter.block_size, recipe.train.grow_blocks
-    checked = make_weigh(recipe.loss, block_size, weigh, is_growing=is_growing)
+    checked = check_recipe(recipe, weigh)
     folder = Path(folder)
     if run is None:
         run = Run(recipe, init, weigh)

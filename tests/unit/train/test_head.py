@@ -159,7 +159,7 @@ def test_the_log_says_what_the_head_could_gain(language_target, language_respons
 def test_other_token_losses_are_refused(language_target, language_responses, tmp_path):
     recipe = replace(LANGUAGE_RECIPE, drafter=replace(LANGUAGE_RECIPE.drafter, head="lilicorr"))
     with pytest.raises(ValueError, match="learns with nll and token only"):
-        choose_conversations(language_responses, [], replace(recipe, loss=LossConfig(token_loss="kl")))
+        make_datasets(language_target, language_responses, [], replace(recipe, loss=LossConfig(token_loss="kl")))
     datasets = choose_conversations(language_responses, [], recipe)
     with pytest.raises(ValueError, match="learns with nll and token only"):
         train(language_target, *datasets, replace(recipe, loss=LossConfig(confidence="overlap")), tmp_path / "a")
