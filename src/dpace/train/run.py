@@ -112,8 +112,8 @@ def keep_features(target: Target, dataset: ResponseDataset, validation: Response
     for part in (dataset, validation):
         if len(part) and (last := int(part.seen_tokens[-1])) >= num_rows:
             raise ValueError(
-                f"the answers have the token {last}, and the target's embedding has {num_rows} rows; train on what this "
-                "target answered"
+                f"the answers have the token {last}, and the target's embedding has {num_rows} rows; train on what "
+                "this target answered"
             )
     measured_ids = Drafter.layer_ids(target, **vars(recipe.drafter))
     trained_ids = measured_ids + [HEAD_INPUT] * recipe.needs_target_hidden
