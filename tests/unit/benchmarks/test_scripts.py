@@ -91,7 +91,7 @@ def test_paper(language_folder, tmp_path, monkeypatch, capsys):
     """At its small size, on tiny files of its sets; the same command again trains nothing."""
     monkeypatch.setenv("COLUMNS", "160")
     for name in SETS:
-        write_rows(tmp_path / f"{name}.jsonl", [{"turns": [f"w{i} w51"]} for i in range(2)])
+        write_rows(tmp_path / f"{name}.jsonl", [{"turns": ["w1 w51"]}])
     write_rows(tmp_path / "x_train.jsonl", [{"turns": [f"w{i} w51"]} for i in range(12)])
     out = tmp_path / "out"
     size = ["--num-prompts", "12", "--tiny", "--target", language_folder]

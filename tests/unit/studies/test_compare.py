@@ -28,7 +28,7 @@ def config(language_prompts, tmp_path) -> CompareConfig:
             "prompts": PromptsConfig(path=path),
             "train": replace(LANGUAGE_RECIPE.train, max_steps=2, eval_steps=2, logging_steps=2, num_anchors=4),
             "bench": BenchConfig(temperatures=(0.0,), max_new_tokens=12, num_prompts=2),
-            "objectives": ("dpace+kl+overlap", OWN),
+            "objectives": (OWN,),
             "seeds": (0, 1),
         }
     )
@@ -43,7 +43,7 @@ def one_cell(config) -> CompareConfig:
 def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     results = compare(language_target, config)
-    names = {"dpace+kl+overlap", OWN, "dflash"}
+    names = {OWN, "dflash"}
     assert read_results(tmp_path / "out" / "results.json") == results
     assert {row.drafter for row in results.rows} == names
     assert [row.tau for row in results.rows] == sorted((row.tau for row in results.rows), reverse=True)
@@ -61,11 +61,13 @@ def test_compare(config, language_target, tmp_path, capsys, monkeypatch):
     assert set(greedy) == names and all(row.num_same_text == 2 for row in greedy.values())
 
 
-def test_fewer_steps_than_logging_steps(one_cell, language_target, tmp_path):
-    """The last step is logged too, so each row has its seconds."""
-    config = replace(one_cell, train=replace(one_cell.train, logging_steps=100))
+def test_fewer_steps_than_logging_steps_and_drawn_answers(one_cell, language_target, tmp_path):
+    """The last step is logged too, so each row has its seconds; the temperature is that of the answers."""
+    train, respond = replace(one_cell.train, logging_steps=100), replace(one_cell.respond, temperature=0.5)
+    config = replace(one_cell, train=train, respond=respond)
     results = compare(language_target, config)
     assert [row.drafter for row in results.rows] == ["dflash"] and results.rows[0].step_seconds > 0
+    assert results.rows[0].temperature == 0.5 and "at temperature 0.5" in comparison(results).text
     assert compare(language_target, config) == results
 
     path = tmp_path / "out" / "dflash" / "seed-0" / "provenance.json"
@@ -76,11 +78,6 @@ def test_fewer_steps_than_logging_steps(one_cell, language_target, tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"provenance.json holds list, expected an object; remove its folder"):
         compare(language_target, config)
-
-
-def test_the_temperature_is_that_of_the_answers(one_cell, language_target):
-    results = compare(language_target, replace(one_cell, respond=replace(one_cell.respond, temperature=0.5)))
-    assert {row.temperature for row in results.rows} == {0.5} and "at temperature 0.5" in comparison(results).text
 
 
 def test_a_cell_of_another_run_is_refused_before_any_work(one_cell, language_target, tmp_path, monkeypatch):

@@ -3,15 +3,16 @@
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
 from dpace.cli import main
+from dpace.config import DemoConfig
 from dpace.measure.results import CompareResults, read_results
 from dpace.recipes import RECIPES
-from dpace.studies.demo import Speed, remarks, speed_lines
+from dpace.studies.demo import Speed, demo_prompts, demo_recipe, remarks
 from tests.support.files import write_rows
+from tests.support.rows import make_compared, make_row
 
 
 @pytest.fixture
@@ -59,34 +60,22 @@ def test_the_last_screen(flags, recipe, tmp_path, capsys, monkeypatch):
     assert main(["demo", *flags]) == 0
 
 
-def test_what_is_slower_or_worse_has_a_reason(flags, recipe, tmp_path):
-    assert main(["demo", *flags]) == 0
-    (line, *_) = speed_lines([read_results(tmp_path / "out" / "decode" / "results.json")])
-    row = next(row for row in read_results(tmp_path / "out" / "results.json").rows if row.drafter == "dpace")
-    slow = Speed(replace(line.ours, decode_speedup=0.5, decode_speedup_interval=(0.4, 0.6), share_copied=0.0), None)
-    fast = Speed(
-        replace(line.ours, decode_speedup=2.0, decode_speedup_interval=(1.9, 2.1), share_copied=0.5), slow.ours
-    )
-    worse, better = replace(row, gain=(-0.1, -0.2, -0.05)), replace(row, gain=(0.1, 0.05, 0.2))
-    assert not [*remarks([fast._replace(copies=None)], [better])]
-    found = [*remarks([slow, fast], [worse])]
-    assert ["copied" in found[0], "slower" in found[1], "behind" in found[2]] == [True] * 3
+def test_what_is_slower_or_worse_has_a_reason():
+    slow = Speed(make_row(set="a", decode_speedup=0.5), None)
+    fast = Speed(make_row(set="b", share_copied=0.5, temperature=1.0), copies=make_row())
+    worse, better = make_compared(gain=(-0.1, -0.2, -0.05)), make_compared(gain=(0.1, 0.05, 0.2))
+    assert not [*remarks([fast._replace(copies=None)], [better])], "copies alone were not measured"
+    copied, slower, behind = remarks([slow, fast], [worse, better])
+    assert copied.startswith("b, T=1: many tokens were copied") and slower.startswith("a: slower than")
+    assert behind.startswith("s: D-PACE is behind")
 
 
-def test_quick_shows_the_same_rows(flags, recipe, capsys, monkeypatch):
-    """Both objectives are trained, on fewer prompts."""
-    import dpace.studies.demo as demo
-
-    monkeypatch.setattr(demo, "QUICK", replace_steps(demo.QUICK))
-    assert main(["demo", *flags, "--dry-run"]) == 0
-    assert "time: " in capsys.readouterr().out
-    assert main(["demo", *flags, "--quick"]) == 0
-    printed = capsys.readouterr()
-    assert "gain" in printed.out and "copies" in printed.out and "2 of 2: dflash" in printed.err
-
-
-def replace_steps(quick):
-    return {**quick, "train": {"max_steps": 2, "eval_steps": 2}}
+def test_quick_takes_fewer_prompts_and_steps():
+    whole, quick = (demo_recipe(DemoConfig(quick=is_quick)) for is_quick in (False, True))
+    assert quick.train.max_steps < whole.train.max_steps and quick.output != whole.output
+    assert (quick.objectives, quick.target, quick.drafter) == (whole.objectives, whole.target, whole.drafter)
+    whole, quick = (demo_prompts(DemoConfig(quick=is_quick)) for is_quick in (False, True))
+    assert 0 < len(quick.train) < len(whole.train) and 0 < len(quick.heldout) < len(whole.heldout)
 
 
 @pytest.mark.parametrize("verb", ["demo", "compare"])
