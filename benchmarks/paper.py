@@ -84,34 +84,33 @@ def shorten(recipe: Recipe) -> Recipe:
     )
 
 
-def resample_prompts(row: Row, generator: np.random.Generator) -> list[np.ndarray]:
-    """Return the places of all responses of a row, and those of each resample of its prompts, with all their turns."""
-    places: dict[str, list[int]] = {}
-    for place, response in enumerate(row.responses):
-        places.setdefault(response.id, []).append(place)
-    of_prompts = list(places.values())
-    draws = generator.integers(len(of_prompts), size=(NUM_RESAMPLES, len(of_prompts)))
-    return [np.arange(len(row.responses)), *(np.concatenate([of_prompts[i] for i in draw]) for draw in draws)]
-
-
 def mean_over_sets(
-    rows: Sequence[Row], values: Callable[[Row, np.ndarray], float], reference: Sequence[Row] = ()
+    rows: Sequence[Row], parts: Callable[[Row], np.ndarray], reference: Sequence[Row] = ()
 ) -> tuple[float, float, float]:
     """Average a statistic, or its ratio to reference rows, over sets; with the ends of its 95 % interval.
 
+    Resamples draw prompts with all their turns.
+
     Args:
         rows: rows of results.json, one a dataset.
-        values: computes the statistic from a row and chosen responses.
-        reference: rows of the same datasets and responses; resamples take the same responses.
+        parts: top and bottom of the statistic of a row, whose means are divided, "2 response".
+        reference: rows of the same datasets and responses; resamples take the same prompts.
     """
     generator = np.random.default_rng(0)
-    picks = [resample_prompts(row, generator) for row in rows]
+    prompts = [np.unique([response.id for response in row.responses], return_inverse=True)[1] for row in rows]
+    draws = []
+    for of_row in prompts:
+        number = of_row.max() + 1
+        resamples = generator.integers(number, size=(NUM_RESAMPLES, number))
+        draws.append(np.concatenate([np.arange(number)[None], resamples]))
 
     def average(dataset_rows: Sequence[Row]) -> np.ndarray:
-        values_by_row = [
-            [values(row, pick) for pick in row_picks] for row, row_picks in zip(dataset_rows, picks, strict=True)
-        ]
-        return np.array(values_by_row).mean(0)
+        statistics = []
+        for row, of_row, drawn in zip(dataset_rows, prompts, draws, strict=True):
+            sums = np.array([np.bincount(of_row, part) for part in parts(row)])
+            totals = sums[:, drawn].sum(-1)
+            statistics.append(totals[0] / totals[1])
+        return np.mean(statistics, 0)
 
     averages = average(rows)
     if reference:
@@ -119,19 +118,16 @@ def mean_over_sets(
     return (float(averages[0]), *np.quantile(averages[1:], [0.025, 0.975]).tolist())
 
 
-def tau_of(row: Row, picks: np.ndarray) -> float:
-    """Tau of published tables."""
-    means = np.array([np.mean(r.accepted_lengths or [0]) + 1 for r in row.responses])
-    return float(means[picks].mean())
+def tau_of(row: Row) -> np.ndarray:
+    """Tau of published tables: the mean of responses' means."""
+    means = [np.mean(response.accepted_lengths or [0]) + 1 for response in row.responses]
+    return np.array([means, np.ones(len(means))])
 
 
-def speedup_of(row: Row, picks: np.ndarray) -> float:
+def speedup_of(row: Row) -> np.ndarray:
     """Speedup of published tables: ratio of mean seconds a token."""
-    sides = [
-        np.array([r.decode_seconds / max(1, r.decode_tokens) for r in side])[picks].mean()
-        for side in (row.plain_responses, row.responses)
-    ]
-    return float(sides[0] / sides[1])
+    sides = row.plain_responses, row.responses
+    return np.array([[r.decode_seconds / max(1, r.decode_tokens) for r in side] for side in sides])
 
 
 def matrix(results: dict[int, BenchResults]) -> Section:

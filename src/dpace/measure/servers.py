@@ -113,7 +113,8 @@ def bench_servers(
     ways = {side: partial(_ask_server, server) for side, server in passes.items()}
     baseline = PLAIN if plain_url else DRAFTER
     with progress_bar() as bar:
-        task = bar.add_task("asking servers", total=len(jobs), completed=len(jobs) - len(missing), info="")
+        kept = len(jobs) - len(missing)
+        task = bar.add_task("asking servers", total=len(jobs), completed=kept, first=kept, info="")
         for number, (temperature, prompt) in enumerate(missing):
             options = {
                 "max_new_tokens": config.max_new_tokens,

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from dpace.batches.corpus import Corpus, read_corpora
@@ -18,6 +19,7 @@ from dpace.loss.objective import with_objective
 from dpace.measure.benchmark import bench
 from dpace.measure.heldout import heldout_acceptance
 from dpace.measure.pooling import pool_seeds
+from dpace.measure.records import group_by
 from dpace.measure.results import (
     HELDOUT_FILE,
     ComparedRow,
@@ -252,22 +254,16 @@ def make_rows(
     seeds = list(dict.fromkeys(seed for _, seed in cells))
     measured = {cell: read_heldout(folder) for cell, folder in cells.items()}
     costs = {name: _training_costs([cells[name, seed] for seed in seeds]) for name in names}
-    ids_of: dict[str, list[str]] = {}
-    for prompt in heldout:
-        ids_of.setdefault(prompt.set, []).append(prompt.id)
-    if len(ids_of) > 1:
-        ids_of[ALL_SETS] = [prompt.id for prompt in heldout]
+    groups = group_by(heldout, attrgetter("set"))
+    if len(groups) > 1:
+        groups[ALL_SETS] = list(heldout)
     rows = []
-    for set_name, ids in ids_of.items():
+    for set_name, prompts in groups.items():
+        ids = [prompt.id for prompt in prompts]
         of_cells = {cell: heldout.acceptance(ids) for cell, heldout in measured.items()}
-        known = {cell: acceptance for cell, acceptance in of_cells.items() if acceptance}
+        known = {cell: acceptance for cell, acceptance in of_cells.items() if acceptance}  # all, or none
         if not known:
             continue
-        if len(known) < len(cells):
-            raise ValueError(
-                f"some drafters were measured on {set_name} and others were not; remove every heldout.json in "
-                f"{cells[names[0], seeds[0]].parent.parent}, and the same command measures all again"
-            )
         by_seed = {name: [known[name, seed] for seed in seeds] for name in names}
         of_set = [
             pool_seeds(set_name, name, len(ids), temperature, by_seed[name], by_seed[baseline], costs[name])

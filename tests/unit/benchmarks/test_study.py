@@ -30,8 +30,9 @@ def output(tmp_path):
             for seed in (0, 1):
                 folder = plan.folder(study.Cell(name, 16, steps, seed))
                 folder.mkdir(parents=True)
-                rows = Acceptance(np.eye(16, dtype=int)[[length - 1] * 8], 16, np.zeros(8, int))
-                write_heldout(folder, [f"{kind}/heldout/{i}" for kind in study.KINDS for i in (0, 1)], rows)
+                rows = Acceptance(np.eye(16, dtype=int)[[length - 1] * 8 + [15] * 2], 16, np.zeros(10, int))
+                names = [f"{kind}/heldout/{i}" for kind in (*study.KINDS, study.APART) for i in (0, 1)]
+                write_heldout(folder, names, rows)
                 log = {"log_history": [{"step": steps, "step_seconds": seconds * (1 + seed)}]}
                 (folder / "trainer_state.json").write_text(json.dumps(log))
                 facts = {"target": "a/b", "conversations": 9, "versions": {"torch": "2"}}
@@ -106,15 +107,8 @@ def test_products_in_bf16_are_those_of_training_only(tmp_path):
 
 
 def test_the_kind_that_is_kept_apart_counts_in_no_other_number(output):
-    before = study_report.Study(output).tau("dpace", 16, 100)
-    for folder in study_report.find_cells(output).values():
-        names = [f"{kind}/heldout/{i}" for kind in (*study.KINDS, study.APART) for i in (0, 1)]
-        kept = study_report.read_heldout(folder)
-        old = kept.acceptance(kept.ids)
-        more = np.eye(16, dtype=int)[[15] * 2]
-        write_heldout(folder, names, Acceptance(np.concatenate([old.rows, more]), 16, np.zeros(10, int)))
     found = study_report.Study(output)
-    assert found.tau("dpace", 16, 100) == before and len(found.ids) == 10
+    assert len(found.ids) == 10 and found.tau("dpace", 16, 100)[0] == LENGTHS[100]
     assert study.APART in study_report.kinds(found, ["dpace"], 16).rows[0]
     assert found.gain("dpace", "dflash", 16, 100, study.APART)[0] == 0
 
@@ -126,6 +120,6 @@ def test_the_report_has_every_objective_and_the_figure(output):
 
 
 def test_the_papers_matrix_draws_prompts_with_their_turns():
-    row = make_row(responses=[make_response(id=str(i // 2), turn=i % 2) for i in range(8)])
-    for pick in paper.resample_prompts(row, np.random.default_rng(0)):
-        assert len(pick) == 8 and (pick[::2] + 1 == pick[1::2]).all() and (pick[::2] % 2 == 0).all()
+    """Turns differ, and prompts do not."""
+    turns = [make_response(id=str(i // 2), turn=i % 2, accepted_lengths=[2 * (i % 2)]) for i in range(8)]
+    assert paper.mean_over_sets([make_row(responses=turns)], paper.tau_of) == (2.0, 2.0, 2.0)

@@ -34,6 +34,11 @@ def named(folder, target, **options) -> set[str]:
     return {d.check for d in diagnose(folder, target, **options) if d.result in ("fails", "warns")}
 
 
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch):
+    monkeypatch.setattr("dpace.doctor.doctor.MAX_NEW_TOKENS", 6)
+
+
 def set_values(folder: Path, values: dict) -> None:
     """Other values in the config, of keys or of `group.key`; None removes one."""
     with changed_json(folder / CONFIG) as config:
