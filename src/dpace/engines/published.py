@@ -16,8 +16,9 @@ from dpace.drafter.vocabulary import drafted_tokens
 from dpace.engines.folder import mapping, read_files
 from dpace.modeling_dflash import DFlashDraftModel
 from dpace.system.device import dtype_name
-from dpace.system.loading import translate_library_errors
+from dpace.system.loading import refuse_infinite, refuse_mismatch, translate_library_errors
 
+FIX = "copy config and weights again from where they were made, or serve this drafter with the project that did"
 DEQUANTIZED = "dequantized_from"
 """Entry of the record that names the precision of the files that the weights were read from."""
 OF_HEAD = ("confidence_temperature", "tau", "tau_interval", "tau_responses")
@@ -83,9 +84,8 @@ def _read_quantized(folder: Path, spec: DrafterSpec, quantized: dict[str, Any]) 
         loaded: Any = DFlashDraftModel.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-        model, info = loaded
-        if others := {*info["missing_keys"], *info["unexpected_keys"]} - TARGET_TABLES:
-            raise ValueError(f"these are not the tensors of a DFlash drafter: {sorted(others)[:3]}")
+    model, info = loaded
+    refuse_mismatch(what, info, FIX, unknown=info["unexpected_keys"] - TARGET_TABLES)
     return model.state_dict()
 
 
@@ -93,23 +93,16 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
     """Put weights into a drafter as they are, dtype included.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of another shape.
+        ValueError: tensors that are missing, unknown, of another shape, quantized or not finite.
     """
-    known = spec.shapes
-    missing = sorted(known.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - known.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"these are not the tensors of a DFlash drafter with {spec.num_layers} layers: missing "
-            f"{missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}; copy config and weights again, or serve this "
-            "drafter with the project that trained it"
-        )
+    what, known = "the drafter", spec.shapes
+    shapes = [(name, tensor.shape, known.get(name)) for name, tensor in tensors.items()]
+    found = {
+        "missing_keys": known.keys() - tensors.keys(),
+        "mismatched_keys": [(name, a, b) for name, a, b in shapes if b not in (a, None)],
+    }
+    refuse_mismatch(what, found, FIX, unknown=tensors.keys() - known.keys())
     for name, tensor in tensors.items():
-        if tensor.shape != known[name]:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(known[name])} by the config: config and "
-                "weights belong to different drafters; copy both again"
-            )
         if name == "d2t":
             drafted_tokens(tensor, spec.vocab_size)
         elif not tensor.is_floating_point() or tensor.element_size() not in (2, 4):
@@ -117,12 +110,10 @@ def make_drafter(spec: DrafterSpec, tensors: dict[str, Tensor]) -> Drafter:
                 f"{name} holds {dtype_name(tensor.dtype)}, expected float32, bfloat16 or float16; take "
                 "a drafter whose weights are not quantized"
             )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite; copy it again, or take an earlier checkpoint")
-    fix = "copy it again from where it was made"
-    with translate_library_errors("the drafter of this config", fix), torch.random.fork_rng():
+    with translate_library_errors("the drafter of this config", FIX), torch.random.fork_rng():
         drafter: Any = Drafter(spec.config()).eval()  # no larger than its tensors, whose shapes are the spec's
     drafter.load_state_dict(tensors, assign=True)
+    refuse_infinite(what, drafter, FIX)
     drafter.refuse_trained_selector()
     return drafter.requires_grad_(False)
 

@@ -166,7 +166,7 @@ def test_scaled_rope_and_scales_survive(tmp_path):
         ({"dflash_config": {"use_swa": True}}, "dflash_config.use_swa"),
         ({"attention_value_scale": 2.0}, "attention_value_scale"),
         ({"quantization_config": {"quant_method": "none"}}, r"is quantized \('none'\): transformers does not"),
-        ({"num_hidden_layers": 3}, "missing .*layers.2"),
+        ({"num_hidden_layers": 3}, "lack layers.2"),
         ({"intermediate_size": 32}, "shape"),
     ],
 )
@@ -178,7 +178,7 @@ def test_what_is_not_known_is_not_taken_over(changes, reason, edit):
 @pytest.mark.parametrize(
     ("name", "tensor", "reason"),
     [
-        ("mask_hidden", torch.zeros(48), "unknown .'mask_hidden'"),
+        ("mask_hidden", torch.zeros(48), "have unknown mask_hidden"),
         ("norm.weight", torch.ones(48, dtype=torch.float64), "holds float64, expected float32, bfloat16 or float16"),
     ],
 )
@@ -215,7 +215,7 @@ def test_quantized_weights_are_imported_as_plain_numbers(folder, edit, language_
         read_drafter(edit(quantization_config=awq))
     with changed_weights(quantized) as weights:
         weights["other"] = weights["norm.weight"]
-    with pytest.raises(ValueError, match=r"not the tensors of a DFlash drafter: \['other'\]"):
+    with pytest.raises(ValueError, match="have unknown other"):
         read_drafter(quantized)
 
 
