@@ -187,7 +187,7 @@ class Answers:
             raise ValueError(self._none())
         self.meta = read_meta(self.path)
         again = f"write the answers again, into another folder, with `{respond}`"
-        if not self.meta:
+        if "target" not in self.meta:
             raise ValueError(
                 f"{self.path} has no meta file beside it that says which target made the answers; put it back, or "
                 f"{again}"

@@ -33,6 +33,7 @@ from dpace.measure.heldout import heldout_acceptance
 from dpace.system import ranks
 from dpace.system.device import TILED, default_dtype
 from dpace.system.loading import refuse_infinite
+from dpace.system.progress import progress_bar
 from dpace.target import Target
 from dpace.train.checkpoints import (
     WEIGHTS,
@@ -43,7 +44,7 @@ from dpace.train.checkpoints import (
     write_checkpoint,
 )
 from dpace.train.optimizer import make_optimizer, products_dtype
-from dpace.train.progress import Interrupt, StepLog, open_trackers, training_bar
+from dpace.train.progress import Interrupt, StepLog, latest_numbers, open_trackers
 from dpace.train.sharding import copy_weights, shard, wants_shards
 
 LOWER = "lower --train.learning-rate or --train.max-grad-norm, and name another folder with --output"
@@ -234,11 +235,10 @@ class TrainingLoop:
             read_optimizer(newest, self.optimizer, self.schedule)
             self.log.go_on(self.state.unlogged)
         state, config = self.state, self.config
-        with (
-            open_trackers(self.recipe) as track,
-            training_bar(self.loss.objective, state) as move_bar,
-            self.interrupt.watching(),
-        ):
+        done = state.global_step
+        with open_trackers(self.recipe) as track, progress_bar() as bar, self.interrupt.watching():
+            title = f"training, {self.loss.objective}"
+            task = bar.add_task(title, total=state.max_steps, completed=done, first=done, info="")
             if newest is not None and self.measure(track):  # where a signal came first
                 self.save()
             if self.interrupt.is_asked:
@@ -252,7 +252,7 @@ class TrainingLoop:
                 is_due = state.global_step % (config.save_steps or config.eval_steps) == 0
                 if is_last or self.interrupt.is_asked or is_best or is_due:
                     self.save()
-                move_bar()
+                bar.update(task, completed=state.global_step, info=latest_numbers(state))
                 if self.interrupt.is_asked:
                     raise KeyboardInterrupt(self.interrupt.number)
         self.gather()

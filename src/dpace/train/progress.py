@@ -23,7 +23,7 @@ from dpace.config import Recipe
 from dpace.loss import SlotScores
 from dpace.recipes.recipe_file import without_passwords
 from dpace.system import ranks
-from dpace.system.progress import note, one_line, progress_bar
+from dpace.system.progress import note, one_line
 from dpace.train.checkpoints import TrainingState
 from dpace.train.identity import flat_settings
 
@@ -232,19 +232,6 @@ def latest_numbers(state: TrainingState) -> str:
     """Return what the bar shows of the log."""
     numbers = {name: value for entry in state.log_history[-20:] for name, value in entry.items() if name in SHOWN}
     return ", ".join(f"{label} {numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers)
-
-
-@contextmanager
-def training_bar(objective: str, state: TrainingState) -> Iterator[Callable[[], None]]:
-    """Show a progress bar inside the `with` block.
-
-    Yields:
-        Moves the bar to where the training stands.
-    """
-    with progress_bar() as bar:
-        done = state.global_step
-        task = bar.add_task(f"training, {objective}", total=state.max_steps, completed=done, first=done, info="")
-        yield lambda: bar.update(task, completed=state.global_step, info=latest_numbers(state))
 
 
 class PeakMemory:

@@ -157,7 +157,7 @@ def answered(tmp_path) -> list[str]:
     rows = (asdict(Response(one.id, "prompts", one.turns[0], list(range(5, 45)), [[10, 40]])) for one in prompts)
     (out := tmp_path / "out").mkdir()
     write_rows(out / "responses.jsonl", rows)
-    meta = known_settings(RespondConfig(), thinking=False) | {"complete": True, "num_prompts": 20}
+    meta = known_settings(RespondConfig(), thinking=False) | {"target": "x", "complete": True, "num_prompts": 20}
     (out / "responses.meta.json").write_text(json.dumps(meta))
     return ["--target", str(tmp_path / "target"), "--output", str(out), "--prompts.path", path]
 

@@ -300,6 +300,7 @@ def change_meta(out, **changes):
 ANSWERS = {
     "half": (lambda out: change_meta(out, complete=False), [], "run the same `dpace respond` command again"),
     "no meta": (lambda out: (out / "responses.meta.json").unlink(), [], "no meta file"),
+    "no target": (lambda out: (out / "responses.meta.json").write_text('{"complete": true}'), [], "which target made"),
     "bad meta": (lambda out: (out / "responses.meta.json").write_text("{"), [], "responses.meta.json"),
     "changed": (lambda out: change_meta(out, responses_sha256="0" * 64), [], "was changed"),
     "thinking": (lambda out: None, ["--thinking"], "thinking false, not true"),
