@@ -42,7 +42,7 @@ MEMORY = {
 }
 """Options that take less memory, by verb."""
 LESS_MEMORY = "free memory, choose a smaller target, or lower --max-new-tokens where the verb has it"
-SAME_REASON_SECONDS = 2.0
+SAME_REASON_SECONDS = 15.0
 """How long a rank waits with its reason: where the first one has printed the same, the launcher ends it meanwhile."""
 
 
