@@ -1,9 +1,8 @@
 """Time the steps of decoding on this machine."""
 
-import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ NUM_ROUNDS = 5
 """Number of times that each step is timed."""
 
 
-@dataclass(frozen=True)
-class StepCosts:
+class StepCosts(NamedTuple):
     """Seconds of the parts of a step on this machine."""
 
     verify_seconds: Sequence[float]
@@ -35,28 +33,6 @@ class StepCosts:
     """Seconds of the drafter with the head."""
     reading_seconds: float = 0.0
     """Additional seconds of the first draft, in which the drafter reads the prompt."""
-
-    @property
-    def plain_rate(self) -> float:
-        """Tokens per second of plain decoding."""
-        return 1 / self.verify_seconds[0]
-
-    def best_width(self, reach: Sequence[float]) -> tuple[int, float]:
-        """Choose the verification length that gives the most expected tokens per second.
-
-        Args:
-            reach: for each draft slot that may be verified, the probability that it and all slots before it are
-                accepted.
-
-        Returns:
-            The width, 1 (none of the draft) to `len(reach) + 1`, and the expected number of emitted tokens.
-        """
-        emitted = list(itertools.accumulate(reach, initial=1.0))
-        rates = [
-            count / (self.draft_seconds + seconds) for count, seconds in zip(emitted, self.verify_seconds, strict=False)
-        ]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        return best + 1, emitted[best]
 
 
 @torch.inference_mode()

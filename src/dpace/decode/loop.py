@@ -97,6 +97,8 @@ def plain_steps(target: Target, text: Continuation) -> Iterator[Step]:
 class Proposal(NamedTuple):
     """The tokens that the target verifies in a step."""
 
+    plan: Plan
+    """Why they are proposed."""
     block: Int[Tensor, "1 width"]
     """The last token of the text, then the proposed tokens."""
     ends: Ends
@@ -105,8 +107,6 @@ class Proposal(NamedTuple):
     """Number of tokens whose features the drafter read before it drafted."""
     draft_probs: Float[Tensor, "draft vocab"] | None = None
     """Distributions that the draft tokens were drawn from; None where they are not draws."""
-    promised: float = 0.0
-    """Number of draft tokens that the drafter's confidences promise."""
 
     @property
     def width(self) -> int:
@@ -182,10 +182,9 @@ class Speculation:
             yield self.read_prompt()
             while not self.text.is_done:
                 started = time.perf_counter()
-                plan = self.plan()
-                proposal = self.propose(plan)
+                proposal = self.propose(self.plan())
                 accepted, token_ids = self.verify(proposal)
-                yield self.emit(plan, proposal, accepted, token_ids, started)
+                yield self.emit(proposal, accepted, token_ids, started)
         finally:  # also where the caller stops early
             if self.recall:
                 self.recall.add(self.text.token_ids, self.text.num_prompt)
@@ -215,7 +214,7 @@ class Speculation:
         row = torch.tensor([[start, self.text.token_ids[-1], *proposed]], device=self.target.device)
         ends = Ends(row[:, 1:2], row[:, :1], self.limits)
         if not plan.is_drafted:
-            return Proposal(row[:, 1:], ends)
+            return Proposal(plan, row[:, 1:], ends)
         features = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
         positions = torch.arange(start - features.shape[1], start, device=row.device)[None]
         block, draft = draft_step(
@@ -228,17 +227,17 @@ class Speculation:
         self.unread.clear()
         self.num_read = start
         width = block.shape[1]
-        promised = 0.0
         draft_probs = None
         if self.pace is not None:
-            width, promised = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]).tolist())
+            plan = self.pace.choose_width(plan, self.drafter.confidences(draft.scores[0]).tolist())
+            width = plan.width
         if self.samples_draft and width > 1:
             tokens, draft_probs = self.drafter.selector.draw(
                 draft, width - 1, self.draft_rows, self.text.token_ids, self.text.sampler
             )
             block = torch.cat([block[:, :1], tokens[None]], dim=1)
         num_read = min(features.shape[1], self.drafter.num_context)
-        return Proposal(block[:, :width], ends, num_read, draft_probs, promised)
+        return Proposal(plan, block[:, :width], ends, num_read, draft_probs)
 
     def verify(self, proposal: Proposal) -> tuple[int, list[int]]:
         """Let the target verify the proposal.
@@ -263,24 +262,18 @@ class Speculation:
         accepted = verify_draft(both[: width - 1], both[width - 1 :])
         return accepted, both[width - 1 : width + accepted]
 
-    def emit(self, plan: Plan, proposal: Proposal, accepted: int, token_ids: Sequence[int], started: float) -> Step:
+    def emit(self, proposal: Proposal, accepted: int, token_ids: Sequence[int], started: float) -> Step:
         """Append the accepted tokens, teach the pace, and drop the rejected ones from the target's cache."""
-        step = self.text.take(accepted, token_ids, width=proposal.width, is_copied=not plan.is_drafted)
+        step = self.text.take(accepted, token_ids, width=proposal.width, is_copied=not proposal.plan.is_drafted)
         if self.pace is not None:
-            seconds = time.perf_counter() - started  # of the whole step: reading the tokens waited for the device
-            if plan.is_drafted:
-                self.pace.learn_drafting(
-                    plan,
-                    proposal.width,
-                    step.accepted,
-                    promised=proposal.promised,
-                    seconds=seconds,
-                    num_unread=proposal.num_read,
-                    lookups=self.lookup.read(),
-                )
-            else:
-                self.pace.learn_plain(seconds, proposal.width)
-            self.pace.learn_copying(plan, step.token_ids)
+            self.pace.learn(
+                proposal.plan,
+                step.token_ids,
+                step.accepted,
+                seconds=time.perf_counter() - started,  # of the whole step: reading the tokens waited for the device
+                num_read=proposal.num_read,
+                lookups=self.lookup.read(),
+            )
         num_kept = len(step.token_ids)
         self.unread.append(self.state.features[:, :num_kept])
         num_rejected = proposal.width - num_kept

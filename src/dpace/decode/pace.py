@@ -8,37 +8,29 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from dpace.decode.copies import MAX_MATCH, NUM_KINDS, Copy, Recall
+import numpy as np
+
+from dpace.decode.copies import NUM_KINDS, Copy, Recall
 from dpace.decode.costs import FILLER_TOKENS, StepCosts, measure_costs
 from dpace.drafter import Drafter
 from dpace.target import Target
 
-EXPLORATION = 0.01
-"""Share of the tokens that may be lost by testing whether a drafter that was slower than not drafting is now faster."""
-DECAY = 0.95
-"""Factor of the past in the running sums, applied at each draft."""
-GAIN_DECAY = 0.98
-"""The same factor for the gain of drafts, which varies much: with a smaller one, bad luck would end drafting."""
-COST_RATE = 0.05
-"""Share of a step's error by which the costs are corrected."""
+EXPLORATION = 0.015
+"""Share of the time that may be lost by testing whether a drafter that was slower than not drafting is now faster."""
+SPAN = 40
+"""Number of last values that a running mean is of."""
+COST_RATE = 0.1
+"""Share of a step's error by which its cost is corrected; those of others, by half as much or less."""
 MAX_COST_ERROR = 0.3
-"""Largest relative error of a step that counts, so that a disturbed step counts little more than others."""
-VISIT_DECAY = 0.99
-"""Factor of the past in the number of steps of a kind, applied at each step."""
-COST_FORGETTING = 0.0003
-"""Share by which each step brings the costs, over that of a plain step, back to those that were measured."""
-PRIOR_TOKENS = 1.0
-"""Initial sums of promised and of kept tokens, before the first draft."""
-COPY_PRIOR = (0.2, 0.5)
-"""Initial rates at which the first and a further token copied from the text are right, as two observations."""
-RECALLED_PRIOR = (0.5, 0.8)
-"""The same for tokens of earlier answers, which count where requests are alike."""
-PRIOR_GAIN = 1.1
-"""Initial gain of a whole draft over plain decoding; a drafter is trusted until it proves slower."""
+"""Largest error of a step's logarithm that counts, so that a disturbed step counts little more than others."""
+FORGETTING = 0.0003
+"""Share by which a step brings all costs, over that of a plain step, back to what was measured at first."""
+PRIOR_GAIN = 1.2
+"""Gain of whole drafts over plain decoding that is assumed at first, as if three had given it: a drafter is trusted
+until it proves slower."""
 
 
 class Plan(NamedTuple):
@@ -49,48 +41,51 @@ class Plan(NamedTuple):
     copy: Copy = Copy()
     """The copy that promises most."""
     width: int = 1
-    """Number of tokens to verify where nothing is drafted: the last token of the text, then those of `copy`."""
-    loss: float = 0.0
-    """Tokens that a draft is expected to lose against the best other choice; negative where it gains."""
+    """Number of tokens to verify: the last token of the text, then those of the draft or of `copy`."""
     copies: Sequence[Copy] = ()
     """All copies that were found."""
+    is_trial: bool = False
+    """Whether the draft is expected to take longer than what it replaces."""
+    promised: float = 0.0
+    """Number of draft tokens that the drafter's confidences promise."""
 
 
-class DraftSums(NamedTuple):
-    """Decaying sums over drafts."""
+class Mean:
+    """The mean of all values so far, and of about the `SPAN` last ones later.
 
-    tokens: float = 0.0
-    """Emitted tokens."""
-    plain_seconds: float = 0.0
-    """Seconds that these tokens would have taken without drafts."""
-    seconds: float = 0.0
-    drafts: float = 0.0
+    Args:
+        value: a first value, or several that are averaged side by side.
+        weight: number of values that it stands for.
+    """
 
-    def plus(self, new: "DraftSums", decay: float = 1.0) -> "DraftSums":
-        """Return the sums after `new`, with a factor for the past."""
-        return DraftSums(*(decay * past + value for past, value in zip(self, new, strict=True)))
+    def __init__(self, value: float | Sequence[float], weight: int):
+        self.value = np.array(value)
+        self.weight = weight
 
-    def average(self) -> "DraftSums":
-        """Return the sums of an average draft."""
-        return DraftSums(*(value / self.drafts for value in self))
+    def add(self, new: float | Sequence[float]) -> None:
+        """Count one more value."""
+        self.weight = min(self.weight + 1, SPAN)
+        self.value += (np.array(new) - self.value) / self.weight
+
+    def after(self, other: "Mean") -> np.ndarray:
+        """Return the mean of these values and, as one more, of another mean."""
+        return (self.weight * self.value + other.value) / (self.weight + 1)
 
 
-@dataclass
-class Rate:
-    """A decaying rate of right guesses."""
+def best_width(reach: Sequence[float], seconds: Sequence[float]) -> tuple[int, float]:
+    """Choose the verification length that gives the most expected tokens per second.
 
-    right: float
-    total: float
+    Args:
+        reach: for each token that may be verified, the probability that it and all before it are accepted.
+        seconds: of a step that verifies 1, 2, ... tokens.
 
-    @property
-    def value(self) -> float:
-        """The rate, 0 to 1."""
-        return self.right / self.total
-
-    def add(self, is_right: bool) -> None:
-        """Count one more guess."""
-        self.right = DECAY * self.right + is_right
-        self.total = DECAY * self.total + 1
+    Returns:
+        The width, 1 (none of them) to `len(reach) + 1`, and the expected number of emitted tokens.
+    """
+    emitted = list(itertools.accumulate(reach, initial=1.0))
+    rates = [count / cost for count, cost in zip(emitted, seconds, strict=False)]
+    best = max(range(len(rates)), key=rates.__getitem__)
+    return best + 1, emitted[best]
 
 
 class Pace:
@@ -99,35 +94,37 @@ class Pace:
     It aims at the most tokens per second. The width maximizes
     `(1 + sum over k < width of product over i <= k of c[i]) / (draft + verify[width])`, with `c` the drafter's
     calibrated confidences. That is the surrogate that D-PACE trains for, over the time that it takes on this machine.
-    Two corrections apply. Confidences that promised more than was accepted so far are scaled down. Costs follow the
-    seconds of real steps, because they were measured within one second, in a loop without the work around a step, and
-    a machine's speed changes. Each width, and the step with a draft, has its own correction, a robust running mean;
-    an error counts for other widths by how near they are, and half for drafts.
+    Confidences that promised more than was accepted so far are scaled down. Costs follow the seconds of real steps: an
+    error corrects a step's own cost most, and others by how near their widths are.
 
-    Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. The rate
-    at which copies are right is tracked at every step, by the kind of the match, and separately for the first token and
-    further ones. The gain of drafts is tracked by the same kind. The option that promises most is chosen. A drafted
-    token that copying would have given one step later counts only for its share of that step.
+    Instead of a draft, tokens that were copied from the text or from earlier answers may be verified, or none. Running
+    means have, for each kind of match before a step, how often a first and a further copied token are right, and what
+    a draft gives: its tokens, its seconds, and the seconds that copies and plain steps would have taken for the same
+    tokens. One rule decides: a draft is made where its tokens would take longer otherwise, both at the rate of the best
+    copy that is at hand and by these seconds.
 
-    Drafts that promise less than the other options are still made for a share `EXPLORATION` of the tokens, and less
-    often where the drafter would have to read a prompt first. So a bad drafter costs little, and one that improves is
-    used again. Everything learned is kept from one response to the next (`Paces`).
+    Other drafts are still made for a share `EXPLORATION` of the time, and less often where the drafter would have to
+    read a prompt first. So a bad drafter costs little, and one that improves is used again. Everything learned is kept
+    from one response to the next (`Paces`).
     """
 
     def __init__(self, costs: StepCosts):
         self.costs = costs
-        self.drift = [0.0] * (len(costs.verify_seconds) + 1)  # logarithms of seconds over `costs`: drafts, then widths
-        self.visits = [0.0] * len(self.drift)  # decaying numbers of these steps
-        self._correct_costs()
-        priors = (COPY_PRIOR if kind <= MAX_MATCH else RECALLED_PRIOR for kind in range(NUM_KINDS))
-        self.copy_rates = [[Rate(2 * p, 2.0) for p in prior] for prior in priors]
-        seconds = costs.draft_seconds + costs.verify_seconds[-1]
-        self.all_drafted = DraftSums(PRIOR_GAIN * costs.plain_rate * seconds, PRIOR_GAIN * seconds, seconds, 1.0)
-        self.drafted = [DraftSums()] * NUM_KINDS  # by the kind of the match
-        self.promised = PRIOR_TOKENS
-        self.kept = PRIOR_TOKENS
-        self.credit = 0.0
-        self.reading = costs.reading_seconds / FILLER_TOKENS * costs.plain_rate  # tokens lost by reading one token
+        self.drift = np.zeros(len(costs.verify_seconds) + 1)  # logarithms over `costs`: of drafts, then of each width
+        self._apply_drift()
+        self.reading = costs.reading_seconds / FILLER_TOKENS
+        self.copies_right = [(Mean(0.4, 2), Mean(0.6, 2)) for _ in range(NUM_KINDS)]
+        whole = costs.draft_seconds + costs.verify_seconds[-1]
+        self.drafts = Mean([PRIOR_GAIN * whole / costs.verify_seconds[0], PRIOR_GAIN * whole, whole], 3)
+        self.drafts_at = [Mean([0.0, 0.0, 0.0], 0) for _ in range(NUM_KINDS)]
+        self.promised_and_kept = Mean([1.0, 1.0], 1)
+        self.credit = 0.0  # seconds that may be lost
+
+    def _apply_drift(self) -> None:
+        """Bring the costs that are chosen by to those of now, in seconds of when a plain step was measured."""
+        factors = np.exp(self.drift - self.drift[1])
+        self.draft_factor = float(factors[0])
+        self.pass_seconds = (self.costs.verify_seconds * factors[1:]).tolist()
 
     def plan(self, copies: Sequence[Copy] = (), num_unread: int = 0, *, can_draft: bool = True) -> Plan:
         """Choose between a draft, copied tokens and a plain step; call this once a step.
@@ -137,24 +134,22 @@ class Pace:
             num_unread: number of tokens that the drafter would read first.
             can_draft: False chooses between copies and a plain step only.
         """
-        choices = [(copy, self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
-        seconds_of = self.copy_costs.verify_seconds
-        copy, best = min(choices, key=lambda choice: (seconds_of[choice[1][0] - 1] / choice[1][1], -choice[0].match))
-        width, promised = best
+        choices = [(copy, *self._choose_copy(copy.match, len(copy.token_ids))) for copy in [Copy(), *copies]]
+        copy, width, emitted = max(choices, key=lambda c: (c[2] / self.pass_seconds[c[1] - 1], c[0].match))
+        plan = Plan(False, copy, width, copies)
         if not can_draft:
-            return Plan(False, copy, width, copies=copies)
-        sums = self.drafted[copy.match].plus(self.all_drafted.average())
-        seconds = sums.seconds * math.exp(self.drift[0] - self.drift[1])
-        loss_now = promised / seconds_of[width - 1] * seconds - sums.tokens
-        loss_later = (seconds - sums.plain_seconds) * self.costs.plain_rate
-        loss = max(loss_now, loss_later) / sums.drafts
-        is_drafted = True
-        if loss > 0:
-            price = loss + num_unread * self.reading
-            self.credit = min(max(1.0, price), self.credit + EXPLORATION * promised)
-            is_drafted = self.credit >= price
-            self.credit -= price * is_drafted
-        return Plan(is_drafted, copy, width, loss, copies)
+            return plan
+        copy_seconds = self.pass_seconds[width - 1]
+        tokens, otherwise, seconds = self.drafts_at[copy.match].after(self.drafts).tolist()
+        loss = self.draft_factor * seconds - min(tokens * copy_seconds / emitted, otherwise)
+        if loss <= 0:
+            return plan._replace(is_drafted=True)
+        price = loss + num_unread * self.reading
+        self.credit = min(max(self.pass_seconds[0], price), self.credit + EXPLORATION * copy_seconds)
+        if self.credit < price:
+            return plan
+        self.credit -= price
+        return plan._replace(is_drafted=True, is_trial=True)
 
     def _choose_copy(self, match: int, count: int) -> tuple[int, float]:
         """Choose how many of `count` copied tokens to verify.
@@ -162,100 +157,74 @@ class Pace:
         Returns:
             The width, the last token included, and the expected number of emitted tokens.
         """
-        if not count:
-            return 1, 1.0
-        first, further = (rate.value for rate in self.copy_rates[match])
-        return self.copy_costs.best_width([first * further**k for k in range(count)])
+        first, further = (float(mean.value) for mean in self.copies_right[match])
+        return best_width([first * further**k for k in range(count)], self.pass_seconds)
 
-    def choose_width(self, plan: Plan, confidences: Sequence[float]) -> tuple[int, float]:
-        """Choose the number of tokens to verify of a draft with these confidences.
-
-        Returns:
-            The width, the last token included, and the number of draft tokens that the confidences promise of it.
-        """
-        trust = min(1.0, self.kept / self.promised)
+    def choose_width(self, plan: Plan, confidences: Sequence[float]) -> Plan:
+        """Choose the number of tokens to verify of a draft with these confidences."""
         reach = list(itertools.accumulate(confidences, operator.mul))
-        width, _ = self.draft_costs.best_width([trust * probability for probability in reach])
-        if width == 1 and plan.loss > 0:  # a draft that is not verified teaches nothing
-            width = 2
-        return width, sum(reach[: width - 1])
+        promised, kept = self.promised_and_kept.value.tolist()
+        trust = min(1.0, kept / promised)
+        draft = self.draft_factor * self.costs.draft_seconds
+        width, _ = best_width([trust * chance for chance in reach], [draft + cost for cost in self.pass_seconds])
+        width = max(width, 1 + plan.is_trial)  # a draft that is not verified teaches nothing
+        return plan._replace(width=width, promised=sum(reach[: width - 1]))
 
-    def learn_drafting(
+    def learn(
         self,
         plan: Plan,
-        width: int,
+        token_ids: Sequence[int],
         accepted: int,
         *,
-        promised: float,
         seconds: float,
-        num_unread: int = 0,
-        lookups: Sequence[tuple[int, bool]],
+        num_read: int = 0,
+        lookups: Sequence[tuple[int, bool]] = (),
     ) -> None:
-        """Learn from a step that drafted, even where none of the draft was verified (width 1).
+        """Learn from a step, also from a draft of which none was verified (width 1).
 
         Args:
-            plan: of the step.
-            width: number of tokens that were verified.
-            accepted: number of accepted draft tokens.
-            promised: as `choose_width` returned.
+            plan: of the step; of a draft, as `choose_width` returned it.
+            token_ids: emitted tokens.
+            accepted: number of accepted tokens.
             seconds: duration of the step.
-            num_unread: number of tokens that the drafter read first.
+            num_read: number of tokens that the drafter read first.
             lookups: result of `PromptLookup.read` for each emitted token; tokens that copying would have given count
                 less.
         """
-        reading = self.costs.reading_seconds / FILLER_TOKENS * num_unread
-        cost = self.costs.draft_seconds + reading + self.costs.verify_seconds[width - 1]
-        self._learn_seconds(width, seconds / cost, is_drafted=True)
-        self.promised = DECAY * self.promised + promised
-        self.kept = DECAY * self.kept + accepted
-        plain = self.costs.verify_seconds[0]
-        plain_seconds = sum(self._copy_seconds(match) if is_right else plain for match, is_right in lookups)
-        new = DraftSums(accepted + 1.0, plain_seconds, cost, 1.0)
-        self.all_drafted = self.all_drafted.plus(new, GAIN_DECAY)
-        self.drafted[plan.copy.match] = self.drafted[plan.copy.match].plus(new, GAIN_DECAY)
-
-    def _copy_seconds(self, match: int) -> float:
-        """Estimate the seconds of a token that could be copied.
-
-        That is its share of the step that copies it with others, or the whole of a plain step.
-        """
-        width, promised = self._choose_copy(match, len(self.costs.verify_seconds) - 1)
-        return self.copy_costs.verify_seconds[width - 1] / promised
-
-    def learn_plain(self, seconds: float, width: int = 1) -> None:
-        """Learn from a step of `width` tokens that did not draft."""
-        self._learn_seconds(width, seconds / self.costs.verify_seconds[width - 1])
-
-    def learn_copying(self, plan: Plan, emitted: Sequence[int]) -> None:
-        """Learn how many tokens of each copy that was found were right."""
+        cost = self.costs.verify_seconds[plan.width - 1]
+        if plan.is_drafted:
+            cost += self.costs.draft_seconds + self.reading * num_read
+            self.promised_and_kept.add([plan.promised, accepted])
+            plain = self.pass_seconds[0]
+            otherwise = sum(self._copy_seconds(match) if is_right else plain for match, is_right in lookups)
+            for drafts in (self.drafts, self.drafts_at[plan.copy.match]):
+                drafts.add([accepted + 1.0, otherwise, cost])
         for match, copied in plan.copies:
-            for k, (proposed, token) in enumerate(zip(copied, emitted, strict=False)):
-                self.copy_rates[match][min(k, 1)].add(proposed == token)
+            for k, (proposed, token) in enumerate(zip(copied, token_ids, strict=False)):
+                self.copies_right[match][min(k, 1)].add(proposed == token)
                 if proposed != token:
                     break
+        self._learn_seconds(plan, seconds / cost)
 
-    def _learn_seconds(self, width: int, ratio: float, *, is_drafted: bool = False) -> None:
+    def _copy_seconds(self, match: int) -> float:
+        """Estimate the seconds of a token that could be copied: its share of the step that copies it with others."""
+        width, emitted = self._choose_copy(match, len(self.pass_seconds) - 1)
+        return self.pass_seconds[width - 1] / emitted
+
+    def _learn_seconds(self, plan: Plan, ratio: float) -> None:
         """Learn from the seconds of a step over those of `costs`.
 
-        Kinds of steps that were not taken for long learn faster, and the others as much as they are near.
+        Others learn as much as their widths are near; steps without a draft half from those with one, and the reverse.
         """
-        kind = 0 if is_drafted else width
-        error = max(-MAX_COST_ERROR, min(MAX_COST_ERROR, ratio / math.exp(self.drift[kind]) - 1))
-        own_rate = max(COST_RATE, 1 / (2 + self.visits[kind]))
-        plain = self.drift[1]
-        for other, drift in enumerate(self.drift):
-            nearness = min(width, other or width) / max(width, other) / (1 if kind and other else 2)
-            rate = own_rate if other == kind else COST_RATE * nearness
-            self.drift[other] += rate * error - COST_FORGETTING * (drift - plain)
-            self.visits[other] = VISIT_DECAY * self.visits[other] + (other == kind)
-        self._correct_costs()
-
-    def _correct_costs(self) -> None:
-        """Bring the costs that are chosen by to those of now, over that of a plain step."""
-        draft, *passes = (math.exp(drift - self.drift[1]) for drift in self.drift)
-        seconds = [cost * factor for cost, factor in zip(self.costs.verify_seconds, passes, strict=True)]
-        self.draft_costs = replace(self.costs, verify_seconds=seconds, draft_seconds=self.costs.draft_seconds * draft)
-        self.copy_costs = replace(self.draft_costs, draft_seconds=0.0)
+        kind = 0 if plan.is_drafted else plan.width
+        error = min(max(math.log(ratio) - self.drift[kind], -MAX_COST_ERROR), MAX_COST_ERROR)
+        widths = np.arange(len(self.drift))
+        is_other = (widths == 0) != plan.is_drafted
+        widths[0] = plan.width
+        rates = COST_RATE / 2 * np.minimum(widths, plan.width) / np.maximum(widths, plan.width) / (1 + is_other)
+        rates[kind] = COST_RATE
+        self.drift += rates * error - FORGETTING * (self.drift - self.drift[1])
+        self._apply_drift()
 
 
 class Paces:

@@ -102,6 +102,7 @@ def test_output_distribution_when_sampling(rule, width, filters, drafted, sample
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: StepCosts([1.0, 1.01, 1.02, 1.03], 0.1))
     # Steps do not take these seconds.
     monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *_, **__: None)
+    monkeypatch.setattr("dpace.decode.pace.EXPLORATION", 1.0)  # so that there are drafts
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=4)
     with torch.no_grad():
         target.model.get_output_embeddings().weight.mul_(0.2)

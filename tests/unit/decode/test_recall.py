@@ -78,6 +78,7 @@ def test_a_full_memory_forgets_the_oldest_and_stays_as_large():
 def costs(monkeypatch):
     """Steps whose costs are known: copies are nearly free, and this drafter's drafts are not."""
     monkeypatch.setattr("dpace.decode.pace.measure_costs", lambda *_, **__: FLAT)
+    monkeypatch.setattr("dpace.decode.pace.Pace._learn_seconds", lambda *_, **__: None)
     monkeypatch.setattr("dpace.decode.pace.PRIOR_GAIN", 0.5)
 
 

@@ -81,9 +81,10 @@ def test_generate_with_processors_has_the_targets_distribution(options, widths, 
     cycle = itertools.cycle(widths)
     monkeypatch.setattr("dpace.decode.pace.Pace.plan", lambda *_, **__: Plan(is_drafted=True))
     monkeypatch.setattr(
-        "dpace.decode.pace.Pace.choose_width", lambda _, plan, confidences: (min(next(cycle), len(confidences) + 1), 0)
+        "dpace.decode.pace.Pace.choose_width",
+        lambda _, plan, confidences: plan._replace(width=min(next(cycle), len(confidences) + 1)),
     )
-    monkeypatch.setattr("dpace.decode.pace.Pace.learn_drafting", lambda *_, **__: None)
+    monkeypatch.setattr("dpace.decode.pace.Pace.learn", lambda *_, **__: None)
     target = make_target("qwen3", vocab_size=8, eos_token_id=None, num_hidden_layers=3)
     target.model.generation_config.eos_token_id = target.model.generation_config.pad_token_id = None
     with torch.no_grad():

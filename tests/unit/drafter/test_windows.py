@@ -115,9 +115,9 @@ def test_the_pace_counts_what_a_window_reads(target):
     drafter = make_drafter(target, sliding_window=WINDOW)
     text = make_continuation(target, torch.randint(4, 64, (70,)), max_new_tokens=9)
     speculation = Speculation(target, drafter, text, width="full")
-    pace = Mock(**{"plan.return_value": Plan(is_drafted=True), "choose_width.return_value": (2, 0.0)})
+    pace = Mock(**{"plan.return_value": Plan(is_drafted=True), "choose_width.return_value": Plan(True, width=2)})
     speculation.pace = pace
     next(steps := speculation.steps())
     next(steps)
     assert pace.plan.call_args.args[1] == WINDOW - 1
-    assert pace.learn_drafting.call_args.kwargs["num_unread"] == WINDOW - 1
+    assert pace.learn.call_args.kwargs["num_read"] == WINDOW - 1
