@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dpace.modeling_dflash
 from dpace.blocks import Reach, build_target_layer_ids
 from dpace.config import DrafterConfig
-from dpace.drafter.kinds import KINDS, Kind
+from dpace.drafter.kinds import KINDS
 from dpace.drafter.lilicorr import sizes_for
 from dpace.drafter.mask_token import check_mask_token, choose_mask_token
 from dpace.drafter.selector import Selector
@@ -110,16 +110,11 @@ class Drafter(DFlashDraftModel):
         return DrafterSpec.from_config(self.config.to_dict())
 
     @property
-    def kind(self) -> Kind:
-        """What is known of drafters like it."""
-        plain = "dflash2" if hasattr(self, "candidate_selector") else "dflash"
-        return KINDS[plain if self.lilicorr is None else "lilicorr"]
-
-    @property
     def selector(self) -> Selector:
         """How its drafts are chosen; made once for its kind, since compiled steps cannot make it."""
-        if type(self._selector) is not self.kind.selector:
-            self._selector = self.kind.selector(self)
+        kind = KINDS["dflash" if self.lilicorr is None else "lilicorr"].selector
+        if type(self._selector) is not kind:
+            self._selector = kind(self)
         return self._selector
 
     @property

@@ -63,19 +63,17 @@ def _is_number(value: object) -> bool:
 
 
 def _check_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a rotary embedding that transformers does not have; return it with `rope_theta` as in fp32."""
+    """Refuse a rotary embedding that transformers does not have; return it with `rope_theta` as in fp32.
+
+    `DrafterSpec.config` tries out the rest.
+    """
     kinds = ("default", *ROPE_INIT_FUNCTIONS)
-    for name, value in rope.items():
-        if name in ("rope_type", "type"):
-            is_right, expected = value in kinds, f"one of {', '.join(kinds)}"
-        elif name == "rope_theta":
-            is_right, expected = _is_number(value) and value > 0, "a number above 0"
-        else:
-            numbers = value if isinstance(value, list) else [value]
-            is_right, expected = value in (None, True, False) or all(map(_is_number, numbers)), "a number, or several"
-        if not is_right:
-            raise ValueError(f"{name} is {value!r:.100}, expected {expected}")
-    return {**rope, "rope_theta": as_float32(rope["rope_theta"])}
+    theta = rope["rope_theta"]
+    if rope["rope_type"] not in kinds:
+        raise ValueError(f"rope_type is {rope['rope_type']!r:.100}, expected one of {', '.join(kinds)}")
+    if not _is_number(theta) or theta <= 0:
+        raise ValueError(f"rope_theta is {theta!r:.100}, expected a number above 0")
+    return {**rope, "rope_theta": as_float32(theta)}
 
 
 def _check_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -287,20 +285,20 @@ class DrafterSpec:
             "use_sliding_window": self.sliding_window is not None,
             "is_causal": None if self.is_causal == "sliding" else self.is_causal,
         }
-        with translate_library_errors(WHAT, COPY_AGAIN), torch.device("cpu"):  # also where networks are on paper
+        with translate_library_errors(WHAT, COPY_AGAIN):
             config = Qwen3Config(
                 **self.special_token_ids,
                 **values | attention,
                 tie_word_embeddings=False,
                 dflash_config=named | self.kind.config_keys(self),  # pyright: ignore[reportCallIssue]
             )
+        rope = f"rope_parameters is {self.rope!r:.300}"
+        with translate_library_errors(f"the drafter ({rope})", COPY_AGAIN), torch.device("cpu"):  # also on paper
             rotary = Qwen3RotaryEmbedding(config)
             cosines, _ = rotary(torch.zeros(1), torch.tensor([[self.max_position_embeddings]]))
-        if cosines.shape[-1] != self.head_dim or not (cosines.isfinite().all() and (rotary.inv_freq >= 0).all()):
-            raise ValueError(
-                f"rope_parameters is {self.rope!r:.300}, which gives no rotation of heads of {self.head_dim} numbers; "
-                f"{COPY_AGAIN}"
-            )
+            is_right = cosines.shape[-1] == self.head_dim and bool(cosines.isfinite().all())
+            if not is_right or (rotary.inv_freq < 0).any():
+                raise ValueError(f"it gives no rotation of heads of {self.head_dim} numbers")
         return config
 
     def published(self, written: Mapping[str, Any]) -> dict[str, Any]:

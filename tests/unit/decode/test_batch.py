@@ -32,7 +32,7 @@ def outcomes(generations):
     return [(one.token_ids, one.accepted_lengths) for one in generations]
 
 
-@pytest.mark.parametrize("block_size", [2, 5])
+@pytest.mark.parametrize("block_size", wide([2, 5], 5))
 @pytest.mark.parametrize("family", wide(["llama3.1", "qwen3", "smollm2"], "qwen3"), indirect=True)
 def test_texts_are_those_of_one_at_a_time(random_target, block_size):
     drafter = make_drafter(random_target, block_size=block_size)
@@ -44,7 +44,6 @@ def test_texts_are_those_of_one_at_a_time(random_target, block_size):
     plainly = generate_batch(random_target, None, prompts(), **options)
     assert facts(plainly) == [(text, [], [], []) for text in plain]
     assert generate_batch(random_target, drafter, [], **options) == []
-    assert facts(Decoder(random_target, drafter).generate_batch(prompts(), **options)) == facts(ours)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

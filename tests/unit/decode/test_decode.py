@@ -151,8 +151,8 @@ def test_filters_are_those_of_transformers(filters):
     torch.testing.assert_close(sampler.probs(scores), out.scores[0].softmax(-1))
 
 
-@pytest.mark.parametrize("confidence", [0.2, 0.6, 0.99])
-@pytest.mark.parametrize("wrong", [0, 2, 3, 1])
+@pytest.mark.parametrize("confidence", wide([0.2, 0.6, 0.99], 0.2, 0.99))
+@pytest.mark.parametrize("wrong", wide([0, 2, 3, 1], 0, 1, 3))
 def test_any_pace_keeps_the_text(confidence, wrong, oracle, monkeypatch):
     """Whatever the drafter is and says, and whatever the costs, the text is the target's and the caches stay right."""
     costs = StepCosts([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], 0.3)

@@ -68,12 +68,7 @@ def test_a_space_behind_a_special_token_is_kept():
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"repetition_penalty": 1.5},
-        {"no_repeat_ngram_size": 2, "min_new_tokens": 12},
-        {"bad_words_ids": [[9], [12]]},
-    ],
+    [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 12, "bad_words_ids": [[9], [12]]}],
 )
 def test_custom_generate_is_generate(settings):
     """Processors that look at the text too."""

@@ -150,7 +150,7 @@ def test_what_has_another_type_is_refused_before_decoding(folder, capsys, monkey
         "the confidence temperature is a text": "'hot'",
         "layer ids are floats": "[1.0, 3.0]",
         "rope without its factor": "'rope_type'='yarn': {'factor'}",
-        "rope that turns backwards": "'factor': -4.0}, which gives no rotation",
+        "rope that turns backwards": "'factor': -4.0}): it gives no rotation",
         "an odd head_dim": "`head_dim`=33",
         "padding of a text": "'pad_token_id' with value 'x'",
         "end below 0": "eos_token_id is [1, -2], expected numbers of tokens, 0 to 63",
