@@ -152,11 +152,10 @@ def _join(earlier: BenchResults, results: BenchResults) -> BenchResults:
 
     measured = {WAY(row) for row in results.rows}
     rows = [*filter(is_kept, earlier.rows), *results.rows]
-    named = {row.drafter for row in rows}
     of_drafters = {}
     for name in OF_DRAFTERS:
         both = {**(getattr(earlier, name) or {}), **(getattr(results, name) or {})}
-        of_drafters[name] = {drafter: value for drafter, value in both.items() if drafter in named}
+        of_drafters[name] = {row.drafter: both[row.drafter] for row in rows if row.drafter in both}
     return replace(results, **of_drafters, rows=rows, comparisons=list(compare_drafters(rows)))
 
 

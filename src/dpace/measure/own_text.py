@@ -24,8 +24,6 @@ from dpace.target.chat import tokenizer_hashes
 
 NUM_REREAD = 8
 """Responses of a file that are read again."""
-MAX_LISTED = 5
-"""Differences that a finding lists."""
 
 
 class Divergence(NamedTuple):
@@ -106,52 +104,37 @@ def check_responses(target: Target, responses: Sequence[Response], meta: dict[st
     detail = f"another {other} than {meta.get('target')} had" if other else ", ".join(now).replace("_sha256", "")
     same = Finding("responses are of this target", "hashes", not other, detail)
     chosen = random.Random(0).sample(list(responses), min(NUM_REREAD, len(responses)))
-    wrong = []
-    num_tokens = 0
-    for response in chosen:
-        for number, (start, end) in enumerate(response.response_spans, start=1):
-            num_tokens += end - start
-            wrong += _reread(target, response, (start, end), f"answer {number}", meta["max_new_tokens"])
-    text = text_finding(
-        target,
-        "responses are the target's greedy text",
-        count(len(chosen), "response"),
-        num_tokens,
-        wrong,
-        what="tokens are the most likely ones",
-        limit=MAX_LISTED,
-    )
-    return [same, text]
+    answers = [
+        (response, span, f"answer {number}")
+        for response in chosen
+        for number, span in enumerate(response.response_spans, start=1)
+    ]
+    wrong = [found for answer in answers if (found := _reread(target, *answer, meta["max_new_tokens"]))]
+    name, cases = "responses are the target's greedy text", count(len(chosen), "response")
+    return [same, text_finding(target, name, cases, len(answers), wrong)]
 
 
 @torch.inference_mode()
-def _reread(target: Target, response: Response, span: tuple[int, int], how: str, limit: int) -> list[Divergence]:
-    """Return the tokens of an answer that the target would not have written."""
-    start, end = span
+def _reread(
+    target: Target, response: Response, span: Sequence[int], how: str, max_new_tokens: int
+) -> Divergence | None:
+    """Return the first token of an answer that the target would not have written; without one, the last tie."""
     where = response.id, how
-    largest = max(response.token_ids[:end], default=0)
-    if start == 0 or largest >= target.head.weight.shape[0]:  # it needs a text before it, and tokens of this target
-        return [Divergence(*where, 0, (largest, None), math.inf, 0.0)]
-    answer = response.token_ids[start:end]
-    text = torch.tensor([response.token_ids[: max(end - 1, start)]], device=target.device)
-    logits = target.head.logits(target.hidden(text)[0, start - 1 :]).float()
-    best = logits.argmax(-1).tolist()[: len(answer)]
-    places = [i for i, (token, own) in enumerate(zip(answer, best, strict=True)) if token != own]
-    noise = 0.0
-    if places:  # that of the whole answer, up to the last difference
-        expected = [*answer[: places[-1]], best[places[-1]]]
-        sampler = Sampler(device=target.device)
-        noise = find_divergence(target, sampler, where, response.token_ids[:start], answer, expected).noise
-    wrong = [
-        Divergence(*where, i, (answer[i], best[i]), float(logits[i, best[i]] - logits[i, answer[i]]), noise)
-        for i in places
-    ]
-    limit = answer_end(answer, target.stop_token_ids) or limit
-    if len(answer) != limit:
-        last = min(len(answer), limit)
-        tokens = (answer[last], None) if last < len(answer) else (None, best[-1] if best else 0)
-        wrong.append(Divergence(*where, last, tokens, math.inf, noise))
-    return wrong
+    prompt, answer = response.token_ids[: span[0]], response.token_ids[slice(*span)]
+    largest = max(prompt + answer, default=0)
+    if not prompt or largest >= len(target.head.weight):  # it needs a text before it, and tokens of this target
+        return Divergence(*where, 0, (largest, None), math.inf, 0.0)
+    text = torch.tensor([prompt + answer], device=target.device)
+    best = target.head.logits(target.hidden(text)[0, len(prompt) - 1 :]).float().argmax(-1).tolist()
+    own = best[: answer_end(answer, target.stop_token_ids) or max_new_tokens]
+    divergence = None
+    for place, (found, expected) in enumerate(itertools.zip_longest(answer, own)):
+        if found != expected:
+            other = answer[:place] + own[place : place + 1]
+            divergence = find_divergence(target, Sampler(device=target.device), where, prompt, answer, other)
+            if not divergence.is_tie:
+                break
+    return divergence
 
 
 @torch.inference_mode()
@@ -190,13 +173,10 @@ def text_finding(
     cases: str,
     total: int,
     divergences: Sequence[Divergence],
-    *,
-    what: str = "texts equal",
-    limit: int | None = None,
 ) -> Finding:
     """Make the finding of a check of texts, which passes where every difference is a tie."""
-    lines = [f"{total - len(divergences)} of {total} {what}"]
-    for divergence in divergences[:limit]:
+    lines = [f"{total - len(divergences)} of {total} texts equal"]
+    for divergence in divergences:
         found, expected = (
             "the end" if token is None else repr(target.tokenizer.decode([token])) if target.tokenizer else str(token)
             for token in divergence.token_ids

@@ -156,20 +156,16 @@ def remarks(speeds: Sequence[Speed], gains: Sequence[ComparedRow]) -> Iterator[s
     """Say how much of the speed comes from copies, and why something is slower or worse."""
     copying = [line.name for line in speeds if line.copies and line.ours.share_copied >= MANY_COPIED]
     if copying:
-        yield f"{_listed(copying)}: many tokens were copied from the text before, which needs no drafter."
+        yield f"{'; '.join(copying)}: many tokens were copied from the text before, which needs no drafter."
     slower = [line.name for line in speeds if (line.ours.decode_speedup or 1) < 1]
     if slower:
         yield (
-            f"{_listed(slower)}: slower than plain decoding, since trying drafts took more time than the accepted ones "
-            "saved. Longer training, or more prompts, gives better drafts."
+            f"{'; '.join(slower)}: slower than plain decoding, since trying drafts took more time than the accepted "
+            "ones saved. Longer training, or more prompts, gives better drafts."
         )
     worse = [row.set for row in gains if judge_gain(row) == "worse"]
     if worse:
         yield (
-            f"{_listed(worse)}: D-PACE is behind the decay with this seed and these prompts. "
+            f"{'; '.join(worse)}: D-PACE is behind the decay with this seed and these prompts. "
             "docs/results.md has six seeds."
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "; ".join(names)
