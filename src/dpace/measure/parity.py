@@ -13,6 +13,7 @@ from dpace.batches.dataset import ResponseDataset, collate
 from dpace.drafter import Drafter
 from dpace.drafter.views import blocks_hidden, draft_block
 from dpace.respond.responses import Response
+from dpace.system.progress import count
 from dpace.target import Target
 
 MAX_RELATIVE_ERROR = 1e-3
@@ -65,14 +66,14 @@ def check_views(target: Target, drafter: Drafter, responses: Sequence[Response])
     return [
         Finding(
             "no leak from the future",
-            f"one block in each of {len(leaks)} responses",
+            f"a block in {count(len(leaks), 'response')}",
             bool(leaks) and largest_leak < min(MAX_RELATIVE_ERROR, min(controls) / 10),
             f"other tokens and features after the anchor change the block by {largest_leak:.1g}, before it by "
             f"{min(controls, default=0.0):.1g} or more (relative)",
         ),
         Finding(
             "a block in training is the block when serving",
-            f"one block in each of {len(errors)} responses",
+            f"a block in {count(len(errors), 'response')}",
             bool(errors) and largest_error < MAX_RELATIVE_ERROR,
             f"hidden states differ by {largest_error:.1g} (relative)",
         ),

@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import dpace.decode.batch
 import dpace.decode.loop
 import dpace.measure.check
 from dpace.cli import main
 from dpace.config import CheckConfig, RespondConfig
-from dpace.decode import generate_plain
+from dpace.decode import Generation, generate_batch, generate_plain
 from dpace.decode.sampling import verify_draft
 from dpace.drafter.vocabulary import DraftVocabulary
 from dpace.measure.check import SIGNIFICANCE, check, check_distribution, uniformity
@@ -28,6 +27,12 @@ CONFIG = CheckConfig(target="target", drafter="drafter", num_prompts=2, max_new_
 @pytest.fixture
 def prompts(language_prompts) -> list[Prompt]:
     return make_prompts(language_prompts[50:])
+
+
+def other(generation: Generation) -> Generation:
+    """Another token in a text."""
+    generation.token_ids[3] = (generation.token_ids[3] + 1) % 64
+    return generation
 
 
 def failed(findings) -> list[str]:
@@ -108,9 +113,9 @@ def test_p_values_are_uniform_where_nothing_is_wrong():
     assert uniformity(skewed, 10) < SIGNIFICANCE
 
 
-def test_the_verb(language_folder, language_target, language_drafter, language_prompts, tmp_path, capsys, monkeypatch):
+def test_the_verb(language_folder, language_target, language_prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # texts in one line
-    language_drafter.save_pretrained(tmp_path / "drafter")
+    make_drafter(language_target).save_pretrained(tmp_path / "drafter")
     path = write_prompts(tmp_path / "prompts.jsonl", language_prompts[50:52])
     flags = ["--target", str(language_folder), "--drafter", str(tmp_path / "drafter"), "--prompts", path]
     flags += ["--num-prompts", "1", "--max-new-tokens", "12"]
@@ -122,7 +127,9 @@ def test_the_verb(language_folder, language_target, language_drafter, language_p
     change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
     assert main(["check", *flags, "--responses", str(answers)]) == 1
     assert "failed: responses are of this target. The drafter keeps the text" in capsys.readouterr().err
-    monkeypatch.setattr(dpace.decode.batch, "verify_draft", lambda draft, own: len(draft))
+    monkeypatch.setattr(
+        "dpace.measure.check.generate_batch", lambda *args, **more: [*map(other, generate_batch(*args, **more))]
+    )
     assert main(["check", *flags]) == 1
     printed = capsys.readouterr()
     assert ", batch, token" in printed.out and "failed: text at temperature 0 (float32)" in printed.err
@@ -130,13 +137,9 @@ def test_the_verb(language_folder, language_target, language_drafter, language_p
 
 def test_a_baseline_that_is_not_the_targets_is_found(language_target, prompts, monkeypatch):
     """As where `respond` once took over the target's penalties."""
-
-    def other(target, token_ids, **options):
-        out = generate_plain(target, token_ids, **options)
-        out.token_ids[3] = (out.token_ids[3] + 1) % 64
-        return out
-
-    monkeypatch.setattr("dpace.measure.check.generate_plain", other)
+    monkeypatch.setattr(
+        "dpace.measure.check.generate_plain", lambda *args, **options: other(generate_plain(*args, **options))
+    )
     findings = check(language_target, make_drafter(language_target), prompts, replace(CONFIG, num_prompts=1))
     assert findings[0].name == "plain decoding is generate of transformers" and not findings[0].is_passed
     assert "token 3" in findings[0].detail and "NOT A TIE" in findings[0].detail
