@@ -122,6 +122,7 @@ def test_the_verb(language_folder, language_target, language_prompts, tmp_path, 
     assert main(["check", *flags]) == 0
     printed = capsys.readouterr()
     assert [line.split()[:1] for line in printed.out.splitlines()].count(["pass"]) == 8 and "checking" in printed.err
+    assert "1 prompt x width 2, " in printed.out
     answers = tmp_path / "r.jsonl"
     write_responses(language_target, make_prompts(language_prompts[50:52]), answers, RespondConfig(max_new_tokens=6))
     change_json(tmp_path / "r.meta.json", target_sha256="0" * 64)
