@@ -55,10 +55,10 @@ def duration(seconds: Number) -> str:
     return f"{max(1, seconds):.0f} s"
 
 
-def time_line(seconds: Mapping[str, Number], *, is_bound: bool) -> str:
-    """Write how long work takes altogether, and its parts of a second or more."""
+def time_line(seconds: Mapping[str, Number]) -> str:
+    """Write about how long work takes altogether, and its parts of a second or more."""
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if value >= 1)
-    return f"time: {'up to' if is_bound else 'about'} {duration(sum(seconds.values()))}: {parts}"
+    return f"time: about {duration(sum(seconds.values()))}: {parts}"
 
 
 def prompts_line(parts: PromptParts) -> str:
@@ -137,7 +137,7 @@ def answer_lines(recipe: Recipe, parts: PromptParts) -> list[str]:
     if respond.source == "target" and not respond.server:
         target = plan_target(recipe)
         seconds = {"start": target.start_seconds, "answers": answering_seconds(recipe, target, waiting, kept)}
-        lines.append(time_line(seconds, is_bound=not kept))
+        lines.append(time_line(seconds))
     written = path.stat().st_size if kept else 0
     return [*lines, disk_line(path, 2 * written + answer_bytes(recipe, waiting))]
 
@@ -181,13 +181,13 @@ def num_decoded(folder: Path, bench: BenchConfig, prompts: Sequence[Prompt]) -> 
 
 
 def decoding_lines(recipe: Recipe, num_answers: int, num_tokens: int, *, done: int = 0) -> list[str]:
-    """Write how many answers of up to `num_tokens` a verb decodes, one at a time, and how long that takes at most."""
+    """Write how many answers of up to `num_tokens` a verb decodes, one at a time, and about how long that takes."""
     target = plan_target(recipe)
     left = max(0, num_answers - done)
     seconds = {"start": target.start_seconds, "decoding": target.decoding_seconds(left, num_tokens)}
     return [
         f"answers: {num_answers:,} of up to {num_tokens} tokens, {left:,} left to decode",
-        time_line(seconds, is_bound=True),
+        time_line(seconds),
     ]
 
 
@@ -199,7 +199,7 @@ def train_lines(plan: TrainingPlan, folder: Path) -> list[str]:
     """
     return [
         *training_lines(plan, [folder]),
-        time_line({"start": plan.start_seconds, **plan.seconds([folder])}, is_bound=False),
+        time_line({"start": plan.start_seconds, **plan.seconds([folder])}),
         disk_line(folder, plan.disk_bytes),
     ]
 
@@ -230,7 +230,7 @@ def comparison_lines(config: CompareConfig, parts: PromptParts, folders: Sequenc
     return [
         prompts_line(parts),
         *training_lines(plan, folders),
-        time_line(seconds, is_bound=not kept),
+        time_line(seconds),
         disk_line(config.output, disk),
     ]
 

@@ -56,7 +56,7 @@ def run(args: list[str]) -> None:
     plan = plan_recipe(recipe, *lengths, memory=memory)
     lines = training_lines(plan, folders) if parts else ["no prompts yet: memory and disk of the longest conversations"]
     if parts:
-        lines.append(time_line({"start": plan.start_seconds, **plan.seconds(folders)}, is_bound=not kept))
+        lines.append(time_line({"start": plan.start_seconds, **plan.seconds(folders)}))
     lines += [*memory_lines(plan), f"disk: up to {size(plan.disk_bytes)} in {folders[0]}"]
     if not kept:
         lines.append("no answers yet: each one counts as long as the recipe allows")

@@ -243,7 +243,7 @@ def test_answers_that_are_kept_tell_how_long_others_take(answered, tmp_path, cap
     path.unlink()
     assert main(["plan", *answered]) == 0
     printed = capsys.readouterr().out
-    assert "time: up to " in printed and "no answers yet" in printed and "fits in " in printed
+    assert "time: about " in printed and "no answers yet" in printed and "fits in " in printed
 
 
 def test_answers_compute_each_token_once_or_read_the_copies_of_weights_in_each_step(tmp_path):
