@@ -99,7 +99,9 @@ def run(args: list[str]) -> None:
     if config.compile:
         print("the steps were compiled in that time: dpace.decode.Decoder keeps them for more prompts", file=sys.stderr)
     if drafter is None:
-        print("next:", command("demo"), "(trains a drafter, which makes this faster)", file=sys.stderr)
+        own = command("respond", target=config.target, **{"prompts.path": "prompts.jsonl"})
+        first = command("demo") if config.target == Recipe().target else own
+        print("next:", first, "(the first step to a drafter, which makes this faster)", file=sys.stderr)
 
 
 def _print_speed(generation: "Generation") -> None:

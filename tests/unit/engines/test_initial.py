@@ -133,6 +133,8 @@ def test_verbs_take_drafters_of_the_hub(language_folder, language_drafter_folder
         Drafter.from_pretrained(language_drafter_folder)
     )
     answer = ["generate", "--target", str(language_folder), "--prompt", "w3 w51", "--max-new-tokens", "4"]
+    assert main(answer) == 0
+    assert f"next: dpace respond --target {language_folder} --prompts.path" in capsys.readouterr().err
     assert main([*answer, "--drafter", "someone/drafter"]) == 0
     assert main([*answer, "--drafter", "someone/other"]) == 1
     assert "--drafter someone/other is no folder, and the Hub does not" in capsys.readouterr().err
