@@ -120,6 +120,14 @@ def test_links_lead_to_files_and_headings():
             assert not anchor or anchor in anchors(linked), f"{page.name} links to {name}#{anchor}"
 
 
+def test_a_printed_tau_is_not_that_of_copies_alone():
+    """Width `auto` copies earlier text too: what prints its tau prints the copied tokens, or takes whole drafts."""
+    shown = [page.read_text() for page in [*PAGES, *sorted((ROOT / "examples").glob("*.py"))]]
+    for text in shown:
+        if re.search(r"print\(.*acceptance\.tau", text):
+            assert "num_copied" in text or 'width="full"' in text
+
+
 def test_lines_of_prompts_are_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(block_of("json"))

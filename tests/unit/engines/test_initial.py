@@ -90,6 +90,16 @@ def test_a_drafter_of_a_size_that_no_recipe_has_is_refused_in_a_line(language_ta
         start_from(recipe_from(tmp_path / "six", language_folder), given=())
 
 
+def test_a_recipe_is_causal_where_all_layers_are(language_target, language_folder, tmp_path):
+    """Not where the sliding ones alone are, which no option says."""
+    windows = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 8}
+    for is_causal in (True, "sliding", False):
+        spec = replace(make_drafter(language_target).spec, is_causal=is_causal, **windows)
+        Drafter(spec.config()).save_pretrained(tmp_path / str(is_causal))
+        recipe, _ = start_from(recipe_from(tmp_path / str(is_causal), language_folder), given=())
+        assert recipe.drafter.causal is (is_causal is True)
+
+
 def test_recipes_and_flags_name_what_they_set(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("drafter:\n  block_size: 16\nthinking: true\n")
