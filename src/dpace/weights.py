@@ -231,3 +231,13 @@ def medusa_weights(is_scored: IsScored, base: float = 0.8) -> Weights:
     Source: Medusa (arXiv 2401.10774), section 2.2.1.
     """
     return base ** _slots(is_scored) * is_scored
+
+
+OF_CONFIDENCE = {
+    "dpace": dpace_weights,
+    "dpace-confidence-only": dpace_confidence_only_weights,
+    "dpace-continuation-only": dpace_continuation_only_weights,
+    "dpace-exact": dpace_exact_weights,
+    "bv": bv_weights,
+}
+"""Weights of the objectives that smooth confidences with alpha, by name."""

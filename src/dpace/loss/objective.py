@@ -23,15 +23,6 @@ from dpace.loss import Slots, Weigh
 from dpace.system.progress import describe_error
 from dpace.system.provenance import hash_json
 
-OF_CONFIDENCE = {
-    "dpace": W.dpace_weights,
-    "dpace-confidence-only": W.dpace_confidence_only_weights,
-    "dpace-continuation-only": W.dpace_continuation_only_weights,
-    "dpace-exact": W.dpace_exact_weights,
-    "bv": W.bv_weights,
-}
-"""Weights of the objectives that smooth confidences with alpha."""
-
 
 def load_custom(name: str) -> Weigh:
     """Import the function of an objective `package.module:function`.
@@ -170,7 +161,7 @@ def with_objective(loss: LossConfig, name: str) -> LossConfig:
             f"there is no objective {name!r}; choose one of {', '.join(get_args(Objective))}, or a custom one as "
             "package.module:function, and add +kl or +lk for that token loss, and +overlap for that confidence"
         )
-    if "overlap" in parts and not is_custom(objective) and objective not in (*OF_CONFIDENCE, "chain-reward"):
+    if "overlap" in parts and not is_custom(objective) and objective not in (*W.OF_CONFIDENCE, "chain-reward"):
         raise ValueError(
             f"the objective {objective} has no confidence, so {name} trains as without +overlap; take it out"
         )
@@ -207,9 +198,9 @@ def make_weigh(config: LossConfig, block_size: int, weigh: Weigh | None = None, 
         confidence = slots.token_probs if config.confidence == "token" else slots.overlap
         if confidence is None:
             raise ValueError("confidence 'overlap' compares with the target's distribution and needs target_hidden")
-        if objective in OF_CONFIDENCE:
+        if objective in W.OF_CONFIDENCE:
             alpha = config.alpha + (alpha_end - config.alpha) * slots.progress
-            return OF_CONFIDENCE[objective](confidence, is_scored, alpha)
+            return W.OF_CONFIDENCE[objective](confidence, is_scored, alpha)
         if objective == "chain-reward":
             return W.chain_reward_weights(confidence, is_scored)
         if objective == "vat":
