@@ -19,7 +19,7 @@ from torch import Tensor
 from dpace.drafter import Drafter
 from dpace.system import ranks
 from dpace.system.ledger import filling, remove_unfinished, write_json, write_text
-from dpace.system.progress import note
+from dpace.system.progress import describe_error, note
 from dpace.system.provenance import hash_file
 from dpace.train.sharding import take_share
 
@@ -179,7 +179,21 @@ def read_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
     """Read the state of optimizer and schedule that `write_checkpoint` wrote.
 
     Of sharded tensors each rank keeps its share. Memory: one whole tensor at a time.
+
+    Raises:
+        ValueError: the state is none of this training.
     """
+    try:
+        _load_optimizer(folder, optimizer, schedule)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} has no state of this training's optimizer ({describe_error(error)}); remove the folder, and the "
+            "same command goes on from the checkpoint before it"
+        ) from error
+
+
+def _load_optimizer(folder: Path, optimizer: Any, schedule: Any) -> None:
+    """Do what `read_optimizer` does, with the errors of what the files hold."""
     settings = json.loads((folder / STEPS).read_bytes())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

@@ -138,16 +138,23 @@ def test_a_damaged_checkpoint_is_not_taken(copied, language_target, language_res
     assert not list(copied.rglob("*.unfinished"))
 
 
+def change_listed(folder, name, **changes):
+    """Change a file of a checkpoint, and what its manifest says of it."""
+    change_json(folder / name, **changes)
+    with changed_json(folder / "manifest.json") as manifest:
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def test_a_checkpoint_of_another_version_and_tokens_of_another_target_are_one_line(
     copied, language_target, language_responses
 ):
     (copied / "provenance.json").unlink()
     last = copied / "checkpoints" / "checkpoint-4"
-    change_json(last / "trainer_state.json", newer=1)
-    with changed_json(last / "manifest.json") as manifest:
-        data = (last / "trainer_state.json").read_bytes()
-        facts = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        manifest["files"]["trainer_state.json"] = facts
+    change_listed(last, "optimizer.json", groups=[])
+    with pytest.raises(ValueError, match="checkpoint-4 has no state of this training's optimizer .*remove the folder"):
+        run(language_target, language_responses, copied)
+    change_listed(last, "trainer_state.json", newer=1)
     with pytest.raises(ValueError, match="trainer_state.json is of another version of dpace .*'newer'"):
         run(language_target, language_responses, copied)
     rows = [replace(row, token_ids=[64, *row.token_ids[1:]]) for row in language_responses]
