@@ -119,7 +119,7 @@ probability; try a few values on your prompts.
 """
 
     def check(self, request, spec):
-        """See `Engine`; also of a GGUF file that is not the target's."""
+        """See `Engine`; a GGUF file of another target is refused too."""
         super().check(request, spec)
         if request.target_gguf is None:
             raise ValueError(

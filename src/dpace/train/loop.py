@@ -67,7 +67,7 @@ class Scorer:
     weigh: Weigh
     """Computes the weights."""
     rows: DraftRows
-    """Of the target's LM head, for the tokens that the softmax covers."""
+    """Rows of the target's LM head, for the tokens that the softmax covers."""
     needs_target_hidden: bool = False
     """Whether the losses read the input of the target's head, see `Recipe.needs_target_hidden`."""
     autocast: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
