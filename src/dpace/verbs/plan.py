@@ -27,7 +27,7 @@ class PlanConfig(Recipe):
 def run(args: list[str]) -> None:
     """Run `dpace plan`."""
     asked = parse(PlanConfig, "plan", args)
-    pairs = zip(["", *args], args, strict=False)
+    pairs = zip(["", *args], args, strict=False)  # --memory and its value are for this verb only
     shared = [arg for before, arg in pairs if before != "--memory" and not arg.startswith("--memory")]
     parse(Recipe, "plan", shared)  # refuses keys of the recipe that other verbs do not have
     memory = TypeAdapter(ByteSize).validate_python(asked.memory) if asked.memory else None
